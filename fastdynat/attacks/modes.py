@@ -1,0 +1,59 @@
+"""Train/eval state of the attacked network: set for the attack, put back module by module."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdynat.errors import unknown_name
+
+BNMode = Literal["eval", "train", "frozen"]
+
+
+def set_attack_mode(model: nn.Module, bn: str) -> None:
+    """Put `model` in the state in which it is attacked.
+
+    Everything is in eval mode (no dropout noise in the attack); batch norm follows `bn`:
+    "eval" uses the running statistics (TRADES, MART, LBGAT, DYNAT), "train" the batch's and updates the running ones
+    (Rice et al., Wong et al.), "frozen" the batch's without updating (Gowal et al.).
+    """
+    if bn not in get_args(BNMode):
+        raise unknown_name("attack BN mode", bn, get_args(BNMode))
+    model.eval()
+    if bn == "eval":
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+            module.track_running_stats = module.track_running_stats and bn == "train"
+
+
+@contextmanager
+def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """`set_attack_mode` for the duration; restores each module's own flags, so a layer frozen by the user stays frozen."""
+    saved = [(m, m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+    try:
+        set_attack_mode(model, bn)
+        yield
+    finally:
+        for module, training, tracking in saved:
+            module.training = training
+            if tracking is not None:
+                module.track_running_stats = tracking
+
+
+def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
+    """A second module over the same memory whose parameters need no gradient, fixed in the attack's mode.
+
+    In-place weight updates of `model` show in the twin at once. The training network itself is then never switched between
+    modes, no attack can reach its ``.grad``, and a compiled twin computes input gradients only (compiling the trainable
+    network and asking for the input gradient builds all weight gradients too).
+    """
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    set_attack_mode(twin, bn)
+    return twin

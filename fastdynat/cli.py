@@ -1,0 +1,197 @@
+"""The command line: flags -> configuration -> run; nothing else."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from rich.console import Console
+
+from fastdynat import __version__, doctor
+from fastdynat.config import TrainConfig, read_yaml, update
+from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
+from fastdynat.engine.progress import console_for
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.evaluation import EvalConfig, evaluate_runs
+from fastdynat.methods import method_class
+
+OptionsT = TypeVar("OptionsT")
+
+USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
+
+usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
+
+  train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
+  eval     accuracy of one or more runs under attacks
+  doctor   what this machine can use, and why not
+"""
+
+# Spellings of the scripts that people come from.
+ALIASES = {
+    "--epsilon": "--eps",
+    "--attack-eps": "--eps",
+    "--num-steps": "--steps",
+    "--attack-iters": "--steps",
+    "--attack-steps": "--steps",
+    "--alpha": "--step-size",
+    "--pgd-alpha": "--step-size",
+    "--attack-step": "--step-size",
+    "--arch": "--model",
+    "--wd": "--weight-decay",
+    "--lr-max": "--lr",
+    "--lr-schedule": "--schedule",
+    "--out": "--run-dir",
+}
+# Flags with a value that may stand bare.
+BARE = {"--amp": "bf16", "--compile": "default"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(Generic[OptionsT]):
+    """Train a network. Every flag is also a key of a --config file (underscores for dashes)."""
+
+    config: str | None = None
+    """YAML file of flags; flags given here win."""
+    resume: str | None = None
+    """Go on with the run in this directory, exactly as if it had never stopped."""
+    train: TrainConfig[OptionsT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Accuracy of the best and last checkpoints of RUNs under attacks."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """What this machine can use: torch, CUDA, Triton, the extension, DALI, torch.compile; and why not."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """Replace other scripts' spellings and give bare flags their value.
+
+    >>> normalize(["--epsilon=8", "--amp", "--epochs", "3"])
+    ['--eps=8', '--amp', 'bf16', '--epochs', '3']
+    """
+    out: list[str] = []
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        out.append(ALIASES.get(flag, flag) + equals + value)
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        if flag in BARE and not equals and following.startswith("-"):
+            out.append(BARE[flag])
+    return out
+
+
+def _early(argv: Sequence[str]) -> argparse.Namespace:
+    """The three flags that decide which defaults and which method's options the full parser has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--method", "--config", "--resume"):
+        parser.add_argument(flag)
+    return parser.parse_known_args(argv)[0]
+
+
+def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
+    if early.resume is not None:
+        if early.config is not None:
+            raise UserError("--resume takes its configuration from the run; leave --config out")
+        stored = stored_config(Path(early.resume))
+        return replace(stored, run=replace(stored.run, stop_after=None, run_dir=early.resume, overwrite=False))
+    values: dict[str, Any] = {}
+    if early.config is not None:
+        try:
+            values = read_yaml(Path(early.config).read_text(encoding="utf-8"), early.config)
+        except OSError as error:
+            raise UserError(f"cannot read --config {early.config}: {error.strerror}") from None
+    method = early.method or values.get("method") or "dynat"
+    if not isinstance(method, str):
+        raise UserError(f"{early.config}: method must be a name, got {method!r}")
+    return update(default_config(method), {**values, "method": method}, early.config or "defaults")
+
+
+def _train(argv: list[str]) -> int:
+    early = _early(argv)
+    defaults = _defaults(early)
+    # The options type is known only now: tyro reads it from the subscripted class, type checkers cannot.
+    command_type: Any = TrainCommand.__class_getitem__(method_class(defaults.method).options_type)  # type: ignore[attr-defined]
+    default = TrainCommand(config=early.config, resume=early.resume, train=defaults)
+    command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat train", config=FLAT)
+    config: TrainConfig[Any] = command.train
+    console = console_for(config.run.quiet)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    begun = resumed_run(Path(early.resume), config, say) if early.resume is not None else new_run(config, say)
+    with begun as trainer:
+        return _fit(trainer, say)
+
+
+def _fit(trainer: Trainer, say: Any) -> int:
+    path, c = trainer.run.path, trainer.config
+    guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
+    say(f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}")
+    say(f"run directory {path}")
+    try:
+        outcome = trainer.fit()
+    except Diverged as error:
+        say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
+        return 1
+    if outcome.finished:
+        say(f"done: {path}; next: fastdynat eval {path}")
+        return 0
+    done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
+    say(f"stopped and saved after {done}; go on with: fastdynat train --resume {path}")
+    return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def _eval(argv: list[str]) -> int:
+    command = tyro.cli(EvalCommand, args=argv, prog="fastdynat eval", config=FLAT)
+    if not command.runs:
+        raise UserError("eval needs at least one run directory: fastdynat eval RUN")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    evaluate_runs(list(command.runs), command.eval, console)
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    return doctor.run(json=tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT).json)
+
+
+COMMANDS = {"train": _train, "eval": _eval, "doctor": _doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 1 training diverged, 2 bad input, 128+n stopped by signal n."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown_name("command", argv[0], COMMANDS)
+        return COMMANDS[argv[0]](normalize(argv[1:]))
+    except UserError as error:
+        print(f"fastdynat: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdynat: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,240 @@
+"""The configuration of a run: typed, frozen, flat.
+
+Every field is one command-line flag and one key of a configuration file, both of the field's name, so names are unique across
+groups. Fields whose default depends on data, model or method are "auto" or None until `fastdynat.engine.resolve` fills them;
+the resolved configuration is what a run stores. The string under a field is its help text.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import yaml
+
+from fastdynat.errors import UserError, unknown_name
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images."""
+
+    data: str = "digits"
+    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, or imagefolder."""
+    data_dir: str = "data"
+    """Where the dataset is, or is downloaded to; for imagefolder the folder that holds train/ and test/."""
+    download: bool = True
+    """Fetch a torchvision dataset that is not in --data-dir."""
+    image_size: int | None = None
+    """Resize and centre-crop an image folder's images to this size; None keeps theirs."""
+    train_size: int | None = None
+    """Train on a class-stratified subset of this many images; None is all."""
+    val_size: float | None = None
+    """Images held out of training for model selection: a number, or a share below 1; None is 1000, or 10 % of small data."""
+    augment: Literal["auto", "none", "flip", "crop", "crop-flip"] = "auto"
+    """Augmentation; auto is the dataset's usual one (crop-flip for CIFAR)."""
+    batch_size: int | None = None
+    """Images per step; None is 128, or 64 for digits."""
+    eval_batch_size: int = 500
+    """Images per evaluation batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Networks."""
+
+    model: str = "auto"
+    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W, torchvision:NAME, timm:NAME; auto is small
+    for digits, else resnet18."""
+    guide: str = "auto"
+    """Guide network of DYNAT; auto is resnet18_s1122 (the released code's), or small beside small."""
+    normalize: Literal["none", "dataset"] = "none"
+    """Mean/std layer inside the networks; inputs are in [0, 1] either way. The released code has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Inner attack, and the radius of evaluation. Sizes: 8/255, 0.031, or 8 (read as 8/255)."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Threat model."""
+    eps: float | str = "auto"
+    """Radius in training; auto is the dataset's (0.031 for colour images)."""
+    step_size: float | str = "auto"
+    """Step of the attack; auto is eps / 4 (0.007 beside the published 0.031)."""
+    steps: int = 10
+    """Steps of the attack."""
+    start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
+    """Where the attack starts; auto is the method's published choice."""
+    attack_bn: Literal["eval", "train", "frozen"] = "eval"
+    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without updating."""
+    eval_eps: float | str = "auto"
+    """Radius in validation and evaluation; auto is eps, or 8/255 beside the published 0.031."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    epochs: int | None = None
+    """Epochs; None is 100, or 15 for digits."""
+    lr: float | None = None
+    """Peak learning rate of SGD; None is 0.1, or 0.03 for digits."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 2e-4
+    """L2 weight decay on every parameter."""
+    schedule: Literal["release", "multistep", "cosine", "onecycle", "constant"] = "release"
+    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %)."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """multistep: where the rate drops, as shares of the run."""
+    gamma: float = 0.1
+    """multistep: factor of each drop."""
+    optimizers: Literal["separate", "joint"] = "separate"
+    """One SGD per network, or one over both (equal but for gradient clipping, which then uses the joint norm)."""
+    clip_grad: float = 0.0
+    """Clip the gradient norm to this; 0 is off."""
+    ema: float = 0.0
+    """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How it is computed."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto is a GPU if there is one."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision; a bare --amp is bf16."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile mode; a bare --compile is default."""
+    channels_last: bool | None = None
+    """Channels-last memory format; None is on for a GPU."""
+    seed: int = 1
+    """Seed of initialisation, data order, augmentation and attacks."""
+    deterministic: bool = False
+    """Refuse nondeterministic GPU operations (slower)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run directory and log."""
+
+    run_dir: str | None = None
+    """Where the run is kept; None is a new folder under runs/."""
+    overwrite: bool = False
+    """Replace the run that is in --run-dir."""
+    stop_after: int | None = None
+    """Stop after this many epochs as Ctrl-C would; --resume goes on."""
+    save_every: float = 10.0
+    """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
+    val_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+GROUPS = ("data", "model", "attack", "optim", "engine", "run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Generic[OptionsT]):
+    """Train a network."""
+
+    method: str = "dynat"
+    """Training method: dynat, madry, natural. Its options are listed by --method NAME --help."""
+    options: OptionsT
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def _parts(config: TrainConfig[Any]) -> Iterator[tuple[str, Any]]:
+    """The groups of `config` by attribute name, the method's options among them."""
+    yield from ((name, getattr(config, name)) for name in (*GROUPS, "options"))
+
+
+def to_flat(config: TrainConfig[Any]) -> dict[str, Any]:
+    """`config` as one flat dictionary of plain values, in declaration order."""
+    flat: dict[str, Any] = {"method": config.method}
+    for _, part in _parts(config):
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            flat[f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def update(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> TrainConfig[Any]:
+    """`config` with the flat `values` put in.
+
+    Raises:
+        UserError: a key that no group or option has (the nearest are suggested), or a value of the wrong type. `origin` says
+            where the value came from.
+    """
+    known = to_flat(config)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{origin}: {unknown_name('key', str(key), known)}")
+    parts = {}
+    for name, part in _parts(config):
+        hints = typing.get_type_hints(type(part))
+        own = {f.name for f in dataclasses.fields(part)} & values.keys()
+        parts[name] = dataclasses.replace(part, **{k: _coerce(k, values[k], hints[k], origin) for k in own})
+    return dataclasses.replace(config, method=values.get("method", config.method), **parts)
+
+
+def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
+    """`value` as the type `hint`, which is one of the few kinds that the fields above use."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value not in options:
+            # YAML reads a bare `off` as False.
+            if value is False and "off" in options:
+                return "off"
+            raise UserError(f"{origin}: {unknown_name(key, str(value), options)}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{origin}: {key} must be a list of numbers, got {value!r}")
+        return tuple(_coerce(key, v, options[0], origin) for v in value)
+    kinds = options or (hint,)
+    for kind in kinds:
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+            return value
+    if float in kinds and str not in kinds and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    names = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+    raise UserError(f"{origin}: {key} must be {names}, got {value!r}")
+
+
+def to_yaml(config: TrainConfig[Any]) -> str:
+    """`config` as the text of a configuration file that `read_yaml` takes back."""
+    return yaml.safe_dump(to_flat(config), sort_keys=False)
+
+
+def read_yaml(text: str, origin: str) -> dict[str, Any]:
+    """The flat keys of a configuration file; `origin` is its path, for messages."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{origin} must hold `key: value` lines, got a {type(values).__name__}")
+    return values

@@ -1,0 +1,89 @@
+"""Data sets by name: training and validation images from the training split, test images from the test split."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastdynat.data import digits, torchvision_sets
+from fastdynat.data.imagefolder import open_imagefolder
+from fastdynat.data.split import stratified_split
+from fastdynat.data.store import DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
+from fastdynat.errors import UserError, unknown_name
+
+KNOWN = ("cifar10", "cifar100", "svhn", "mnist", "digits", "imagefolder")
+
+
+def known_datasets() -> list[str]:
+    """Return the names that `load_train` and `load_test` take."""
+    return list(KNOWN)
+
+
+def dataset_info(name: str) -> DatasetInfo | None:
+    """Return what is known without reading data; None for imagefolder, whose facts are in its files.
+
+    Raises: UserError for an unknown name.
+    """
+    if name not in KNOWN:
+        raise unknown_name("dataset", name, KNOWN)
+    if name == "imagefolder":
+        return None
+    return digits.INFO if name == "digits" else torchvision_sets.INFOS[name]
+
+
+def load_train(
+    name: str,
+    data_dir: str | Path | None,
+    *,
+    val_size: int | float | None,
+    seed: int,
+    image_size: int | None = None,
+    download: bool = True,
+    limit: int | None = None,
+) -> Splits:
+    """Load the training split and hold validation images out of it; the test set is not touched.
+
+    Args:
+        name: One of `known_datasets()`.
+        data_dir: Folder of the data; digits needs none.
+        val_size: Validation images as a number, or as a share if a float in (0, 1); 0 gives an empty set;
+            None 1,000 images, or 10 % of fewer than 10,000.
+        seed: Decides which images are held out (and which are kept under `limit`), class by class.
+        image_size: Resize all images to this square.
+        download: Allow torchvision to fetch missing data.
+        limit: Keep at most this many training images, in proportion to the classes.
+
+    Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that leaves a
+        class without a training image.
+    """
+    info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
+    check_label_values(source.labels, info.num_classes, name)
+    train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
+    return Splits(info, source.take(train, info), source.take(val, info))
+
+
+def load_test(
+    name: str, data_dir: str | Path | None, *, image_size: int | None = None, download: bool = True
+) -> tuple[DatasetInfo, ImageSet]:
+    """Load the whole test split. The facts that come with it are those `load_train` gives.
+
+    Raises: UserError as `load_train`.
+    """
+    info, source = _open(name, data_dir, "test", image_size=image_size, download=download)
+    return info, source.take(torch.arange(len(source.labels)), info)
+
+
+def _open(
+    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool
+) -> tuple[DatasetInfo, Source]:
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size must be at least 1 pixel, got {image_size}")
+    info = dataset_info(name)
+    if info is None:
+        return open_imagefolder(data_dir, split, image_size=image_size)
+    if image_size is not None:
+        info = replace(info, image_shape=(info.image_shape[0], image_size, image_size))
+    if name == "digits":
+        source = digits.open_digits(split)
+        return info, Source(source.labels, lambda indices: resize_square(source.read(indices), info.image_shape[1]))
+    return info, torchvision_sets.open_torchvision(name, data_dir, split, image_size=image_size, download=download)

@@ -1,0 +1,87 @@
+"""Epoch averages on the device, and the metrics files."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.runs.files import write_text
+
+
+class Averages:
+    """Image-weighted means of scalars, accumulated on the device without waiting for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0
+
+    def add(self, logs: Mapping[str, Tensor], images: int) -> None:
+        """Add one batch's means over `images` images."""
+        for key, value in logs.items():
+            term = value.detach().double() * images
+            self._sums[key] = self._sums[key] + term if key in self._sums else term
+        self._images += images
+
+    def means(self) -> dict[str, float]:
+        """The means so far (waits for the device)."""
+        return {key: float(value) / self._images for key, value in self._sums.items()} if self._images else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self._images, "sums": {key: value.cpu() for key, value in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._images = state["images"]
+        self._sums = {key: value.to(device) for key, value in state["sums"].items()}
+
+
+class MetricsLog:
+    """metrics.jsonl and metrics.csv, one row per epoch, and TensorBoard events if asked for.
+
+    Both files are rewritten whole at each epoch: a kill leaves the old or the new one, and resuming drops the rows of epochs
+    that will be run again.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.rows: list[dict[str, Any]] = []
+        if self.jsonl.exists():
+            self.rows = [json.loads(line) for line in self.jsonl.read_text(encoding="utf-8").splitlines()]
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an extra; `engine.resolve` has checked that it is there
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def keep_until(self, epochs: int) -> None:
+        """Drop rows of epochs after the first `epochs`."""
+        if any(row["epoch"] > epochs for row in self.rows):
+            self.rows = [row for row in self.rows if row["epoch"] <= epochs]
+            self._write()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add the row of one finished epoch."""
+        self.rows.append(row)
+        self._write()
+        if self._writer is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self._writer.add_scalar(key, value, row["epoch"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self) -> None:
+        write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.csv, text.getvalue())

@@ -1,0 +1,58 @@
+"""The networks of a run: raw modules, their attack twins, and the compiled views that a step calls."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastdynat.attacks import frozen_twin
+from fastdynat.methods import Networks
+
+
+class NetworkSet:
+    """Owns the trained modules, keyed "model" and (with a guide) "guide".
+
+    Checkpoints, averages and validation use `raw`; a training step uses `views`, which may be compiled. Each view is a callable
+    of its own with fixed mode and gradient needs, so compiled code is never asked to change either.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module | None,
+        *,
+        device: torch.device,
+        channels_last: bool,
+        attack_bn: str,
+        compile_mode: str = "off",
+        ema: float = 0.0,
+    ) -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
+        for module in self.raw.values():
+            module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        view = _compiler(compile_mode)
+        self.views = Networks(
+            model=view(model),
+            attacked=view(frozen_twin(model, attack_bn)),
+            guide=None if guide is None else view(guide),
+            guide_eval=None if guide is None else view(frozen_twin(guide, "eval")),
+        )
+
+    def deployed(self) -> nn.Module:
+        """The network to validate and hand over: the weight average if there is one."""
+        return self.raw["model"] if self.ema is None else self.ema.module
+
+    def average(self) -> None:
+        """Move the weight average by one step."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.raw["model"])
+
+
+def _compiler(mode: str) -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
+    if mode == "off":
+        return lambda module: module
+    # Shapes are fixed but for a shorter last batch, which gets code of its own.
+    return lambda module: torch.compile(module, mode=mode, dynamic=False)

@@ -1,0 +1,26 @@
+"""Mixed precision, in the update and in the attack."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fastdynat.attacks import FP16_LOSS_SCALE
+
+DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast, the update's gradient scaler and the attack's fixed loss scale for one of "off", "bf16", "fp16".
+
+    fp16 needs both: the dynamic scaler for weight gradients, and a scale in the attack, whose gradients the scaler never sees.
+    bf16 has float32's exponent range and needs neither.
+    """
+
+    def __init__(self, amp: str, device: torch.device) -> None:
+        self.device, self.dtype = device, DTYPES[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)  # type: ignore[attr-defined]
+        self.attack_scale = FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """A region for one step; never around an optimiser step, whose weights it would serve stale."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()

@@ -1,0 +1,137 @@
+"""From what the user wrote to what is run: fills every "auto", applies the unit rule, refuses what cannot work."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastdynat.data import DatasetInfo
+from fastdynat.errors import UserError
+from fastdynat.methods import Method, method_class
+from fastdynat.units import describe, parse_size
+
+Say = Callable[[str], None]
+PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = (
+    0.031,
+    0.007,
+    8 / 255,
+)  # TRADES, LBGAT and DYNAT: train at 0.031, evaluate at 8/255
+LINF_EPS = {"digits": 0.1, "mnist": 0.3}
+L2_EPS = {"digits": 1.0, "mnist": 2.0}
+# The embedded digits are a twentieth of the usual data: smaller steps and batches, or the model never leaves chance level.
+EPOCHS, BATCH_SIZE, LR = ({"digits": 15}, 100), ({"digits": 64}, 128), ({"digits": 0.03}, 0.1)
+
+
+def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfig[Any]:
+    """`config` with every automatic value filled in for the dataset `info` and the method.
+
+    `say` is told what the unit rule read and which radii are used.
+
+    Raises:
+        UserError: a value that cannot work, by name and remedy.
+    """
+    method = method_class(config.method)
+    return replace(
+        config,
+        method=method.name,
+        data=_data(config.data, info),
+        model=_model(config.model, info, method),
+        attack=_attack(config.attack, info, method, say),
+        optim=_optim(config.optim, info),
+        engine=_engine(config.engine),
+        run=_run(config),
+    )
+
+
+def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo) -> Any:
+    return table[0].get(info.name, table[1]) if value is None else value
+
+
+def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
+    data = replace(data, batch_size=_automatic(data.batch_size, BATCH_SIZE, info))
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(data, name) < 1:
+            raise UserError(f"{name} must be >= 1, got {getattr(data, name)}")
+    return replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
+
+
+def _model(model: ModelConfig, info: DatasetInfo, method: type[Method[Any]]) -> ModelConfig:
+    name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
+    guide = ("small" if name == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
+    return replace(model, model=name, guide=guide if method.uses_guide else "none")
+
+
+def _attack(attack: AttackConfig, info: DatasetInfo, method: type[Method[Any]], say: Say) -> AttackConfig:
+    limit = 1.0 if attack.norm == "linf" else math.sqrt(math.prod(info.image_shape))
+
+    def size(what: str, value: float | str, automatic: float) -> float:
+        if value == "auto":
+            return automatic
+        parsed = parse_size(value, what, norm=attack.norm, limit=limit)
+        if parsed.notice:
+            say(parsed.notice)
+        return parsed.value
+
+    table, common = (LINF_EPS, PUBLISHED_EPS) if attack.norm == "linf" else (L2_EPS, 0.5)
+    eps = size("eps", attack.eps, table.get(info.name, common))
+    published = attack.norm == "linf" and eps == PUBLISHED_EPS
+    step_size = size("step_size", attack.step_size, PUBLISHED_STEP if published else eps / 4)
+    eval_eps = size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps)
+    if attack.steps < 0:
+        raise UserError(f"steps must be >= 0, got {attack.steps}")
+    used = f"{attack.norm} eps {describe(eps)}, {attack.steps} steps of {describe(step_size)}"
+    start = method.default_start if attack.start == "auto" else attack.start
+    say(f"{used}; evaluated at eps {describe(eval_eps)}")
+    return replace(attack, eps=eps, step_size=step_size, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
+
+
+def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
+    optim = replace(optim, epochs=_automatic(optim.epochs, EPOCHS, info), lr=_automatic(optim.lr, LR, info))
+    assert optim.epochs is not None
+    assert optim.lr is not None
+    if optim.epochs < 1:
+        raise UserError(f"epochs must be >= 1, got {optim.epochs}")
+    if optim.lr <= 0:
+        raise UserError(f"lr must be above 0, got {optim.lr:g}")
+    for name in ("weight_decay", "clip_grad"):
+        if getattr(optim, name) < 0:
+            raise UserError(f"{name} must be >= 0, got {getattr(optim, name):g}")
+    for name in ("momentum", "ema"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise UserError(f"{name} must be in [0, 1), got {getattr(optim, name):g}")
+    if optim.nesterov and optim.momentum == 0:
+        raise UserError("nesterov needs momentum above 0")
+    if not all(0 < m < 1 for m in optim.milestones):
+        raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
+    return optim
+
+
+def _engine(engine: EngineConfig) -> EngineConfig:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has") from None
+    if engine.seed < 0:
+        raise UserError(f"seed must be >= 0, got {engine.seed}")
+    channels_last = device.type == "cuda" if engine.channels_last is None else engine.channels_last
+    return replace(engine, device=name, channels_last=channels_last)
+
+
+def _run(config: TrainConfig[Any]) -> Any:
+    run = config.run
+    if run.stop_after is not None and run.stop_after < 1:
+        raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
+    if run.val_every < 1:
+        raise UserError(f"val_every must be >= 1, got {run.val_every}")
+    if run.save_every <= 0:
+        raise UserError(f"save_every must be above 0 minutes, got {run.save_every:g}")
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the extra: pip install 'fastdynat[tensorboard]'")
+    return run

@@ -1,0 +1,50 @@
+"""Learning-rate schedules as pure functions of the step, so that resuming needs no scheduler state."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+
+from fastdynat.config import OptimConfig
+
+# DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100; boundaries as shares of the run.
+RELEASE_WARMUP, RELEASE_DROPS, RELEASE_GAMMA = 0.2, (0.75, 0.90), 0.1
+# torch's OneCycleLR defaults (Smith & Topin 2017), cosine annealing.
+ONECYCLE_WARMUP, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1 / 25e4
+
+
+def _drops(share: float, milestones: tuple[float, ...], gamma: float) -> float:
+    return gamma ** bisect_right(sorted(milestones), share + 1e-9)
+
+
+def _cosine(begin: float, end: float, share: float) -> float:
+    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _onecycle(step: int, total: int) -> float:
+    peak = max(ONECYCLE_WARMUP * total - 1, 1e-9)
+    if step <= peak:
+        return _cosine(ONECYCLE_START, 1.0, step / peak)
+    return _cosine(1.0, ONECYCLE_END, (step - peak) / max(total - 1 - peak, 1e-9))
+
+
+def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """The function step -> factor on `config.lr` for 0 <= step < epochs * steps_per_epoch.
+
+    Step schedules change between epochs, cosine and one-cycle at every step.
+    """
+    assert config.epochs is not None
+    epochs, total = config.epochs, config.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        epoch = step // steps_per_epoch
+        if config.schedule == "release":
+            return RELEASE_WARMUP if epoch == 0 else _drops(epoch / epochs, RELEASE_DROPS, RELEASE_GAMMA)
+        if config.schedule == "multistep":
+            return _drops(epoch / epochs, config.milestones, config.gamma)
+        if config.schedule == "cosine":
+            return _cosine(1.0, 0.0, step / total)
+        if config.schedule == "onecycle":
+            return _onecycle(step, total)
+        return 1.0
+
+    return factor

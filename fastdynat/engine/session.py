@@ -1,0 +1,221 @@
+"""Starting and resuming runs: everything is checked before anything is written, and nothing is lost by a refusal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdynat.attacks import PGDSpec
+from fastdynat.config import TrainConfig, read_yaml, to_flat, to_yaml, update
+from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
+from fastdynat.engine.networks import NetworkSet
+from fastdynat.engine.precision import Precision
+from fastdynat.engine.resolve import Say, resolve
+from fastdynat.engine.rng import seed_everything
+from fastdynat.engine.schedules import schedule_factor
+from fastdynat.engine.state import read_state
+from fastdynat.engine.step import TrainStep
+from fastdynat.engine.trainer import Trainer
+from fastdynat.errors import UserError
+from fastdynat.methods import method_class
+from fastdynat.models import build_model
+from fastdynat.runs import (
+    CONFIG,
+    ENVIRONMENT,
+    LAST,
+    STATE,
+    RunDir,
+    check_new,
+    free_name,
+    load_state,
+    put_state,
+    record_start,
+    require_run,
+)
+from fastdynat.runs.files import write_text
+
+# What a resumed run may change: nothing that moves a bit of the weights. (epochs is checked against the schedule.)
+RESUMABLE = {
+    "data_dir",
+    "download",
+    "device",
+    "epochs",
+    "stop_after",
+    "save_every",
+    "tensorboard",
+    "quiet",
+    "run_dir",
+    "overwrite",
+}
+
+
+def default_config(method: str) -> TrainConfig[Any]:
+    """The configuration of a plain ``fastdynat train --method METHOD``, unresolved."""
+    return TrainConfig(method=method, options=method_class(method).options_type())
+
+
+def stored_config(path: Path) -> TrainConfig[Any]:
+    """The resolved configuration of the run at `path`.
+
+    Raises:
+        UserError: not a run, or its config.yaml is damaged.
+    """
+    require_run(path)
+    origin = str(path / CONFIG)
+    values = read_yaml((path / CONFIG).read_text(encoding="utf-8"), origin)
+    if not isinstance(values.get("method"), str):
+        raise UserError(f"{origin} names no method: it is truncated or was edited")
+    return update(default_config(values["method"]), values, origin)
+
+
+@contextmanager
+def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
+    """A trainer for a new run directory, ready to `fit`.
+
+    Raises:
+        UserError: anything in `config`, the data or the directory that cannot work; nothing has been written then.
+    """
+    known = dataset_info(config.data.data)
+    if known is not None:
+        resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
+    path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
+    check_new(path, overwrite=config.run.overwrite)
+    splits = _load(config)
+    config = resolve(config, splits.info, say)
+    config = replace(config, run=replace(config.run, run_dir=str(path), overwrite=False))
+    parts = _build(config, splits)
+    run = RunDir.create(path, to_yaml(config), overwrite=True)
+    try:
+        record_start(path / ENVIRONMENT)
+        yield Trainer(config, splits, *parts, run)
+    finally:
+        run.close()
+
+
+@contextmanager
+def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
+    """A trainer that goes on from the last checkpoint in `path`; `config` is the stored one with permitted changes.
+
+    Raises:
+        UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to something else.
+    """
+    _check_changes(stored_config(path), config)
+    run = RunDir.open(path)
+    try:
+        splits = _load(config)
+        config = resolve(config, splits.info, say)
+        networks, step, loader = _build(config, splits)
+        _check_epochs(stored_config(path), config, loader.steps_per_epoch)
+        write_text(path / CONFIG, to_yaml(replace(config, run=replace(config.run, stop_after=None))))
+        record_start(path / ENVIRONMENT)
+        trainer = Trainer(config, splits, networks, step, loader, run)
+        last = path / LAST
+        if last.exists():
+            state = read_state(last / STATE)
+            _load_weights(last, networks, config)
+            trainer.load_state_dict(state)
+            say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
+        else:
+            trainer.metrics.keep_until(0)
+            say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
+        yield trainer
+    finally:
+        run.close()
+
+
+def _load(config: TrainConfig[Any]) -> Splits:
+    data = config.data
+    return load_train(
+        data.data,
+        data.data_dir,
+        val_size=None if data.val_size is None else int(data.val_size) if data.val_size >= 1 else data.val_size,
+        seed=config.engine.seed,
+        image_size=data.image_size,
+        download=data.download,
+        limit=data.train_size,
+    )
+
+
+def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
+    """Networks, step and loader of a resolved configuration, from the run's seed."""
+    info, engine, attack = splits.info, config.engine, config.attack
+    device, channels_last = torch.device(engine.device), bool(engine.channels_last)
+    seed_everything(engine.seed, deterministic=engine.deterministic)
+    method = method_class(config.method)(config.options)
+    statistics = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)
+
+    def build(name: str) -> torch.nn.Module:
+        return build_model(
+            name, num_classes=info.num_classes, image_shape=info.image_shape, mean=statistics[0], std=statistics[1]
+        )
+
+    # The model comes first, so that methods with and without a guide start from the same weights.
+    model = build(config.model.model)
+    networks = NetworkSet(
+        model,
+        build(config.model.guide) if method.uses_guide else None,
+        device=device,
+        channels_last=channels_last,
+        attack_bn=attack.attack_bn,
+        compile_mode=engine.compile,
+        ema=config.optim.ema,
+    )
+    assert config.data.batch_size is not None
+    loader = ResidentLoader(
+        splits.train,
+        batch_size=config.data.batch_size,
+        augment=config.data.augment,
+        seed=engine.seed,
+        device=device,
+        channels_last=channels_last,
+    )
+    spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
+    factor = schedule_factor(config.optim, loader.steps_per_epoch)
+    step = TrainStep(method, networks, spec, config.optim, Precision(engine.amp, device), factor)
+    # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
+    torch.manual_seed(engine.seed)
+    return networks, step, loader
+
+
+def _load_weights(last: Path, networks: NetworkSet, config: TrainConfig[Any]) -> None:
+    averaged = networks.ema is not None
+    targets = [("model_raw" if averaged else "model", networks.raw["model"], config.model.model)]
+    if networks.ema is not None:
+        targets.append(("model", networks.ema.module, config.model.model))
+    if "guide" in networks.raw:
+        targets.append(("guide", networks.raw["guide"], config.model.guide))
+    for name, module, architecture in targets:
+        file = last / f"{name}.safetensors"
+        state, sidecar = load_state(file)
+        if sidecar.architecture != architecture:
+            raise UserError(f"{file} is a {sidecar.architecture}, but this run's {sidecar.role} is a {architecture}")
+        put_state(module, state, file, architecture)
+
+
+def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
+    before, after = to_flat(stored), to_flat(asked)
+    changed = [key for key in before if before[key] != after.get(key) and key not in RESUMABLE]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"--resume goes on exactly as begun: {key} is {before[key]} in this run, not {after.get(key)}; "
+            "start a new run to change it"
+        )
+
+
+def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_epoch: int) -> None:
+    """Allow another number of epochs where the schedule so far is the same under both."""
+    if stored.optim.epochs == asked.optim.epochs:
+        return
+    assert stored.optim.epochs is not None
+    assert asked.optim.epochs is not None
+    steps = range(min(stored.optim.epochs, asked.optim.epochs) * steps_per_epoch)
+    before, after = (schedule_factor(c.optim, steps_per_epoch) for c in (stored, asked))
+    if any(before(s) != after(s) for s in steps):
+        raise UserError(
+            f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "
+            f"{asked.optim.epochs} asked); start with --epochs {asked.optim.epochs} --stop-after {stored.optim.epochs} to pause"
+        )

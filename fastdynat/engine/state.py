@@ -1,0 +1,44 @@
+"""The training state on disk: everything beside the weights that makes a resumed run equal to an uninterrupted one."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdynat.data import ImageSet
+from fastdynat.errors import UserError
+from fastdynat.runs.files import sync_file
+
+FORMAT = "fastdynat-state/1"
+
+
+def fingerprint(images: ImageSet) -> str:
+    """A digest of images and labels, to notice that a run is resumed on other data."""
+    digest = hashlib.sha256(images.labels.numpy().tobytes())
+    digest.update(images.images.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values only, so that it opens with ``weights_only=True``)."""
+    torch.save({"format": FORMAT, **state}, path)
+    sync_file(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote, without running code from the file.
+
+    Raises:
+        UserError: missing, truncated, or not a training state.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: this checkpoint cannot be resumed") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is truncated or not a training state ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a fastdynat training state (its format is not {FORMAT})")
+    return state

@@ -1,0 +1,34 @@
+"""Ctrl-C and SIGTERM as a request to finish the step, save and leave."""
+
+import signal
+import threading
+from signal import Signals
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """While active, the first SIGINT or SIGTERM only sets `signal`; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: Signals | None = None
+        self._previous: dict[Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) the caller's stay in force.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = Signals(number)
+
+    def requested(self) -> bool:
+        return self.signal is not None

@@ -1,0 +1,230 @@
+"""`fastdynat eval`: the checkpoints of one or more runs under the same attacks, as a table and as JSON."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from fastdynat.attacks import NamedAttack, parse_attacks
+from fastdynat.config import read_yaml
+from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import Measurement, measure
+from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, describe_environment, load_network, require_run
+from fastdynat.runs.files import write_text
+from fastdynat.units import describe, parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate the best and last checkpoints of runs on the test set, in float32 unless told otherwise."""
+
+    attacks: str = "clean,fgsm,pgd20,cw"
+    """Comma-separated: clean, fgsm, pgdK or pgdK-R (K steps, R restarts), cwK (PGD on the margin loss)."""
+    eps: float | str = "auto"
+    """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps."""
+    step_size: float | str = "auto"
+    """Step of pgd and cw; auto is eps / 4."""
+    norm: Literal["auto", "linf", "l2"] = "auto"
+    """Threat model; auto is the one the run was trained for."""
+    checkpoints: Literal["both", "best", "last"] = "both"
+    """Which checkpoints."""
+    data: str = "auto"
+    """Dataset; auto is the run's."""
+    data_dir: str = "auto"
+    """Where the dataset is; auto is the run's."""
+    num_images: int | None = None
+    """Use only the first so many test images (an image folder's classes take turns)."""
+    batch_size: int = 500
+    """Images per batch."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto is a GPU if there is one."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision of the attack and of the prediction."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile mode."""
+    seed: int = 1
+    """Seed of the random starts."""
+    json: str | None = None
+    """Also write the results to this file."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One checkpoint with what it is measured on."""
+
+    run: Path
+    checkpoint: str
+    network: nn.Module
+    sidecar: Sidecar
+    attacks: list[NamedAttack]
+    eps: float
+    step_size: float
+    norm: str
+    images: ImageSet
+
+
+def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> list[dict[str, Any]]:
+    """Measure every checkpoint of `paths`, print a table, and return (and store) one record per checkpoint.
+
+    All checkpoints are loaded and checked before the first is measured.
+
+    Raises:
+        UserError: a path that is no run, a damaged or foreign checkpoint, an unknown attack, data that does not fit.
+    """
+    if config.json and not Path(config.json).parent.is_dir():
+        raise UserError(f"cannot write {config.json}: {Path(config.json).parent} is not a folder")
+    if config.batch_size < 1 or (config.num_images is not None and config.num_images < 1):
+        raise UserError(f"batch_size and num_images must be >= 1, got {config.batch_size} and {config.num_images}")
+    device = _device(config.device)
+    # TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    jobs = _plan(paths, config, console)
+    records = []
+    total = sum(len(job.images) * len(job.attacks) for job in jobs)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for job in jobs:
+            records.append(_run_job(job, config, device, lambda n: bar.advance(task, n), console))
+            bar.update(task, description=f"{job.run} {job.checkpoint}")
+            if config.json:
+                write_text(Path(config.json), json.dumps(_document(config, records), indent=2) + "\n")
+    _print_table(records, console)
+    return records
+
+
+def _device(name: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]:
+    jobs: list[_Job] = []
+    tests: dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]] = {}
+    for path in paths:
+        require_run(path)
+        stored = read_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
+        data = stored["data"] if config.data == "auto" else config.data
+        folder = stored["data_dir"] if config.data_dir == "auto" else config.data_dir
+        key = (data, folder, stored.get("image_size"))
+        for checkpoint in (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,):
+            if not (path / checkpoint).exists():
+                raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was completed yet")
+            network, sidecar = load_network(path / checkpoint / "model.safetensors")
+            if key not in tests:
+                tests[key] = load_test(data, folder, image_size=key[2], download=bool(stored.get("download", True)))
+            info, images = tests[key]
+            _check_data(sidecar, info, path)
+            attacks, eps, step_size, norm = _attacks(config, sidecar, console)
+            jobs.append(
+                _Job(path, checkpoint, network, sidecar, attacks, eps, step_size, norm, _first(images, config.num_images))
+            )
+    return jobs
+
+
+def _attacks(config: EvalConfig, sidecar: Sidecar, console: Console) -> tuple[list[NamedAttack], float, float, str]:
+    norm = sidecar.norm if config.norm == "auto" else config.norm
+    if norm != sidecar.norm and config.eps == "auto":
+        raise UserError(f"the run was trained under {sidecar.norm}; --norm {norm} needs --eps")
+    limit = 1.0 if norm == "linf" else float(torch.Size(sidecar.image_shape).numel()) ** 0.5
+    values = []
+    for what, text, automatic in (("eps", config.eps, sidecar.eval_eps), ("step_size", config.step_size, None)):
+        size = None if text == "auto" else parse_size(text, what, norm=norm, limit=limit)
+        if size is not None and size.notice:
+            console.print(size.notice, markup=False)
+        values.append(automatic if size is None else size.value)
+    eps = float(values[0])  # type: ignore[arg-type]
+    step_size = eps / 4 if values[1] is None else values[1]
+    return parse_attacks(config.attacks, eps=eps, step_size=step_size, norm=norm), eps, step_size, norm
+
+
+def _check_data(sidecar: Sidecar, info: DatasetInfo, run: Path) -> None:
+    ours = (sidecar.image_shape, sidecar.class_names)
+    if ours != (info.image_shape, info.class_names):
+        raise UserError(
+            f"{run} was trained on {sidecar.dataset} ({len(sidecar.class_names)} classes, images {sidecar.image_shape}), "
+            f"but {info.name} has {len(info.class_names)} classes and images {info.image_shape}"
+        )
+
+
+def _first(images: ImageSet, count: int | None) -> ImageSet:
+    return images if count is None else ImageSet(images.images[:count], images.labels[:count])
+
+
+def _run_job(job: _Job, config: EvalConfig, device: torch.device, advance: Any, console: Console) -> dict[str, Any]:
+    network = job.network.to(device).requires_grad_(False)
+    if config.compile != "off":
+        network = torch.compile(network, mode=config.compile, dynamic=False)  # type: ignore[assignment]
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    results: list[Measurement] = []
+    for attack in job.attacks:
+        results.append(
+            measure(
+                network,
+                job.images,
+                attack,
+                device=device,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                amp_dtype=dtype,
+                advance=advance,
+            )
+        )
+        r = results[-1]
+        console.print(
+            f"{job.run} {job.checkpoint}: {r.attack} {100 * r.accuracy:.2f} % ({r.seconds:.1f} s, {r.images_per_s:,.0f} img/s)",
+            markup=False,
+            highlight=False,
+        )
+    accuracy = {r.attack: r.accuracy for r in results}
+    robust = [value for name, value in accuracy.items() if name != "clean"]
+    job.network.cpu()
+    return {
+        "run": str(job.run),
+        "checkpoint": job.checkpoint,
+        "method": job.sidecar.method,
+        "architecture": job.sidecar.architecture,
+        "dataset": job.sidecar.dataset,
+        "epoch": job.sidecar.epoch,
+        "norm": job.norm,
+        "eps": job.eps,
+        "step_size": job.step_size,
+        "images": len(job.images),
+        "robustness_gap": accuracy["clean"] - min(robust) if "clean" in accuracy and robust else None,
+        "attacks": [asdict(r) for r in results],
+    }
+
+
+def _document(config: EvalConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": "fastdynat-eval/1",
+        "config": asdict(config),
+        "environment": describe_environment(),
+        "results": records,
+    }
+
+
+def _print_table(records: list[dict[str, Any]], console: Console) -> None:
+    names = list(dict.fromkeys(a["attack"] for r in records for a in r["attacks"]))
+    radii = sorted({f"{r['norm']} eps {describe(r['eps'])}" for r in records})
+    table = Table(title=f"accuracy in %, {records[0]['images']} test images, {', '.join(radii)}", title_justify="left")
+    for column in ("run", "method", "checkpoint", "epoch"):
+        table.add_column(column, no_wrap=column != "run")
+    for column in (*names, "gap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in records:
+        cells = {a["attack"]: f"{100 * a['accuracy']:.2f}" for a in r["attacks"]}
+        gap = "-" if r["robustness_gap"] is None else f"{100 * r['robustness_gap']:.2f}"
+        table.add_row(r["run"], r["method"], r["checkpoint"], str(r["epoch"]), *(cells.get(n, "-") for n in names), gap)
+    console.print(table)

@@ -1,0 +1,34 @@
+"""Training methods: one file each behind the interface of `fastdynat.methods.base`."""
+
+from typing import Any
+
+from fastdynat.errors import unknown_name
+from fastdynat.methods.base import Inner, Method, Networks, Outer
+from fastdynat.methods.dynat import Dynat, DynatOptions
+from fastdynat.methods.madry import Madry, MadryOptions
+from fastdynat.methods.natural import Natural, NaturalOptions
+
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Madry, Natural)}
+
+
+def method_class(name: str) -> type[Method[Any]]:
+    """The method called `name`, with the nearest names in the error if there is none."""
+    if name.lower() not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name.lower()]
+
+
+__all__ = [
+    "METHODS",
+    "Dynat",
+    "DynatOptions",
+    "Inner",
+    "Madry",
+    "MadryOptions",
+    "Method",
+    "Natural",
+    "NaturalOptions",
+    "Networks",
+    "Outer",
+    "method_class",
+]

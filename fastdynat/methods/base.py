@@ -1,0 +1,109 @@
+"""The interface every training method implements: a min-max problem, its two halves stated separately.
+
+A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
+runs the attack, the backward passes, the optimisers, precision and compilation, and may run either half again (a weight
+perturbation evaluates `outer` twice on one `Inner`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import AttackGoal
+from fastdynat.data import Batch
+
+Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run as a method sees them.
+
+    Attributes:
+        model: the network being trained for robustness, in train mode.
+        attacked: the same weights in the attack's BN mode, without parameter gradients.
+        guide: the second network, in train mode (LBGAT's and DYNAT's guide, a distillation's teacher); None without one.
+        guide_eval: the guide's weights in eval mode, without parameter gradients; None without a guide.
+    """
+
+    model: Network
+    attacked: Network
+    guide: Network | None = None
+    guide_eval: Network | None = None
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner maximisation of one batch.
+
+    Attributes:
+        goal: what the attack maximises; None trains on the clean images.
+        guide_logits: the guide's logits on the clean batch with their graph, where the method computed them.
+        dynamic_labels: what the guide says the model should answer: (N,) int64 or (N, K) probabilities.
+    """
+
+    goal: AttackGoal | None
+    guide_logits: Tensor | None = None
+    dynamic_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer minimisation of one batch.
+
+    Attributes:
+        losses: one scalar with its graph per trained network, keyed "model" and "guide".
+        logs: detached scalars, averaged over the epoch's images under the same key in metrics.jsonl.
+    """
+
+    losses: dict[str, Tensor]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC, Generic[OptionsT]):
+    """A training method. Subclasses are one file each and hold no tensors of their own."""
+
+    name: ClassVar[str]
+    options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
+    uses_guide: ClassVar[bool] = False
+    default_start: ClassVar[str] = "uniform"  # of the inner attack, where the user names none
+    select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    @abstractmethod
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        """State the inner problem of `batch` (images (N, C, H, W) in [0, 1], labels (N,) int64)."""
+
+    @abstractmethod
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
+        """State the losses on the attacked images `x_adv` (the clean ones where `inner.goal` is None)."""
+
+
+def share_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of images whose arg-max is the label, a detached float32 scalar on the device."""
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
+    """Let the clean batch move the model's running statistics; nothing else comes of it."""
+    with torch.no_grad():
+        nets.model(batch.x)
+
+
+__all__ = [
+    "Inner",
+    "Method",
+    "Network",
+    "Networks",
+    "OptionsT",
+    "Outer",
+    "clean_statistics_pass",
+    "share_correct",
+]

@@ -1,0 +1,35 @@
+"""PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.attacks import AttackGoal, wide
+from fastdynat.data import Batch
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share_correct
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadryOptions:
+    """Options of PGD adversarial training."""
+
+    bn_clean_forward: bool = False
+    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release does)."""
+
+
+class Madry(Method[MadryOptions]):
+    """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
+
+    name = "madry"
+    options_type = MadryOptions
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(AttackGoal("ce", batch.labels))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
+        logits = wide(nets.model(x_adv))
+        loss = F.cross_entropy(logits, batch.labels)
+        if self.options.bn_clean_forward:
+            clean_statistics_pass(nets, batch)
+        return Outer({"model": loss}, {"loss": loss.detach(), "train_adv_acc": share_correct(logits, batch.labels)})

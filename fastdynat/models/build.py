@@ -1,0 +1,142 @@
+"""Build a network by name: pixel normalisation first, then ours, torchvision's or timm's backbone."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
+from fastdynat.models.resnet import PreActResNet18, ResNet18
+from fastdynat.models.small import SmallNet
+from fastdynat.models.wide_resnet import WideResNet
+
+OURS: dict[str, Callable[..., nn.Module]] = {
+    "small": SmallNet,
+    "resnet18": ResNet18,
+    "resnet18_s1122": partial(ResNet18, strides=(1, 1, 2, 2)),
+    "preact_resnet18": PreActResNet18,
+    "wrn-28-10": partial(WideResNet, depth=28, width=10),
+    "wrn-34-10": partial(WideResNet, depth=34, width=10),
+}
+
+
+class Normalize(nn.Module):
+    """Subtract a per-channel mean and divide by a per-channel standard deviation, both in [0, 1] pixel units."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map float images (N, C, H, W) in [0, 1] to the same shape, normalised."""
+        return (x - self.mean) / self.std
+
+
+def known_models() -> list[str]:
+    """Return the names that `build_model` knows without a prefix; `wrn-D-W` and `timm:NAME` come on top.
+
+    A torchvision name that is also one of ours (resnet18) means ours; `torchvision:resnet18` means theirs.
+    """
+    return sorted({*OURS, *torchvision_names()})
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Build a network that takes float images (N, C, H, W) in [0, 1] and returns logits (N, num_classes).
+
+    The state dict has the keys `normalize.mean`, `normalize.std` and `net.*`. Weights are freshly drawn from the global
+    random state; the check that the images fit draws nothing from it.
+
+    Args:
+        name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not matter, and
+            for our own networks `-` and `_` are the same.
+        num_classes: Width of the last layer.
+        image_shape: (C, H, W) of the images that will come.
+        mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
+        std: Per-channel standard deviation in [0, 1] units, C positive numbers; 1 if None.
+
+    Raises: UserError for an unknown name, a bad mean or std, or images that the network cannot take.
+    """
+    channels = image_shape[0]
+    if num_classes < 2:
+        raise UserError(f"num_classes must be at least 2, got {num_classes}")
+    normalize = Normalize(_per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0))
+    backbone = _build_backbone(name, num_classes, image_shape)
+    model = nn.Sequential(OrderedDict(normalize=normalize, net=backbone))
+    check_fit(model, name, num_classes=num_classes, image_shape=image_shape)
+    return model
+
+
+def _per_channel(what: str, values: Sequence[float] | None, channels: int, *, default: float) -> tuple[float, ...]:
+    if values is None:
+        return (default,) * channels
+    if len(values) != channels:
+        raise UserError(f"{what} has {len(values)} numbers but the images have {channels} channels; give one per channel")
+    if what == "std" and min(values) <= 0:
+        raise UserError(f"std must be positive, got {tuple(values)}")
+    return tuple(float(value) for value in values)
+
+
+def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    source, _, rest = name.partition(":")
+    if rest and source.lower() == "torchvision":
+        return build_torchvision(rest.lower(), num_classes=num_classes, image_shape=image_shape)
+    if rest and source.lower() == "timm":
+        return build_timm(rest, num_classes=num_classes, image_shape=image_shape)
+    key = name.lower().replace("_", "-")
+    for ours, make in OURS.items():
+        if ours.replace("_", "-") == key:
+            return make(num_classes=num_classes, in_channels=image_shape[0])
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", key):
+        depth, width = int(match[1]), int(match[2])
+        return WideResNet(depth=depth, width=width, num_classes=num_classes, in_channels=image_shape[0])
+    if name.lower() in torchvision_names():
+        return build_torchvision(name.lower(), num_classes=num_classes, image_shape=image_shape)
+    raise _unknown_model(name)
+
+
+def _unknown_model(name: str) -> UserError:
+    # The suggestion may come from all of torchvision, but a line that lists all of it would hide our own names.
+    message = str(unknown_name("model", name, known_models())).partition("known:")[0]
+    return UserError(f"{message}known: {', '.join(OURS)}, wrn-D-W, timm:NAME and torchvision's classifiers")
+
+
+@torch.no_grad()
+def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as they were.
+
+    Raises: UserError naming the image size where the forward fails or returns anything but (2, num_classes).
+    """
+    channels, height, width = image_shape
+    size = f"{channels}x{height}x{width} images"
+    remedy = "choose another --model or pass a larger --image-size"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            out = model(torch.zeros(2, *image_shape, device=next(model.buffers()).device))
+    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"model {name!r} does not take {size} ({_first_line(error)}); {remedy}") from error
+    finally:
+        model.train(was_training)
+    if not isinstance(out, Tensor) or out.shape != (2, num_classes):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(f"model {name!r} maps two {size} to {got}, not to logits (2, {num_classes}); {remedy}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,79 @@
+"""Classifiers of torchvision and, where it is installed, timm: freshly initialised, no pretrained weights."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from fastdynat.errors import UserError, unknown_name
+
+
+@cache
+def torchvision_names() -> tuple[str, ...]:
+    """Return the names of torchvision's image classifiers."""
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Build a torchvision classifier; the ones with a fixed input size are built for this one.
+
+    Raises: UserError for an unknown name, images that are not RGB, or a size that the network refuses.
+    """
+    if name not in torchvision_names():
+        raise _unknown("torchvision model", name, torchvision_names(), "torchvision.models.list_models()")
+    channels, height, width = image_shape
+    if channels != 3:
+        raise UserError(
+            f"torchvision:{name} takes RGB images only, the data has {channels} channel(s); "
+            "use one of our networks (small, resnet18, wrn-28-10, ...) or timm:NAME"
+        )
+    kwargs: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        kwargs["image_size"] = height
+    elif name.startswith("maxvit"):
+        kwargs["input_size"] = (height, width)
+    elif name in ("googlenet", "inception_v3"):
+        # Without auxiliary heads these return logits in train mode too; init_weights spares a warning.
+        kwargs.update(aux_logits=False, init_weights=True)
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {reason}") from error
+    return model
+
+
+def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Build a timm model with its stem for these channels and, where the architecture asks for one, this image size.
+
+    Raises: UserError where timm is not installed, for an unknown name, or a size that the network refuses.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(f"timm:{name} needs timm, which is not installed: pip install 'fastdynat[timm]'")
+    timm = importlib.import_module("timm")
+    channels, height, width = image_shape
+    base, _, _tag = name.partition(".")
+    if not timm.is_model(base):
+        raise _unknown("timm model", name, timm.list_models(), "timm.list_models()")
+    kwargs: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
+    try:
+        try:
+            return timm.create_model(name, img_size=(height, width), **kwargs)
+        except TypeError as error:
+            # Convolutional networks have no fixed size and reject the argument.
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, **kwargs)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {reason}") from error
+
+
+def _unknown(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
+    # These libraries know hundreds of names, so only the nearest are worth printing.
+    message = str(unknown_name(kind, name, names)).partition("known:")[0].rstrip()
+    return UserError(f"{message} {lister} gives all {len(names)}")

@@ -1,0 +1,108 @@
+"""ResNet-18 for small images: the usual one, the slower-striding guide of LBGAT/DYNAT, and the pre-activation form.
+
+Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those load by key.
+Convolutions keep PyTorch's default initialisation, as the published training runs do.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (64, 128, 256, 512)
+BLOCKS_PER_STAGE = 2
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution with padding 1 and no bias."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, BatchNorm after each, ReLU after the sum with the shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    """BatchNorm and ReLU before each 3x3 convolution; a projection shortcut sees the pre-activated input."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+def make_layer(block: type[BasicBlock] | type[PreActBlock], in_channels: int, width: int, stride: int) -> nn.Sequential:
+    """Stack one stage of blocks; only its first block strides."""
+    blocks = [block(in_channels, width, stride)]
+    blocks += [block(width, width, 1) for _ in range(BLOCKS_PER_STAGE - 1)]
+    return nn.Sequential(*blocks)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a 3x3 stem and no max-pool (11.17 M parameters).
+
+    Strides (1, 2, 2, 2) are the usual CIFAR network, 0.56 GMAC at 32x32. Strides (1, 1, 2, 2) are the guide that LBGAT
+    and DYNAT ship as "ResNet18_cifar": the same parameters, but stage 2 stays at full resolution, so 1.76 GMAC, 3.2
+    times the arithmetic. The final pooling is adaptive, so any image size that survives the strides works.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, strides: tuple[int, int, int, int] = (1, 2, 2, 2)) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, WIDTHS[0])
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[0], strides[0])
+        self.layer2 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[1], strides[1])
+        self.layer3 = make_layer(BasicBlock, WIDTHS[1], WIDTHS[2], strides[2])
+        self.layer4 = make_layer(BasicBlock, WIDTHS[2], WIDTHS[3], strides[3])
+        self.linear = nn.Linear(WIDTHS[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+
+
+class PreActResNet18(nn.Module):
+    """Pre-activation ResNet-18 with a final BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56 GMAC)."""
+
+    def __init__(self, *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, WIDTHS[0])
+        self.layer1 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[0], 1)
+        self.layer2 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[1], 2)
+        self.layer3 = make_layer(PreActBlock, WIDTHS[1], WIDTHS[2], 2)
+        self.layer4 = make_layer(PreActBlock, WIDTHS[2], WIDTHS[3], 2)
+        self.bn = nn.BatchNorm2d(WIDTHS[3])
+        self.linear = nn.Linear(WIDTHS[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        out = F.relu(self.bn(out))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))

@@ -1,0 +1,19 @@
+"""Operators: one function each, the same result whichever implementation runs.
+
+Implementations ("backends"): `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built), `triton`
+(kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the tensors allow.
+
+To add an operator: a file here with the public function, its schema, its fake and its table of implementations.
+"""
+
+from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.pgd_step import pgd_step_linf
+
+__all__ = [
+    "BACKENDS",
+    "available_backends",
+    "pgd_step_linf",
+    "selected_backend",
+    "set_backend",
+    "use_backend",
+]

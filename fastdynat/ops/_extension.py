@@ -1,0 +1,26 @@
+"""The compiled extension fastdynat._C: absent is normal, present but unloadable is an error."""
+
+import importlib
+import importlib.util
+
+import torch
+
+REBUILD = "pip install -e . --no-build-isolation"
+
+
+def _load() -> tuple[bool, bool]:
+    """Load fastdynat._C if it is there. Returns (loaded, with the CUDA half)."""
+    spec = importlib.util.find_spec("fastdynat._C")
+    if spec is None:
+        return False, False
+    try:
+        extension = importlib.import_module("fastdynat._C")
+    except ImportError as error:
+        raise ImportError(
+            f"fastdynat._C is built ({spec.origin}) but does not load in torch {torch.__version__}: {error}. "
+            f"Rebuild it ({REBUILD}) or delete the file to go without it."
+        ) from error
+    return True, bool(extension.WITH_CUDA)
+
+
+LOADED, WITH_CUDA = _load()

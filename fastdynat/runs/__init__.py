@@ -1,0 +1,24 @@
+"""Run directories: layout, weights and the record of where a run ran."""
+
+from fastdynat.runs.environment import describe_environment, record_start
+from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
+from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, save_weights
+
+__all__ = [
+    "BEST",
+    "CONFIG",
+    "ENVIRONMENT",
+    "LAST",
+    "STATE",
+    "RunDir",
+    "Sidecar",
+    "check_new",
+    "describe_environment",
+    "free_name",
+    "load_network",
+    "load_state",
+    "put_state",
+    "record_start",
+    "require_run",
+    "save_weights",
+]

@@ -1,0 +1,54 @@
+"""What a run or a measurement ran on."""
+
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+
+from fastdynat import __version__
+from fastdynat.runs.files import write_text
+
+
+def cpu_name() -> str:
+    """The processor's public name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_environment() -> dict[str, Any]:
+    """Machine and versions as plain JSON values; no host or user names."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fastdynat": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "cpu": f"{len(os.sched_getaffinity(0))}-core {cpu_name()}",
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def record_start(path: Path) -> None:
+    """Append this process to the list in `path` (environment.json)."""
+    starts: list[Any] = []
+    with suppress(OSError, ValueError):  # the first start, or a list that nobody needs for resuming
+        starts = list(json.loads(path.read_text(encoding="utf-8")))
+    starts.append({**describe_environment(), "command": sys.argv[1:]})
+    write_text(path, json.dumps(starts, indent=2) + "\n")

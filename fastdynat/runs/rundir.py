@@ -1,0 +1,137 @@
+"""The run directory: one folder that holds everything about a run, consistent at every moment.
+
+RUN/config.yaml          resolved configuration
+RUN/environment.json     machine and versions, one entry per start
+RUN/metrics.jsonl, .csv  one row per epoch
+RUN/last, RUN/best       links to checkpoints/NNNNNN: model and guide weights; in last also the training state
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from fastdynat.errors import UserError
+from fastdynat.runs.files import point, sync_folder, write_text
+
+CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
+LAST, BEST = "last", "best"
+
+
+def looks_like_run(path: Path) -> bool:
+    """Whether `path` holds a run's configuration."""
+    return (path / CONFIG).is_file()
+
+
+def free_name(stem: str, parent: Path = Path("runs")) -> Path:
+    """``runs/STEM``, or the first free of ``runs/STEM-2``, ``-3``, ..."""
+    path, number = parent / stem, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{stem}-{number}"
+    return path
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a new run must not use, before any work is done and without changing anything.
+
+    Raises:
+        UserError: it holds a run (and `overwrite` is off), holds something else, or cannot be written.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        if not looks_like_run(path):
+            raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
+        if not overwrite:
+            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+    finally:
+        for made in missing:
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+
+
+class RunDir:
+    """An open run directory, locked against a second process until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"{path} is in use by another fastdynat process") from None
+
+    @classmethod
+    def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
+        """Begin a new run in `path`; an old one there is removed if `overwrite`."""
+        check_new(path, overwrite=overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        for old in path.iterdir():
+            if old.name == ".lock":
+                continue
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        (path / "checkpoints").mkdir()
+        write_text(path / CONFIG, config)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """Open an existing run.
+
+        Raises:
+            UserError: `path` is not a run, cannot be written, or is in use.
+        """
+        require_run(path)
+        try:
+            return cls(path)
+        except OSError as error:
+            raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def commit(self, write: Callable[[Path], None], *, best: bool) -> None:
+        """Let `write` fill a new checkpoint folder, then make it `last` (and `best`) in one step each."""
+        store = self.path / "checkpoints"
+        number = 1 + max((int(p.name) for p in store.iterdir() if p.name.isdigit()), default=0)
+        temporary, final = store / ".partial", store / f"{number:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        sync_folder(temporary)
+        temporary.rename(final)
+        sync_folder(store)
+        # `best` first: a kill in between is repaired by the resumed run, which starts from the old `last` and comes here again.
+        if best:
+            point(self.path / BEST, os.path.relpath(final, self.path))
+        point(self.path / LAST, os.path.relpath(final, self.path))
+        sync_folder(self.path)
+        self._drop_unreferenced(store)
+
+    def _drop_unreferenced(self, store: Path) -> None:
+        last, best = (self.path / name for name in (LAST, BEST))
+        kept = {link.resolve() for link in (last, best) if link.exists()}
+        for folder in store.iterdir():
+            if folder.resolve() not in kept:
+                shutil.rmtree(folder)
+            elif folder.resolve() != last.resolve():
+                (folder / STATE).unlink(missing_ok=True)
+
+
+def require_run(path: Path) -> None:
+    """Raise UserError unless `path` is a run directory."""
+    if not path.exists():
+        raise UserError(f"no run at {path}")
+    if not looks_like_run(path):
+        raise UserError(f"{path} is not a run directory: it has no {CONFIG}")

@@ -1,0 +1,51 @@
+"""Test the installed package; without one, test this checkout."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+if importlib.util.find_spec("fastdynat") is None:
+    sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by @triton.jit, so set before fastdynat.kernels is imported
+
+
+def available(what: str) -> bool:
+    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, or an importable module."""
+    if what == "gpu":
+        return torch.cuda.is_available()
+    if what == "nvcc":
+        return shutil.which("nvcc") is not None
+    if what == "cxx":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++"))
+    return importlib.util.find_spec("fastdynat._C" if what == "ext" else what) is not None
+
+
+def needs(*what: str) -> pytest.MarkDecorator:
+    """Skip where one of `what` is missing, but run (and fail) where FASTDYNAT_REQUIRE lists it.
+
+    CI sets FASTDYNAT_REQUIRE=ext,triton so that it cannot pass by skipping.
+    """
+    required = os.environ.get("FASTDYNAT_REQUIRE", "").split(",")
+    missing = [name for name in what if name not in required and not available(name)]
+    return pytest.mark.skipif(bool(missing), reason=f"not available here: {', '.join(missing)}")
+
+
+def pytest_report_header() -> str:
+    """Which copy of the package is under test: an editable install of another checkout is easy to miss."""
+    from fastdynat import kernels, ops
+
+    usable = [name for name, why_not in ops.available_backends().items() if why_not is None]
+    return f"fastdynat: {Path(ops.__file__).parents[1]}, kernels: {kernels.__path__[0]}, backends: {', '.join(usable)}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
