@@ -47,7 +47,7 @@ ALIASES = {
     "--out": "--run-dir",
 }
 # Flags with a value that may stand bare.
-BARE = {"--amp": "bf16", "--compile": "default"}
+BARE = {"--amp": "bf16", "--compile": "default", "--channels-last": "on"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,8 +113,8 @@ class EngineConfig:
     """Mixed precision; a bare --amp is bf16."""
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
     """torch.compile mode; a bare --compile is default."""
-    channels_last: bool | None = None
-    """Channels-last memory format; None is on for a GPU."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Channels-last memory format; auto is on for a GPU, a bare --channels-last is on."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False

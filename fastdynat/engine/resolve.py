@@ -120,8 +120,8 @@ def _engine(engine: EngineConfig) -> EngineConfig:
         raise UserError(f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has") from None
     if engine.seed < 0:
         raise UserError(f"seed must be >= 0, got {engine.seed}")
-    channels_last = device.type == "cuda" if engine.channels_last is None else engine.channels_last
-    return replace(engine, device=name, channels_last=channels_last)
+    layout = ("on" if device.type == "cuda" else "off") if engine.channels_last == "auto" else engine.channels_last
+    return replace(engine, device=name, channels_last=layout)
 
 
 def _run(config: TrainConfig[Any]) -> Any:

@@ -21,8 +21,8 @@ def _cosine(begin: float, end: float, share: float) -> float:
 
 
 def _onecycle(step: int, total: int) -> float:
-    peak = max(ONECYCLE_WARMUP * total - 1, 1e-9)
-    if step <= peak:
+    peak = ONECYCLE_WARMUP * total - 1
+    if peak > 0 and step <= peak:
         return _cosine(ONECYCLE_START, 1.0, step / peak)
     return _cosine(1.0, ONECYCLE_END, (step - peak) / max(total - 1 - peak, 1e-9))
 

@@ -142,7 +142,7 @@ def _load(config: TrainConfig[Any]) -> Splits:
 def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
     info, engine, attack = splits.info, config.engine, config.attack
-    device, channels_last = torch.device(engine.device), bool(engine.channels_last)
+    device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
     statistics = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)

@@ -148,7 +148,7 @@ class Trainer:
                 device=self.device,
                 batch_size=self.config.data.eval_batch_size,
                 seed=self.config.engine.seed,
-                channels_last=bool(self.config.engine.channels_last),
+                channels_last=self.config.engine.channels_last == "on",
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}
