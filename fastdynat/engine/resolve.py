@@ -35,6 +35,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         UserError: a value that cannot work, by name and remedy.
     """
     method = method_class(config.method)
+    method(config.options)
     return replace(
         config,
         method=method.name,
@@ -95,10 +96,11 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
     assert optim.lr is not None
     if optim.epochs < 1:
         raise UserError(f"epochs must be >= 1, got {optim.epochs}")
-    if optim.lr <= 0:
+    # Written so that NaN fails too.
+    if not 0 < optim.lr < math.inf:
         raise UserError(f"lr must be above 0, got {optim.lr:g}")
-    for name in ("weight_decay", "clip_grad"):
-        if getattr(optim, name) < 0:
+    for name in ("weight_decay", "clip_grad", "gamma"):
+        if not 0 <= getattr(optim, name) < math.inf:
             raise UserError(f"{name} must be >= 0, got {getattr(optim, name):g}")
     for name in ("momentum", "ema"):
         if not 0 <= getattr(optim, name) < 1:
@@ -130,7 +132,7 @@ def _run(config: TrainConfig[Any]) -> Any:
         raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
     if run.val_every < 1:
         raise UserError(f"val_every must be >= 1, got {run.val_every}")
-    if run.save_every <= 0:
+    if not run.save_every > 0:
         raise UserError(f"save_every must be above 0 minutes, got {run.save_every:g}")
     if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the extra: pip install 'fastdynat[tensorboard]'")

@@ -75,6 +75,7 @@ class Method(ABC, Generic[OptionsT]):
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
 
     def __init__(self, options: OptionsT) -> None:
+        """Raises UserError for an option that cannot work."""
         self.options = options
 
     @abstractmethod

@@ -20,6 +20,7 @@ Silent effects of the released code, and what is done with them here:
 - it accepts --beta and ignores it. Here `beta` weighs the model's loss; 1 is the release's active line, 0.2 its commented one.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,13 +63,6 @@ class DynatOptions:
     extra_kl_weight: float = 0.0
     """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP variant)."""
 
-    def __post_init__(self) -> None:
-        for name in ("beta", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
-        if self.extra_kl_weight < 0:
-            raise UserError(f"extra_kl_weight must be >= 0, got {self.extra_kl_weight:g}")
-
 
 class Dynat(Method[DynatOptions]):
     """Dynamic-label adversarial training, `DynatOptions` for the variants."""
@@ -77,6 +71,14 @@ class Dynat(Method[DynatOptions]):
     options_type = DynatOptions
     uses_guide = True
     default_start = "gaussian"
+
+    def __init__(self, options: DynatOptions) -> None:
+        super().__init__(options)
+        for name in ("beta", "temperature"):
+            if not 0 < getattr(options, name) < math.inf:
+                raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
+        if not 0 <= options.extra_kl_weight < math.inf:
+            raise UserError(f"extra_kl_weight must be >= 0, got {options.extra_kl_weight:g}")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None

@@ -1,0 +1,295 @@
+"""Bad input: one clear line on standard error, exit code 2, before training starts and with nothing lost."""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fastdynat.cli import main
+from fastdynat.engine import session
+from fastdynat.runs import RunDir
+
+TINY = ["--train-size", "40", "--val-size", "20", "--batch-size", "20", "--steps", "1", "--epochs", "2", "--quiet"]
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that must be refused; returns its one line."""
+
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in argv]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if line.startswith("fastdynat: error: ")]
+        assert len(errors) == 1
+        assert lines[-1] == errors[0]
+        return errors[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests that damage one work on a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--stop-after", "1"]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'"),
+        (["--model", "resnet81"], "unknown model 'resnet81': did you mean 'resnet18'"),
+        (["--guide", "smal"], "unknown model 'smal': did you mean 'small'"),
+        (["--method", "dynta"], "unknown method 'dynta': did you mean 'dynat'"),
+        (["--eps", "0"], "eps must be above 0"),
+        (["--eps=-8/255"], "eps must be above 0"),
+        (["--eps", "256"], "eps must be at most 1"),
+        (["--eps", "eight"], "eps must be a number or a fraction such as 8/255, got 'eight'"),
+        (["--eps", "nan"], "eps must be a number"),
+        (["--step-size", "0"], "step_size must be above 0"),
+        (["--eval-eps=-1"], "eval_eps must be above 0"),
+        (["--steps=-1"], "steps must be >= 0, got -1"),
+        (["--epochs", "0"], "epochs must be >= 1, got 0"),
+        (["--lr=-1"], "lr must be above 0, got -1"),
+        (["--lr", "nan"], "lr must be"),
+        (["--ema", "1"], r"ema must be in \[0, 1\), got 1"),
+        (["--momentum", "0", "--nesterov"], "nesterov needs momentum"),
+        (["--milestones", "0.5", "75"], "milestones must be shares"),
+        (["--clip-grad=-1"], "clip_grad must be >= 0"),
+        (["--batch-size", "0"], "batch_size must be >= 1"),
+        (["--batch-size", "1000"], "1000"),
+        (["--val-size", "100000"], "val_size"),
+        (["--train-size", "3"], "3"),
+        (["--device", "cuda:7"], "device 'cuda:7' cannot be used"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--beta", "0"], "beta must be above 0, got 0"),
+        (["--temperature=-2"], "temperature must be above 0"),
+        (["--stop-after", "0"], "stop_after must be >= 1"),
+        (["--save-every", "0"], "save_every must be above 0"),
+        (["--seed=-1"], "seed must be >= 0"),
+        (["--model", "torchvision:resnet18"], "torchvision"),
+        (["--data", "imagefolder", "--data-dir", "nowhere"], "nowhere"),
+        (["--data", "mnist", "--data-dir", "nowhere", "--no-download"], "--data-dir"),
+        (["--config", "nowhere.yaml"], "cannot read --config nowhere.yaml"),
+    ],
+)
+def test_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Run, flags: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, refused("train", "--run-dir", "run", *TINY, *flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown key 'epoch': did you mean 'epochs'"),
+        ("epochs: three", "epochs must be int or nothing, got 'three'"),
+        ("eps: [1]", "eps must be float or str"),
+        ("amp: bf32", "unknown amp 'bf32': did you mean 'bf16'"),
+        ("nesterov: 1", "nesterov must be bool, got 1"),
+        ("milestones: 0.5", "milestones must be a list of numbers"),
+        ("- epochs", "must hold `key: value` lines, got a list"),
+        ("epochs: [3", "is not valid YAML"),
+        ("method: 7", "method must be a name, got 7"),
+    ],
+)
+def test_config_files(tmp_path: Path, refused: Run, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    line = refused("train", "--config", file, "--run-dir", tmp_path / "run")
+    assert re.search(message, line)
+    assert "config.yaml" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_command_and_flag(refused: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'train'" in refused("trian")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--epoch-s", "3"])
+    assert exit_.value.code == 2
+    assert "--epoch-s" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_kept(run: Path, refused: Run) -> None:
+    before = (run / "last" / "model.safetensors").read_bytes()
+    line = refused("train", "--run-dir", run, *TINY)
+    assert f"--resume {run}" in line
+    assert "--overwrite" in line
+    # An overwrite that fails its checks has removed nothing either.
+    refused("train", "--run-dir", run, *TINY, "--overwrite", "--model", "resnet81")
+    assert (run / "last" / "model.safetensors").read_bytes() == before
+    assert main(["train", "--run-dir", str(run), *TINY, "--overwrite"]) == 0
+    assert (run / "last" / "model.safetensors").read_bytes() != before
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path, refused: Run) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "holds no run" in refused("train", "--run-dir", tmp_path, *TINY, "--overwrite")
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_unwritable_run_directory(tmp_path: Path, refused: Run) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot write to the run directory" in refused("train", "--run-dir", tmp_path / "file" / "run", *TINY)
+
+
+def test_resuming_something_else(run: Path, tmp_path: Path, refused: Run) -> None:
+    assert "no run at" in refused("train", "--resume", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "is not a run directory" in refused("train", "--resume", tmp_path / "empty")
+    assert "leave --config out" in refused("train", "--resume", run, "--config", "x.yaml")
+    for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--method", "madry"], ["--model", "resnet18"]):
+        line = refused("train", "--resume", run, *flags)
+        assert "--resume goes on exactly as begun" in line
+        assert flags[0].strip("-") in line
+
+
+def test_two_processes_on_one_run(run: Path, refused: Run) -> None:
+    held = RunDir.open(run)
+    assert "is in use by another" in refused("train", "--resume", run)
+    held.close()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def other_architecture(path: Path) -> None:
+    """Weights of another network, with a sidecar that is right about their bytes but not about their kind."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    save_file({"net.conv.weight": torch.zeros(1)}, path)
+    about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(about))
+
+
+def not_json(path: Path) -> None:
+    path.with_suffix(".json").write_text("{")
+
+
+def foreign_json(path: Path) -> None:
+    path.with_suffix(".json").write_text("{}")
+
+
+def lacking(path: Path) -> None:
+    about = json.loads(path.with_suffix(".json").read_text())
+    del about["num_classes"]
+    path.with_suffix(".json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "is damaged or was changed: sha256"),
+        (flip_a_byte, "is damaged or was changed: sha256"),
+        (other_architecture, "is not a small"),
+        (not_json, "is not JSON"),
+        (foreign_json, "is not a fastdynat checkpoint"),
+        (lacking, "lacks 'num_classes'"),
+        (Path.unlink, "no weights at"),
+    ],
+)
+def test_damaged_weights(run: Path, refused: Run, damage: Callable[[Path], None], message: str) -> None:
+    damage(run / "last" / "model.safetensors")
+    for argv in (["eval", run, "--checkpoints", "last"], ["train", "--resume", run]):
+        assert message in refused(*argv)
+
+
+def test_damaged_training_state(run: Path, refused: Run) -> None:
+    state = (run / "last" / "state.pt").resolve()
+    for content in (state.read_bytes()[:1000], b"", b"not a checkpoint", pickle.dumps({"a": 1})):
+        state.write_bytes(content)
+        assert "is truncated or not a training state" in refused("train", "--resume", run)
+    torch.save({"weights": torch.zeros(1)}, state)
+    assert "is not a fastdynat training state" in refused("train", "--resume", run)
+    state.unlink()
+    assert "cannot be resumed" in refused("train", "--resume", run)
+
+
+def test_a_state_file_cannot_run_code(run: Path, refused: Run, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "owned",)
+
+    torch.save(Evil(), (run / "last" / "state.pt").resolve())
+    assert "is truncated or not a training state" in refused("train", "--resume", run)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_other_training_images(run: Path, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = session.load_train
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        splits = real(*args, **kwargs)
+        splits.train.images[0, 0, 0, 0] ^= 1
+        return splits
+
+    monkeypatch.setattr(session, "load_train", changed)
+    assert "the training images differ" in refused("train", "--resume", run)
+
+
+def test_eval_requests(run: Path, tmp_path: Path, refused: Run) -> None:
+    assert "did you mean" in refused("eval", run, "--attacks", "clean,pdg20")
+    assert "eps must be above 0" in refused("eval", run, "--eps", "0")
+    assert "is not a folder" in refused("eval", run, "--json", tmp_path / "no" / "x.json")
+    assert "no run at" in refused("eval", tmp_path / "nowhere")
+    assert "needs --eps" in refused("eval", run, "--norm", "l2")
+    assert "batch_size and num_images" in refused("eval", run, "--num-images", "0")
+    shutil.rmtree(run / "checkpoints")
+    assert "has no best checkpoint" in refused("eval", run)
+
+
+def image_folder(root: Path, classes: int, size: int) -> Path:
+    for split in ("train", "test"):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(6):
+                pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_eval_on_data_of_another_kind(run: Path, tmp_path: Path, refused: Run) -> None:
+    folder = image_folder(tmp_path / "images", classes=3, size=32)
+    line = refused("eval", run, "--data", "imagefolder", "--data-dir", folder)
+    assert "was trained on digits (10 classes" in line
+    assert "imagefolder has 3 classes" in line
+
+
+def test_images_that_do_not_fit(tmp_path: Path, refused: Run) -> None:
+    folder = image_folder(tmp_path / "images", classes=2, size=4)
+    flags = ["--data", "imagefolder", "--data-dir", folder, "--val-size", "2", "--batch-size", "2", "--quiet"]
+    line = refused("train", "--run-dir", tmp_path / "run", *flags, "--model", "torchvision:alexnet")
+    assert "4" in line
+    image = folder / "train" / "class1" / "3.png"
+    truncate(image)
+    assert str(image) in refused("train", "--run-dir", tmp_path / "run", *flags, "--model", "small")
+    image_folder(tmp_path / "mixed", classes=2, size=8)
+    Image.new("RGB", (9, 9)).save(tmp_path / "mixed" / "train" / "class0" / "9.png")
+    flags[3] = tmp_path / "mixed"
+    assert "--image-size" in refused("train", "--run-dir", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()

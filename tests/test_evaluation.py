@@ -1,0 +1,118 @@
+"""`fastdynat eval`: its numbers against a recomputation, its JSON, and the state it leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import tiny_cnn
+
+from fastdynat.attacks import AttackGoal, PGDSpec, parse_attack, pgd
+from fastdynat.cli import main
+from fastdynat.data import ImageSet, load_test
+from fastdynat.evaluation import Stopped, measure
+from fastdynat.runs import load_network
+
+CPU = torch.device("cpu")
+TINY = ["--train-size", "200", "--val-size", "20", "--batch-size", "32", "--steps", "2", "--epochs", "4", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("natural", "dynat"):
+        assert main(["train", "--method", method, "--run-dir", str(folder / method), *TINY]) == 0
+    return [folder / "natural", folder / "dynat"]
+
+
+def evaluate(out: Path, *argv: object) -> list[dict[str, Any]]:
+    assert main(["eval", *(str(a) for a in argv), "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert document["format"] == "fastdynat-eval/1"
+    assert document["environment"]["torch"] == torch.__version__
+    results: list[dict[str, Any]] = document["results"]
+    return results
+
+
+def test_a_table_of_runs_and_checkpoints(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = evaluate(tmp_path / "e.json", *runs, "--attacks", "clean,fgsm,pgd3,cw3", "--num-images", "100")
+    table = capsys.readouterr().out
+    assert [(Path(r["run"]).name, r["checkpoint"]) for r in results] == [
+        ("natural", "best"),
+        ("natural", "last"),
+        ("dynat", "best"),
+        ("dynat", "last"),
+    ]
+    for r in results:
+        accuracy = {a["attack"]: a["accuracy"] for a in r["attacks"]}
+        assert list(accuracy) == ["clean", "fgsm", "pgd3", "cw3"]
+        assert r["images"] == 100
+        assert r["eps"] == 0.1
+        assert r["robustness_gap"] == accuracy["clean"] - min(accuracy["fgsm"], accuracy["pgd3"], accuracy["cw3"])
+        for a in r["attacks"]:
+            assert a["correct"] == round(100 * a["accuracy"])
+            assert a["seconds"] > 0
+            assert (a["zero_grad_share"] is None) == (a["attack"] == "clean")
+            assert f"{100 * a['accuracy']:.2f}" in table
+
+
+def test_the_numbers_are_those_of_a_plain_loop(runs: list[Path], tmp_path: Path) -> None:
+    (result,) = evaluate(
+        tmp_path / "e.json", runs[1], "--attacks", "clean,pgd3", "--checkpoints", "last", "--batch-size", "128"
+    )
+    model, _ = load_network(runs[1] / "last" / "model.safetensors")
+    _, images = load_test("digits", None)
+    generator, clean, robust = torch.Generator().manual_seed(1), 0, 0
+    for x, y in zip((images.images / 255).split(128), images.labels.split(128), strict=True):
+        clean += int((model(x).argmax(1) == y).sum())
+        x_adv = (x + torch.empty_like(x).uniform_(-0.1, 0.1, generator=generator)).clamp(0, 1)
+        for _ in range(3):
+            x_adv = x_adv.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+            x_adv = (x_adv.detach() + 0.025 * grad.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+        robust += int((model(x_adv).argmax(1) == y).sum())
+    assert [a["correct"] for a in result["attacks"]] == [clean, robust]
+
+
+def test_an_evaluation_repeats_and_other_radii_are_used(runs: list[Path], tmp_path: Path) -> None:
+    flags = ("--attacks", "pgd2", "--checkpoints", "last", "--num-images", "100")
+    a, b = (evaluate(tmp_path / "e.json", runs[1], *flags)[0]["attacks"][0]["correct"] for _ in range(2))
+    assert a == b
+    (other,) = evaluate(tmp_path / "e.json", runs[1], *flags, "--norm", "l2", "--eps", "1.5")
+    assert (other["norm"], other["eps"], other["step_size"]) == ("l2", 1.5, 0.375)
+    (eight,) = evaluate(tmp_path / "e.json", runs[1], *flags, "--eps", "8", "--step-size", "2")
+    assert (eight["eps"], eight["step_size"]) == (8 / 255, 2 / 255)
+
+
+def test_half_precision_evaluation_runs(runs: list[Path], tmp_path: Path) -> None:
+    flags = ("--attacks", "clean,pgd2", "--checkpoints", "last", "--num-images", "200")
+    full, half = (evaluate(tmp_path / "e.json", runs[1], *flags, "--amp", amp)[0] for amp in ("off", "bf16"))
+    for a, b in zip(full["attacks"], half["attacks"], strict=True):
+        assert abs(a["accuracy"] - b["accuracy"]) <= 0.03
+
+
+def test_measure_restores_modes_leaves_the_global_generator_and_can_be_stopped() -> None:
+    model = tiny_cnn(dropout=0.5).train()
+    model[1].eval()
+    images = ImageSet(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (10,)))
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    attack = parse_attack("pgd2", eps=0.1, step_size=0.05)
+    seen: list[int] = []
+    result = measure(model, images, attack, device=CPU, batch_size=4, seed=0, advance=seen.append)
+    assert seen == [4, 4, 2]
+    assert result.images == 10
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(Stopped):
+        measure(model, images, attack, device=CPU, batch_size=4, seed=0, should_stop=lambda: len(seen) >= 3)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_training_after_an_evaluation_under_inference_mode_still_works() -> None:
+    model = tiny_cnn()
+    x, y = torch.rand(4, 3, 8, 8), torch.randint(10, (4,))
+    with torch.inference_mode():
+        adv = pgd(model, x, AttackGoal("ce", y), PGDSpec(0.1, 0.05, 1)).x_adv
+    torch.nn.functional.cross_entropy(model.train()(adv), y).backward()
+    assert all(p.grad is not None for p in model.parameters())
