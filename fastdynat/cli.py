@@ -76,6 +76,8 @@ class DoctorCommand:
 
     json: bool = False
     """Print JSON instead of a table."""
+    try_compile: bool = False
+    """Also compile a tiny function with torch.compile (takes a while the first time)."""
 
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -170,7 +172,8 @@ def _eval(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    return doctor.run(json=tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT).json)
+    command = tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT)
+    return doctor.run(json=command.json, try_compile=command.try_compile)
 
 
 COMMANDS = {"train": _train, "eval": _eval, "doctor": _doctor}

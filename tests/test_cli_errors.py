@@ -293,3 +293,12 @@ def test_images_that_do_not_fit(tmp_path: Path, refused: Run) -> None:
     flags[3] = tmp_path / "mixed"
     assert "--image-size" in refused("train", "--run-dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_killed_before_its_configuration_was_written_blocks_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".lock", ".config.yaml.tmp"):
+        (run / name).touch()
+    assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "1"]) == 0
+    assert not (run / ".config.yaml.tmp").exists()

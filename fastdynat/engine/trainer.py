@@ -136,6 +136,7 @@ class Trainer:
         if len(self.splits.val.labels) == 0:
             return {"best": True}  # nothing to select by, so best follows last
         if not due:
+            self.last_validation = {}
             return {"val_clean_acc": None, "val_pgd10_acc": None, "best": False}
         accuracies = {}
         attack, eps = self.config.attack, float(self.config.attack.eval_eps)
@@ -178,6 +179,8 @@ class Trainer:
     def _sidecar(self, role: str, architecture: str) -> Sidecar:
         info, attack = self.splits.info, self.config.attack
         dataset_norm = self.config.model.normalize == "dataset"
+        # Inside an epoch the weights are no longer those that were validated.
+        validated = self.last_validation if role == "model" and self.epoch_step == 0 else {}
         return Sidecar(
             architecture=architecture,
             num_classes=info.num_classes,
@@ -192,8 +195,8 @@ class Trainer:
             eps=float(attack.eps),
             eval_eps=float(attack.eval_eps),
             epoch=self.epoch,
-            val_clean_acc=self.last_validation.get("val_clean_acc") if role == "model" else None,
-            val_pgd10_acc=self.last_validation.get("val_pgd10_acc") if role == "model" else None,
+            val_clean_acc=validated.get("val_clean_acc"),
+            val_pgd10_acc=validated.get("val_pgd10_acc"),
         )
 
     def state_dict(self) -> dict[str, Any]:

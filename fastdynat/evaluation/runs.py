@@ -120,7 +120,8 @@ def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]
         key = (data, folder, stored.get("image_size"))
         for checkpoint in (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,):
             if not (path / checkpoint).exists():
-                raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was completed yet")
+                hint = "; use --checkpoints last" if checkpoint == BEST and (path / LAST).exists() else ""
+                raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was completed yet{hint}")
             network, sidecar = load_network(path / checkpoint / "model.safetensors")
             if key not in tests:
                 tests[key] = load_test(data, folder, image_size=key[2], download=bool(stored.get("download", True)))

@@ -17,7 +17,7 @@ from fastdynat.errors import UserError
 from fastdynat.runs.files import point, sync_folder, write_text
 
 CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
-LAST, BEST = "last", "best"
+LAST, BEST, LOCK = "last", "best", ".lock"
 
 
 def looks_like_run(path: Path) -> bool:
@@ -40,7 +40,8 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: it holds a run (and `overwrite` is off), holds something else, or cannot be written.
     """
-    if path.is_dir() and any(path.iterdir()):
+    # What a start that was killed before it wrote its configuration leaves behind.
+    if path.is_dir() and any(p.name not in (LOCK, "checkpoints") and not p.name.endswith(".tmp") for p in path.iterdir()):
         if not looks_like_run(path):
             raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
         if not overwrite:
@@ -64,7 +65,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] = (path / ".lock").open("w")
+        self._lock: IO[str] = (path / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -78,10 +79,9 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         for old in path.iterdir():
-            if old.name == ".lock":
+            if old.name == LOCK:
                 continue
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        (path / "checkpoints").mkdir()
         write_text(path / CONFIG, config)
         return run
 
@@ -104,6 +104,7 @@ class RunDir:
     def commit(self, write: Callable[[Path], None], *, best: bool) -> None:
         """Let `write` fill a new checkpoint folder, then make it `last` (and `best`) in one step each."""
         store = self.path / "checkpoints"
+        store.mkdir(exist_ok=True)
         number = 1 + max((int(p.name) for p in store.iterdir() if p.name.isdigit()), default=0)
         temporary, final = store / ".partial", store / f"{number:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
