@@ -14,7 +14,7 @@ from rich.console import Console
 from fastdynat import __version__, doctor
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
-from fastdynat.engine.progress import console_for
+from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
@@ -47,7 +47,11 @@ ALIASES = {
     "--out": "--run-dir",
 }
 # Flags with a value that may stand bare.
-BARE = {"--amp": "bf16", "--compile": "default", "--channels-last": "on"}
+BARE = {
+    "--amp": ("bf16", ("off", "bf16", "fp16")),
+    "--compile": ("default", ("off", "default", "reduce-overhead", "max-autotune")),
+    "--channels-last": ("on", ("auto", "on", "off")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +98,22 @@ def normalize(argv: Sequence[str]) -> list[str]:
         flag, equals, value = arg.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         out.append(ALIASES.get(flag, flag) + equals + value)
-        following = argv[i + 1] if i + 1 < len(argv) else "--"
-        if flag in BARE and not equals and following.startswith("-"):
-            out.append(BARE[flag])
+        if flag in BARE and not equals:
+            default, values = BARE[flag]
+            if argv[i + 1 : i + 2] == [] or argv[i + 1] not in values:
+                out.append(default)
     return out
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
     """The three flags that decide which defaults and which method's options the full parser has."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="fastdynat train", add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--method", "--config", "--resume"):
         parser.add_argument(flag)
-    return parser.parse_known_args(argv)[0]
+    try:
+        return parser.parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
 
 
 def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
@@ -116,10 +124,7 @@ def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=early.resume, overwrite=False))
     values: dict[str, Any] = {}
     if early.config is not None:
-        try:
-            values = read_yaml(Path(early.config).read_text(encoding="utf-8"), early.config)
-        except OSError as error:
-            raise UserError(f"cannot read --config {early.config}: {error.strerror}") from None
+        values = read_yaml(Path(early.config))
     method = early.method or values.get("method") or "dynat"
     if not isinstance(method, str):
         raise UserError(f"{early.config}: method must be a name, got {method!r}")
@@ -134,7 +139,9 @@ def _train(argv: list[str]) -> int:
     default = TrainCommand(config=early.config, resume=early.resume, train=defaults)
     command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat train", config=FLAT)
     config: TrainConfig[Any] = command.train
-    console = console_for(config.run.quiet)
+    if early.resume is not None and (config.run.run_dir != early.resume or config.run.overwrite):
+        raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
+    console = error_console()
 
     def say(text: str) -> None:
         console.print(text, markup=False)

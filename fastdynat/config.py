@@ -9,6 +9,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import yaml
@@ -138,7 +139,7 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard events (extra `tensorboard`)."""
     quiet: bool = False
-    """No progress bar."""
+    """No progress: only notices, warnings and errors."""
 
 
 GROUPS = ("data", "model", "attack", "optim", "engine", "run")
@@ -227,10 +228,19 @@ def to_yaml(config: TrainConfig[Any]) -> str:
     return yaml.safe_dump(to_flat(config), sort_keys=False)
 
 
-def read_yaml(text: str, origin: str) -> dict[str, Any]:
-    """The flat keys of a configuration file; `origin` is its path, for messages."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The flat keys of the configuration file at `path`.
+
+    Raises:
+        UserError: it cannot be read, or is not YAML of `key: value` lines.
+    """
+    origin = str(path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {origin}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{origin} is not a text file in UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec, attack_mode, frozen_twin, margin, parse_attack, parse_attacks, pgd
 from fastdynat.attacks.goal import kl_from_log_probs, soft_cross_entropy
-from fastdynat.attacks.steps import start_point
+from fastdynat.attacks.steps import pgd_step_l2, start_point
 from fastdynat.errors import UserError
 
 NORMS = ("linf", "l2")
@@ -179,6 +179,27 @@ def test_zero_gradients_are_counted() -> None:
     assert result.gradients == 6 * 4
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_l2_step_does_not_depend_on_the_gradients_scale(scale: float) -> None:
+    x, gradient = torch.full((4, 3, 8, 8), 0.5), torch.randn(4, 3, 8, 8)
+    expected = pgd_step_l2(x, gradient.double().float(), x, step_size=0.1, eps=1.0)
+    actual = pgd_step_l2(x, gradient * scale, x, step_size=0.1, eps=1.0)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(distance(actual - x, "l2"), torch.full((4,), 0.1))
+
+
+def test_a_nan_gradient_moves_nothing_and_is_counted() -> None:
+    class Overflowing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0 + 1).log().sqrt().flatten(1)[:, :10]  # infinite slope at 0, times 0
+
+    x = torch.rand(4, 3, 8, 8)
+    for norm in NORMS:
+        result = pgd(Overflowing(), x, AttackGoal("ce", torch.arange(4)), PGDSpec(0.1, 0.05, 2, norm=norm, start="none"))
+        assert torch.equal(result.x_adv, x)
+        assert int(result.zero_grads) == 8
+
+
 def test_restarts_fool_at_least_as_often_and_keep_what_fools(images: Tensor, labels: Tensor) -> None:
     model = tiny_cnn().eval()
     labels = model(images).argmax(1)
@@ -209,6 +230,8 @@ def test_starts(images: Tensor) -> None:
 def test_steps_zero_returns_the_start_and_an_equal_seed_the_same_attack(images: Tensor, labels: Tensor) -> None:
     goal = AttackGoal("ce", labels)
     assert torch.equal(pgd(tiny_cnn(), images, goal, PGDSpec(0.1, 0.05, 0, start="none")).x_adv, images)
+    edge = pgd(tiny_cnn(), images.round(), goal, PGDSpec(0.1, 0.05, 0, start="gaussian")).x_adv
+    assert (float(edge.min()), float(edge.max())) == (0, 1)
     spec = PGDSpec(0.1, 0.05, 2)
     a, b = (pgd(tiny_cnn(), images, goal, spec, generator=torch.Generator().manual_seed(3)).x_adv for _ in range(2))
     assert torch.equal(a, b)

@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 
 from fastdynat.cli import main
 from fastdynat.engine import session
-from fastdynat.runs import RunDir
+from fastdynat.engine.state import read_state
+from fastdynat.errors import UserError
+from fastdynat.runs import RunDir, load_network
+from fastdynat.runs.manifest import write_manifest
 
 TINY = ["--train-size", "40", "--val-size", "20", "--batch-size", "20", "--steps", "1", "--epochs", "2", "--quiet"]
 Run = Callable[..., str]
@@ -83,12 +86,17 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["--beta", "0"], "beta must be above 0, got 0"),
         (["--temperature=-2"], "temperature must be above 0"),
         (["--stop-after", "0"], "stop_after must be >= 1"),
+        (["--val-size", "inf"], "val_size must be"),
+        (["--image-size", "100000"], "image_size must be between 1 and 4096"),
+        (["--device", "meta"], "only cpu and cuda are supported"),
+        (["--seed", "99999999999999999999"], "seed must be in"),
+        (["--resume"], "expected one argument"),
         (["--save-every", "0"], "save_every must be above 0"),
-        (["--seed=-1"], "seed must be >= 0"),
+        (["--seed=-1"], "seed must be in"),
         (["--model", "torchvision:resnet18"], "torchvision"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "nowhere"),
         (["--data", "mnist", "--data-dir", "nowhere", "--no-download"], "--data-dir"),
-        (["--config", "nowhere.yaml"], "cannot read --config nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
     ],
 )
 def test_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Run, flags: list[str], message: str) -> None:
@@ -146,6 +154,24 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path, refused: R
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_other_tools_configurations_and_files_are_never_removed(run: Path, tmp_path: Path, refused: Run) -> None:
+    project = tmp_path / "project"
+    (project / "checkpoints").mkdir(parents=True)
+    (project / "config.yaml").write_text("a: 1\n")
+    assert "holds no run" in refused("train", "--run-dir", project, *TINY, "--overwrite")
+    (project / "config.yaml").unlink()
+    assert "holds no run" in refused("train", "--run-dir", project, *TINY)
+    # In a run's folder, --overwrite removes what the run wrote and leaves the user's notes.
+    (run / "notes.txt").write_text("precious")
+    assert main(["train", "--run-dir", str(run), *TINY, "--overwrite", "--epochs", "1"]) == 0
+    assert (run / "notes.txt").read_text() == "precious"
+
+
+def test_resume_takes_no_other_run_directory(run: Path, tmp_path: Path, refused: Run) -> None:
+    for flags in (["--run-dir", tmp_path / "elsewhere"], ["--overwrite"]):
+        assert "leave --run-dir and --overwrite out" in refused("train", "--resume", run, *flags)
+
+
 def test_an_unwritable_run_directory(tmp_path: Path, refused: Run) -> None:
     (tmp_path / "file").touch()
     assert "cannot write to the run directory" in refused("train", "--run-dir", tmp_path / "file" / "run", *TINY)
@@ -156,6 +182,8 @@ def test_resuming_something_else(run: Path, tmp_path: Path, refused: Run) -> Non
     (tmp_path / "empty").mkdir()
     assert "is not a run directory" in refused("train", "--resume", tmp_path / "empty")
     assert "leave --config out" in refused("train", "--resume", run, "--config", "x.yaml")
+    # The same value in another spelling is no change.
+    assert main(["train", "--resume", str(run), "--eps", "51/510", "--stop-after", "1"]) == 0
     for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--method", "madry"], ["--model", "resnet18"]):
         line = refused("train", "--resume", run, *flags)
         assert "--resume goes on exactly as begun" in line
@@ -194,48 +222,112 @@ def foreign_json(path: Path) -> None:
     path.with_suffix(".json").write_text("{}")
 
 
+def wrong_type(path: Path) -> None:
+    about = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**about, "eval_eps": None}))
+
+
 def lacking(path: Path) -> None:
     about = json.loads(path.with_suffix(".json").read_text())
     del about["num_classes"]
     path.with_suffix(".json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncate, "is damaged or was changed: sha256"),
-        (flip_a_byte, "is damaged or was changed: sha256"),
-        (other_architecture, "is not a small"),
-        (not_json, "is not JSON"),
-        (foreign_json, "is not a fastdynat checkpoint"),
-        (lacking, "lacks 'num_classes'"),
-        (Path.unlink, "no weights at"),
-    ],
-)
-def test_damaged_weights(run: Path, refused: Run, damage: Callable[[Path], None], message: str) -> None:
-    damage(run / "last" / "model.safetensors")
+DAMAGES = {
+    truncate: "is damaged or was changed: sha256",
+    flip_a_byte: "is damaged or was changed: sha256",
+    other_architecture: "is not a small",
+    not_json: "is not JSON",
+    foreign_json: "is not a fastdynat checkpoint",
+    lacking: "lacks 'num_classes'",
+    wrong_type: "eval_eps cannot be None",
+    Path.unlink: "no weights at",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights(run: Path, refused: Run, damage: Callable[[Path], None]) -> None:
+    weights = run / "last" / "model.safetensors"
+    damage(weights)
     for argv in (["eval", run, "--checkpoints", "last"], ["train", "--resume", run]):
-        assert message in refused(*argv)
+        assert re.search("is damaged or was changed|is missing from the checkpoint", refused(*argv))
+    # Weights that were taken out of their folder are checked on their own.
+    with pytest.raises(UserError, match=DAMAGES[damage]):
+        load_network(weights)
 
 
 def test_damaged_training_state(run: Path, refused: Run) -> None:
+    before = (run / "config.yaml").read_bytes()
     state = (run / "last" / "state.pt").resolve()
-    for content in (state.read_bytes()[:1000], b"", b"not a checkpoint", pickle.dumps({"a": 1})):
+    good = state.read_bytes()
+    for content in (good[:1000], b"", b"not a checkpoint", b"broken\n", pickle.dumps({"a": 1})):
         state.write_bytes(content)
-        assert "is truncated or not a training state" in refused("train", "--resume", run)
+        assert "is damaged or was changed" in refused("train", "--resume", run, "--epochs", "9")
+        with pytest.raises(UserError, match="is truncated or not a training state"):
+            read_state(state)
     torch.save({"weights": torch.zeros(1)}, state)
-    assert "is not a fastdynat training state" in refused("train", "--resume", run)
+    with pytest.raises(UserError, match="is not a fastdynat training state"):
+        read_state(state)
     state.unlink()
-    assert "cannot be resumed" in refused("train", "--resume", run)
+    assert "is missing from the checkpoint" in refused("train", "--resume", run)
+    assert (run / "config.yaml").read_bytes() == before
 
 
-def test_a_state_file_cannot_run_code(run: Path, refused: Run, tmp_path: Path) -> None:
+def test_one_flipped_bit_of_momentum_is_noticed(run: Path, refused: Run) -> None:
+    """torch.load does not check the tensors' bytes."""
+    state = (run / "last" / "state.pt").resolve()
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    assert "is damaged or was changed" in refused("train", "--resume", run)
+
+
+def test_checkpoints_of_other_runs(run: Path, tmp_path: Path, refused: Run) -> None:
+    other = tmp_path / "other"
+    assert main(["train", "--method", "madry", "--run-dir", str(other), *TINY]) == 0
+    last = (run / "last").resolve()
+    shutil.rmtree(last)
+    shutil.copytree(other / "last", last)
+    assert "is a small of madry, this run's is a small of dynat" in refused("train", "--resume", run)
+    # Only the state exchanged, and the manifest made to fit.
+    shutil.rmtree(last)
+    assert main(["train", "--run-dir", str(run), *TINY, "--overwrite", "--stop-after", "1"]) == 0
+    shutil.copy(other / "last" / "state.pt", run / "last" / "state.pt")
+    write_manifest((run / "last").resolve())
+    assert "the training state is another run's: method is 'madry'" in refused("train", "--resume", run)
+
+
+def test_a_broken_manifest(run: Path, refused: Run) -> None:
+    manifest = (run / "last" / "checkpoint.json").resolve()
+    for content in ("{", "{}", '{"format": "x", "sha256": {}}'):
+        manifest.write_text(content)
+        assert "is truncated or not a fastdynat manifest" in refused("train", "--resume", run)
+    manifest.unlink()
+    assert "is not a fastdynat checkpoint" in refused("eval", run, "--checkpoints", "last")
+
+
+def test_damaged_metrics(run: Path, refused: Run) -> None:
+    (run / "metrics.jsonl").write_text('{"epoch": 1')
+    assert "metrics.jsonl is damaged" in refused("train", "--resume", run)
+
+
+def test_a_copy_that_followed_the_links_resumes(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy", symlinks=False))
+    assert not (copy / "last").is_symlink()
+    for path in (run, copy):
+        assert main(["train", "--resume", str(path), "--quiet"]) == 0
+    assert (copy / "last").is_symlink()
+    assert (copy / "last" / "model.safetensors").read_bytes() == (run / "last" / "model.safetensors").read_bytes()
+
+
+def test_a_state_file_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "owned",)
 
-    torch.save(Evil(), (run / "last" / "state.pt").resolve())
-    assert "is truncated or not a training state" in refused("train", "--resume", run)
+    torch.save(Evil(), tmp_path / "state.pt")
+    with pytest.raises(UserError, match="is truncated or not a training state"):
+        read_state(tmp_path / "state.pt")
     assert not (tmp_path / "owned").exists()
 
 
@@ -248,13 +340,15 @@ def test_other_training_images(run: Path, refused: Run, monkeypatch: pytest.Monk
         return splits
 
     monkeypatch.setattr(session, "load_train", changed)
-    assert "the training images differ" in refused("train", "--resume", run)
+    assert re.search("data", refused("train", "--resume", run))
 
 
 def test_eval_requests(run: Path, tmp_path: Path, refused: Run) -> None:
     assert "did you mean" in refused("eval", run, "--attacks", "clean,pdg20")
     assert "eps must be above 0" in refused("eval", run, "--eps", "0")
-    assert "is not a folder" in refused("eval", run, "--json", tmp_path / "no" / "x.json")
+    for place in (tmp_path / "no" / "x.json", tmp_path):
+        assert f"cannot write {place}" in refused("eval", run, "--json", place)
+    assert "seed must be in" in refused("eval", run, "--seed", "99999999999999999999")
     assert "no run at" in refused("eval", tmp_path / "nowhere")
     assert "needs --eps" in refused("eval", run, "--norm", "l2")
     assert "batch_size and num_images" in refused("eval", run, "--num-images", "0")
@@ -297,7 +391,7 @@ def test_images_that_do_not_fit(tmp_path: Path, refused: Run) -> None:
 
 def test_a_start_killed_before_its_configuration_was_written_blocks_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
+    run.mkdir()
     for name in (".lock", ".config.yaml.tmp"):
         (run / name).touch()
     assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "1"]) == 0

@@ -27,9 +27,10 @@ def test_every_flag_has_one_name_and_a_help_text(method: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_yaml_round_trip(method: str) -> None:
+def test_yaml_round_trip(method: str, tmp_path: Path) -> None:
     config = default_config(method)
-    assert update(default_config(method), read_yaml(to_yaml(config), "x"), "x") == config
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert update(default_config(method), read_yaml(tmp_path / "c.yaml"), "x") == config
 
 
 def test_flags_win_over_the_file_and_both_are_resolved_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +63,11 @@ def test_other_scripts_spellings_and_bare_flags() -> None:
     argv = ["--epsilon=8/255", "--num-steps", "7", "--wd", "0", "--amp", "--compile", "--run_dir", "x", "--amp", "fp16"]
     expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "bf16", "--compile", "default", "--run-dir", "x"]
     assert normalize(argv) == [*expected, "--amp", "fp16"]
+
+
+def test_a_bare_flag_does_not_swallow_what_follows() -> None:
+    assert normalize(["--amp", "runs/a"]) == ["--amp", "bf16", "runs/a"]
+    assert normalize(["--channels-last"]) == ["--channels-last", "on"]
 
 
 def test_a_new_run_directory_is_made_for_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,20 @@ from safetensors.torch import load_file
 
 KILLS = 20
 # Saved every 0.3 s inside epochs too, so that many kills fall into a save.
-FLAGS = "--train-size 256 --val-size 20 --batch-size 32 --steps 3 --epochs 60 --save-every 0.005".split()
+FLAGS = [
+    "--train-size",
+    "256",
+    "--val-size",
+    "20",
+    "--batch-size",
+    "32",
+    "--steps",
+    "3",
+    "--epochs",
+    "60",
+    "--save-every",
+    "0.005",
+]
 
 
 def start(run: Path) -> "subprocess.Popen[str]":

@@ -52,8 +52,8 @@ class AttackResult:
 
     Attributes:
         x_adv: (N, C, H, W), detached, in the ball and in [0, 1].
-        zero_grads: scalar int64 on the device: how many of the `gradients` were zero in every pixel. Such an image is not
-            attacked at all: saturation, underflow or masking, to be watched.
+        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel. Such an image
+            is not attacked at all: saturation, underflow or masking, to be watched.
         gradients: image gradients computed, N * steps * restarts.
     """
 
@@ -82,9 +82,11 @@ def ascend(
         x_adv = x_adv.detach().requires_grad_()
         loss = goal.per_image(logits_of(x_adv)).sum() * loss_scale
         (grad,) = torch.autograd.grad(loss, x_adv)
-        zero_grads += (~grad.any(dim=(1, 2, 3))).sum()
+        zero_grads += (~(grad.abs() > 0).any(dim=(1, 2, 3))).sum()  # NaN is not above 0
         x_adv = pgd_step(x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
-    return AttackResult(x_adv.detach(), zero_grads, x.shape[0] * spec.steps)
+    # A step ends inside the image range; a Gaussian start that no step has touched may not.
+    x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
+    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps)
 
 
 def run_pgd(

@@ -40,9 +40,12 @@ def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: torc
 
 def pgd_step_l2(x_adv: Tensor, grad: Tensor, x0: Tensor, *, step_size: float, eps: float) -> Tensor:
     """One normalised gradient step, projected on the L2 ball and the image range. Returns a new tensor."""
-    # 1 on an all-zero gradient, so that the quotient is 0 and the image stays where it is.
-    length = _image_norm(grad.to(x_adv.dtype))
-    moved = x_adv + step_size * grad / torch.where(length > 0, length, 1.0)
+    # As under L-inf a NaN moves nothing. Dividing by the largest entry first keeps the squares of tiny gradients from
+    # underflowing and those of huge ones from overflowing; an all-zero gradient is divided by 1: the image stays put.
+    grad = torch.nan_to_num(grad.to(x_adv.dtype), nan=0.0)
+    largest = grad.abs().amax(dim=(1, 2, 3), keepdim=True)
+    grad = grad / torch.where(largest > 0, largest, 1.0)
+    moved = x_adv + step_size * grad / _image_norm(grad).clamp_min(1.0)
     delta = moved - x0
     delta = delta * (eps / (_image_norm(delta) + TINY)).clamp_max(1.0)
     return (x0 + delta).clamp(0, 1)

@@ -10,32 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
 
 class Averages:
-    """Image-weighted means of scalars, accumulated on the device without waiting for it."""
+    """Image-weighted means of scalars over `images` images, accumulated on the device without waiting for it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._images = 0
+        self.images = 0
 
     def add(self, logs: Mapping[str, Tensor], images: int) -> None:
         """Add one batch's means over `images` images."""
         for key, value in logs.items():
             term = value.detach().double() * images
             self._sums[key] = self._sums[key] + term if key in self._sums else term
-        self._images += images
+        self.images += images
 
     def means(self) -> dict[str, float]:
         """The means so far (waits for the device)."""
-        return {key: float(value) / self._images for key, value in self._sums.items()} if self._images else {}
+        return {key: float(value) / self.images for key, value in self._sums.items()} if self.images else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self._images, "sums": {key: value.cpu() for key, value in self._sums.items()}}
+        return {"images": self.images, "sums": {key: value.cpu() for key, value in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._images = state["images"]
+        self.images = state["images"]
         self._sums = {key: value.to(device) for key, value in state["sums"].items()}
 
 
@@ -50,7 +51,7 @@ class MetricsLog:
         self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         if self.jsonl.exists():
-            self.rows = [json.loads(line) for line in self.jsonl.read_text(encoding="utf-8").splitlines()]
+            self.rows = _read_rows(self.jsonl)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra; `engine.resolve` has checked that it is there
@@ -85,3 +86,13 @@ class MetricsLog:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.csv, text.getvalue())
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(isinstance(row["epoch"], int) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged or was edited; move it away to go on without the rows of earlier epochs")

@@ -9,17 +9,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 SHOWN = ("loss", "guide_loss", "train_acc", "train_adv_acc", "guide_acc", "label_agreement")
 
 
-def console_for(quiet: bool) -> Console:
+def error_console() -> Console:
     """Standard error, so that standard output stays for results; wide enough for whole lines when it is not a terminal."""
-    console = Console(stderr=True, highlight=False, quiet=quiet)
-    return console if console.is_terminal else Console(stderr=True, highlight=False, quiet=quiet, width=240)
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=240)
 
 
 class Display:
     """Progress over all epochs with images/s, remaining time, losses and accuracies."""
 
     def __init__(self, *, total_steps: int, done_steps: int, quiet: bool) -> None:
-        self.console = console_for(quiet)
+        self.console, self._quiet = error_console(), quiet
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -53,7 +53,9 @@ class Display:
         self.console.print(text, markup=False)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """One line for a finished epoch."""
+        """One line for a finished epoch, unless quiet."""
+        if self._quiet:
+            return
         parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}"]
         parts += [f"{key.removeprefix('train_')} {row[key]:.3f}" for key in SHOWN if row.get(key) is not None]
         if row.get("val_clean_acc") is not None:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdynat.data import DatasetInfo
+from fastdynat.devices import check_compile, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
 from fastdynat.units import describe, parse_size
@@ -22,7 +21,8 @@ PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = (
 )  # TRADES, LBGAT and DYNAT: train at 0.031, evaluate at 8/255
 LINF_EPS = {"digits": 0.1, "mnist": 0.3}
 L2_EPS = {"digits": 1.0, "mnist": 2.0}
-# The embedded digits are a twentieth of the usual data: smaller steps and batches, or the model never leaves chance level.
+MAX_IMAGE_SIZE = 4096
+# The embedded digits are a thirtieth of the usual data: smaller steps and batches, or the model never leaves chance level.
 EPOCHS, BATCH_SIZE, LR = ({"digits": 15}, 100), ({"digits": 64}, 128), ({"digits": 0.03}, 0.1)
 
 
@@ -57,6 +57,10 @@ def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) < 1:
             raise UserError(f"{name} must be >= 1, got {getattr(data, name)}")
+    if data.val_size is not None and not 0 <= data.val_size < math.inf:
+        raise UserError(f"val_size must be a number of images or a share below 1, got {data.val_size:g}")
+    if data.image_size is not None and not 1 <= data.image_size <= MAX_IMAGE_SIZE:
+        raise UserError(f"image_size must be between 1 and {MAX_IMAGE_SIZE} pixels, got {data.image_size}")
     return replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
 
 
@@ -113,17 +117,12 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
 
 
 def _engine(engine: EngineConfig) -> EngineConfig:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has") from None
-    if engine.seed < 0:
-        raise UserError(f"seed must be >= 0, got {engine.seed}")
+    device = pick_device(engine.device)
+    check_compile(engine.compile, device)
+    if not 0 <= engine.seed < 2**63:
+        raise UserError(f"seed must be in [0, 2**63), got {engine.seed}")
     layout = ("on" if device.type == "cuda" else "off") if engine.channels_last == "auto" else engine.channels_last
-    return replace(engine, device=name, channels_last=layout)
+    return replace(engine, device=str(device), channels_last=layout)
 
 
 def _run(config: TrainConfig[Any]) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from fastdynat.attacks import PGDSpec
-from fastdynat.config import TrainConfig, read_yaml, to_flat, to_yaml, update
+from fastdynat.config import TrainConfig, read_yaml, to_yaml, update
 from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, resolve
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import schedule_factor
-from fastdynat.engine.state import read_state
+from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
@@ -28,6 +28,7 @@ from fastdynat.runs import (
     LAST,
     STATE,
     RunDir,
+    check_manifest,
     check_new,
     free_name,
     load_state,
@@ -35,21 +36,6 @@ from fastdynat.runs import (
     record_start,
     require_run,
 )
-from fastdynat.runs.files import write_text
-
-# What a resumed run may change: nothing that moves a bit of the weights. (epochs is checked against the schedule.)
-RESUMABLE = {
-    "data_dir",
-    "download",
-    "device",
-    "epochs",
-    "stop_after",
-    "save_every",
-    "tensorboard",
-    "quiet",
-    "run_dir",
-    "overwrite",
-}
 
 
 def default_config(method: str) -> TrainConfig[Any]:
@@ -65,7 +51,7 @@ def stored_config(path: Path) -> TrainConfig[Any]:
     """
     require_run(path)
     origin = str(path / CONFIG)
-    values = read_yaml((path / CONFIG).read_text(encoding="utf-8"), origin)
+    values = read_yaml(path / CONFIG)
     if not isinstance(values.get("method"), str):
         raise UserError(f"{origin} names no method: it is truncated or was edited")
     return update(default_config(values["method"]), values, origin)
@@ -84,13 +70,19 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
     check_new(path, overwrite=config.run.overwrite)
     splits = _load(config)
+    overwrite = config.run.overwrite
     config = resolve(config, splits.info, say)
-    config = replace(config, run=replace(config.run, run_dir=str(path), overwrite=False))
+    # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
+    config = replace(
+        config,
+        run=replace(config.run, run_dir=str(path), overwrite=False),
+        data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
+    )
     parts = _build(config, splits)
-    run = RunDir.create(path, to_yaml(config), overwrite=True)
+    run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         record_start(path / ENVIRONMENT)
-        yield Trainer(config, splits, *parts, run)
+        yield Trainer(config, splits.info, splits.val, *parts, run)
     finally:
         run.close()
 
@@ -102,28 +94,41 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     Raises:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to something else.
     """
-    _check_changes(stored_config(path), config)
-    run = RunDir.open(path)
+    stored, run = stored_config(path), RunDir.open(path)
     try:
         splits = _load(config)
-        config = resolve(config, splits.info, say)
+        config = resolve(config, splits.info, lambda text: None)
+        _check_changes(stored, config)
         networks, step, loader = _build(config, splits)
-        _check_epochs(stored_config(path), config, loader.steps_per_epoch)
-        write_text(path / CONFIG, to_yaml(replace(config, run=replace(config.run, stop_after=None))))
-        record_start(path / ENVIRONMENT)
-        trainer = Trainer(config, splits, networks, step, loader, run)
+        _check_epochs(stored, config, loader.steps_per_epoch)
+        trainer = Trainer(config, splits.info, splits.val, networks, step, loader, run)
         last = path / LAST
         if last.exists():
-            state = read_state(last / STATE)
-            _load_weights(last, networks, config)
-            trainer.load_state_dict(state)
+            _restore(last.resolve(), trainer)
             say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
         else:
             trainer.metrics.keep_until(0)
             say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
+        if config.engine.device != stored.engine.device:
+            say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
+        # Only now, when nothing can be refused any more, does the run's own record change.
+        run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
+        record_start(path / ENVIRONMENT)
         yield trainer
     finally:
         run.close()
+
+
+def _restore(checkpoint: Path, trainer: Trainer) -> None:
+    check_manifest(checkpoint)
+    state = read_state(checkpoint / STATE)
+    _load_weights(checkpoint, trainer.networks, trainer.config)
+    try:
+        trainer.load_state_dict(state)
+    except UserError:
+        raise
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}") from None
 
 
 def _load(config: TrainConfig[Any]) -> Splits:
@@ -190,14 +195,15 @@ def _load_weights(last: Path, networks: NetworkSet, config: TrainConfig[Any]) ->
     for name, module, architecture in targets:
         file = last / f"{name}.safetensors"
         state, sidecar = load_state(file)
-        if sidecar.architecture != architecture:
-            raise UserError(f"{file} is a {sidecar.architecture}, but this run's {sidecar.role} is a {architecture}")
+        if (sidecar.architecture, sidecar.method) != (architecture, config.method):
+            found, wanted = f"{sidecar.architecture} of {sidecar.method}", f"{architecture} of {config.method}"
+            raise UserError(f"{file} is a {found}, this run's is a {wanted}")
         put_state(module, state, file, architecture)
 
 
 def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
-    before, after = to_flat(stored), to_flat(asked)
-    changed = [key for key in before if before[key] != after.get(key) and key not in RESUMABLE]
+    before, after = identity(stored), identity(asked)
+    changed = [key for key in before if before[key] != after.get(key)]
     if changed:
         key = changed[0]
         raise UserError(

@@ -1,25 +1,37 @@
 """The training state on disk: everything beside the weights that makes a resumed run equal to an uninterrupted one."""
 
-import hashlib
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdynat.data import ImageSet
+from fastdynat.config import TrainConfig, to_flat
 from fastdynat.errors import UserError
 from fastdynat.runs.files import sync_file
 
 FORMAT = "fastdynat-state/1"
 
 
-def fingerprint(images: ImageSet) -> str:
-    """A digest of images and labels, to notice that a run is resumed on other data."""
-    digest = hashlib.sha256(images.labels.numpy().tobytes())
-    digest.update(images.images.contiguous().numpy().data)
-    return digest.hexdigest()
+# What a resumed run may change: where it runs and what it reports, nothing of what it computes. (epochs is checked against the
+# schedule.)
+RESUMABLE = {
+    "data_dir",
+    "download",
+    "device",
+    "epochs",
+    "stop_after",
+    "save_every",
+    "tensorboard",
+    "quiet",
+    "run_dir",
+    "overwrite",
+}
+
+
+def identity(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that a run keeps for life."""
+    return {key: value for key, value in to_flat(config).items() if key not in RESUMABLE}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -40,7 +52,7 @@ def read_state(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: this checkpoint cannot be resumed") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # the restricted unpickler fails in many ways, all of which mean the same
         raise UserError(f"{path} is truncated or not a training state ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdynat training state (its format is not {FORMAT})")

@@ -54,7 +54,7 @@ class TrainStep:
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
         assert optim.lr is not None
         self.peak_lr = optim.lr
-        self.optimizers = build_optimizers(networks.raw, optim)
+        self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim)
         self.global_step = 0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

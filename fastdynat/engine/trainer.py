@@ -11,12 +11,12 @@ import torch
 
 from fastdynat.attacks import parse_attack
 from fastdynat.config import TrainConfig
-from fastdynat.data import Splits, TrainLoader
+from fastdynat.data import DatasetInfo, ImageSet, TrainLoader
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
-from fastdynat.engine.state import fingerprint, write_state
+from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
 from fastdynat.errors import UserError
@@ -44,13 +44,14 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig[Any],
-        splits: Splits,
+        info: DatasetInfo,
+        val: ImageSet,
         networks: NetworkSet,
         step: TrainStep,
         loader: TrainLoader,
         run: RunDir,
     ) -> None:
-        self.config, self.splits, self.networks = config, splits, networks
+        self.config, self.info, self.val, self.networks = config, info, val, networks
         self.step, self.loader, self.run = step, loader, run
         self.device = torch.device(config.engine.device)
         self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
@@ -58,7 +59,6 @@ class Trainer:
         self.averages, self.seconds = Averages(), 0.0
         self.best: float | None = None  # the highest validation accuracy of the kind the method is selected by
         self.last_validation: dict[str, float] = {}
-        self._data_digest = fingerprint(splits.train)
 
     def fit(self) -> Outcome:
         """Train until the last epoch, --stop-after, or a signal; everything is saved when it returns.
@@ -88,42 +88,41 @@ class Trainer:
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
+        self.step.method.epoch = self.epoch
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)
             self.epoch_step += 1
             now = time.perf_counter()
-            self.seconds = seconds_before + now - begin
             display.step(self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"epoch {self.epoch + 1}")
             if now - refreshed > REFRESH_SECONDS:
                 refreshed = now
                 rate = images / (now - begin)
                 display.note(self._finite_means(), rate)
+            self.seconds = seconds_before + now - begin
             if stop.requested():
                 raise Stopped
             if now - saved > 60 * self.config.run.save_every and self.epoch_step < self.loader.steps_per_epoch:
                 self._save(best=False)
                 saved = time.perf_counter()
+        self._finite_means()  # waits for the device, so that the clock stops after the work
+        self.seconds = seconds_before + time.perf_counter() - begin
+
+    def _lr(self) -> float:
+        """The rate of the last update."""
+        return float(self.step.optimizers[0].param_groups[0]["lr"])
 
     def _finite_means(self) -> dict[str, float]:
         means = self.averages.means()
         bad = [key for key, value in means.items() if not math.isfinite(value)]
         if bad:
-            raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self.step.learning_rate():g})")
+            raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self._lr():g})")
         return means
 
     def _finish_epoch(self, stop: StopRequest, display: Display, epochs: int) -> None:
-        lr = self.step.optimizers[0].param_groups[0]["lr"]
-        row: dict[str, Any] = {
-            "epoch": self.epoch + 1,
-            "global_step": self.step.global_step,
-            "lr": lr,
-            **self._finite_means(),
-        }
-        row |= {
-            "train_seconds": round(self.seconds, 3),
-            "images_per_s": round(self.loader.num_images / self.seconds, 1),
-        }
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "global_step": self.step.global_step, "lr": self._lr()}
+        row |= self._finite_means()
+        row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         row |= self._validate(stop, display, due=(self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs)
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
@@ -133,7 +132,7 @@ class Trainer:
 
     def _validate(self, stop: StopRequest, display: Display, *, due: bool) -> dict[str, Any]:
         """Validation columns of the epoch's row; keeps the best score."""
-        if len(self.splits.val.labels) == 0:
+        if len(self.val) == 0:
             return {"best": True}  # nothing to select by, so best follows last
         if not due:
             self.last_validation = {}
@@ -144,7 +143,7 @@ class Trainer:
             display.step(self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"validating {name}")
             accuracies[name] = measure(
                 self.networks.deployed(),
-                self.splits.val,
+                self.val,
                 parse_attack(name, eps=eps, step_size=eps / 4, norm=attack.norm),
                 device=self.device,
                 batch_size=self.config.data.eval_batch_size,
@@ -159,6 +158,7 @@ class Trainer:
         return {**self.last_validation, "best": better}
 
     def _save(self, *, best: bool) -> None:
+        self._finite_means()  # a checkpoint never holds weights that are no longer numbers
         self.run.commit(self._write_checkpoint, best=best)
 
     def _write_checkpoint(self, folder: Path) -> None:
@@ -177,7 +177,7 @@ class Trainer:
         write_state(folder / STATE, self.state_dict())
 
     def _sidecar(self, role: str, architecture: str) -> Sidecar:
-        info, attack = self.splits.info, self.config.attack
+        info, attack = self.info, self.config.attack
         dataset_norm = self.config.model.normalize == "dataset"
         # Inside an epoch the weights are no longer those that were validated.
         validated = self.last_validation if role == "model" and self.epoch_step == 0 else {}
@@ -215,17 +215,19 @@ class Trainer:
             "seconds": self.seconds,
             "best": self.best,
             "last_validation": self.last_validation,
-            "data_digest": self._data_digest,
+            "config": identity(self.config),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back `state_dict`; the weights are loaded separately.
 
         Raises:
-            UserError: the training images are not those of the run.
+            UserError: the state is another run's, or the training images are not this run's.
         """
-        if state["data_digest"] != self._data_digest:
-            raise UserError(f"{self.splits.info.name}: the training images differ from those this run was started on")
+        for key, value in identity(self.config).items():
+            if state["config"].get(key) != value:
+                raise UserError(f"the training state is another run's: {key} is {state['config'].get(key)!r}, here {value!r}")
+        self.loader.load_state_dict(state["loader"])
         self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
         self.step.global_step = state["global_step"]
         for optimizer, saved in zip(self.step.optimizers, state["optimizers"], strict=True):
@@ -233,8 +235,7 @@ class Trainer:
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
             self.networks.ema.n_averaged.fill_(state["ema_updates"])
-        self.loader.load_state_dict(state["loader"])
         self.averages.load_state_dict(state["averages"], self.device)
         self.seconds, self.best, self.last_validation = state["seconds"], state["best"], state["last_validation"]
-        self.metrics.keep_until(self.epoch)
         set_rng_state(state["rng"])
+        self.metrics.keep_until(self.epoch)

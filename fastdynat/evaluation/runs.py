@@ -12,11 +12,23 @@ from rich.table import Table
 from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attacks
-from fastdynat.config import read_yaml
+from fastdynat.config import DataConfig, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.devices import check_compile, pick_device
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import Measurement, measure
-from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, describe_environment, load_network, require_run
+from fastdynat.runs import (
+    BEST,
+    CONFIG,
+    LAST,
+    STATE,
+    Sidecar,
+    check_manifest,
+    check_writable,
+    describe_environment,
+    load_network,
+    require_run,
+)
 from fastdynat.runs.files import write_text
 from fastdynat.units import describe, parse_size
 
@@ -78,11 +90,14 @@ def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> li
     Raises:
         UserError: a path that is no run, a damaged or foreign checkpoint, an unknown attack, data that does not fit.
     """
-    if config.json and not Path(config.json).parent.is_dir():
-        raise UserError(f"cannot write {config.json}: {Path(config.json).parent} is not a folder")
+    if config.json:
+        check_writable(Path(config.json))
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed must be in [0, 2**63), got {config.seed}")
     if config.batch_size < 1 or (config.num_images is not None and config.num_images < 1):
         raise UserError(f"batch_size and num_images must be >= 1, got {config.batch_size} and {config.num_images}")
-    device = _device(config.device)
+    device = pick_device(config.device)
+    check_compile(config.compile, device)
     # TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     jobs = _plan(paths, config, console)
@@ -99,30 +114,27 @@ def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> li
     return records
 
 
-def _device(name: str) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]:
     jobs: list[_Job] = []
     tests: dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]] = {}
     for path in paths:
         require_run(path)
-        stored = read_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
+        stored = read_yaml(path / CONFIG)
+        if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
+            raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
         data = stored["data"] if config.data == "auto" else config.data
-        folder = stored["data_dir"] if config.data_dir == "auto" else config.data_dir
+        # Another dataset is not looked for, nor downloaded, where the run's own lies.
+        folder = stored["data_dir"] if data == stored["data"] else DataConfig().data_dir
+        folder = folder if config.data_dir == "auto" else config.data_dir
         key = (data, folder, stored.get("image_size"))
         for checkpoint in (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,):
             if not (path / checkpoint).exists():
                 hint = "; use --checkpoints last" if checkpoint == BEST and (path / LAST).exists() else ""
                 raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was completed yet{hint}")
-            network, sidecar = load_network(path / checkpoint / "model.safetensors")
+            # The link is followed once: the run may still be training, and move it.
+            files = (path / checkpoint).resolve()
+            check_manifest(files, optional=(STATE,))
+            network, sidecar = load_network(files / "model.safetensors")
             if key not in tests:
                 tests[key] = load_test(data, folder, image_size=key[2], download=bool(stored.get("download", True)))
             info, images = tests[key]

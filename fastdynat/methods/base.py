@@ -1,8 +1,8 @@
 """The interface every training method implements: a min-max problem, its two halves stated separately.
 
 A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
-runs the attack, the backward passes, the optimisers, precision and compilation, and may run either half again (a weight
-perturbation evaluates `outer` twice on one `Inner`).
+runs the attack between the two, the backward pass, the optimisers, precision and compilation. Both halves of a step run once,
+inside one autocast region; `inner` may leave a graph in `Inner` for `outer` to use.
 """
 
 from abc import ABC, abstractmethod
@@ -71,8 +71,11 @@ class Method(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
     uses_guide: ClassVar[bool] = False
+    trains: ClassVar[tuple[str, ...]] = ("model",)  # the networks that `outer` has losses for
     default_start: ClassVar[str] = "uniform"  # of the inner attack, where the user names none
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
+
+    epoch: int = 0  # epochs completed, set by the engine before each epoch: for warm-ups and ramps
 
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""

@@ -70,6 +70,7 @@ class Dynat(Method[DynatOptions]):
     name = "dynat"
     options_type = DynatOptions
     uses_guide = True
+    trains = ("model", "guide")
     default_start = "gaussian"
 
     def __init__(self, options: DynatOptions) -> None:

@@ -1,6 +1,8 @@
 """Run directories: layout, weights and the record of where a run ran."""
 
 from fastdynat.runs.environment import describe_environment, record_start
+from fastdynat.runs.files import check_writable
+from fastdynat.runs.manifest import check_manifest
 from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
 from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, save_weights
 
@@ -12,7 +14,9 @@ __all__ = [
     "STATE",
     "RunDir",
     "Sidecar",
+    "check_manifest",
     "check_new",
+    "check_writable",
     "describe_environment",
     "free_name",
     "load_network",

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from fastdynat.errors import UserError
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power loss."""
@@ -17,6 +19,18 @@ def sync_file(path: Path) -> None:
     """Make the content of `path` survive a power loss."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file can be written at `path`; leaves nothing behind."""
+    try:
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:

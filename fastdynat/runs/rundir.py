@@ -15,14 +15,22 @@ from typing import IO
 
 from fastdynat.errors import UserError
 from fastdynat.runs.files import point, sync_folder, write_text
+from fastdynat.runs.manifest import write_manifest
 
 CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
 LAST, BEST, LOCK = "last", "best", ".lock"
+HEADER = "# fastdynat run"  # first line of a run's configuration
+# All that a run keeps in its folder, and all that replacing it may remove.
+OWNED = (ENVIRONMENT, "metrics.jsonl", "metrics.csv", LAST, BEST, "tensorboard", "checkpoints")
 
 
 def looks_like_run(path: Path) -> bool:
-    """Whether `path` holds a run's configuration."""
-    return (path / CONFIG).is_file()
+    """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
+    try:
+        with (path / CONFIG).open("rb") as file:
+            return file.readline().rstrip() == HEADER.encode()
+    except OSError:
+        return False
 
 
 def free_name(stem: str, parent: Path = Path("runs")) -> Path:
@@ -40,24 +48,31 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: it holds a run (and `overwrite` is off), holds something else, or cannot be written.
     """
-    # What a start that was killed before it wrote its configuration leaves behind.
-    if path.is_dir() and any(p.name not in (LOCK, "checkpoints") and not p.name.endswith(".tmp") for p in path.iterdir()):
-        if not looks_like_run(path):
-            raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
-        if not overwrite:
-            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
-    missing = [p for p in (path, *path.parents) if not p.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        refuse_occupied(path, overwrite=overwrite)
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".probe"
+            probe.touch()
+            probe.unlink()
+        finally:
+            for made in missing:
+                if made.is_dir() and not any(made.iterdir()):
+                    made.rmdir()
     except OSError as error:
         raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
-    finally:
-        for made in missing:
-            if made.is_dir() and not any(made.iterdir()):
-                made.rmdir()
+
+
+def refuse_occupied(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError if `path` holds a run (unless `overwrite`) or anything else."""
+    # A start that was killed before it wrote its configuration leaves these two.
+    if not path.is_dir() or all(p.name in (LOCK, f".{CONFIG}.tmp") for p in path.iterdir()):
+        return
+    if not looks_like_run(path):
+        raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
+    if not overwrite:
+        raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
 
 
 class RunDir:
@@ -75,15 +90,25 @@ class RunDir:
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
         """Begin a new run in `path`; an old one there is removed if `overwrite`."""
-        check_new(path, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        for old in path.iterdir():
-            if old.name == LOCK:
-                continue
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        write_text(path / CONFIG, config)
+        try:
+            refuse_occupied(path, overwrite=overwrite)  # again: another process may have been here since the first check
+        except UserError:
+            run.close()
+            raise
+        for old in (path / name for name in OWNED):
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+        # The configuration goes last, in one step: at every moment the folder is the old run, the new one, or empty.
+        write_text(path / CONFIG, f"{HEADER}\n{config}")
         return run
+
+    def rewrite_config(self, config: str) -> None:
+        """Replace the stored configuration."""
+        write_text(self.path / CONFIG, f"{HEADER}\n{config}")
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":
@@ -94,22 +119,38 @@ class RunDir:
         """
         require_run(path)
         try:
-            return cls(path)
+            run = cls(path)
+            run._relink()
         except OSError as error:
             raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+        return run
+
+    def _relink(self) -> None:
+        """A copy that followed links holds folders where `last` and `best` were links; make them links again."""
+        for name in (LAST, BEST):
+            copied = self.path / name
+            if copied.is_dir() and not copied.is_symlink():
+                final = self._next()
+                copied.rename(final)
+                point(copied, os.path.relpath(final, self.path))
+
+    def _next(self) -> Path:
+        """The folder of the next checkpoint."""
+        store = self.path / "checkpoints"
+        store.mkdir(exist_ok=True)
+        return store / f"{1 + max((int(p.name) for p in store.iterdir() if p.name.isdigit()), default=0):06d}"
 
     def close(self) -> None:
         self._lock.close()
 
     def commit(self, write: Callable[[Path], None], *, best: bool) -> None:
         """Let `write` fill a new checkpoint folder, then make it `last` (and `best`) in one step each."""
-        store = self.path / "checkpoints"
-        store.mkdir(exist_ok=True)
-        number = 1 + max((int(p.name) for p in store.iterdir() if p.name.isdigit()), default=0)
-        temporary, final = store / ".partial", store / f"{number:06d}"
+        final = self._next()
+        store, temporary = final.parent, final.parent / ".partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write(temporary)
+        write_manifest(temporary)
         sync_folder(temporary)
         temporary.rename(final)
         sync_folder(store)
@@ -132,7 +173,7 @@ class RunDir:
 
 def require_run(path: Path) -> None:
     """Raise UserError unless `path` is a run directory."""
-    if not path.exists():
+    if not os.path.exists(path):  # False, not an error, where a parent may not be entered
         raise UserError(f"no run at {path}")
     if not looks_like_run(path):
-        raise UserError(f"{path} is not a run directory: it has no {CONFIG}")
+        raise UserError(f"{path} is not a run directory: it has no {CONFIG} written by fastdynat")

@@ -1,6 +1,5 @@
 """Weights as safetensors with a JSON sidecar: open without running code, checked before use."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastdynat import __version__
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.runs.files import sync_file, write_text
+from fastdynat.runs.manifest import sha256
 
 FORMAT = "fastdynat-weights/1"
 
@@ -39,9 +39,15 @@ class Sidecar:
     val_pgd10_acc: float | None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_NUMBER, _NONE = (int, float), type(None)
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("architecture", "dataset", "role", "method", "norm"), str),
+    **dict.fromkeys(("image_shape", "class_names"), list),
+    **dict.fromkeys(("mean", "std"), (list, _NONE)),
+    **dict.fromkeys(("num_classes", "epoch"), int),
+    **dict.fromkeys(("eps", "eval_eps"), _NUMBER),
+    **dict.fromkeys(("val_clean_acc", "val_pgd10_acc"), (*_NUMBER, _NONE)),
+}
 
 
 def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
@@ -53,7 +59,7 @@ def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None
         "format": FORMAT,
         "fastdynat": __version__,
         "weights": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         **asdict(sidecar),
     }
     write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
@@ -70,7 +76,7 @@ def read_sidecar(path: Path) -> tuple[Sidecar, str]:
         about: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {sidecar}: {error.strerror}; weights and their .json belong together") from None
-    except ValueError:
+    except ValueError:  # not JSON, or not UTF-8
         raise UserError(f"{sidecar} is not JSON: it is truncated or not a fastdynat checkpoint") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{sidecar} is not a fastdynat checkpoint (its format is not {FORMAT})")
@@ -79,6 +85,9 @@ def read_sidecar(path: Path) -> tuple[Sidecar, str]:
         promised = str(about["sha256"])
     except KeyError as error:
         raise UserError(f"{sidecar} lacks {error}: it was damaged or edited") from None
+    for key, kinds in _KINDS.items():
+        if not isinstance(values[key], kinds) or isinstance(values[key], bool):
+            raise UserError(f"{sidecar}: {key} cannot be {values[key]!r}: it was damaged or edited")
     for key in ("image_shape", "mean", "std", "class_names"):
         values[key] = None if values[key] is None else tuple(values[key])
     return Sidecar(**values), promised
@@ -93,7 +102,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Sidecar]:
     sidecar, promised = read_sidecar(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}")
-    found = _sha256(path)
+    found = sha256(path)
     if found != promised:
         raise UserError(f"{path} is damaged or was changed: sha256 {found[:12]}..., its .json says {promised[:12]}...")
     try:

@@ -1,0 +1,35 @@
+"""Which device a command runs on, and whether torch.compile can work there."""
+
+import os
+import shutil
+
+import torch
+
+from fastdynat.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:N"; "auto" is a GPU if there is one).
+
+    Raises:
+        UserError: another kind of device, or one that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has") from None
+    return device
+
+
+def check_compile(mode: str, device: torch.device) -> None:
+    """Raise UserError where ``torch.compile`` would fail at its first call for want of a compiler."""
+    names = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    own = os.environ.get("CXX" if device.type == "cpu" else "CC", "")
+    if mode != "off" and not any(shutil.which(name) for name in (*own.split()[:1], *names)):
+        raise UserError(f"--compile needs a compiler ({' or '.join(names)}): install g++, or leave --compile out")
