@@ -1,0 +1,43 @@
+"""The same paths on a CUDA device. Skipped, with the reason, where there is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs
+from networks import tiny_cnn
+
+from fastdynat.attacks import AttackGoal, PGDSpec, pgd
+from fastdynat.cli import main
+
+pytestmark = [pytest.mark.gpu, needs("gpu")]
+TINY = ["--train-size", "200", "--val-size", "20", "--batch-size", "64", "--steps", "3", "--epochs", "2", "--quiet"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_equals_the_cpus(norm: str) -> None:
+    model = tiny_cnn(dtype=torch.float64)
+    x, y = torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.randint(10, (8,))
+    spec = PGDSpec(0.1, 0.02, 10, norm=norm, start="none")
+    on_cpu = pgd(model, x, AttackGoal("ce", y), spec).x_adv
+    on_gpu = pgd(model.cuda(), x.cuda(), AttackGoal("ce", y.cuda()), spec).x_adv
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "fp16"], ["--amp", "--compile"]], ids=" ".join)
+def test_a_run_trains_stops_resumes_and_evaluates(tmp_path: Path, flags: list[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "eval.json"
+    assert main(["train", "--run-dir", str(run), *TINY, *flags, "--device", "cuda", "--stop-after", "1"]) == 0
+    assert main(["train", "--resume", str(run), "--quiet"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["guide_loss"] < rows[0]["guide_loss"]
+    assert main(["eval", str(run), "--attacks", "clean,pgd3", "--json", str(out)]) == 0
+    assert len(json.loads(out.read_text())["results"]) == 2
+
+
+def test_a_run_moves_from_gpu_to_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--device", "cuda", "--stop-after", "1"]) == 0
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    assert "not bit for bit" in capsys.readouterr().err
