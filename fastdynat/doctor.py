@@ -87,7 +87,8 @@ def _cuda_device() -> Check:
 def _tensor_cores() -> Check:
     name = "bf16 / tensor cores"
     if not torch.cuda.is_available():
-        return Check(name, "missing", f"{NO_GPU}; bf16 on the CPU works and is slow", "use a GPU of Ampere or newer")
+        on_cpu = "bf16 on the CPU works, fast where it has AVX512-BF16 or AMX"
+        return Check(name, "missing", f"{NO_GPU}; {on_cpu}", "use a GPU of Ampere or newer")
     capability = torch.cuda.get_device_capability()
     detail = f"compute capability {capability[0]}.{capability[1]}"
     if capability < (8, 0):
