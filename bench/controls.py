@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,10 @@ def main() -> None:
         command, seconds = call(["train", "--resume", str(run)] if (run / "config.yaml").exists() else fresh)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         commands.append({"command": command, "seconds": round(seconds, 1), "epochs": rows})
-    with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder, "eval.json")
-        command, seconds = call(
-            ["eval", *(str(ours.runs / m) for m in METHODS), "--attacks", ours.attacks, "--json", str(table)]
-        )
-        document = json.loads(table.read_text())
+    table = ours.runs / "eval.json"
+    runs = [str(ours.runs / method) for method in METHODS]
+    command, seconds = call(["eval", *runs, "--attacks", ours.attacks, "--json", str(table)])
+    document = json.loads(table.read_text())
     commands.append({"command": command, "seconds": round(seconds, 1)})
     ours.json.parent.mkdir(parents=True, exist_ok=True)
     ours.json.write_text(json.dumps({"commit": commit(), **document, "commands": commands}, indent=1) + "\n")

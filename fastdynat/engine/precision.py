@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from fastdynat.attacks import FP16_LOSS_SCALE
 
@@ -18,7 +19,7 @@ class Precision:
 
     def __init__(self, amp: str, device: torch.device) -> None:
         self.device, self.dtype = device, DTYPES[amp]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)  # type: ignore[attr-defined]
+        self.scaler = GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.attack_scale = FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
 
     def autocast(self) -> AbstractContextManager[object]:
