@@ -1,14 +1,18 @@
 """README.md says what is there: its commands parse, its flags exist, its test command is the one CI runs."""
 
+import importlib
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastdynat.attacks import parse_attacks
 from fastdynat.cli import main
+from fastdynat.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +33,23 @@ def test_every_flag_of_every_command_in_the_readme_exists(capsys: pytest.Capture
         assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known[command], arguments
         if "--attacks" in arguments:
             parse_attacks(arguments[arguments.index("--attacks") + 1], eps=0.1, step_size=0.1)
+
+
+def test_the_example_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's TRADES, as it stands there; at beta 0 it is natural training to the last bit."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class Trades" in block)
+    # tyro reads help texts from a class's source, so the example lies in a file.
+    (tmp_path / "trades_example.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(METHODS, "trades", importlib.import_module("trades_example").Trades)
+    tiny = ["--train-size", "60", "--val-size", "20", "--batch-size", "20", "--steps", "1", "--epochs", "2", "--quiet"]
+    for method, flags in (("trades", ["--beta", "0"]), ("natural", [])):
+        assert main(["train", "--method", method, "--run-dir", str(tmp_path / method), *tiny, *flags]) == 0
+    left, right = (load_file(tmp_path / method / "last" / "model.safetensors") for method in ("trades", "natural"))
+    learned = [key for key in left if key.endswith(("weight", "bias"))]
+    assert learned
+    for key in learned:
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-7, msg=key)
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdynat.attacks import PGDSpec
+from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.step import TrainStep
-from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions
-from fastdynat.methods.base import Method
+from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions, Natural, NaturalOptions
+from fastdynat.methods.base import Attack, Method
 
 EPS, STEP, STEPS, LR, N, K = 0.05, 0.02, 3, 0.1, 8, 4
 CPU = torch.device("cpu")
@@ -123,3 +123,21 @@ def test_with_true_labels_dynat_is_madry_bitwise(batch: Batch, clean_pass: bool)
         results.append(model.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
     assert not torch.equal(results[0]["0.weight"], tiny_network(1).float()[0].weight)
+
+
+def test_a_method_may_bring_its_own_search(batch: Batch) -> None:
+    """`perturb` replaces the engine's attack; returning the clean images gives natural training's update."""
+
+    class Search(Madry):
+        def perturb(self, batch: Batch, goal: AttackGoal, attack: Attack) -> AttackResult:
+            assert torch.equal(goal.target, batch.labels)
+            attacked = attack(batch.x, goal)  # the engine's own stays at hand
+            assert attacked.gradients == N * STEPS
+            return AttackResult(batch.x, attacked.zero_grads, attacked.gradients)
+
+    models = []
+    for method in (Search(MadryOptions()), Natural(NaturalOptions())):
+        model = tiny_network(1)
+        train_step(method, model, None)(batch)
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])

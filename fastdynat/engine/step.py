@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from fastdynat.attacks import PGDSpec, run_pgd
+from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec, run_pgd
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.networks import NetworkSet
@@ -69,8 +69,11 @@ class TrainStep:
     def _attack(self, batch: Batch, inner: Inner) -> tuple[Tensor, dict[str, Tensor]]:
         if inner.goal is None:
             return batch.x, {}
-        result = run_pgd(self.networks.views.attacked, batch.x, inner.goal, self.spec, loss_scale=self.precision.attack_scale)
+        result = self.method.perturb(batch, inner.goal, self._pgd)
         return result.x_adv, {"zero_grad_share": result.zero_grads / max(result.gradients, 1)}
+
+    def _pgd(self, x: Tensor, goal: AttackGoal) -> AttackResult:
+        return run_pgd(self.networks.views.attacked, x, goal, self.spec, loss_scale=self.precision.attack_scale)
 
     def _update(self, loss: Tensor) -> None:
         scaler, lr = self.precision.scaler, self.learning_rate()

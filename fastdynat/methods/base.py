@@ -1,8 +1,9 @@
 """The interface every training method implements: a min-max problem, its two halves stated separately.
 
 A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
-runs the attack between the two, the backward pass, the optimisers, precision and compilation. Both halves of a step run once,
-inside one autocast region; `inner` may leave a graph in `Inner` for `outer` to use.
+runs the attack between the two (a method with a search of its own overrides `perturb`), the backward pass, the optimisers,
+precision and compilation. Both halves of a step run once, inside one autocast region; `inner` may leave a graph in `Inner` for
+`outer` to use.
 """
 
 from abc import ABC, abstractmethod
@@ -13,10 +14,11 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal
+from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
+Attack = Callable[[Tensor, AttackGoal], AttackResult]  # the engine's attack on `Networks.attacked`, as configured
 OptionsT = TypeVar("OptionsT")
 
 
@@ -84,6 +86,10 @@ class Method(ABC, Generic[OptionsT]):
     @abstractmethod
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         """State the inner problem of `batch` (images (N, C, H, W) in [0, 1], labels (N,) int64)."""
+
+    def perturb(self, batch: Batch, goal: AttackGoal, attack: Attack) -> AttackResult:
+        """The attacked images: the engine's PGD on `goal`, unless a method searches in its own way."""
+        return attack(batch.x, goal)
 
     @abstractmethod
     def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
