@@ -1,12 +1,27 @@
 """What a person sees while a run goes on: a bar on a terminal, one line per epoch anywhere."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-SHOWN = ("loss", "guide_loss", "train_acc", "train_adv_acc", "guide_acc", "label_agreement")
+# Columns of metrics.jsonl by their short names on screen; accuracies in %.
+LOSSES = {"loss": "loss", "guide_loss": "guide loss"}
+SHARES = {"train_acc": "acc", "train_adv_acc": "adv acc", "guide_acc": "guide acc", "label_agreement": "agree"}
+VALIDATION = {"val_clean_acc": "val clean", "val_pgd10_acc": "val pgd10"}
+# Above this share of images without any gradient an attack is no longer one, so it is said.
+ZERO_GRADS_SAID = 0.001
+
+
+def summary(row: Mapping[str, Any]) -> list[str]:
+    """The numbers of `row` that a person follows."""
+    parts = [f"{short} {row[key]:.3f}" for key, short in LOSSES.items() if row.get(key) is not None]
+    parts += [f"{short} {100 * row[key]:.1f}" for key, short in (SHARES | VALIDATION).items() if row.get(key) is not None]
+    if (row.get("zero_grad_share") or 0) > ZERO_GRADS_SAID:
+        parts.append(f"zero gradients {100 * row['zero_grad_share']:.1f}")
+    return parts
 
 
 def error_console() -> Console:
@@ -46,8 +61,7 @@ class Display:
 
     def note(self, means: dict[str, float], images_per_s: float) -> None:
         """Refresh the numbers beside the bar."""
-        numbers = "  ".join(f"{key.removeprefix('train_')} {means[key]:.3f}" for key in SHOWN if key in means)
-        self._bar.update(self._task, note=f"{images_per_s:,.0f} img/s  {numbers}")
+        self._bar.update(self._task, note="  ".join([f"{images_per_s:,.0f} img/s", *summary(means)]))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -56,11 +70,5 @@ class Display:
         """One line for a finished epoch, unless quiet."""
         if self._quiet:
             return
-        parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}"]
-        parts += [f"{key.removeprefix('train_')} {row[key]:.3f}" for key in SHOWN if row.get(key) is not None]
-        if row.get("val_clean_acc") is not None:
-            parts.append(f"val clean {row['val_clean_acc']:.3f} pgd10 {row['val_pgd10_acc']:.3f}")
-        parts.append(f"{row['images_per_s']:,.0f} img/s")
-        if row.get("best"):
-            parts.append("best")
-        self.say("  ".join(parts))
+        parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", *summary(row), f"{row['images_per_s']:,.0f} img/s"]
+        self.say("  ".join([*parts, "best"] if row.get("best") else parts))
