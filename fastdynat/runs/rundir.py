@@ -102,7 +102,7 @@ class RunDir:
                 shutil.rmtree(old)
             else:
                 old.unlink(missing_ok=True)
-        # The configuration goes last, in one step: at every moment the folder is the old run, the new one, or empty.
+        # The configuration goes last, in one step: until then the folder is still a run, the old one at its start.
         write_text(path / CONFIG, f"{HEADER}\n{config}")
         return run
 
