@@ -116,3 +116,12 @@ def test_training_after_an_evaluation_under_inference_mode_still_works() -> None
         adv = pgd(model, x, AttackGoal("ce", y), PGDSpec(0.1, 0.05, 1)).x_adv
     torch.nn.functional.cross_entropy(model.train()(adv), y).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_best_and_last_in_one_folder_are_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--method", "natural", "--run-dir", str(run), *TINY, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    best, last = evaluate(tmp_path / "e.json", run, "--attacks", "clean")
+    assert capsys.readouterr().out.count("img/s)") == 1
+    assert best == {**last, "checkpoint": "best"}

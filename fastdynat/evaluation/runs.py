@@ -73,6 +73,7 @@ class _Job:
 
     run: Path
     checkpoint: str
+    files: Path  # the folder that the checkpoint's link led to
     network: nn.Module
     sidecar: Sidecar
     attacks: list[NamedAttack]
@@ -101,13 +102,16 @@ def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> li
     # TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     jobs = _plan(paths, config, console)
-    records = []
-    total = sum(len(job.images) * len(job.attacks) for job in jobs)
+    records: list[dict[str, Any]] = []
+    measured: dict[Path, dict[str, Any]] = {}  # best and last are often one folder, which is then measured once
+    total = sum(len(job.images) * len(job.attacks) for job in {job.files: job for job in jobs}.values())
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         for job in jobs:
-            records.append(_run_job(job, config, device, lambda n: bar.advance(task, n), console))
             bar.update(task, description=f"{job.run} {job.checkpoint}")
+            if job.files not in measured:
+                measured[job.files] = _run_job(job, config, device, lambda n: bar.advance(task, n), console)
+            records.append({**measured[job.files], "checkpoint": job.checkpoint})
             if config.json:
                 write_text(Path(config.json), json.dumps(_document(config, records), indent=2) + "\n")
     _print_table(records, console)
@@ -141,7 +145,9 @@ def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]
             _check_data(sidecar, info, path)
             attacks, eps, step_size, norm = _attacks(config, sidecar, console)
             jobs.append(
-                _Job(path, checkpoint, network, sidecar, attacks, eps, step_size, norm, _first(images, config.num_images))
+                _Job(
+                    path, checkpoint, files, network, sidecar, attacks, eps, step_size, norm, _first(images, config.num_images)
+                )
             )
     return jobs
 
