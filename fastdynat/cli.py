@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import tyro
 from rich.console import Console
 
 from fastdynat import __version__, doctor
-from fastdynat.config import TrainConfig, read_yaml, update
+from fastdynat.config import AmpMode, CompileMode, Layout, TrainConfig, read_yaml, update
 from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
 from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
@@ -48,9 +48,9 @@ ALIASES = {
 }
 # Flags with a value that may stand bare.
 BARE = {
-    "--amp": ("bf16", ("off", "bf16", "fp16")),
-    "--compile": ("default", ("off", "default", "reduce-overhead", "max-autotune")),
-    "--channels-last": ("on", ("auto", "on", "off")),
+    "--amp": ("bf16", get_args(AmpMode)),
+    "--compile": ("default", get_args(CompileMode)),
+    "--channels-last": ("on", get_args(Layout)),
 }
 
 

@@ -17,6 +17,9 @@ import yaml
 from fastdynat.errors import UserError, unknown_name
 
 OptionsT = TypeVar("OptionsT")
+AmpMode = Literal["off", "bf16", "fp16"]
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Layout = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +113,11 @@ class EngineConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: AmpMode = "off"
     """Mixed precision; a bare --amp is bf16."""
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    compile: CompileMode = "off"
     """torch.compile mode; a bare --compile is default."""
-    channels_last: Literal["auto", "on", "off"] = "auto"
+    channels_last: Layout = "auto"
     """Channels-last memory format; auto is on for a GPU, a bare --channels-last is on."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
@@ -158,6 +161,12 @@ class TrainConfig(Generic[OptionsT]):
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be in [0, 2**63), got {seed}")
 
 
 def _parts(config: TrainConfig[Any]) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which device a command runs on, and whether torch.compile can work there."""
+"""Which device and precision a command runs with, and whether torch.compile can work there."""
 
 import os
 import shutil
@@ -6,6 +6,9 @@ import shutil
 import torch
 
 from fastdynat.errors import UserError
+
+# Autocast's type for each --amp.
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:

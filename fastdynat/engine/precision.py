@@ -6,8 +6,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from fastdynat.attacks import FP16_LOSS_SCALE
-
-DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fastdynat.devices import AMP_DTYPES
 
 
 class Precision:
@@ -18,7 +17,7 @@ class Precision:
     """
 
     def __init__(self, amp: str, device: torch.device) -> None:
-        self.device, self.dtype = device, DTYPES[amp]
+        self.device, self.dtype = device, AMP_DTYPES[amp]
         self.scaler = GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.attack_scale = FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo
 from fastdynat.devices import check_compile, pick_device
 from fastdynat.errors import UserError
@@ -14,11 +14,8 @@ from fastdynat.methods import Method, method_class
 from fastdynat.units import describe, parse_size
 
 Say = Callable[[str], None]
-PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = (
-    0.031,
-    0.007,
-    8 / 255,
-)  # TRADES, LBGAT and DYNAT: train at 0.031, evaluate at 8/255
+# TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
+PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
 LINF_EPS = {"digits": 0.1, "mnist": 0.3}
 L2_EPS = {"digits": 1.0, "mnist": 2.0}
 MAX_IMAGE_SIZE = 4096
@@ -119,8 +116,7 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
 def _engine(engine: EngineConfig) -> EngineConfig:
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
-    if not 0 <= engine.seed < 2**63:
-        raise UserError(f"seed must be in [0, 2**63), got {engine.seed}")
+    check_seed(engine.seed)
     layout = ("on" if device.type == "cuda" else "off") if engine.channels_last == "auto" else engine.channels_last
     return replace(engine, device=str(device), channels_last=layout)
 

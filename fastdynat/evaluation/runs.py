@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attacks
-from fastdynat.config import DataConfig, read_yaml
+from fastdynat.config import AmpMode, CompileMode, DataConfig, check_seed, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
-from fastdynat.devices import check_compile, pick_device
+from fastdynat.devices import AMP_DTYPES, check_compile, pick_device
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import Measurement, measure
 from fastdynat.runs import (
@@ -57,9 +57,9 @@ class EvalConfig:
     """Images per batch."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: AmpMode = "off"
     """Mixed precision of the attack and of the prediction."""
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    compile: CompileMode = "off"
     """torch.compile mode."""
     seed: int = 1
     """Seed of the random starts."""
@@ -93,8 +93,7 @@ def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> li
     """
     if config.json:
         check_writable(Path(config.json))
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"seed must be in [0, 2**63), got {config.seed}")
+    check_seed(config.seed)
     if config.batch_size < 1 or (config.num_images is not None and config.num_images < 1):
         raise UserError(f"batch_size and num_images must be >= 1, got {config.batch_size} and {config.num_images}")
     device = pick_device(config.device)
@@ -185,7 +184,6 @@ def _run_job(job: _Job, config: EvalConfig, device: torch.device, advance: Any, 
     network = job.network.to(device).requires_grad_(False)
     if config.compile != "off":
         network = torch.compile(network, mode=config.compile, dynamic=False)  # type: ignore[assignment]
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
     results: list[Measurement] = []
     for attack in job.attacks:
         results.append(
@@ -196,7 +194,7 @@ def _run_job(job: _Job, config: EvalConfig, device: torch.device, advance: Any, 
                 device=device,
                 batch_size=config.batch_size,
                 seed=config.seed,
-                amp_dtype=dtype,
+                amp_dtype=AMP_DTYPES[config.amp],
                 advance=advance,
             )
         )
