@@ -73,12 +73,15 @@ def extension() -> dict[str, Any]:
     major, minor = TORCH_TARGET
     flags = ["-O3", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     flags += ["-DUSE_CUDA", "-DFASTDYNAT_WITH_CUDA"] if cuda else []
+    # No contraction into FMA anywhere: elementwise operators give the same bits in every implementation. errno and
+    # trapping, which nothing here looks at, would keep square roots and selections from being vectorised.
+    cxx = [*flags, "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     csrc = sorted(path.as_posix() for path in Path("csrc").rglob("*.*"))
     module = (CUDAExtension if cuda else CppExtension)(
         "fastdynat._C",
         [path for path in csrc if path.endswith(".cpp") or (cuda and path.endswith(".cu"))],
         depends=csrc,
-        extra_compile_args={"cxx": [*flags], "nvcc": [*flags]},
+        extra_compile_args={"cxx": cxx, "nvcc": [*flags, "-fmad=false"]},
         py_limited_api=True,
     )
     return {

@@ -1,7 +1,7 @@
 // The Python module fastdynat._C. Importing it loads the library, whose static initialisers register the operators.
 #include <Python.h>
 
-extern "C" PyObject* PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&def);
 #ifdef FASTDYNAT_WITH_CUDA

@@ -134,7 +134,7 @@ def test_the_registered_operator_takes_any_layout_itself() -> None:
     x_adv, grad, x0 = inputs((2, 3, 6, 5))
     expected = step(x_adv, grad, x0, backend="eager")
     for x in (x_adv, x_adv.to(memory_format=torch.channels_last), torch.stack([x_adv, x_adv], -1)[..., 1]):
-        out = run(x, grad.to(memory_format=torch.channels_last), x0, STEP, EPS, 0.0, 1.0)
+        out, _, _ = run(x, grad.to(memory_format=torch.channels_last), x0, STEP, EPS, 0.0, 1.0)
         assert_same(out.contiguous(), expected)
         assert out.stride() == torch.empty_like(x).stride()
     with pytest.raises(RuntimeError, match=r"grad has shape \(2\) but x_adv has shape \(2, 3, 6, 5\)"):

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernel = importlib.import_module("fastdynat.kernels.pgd_step").pgd_step_linf_kernel
+kernel = importlib.import_module("fastdynat.kernels.pgd_step_linf").pgd_step_linf_kernel
 names = ["x_adv_ptr", "grad_ptr", "x0_ptr", "out_ptr", "numel", "step_size", "eps", "lo", "hi", "BLOCK"]
 for image, grad in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp16")):
     types = ["*" + image, "*" + grad, "*" + image, "*" + image, "i32", *["fp64"] * 4, "constexpr"]

@@ -15,7 +15,7 @@ BACKENDS = ("triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "FASTDYNAT_KERNELS"
 
 # Best first. The Triton interpreter is for debugging, so "auto" never takes it.
-_PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpp", "eager")}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _override = "auto"

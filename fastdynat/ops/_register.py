@@ -1,0 +1,62 @@
+"""One operator in the dispatcher: a schema, a fake, an autograd formula, and the table of its implementations.
+
+Two names are registered. ``fastdynat::NAME`` is csrc/'s: its CPU and CUDA kernels go first, and without them the eager form
+serves every device. ``fastdynat::NAME_triton`` is the launcher in kernels/. Registration is for compilers and autograd;
+which implementation runs is chosen in `_select`.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Implementations = dict[str, Callable[..., Any]]
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def register(
+    name: str,
+    signature: str,
+    *,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    module: str,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    reference: Callable[..., Any] | None = None,
+) -> Implementations:
+    """Register operator `name` and return its implementations by backend, all called with the schema's arguments.
+
+    Args:
+        name: of the operator, of the C++ registration and of the launcher function in `module`.
+        signature: the schema after the name, "(Tensor x, ...) -> Tensor".
+        eager: plain torch with the schema's inputs and outputs; serves devices without a kernel.
+        fake: the same signature, returning empty tensors of the right shape, dtype and strides.
+        module: name of the file in kernels/ with the Triton launcher.
+        backward, setup_context: as `torch.library.register_autograd` takes them; None: no gradient flows.
+        reference: what backend "eager" runs where it must be differentiable by autograd itself; default `eager`.
+    """
+
+    def triton(*args: Any) -> Any:
+        # Imported here because triton may be missing.
+        return getattr(importlib.import_module(f"fastdynat.kernels.{module}"), name)(*args)
+
+    for registered, default in ((name, eager), (f"{name}_triton", triton)):
+        qualified = f"fastdynat::{registered}"
+        torch.library.define(qualified, signature, tags=TAGS)
+        torch.library.impl(qualified, "default", default)
+        torch.library.register_fake(qualified, fake)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+    # Looked up at each call: an overload object taken here would hide a library loaded later.
+    def call_native(*args: Any) -> Any:
+        return getattr(torch.ops.fastdynat, name)(*args)
+
+    def call_triton(*args: Any) -> Any:
+        # The launcher itself where no compiler and no autograd has to see one operator.
+        direct = backward is None and not torch.compiler.is_compiling()
+        return triton(*args) if direct else getattr(torch.ops.fastdynat, f"{name}_triton")(*args)
+
+    return {"triton": call_triton, "cuda": call_native, "cpp": call_native, "eager": reference or eager}
