@@ -8,13 +8,17 @@ To add an operator: a file here with the public function, its schema, its fake a
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
+from fastdynat.ops.random_start import advance, random_start, random_state
 
 __all__ = [
     "BACKENDS",
     "AttackStep",
+    "advance",
     "attack_step_linf",
     "available_backends",
     "pgd_step_linf",
+    "random_start",
+    "random_state",
     "selected_backend",
     "set_backend",
     "use_backend",
