@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastdynat import ops
 from fastdynat.data.split import seeded_generator
 from fastdynat.data.store import ImageSet
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops.augment import to_unit
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
 
@@ -65,26 +66,6 @@ def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int) -> EpochPlan
     return EpochPlan(order, shifts, flips)
 
 
-def crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
-    """Pad (N, C, H, W) images with zeros and cut each back to (H, W) at its own (top, left), a column of `shifts`."""
-    num_images, _, height, width = images.shape
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
-    rows = torch.arange(num_images, device=images.device)
-    return windows[rows, :, shifts[0], shifts[1]]
-
-
-def flip(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirror those (N, C, H, W) images left to right whose entry of `flips`, bool (N,), is set."""
-    return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def to_unit(images: Tensor, *, channels_last: bool) -> Tensor:
-    """Convert uint8 0..255 to float32 in [0, 1], in the memory format asked for."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    # A tensor on the device, because CUDA divides by a Python number as a product with its reciprocal: other last bits.
-    return images.to(torch.float32, memory_format=memory_format).div_(torch.full((), 255.0, device=images.device))
-
-
 class ResidentLoader:
     """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
 
@@ -133,7 +114,7 @@ class ResidentLoader:
         self._epoch_images = self.num_images - rest if drop_last or rest == 1 else self.num_images
         self.steps_per_epoch = -(-self._epoch_images // batch_size)
         self._host = images
-        self._images = images.images.to(self.device)
+        self._images = images.images.to(self.device).contiguous()
         self._labels = images.labels.to(self.device)
         self._epoch = 0
         self._checksum: int | None = None
@@ -153,12 +134,15 @@ class ResidentLoader:
         for step in range(start_step, self.steps_per_epoch):
             now = slice(step * self.batch_size, min((step + 1) * self.batch_size, self._epoch_images))
             indices = order[now]
-            images = self._images[indices]
-            if "crop" in self.augment:
-                images = crop(images, shifts[:, now], self.pad)
-            if "flip" in self.augment:
-                images = flip(images, flips[now])
-            yield Batch(to_unit(images, channels_last=self.channels_last), self._labels[indices], indices)
+            x = ops.augment(
+                self._images,
+                indices,
+                shifts[:, now] if "crop" in self.augment else None,
+                flips[now] if "flip" in self.augment else None,
+                pad=self.pad,
+                channels_last=self.channels_last,
+            )
+            yield Batch(x, self._labels[indices], indices)
 
     def _plan(self, epoch: int) -> EpochPlan:
         return plan_epoch(self.num_images, pad=self.pad, seed=self.seed, epoch=epoch)

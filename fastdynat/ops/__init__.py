@@ -7,6 +7,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.augment import augment
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
 from fastdynat.ops.random_start import advance, random_start, random_state
 
@@ -15,6 +16,7 @@ __all__ = [
     "AttackStep",
     "advance",
     "attack_step_linf",
+    "augment",
     "available_backends",
     "pgd_step_linf",
     "random_start",

@@ -1,0 +1,155 @@
+"""A training batch from a resident uint8 set: gather, crop, flip and conversion in one pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.ops._register import register
+from fastdynat.ops._select import select
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
+    """Pad (N, C, H, W) images with zeros and cut each back to (H, W) at its own (top, left), a column of `shifts`."""
+    num_images, _, height, width = images.shape
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    rows = torch.arange(num_images, device=images.device)
+    return windows[rows, :, shifts[0], shifts[1]]
+
+
+def flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirror those (N, C, H, W) images left to right whose entry of `flips`, bool (N,), is set."""
+    return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def to_unit(images: Tensor, *, channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert uint8 0..255 to `dtype` in [0, 1], in the memory format asked for."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    # A tensor on the device, because CUDA divides by a Python number as a product with its reciprocal: other last bits.
+    return images.to(dtype, memory_format=memory_format).div_(torch.full((), 255.0, dtype=dtype, device=images.device))
+
+
+def _outside(values: Tensor, last: int) -> Tensor:
+    """Which of the values are not in [0, last]."""
+    return (values < 0) | (values > last)
+
+
+def _raise_outside(indices: Tensor, shifts: Tensor | None, stored: int, pad: int) -> None:
+    """Raise RuntimeError, as the C++ kernel does, naming the first value out of range."""
+    for index in indices[_outside(indices, stored - 1)].tolist():
+        raise RuntimeError(f"augment: index {index} is outside [0, {stored}), the images of the store")
+    if shifts is not None:
+        for top, left in shifts[:, _outside(shifts, 2 * pad).any(0)].T.tolist():
+            raise RuntimeError(f"augment: shift ({top}, {left}) is outside [0, {2 * pad}], twice the padding")
+
+
+def _eager(
+    images: Tensor,
+    indices: Tensor,
+    shifts: Tensor | None,
+    flips: Tensor | None,
+    pad: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The reference: what every other implementation equals bit by bit."""
+    outside = None
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        _raise_outside(indices, shifts, images.shape[0], pad)
+    else:
+        # Looking at the values would wait for the device.
+        outside = _outside(indices, images.shape[0] - 1)
+        indices = indices.clamp(0, images.shape[0] - 1)
+        if shifts is not None:
+            outside = outside | _outside(shifts, 2 * pad).any(0)
+            shifts = shifts.clamp(0, 2 * pad)
+    batch = images[indices]
+    if shifts is not None:
+        batch = crop(batch, shifts, pad)
+    if flips is not None:
+        batch = flip(batch, flips)
+    x = to_unit(batch, channels_last=channels_last, dtype=dtype)
+    return x if outside is None else x.masked_fill_(outside.view(-1, 1, 1, 1), torch.nan)
+
+
+def _fake(
+    images: Tensor,
+    indices: Tensor,
+    shifts: Tensor | None,
+    flips: Tensor | None,
+    pad: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (indices.shape[0], *images.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
+
+
+IMPLEMENTATIONS = register(
+    "augment",
+    "(Tensor images, Tensor indices, Tensor? shifts, Tensor? flips, int pad, ScalarType dtype, bool channels_last) -> Tensor",
+    eager=_eager,
+    fake=_fake,
+    module="augment",
+)
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    shifts: Tensor | None = None,
+    flips: Tensor | None = None,
+    *,
+    pad: int = 4,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the batch images[indices], zero-padded, cropped back, mirrored and divided by 255: (N, C, H, W) in [0, 1].
+
+    Bitwise the same in every backend: the quotient is that of a true division, rounded to `dtype`.
+
+    Args:
+        images: the whole set, uint8 (M, C, H, W), contiguous.
+        indices: int64 (N,), which images, in [0, M).
+        shifts: int64 (2, N), top and left corner of each crop in the image padded by `pad`, in [0, 2 * pad]. None: no
+            crop.
+        flips: bool (N,), which of the crops to mirror left to right. None: none.
+        pad: pixels of zeros on each side.
+        dtype: float32, float64, bfloat16 or float16.
+        channels_last: give the batch in channels-last memory format.
+        backend: "auto" or one of `fastdynat.ops.BACKENDS`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit; UserError for an unknown backend.
+        RuntimeError: the backend asked for cannot run here; on the CPU also for an index or a shift out of range. On
+            the GPU, where a check would wait for the device, such an image is NaN throughout.
+    """
+    if images.dim() != 4 or images.dtype != torch.uint8:
+        raise ValueError(f"augment: images must be uint8 of shape (M, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if not images.is_contiguous():
+        raise ValueError("augment: images must be contiguous; call .contiguous() on the set once, not on every batch")
+    if images[:1].numel() >= 2**31:
+        raise ValueError(f"augment: an image has {images[:1].numel()} elements, at most 2^31 - 1 are possible")
+    num_images = indices.numel()
+    wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {"indices": (indices, torch.int64, (num_images,))}
+    wanted |= {"shifts": (shifts, torch.int64, (2, num_images))} if shifts is not None else {}
+    wanted |= {"flips": (flips, torch.bool, (num_images,))} if flips is not None else {}
+    for name, (tensor, kind, shape) in wanted.items():
+        if tensor.dtype != kind or tensor.shape != shape:
+            raise ValueError(f"augment: {name} must be {kind} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.device != images.device:
+            raise ValueError(f"augment: {name} is on {tensor.device} but images is on {images.device}")
+    if num_images > 0 and images.shape[0] == 0:
+        raise ValueError(f"augment: images is empty, {num_images} of it are asked for")
+    if pad < 0:
+        raise ValueError(f"augment: pad must be 0 or more pixels, got {pad}")
+    if dtype not in DTYPES:
+        raise ValueError(f"augment: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    run = select("augment", IMPLEMENTATIONS, backend, images.device.type)
+    if shifts is not None and shifts.stride(1) != 1:
+        shifts = shifts.contiguous()
+    flips = flips.contiguous() if flips is not None else None
+    return run(images, indices.contiguous(), shifts, flips, pad, dtype, channels_last)
