@@ -7,13 +7,16 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
 
 __all__ = [
     "BACKENDS",
     "AttackStep",
+    "attack_step_l2",
     "attack_step_linf",
     "available_backends",
+    "pgd_step_l2",
     "pgd_step_linf",
     "selected_backend",
     "set_backend",
