@@ -91,11 +91,11 @@ def build(folder: Path, name: str, objects: Sequence[tuple[Path, list[str]]], li
     return library
 
 
-def build_kernels(folder: Path, sanitize: str = WATCH) -> Path:
+def build_kernels(folder: Path, sanitize: Sequence[str] = (WATCH,)) -> Path:
     """The library with every kernel of csrc/cuda and a simulator."""
-    kernels = [(path, [*SIMULATE, sanitize]) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    kernels = [(path, [*SIMULATE, *sanitize]) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     # The simulator itself is not watched; AddressSanitizer it has to know, for its switches of stacks.
-    own = [] if sanitize == WATCH else [sanitize]
+    own = [] if WATCH in sanitize else list(sanitize)
     return build(folder, "fastdynat_sim", [(HERE / "simulator.cpp", own), *kernels], own)
 
 

@@ -83,7 +83,11 @@ uintptr_t shared_begin, shared_end;
 char* stacks;
 Fiber fibers[kMaxThreads];
 ucontext_t scheduler;
+#ifdef __SANITIZE_ADDRESS__
 void* scheduler_fake_stack;
+const void* scheduler_bottom;
+size_t scheduler_size;
+#endif
 Fiber* current = nullptr;  // null outside of kernels
 void (*kernel)(const void*);
 const void* kernel_context;
@@ -123,15 +127,14 @@ std::string place(void* address) {
   return found.empty() || found[0] == '?' ? "" : " at " + found;
 }
 
-void switch_to_scheduler([[maybe_unused]] Fiber& from) {
+// AddressSanitizer is told of every switch, and where the stack is that is switched to.
+void switch_to_scheduler(Fiber& from) {
 #ifdef __SANITIZE_ADDRESS__
-  static const void* bottom;
-  static size_t size;
-  __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake_stack, bottom, size);
+  __sanitizer_start_switch_fiber(from.state == State::kDone ? nullptr : &from.fake_stack, scheduler_bottom, scheduler_size);
 #endif
   swapcontext(&from.context, &scheduler);
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(from.fake_stack, &bottom, &size);
+  __sanitizer_finish_switch_fiber(from.fake_stack, &scheduler_bottom, &scheduler_size);
 #endif
 }
 
@@ -151,7 +154,7 @@ void yield(State state) {
 
 void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
 #endif
   kernel(kernel_context);
   current->state = State::kDone;
@@ -363,11 +366,8 @@ void find_shared_memory() {
   if (dl_iterate_phdr(find, &in_thread_block) == 0) throw std::runtime_error("simulator: no thread-local block");
 }
 
-#if defined(__GNUC__)
-__attribute__((no_sanitize_address))
-#endif
-void poison_shared_memory() {
-  // Not memset, which AddressSanitizer replaces. NaN for a float, -1 for an integer.
+__attribute__((no_sanitize("address"))) void poison_shared_memory() {
+  // Not memset, which AddressSanitizer replaces. NaN for a floating-point number, -1 for an integer.
   for (uintptr_t at = shared_begin; at < shared_end; ++at) *reinterpret_cast<volatile unsigned char*>(at) = 0xff;
 }
 
