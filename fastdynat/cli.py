@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
+from fastdynat.ops import selected_backend
 
 OptionsT = TypeVar("OptionsT")
 
@@ -155,7 +157,7 @@ def _fit(trainer: Trainer, say: Any) -> int:
     path, c = trainer.run.path, trainer.config
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
     say(f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}")
-    say(f"run directory {path}")
+    say(f"run directory {path}, operators: {selected_backend(torch.device(c.engine.device).type)}")
     try:
         outcome = trainer.fit()
     except Diverged as error:

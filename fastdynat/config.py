@@ -18,6 +18,7 @@ from fastdynat.errors import UserError, unknown_name
 
 OptionsT = TypeVar("OptionsT")
 AmpMode = Literal["off", "bf16", "fp16"]
+Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 Layout = Literal["auto", "on", "off"]
 
@@ -117,6 +118,8 @@ class EngineConfig:
     """Mixed precision; a bare --amp is bf16."""
     compile: CompileMode = "off"
     """torch.compile mode; a bare --compile is default."""
+    kernels: Kernels = "auto"
+    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     channels_last: Layout = "auto"
     """Channels-last memory format; auto is on for a GPU, a bare --channels-last is on."""
     seed: int = 1

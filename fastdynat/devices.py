@@ -6,6 +6,7 @@ import shutil
 import torch
 
 from fastdynat.errors import UserError
+from fastdynat.ops import selected_backend
 
 # Autocast's type for each --amp.
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,3 +37,12 @@ def check_compile(mode: str, device: torch.device) -> None:
     own = os.environ.get("CXX" if device.type == "cpu" else "CC", "")
     if mode != "off" and not any(shutil.which(name) for name in (*own.split()[:1], *names)):
         raise UserError(f"--compile needs a compiler ({' or '.join(names)}): install g++, or leave --compile out")
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    """Raise UserError where the operators cannot run as `name` asks on `device`."""
+    try:
+        selected_backend(device.type, name)
+    except RuntimeError as error:
+        reason = str(error).partition(": ")[2]
+        raise UserError(f"--kernels {name}: {reason}; leave --kernels out for the best that this machine has") from None

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ def needs(*what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not available here: {', '.join(missing)}")
 
 
+# Backend "cuda" for CPU tensors, through the simulator: see cuda_sim.
+SIMULATED_CUDA = pytest.param("cuda", id="cuda-simulated", marks=[needs("cxx"), pytest.mark.simulated])
+
+
 def pytest_report_header() -> str:
     """Which copy of the package is under test: an editable install of another checkout is easy to miss."""
     from fastdynat import kernels, ops
@@ -49,3 +54,21 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where tests compile C++: pytest's cache, so that the next session finds what has not changed."""
+    cache = getattr(request.config, "cache", None)
+    return tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
+
+
+@pytest.fixture(autouse=True)
+def _simulation(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("simulated") is None:
+        yield
+        return
+    import cuda_sim
+
+    with cuda_sim.simulated_cuda(cuda_sim.build_kernels(request.getfixturevalue("compiled"))):
+        yield

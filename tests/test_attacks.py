@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec, attack_mode, frozen_twin, margin, parse_attack, parse_attacks, pgd
 from fastdynat.attacks.goal import kl_from_log_probs, soft_cross_entropy
-from fastdynat.attacks.steps import pgd_step_l2, start_point
+from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
+from fastdynat.ops import pgd_step_l2
 
 NORMS = ("linf", "l2")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import SIMULATED_CUDA, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +25,7 @@ ON_CPU = [
     "eager",
     pytest.param("cpp", marks=needs("ext")),
     pytest.param("triton", marks=[needs("triton"), pytest.mark.skipif(torch.cuda.is_available(), reason="see ON_GPU")]),
+    SIMULATED_CUDA,
 ]
 ON_GPU = [pytest.param(name, marks=[needs("gpu"), pytest.mark.gpu]) for name in ("eager", "cuda", "triton")]
 SHAPES = [(0,), (1,), (1025,), (0, 3, 4, 4), (2, 3, 8, 8), (5, 3, 31, 33), (4, 1, 8, 8), ()]

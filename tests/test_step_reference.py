@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
+from fastdynat.attacks.steps import start_point
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.networks import NetworkSet
@@ -38,7 +39,7 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
     networks = NetworkSet(model, guide, device=CPU, channels_last=False, attack_bn=optim.pop("attack_bn", "eval"))
     spec = PGDSpec(EPS, STEP, STEPS, start=optim.pop("start", "gaussian"))
     config = OptimConfig(lr=LR, epochs=1, weight_decay=0.0, momentum=0.0, **optim)
-    return TrainStep(method, networks, spec, config, Precision("off", CPU), lambda step: 1.0)
+    return TrainStep(method, networks, spec, config, Precision("off", CPU, "eval"), lambda step: 1.0)
 
 
 def reference_dynat_step(
@@ -80,7 +81,9 @@ def test_dynat_step_equals_the_float64_transcription(batch: Batch, beta: float) 
     torch.manual_seed(7)
     logs = step(batch)
     torch.manual_seed(7)
-    noise = torch.empty_like(batch.x).normal_()
+    noise = (
+        start_point(batch.x, "gaussian", norm="linf", eps=EPS) - batch.x
+    ) / 0.001  # its distribution: test_ops_random_start
     loss, guide_loss = reference_dynat_step(reference_model, reference_guide, batch.x, batch.labels, noise, beta)
 
     torch.testing.assert_close(logs["loss"], loss)

@@ -3,14 +3,14 @@
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
 from fastdynat.attacks.modes import attack_mode, frozen_twin, set_attack_mode
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
-from fastdynat.attacks.pgd import FP16_LOSS_SCALE, AttackResult, PGDSpec, pgd, run_pgd
+from fastdynat.attacks.pgd import AttackResult, PGDSpec, Underflow, pgd, run_pgd
 
 __all__ = [
-    "FP16_LOSS_SCALE",
     "AttackGoal",
     "AttackResult",
     "NamedAttack",
     "PGDSpec",
+    "Underflow",
     "attack_mode",
     "frozen_twin",
     "kl_from_log_probs",

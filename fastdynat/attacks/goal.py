@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AttackLoss = Literal["ce", "kl", "margin"]
+from fastdynat.ops import attack_logit_grad
+
+AttackLoss = Literal["ce", "kl", "margin", "dlr"]
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -19,6 +21,17 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """``max_{k != y} z_k - z_y`` per image, (N,): positive exactly where the prediction is wrong (Carlini & Wagner 2017)."""
     true = logits.gather(1, labels[:, None]).squeeze(1)
     return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - true
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-(z_y - max_{k != y} z_k) / (z_(1) - z_(3))`` per image, (N,): the margin over the gap between first and third.
+
+    The difference of logits ratio of Croce & Hein 2020 (arXiv 2003.01690), eq. 6; needs three classes. Where the denominator
+    is 0 the value is 0.
+    """
+    top = logits.topk(3, dim=1).values
+    gap = top[:, 0] - top[:, 2]
+    return torch.where(gap > 0, margin(logits, labels) / torch.where(gap > 0, gap, 1.0), 0.0)
 
 
 def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
@@ -36,7 +49,8 @@ class AttackGoal:
     """The function of the attacked network's logits that the attack drives up (or down, if `targeted`).
 
     Attributes:
-        loss: "ce" cross-entropy, "kl" Kullback-Leibler divergence from `target`, "margin" the Carlini-Wagner margin.
+        loss: "ce" cross-entropy, "kl" Kullback-Leibler divergence from `target`, "margin" the Carlini-Wagner margin, "dlr"
+            the difference of logits ratio.
         target: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
         targeted: drive towards `target` instead of away from it.
     """
@@ -55,11 +69,22 @@ class AttackGoal:
             value = kl_from_log_probs(self.target, logits)
         elif self.loss == "margin":
             value = margin(logits, self.target)
+        elif self.loss == "dlr":
+            value = dlr(logits, self.target)
         elif self.target.dim() == 2:
             value = soft_cross_entropy(logits, self.target)
         else:
             value = F.cross_entropy(logits, self.target, reduction="none")
         return -value if self.targeted else value
+
+    def logit_grad(self, logits: Tensor, *, rescale: bool = False) -> Tensor:
+        """Gradient of ``per_image(logits).sum()`` with respect to `logits`, in their dtype, in closed form.
+
+        rescale: multiply each image's by a power of two that brings it to order one, so that half precision does not flush it
+        to zero on its way to the pixels. Signs and directions stay what they are only while images do not mix: not in a
+        network that is in batch norm's train mode.
+        """
+        return attack_logit_grad(logits.detach(), self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
 
     def reached(self, logits: Tensor) -> Tensor:
         """(N,) bool: the prediction left the goal's class, or arrived at it if `targeted`."""

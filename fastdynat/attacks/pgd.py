@@ -12,7 +12,8 @@ from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.steps import NORMS, STARTS, pgd_step, start_point
 from fastdynat.errors import UserError, unknown_name
 
-# fp16 flushes gradients below 6e-8 to zero; this fixed factor on the summed loss keeps confident images attackable.
+# fp16 flushes gradients below 6e-8 to zero. Where images mix in batch norm they must keep their proportions, so one fixed
+# factor on the summed loss is all that can be done; elsewhere each image is scaled by itself (`AttackGoal.logit_grad`).
 FP16_LOSS_SCALE = 1024.0
 
 
@@ -47,6 +48,31 @@ class PGDSpec:
 
 
 @dataclass(frozen=True)
+class Underflow:
+    """What keeps image gradients from being flushed to zero in half precision. L-inf and L2 steps do not depend on it.
+
+    Attributes:
+        rescale: per image, see `AttackGoal.logit_grad`.
+        loss_scale: one factor for all images.
+    """
+
+    rescale: bool = False
+    loss_scale: float = 1.0
+
+    @classmethod
+    def guard(cls, bn: str, dtype: torch.dtype | None, rescale: bool | None = None) -> "Underflow":
+        """What fits an attack in batch norm mode `bn` with the network in `dtype` (None: not in half precision).
+
+        rescale: the caller's wish; None leaves it to this function. Raises UserError where it is wished but not exact.
+        """
+        if rescale and bn != "eval":
+            raise UserError(f"rescale needs images that do not mix: attack BN mode eval, got {bn}")
+        if rescale is None:
+            rescale = bn == "eval" and dtype in (torch.float16, torch.bfloat16)
+        return cls(rescale, FP16_LOSS_SCALE if dtype is torch.float16 and not rescale else 1.0)
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """What an attack returns.
 
@@ -69,21 +95,22 @@ def ascend(
     spec: PGDSpec,
     *,
     x_start: Tensor,
-    loss_scale: float = 1.0,
+    underflow: Underflow | None = None,
 ) -> AttackResult:
-    """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes, precision and grad mode.
-
-    loss_scale: multiplies the summed loss before differentiation, against underflow in fp16; neither the sign nor the
-    normalised step depends on it.
-    """
+    """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes, precision and grad mode."""
+    underflow = underflow or Underflow()
     x_adv, zero_grads = x_start, torch.zeros((), dtype=torch.int64, device=x.device)
     for _ in range(spec.steps):
         # A fresh leaf per step, never updated in place: compiled backward passes do not notice a mutated input.
         x_adv = x_adv.detach().requires_grad_()
-        loss = goal.per_image(logits_of(x_adv)).sum() * loss_scale
-        (grad,) = torch.autograd.grad(loss, x_adv)
-        zero_grads += (~(grad.abs() > 0).any(dim=(1, 2, 3))).sum()  # NaN is not above 0
-        x_adv = pgd_step(x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
+        logits = logits_of(x_adv)
+        # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
+        upstream = goal.logit_grad(logits, rescale=underflow.rescale)
+        if underflow.loss_scale != 1.0:
+            upstream = upstream * underflow.loss_scale
+        (grad,) = torch.autograd.grad(logits, x_adv, upstream)
+        step = pgd_step(x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
+        x_adv, zero_grads = step.x_adv, zero_grads + (~step.moved).sum()
     # A step ends inside the image range; a Gaussian start that no step has touched may not.
     x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
     return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps)
@@ -96,11 +123,11 @@ def run_pgd(
     spec: PGDSpec,
     *,
     generator: torch.Generator | None = None,
-    loss_scale: float = 1.0,
+    underflow: Underflow | None = None,
 ) -> AttackResult:
     """`ascend` with random start and restarts, on a network that is already in the attack's mode."""
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-    best = ascend(logits_of, x, goal, spec, x_start=start, loss_scale=loss_scale)
+    best = ascend(logits_of, x, goal, spec, x_start=start, underflow=underflow)
     if spec.restarts == 1:
         return best
 
@@ -112,7 +139,7 @@ def run_pgd(
     x_adv, zero_grads, (reached, loss) = best.x_adv, best.zero_grads, score(best.x_adv)
     for _ in range(spec.restarts - 1):
         start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-        run = ascend(logits_of, x, goal, spec, x_start=start, loss_scale=loss_scale)
+        run = ascend(logits_of, x, goal, spec, x_start=start, underflow=underflow)
         run_reached, run_loss = score(run.x_adv)
         better = (run_reached & ~reached) | ((run_reached == reached) & (run_loss > loss))
         x_adv = torch.where(better[:, None, None, None], run.x_adv, x_adv)
@@ -131,6 +158,7 @@ def pgd(
     x_start: Tensor | None = None,
     generator: torch.Generator | None = None,
     amp_dtype: torch.dtype | None = None,
+    rescale: bool | None = None,
 ) -> AttackResult:
     """Attack `model` at `x`, whatever state the caller is in.
 
@@ -146,9 +174,11 @@ def pgd(
         x_start: begin exactly here instead of drawing a start (one run, `spec.restarts` must be 1).
         generator: source of the random start; None is torch's global one.
         amp_dtype: autocast the network to this dtype; the iterate stays in `x`'s.
+        rescale: bring each image's gradient to order one before it goes through the network (`AttackGoal.logit_grad`); None
+            does so in half precision wherever it is exact, that is unless `bn` mixes the images.
 
     Raises:
-        UserError: `x` is not floating point or does not match `goal`.
+        UserError: `x` is not floating point or does not match `goal`; `rescale` where images mix.
     """
     if not x.is_floating_point() or x.dim() != 4:
         raise UserError(f"images must be float (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}")
@@ -156,11 +186,11 @@ def pgd(
         raise UserError(f"{x.shape[0]} images but {goal.target.shape[0]} labels")
     if x_start is not None and spec.restarts != 1:
         raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
-    scale = FP16_LOSS_SCALE if amp_dtype is torch.float16 else 1.0
+    underflow = Underflow.guard(bn, amp_dtype, rescale)
     cast = torch.autocast(x.device.type, amp_dtype) if amp_dtype else nullcontext()
     # Copies made outside inference mode may be saved for backward; inference tensors may not.
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, bn), cast:
         x, goal = x.detach().clone(), goal.clone()
         if x_start is not None:
-            return ascend(model, x, goal, spec, x_start=x_start.detach().clone(), loss_scale=scale)
-        return run_pgd(model, x, goal, spec, generator=generator, loss_scale=scale)
+            return ascend(model, x, goal, spec, x_start=x_start.detach().clone(), underflow=underflow)
+        return run_pgd(model, x, goal, spec, generator=generator, underflow=underflow)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo
-from fastdynat.devices import check_compile, pick_device
+from fastdynat.devices import check_compile, check_kernels, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
 from fastdynat.units import describe, parse_size
@@ -117,6 +117,7 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
 def _engine(engine: EngineConfig) -> EngineConfig:
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
+    check_kernels(engine.kernels, device)
     check_seed(engine.seed)
     layout = ("on" if device.type == "cuda" else "off") if engine.channels_last == "auto" else engine.channels_last
     return replace(engine, device=str(device), channels_last=layout)

@@ -22,6 +22,7 @@ from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
+from fastdynat.ops import use_backend
 from fastdynat.runs import (
     CONFIG,
     ENVIRONMENT,
@@ -82,7 +83,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         record_start(path / ENVIRONMENT)
-        yield Trainer(config, splits.info, splits.val, *parts, run)
+        with use_backend(config.engine.kernels):
+            yield Trainer(config, splits.info, splits.val, *parts, run)
     finally:
         run.close()
 
@@ -111,10 +113,13 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
             say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
         if config.engine.device != stored.engine.device:
             say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
+        if config.engine.kernels != stored.engine.kernels:
+            say(f"kernels change from {stored.engine.kernels} to {config.engine.kernels}: the run goes on, but not bit for bit")
         # Only now, when nothing can be refused any more, does the run's own record change.
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
         record_start(path / ENVIRONMENT)
-        yield trainer
+        with use_backend(config.engine.kernels):
+            yield trainer
     finally:
         run.close()
 
@@ -179,7 +184,7 @@ def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainS
     )
     spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
     factor = schedule_factor(config.optim, loader.steps_per_epoch)
-    step = TrainStep(method, networks, spec, config.optim, Precision(engine.amp, device), factor)
+    step = TrainStep(method, networks, spec, config.optim, Precision(engine.amp, device, attack.attack_bn), factor)
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
     torch.manual_seed(engine.seed)
     return networks, step, loader

@@ -19,6 +19,7 @@ RESUMABLE = {
     "data_dir",
     "download",
     "device",
+    "kernels",
     "epochs",
     "stop_after",
     "save_every",

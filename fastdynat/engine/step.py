@@ -73,7 +73,7 @@ class TrainStep:
         return result.x_adv, {"zero_grad_share": result.zero_grads / max(result.gradients, 1)}
 
     def _pgd(self, x: Tensor, goal: AttackGoal) -> AttackResult:
-        return run_pgd(self.networks.views.attacked, x, goal, self.spec, loss_scale=self.precision.attack_scale)
+        return run_pgd(self.networks.views.attacked, x, goal, self.spec, underflow=self.precision.underflow)
 
     def _update(self, loss: Tensor) -> None:
         scaler, lr = self.precision.scaler, self.learning_rate()

@@ -12,11 +12,12 @@ from rich.table import Table
 from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attacks
-from fastdynat.config import AmpMode, CompileMode, DataConfig, check_seed, read_yaml
+from fastdynat.config import AmpMode, CompileMode, DataConfig, Kernels, check_seed, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
-from fastdynat.devices import AMP_DTYPES, check_compile, pick_device
+from fastdynat.devices import AMP_DTYPES, check_compile, check_kernels, pick_device
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import Measurement, measure
+from fastdynat.ops import use_backend
 from fastdynat.runs import (
     BEST,
     CONFIG,
@@ -61,6 +62,8 @@ class EvalConfig:
     """Mixed precision of the attack and of the prediction."""
     compile: CompileMode = "off"
     """torch.compile mode."""
+    kernels: Kernels = "auto"
+    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     seed: int = 1
     """Seed of the random starts."""
     json: str | None = None
@@ -98,13 +101,15 @@ def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> li
         raise UserError(f"batch_size and num_images must be >= 1, got {config.batch_size} and {config.num_images}")
     device = pick_device(config.device)
     check_compile(config.compile, device)
+    check_kernels(config.kernels, device)
     # TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     jobs = _plan(paths, config, console)
     records: list[dict[str, Any]] = []
     measured: dict[Path, dict[str, Any]] = {}  # best and last are often one folder, which is then measured once
     total = sum(len(job.images) * len(job.attacks) for job in {job.files: job for job in jobs}.values())
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+    progress = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
+    with use_backend(config.kernels), progress as bar:
         task = bar.add_task("", total=total)
         for job in jobs:
             bar.update(task, description=f"{job.run} {job.checkpoint}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
+from fastdynat.ops import DynamicLabelLoss
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
 Attack = Callable[[Tensor, AttackGoal], AttackResult]  # the engine's attack on `Networks.attacked`, as configured
@@ -45,12 +46,12 @@ class Inner:
 
     Attributes:
         goal: what the attack maximises; None trains on the clean images.
-        guide_logits: the guide's logits on the clean batch with their graph, where the method computed them.
-        dynamic_labels: what the guide says the model should answer: (N,) int64 or (N, K) probabilities.
+        guide: the guide's loss to the true labels on the clean batch, with its graph, where the method computed it.
+        dynamic_labels: what the guide says the model should answer: (N,) int64 classes, or the guide's logits (N, K).
     """
 
     goal: AttackGoal | None
-    guide_logits: Tensor | None = None
+    guide: DynamicLabelLoss | None = None
     dynamic_labels: Tensor | None = None
 
 
@@ -96,11 +97,6 @@ class Method(ABC, Generic[OptionsT]):
         """State the losses on the attacked images `x_adv` (the clean ones where `inner.goal` is None)."""
 
 
-def share_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of images whose arg-max is the label, a detached float32 scalar on the device."""
-    return (logits.detach().argmax(1) == labels).float().mean()
-
-
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
     """Let the clean batch move the model's running statistics; nothing else comes of it."""
     with torch.no_grad():
@@ -115,5 +111,4 @@ __all__ = [
     "OptionsT",
     "Outer",
     "clean_statistics_pass",
-    "share_correct",
 ]

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, kl_from_log_probs, soft_cross_entropy, wide
+from fastdynat.attacks import AttackGoal, kl_from_log_probs, wide
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share_correct
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass
+from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,52 +84,56 @@ class Dynat(Method[DynatOptions]):
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None
         assert nets.guide_eval is not None
-        guide_logits = wide(nets.guide(batch.x))
-        label_logits = guide_logits.detach()
+        guide_logits = nets.guide(batch.x)
+        # One pass over the guide's logits: its own loss and gradient, its accuracy, and the labels for the model.
+        guide = dynamic_label_cross_entropy(guide_logits, batch.labels, labels=batch.labels)
+        label_logits, hard = guide_logits.detach(), guide.predictions
         if self.options.guide_mode == "eval":
             with torch.no_grad():
-                label_logits = wide(nets.guide_eval(batch.x))
-        dynamic_labels = self.dynamic_labels(label_logits)
-        return Inner(self.goal(nets, batch, label_logits, dynamic_labels), guide_logits, dynamic_labels)
+                label_logits = nets.guide_eval(batch.x)
+            hard = label_logits.argmax(1)
+        dynamic_labels = hard if self.options.label_type == "hard" else wide(label_logits)
+        return Inner(self.goal(nets, batch, wide(label_logits), dynamic_labels), guide, dynamic_labels)
 
-    def dynamic_labels(self, guide_logits: Tensor) -> Tensor:
-        """(N, K) guide logits -> (N,) int64 classes, or (N, K) probabilities if soft."""
-        if self.options.label_type == "hard":
-            return guide_logits.argmax(1)
-        return (guide_logits / self.options.temperature).softmax(1)
-
-    def goal(self, nets: Networks, batch: Batch, guide_logits: Tensor, dynamic_labels: Tensor) -> AttackGoal:
+    def goal(self, nets: Networks, batch: Batch, label_logits: Tensor, dynamic_labels: Tensor) -> AttackGoal:
         """The inner objective; all of its targets are constants of the attack."""
         if self.options.inner_loss == "ce_dynamic":
-            return AttackGoal("ce", dynamic_labels)
+            soft = dynamic_labels.dim() == 2
+            return AttackGoal("ce", (dynamic_labels / self.options.temperature).softmax(1) if soft else dynamic_labels)
         if self.options.inner_loss == "ce_true":
             return AttackGoal("ce", batch.labels)
         if self.options.inner_loss == "kl_guide":
-            return AttackGoal("kl", guide_logits.log_softmax(1))
+            return AttackGoal("kl", label_logits.log_softmax(1))
         with torch.no_grad():
             return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        assert inner.guide_logits is not None
+        assert inner.guide is not None
         assert inner.dynamic_labels is not None
-        logits = wide(nets.model(x_adv))
-        targets = inner.dynamic_labels if self.options.outer_label == "dynamic" else batch.labels
-        fit = soft_cross_entropy(logits, targets).mean() if targets.dim() == 2 else F.cross_entropy(logits, targets)
-        loss = self.options.beta * fit
+        logits = nets.model(x_adv)
+        guided = self.options.outer_label == "dynamic"
+        fit = dynamic_label_cross_entropy(
+            logits,
+            inner.dynamic_labels if guided else batch.labels,
+            labels=batch.labels,
+            soft=guided and self.options.label_type == "soft",
+            temperature=self.options.temperature,
+        )
+        loss = self.options.beta * fit.loss
         # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
         if self.options.extra_kl_weight > 0:
             log_p_clean = wide(nets.model(batch.x)).log_softmax(1)
-            loss = loss + self.options.extra_kl_weight * kl_from_log_probs(log_p_clean, logits).mean()
+            loss = loss + self.options.extra_kl_weight * kl_from_log_probs(log_p_clean, wide(logits)).mean()
         elif self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
-        guide_loss = F.cross_entropy(inner.guide_logits, batch.labels)
 
         hard = inner.dynamic_labels.argmax(1) if inner.dynamic_labels.dim() == 2 else inner.dynamic_labels
+        images = len(batch.labels)
         logs = {
             "loss": loss.detach(),
-            "guide_loss": guide_loss.detach(),
-            "train_adv_acc": share_correct(logits, batch.labels),
-            "guide_acc": share_correct(inner.guide_logits, batch.labels),
-            "label_agreement": (hard == batch.labels).float().mean(),
+            "guide_loss": inner.guide.loss.detach(),
+            "train_adv_acc": fit.target_correct / images,
+            "guide_acc": inner.guide.target_correct / images,
+            "label_agreement": (fit.guide_correct if guided else (hard == batch.labels).sum()) / images,
         }
-        return Outer({"model": loss, "guide": guide_loss}, logs)
+        return Outer({"model": loss, "guide": inner.guide.loss}, logs)

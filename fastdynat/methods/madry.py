@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, wide
+from fastdynat.attacks import AttackGoal
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share_correct
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass
+from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,7 @@ class Madry(Method[MadryOptions]):
         return Inner(AttackGoal("ce", batch.labels))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        logits = wide(nets.model(x_adv))
-        loss = F.cross_entropy(logits, batch.labels)
+        fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
         if self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
-        return Outer({"model": loss}, {"loss": loss.detach(), "train_adv_acc": share_correct(logits, batch.labels)})
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": fit.target_correct / len(batch.labels)})

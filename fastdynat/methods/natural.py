@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attacks import wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, share_correct
+from fastdynat.methods.base import Inner, Method, Networks, Outer
+from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,5 @@ class Natural(Method[NaturalOptions]):
         return Inner(goal=None)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        logits = wide(nets.model(x_adv))
-        loss = F.cross_entropy(logits, batch.labels)
-        return Outer({"model": loss}, {"loss": loss.detach(), "train_acc": share_correct(logits, batch.labels)})
+        fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": fit.target_correct / len(batch.labels)})

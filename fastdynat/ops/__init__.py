@@ -8,6 +8,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
 from fastdynat.ops.augment import augment
+from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
 from fastdynat.ops.random_start import advance, random_start, random_state
 
@@ -15,9 +16,11 @@ __all__ = [
     "BACKENDS",
     "AttackStep",
     "advance",
+    "attack_step_l2",
     "attack_step_linf",
     "augment",
     "available_backends",
+    "pgd_step_l2",
     "pgd_step_linf",
     "random_start",
     "random_state",

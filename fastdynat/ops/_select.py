@@ -42,9 +42,12 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend(name)` for the body of a with statement. Holds for the process, not for the thread."""
+    """`set_backend(name)` for the body of a with statement; "auto" leaves as it is what is in force.
+
+    Holds for the process, not for the thread.
+    """
     before = _override
-    set_backend(name)
+    set_backend(before if name == "auto" else name)
     try:
         yield
     finally:

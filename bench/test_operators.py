@@ -1,0 +1,96 @@
+"""Timings of every operator by pytest-benchmark; `bench/operators.py` runs this file and makes a table of it.
+
+In one group, one after the other: the plain torch form, `torch.compile`'s fusion of it, a copy of the bytes that an ideal pass
+moves, and our implementations. A timing counts only if the result was right first: each implementation is compared with the
+plain form before it is timed. On a GPU a round is one replay of a CUDA graph of CALLS calls, so launches are not in it.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Thunk, cases
+from torch import Tensor
+
+from fastdynat import ops
+from fastdynat.ops._select import why_not
+
+DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+CALLS = 50 if DEVICE == "cuda" else 1
+BACKENDS = [name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")]
+SELECTED = os.environ.get("FASTDYNAT_BENCH_ONLY", "")
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def check(case: Case, thunk: Thunk) -> None:
+    for ours, plain in zip(tensors(thunk()), tensors(case.plain(*case.args)), strict=True):
+        worst = float((ours.double() - plain.double()).abs().max())
+        assert worst <= case.tolerance, f"{case.name}: differs by {worst} from the plain form, so its timing says nothing"
+
+
+def copy_of(num_bytes: int) -> Thunk:
+    source = torch.rand(num_bytes // 8, device=DEVICE)  # half is read, half is written
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def implementation(case: Case, name: str) -> Thunk:
+    if name == "copy":
+        return copy_of(case.bytes)
+    if name == "plain":
+        return lambda: case.plain(*case.args)
+    if name == "compiled":
+        torch._dynamo.reset()
+        compiled = torch.compile(case.plain, dynamic=False)
+        return lambda: compiled(*case.args)
+    return case.operator(name)
+
+
+def repeated(thunk: Thunk) -> tuple[Callable[[], None], bool]:
+    """CALLS calls as one function that returns when they are done, and whether that is one CUDA graph."""
+    if DEVICE != "cuda":
+        return lambda: thunk() and None, False
+    try:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                thunk()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                thunk()
+        replay: Callable[[], object] = graph.replay
+        captured = True
+    except RuntimeError:  # something in it waits for the device
+        captured = False
+
+        def replay() -> None:
+            for _ in range(CALLS):
+                thunk()
+
+    def run() -> None:
+        replay()
+        torch.cuda.synchronize()
+
+    return run, captured
+
+
+@pytest.mark.parametrize("name", ["plain", "compiled", "copy", *BACKENDS])
+@pytest.mark.parametrize(
+    "case", [c for c in cases(DEVICE) if SELECTED in c.name], ids=lambda case: f"{case.name} {case.size}".replace(" ", "_")
+)
+@pytest.mark.filterwarnings("default")  # torch.compile's advice must not stop a measurement
+def test_operator(benchmark: Any, case: Case, name: str) -> None:
+    benchmark.group = f"{case.name} @ {case.size}"
+    thunk = implementation(case, name)
+    if name != "copy":
+        check(case, thunk)
+    run, captured = repeated(thunk)
+    benchmark.extra_info.update(name=name, calls=CALLS, bytes=case.bytes, cuda_graph=captured)
+    benchmark.pedantic(run, rounds=20 if DEVICE == "cuda" else 31, warmup_rounds=3)

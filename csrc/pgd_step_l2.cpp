@@ -1,0 +1,99 @@
+// fastdynat::pgd_step_l2 on the CPU.
+#include "pgd_step_l2.h"
+
+#include "parallel.h"
+#include "stream.h"
+
+namespace fastdynat {
+namespace {
+
+constexpr int64_t kTile = 1024;  // elements; small enough for the first-level cache
+constexpr int kLanes = 16;       // independent sums: enough to hide an addition's latency
+
+template <typename T, typename G>
+FASTDYNAT_INLINE void add_lanes(const T* x_adv, const G* grad, const T* x0, int count, double* gg, double* dg, double* dd) {
+  for (int lane = 0; lane < count; ++lane) {
+    const double g = static_cast<double>(finite_gradient<T>(grad[lane]));
+    const double d = static_cast<double>(x_adv[lane]) - static_cast<double>(x0[lane]);
+    gg[lane] += g * g;
+    dg[lane] += d * g;
+    dd[lane] += d * d;
+  }
+}
+
+template <typename T, typename G>
+FASTDYNAT_INLINE L2Sums sum_image(const T* x_adv, const G* grad, const T* x0, int64_t row) {
+  double gg[kLanes] = {}, dg[kLanes] = {}, dd[kLanes] = {};
+  const int64_t whole = row / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) add_lanes(x_adv + i, grad + i, x0 + i, kLanes, gg, dg, dd);
+  add_lanes(x_adv + whole, grad + whole, x0 + whole, static_cast<int>(row - whole), gg, dg, dd);
+  L2Sums sums;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sums.gg += gg[lane];
+    sums.dg += dg[lane];
+    sums.dd += dd[lane];
+  }
+  return sums;
+}
+
+template <typename T, typename G, typename L>
+FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t row, L2Step<T> step, bool past_caches) {
+  const L2Sums sums = sum_image(x_adv, grad, x0, row);
+  const L2Scales scales = step.scales(sums);
+  T buffer[kTile];
+  for (int64_t begin = 0; begin < row; begin += kTile) {
+    const int64_t n = row - begin < kTile ? row - begin : kTile;
+    T* tile = past_caches ? buffer : out + begin;
+    for (int64_t i = 0; i < n; ++i) {
+      tile[i] = step(x_adv[begin + i], finite_gradient<T>(grad[begin + i]), x0[begin + i], scales);
+    }
+    if (low != nullptr) {
+      for (int64_t i = 0; i < n; ++i) low[begin + i] = static_cast<L>(static_cast<float>(tile[i]));
+    }
+    if (past_caches) stream(out + begin, tile, n * static_cast<int64_t>(sizeof(T)));
+  }
+  return sums.gg > 0;
+}
+
+template <typename T, typename G, typename L>
+void step_images(ImageStep& s, L2Step<T> step) {
+  const T* x_adv = data<T>(s.x_adv);
+  const G* grad = data<G>(s.grad);
+  const T* x0 = data<T>(s.x0);
+  T* out = mutable_data<T>(s.out);
+  L* low = s.low.numel() > 0 ? mutable_data<L>(s.low) : nullptr;
+  bool* moved = mutable_data<bool>(s.moved);
+  const int64_t row = s.row;
+  const bool past_caches = s.out.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  parallel(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n * row;
+      moved[n] = step_image(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step, past_caches);
+    }
+    if (past_caches) stream_fence();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cpu(
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
+    std::optional<ScalarType> low_dtype) {
+  return run_image_step("pgd_step_l2", x_adv, grad, x0, low_dtype, [&](ImageStep& s) {
+    with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
+      using T = decltype(image);
+      using G = decltype(gradient);
+      const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
+      if (low_dtype == ScalarType::Half) {
+        step_images<T, G, Half>(s, step);
+      } else {
+        step_images<T, G, BFloat16>(s, step);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastdynat
+
+STABLE_TORCH_LIBRARY_IMPL(fastdynat, CPU, m) {
+  m.impl("pgd_step_l2", TORCH_BOX(&fastdynat::pgd_step_l2_cpu));
+}

@@ -1,0 +1,165 @@
+"""The L2 PGD step: ascend along the normalised gradient, project onto the ball, clip to the pixel range."""
+
+import torch
+from torch import Tensor
+
+from fastdynat.ops._layout import images_together, one_order
+from fastdynat.ops._register import register
+from fastdynat.ops._select import select
+from fastdynat.ops.pgd_step_linf import LOW_DTYPES, AttackStep, check_step
+
+# The squares of gradient entries in this range neither overflow nor vanish in float64. Every float32 lies in it.
+SMALLEST, LARGEST = 1e-150, 1e150
+
+
+def _per_image(t: Tensor, like: Tensor) -> Tensor:
+    """(N,) shaped so that it broadcasts over the images of `like`."""
+    return t.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def finite_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad` in the dtype of the images: NaN is 0, infinity the largest finite value."""
+    grad = torch.nan_to_num(grad.to(dtype), nan=0.0)
+    if dtype == torch.float64:
+        grad = torch.where(grad.abs() < SMALLEST, 0.0, grad.clamp(-LARGEST, LARGEST))
+    return grad
+
+
+def _eager(
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    step_size: float,
+    eps: float,
+    lo: float,
+    hi: float,
+    low_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference. Kernels take the norm of the moved delta from three sums; here it is taken from the delta."""
+    g = finite_gradient(grad, x_adv.dtype)
+    pixels = (x_adv.shape[0], x_adv[:1].numel())
+    # Dividing by the largest entry keeps the squares in the range of float32. It is 0 only where all entries are.
+    largest = torch.cat([g.reshape(pixels).abs(), g.new_zeros(pixels[0], 1)], 1).amax(1)
+    g = g / _per_image(torch.where(largest > 0, largest, 1.0), g)
+    length = torch.linalg.vector_norm(g.reshape(pixels), dim=1).clamp_min(1.0)
+    delta = x_adv - x0 + step_size * (g / _per_image(length, g))
+    norm = torch.linalg.vector_norm(delta.reshape(pixels), dim=1)
+    delta = delta * _per_image(torch.where(norm <= eps, 1.0, eps / norm), delta)  # a norm that is NaN makes NaN
+    x = (x0 + delta).clamp(lo, hi)
+    return x, x.to(low_dtype) if low_dtype is not None else x.new_empty(0), largest > 0
+
+
+def fake_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    step_size: float,
+    eps: float,
+    lo: float,
+    hi: float,
+    low_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors like the outputs."""
+    low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
+    return torch.empty_like(x_adv), low, x_adv.new_empty(x_adv.shape[0], dtype=torch.bool)
+
+
+IMPLEMENTATIONS = register(
+    "pgd_step_l2",
+    "(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, float lo, float hi, "
+    "ScalarType? low_dtype=None) -> (Tensor x, Tensor low, Tensor moved)",
+    eager=_eager,
+    fake=fake_step,
+    module="pgd_step_l2",
+)
+
+
+def pgd_step_l2(
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    *,
+    step_size: float,
+    eps: float,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Return clamp(x0 + P(x_adv + step_size * grad / ||grad||_2 - x0), lo, hi) per image, out of place and detached.
+
+    P scales what is longer than `eps` to that length. Kernels sum in float64 and round once, so that they differ from
+    each other by an ulp at most; "eager" computes in the dtype of `x_adv` (float32: within 1e-6 for pixels in [0, 1]).
+    The rounding of each pixel to that dtype is all that can leave the ball.
+    Madry et al. 2018 (arXiv 1706.06083), section 2.1, with the steepest ascent of the L2 norm.
+
+    Gradient entries that are NaN count as 0, infinite ones as the largest finite value of x_adv's dtype; for float64
+    images entries below 1e-150 count as 0 and those above 1e150 as 1e150. Where all are 0 the image makes no step, but
+    is projected and clipped. A NaN in `x_adv` or `x0` makes its whole image NaN. A negative `step_size` descends.
+
+    Args:
+        x_adv: the current points, (N, ...), float32 or float64, usually (N, C, H, W) in [lo, hi]. Its memory layout is
+            the result's where each image is one block of memory (contiguous, channels-last), else the result is
+            contiguous; grad and x0 are copied only where they are laid out differently.
+        grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
+        x0: the clean images, shape and dtype of `x_adv`.
+        step_size: length of the move, in units of the pixel range.
+        eps: L2 radius around `x0`, >= 0, in the same unit.
+        lo, hi: the pixel range, lo <= hi.
+        backend: "auto" or one of `fastdynat.ops.BACKENDS`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or bounds do not fit; UserError for an unknown backend.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    x, _, _ = _run(x_adv, grad, x0, step_size, eps, lo, hi, None, backend)
+    return x
+
+
+def attack_step_l2(
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    *,
+    step_size: float,
+    eps: float,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    low_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> AttackStep:
+    """`pgd_step_l2`, and from the same pass over memory what an attack loop would read the tensors again for.
+
+    Args:
+        x_adv, grad, x0, step_size, eps, lo, hi, backend: as in `pgd_step_l2`.
+        low_dtype: also return the new point in bfloat16 or float16, for a network that reads it so.
+
+    Raises: as `pgd_step_l2`.
+    """
+    x, low, moved = _run(x_adv, grad, x0, step_size, eps, lo, hi, low_dtype, backend)
+    return AttackStep(x, low if low_dtype is not None else None, moved)
+
+
+def _run(
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    step_size: float,
+    eps: float,
+    lo: float,
+    hi: float,
+    low_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_images("pgd_step_l2", x_adv)
+    check_step("pgd_step_l2", x_adv, grad, x0, eps, lo, hi)
+    if low_dtype is not None and low_dtype not in LOW_DTYPES:
+        raise ValueError(f"pgd_step_l2: low_dtype must be bfloat16 or float16, got {low_dtype}")
+    run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv.device.type)
+    x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
+    return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype)
+
+
+def check_images(op: str, x_adv: Tensor) -> None:
+    """Raise ValueError where there is no dimension of images to take norms over."""
+    if x_adv.dim() == 0:
+        raise ValueError(f"{op}: x_adv needs a first dimension of images, got a scalar; use x_adv[None] for one image")

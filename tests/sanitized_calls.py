@@ -1,0 +1,169 @@
+"""Calls of every operator, for a process under AddressSanitizer: run by test_sanitizers.py as a script.
+
+    python sanitized_calls.py CPU_LIBRARY SIMULATED_CUDA_LIBRARY    the operators, in sanitized builds of csrc/
+    python sanitized_calls.py --read-past-the-end LIBRARY           an error that has to be found
+
+An operator's entry in CALLS makes one call of the public function on given tensors; `batches` varies them. Besides, each
+registered operator is called with arguments drawn from its schema alone: they may be refused, but not crash.
+"""
+
+import contextlib
+import ctypes
+import importlib.machinery
+import itertools
+import random
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DRAWN = 400  # calls of each operator from its schema
+NAN = float("nan")
+# Without elements, with one, with fewer than a vector, odd, and in whole vectors; several blocks on the GPU.
+SHAPES = [(0, 3, 4, 4), (1, 1, 1, 1), (3, 1, 1, 3), (2, 3, 5, 7), (5, 3, 8, 8), (2, 3, 17, 33)]
+DTYPES = (torch.float32, torch.float64)
+GRAD_DTYPES = (*DTYPES, torch.bfloat16, torch.float16)
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """A copy one element past where the allocator aligns, at the very end of its memory."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "unaligned": unaligned,
+    "with gaps": lambda t: torch.stack([t, t], -1)[..., 1],
+    "channels-last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t.t().contiguous().t(),
+}
+
+
+def batches() -> Iterator[tuple[Callable[..., Tensor], tuple[int, ...]]]:
+    """Every (make, shape): make(size, dtype, special=True) is a tensor in one of the layouts, some of its values NaN or inf."""
+    for shape, layout in itertools.product(SHAPES, LAYOUTS.values()):
+
+        def make(
+            *size: int, dtype: torch.dtype = torch.float32, special: bool = True, layout: Callable[..., Tensor] = layout
+        ) -> Tensor:
+            t = torch.randn(size)
+            if special:
+                odd = torch.rand(size)
+                t = torch.where(odd < 0.05, NAN, torch.where(odd > 0.95, torch.inf, torch.where(odd > 0.9, 0.0, t)))
+            t = t.to(dtype)
+            return layout(t) if t.dim() in (2, 4) else unaligned(t)
+
+        yield make, shape
+
+
+def call_pgd_step_linf(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, grad_dtype, low_dtype in itertools.product(DTYPES, GRAD_DTYPES, (None, torch.bfloat16, torch.float16)):
+        x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
+        ops.pgd_step_linf(x, grad, x0, step_size=0.1, eps=0.2, backend=backend)
+        ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
+
+
+CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] = {
+    "pgd_step_linf": call_pgd_step_linf,
+}
+
+
+def drawn_arguments(schema: torch.FunctionSchema, rng: random.Random) -> list[Any]:
+    """Arguments of the schema's types: mostly tensors that go together, as the checks would have them, and some that do not."""
+    shapes = [(0,), (1,), (7,), (0, 5), (3, 1), (4, 10), (5, 33), (2, 3, 4, 4), (2, 3, 5, 7), (0, 3, 4, 4), ()]
+    dtypes = [*GRAD_DTYPES, torch.int64, torch.int32, torch.bool, torch.uint8]
+    shape, dtype = rng.choice(shapes), rng.choice(DTYPES)
+    oddity = rng.choice([0.0, 0.1, 0.4])
+
+    def tensor() -> Tensor:
+        size, kind = shape, dtype
+        if rng.random() < oddity:
+            size = rng.choice([*shapes, (*shape[:1], 10)])
+        elif rng.random() < 0.2:
+            size, kind = shape[:1], rng.choice([dtype, torch.int64])
+        if rng.random() < oddity:
+            kind = rng.choice(dtypes)
+        t = torch.randn(size) if kind.is_floating_point else torch.randint(-3, 12, size)
+        if kind == torch.int64 and rng.random() < 0.1:
+            t = t * 2**40  # class indices and seeds far out of range
+        t = t.to(kind)
+        choice = rng.random()
+        if choice < 0.2:
+            return torch.stack([t, t], -1)[..., 0]
+        return unaligned(t) if choice < 0.4 else t.mT if choice < 0.5 and t.dim() >= 2 else t
+
+    scalars: dict[str, Callable[[], Any]] = {
+        "Tensor": tensor,
+        "float": lambda: rng.choice([0.0, 0.1, 1.0, -1.0, 8.0, NAN, float("inf")]),
+        "int": lambda: rng.choice([0, 1, 2, 3, 4, 10, -1, 2**40, -(2**63), 2**63 - 1]),
+        "SymInt": lambda: rng.choice([0, 1, 2, 3, 4, 10, -1, 2**40]),
+        "bool": lambda: rng.random() < 0.5,
+        "ScalarType": lambda: rng.choice((torch.bfloat16, torch.float16) if rng.random() >= oddity else dtypes),
+        "str": lambda: rng.choice(["", "linf", "mean", "none"]),
+    }
+
+    def draw(kind: str) -> Any:
+        if kind.startswith("Optional["):
+            return None if rng.random() < 0.4 else draw(kind.removeprefix("Optional[").removesuffix("]"))
+        if kind.startswith("List["):
+            return [draw(kind.removeprefix("List[").removesuffix("]")) for _ in range(rng.randrange(5))]
+        return scalars[kind]()
+
+    return [draw(str(argument.real_type)) for argument in schema.arguments]
+
+
+def call_with_drawn_arguments(name: str) -> Counter[str]:
+    operator = getattr(torch.ops.fastdynat, name).default
+    rng = random.Random(name)
+    outcomes: Counter[str] = Counter()
+    for _ in range(DRAWN):
+        try:
+            operator(*drawn_arguments(operator._schema, rng))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            outcomes["refused"] += 1
+        else:
+            outcomes["ran"] += 1
+    return outcomes
+
+
+def main(cpu_library: str, cuda_library: str) -> None:
+    # In the place of fastdynat._C, which is not sanitized.
+    extension = types.ModuleType("fastdynat._C")
+    extension.__spec__ = importlib.machinery.ModuleSpec("fastdynat._C", None)
+    extension.__dict__["WITH_CUDA"] = False
+    sys.modules["fastdynat._C"] = extension
+    torch.ops.load_library(cpu_library)
+    import cuda_sim
+
+    missing = set(cuda_sim.operators()) - set(CALLS)
+    for backend in ("cpp", "cuda"):
+        with cuda_sim.simulated_cuda(Path(cuda_library)) if backend == "cuda" else contextlib.nullcontext():
+            for call in CALLS.values():
+                for make, shape in batches():
+                    call(make, shape, backend)
+            for name in cuda_sim.operators():
+                outcomes = call_with_drawn_arguments(name)
+                print(f"{backend} {name}: of {DRAWN} drawn calls {outcomes['ran']} ran", flush=True)
+    print("clean" if not missing else f"no entry in CALLS of {Path(__file__).name} for: {', '.join(sorted(missing))}")
+
+
+def read_past_the_end(library: str) -> None:
+    values = torch.arange(64, dtype=torch.int32)
+    read = ctypes.CDLL(library).read
+    read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    print("within:", read(values.data_ptr(), 63), flush=True)
+    print("past the end:", read(values.data_ptr(), 64))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    if sys.argv[1] == "--read-past-the-end":
+        read_past_the_end(sys.argv[2])
+    else:
+        main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+"""The trainer's and the attack's hot path runs on the operators, whichever implementation, and comes to the same numbers."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import needs
+from networks import tiny_cnn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdynat import ops
+from fastdynat.attacks import AttackGoal, PGDSpec, pgd
+from fastdynat.cli import main
+from fastdynat.config import OptimConfig
+from fastdynat.data import Batch
+from fastdynat.engine.networks import NetworkSet
+from fastdynat.engine.precision import Precision
+from fastdynat.engine.step import TrainStep
+from fastdynat.errors import UserError
+from fastdynat.methods import Dynat, DynatOptions
+
+CPU = torch.device("cpu")
+STEPS = 3
+
+
+class Counting(TorchDispatchMode):
+    """Counts calls of fastdynat's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastdynat":
+            self.calls[func._opname] += 1
+        return func(*args, **kwargs or {})
+
+
+def dynat_step(norm: str = "linf") -> tuple[TrainStep, Batch]:
+    networks = NetworkSet(tiny_cnn(0), tiny_cnn(1), device=CPU, channels_last=False, attack_bn="eval")
+    spec = PGDSpec(0.1, 0.05, STEPS, norm=norm, start="uniform")
+    step = TrainStep(
+        Dynat(DynatOptions()), networks, spec, OptimConfig(lr=0.1, epochs=1), Precision("off", CPU, "eval"), lambda n: 1.0
+    )
+    return step, Batch(torch.rand(16, 3, 8, 8), torch.randint(10, (16,)), torch.arange(16))
+
+
+@needs("ext")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_runs_on_the_operators(norm: str) -> None:
+    step, batch = dynat_step(norm)
+    with Counting() as counting, ops.use_backend("cpp"):
+        step(batch)
+    assert counting.calls == {
+        "random_start": 1,
+        "attack_logit_grad": STEPS,
+        f"pgd_step_{norm}": STEPS,
+        "dynamic_label_cross_entropy": 2,  # guide and model
+    }
+
+
+@needs("ext")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_of_each_backend_comes_to_the_same_weights(norm: str) -> None:
+    weights = {}
+    for backend in ("eager", "cpp"):
+        torch.manual_seed(3)
+        step, batch = dynat_step(norm)
+        torch.manual_seed(4)
+        with ops.use_backend(backend):
+            logs = step(batch)
+        weights[backend] = [p.detach().clone() for module in step.networks.raw.values() for p in module.parameters()]
+        weights[backend].append(torch.stack([logs[key].double() for key in sorted(logs)]))
+    # A gradient that is rounding noise may change sign and move its pixel by two steps, hence not 1e-7.
+    for eager, cpp in zip(weights["eager"], weights["cpp"], strict=True):
+        torch.testing.assert_close(cpp, eager, rtol=1e-3, atol=1e-4)
+
+
+@needs("ext", "cxx")
+@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_runs_under_each_backend_agree(tmp_path: Path, flags: list[str]) -> None:
+    tiny = ["--train-size", "120", "--val-size", "40", "--batch-size", "40", "--steps", "3", "--epochs", "2", "--quiet", *flags]
+    rows = {}
+    for backend in ("eager", "cpp"):
+        assert main(["train", "--run-dir", str(tmp_path / backend), "--kernels", backend, *tiny]) == 0
+        rows[backend] = [json.loads(line) for line in (tmp_path / backend / "metrics.jsonl").read_text().splitlines()]
+    for eager, cpp in zip(rows["eager"], rows["cpp"], strict=True):
+        assert cpp["loss"] == pytest.approx(eager["loss"], rel=1e-2)
+        assert cpp["guide_loss"] == pytest.approx(eager["guide_loss"], rel=1e-3)
+        assert abs(cpp["val_pgd10_acc"] - eager["val_pgd10_acc"]) <= 0.05
+
+
+def confident_model() -> torch.nn.Module:
+    """A network that is sure of itself: logit gaps of a few tens, as a naturally trained one has."""
+    model = tiny_cnn().eval()
+    with torch.no_grad():
+        model[-1].weight *= 60 / model(torch.rand(64, 3, 8, 8)).sort(1).values.diff(dim=1)[:, -1].mean()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rescaling_ends_underflow_in_half_precision(dtype: torch.dtype) -> None:
+    """Zero gradients before and after, for the images that a confident network classifies as labelled."""
+    model, x = confident_model(), torch.rand(64, 3, 8, 8)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    spec = PGDSpec(8 / 255, 2 / 255, 1, start="none")
+    shares = {}
+    for rescale in (False, True):
+        result = pgd(model, x, AttackGoal("ce", labels), spec, amp_dtype=dtype, rescale=rescale)
+        shares[rescale] = float(result.zero_grads) / result.gradients
+    if dtype is torch.float16:
+        assert shares[False] > 0.3
+    assert shares[True] == 0
+
+
+def test_the_rescaled_attack_takes_the_same_steps() -> None:
+    model, x, y = tiny_cnn(dtype=torch.float64), torch.rand(16, 3, 8, 8, dtype=torch.float64), torch.randint(10, (16,))
+    for loss in ("ce", "margin", "dlr"):
+        goal, spec = AttackGoal(loss, y), PGDSpec(0.1, 0.03, 4, start="none")  # type: ignore[arg-type]
+        plain = pgd(model, x, goal, spec, rescale=False).x_adv
+        assert torch.equal(pgd(model, x, goal, spec, rescale=True).x_adv, plain)
+
+
+@pytest.mark.parametrize("bn", ["train", "frozen"])
+def test_rescaling_is_refused_where_images_mix(bn: str) -> None:
+    goal = AttackGoal("ce", torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match=f"rescale needs images that do not mix: attack BN mode eval, got {bn}"):
+        pgd(tiny_cnn(), torch.rand(4, 3, 8, 8), goal, PGDSpec(0.1, 0.05, 1), bn=bn, rescale=True)

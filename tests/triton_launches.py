@@ -1,0 +1,109 @@
+"""Compile, for GPUs that are not here, every Triton kernel that the operators launch: run by test_gpu_code.py as a script.
+
+    python triton_launches.py FOLDER
+
+The operators run on CPU tensors with backend "triton", and each launch compiles instead: with the types, the alignments, the
+constants and the options that the launcher passes. An operator's entries in LAUNCHES make such calls. Writes the PTX of each
+kernel into FOLDER and prints a line of JSON for each, and one that names the kernels which no call launched.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fastdynat.kernels
+from fastdynat import ops
+from fastdynat.ops import _select
+
+TARGETS = (80, 90)
+
+
+class Launch(NamedTuple):
+    """Calls of an operator. `wide`: every kernel that they launch reads 16 bytes at a time."""
+
+    operator: str
+    wide: bool
+    call: Callable[[], Any]
+
+
+def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(64, 3, 32, 32, dtype=dtype)
+
+
+def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
+    x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
+    ops.pgd_step_linf(x, grad, x0, step_size=0.1, eps=0.2)
+    ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
+
+
+LAUNCHES = [
+    Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.float32, torch.bfloat16)),
+    Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.bfloat16, torch.float16)),
+    Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
+]
+
+
+class Driver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def kernels() -> dict[str, str]:
+    """The file of each kernel: the jitted functions named so; others are called from kernels."""
+    found = {}
+    for path in sorted(Path(fastdynat.kernels.__path__[0]).glob("*.py")):
+        for name, value in vars(importlib.import_module(f"fastdynat.kernels.{path.stem}")).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel") and inspect.getsourcefile(value.fn) == str(path):
+                found[name] = path.name
+    return found
+
+
+def main(folder: Path) -> None:
+    compiled: dict[str, Any] = {}
+    compile_and_launch = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.setdefault(kernel.hash, kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    _select.why_not = lambda name, device_type: None
+    missing = kernels()
+    for capability in TARGETS:
+        triton.runtime.driver.set_active(Driver(capability))
+        for launch in LAUNCHES:
+            before = set(compiled)
+            with ops.use_backend("triton"):
+                launch.call()
+            for kernel in (compiled[key] for key in compiled.keys() - before):
+                path = folder / f"{kernel.hash[:16]}_sm{capability}.ptx"
+                path.write_text(kernel.asm["ptx"])
+                missing.pop(kernel.name, None)
+                about = {"operator": launch.operator, "kernel": kernel.name, "capability": capability}
+                print(json.dumps(about | {"wide": launch.wide, "ptx": str(path)}))
+    print(json.dumps({"not launched": sorted(f"{name} ({file})" for name, file in missing.items())}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
