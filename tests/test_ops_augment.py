@@ -1,15 +1,11 @@
 """Batches from a resident set: a per-image oracle, bitwise equality of the implementations, what is out of range."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import SIMULATED_CUDA, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +18,7 @@ ON_CPU = [
     "eager",
     pytest.param("cpp", marks=needs("ext")),
     pytest.param("triton", marks=[needs("triton"), pytest.mark.skipif(torch.cuda.is_available(), reason="see ON_GPU")]),
+    SIMULATED_CUDA,
 ]
 ON_GPU = [pytest.param(name, marks=[needs("gpu"), pytest.mark.gpu]) for name in ("eager", "cuda", "triton")]
 # (stored images, images in the batch, channels, height, width, pad)
@@ -268,28 +265,3 @@ def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(UserError, match="unknown backend 'tritn'"):
         ops.augment(*inputs(5, 3, 3, 4, 6, 4), backend="tritn")
-
-
-AOT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastdynat.kernels.augment import augment_kernel
-
-names = ["store_ptr", "indices_ptr", "shifts_ptr", "flips_ptr", "out_ptr", "stored", "shift_stride", "pad"]
-for arch, dtype, last in ((80, "fp32", False), (90, "bf16", True)):
-    types = ["*u8", "*i64", "*i64", "*u8", "*" + dtype, "i32", "i32", "i32"]
-    fixed = {"CHANNELS": 3, "HEIGHT": 32, "WIDTH": 32, "CHANNELS_LAST": last, "CROP": True, "FLIP": True, "BLOCK": 1024}
-    signature = dict(zip(names, types, strict=True)) | {name: "constexpr" for name in fixed}
-    source = ASTSource(augment_kernel, signature=signature, constexprs=fixed)
-    assert ".entry augment_kernel" in triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
-"""
-
-
-@needs("triton")
-def test_triton_kernel_compiles(tmp_path: Path) -> None:
-    # A process of its own: under TRITON_INTERPRET=1, which conftest sets, @triton.jit does not compile.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(ops.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", AOT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
