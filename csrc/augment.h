@@ -79,8 +79,10 @@ Tensor run_augment(
   STD_TORCH_CHECK(
       pad >= 0 && pad <= std::numeric_limits<int32_t>::max(), "augment: pad must be 0 or more pixels, below 2^31, got ", pad);
   const int64_t images = indices.size(0), channels = store.size(1), height = store.size(2), width = store.size(3);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(
-      channels * height * width <= std::numeric_limits<int32_t>::max(), "augment: images of shape ", shape_of(store), " are too large");
+      images <= kMost && channels * height * width <= kMost, "augment: a batch of ", images, " images of shape ", shape_of(store),
+      " is too large");
   using torch::stable::new_empty;
   using torch::stable::transpose;
   Tensor out = channels_last ? transpose(transpose(new_empty(store, {images, height, width, channels}, dtype), 1, 3), 2, 3)

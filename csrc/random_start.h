@@ -75,8 +75,10 @@ Tensor run_start(const Tensor& x, const Tensor& state, int64_t kind, const Launc
       "random_start: state must be a contiguous int64 tensor of shape (2), got shape ", shape_of(state));
   Checker{kStartName, "x", x}.same_device("state", state);
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "random_start: kind must be 0, 1 or 2, got ", kind);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // the generator counts in words of 32 bits
   STD_TORCH_CHECK(
-      per_image(x) <= std::numeric_limits<int32_t>::max(), "random_start: images of ", per_image(x), " elements are too large");
+      x.size(0) <= kMost && per_image(x) <= kMost, "random_start: x has shape ", shape_of(x),
+      ", at most 2^31 - 1 images of as many elements are possible");
   const bool last = !x.is_contiguous() && is_channels_last(x);
   const Tensor source = last || x.is_contiguous() ? x : torch::stable::contiguous(x);
   StartTensors s{source, torch::stable::empty_like(source), x.size(0), per_image(x), 1, per_image(x)};

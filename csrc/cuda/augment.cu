@@ -3,6 +3,8 @@
 
 #include "launch.cuh"
 
+#include <cmath>
+
 namespace fastdynat {
 namespace {
 
@@ -13,15 +15,15 @@ struct Shape {
 // A block writes one part of one image, kPack neighbours in memory per thread.
 template <typename T, bool kChannelsLast, int kPack>
 __global__ void __launch_bounds__(kThreads) augment_kernel(
-    const uint8_t* __restrict__ store, T* __restrict__ out, Draws draws, Shape shape, uint32_t packs, int64_t parts,
-    int64_t total_parts) {
+    const uint8_t* __restrict__ store, T* __restrict__ out, Draws draws, Shape shape, uint32_t packs, uint32_t parts,
+    uint32_t total_parts) {
   const int64_t row = int64_t{shape.channels} * shape.height * shape.width;
-  for (int64_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
+  for (uint32_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
     const int64_t n = part / parts;
     const bool fits = draws.is_stored(n) && draws.is_padded(n);
     const Cut cut = fits ? draws.cut(n) : Cut{};
     const uint8_t* image = store + cut.index * row;
-    const auto pack = static_cast<uint32_t>(part % parts * blockDim.x + threadIdx.x);
+    const uint32_t pack = part % parts * blockDim.x + threadIdx.x;
     if (pack >= packs) continue;
     // Where in the image the pack's first element is; the others follow in memory order, innermost first.
     uint32_t rest = pack * kPack, c = 0;
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(
       const int64_t from_x = (cut.flip ? shape.width - 1 - x : x) + cut.right;
       const bool inside = from_y >= 0 && from_y < shape.height && from_x >= 0 && from_x < shape.width;
       const uint8_t pixel = fits && inside ? image[(c * int64_t{shape.height} + from_y) * shape.width + from_x] : 0;
-      result.v[k] = fits ? unit<T>(pixel) : static_cast<T>(std::numeric_limits<float>::quiet_NaN());
+      result.v[k] = fits ? unit<T>(pixel) : static_cast<T>(NAN);
       if constexpr (kChannelsLast) {
         if (++c < shape.channels) continue;
         c = 0;
@@ -66,10 +68,10 @@ void launch_augment(const uint8_t* store, AugmentTensors& s, cudaStream_t stream
   const bool packed = row % 4 == 0 && aligned(out, sizeof(Pack<T, 4>));
   const int64_t packs = packed ? row / 4 : row;
   const int64_t parts = (packs + kThreads - 1) / kThreads;
-  const int64_t total = parts * s.images;
+  const int64_t total = parts * s.images;  // fits 32 bits: each is an image or hundreds of elements
   auto* kernel = packed ? augment_kernel<T, kChannelsLast, 4> : augment_kernel<T, kChannelsLast, 1>;
   const Shape shape{u32(s.channels), u32(s.height), u32(s.width)};
-  launch(kernel, std::min(total, kMaxBlocks), kThreads, stream, store, out, s.draws, shape, u32(packs), parts, total);
+  launch(kernel, std::min(total, kMaxBlocks), kThreads, stream, store, out, s.draws, shape, u32(packs), u32(parts), u32(total));
 }
 
 Tensor augment_cuda(

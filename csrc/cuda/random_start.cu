@@ -16,23 +16,22 @@ struct Walk {
   }
 
   __device__ __forceinline__ uint32_t offset(uint32_t element) const {
-    return channels == 1 ? element : element % pixels * channels + element / pixels;
+    return element % pixels * channels + element / pixels;
   }
 };
 
 // A block works on one part of one image; under L2 on the whole image, whose numbers it draws twice instead of storing them.
 template <typename T, Noise kNoise, bool kPacked>
 __global__ void __launch_bounds__(kThreads) random_start_kernel(
-    const T* __restrict__ x, const int64_t* __restrict__ state, T* __restrict__ out, Walk walk, int64_t parts,
-    int64_t total_parts, Start<T> start) {
+    const T* __restrict__ x, const int64_t* __restrict__ state, T* __restrict__ out, Walk walk, uint32_t parts,
+    uint32_t total_parts, Start<T> start) {
   using Four = Pack<T, 16 / sizeof(T)>;  // of a group's elements, or half of them
   constexpr int kPacks = sizeof(T) / 4;
   const Philox random(state);
-  for (int64_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
-    const int64_t n = part / parts;
-    const auto image = static_cast<uint32_t>(n);
-    const auto first = static_cast<uint32_t>(part % parts * blockDim.x + threadIdx.x);
-    const auto stride = static_cast<uint32_t>(parts * blockDim.x);
+  for (uint32_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
+    const uint32_t image = part / parts;
+    const uint32_t first = part % parts * blockDim.x + threadIdx.x;
+    const uint32_t stride = parts * blockDim.x;
     Start<T> mine = start;
     if constexpr (kNoise == Noise::kL2) {
       __shared__ T shared[32];
@@ -47,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) random_start_kernel(
       squares = block_reduce(squares, shared, T(0), [](T a, T b) { return a + b; });
       mine = start.to_radius(random, image, squares);
     }
-    const T* from = x + n * walk.row;
-    T* to = out + n * walk.row;
+    const T* from = x + int64_t{image} * walk.row;
+    T* to = out + int64_t{image} * walk.row;
     for (uint32_t item = first; item < walk.groups; item += stride) {
       const uint32_t group = walk.group(item);
       const Floats4 z = noise<kNoise>(random, group, image);
@@ -64,9 +63,10 @@ __global__ void __launch_bounds__(kThreads) random_start_kernel(
 #pragma unroll
         for (uint32_t lane = 0; lane < 4; ++lane) {
           const uint32_t element = 4 * group + lane;
-          if (element >= walk.row) break;
-          const uint32_t at = walk.offset(element);
-          to[at] = mine.template apply<kNoise>(from[at], z.v[lane]);
+          if (element < walk.row) {
+            const uint32_t at = walk.offset(element);
+            to[at] = mine.template apply<kNoise>(from[at], z.v[lane]);
+          }
         }
       }
     }
@@ -82,9 +82,9 @@ void launch_start(StartTensors& s, const int64_t* state, Start<T> start, cudaStr
   const Walk walk{u32(s.row), u32(groups), u32(s.channels), u32(s.pixels), s.channels > 1 && s.pixels % 4 == 0};
   const bool packed = s.channels == 1 && s.row % 4 == 0 && aligned(x, 16) && aligned(out, 16);
   const int64_t parts = kNoise == Noise::kL2 ? 1 : (groups + kThreads - 1) / kThreads;
-  const int64_t total = parts * s.images;
+  const int64_t total = parts * s.images;  // fits 32 bits: each is an image or hundreds of elements
   auto* kernel = packed ? random_start_kernel<T, kNoise, true> : random_start_kernel<T, kNoise, false>;
-  launch(kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, out, walk, parts, total, start);
+  launch(kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, out, walk, u32(parts), u32(total), start);
 }
 
 Tensor random_start_cuda(const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {

@@ -10,12 +10,11 @@ from fastdynat.ops._select import BACKENDS, available_backends, selected_backend
 from fastdynat.ops.augment import augment
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
-from fastdynat.ops.random_start import advance, random_start, random_state
+from fastdynat.ops.random_start import random_start
 
 __all__ = [
     "BACKENDS",
     "AttackStep",
-    "advance",
     "attack_step_l2",
     "attack_step_linf",
     "augment",
@@ -23,7 +22,6 @@ __all__ = [
     "pgd_step_l2",
     "pgd_step_linf",
     "random_start",
-    "random_state",
     "selected_backend",
     "set_backend",
     "use_backend",

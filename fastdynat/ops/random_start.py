@@ -25,21 +25,6 @@ _LOG = (
 )
 
 
-def random_state(seed: int, *, device: torch.device | str) -> Tensor:
-    """Return the state of a sequence of random starts: int64 (2,) on `device`, [seed, counter 0].
-
-    Raises: ValueError for a seed outside [0, 2^63).
-    """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"random_state: seed must be in [0, 2^63), got {seed}")
-    return torch.tensor([seed, 0], device=device)
-
-
-def advance(state: Tensor) -> None:
-    """Move `state` to the next draw, in place: a CUDA graph that ends with this draws anew at each replay."""
-    state[1].add_(1)
-
-
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four random words from a counter of four and a key of two, all int64 tensors in [0, 2^32).
 
@@ -161,8 +146,8 @@ def random_start(
     Args:
         x: (N, ...) float32 or float64, usually (N, C, H, W) in [lo, hi]. The result has its layout where that is
             contiguous or channels-last, else it is contiguous.
-        state: int64 (2,) on the device of x, [seed, counter], see `random_state`. Read on the device and not changed:
-            a CUDA graph draws anew at each replay if it calls `advance` (or adds 1 to state[1]) too.
+        state: int64 (2,) on the device of x, [seed, counter], any values. Read on the device and not changed: add 1 to
+            state[1], or draw both anew, for the next start; a captured CUDA graph that does so draws anew at each replay.
         kind: one of the table's.
         scale: >= 0, in units of the pixel range.
         lo, hi: the pixel range, lo <= hi.
@@ -179,9 +164,7 @@ def random_start(
     if x[:1].numel() >= 2**31:
         raise ValueError(f"random_start: an image has {x[:1].numel()} elements, at most 2^31 - 1 are possible")
     if state.shape != (2,) or state.dtype != torch.int64:
-        raise ValueError(
-            f"random_start: state must be int64 of shape (2,), got {state.dtype} {tuple(state.shape)}; see random_state"
-        )
+        raise ValueError(f"random_start: state must be int64 of shape (2,), got {state.dtype} {tuple(state.shape)}")
     if state.device != x.device:
         raise ValueError(f"random_start: state is on {state.device} but x is on {x.device}")
     if kind not in KINDS:
