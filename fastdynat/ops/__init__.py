@@ -9,6 +9,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
+from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +19,7 @@ __all__ = [
     "available_backends",
     "pgd_step_l2",
     "pgd_step_linf",
+    "project_on_hyperplane",
     "selected_backend",
     "set_backend",
     "use_backend",
