@@ -20,9 +20,13 @@ def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float,
     if x.numel() == 0:
         return torch.empty_like(x)
     shape = (-1, *[1] * (x.dim() - 1))
+
+    def total(t: Tensor) -> Tensor:
+        return t.reshape(len(t), -1).sum(1)
+
     start = x.clamp(lo, hi).double()
-    c = value.double() + (w.double() * (start - at.double())).flatten(1).sum(1)
-    largest = w.double().abs().flatten(1).amax(1)
+    c = value.double() + total(w.double() * (start - at.double()))
+    largest = w.double().abs().reshape(len(w), -1).amax(1)
     usable = c.isfinite() & (largest > 0)
     target = torch.where(usable, c.abs() / largest, 0.0)
     direction = w.double() / largest.reshape(shape) * c.sign().reshape(shape)
@@ -31,8 +35,8 @@ def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float,
     t = torch.zeros_like(c)
     for _ in range(STEPS):
         move = t.reshape(shape) * size if l2 else t.reshape(shape)
-        reached = (size * torch.minimum(move, room)).flatten(1).sum(1)
-        slope = torch.where(move < room, size * size if l2 else size, 0.0).flatten(1).sum(1)
+        reached = total(size * torch.minimum(move, room))
+        slope = total(torch.where(move < room, size * size if l2 else size, 0.0))
         missing = target - reached
         # Without a slope everything is at its bound: far, but not at infinity, which times 0 is no number.
         t = t + torch.where(missing > 0, missing / slope, 0.0).clamp_max(1e300)
