@@ -140,21 +140,18 @@ __device__ __forceinline__ void sparse_row(
 
 template <typename A, typename T>
 __global__ void __launch_bounds__(kThreads) attack_logit_grad_kernel(
-    const T* __restrict__ logits, const void* __restrict__ labels, ScalarType label_dtype, T* __restrict__ grad,
-    A* __restrict__ value, int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
+    const T* __restrict__ logits, const int64_t* __restrict__ labels, FloatRows targets, T* __restrict__ grad, A* __restrict__ value,
+    int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
   for (int64_t i = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp; i < n; i += int64_t{gridDim.x} * kRowsPerBlock) {
     const Row<A, T> row{logits + i * classes, classes, static_cast<int32_t>(threadIdx.x % kWarp)};
     T* to = grad + i * classes;
     if (is_soft(loss)) {
-      FloatRows targets;
-      targets.data = labels;
-      targets.dtype = label_dtype;
       with_pointer(targets, [&](const auto* target) {
         soft_row(row, target + i * classes, loss == AttackLoss::kKl, rescale, sign, to, value + i);
       });
       continue;
     }
-    const int64_t label = static_cast<const int64_t*>(labels)[i];
+    const int64_t label = labels[i];
     if (label < 0 || label >= classes) {
       const A nan = kInfinity<A> - kInfinity<A>;
       row.each([&](int32_t k, A) { to[k] = static_cast<T>(nan); });
@@ -176,8 +173,8 @@ std::tuple<Tensor, Tensor> attack_logit_grad_cuda(
       using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
       launch(
           attack_logit_grad_kernel<A, T>, blocks_for(g.n, kRowsPerBlock), kThreads, device.stream, data<T>(g.logits),
-          g.labels.const_data_ptr(), g.labels.scalar_type(), mutable_data<T>(g.grad), mutable_data<A>(g.value), g.n, g.classes,
-          g.loss, g.rescale, g.targeted ? A(-1) : A(1));
+          is_soft(g.loss) ? nullptr : data<int64_t>(g.labels), FloatRows(g.labels), mutable_data<T>(g.grad),
+          mutable_data<A>(g.value), g.n, g.classes, g.loss, g.rescale, g.targeted ? A(-1) : A(1));
     });
   });
 }
