@@ -19,7 +19,9 @@ from fastdynat.ops._select import why_not
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 CALLS = 50 if DEVICE == "cuda" else 1
-BACKENDS = [name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")]
+BACKENDS = [
+    name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
+]
 SELECTED = os.environ.get("FASTDYNAT_BENCH_ONLY", "")
 
 

@@ -70,7 +70,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["--step-size", "0"], "step_size must be above 0"),
         (["--eval-eps=-1"], "eval_eps must be above 0"),
         (["--steps=-1"], "steps must be >= 0, got -1"),
-        (["--kernels", "cuda", "--device", "cpu"], "--kernels cuda: backend 'cuda' cannot run: needs cuda tensors, got cpu; leave"),
+        (
+            ["--kernels", "cuda", "--device", "cpu"],
+            "--kernels cuda: backend 'cuda' cannot run: needs cuda tensors, got cpu; leave",
+        ),
         (["--epochs", "0"], "epochs must be >= 1, got 0"),
         (["--lr=-1"], "lr must be above 0, got -1"),
         (["--lr", "nan"], "lr must be"),

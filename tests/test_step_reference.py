@@ -81,7 +81,9 @@ def test_dynat_step_equals_the_float64_transcription(batch: Batch, beta: float) 
     torch.manual_seed(7)
     logs = step(batch)
     torch.manual_seed(7)
-    noise = (start_point(batch.x, "gaussian", norm="linf", eps=EPS) - batch.x) / 0.001  # its distribution: test_ops_random_start
+    noise = (
+        start_point(batch.x, "gaussian", norm="linf", eps=EPS) - batch.x
+    ) / 0.001  # its distribution: test_ops_random_start
     loss, guide_loss = reference_dynat_step(reference_model, reference_guide, batch.x, batch.labels, noise, beta)
 
     torch.testing.assert_close(logs["loss"], loss)

@@ -7,6 +7,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
 from fastdynat.ops.pgd_step_l1 import pgd_step_l1
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
@@ -16,7 +17,9 @@ from fastdynat.ops.random_start import random_start
 
 __all__ = [
     "BACKENDS",
+    "AttackGrad",
     "AttackStep",
+    "attack_logit_grad",
     "attack_step_l2",
     "attack_step_linf",
     "augment",
