@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One binary in two versions of torch: builds fastdynat._C against the oldest torch that is supported and runs the operators'
-# tests with that very file there and in the newest torch that pip finds.
+# tests with that very file there and in the newest torch that pip finds. Triton, which comes with torch, compiles its kernels too.
 #
 #   bench/abi_check.sh [RESULT.json]      default: bench/results/abi.json
 #
@@ -28,7 +28,7 @@ rm -rf build
 for name in oldest newest; do
   echo "== $name: $("$work/$name/bin/python" -c 'import torch; print("torch", torch.__version__)')"
   sha256sum fastdynat/_C*.so | tee "$work/$name.sha256"
-  "$work/$name/bin/python" -m pytest -q -p no:cacheprovider --junitxml="$work/$name.xml" tests/test_ops*.py || echo "== $name: failed"
+  "$work/$name/bin/python" -m pytest -q -p no:cacheprovider --junitxml="$work/$name.xml" tests/test_ops*.py tests/test_gpu_code.py || echo "== $name: failed"
   "$work/$name/bin/python" - "$work/$name.sha256" "$work/$name.xml" >"$work/$name.json" <<'PYTHON'
 import json
 import platform

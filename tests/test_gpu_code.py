@@ -73,7 +73,7 @@ def test_triton_kernels_do_not_spill(launched: list[dict[str, Any]], tmp_path: P
         target = re.search(r"^\.target (\w+)", Path(line["ptx"]).read_text(), re.MULTILINE)
         assert target is not None
         assert target[1].startswith(f"sm_{line['capability']}")
-        report = run(tool("ptxas"), "-v", f"--gpu-name={target[1]}", line["ptx"], "-o", tmp_path / "out.cubin")
+        report = run(line["ptxas"], "-v", f"--gpu-name={target[1]}", line["ptx"], "-o", tmp_path / "out.cubin")
         assert spilling(report) == [], line
 
 

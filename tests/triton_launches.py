@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 import fastdynat.kernels
@@ -101,7 +102,7 @@ def main(folder: Path) -> None:
                 path.write_text(kernel.asm["ptx"])
                 missing.pop(kernel.name, None)
                 about = {"operator": launch.operator, "kernel": kernel.name, "capability": capability}
-                print(json.dumps(about | {"wide": launch.wide, "ptx": str(path)}))
+                print(json.dumps(about | {"wide": launch.wide, "ptx": str(path), "ptxas": get_ptxas(capability).path}))
     print(json.dumps({"not launched": sorted(f"{name} ({file})" for name, file in missing.items())}))
 
 
