@@ -153,7 +153,7 @@ def cases(device: str) -> list[Case]:
                 size,
                 plain_start,
                 (x0,),
-                lambda b, a=(x0, state): lambda: ops.random_start(*a, kind="uniform", eps=EPS, backend=b),
+                lambda b, a=(x0, state): lambda: ops.random_start(*a, kind="uniform", scale=EPS, backend=b),
                 2 * one,
                 tolerance=float("inf"),  # other random numbers
             )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import SIMULATED_CUDA, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +23,7 @@ GRAD_DTYPES = (*DTYPES, torch.bfloat16, torch.float16)
 ON_CPU = [
     "eager",
     pytest.param("cpp", marks=needs("ext")),
+    SIMULATED_CUDA,
     pytest.param("triton", marks=[needs("triton"), pytest.mark.skipif(torch.cuda.is_available(), reason="see ON_GPU")]),
 ]
 ON_GPU = [pytest.param(name, marks=[needs("gpu"), pytest.mark.gpu]) for name in ("eager", "cuda", "triton")]

@@ -36,8 +36,8 @@ class Launch(NamedTuple):
     call: Callable[[], Any]
 
 
-def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(64, 3, 32, 32, dtype=dtype)
+def images(dtype: torch.dtype = torch.float32, side: int = 32) -> torch.Tensor:
+    return torch.empty(64, 3, side, side, dtype=dtype)
 
 
 def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
@@ -46,10 +46,71 @@ def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtyp
     ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
 
 
+def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
+    for side in (32, 64):  # in one kernel, and in two
+        x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
+        ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
+
+
+def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
+    for side in (32, 64):
+        x, w, at = images(dtype, side), images(w_dtype, side), images(dtype, side)
+        ops.project_on_hyperplane(x, w, torch.empty(64, dtype=dtype), at, norm=norm)
+
+
+def start(dtype: torch.dtype, kind: str) -> None:
+    ops.random_start(images(dtype), torch.zeros(2).long(), kind=kind, scale=0.1)
+
+
+def start_channels_last(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape).to(memory_format=torch.channels_last)
+    ops.random_start(x, torch.zeros(2).long(), kind="uniform", scale=0.1)
+
+
+def batch(dtype: torch.dtype, channels_last: bool) -> None:
+    store, indices = torch.empty(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
+    ops.augment(store, indices, torch.zeros(2, 64).long(), indices > 0, dtype=dtype, channels_last=channels_last)
+    ops.augment(store, indices, dtype=dtype, channels_last=channels_last)
+
+
+def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
+    ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
+
+
+def logit_grad(dtype: torch.dtype, classes: int, loss: str) -> None:
+    logits, labels = torch.empty(64, classes, dtype=dtype), torch.zeros(64).long()
+    soft = loss in ("soft", "kl")
+    ops.attack_logit_grad(logits, logits.float() if soft else labels, loss="ce" if loss == "soft" else loss, rescale=True)
+
+
 LAUNCHES = [
+    *(
+        Launch("random_start", True, lambda dtype=dtype, kind=kind: start(dtype, kind))
+        for dtype in (torch.float32, torch.float64)
+        for kind in ("uniform", "gaussian", "l2")
+    ),
+    Launch("random_start", False, lambda: start_channels_last((64, 3, 32, 32))),
+    Launch("random_start", False, lambda: start_channels_last((64, 3, 33, 33))),
+    *(
+        Launch("augment", False, lambda dtype=dtype, channels_last=channels_last: batch(dtype, channels_last))
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        for channels_last in (False, True)
+    ),
+    *(
+        Launch("attack_logit_grad", False, lambda dtype=dtype, classes=classes, loss=loss: logit_grad(dtype, classes, loss))
+        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10))
+        for loss in ("ce", "soft", "kl", "margin", "dlr")
+    ),
+    Launch("pgd_step_l1", False, lambda: step_l1(torch.float32, torch.bfloat16)),
+    Launch("pgd_step_l1", False, lambda: step_l1(torch.float64, torch.float32)),
+    Launch("pgd_step_l2", True, lambda: step_l2(torch.float32, torch.float32, torch.bfloat16)),
+    Launch("pgd_step_l2", True, lambda: step_l2(torch.float64, torch.float16, None)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.float32, torch.bfloat16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.bfloat16, torch.float16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.float32, "linf")),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.bfloat16, "l2")),
 ]
 
 

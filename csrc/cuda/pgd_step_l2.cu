@@ -7,7 +7,7 @@ namespace fastdynat {
 namespace {
 
 constexpr int kHeld = 3;             // packs per thread that stay in registers: CIFAR images in 256 threads
-constexpr int kMaxThreads = 1024;    // so a block holds up to 12288 floats
+constexpr int kMaxThreads = 512;     // so a block holds up to 6144 floats, and a thread's registers do not spill
 constexpr int kPacksPerThread = 8;   // of an image split over blocks: 64 ImageNet images make 1216 blocks
 
 enum class Low : int { kNone, kHalf, kBFloat16 };

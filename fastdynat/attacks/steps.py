@@ -27,8 +27,8 @@ def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: torc
     state = torch.randint(2**62, (2,), generator=generator, device=x.device)
     if start == "gaussian":
         # The published loops do not clip this start; the first projected step does.
-        return random_start(x, state, kind="gaussian", eps=GAUSSIAN_STD)
-    return random_start(x, state, kind="uniform" if norm == "linf" else norm, eps=eps)
+        return random_start(x, state, kind="gaussian", scale=GAUSSIAN_STD)
+    return random_start(x, state, kind="uniform" if norm == "linf" else norm, scale=eps)
 
 
 def pgd_step(
