@@ -7,13 +7,16 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.dynamic_label_cross_entropy import DynamicLabelLoss, dynamic_label_cross_entropy
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
 
 __all__ = [
     "BACKENDS",
     "AttackStep",
+    "DynamicLabelLoss",
     "attack_step_linf",
     "available_backends",
+    "dynamic_label_cross_entropy",
     "pgd_step_linf",
     "selected_backend",
     "set_backend",

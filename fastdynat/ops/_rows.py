@@ -1,0 +1,68 @@
+"""What the operators on logits share: checks, and the backward pass of those that stored their gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype that losses are computed in: float32, or float64 for float64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_logits(op: str, name: str, logits: Tensor, classes: int) -> None:
+    """Raise ValueError unless `logits` are (N, K) of a floating dtype with K >= `classes`."""
+    if logits.dim() != 2 or logits.shape[1] < classes:
+        raise ValueError(f"{op}: {name} must be (N, K) with K >= {classes}, got shape {tuple(logits.shape)}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+
+
+def check_per_row(op: str, name: str, values: Tensor, logits: Tensor) -> None:
+    """Raise ValueError unless `values` is (N,) for (N, K) `logits`, on their device."""
+    if values.shape != logits.shape[:1]:
+        raise ValueError(f"{op}: {name} must have shape {tuple(logits.shape[:1])}, one per row, got {tuple(values.shape)}")
+    check_device(op, name, values, logits)
+
+
+def check_device(op: str, name: str, values: Tensor, logits: Tensor) -> None:
+    """Raise ValueError unless `values` is on the device of `logits`."""
+    if values.device != logits.device:
+        raise ValueError(f"{op}: {name} is on {values.device} but the logits are on {logits.device}")
+
+
+def check_classes(op: str, name: str, classes: Tensor, logits: Tensor) -> None:
+    """Raise ValueError unless `classes` is (N,) int64; the values are not looked at."""
+    check_per_row(op, name, classes, logits)
+    if classes.dtype != torch.int64:
+        raise ValueError(f"{op}: {name} must be int64 class indices, got {classes.dtype}")
+
+
+def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.dtype, op: str) -> None:
+    """Keep an operator's own output `grad` for `scale_grad`; `others` are its outputs that no gradient flows through."""
+    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(grad, *others)
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.op = dtype, op
+
+
+def scale_grad(ctx: Any, upstream: Tensor | None) -> Tensor | None:
+    """The gradient saved by `save_grad` times `upstream`, scalar or (N,); rounded to the logits' dtype once."""
+    if upstream is None:
+        return None
+    if torch.is_grad_enabled():
+        # The stored gradient is a constant to autograd, so a second derivative would silently lack its main part.
+        raise RuntimeError(f'{ctx.op}: no second derivative (create_graph=True); backend="eager" has one')
+    (grad,) = ctx.saved_tensors
+    if grad.dim() != 2:
+        raise RuntimeError(f"{ctx.op}: called without with_grad, so that there is no gradient to return")
+    return (grad * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype)
+
+
+def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:
+    """(N,) zeros, NaN where a class does not exist. For the eager forms: gathers that never leave the row, and no waiting."""
+    known = (classes >= 0) & (classes < logits.shape[1])
+    return torch.zeros_like(classes, dtype=wide_dtype(logits)).masked_fill(~known, float("nan"))
