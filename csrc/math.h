@@ -13,6 +13,8 @@ namespace fastdynat {
 
 template <typename A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <typename A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 
 FASTDYNAT_INLINE uint32_t bits_of(float x) {
   uint32_t bits;

@@ -17,6 +17,12 @@ struct FloatRows {
 
   FloatRows() : data(nullptr), dtype(ScalarType::Float) {}
   explicit FloatRows(const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {}
+
+  // Whether `count` values may be loaded as one, at any multiple of `count` values.
+  FASTDYNAT_INLINE bool aligned_for(int count) const {
+    const uintptr_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    return reinterpret_cast<uintptr_t>(data) % (size * static_cast<uintptr_t>(count)) == 0;
+  }
 };
 
 // Calls f(typed pointer) for the data of `rows`. Inlines, unlike with_float_type.

@@ -50,7 +50,7 @@ def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.d
 
 
 def scale_grad(ctx: Any, upstream: Tensor | None) -> Tensor | None:
-    """The gradient saved by `save_grad` times `upstream`, scalar or (N,): multiplied wide, rounded to the logits' dtype once."""
+    """The gradient saved by `save_grad` times `upstream`, scalar or (N,); rounded to the logits' dtype once."""
     if upstream is None:
         return None
     if torch.is_grad_enabled():

@@ -1,0 +1,45 @@
+"""What the kernels on logits share. A program holds BLOCK_ROWS rows of BLOCK_K >= K classes in registers."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_CLASSES = 1 << 20  # the largest block Triton allows
+
+
+@triton.jit
+def argmax_rows(values, cols):
+    """(R, K) values -> (R, 1) largest, NaN where there is one, and (R, 1) its first column. Padding must be -inf."""
+    none = 2147483647
+    is_nan = values != values
+    top = tl.max(tl.where(is_nan, float("-inf"), values), axis=1, keep_dims=True)
+    first = tl.min(tl.where(values == top, cols, none), axis=1, keep_dims=True)
+    first_nan = tl.min(tl.where(is_nan, cols, none), axis=1, keep_dims=True)
+    has_nan = first_nan < none
+    return tl.where(has_nan, float("nan"), top), tl.where(has_nan, first_nan, first)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0 without losing a small x; NaN for NaN."""
+    u = 1.0 + x
+    # log(u) is off by the rounding of u; the factor x / (u - 1) puts that right (Goldberg 1991, theorem 4).
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype that the kernels compute in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
+    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is longer."""
+    if k > MAX_CLASSES:
+        raise ValueError(f'Triton kernels take up to {MAX_CLASSES} classes, got {k}: use backend="cuda" or "eager"')
+    block_k = triton.next_power_of_2(k)
+    block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(max(n, 1)))
+    warps = min(16, max(1, block_rows * block_k // 1024))
+    return triton.cdiv(n, block_rows), {"BLOCK_ROWS": block_rows, "BLOCK_K": block_k, "num_warps": warps}
