@@ -69,8 +69,18 @@ def call_pgd_step_linf(make: Callable[..., Tensor], shape: tuple[int, ...], back
         ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
 
 
+def call_soft_margin(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for classes, dtype in itertools.product((2, 10, 33, 129, 1025), GRAD_DTYPES):
+        logits = make(shape[0], classes, dtype=dtype).requires_grad_()
+        labels = unaligned(torch.randint(classes, shape[:1]))
+        ops.soft_margin(logits, labels, backend=backend).sum().backward()
+
+
 CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] = {
     "pgd_step_linf": call_pgd_step_linf,
+    "soft_margin": call_soft_margin,
 }
 
 

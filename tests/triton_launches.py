@@ -45,10 +45,20 @@ def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtyp
     ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
 
 
+def soft_margin(classes: int, dtype: torch.dtype, requires_grad: bool) -> None:
+    logits = torch.empty(64, classes, dtype=dtype, requires_grad=requires_grad)
+    ops.soft_margin(logits, torch.empty(64, dtype=torch.int64))
+
+
 LAUNCHES = [
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.float32, torch.bfloat16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.bfloat16, torch.float16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
+    *(
+        Launch("soft_margin", classes % 16 == 0, lambda k=classes, t=dtype, g=grad: soft_margin(k, t, g))
+        for classes in (1000, 1024, 8192)
+        for dtype, grad in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False))
+    ),
 ]
 
 

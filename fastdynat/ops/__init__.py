@@ -9,6 +9,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
+from fastdynat.ops.soft_margin import soft_margin
 
 __all__ = [
     "BACKENDS",
@@ -20,5 +21,6 @@ __all__ = [
     "pgd_step_linf",
     "selected_backend",
     "set_backend",
+    "soft_margin",
     "use_backend",
 ]
