@@ -9,8 +9,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
 from fastdynat.ops.dynamic_label_cross_entropy import DynamicLabelLoss, dynamic_label_cross_entropy
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
-from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
-from fastdynat.ops.random_start import random_start
+from fastdynat.ops.soft_margin import soft_margin
 
 __all__ = [
     "BACKENDS",
@@ -26,5 +25,6 @@ __all__ = [
     "random_start",
     "selected_backend",
     "set_backend",
+    "soft_margin",
     "use_backend",
 ]
