@@ -69,6 +69,71 @@ def call_pgd_step_linf(make: Callable[..., Tensor], shape: tuple[int, ...], back
         ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
 
 
+def call_pgd_step_l2(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, grad_dtype, low_dtype in itertools.product(DTYPES, GRAD_DTYPES, (None, torch.bfloat16, torch.float16)):
+        x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
+        ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
+
+
+def call_project_on_hyperplane(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, w_dtype, norm in itertools.product(DTYPES, GRAD_DTYPES, ("linf", "l2")):
+        x, w, at = (
+            make(*shape, dtype=dtype, special=False),
+            make(*shape, dtype=w_dtype, special=False),
+            make(*shape, dtype=dtype),
+        )
+        value = make(shape[0], dtype=dtype, special=False)
+        for where in (at, x):  # with NaN and inf, and without
+            ops.project_on_hyperplane(x, w, value, where, norm=norm, backend=backend)
+
+
+def call_random_start(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, kind in itertools.product(DTYPES, ("uniform", "gaussian", "l2")):
+        ops.random_start(make(*shape, dtype=dtype), torch.tensor([2**63 - 1, -1]), kind=kind, scale=0.2, backend=backend)
+
+
+def call_augment(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    images = unaligned(torch.randint(256, (3, *shape[1:]), dtype=torch.uint8))
+    indices, flips = unaligned(torch.randint(3, shape[:1])), unaligned(torch.rand(shape[:1]) < 0.5)
+    for dtype, channels_last, pad in itertools.product(GRAD_DTYPES, (False, True), (0, 2, 40)):
+        shifts = unaligned(torch.randint(2 * pad + 1, (2, *shape[:1])))
+        for crop, mirror in itertools.product((shifts, None), (flips, None)):
+            out = ops.augment(images, indices, crop, mirror, pad=pad, dtype=dtype, channels_last=channels_last, backend=backend)
+            assert not out.isnan().any()
+
+
+def call_pgd_step_l1(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, grad_dtype in itertools.product(DTYPES, GRAD_DTYPES):
+        x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
+        ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2, backend=backend)
+
+
+def call_attack_logit_grad(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    rows, classes = shape[0], max(3, shape[1] * shape[2] * shape[3])
+    labels = unaligned(torch.randint(classes, (rows,)))
+    for dtype, rescale in itertools.product(GRAD_DTYPES, (False, True)):
+        logits = make(rows, classes, dtype=dtype)
+        for loss in ("ce", "margin", "dlr"):
+            ops.attack_logit_grad(logits, labels, loss=loss, rescale=rescale, backend=backend)
+        ops.attack_logit_grad(
+            logits, make(rows, classes, dtype=dtype, special=False), loss="ce", rescale=rescale, backend=backend
+        )
+        log_q = -make(rows, classes, dtype=dtype, special=False).abs()
+        ops.attack_logit_grad(logits, log_q, loss="kl", rescale=rescale, backend=backend)
+
+
 def call_soft_margin(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
     from fastdynat import ops
 
@@ -78,12 +143,30 @@ def call_soft_margin(make: Callable[..., Tensor], shape: tuple[int, ...], backen
         ops.soft_margin(logits, labels, backend=backend).sum().backward()
 
 
+def call_dynamic_label_cross_entropy(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    rows, classes = shape[0], max(2, shape[1] * shape[2] * shape[3])
+    classified = unaligned(torch.randint(classes, (rows,)))
+    for dtype, guide_dtype, reduction in itertools.product(GRAD_DTYPES, GRAD_DTYPES, ("none", "mean", "sum")):
+        logits = make(rows, classes, dtype=dtype).detach().requires_grad_()
+        guides = (classified, make(rows, classes, dtype=guide_dtype), make(rows, classes, dtype=guide_dtype))
+        for guide, soft in zip(guides, (False, False, True), strict=True):
+            out = ops.dynamic_label_cross_entropy(
+                logits, guide, labels=classified, soft=soft, label_smoothing=0.1, reduction=reduction, backend=backend
+            )
+            out.loss.sum().backward()
+
+
 CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] = {
     "attack_logit_grad": call_attack_logit_grad,
     "augment": call_augment,
+    "dynamic_label_cross_entropy": call_dynamic_label_cross_entropy,
     "pgd_step_l1": call_pgd_step_l1,
     "pgd_step_l2": call_pgd_step_l2,
     "pgd_step_linf": call_pgd_step_linf,
+    "project_on_hyperplane": call_project_on_hyperplane,
+    "random_start": call_random_start,
     "soft_margin": call_soft_margin,
 }
 

@@ -201,8 +201,8 @@ def test_a_class_of_logit_minus_infinity_has_no_part(backend: str) -> None:
 @given(data=st.data())
 def test_rows_do_not_know_each_other(backend: str, loss: str, data: st.DataObject) -> None:
     n, classes = data.draw(st.integers(1, 40)), data.draw(st.integers(3, 80))
-    # torch sums rows of another place or number in another order
-    same = {"rtol": 1e-5, "atol": 1e-6} if backend == "eager" else {"rtol": 0, "atol": 0}
+    # torch, and numpy under the interpreter, sum rows of another place or number in another order
+    same = {"rtol": 1e-5, "atol": 1e-6} if backend in ("eager", "triton") else {"rtol": 0, "atol": 0}
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     logits, labels = inputs((n, classes), loss)
     logits = logits * data.draw(st.sampled_from([1e-3, 1.0, 30.0]))

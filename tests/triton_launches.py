@@ -46,12 +46,67 @@ def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtyp
     ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
 
 
+def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
+    for side in (32, 64):  # in one kernel, and in two
+        x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
+        ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
+
+
+def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
+    for side in (32, 64):
+        x, w, at = images(dtype, side), images(w_dtype, side), images(dtype, side)
+        ops.project_on_hyperplane(x, w, torch.empty(64, dtype=dtype), at, norm=norm)
+
+
+def start(dtype: torch.dtype, kind: str) -> None:
+    ops.random_start(images(dtype), torch.zeros(2).long(), kind=kind, scale=0.1)
+
+
+def start_channels_last(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape).to(memory_format=torch.channels_last)
+    ops.random_start(x, torch.zeros(2).long(), kind="uniform", scale=0.1)
+
+
+def batch(dtype: torch.dtype, channels_last: bool) -> None:
+    store, indices = torch.empty(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
+    ops.augment(store, indices, torch.zeros(2, 64).long(), indices > 0, dtype=dtype, channels_last=channels_last)
+    ops.augment(store, indices, dtype=dtype, channels_last=channels_last)
+
+
+def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
+    ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
+
+
+def logit_grad(dtype: torch.dtype, classes: int, loss: str) -> None:
+    logits, labels = torch.empty(64, classes, dtype=dtype), torch.zeros(64).long()
+    soft = loss in ("soft", "kl")
+    ops.attack_logit_grad(logits, logits.float() if soft else labels, loss="ce" if loss == "soft" else loss, rescale=True)
+
+
 def soft_margin(classes: int, dtype: torch.dtype, requires_grad: bool) -> None:
     logits = torch.empty(64, classes, dtype=dtype, requires_grad=requires_grad)
     ops.soft_margin(logits, torch.empty(64, dtype=torch.int64))
 
 
+def dynamic_label(dtype: torch.dtype, classes: int, soft: bool) -> None:
+    logits = torch.empty(64, classes, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(64).long()
+    for guide in (logits.detach(), labels)[: 1 if soft else 2]:
+        ops.dynamic_label_cross_entropy(logits, guide, labels=labels, soft=soft, label_smoothing=0.1)
+
+
 LAUNCHES = [
+    *(
+        Launch("soft_margin", classes % 16 == 0, lambda k=classes, t=dtype, g=grad: soft_margin(k, t, g))
+        for classes in (1000, 1024, 8192)
+        for dtype, grad in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False))
+    ),
+    *(
+        Launch("dynamic_label_cross_entropy", False, lambda t=dtype, k=classes, soft=soft: dynamic_label(t, k, soft))
+        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10), (torch.float32, 20000))
+        for soft in (False, True)
+    ),
     *(
         Launch("random_start", True, lambda dtype=dtype, kind=kind: start(dtype, kind))
         for dtype in (torch.float32, torch.float64)
@@ -76,11 +131,8 @@ LAUNCHES = [
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.float32, torch.bfloat16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float32, torch.bfloat16, torch.float16)),
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
-    *(
-        Launch("soft_margin", classes % 16 == 0, lambda k=classes, t=dtype, g=grad: soft_margin(k, t, g))
-        for classes in (1000, 1024, 8192)
-        for dtype, grad in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False))
-    ),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.float32, "linf")),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.bfloat16, "l2")),
 ]
 
 

@@ -97,6 +97,12 @@ class Method(ABC, Generic[OptionsT]):
         """State the losses on the attacked images `x_adv` (the clean ones where `inner.goal` is None)."""
 
 
+def share(count: Tensor | None, batch: Batch) -> Tensor:
+    """`count` of the batch's images as a share, for a log; a loss that was given the labels has counts."""
+    assert count is not None
+    return count / len(batch.labels)
+
+
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
     """Let the clean batch move the model's running statistics; nothing else comes of it."""
     with torch.no_grad():
@@ -111,4 +117,5 @@ __all__ = [
     "OptionsT",
     "Outer",
     "clean_statistics_pass",
+    "share",
 ]

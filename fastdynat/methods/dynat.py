@@ -30,7 +30,7 @@ from torch import Tensor
 from fastdynat.attacks import AttackGoal, kl_from_log_probs, wide
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -128,12 +128,11 @@ class Dynat(Method[DynatOptions]):
             clean_statistics_pass(nets, batch)
 
         hard = inner.dynamic_labels.argmax(1) if inner.dynamic_labels.dim() == 2 else inner.dynamic_labels
-        images = len(batch.labels)
         logs = {
             "loss": loss.detach(),
             "guide_loss": inner.guide.loss.detach(),
-            "train_adv_acc": fit.target_correct / images,
-            "guide_acc": inner.guide.target_correct / images,
-            "label_agreement": (fit.guide_correct if guided else (hard == batch.labels).sum()) / images,
+            "train_adv_acc": share(fit.target_correct, batch),
+            "guide_acc": share(inner.guide.target_correct, batch),
+            "label_agreement": share(fit.guide_correct if guided else (hard == batch.labels).sum(), batch),
         }
         return Outer({"model": loss, "guide": inner.guide.loss}, logs)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdynat.attacks import AttackGoal
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -31,4 +31,4 @@ class Madry(Method[MadryOptions]):
         fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
         if self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": fit.target_correct / len(batch.labels)})
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer
+from fastdynat.methods.base import Inner, Method, Networks, Outer, share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -27,4 +27,4 @@ class Natural(Method[NaturalOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
         fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": fit.target_correct / len(batch.labels)})
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": share(fit.target_correct, batch)})
