@@ -7,6 +7,7 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops.pgd_step_l0 import pgd_step_l0
 from fastdynat.ops.pgd_step_l1 import pgd_step_l1
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
@@ -18,6 +19,7 @@ __all__ = [
     "attack_step_l2",
     "attack_step_linf",
     "available_backends",
+    "pgd_step_l0",
     "pgd_step_l1",
     "pgd_step_l2",
     "pgd_step_linf",
