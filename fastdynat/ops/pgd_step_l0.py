@@ -53,8 +53,8 @@ def pgd_step_l0(
     All channels of a pixel go together; "furthest" is by the sum of the squares of what is left of the displacement after
     clipping to [lo, hi], in the dtype of `x_adv`, and of equal pixels those first in row-major order are kept. All other
     pixels are those of x0. Exact selection, not by sorting but by bisection on the bits of the distances. PGD-L0 of
-    Croce & Hein 2019 (arXiv 1909.05040), section 4.1; the authors' code ranks by the distance gained from x0 to the
-    point before clipping instead, which differs only for pixels that are clipped.
+    Croce & Hein 2019 (arXiv 1909.05040); the authors' code ranks by the squared distance to the point before clipping
+    that a pixel gains over x0 instead, which differs only for pixels that are clipped.
 
     Gradient entries that are NaN count as 0, infinite ones as the largest finite value (float64 images: 1e150, and less
     than 1e-150 is 0). Where all are 0 the image makes no step. A pixel with a NaN in `x_adv` or `x0` counts as not
