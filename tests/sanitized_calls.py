@@ -110,6 +110,14 @@ def call_augment(make: Callable[..., Tensor], shape: tuple[int, ...], backend: s
             assert not out.isnan().any()
 
 
+def call_pgd_step_l0(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    for dtype, grad_dtype in itertools.product(DTYPES, GRAD_DTYPES):
+        x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
+        ops.pgd_step_l0(x, grad, x0, step_size=0.1, pixels=2, backend=backend)
+
+
 def call_pgd_step_l1(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
     from fastdynat import ops
 
@@ -162,6 +170,7 @@ CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] 
     "attack_logit_grad": call_attack_logit_grad,
     "augment": call_augment,
     "dynamic_label_cross_entropy": call_dynamic_label_cross_entropy,
+    "pgd_step_l0": call_pgd_step_l0,
     "pgd_step_l1": call_pgd_step_l1,
     "pgd_step_l2": call_pgd_step_l2,
     "pgd_step_linf": call_pgd_step_linf,

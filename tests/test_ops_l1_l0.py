@@ -1,4 +1,4 @@
-"""The L1 PGD step: an exact oracle by sorting, agreement of the implementations, ball and range, ties, odd gradients."""
+"""The L1 and the L0 PGD step: exact oracles by sorting, agreement of the implementations, ball and range, ties."""
 
 import os
 import subprocess
@@ -102,11 +102,11 @@ def test_images_too_large_for_registers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_gradient_dtypes(backend: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    args = inputs((2, 3, 4, 5), dtype, grad_dtype)
-    torch.testing.assert_close(step(*args, backend=backend).double(), oracle(*args), rtol=0, atol=TOLERANCE[dtype])
+def test_gradient_dtypes(backend: str, grad_dtype: torch.dtype) -> None:
+    for dtype in DTYPES[: 1 if backend == "triton" else 2]:
+        args = inputs((2, 3, 4, 5), dtype, grad_dtype)
+        torch.testing.assert_close(step(*args, backend=backend).double(), oracle(*args), rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
@@ -274,26 +274,200 @@ def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
         ops.pgd_step_l1(**args | change)
 
 
+# The L0 step.
+
+L0_SHAPES = [(0, 3, 2, 2), (2, 3, 0, 4), (3, 1, 1, 1), (2, 3, 5, 7), (2, 2, 1, 9)]
+L0_GPU_SHAPES = [*L0_SHAPES, (64, 3, 32, 32), (1, 2, 91, 91), (2, 3, 224, 224)]
+
+
+def l0_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None) -> Any:
+    """Points that differ from the image in some pixels; every third image has no gradient."""
+    _, grad, x0 = inputs(shape, dtype, grad_dtype)
+    changed = torch.rand(shape[0], 1, *shape[2:]) < 0.3
+    return torch.where(changed, torch.rand_like(x0), x0), grad, x0
+
+
+def l0_step(x_adv: Tensor, grad: Tensor, x0: Tensor, **kwargs: Any) -> Tensor:
+    return ops.pgd_step_l0(x_adv, grad, x0, **{"step_size": 2.0, "pixels": 6} | kwargs)
+
+
+def l0_oracle(x_adv: Tensor, grad: Tensor, x0: Tensor, pixels: int = 6) -> Tensor:
+    """In float64 numpy, with a sort."""
+    x, clean = x_adv.double().numpy(), x0.double().numpy()
+    g = np.nan_to_num(grad.double().numpy(), nan=0.0)
+    z = np.clip(x + 2.0 * g / np.maximum(np.abs(g).sum((1, 2, 3), keepdims=True), 1e-300), 0, 1)
+    score = ((z - clean) ** 2).sum(1).reshape(len(x), x[0:1, 0].size if len(x) else 0)
+    order = np.argsort(-score, axis=1, kind="stable")
+    kept = np.zeros_like(score, dtype=bool)
+    np.put_along_axis(kept, order[:, :pixels], True, axis=1)
+    return torch.tensor(np.where(kept.reshape(len(x), 1, *x.shape[2:]), z, clean))
+
+
+def differing(a: Tensor, b: Tensor) -> list[int]:
+    """The number of pixels, per image."""
+    return (a != b).any(1).flatten(1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("shape", L0_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_agrees_with_the_definition(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    args = l0_inputs(shape, dtype)
+    for pixels in (0, 6, 10**6) if backend == "triton" else (0, 1, 6, 10**6):
+        out = l0_step(*args, pixels=pixels, backend=backend)
+        torch.testing.assert_close(out.double(), l0_oracle(*args, pixels), rtol=0, atol=1e-7)
+        assert all(n <= pixels for n in differing(out, args[2]))
+
+
+@pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_gradient_dtypes(backend: str, grad_dtype: torch.dtype) -> None:
+    args = l0_inputs((2, 3, 4, 5), grad_dtype=grad_dtype)
+    torch.testing.assert_close(l0_step(*args, backend=backend).double(), l0_oracle(*args), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_l0_gpu_agrees_with_cpu(backend: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    for shape in L0_GPU_SHAPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            args = [t.to(memory_format=layout) for t in l0_inputs(shape, dtype, grad_dtype)]
+            on_gpu = l0_step(*(t.cuda() for t in args), backend=backend)
+            torch.testing.assert_close(on_gpu.cpu(), l0_step(*args), rtol=0, atol=1e-7)
+
+
+def test_l0_large_batches_and_images() -> None:
+    for shape in ((33, 3, 32, 33), (1, 2, 91, 91)):
+        args = l0_inputs(shape)
+        torch.testing.assert_close(l0_step(*args).double(), l0_oracle(*args), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_ties_go_to_the_first_pixels_in_every_layout(backend: str) -> None:
+    x0 = torch.zeros(1, 2, 3, 4)
+    x_adv = torch.zeros_like(x0)
+    x_adv.view(2, 12)[:, [1, 3, 4, 8, 11]] = 0.5
+    x_adv.view(2, 12)[1, 6] = 1.0  # further than those: 1 against 1/4 + 1/4
+    x_adv.view(2, 12)[0, 9] = 0.25
+    still = torch.zeros_like(x0)
+    for pixels, kept in (
+        (0, []),
+        (1, [6]),
+        (2, [1, 6]),
+        (4, [1, 3, 4, 6]),
+        (6, [1, 3, 4, 6, 8, 11]),
+        (7, [1, 3, 4, 6, 8, 9, 11]),
+    ):
+        expected = torch.zeros_like(x0)
+        expected.view(2, 12)[:, kept] = x_adv.view(2, 12)[:, kept]
+        for layout in (torch.contiguous_format, torch.channels_last):
+            args = (t.to(memory_format=layout) for t in (x_adv, still, x0))
+            assert_same(l0_step(*args, pixels=pixels, backend=backend).contiguous(), expected)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_step_lengths_and_range(backend: str) -> None:
+    x0 = torch.full((1, 1, 1, 4), 0.5)
+    for scale in (1e-40, 1.0, 1e37):
+        grad = scale * torch.tensor([[[[1.0, -2.0, 5.0, NAN]]]])
+        out = l0_step(x0, grad, x0, step_size=0.8, backend=backend)
+        expected = torch.tensor([[[[0.6, 0.3, 1.0, 0.5]]]])
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 if scale < 1e-38 else 6e-8)
+    out = l0_step(x0, torch.tensor([[[[INF, 0.0, -INF, 1.0]]]]), x0, step_size=-0.8, lo=0.25, pixels=1, backend=backend)
+    assert_same(out, torch.tensor([[[[0.5, 0.5, 0.9, 0.5]]]]))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_nan_stays_where_it_is(backend: str) -> None:
+    for which in (0, 2):
+        args = [t.nan_to_num() for t in l0_inputs((2, 3, 4, 5))]
+        args[which][1, 2, 3, 1] = NAN
+        out = l0_step(*args, backend=backend)
+        assert out.isnan().nonzero().tolist() == [[1, 2, 3, 1]]
+        assert differing(out.nan_to_num(), args[2].nan_to_num())[1] <= 6 + 1
+
+
+@needs("ext")
+def test_l0_registered_operator_takes_any_layout_itself() -> None:
+    run = torch.ops.fastdynat.pgd_step_l0
+    x_adv, grad, x0 = l0_inputs((2, 3, 6, 5))
+    expected = run(x_adv, grad, x0, 2.0, 6, 0.0, 1.0)
+    inside = x_adv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # images are blocks, rows are not
+    across = x_adv.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    for x in (inside, across, x_adv.to(memory_format=torch.channels_last), torch.stack([x_adv, x_adv], -1)[..., 1]):
+        out = run(x, grad, x0, 2.0, 6, 0.0, 1.0)
+        assert_same(out.contiguous(), expected)
+        assert out.stride() == torch.empty_like(x).stride()
+    for change, message in (
+        ({0: x_adv[0], 1: grad[0], 2: x0[0]}, r"x_adv must be \(N, C, H, W\), has shape \(3, 6, 5\)"),
+        ({4: -1}, "pixels must not be negative, got -1"),
+        ({1: torch.rand(2)}, r"grad has shape \(2\) but x_adv has shape"),
+    ):
+        args = [change.get(i, value) for i, value in enumerate((x_adv, grad, x0, 2.0, 6, 0.0, 1.0))]
+        with pytest.raises(RuntimeError, match=message):
+            run(*args)
+
+
+@pytest.mark.parametrize("name", ["pgd_step_l0", pytest.param("pgd_step_l0_triton", marks=needs("triton"))])
+def test_l0_registration(name: str) -> None:
+    operator = getattr(torch.ops.fastdynat, name).default
+    args = (t.to(memory_format=torch.channels_last) for t in l0_inputs((2, 3, 4, 5)))
+    torch.library.opcheck(operator, (*args, 2.0, 6, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_l0_compiles_and_is_out_of_place(backend: str) -> None:
+    compiled = torch.compile(l0_step, fullgraph=True, backend="aot_eager")
+    args = l0_inputs((2, 3, 4, 5))
+    before = [t.clone() for t in args]
+    out = compiled(*args, backend=backend)
+    assert_same(out, l0_step(*(t.requires_grad_() for t in args), backend=backend))
+    assert not out.requires_grad
+    for now, then in zip(args, before, strict=True):
+        assert_same(now.detach(), then)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_adv": torch.rand(2, 3)}, r"pgd_step_l0: x_adv must be \(N, C, H, W\), got shape \(2, 3\)"),
+        ({"pixels": -1}, r"pixels must be >= 0, got -1"),
+        ({"grad": torch.rand(4)}, r"grad has shape \(4,\)"),
+    ],
+)
+def test_l0_errors_name_the_values(change: dict[str, Any], message: str) -> None:
+    args = dict(zip(("x_adv", "grad", "x0"), l0_inputs((1, 1, 2, 3)), strict=True)) | {"step_size": 1.0, "pixels": 1}
+    with pytest.raises(ValueError, match=message):
+        ops.pgd_step_l0(**args | change)
+
+
 AOT = """
 import importlib
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernel = importlib.import_module("fastdynat.kernels.pgd_step_l1").pgd_step_l1_kernel
-for image, grad, capability, parts in (("fp32", "bf16", 90, 1), ("fp64", "fp32", 80, 5)):
-    constants = {"PARTS": parts, "BLOCK": 4096}
+for name, image, grad, capability, parts in (
+    ("pgd_step_l1", "fp32", "bf16", 90, 1),
+    ("pgd_step_l1", "fp64", "fp32", 80, 5),
+    ("pgd_step_l0", "fp32", "bf16", 90, 1),
+    ("pgd_step_l0", "fp64", "fp32", 80, 5),
+):
+    kernel = getattr(importlib.import_module(f"fastdynat.kernels.{name}"), f"{name}_kernel")
+    constants = {"PARTS": parts, "BLOCK": 1024} | ({"CHANNELS": 3} if name == "pgd_step_l0" else {})
     types = {"x_adv_ptr": "*" + image, "grad_ptr": "*" + grad, "x0_ptr": "*" + image, "out_ptr": "*" + image}
-    types |= {"row": "i32", "count": "i32"} | dict.fromkeys(("step_size", "eps", "lo", "hi"), "fp64")
+    types |= dict.fromkeys(("row", "count", "pixels", "stride", "pixel_stride", "wanted"), "i32")
+    types |= dict.fromkeys(("step_size", "eps", "lo", "hi"), "fp64")
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature={arg: types[arg] for arg in kernel.arg_names}, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-    assert ".entry pgd_step_l1_kernel" in compiled.asm["ptx"]
+    assert f".entry {name}_kernel" in compiled.asm["ptx"]
 """
 
 
 @needs("triton")
-def test_triton_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
+def test_triton_kernels_compile_for_ampere_and_hopper(tmp_path: Path) -> None:
     # A process of its own: under TRITON_INTERPRET=1, which conftest sets, @triton.jit does not compile.
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(Path(ops.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}

@@ -73,6 +73,12 @@ def batch(dtype: torch.dtype, channels_last: bool) -> None:
     ops.augment(store, indices, dtype=dtype, channels_last=channels_last)
 
 
+def step_l0(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    for side in (32, 112):  # whole in registers, and not
+        x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
+        ops.pgd_step_l0(x, grad, x0, step_size=0.1, pixels=8)
+
+
 def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
     ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
@@ -124,6 +130,8 @@ LAUNCHES = [
         for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10))
         for loss in ("ce", "soft", "kl", "margin", "dlr")
     ),
+    Launch("pgd_step_l0", False, lambda: step_l0(torch.float32, torch.bfloat16)),
+    Launch("pgd_step_l0", False, lambda: step_l0(torch.float64, torch.float32)),
     Launch("pgd_step_l1", False, lambda: step_l1(torch.float32, torch.bfloat16)),
     Launch("pgd_step_l1", False, lambda: step_l1(torch.float64, torch.float32)),
     Launch("pgd_step_l2", True, lambda: step_l2(torch.float32, torch.float32, torch.bfloat16)),

@@ -10,6 +10,7 @@ from fastdynat.ops._select import BACKENDS, available_backends, selected_backend
 from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
 from fastdynat.ops.dynamic_label_cross_entropy import DynamicLabelLoss, dynamic_label_cross_entropy
+from fastdynat.ops.pgd_step_l0 import pgd_step_l0
 from fastdynat.ops.pgd_step_l1 import pgd_step_l1
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
@@ -28,6 +29,7 @@ __all__ = [
     "augment",
     "available_backends",
     "dynamic_label_cross_entropy",
+    "pgd_step_l0",
     "pgd_step_l1",
     "pgd_step_l2",
     "pgd_step_linf",

@@ -73,9 +73,9 @@ def pgd_step_l1(
 
     Per image the round((1 - sparsity) * d) entries (one at least) with the largest |grad|, and those equal to the last of
     them, move by the same amount along their signs, `step_size` together; entries with a gradient of 0 never do
-    (Tramer & Boneh 2019, arXiv 1904.13000, section 4). The result is the point nearest to that, in L2, among those with
+    (Tramer & Boneh 2019, arXiv 1904.13000). The result is the point nearest to that, in L2, among those with
     ||z - x0||_1 <= eps and lo <= z <= hi: x0 + sign(d) * min(max(|d| - tau, 0), room), with tau = 0 or the multiplier at
-    which the length is eps, found by bisection (Croce & Hein 2021, arXiv 2103.01208, proposition 1). Clipping after a
+    which the length is eps, found by bisection (Croce & Hein 2021, arXiv 2103.01208). Clipping after a
     projection on the ball alone, as is often done, makes steps shorter than they may be. Kernels end at the smallest tau
     in the dtype of `x_adv` that does not leave the ball.
 

@@ -75,7 +75,7 @@ def project_on_hyperplane(
     the plane that x is on and t >= 0 the smallest multiplier that reaches it. What is reached is a concave, piecewise
     linear function of t, so that Newton's method from t = 0 climbs to the root without passing it and is exact once no
     further entry meets its bound: no sorting, no tolerance. Where the box ends before the plane, z is the point of the box
-    that comes closest to it: every entry with w != 0 at its bound. Croce & Hein 2020 (arXiv 1907.02044), section 2.2;
+    that comes closest to it: every entry with w != 0 at its bound. Croce & Hein 2020 (arXiv 1907.02044);
     used by DyART, Xu et al. 2023 (arXiv 2302.03015).
 
     Entries of `x` outside the box are taken to lie on its border. Entries with w = 0 do not move. Where w is 0
