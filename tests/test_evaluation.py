@@ -9,6 +9,7 @@ import torch
 from networks import tiny_cnn
 
 from fastdynat.attacks import AttackGoal, PGDSpec, parse_attack, pgd
+from fastdynat.attacks.steps import start_point
 from fastdynat.cli import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.evaluation import Stopped, measure
@@ -66,7 +67,7 @@ def test_the_numbers_are_those_of_a_plain_loop(runs: list[Path], tmp_path: Path)
     generator, clean, robust = torch.Generator().manual_seed(1), 0, 0
     for x, y in zip((images.images / 255).split(128), images.labels.split(128), strict=True):
         clean += int((model(x).argmax(1) == y).sum())
-        x_adv = (x + torch.empty_like(x).uniform_(-0.1, 0.1, generator=generator)).clamp(0, 1)
+        x_adv = start_point(x, "uniform", norm="linf", eps=0.1, generator=generator)
         for _ in range(3):
             x_adv = x_adv.detach().requires_grad_()
             (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
