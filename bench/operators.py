@@ -25,8 +25,8 @@ from fastdynat.runs import describe_environment
 HERE = Path(__file__).parent
 
 
-def measure(only: str) -> list[dict[str, Any]]:
-    """Run the benchmarks; one row per implementation of a case, times in microseconds per call."""
+def measure(only: str) -> tuple[list[dict[str, Any]], int]:
+    """Run the benchmarks. Returns a row per implementation of a case, microseconds per call, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", str(HERE / "test_operators.py"), "-q", f"--benchmark-json={out}"]
@@ -49,7 +49,7 @@ def measure(only: str) -> list[dict[str, Any]]:
                 "cuda_graph": extra["cuda_graph"],
             }
         )
-    return rows
+    return rows, done.returncode
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--only", default="", help="part of an operator's name")
     ours = parser.parse_args()
-    rows = measure(ours.only)
+    rows, status = measure(ours.only)
     print_table(rows)
     if ours.json:
         ours.json.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,7 @@ def main() -> None:
             "rows": rows,
         }
         ours.json.write_text(json.dumps(document, indent=1) + "\n")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

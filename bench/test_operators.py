@@ -53,10 +53,10 @@ def implementation(case: Case, name: str) -> Thunk:
     return case.operator(name)
 
 
-def repeated(thunk: Thunk) -> tuple[Callable[[], None], bool]:
+def repeated(thunk: Thunk) -> tuple[Callable[[], object], bool]:
     """CALLS calls as one function that returns when they are done, and whether that is one CUDA graph."""
     if DEVICE != "cuda":
-        return lambda: thunk() and None, False
+        return thunk, False
     try:
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
