@@ -170,6 +170,14 @@ def kernels() -> dict[str, str]:
     return found
 
 
+def described(kernel: Any) -> str:
+    """Name, constants, options, types of the rest."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    types = [kind for name, kind in kernel.src.signature.items() if name not in constants]
+    options = [f"{name}={value}" for name, value in constants.items()] + [f"num_warps={kernel.metadata.num_warps}"]
+    return f"{kernel.name}({', '.join(options)}) on {' '.join(types)}"
+
+
 def main(folder: Path) -> None:
     compiled: dict[str, Any] = {}
     compile_and_launch = JITFunction.run
@@ -192,7 +200,7 @@ def main(folder: Path) -> None:
                 path = folder / f"{kernel.hash[:16]}_sm{capability}.ptx"
                 path.write_text(kernel.asm["ptx"])
                 missing.pop(kernel.name, None)
-                about = {"operator": launch.operator, "kernel": kernel.name, "capability": capability}
+                about = {"kernel": kernel.name, "launch": described(kernel), "capability": capability}
                 print(json.dumps(about | {"wide": launch.wide, "ptx": str(path), "ptxas": get_ptxas(capability).path}))
     print(json.dumps({"not launched": sorted(f"{name} ({file})" for name, file in missing.items())}))
 
