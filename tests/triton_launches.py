@@ -53,7 +53,7 @@ def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype 
 
 
 def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
-    for side in (32, 64):
+    for side in (32, 64):  # whole in registers, and not
         x, w, at = images(dtype, side), images(w_dtype, side), images(dtype, side)
         ops.project_on_hyperplane(x, w, torch.empty(64, dtype=dtype), at, norm=norm)
 
@@ -127,7 +127,7 @@ LAUNCHES = [
     ),
     *(
         Launch("attack_logit_grad", False, lambda dtype=dtype, classes=classes, loss=loss: logit_grad(dtype, classes, loss))
-        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10))
+        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10), (torch.float32, 5000))
         for loss in ("ce", "soft", "kl", "margin", "dlr")
     ),
     Launch("pgd_step_l0", False, lambda: step_l0(torch.float32, torch.bfloat16)),
@@ -141,6 +141,7 @@ LAUNCHES = [
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
     Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.float32, "linf")),
     Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.bfloat16, "l2")),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float64, torch.float64, "l2")),
 ]
 
 
