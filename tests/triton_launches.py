@@ -47,7 +47,7 @@ def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtyp
 
 
 def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
-    for side in (32, 64):  # in one kernel, and in two
+    for side in (32, 48, 64):  # in one kernel, and in two
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
 
@@ -74,14 +74,15 @@ def batch(dtype: torch.dtype, channels_last: bool) -> None:
 
 
 def step_l0(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    for side in (32, 112):  # whole in registers, and not
+    for side in (32, 64, 112):  # whole in registers, and not
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.pgd_step_l0(x, grad, x0, step_size=0.1, pixels=8)
 
 
 def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
-    ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
+    for side in (32, 48, 64):  # whole in registers, and not
+        x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
+        ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
 
 
 def logit_grad(dtype: torch.dtype, classes: int, loss: str) -> None:
