@@ -7,7 +7,7 @@ namespace fastdynat {
 
 enum class AttackLoss : int64_t { kCe, kKl, kMargin, kDlr, kSoftCe };
 
-constexpr bool is_soft(AttackLoss loss) { return loss == AttackLoss::kKl || loss == AttackLoss::kSoftCe; }
+FASTDYNAT_INLINE bool is_soft(AttackLoss loss) { return loss == AttackLoss::kKl || loss == AttackLoss::kSoftCe; }
 
 // Rows whose largest entry is below are not rescaled but made anew from the logits' differences.
 template <typename A>

@@ -41,5 +41,5 @@ def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
         raise ValueError(f'Triton kernels take up to {MAX_CLASSES} classes, got {k}: use backend="cuda" or "eager"')
     block_k = triton.next_power_of_2(k)
     block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(max(n, 1)))
-    warps = min(16, max(1, block_rows * block_k // 1024))
+    warps = min(16, max(1, block_rows * block_k // 256))
     return triton.cdiv(n, block_rows), {"BLOCK_ROWS": block_rows, "BLOCK_K": block_k, "num_warps": warps}

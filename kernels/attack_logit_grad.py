@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
 
-TILE = 2048  # elements of rows that one program holds, where rows are short
+TILE = 4096  # bytes of rows, as computed with, that one program holds where rows are short
 CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
 
 
@@ -131,7 +131,7 @@ def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, 
     if n == 0:
         return grad, value
     block = triton.next_power_of_2(classes)
-    rows = max(1, TILE // block)
+    rows = max(1, TILE // (block * value.element_size()))
     with on_device_of(logits):
         attack_logit_grad_kernel[(triton.cdiv(n, rows),)](
             logits,
@@ -145,6 +145,7 @@ def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, 
             RESCALE=rescale,
             ROWS=rows,
             BLOCK=block,
-            num_warps=4 if block <= 4096 else 16,
+            num_warps=max(4, min(16, block // 256)),
+            enable_fp_fusion=False,
         )
     return grad, value

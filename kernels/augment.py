@@ -105,5 +105,6 @@ def augment(
             CROP=shifts is not None,
             FLIP=flips is not None,
             BLOCK=BLOCK,
+            enable_fp_fusion=False,
         )
     return out

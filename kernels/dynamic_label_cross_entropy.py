@@ -167,6 +167,7 @@ def dynamic_label_cross_entropy(
                 SOFT=soft,
                 WEIGHTED=weights is not None,
                 WITH_GRAD=with_grad,
+                enable_fp_fusion=False,
                 **sizes,
             )
         if reduction != 0 or labels is not None:
@@ -182,5 +183,6 @@ def dynamic_label_cross_entropy(
                 REDUCE=reduction != 0,
                 COUNT=labels is not None,
                 BLOCK=1024,
+                enable_fp_fusion=False,
             )
     return loss, counts, predictions, dynamic_labels, grad

@@ -8,8 +8,8 @@ from torch import Tensor
 from fastdynat.kernels._launch import on_device_of
 from fastdynat.kernels.pgd_step_l1 import as_float, load_gradient
 
-LARGEST_IN_REGISTERS = 8192  # pixels of an image, whose distances are held
-BLOCK = 1024  # pixels at a time of a larger one, whose distances are computed again in every pass
+LARGEST_IN_REGISTERS = 4096  # pixels of an image, whose distances are held
+BLOCK = 2048  # pixels at a time of a larger one, whose distances are computed again in every pass
 
 
 @triton.jit

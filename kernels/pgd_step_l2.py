@@ -169,12 +169,13 @@ def pgd_step_l2(
                 HAS_LOW=low_dtype is not None,
                 BLOCK=block,
                 num_warps=max(1, min(16, block // 512)),
+                enable_fp_fusion=False,
             )
             return out, low, moved
         parts = triton.cdiv(row, SPLIT_BLOCK)
         grid = (rows * parts,)
         partial = x_adv.new_empty(rows * parts, 3, dtype=torch.float64)
-        pgd_step_l2_sums_kernel[grid](*inputs, partial, row, parts, BLOCK=SPLIT_BLOCK, num_warps=8)
+        pgd_step_l2_sums_kernel[grid](*inputs, partial, row, parts, BLOCK=SPLIT_BLOCK, num_warps=8, enable_fp_fusion=False)
         pgd_step_l2_apply_kernel[grid](
             *inputs,
             *outputs,
@@ -186,5 +187,6 @@ def pgd_step_l2(
             BLOCK=SPLIT_BLOCK,
             PARTS=triton.next_power_of_2(parts),
             num_warps=8,
+            enable_fp_fusion=False,
         )
     return out, low, moved

@@ -106,5 +106,6 @@ def pgd_step_linf(
             HAS_LOW=low_dtype is not None,
             COUNT=count,
             BLOCK=BLOCK,
+            enable_fp_fusion=False,
         )
     return out, low, moved

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
 
-LARGEST_IN_REGISTERS = 16384  # elements of an image
-BLOCK = 4096  # elements at a time of a larger one, which is read again in every step
+LARGEST_IN_REGISTERS = 4096  # elements of an image
+BLOCK = 2048  # elements at a time of a larger one, which is read again in every step
 STEPS = 64  # what is missing falls so fast that images need 4 to 8: see the reference in fastdynat.ops
 
 
@@ -178,7 +178,7 @@ def project_on_hyperplane(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: b
             L2=l2,
             PARTS=triton.cdiv(row, block),
             BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=max(1, min(16, block // 256)),
             enable_fp_fusion=False,
         )
     return out

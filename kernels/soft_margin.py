@@ -133,8 +133,18 @@ def soft_margin(logits: Tensor, labels: Tensor, temperature: float, with_grad: b
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=max(4, block // 512),
+                enable_fp_fusion=False,
             )
         else:
             end = triton.cdiv(classes, CHUNK) * CHUNK
-            soft_margin_long_kernel[(n,)](*tensors, classes, temperature, HAS_GRAD=with_grad, CHUNK=CHUNK, END=end, num_warps=8)
+            soft_margin_long_kernel[(n,)](
+                *tensors,
+                classes,
+                temperature,
+                HAS_GRAD=with_grad,
+                CHUNK=CHUNK,
+                END=end,
+                num_warps=8,
+                enable_fp_fusion=False,
+            )
     return margin, grad

@@ -26,6 +26,13 @@ SOURCES = [
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ]
 
+# Triton launches that may spill: what they are, bytes per thread, why.
+MAY_SPILL = [
+    (r"^pgd_step_l1_kernel\(PARTS=1, BLOCK=8192,.* on \*fp64", 48, "float64: less than reading the image again in every pass"),
+    (r"^pgd_step_l2_kernel\(HAS_LOW=True, BLOCK=8192,", 8, "less than reading the image twice"),
+    (r"^dynamic_label_cross_entropy_kernel\(.*BLOCK_K=32768,", 4100, "rows of over 16384 classes are rare"),
+]
+
 
 def run(*command: str | Path, **env: str) -> str:
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
@@ -40,12 +47,12 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def spilling(report: str) -> list[str]:
-    """The functions that `ptxas -v` reports to spill registers into memory."""
+def spilled(report: str) -> dict[str, int]:
+    """How many bytes of registers each function keeps in memory, as `ptxas -v` reports it; without those that keep none."""
     pattern = r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     found = re.findall(pattern, report)
     assert found, report
-    return [f"{name}: {stores} bytes stored, {loads} loaded" for name, stores, loads in found if (stores, loads) != ("0", "0")]
+    return {name: max(int(stores), int(loads)) for name, stores, loads in found if (stores, loads) != ("0", "0")}
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +76,16 @@ def test_every_triton_kernel_is_compiled(launched: list[dict[str, Any]]) -> None
 
 @needs("triton")
 def test_triton_kernels_do_not_spill(launched: list[dict[str, Any]], tmp_path: Path) -> None:
+    spills = []
     for line in launched[:-1]:
         target = re.search(r"^\.target (\w+)", Path(line["ptx"]).read_text(), re.MULTILINE)
         assert target is not None
         assert target[1].startswith(f"sm_{line['capability']}")
         report = run(line["ptxas"], "-v", f"--gpu-name={target[1]}", line["ptx"], "-o", tmp_path / "out.cubin")
-        assert spilling(report) == [], line
+        allowed = max((most for pattern, most, _ in MAY_SPILL if re.search(pattern, line["launch"])), default=0)
+        if (spill := sum(spilled(report).values())) > allowed:
+            spills.append(f"sm_{line['capability']}, {spill} bytes: {line['launch']}")
+    assert not spills, "\n".join(spills)
 
 
 @needs("triton")
@@ -118,7 +129,7 @@ def cuda_code(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Cuda
 @needs("nvcc")
 @pytest.mark.parametrize("source", SOURCES)
 def test_cuda_kernels_compile_and_do_not_spill(source: Path, cuda_code: Callable[[Path], CudaCode]) -> None:
-    spills = "\n".join(spilling(cuda_code(source).report))
+    spills = "\n".join(f"{most} bytes: {name}" for name, most in spilled(cuda_code(source).report).items())
     assert not spills, subprocess.run(["c++filt"], input=spills, capture_output=True, text=True).stdout
 
 

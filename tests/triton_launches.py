@@ -47,13 +47,13 @@ def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtyp
 
 
 def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
-    for side in (32, 64):  # in one kernel, and in two
+    for side in (32, 48, 64):  # in one kernel, and in two
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
 
 
 def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
-    for side in (32, 64):
+    for side in (32, 64):  # whole in registers, and not
         x, w, at = images(dtype, side), images(w_dtype, side), images(dtype, side)
         ops.project_on_hyperplane(x, w, torch.empty(64, dtype=dtype), at, norm=norm)
 
@@ -74,14 +74,15 @@ def batch(dtype: torch.dtype, channels_last: bool) -> None:
 
 
 def step_l0(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    for side in (32, 112):  # whole in registers, and not
+    for side in (32, 64, 112):  # whole in registers, and not
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.pgd_step_l0(x, grad, x0, step_size=0.1, pixels=8)
 
 
 def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
-    ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
+    for side in (32, 48, 64):  # whole in registers, and not
+        x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
+        ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
 
 
 def logit_grad(dtype: torch.dtype, classes: int, loss: str) -> None:
@@ -127,7 +128,7 @@ LAUNCHES = [
     ),
     *(
         Launch("attack_logit_grad", False, lambda dtype=dtype, classes=classes, loss=loss: logit_grad(dtype, classes, loss))
-        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10))
+        for dtype, classes in ((torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 10), (torch.float32, 5000))
         for loss in ("ce", "soft", "kl", "margin", "dlr")
     ),
     Launch("pgd_step_l0", False, lambda: step_l0(torch.float32, torch.bfloat16)),
@@ -141,6 +142,7 @@ LAUNCHES = [
     Launch("pgd_step_linf", True, lambda: step_linf(torch.float64, torch.float16, None)),
     Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.float32, "linf")),
     Launch("project_on_hyperplane", True, lambda: project(torch.float32, torch.bfloat16, "l2")),
+    Launch("project_on_hyperplane", True, lambda: project(torch.float64, torch.float64, "l2")),
 ]
 
 
@@ -170,6 +172,14 @@ def kernels() -> dict[str, str]:
     return found
 
 
+def described(kernel: Any) -> str:
+    """Name, constants, options, types of the rest."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    types = [kind for name, kind in kernel.src.signature.items() if name not in constants]
+    options = [f"{name}={value}" for name, value in constants.items()] + [f"num_warps={kernel.metadata.num_warps}"]
+    return f"{kernel.name}({', '.join(options)}) on {' '.join(types)}"
+
+
 def main(folder: Path) -> None:
     compiled: dict[str, Any] = {}
     compile_and_launch = JITFunction.run
@@ -192,7 +202,7 @@ def main(folder: Path) -> None:
                 path = folder / f"{kernel.hash[:16]}_sm{capability}.ptx"
                 path.write_text(kernel.asm["ptx"])
                 missing.pop(kernel.name, None)
-                about = {"operator": launch.operator, "kernel": kernel.name, "capability": capability}
+                about = {"kernel": kernel.name, "launch": described(kernel), "capability": capability}
                 print(json.dumps(about | {"wide": launch.wide, "ptx": str(path), "ptxas": get_ptxas(capability).path}))
     print(json.dumps({"not launched": sorted(f"{name} ({file})" for name, file in missing.items())}))
 

@@ -139,7 +139,7 @@ __device__ __forceinline__ void sparse_row(
 }
 
 template <typename A, typename T>
-__global__ void __launch_bounds__(kThreads) attack_logit_grad_kernel(
+__global__ void __launch_bounds__(kThreads, 1) attack_logit_grad_kernel(
     const T* __restrict__ logits, const int64_t* __restrict__ labels, FloatRows targets, T* __restrict__ grad, A* __restrict__ value,
     int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
   for (int64_t i = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp; i < n; i += int64_t{gridDim.x} * kRowsPerBlock) {

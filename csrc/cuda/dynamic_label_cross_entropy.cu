@@ -21,7 +21,7 @@ struct Arguments {
 };
 
 template <typename Walk, bool kSoft>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(Arguments<typename Walk::A> a) {
+__global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(Arguments<typename Walk::A> a) {
   using A = typename Walk::A;
   using View = typename Walk::View;
   const bool exists = Walk::row() < a.n;

@@ -60,6 +60,17 @@ struct alignas(sizeof(T) * N) Pack {
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+// The second output in a 16-bit type, which is an argument of kernels and not one more type to compile them for.
+enum class Low : int { kNone, kHalf, kBFloat16 };
+
+inline Low low_of(std::optional<ScalarType> dtype) {
+  return !dtype ? Low::kNone : *dtype == ScalarType::Half ? Low::kHalf : Low::kBFloat16;
+}
+
+__device__ __forceinline__ uint16_t low_bits(float value, Low low) {
+  return low == Low::kHalf ? Half(value).x : BFloat16(value).x;
+}
+
 // The sum, or another reduction, over a block of kThreads threads; every thread gets it. `shared` holds 32 values.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, T* shared, T identity, const Combine& combine) {

@@ -6,8 +6,8 @@
 namespace fastdynat {
 namespace {
 
-constexpr int kHeld = 3;           // packs per thread that stay in registers: CIFAR images in 256 threads
-constexpr int kMaxThreads = 1024;  // so a block holds up to 12288 floats; larger images are read again in every pass
+constexpr int kHeld = 6;         // packs per thread that stay in registers: CIFAR images in 128 threads
+constexpr int kMaxThreads = 512;  // so a block holds up to 12288 floats; larger images are read again in every pass
 
 template <typename T, typename G>
 struct L1Pointers {

@@ -6,15 +6,9 @@
 namespace fastdynat {
 namespace {
 
-constexpr int kHeld = 3;             // packs per thread that stay in registers: CIFAR images in 256 threads
-constexpr int kMaxThreads = 512;     // so a block holds up to 6144 floats, and a thread's registers do not spill
-constexpr int kPacksPerThread = 8;   // of an image split over blocks: 64 ImageNet images make 1216 blocks
-
-enum class Low : int { kNone, kHalf, kBFloat16 };
-
-__device__ __forceinline__ uint16_t low_bits(float value, Low low) {
-  return low == Low::kHalf ? Half(value).x : BFloat16(value).x;
-}
+constexpr int kHeld = 3;            // packs per thread that stay in registers: CIFAR images in 256 threads
+constexpr int kMaxThreads = 512;    // so a block holds up to 6144 floats, and a thread's registers do not spill
+constexpr int kPacksPerThread = 8;  // of an image split over blocks: 64 ImageNet images make 1216 blocks
 
 template <typename T, typename G>
 struct L2Pointers {
@@ -160,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
     std::optional<ScalarType> low_dtype) {
   const OnDevice device(x_adv);
-  const Low low_kind = !low_dtype ? Low::kNone : *low_dtype == ScalarType::Half ? Low::kHalf : Low::kBFloat16;
+  const Low low_kind = low_of(low_dtype);
   return run_image_step("pgd_step_l2", x_adv, grad, x0, low_dtype, [&](ImageStep& s) {
     with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);

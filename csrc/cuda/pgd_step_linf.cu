@@ -6,12 +6,6 @@
 namespace fastdynat {
 namespace {
 
-enum class Low : int { kNone, kHalf, kBFloat16 };
-
-__device__ __forceinline__ uint16_t low_bits(float value, Low low) {
-  return low == Low::kHalf ? Half(value).x : BFloat16(value).x;
-}
-
 // A block walks one part of one image, so that a single flag per block says whether the image moved.
 template <typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kThreads) pgd_step_linf_kernel(
@@ -72,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
     std::optional<ScalarType> low_dtype, bool count) {
   const OnDevice device(x_adv);
-  const Low low_kind = !low_dtype ? Low::kNone : *low_dtype == ScalarType::Half ? Low::kHalf : Low::kBFloat16;
+  const Low low_kind = low_of(low_dtype);
   return run_step(x_adv, grad, x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
