@@ -110,6 +110,9 @@ FASTDYNAT_INLINE void soft_tile(const Tile& tile, const Pointers<A>& at, bool re
   tile.load(at.logits, z);
   tile.best(z, top, prediction);
   tile.load(at.target, q);
+  if (kKl) {
+    for (int64_t i = 0; i < end; ++i) q[i] = q[i] > A(0) ? A(0) : q[i];  // a log-probability, but for rounding
+  }
   for (int32_t j = 0; j < kLanes; ++j) others[j] = mass[j] = value[j] = largest[j] = A(0);
   for (int64_t i = 0; i < end; i += kLanes) {
     for (int32_t j = 0; j < kLanes; ++j) {

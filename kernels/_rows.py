@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_CLASSES = 1 << 20  # the largest block Triton allows
+PROGRAMS = 256  # that keep every multiprocessor of a large GPU busy
 
 
 @triton.jit
@@ -35,11 +36,17 @@ def wide_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
-    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is longer."""
+def block_of(k: int) -> int:
+    """The block that holds a row of k classes. Raises ValueError for more than Triton can hold."""
     if k > MAX_CLASSES:
         raise ValueError(f'Triton kernels take up to {MAX_CLASSES} classes, got {k}: use backend="cuda" or "eager"')
-    block_k = triton.next_power_of_2(k)
-    block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(max(n, 1)))
+    return triton.next_power_of_2(k)
+
+
+def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
+    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is longer."""
+    block_k = block_of(k)
+    # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
+    block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(triton.cdiv(max(n, 1), PROGRAMS)))
     warps = min(16, max(1, block_rows * block_k // 256))
     return triton.cdiv(n, block_rows), {"BLOCK_ROWS": block_rows, "BLOCK_K": block_k, "num_warps": warps}

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._rows import PROGRAMS, block_of
 
 TILE = 4096  # bytes of rows, as computed with, that one program holds where rows are short
 CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
@@ -63,6 +64,8 @@ def attack_logit_grad_kernel(
 
     if (LOSS == 1) or (LOSS == 4):
         target = tl.load(labels_ptr + offsets, mask=known, other=float("-inf") if LOSS == 1 else 0.0).to(z.dtype)
+        if LOSS == 1:
+            target = tl.where(target > 0, 0.0, target)
         q = tl.exp(target) if LOSS == 1 else target
         e = tl.where(known, tl.exp(shifted), 0.0)
         total = tl.sum(e, axis=1)
@@ -114,7 +117,7 @@ def attack_logit_grad_kernel(
                 gap = tl.where(flat, 1.0, gap)
                 value = tl.where(flat, 0.0, value / gap)
                 slope = tl.where(k == third[:, None], 1.0, 0.0) - tl.where(k == first[:, None], 1.0, 0.0)
-                grad = tl.where(flat[:, None], 0.0, (grad + value[:, None] * slope) / gap[:, None])
+                grad = tl.where(flat[:, None], 0.0, (grad + tl.where(slope != 0, value[:, None] * slope, 0.0)) / gap[:, None])
             if RESCALE:
                 grad = grad * power_of_two_below(tl.max(tl.abs(grad), axis=1))[:, None]
     grad = (grad + bad[:, None]) * sign
@@ -130,8 +133,9 @@ def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, 
     value = logits.new_empty(n, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if n == 0:
         return grad, value
-    block = triton.next_power_of_2(classes)
-    rows = max(1, TILE // (block * value.element_size()))
+    block = block_of(classes)
+    # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
+    rows = max(1, min(TILE // (block * value.element_size()), triton.next_power_of_2(triton.cdiv(n, PROGRAMS))))
     with on_device_of(logits):
         attack_logit_grad_kernel[(triton.cdiv(n, rows),)](
             logits,
@@ -145,7 +149,7 @@ def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, 
             RESCALE=rescale,
             ROWS=rows,
             BLOCK=block,
-            num_warps=max(4, min(16, block // 256)),
+            num_warps=max(1, min(16, rows * block // 256)),
             enable_fp_fusion=False,
         )
     return grad, value

@@ -31,7 +31,7 @@ def pgd_step_linf_kernel(
 
     Grid: (blocks per row, rows), flattened with the blocks of a row side by side.
     """
-    blocks = tl.cdiv(row, BLOCK)
+    blocks = (row - 1) // BLOCK + 1  # tl.cdiv adds first, which may pass int32
     image = tl.program_id(0) // blocks
     within = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = within < row

@@ -125,6 +125,41 @@ def test_the_rescaled_attack_takes_the_same_steps() -> None:
         assert torch.equal(pgd(model, x, goal, spec, rescale=True).x_adv, plain)
 
 
+def test_the_loss_scale_comes_before_half_precision_rounds() -> None:
+    """The guard where images mix in batch norm: what fp16 has flushed to zero cannot be scaled any more."""
+    logits = torch.zeros(1, 10, dtype=torch.float16)
+    logits[0, 0] = 20
+    goal = AttackGoal("ce", torch.tensor([0]))
+    assert float(goal.logit_grad(logits).abs().max()) == 0
+    scaled = goal.logit_grad(logits, loss_scale=1024.0)
+    assert scaled.dtype == torch.float16
+    assert bool((scaled != 0).all())
+
+
+def test_half_precision_images_are_refused() -> None:
+    goal = AttackGoal("ce", torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"images must be float32 or float64 .* got torch.float16 .* pass amp_dtype"):
+        pgd(tiny_cnn(), torch.rand(4, 3, 8, 8).half(), goal, PGDSpec(0.1, 0.05, 1))
+
+
+@needs("ext")
+def test_a_run_that_goes_on_with_other_operators_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    tiny = ["--train-size", "40", "--val-size", "20", "--batch-size", "20", "--steps", "1", "--epochs", "3"]
+    monkeypatch.setenv("FASTDYNAT_KERNELS", "eager")
+    assert main(["train", "--run-dir", str(run), *tiny, "--stop-after", "1"]) == 0
+    assert "operators: eager" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--stop-after", "1"]) == 0
+    assert "operators change" not in capsys.readouterr().err
+    monkeypatch.delenv("FASTDYNAT_KERNELS")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "operators change from eager to cpp (--kernels eager keeps them)" in " ".join(capsys.readouterr().err.split())
+    starts = json.loads((run / "environment.json").read_text())
+    assert [start["operators"] for start in starts] == ["eager", "eager", "cpp"]
+
+
 @pytest.mark.parametrize("bn", ["train", "frozen"])
 def test_rescaling_is_refused_where_images_mix(bn: str) -> None:
     goal = AttackGoal("ce", torch.zeros(4, dtype=torch.int64))

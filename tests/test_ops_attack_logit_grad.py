@@ -297,3 +297,36 @@ def test_a_class_that_does_not_exist() -> None:
 def test_errors_name_the_values(args: tuple[Tensor, Tensor], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.attack_logit_grad(*args, **kwargs)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_faint_soft_rows_are_finite(backend: str) -> None:
+    """The largest entry is subnormal or flushed: no power of two brings it to one half, and none may make it infinite."""
+    logits = torch.stack([torch.tensor([gap, 0.0]) for gap in (86.0, 88.6, 95.0, 103.0, 120.0)])
+    target = torch.tensor([1.0, -INF]).expand(5, 2).log_softmax(1)
+    for loss, labels in (("kl", target), ("soft-ce", target.exp())):
+        grad, value = run(logits, labels, loss, rescale=True, backend=backend)
+        assert bool(grad.isfinite().all())
+        assert bool(value.isfinite().all())
+        assert float(grad.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_nothing_but_the_label_is_possible(backend: str) -> None:
+    for loss in ("margin", "dlr"):
+        logits = torch.tensor([[5.0, -INF, -INF]])
+        grad, value = run(logits, torch.tensor([0]), loss, backend=backend)
+        if loss == "margin":
+            assert grad.tolist() == [[-1.0, 1.0, 0.0]]
+            assert float(value) == -INF
+    ratio = run(torch.tensor([[-INF, 1.0, 2.0, 3.0, 0.5]]), torch.tensor([0]), "dlr", backend=backend)
+    assert float(ratio.loss) == INF
+    assert not bool(ratio.grad[:, [0, 2, 4]].isnan().any())
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_log_probability_above_zero_counts_as_zero(backend: str) -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.0]])
+    above, at = (run(logits, torch.tensor([[v, -50.0, -60.0]]), "kl", backend=backend) for v in (200.0, 0.0))
+    assert torch.equal(above.grad, at.grad)
+    assert torch.equal(above.loss, at.loss)

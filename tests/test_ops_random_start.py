@@ -396,3 +396,16 @@ def test_the_triton_kernel_is_compiled_without_contraction(tmp_path: Path) -> No
     env |= {"PYTHONPATH": str(Path(ops.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", AOT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs("cxx")
+@pytest.mark.parametrize("kind", KINDS)
+def test_inductor_draws_the_same_numbers(kind: str) -> None:
+    """aot_eager does not fold constants; Inductor once folded a product of the generator beyond 64 bits."""
+    x, state = torch.rand(3, 3, 8, 8), torch.tensor([1, 2])
+
+    def draw(x: Tensor) -> Tensor:
+        return ops.random_start(x, state, kind=kind, scale=0.5, backend="eager")
+
+    torch.testing.assert_close(torch.compile(draw, fullgraph=True)(x), draw(x), rtol=0, atol=1e-6)

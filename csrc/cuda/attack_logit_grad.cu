@@ -7,7 +7,8 @@ namespace fastdynat {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kRowsPerBlock = kThreads / kWarp;
+constexpr int kRowThreads = 64;  // small blocks: a batch of 256 rows still reaches every multiprocessor
+constexpr int kRowsPerBlock = kRowThreads / kWarp;
 
 template <typename A, typename Combine>
 __device__ __forceinline__ A warp_reduce(A value, const Combine& combine) {
@@ -96,7 +97,11 @@ template <typename A, typename T, typename Q>
 __device__ __forceinline__ void soft_row(const Row<A, T>& row, const Q* target, bool kl, bool rescale, A sign, T* grad, A* value) {
   const int32_t first = row.best_but(-1, -1);
   const A top = row[first];
-  const auto probability = [&](int32_t k) { return kl ? exp_of(static_cast<A>(target[k])) : static_cast<A>(target[k]); };
+  const auto log_probability = [&](int32_t k) {
+    const A q = static_cast<A>(target[k]);
+    return q > A(0) ? A(0) : q;  // but for rounding
+  };
+  const auto probability = [&](int32_t k) { return kl ? exp_of(log_probability(k)) : static_cast<A>(target[k]); };
   A others = 0, mass = 0;
   row.each([&](int32_t k, A z) {
     others += k == first ? A(0) : exp_of(z - top);
@@ -109,7 +114,7 @@ __device__ __forceinline__ void soft_row(const Row<A, T>& row, const Q* target, 
   A sum = 0, largest = 0;
   row.each([&](int32_t k, A z) {
     const A p = probability(k);
-    const A term = p * ((kl ? static_cast<A>(target[k]) : A(0)) - (z - top - log_total));
+    const A term = p * ((kl ? log_probability(k) : A(0)) - (z - top - log_total));
     sum += p == A(0) ? A(0) : term;
     const A size = fabs(exp_of(z - top) * factor - p);
     largest = size > largest ? size : largest;
@@ -139,7 +144,7 @@ __device__ __forceinline__ void sparse_row(
 }
 
 template <typename A, typename T>
-__global__ void __launch_bounds__(kThreads, 1) attack_logit_grad_kernel(
+__global__ void __launch_bounds__(kRowThreads) attack_logit_grad_kernel(
     const T* __restrict__ logits, const int64_t* __restrict__ labels, FloatRows targets, T* __restrict__ grad, A* __restrict__ value,
     int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
   for (int64_t i = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp; i < n; i += int64_t{gridDim.x} * kRowsPerBlock) {
@@ -172,7 +177,7 @@ std::tuple<Tensor, Tensor> attack_logit_grad_cuda(
       using T = decltype(element);
       using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
       launch(
-          attack_logit_grad_kernel<A, T>, blocks_for(g.n, kRowsPerBlock), kThreads, device.stream, data<T>(g.logits),
+          attack_logit_grad_kernel<A, T>, blocks_for(g.n, kRowsPerBlock), kRowThreads, device.stream, data<T>(g.logits),
           is_soft(g.loss) ? nullptr : data<int64_t>(g.labels), FloatRows(g.labels), mutable_data<T>(g.grad),
           mutable_data<A>(g.value), g.n, g.classes, g.loss, g.rescale, g.targeted ? A(-1) : A(1));
     });

@@ -77,14 +77,18 @@ class AttackGoal:
             value = F.cross_entropy(logits, self.target, reduction="none")
         return -value if self.targeted else value
 
-    def logit_grad(self, logits: Tensor, *, rescale: bool = False) -> Tensor:
+    def logit_grad(self, logits: Tensor, *, rescale: bool = False, loss_scale: float = 1.0) -> Tensor:
         """Gradient of ``per_image(logits).sum()`` with respect to `logits`, in their dtype, in closed form.
 
         rescale: multiply each image's by a power of two that brings it to order one, so that half precision does not flush it
         to zero on its way to the pixels. Signs and directions stay what they are only while images do not mix: not in a
         network that is in batch norm's train mode.
+        loss_scale: one factor for all images, applied before the gradient is rounded to the logits' dtype.
         """
-        return attack_logit_grad(logits.detach(), self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
+        # What half precision has flushed to zero cannot be scaled any more.
+        source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
+        grad = attack_logit_grad(source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
+        return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
 
     def reached(self, logits: Tensor) -> Tensor:
         """(N,) bool: the prediction left the goal's class, or arrived at it if `targeted`."""

@@ -105,9 +105,7 @@ def ascend(
         x_adv = x_adv.detach().requires_grad_()
         logits = logits_of(x_adv)
         # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
-        upstream = goal.logit_grad(logits, rescale=underflow.rescale)
-        if underflow.loss_scale != 1.0:
-            upstream = upstream * underflow.loss_scale
+        upstream = goal.logit_grad(logits, rescale=underflow.rescale, loss_scale=underflow.loss_scale)
         (grad,) = torch.autograd.grad(logits, x_adv, upstream)
         step = pgd_step(x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
         x_adv, zero_grads = step.x_adv, zero_grads + (~step.moved).sum()
@@ -178,10 +176,11 @@ def pgd(
             does so in half precision wherever it is exact, that is unless `bn` mixes the images.
 
     Raises:
-        UserError: `x` is not floating point or does not match `goal`; `rescale` where images mix.
+        UserError: `x` is not float32 or float64, or does not match `goal`; `rescale` where images mix.
     """
-    if not x.is_floating_point() or x.dim() != 4:
-        raise UserError(f"images must be float (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
+        hint = "; for a half-precision network pass amp_dtype" if x.dtype in (torch.float16, torch.bfloat16) else ""
+        raise UserError(f"images must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{hint}")
     if goal.target.shape[0] != x.shape[0]:
         raise UserError(f"{x.shape[0]} images but {goal.target.shape[0]} labels")
     if x_start is not None and spec.restarts != 1:

@@ -22,7 +22,7 @@ from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
-from fastdynat.ops import use_backend
+from fastdynat.ops import selected_backend, use_backend
 from fastdynat.runs import (
     CONFIG,
     ENVIRONMENT,
@@ -82,8 +82,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     parts = _build(config, splits)
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
-        record_start(path / ENVIRONMENT)
         with use_backend(config.engine.kernels):
+            record_start(path / ENVIRONMENT, operators=selected_backend(torch.device(config.engine.device).type))
             yield Trainer(config, splits.info, splits.val, *parts, run)
     finally:
         run.close()
@@ -113,12 +113,15 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
             say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
         if config.engine.device != stored.engine.device:
             say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
-        if config.engine.kernels != stored.engine.kernels:
-            say(f"kernels change from {stored.engine.kernels} to {config.engine.kernels}: the run goes on, but not bit for bit")
         # Only now, when nothing can be refused any more, does the run's own record change.
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
-        record_start(path / ENVIRONMENT)
         with use_backend(config.engine.kernels):
+            now = selected_backend(torch.device(config.engine.device).type)
+            before = record_start(path / ENVIRONMENT, operators=now)
+            if before not in (now, None):
+                say(
+                    f"operators change from {before} to {now} (--kernels {before} keeps them): the run goes on, not bit for bit"
+                )
             yield trainer
     finally:
         run.close()

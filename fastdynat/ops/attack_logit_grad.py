@@ -29,9 +29,11 @@ class AttackGrad(NamedTuple):
 
 
 def _power_of_two_below(values: Tensor) -> Tensor:
-    """2^-e for values = m 2^e with m in [0.5, 1); 1 for 0, NaN and infinity."""
+    """2^-e for values = m 2^e with m in [0.5, 1), as near as normal numbers come to it; 1 for 0, NaN and infinity."""
     usable = (values > 0) & values.isfinite()
-    return torch.ldexp(torch.ones_like(values), -torch.frexp(torch.where(usable, values, 0.5))[1])
+    smallest = -126 if values.dtype == torch.float32 else -1022
+    exponent = torch.frexp(torch.where(usable, values, 0.5))[1].clamp(smallest, -smallest)
+    return torch.ldexp(torch.ones_like(values), -exponent)
 
 
 def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: bool) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,8 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
     z = z + (top - top)  # NaN where a row holds NaN, +inf, or nothing but -inf
     if loss in (LOSSES.index("kl"), SOFT_CE):
         log_p, target = F.log_softmax(z, 1), labels.to(z.dtype)
+        if loss != SOFT_CE:
+            target = target.clamp_max(0)
         q = target.exp() if loss != SOFT_CE else target
         if loss == SOFT_CE:
             value = -torch.where(q == 0, 0, q * log_p).sum(1)
@@ -53,6 +57,8 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
         z = z + bad_classes(logits, labels)[:, None]
         others = z.scatter(1, label, float("-inf"))
         best, second = others.max(1, keepdim=True)
+        # Where all others are -inf, they tie with the label's place.
+        second = torch.where(second == label, (label == 0).long(), second)
         ours = z.gather(1, label)
         value = (best - ours).squeeze(1)
         if loss == LOSSES.index("ce"):
@@ -117,14 +123,14 @@ def attack_logit_grad(
     - "dlr": (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), the difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690,
       eq. 6), its denominator differentiated too; 0 with gradient 0 where the denominator is 0.
 
-    Of equal maxima the first counts. A row that holds NaN or +inf (or for class labels, a class outside [0, K)) has a NaN loss
-    and gradient; backend "cpp" raises for such a class. -inf is a class of probability 0.
+    A log-probability above 0 counts as 0. Of equal maxima the first counts. A row that holds NaN or +inf (or for class labels,
+    a class outside [0, K)) has a NaN loss and gradient; backend "cpp" raises for such a class. -inf means probability 0.
 
-    `rescale` multiplies each row by a power of two that brings its largest entry to [0.5, 1). The gradients of an image then
-    survive 16-bit arithmetic in the network's backward pass, and are otherwise the same up to that factor, on which neither the
-    sign step nor a normalised one depends. That holds only while images do not mix on their way back: it is wrong for a network
-    in batch norm's train mode. Where a class label's gradient is so faint (below 2^-64) that float32 itself loses it, it is
-    computed from the logits' differences instead, so that a gap of 1e4 still has its direction.
+    `rescale` multiplies each row by a power of two that brings its largest entry to [0.5, 1), if that is a normal number. The
+    gradients of an image then survive 16-bit arithmetic in the network's backward pass, and are otherwise the same up to that
+    factor, on which neither the sign step nor a normalised one depends. That holds only while images do not mix on their way
+    back: it is wrong for a network in batch norm's train mode. Where a class label's gradient is so faint (below 2^-64) that
+    float32 itself loses it, it is computed from the logits' differences instead, so that a gap of 1e4 still has its direction.
 
     Args:
         logits: (N, K), float32, float64, bfloat16 or float16; computed in float32 at least. K >= 2, for "dlr" K >= 3.

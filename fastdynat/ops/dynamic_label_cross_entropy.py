@@ -75,7 +75,9 @@ def _eager(
         hard_loss = F.softplus(log_rest - z.gather(1, label)[:, 0], threshold=80)
     loss = hard_loss
     if label_smoothing > 0:
-        loss = (1 - label_smoothing) * hard_loss - label_smoothing / k * log_q.sum(1)
+        loss = -label_smoothing / k * log_q.sum(1)
+        if label_smoothing < 1:  # nothing of an infinite loss is nothing
+            loss = loss + (1 - label_smoothing) * hard_loss
     scale = torch.ones_like(top) if weights is None else weights.detach()
     loss = loss * scale
     if reduction == 1:
@@ -164,8 +166,8 @@ def dynamic_label_cross_entropy(
 
     Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class of logit -inf has probability 0, and costs
     nothing where t is 0 there. A row with NaN, with +inf or with -inf only has a NaN loss and a NaN gradient, and so has one
-    whose soft label comes from such a row of `guide`; no other row is touched. There is no second derivative, except with
-    backend "eager", which autograd differentiates itself.
+    whose soft label comes from such a row of `guide`; no other row is touched. There is no second
+    derivative, nor torch.func, except with backend "eager", which autograd differentiates itself.
 
     Args:
         target_logits: (N, K), float32, float64, bfloat16 or float16. Computed in float32 at least.

@@ -78,7 +78,7 @@ def pgd_step_l0(
     """
     if x_adv.dim() != 4:
         raise ValueError(f"pgd_step_l0: x_adv must be (N, C, H, W), got shape {tuple(x_adv.shape)}")
-    check_step("pgd_step_l0", x_adv, grad, x0, 0.0, lo, hi)
+    check_step("pgd_step_l0", x_adv, grad, x0, step_size, 0.0, lo, hi)
     if pixels < 0:
         raise ValueError(f"pgd_step_l0: pixels must be >= 0, got {pixels}")
     run = select("pgd_step_l0", IMPLEMENTATIONS, backend, x_adv.device.type)

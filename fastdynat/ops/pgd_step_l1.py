@@ -100,7 +100,7 @@ def pgd_step_l1(
         RuntimeError: the backend asked for cannot run here.
     """
     check_images("pgd_step_l1", x_adv)
-    check_step("pgd_step_l1", x_adv, grad, x0, eps, lo, hi)
+    check_step("pgd_step_l1", x_adv, grad, x0, step_size, eps, lo, hi)
     if not 0 <= sparsity < 1:
         raise ValueError(f"pgd_step_l1: sparsity must be in [0, 1), the share of entries left alone, got {sparsity}")
     count = max(1, round((1 - sparsity) * x_adv[:1].numel()))

@@ -151,7 +151,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_images("pgd_step_l2", x_adv)
-    check_step("pgd_step_l2", x_adv, grad, x0, eps, lo, hi)
+    check_step("pgd_step_l2", x_adv, grad, x0, step_size, eps, lo, hi)
     if low_dtype is not None and low_dtype not in LOW_DTYPES:
         raise ValueError(f"pgd_step_l2: low_dtype must be bfloat16 or float16, got {low_dtype}")
     run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv.device.type)

@@ -1,5 +1,6 @@
 """The L-inf PGD step: ascend along the gradient's sign, project onto the ball, clip to the pixel range."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ def _run(
     count: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_step("pgd_step_linf", x_adv, grad, x0, eps, lo, hi)
+    check_step("pgd_step_linf", x_adv, grad, x0, step_size, eps, lo, hi)
     if low_dtype is not None and low_dtype not in LOW_DTYPES:
         raise ValueError(f"pgd_step_linf: low_dtype must be bfloat16 or float16, got {low_dtype}")
     run = select("pgd_step_linf", IMPLEMENTATIONS, backend, x_adv.device.type)
@@ -157,7 +158,7 @@ def _run(
     return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype, count)
 
 
-def check_step(op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, eps: float, lo: float, hi: float) -> None:
+def check_step(op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, lo: float, hi: float) -> None:
     """Raise ValueError, naming argument and value, where a PGD step cannot mean anything."""
     for name, tensor in (("grad", grad), ("x0", x0)):
         if tensor.shape != x_adv.shape:
@@ -170,6 +171,8 @@ def check_step(op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, eps: float, lo:
         raise ValueError(f"{op}: x0 is {x0.dtype} but x_adv is {x_adv.dtype}")
     if grad.dtype not in GRAD_DTYPES:
         raise ValueError(f"{op}: grad must be float32, float64, bfloat16 or float16, got {grad.dtype}")
+    if not math.isfinite(step_size):
+        raise ValueError(f"{op}: step_size must be finite (in units of the pixel range), got {step_size}")
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0 (in units of the pixel range), got {eps}")
     if not lo <= hi:

@@ -93,7 +93,9 @@ def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: flo
     noise = torch.stack(lanes, 2).flatten(1)[:, :row].to(x.dtype)
     length: Tensor | float = scale
     if KINDS[kind] == "l2":
-        first, *_ = philox((torch.full_like(image, _RADIUS_GROUP), image, *counter), key)
+        first, *_ = philox(
+            ((image & 0) | _RADIUS_GROUP, image, *counter), key
+        )  # a constant tensor: Inductor folds its products beyond int64
         radius = scale * _unit_uniform(first).to(x.dtype)
         length = radius / noise.norm(dim=1, keepdim=True).clamp_min(1e-20)
     moved = x.reshape(images, row) + noise * length

@@ -72,7 +72,7 @@ def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, bac
     Never overflows for finite logits whose difference is finite: gaps of 1e4 are as exact as the logits' dtype. A class of
     logit -inf counts for nothing; at the label it makes the margin -inf, with the gradient as it is otherwise. A row with NaN
     or +inf, or with -inf in all classes but the label, has a NaN margin and a NaN gradient; no other row is touched. There is
-    no second derivative, except with backend "eager", which autograd differentiates itself.
+    no second derivative, nor torch.func, except with backend "eager", which autograd differentiates itself.
 
     Args:
         logits: (N, K) with K >= 2, float32, float64, bfloat16 or float16. Computed in float32 at least.

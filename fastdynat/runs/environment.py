@@ -45,10 +45,15 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def record_start(path: Path) -> None:
-    """Append this process to the list in `path` (environment.json)."""
+def record_start(path: Path, *, operators: str) -> str | None:
+    """Append this process to the list in `path` (environment.json).
+
+    operators: the implementation of the fused operators in this process. Returns that of the last start, None where unknown.
+    """
     starts: list[Any] = []
     with suppress(OSError, ValueError):  # the first start, or a list that nobody needs for resuming
         starts = list(json.loads(path.read_text(encoding="utf-8")))
-    starts.append({**describe_environment(), "command": sys.argv[1:]})
+    before = starts[-1].get("operators") if starts and isinstance(starts[-1], dict) else None
+    starts.append({**describe_environment(), "operators": operators, "command": sys.argv[1:]})
     write_text(path, json.dumps(starts, indent=2) + "\n")
+    return before
