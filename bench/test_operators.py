@@ -6,6 +6,7 @@ plain form before it is timed. On a GPU a round is one replay of a CUDA graph of
 """
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastdynat import ops
 from fastdynat.ops._select import why_not
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS = 1.0  # of measuring for each implementation of a case, but 5 to 31 rounds
 CALLS = 50 if DEVICE == "cuda" else 1
 BACKENDS = [
     name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
@@ -95,4 +97,8 @@ def test_operator(benchmark: Any, case: Case, name: str) -> None:
         check(case, thunk)
     run, captured = repeated(thunk)
     benchmark.extra_info.update(name=name, calls=CALLS, bytes=case.bytes, cuda_graph=captured)
-    benchmark.pedantic(run, rounds=20 if DEVICE == "cuda" else 31, warmup_rounds=3)
+    run()
+    begin = time.perf_counter()
+    run()
+    once = time.perf_counter() - begin
+    benchmark.pedantic(run, rounds=max(5, min(31, int(SECONDS / once))), warmup_rounds=1)

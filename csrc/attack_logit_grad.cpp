@@ -28,7 +28,7 @@ FASTDYNAT_INLINE void store_grad(const Tile& tile, const A* values, const Pointe
 // The scale of each lane's row: `sign`, times a power of two if `rescale`.
 template <typename A>
 FASTDYNAT_INLINE void scales(const A* largest, bool rescale, A sign, A* scale) {
-  for (int32_t j = 0; j < kLanes; ++j) scale[j] = rescale ? sign * power_of_two_below(largest[j]) : sign;
+  for (int32_t j = 0; j < kLanes; ++j) scale[j] = rescale ? sign * inverse_power_of_two(largest[j]) : sign;
 }
 
 // Cross-entropy with class labels. z are the logits and become the gradient; `again` is a second tile.
@@ -143,10 +143,7 @@ FASTDYNAT_INLINE void soft_tile(const Tile& tile, const Pointers<A>& at, bool re
     }
   }
   tile.total(value);
-  if (tile.kRows == 1) {
-    for (int32_t j = 1; j < kLanes; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-    for (int32_t j = 1; j < kLanes; ++j) largest[j] = largest[0];
-  }
+  tile.across(largest, [](A a, A b) FASTDYNAT_INLINE_BODY { return b > a ? b : a; });
   scales(largest, rescale, sign, scale);
   for (int64_t i = 0; i < end; i += kLanes) {
     for (int32_t j = 0; j < kLanes; ++j) z[i + j] *= scale[j];
@@ -181,7 +178,7 @@ FASTDYNAT_INLINE void sparse_row(
     grad = dlr_grad(label, other, first, third, z(label), z(other), z(first), z(third));
   }
   const A bad = z(first) - z(first);
-  const A scale = rescale ? sign * power_of_two_below(grad.largest()) : sign;
+  const A scale = rescale ? sign * inverse_power_of_two(grad.largest()) : sign;
   for (int32_t k = 0; k < classes; ++k) to[k] = static_cast<T>(bad);
   for (int i = 0; i < 4; ++i) {
     if (grad.at[i] >= 0) to[grad.at[i]] = static_cast<T>(scale * grad.entry(grad.at[i]) + bad);

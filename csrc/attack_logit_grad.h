@@ -14,13 +14,13 @@ template <typename A>
 constexpr A kFaint = A(5.421010862427522e-20);  // 2^-64
 
 // 2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it at both ends; 1 for 0, NaN and infinity.
-FASTDYNAT_INLINE float power_of_two_below(float x) {
+FASTDYNAT_INLINE float inverse_power_of_two(float x) {
   const uint32_t exponent = (bits_of(x) >> 23) & 0xffu;
   const uint32_t inverse = exponent > 252u ? 1u : 253u - exponent;
   return x > 0.0f && exponent != 255u ? float_of(inverse << 23) : 1.0f;
 }
 
-FASTDYNAT_INLINE double power_of_two_below(double x) {
+FASTDYNAT_INLINE double inverse_power_of_two(double x) {
   if (!(x > 0.0) || x > std::numeric_limits<double>::max()) return 1.0;
   int exponent = 0;
   frexp(x, &exponent);

@@ -13,7 +13,7 @@ CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
 
 
 @triton.jit
-def power_of_two_below(x):
+def inverse_power_of_two(x):
     """2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it; 1 for 0, NaN and infinity."""
     usable = (x > 0) & (x < float("inf"))
     if x.dtype == tl.float64:
@@ -75,7 +75,7 @@ def attack_logit_grad_kernel(
         value = tl.sum(tl.where(known & (q != 0), term, 0.0), axis=1)
         grad = tl.where(known, e * (mass / total)[:, None] - q, 0.0)
         if RESCALE:
-            grad = grad * power_of_two_below(tl.max(tl.abs(grad), axis=1))[:, None]
+            grad = grad * inverse_power_of_two(tl.max(tl.abs(grad), axis=1))[:, None]
     else:
         label = tl.load(labels_ptr + row, mask=here, other=0)
         bad = tl.where((label < 0) | (label >= classes), float("nan"), bad)
@@ -103,7 +103,7 @@ def attack_logit_grad_kernel(
                 made = (rest < 5.421010862427522e-20) & (best > float("-inf"))
                 faint = tl.where(is_label, -spread[:, None], faint)
                 grad = tl.where(made[:, None], faint, grad)
-                grad = grad * power_of_two_below(tl.where(made, spread, rest))[:, None]
+                grad = grad * inverse_power_of_two(tl.where(made, spread, rest))[:, None]
         else:
             value = best - ours
             grad = tl.where(k == other[:, None], 1.0, 0.0) - tl.where(is_label, 1.0, 0.0)
@@ -119,7 +119,7 @@ def attack_logit_grad_kernel(
                 slope = tl.where(k == third[:, None], 1.0, 0.0) - tl.where(k == first[:, None], 1.0, 0.0)
                 grad = tl.where(flat[:, None], 0.0, (grad + tl.where(slope != 0, value[:, None] * slope, 0.0)) / gap[:, None])
             if RESCALE:
-                grad = grad * power_of_two_below(tl.max(tl.abs(grad), axis=1))[:, None]
+                grad = grad * inverse_power_of_two(tl.max(tl.abs(grad), axis=1))[:, None]
     grad = (grad + bad[:, None]) * sign
     tl.store(value_ptr + row, (value + bad) * sign, mask=here)
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=known)

@@ -97,6 +97,17 @@ def test_triton_kernels_read_16_bytes_at_a_time(launched: list[dict[str, Any]]) 
         assert wide.search(Path(line["ptx"]).read_text()), line
 
 
+@needs("triton")
+def test_triton_does_not_contract_into_fma(launched: list[dict[str, Any]]) -> None:
+    """So that elementwise results are equal to the other implementations'; exponentials and logarithms are made of FMAs."""
+    elementwise = [line for line in launched[:-1] if re.match("augment|pgd_step|project|random_start", line["kernel"])]
+    assert {"augment_kernel", "pgd_step_linf_kernel", "random_start_kernel"} <= {line["kernel"] for line in elementwise}
+    for line in elementwise:
+        ptx = Path(line["ptx"]).read_text()
+        assert not re.search(r"\bfma\.", ptx), line
+        assert re.search(r"\b(add|sub|div)\S*\.f(32|64)\b", ptx), line
+
+
 class CudaCode:
     """What nvcc made of a source: its own report, and the machine code by function."""
 

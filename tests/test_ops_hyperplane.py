@@ -1,9 +1,5 @@
 """Projection on a hyperplane inside a box: an exact oracle by sorting, optimality, what cannot be reached, odd planes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +24,8 @@ ON_CPU = [
     pytest.param("triton", marks=[needs("triton"), pytest.mark.skipif(torch.cuda.is_available(), reason="see ON_GPU")]),
 ]
 ON_GPU = [pytest.param(name, marks=[needs("gpu"), pytest.mark.gpu]) for name in ("eager", "cuda", "triton")]
-SHAPES = [(0, 3, 2, 2), (2, 0), (3,), (1, 1), (4, 17), (3, 3, 8, 8), (3, 3, 9, 11), (1, 16387)]
-GPU_SHAPES = [*SHAPES, (64, 3, 32, 32), (3, 12288), (2, 12289), (2, 3, 224, 224), (70000, 3)]
+SHAPES = [(0, 3, 2, 2), (2, 0), (3,), (1, 1), (4, 17), (3, 3, 8, 8), (3, 3, 9, 11), (1, 12291)]
+GPU_SHAPES = [*SHAPES, (64, 3, 32, 32), (3, 4096), (2, 4097), (3, 12288), (2, 12289), (2, 3, 224, 224), (70000, 3)]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
@@ -338,29 +334,3 @@ def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
     args = dict(zip(("x", "w", "value", "at"), inputs((2, 3)), strict=True))
     with pytest.raises(UserError if "norm" in change else ValueError, match=message):
         ops.project_on_hyperplane(**args | change)
-
-
-AOT = """
-import importlib
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-kernel = importlib.import_module("fastdynat.kernels.project_on_hyperplane").project_on_hyperplane_kernel
-for image, w, capability, l2, parts in (("fp32", "bf16", 90, False, 1), ("fp64", "fp32", 80, True, 5)):
-    constants = {"L2": l2, "PARTS": parts, "BLOCK": 4096}
-    types = {"x_ptr": "*" + image, "w_ptr": "*" + w, "value_ptr": "*" + image, "at_ptr": "*" + image, "out_ptr": "*" + image}
-    types |= {"row": "i32", "steps": "i32", "lo": "fp64", "hi": "fp64"} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature={arg: types[arg] for arg in kernel.arg_names}, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-    assert ".entry project_on_hyperplane_kernel" in compiled.asm["ptx"]
-"""
-
-
-@needs("triton")
-def test_triton_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
-    # A process of its own: under TRITON_INTERPRET=1, which conftest sets, @triton.jit does not compile.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(ops.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", AOT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,10 +1,6 @@
 """Random starts: published vectors, an oracle in numpy, bitwise equality of the implementations, the distributions."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -370,32 +366,6 @@ def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(UserError, match="unknown backend 'tritn'"):
         start(torch.rand(2, 3), backend="tritn")
-
-
-AOT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastdynat.kernels.random_start import random_start_kernel
-
-names = ["x_ptr", "state_ptr", "out_ptr", "row", "pixels", "scale", "lo", "hi"]
-types = ["*fp32", "*i64", "*fp32", "i32", "i32", "fp64", "fp64", "fp64"]
-fixed = {"KIND": "gaussian", "CHANNELS": 1, "FOURS": True, "TILES": 1, "GROUPS": 256}
-signature = dict(zip(names, types, strict=True)) | {name: "constexpr" for name in fixed}
-source = ASTSource(random_start_kernel, signature=signature, constexprs=fixed)
-ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
-assert "mul.f32" in ptx or "mul.rn.f32" in ptx
-assert "fma.rn" not in ptx
-"""
-
-
-@needs("triton")
-def test_the_triton_kernel_is_compiled_without_contraction(tmp_path: Path) -> None:
-    # A process of its own: under TRITON_INTERPRET=1, which conftest sets, @triton.jit does not compile.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(ops.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", AOT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -84,12 +84,12 @@ __device__ __forceinline__ void hard_row(const Row<A, T>& row, int32_t label, bo
       A sum = 0;
       row.each([&](int32_t k, A z) { sum += k == label ? A(0) : exp_of(z - best); });
       sum = warp_sum(sum);
-      const A scale = sign * power_of_two_below(sum);
+      const A scale = sign * inverse_power_of_two(sum);
       row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -sum : exp_of(z - best))); });
       return;
     }
   }
-  const A scale = rescale ? sign * power_of_two_below(rest) : sign;
+  const A scale = rescale ? sign * inverse_power_of_two(rest) : sign;
   row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -rest : exp_of(z - top) * inverse)); });
 }
 
@@ -122,7 +122,7 @@ __device__ __forceinline__ void soft_row(const Row<A, T>& row, const Q* target, 
   sum = warp_sum(sum) + (factor - factor);
   largest = warp_reduce(largest, [](A a, A b) { return a > b ? a : b; });
   if (row.lane == 0) *value = sign * sum;
-  const A scale = rescale ? sign * power_of_two_below(largest) : sign;
+  const A scale = rescale ? sign * inverse_power_of_two(largest) : sign;
   row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (exp_of(z - top) * factor - probability(k))); });
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void sparse_row(
     sparse = dlr_grad(label, other, first, third, row[label], row[other], row[first], row[third]);
   }
   const A bad = row[first] - row[first];
-  const A scale = rescale ? sign * power_of_two_below(sparse.largest()) : sign;
+  const A scale = rescale ? sign * inverse_power_of_two(sparse.largest()) : sign;
   row.each([&](int32_t k, A) { grad[k] = static_cast<T>(scale * sparse.entry(k) + bad); });
   if (row.lane == 0) *value = sign * sparse.value + bad;
 }
