@@ -75,6 +75,13 @@ FASTDYNAT_INLINE void cross_entropy_tile(
     }
   }
   for (int32_t j = 0; j < kLanes; ++j) weight[j] *= grad_scale;
+  if constexpr (Tile::kRows == 1) {  // straight to where it belongs, with one row's factors in registers
+    A* to = at.grad + tile.first * tile.classes;
+    const A factor = weight[0], share = inverse[0], uniform = smooth.uniform;
+    for (int32_t k = 0; k < tile.classes; ++k) to[k] = factor * (z[k] * share - (kSoft ? t[k] : uniform));
+    if (!kSoft) to[label[0]] = factor * cost[0];
+    return;
+  }
   for (int64_t i = 0; i < end; i += kLanes) {
     A* x = z + i;
     const A* p = t + i;

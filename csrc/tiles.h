@@ -98,11 +98,17 @@ struct Tile {
     across(top, larger);
     for (int64_t i = 0; i < end(); i += kLanes) {
       const A* x = values + i;
+      if (!kAcrossRows) {  // one row: nothing before its maximum has to be looked at lane by lane, nor anything after it
+        int32_t here = 0;
+        for (int32_t j = 0; j < kLanes; ++j) here |= (x[j] == top[j]) | ((x[j] != x[j]) & (top[j] != top[j]));
+        if (here == 0) continue;
+      }
       for (int32_t j = 0; j < kLanes; ++j) {
         const bool found = (x[j] == top[j]) | ((x[j] != x[j]) & (top[j] != top[j]));
         const int32_t k = found ? class_of(i, j) : kNone;
         index[j] = k < index[j] ? k : index[j];
       }
+      if (!kAcrossRows) break;
     }
     across(index, [](int32_t a, int32_t b) FASTDYNAT_INLINE_BODY { return b < a ? b : a; });
   }
