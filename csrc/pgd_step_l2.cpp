@@ -2,7 +2,6 @@
 #include "pgd_step_l2.h"
 
 #include "parallel.h"
-#include "stream.h"
 
 namespace fastdynat {
 namespace {
@@ -37,20 +36,18 @@ FASTDYNAT_INLINE L2Sums sum_image(const T* x_adv, const G* grad, const T* x0, in
 }
 
 template <typename T, typename G, typename L>
-FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t row, L2Step<T> step, bool past_caches) {
+FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t row, L2Step<T> step) {
   const L2Sums sums = sum_image(x_adv, grad, x0, row);
   const L2Scales scales = step.scales(sums);
-  T buffer[kTile];
   for (int64_t begin = 0; begin < row; begin += kTile) {
     const int64_t n = row - begin < kTile ? row - begin : kTile;
-    T* tile = past_caches ? buffer : out + begin;
+    T* tile = out + begin;
     for (int64_t i = 0; i < n; ++i) {
       tile[i] = step(x_adv[begin + i], finite_gradient<T>(grad[begin + i]), x0[begin + i], scales);
     }
     if (low != nullptr) {
       for (int64_t i = 0; i < n; ++i) low[begin + i] = static_cast<L>(static_cast<float>(tile[i]));
     }
-    if (past_caches) stream(out + begin, tile, n * static_cast<int64_t>(sizeof(T)));
   }
   return sums.gg > 0;
 }
@@ -64,13 +61,11 @@ void step_images(ImageStep& s, L2Step<T> step) {
   L* low = s.low.numel() > 0 ? mutable_data<L>(s.low) : nullptr;
   bool* moved = mutable_data<bool>(s.moved);
   const int64_t row = s.row;
-  const bool past_caches = s.out.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   parallel(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;
-      moved[n] = step_image(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step, past_caches);
+      moved[n] = step_image(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step);
     }
-    if (past_caches) stream_fence();
   });
 }
 

@@ -2,7 +2,6 @@
 #include "pgd_step_linf.h"
 
 #include "parallel.h"
-#include "stream.h"
 
 namespace fastdynat {
 namespace {
@@ -11,12 +10,11 @@ constexpr int64_t kTile = 1024;  // elements; small enough for the first-level c
 
 // One image, or a part of everything where images are not counted. Returns whether any gradient moves a pixel.
 template <typename T, typename G, typename L>
-FASTDYNAT_INLINE bool step_range(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t count, PgdStep<T> step, bool past_caches) {
+FASTDYNAT_INLINE bool step_range(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t count, PgdStep<T> step) {
   int moved = 0;
-  T buffer[kTile];
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t n = count - begin < kTile ? count - begin : kTile;
-    T* tile = past_caches ? buffer : out + begin;
+    T* tile = out + begin;
     for (int64_t i = 0; i < n; ++i) {
       const int s = sign(grad[begin + i]);
       moved |= s;
@@ -25,7 +23,6 @@ FASTDYNAT_INLINE bool step_range(const T* x_adv, const G* grad, const T* x0, T* 
     if (low != nullptr) {
       for (int64_t i = 0; i < n; ++i) low[begin + i] = static_cast<L>(static_cast<float>(tile[i]));
     }
-    if (past_caches) stream(out + begin, tile, n * static_cast<int64_t>(sizeof(T)));
   }
   return moved != 0;
 }
@@ -39,20 +36,17 @@ void step_images(StepTensors& s, PgdStep<T> step) {
   L* low = s.low.numel() > 0 ? mutable_data<L>(s.low) : nullptr;
   bool* moved = s.moved.numel() > 0 ? mutable_data<bool>(s.moved) : nullptr;
   const int64_t row = s.row;
-  const bool past_caches = s.out.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   if (moved == nullptr) {
     parallel(row, 1, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
-      step_range(x_adv + begin, grad + begin, x0 + begin, out + begin, low ? low + begin : nullptr, end - begin, step, past_caches);
-      if (past_caches) stream_fence();
+      step_range(x_adv + begin, grad + begin, x0 + begin, out + begin, low ? low + begin : nullptr, end - begin, step);
     });
     return;
   }
   parallel(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;
-      moved[n] = step_range(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step, past_caches);
+      moved[n] = step_range(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step);
     }
-    if (past_caches) stream_fence();
   });
 }
 
