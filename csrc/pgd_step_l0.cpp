@@ -42,7 +42,7 @@ FASTDYNAT_INLINE void step_image(
 }
 
 template <typename T, typename G>
-void step_images(ImageStep& s, PixelGrid grid, double step_size, int64_t pixels, T lo, T hi) {
+void step_images(StepTensors& s, PixelGrid grid, double step_size, int64_t pixels, T lo, T hi) {
   const T* x_adv = data<T>(s.x_adv);
   const G* grad = data<G>(s.grad);
   const T* x0 = data<T>(s.x0);
@@ -59,7 +59,7 @@ void step_images(ImageStep& s, PixelGrid grid, double step_size, int64_t pixels,
 
 Tensor pgd_step_l0_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo, double hi) {
-  return run_l0_step(x_adv, grad, x0, pixels, [&](ImageStep& s, PixelGrid grid) {
+  return run_l0_step(x_adv, grad, x0, pixels, [&](StepTensors& s, PixelGrid grid) {
     with_step_types("pgd_step_l0", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       step_images<T, decltype(gradient)>(s, grid, step_size, pixels, static_cast<T>(lo), static_cast<T>(hi));

@@ -52,17 +52,17 @@ FASTDYNAT_INLINE void write_pixel(
   }
 }
 
-// Calls launch(ImageStep&, PixelGrid) as run_image_step does; returns the new point.
+// Calls launch(StepTensors&, PixelGrid) as run_step does; returns the new point.
 template <typename Launch>
 Tensor run_l0_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t pixels, const Launch& launch) {
   STD_TORCH_CHECK(x_adv.dim() == 4, "pgd_step_l0: x_adv must be (N, C, H, W), has shape ", shape_of(x_adv));
   STD_TORCH_CHECK(pixels >= 0, "pgd_step_l0: pixels must not be negative, got ", pixels);
   STD_TORCH_CHECK(x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l0: images of 2**31 entries or more");
-  const auto on_grid = [&](ImageStep& s) { launch(s, *pixel_grid(s.x_adv)); };
-  if (pixel_grid(x_adv)) return std::get<0>(run_image_step("pgd_step_l0", x_adv, grad, x0, std::nullopt, on_grid));
+  const auto on_grid = [&](StepTensors& s) { launch(s, *pixel_grid(s.x_adv)); };
+  if (pixel_grid(x_adv)) return std::get<0>(run_step("pgd_step_l0", x_adv, grad, x0, std::nullopt, true, on_grid));
   Tensor out = torch::stable::empty_like(x_adv);
   const Tensor plain = torch::stable::contiguous(x_adv);
-  torch::stable::copy_(out, std::get<0>(run_image_step("pgd_step_l0", plain, grad, x0, std::nullopt, on_grid)));
+  torch::stable::copy_(out, std::get<0>(run_step("pgd_step_l0", plain, grad, x0, std::nullopt, true, on_grid)));
   return out;
 }
 

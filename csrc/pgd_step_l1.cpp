@@ -41,7 +41,7 @@ FASTDYNAT_INLINE void step_image(
 }
 
 template <typename T, typename G>
-void step_images(ImageStep& s, double step_size, double eps, int64_t count, L1Ball<T> ball) {
+void step_images(StepTensors& s, double step_size, double eps, int64_t count, L1Ball<T> ball) {
   const T* x_adv = data<T>(s.x_adv);
   const G* grad = data<G>(s.grad);
   const T* x0 = data<T>(s.x0);
@@ -58,7 +58,7 @@ void step_images(ImageStep& s, double step_size, double eps, int64_t count, L1Ba
 
 Tensor pgd_step_l1_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count, double lo, double hi) {
-  return run_l1_step(x_adv, grad, x0, count, [&](ImageStep& s) {
+  return run_l1_step(x_adv, grad, x0, count, [&](StepTensors& s) {
     with_step_types("pgd_step_l1", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       step_images<T, decltype(gradient)>(s, step_size, eps, count, L1Ball<T>{static_cast<T>(lo), static_cast<T>(hi)});

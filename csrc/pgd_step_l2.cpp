@@ -53,7 +53,7 @@ FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* 
 }
 
 template <typename T, typename G, typename L>
-void step_images(ImageStep& s, L2Step<T> step) {
+void step_images(StepTensors& s, L2Step<T> step) {
   const T* x_adv = data<T>(s.x_adv);
   const G* grad = data<G>(s.grad);
   const T* x0 = data<T>(s.x0);
@@ -72,7 +72,7 @@ void step_images(ImageStep& s, L2Step<T> step) {
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
     std::optional<ScalarType> low_dtype) {
-  return run_image_step("pgd_step_l2", x_adv, grad, x0, low_dtype, [&](ImageStep& s) {
+  return run_step("pgd_step_l2", x_adv, grad, x0, low_dtype, true, [&](StepTensors& s) {
     with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);

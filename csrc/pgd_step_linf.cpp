@@ -53,7 +53,7 @@ void step_images(StepTensors& s, PgdStep<T> step) {
 std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
     std::optional<ScalarType> low_dtype, bool count) {
-  return run_step(x_adv, grad, x0, low_dtype, count, [&](StepTensors& s) {
+  return run_step(kStepName, x_adv, grad, x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);

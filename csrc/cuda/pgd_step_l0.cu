@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l0_kernel(
 Tensor pgd_step_l0_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo, double hi) {
   const OnDevice device(x_adv);
-  return run_l0_step(x_adv, grad, x0, pixels, [&](ImageStep& s, PixelGrid grid) {
+  return run_l0_step(x_adv, grad, x0, pixels, [&](StepTensors& s, PixelGrid grid) {
     with_step_types("pgd_step_l0", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);

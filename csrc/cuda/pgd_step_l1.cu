@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
 
 template <int kPack, typename T, typename G>
 void launch_step(
-    const ImageStep& s, const L1Pointers<T, G>& p, double step_size, double eps, int64_t count, L1Ball<T> ball,
+    const StepTensors& s, const L1Pointers<T, G>& p, double step_size, double eps, int64_t count, L1Ball<T> ball,
     cudaStream_t stream) {
   const int64_t packs = s.row / kPack;
   const bool hold = packs <= kHeld * kMaxThreads;
@@ -121,7 +121,7 @@ void launch_step(
 Tensor pgd_step_l1_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count, double lo, double hi) {
   const OnDevice device(x_adv);
-  return run_l1_step(x_adv, grad, x0, count, [&](ImageStep& s) {
+  return run_l1_step(x_adv, grad, x0, count, [&](StepTensors& s) {
     with_step_types("pgd_step_l1", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) pgd_step_l2_apply_kernel(
 }
 
 template <typename T, typename G, int kPack>
-void launch_step(ImageStep& s, const L2Pointers<T, G>& p, const L2Step<T>& step, cudaStream_t stream) {
+void launch_step(StepTensors& s, const L2Pointers<T, G>& p, const L2Step<T>& step, cudaStream_t stream) {
   const int64_t packs = s.row / kPack;
   if (packs <= kHeld * kMaxThreads) {
     const int threads = static_cast<int>((packs + kHeld * 32 - 1) / (kHeld * 32)) * 32;
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
     std::optional<ScalarType> low_dtype) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
-  return run_image_step("pgd_step_l2", x_adv, grad, x0, low_dtype, [&](ImageStep& s) {
+  return run_step("pgd_step_l2", x_adv, grad, x0, low_dtype, true, [&](StepTensors& s) {
     with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);
