@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from fastdynat import __version__, doctor
-from fastdynat.config import AmpMode, CompileMode, Layout, TrainConfig, read_yaml, update
+from fastdynat.config import AutoAmp, CompileMode, Switch, TrainConfig, read_yaml, update
 from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
 from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
@@ -50,9 +50,11 @@ ALIASES = {
 }
 # Flags with a value that may stand bare.
 BARE = {
-    "--amp": ("bf16", get_args(AmpMode)),
+    "--amp": ("bf16", get_args(AutoAmp)),
     "--compile": ("default", get_args(CompileMode)),
-    "--channels-last": ("on", get_args(Layout)),
+    "--channels-last": ("on", get_args(Switch)),
+    "--fold": ("on", get_args(Switch)),
+    "--graphs": ("on", get_args(Switch)),
 }
 
 

@@ -18,9 +18,10 @@ from fastdynat.errors import UserError, unknown_name
 
 OptionsT = TypeVar("OptionsT")
 AmpMode = Literal["off", "bf16", "fp16"]
+AutoAmp = Literal["auto", "off", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
-Layout = Literal["auto", "on", "off"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +115,22 @@ class EngineConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
-    amp: AmpMode = "off"
-    """Mixed precision; a bare --amp is bf16."""
+    amp: AutoAmp = "auto"
+    """Mixed precision, in the attack and in the update; auto is bf16 on a GPU that has it, else off; a bare --amp is bf16."""
     compile: CompileMode = "off"
     """torch.compile mode; a bare --compile is default."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
-    channels_last: Layout = "auto"
-    """Channels-last memory format; auto is on for a GPU, a bare --channels-last is on."""
+    channels_last: Switch = "auto"
+    """Channels-last memory format; auto is on for a GPU and with mixed precision, a bare --channels-last is on."""
+    fold: Switch = "auto"
+    """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in eval mode."""
+    closed_form: bool = True
+    """Take the attack's gradient at the logits from its formula instead of from autograd."""
+    graphs: Switch = "auto"
+    """Capture the training step as a CUDA graph; auto is on for a GPU."""
+    guide_stream: Switch = "auto"
+    """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False

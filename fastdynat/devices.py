@@ -31,6 +31,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_amp(mode: str, device: torch.device) -> str:
+    """`mode`, or for "auto" what suits `device`: bf16 on a GPU with hardware for it, else off."""
+    if mode != "auto":
+        return mode
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if native else "off"
+
+
 def check_compile(mode: str, device: torch.device) -> None:
     """Raise UserError where ``torch.compile`` would fail at its first call for want of a compiler."""
     names = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")

@@ -40,11 +40,9 @@ class Counting(TorchDispatchMode):
 
 
 def dynat_step(norm: str = "linf") -> tuple[TrainStep, Batch]:
-    networks = NetworkSet(tiny_cnn(0), tiny_cnn(1), device=CPU, channels_last=False, attack_bn="eval")
+    networks = NetworkSet(tiny_cnn(0), tiny_cnn(1), image_shape=(3, 8, 8), device=CPU, attack_bn="eval")
     spec = PGDSpec(0.1, 0.05, STEPS, norm=norm, start="uniform")
-    step = TrainStep(
-        Dynat(DynatOptions()), networks, spec, OptimConfig(lr=0.1, epochs=1), Precision("off", CPU, "eval"), lambda n: 1.0
-    )
+    step = TrainStep(Dynat(DynatOptions()), networks, spec, OptimConfig(lr=0.1, epochs=1), Precision("off", CPU), lambda n: 1.0)
     return step, Batch(torch.rand(16, 3, 8, 8), torch.randint(10, (16,)), torch.arange(16))
 
 

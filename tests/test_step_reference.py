@@ -36,10 +36,10 @@ def batch() -> Batch:
 
 
 def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, **optim: Any) -> TrainStep:
-    networks = NetworkSet(model, guide, device=CPU, channels_last=False, attack_bn=optim.pop("attack_bn", "eval"))
+    networks = NetworkSet(model, guide, image_shape=(3, 8, 8), device=CPU, attack_bn=optim.pop("attack_bn", "eval"))
     spec = PGDSpec(EPS, STEP, STEPS, start=optim.pop("start", "gaussian"))
     config = OptimConfig(lr=LR, epochs=1, weight_decay=0.0, momentum=0.0, **optim)
-    return TrainStep(method, networks, spec, config, Precision("off", CPU, "eval"), lambda step: 1.0)
+    return TrainStep(method, networks, spec, config, Precision("off", CPU), lambda step: 1.0)
 
 
 def reference_dynat_step(

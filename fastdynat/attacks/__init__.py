@@ -1,13 +1,18 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
+from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attacks.engine import AttackEngine, AttackSwitches
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
 from fastdynat.attacks.modes import attack_mode, frozen_twin, set_attack_mode
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
-from fastdynat.attacks.pgd import AttackResult, PGDSpec, Underflow, pgd, run_pgd
+from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
 
 __all__ = [
+    "Ascent",
+    "AttackEngine",
     "AttackGoal",
     "AttackResult",
+    "AttackSwitches",
     "NamedAttack",
     "PGDSpec",
     "Underflow",

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from fastdynat.attacks.ascent import PGDSpec
 from fastdynat.attacks.goal import AttackLoss
-from fastdynat.attacks.pgd import PGDSpec
 from fastdynat.errors import UserError, unknown_name
 
 _PATTERN = re.compile(r"(?P<kind>pgd|cw)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")

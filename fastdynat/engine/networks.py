@@ -1,12 +1,13 @@
-"""The networks of a run: raw modules, their attack twins, and the compiled views that a step calls."""
+"""The networks of a run: raw modules, the attack's replica, and the compiled views that a step calls."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastdynat.attacks import frozen_twin
+from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin
 from fastdynat.methods import Networks
 
 
@@ -22,21 +23,29 @@ class NetworkSet:
         model: nn.Module,
         guide: nn.Module | None,
         *,
+        image_shape: tuple[int, int, int],
         device: torch.device,
-        channels_last: bool,
-        attack_bn: str,
+        channels_last: bool = False,
+        attack_bn: str = "eval",
+        attack: AttackSwitches | None = None,
         compile_mode: str = "off",
         ema: float = 0.0,
+        say: Callable[[str], None] = warnings.warn,
     ) -> None:
+        """`attack`: how the attack is computed; `compile_mode`: of what is trained; `say`: as in `AttackEngine`."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
         for module in self.raw.values():
             module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        # Not from the run's random stream: building the engine draws nothing from it.
+        example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        example = example.to(next(model.parameters()).dtype)
+        self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, say=say)
         view = _compiler(compile_mode)
         self.views = Networks(
             model=view(model),
-            attacked=view(frozen_twin(model, attack_bn)),
+            attacked=self.attack.logits,
             guide=None if guide is None else view(guide),
             guide_eval=None if guide is None else view(frozen_twin(guide, "eval")),
         )

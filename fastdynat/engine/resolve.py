@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo
-from fastdynat.devices import check_compile, check_kernels, pick_device
+from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
 from fastdynat.units import describe, parse_size
@@ -19,6 +19,7 @@ PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
 LINF_EPS = {"digits": 0.1, "mnist": 0.3}
 L2_EPS = {"digits": 1.0, "mnist": 2.0}
 MAX_IMAGE_SIZE = 4096
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture graphs themselves
 # The embedded digits are a thirtieth of the usual data. Measured for DYNAT (one seed, validation PGD-10): 85.4 % as here,
 # 77.1 % at batch 128, 86.8 % at lr 0.1, which is the same within the 144 images' error.
 EPOCHS, BATCH_SIZE, LR = ({"digits": 15}, 100), ({"digits": 64}, 128), ({"digits": 0.03}, 0.1)
@@ -41,7 +42,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config.optim, info),
-        engine=_engine(config.engine),
+        engine=_engine(config, method, say),
         run=_run(config),
     )
 
@@ -114,13 +115,34 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
     return optim
 
 
-def _engine(engine: EngineConfig) -> EngineConfig:
+def _engine(config: TrainConfig[Any], method: type[Method[Any]], say: Say) -> EngineConfig:
+    engine = config.engine
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
     check_seed(engine.seed)
-    layout = ("on" if device.type == "cuda" else "off") if engine.channels_last == "auto" else engine.channels_last
-    return replace(engine, device=str(device), channels_last=layout)
+    gpu = device.type == "cuda"
+    amp = pick_amp(engine.amp, device)
+    if engine.amp == "auto" and amp != "off":
+        say(f"precision: {amp}, which this GPU has; --amp off for float32")
+    switches = {
+        "channels_last": _switch(engine.channels_last, gpu or amp != "off"),
+        "fold": _switch(engine.fold, config.attack.attack_bn == "eval"),
+        "graphs": _switch(engine.graphs, gpu and engine.compile not in OWN_GRAPHS),
+        "guide_stream": _switch(engine.guide_stream, gpu and method.uses_guide),
+    }
+    for name in ("graphs", "guide_stream"):
+        if switches[name] == "on" and not gpu:
+            raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
+    if switches["graphs"] == "on" and engine.compile in OWN_GRAPHS:
+        raise UserError(f"--graphs on: --compile {engine.compile} makes CUDA graphs of its own; use --compile default")
+    if switches["fold"] == "on" and config.attack.attack_bn != "eval":
+        raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
+    return replace(engine, device=str(device), amp=cast(Any, amp), **cast(Any, switches))
+
+
+def _switch(value: str, automatic: bool) -> str:
+    return ("on" if automatic else "off") if value == "auto" else value
 
 
 def _run(config: TrainConfig[Any]) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fastdynat.attacks import PGDSpec
-from fastdynat.config import TrainConfig, read_yaml, to_yaml, update
+from fastdynat.attacks import AttackSwitches, PGDSpec
+from fastdynat.config import EngineConfig, TrainConfig, read_yaml, to_yaml, update
 from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
+from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, resolve
@@ -20,6 +21,7 @@ from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
+from fastdynat.graphs import CudaRecorder
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
 from fastdynat.ops import selected_backend, use_backend
@@ -79,7 +81,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         run=replace(config.run, run_dir=str(path), overwrite=False),
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
-    parts = _build(config, splits)
+    parts = _build(config, splits, say)
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         with use_backend(config.engine.kernels):
@@ -101,7 +103,7 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
         splits = _load(config)
         config = resolve(config, splits.info, lambda text: None)
         _check_changes(stored, config)
-        networks, step, loader = _build(config, splits)
+        networks, step, loader = _build(config, splits, say)
         _check_epochs(stored, config, loader.steps_per_epoch)
         trainer = Trainer(config, splits.info, splits.val, networks, step, loader, run)
         last = path / LAST
@@ -152,7 +154,7 @@ def _load(config: TrainConfig[Any]) -> Splits:
     )
 
 
-def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
+def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
     info, engine, attack = splits.info, config.engine, config.attack
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
@@ -170,11 +172,14 @@ def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainS
     networks = NetworkSet(
         model,
         build(config.model.guide) if method.uses_guide else None,
+        image_shape=info.image_shape,
         device=device,
         channels_last=channels_last,
         attack_bn=attack.attack_bn,
+        attack=attack_switches(engine),
         compile_mode=engine.compile,
         ema=config.optim.ema,
+        say=say,
     )
     assert config.data.batch_size is not None
     loader = ResidentLoader(
@@ -187,10 +192,37 @@ def _build(config: TrainConfig[Any], splits: Splits) -> tuple[NetworkSet, TrainS
     )
     spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
     factor = schedule_factor(config.optim, loader.steps_per_epoch)
-    step = TrainStep(method, networks, spec, config.optim, Precision(engine.amp, device, attack.attack_bn), factor)
+    step = TrainStep(
+        method,
+        networks,
+        spec,
+        config.optim,
+        Precision(engine.amp, device),
+        factor,
+        recorder=CudaRecorder(device) if engine.graphs == "on" and not _scaled(engine) else None,
+        guide_stream=torch.cuda.Stream(device) if engine.guide_stream == "on" else None,
+        say=say,
+    )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
     torch.manual_seed(engine.seed)
     return networks, step, loader
+
+
+def attack_switches(engine: EngineConfig) -> AttackSwitches:
+    """How a run's attack is computed, of its resolved configuration."""
+    return AttackSwitches(
+        dtype=AMP_DTYPES[engine.amp],
+        channels_last=engine.channels_last == "on",
+        fold=engine.fold == "on",
+        closed_form=engine.closed_form,
+        compile=engine.compile,
+        # A gradient scaler decides in Python, so only the attack of such a run can be captured.
+        graphs=engine.graphs == "on" and _scaled(engine),
+    )
+
+
+def _scaled(engine: EngineConfig) -> bool:
+    return AMP_DTYPES[engine.amp] is torch.float16
 
 
 def _load_weights(last: Path, networks: NetworkSet, config: TrainConfig[Any]) -> None:

@@ -1,24 +1,27 @@
 """One training step: inner attack, outer losses, backward, update."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec, run_pgd
+from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
+from fastdynat.graphs import GraphedCall, Recorder
 from fastdynat.methods import Inner, Method
 
 
-def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig) -> list[SGD]:
-    """SGD over all parameters of each network ("separate"), or one SGD with a group per network ("joint")."""
-    assert config.lr is not None
-    lr = config.lr
+def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Tensor) -> list[SGD]:
+    """SGD over all parameters of each network ("separate"), or one SGD with a group per network ("joint").
+
+    lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew at each replay.
+    """
     groups = [{"params": list(module.parameters())} for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
@@ -28,6 +31,7 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig) -> lis
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=True,  # one pass over the parameters, and the only form that takes its rate from a tensor without reading it
         )
 
     return [sgd(groups)] if config.optimizers == "joint" else [sgd([group]) for group in groups]
@@ -37,7 +41,7 @@ class TrainStep:
     """Runs a method's min-max problem on one batch and updates the networks.
 
     Attributes:
-        optimizers: updated together after one backward pass over the sum of the method's losses.
+        optimizers: updated together after the backward passes of all of the method's losses.
         global_step: updates done so far; drives the schedule.
     """
 
@@ -49,22 +53,81 @@ class TrainStep:
         optim: OptimConfig,
         precision: Precision,
         lr_factor: Callable[[int], float],
+        *,
+        recorder: Recorder | None = None,
+        guide_stream: torch.cuda.Stream | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
+        """
+        Args:
+            recorder: capture the whole step as a graph; None runs it as it is. Not with a gradient scaler, which waits for
+                the device.
+            guide_stream: where the method's inner half and its losses run, beside the attack; None is where everything runs.
+            say: told why graphs are off, where a capture fails.
+        """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
         assert optim.lr is not None
         self.peak_lr = optim.lr
-        self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim)
+        # The fused update reads float32 on CUDA devices, and anything on the CPU.
+        exact = torch.float32 if precision.device.type == "cuda" else torch.float64
+        self._lr = torch.zeros((), dtype=exact, device=precision.device)
+        self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim, self._lr)
         self.global_step = 0
+        self._guide_stream = guide_stream
+        self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Update on `batch`; returns detached scalars on the device, each a mean over the batch's images."""
+        """Update on `batch`; returns detached scalars on the device, each a mean over the batch's images.
+
+        They are overwritten by the next call where the step is a captured graph.
+        """
+        self._lr.fill_(self.learning_rate(self.global_step))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr  # loading a state has put another tensor there
+        if self._graphed is None:
+            logs = self._run(batch.x, batch.labels, batch.indices)
+        else:
+            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=self.method.constants())
+        self.networks.average()
+        self.global_step += 1
+        return logs
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`, counted from 0."""
+        return self.peak_lr * self.lr_factor(step)
+
+    def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """The step itself: nothing in it waits for the device or changes a number that Python holds, so it can be captured."""
+        batch = Batch(x, labels, indices)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.networks.attack.refresh()
+        inner = self._inner(batch)
+        x_adv, logs = self._attack(batch, inner)
         with self.precision.autocast():
-            inner = self.method.inner(self.networks.views, batch)
-            x_adv, logs = self._attack(batch, inner)
             outer = self.method.outer(self.networks.views, batch, inner, x_adv)
-        self._update(torch.stack(list(outer.losses.values())).sum())
+        self._backward(outer.losses)
+        if self._guide_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._guide_stream)
+        self._update()
         return {**outer.logs, **logs}
+
+    def _inner(self, batch: Batch) -> Inner:
+        """The inner half, and the backward pass of what it has losses for already: nothing of them waits for the attack."""
+        side, labels_made = self._guide_stream, None
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with nullcontext() if side is None else torch.cuda.stream(side):
+            with self.precision.autocast():
+                inner = self.method.inner(self.networks.views, batch)
+            if side is not None:
+                labels_made = side.record_event()
+            self._backward(inner.losses)
+        if labels_made is not None:
+            torch.cuda.current_stream().wait_event(labels_made)
+        return inner
 
     def _attack(self, batch: Batch, inner: Inner) -> tuple[Tensor, dict[str, Tensor]]:
         if inner.goal is None:
@@ -73,24 +136,17 @@ class TrainStep:
         return result.x_adv, {"zero_grad_share": result.zero_grads / max(result.gradients, 1)}
 
     def _pgd(self, x: Tensor, goal: AttackGoal) -> AttackResult:
-        return run_pgd(self.networks.views.attacked, x, goal, self.spec, underflow=self.precision.underflow)
+        return self.networks.attack.run(x, goal, self.spec)
 
-    def _update(self, loss: Tensor) -> None:
-        scaler, lr = self.precision.scaler, self.learning_rate()
+    def _backward(self, losses: dict[str, Tensor]) -> None:
+        if losses:
+            self.precision.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+
+    def _update(self) -> None:
+        scaler = self.precision.scaler
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             if self.optim.clip_grad > 0:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.optim.clip_grad)
             scaler.step(optimizer)
         scaler.update()
-        self.networks.average()
-        self.global_step += 1
-
-    def learning_rate(self) -> float:
-        """The rate of the next update."""
-        return self.peak_lr * self.lr_factor(self.global_step)

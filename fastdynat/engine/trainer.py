@@ -108,19 +108,18 @@ class Trainer:
         self._finite_means()  # waits for the device, so that the clock stops after the work
         self.seconds = seconds_before + time.perf_counter() - begin
 
-    def _lr(self) -> float:
-        """The rate of the last update."""
-        return float(self.step.optimizers[0].param_groups[0]["lr"])
+    def _last_lr(self) -> float:
+        return self.step.learning_rate(max(self.step.global_step - 1, 0))
 
     def _finite_means(self) -> dict[str, float]:
         means = self.averages.means()
         bad = [key for key, value in means.items() if not math.isfinite(value)]
         if bad:
-            raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self._lr():g})")
+            raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self._last_lr():g})")
         return means
 
     def _finish_epoch(self, stop: StopRequest, display: Display, epochs: int) -> None:
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "global_step": self.step.global_step, "lr": self._lr()}
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "global_step": self.step.global_step, "lr": self._last_lr()}
         row |= self._finite_means()
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         row |= self._validate(stop, display, due=(self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs)

@@ -2,8 +2,8 @@
 
 A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
 runs the attack between the two (a method with a search of its own overrides `perturb`), the backward pass, the optimisers,
-precision and compilation. Both halves of a step run once, inside one autocast region; `inner` may leave a graph in `Inner` for
-`outer` to use.
+precision and compilation. Both halves of a step run once, under autocast; `inner` may leave a graph in `Inner` for `outer` to
+use.
 """
 
 from abc import ABC, abstractmethod
@@ -48,11 +48,14 @@ class Inner:
         goal: what the attack maximises; None trains on the clean images.
         guide: the guide's loss to the true labels on the clean batch, with its graph, where the method computed it.
         dynamic_labels: what the guide says the model should answer: (N,) int64 classes, or the guide's logits (N, K).
+        losses: scalars with their graph, keyed like `Outer.losses`, that do not depend on the attack. The engine takes their
+            gradient at once, beside the attack where it can, and `Outer.losses` leaves them out.
     """
 
     goal: AttackGoal | None
     guide: DynamicLabelLoss | None = None
     dynamic_labels: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Outer:
     """The outer minimisation of one batch.
 
     Attributes:
-        losses: one scalar with its graph per trained network, keyed "model" and "guide".
+        losses: one scalar with its graph per trained network, keyed "model" and "guide", that `Inner` had no loss for.
         logs: detached scalars, averaged over the epoch's images under the same key in metrics.jsonl.
     """
 
@@ -83,6 +86,13 @@ class Method(ABC, Generic[OptionsT]):
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""
         self.options = options
+
+    def constants(self) -> tuple[float, ...]:
+        """Every number that the halves compute in Python and that changes in the course of a run, such as a ramp's value.
+
+        A captured step has them built in; it is captured again where they change.
+        """
+        return ()
 
     @abstractmethod
     def inner(self, nets: Networks, batch: Batch) -> Inner:

@@ -93,7 +93,8 @@ class Dynat(Method[DynatOptions]):
                 label_logits = nets.guide_eval(batch.x)
             hard = label_logits.argmax(1)
         dynamic_labels = hard if self.options.label_type == "hard" else wide(label_logits)
-        return Inner(self.goal(nets, batch, wide(label_logits), dynamic_labels), guide, dynamic_labels)
+        goal = self.goal(nets, batch, wide(label_logits), dynamic_labels)
+        return Inner(goal, guide, dynamic_labels, losses={"guide": guide.loss})
 
     def goal(self, nets: Networks, batch: Batch, label_logits: Tensor, dynamic_labels: Tensor) -> AttackGoal:
         """The inner objective; all of its targets are constants of the attack."""
@@ -135,4 +136,4 @@ class Dynat(Method[DynatOptions]):
             "guide_acc": share(inner.guide.target_correct, batch),
             "label_agreement": share(fit.guide_correct if guided else (hard == batch.labels).sum(), batch),
         }
-        return Outer({"model": loss, "guide": inner.guide.loss}, logs)
+        return Outer({"model": loss}, logs)

@@ -1,0 +1,134 @@
+"""One step of projected ascent: forward, gradient at the image, projected step."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks.goal import AttackGoal, AttackLoss
+from fastdynat.attacks.steps import NORMS, STARTS, pgd_step
+from fastdynat.errors import UserError, unknown_name
+
+# (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero)
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+# fp16 flushes gradients below 6e-8 to zero. Where images mix in batch norm they must keep their proportions, so one fixed
+# factor on the summed loss is all that can be done; elsewhere each image is scaled by itself (`AttackGoal.logit_grad`).
+FP16_LOSS_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class PGDSpec:
+    """The numbers of one attack. Radii in [0, 1] pixel units.
+
+    The last iterate is returned (no best-loss selection, no freezing of images that are already misclassified); with
+    several restarts an image keeps the run that fools the network, or else the one with the highest loss.
+    """
+
+    eps: float
+    step_size: float
+    steps: int
+    norm: str = "linf"
+    start: str = "uniform"
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+        if self.start not in STARTS:
+            raise unknown_name("start", self.start, STARTS)
+        if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):
+            raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
+        if self.step_size <= 0:
+            raise UserError(f"step_size must be above 0 (pixel units), got {self.step_size:g}")
+        if self.steps < 0:
+            raise UserError(f"steps must be >= 0, got {self.steps}")
+        if self.restarts < 1:
+            raise UserError(f"restarts must be >= 1, got {self.restarts}")
+
+
+@dataclass(frozen=True)
+class Underflow:
+    """What keeps image gradients from being flushed to zero in half precision. L-inf and L2 steps do not depend on it.
+
+    Attributes:
+        rescale: per image, see `AttackGoal.logit_grad`.
+        loss_scale: one factor for all images.
+    """
+
+    rescale: bool = False
+    loss_scale: float = 1.0
+
+    @classmethod
+    def guard(cls, bn: str, dtype: torch.dtype | None, rescale: bool | None = None) -> "Underflow":
+        """What fits an attack in batch norm mode `bn` with the network in `dtype` (None: not in half precision).
+
+        rescale: the caller's wish; None leaves it to this function. Raises UserError where it is wished but not exact.
+        """
+        if rescale and bn != "eval":
+            raise UserError(f"rescale needs images that do not mix: attack BN mode eval, got {bn}")
+        if rescale is None:
+            rescale = bn == "eval" and dtype in (torch.float16, torch.bfloat16)
+        return cls(rescale, FP16_LOSS_SCALE if dtype is torch.float16 and not rescale else 1.0)
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How an attack gets from one iterate to the next on `network`, whose modes are the caller's business.
+
+    Attributes:
+        network: images in [0, 1] -> logits (N, K).
+        underflow: guard for half precision.
+        dtype: the network is called under autocast to it and reads the iterate rounded to it; None is full precision. The
+            iterate itself stays in the images' dtype: bfloat16 has a spacing of 1/256 near 1.0, half a usual step, so steps
+            would not add up. What the first layer sees is therefore within 1/512 (bfloat16) or 1/4096 (float16) of the iterate.
+        closed_form: take the loss's gradient at the logits from its formula instead of from autograd.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    underflow: Underflow = Underflow()
+    dtype: torch.dtype | None = None
+    closed_form: bool = True
+
+    def reads(self, x_adv: Tensor) -> Tensor:
+        """What the network reads of the first iterate."""
+        return x_adv if self.dtype is None else x_adv.to(self.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of images in the attack's precision."""
+        with self.autocast(x):
+            return self.network(x)
+
+    def autocast(self, x: Tensor) -> AbstractContextManager[object]:
+        """The region in which the network runs, whatever region the caller is in."""
+        return torch.autocast(x.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
+        """The step towards `goal`, of which only the kind is used: its target comes with each call."""
+        return self._step(goal.loss, goal.targeted, spec, self.gradient)
+
+    def _step(self, loss: AttackLoss, targeted: bool, spec: PGDSpec, gradient: Callable[[Tensor, AttackGoal], Tensor]) -> Step:
+        def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            grad = gradient(read, AttackGoal(loss, target, targeted))
+            new = pgd_step(
+                x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=self.dtype
+            )
+            return new.x_adv, new.x_adv if new.low is None else new.low, (~new.moved).sum()
+
+        return step
+
+    def gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
+        """The gradient of the goal at what the network reads, in its dtype; per image up to a positive factor."""
+        # A fresh leaf per step, never updated in place: compiled backward passes do not notice a mutated input.
+        leaf = read.detach().requires_grad_()
+        logits = self.logits(leaf)
+        if not self.closed_form:
+            return torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
+        # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
+        return torch.autograd.grad(logits, leaf, self.upstream(logits, goal))[0]
+
+    def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
+        """The goal's gradient at the logits, in their dtype, guarded against underflow."""
+        return goal.logit_grad(logits, rescale=self.underflow.rescale, loss_scale=self.underflow.loss_scale)

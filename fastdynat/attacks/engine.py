@@ -1,0 +1,188 @@
+"""The fast attack: PGD on a replica of the network, as one compiled step, looped inside one captured graph."""
+
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks.ascent import Ascent, PGDSpec, Step, Underflow
+from fastdynat.attacks.goal import AttackGoal
+from fastdynat.attacks.pgd import AttackResult, run_pgd
+from fastdynat.attacks.replica import AttackReplica
+from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSwitches:
+    """What the engine may do for speed. Nothing here changes the algorithm; its numbers change by rounding.
+
+    Attributes:
+        dtype: half-precision type of the attacked network (`Ascent.dtype`); None is the model's own.
+        channels_last: run it in channels-last memory format.
+        fold: fold eval-mode batch norm into the layers before it.
+        closed_form: gradient at the logits by formula.
+        compile: torch.compile mode of the step, or "off".
+        graphs: capture the whole attack as a CUDA graph per batch shape.
+    """
+
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    fold: bool = True
+    closed_form: bool = True
+    compile: str = "off"
+    graphs: bool = False
+
+
+@dataclass(frozen=True)
+class CompiledAscent(Ascent):
+    """`Ascent` whose step is one compiled graph: forward, input gradient, step and rounding, and no weight gradient.
+
+    The network must not write to buffers: batch norm in eval mode.
+    """
+
+    mode: str = "default"
+    say: Say = warnings.warn
+    _steps: dict[Any, Step] = field(default_factory=dict)
+
+    def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
+        kind = (goal.loss, goal.targeted, replace(spec, steps=1, restarts=1, start="none"))
+        if kind not in self._steps:
+            whole = _own_code(self._step(goal.loss, goal.targeted, spec, self._functional_gradient))
+            compiled = torch.compile(whole, fullgraph=True, dynamic=False, mode=self.mode)
+            self._steps[kind] = self._or_eager(compiled, super().step(goal, spec))
+        return self._steps[kind]
+
+    def _functional_gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
+        if not self.closed_form:
+
+            def loss(leaf: Tensor) -> Tensor:
+                return goal.per_image(self.logits(leaf)).sum() * self.underflow.loss_scale
+
+            return torch.func.grad(loss)(read)
+        pulled: Any = torch.func.vjp(self.logits, read)
+        logits, pull_back = pulled
+        return pull_back(self.upstream(logits, goal))[0]
+
+    def _or_eager(self, compiled: Step, eager: Step) -> Step:
+        """`compiled`, or `eager` from the first failure to compile on, which is said."""
+        chosen = compiled
+
+        def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal chosen
+            if chosen is compiled:
+                try:
+                    with torch.no_grad():  # the step takes its gradient itself
+                        return compiled(x_adv, read, x, target)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self.say(f"the attack runs without torch.compile: {_reason(error)}")
+                    chosen = eager
+            return eager(x_adv, read, x, target)
+
+        return step
+
+
+_numbers = itertools.count()
+
+
+def _own_code(fn: Any) -> Any:
+    """`fn` with a code object of its own: Dynamo counts recompilations per code object, and every engine has its steps."""
+    code = fn.__code__.replace(co_name=f"attack_step_{next(_numbers)}")
+    return types.FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+class AttackEngine:
+    """Attacks `model`, following its weights through `refresh`.
+
+    Attributes:
+        replica: what is attacked in its place.
+        path: in words, how the attack is computed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        bn: str = "eval",
+        switches: AttackSwitches | None = None,
+        rescale: bool | None = None,
+        say: Say = warnings.warn,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """
+        Args:
+            model: images in [0, 1] -> logits.
+            example: (n, C, H, W) images on the model's device (`AttackReplica`).
+            bn: batch norm during the attack, "eval", "train" or "frozen" (`set_attack_mode`).
+            rescale: as in `Underflow.guard`.
+            say: told, once each, what was asked for and cannot be done, and what is done instead.
+            recorder: where graphs come from; None is CUDA's where the switches ask for graphs.
+        """
+        self.switches = s = switches or AttackSwitches()
+        self.replica = AttackReplica(
+            model, example, bn=bn, dtype=s.dtype, channels_last=s.channels_last, fold=s.fold and bn == "eval"
+        )
+        if self.replica.note:
+            say(f"batch norm is not folded in the attack: {self.replica.note}")
+        underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)
+        network: Any = self.replica.network
+        if s.compile != "off" and bn != "eval":
+            # Batch statistics cannot move inside a functional gradient, so only the network is compiled.
+            network = torch.compile(network, dynamic=False, mode=s.compile)
+        if s.compile != "off" and bn == "eval":
+            self._ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, say)
+        else:
+            self._ascent = Ascent(network, underflow, s.dtype, s.closed_form)
+        self._say, self._recorder = say, recorder
+        if recorder is None and s.graphs:
+            self._recorder = CudaRecorder(example.device)
+        self._graphed: dict[Any, GraphedCall] = {}
+        self.path = _path(self.replica, s, bn)
+
+    def refresh(self) -> None:
+        """Take over the model's weights and statistics; once per batch of training, after every change by others."""
+        self.replica.refresh()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the attacked network answers, in the attack's precision."""
+        return self._ascent.logits(x)
+
+    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, generator: torch.Generator | None = None) -> AttackResult:
+        """`run_pgd` on the replica. x: (N, C, H, W), float32 or float64, in [0, 1]; the caller owns grad mode."""
+        layout = torch.channels_last if self.switches.channels_last else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
+        if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
+            return run_pgd(self._ascent, x, goal, spec, generator=generator)
+        kind = (goal.loss, goal.targeted, spec)
+        if kind not in self._graphed:
+
+            def whole(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+                result = run_pgd(self._ascent, x, replace(goal, target=target), spec)
+                return result.x_adv, result.zero_grads
+
+            self._graphed[kind] = GraphedCall(whole, self._recorder, self._say)
+        x_adv, zero_grads = self._graphed[kind](x, goal.target)
+        # Copies: the graph's own outputs are overwritten by the next attack.
+        return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts)
+
+
+def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:
+    dtype = str(switches.dtype or torch.float32).removeprefix("torch.")
+    parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else f"batch norm {bn}"]
+    parts += ["channels-last"] * switches.channels_last
+    if switches.compile != "off":
+        parts.append("one compiled step" if bn == "eval" else "compiled network")
+    parts += ["CUDA graph"] * switches.graphs
+    return ", ".join(parts)

@@ -1,0 +1,114 @@
+"""Folding eval-mode batch norm into the convolution or linear layer before it, on the traced graph of a network.
+
+In eval mode ``bn(conv(x)) = s * conv(x) + (beta - s * mean)`` with ``s = gamma / sqrt(var + eps)`` per channel, which is a
+convolution with weight ``s * W`` and a bias. The attack needs no gradient of gamma and beta, so nothing is lost but two passes
+over the activations; the sums are rounded in another order.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class NotFoldable(Exception):
+    """Why a network cannot be folded, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One folded pair: `layer` and `bn` share their tensors with the network, `folded` has its own weight and bias."""
+
+    layer: nn.Module
+    bn: _BatchNorm
+    folded: nn.Module
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias that `folded` should have now, in the network's dtype."""
+        layer: Any = self.layer
+        mean, var, gamma, beta = self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias
+        assert mean is not None
+        assert var is not None
+        scale = torch.rsqrt(var + self.bn.eps)
+        scale = scale if gamma is None else scale * gamma
+        shift = -mean if layer.bias is None else layer.bias - mean
+        bias = shift * scale if beta is None else torch.addcmul(beta, shift, scale)
+        return layer.weight * scale.view(-1, *(1,) * (layer.weight.dim() - 1)), bias
+
+
+def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
+    """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer directly.
+
+    The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
+
+    Raises:
+        NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
+    """
+    try:
+        traced = fx.symbolic_trace(network)
+    except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotFoldable(f"the network cannot be traced ({reason})") from None
+    modules = dict(traced.named_modules())
+    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    folds = []
+    for node in list(traced.graph.nodes):
+        pair = _pair(node, modules, uses)
+        if pair is None:
+            continue
+        layer, bn = pair
+        fold = Fold(layer, bn, _empty_copy(layer))
+        put_tensors(fold)
+        traced.set_submodule(str(node.args[0].target), fold.folded)
+        node.replace_all_uses_with(node.args[0])
+        traced.graph.erase_node(node)
+        folds.append(fold)
+    if not folds:
+        raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
+    traced.graph.lint()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced, folds
+
+
+def _pair(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> tuple[nn.Module, _BatchNorm] | None:
+    """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by nothing else."""
+    source = node.args[0] if node.args else None
+    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+        return None
+    layer, bn = modules[str(source.target)], modules[str(node.target)]
+    if type(layer) not in LAYERS or not isinstance(bn, _BatchNorm):
+        return None
+    if bn.training or bn.running_mean is None or len(source.users) > 1 or uses[source.target] > 1 or uses[node.target] > 1:
+        return None
+    if layer._forward_pre_hooks or layer._forward_hooks or bn._forward_pre_hooks or bn._forward_hooks:
+        return None  # hooks see, and may change, what the fold takes away
+    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs.
+    if isinstance(layer, nn.Linear) and (type(bn) is not nn.BatchNorm1d or bn.num_features != layer.out_features):
+        return None
+    return layer, bn
+
+
+def _empty_copy(layer: nn.Module) -> nn.Module:
+    """A layer like `layer` with a weight and bias of its own."""
+    new, weight = copy.copy(layer), layer.weight
+    assert isinstance(weight, Tensor)
+    new._parameters = {
+        "weight": nn.Parameter(torch.empty_like(weight), requires_grad=False),
+        "bias": nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=False),
+    }
+    return new
+
+
+@torch.no_grad()
+def put_tensors(fold: Fold) -> None:
+    """Fold the network's tensors of now; converts to the folded layer's dtype and memory format."""
+    weight, bias = fold.tensors()
+    fold.folded.weight.copy_(weight)  # type: ignore[operator]
+    fold.folded.bias.copy_(bias)  # type: ignore[operator]

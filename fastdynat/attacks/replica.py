@@ -1,0 +1,107 @@
+"""The attack's own copy of the network: frozen, folded, in half precision, in the layout that is fast."""
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors
+from fastdynat.attacks.modes import frozen_twin
+
+# The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
+CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# Folded and unfolded logits differ by rounding. This is far above it, and far below what a wrong fold does.
+FOLD_TOLERANCE = 1e-2
+
+
+class AttackReplica:
+    """`network`, a module that follows `model` and is fit for being attacked.
+
+    No parameter of it needs a gradient, so an attack computes input gradients only, in eager mode and compiled, and can never
+    reach the model's ``.grad``. What can share the model's memory does; folded weights, weights in half precision and weights
+    in another memory format are copies, brought up to date by `refresh`. With `dtype`, `network` is to be called under autocast
+    to it: batch norms and whatever else autocast keeps in float32 stay there.
+
+    Attributes:
+        network: images in [0, 1] -> logits.
+        num_folded: batch norms folded into the layer before them.
+        note: why nothing was folded although `fold` asked for it; else "".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        bn: str = "eval",
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        fold: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: images in [0, 1] -> logits; float32 or float64, any train/eval state.
+            example: (n, C, H, W) images on the model's device, two are enough: they check that folding changed nothing.
+            bn: batch norm during the attack: "eval", "train" or "frozen" (`set_attack_mode`); only "eval" can be folded.
+            dtype: half-precision type of convolution and linear weights; None keeps the model's.
+            channels_last: convolution weights in channels-last memory format.
+            fold: fold batch norm where the network allows.
+        """
+        self.network = frozen_twin(model, bn)
+        self._folds: list[Fold] = []
+        self.note = ""
+        if fold:
+            self._fold(example, bn)
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._own_weights(dtype, channels_last)
+        self.refresh()
+
+    @property
+    def num_folded(self) -> int:
+        return len(self._folds)
+
+    def _fold(self, example: Tensor, bn: str) -> None:
+        try:
+            if bn != "eval":
+                raise NotFoldable(f"batch norm is in mode {bn}, which depends on the batch")
+            network, folds = fold_batch_norm(self.network)
+            _check_equal(self.network, network, example)
+        except NotFoldable as why:
+            self.note = str(why)
+            return
+        self.network, self._folds = network, folds
+
+    def _own_weights(self, dtype: torch.dtype | None, channels_last: bool) -> None:
+        """Convert weights that are the replica's own, and replace those that would have to be converted at every call."""
+        own = {id(fold.folded) for fold in self._folds}
+        for module in self.network.modules():
+            if type(module) not in CAST:
+                continue
+            for name, old in list(module._parameters.items()):
+                if old is None:
+                    continue
+                layout = torch.channels_last if channels_last and old.dim() == 4 else torch.preserve_format
+                new = old.detach().to(dtype=dtype or old.dtype, memory_format=layout)
+                if new.data_ptr() == old.data_ptr():
+                    continue
+                module._parameters[name] = nn.Parameter(new, requires_grad=False)
+                if id(module) not in own:
+                    self._sources.append(old.detach())
+                    self._copies.append(new)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's weights and running statistics of now. In place: compiled and captured code stays valid."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
+        for fold in self._folds:
+            put_tensors(fold)
+
+
+@torch.no_grad()
+def _check_equal(network: nn.Module, folded: nn.Module, example: Tensor) -> None:
+    """Raise NotFoldable where tracing lost something of the network that runs on `example`."""
+    with torch.autocast(example.device.type, enabled=False):
+        want, got = network(example), folded(example)
+    difference = (want - got).abs().max() / want.abs().max().clamp_min(1.0)
+    if not difference <= FOLD_TOLERANCE:  # NaN fails too
+        raise NotFoldable(f"the traced network's logits differ by {float(difference):.1g} of the largest")
