@@ -20,7 +20,7 @@ OptionsT = TypeVar("OptionsT")
 AmpMode = Literal["off", "bf16", "fp16"]
 AutoAmp = Literal["auto", "off", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+CompileMode = Literal["off", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
 
 
@@ -118,7 +118,7 @@ class EngineConfig:
     amp: AutoAmp = "auto"
     """Mixed precision, in the attack and in the update; auto is bf16 on a GPU that has it, else off; a bare --amp is bf16."""
     compile: CompileMode = "off"
-    """torch.compile mode; a bare --compile is default."""
+    """torch.compile of the attack's step and of the trained networks; a bare --compile is default."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     channels_last: Switch = "auto"

@@ -14,7 +14,7 @@ from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, resolve
+from fastdynat.engine.resolve import Say, resolve, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import schedule_factor
 from fastdynat.engine.state import identity, read_state
@@ -199,8 +199,8 @@ def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkS
         config.optim,
         Precision(engine.amp, device),
         factor,
-        recorder=CudaRecorder(device) if engine.graphs == "on" and not _scaled(engine) else None,
-        guide_stream=torch.cuda.Stream(device) if engine.guide_stream == "on" else None,
+        recorder=CudaRecorder(device) if use_graphs(engine) and not _scaled(engine) else None,
+        guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, type(method)) else None,
         say=say,
     )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
@@ -217,7 +217,7 @@ def attack_switches(engine: EngineConfig) -> AttackSwitches:
         closed_form=engine.closed_form,
         compile=engine.compile,
         # A gradient scaler decides in Python, so only the attack of such a run can be captured.
-        graphs=engine.graphs == "on" and _scaled(engine),
+        graphs=use_graphs(engine) and _scaled(engine),
     )
 
 

@@ -43,6 +43,7 @@ class TrainStep:
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
         global_step: updates done so far; drives the schedule.
+        path: in words, how the step is run.
     """
 
     def __init__(
@@ -75,6 +76,9 @@ class TrainStep:
         self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim, self._lr)
         self.global_step = 0
         self._guide_stream = guide_stream
+        parts = [f"compile {networks.compile_mode}"] * (networks.compile_mode != "off")
+        parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
+        self.path = ", ".join(parts) or "eager"
         self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
