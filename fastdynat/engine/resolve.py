@@ -86,8 +86,14 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: type[Method[Any]], 
     eval_eps = size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps)
     if attack.steps < 0:
         raise UserError(f"steps must be >= 0, got {attack.steps}")
+    if attack.early_steps is not None and not 0 <= attack.early_steps <= attack.steps:
+        raise UserError(f"early_steps must be between 0 and steps ({attack.steps}), got {attack.early_steps}")
+    if not 0 <= attack.early_share <= 1:
+        raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {attack.steps} steps of {describe(step_size)}"
     start = method.default_start if attack.start == "auto" else attack.start
+    if attack.early_steps is not None:
+        used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     say(f"{used}; evaluated at eps {describe(eval_eps)}")
     return replace(attack, eps=eps, step_size=step_size, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
 
