@@ -26,7 +26,7 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
     groups = [{"params": list(module.parameters())} for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
-        return SGD(
+        optimizer = SGD(
             members,
             lr=lr,
             momentum=config.momentum,
@@ -34,6 +34,11 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
             weight_decay=config.weight_decay,
             fused=True,  # one pass over the parameters, and the only form that takes its rate from a tensor without reading it
         )
+        if config.momentum > 0:
+            # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
     return [sgd(groups)] if config.optimizers == "joint" else [sgd([group]) for group in groups]
 
