@@ -1,9 +1,12 @@
 """Every loader against one slow reference of the plan: same images, crops, flips, order, shards and restarts."""
 
 import gc
+import json
 import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,28 @@ from conftest import available, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
-from fastdynat.data import Batch, ImageSet, ResidentLoader, TrainLoader, make_loader, open_train
+from fastdynat.cli import main
+from fastdynat.data import (
+    Batch,
+    ImageSet,
+    ResidentLoader,
+    TrainLoader,
+    TrainSplit,
+    choose,
+    choose_loader,
+    default_workers,
+    imagefolder,
+    make_loader,
+    open_train,
+)
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.plan import Schedule, plan_epoch
 from fastdynat.errors import UserError
 
 PAD = 3
+JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs("gpu")])]
 DALI = needs("nvidia.dali") if available("nvidia") else needs("nvidia")
 LOADERS = ["resident", pytest.param("torch", id="torch"), pytest.param("torch-0"), pytest.param("dali", marks=DALI)]
@@ -211,6 +229,10 @@ def test_nothing_is_left_running(loader: str) -> None:
         list(made.epoch(1))
         assert children() == before[0]
         del made
+    for _ in range(500):  # the threads that fed the workers end by themselves
+        if threads() <= before[1]:
+            break
+        time.sleep(0.01)
     assert threads() <= before[1]
 
 
@@ -239,8 +261,31 @@ def test_state_of_other_data_or_another_rest_is_refused(loader: str) -> None:
     with pytest.raises(UserError, match="other training data"):
         make(loader, changed).load_state_dict(state)
     state = make("resident", random_set(43)).state_dict()
-    with pytest.raises(UserError, match="images per epoch 43, this run has 42"):
+    with pytest.raises(UserError, match="images per epoch 43, this run has 40"):
         make(loader, random_set(43), num_shards=2).load_state_dict(state)
+
+
+@DALI
+def test_a_fork_keeps_the_pipelines_of_its_parent() -> None:
+    """Destroying one there would wait for threads that a fork does not have."""
+    made = make("dali", random_set(40))
+    next(made.epoch(0))
+    child = os.fork()
+    if child == 0:
+        made = None  # type: ignore[assignment]
+        gc.collect()
+        os._exit(0)
+    for _ in range(500):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process waits for threads that it does not have")
+    assert status == 0
+    assert len(list(made.epoch(1))) == 5
 
 
 @DALI
@@ -250,8 +295,6 @@ def test_dali_needs_a_worker() -> None:
 
 
 # Image files.
-
-Save = Callable[..., Path]
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -367,3 +410,133 @@ def test_dali_refuses_sixteen_bits(tmp_path: Path) -> None:
     deep.save(os.fsdecode(files.paths[0]))
     with pytest.raises(UserError, match=r"has more than 8 bits \(I;16\): convert the images, or use --loader torch"):
         make("dali", files)
+
+
+# Choosing, and whole runs.
+
+
+@pytest.fixture
+def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where DALI is not installed."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "fastdynat.data.dali_loader", raising=False)
+
+
+def test_auto_is_resident_where_the_images_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_train("imagefolder", folder(tmp_path), val_size=4, seed=0)
+    monkeypatch.setattr(choose, "available_memory", lambda: 4 * split.num_bytes)
+    name, why = choose_loader(split, torch.device("cpu"))
+    assert (name, why) == ("resident", "0.00 GiB of images fit in memory")
+    monkeypatch.setattr(choose, "available_memory", lambda: 4 * split.num_bytes - 1)
+    name, why = choose_loader(split, torch.device("cpu"))
+    assert name in ("dali", "torch")
+    assert "0.00 GiB of images are more than 25% of the 0.0 GiB of memory available" in why
+    # Digits are in host memory already.
+    assert choose_loader(open_train("digits", None, val_size=4, seed=0), torch.device("cpu"))[0] == "resident"
+
+
+@pytest.mark.usefixtures("no_dali")
+def test_auto_without_dali_is_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_train("imagefolder", folder(tmp_path), val_size=4, seed=0)
+    monkeypatch.setattr(choose, "available_memory", lambda: 1)
+    name, why = choose_loader(split, torch.device("cpu"))
+    assert name == "torch"
+    assert why.endswith("pip install 'fastdynat[dali]'")
+
+
+def test_workers_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((1, 1), (2, 1), (6, 5), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert default_workers() == workers
+
+
+TINY = ["--val-size", "4", "--batch-size", "8", "--steps", "1", "--epochs", "2", "--method", "madry", "--quiet"]
+TINY += ["--model", "small", "--workers", "1"]
+
+
+def train(run: Path, *flags: object, code: int = 0) -> Path:
+    assert main(["train", "--run-dir", str(run), *TINY, *map(str, flags)]) == code
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@DALI
+def test_training_on_a_folder_is_the_same_with_every_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", "imagefolder", "--data-dir", folder(tmp_path / "data", count=14, size=(32, 32))]
+    runs = {name: train(tmp_path / name, *data, "--loader", name) for name in ("resident", "torch", "dali")}
+    said = capsys.readouterr().err
+    assert "loader dali with 1 threads: as asked" in said
+    assert_same_weights(runs["resident"], runs["torch"])
+    assert_same_weights(runs["resident"], runs["dali"])
+    # Paused and gone on.
+    parts = train(tmp_path / "parts", *data, "--loader", "dali", "--stop-after", 1)
+    assert main(["train", "--resume", str(parts), "--loader", "torch"]) == 2
+    assert "loader is dali in this run, not torch; start a new run" in capsys.readouterr().err
+    assert main(["train", "--resume", str(parts), "--workers", "2", "--quiet"]) == 0
+    assert_same_weights(runs["dali"], parts)
+
+
+@DALI
+def test_array_data_may_change_the_loader_on_resume(tmp_path: Path) -> None:
+    flags = ["--train-size", 40, "--augment", "crop-flip"]
+    whole = train(tmp_path / "whole", *flags)
+    parts = train(tmp_path / "parts", *flags, "--loader", "torch", "--stop-after", 1)
+    assert main(["train", "--resume", str(parts), "--loader", "dali", "--quiet"]) == 0
+    assert_same_weights(whole, parts)
+
+
+@pytest.mark.parametrize("loader", STREAMING)
+def test_a_folder_larger_than_the_memory_is_streamed(loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "data", count=14, size=(32, 32))
+    split = open_train("imagefolder", root, val_size=4, seed=0)
+    for module in (imagefolder, choose):
+        # Room for the statistics and the validation images, but not to keep the training images at ease.
+        monkeypatch.setattr(module, "available_memory", lambda: 5 * split.num_bytes // 2)
+    if loader == "torch":
+        monkeypatch.setattr(choose, "dali_problem", lambda: "DALI is not installed")
+    flags = ["--data", "imagefolder", "--data-dir", root]
+    monkeypatch.setattr(TrainSplit, "train_images", lambda self: pytest.fail("the training images were decoded"))
+    run = train(tmp_path / "run", *flags)
+    assert f"loader: {loader}\n" in (run / "config.yaml").read_text()
+    monkeypatch.undo()
+    monkeypatch.setattr(imagefolder, "available_memory", lambda: split.num_bytes)
+    with pytest.raises(UserError, match="for training images a --train-size, or --loader dali or torch"):
+        split.train_images()
+
+
+@pytest.mark.usefixtures("no_dali")
+def test_no_dali_is_one_line_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--loader", "dali", code=2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fastdynat: error: --loader dali: DALI is not installed")
+    assert "pip install 'fastdynat[dali]'" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--workers", "-1", code=2)
+    assert "workers must be >= 0, got -1" in capsys.readouterr().err
+
+
+@DALI
+@pytest.mark.skipif(JPEG_ROOT is None, reason="FASTDYNAT_CIFAR10_JPEG does not name a folder of CIFAR-10 as JPEG")
+def test_cifar10_as_jpeg_through_dali(tmp_path: Path) -> None:
+    split = open_train("imagefolder", JPEG_ROOT, val_size=1000, limit=2000, seed=0)
+    images, files = split.train_images(), split.train_files()
+    for a, b in zip(make("dali", files).epoch(0), make("resident", images).epoch(0), strict=True):
+        assert (a.x - b.x).abs().max() <= 1 / 255
+        assert torch.equal(a.indices, b.indices)
+    data = ["--data", "imagefolder", "--data-dir", JPEG_ROOT, "--train-size", 640, "--val-size", 100, "--batch-size", 64]
+    run = train(tmp_path / "run", *data, "--loader", "dali")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[1]["loss"] < rows[0]["loss"]

@@ -25,7 +25,7 @@ PREFETCH = 2  # batches that DALI works on ahead
 # A forked process has none of DALI's threads, and destroying a pipeline there would wait for them forever: it keeps them all.
 _alive: WeakSet[Pipeline] = WeakSet()
 _kept: list[Pipeline] = []
-os.register_at_fork(after_in_child=lambda: _kept.extend(_alive))
+os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.clear)
 
 
 class _Feed:
