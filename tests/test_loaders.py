@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import available, needs
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,7 +39,7 @@ from fastdynat.errors import UserError
 PAD = 3
 JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs("gpu")])]
-DALI = needs("nvidia.dali") if available("nvidia") else needs("nvidia")
+DALI = needs("dali")
 LOADERS = ["resident", pytest.param("torch", id="torch"), pytest.param("torch-0"), pytest.param("dali", marks=DALI)]
 STREAMING = ["torch", pytest.param("dali", marks=DALI)]
 
