@@ -33,7 +33,7 @@ from fastdynat.data import (
     open_train,
 )
 from fastdynat.data.imagefolder import FileSet
-from fastdynat.data.plan import Schedule, plan_epoch
+from fastdynat.data.plan import EpochSteps, plan_epoch
 from fastdynat.errors import UserError
 
 PAD = 3
@@ -181,14 +181,16 @@ def test_the_global_random_state_is_untouched(loader: str) -> None:
 def test_shards_are_a_partition(num_images: int, share: int, num_shards: int, drop_last: bool) -> None:
     batch_size = share * num_shards
     num_images += batch_size
-    shards = [Schedule(num_images, batch_size, drop_last=drop_last, num_shards=num_shards, shard=k) for k in range(num_shards)]
+    shards = [
+        EpochSteps(num_images, batch_size, drop_last=drop_last, num_shards=num_shards, shard=k) for k in range(num_shards)
+    ]
     positions = []
-    for step in range(shards[0].steps):
+    for step in range(shards[0].count):
         parts = [range(num_images)[shard.positions(step)] for shard in shards]
         assert len({len(part) for part in parts}) == 1
-        assert len(parts[0]) == share or (step == shards[0].steps - 1 and 1 < len(parts[0]) < share)
+        assert len(parts[0]) == share or (step == shards[0].count - 1 and 1 < len(parts[0]) < share)
         positions += [position for part in parts for position in part]
-    assert len({shard.steps for shard in shards}) == 1
+    assert len({shard.count for shard in shards}) == 1
     assert positions == list(range(shards[0].num_positions))
     left_out = num_images - len(positions)
     assert left_out == num_images % batch_size if drop_last else left_out < 2 * num_shards
@@ -286,6 +288,18 @@ def test_a_fork_keeps_the_pipelines_of_its_parent() -> None:
         pytest.fail("the forked process waits for threads that it does not have")
     assert status == 0
     assert len(list(made.epoch(1))) == 5
+
+
+@DALI
+def test_dali_has_one_epoch_at_a_time() -> None:
+    """Else the older one would get the younger one's images with its own labels."""
+    made = make("dali", random_set(40))
+    older, younger = made.epoch(0), made.epoch(1)
+    next(older)
+    rest = list(younger)
+    with pytest.raises(RuntimeError, match="another epoch of this loader has begun"):
+        next(older)
+    assert_same(list(made.epoch(1)), rest)
 
 
 @DALI
@@ -473,7 +487,7 @@ def test_training_on_a_folder_is_the_same_with_every_loader(tmp_path: Path, caps
     data = ["--data", "imagefolder", "--data-dir", folder(tmp_path / "data", count=14, size=(32, 32))]
     runs = {name: train(tmp_path / name, *data, "--loader", name) for name in ("resident", "torch", "dali")}
     said = capsys.readouterr().err
-    assert "loader dali with 1 threads: as asked" in said
+    assert "loader dali, 1 thread(s): as asked" in said
     assert_same_weights(runs["resident"], runs["torch"])
     assert_same_weights(runs["resident"], runs["dali"])
     # Paused and gone on.

@@ -57,7 +57,7 @@ class DaliLoader(PlannedLoader):
     def __init__(self, images: ImageSet | FileSet, *, workers: int, **options: Any) -> None:
         super().__init__(images, **options)
         if workers < 1:
-            raise UserError(f"--loader dali needs at least 1 worker, got {workers}")
+            raise UserError(f"--loader dali needs at least 1 worker, got {workers}; leave --workers out")
         if isinstance(images, FileSet):
             check_eight_bits(images)
         self._images = images
@@ -69,7 +69,7 @@ class DaliLoader(PlannedLoader):
 
     def _build(self) -> Pipeline:
         device_id = torch.empty(0, device=self.device).get_device() if self._gpu else None
-        largest = self._schedule.positions(0)
+        largest = self._steps.positions(0)
         pipeline = Pipeline(
             batch_size=largest.stop - largest.start,
             num_threads=self._workers,
@@ -107,8 +107,10 @@ class DaliLoader(PlannedLoader):
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         self._restart()
-        self._feed.requests = (self._request(plan, step) for step in steps)
+        requests = self._feed.requests = (self._request(plan, step) for step in steps)
         for step in steps:
+            if self._feed.requests is not requests:
+                raise RuntimeError("another epoch of this loader has begun, which ended this one")
             images, shapes = self._run(plan, step)
             self._check_shapes(shapes, plan, step)
             yield self._converted(images)

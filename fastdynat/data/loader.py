@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdynat import ops
-from fastdynat.data.plan import EpochPlan, Schedule, plan_epoch
+from fastdynat.data.plan import EpochPlan, EpochSteps, plan_epoch
 from fastdynat.data.store import ImageSet, TrainImages
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.augment import to_unit
@@ -52,8 +52,7 @@ class TrainLoader(Protocol):
 class PlannedLoader(ABC):
     """What all loaders share: batches that follow `plan_epoch`, and a state that a resumed run is checked against.
 
-    A loader for other data or another engine adds `_inputs` only. Giving up an epoch in the middle is allowed; beginning
-    the next one ends it.
+    A loader for other data or another engine adds `_inputs` only. An epoch may be given up in the middle.
 
     Args:
         images: The training set.
@@ -63,7 +62,7 @@ class PlannedLoader(ABC):
         seed: All orders and crops follow from this and the epoch number.
         device: Where the batches are made.
         channels_last: Give the batches in channels-last memory format.
-        drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see `Schedule`.)
+        drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see `EpochSteps`.)
         num_shards: Processes that share each step.
         shard: Which of them this is.
 
@@ -85,7 +84,7 @@ class PlannedLoader(ABC):
         num_shards: int = 1,
         shard: int = 0,
     ) -> None:
-        schedule = Schedule(len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard)
+        steps = EpochSteps(len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard)
         if augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", augment, AUGMENTATIONS)
         if pad < 0:
@@ -97,9 +96,9 @@ class PlannedLoader(ABC):
         self.device = torch.device(device)
         self.channels_last = channels_last
         self.num_images = len(images)
-        self.steps_per_epoch = schedule.steps
-        self.epoch_images = schedule.num_positions
-        self._schedule = schedule
+        self.steps_per_epoch = steps.count
+        self.epoch_images = steps.num_positions
+        self._steps = steps
         self._host = images
         self._labels = images.labels.to(self.device)
         self._epoch = 0
@@ -118,7 +117,7 @@ class PlannedLoader(ABC):
         order = plan.order.to(self.device)
         with closing(self._inputs(plan, steps)) as inputs:
             for step, x in zip(steps, inputs, strict=True):
-                indices = order[self._schedule.positions(step)]
+                indices = order[self._steps.positions(step)]
                 yield Batch(x, self._labels[indices], indices)
 
     @abstractmethod
@@ -127,7 +126,7 @@ class PlannedLoader(ABC):
 
     def _draws(self, plan: EpochPlan, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Indices, shifts and flips of a step; None for what the augmentation does not use."""
-        now = self._schedule.positions(step)
+        now = self._steps.positions(step)
         shifts = plan.shifts[:, now] if "crop" in self.augment else None
         return plan.order[now], shifts, plan.flips[now] if "flip" in self.augment else None
 

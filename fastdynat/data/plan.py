@@ -32,7 +32,7 @@ def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int) -> EpochPlan
     return EpochPlan(order, shifts, flips)
 
 
-class Schedule:
+class EpochSteps:
     """Cuts the positions of an epoch into steps, and each step into equal shards.
 
     A step takes `batch_size` positions, shard k of S the k-th S-th of them: the shards of a step, one after the other, are
@@ -56,7 +56,7 @@ class Schedule:
         if drop_last or rest == num_shards:
             rest = 0
         self.num_positions = num_images // batch_size * batch_size + rest
-        self.steps = -(-self.num_positions // batch_size)
+        self.count = -(-self.num_positions // batch_size)
 
     def positions(self, step: int) -> slice:
         """The positions that this shard takes in `step`."""

@@ -55,7 +55,7 @@ def resolve_loader(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Tra
     if name == "auto":
         name, why = choose_loader(split, torch.device(config.engine.device))  # type: ignore[assignment]
     workers = default_workers() if data.workers is None and name != "resident" else data.workers
-    what = {"dali": f" with {workers} threads", "torch": f" with {workers} worker processes"}.get(name, "")
+    what = {"dali": f", {workers} thread(s)", "torch": f", {workers} worker process(es)"}.get(name, "")
     say(f"loader {name}{what}: {why}")
     return replace(config, data=replace(data, loader=name, workers=workers))
 
