@@ -22,6 +22,7 @@ AutoAmp = Literal["auto", "off", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
 CompileMode = Literal["off", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
+Loader = Literal["auto", "dali", "resident", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class DataConfig:
     """Images per step; None is 128, or 64 for digits."""
     eval_batch_size: int = 500
     """Images per evaluation batch."""
+    loader: Loader = "auto"
+    """Who makes training batches: resident (images in device memory), dali (extra `dali`), torch (worker processes); auto is
+    resident where the images take at most a quarter of the memory, else dali where it is installed, else torch."""
+    workers: int | None = None
+    """Worker processes of the torch loader, threads of dali; None is one per core but one, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)

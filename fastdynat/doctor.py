@@ -43,7 +43,7 @@ def report(*, try_compile: bool = False) -> list[Check]:
         _extension(),
         _cxx_compiler(),
         _nvcc(),
-        _optional("DALI", "nvidia-dali-cuda130", "dali", "GPU image decoding; the built-in loaders are used instead"),
+        _dali(),
         _compile(try_compile),
         _optional("TensorBoard", "tensorboard", "tensorboard", "TensorBoard logs; the other logs do not need it"),
         _optional("timm", "timm", "timm", "models from timm; the built-in models do not need it"),
@@ -172,6 +172,17 @@ def _optional(name: str, distribution: str, extra: str, purpose: str) -> Check:
     if found is None:
         return Check(name, "warn", f"not installed: no {purpose}", f"pip install 'fastdynat[{extra}]'")
     return Check(name, "ok", found)
+
+
+def _dali() -> Check:
+    check = _optional("DALI", "nvidia-dali-cuda130", "dali", "GPU image decoding; the built-in loaders are used instead")
+    if check.status != "ok":
+        return check
+    try:
+        importlib.import_module("fastdynat.data.dali_loader")
+    except (ImportError, OSError) as error:
+        return Check("DALI", "warn", f"{check.detail}, cannot be used: {_one_line(error)}", "pip install 'fastdynat[dali]'")
+    return check
 
 
 def _version(distribution: str) -> str | None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastdynat.cli import main
-from fastdynat.engine import session
+from fastdynat.data import ImageSet, TrainSplit
 from fastdynat.engine.state import read_state
 from fastdynat.errors import UserError
 from fastdynat.runs import RunDir, load_network
@@ -341,14 +341,14 @@ def test_a_state_file_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_other_training_images(run: Path, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = session.load_train
+    real = TrainSplit.train_images
 
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        splits = real(*args, **kwargs)
-        splits.train.images[0, 0, 0, 0] ^= 1
-        return splits
+    def changed(split: TrainSplit) -> ImageSet:
+        images = real(split)
+        images.images[0, 0, 0, 0] ^= 1
+        return images
 
-    monkeypatch.setattr(session, "load_train", changed)
+    monkeypatch.setattr(TrainSplit, "train_images", changed)
     assert re.search("data", refused("train", "--resume", run))
 
 

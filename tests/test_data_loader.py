@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdynat.data import Batch, ImageSet, ResidentLoader, TrainLoader, check_labels, eval_batches
-from fastdynat.data.loader import plan_epoch
+from fastdynat.data.plan import plan_epoch
 from fastdynat.errors import UserError
 
 

@@ -1,7 +1,8 @@
 """Image data: named data sets, held-out splits, and loaders that turn stored uint8 images into batches in [0, 1]."""
 
+from fastdynat.data.choose import check_dali, choose_loader, dali_problem, default_workers, make_loader
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
-from fastdynat.data.sources import dataset_info, known_datasets, load_test, load_train
+from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, load_train, open_train
 from fastdynat.data.store import DatasetInfo, ImageSet, Splits, check_labels
 
 __all__ = [
@@ -11,10 +12,17 @@ __all__ = [
     "ResidentLoader",
     "Splits",
     "TrainLoader",
+    "TrainSplit",
+    "check_dali",
     "check_labels",
+    "choose_loader",
+    "dali_problem",
     "dataset_info",
+    "default_workers",
     "eval_batches",
     "known_datasets",
     "load_test",
     "load_train",
+    "make_loader",
+    "open_train",
 ]

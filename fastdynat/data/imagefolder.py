@@ -1,7 +1,8 @@
-"""Folders of JPEG or PNG files, DIR/train/CLASS/* and DIR/test/CLASS/*, decoded once into a resident uint8 store."""
+"""Folders of JPEG or PNG files, DIR/train/CLASS/* and DIR/test/CLASS/*: decoded once, or by a loader batch by batch."""
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,11 +36,53 @@ class Files:
     labels: Tensor
 
 
-def open_imagefolder(data_dir: str | Path | None, split: str, *, image_size: int | None) -> tuple[DatasetInfo, Source]:
+@dataclass(frozen=True)
+class FileSet:
+    """Images that stay in their files until they are read.
+
+    paths: (N,) file names as bytes, in one array, because the reference counts of N objects would have every worker process
+    copy them. labels: int64 (N,). shape: (C, H, W) of the images, after resizing to `image_size` if that is given.
+    """
+
+    paths: np.ndarray
+    labels: Tensor
+    shape: tuple[int, int, int]
+    image_size: int | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Decode the images at `indices`, one after the other, to uint8 (n, C, H, W).
+
+        Raises: UserError naming the first file that cannot be decoded or has another size.
+        """
+        batch = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        for row, name in zip(batch, self.paths[indices.numpy()], strict=True):
+            row[:] = _decode_one(Path(os.fsdecode(name)), self.shape, self.image_size)
+        return torch.from_numpy(batch)
+
+    def checksum(self) -> int:
+        """Of labels, class and file names and file sizes: the folder may move, and nothing is decoded for it."""
+        total = zlib.crc32(self.labels.contiguous().numpy().data)
+        for name in self.paths:
+            folder, file = os.path.split(name)
+            total = zlib.crc32(b"%b/%b %d" % (os.path.basename(folder), file, os.stat(name).st_size), total)
+        return total
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """A split in files: besides being read at once, it can be handed to a loader as it is."""
+
+    files: Callable[[Tensor], FileSet]
+
+
+def open_imagefolder(data_dir: str | Path | None, split: str, *, image_size: int | None) -> tuple[DatasetInfo, FileSource]:
     """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or valid.
 
     The mean and standard deviation are those of 2,048 training images (of all, if fewer), drawn alike from every class;
-    so both splits report the same, whatever is later held out. Only these are decoded before `Source.read`.
+    so both splits report the same, whatever is later held out and however it is loaded. Only these are decoded here.
 
     Raises: UserError for missing, empty or differing folders and for a file that cannot be decoded.
     """
@@ -65,7 +108,15 @@ def open_imagefolder(data_dir: str | Path | None, split: str, *, image_size: int
         std=std,
         augment="crop-flip",
     )
-    return info, Source(files.labels, lambda indices: decode([files.paths[i] for i in indices.tolist()], shape, image_size))
+
+    def chosen(indices: Tensor) -> list[Path]:
+        return [files.paths[i] for i in indices.tolist()]
+
+    return info, FileSource(
+        files.labels,
+        lambda indices: decode(chosen(indices), shape, image_size),
+        lambda indices: FileSet(np.array([os.fsencode(p) for p in chosen(indices)]), files.labels[indices], shape, image_size),
+    )
 
 
 def list_files(folder: Path) -> Files:
@@ -108,7 +159,8 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
     if available is not None and needed > available / 2:
         raise UserError(
             f"{len(paths)} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of the "
-            f"{available / 2**30:.2f} GiB of memory available; pass a smaller --image-size or a --limit"
+            f"{available / 2**30:.2f} GiB of memory available; pass a smaller --image-size, or for training images a "
+            "--train-size, or --loader dali or torch, which keep none in memory"
         )
     store = np.empty((len(paths), *shape), dtype=np.uint8)
 
@@ -148,6 +200,14 @@ def _open_rgb(path: Path, image_size: int | None) -> np.ndarray:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
         rgb = rgb.crop((left, top, left + image_size, top + image_size))
     return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def check_eight_bits(files: FileSet) -> None:
+    """Raise UserError where the first file has more than 8 bits per channel, which decoders reduce in different ways."""
+    path = Path(os.fsdecode(files.paths[0]))
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{str(path)!r} has more than 8 bits ({image.mode}): convert the images, or use --loader torch")
 
 
 def _image_shape(path: Path, image_size: int | None) -> tuple[int, int, int]:

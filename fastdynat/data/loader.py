@@ -1,16 +1,18 @@
 """Loaders: uint8 images to float batches in [0, 1]; shuffling and augmentation depend on (seed, epoch) only."""
 
-import zlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdynat import ops
-from fastdynat.data.split import seeded_generator
-from fastdynat.data.store import ImageSet
+from fastdynat.data.plan import EpochPlan, EpochSteps, plan_epoch
+from fastdynat.data.store import ImageSet, TrainImages
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.augment import to_unit
 
@@ -47,47 +49,30 @@ class TrainLoader(Protocol):
         """Check that this loader continues where `state` was taken; raises UserError where it would not."""
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """Every draw of one epoch. order: int64 (N,) permutation; by position, not by image: shifts, int64 (2, N), are the
-    top and left corner of the crop in the padded image, flips, bool (N,), say whether it is mirrored."""
+class PlannedLoader(ABC):
+    """What all loaders share: batches that follow `plan_epoch`, and a state that a resumed run is checked against.
 
-    order: Tensor
-    shifts: Tensor
-    flips: Tensor
-
-
-def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int) -> EpochPlan:
-    """Draw the plan of an epoch on the CPU; it depends on the arguments only, and the order not on `pad`."""
-    generator = seeded_generator("epoch", seed, epoch)
-    order = torch.randperm(num_images, generator=generator)
-    flips = torch.randint(2, (num_images,), generator=generator, dtype=torch.uint8).bool()
-    shifts = torch.randint(2 * pad + 1, (2, num_images), generator=generator)
-    return EpochPlan(order, shifts, flips)
-
-
-class ResidentLoader:
-    """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
-
-    An epoch ends with the partial batch, unless `drop_last`, or unless that batch is a single image: BatchNorm cannot
-    train on one value per channel, so this one image is left out, a different one each epoch.
+    A loader for other data or another engine adds `_inputs` only. An epoch may be given up in the middle.
 
     Args:
-        images: The training set; copied to the device once.
-        batch_size: At most the number of images.
+        images: The training set.
+        batch_size: Images of a step over all shards; at most the number of images.
         augment: "crop-flip", "crop", "flip" or "none". Crops are of zero-padded images.
         pad: Pixels of padding for the crops.
         seed: All orders and crops follow from this and the epoch number.
         device: Where the batches are made.
         channels_last: Give the batches in channels-last memory format.
-        drop_last: Leave out the partial batch.
+        drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see `EpochSteps`.)
+        num_shards: Processes that share each step.
+        shard: Which of them this is.
 
-    Raises: UserError for a batch size outside [1, number of images], a negative pad, or an unknown augmentation.
+    Raises: UserError for a batch size outside [1, number of images] or not divisible by the shards, a negative pad, or an
+        unknown augmentation.
     """
 
     def __init__(
         self,
-        images: ImageSet,
+        images: TrainImages,
         *,
         batch_size: int,
         augment: str,
@@ -96,9 +81,10 @@ class ResidentLoader:
         device: torch.device | str,
         channels_last: bool = False,
         drop_last: bool = False,
+        num_shards: int = 1,
+        shard: int = 0,
     ) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise UserError(f"batch size {batch_size} must be between 1 and the number of training images, {len(images)}")
+        steps = EpochSteps(len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard)
         if augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", augment, AUGMENTATIONS)
         if pad < 0:
@@ -110,39 +96,39 @@ class ResidentLoader:
         self.device = torch.device(device)
         self.channels_last = channels_last
         self.num_images = len(images)
-        rest = self.num_images % batch_size
-        self._epoch_images = self.num_images - rest if drop_last or rest == 1 else self.num_images
-        self.steps_per_epoch = -(-self._epoch_images // batch_size)
+        self.steps_per_epoch = steps.count
+        self.epoch_images = steps.num_positions
+        self._steps = steps
         self._host = images
-        self._images = images.images.to(self.device).contiguous()
         self._labels = images.labels.to(self.device)
         self._epoch = 0
-        self._checksum: int | None = None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `epoch` from `start_step` on: exactly the tail of what starting at 0 yields.
 
-        Raises: UserError for a start_step outside [0, steps_per_epoch].
+        Raises: UserError for a start_step outside [0, steps_per_epoch], and for an image that cannot be decoded.
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step {start_step} is outside [0, {self.steps_per_epoch}], the steps of an epoch")
         self._epoch = epoch
-        return self._batches(self._plan(epoch), start_step)
+        return self._batches(self._plan(epoch), range(start_step, self.steps_per_epoch))
 
-    def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
-        order, shifts, flips = (part.to(self.device) for part in (plan.order, plan.shifts, plan.flips))
-        for step in range(start_step, self.steps_per_epoch):
-            now = slice(step * self.batch_size, min((step + 1) * self.batch_size, self._epoch_images))
-            indices = order[now]
-            x = ops.augment(
-                self._images,
-                indices,
-                shifts[:, now] if "crop" in self.augment else None,
-                flips[now] if "flip" in self.augment else None,
-                pad=self.pad,
-                channels_last=self.channels_last,
-            )
-            yield Batch(x, self._labels[indices], indices)
+    def _batches(self, plan: EpochPlan, steps: range) -> Iterator[Batch]:
+        order = plan.order.to(self.device)
+        with closing(self._inputs(plan, steps)) as inputs:
+            for step, x in zip(steps, inputs, strict=True):
+                indices = order[self._steps.positions(step)]
+                yield Batch(x, self._labels[indices], indices)
+
+    @abstractmethod
+    def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
+        """Yield `Batch.x` of each of the `steps`."""
+
+    def _draws(self, plan: EpochPlan, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Indices, shifts and flips of a step; None for what the augmentation does not use."""
+        now = self._steps.positions(step)
+        shifts = plan.shifts[:, now] if "crop" in self.augment else None
+        return plan.order[now], shifts, plan.flips[now] if "flip" in self.augment else None
 
     def _plan(self, epoch: int) -> EpochPlan:
         return plan_epoch(self.num_images, pad=self.pad, seed=self.seed, epoch=epoch)
@@ -150,14 +136,16 @@ class ResidentLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
 
-        Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True.
+        Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same for every
+        shard, and for every loader of the same `TrainImages`.
         """
         return {
             "seed": self.seed,
             "epoch": self._epoch,
             "num_images": self.num_images,
             "batch_size": self.batch_size,
-            "checksum": self._data_checksum(),
+            "epoch_images": self.epoch_images,
+            "checksum": self._checksum,
             "permutation": self._plan(self._epoch).order,
         }
 
@@ -166,12 +154,18 @@ class ResidentLoader:
 
         Raises: UserError where this loader would not continue the same batches: other data, batch size or seed.
         """
-        for key, what in (("num_images", "training images"), ("batch_size", "batch size"), ("seed", "data seed")):
+        compared = {
+            "num_images": "training images",
+            "batch_size": "batch size",
+            "seed": "data seed",
+            "epoch_images": "images per epoch",
+        }
+        for key, what in compared.items():
             if state[key] != getattr(self, key):
                 raise UserError(
                     f"the checkpoint has {what} {state[key]}, this run has {getattr(self, key)}; resume with the same"
                 )
-        if state["checksum"] != self._data_checksum():
+        if state["checksum"] != self._checksum:
             raise UserError("the checkpoint was made with other training data; resume with the same --data and --data-dir")
         if not torch.equal(state["permutation"].cpu(), self._plan(state["epoch"]).order):
             raise UserError(
@@ -180,11 +174,26 @@ class ResidentLoader:
             )
         self._epoch = state["epoch"]
 
-    def _data_checksum(self) -> int:
-        if self._checksum is None:
-            labels = zlib.crc32(self._host.labels.contiguous().numpy().data)
-            self._checksum = zlib.crc32(self._host.images.contiguous().numpy().data, labels)
-        return self._checksum
+    @cached_property
+    def _checksum(self) -> int:
+        return self._host.checksum()
+
+
+class ResidentLoader(PlannedLoader):
+    """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
+
+    The images are copied to the device once; a batch is one pass of `ops.augment`. Arguments: `PlannedLoader`.
+    """
+
+    def __init__(self, images: ImageSet, **options: Any) -> None:
+        super().__init__(images, **options)
+        self._images = images.images.to(self.device).contiguous()
+
+    def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
+        plan = plan.to(self.device)
+        for step in steps:
+            draws = self._draws(plan, step)
+            yield ops.augment(self._images, *draws, pad=self.pad, channels_last=self.channels_last)
 
 
 def eval_batches(

@@ -1,12 +1,15 @@
 """Data sets by name: training and validation images from the training split, test images from the test split."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdynat.data import digits, torchvision_sets
-from fastdynat.data.imagefolder import open_imagefolder
+from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.split import stratified_split
 from fastdynat.data.store import DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
 from fastdynat.errors import UserError, unknown_name
@@ -31,7 +34,46 @@ def dataset_info(name: str) -> DatasetInfo | None:
     return digits.INFO if name == "digits" else torchvision_sets.INFOS[name]
 
 
-def load_train(
+@dataclass(frozen=True)
+class TrainSplit:
+    """A training split that is cut but not read: int64 indices of the training and of the validation images."""
+
+    info: DatasetInfo
+    source: Source
+    train: Tensor
+    val: Tensor
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the images are in files that a loader can decode itself: `train_files`."""
+        return isinstance(self.source, FileSource)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the training images take as uint8."""
+        return len(self.train) * math.prod(self.info.image_shape)
+
+    def train_images(self) -> ImageSet:
+        """Read the training images."""
+        return self.source.take(self.train, self.info)
+
+    def train_files(self) -> FileSet:
+        """The training images as files, none of them opened; only where they are `in_files`."""
+        assert isinstance(self.source, FileSource)
+        return self.source.files(self.train)
+
+    def val_images(self) -> ImageSet:
+        """Read the validation images."""
+        return self.source.take(self.val, self.info)
+
+
+def load_train(name: str, data_dir: str | Path | None, **options: Any) -> Splits:
+    """Read the training split with validation images held out of it: `open_train`, of which this takes the arguments."""
+    split = open_train(name, data_dir, **options)
+    return Splits(split.info, split.train_images(), split.val_images())
+
+
+def open_train(
     name: str,
     data_dir: str | Path | None,
     *,
@@ -40,8 +82,8 @@ def load_train(
     image_size: int | None = None,
     download: bool = True,
     limit: int | None = None,
-) -> Splits:
-    """Load the training split and hold validation images out of it; the test set is not touched.
+) -> TrainSplit:
+    """Open the training split and hold validation images out of it; the test set is not touched.
 
     Args:
         name: One of `known_datasets()`.
@@ -59,7 +101,7 @@ def load_train(
     info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
-    return Splits(info, source.take(train, info), source.take(val, info))
+    return TrainSplit(info, source, train, val)
 
 
 def load_test(

@@ -1,7 +1,9 @@
 """What the loaders read: resident uint8 images with their labels, and what is known about a data set."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,23 @@ from torch import Tensor
 from fastdynat.errors import UserError
 
 CONVERT_CHUNK = 1024  # images in float at one time while resizing or averaging; bounds the extra memory
+
+
+class TrainImages(Protocol):
+    """What a loader reads: images in memory (`ImageSet`), or files that are decoded when they are read (`FileSet`)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,) on the CPU."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Return the images at int64 `indices`, uint8 (n, C, H, W) on the CPU."""
+
+    def checksum(self) -> int:
+        """Return a number that other data would not have."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,12 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.images.contiguous().numpy().data, zlib.crc32(self.labels.contiguous().numpy().data))
 
 
 @dataclass(frozen=True)

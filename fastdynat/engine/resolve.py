@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
-from fastdynat.data import DatasetInfo
+from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
@@ -46,6 +48,18 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
     )
 
 
+def resolve_loader(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
+    """The resolved `config` with the loader for the images of `split`, which `say` is told with the reason."""
+    data = config.data
+    name, why = data.loader, "as asked"
+    if name == "auto":
+        name, why = choose_loader(split, torch.device(config.engine.device))  # type: ignore[assignment]
+    workers = default_workers() if data.workers is None and name != "resident" else data.workers
+    what = {"dali": f", {workers} thread(s)", "torch": f", {workers} worker process(es)"}.get(name, "")
+    say(f"loader {name}{what}: {why}")
+    return replace(config, data=replace(data, loader=name, workers=workers))
+
+
 def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo) -> Any:
     return table[0].get(info.name, table[1]) if value is None else value
 
@@ -59,6 +73,10 @@ def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
         raise UserError(f"val_size must be a number of images or a share below 1, got {data.val_size:g}")
     if data.image_size is not None and not 1 <= data.image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"image_size must be between 1 and {MAX_IMAGE_SIZE} pixels, got {data.image_size}")
+    if data.workers is not None and data.workers < 0:
+        raise UserError(f"workers must be >= 0, got {data.workers}")
+    if data.loader == "dali":
+        check_dali()
     return replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
 
 

@@ -10,11 +10,11 @@ import torch
 
 from fastdynat.attacks import AttackSwitches, PGDSpec
 from fastdynat.config import EngineConfig, TrainConfig, read_yaml, to_yaml, update
-from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
+from fastdynat.data import TrainLoader, TrainSplit, dataset_info, make_loader, open_train
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, resolve, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import Say, resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import schedule_factor
 from fastdynat.engine.state import identity, read_state
@@ -72,21 +72,22 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
     check_new(path, overwrite=config.run.overwrite)
-    splits = _load(config)
+    split = _open(config)
     overwrite = config.run.overwrite
-    config = resolve(config, splits.info, say)
+    config = resolve_loader(resolve(config, split.info, say), split, say)
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
     config = replace(
         config,
         run=replace(config.run, run_dir=str(path), overwrite=False),
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
-    parts = _build(config, splits, say)
+    val = split.val_images()
+    parts = _build(config, split, say)
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         with use_backend(config.engine.kernels):
             record_start(path / ENVIRONMENT, operators=selected_backend(torch.device(config.engine.device).type))
-            yield Trainer(config, splits.info, splits.val, *parts, run)
+            yield Trainer(config, split.info, val, *parts, run)
     finally:
         run.close()
 
@@ -100,12 +101,13 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     """
     stored, run = stored_config(path), RunDir.open(path)
     try:
-        splits = _load(config)
-        config = resolve(config, splits.info, lambda text: None)
+        split = _open(config)
+        config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
         _check_changes(stored, config)
-        networks, step, loader = _build(config, splits, say)
+        val = split.val_images()
+        networks, step, loader = _build(config, split, say)
         _check_epochs(stored, config, loader.steps_per_epoch)
-        trainer = Trainer(config, splits.info, splits.val, networks, step, loader, run)
+        trainer = Trainer(config, split.info, val, networks, step, loader, run)
         last = path / LAST
         if last.exists():
             _restore(last.resolve(), trainer)
@@ -141,9 +143,9 @@ def _restore(checkpoint: Path, trainer: Trainer) -> None:
         raise UserError(f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}") from None
 
 
-def _load(config: TrainConfig[Any]) -> Splits:
+def _open(config: TrainConfig[Any]) -> TrainSplit:
     data = config.data
-    return load_train(
+    return open_train(
         data.data,
         data.data_dir,
         val_size=None if data.val_size is None else int(data.val_size) if data.val_size >= 1 else data.val_size,
@@ -154,9 +156,9 @@ def _load(config: TrainConfig[Any]) -> Splits:
     )
 
 
-def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
+def _build(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[NetworkSet, TrainStep, TrainLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
-    info, engine, attack = splits.info, config.engine, config.attack
+    info, engine, attack = split.info, config.engine, config.attack
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
@@ -182,8 +184,11 @@ def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkS
         say=say,
     )
     assert config.data.batch_size is not None
-    loader = ResidentLoader(
-        splits.train,
+    streamed = split.in_files and config.data.loader != "resident"
+    loader = make_loader(
+        config.data.loader,
+        split.train_files() if streamed else split.train_images(),
+        workers=config.data.workers or 0,
         batch_size=config.data.batch_size,
         augment=config.data.augment,
         seed=engine.seed,

@@ -14,10 +14,11 @@ FORMAT = "fastdynat-state/1"
 
 
 # What a resumed run may change: where it runs and what it reports, nothing of what it computes. (epochs is checked against the
-# schedule.)
+# schedule, loader below.)
 RESUMABLE = {
     "data_dir",
     "download",
+    "workers",
     "device",
     "kernels",
     "graphs",
@@ -33,8 +34,12 @@ RESUMABLE = {
 
 
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that a run keeps for life."""
-    return {key: value for key, value in to_flat(config).items() if key not in RESUMABLE}
+    """The part of a resolved configuration that a run keeps for life.
+
+    An image folder keeps its loader, because decoders differ; other data give every loader the same batches.
+    """
+    free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
+    return {key: value for key, value in to_flat(config).items() if key not in free}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

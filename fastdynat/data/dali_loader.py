@@ -1,0 +1,219 @@
+"""Batches made by NVIDIA DALI: images in memory, or files that its threads (and on a GPU its decoder) read and decode."""
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, math, types
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fastdynat.data.imagefolder import FileSet, check_eight_bits
+from fastdynat.data.loader import PlannedLoader
+from fastdynat.data.plan import EpochPlan
+from fastdynat.data.store import ImageSet
+from fastdynat.errors import UserError
+from fastdynat.ops.augment import to_unit
+
+PREFETCH = 2  # batches that DALI works on ahead
+
+# A forked process has none of DALI's threads, and destroying a pipeline there would wait for them forever: it keeps them all.
+_alive: WeakSet[Pipeline] = WeakSet()
+_kept: list[Pipeline] = []
+os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.clear)
+
+
+class _Feed:
+    """What the pipeline asks for its next batch: the requests of the epoch at hand, then none."""
+
+    def __init__(self) -> None:
+        self.requests: Iterator[tuple[Any, ...]] = iter(())
+
+    def __call__(self) -> tuple[Any, ...]:
+        return next(self.requests)
+
+
+class DaliLoader(PlannedLoader):
+    """DALI crops and flips uint8 batches, and decodes those that are files; on a GPU where `device` is one.
+
+    DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images in memory give
+    the batches of the resident loader, bit for bit. Files: on the CPU those too, wherever measured (JPEG, PNG, BMP, WebP,
+    PPM; gray, palette, alpha, CMYK), but for images of more than 8 bits; the GPU's JPEG decoder rounds differently. With
+    `FileSet.image_size` the geometry is Pillow's, the values within 1 of 255, more where the image's border is in the cut.
+
+    Args:
+        images: The training set, in memory or as files.
+        workers: Threads of DALI, at least 1.
+        options: As for `PlannedLoader`.
+
+    Raises: UserError where DALI cannot work on the device, or for files of more than 8 bits (by the first).
+    """
+
+    def __init__(self, images: ImageSet | FileSet, *, workers: int, **options: Any) -> None:
+        super().__init__(images, **options)
+        if workers < 1:
+            raise UserError(f"--loader dali needs at least 1 worker, got {workers}; leave --workers out")
+        if isinstance(images, FileSet):
+            check_eight_bits(images)
+        self._images = images
+        self._workers = workers
+        self._gpu = self.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.device) if self._gpu else None
+        self._feed = _Feed()
+        self._pipeline: Pipeline | None = self._build()
+
+    def _build(self) -> Pipeline:
+        device_id = torch.empty(0, device=self.device).get_device() if self._gpu else None
+        largest = self._steps.positions(0)
+        pipeline = Pipeline(
+            batch_size=largest.stop - largest.start,
+            num_threads=self._workers,
+            device_id=device_id,
+            prefetch_queue_depth=PREFETCH,
+        )
+        _alive.add(pipeline)
+        try:
+            with pipeline:
+                pipeline.set_outputs(*self._graph())
+            pipeline.build()
+        except RuntimeError as error:
+            raise UserError(f"--loader dali cannot work on {self.device} ({_reason(error)}); use --loader torch") from error
+        return pipeline
+
+    def _graph(self) -> tuple[DataNode, ...]:
+        """The operators: images, uint8, cropped and flipped, and the (H, W, C) that each had in its file."""
+        in_files = isinstance(self._images, FileSet)
+        data, corners, flips = fn.external_source(
+            source=self._feed,
+            num_outputs=3,
+            batch=True,
+            dtype=[types.UINT8, types.INT32, types.INT32],
+            ndim=[1 if in_files else 3, 1, 0],
+            layout=["" if in_files else "CHW", "", ""],
+        )
+        if isinstance(self._images, FileSet):
+            images, shape = _decode(data, self._images.image_size, mixed=self._gpu)
+            axes, sides = (0, 1), self._images.shape[1:]
+        else:
+            images, shape = data.gpu() if self._gpu else data, data.shape()
+            axes, sides = (1, 2), (self._images.images.shape[2], self._images.images.shape[3])
+        images = fn.slice(images, start=corners, shape=sides, axes=axes, out_of_bounds_policy="pad", fill_values=0)
+        return fn.flip(images, horizontal=flips), shape
+
+    def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
+        self._restart()
+        requests = self._feed.requests = (self._request(plan, step) for step in steps)
+        for step in steps:
+            if self._feed.requests is not requests:
+                raise RuntimeError("another epoch of this loader has begun, which ended this one")
+            images, shapes = self._run(plan, step)
+            self._check_shapes(shapes, plan, step)
+            yield self._converted(images)
+
+    def _restart(self) -> None:
+        """Leave the pipeline with nothing under way: what an epoch that was given up had ordered is dropped."""
+        self._feed.requests = iter(())
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        with suppress(StopIteration):
+            while True:
+                self._pipeline.run()
+        self._pipeline.reset()
+
+    def _run(self, plan: EpochPlan, step: int) -> tuple[Any, Any]:
+        assert self._pipeline is not None
+        try:
+            return self._pipeline.run()
+        except RuntimeError as error:
+            reason = _reason(error)
+        # DALI cannot go on with it; outside of the handler, so that no traceback keeps it and its threads alive.
+        self._pipeline = None
+        raise self._explained(reason, plan, step)
+
+    def _request(self, plan: EpochPlan, step: int) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Pixels or file names, top left corners in the image itself, flips: one batch of what the pipeline is fed."""
+        indices, shifts, flips = self._draws(plan, step)
+        none = torch.zeros(len(indices))
+        corners = torch.stack([none, none]) if shifts is None else shifts - self.pad
+        if isinstance(self._images, FileSet):
+            data: Any = [np.frombuffer(name, dtype=np.uint8) for name in self._images.paths[indices.numpy()]]
+        else:
+            data = self._images.read(indices).contiguous().numpy()
+        return data, corners.T.int().contiguous().numpy(), (none if flips is None else flips).int().numpy()
+
+    def _converted(self, outputs: Any) -> Tensor:
+        """DALI's images as a batch of our own: DALI takes its buffers back at the next `run`."""
+        if self._side is None:
+            return to_unit(self._channels_first(outputs), channels_last=self.channels_last)
+        # On a stream beside that of the training, so that the host waits for this copy and not for the steps before it.
+        with torch.cuda.stream(self._side):
+            x = to_unit(self._channels_first(outputs), channels_last=self.channels_last)
+        self._side.synchronize()
+        x.record_stream(torch.cuda.current_stream(self.device))
+        return x
+
+    def _channels_first(self, outputs: Any) -> Tensor:
+        """A view of DALI's memory, uint8 (n, C, H, W)."""
+        images = from_dlpack(outputs.as_tensor())
+        return images.permute(0, 3, 1, 2) if isinstance(self._images, FileSet) else images
+
+    def _check_shapes(self, shapes: Any, plan: EpochPlan, step: int) -> None:
+        if not isinstance(self._images, FileSet) or self._images.image_size is not None:
+            return
+        channels, height, width = self._images.shape
+        if (shapes.as_array() != (height, width, channels)).any():
+            self._images.read(self._draws(plan, step)[0])  # says which
+
+    def _explained(self, reason: str, plan: EpochPlan, step: int) -> UserError:
+        """What is wrong with the data where DALI failed: it may have been at work on the batches after `step`."""
+        if isinstance(self._images, FileSet):
+            for ahead in range(step, min(step + PREFETCH + 1, self.steps_per_epoch)):
+                try:
+                    self._images.read(self._draws(plan, ahead)[0])
+                except UserError as found:
+                    return found
+        return UserError(f"DALI failed in step {step} ({reason}); --loader torch does without it")
+
+
+def _decode(names: DataNode, image_size: int | None, *, mixed: bool) -> tuple[DataNode, DataNode]:
+    """Images (H, W, C) in files as Pillow decodes them, and the shapes they had there.
+
+    Fancy upsampling is what Pillow's libjpeg-turbo does, and the CPU decoder here does anyway; fast IDCT (off by default)
+    would change two thirds of the values.
+    """
+    images = fn.decoders.image(
+        fn.io.file.read(names),
+        device="mixed" if mixed else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+    shape = images.shape()
+    return images if image_size is None else _square(images, shape, image_size), shape
+
+
+def _square(images: DataNode, shape: DataNode, image_size: int) -> DataNode:
+    """Resize the shorter side to `image_size` and cut the centre, in the geometry of `imagefolder`."""
+    sides = fn.cast(shape[:2], dtype=types.FLOAT64)
+    target = types.Constant(image_size, dtype=types.FLOAT64)
+    exact = sides * (target / math.min(sides[0], sides[1]))
+    # Round half to even, as Python does.
+    below = math.floor(exact)
+    odd = below - 2 * math.floor(below / 2) == 1
+    up = (exact - below > 0.5) | ((exact - below == 0.5) & odd)
+    sides = math.max(below + fn.cast(up, dtype=types.FLOAT64), target)
+    corner = fn.cast(math.floor((sides - target) / 2), dtype=types.INT32)
+    images = fn.resize(images, size=fn.cast(sides, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
+    return fn.slice(images, start=corner, shape=(image_size, image_size), axes=(0, 1))
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return lines[after] if lines else type(error).__name__

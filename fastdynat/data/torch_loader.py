@@ -1,0 +1,63 @@
+"""Batches read, cropped and flipped by the worker processes of torch.utils.data.DataLoader."""
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastdynat.data.loader import PlannedLoader
+from fastdynat.data.plan import EpochPlan
+from fastdynat.data.store import TrainImages
+from fastdynat.errors import UserError
+from fastdynat.ops.augment import crop, flip, to_unit
+
+
+class _Steps(Dataset[Tensor | UserError]):
+    """The steps of one epoch as a map-style data set: step -> uint8 (n, C, H, W)."""
+
+    def __init__(self, images: TrainImages, draws: Callable[[int], tuple[Tensor, Tensor | None, Tensor | None]], pad: int):
+        self._images, self._draws, self._pad = images, draws, pad
+
+    def __getitem__(self, step: int) -> Tensor | UserError:
+        indices, shifts, flips = self._draws(step)
+        try:
+            batch = self._images.read(indices)
+        except UserError as error:
+            return error  # raised in a worker it would arrive as a traceback in a message
+        batch = batch if shifts is None else crop(batch, shifts, self._pad)
+        return batch if flips is None else flip(batch, flips)
+
+
+class TorchLoader(PlannedLoader):
+    """Worker processes read, crop and flip uint8 batches; the device converts them. Works for every kind of images.
+
+    The workers are forked when an epoch begins and end with it, also with one that is given up. The values, and for image
+    files the decoder (Pillow), are those of the resident loader.
+
+    Args:
+        images: The training set, in memory or as files.
+        workers: Processes; 0 reads in this one.
+        options: As for `PlannedLoader`.
+    """
+
+    def __init__(self, images: TrainImages, *, workers: int, **options: Any) -> None:
+        super().__init__(images, **options)
+        self._workers = workers
+
+    def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
+        batches: DataLoader[Tensor | UserError] = DataLoader(
+            _Steps(self._host, lambda step: self._draws(plan, step), self.pad),
+            batch_size=None,
+            sampler=steps,
+            num_workers=self._workers,
+            # A spawned worker would need its own copy of the images.
+            multiprocessing_context="fork" if self._workers else None,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that the attacks use
+        )
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield to_unit(batch.to(self.device, non_blocking=True), channels_last=self.channels_last)
