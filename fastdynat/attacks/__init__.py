@@ -3,7 +3,7 @@
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.engine import AttackEngine, AttackSwitches
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
-from fastdynat.attacks.modes import attack_mode, frozen_twin, set_attack_mode
+from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
 
@@ -14,6 +14,7 @@ __all__ = [
     "AttackResult",
     "AttackSwitches",
     "NamedAttack",
+    "NotCopyable",
     "PGDSpec",
     "Underflow",
     "attack_mode",

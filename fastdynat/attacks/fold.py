@@ -17,6 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+class _Tracer(fx.Tracer):
+    # Else what is computed from a buffer alone, such as 1 / std, is computed once, and does not follow the buffer.
+    proxy_buffer_attributes = True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, self.path_of_module(m)):
+            raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
+        return super().call_module(m, forward, args, kwargs)
+
+
 class NotFoldable(Exception):
     """Why a network cannot be folded, in words for the user."""
 
@@ -51,10 +61,14 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
         NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
     """
     try:
-        traced = fx.symbolic_trace(network)
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+    except NotFoldable:
+        raise
     except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotFoldable(f"the network cannot be traced ({reason})") from None
+    if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes):
+        raise NotFoldable("its forward makes tensors that tracing would freeze")
     modules = dict(traced.named_modules())
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     folds = []

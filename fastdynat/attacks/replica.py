@@ -101,7 +101,11 @@ class AttackReplica:
 def _check_equal(network: nn.Module, folded: nn.Module, example: Tensor) -> None:
     """Raise NotFoldable where tracing lost something of the network that runs on `example`."""
     with torch.autocast(example.device.type, enabled=False):
-        want, got = network(example), folded(example)
+        want = network(example)
+        try:
+            got = folded(example)
+        except Exception as error:  # code that tracing has changed: anything may come out of it
+            raise NotFoldable(f"the traced network fails ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
     difference = (want - got).abs().max() / want.abs().max().clamp_min(1.0)
     if not difference <= FOLD_TOLERANCE:  # NaN fails too
         raise NotFoldable(f"the traced network's logits differ by {float(difference):.1g} of the largest")
