@@ -1,5 +1,6 @@
 """A drop-in attack object: torchattacks' modes, normalisation and bookkeeping around an attack engine."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -96,8 +97,8 @@ class Attack:
     @property
     def device(self) -> torch.device | None:
         """Where the attack runs: as set by `set_device`, else where the model is."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return self._device or (tensors[0].device if tensors else None)
+        some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
+        return self._device or (None if some is None else some.device)
 
     def set_device(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
@@ -173,12 +174,13 @@ class Attack:
         Raises:
             UserError: what cannot be attacked, with the remedy.
         """
+        spec = self._spec() if self.eps != 0 else None
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
             runner, classes = self._prepare(x)
             self._check(x, labels if labels is not None and labels.dim() == 1 else None, classes)
-            if x.shape[0] and self.eps != 0:
-                goal, spec = self._goal(runner, x, labels), self._spec()
+            if spec is not None and len(x):
+                goal = self._goal(runner, x, labels)
                 x = runner.run(x, goal, spec, x_start=self._start(x, spec)).x_adv
             return self._give(x, inputs)
 
@@ -310,4 +312,5 @@ def _as_labels(labels: Tensor, x: Tensor) -> Tensor:
 
 
 def _two_images(x: Tensor) -> Tensor:
-    return x[:2] if len(x) else x.new_zeros(2, *x.shape[1:])
+    """Like `x`, but whatever a call was given, and without a draw from the caller's random stream."""
+    return torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
