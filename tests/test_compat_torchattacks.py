@@ -82,7 +82,7 @@ def test_the_images_are_torchattacks(name: str, mode: str, normalised: bool) -> 
     results = []
     for attack in both(name, model):
         if name == "TPGD" and mode != "default":
-            with pytest.raises(ValueError, match="[Tt]argeted"):
+            with pytest.raises(ValueError, match=r"[Tt]argeted"):
                 MODES[mode](attack)
             continue
         MODES[mode](attack)

@@ -157,6 +157,11 @@ def _load(config: TrainConfig[Any]) -> Splits:
 def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkSet, TrainStep, ResidentLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
     info, engine, attack = splits.info, config.engine, config.attack
+    if engine.check_fidelity > len(splits.val):
+        raise UserError(
+            f"check_fidelity {engine.check_fidelity}: there are {len(splits.val)} validation images; "
+            "ask for fewer, or hold more out with --val-size"
+        )
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)

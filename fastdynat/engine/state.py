@@ -20,6 +20,7 @@ RESUMABLE = {
     "download",
     "device",
     "kernels",
+    "check_fidelity",
     "epochs",
     "stop_after",
     "save_every",
