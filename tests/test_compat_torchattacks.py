@@ -384,6 +384,7 @@ def bad_inputs() -> list[Any]:
         pytest.param(lambda a: (a.set_mode_targeted_least_likely(10), a(x, y)), "kth_min must be below", id="kth_min 10"),
         pytest.param(lambda a: (setattr(a, "eps", 8), a(x, y)), "write 8/255", id="eps 8"),
         pytest.param(lambda a: PGD(a.model, amp=torch.int8), "amp must be True, False", id="amp int8"),
+        pytest.param(lambda a: PGD(a.model, compile="defualt"), "did you mean 'default'", id="compile mode"),
         pytest.param(lambda a: a.set_mode_targeted_by_function(None), "must be callable", id="no function"),
     ]
 

@@ -52,8 +52,24 @@ class Fold:
         return layer.weight * scale.view(-1, *(1,) * (layer.weight.dim() - 1)), bias
 
 
-def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
+class _Ranks(fx.Interpreter):
+    """Runs a traced network and notes how many dimensions each result has."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.of: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.of[n] = result.dim() if isinstance(result, Tensor) else 0
+        return result
+
+
+@torch.no_grad()
+def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[Fold]]:
     """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer directly.
+
+    `example`: images that the network runs on, which it then does once.
 
     The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
 
@@ -62,6 +78,8 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
     """
     try:
         traced = fx.GraphModule(network, _Tracer().trace(network))
+        ranks = _Ranks(traced)
+        ranks.run(example)
     except NotFoldable:
         raise
     except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
@@ -73,7 +91,7 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     folds = []
     for node in list(traced.graph.nodes):
-        pair = _pair(node, modules, uses)
+        pair = _pair(node, modules, uses, ranks.of)
         if pair is None:
             continue
         layer, bn = pair
@@ -91,7 +109,9 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
     return traced, folds
 
 
-def _pair(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> tuple[nn.Module, _BatchNorm] | None:
+def _pair(
+    node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any], ranks: dict[fx.Node, int]
+) -> tuple[nn.Module, _BatchNorm] | None:
     """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by nothing else."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
@@ -103,8 +123,9 @@ def _pair(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> t
         return None
     if layer._forward_pre_hooks or layer._forward_hooks or bn._forward_pre_hooks or bn._forward_hooks:
         return None  # hooks see, and may change, what the fold takes away
-    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs.
-    if isinstance(layer, nn.Linear) and (type(bn) is not nn.BatchNorm1d or bn.num_features != layer.out_features):
+    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does neither, so that
+    # comparing the networks' answers would not tell.
+    if isinstance(layer, nn.Linear) and ranks[source] != 2:
         return None
     return layer, bn
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fastdynat.attacks import AttackGoal, AttackSwitches, NotCopyable, PGDSpec
 from fastdynat.compat.checks import RangeCheck
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes, memory
+from fastdynat.compiling import MODES
 from fastdynat.devices import half_type
-from fastdynat.errors import UserError
+from fastdynat.errors import UserError, unknown_name
 
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -67,6 +68,8 @@ class Attack:
     ) -> None:
         if isinstance(amp, torch.dtype) and amp not in HALF:
             raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
+        if isinstance(compile, str) and compile not in MODES:
+            raise unknown_name("compile mode", compile, MODES)
         self.attack = name
         self.set_model(model)
         self.attack_mode, self.targeted = "default", False

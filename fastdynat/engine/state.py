@@ -21,6 +21,8 @@ RESUMABLE = {
     "device",
     "kernels",
     "check_fidelity",
+    "graphs",
+    "guide_stream",
     "epochs",
     "stop_after",
     "save_every",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class TrainStep:
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
         global_step: updates done so far; drives the schedule.
+        path: in words, how the step is run.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class TrainStep:
         *,
         recorder: Recorder | None = None,
         guide_stream: torch.cuda.Stream | None = None,
+        steps_of: Callable[[int], int] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             recorder: capture the whole step as a graph; None runs it as it is. Not with a gradient scaler, which waits for
                 the device.
+            steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
             guide_stream: where the method's inner half and its losses run, beside the attack; None is where everything runs.
             say: told why graphs are off, where a capture fails.
         """
@@ -75,6 +79,10 @@ class TrainStep:
         self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim, self._lr)
         self.global_step = 0
         self._guide_stream = guide_stream
+        self._steps_of = steps_of or (lambda epoch: spec.steps)
+        parts = [f"compile {networks.compile_mode}"] * (networks.compile_mode != "off")
+        parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
+        self.path = ", ".join(parts) or "eager"
         self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -89,10 +97,16 @@ class TrainStep:
         if self._graphed is None:
             logs = self._run(batch.x, batch.labels, batch.indices)
         else:
-            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=self.method.constants())
+            constants = (self.spec.steps, *self.method.constants())
+            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
         return logs
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the method how many epochs are completed, and choose the attack's number of steps."""
+        self.method.epoch = epoch
+        self.spec = replace(self.spec, steps=self._steps_of(epoch))
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 0."""
