@@ -142,6 +142,8 @@ class EngineConfig:
     """Capture the training step as a CUDA graph; auto is on for a GPU."""
     guide_stream: Switch = "auto"
     """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
+    check_fidelity: int = 0
+    """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is off."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False

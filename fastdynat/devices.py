@@ -35,8 +35,13 @@ def pick_amp(mode: str, device: torch.device) -> str:
     """`mode`, or for "auto" what suits `device`: bf16 on a GPU with hardware for it, else off."""
     if mode != "auto":
         return mode
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if native else "off"
+    return "bf16" if device.type == "cuda" and half_type(device) is torch.bfloat16 else "off"
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """The half-precision type that suits `device`: bfloat16, or float16 on a GPU without hardware for it."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
 
 
 def check_compile(mode: str, device: torch.device) -> None:

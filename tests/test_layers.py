@@ -15,7 +15,7 @@ LAYERS = [
     {"config"},
     {"data", "models"},
     {"attacks", "runs"},
-    {"methods"},
+    {"methods", "compat"},
     {"evaluation"},
     {"engine", "doctor"},
     {"cli"},

@@ -2,8 +2,9 @@
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.engine import AttackEngine, AttackSwitches
+from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
-from fastdynat.attacks.modes import attack_mode, frozen_twin, set_attack_mode
+from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
 
@@ -13,10 +14,13 @@ __all__ = [
     "AttackGoal",
     "AttackResult",
     "AttackSwitches",
+    "Fidelity",
     "NamedAttack",
+    "NotCopyable",
     "PGDSpec",
     "Underflow",
     "attack_mode",
+    "check_fidelity",
     "frozen_twin",
     "kl_from_log_probs",
     "margin",

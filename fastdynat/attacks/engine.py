@@ -76,7 +76,6 @@ class AttackEngine:
 
     Attributes:
         replica: what is attacked in its place.
-        path: in words, how the attack is computed.
     """
 
     def __init__(
@@ -100,25 +99,31 @@ class AttackEngine:
             recorder: where graphs come from; None is CUDA's where the switches ask for graphs.
         """
         self.switches = s = switches or AttackSwitches()
+        self._say, self._recorder = say, recorder
+        self._notes: list[str] = []
         self.replica = AttackReplica(
             model, example, bn=bn, dtype=s.dtype, channels_last=s.channels_last, fold=s.fold and bn == "eval"
         )
         if self.replica.note:
-            say(f"batch norm is not folded in the attack: {self.replica.note}")
+            self._note(f"batch norm is not folded in the attack: {self.replica.note}")
         underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)
         network: Any = self.replica.network
         if s.compile != "off" and bn != "eval":
             # Batch statistics cannot move inside a functional gradient, so only the network is compiled.
-            network = compile_whole(network, mode=s.compile, what="the attacked network", say=say)
+            network = compile_whole(network, mode=s.compile, what="the attacked network", say=self._note)
         if s.compile != "off" and bn == "eval":
-            self._ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, say)
+            self._ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, self._note)
         else:
             self._ascent = Ascent(network, underflow, s.dtype, s.closed_form)
-        self._say, self._recorder = say, recorder
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
-        self.path = _path(self.replica, s, bn)
+        self._planned = _path(self.replica, s, bn)
+
+    @property
+    def path(self) -> str:
+        """In words, how the attack is computed, and what of it was given up so far."""
+        return "; ".join([self._planned, *self._notes])
 
     def refresh(self) -> None:
         """Take over the model's weights and statistics; once per batch of training, after every change by others."""
@@ -128,23 +133,43 @@ class AttackEngine:
         """What the attacked network answers, in the attack's precision."""
         return self._ascent.logits(x)
 
-    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, generator: torch.Generator | None = None) -> AttackResult:
+    def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
+        """The gradient at images `x` that a first step would follow, in the attack's precision; never compiled."""
+        return self._ascent.gradient(self._ascent.reads(self._laid_out(x)), goal)
+
+    def run(
+        self,
+        x: Tensor,
+        goal: AttackGoal,
+        spec: PGDSpec,
+        *,
+        x_start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
         """`run_pgd` on the replica. x: (N, C, H, W), float32 or float64, in [0, 1]; the caller owns grad mode."""
-        layout = torch.channels_last if self.switches.channels_last else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
+        x = self._laid_out(x)
+        x_start = None if x_start is None else self._laid_out(x_start)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
-            return run_pgd(self._ascent, x, goal, spec, generator=generator)
+            return run_pgd(self._ascent, x, goal, spec, x_start=x_start, generator=generator)
         kind = (goal.loss, goal.targeted, spec)
         if kind not in self._graphed:
 
-            def whole(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-                result = run_pgd(self._ascent, x, replace(goal, target=target), spec)
+            def whole(x: Tensor, target: Tensor, *start: Tensor) -> tuple[Tensor, Tensor]:
+                x_start = start[0] if start else None
+                result = run_pgd(self._ascent, x, replace(goal, target=target), spec, x_start=x_start)
                 return result.x_adv, result.zero_grads
 
-            self._graphed[kind] = GraphedCall(whole, self._recorder, self._say)
-        x_adv, zero_grads = self._graphed[kind](x, goal.target)
+            self._graphed[kind] = GraphedCall(whole, self._recorder, self._note)
+        x_adv, zero_grads = self._graphed[kind](x, goal.target, *([] if x_start is None else [x_start]))
         # Copies: the graph's own outputs are overwritten by the next attack.
         return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format)
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        self._say(text)
 
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:

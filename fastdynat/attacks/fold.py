@@ -17,6 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+class _Tracer(fx.Tracer):
+    # Else what is computed from a buffer alone, such as 1 / std, is computed once, and does not follow the buffer.
+    proxy_buffer_attributes = True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, self.path_of_module(m)):
+            raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
+        return super().call_module(m, forward, args, kwargs)
+
+
 class NotFoldable(Exception):
     """Why a network cannot be folded, in words for the user."""
 
@@ -42,8 +52,24 @@ class Fold:
         return layer.weight * scale.view(-1, *(1,) * (layer.weight.dim() - 1)), bias
 
 
-def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
+class _Ranks(fx.Interpreter):
+    """Runs a traced network and notes how many dimensions each result has."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.of: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.of[n] = result.dim() if isinstance(result, Tensor) else 0
+        return result
+
+
+@torch.no_grad()
+def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[Fold]]:
     """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer directly.
+
+    `example`: images that the network runs on, which it then does once.
 
     The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
 
@@ -51,15 +77,21 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
         NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
     """
     try:
-        traced = fx.symbolic_trace(network)
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+        ranks = _Ranks(traced)
+        ranks.run(example)
+    except NotFoldable:
+        raise
     except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotFoldable(f"the network cannot be traced ({reason})") from None
+    if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes):
+        raise NotFoldable("its forward makes tensors that tracing would freeze")
     modules = dict(traced.named_modules())
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     folds = []
     for node in list(traced.graph.nodes):
-        pair = _pair(node, modules, uses)
+        pair = _pair(node, modules, uses, ranks.of)
         if pair is None:
             continue
         layer, bn = pair
@@ -77,7 +109,9 @@ def fold_batch_norm(network: nn.Module) -> tuple[fx.GraphModule, list[Fold]]:
     return traced, folds
 
 
-def _pair(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> tuple[nn.Module, _BatchNorm] | None:
+def _pair(
+    node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any], ranks: dict[fx.Node, int]
+) -> tuple[nn.Module, _BatchNorm] | None:
     """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by nothing else."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
@@ -89,8 +123,9 @@ def _pair(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> t
         return None
     if layer._forward_pre_hooks or layer._forward_hooks or bn._forward_pre_hooks or bn._forward_hooks:
         return None  # hooks see, and may change, what the fold takes away
-    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs.
-    if isinstance(layer, nn.Linear) and (type(bn) is not nn.BatchNorm1d or bn.num_features != layer.out_features):
+    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does neither, so that
+    # comparing the networks' answers would not tell.
+    if isinstance(layer, nn.Linear) and ranks[source] != 2:
         return None
     return layer, bn
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.errors import unknown_name
+from fastdynat.errors import UserError, unknown_name
 
 BNMode = Literal["eval", "train", "frozen"]
 
@@ -31,6 +31,10 @@ def set_attack_mode(model: nn.Module, bn: str) -> None:
             module.track_running_stats = module.track_running_stats and bn == "train"
 
 
+class NotCopyable(UserError):
+    """A network that ``copy.deepcopy`` refuses."""
+
+
 @contextmanager
 def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
     """`set_attack_mode` for the duration; restores each module's own flags, so a layer frozen by the user stays frozen."""
@@ -51,9 +55,16 @@ def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
     In-place weight updates of `model` show in the twin at once. The training network itself is then never switched between
     modes, no attack can reach its ``.grad``, and a compiled twin computes input gradients only (compiling the trainable
     network and asking for the input gradient builds all weight gradients too).
+
+    Raises:
+        NotCopyable: a UserError.
     """
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
-    twin = copy.deepcopy(model, memo)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # copying a module runs foreign code: anything may come out of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotCopyable(f"no replica of {type(model).__name__} can be made ({reason}); make it copy.deepcopy-able") from None
     set_attack_mode(twin, bn)
     return twin

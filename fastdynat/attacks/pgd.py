@@ -42,9 +42,19 @@ def ascend(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_star
 
 
 def run_pgd(
-    ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, generator: torch.Generator | None = None
+    ascent: Ascent,
+    x: Tensor,
+    goal: AttackGoal,
+    spec: PGDSpec,
+    *,
+    x_start: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> AttackResult:
-    """`ascend` with random start and restarts, on a network that is already in the attack's mode."""
+    """`ascend` with random start and restarts, or from `x_start`, on a network that is already in the attack's mode."""
+    if x_start is not None:
+        if spec.restarts != 1:
+            raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
+        return ascend(ascent, x, goal, spec, x_start=x_start)
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
     best = ascend(ascent, x, goal, spec, x_start=start)
     if spec.restarts == 1:
@@ -100,15 +110,12 @@ def pgd(
         UserError: `x` is not float32 or float64, or does not match `goal`; `rescale` where images mix.
     """
     check_batch(x, goal)
-    if x_start is not None and spec.restarts != 1:
-        raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
     ascent = Ascent(model, Underflow.guard(bn, amp_dtype, rescale), amp_dtype)
     # Copies made outside inference mode may be saved for backward; inference tensors may not.
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, bn):
         x, goal = x.detach().clone(), goal.clone()
-        if x_start is not None:
-            return ascend(ascent, x, goal, spec, x_start=x_start.detach().clone())
-        return run_pgd(ascent, x, goal, spec, generator=generator)
+        x_start = None if x_start is None else x_start.detach().clone()
+        return run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
 
 
 def check_batch(x: Tensor, goal: AttackGoal) -> None:

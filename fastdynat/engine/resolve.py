@@ -144,6 +144,8 @@ def _engine(config: TrainConfig[Any], method: type[Method[Any]], say: Say) -> En
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
     check_seed(engine.seed)
+    if engine.check_fidelity < 0:
+        raise UserError(f"check_fidelity must be a number of validation images, 0 for none, got {engine.check_fidelity}")
     gpu = device.type == "cuda"
     amp = pick_amp(engine.amp, device)
     if engine.amp == "auto" and amp != "off":

@@ -159,6 +159,11 @@ def _open(config: TrainConfig[Any]) -> TrainSplit:
 def _build(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[NetworkSet, TrainStep, TrainLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
     info, engine, attack = split.info, config.engine, config.attack
+    if engine.check_fidelity > len(split.val):
+        raise UserError(
+            f"check_fidelity {engine.check_fidelity}: there are {len(split.val)} validation images; "
+            "ask for fewer, or hold more out with --val-size"
+        )
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)

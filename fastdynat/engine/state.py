@@ -21,6 +21,7 @@ RESUMABLE = {
     "workers",
     "device",
     "kernels",
+    "check_fidelity",
     "graphs",
     "guide_stream",
     "epochs",

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdynat.attacks import parse_attack
+from fastdynat.attacks import check_fidelity, parse_attack
 from fastdynat.config import TrainConfig
-from fastdynat.data import DatasetInfo, ImageSet, TrainLoader
+from fastdynat.data import DatasetInfo, ImageSet, TrainLoader, eval_batches
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
@@ -122,7 +122,9 @@ class Trainer:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "global_step": self.step.global_step, "lr": self._last_lr()}
         row |= self._finite_means()
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
-        row |= self._validate(stop, display, due=(self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs)
+        due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
+        row |= self._validate(stop, display, due=due)
+        row |= self._check_fidelity(display) if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
         self.metrics.append(row)
@@ -155,6 +157,35 @@ class Trainer:
         better = self.best is None or score > self.best
         self.best = score if better else self.best
         return {**self.last_validation, "best": better}
+
+    def _check_fidelity(self, display: Display) -> dict[str, float | bool]:
+        """Columns that say whether the attack as it is computed is as strong as the reference; nothing of the run changes."""
+        count = self.config.engine.check_fidelity
+        if count == 0:
+            return {}
+        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
+        assert self.config.data.batch_size is not None
+        batches = eval_batches(
+            ImageSet(self.val.images[spread], self.val.labels[spread]),
+            batch_size=self.config.data.batch_size,  # the shape that is compiled
+            device=self.device,
+            channels_last=self.config.engine.channels_last == "on",
+        )
+        found = check_fidelity(
+            self.networks.attack,
+            self.networks.raw["model"],
+            ((batch.x, batch.labels) for batch in batches),
+            self.step.spec,
+            bn=self.config.attack.attack_bn,
+            seed=self.config.engine.seed,
+        )
+        if found.weaker:
+            display.say(
+                f"warning: the attack is weaker than the eager float32 one: loss {found.loss_fast:.4g} against "
+                f"{found.loss_reference:.4g}, accuracy {100 * found.acc_fast:.1f} against {100 * found.acc_reference:.1f} %; "
+                f"it is computed as {self.networks.attack.path}"
+            )
+        return found.columns()
 
     def _save(self, *, best: bool) -> None:
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers

@@ -1,0 +1,1 @@
+"""Other libraries' interfaces over fastdynat's attacks."""

@@ -1,0 +1,319 @@
+"""A drop-in attack object: torchattacks' modes, normalisation and bookkeeping around an attack engine."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks import AttackGoal, AttackSwitches, NotCopyable, PGDSpec
+from fastdynat.compat.checks import RangeCheck
+from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes, memory
+from fastdynat.compiling import MODES
+from fastdynat.devices import half_type
+from fastdynat.errors import UserError, unknown_name
+
+TargetMap = Callable[[Tensor, Tensor | None], Tensor]
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Speed(TypedDict, total=False):
+    """Keyword-only arguments of every attack.
+
+    Attributes:
+        amp: run the network in half precision: a dtype, or True for bfloat16 where the hardware has it, else float16.
+        compile: compile the step with torch.compile; a string is its mode.
+        channels_last: run the network in channels-last memory format; None is on for a GPU and with `amp`.
+        graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
+        fold: fold batch norm into the layers before it.
+    """
+
+    amp: bool | torch.dtype
+    compile: bool | str
+    channels_last: bool | None
+    graphs: bool | None
+    fold: bool
+
+
+class Attack:
+    """What the attacks have in common; `Speed` lists the arguments that torchattacks does not have.
+
+    The replica is made at the first call, follows every in-place change of weights and running statistics from call to call,
+    and is made anew when parameters are replaced, moved or converted. It cannot see other changes, such as of a Python number
+    or a plain tensor that a module holds: call `refresh` after one. What was asked for and cannot be done is warned of, once,
+    and is part of `path`.
+
+    Attributes:
+        model: the attacked network; with eps, alpha, steps and the like, to be changed between calls as one likes.
+        attack_mode: "default" or "targeted(...)"; see the ``set_mode`` functions.
+        targeted: the attack goes towards a class.
+        supported_mode: "default", and "targeted" where that is possible.
+        normalization_used: {"mean": ..., "std": ...} as (1, C, 1, 1) tensors, or None.
+    """
+
+    supported_mode: tuple[str, ...] = ("default", "targeted")
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        amp: bool | torch.dtype = False,
+        compile: bool | str = False,
+        channels_last: bool | None = None,
+        graphs: bool | None = None,
+        fold: bool = True,
+    ) -> None:
+        if isinstance(amp, torch.dtype) and amp not in HALF:
+            raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
+        if isinstance(compile, str) and compile not in MODES:
+            raise unknown_name("compile mode", compile, MODES)
+        self.attack = name
+        self.set_model(model)
+        self.attack_mode, self.targeted = "default", False
+        self.normalization_used: dict[str, Tensor] | None = None
+        self._amp, self._channels_last, self._graphs, self._fold = amp, channels_last, graphs, fold
+        self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
+        self._target_map: TargetMap = _given
+        self._modes, self._kth_min = TrainingModes(), 1
+        self._device: torch.device | None = None
+        self._said: set[str] = set()
+        self._check = RangeCheck()
+        self.refresh()
+        if self.model_name == "RobModel":  # MAIR's, which says how its images are normalised
+            mean, std = (torch.as_tensor(getattr(model, key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
+            if bool((mean != 0).any() or (std != 1).any()):
+                self.set_normalization_used(mean.flatten(), std.flatten())
+
+    def refresh(self) -> None:
+        """Forget the replica; the next call makes it anew."""
+        self._runner: Runner | None = None
+        self._made_for: Any = None
+
+    @property
+    def path(self) -> str:
+        """In words, how attacks are computed, and what was given up of it; known from the first call on."""
+        return "not called yet" if self._runner is None else self._runner.path
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the attack runs: as set by `set_device`, else where the model is."""
+        some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
+        return self._device or (None if some is None else some.device)
+
+    def set_device(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+
+    def set_model(self, model: nn.Module) -> None:
+        self.model, self.model_name = model, type(model).__name__
+
+    def set_normalization_used(self, mean: Any, std: Any) -> None:
+        """Images come and go normalised as ``(x - mean) / std``, C numbers each; eps and alpha stay in pixel units."""
+        pair = {"mean": torch.as_tensor(mean), "std": torch.as_tensor(std)}
+        if pair["mean"].dim() != 1 or pair["mean"].shape != pair["std"].shape or not bool((pair["std"] > 0).all()):
+            raise UserError(f"mean and std must be one number per channel, std above 0, got {mean} and {std}")
+        self.normalization_used = {key: value.float().view(1, -1, 1, 1) for key, value in pair.items()}
+        self.refresh()
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Attack the model in train mode; without the other two its batch norms and dropouts stay in eval mode.
+
+        The attack then runs on the model itself, eagerly. Batch norm in train mode moves the running statistics.
+        """
+        if (batchnorm_training or dropout_training) and not model_training:
+            self._warn("batchnorm_training and dropout_training have no effect without model_training=True, as in torchattacks")
+        self._modes = TrainingModes(model_training, batchnorm_training, dropout_training)
+
+    def get_mode(self) -> str:
+        return self.attack_mode
+
+    def set_mode_default(self) -> None:
+        self.attack_mode, self.targeted = "default", False
+
+    def set_mode_targeted_by_function(self, target_map_function: TargetMap, quiet: bool = False) -> None:
+        """Towards ``target_map_function(images, labels)``; it gets images in [0, 1] on the attack's device."""
+        if not callable(target_map_function):
+            raise UserError("target_map_function must be callable; set_mode_targeted_by_label takes the labels themselves")
+        self._set_mode_targeted("targeted(custom)", target_map_function)
+
+    def set_mode_targeted_random(self, quiet: bool = False) -> None:
+        """Towards a class drawn for each image among those that are not its label."""
+        self._set_mode_targeted("targeted(random)", self._random_target)
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
+        """Towards the class with the `kth_min`-th lowest logit among those that are not the label."""
+        if kth_min < 1:
+            raise UserError(f"kth_min must be >= 1, got {kth_min}")
+        self._kth_min = kth_min
+        self._set_mode_targeted("targeted(least-likely)", self._least_likely_target)
+
+    def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
+        """Towards the labels of the call, which are then the targets."""
+        self._set_mode_targeted("targeted(label)", _given)
+
+    def _set_mode_targeted(self, mode: str, target_map: TargetMap) -> None:
+        if "targeted" not in self.supported_mode:
+            raise UserError(f"{self.attack} has no targeted mode; supported: {', '.join(self.supported_mode)}")
+        self.attack_mode, self.targeted, self._target_map = mode, True, target_map
+
+    def get_logits(self, inputs: Tensor) -> Tensor:
+        """The model's answer to images as a call takes them, in the model's own mode."""
+        return self.model(inputs)
+
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            inputs: (N, C, H, W) float images in [0, 1], or normalised as `set_normalization_used` says; moved to `device`.
+            labels: (N,) classes, or (N, K) probabilities.
+
+        Returns:
+            Images like `inputs` in dtype, memory format and normalisation, detached, on `device`.
+
+        Raises:
+            UserError: what cannot be attacked, with the remedy.
+        """
+        spec = self._spec() if self.eps != 0 else None
+        with torch.inference_mode(False), torch.enable_grad():
+            x, labels = self._take(inputs, labels)
+            runner, classes = self._prepare(x)
+            self._check(x, labels if labels is not None and labels.dim() == 1 else None, classes)
+            if spec is not None and len(x):
+                goal = self._goal(runner, x, labels)
+                x = runner.run(x, goal, spec, x_start=self._start(x, spec)).x_adv
+            return self._give(x, inputs)
+
+    def __repr__(self) -> str:
+        shown: dict[str, Any] = {"model_name": self.model_name, "device": self.device, "attack_mode": self.attack_mode}
+        shown |= {"targeted": self.targeted, "normalization_used": self.normalization_used is not None}
+        hidden = {"attack", "model", *shown}
+        shown |= {key: value for key, value in vars(self).items() if key not in hidden and not key.startswith("_")}
+        shown |= {"amp": self._amp} if self._amp else {}
+        return f"{self.attack}({', '.join(f'{key}={value}' for key, value in shown.items())})"
+
+    # What the attacks fill in.
+    eps: float
+
+    def _spec(self) -> PGDSpec:
+        raise NotImplementedError
+
+    def _goal(self, runner: Runner, x: Tensor, labels: Tensor | None) -> AttackGoal:
+        if labels is None:
+            raise UserError(f"{self.attack} needs labels: attack(images, labels)")
+        if not self.targeted:
+            return AttackGoal("ce", labels)
+        with self._modes(self.model):
+            target = self._target_map(x, labels)
+        return AttackGoal("ce", _as_labels(target, x), targeted=True)
+
+    def _start(self, x: Tensor, spec: PGDSpec) -> Tensor | None:
+        return None
+
+    def _take(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Copies of both on the device, the images in [0, 1] and in at least float32."""
+        if not inputs.is_floating_point() or inputs.dim() != 4:
+            remedy = "; images.float() / 255" if inputs.dtype == torch.uint8 else ""
+            raise UserError(f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} {tuple(inputs.shape)}{remedy}")
+        device = self.device or inputs.device
+        wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        x = inputs.detach().to(device, wide, copy=True)
+        if self.normalization_used is not None:
+            x = x * self.normalization_used["std"].to(device) + self.normalization_used["mean"].to(device)
+        return x, None if labels is None else _as_labels(labels, x)
+
+    def _give(self, x: Tensor, inputs: Tensor) -> Tensor:
+        if self.normalization_used is not None:
+            x = (x - self.normalization_used["mean"].to(x.device)) / self.normalization_used["std"].to(x.device)
+        return torch.empty_like(inputs, device=x.device, requires_grad=False).copy_(x)
+
+    def _prepare(self, x: Tensor) -> tuple[Runner, int]:
+        """What this call runs on, with the model's weights of now, and the number of classes."""
+        made_for = (memory(self.model), x.dtype, x.device, self._modes)
+        if self._runner is not None and made_for == self._made_for:
+            self._runner.refresh()
+        else:
+            self._runner = self._make_runner(x)
+            with torch.no_grad():
+                self._classes = self._runner.eval_logits(_two_images(x)).shape[1]
+            self._made_for = made_for
+        return self._runner, self._classes
+
+    def _make_runner(self, x: Tensor) -> Runner:
+        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
+        if own not in (x.dtype, *HALF) or (self._amp and own == torch.float64):
+            raise UserError(
+                f"images are {x.dtype} and the model {own}; convert one to the other's dtype (amp is for a float32 model)"
+            )
+        dtype = own if own in HALF else self._amp if isinstance(self._amp, torch.dtype) else None
+        if self._amp is True and dtype is None:
+            dtype = half_type(x.device)
+        network = self.model
+        if self.normalization_used is not None:
+            network = Normalized(network, *(value.to(x.device) for value in self.normalization_used.values()))
+        if self._modes.model:
+            if self._compile != "off" or self._graphs:
+                self._warn("compile and graphs are off while the model is attacked in train mode")
+            return OnModel(network, self._modes, dtype)
+        gpu = x.device.type == "cuda"
+        switches = AttackSwitches(
+            dtype=dtype,
+            channels_last=(gpu or dtype is not None) if self._channels_last is None else self._channels_last,
+            fold=self._fold,
+            compile=self._compile,
+            graphs=gpu if self._graphs is None else self._graphs and gpu,
+        )
+        if self._graphs and not gpu:
+            self._warn(f"graphs=True needs a CUDA device, not {x.device}: the attack runs without CUDA graphs")
+        try:
+            return OnReplica(network, _two_images(x).to(own), switches=switches, say=self._warn)
+        except NotCopyable as error:
+            self._warn(f"the model is attacked itself, eagerly: {error}")
+            return OnModel(network, self._modes, dtype)
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _other_logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Eval-mode logits (N, K) with infinity in the labels' places."""
+        if labels is None or labels.dim() != 1:
+            raise UserError(f"{self.attack_mode} needs labels that are classes")
+        assert self._runner is not None
+        with torch.no_grad():
+            return self._runner.eval_logits(x).scatter(1, labels[:, None], float("inf"))
+
+    def _random_target(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        others = self._other_logits(x, labels).isfinite()
+        # As torchattacks draws: the n-th of the other classes, in their order.
+        nth = (torch.rand(len(x), device=x.device) * (others.shape[1] - 1)).long()
+        return (others.cumsum(1) == nth[:, None] + 1).int().argmax(1)
+
+    def _least_likely_target(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        logits = self._other_logits(x, labels)
+        if self._kth_min >= logits.shape[1]:
+            raise UserError(f"kth_min must be below the number of classes, {logits.shape[1]}, got {self._kth_min}")
+        return logits.kthvalue(self._kth_min, dim=1).indices
+
+
+def _given(images: Tensor, labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    return labels
+
+
+def _as_labels(labels: Tensor, x: Tensor) -> Tensor:
+    """A copy of `labels` beside the images `x`: int64 classes (N,), or probabilities (N, K) in their dtype."""
+    if labels.shape[:1] != x.shape[:1] or labels.dim() > 2:
+        raise UserError(f"{len(x)} images but labels of shape {tuple(labels.shape)}; give one class per image")
+    if labels.dim() == 1 and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise UserError(f"labels must be classes, got {labels.dtype}; use labels.long()")
+    return labels.detach().to(x.device, torch.int64 if labels.dim() == 1 else x.dtype, copy=True)
+
+
+def _two_images(x: Tensor) -> Tensor:
+    """Like `x`, but whatever a call was given, and without a draw from the caller's random stream."""
+    return torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)

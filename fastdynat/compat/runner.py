@@ -1,0 +1,127 @@
+"""What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, AttackResult, PGDSpec, Underflow, attack_mode, run_pgd
+
+
+class Runner(Protocol):
+    """Computes attacks on a network in a fixed mode. The caller owns grad mode."""
+
+    @property
+    def path(self) -> str:
+        """In words, how."""
+
+    def refresh(self) -> None:
+        """Take over the model's weights and statistics of now."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the attack sees of images in [0, 1]."""
+
+    def eval_logits(self, x: Tensor) -> Tensor:
+        """The same in eval mode."""
+
+    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
+        """`run_pgd`."""
+
+
+class OnReplica(AttackEngine):
+    """The fast path, in eval mode."""
+
+    eval_logits = AttackEngine.logits
+
+
+@dataclass(frozen=True)
+class TrainingModes:
+    """Which modules are in train mode during an attack, of torchattacks' ``set_model_training_mode``."""
+
+    model: bool = False
+    batchnorm: bool = False
+    dropout: bool = False
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """Set them as torchattacks does; put each module's own flag back."""
+        with attack_mode(model, "eval"):  # which also restores
+            if self.model:
+                model.train()
+                for module in model.modules():
+                    name = type(module).__name__
+                    if ("BatchNorm" in name and not self.batchnorm) or ("Dropout" in name and not self.dropout):
+                        module.eval()
+            yield
+
+
+@dataclass(frozen=True)
+class OnModel:
+    """The model itself, eagerly, in any modes: for what a replica in eval mode is not.
+
+    Batch norm in train mode moves the model's running statistics at every forward pass, as it does under torchattacks.
+    """
+
+    model: nn.Module
+    modes: TrainingModes
+    dtype: torch.dtype | None
+
+    @property
+    def path(self) -> str:
+        state = "train" if self.modes.model else "eval"
+        return f"{str(self.dtype or 'eager').removeprefix('torch.')} attack on the model itself in {state} mode"
+
+    def refresh(self) -> None:
+        """Nothing: there is no copy."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self.modes(self.model):
+            return self._ascent.logits(x)
+
+    def eval_logits(self, x: Tensor) -> Tensor:
+        with attack_mode(self.model, "eval"):
+            return self._ascent.logits(x)
+
+    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
+        with self.modes(self.model):
+            return run_pgd(self._ascent, x, goal, spec, x_start=x_start)
+
+    @property
+    def _ascent(self) -> Ascent:
+        # Of a network in train mode it is not known whether its images mix.
+        guard = Underflow.guard("train" if self.modes.model else "eval", self.dtype)
+        return Ascent(self.model, guard, self.dtype)
+
+
+class Normalized(nn.Module):
+    """`model`, which reads normalised images, as a network of images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> logits; the model gets the dtype that comes in."""
+        return self.model(((x - self.mean) / self.std).to(x.dtype))
+
+
+def memory(model: nn.Module) -> list[Any]:
+    """What a replica of `model` was made from: its modules, and where and as what their tensors lie.
+
+    Equal as long as the replica can follow: in-place writes, also through ``.data``, leave it as it is; moving, converting or
+    replacing parameters, buffers and modules does not. Holds the modules, so that no new one takes the place of an old one.
+    """
+
+    def place(t: Tensor) -> tuple[Any, ...]:
+        return t.data_ptr(), t.dtype, t.device
+
+    tensors = [(m, (*m._parameters.values(), *m._buffers.values())) for m in model.modules()]
+    return [(module, [place(t) for t in own if t is not None]) for module, own in tensors]
