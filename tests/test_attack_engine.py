@@ -401,3 +401,25 @@ def test_a_capture_that_fails_is_said_once_and_the_attack_goes_on() -> None:
     assert len(said) == 1
     assert "CUDA graphs are off" in said[0]
     assert said[0] in engine.path
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 1 / 512), (torch.float16, 1 / 4096)])
+def test_the_first_layer_sees_the_iterate_rounded_and_the_iterate_itself_is_exact(dtype: torch.dtype, rounding: float) -> None:
+    """Steps of a quarter of bfloat16's spacing: an iterate kept in that type would not move at all."""
+    seen: list[Tensor] = []
+
+    class Brighter(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+    x, labels = torch.full((2, 3, 4, 4), 0.7), torch.zeros(2, dtype=torch.int64)
+    engine = AttackEngine(Brighter(), x, switches=AttackSwitches(dtype=dtype, fold=False))
+    seen.clear()
+    step_size, steps = 1 / 1024, 8
+    x_adv = engine.run(x, AttackGoal("ce", labels), PGDSpec(0.1, step_size, steps, start="none")).x_adv
+    assert x_adv.dtype == torch.float32
+    torch.testing.assert_close(x_adv, x + steps * step_size, rtol=0, atol=1e-6)
+    assert [read.dtype for read in seen] == [dtype] * steps
+    for k, read in enumerate(seen):
+        assert (read.float() - (0.7 + k * step_size)).abs().max() <= rounding + 1e-6
