@@ -18,6 +18,7 @@ LAYERS = [
     {"methods"},
     {"evaluation"},
     {"engine", "doctor"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 ]
