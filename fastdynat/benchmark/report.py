@@ -102,10 +102,11 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     guide = "" if s["guide"] == "none" else f", guide {s['guide']}"
     where = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
     title = f"{s['method']}: {s['model']}{guide}, batch {s['batch_size']}, PGD-{s['steps']}, {where}, torch {env['torch']}"
+    console.print(title, highlight=False)
     for kind, heading in (("attack", "attack"), ("step", "training step")):
         rows = [row for row in doc["rows"] if row["kind"] == kind]
         if rows:
-            console.print(_rate_table(rows, f"{title}\n{heading}", REFERENCES[kind]))
+            console.print(_rate_table(rows, heading, REFERENCES[kind]))
     for row in doc["rows"]:
         if row["kind"] == "matmul":
             console.print(f"{row['name']}: {row['flops_per_s'] / 1e12:.3g} TFLOP/s", highlight=False)
@@ -116,19 +117,19 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     _print_notes(doc, console)
 
 
-def _rate_table(rows: list[dict[str, Any]], title: str, reference: str) -> Table:
-    full = full_row(rows, rows[0]["kind"])
-    base = next((row for row in rows if row["name"] == reference), full)
+def _rate_table(rows: list[dict[str, Any]], heading: str, reference: str) -> Table:
+    base = next((row for row in rows if row["name"] == reference), full_row(rows, rows[0]["kind"]))
+    title = heading if base is None else f"{heading}; ratio: to {base['name']}"
     table = Table(title=title, title_justify="left")
     table.add_column(rows[0]["kind"])
-    against = "" if base is None else base["name"]
-    columns = ("images/s", "p20 to p80", "ms/batch", f"times {against}", "TFLOP/s", "of matmul", "peak MiB", "first call s")
-    for column in columns:
+    for column in ("images/s", "p20 to p80", "ms/batch", "ratio", "TFLOP/s", "of matmul", "peak MiB", "first call s"):
         table.add_column(column, justify="right")
-    table.add_column("")
+    if any(row["invalid"] for row in rows):
+        table.add_column("")
     for row in rows:
         rate, base_rate = row["images_per_s"], 0.0 if base is None else base["images_per_s"]["median"]
         memory = row["peak_memory_bytes"]
+        remark = [f"INVALID: {row['invalid']}"] if row["invalid"] else []
         table.add_row(
             row["name"],
             f"{rate['median']:,.1f}",
@@ -139,13 +140,13 @@ def _rate_table(rows: list[dict[str, Any]], title: str, reference: str) -> Table
             f"{row['share_of_matmul']:.0%}",
             "-" if memory is None else f"{memory / 2**20:,.0f}",
             f"{row['first_call_seconds']:.2f}",
-            f"INVALID: {row['invalid']}" if row["invalid"] else "",
+            *remark,
         )
     return table
 
 
 def _gain_table(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="asked setting against one switch the other way: times faster", title_justify="left")
+    table = Table(title="rate of the asked setting, times that with one switch the other way", title_justify="left")
     kinds = ("attack", "step")
     for column in ("switch", "the other way", *kinds):
         table.add_column(column, justify="right" if column in kinds else "left")
