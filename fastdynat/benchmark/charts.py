@@ -41,7 +41,7 @@ def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
     axes.set_xlabel("ms", color=TEXT)
     axes.set_title(title, loc="left", color=TEXT, fontsize=10)
     _quiet(axes)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncol=3, frameon=False, labelcolor=TEXT, fontsize=8)
+    figure.legend(loc="outside lower center", ncol=4, frameon=False, labelcolor=TEXT, fontsize=8)
     figure.savefig(path, transparent=True, dpi=150)
 
 

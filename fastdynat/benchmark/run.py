@@ -21,7 +21,7 @@ from fastdynat.benchmark.report import document, epoch_values, phase_values, pri
 from fastdynat.benchmark.rows import Row, Task, left_out, plans, prepare, time_rows
 from fastdynat.benchmark.settings import label
 from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
-from fastdynat.benchmark.work import Say, engine_step
+from fastdynat.benchmark.work import Say, Work, engine_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, Splits, dataset_info
 from fastdynat.devices import AMP_DTYPES
@@ -121,19 +121,26 @@ def _inside(
     setting = label(config) + (" without CUDA graphs and guide stream" if apart != engine else "")
     if own is None:
         return {}, None, setting
-    ready = own.work
-    if apart != engine or bench.profile:
-        # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
-        with torch._inductor.config.patch({"cpp.enable_kernel_profile": bench.profile is not None}):
-            ready = engine_step(config, task.splits, task.say)
-            watch.time(ready.call, 3)
+    ready = own.work if apart == engine else _again(config, task, watch)
     assert ready.step is not None
     assert ready.stream is not None
     with use_backend(config.engine.kernels):
         phases = time_phases(ready.step, ready.stream, watch, bench.repeats or 2 * MIN_ROUNDS)
     if not bench.profile:
         return phases, None, setting
+    if engine.compile != "off" and not watch.gpu:
+        # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
+        torch._dynamo.reset()
+        with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+            ready = _again(config, task, watch)
     return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
+
+
+def _again(config: TrainConfig[Any], task: Task, watch: Stopwatch) -> Work:
+    """The step of `config`, warm."""
+    ready = engine_step(config, task.splits, task.say)
+    watch.time(ready.call, 3)
+    return ready
 
 
 def _epoch(config: TrainConfig[Any], splits: Splits, watch: Stopwatch, say: Say) -> dict[str, Any]:

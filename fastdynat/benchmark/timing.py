@@ -1,7 +1,6 @@
 """Clocks: CUDA events on a GPU, the processor's clock elsewhere; rounds in which all rows take turns."""
 
 import ctypes
-import gc
 import math
 import os
 import time
@@ -123,7 +122,6 @@ class PeakMemory:
 
 def _give_back() -> None:
     """Return freed memory to the system: what a row takes of it would not show otherwise."""
-    gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -22,6 +22,7 @@ RESUMABLE = {
     "kernels",
     "epochs",
     "stop_after",
+    "stop_at",
     "save_every",
     "tensorboard",
     "quiet",
