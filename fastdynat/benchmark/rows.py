@@ -16,7 +16,7 @@ from fastdynat.benchmark.fidelity import Fidelity, check_attack
 from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, shown, why_not
 from fastdynat.benchmark.timing import PeakMemory, Samples, Stopwatch, take_turns
 from fastdynat.benchmark.work import Say, Work
-from fastdynat.config import TrainConfig
+from fastdynat.config import AttackConfig, TrainConfig
 from fastdynat.data import Splits
 from fastdynat.devices import AMP_DTYPES
 
@@ -118,8 +118,12 @@ def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", swit
         flops=per_image * config.data.batch_size,
         bn=config.attack.attack_bn,
         amp=config.engine.amp,
-        spec=PGDSpec(float(config.attack.eps), float(config.attack.step_size), config.attack.steps, norm=config.attack.norm),
+        spec=_spec(config.attack),
     )
+
+
+def _spec(attack: AttackConfig) -> PGDSpec:
+    return PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
 
 
 def _peer_attacks(task: Task) -> list[Plan]:
