@@ -189,6 +189,7 @@ def _fit(trainer: Trainer, say: Any) -> int:
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
     say(f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}")
     say(f"run directory {path}, operators: {selected_backend(torch.device(c.engine.device).type)}")
+    say(f"attack: {trainer.networks.attack.path}; step: {trainer.step.path}")
     try:
         outcome = trainer.fit()
     except Diverged as error:

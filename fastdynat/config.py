@@ -20,7 +20,7 @@ OptionsT = TypeVar("OptionsT")
 AmpMode = Literal["off", "bf16", "fp16"]
 AutoAmp = Literal["auto", "off", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+CompileMode = Literal["off", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
 
 
@@ -73,6 +73,11 @@ class AttackConfig:
     """Step of the attack; auto is eps / 4 (0.007 beside the published 0.031)."""
     steps: int = 10
     """Steps of the attack."""
+    early_steps: int | None = None
+    """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same as later. Faster;
+    what it costs in robust accuracy is in README.md."""
+    early_share: float = 0.5
+    """Share of the epochs in which --early-steps counts."""
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
     """Where the attack starts; auto is the method's published choice."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
@@ -118,7 +123,7 @@ class EngineConfig:
     amp: AutoAmp = "auto"
     """Mixed precision, in the attack and in the update; auto is bf16 on a GPU that has it, else off; a bare --amp is bf16."""
     compile: CompileMode = "off"
-    """torch.compile mode; a bare --compile is default."""
+    """torch.compile of the attack's step and of the trained networks; a bare --compile is default."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     channels_last: Switch = "auto"

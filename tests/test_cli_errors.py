@@ -70,6 +70,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["--step-size", "0"], "step_size must be above 0"),
         (["--eval-eps=-1"], "eval_eps must be above 0"),
         (["--steps=-1"], "steps must be >= 0, got -1"),
+        (["--early-steps", "11"], "early_steps must be between 0 and steps"),
+        (["--early-share", "1.5"], r"early_share must be in \[0, 1\], got 1.5"),
+        (["--graphs", "on", "--device", "cpu"], "--graphs on needs a CUDA device, got cpu"),
+        (["--guide-stream", "on", "--device", "cpu"], "--guide-stream on needs a CUDA device, got cpu"),
+        (["--fold", "on", "--attack-bn", "train"], "--fold on needs --attack-bn eval, got train"),
         (
             ["--kernels", "cuda", "--device", "cpu"],
             "--kernels cuda: backend 'cuda' cannot run: needs cuda tensors, got cpu; leave",

@@ -12,6 +12,7 @@ import torch
 from conftest import needs
 from safetensors.torch import load_file
 
+from fastdynat.attacks import AttackEngine, PGDSpec
 from fastdynat.cli import main
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
@@ -57,6 +58,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 VARIANTS = {
     "dynat": [],
     "madry-uniform-nesterov-cosine": ["--method", "madry", "--nesterov", "--schedule", "cosine", "--augment", "crop-flip"],
+    "dynat-unfolded-autograd": ["--fold", "off", "--no-closed-form"],
     "natural": ["--method", "natural", "--normalize", "dataset"],
     "dynat-ema-clip-joint-bf16": ["--ema", "0.9", "--clip-grad", "0.5", "--optimizers", "joint", "--amp", "--channels-last"],
     "madry-fp16-onecycle": ["--method", "madry", "--amp", "fp16", "--schedule", "onecycle", "--attack-bn", "train"],
@@ -158,8 +160,27 @@ def test_more_epochs_where_the_schedule_allows_it(tmp_path: Path, capsys: pytest
     assert_same_run(whole, resume(longer, "--epochs", "3"))
     cosine = train(tmp_path / "cosine", "--schedule", "cosine", "--epochs", "2")
     resume(cosine, "--epochs", "3", code=2)
-    assert "start with --epochs 3 --stop-after 2" in capsys.readouterr().err
     assert len(rows(cosine)) == 2
+    assert "start with --epochs 3 --stop-after 2" in capsys.readouterr().err
+    early = train(tmp_path / "early", "--schedule", "constant", "--epochs", "2", "--early-steps", "1")
+    resume(early, "--epochs", "4", code=2)
+    assert "--early-share is of the number of epochs" in capsys.readouterr().err
+
+
+def test_fewer_steps_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    run_attack = AttackEngine.run
+
+    def spy(self: AttackEngine, x: Any, goal: Any, spec: PGDSpec, **kwargs: Any) -> Any:
+        taken.append(spec.steps)
+        return run_attack(self, x, goal, spec, **kwargs)
+
+    monkeypatch.setattr(AttackEngine, "run", spy)
+    flags = ("--early-steps", "0", "--early-share", "0.5", "--epochs", "4")
+    whole = train(tmp_path / "whole", *flags)
+    assert taken == [0] * 6 + [2] * 6  # three batches an epoch
+    parts = resume(train(tmp_path / "parts", *flags, "--stop-after", "1"))
+    assert_same_run(whole, parts)
 
 
 def test_a_run_leaves_the_documented_files(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The fast attack: PGD on a replica of the network, as one compiled step, looped inside one captured graph."""
 
-import itertools
-import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from fastdynat.attacks.ascent import Ascent, PGDSpec, Step, Underflow
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.pgd import AttackResult, run_pgd
 from fastdynat.attacks.replica import AttackReplica
+from fastdynat.compiling import compile_whole
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 
 Say = Callable[[str], None]
@@ -54,9 +53,10 @@ class CompiledAscent(Ascent):
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
         kind = (goal.loss, goal.targeted, replace(spec, steps=1, restarts=1, start="none"))
         if kind not in self._steps:
-            whole = _own_code(self._step(goal.loss, goal.targeted, spec, self._functional_gradient))
-            compiled = torch.compile(whole, fullgraph=True, dynamic=False, mode=self.mode)
-            self._steps[kind] = self._or_eager(compiled, super().step(goal, spec))
+            whole = self._step(goal.loss, goal.targeted, spec, self._functional_gradient)
+            self._steps[kind] = compile_whole(
+                whole, mode=self.mode, what="the attack", say=self.say, otherwise=super().step(goal, spec)
+            )
         return self._steps[kind]
 
     def _functional_gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
@@ -69,37 +69,6 @@ class CompiledAscent(Ascent):
         pulled: Any = torch.func.vjp(self.logits, read)
         logits, pull_back = pulled
         return pull_back(self.upstream(logits, goal))[0]
-
-    def _or_eager(self, compiled: Step, eager: Step) -> Step:
-        """`compiled`, or `eager` from the first failure to compile on, which is said."""
-        chosen = compiled
-
-        def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal chosen
-            if chosen is compiled:
-                try:
-                    with torch.no_grad():  # the step takes its gradient itself
-                        return compiled(x_adv, read, x, target)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    self.say(f"the attack runs without torch.compile: {_reason(error)}")
-                    chosen = eager
-            return eager(x_adv, read, x, target)
-
-        return step
-
-
-_numbers = itertools.count()
-
-
-def _own_code(fn: Any) -> Any:
-    """`fn` with a code object of its own: Dynamo counts recompilations per code object, and every engine has its steps."""
-    code = fn.__code__.replace(co_name=f"attack_step_{next(_numbers)}")
-    return types.FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 class AttackEngine:
@@ -140,7 +109,7 @@ class AttackEngine:
         network: Any = self.replica.network
         if s.compile != "off" and bn != "eval":
             # Batch statistics cannot move inside a functional gradient, so only the network is compiled.
-            network = torch.compile(network, dynamic=False, mode=s.compile)
+            network = compile_whole(network, mode=s.compile, what="the attacked network", say=say)
         if s.compile != "off" and bn == "eval":
             self._ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, say)
         else:

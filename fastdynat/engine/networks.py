@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin
+from fastdynat.compiling import compile_whole
 from fastdynat.methods import Networks
 
 
@@ -42,12 +43,16 @@ class NetworkSet:
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
         self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, say=say)
-        view = _compiler(compile_mode)
+        self.compile_mode = compile_mode
+
+        def view(module: nn.Module, what: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            return module if compile_mode == "off" else compile_whole(module, mode=compile_mode, what=what, say=say)
+
         self.views = Networks(
-            model=view(model),
+            model=view(model, "the model"),
             attacked=self.attack.logits,
-            guide=None if guide is None else view(guide),
-            guide_eval=None if guide is None else view(frozen_twin(guide, "eval")),
+            guide=None if guide is None else view(guide, "the guide"),
+            guide_eval=None if guide is None else view(frozen_twin(guide, "eval"), "the guide in eval mode"),
         )
 
     def deployed(self) -> nn.Module:
@@ -58,10 +63,3 @@ class NetworkSet:
         """Move the weight average by one step."""
         if self.ema is not None:
             self.ema.update_parameters(self.raw["model"])
-
-
-def _compiler(mode: str) -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
-    if mode == "off":
-        return lambda module: module
-    # Shapes are fixed but for a shorter last batch, which gets code of its own.
-    return lambda module: torch.compile(module, mode=mode, dynamic=False)

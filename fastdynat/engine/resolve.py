@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig, check_seed
+from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo
 from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
 from fastdynat.errors import UserError
@@ -19,7 +19,6 @@ PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
 LINF_EPS = {"digits": 0.1, "mnist": 0.3}
 L2_EPS = {"digits": 1.0, "mnist": 2.0}
 MAX_IMAGE_SIZE = 4096
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture graphs themselves
 # The embedded digits are a thirtieth of the usual data. Measured for DYNAT (one seed, validation PGD-10): 85.4 % as here,
 # 77.1 % at batch 128, 86.8 % at lr 0.1, which is the same within the 144 images' error.
 EPOCHS, BATCH_SIZE, LR = ({"digits": 15}, 100), ({"digits": 64}, 128), ({"digits": 0.03}, 0.1)
@@ -87,8 +86,14 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: type[Method[Any]], 
     eval_eps = size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps)
     if attack.steps < 0:
         raise UserError(f"steps must be >= 0, got {attack.steps}")
+    if attack.early_steps is not None and not 0 <= attack.early_steps <= attack.steps:
+        raise UserError(f"early_steps must be between 0 and steps ({attack.steps}), got {attack.early_steps}")
+    if not 0 <= attack.early_share <= 1:
+        raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {attack.steps} steps of {describe(step_size)}"
     start = method.default_start if attack.start == "auto" else attack.start
+    if attack.early_steps is not None:
+        used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     say(f"{used}; evaluated at eps {describe(eval_eps)}")
     return replace(attack, eps=eps, step_size=step_size, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
 
@@ -125,24 +130,35 @@ def _engine(config: TrainConfig[Any], method: type[Method[Any]], say: Say) -> En
     amp = pick_amp(engine.amp, device)
     if engine.amp == "auto" and amp != "off":
         say(f"precision: {amp}, which this GPU has; --amp off for float32")
-    switches = {
-        "channels_last": _switch(engine.channels_last, gpu or amp != "off"),
-        "fold": _switch(engine.fold, config.attack.attack_bn == "eval"),
-        "graphs": _switch(engine.graphs, gpu and engine.compile not in OWN_GRAPHS),
-        "guide_stream": _switch(engine.guide_stream, gpu and method.uses_guide),
-    }
+    # Graphs and streams stay as they were asked for: a run may go on on another device.
     for name in ("graphs", "guide_stream"):
-        if switches[name] == "on" and not gpu:
+        if getattr(engine, name) == "on" and not gpu:
             raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
-    if switches["graphs"] == "on" and engine.compile in OWN_GRAPHS:
-        raise UserError(f"--graphs on: --compile {engine.compile} makes CUDA graphs of its own; use --compile default")
-    if switches["fold"] == "on" and config.attack.attack_bn != "eval":
+    if engine.guide_stream == "on" and not method.uses_guide:
+        raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
+    if engine.fold == "on" and config.attack.attack_bn != "eval":
         raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
-    return replace(engine, device=str(device), amp=cast(Any, amp), **cast(Any, switches))
+    return replace(
+        engine,
+        device=str(device),
+        amp=cast(Any, amp),
+        channels_last=_switch(engine.channels_last, gpu or amp != "off"),
+        fold=_switch(engine.fold, config.attack.attack_bn == "eval"),
+    )
 
 
-def _switch(value: str, automatic: bool) -> str:
+def _switch(value: Switch, automatic: bool) -> Switch:
     return ("on" if automatic else "off") if value == "auto" else value
+
+
+def use_graphs(engine: EngineConfig) -> bool:
+    """Whether a resolved configuration captures CUDA graphs: wherever it can, unless it says otherwise."""
+    return _switch(engine.graphs, engine.device.startswith("cuda")) == "on"
+
+
+def use_guide_stream(engine: EngineConfig, method: type[Method[Any]]) -> bool:
+    """Whether a resolved configuration runs the guide on a CUDA stream of its own."""
+    return _switch(engine.guide_stream, engine.device.startswith("cuda") and method.uses_guide) == "on"
 
 
 def _run(config: TrainConfig[Any]) -> Any:

@@ -1,6 +1,6 @@
 """Starting and resuming runs: everything is checked before anything is written, and nothing is lost by a refusal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastdynat.data import ResidentLoader, Splits, dataset_info, load_train
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, resolve
+from fastdynat.engine.resolve import Say, resolve, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import schedule_factor
 from fastdynat.engine.state import identity, read_state
@@ -199,13 +199,22 @@ def _build(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[NetworkS
         config.optim,
         Precision(engine.amp, device),
         factor,
-        recorder=CudaRecorder(device) if engine.graphs == "on" and not _scaled(engine) else None,
-        guide_stream=torch.cuda.Stream(device) if engine.guide_stream == "on" else None,
+        recorder=CudaRecorder(device) if use_graphs(engine) and not _scaled(engine) else None,
+        steps_of=attack_steps(config),
+        guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, type(method)) else None,
         say=say,
     )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
     torch.manual_seed(engine.seed)
     return networks, step, loader
+
+
+def attack_steps(config: TrainConfig[Any]) -> Callable[[int], int]:
+    """The attack's number of steps by epoch, of a resolved configuration."""
+    attack, epochs = config.attack, config.optim.epochs
+    assert epochs is not None
+    early = attack.steps if attack.early_steps is None else attack.early_steps
+    return lambda epoch: early if epoch < attack.early_share * epochs else attack.steps
 
 
 def attack_switches(engine: EngineConfig) -> AttackSwitches:
@@ -217,7 +226,7 @@ def attack_switches(engine: EngineConfig) -> AttackSwitches:
         closed_form=engine.closed_form,
         compile=engine.compile,
         # A gradient scaler decides in Python, so only the attack of such a run can be captured.
-        graphs=engine.graphs == "on" and _scaled(engine),
+        graphs=use_graphs(engine) and _scaled(engine),
     )
 
 
@@ -260,6 +269,12 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
     assert asked.optim.epochs is not None
     steps = range(min(stored.optim.epochs, asked.optim.epochs) * steps_per_epoch)
     before, after = (schedule_factor(c.optim, steps_per_epoch) for c in (stored, asked))
+    early = attack_steps(stored), attack_steps(asked)
+    if any(early[0](epoch) != early[1](epoch) for epoch in range(min(stored.optim.epochs, asked.optim.epochs))):
+        raise UserError(
+            f"--early-share is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), and "
+            "other epochs would have had fewer attack steps; keep --epochs"
+        )
     if any(before(s) != after(s) for s in steps):
         raise UserError(
             f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "

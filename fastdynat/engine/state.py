@@ -20,6 +20,8 @@ RESUMABLE = {
     "download",
     "device",
     "kernels",
+    "graphs",
+    "guide_stream",
     "epochs",
     "stop_after",
     "stop_at",

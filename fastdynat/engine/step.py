@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
     groups = [{"params": list(module.parameters())} for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
-        return SGD(
+        optimizer = SGD(
             members,
             lr=lr,
             momentum=config.momentum,
@@ -33,6 +34,11 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
             weight_decay=config.weight_decay,
             fused=True,  # one pass over the parameters, and the only form that takes its rate from a tensor without reading it
         )
+        if config.momentum > 0:
+            # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
     return [sgd(groups)] if config.optimizers == "joint" else [sgd([group]) for group in groups]
 
@@ -43,6 +49,7 @@ class TrainStep:
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
         global_step: updates done so far; drives the schedule.
+        path: in words, how the step is run.
     """
 
     def __init__(
@@ -56,12 +63,14 @@ class TrainStep:
         *,
         recorder: Recorder | None = None,
         guide_stream: torch.cuda.Stream | None = None,
+        steps_of: Callable[[int], int] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             recorder: capture the whole step as a graph; None runs it as it is. Not with a gradient scaler, which waits for
                 the device.
+            steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
             guide_stream: where the method's inner half and its losses run, beside the attack; None is where everything runs.
             say: told why graphs are off, where a capture fails.
         """
@@ -75,6 +84,10 @@ class TrainStep:
         self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim, self._lr)
         self.global_step = 0
         self._guide_stream = guide_stream
+        self._steps_of = steps_of or (lambda epoch: spec.steps)
+        parts = [f"compile {networks.compile_mode}"] * (networks.compile_mode != "off")
+        parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
+        self.path = ", ".join(parts) or "eager"
         self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -89,10 +102,16 @@ class TrainStep:
         if self._graphed is None:
             logs = self._run(batch.x, batch.labels, batch.indices)
         else:
-            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=self.method.constants())
+            constants = (self.spec.steps, *self.method.constants())
+            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
         return logs
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the method how many epochs are completed, and choose the attack's number of steps."""
+        self.method.epoch = epoch
+        self.spec = replace(self.spec, steps=self._steps_of(epoch))
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 0."""

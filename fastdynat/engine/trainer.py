@@ -93,7 +93,7 @@ class Trainer:
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
-        self.step.method.epoch = self.epoch
+        self.step.start_epoch(self.epoch)
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)

@@ -7,13 +7,14 @@ To add an operator: a file here with the public function, its schema, its fake a
 """
 
 from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops._step import AttackStep
 from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
 from fastdynat.ops.dynamic_label_cross_entropy import DynamicLabelLoss, dynamic_label_cross_entropy
 from fastdynat.ops.pgd_step_l0 import pgd_step_l0
 from fastdynat.ops.pgd_step_l1 import pgd_step_l1
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
-from fastdynat.ops.pgd_step_linf import AttackStep, attack_step_linf, pgd_step_linf
+from fastdynat.ops.pgd_step_linf import attack_step_linf, pgd_step_linf
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 from fastdynat.ops.random_start import random_start
 from fastdynat.ops.soft_margin import soft_margin

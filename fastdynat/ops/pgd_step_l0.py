@@ -6,8 +6,8 @@ from torch import Tensor
 from fastdynat.ops._layout import images_together, one_order
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
+from fastdynat.ops._step import check_step
 from fastdynat.ops.pgd_step_l2 import finite_gradient
-from fastdynat.ops.pgd_step_linf import check_step
 
 
 def _eager(x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixels: int, lo: float, hi: float) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 from fastdynat.ops._layout import images_together, one_order
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
-from fastdynat.ops.pgd_step_l2 import check_images, finite_gradient
-from fastdynat.ops.pgd_step_linf import check_step
+from fastdynat.ops._step import check_images, check_step
+from fastdynat.ops.pgd_step_l2 import finite_gradient
 
 HALVINGS = 64  # of the interval of the multiplier: as many as float64 can tell apart
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastdynat.ops._layout import images_together, one_order
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
-from fastdynat.ops.pgd_step_linf import LOW_DTYPES, AttackStep, check_step
+from fastdynat.ops._step import AttackStep, check_images, check_low, check_step, empty_step
 
 # The squares of gradient entries in this range neither overflow nor vanish in float64. Every float32 lies in it.
 SMALLEST, LARGEST = 1e-150, 1e150
@@ -49,7 +49,7 @@ def _eager(
     return x, x.to(low_dtype) if low_dtype is not None else x.new_empty(0), largest > 0
 
 
-def fake_step(
+def _fake(
     x_adv: Tensor,
     grad: Tensor,
     x0: Tensor,
@@ -59,9 +59,7 @@ def fake_step(
     hi: float,
     low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors like the outputs."""
-    low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
-    return torch.empty_like(x_adv), low, x_adv.new_empty(x_adv.shape[0], dtype=torch.bool)
+    return empty_step(x_adv, low_dtype, True)
 
 
 IMPLEMENTATIONS = register(
@@ -69,7 +67,7 @@ IMPLEMENTATIONS = register(
     "(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, float lo, float hi, "
     "ScalarType? low_dtype=None) -> (Tensor x, Tensor low, Tensor moved)",
     eager=_eager,
-    fake=fake_step,
+    fake=_fake,
     module="pgd_step_l2",
 )
 
@@ -152,14 +150,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_images("pgd_step_l2", x_adv)
     check_step("pgd_step_l2", x_adv, grad, x0, step_size, eps, lo, hi)
-    if low_dtype is not None and low_dtype not in LOW_DTYPES:
-        raise ValueError(f"pgd_step_l2: low_dtype must be bfloat16 or float16, got {low_dtype}")
+    check_low("pgd_step_l2", low_dtype)
     run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv.device.type)
     x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
     return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype)
-
-
-def check_images(op: str, x_adv: Tensor) -> None:
-    """Raise ValueError where there is no dimension of images to take norms over."""
-    if x_adv.dim() == 0:
-        raise ValueError(f"{op}: x_adv needs a first dimension of images, got a scalar; use x_adv[None] for one image")

@@ -7,7 +7,7 @@ from fastdynat.errors import unknown_name
 from fastdynat.ops._layout import images_together, one_order
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
-from fastdynat.ops.pgd_step_linf import GRAD_DTYPES, IMAGE_DTYPES
+from fastdynat.ops._step import GRAD_DTYPES, IMAGE_DTYPES
 
 NORMS = ("linf", "l2")
 # Newton's method leaves what is missing, times the slope, at a quarter or less in each step. Under L-inf that halves the

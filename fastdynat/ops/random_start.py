@@ -7,7 +7,7 @@ from fastdynat.errors import unknown_name
 from fastdynat.ops._layout import images_together
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
-from fastdynat.ops.pgd_step_linf import IMAGE_DTYPES
+from fastdynat.ops._step import IMAGE_DTYPES
 
 KINDS = ("uniform", "gaussian", "l2")
 

@@ -1,0 +1,95 @@
+"""CUDA graphs on the CPU: records the operators that a function calls, undoes what they did, replays them on the same memory.
+
+Whatever Python computed while recording is frozen in the record, random numbers are drawn anew at each replay, and an operator
+that would make the host wait for the device is refused: as on a GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Tape(TorchDispatchMode):
+    """What was called, with what, and what memory it wrote to that was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._own: dict[int, Any] = {}  # storages made while recording, held so that no address is used twice
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(tag in func.tags for tag in WAITS):
+            raise RuntimeError(f"{func} waits for the device: not permitted while capturing")
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        for value in written:
+            address = value.untyped_storage().data_ptr()
+            if address not in self._own and address not in self._before:
+                self._before[address] = (value, torch.tensor([], dtype=value.dtype).set_(value.untyped_storage()).clone())
+        results = func(*args, **kwargs)
+        made = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        fresh = [t for t in made if t.untyped_storage().data_ptr() not in given]
+        self._own.update({t.untyped_storage().data_ptr(): t.untyped_storage() for t in fresh})
+        if fresh or written:  # a view stays what it is
+            self.calls.append((func, args, kwargs, made))
+        return results
+
+    def undo(self) -> None:
+        """Put back everything that was there before the recording."""
+        for value, before in self._before.values():
+            torch.tensor([], dtype=value.dtype).set_(value.untyped_storage()).copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Do it again, into the tensors of the recording."""
+        for func, args, kwargs, made in self.calls:
+            results = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+            for old, new in zip(made, results, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.detach().copy_(new)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that `func` writes to, by its schema (that of batch norm keeps silent about the running statistics)."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        silent = func._opname == "native_batch_norm" and argument.name.startswith("running_")
+        if silent or (argument.alias_info is not None and argument.alias_info.is_write):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return found
+
+
+class SimulatedRecorder:
+    """Stands in for `fastdynat.graphs.CudaRecorder`."""
+
+    def __init__(self) -> None:
+        self.warmed = self.captured = self.replayed = 0
+
+    def warm(self, fn: Callable[[], Any]) -> Any:
+        self.warmed += 1
+        return fn()
+
+    def capture(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        tape, random = Tape(), torch.get_rng_state()
+        try:
+            with tape:
+                outputs = fn()
+        finally:
+            tape.undo()
+            torch.set_rng_state(random)
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            tape.replay()
+
+        return outputs, replay
