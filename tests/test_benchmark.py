@@ -24,7 +24,7 @@ from fastdynat.benchmark.flops import count, count_step
 from fastdynat.benchmark.images import random_splits
 from fastdynat.benchmark.plain import NOISE, PlainDynat
 from fastdynat.benchmark.profiling import KINDS, profile_step
-from fastdynat.benchmark.settings import SWITCHES, shown
+from fastdynat.benchmark.settings import SWITCHES, settled, shown
 from fastdynat.benchmark.timing import Samples, Stopwatch, take_turns
 from fastdynat.benchmark.work import engine_attack, engine_step, torchattacks_attack, weight_gradient_attack
 from fastdynat.cli import main
@@ -33,7 +33,6 @@ from fastdynat.data import Batch, Splits, dataset_info
 from fastdynat.engine import TrainStep
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import resolve
 from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions
 from fastdynat.models import build_model
 
@@ -58,7 +57,7 @@ def setting(model: str = "small", batch_size: int = 8, steps: int = 2, **engine:
         attack=AttackConfig(steps=steps),
         engine=EngineConfig(device="cpu", **engine),
     )
-    return resolve(config, info, silent), random_splits(info, batch_size, seed=1)
+    return settled(config, info), random_splits(info, batch_size, seed=1)
 
 
 def bench(*flags: str, code: int = 0) -> None:
@@ -280,9 +279,9 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AttackEngine, "__init__", init)
     monkeypatch.setattr(AttackEngine, "run", spied)
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)  # that it is asked for is enough
     config, splits = setting(amp="bf16")
-    task = rows.Task(config, config, lambda c: c, splits, 1, 1, silent)
+    task = rows.Task(config, config, lambda c: c, splits, 1, 1, rows.Notices(silent))
     engine_attack(config, splits, silent).call()
     asked, found = built[-1], {}
     for plan in rows._switched(task):
@@ -298,7 +297,7 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_switches_are_named_after_flags_and_say_why_not() -> None:
     config, splits = setting()
-    task = rows.Task(config, config, lambda c: c, splits, 1, 1, silent)
+    task = rows.Task(config, config, lambda c: c, splits, 1, 1, rows.Notices(silent))
     reasons = {(plan.switch, plan.kind): plan.why_not for plan in rows._switched(task)}
     assert reasons[("graphs", "attack")] == "needs a CUDA device"
     assert reasons[("guide_stream", "step")] == "needs a CUDA device"

@@ -43,7 +43,12 @@ def row_values(row: Row, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
         values["share_of_matmul"] = round(row.flops_per_s / matmul_rates[plan.amp], 4)
     values |= {"flops_per_s": float(f"{row.flops_per_s:.5g}"), "first_call_seconds": round(row.first_seconds, 3)}
     fidelity = None if row.fidelity is None else vars(row.fidelity)
-    return values | {"peak_memory_bytes": row.peak_memory, "fidelity": fidelity, "invalid": row.invalid}
+    return values | {
+        "peak_memory_bytes": row.peak_memory,
+        "fidelity": fidelity,
+        "notices": list(row.notices),
+        "invalid": row.invalid,
+    }
 
 
 RATE_QUANTILES = {"median": "median", "p20": "p80", "p80": "p20"}  # the fastest rate has the shortest time
@@ -179,6 +184,9 @@ def _print_notes(doc: Mapping[str, Any], console: Console) -> None:
         m = epoch["measured"]
         rate = f"{m['seconds']:.2f} s, {m['images']:,} images, {m['images_per_s']:,.1f} images/s"
         note(f"one epoch of {m['data']}, measured: {rate}")
+    for row in doc["rows"]:
+        for text in row["notices"]:
+            note(f"{row['kind']}, {row['name']}: {text}")
     for skipped in doc["skipped"]:
         note(f"left out: {skipped['kind']}, {skipped['name']}: {skipped['reason']}")
     if doc["other_load"]:

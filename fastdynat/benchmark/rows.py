@@ -49,9 +49,21 @@ class Plan:
     why_not: str = ""
 
 
+class Notices:
+    """What the engine says, passed on and kept: a row that fell back to something slower must show it."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.heard: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        self.heard.append(text)
+        self._say(text)
+
+
 @dataclass
 class Row:
-    """A plan with what came of it: `invalid` says why its timing does not count."""
+    """A plan with what came of it: `invalid` says why its timing does not count, `notices` what the engine said about it."""
 
     plan: Plan
     work: Work
@@ -59,6 +71,7 @@ class Row:
     peak_memory: int | None
     fidelity: Fidelity | None = None
     invalid: str = ""
+    notices: tuple[str, ...] = ()
     samples: Samples = field(default_factory=lambda: Samples(()))
 
     @property
@@ -87,7 +100,7 @@ class Task:
     splits: Splits
     attack_flops: int
     step_flops: int
-    say: Say
+    say: Notices
 
 
 def plans(task: Task, bench: BenchConfig) -> list[Plan]:
@@ -179,7 +192,7 @@ def _matmul(amp: str, device: torch.device) -> Plan:
     return Plan(name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp)
 
 
-def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, bench: BenchConfig, say: Say) -> list[Row]:
+def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, bench: BenchConfig, say: Notices) -> list[Row]:
     """Build, call for the first time, check and warm up every plan that can be; the others are not in the result."""
     rows, begin = [], time.perf_counter()
     for plan in row_plans:
@@ -188,13 +201,13 @@ def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, b
         if bench.budget is not None and time.perf_counter() - begin > bench.budget and plan.kind != "matmul":
             continue
         say(f"preparing: {plan.kind}, {plan.name}")
-        memory = PeakMemory(device)
+        memory, before = PeakMemory(device), len(say.heard)
         ready = plan.prepare()
         started = time.perf_counter()
         watch.time(ready.call)
         row = Row(plan, ready, time.perf_counter() - started, None)
         watch.time(ready.call, WARM_UP_CALLS[device.type])
-        row.peak_memory = memory.bytes()
+        row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
         if plan.ours and ready.attack and ready.model is not None and plan.spec is not None:
             row.fidelity = check_attack(ready.model, ready.attack, ready.batches, plan.spec, bn=plan.bn)
             row.invalid = row.fidelity.problem

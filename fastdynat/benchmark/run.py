@@ -18,21 +18,18 @@ from fastdynat.benchmark.images import random_splits
 from fastdynat.benchmark.phases import time_phases
 from fastdynat.benchmark.profiling import profile_step
 from fastdynat.benchmark.report import document, epoch_values, phase_values, print_document
-from fastdynat.benchmark.rows import Row, Task, left_out, plans, prepare, time_rows
-from fastdynat.benchmark.settings import label
+from fastdynat.benchmark.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
+from fastdynat.benchmark.settings import label, settled
 from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
 from fastdynat.benchmark.work import Say, Work, engine_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, Splits, dataset_info
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import build_parts, load_splits
-from fastdynat.engine.resolve import resolve
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.runs.files import write_text
-
-COMPILED_VARIANTS = 64  # of one network's code in one process; torch's own limit of 8 is for training loops
 
 
 def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say: Say) -> int:
@@ -45,13 +42,12 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
     """
     check_bench(bench)
     info, splits = _images(asked, bench)
-    full = resolve(asked, info, say)
+    full = settled(asked, info, say)
     before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
     if splits is None:
         assert full.data.batch_size is not None
         splits = random_splits(info, full.data.batch_size, full.engine.seed)
-    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):
-        doc = _measure(asked, full, splits, bench, say)
+    doc = _measure(asked, full, splits, bench, Notices(say))
     print_document(doc, console)
     _print_kinds(doc["profile"], console)
     ok = True
@@ -72,15 +68,16 @@ def _images(asked: TrainConfig[Any], bench: BenchConfig) -> tuple[DatasetInfo, S
     return splits.info, splits
 
 
-def _measure(asked: TrainConfig[Any], full: TrainConfig[Any], splits: Splits, bench: BenchConfig, say: Say) -> dict[str, Any]:
+def _measure(
+    asked: TrainConfig[Any], full: TrainConfig[Any], splits: Splits, bench: BenchConfig, say: Notices
+) -> dict[str, Any]:
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
     flops = _count(full, splits.info)
 
-    def settle(config: TrainConfig[Any]) -> TrainConfig[Any]:
-        return resolve(config, splits.info, lambda text: None)
-
-    task = Task(asked, full, settle, splits, full.attack.steps * flops.attack_step, flops.step, say)
+    task = Task(
+        asked, full, lambda config: settled(config, splits.info), splits, full.attack.steps * flops.attack_step, flops.step, say
+    )
     row_plans = plans(task, bench)
     rows = prepare(row_plans, watch, device, bench, say)
     say("timing")
@@ -130,7 +127,6 @@ def _inside(
         return phases, None, setting
     if engine.compile != "off" and not watch.gpu:
         # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
-        torch._dynamo.reset()
         with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
             ready = _again(config, task, watch)
     return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting

@@ -7,8 +7,11 @@ from typing import Any, Literal
 import torch
 
 from fastdynat.config import TrainConfig
+from fastdynat.data import DatasetInfo
 from fastdynat.devices import check_compile
+from fastdynat.engine.resolve import resolve, use_graphs, use_guide_stream
 from fastdynat.errors import UserError
+from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 
 Kind = Literal["attack", "step", "matmul"]
@@ -53,6 +56,14 @@ SWITCHES = (
     Switch("guide_stream", "engine", ("off", "on"), ("step",), gpu=True),
     Switch("loader", "data", ("torch", "resident"), ("step",)),
 )
+
+
+def settled(asked: TrainConfig[Any], info: DatasetInfo, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
+    """`resolve`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
+    config = resolve(asked, info, say)
+    graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method))
+    engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
+    return replace(config, engine=engine)
 
 
 def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, PGDSpec, run_pgd
 from fastdynat.benchmark.plain import PlainDynat
+from fastdynat.compiling import compile_whole
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, Splits, TrainLoader
 from fastdynat.devices import AMP_DTYPES
@@ -107,7 +108,7 @@ def weight_gradient_attack(config: TrainConfig[Any], splits: Splits, say: Say) -
     replica = networks.attack.replica
     network: Any = replica.network.requires_grad_(True)
     if config.engine.compile != "off":
-        network = torch.compile(network, dynamic=False, mode=config.engine.compile)
+        network = compile_whole(network, mode=config.engine.compile, what="the attacked network", say=say)
     ascent = WeightGradients(network, dtype=AMP_DTYPES[config.engine.amp])
 
     def attack(x: Tensor, labels: Tensor) -> Tensor:
