@@ -16,10 +16,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from controls import commit
 from rich.console import Console
 from rich.table import Table
 
-from fastdynat.runs import describe_environment, source_commit
+from fastdynat.runs import describe_environment
 
 HERE = Path(__file__).parent
 
@@ -84,7 +85,7 @@ def main() -> None:
         document = {
             "format": "fastdynat-operators/1",
             "command": " ".join(["python", *sys.argv]),
-            "commit": source_commit(),
+            "commit": commit(),
             "environment": describe_environment(),
             "rows": rows,
         }

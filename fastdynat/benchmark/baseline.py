@@ -64,9 +64,8 @@ def report_baseline(found: list[dict[str, Any]], path: str, tolerance: float, co
     """
     if not found:
         raise UserError(f"{path} has none of these rows: measure with the same --peers and --switches")
-    table = Table(title=f"rate, times that of {path}", title_justify="left")
-    for column in ("row", "ratio", ""):
-        table.add_column(column)
+    console.print(f"\nrate, times that of {path}", highlight=False)
+    table = Table("row", "ratio", "")
     for row in found:
         slow = "slower" if row["ratio"] < 1 - tolerance else ""
         table.add_row(f"{row['kind']}, {row['name']}", f"{row['ratio']:.3f}", slow)

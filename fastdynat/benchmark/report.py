@@ -111,21 +111,24 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     for kind, heading in (("attack", "attack"), ("step", "training step")):
         rows = [row for row in doc["rows"] if row["kind"] == kind]
         if rows:
-            console.print(_rate_table(rows, heading, REFERENCES[kind]))
+            _print_rates(rows, heading, REFERENCES[kind], console)
     for row in doc["rows"]:
         if row["kind"] == "matmul":
             console.print(f"{row['name']}: {row['flops_per_s'] / 1e12:.3g} TFLOP/s", highlight=False)
     if doc["switches"]:
-        console.print(_gain_table(doc["switches"]))
+        _print_gains(doc["switches"], console)
     if doc["phases"]:
-        console.print(_phase_table(doc["phases"], doc["phases_of"]))
+        seconds = {name: values["median"] for name, values in doc["phases"].items()}
+        print_parts(f"phases of a training step, {doc['phases_of']}", seconds, console)
+    if doc["profile"]:
+        print_parts(f"one training step under the profiler, {doc['phases_of']}", doc["profile"], console)
     _print_notes(doc, console)
 
 
-def _rate_table(rows: list[dict[str, Any]], heading: str, reference: str) -> Table:
+def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, console: Console) -> None:
     base = next((row for row in rows if row["name"] == reference), full_row(rows, rows[0]["kind"]))
-    title = heading if base is None else f"{heading}; ratio: to {base['name']}"
-    table = Table(title=title, title_justify="left")
+    console.print(heading if base is None else f"\n{heading}; ratio: to {base['name']}", highlight=False)
+    table = Table()
     table.add_column(rows[0]["kind"])
     for column in ("images/s", "p20 to p80", "ms/batch", "ratio", "TFLOP/s", "of matmul", "peak MiB", "first call s"):
         table.add_column(column, justify="right")
@@ -147,30 +150,31 @@ def _rate_table(rows: list[dict[str, Any]], heading: str, reference: str) -> Tab
             f"{row['first_call_seconds']:.2f}",
             *remark,
         )
-    return table
+    console.print(table)
 
 
-def _gain_table(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="rate of the asked setting, times that with one switch the other way", title_justify="left")
-    kinds = ("attack", "step")
-    for column in ("switch", "the other way", *kinds):
-        table.add_column(column, justify="right" if column in kinds else "left")
+def _print_gains(found: list[dict[str, Any]], console: Console) -> None:
+    console.print("\nrate as asked, times the rate with one switch the other way", highlight=False)
+    table, kinds = Table("switch", "the other way"), ("attack", "step")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
     by_name: dict[tuple[str, str], dict[str, float]] = {}
     for g in found:
         by_name.setdefault((g["switch"], g["turned"]), {})[g["kind"]] = g["gain"]
-    for (switch, turned), values in by_name.items():
-        table.add_row(switch, turned, *(f"{values[k]:.2f}" if k in values else "" for k in kinds))
-    return table
+    for names, values in by_name.items():
+        table.add_row(*names, *(f"{values[k]:.2f}" if k in values else "" for k in kinds))
+    console.print(table)
 
 
-def _phase_table(phases: Mapping[str, Any], setting: str) -> Table:
-    table = Table(title=f"phases of a training step, {setting}", title_justify="left")
-    for column in ("phase", "ms", "share"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    total = sum(seconds["median"] for seconds in phases.values())
-    for name, seconds in phases.items():
-        table.add_row(name, f"{1000 * seconds['median']:,.3f}", f"{seconds['median'] / total:.1%}")
-    return table
+def print_parts(heading: str, seconds: Mapping[str, float], console: Console) -> None:
+    """Print what a step is made of, with its shares."""
+    console.print(f"\n{heading}", highlight=False)
+    table, total = Table("part"), sum(seconds.values())
+    for column in ("ms", "share"):
+        table.add_column(column, justify="right")
+    for name, part in seconds.items():
+        table.add_row(name, f"{1000 * part:,.3f}", f"{part / total:.1%}")
+    console.print(table)
 
 
 def _print_notes(doc: Mapping[str, Any], console: Console) -> None:

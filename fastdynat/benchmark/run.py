@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
 from fastdynat.benchmark.config import PICTURES, BenchConfig, check_bench
@@ -49,7 +48,6 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
         splits = random_splits(info, full.data.batch_size, full.engine.seed)
     doc = _measure(asked, full, splits, bench, Notices(say))
     print_document(doc, console)
-    _print_kinds(doc["profile"], console)
     ok = True
     if before is not None:
         doc["baseline"] = compare(before, doc)
@@ -161,18 +159,6 @@ def _epoch(config: TrainConfig[Any], splits: Splits, watch: Stopwatch, say: Say)
         "images": images,
         "images_per_s": round(images / seconds, 2),
     }
-
-
-def _print_kinds(kinds: Mapping[str, float] | None, console: Console) -> None:
-    if kinds is None:
-        return
-    total = sum(kinds.values())
-    table = Table(title=f"one training step under the profiler, {1000 * total:,.2f} ms", title_justify="left")
-    for column in ("kind of operation", "ms", "share"):
-        table.add_column(column, justify="left" if column == "kind of operation" else "right")
-    for kind, seconds in kinds.items():
-        table.add_row(kind, f"{1000 * seconds:,.3f}", f"{seconds / total:.1%}")
-    console.print(table)
 
 
 def _store(doc: Mapping[str, Any], bench: BenchConfig) -> None:
