@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastdynat.runs import source_commit as commit
+
 METHODS = ("natural", "madry", "dynat")
 
 
@@ -23,19 +25,6 @@ def call(arguments: list[str]) -> tuple[str, float]:
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-m", "fastdynat", *arguments], check=True)
     return " ".join(["fastdynat", *arguments]), time.perf_counter() - begin
-
-
-def commit() -> str:
-    """The commit of the checkout that this file is in, marked if tracked files differ from it; "unknown" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return "unknown"
 
 
 def main() -> None:

@@ -19,7 +19,9 @@ from fastdynat import ops
 from fastdynat.ops._select import why_not
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-SECONDS = 1.0  # of measuring for each implementation of a case, but 5 to 31 rounds
+SECONDS = float(
+    os.environ.get("FASTDYNAT_BENCH_SECONDS", "1")
+)  # of measuring for each implementation of a case, but 5 to 31 rounds
 CALLS = 50 if DEVICE == "cuda" else 1
 BACKENDS = [
     name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")

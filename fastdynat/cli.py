@@ -13,7 +13,20 @@ import tyro
 from rich.console import Console
 
 from fastdynat import __version__, doctor
-from fastdynat.config import AutoAmp, CompileMode, Switch, TrainConfig, read_yaml, update
+from fastdynat.benchmark import BenchConfig, run_bench
+from fastdynat.config import (
+    AttackConfig,
+    AutoAmp,
+    CompileMode,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    Switch,
+    TrainConfig,
+    read_yaml,
+    update,
+)
 from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
 from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
@@ -29,6 +42,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
+  bench    how fast attack and training step are on this machine
   doctor   what this machine can use, and why not
 """
 
@@ -76,6 +90,21 @@ class EvalCommand:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand(Generic[OptionsT]):
+    """Time the attack and the training step of a setting; the training flags say which."""
+
+    bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+    method: str = "dynat"
+    """Training method: dynat, madry, natural."""
+    options: OptionsT
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(data="cifar10"))
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +196,8 @@ def _fit(trainer: Trainer, say: Any) -> int:
         say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:
+        if trainer.reached():
+            say(f"validation score {trainer.best:.4f} after {trainer.epoch} epochs: --stop-at {c.run.stop_at:g} is reached")
         say(f"done: {path}; next: fastdynat eval {path}")
         return 0
     done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
@@ -183,16 +214,26 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _bench(argv: list[str]) -> int:
+    method = method_class(_early(argv).method or BenchCommand.method)
+    command_type: Any = BenchCommand.__class_getitem__(method.options_type)  # type: ignore[attr-defined]
+    default = BenchCommand(method=method.name, options=method.options_type())
+    command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat bench", config=FLAT)
+    groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
+    console, errors = Console(width=None if sys.stdout.isatty() else 180), error_console()
+    return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False))
+
+
 def _doctor(argv: list[str]) -> int:
     command = tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT)
     return doctor.run(json=command.json, try_compile=command.try_compile)
 
 
-COMMANDS = {"train": _train, "eval": _eval, "doctor": _doctor}
+COMMANDS = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 training diverged, 2 bad input, 128+n stopped by signal n."""
+    """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -160,6 +160,8 @@ class RunConfig:
     """Replace the run that is in --run-dir."""
     stop_after: int | None = None
     """Stop after this many epochs as Ctrl-C would; --resume goes on."""
+    stop_at: float | None = None
+    """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least this share."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1

@@ -95,6 +95,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["--beta", "0"], "beta must be above 0, got 0"),
         (["--temperature=-2"], "temperature must be above 0"),
         (["--stop-after", "0"], "stop_after must be >= 1"),
+        (["--stop-at", "45"], r"stop_at must be a share in \(0, 1\], got 45; write 45 % as 0.45"),
+        (["--stop-at", "0.4", "--val-size", "0"], "stop_at needs validation images"),
         (["--val-size", "inf"], "val_size must be"),
         (["--image-size", "100000"], "image_size must be between 1 and 4096"),
         (["--device", "meta"], "only cpu and cuda are supported"),

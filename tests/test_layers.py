@@ -18,6 +18,7 @@ LAYERS = [
     {"methods", "compat"},
     {"evaluation"},
     {"engine", "doctor"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 ]

@@ -138,6 +138,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, m
     assert_same_run(whole, resume(tmp_path / "parts"))
 
 
+def test_stop_at_ends_a_run_that_is_good_enough_and_a_higher_one_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole")
+    scores = [row["val_pgd10_acc"] for row in rows(whole)]
+    target = sorted(scores)[1]
+    epochs = next(n for n, score in enumerate(scores, 1) if score >= target)
+    assert epochs < 3
+    parts = train(tmp_path / "parts", "--stop-at", str(target))
+    assert len(rows(parts)) == epochs
+    assert f"after {epochs} epochs: --stop-at {target:g} is reached" in capsys.readouterr().err
+    resume(parts)  # still good enough
+    assert len(rows(parts)) == epochs
+    assert_same_run(whole, resume(parts, "--stop-at", "1"))
+
+
 def test_more_epochs_where_the_schedule_allows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(tmp_path / "whole", "--schedule", "constant")
     longer = train(tmp_path / "longer", "--schedule", "constant", "--epochs", "1")

@@ -1,6 +1,21 @@
 """The training engine: sessions, the loop and the step."""
 
-from fastdynat.engine.session import default_config, new_run, resumed_run, stored_config
+from fastdynat.engine.session import _build as build_parts
+from fastdynat.engine.session import _load as load_splits
+from fastdynat.engine.session import attack_switches, default_config, new_run, resumed_run, stored_config
+from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Diverged, Outcome, Trainer
 
-__all__ = ["Diverged", "Outcome", "Trainer", "default_config", "new_run", "resumed_run", "stored_config"]
+__all__ = [
+    "Diverged",
+    "Outcome",
+    "TrainStep",
+    "Trainer",
+    "attack_switches",
+    "build_parts",
+    "default_config",
+    "load_splits",
+    "new_run",
+    "resumed_run",
+    "stored_config",
+]

@@ -26,6 +26,7 @@ RESUMABLE = {
     "guide_stream",
     "epochs",
     "stop_after",
+    "stop_at",
     "save_every",
     "tensorboard",
     "quiet",

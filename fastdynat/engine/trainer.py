@@ -32,7 +32,7 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `Trainer.fit` ended: all epochs done, or stopped early by `signal` (None: by --stop-after)."""
+    """How `Trainer.fit` ended: all epochs done or --stop-at reached, or stopped early by `signal` (None: by --stop-after)."""
 
     finished: bool
     signal: Signals | None = None
@@ -61,7 +61,7 @@ class Trainer:
         self.last_validation: dict[str, float] = {}
 
     def fit(self) -> Outcome:
-        """Train until the last epoch, --stop-after, or a signal; everything is saved when it returns.
+        """Train until the last epoch, --stop-at, --stop-after, or a signal; everything is saved when it returns.
 
         Raises:
             Diverged: the loss is not finite; the last checkpoint is from before.
@@ -75,7 +75,7 @@ class Trainer:
             StopRequest() as stop,
             Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
         ):
-            while self.epoch < until:
+            while self.epoch < until and not self.reached():
                 try:
                     self._train_epoch(stop, display)
                     self._finish_epoch(stop, display, epochs)
@@ -83,7 +83,12 @@ class Trainer:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
         self.metrics.close()
-        return Outcome(self.epoch >= epochs, stop.signal)
+        return Outcome(self.epoch >= epochs or self.reached(), stop.signal)
+
+    def reached(self) -> bool:
+        """Whether the best validation score so far is what --stop-at asks for."""
+        target = self.config.run.stop_at
+        return target is not None and self.best is not None and self.best >= target
 
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()

@@ -1,6 +1,6 @@
 """Run directories: layout, weights and the record of where a run ran."""
 
-from fastdynat.runs.environment import describe_environment, record_start
+from fastdynat.runs.environment import describe_environment, record_start, source_commit
 from fastdynat.runs.files import check_writable
 from fastdynat.runs.manifest import check_manifest
 from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
@@ -25,4 +25,5 @@ __all__ = [
     "record_start",
     "require_run",
     "save_weights",
+    "source_commit",
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -43,6 +44,22 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+def source_commit() -> str:
+    """The commit of the checkout that this package is in, marked if tracked files differ from it; "unknown" for an installed
+    copy."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie inside a checkout
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "unknown"
 
 
 def record_start(path: Path, *, operators: str) -> str | None:

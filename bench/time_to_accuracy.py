@@ -1,0 +1,60 @@
+"""How long a run took to reach the validation accuracy that its --stop-at asked for.
+
+    python bench/time_to_accuracy.py RUN --wall 123.4 --json time_to_accuracy.json
+
+Training time is that of the epochs, without validation and start; wall time is the whole command's, as the caller measured it.
+Exits with 1 if the accuracy was not reached.
+"""
+
+import argparse
+import json
+import sys
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fastdynat.config import read_yaml
+from fastdynat.methods import method_class
+from fastdynat.runs import CONFIG, source_commit
+
+
+def describe(run: Path, wall: float) -> dict[str, Any]:
+    """The times of a run directory, as plain values."""
+    config = read_yaml(run / CONFIG)
+    score, target = method_class(config["method"]).select_by, config["stop_at"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    elapsed = list(accumulate(row["train_seconds"] for row in rows))
+    reached = next((i for i, row in enumerate(rows) if row.get(score) is not None and row[score] >= target), None)
+    return {
+        "format": "fastdynat-time-to-accuracy/1",
+        "commit": source_commit(),
+        "starts": json.loads((run / "environment.json").read_text()),
+        "config": config,
+        "score": score,
+        "target": target,
+        "reached": reached is not None,
+        "best": max((row[score] for row in rows if row.get(score) is not None), default=None),
+        "epochs": len(rows) if reached is None else reached + 1,
+        "train_seconds": round(elapsed[-1 if reached is None else reached], 3),
+        "wall_seconds": wall,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--wall", type=float, required=True, help="seconds of the whole command")
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    ours = parser.parse_args()
+    found = describe(ours.run, ours.wall)
+    ours.json.write_text(json.dumps(found, indent=1) + "\n")
+    told = f"{found['epochs']} epochs, {found['train_seconds']} s of training, {ours.wall:.1f} s in all"
+    print(
+        f"{found['score']} {found['target']:g} {'reached' if found['reached'] else 'not reached'}: best {found['best']}, {told}"
+    )
+    sys.exit(0 if found["reached"] else 1)
+
+
+if __name__ == "__main__":
+    main()

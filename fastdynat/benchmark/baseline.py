@@ -1,0 +1,73 @@
+"""Comparison with the results of earlier."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdynat.benchmark.report import FORMAT, machine, settings
+from fastdynat.config import TrainConfig
+from fastdynat.errors import UserError
+
+MACHINE = ("cpu", "threads", "gpus", "tf32_convolutions")
+
+
+def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
+    """The results in `path`, which must be of the resolved `config` and of this machine.
+
+    Raises:
+        UserError: it cannot be read, is no result of `fastdynat bench`, or is of something else.
+    """
+    try:
+        doc = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:  # not UTF-8, or not JSON
+        doc = None
+    if not isinstance(doc, dict) or doc.get("format") != FORMAT:
+        raise UserError(f"{path} is no result of fastdynat bench (its format is not {FORMAT}): write one with --json {path}")
+    _agree(path, "setting", doc["settings"], json.loads(json.dumps(settings(config))))
+    _agree(path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine())))
+    return doc
+
+
+def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for key in sorted({*stored, *ours}):
+        if stored.get(key) != ours.get(key):
+            raise UserError(
+                f"{path} is of another {what}: {key} was {stored.get(key)!r} and is {ours.get(key)!r}; "
+                "measure both alike, or leave --baseline out"
+            )
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rate now over that of before, for each of our own rows that both have and that is valid in both."""
+    old = {(row["kind"], row["name"]): row for row in before["rows"]}
+    found = []
+    for row in now["rows"]:
+        earlier = old.get((row["kind"], row["name"]))
+        if not row["ours"] or earlier is None or row["invalid"] or earlier["invalid"]:
+            continue
+        ratio = row["images_per_s"]["median"] / earlier["images_per_s"]["median"]
+        found.append({"kind": row["kind"], "name": row["name"], "ratio": round(ratio, 4)})
+    return found
+
+
+def report_baseline(found: list[dict[str, Any]], path: str, tolerance: float, console: Console) -> bool:
+    """Print the ratios; whether no row is slower than `tolerance` allows.
+
+    Raises:
+        UserError: the two have no row in common.
+    """
+    if not found:
+        raise UserError(f"{path} has none of these rows: measure with the same --peers and --switches")
+    console.print(f"\nrate, times that of {path}", highlight=False)
+    table = Table("row", "ratio", "")
+    for row in found:
+        slow = "slower" if row["ratio"] < 1 - tolerance else ""
+        table.add_row(f"{row['kind']}, {row['name']}", f"{row['ratio']:.3f}", slow)
+    console.print(table)
+    return all(row["ratio"] >= 1 - tolerance for row in found)

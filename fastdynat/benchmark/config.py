@@ -1,0 +1,66 @@
+"""What `fastdynat bench` measures beside the training flags, and where its results go."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdynat.errors import UserError
+from fastdynat.runs import check_writable
+
+PICTURES = (".svg", ".png", ".pdf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Measurement."""
+
+    seconds: float = 5.0
+    """Seconds of timing for each row; all rows take turns, in at least 5 rounds."""
+    repeats: int | None = None
+    """Rounds, instead of --seconds."""
+    budget: float | None = None
+    """Prepare no further row once so many seconds have passed; what is left out is listed."""
+    peers: bool = False
+    """Also torchattacks and a plain PyTorch loop of the released DYNAT, and ours in float32 and without torch.compile."""
+    switches: bool = False
+    """Also each switch of the engine turned the other way, alone."""
+    epoch: bool = False
+    """Also one whole epoch of --data. Without it the images are random ones of its size and nothing is read."""
+    json: str | None = None
+    """Write the results to this file."""
+    chart: str | None = None
+    """Draw the rates as bars into this .svg, .png or .pdf (extra `plots`)."""
+    profile: str | None = None
+    """Where the time of one step goes, by kind of operation: as .json, or drawn as .svg, .png or .pdf (extra `plots`)."""
+    baseline: str | None = None
+    """A --json file of earlier, of the same settings and machine: print the ratios, exit with 1 if a row got slower."""
+    tolerance: float = 0.1
+    """How much slower than the --baseline a row may be, as a share."""
+
+
+def check_bench(config: BenchConfig) -> None:
+    """Raise UserError for a value that cannot work; nothing is written."""
+    if not 0 < config.seconds < math.inf:
+        raise UserError(f"seconds must be above 0, got {config.seconds:g}")
+    if config.repeats is not None and config.repeats < 1:
+        raise UserError(f"repeats must be >= 1, got {config.repeats}")
+    if config.budget is not None and not config.budget > 0:
+        raise UserError(f"budget must be above 0 seconds, got {config.budget:g}")
+    if not 0 <= config.tolerance < 1:
+        raise UserError(f"tolerance must be a share in [0, 1), got {config.tolerance:g}")
+    _check_file("chart", config.chart, PICTURES)
+    _check_file("profile", config.profile, (".json", *PICTURES))
+    for path in (config.json, config.chart, config.profile):
+        if path is not None:
+            check_writable(Path(path))
+
+
+def _check_file(flag: str, path: str | None, suffixes: tuple[str, ...]) -> None:
+    if path is None:
+        return
+    suffix = Path(path).suffix
+    if suffix not in suffixes:
+        raise UserError(f"--{flag} must end in {', '.join(suffixes)}, got {path!r}")
+    if suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--{flag} {path} needs matplotlib: pip install 'fastdynat[plots]'")

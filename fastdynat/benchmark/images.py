@@ -1,0 +1,22 @@
+"""Random images that look like photographs to a processor: smooth shapes, noise, all 256 values, no zeros in a row."""
+
+import torch
+import torch.nn.functional as F
+
+from fastdynat.data import DatasetInfo, ImageSet, Splits
+
+NUM_BATCHES = 32
+
+
+def random_splits(info: DatasetInfo, batch_size: int, seed: int) -> Splits:
+    """`NUM_BATCHES` full batches of training images of the size of `info`'s, with random labels; nothing held out."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = info.image_shape
+    number = NUM_BATCHES * batch_size
+    coarse = torch.rand(number, channels, max(1, height // 8), max(1, width // 8), generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    noise = torch.randn(smooth.shape, generator=generator)
+    images = (255 * (smooth + 0.05 * noise)).round().clamp(0, 255).to(torch.uint8)
+    labels = torch.randint(info.num_classes, (number,), generator=generator)
+    nothing = ImageSet(images[:0], labels[:0])
+    return Splits(info, ImageSet(images, labels), nothing)

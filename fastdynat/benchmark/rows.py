@@ -1,0 +1,234 @@
+"""The rows of a benchmark: planned, prepared, checked, and timed in turns."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastdynat.attacks import PGDSpec
+from fastdynat.benchmark import work
+from fastdynat.benchmark.config import BenchConfig
+from fastdynat.benchmark.fidelity import Fidelity, check_attack
+from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, shown, why_not
+from fastdynat.benchmark.timing import PeakMemory, Samples, Stopwatch, take_turns
+from fastdynat.benchmark.work import Say, Work
+from fastdynat.config import AttackConfig, TrainConfig
+from fastdynat.data import Splits
+from fastdynat.devices import AMP_DTYPES
+
+WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
+WEIGHT_GRADIENTS = "weight gradients"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row to be prepared.
+
+    Attributes:
+        switch: the one that is the other way than asked, "" for none.
+        ours: not a peer's: to be checked and to be compared with a baseline.
+        flops: needed per call, whatever the row spends.
+        why_not: why it is left out, "" where it is not.
+    """
+
+    name: str
+    kind: Kind
+    images: int
+    setting: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[], Work] | None = None
+    switch: str = ""
+    ours: bool = True
+    flops: int = 0
+    bn: str = "eval"
+    amp: str = "off"
+    spec: PGDSpec | None = None
+    why_not: str = ""
+
+
+class Notices:
+    """What the engine says, passed on and kept: a row that fell back to something slower must show it."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.heard: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        self.heard.append(text)
+        self._say(text)
+
+
+@dataclass
+class Row:
+    """A plan with what came of it: `invalid` says why its timing does not count, `notices` what the engine said about it."""
+
+    plan: Plan
+    work: Work
+    first_seconds: float
+    peak_memory: int | None
+    fidelity: Fidelity | None = None
+    invalid: str = ""
+    notices: tuple[str, ...] = ()
+    samples: Samples = field(default_factory=lambda: Samples(()))
+
+    @property
+    def rate(self) -> float:
+        """Images (for a matrix product: calls) per second."""
+        return self.plan.images / self.samples.median
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.plan.flops / self.samples.median
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all rows have in common.
+
+    Attributes:
+        asked: the configuration as the user wrote it; `full` is that resolved.
+        settle: resolves a configuration.
+        attack_flops, step_flops: per image.
+    """
+
+    asked: TrainConfig[Any]
+    full: TrainConfig[Any]
+    settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
+    splits: Splits
+    attack_flops: int
+    step_flops: int
+    say: Notices
+
+
+def plans(task: Task, bench: BenchConfig) -> list[Plan]:
+    """Every row, what matters most first: a budget cuts the end off."""
+    full = task.full
+    attacks = full.method != "natural"
+    settings = grid(task.asked, task.settle) if bench.peers else [full]
+    rows = [_ours(task, "attack", s) for s in settings if attacks]
+    rows += _peer_attacks(task) if bench.peers and attacks else []
+    rows += [_ours(task, "step", s) for s in ([settings[0], full] if bench.peers and settings[0] != full else [full])]
+    rows += [_plain(task)] if bench.peers else []
+    rows += _switched(task) if bench.switches else []
+    devices = dict.fromkeys(row.amp for row in rows if not row.why_not)
+    return rows + [_matmul(amp, torch.device(full.engine.device)) for amp in devices]
+
+
+def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", switch: str = "") -> Plan:
+    build = work.engine_attack if kind == "attack" else work.engine_step
+    per_image = task.attack_flops if kind == "attack" else task.step_flops
+    assert config.data.batch_size is not None
+    return Plan(
+        name or label(config),
+        kind,
+        config.data.batch_size,
+        shown(config),
+        partial(build, config, task.splits, task.say),
+        switch,
+        flops=per_image * config.data.batch_size,
+        bn=config.attack.attack_bn,
+        amp=config.engine.amp,
+        spec=_spec(config.attack),
+    )
+
+
+def _spec(attack: AttackConfig) -> PGDSpec:
+    return PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
+
+
+def _peer_attacks(task: Task) -> list[Plan]:
+    reason = "" if importlib.util.find_spec("torchattacks") else "not installed: pip install 'fastdynat[peer]'"
+    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    settings = [plain]
+    if task.full.engine.amp != "off":
+        settings.append(replace(plain, amp=task.full.engine.amp, channels_last="on"))
+    rows = []
+    for engine in settings:
+        config = task.settle(replace(task.asked, engine=engine))
+        name = "torchattacks.PGD" + ("" if engine.amp == "off" else f" under {engine.amp} autocast")
+        ours = _ours(task, "attack", config, name)
+        prepare = partial(work.torchattacks_attack, config, task.splits, task.say)
+        rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
+    return rows
+
+
+def _plain(task: Task) -> Plan:
+    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    config = task.settle(replace(task.asked, engine=plain))
+    reason = "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
+    ours = _ours(task, "step", config, "released loop in plain PyTorch")
+    prepare = partial(work.plain_step, config, task.splits, task.say)
+    return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
+
+
+def _switched(task: Task) -> list[Plan]:
+    rows = []
+    for switch in SWITCHES:
+        reason = why_not(switch, task.full)
+        turned = task.full if reason else switch.turned(task.full)
+        flag = switch.name.replace("_", "-")
+        name = flag if reason else f"{flag} {_word(switch.value(turned))}"
+        for kind in switch.kinds:
+            if kind == "attack" and task.full.method == "natural":
+                continue
+            rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
+    if task.full.method != "natural":
+        row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
+        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.splits, task.say)))
+    return sorted(rows, key=lambda row: row.kind)  # attacks first
+
+
+def _word(value: Any) -> str:
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _matmul(amp: str, device: torch.device) -> Plan:
+    dtype = AMP_DTYPES[amp] or torch.float32
+    ready, flops = work.matrix_product(dtype, device)
+    name = f"matrix product, {'fp32' if amp == 'off' else amp}"
+    return Plan(name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp)
+
+
+def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, bench: BenchConfig, say: Notices) -> list[Row]:
+    """Build, call for the first time, check and warm up every plan that can be; the others are not in the result."""
+    rows, begin = [], time.perf_counter()
+    for plan in row_plans:
+        if plan.why_not or plan.prepare is None:
+            continue
+        if bench.budget is not None and time.perf_counter() - begin > bench.budget and plan.kind != "matmul":
+            continue
+        say(f"preparing: {plan.kind}, {plan.name}")
+        memory, before = PeakMemory(device), len(say.heard)
+        ready = plan.prepare()
+        started = time.perf_counter()
+        watch.time(ready.call)
+        row = Row(plan, ready, time.perf_counter() - started, None)
+        watch.time(ready.call, WARM_UP_CALLS[device.type])
+        row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
+        if plan.ours and ready.attack and ready.model is not None and plan.spec is not None:
+            row.fidelity = check_attack(ready.model, ready.attack, ready.batches, plan.spec, bn=plan.bn)
+            row.invalid = row.fidelity.problem
+        rows.append(row)
+    return rows
+
+
+def time_rows(rows: list[Row], watch: Stopwatch, bench: BenchConfig) -> None:
+    """Fill in the samples; a row that computed something that is no number is marked invalid."""
+    taken = take_turns(watch, [row.work.call for row in rows], seconds=bench.seconds, repeats=bench.repeats)
+    for row, samples in zip(rows, taken, strict=True):
+        row.samples = samples
+        if not row.work.finite():
+            row.invalid = "the loss is not a number any more"
+
+
+def left_out(row_plans: Iterable[Plan], rows: Iterable[Row]) -> list[dict[str, str]]:
+    """The plans without a row, each with the reason."""
+    done = {id(row.plan) for row in rows}
+    return [
+        {"name": plan.name, "kind": plan.kind, "switch": plan.switch, "reason": plan.why_not or "out of --budget"}
+        for plan in row_plans
+        if id(plan) not in done
+    ]

@@ -1,0 +1,182 @@
+"""`fastdynat bench` from the configuration to the tables and files."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
+from fastdynat.benchmark.config import PICTURES, BenchConfig, check_bench
+from fastdynat.benchmark.flops import StepFlops, count_step
+from fastdynat.benchmark.images import random_splits
+from fastdynat.benchmark.phases import time_phases
+from fastdynat.benchmark.profiling import profile_step
+from fastdynat.benchmark.report import document, epoch_values, phase_values, print_document
+from fastdynat.benchmark.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
+from fastdynat.benchmark.settings import label, settled
+from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
+from fastdynat.benchmark.work import Say, Work, engine_step
+from fastdynat.config import TrainConfig
+from fastdynat.data import Batch, DatasetInfo, Splits, dataset_info
+from fastdynat.devices import AMP_DTYPES
+from fastdynat.engine import build_parts, load_splits
+from fastdynat.methods import method_class
+from fastdynat.models import build_model
+from fastdynat.ops import use_backend
+from fastdynat.runs.files import write_text
+
+
+def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say: Say) -> int:
+    """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
+
+    say: told what is going on.
+
+    Raises:
+        UserError: a value that cannot work, before anything is measured or written.
+    """
+    check_bench(bench)
+    info, splits = _images(asked, bench)
+    full = settled(asked, info, say)
+    before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
+    if splits is None:
+        assert full.data.batch_size is not None
+        splits = random_splits(info, full.data.batch_size, full.engine.seed)
+    doc = _measure(asked, full, splits, bench, Notices(say))
+    print_document(doc, console)
+    ok = True
+    if before is not None:
+        doc["baseline"] = compare(before, doc)
+        ok = report_baseline(doc["baseline"], str(bench.baseline), bench.tolerance, console)
+    _store(doc, bench)
+    return 0 if ok else 1
+
+
+def _images(asked: TrainConfig[Any], bench: BenchConfig) -> tuple[DatasetInfo, Splits | None]:
+    """What the data are, and the data where an epoch of them is asked for or only they say what they are."""
+    info = dataset_info(asked.data.data)
+    if info is not None and not bench.epoch:
+        size = asked.data.image_size
+        return (info if size is None else replace(info, image_shape=(info.image_shape[0], size, size))), None
+    splits = load_splits(asked)
+    return splits.info, splits
+
+
+def _measure(
+    asked: TrainConfig[Any], full: TrainConfig[Any], splits: Splits, bench: BenchConfig, say: Notices
+) -> dict[str, Any]:
+    device = torch.device(full.engine.device)
+    watch, load = Stopwatch(device), OtherLoad()
+    flops = _count(full, splits.info)
+
+    task = Task(
+        asked, full, lambda config: settled(config, splits.info), splits, full.attack.steps * flops.attack_step, flops.step, say
+    )
+    row_plans = plans(task, bench)
+    rows = prepare(row_plans, watch, device, bench, say)
+    say("timing")
+    time_rows(rows, watch, bench)
+    own = next((row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch), None)
+    phases, kinds, setting = _inside(task, own, watch, bench)
+    measured = _epoch(full, splits, watch, say) if bench.epoch else None
+    return document(
+        full,
+        rows,
+        left_out(row_plans, rows),
+        flops=vars(flops),
+        phases=phase_values(phases),
+        phases_of=setting,
+        epoch=epoch_values(own, measured),
+        profile=kinds,
+        other_load=load.share(),
+    )
+
+
+def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
+    method = method_class(config.method)(config.options)
+
+    def build(name: str) -> torch.nn.Module:
+        return build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)
+
+    guide = build(config.model.guide) if method.uses_guide else None
+    return count_step(method, build(config.model.model), guide, info.image_shape, config.attack.steps)
+
+
+def _inside(
+    task: Task, own: Row | None, watch: Stopwatch, bench: BenchConfig
+) -> tuple[dict[str, Samples], dict[str, float] | None, str]:
+    """Phases and kinds of operation of one step, and in words of which."""
+    engine = task.full.engine
+    apart = replace(engine, graphs="off", guide_stream="off")
+    config = replace(task.full, engine=apart)
+    setting = label(config) + (" without CUDA graphs and guide stream" if apart != engine else "")
+    if own is None:
+        return {}, None, setting
+    ready = own.work if apart == engine else _again(config, task, watch)
+    assert ready.step is not None
+    assert ready.stream is not None
+    with use_backend(config.engine.kernels):
+        phases = time_phases(ready.step, ready.stream, watch, bench.repeats or 2 * MIN_ROUNDS)
+    if not bench.profile:
+        return phases, None, setting
+    if engine.compile != "off" and not watch.gpu:
+        # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
+        with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+            ready = _again(config, task, watch)
+    return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
+
+
+def _again(config: TrainConfig[Any], task: Task, watch: Stopwatch) -> Work:
+    """The step of `config`, warm."""
+    ready = engine_step(config, task.splits, task.say)
+    watch.time(ready.call, 3)
+    return ready
+
+
+def _epoch(config: TrainConfig[Any], splits: Splits, watch: Stopwatch, say: Say) -> dict[str, Any]:
+    """One epoch of training on `splits`, compiled and warm, with its shorter last batch and without validation."""
+    say("one epoch")
+    _, step, loader = build_parts(config, splits, say)
+    with use_backend(config.engine.kernels):
+        first: Batch = next(iter(loader.epoch(0)))
+        last: Batch = next(iter(loader.epoch(0, loader.steps_per_epoch - 1)))
+        for batch in (first, last):
+            watch.time(lambda batch=batch: step(batch), 5)  # type: ignore[misc]
+        begin, images = time.perf_counter(), 0
+        for batch in loader.epoch(0):
+            step(batch)
+            images += len(batch.labels)
+        if watch.gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return {
+        "data": config.data.data,
+        "seconds": round(seconds, 4),
+        "images": images,
+        "images_per_s": round(images / seconds, 2),
+    }
+
+
+def _store(doc: Mapping[str, Any], bench: BenchConfig) -> None:
+    if bench.json:
+        write_text(Path(bench.json), json.dumps(doc, indent=1) + "\n")
+    if bench.chart:
+        from fastdynat.benchmark.charts import draw_rates  # extra `plots`, which `check_bench` has looked for
+
+        draw_rates(doc, Path(bench.chart))
+    if bench.profile:
+        _store_kinds(doc, Path(bench.profile))
+
+
+def _store_kinds(doc: Mapping[str, Any], path: Path) -> None:
+    if path.suffix not in PICTURES:
+        keep = ("format", "command", "commit", "environment", "settings", "phases_of", "profile")
+        write_text(path, json.dumps({key: doc[key] for key in keep}, indent=1) + "\n")
+        return
+    from fastdynat.benchmark.charts import draw_kinds
+
+    draw_kinds(doc["profile"] or {}, f"one training step, {doc['phases_of']}", path)

@@ -1,0 +1,109 @@
+"""Which settings of the engine are compared with the one that was asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from fastdynat.config import TrainConfig
+from fastdynat.data import DatasetInfo
+from fastdynat.devices import check_compile
+from fastdynat.engine.resolve import resolve, use_graphs, use_guide_stream
+from fastdynat.errors import UserError
+from fastdynat.methods import method_class
+from fastdynat.ops import selected_backend
+
+Kind = Literal["attack", "step", "matmul"]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag of the engine with the two values that are compared.
+
+    Attributes:
+        group: of the configuration, "engine" or "data".
+        values: off and on.
+        kinds: the rows in which it shows.
+        gpu: needs a CUDA device.
+    """
+
+    name: str
+    group: str
+    values: tuple[Any, Any]
+    kinds: tuple[Kind, ...]
+    gpu: bool = False
+
+    def value(self, config: TrainConfig[Any]) -> Any:
+        return getattr(getattr(config, self.group), self.name)
+
+    def turned(self, config: TrainConfig[Any]) -> TrainConfig[Any]:
+        """`config` with this switch the other way."""
+        off, on = self.values
+        part = replace(getattr(config, self.group), **{self.name: on if self.value(config) == off else off})
+        return replace(config, **{self.group: part})
+
+
+BOTH: tuple[Kind, ...] = ("attack", "step")
+SWITCHES = (
+    Switch("amp", "engine", ("off", "bf16"), BOTH),
+    Switch("channels_last", "engine", ("off", "on"), BOTH),
+    Switch("compile", "engine", ("off", "default"), BOTH),
+    Switch("fold", "engine", ("off", "on"), ("attack",)),
+    Switch("closed_form", "engine", (False, True), ("attack",)),
+    Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
+    Switch("graphs", "engine", ("off", "on"), BOTH, gpu=True),
+    Switch("guide_stream", "engine", ("off", "on"), ("step",), gpu=True),
+    Switch("loader", "data", ("torch", "resident"), ("step",)),
+)
+
+
+def settled(asked: TrainConfig[Any], info: DatasetInfo, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
+    """`resolve`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
+    config = resolve(asked, info, say)
+    graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method))
+    engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
+    return replace(config, engine=engine)
+
+
+def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
+    """Why `switch` cannot be turned the other way in the resolved `config`, or None where it can."""
+    device = torch.device(config.engine.device)
+    if switch.name not in {f.name for f in fields(getattr(config, switch.group))}:
+        return "this version has only one"
+    if switch.gpu and device.type != "cuda":
+        return "needs a CUDA device"
+    if switch.name == "fold" and config.attack.attack_bn != "eval":
+        return f"needs --attack-bn eval, got {config.attack.attack_bn}"
+    if switch.name == "guide_stream" and config.model.guide == "none":
+        return f"{config.method} has no guide"
+    if switch.name == "kernels" and selected_backend(device.type, "auto") == "eager":
+        return "no implementation but eager here"
+    if switch.name == "compile" and config.engine.compile == "off":
+        try:
+            check_compile("default", device)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def label(config: TrainConfig[Any]) -> str:
+    """The setting in two words: precision, and whether it is compiled."""
+    amp = "fp32" if config.engine.amp == "off" else config.engine.amp
+    return amp if config.engine.compile == "off" else f"{amp} compiled"
+
+
+def grid(asked: TrainConfig[Any], settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]) -> list[TrainConfig[Any]]:
+    """`asked` in float32 and in its own precision, without and with torch.compile, as a user would get each; itself last.
+
+    settle: resolves a configuration, so that what is "auto" follows the precision.
+    """
+    engine, full = asked.engine, settle(asked)
+    amps = dict.fromkeys(("off", full.engine.amp))
+    modes = dict.fromkeys(("off", engine.compile))
+    return [settle(replace(asked, engine=replace(engine, amp=amp, compile=mode))) for amp in amps for mode in modes]
+
+
+def shown(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The switches of a row as plain values."""
+    return {s.name: s.value(config) for s in SWITCHES if hasattr(getattr(config, s.group), s.name)}

@@ -1,0 +1,158 @@
+"""Clocks: CUDA events on a GPU, the processor's clock elsewhere; rounds in which all rows take turns."""
+
+import ctypes
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+GPU_SAMPLE_SECONDS = 0.05  # of back-to-back calls between two events
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds per call, one number per round."""
+
+    seconds: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """Linear interpolation between the two nearest samples."""
+        ordered = sorted(self.seconds)
+        at = q * (len(ordered) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    def summary(self) -> dict[str, float]:
+        """Plain numbers for JSON."""
+        numbers = {"median": self.median, "p20": self.quantile(0.2), "p80": self.quantile(0.8)}
+        numbers |= {"min": min(self.seconds), "max": max(self.seconds)}
+        return {key: float(f"{value:.5g}") for key, value in numbers.items()} | {"rounds": len(self.seconds)}
+
+
+class Stopwatch:
+    """Times work on `device` without making the device wait in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """A moment: on a GPU when it has done what was asked of it so far."""
+        if not self.gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two marks; waits for the second."""
+        if not self.gpu:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    def time(self, call: Callable[[], object], calls: int = 1) -> float:
+        """Seconds per call of `calls` calls in a row."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        begin = self.mark()
+        for _ in range(calls):
+            call()
+        return self.seconds(begin, self.mark()) / calls
+
+    def calls_per_sample(self, seconds: float) -> int:
+        """Calls that one sample needs where each takes `seconds`: events are too coarse for a single short one."""
+        return max(1, math.ceil(GPU_SAMPLE_SECONDS / seconds)) if self.gpu else 1
+
+
+def rounds(each: Sequence[float], *, seconds: float, repeats: int | None) -> int:
+    """Rounds that give every row about `seconds`, where one sample of each takes as long as `each` says."""
+    return repeats or max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(seconds * len(each) / sum(each))))
+
+
+def take_turns(
+    watch: Stopwatch, calls: Sequence[Callable[[], object]], *, seconds: float, repeats: int | None
+) -> list[Samples]:
+    """Time warm `calls` in rounds, A B A B ..., so that what disturbs the machine for a while disturbs them all."""
+    if not calls:
+        return []
+    once = [watch.time(call) for call in calls]
+    in_a_row = [watch.calls_per_sample(t) for t in once]
+    number = rounds([t * n for t, n in zip(once, in_a_row, strict=True)], seconds=seconds, repeats=repeats)
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(number):
+        for call, n, taken in zip(calls, in_a_row, samples, strict=True):
+            taken.append(watch.time(call, n))
+    return [Samples(tuple(taken)) for taken in samples]
+
+
+class PeakMemory:
+    """Most bytes held at once since `__init__`, above what was held then: the GPU's allocator, or this process's memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: int | None = torch.cuda.memory_allocated(self._device)
+        else:
+            _give_back()
+            with suppress(OSError):  # a sandbox may forbid it: then the peak is the process's so far
+                Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+
+    def bytes(self) -> int | None:
+        """None where the system does not tell."""
+        if self._before is None:
+            return None
+        if self._device is not None:
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return (_status_bytes("VmHWM") or self._before) - self._before
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: what a row takes of it would not show otherwise."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_bytes(key: str) -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class OtherLoad:
+    """How busy other processes kept the CPU since `__init__`: timings beside much of it say little."""
+
+    def __init__(self) -> None:
+        self._begin = _busy_seconds()
+
+    def share(self) -> float | None:
+        """Of all cores' time; None where the system does not tell."""
+        end = _busy_seconds()
+        if self._begin is None or end is None:
+            return None
+        busy, own, total = (b - a for a, b in zip(self._begin, end, strict=True))
+        return round(max(0.0, busy - own) / total, 3) if total > 0 else 0.0
+
+
+def _busy_seconds() -> tuple[float, float, float] | None:
+    """(busy, this process's, all) seconds of the cores so far."""
+    with suppress(OSError, ValueError):
+        ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        second = os.sysconf("SC_CLK_TCK")
+        return (sum(ticks) - ticks[3] - ticks[4]) / second, sum(os.times()[:4]), sum(ticks) / second
+    return None
