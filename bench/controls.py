@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastdynat.runs import source_commit as commit
+from fastdynat.runs import source_commit
 
 METHODS = ("natural", "madry", "dynat")
 
@@ -47,7 +47,7 @@ def main() -> None:
     document = json.loads(table.read_text())
     commands.append({"command": command, "seconds": round(seconds, 1)})
     ours.json.parent.mkdir(parents=True, exist_ok=True)
-    ours.json.write_text(json.dumps({"commit": commit(), **document, "commands": commands}, indent=1) + "\n")
+    ours.json.write_text(json.dumps({"commit": source_commit(), **document, "commands": commands}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

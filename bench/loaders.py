@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import commit
 from rich.console import Console
 from rich.table import Table
 
 from fastdynat.data import ImageSet, TrainLoader, dali_problem, default_workers, make_loader, open_train
-from fastdynat.runs import describe_environment
+from fastdynat.runs import describe_environment, source_commit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOADERS = ("resident", "torch", "dali") if dali_problem() is None else ("resident", "torch")
@@ -113,7 +112,7 @@ def main() -> None:
         document = {
             "format": "fastdynat-loaders/1",
             "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
+            "commit": source_commit(),
             "environment": describe_environment() | {"dali": dali_version(), "load_average_at_end": os.getloadavg()},
             "workers": ours.workers,
             "rows": rows,

@@ -16,11 +16,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from controls import commit
 from rich.console import Console
 from rich.table import Table
 
-from fastdynat.runs import describe_environment
+from fastdynat.runs import describe_environment, source_commit
 
 HERE = Path(__file__).parent
 
@@ -85,7 +84,7 @@ def main() -> None:
         document = {
             "format": "fastdynat-operators/1",
             "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
+            "commit": source_commit(),
             "environment": describe_environment(),
             "rows": rows,
         }

@@ -72,7 +72,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
     check_new(path, overwrite=config.run.overwrite)
-    split = _open(config)
+    split = open_split(config)
     overwrite = config.run.overwrite
     config = resolve_loader(resolve(config, split.info, say), split, say)
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
@@ -82,7 +82,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
     val = split.val_images()
-    parts = _build(config, split, say)
+    parts = build_parts(config, split, say)
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         with use_backend(config.engine.kernels):
@@ -101,11 +101,11 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     """
     stored, run = stored_config(path), RunDir.open(path)
     try:
-        split = _open(config)
+        split = open_split(config)
         config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
         _check_changes(stored, config)
         val = split.val_images()
-        networks, step, loader = _build(config, split, say)
+        networks, step, loader = build_parts(config, split, say)
         _check_epochs(stored, config, loader.steps_per_epoch)
         trainer = Trainer(config, split.info, val, networks, step, loader, run)
         last = path / LAST
@@ -143,7 +143,8 @@ def _restore(checkpoint: Path, trainer: Trainer) -> None:
         raise UserError(f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}") from None
 
 
-def _open(config: TrainConfig[Any]) -> TrainSplit:
+def open_split(config: TrainConfig[Any]) -> TrainSplit:
+    """The training split that `config` names, cut but not read."""
     data = config.data
     return open_train(
         data.data,
@@ -156,7 +157,7 @@ def _open(config: TrainConfig[Any]) -> TrainSplit:
     )
 
 
-def _build(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[NetworkSet, TrainStep, TrainLoader]:
+def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[NetworkSet, TrainStep, TrainLoader]:
     """Networks, step and loader of a resolved configuration, from the run's seed."""
     info, engine, attack = split.info, config.engine, config.attack
     if engine.check_fidelity > len(split.val):
