@@ -53,16 +53,18 @@ train() {  # NAME FLAGS...
 }
 
 data=(--epochs 3)
-evaluated=()
+evaluated=() loaders=(--rounds 3)
 if [ -n "${FASTDYNAT_CIFAR10_JPEG:-}" ] && [ "$device" != cpu ]; then
   data=(--data imagefolder --data-dir "$FASTDYNAT_CIFAR10_JPEG" --model resnet18 --guide resnet18 --train-size 10000 --epochs 2)
   evaluated=(--num-images 1000)
+  loaders+=(--data-dir "$FASTDYNAT_CIFAR10_JPEG")
 fi
 if [ "$device" = cpu ]; then
   r18=small wrn=small compile=off operators=(--only soft_margin)
   sizes=(--batch-size 8 --steps 2 --repeats 1)
   data=(--epochs 1 --train-size 60 --val-size 20 --batch-size 20 --steps 1)
   evaluated=(--num-images 20)
+  loaders=(--rounds 1 --num-images 1000)
   build=(env FASTDYNAT_CUDA=0 python setup.py build_ext --inplace)
   export FASTDYNAT_BENCH_DEVICE=cpu FASTDYNAT_BENCH_SECONDS=0.05
 else
@@ -95,6 +97,6 @@ else
   echo "== no compute-sanitizer: not checked"
 fi
 LINES_SHOWN=60 part operators 90 python bench/operators.py "${operators[@]}" --json "$out/operators_$device.json"
-[ ! -f bench/loaders.py ] || LINES_SHOWN=30 part loaders 40 python bench/loaders.py --json "$out/loaders_$device.json"
+LINES_SHOWN=30 part loaders 40 python bench/loaders.py "${loaders[@]}" --json "$out/loaders_$device.json"
 state
 exit "$failed"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdynat.benchmark.images import random_splits
+from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.settings import settled
 from fastdynat.benchmark.work import Work, engine_attack, engine_step
 from fastdynat.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
@@ -31,7 +31,8 @@ def work(kind: str, amp: Any) -> Work:
         engine=EngineConfig(device=DEVICE, amp=amp),
     )
     make = engine_attack if kind == "attack" else engine_step
-    return make(settled(asked, info), random_splits(info, BATCH_SIZE, seed=1), print)
+    split = random_split(info, BATCH_SIZE, seed=1)
+    return make(settled(asked, split), split, print)
 
 
 @pytest.mark.parametrize("kind", ["attack", "step"])

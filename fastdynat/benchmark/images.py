@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from fastdynat.data import DatasetInfo, ImageSet, Splits
+from fastdynat.data import DatasetInfo, TrainSplit
+from fastdynat.data.store import Source
 
 NUM_BATCHES = 32
 
 
-def random_splits(info: DatasetInfo, batch_size: int, seed: int) -> Splits:
+def random_split(info: DatasetInfo, batch_size: int, seed: int) -> TrainSplit:
     """`NUM_BATCHES` full batches of training images of the size of `info`'s, with random labels; nothing held out."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = info.image_shape
@@ -18,5 +19,5 @@ def random_splits(info: DatasetInfo, batch_size: int, seed: int) -> Splits:
     noise = torch.randn(smooth.shape, generator=generator)
     images = (255 * (smooth + 0.05 * noise)).round().clamp(0, 255).to(torch.uint8)
     labels = torch.randint(info.num_classes, (number,), generator=generator)
-    nothing = ImageSet(images[:0], labels[:0])
-    return Splits(info, ImageSet(images, labels), nothing)
+    everything = torch.arange(number)
+    return TrainSplit(info, Source(labels, lambda indices: images[indices]), everything, everything[:0])

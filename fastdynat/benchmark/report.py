@@ -42,7 +42,7 @@ def row_values(row: Row, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
         values |= {"images_per_s": rates, "flops_per_image": plan.flops // plan.images}
         values["share_of_matmul"] = round(row.flops_per_s / matmul_rates[plan.amp], 4)
     values |= {"flops_per_s": float(f"{row.flops_per_s:.5g}"), "first_call_seconds": round(row.first_seconds, 3)}
-    fidelity = None if row.fidelity is None else vars(row.fidelity)
+    fidelity = None if row.fidelity is None else vars(row.fidelity) | {"weaker": row.fidelity.weaker}
     return values | {
         "peak_memory_bytes": row.peak_memory,
         "fidelity": fidelity,

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from fastdynat.attacks import PGDSpec
+from fastdynat.attacks import Fidelity
 from fastdynat.benchmark import work
 from fastdynat.benchmark.config import BenchConfig
-from fastdynat.benchmark.fidelity import Fidelity, check_attack
 from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, shown, why_not
 from fastdynat.benchmark.timing import PeakMemory, Samples, Stopwatch, take_turns
 from fastdynat.benchmark.work import Say, Work
-from fastdynat.config import AttackConfig, TrainConfig
-from fastdynat.data import Splits
+from fastdynat.config import TrainConfig
+from fastdynat.data import TrainSplit
 from fastdynat.devices import AMP_DTYPES
 
 WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
@@ -43,9 +42,7 @@ class Plan:
     switch: str = ""
     ours: bool = True
     flops: int = 0
-    bn: str = "eval"
     amp: str = "off"
-    spec: PGDSpec | None = None
     why_not: str = ""
 
 
@@ -97,7 +94,7 @@ class Task:
     asked: TrainConfig[Any]
     full: TrainConfig[Any]
     settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
-    splits: Splits
+    split: TrainSplit
     attack_flops: int
     step_flops: int
     say: Notices
@@ -126,17 +123,11 @@ def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", swit
         kind,
         config.data.batch_size,
         shown(config),
-        partial(build, config, task.splits, task.say),
+        partial(build, config, task.split, task.say),
         switch,
         flops=per_image * config.data.batch_size,
-        bn=config.attack.attack_bn,
         amp=config.engine.amp,
-        spec=_spec(config.attack),
     )
-
-
-def _spec(attack: AttackConfig) -> PGDSpec:
-    return PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
 
 
 def _peer_attacks(task: Task) -> list[Plan]:
@@ -150,7 +141,7 @@ def _peer_attacks(task: Task) -> list[Plan]:
         config = task.settle(replace(task.asked, engine=engine))
         name = "torchattacks.PGD" + ("" if engine.amp == "off" else f" under {engine.amp} autocast")
         ours = _ours(task, "attack", config, name)
-        prepare = partial(work.torchattacks_attack, config, task.splits, task.say)
+        prepare = partial(work.torchattacks_attack, config, task.split, task.say)
         rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
     return rows
 
@@ -160,7 +151,7 @@ def _plain(task: Task) -> Plan:
     config = task.settle(replace(task.asked, engine=plain))
     reason = "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
     ours = _ours(task, "step", config, "released loop in plain PyTorch")
-    prepare = partial(work.plain_step, config, task.splits, task.say)
+    prepare = partial(work.plain_step, config, task.split, task.say)
     return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
 
 
@@ -168,7 +159,7 @@ def _switched(task: Task) -> list[Plan]:
     rows = []
     for switch in SWITCHES:
         reason = why_not(switch, task.full)
-        turned = task.full if reason else switch.turned(task.full)
+        turned = task.full if reason else task.settle(switch.turned(task.full))
         flag = switch.name.replace("_", "-")
         name = flag if reason else f"{flag} {_word(switch.value(turned))}"
         for kind in switch.kinds:
@@ -177,7 +168,7 @@ def _switched(task: Task) -> list[Plan]:
             rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
     if task.full.method != "natural":
         row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
-        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.splits, task.say)))
+        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split, task.say)))
     return sorted(rows, key=lambda row: row.kind)  # attacks first
 
 
@@ -208,11 +199,21 @@ def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, b
         row = Row(plan, ready, time.perf_counter() - started, None)
         watch.time(ready.call, WARM_UP_CALLS[device.type])
         row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
-        if plan.ours and ready.attack and ready.model is not None and plan.spec is not None:
-            row.fidelity = check_attack(ready.model, ready.attack, ready.batches, plan.spec, bn=plan.bn)
-            row.invalid = row.fidelity.problem
+        if ready.fidelity is not None:
+            row.fidelity = ready.fidelity()
+            row.invalid = _weaker(row.fidelity)
         rows.append(row)
     return rows
+
+
+def _weaker(f: Fidelity) -> str:
+    """Why an attack does not count, "" where it does."""
+    if not f.weaker:
+        return ""
+    reached = (
+        f"loss {f.loss_fast:.4g} and accuracy {f.acc_fast:.1%}, the reference {f.loss_reference:.4g} and {f.acc_reference:.1%}"
+    )
+    return f"weaker than the reference: {reached}"
 
 
 def time_rows(rows: list[Row], watch: Stopwatch, bench: BenchConfig) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
 from fastdynat.benchmark.config import PICTURES, BenchConfig, check_bench
 from fastdynat.benchmark.flops import StepFlops, count_step
-from fastdynat.benchmark.images import random_splits
+from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.phases import time_phases
 from fastdynat.benchmark.profiling import profile_step
 from fastdynat.benchmark.report import document, epoch_values, phase_values, print_document
@@ -22,9 +22,10 @@ from fastdynat.benchmark.settings import label, settled
 from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
 from fastdynat.benchmark.work import Say, Work, engine_step
 from fastdynat.config import TrainConfig
-from fastdynat.data import Batch, DatasetInfo, Splits, dataset_info
+from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
 from fastdynat.devices import AMP_DTYPES
-from fastdynat.engine import build_parts, load_splits
+from fastdynat.engine import build_parts, open_split
+from fastdynat.engine.resolve import resolve
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
@@ -40,13 +41,10 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
         UserError: a value that cannot work, before anything is measured or written.
     """
     check_bench(bench)
-    info, splits = _images(asked, bench)
-    full = settled(asked, info, say)
+    split = _images(asked, bench)
+    full = settled(asked, split, say)
     before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
-    if splits is None:
-        assert full.data.batch_size is not None
-        splits = random_splits(info, full.data.batch_size, full.engine.seed)
-    doc = _measure(asked, full, splits, bench, Notices(say))
+    doc = _measure(asked, full, split, bench, Notices(say))
     print_document(doc, console)
     ok = True
     if before is not None:
@@ -56,25 +54,28 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
     return 0 if ok else 1
 
 
-def _images(asked: TrainConfig[Any], bench: BenchConfig) -> tuple[DatasetInfo, Splits | None]:
-    """What the data are, and the data where an epoch of them is asked for or only they say what they are."""
+def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
+    """Random images, or the data where an epoch of them is asked for or only they say what they are."""
     info = dataset_info(asked.data.data)
-    if info is not None and not bench.epoch:
-        size = asked.data.image_size
-        return (info if size is None else replace(info, image_shape=(info.image_shape[0], size, size))), None
-    splits = load_splits(asked)
-    return splits.info, splits
+    if info is None or bench.epoch:
+        return open_split(asked)
+    config = resolve(asked, info, lambda text: None)
+    if config.data.image_size is not None:
+        size = config.data.image_size
+        info = replace(info, image_shape=(info.image_shape[0], size, size))
+    assert config.data.batch_size is not None
+    return random_split(info, config.data.batch_size, config.engine.seed)
 
 
 def _measure(
-    asked: TrainConfig[Any], full: TrainConfig[Any], splits: Splits, bench: BenchConfig, say: Notices
+    asked: TrainConfig[Any], full: TrainConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
 ) -> dict[str, Any]:
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
-    flops = _count(full, splits.info)
+    flops = _count(full, split.info)
 
     task = Task(
-        asked, full, lambda config: settled(config, splits.info), splits, full.attack.steps * flops.attack_step, flops.step, say
+        asked, full, lambda config: settled(config, split), split, full.attack.steps * flops.attack_step, flops.step, say
     )
     row_plans = plans(task, bench)
     rows = prepare(row_plans, watch, device, bench, say)
@@ -82,7 +83,7 @@ def _measure(
     time_rows(rows, watch, bench)
     own = next((row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch), None)
     phases, kinds, setting = _inside(task, own, watch, bench)
-    measured = _epoch(full, splits, watch, say) if bench.epoch else None
+    measured = _epoch(full, split, watch, say) if bench.epoch else None
     return document(
         full,
         rows,
@@ -132,15 +133,15 @@ def _inside(
 
 def _again(config: TrainConfig[Any], task: Task, watch: Stopwatch) -> Work:
     """The step of `config`, warm."""
-    ready = engine_step(config, task.splits, task.say)
+    ready = engine_step(config, task.split, task.say)
     watch.time(ready.call, 3)
     return ready
 
 
-def _epoch(config: TrainConfig[Any], splits: Splits, watch: Stopwatch, say: Say) -> dict[str, Any]:
-    """One epoch of training on `splits`, compiled and warm, with its shorter last batch and without validation."""
+def _epoch(config: TrainConfig[Any], split: TrainSplit, watch: Stopwatch, say: Say) -> dict[str, Any]:
+    """One epoch of training on `split`, compiled and warm, with its shorter last batch and without validation."""
     say("one epoch")
-    _, step, loader = build_parts(config, splits, say)
+    _, step, loader = build_parts(config, split, say)
     with use_backend(config.engine.kernels):
         first: Batch = next(iter(loader.epoch(0)))
         last: Batch = next(iter(loader.epoch(0, loader.steps_per_epoch - 1)))

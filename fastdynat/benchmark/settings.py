@@ -1,15 +1,15 @@
 """Which settings of the engine are compared with the one that was asked for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from fastdynat.config import TrainConfig
-from fastdynat.data import DatasetInfo
+from fastdynat.data import TrainSplit
 from fastdynat.devices import check_compile
-from fastdynat.engine.resolve import resolve, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.errors import UserError
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
@@ -58,9 +58,9 @@ SWITCHES = (
 )
 
 
-def settled(asked: TrainConfig[Any], info: DatasetInfo, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
-    """`resolve`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
-    config = resolve(asked, info, say)
+def settled(asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
+    """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
+    config = resolve_loader(resolve(asked, split.info, say), split, say)
     graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method))
     engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
     return replace(config, engine=engine)
@@ -69,8 +69,6 @@ def settled(asked: TrainConfig[Any], info: DatasetInfo, say: Callable[[str], Non
 def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
     """Why `switch` cannot be turned the other way in the resolved `config`, or None where it can."""
     device = torch.device(config.engine.device)
-    if switch.name not in {f.name for f in fields(getattr(config, switch.group))}:
-        return "this version has only one"
     if switch.gpu and device.type != "cuda":
         return "needs a CUDA device"
     if switch.name == "fold" and config.attack.attack_bn != "eval":
@@ -106,4 +104,4 @@ def grid(asked: TrainConfig[Any], settle: Callable[[TrainConfig[Any]], TrainConf
 
 def shown(config: TrainConfig[Any]) -> dict[str, Any]:
     """The switches of a row as plain values."""
-    return {s.name: s.value(config) for s in SWITCHES if hasattr(getattr(config, s.group), s.name)}
+    return {s.name: s.value(config) for s in SWITCHES}

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, PGDSpec, run_pgd
+from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, Fidelity, PGDSpec, attack_mode, check_fidelity, run_pgd
 from fastdynat.benchmark.plain import PlainDynat
 from fastdynat.compiling import compile_whole
 from fastdynat.config import TrainConfig
-from fastdynat.data import Batch, Splits, TrainLoader
+from fastdynat.data import Batch, TrainLoader, TrainSplit
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import TrainStep, attack_switches, build_parts
 from fastdynat.ops import use_backend
@@ -30,19 +30,15 @@ class Work:
     """Something that a row times.
 
     Attributes:
-        call: one batch of it.
-        attack: the same for given images, where it is an attack, for the check that it is none the weaker.
-        model: the float32 network that is attacked.
-        batches: what is attacked.
+        call: one batch of it; returns the attacked images, where it is an attack.
+        fidelity: checks that it is none the weaker for its speed, where it is an attack of ours.
         step: the training step, where it is one.
         stream: its batches without end.
         finite: whether what it computed last is a number.
     """
 
-    call: Callable[[], object]
-    attack: Attack | None = None
-    model: nn.Module | None = None
-    batches: tuple[Batch, ...] = ()
+    call: Callable[[], Any]
+    fidelity: Callable[[], Fidelity] | None = None
     step: TrainStep | None = None
     stream: Iterator[Batch] | None = None
     finite: Callable[[], bool] = field(default=lambda: True)
@@ -54,28 +50,28 @@ def endless(loader: TrainLoader, batch_size: int) -> Iterator[Batch]:
         yield from (batch for batch in loader.epoch(epoch) if len(batch.labels) == batch_size)
 
 
-def _attacked(config: TrainConfig[Any], splits: Splits, say: Say) -> tuple[Any, TrainStep, tuple[Batch, ...]]:
+def _attacked(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[Any, TrainStep, tuple[Batch, ...]]:
     """Networks whose running statistics are those of the images, the step, and a few batches."""
-    networks, step, loader = build_parts(config, splits, say)
+    networks, step, loader = build_parts(config, split, say)
     assert config.data.batch_size is not None
     batches = tuple(itertools.islice(endless(loader, config.data.batch_size), ATTACK_BATCHES))
     update_bn([batch.x for batch in batches], networks.raw["model"])
     return networks, step, batches
 
 
-def _taking_turns(attack: Attack, model: nn.Module, batches: tuple[Batch, ...]) -> Work:
+def _taking_turns(attack: Attack, batches: tuple[Batch, ...], fidelity: Callable[[], Fidelity] | None = None) -> Work:
     turns = itertools.cycle(batches)
 
-    def call() -> None:
+    def call() -> Tensor:
         batch = next(turns)
-        attack(batch.x, batch.labels)
+        return attack(batch.x, batch.labels)
 
-    return Work(call, attack, model, batches)
+    return Work(call, fidelity)
 
 
-def engine_attack(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
+def engine_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our attack as in a training step: take over the weights, then all steps. As one graph where the step would be one."""
-    networks, step, batches = _attacked(config, splits, say)
+    networks, step, batches = _attacked(config, split, say)
     engine = networks.attack
     switches = attack_switches(config.engine)
     if config.engine.graphs == "on" and not switches.graphs:
@@ -87,7 +83,15 @@ def engine_attack(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
             engine.refresh()
             return engine.run(x, AttackGoal("ce", labels), step.spec).x_adv
 
-    return _taking_turns(attack, networks.raw["model"], batches)
+    def fidelity() -> Fidelity:
+        model = networks.raw["model"]
+        with use_backend(config.engine.kernels):
+            # The model's own answers as labels: then every image has something to lose.
+            with attack_mode(model, "eval"), torch.no_grad():
+                probes = [(batch.x, model(batch.x).argmax(1)) for batch in batches]
+            return check_fidelity(engine, model, probes, step.spec, bn=config.attack.attack_bn)
+
+    return _taking_turns(attack, batches, fidelity)
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,9 @@ class WeightGradients(Ascent):
         return leaf.grad
 
 
-def weight_gradient_attack(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
+def weight_gradient_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our attack on a replica whose weights need gradients, which nobody reads; compiled as a network, not as a whole step."""
-    networks, step, batches = _attacked(config, splits, say)
+    networks, step, batches = _attacked(config, split, say)
     replica = networks.attack.replica
     network: Any = replica.network.requires_grad_(True)
     if config.engine.compile != "off":
@@ -118,12 +122,12 @@ def weight_gradient_attack(config: TrainConfig[Any], splits: Splits, say: Say) -
         replica.network.zero_grad(set_to_none=True)
         return x_adv
 
-    return _taking_turns(attack, networks.raw["model"], batches)
+    return _taking_turns(attack, batches)
 
 
-def engine_step(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
+def engine_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our training step, from the loader's batch to the new weights."""
-    _, step, loader = build_parts(config, splits, say)
+    _, step, loader = build_parts(config, split, say)
     assert config.data.batch_size is not None
     stream = endless(loader, config.data.batch_size)
     logs: dict[str, Tensor] = {}
@@ -135,11 +139,11 @@ def engine_step(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
     return Work(call, step=step, stream=stream, finite=lambda: all(bool(v.isfinite()) for v in logs.values()))
 
 
-def torchattacks_attack(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
+def torchattacks_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     """torchattacks' PGD on the network of `config`, under autocast where that is in half precision."""
     import torchattacks  # extra `peer`; `why_no_torchattacks` has been asked
 
-    networks, step, batches = _attacked(config, splits, say)
+    networks, step, batches = _attacked(config, split, say)
     spec: PGDSpec = step.spec
     kind = torchattacks.PGD if spec.norm == "linf" else torchattacks.PGDL2
     peer = kind(networks.raw["model"], spec.eps, spec.step_size, spec.steps, random_start=spec.start != "none")
@@ -149,12 +153,12 @@ def torchattacks_attack(config: TrainConfig[Any], splits: Splits, say: Say) -> W
         with torch.autocast(device_type, dtype) if dtype else nullcontext():
             return peer(x, labels)
 
-    return _taking_turns(attack, networks.raw["model"], batches)
+    return _taking_turns(attack, batches)
 
 
-def plain_step(config: TrainConfig[Any], splits: Splits, say: Say) -> Work:
+def plain_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     """The released loop on the networks and batches of `config`, which is in float32, contiguous and not compiled."""
-    networks, step, loader = build_parts(config, splits, say)
+    networks, step, loader = build_parts(config, split, say)
     spec, optim = step.spec, config.optim
     plain = PlainDynat(
         networks.raw["model"],

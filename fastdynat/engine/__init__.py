@@ -1,7 +1,7 @@
 """The training engine: sessions, the loop and the step."""
 
 from fastdynat.engine.session import _build as build_parts
-from fastdynat.engine.session import _load as load_splits
+from fastdynat.engine.session import _open as open_split
 from fastdynat.engine.session import attack_switches, default_config, new_run, resumed_run, stored_config
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Diverged, Outcome, Trainer
@@ -14,8 +14,8 @@ __all__ = [
     "attack_switches",
     "build_parts",
     "default_config",
-    "load_splits",
     "new_run",
+    "open_split",
     "resumed_run",
     "stored_config",
 ]
