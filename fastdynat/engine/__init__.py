@@ -1,8 +1,14 @@
 """The training engine: sessions, the loop and the step."""
 
-from fastdynat.engine.session import _build as build_parts
-from fastdynat.engine.session import _open as open_split
-from fastdynat.engine.session import attack_switches, default_config, new_run, resumed_run, stored_config
+from fastdynat.engine.session import (
+    attack_switches,
+    build_parts,
+    default_config,
+    new_run,
+    open_split,
+    resumed_run,
+    stored_config,
+)
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Diverged, Outcome, Trainer
 
