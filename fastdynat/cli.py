@@ -68,6 +68,7 @@ BARE = {
     "--compile": ("default", get_args(CompileMode)),
     "--channels-last": ("on", get_args(Switch)),
     "--fold": ("on", get_args(Switch)),
+    "--winograd": ("on", get_args(Switch)),
     "--graphs": ("on", get_args(Switch)),
 }
 

@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from fastdynat.errors import UserError
-from fastdynat.ops import selected_backend
+from fastdynat.ops import available_backends, selected_backend
 
 # Autocast's type for each --amp.
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,3 +59,11 @@ def check_kernels(name: str, device: torch.device) -> None:
     except RuntimeError as error:
         reason = str(error).partition(": ")[2]
         raise UserError(f"--kernels {name}: {reason}; leave --kernels out for the best that this machine has") from None
+
+
+def check_winograd(device: torch.device, amp: str) -> None:
+    """Raise UserError where no convolution can be computed by Winograd's algorithm: it is for float32 on the CPU."""
+    if device.type != "cpu" or amp != "off":
+        raise UserError(f"--winograd on is for float32 on the CPU, got {device} with --amp {amp}; leave it out")
+    if (missing := available_backends()["cpp"]) is not None:
+        raise UserError(f"--winograd on: {missing}; leave it out")

@@ -172,6 +172,25 @@ def call_dynamic_label_cross_entropy(make: Callable[..., Tensor], shape: tuple[i
             out.loss.sum().backward()
 
 
+def call_winograd_conv3x3(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    n, c, height, width = shape
+    for channels, outputs in ((c, 5), (70, 64), (64, 130)):  # less than a block of channels, more, whole ones
+        forward, backward = unaligned(torch.randn(36, channels, outputs)), unaligned(torch.randn(36, outputs, channels))
+        x = make(n, channels, height, width).detach().requires_grad_()
+        for bias in (None, unaligned(torch.randn(outputs))):
+            ops.winograd_conv3x3(x, forward, backward, bias, backend=backend).sum().backward()
+
+
+def call_winograd_weights(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    weight = make(shape[2] * shape[3], shape[0], 3, 3, special=False)
+    out = tuple(unaligned(torch.full(size, NAN)) for size in ((36, *weight.shape[1::-1]), (36, *weight.shape[:2])))
+    assert not any(t.isnan().any() for t in ops.winograd_weights(weight, out=out, backend=backend))
+
+
 CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] = {
     "attack_logit_grad": call_attack_logit_grad,
     "augment": call_augment,
@@ -183,6 +202,8 @@ CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] 
     "project_on_hyperplane": call_project_on_hyperplane,
     "random_start": call_random_start,
     "soft_margin": call_soft_margin,
+    "winograd_conv3x3": call_winograd_conv3x3,
+    "winograd_weights": call_winograd_weights,
 }
 
 
@@ -254,12 +275,12 @@ def main(cpu_library: str, cuda_library: str) -> None:
     import cuda_sim
 
     missing = set(cuda_sim.operators()) - set(CALLS)
-    for backend in ("cpp", "cuda"):
+    for backend, names in (("cpp", cuda_sim.operators()), ("cuda", cuda_sim.cuda_operators())):
         with cuda_sim.simulated_cuda(Path(cuda_library)) if backend == "cuda" else contextlib.nullcontext():
-            for call in CALLS.values():
+            for call in (CALLS[name] for name in names if name in CALLS):
                 for make, shape in batches():
                     call(make, shape, backend)
-            for name in cuda_sim.operators():
+            for name in names:
                 outcomes = call_with_drawn_arguments(name)
                 print(f"{backend} {name}: of {DRAWN} drawn calls {outcomes['ran']} ran", flush=True)
     print("clean" if not missing else f"no entry in CALLS of {Path(__file__).name} for: {', '.join(sorted(missing))}")

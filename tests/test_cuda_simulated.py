@@ -93,8 +93,22 @@ def test_what_is_allowed_between_blocks(samples: ctypes.CDLL, name: str, first: 
 
 @pytest.mark.simulated
 def test_every_operator_has_a_cuda_kernel() -> None:
-    for name in cuda_sim.operators():
+    for name in cuda_sim.cuda_operators():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdynat_sim::{name}", "CPU"), name
+
+
+def test_operators_of_the_cpu_alone_say_so() -> None:
+    assert set(cuda_sim.operators()) >= cuda_sim.CPU_ONLY
+    registered = "".join(path.read_text() for path in (cuda_sim.CSRC / "cuda").glob("*.cu"))
+    for name in cuda_sim.CPU_ONLY:
+        assert f'"{name}"' not in registered
+        assert f"fastdynat::{name}_triton" not in torch._C._dispatch_get_all_op_names()
+    weight = torch.rand(2, 2, 3, 3)
+    for backend in ("cuda", "triton"):
+        with pytest.raises(RuntimeError, match="this operator has no such implementation"):
+            ops.winograd_weights(weight, backend=backend)
+        with pytest.raises(RuntimeError, match="this operator has no such implementation"):
+            ops.winograd_conv3x3(weight, *ops.winograd_weights(weight, backend="eager"), backend=backend)
 
 
 @pytest.mark.simulated

@@ -26,6 +26,7 @@ class AttackSwitches:
         dtype: half-precision type of the attacked network (`Ascent.dtype`); None is the model's own.
         channels_last: run it in channels-last memory format.
         fold: fold eval-mode batch norm into the layers before it.
+        winograd: Winograd's algorithm for 3x3 convolutions, where it is faster: float32 on the CPU.
         closed_form: gradient at the logits by formula.
         compile: torch.compile mode of the step, or "off".
         graphs: capture the whole attack as a CUDA graph per batch shape.
@@ -34,6 +35,7 @@ class AttackSwitches:
     dtype: torch.dtype | None = None
     channels_last: bool = False
     fold: bool = True
+    winograd: bool = True
     closed_form: bool = True
     compile: str = "off"
     graphs: bool = False
@@ -102,7 +104,13 @@ class AttackEngine:
         self._say, self._recorder = say, recorder
         self._notes: list[str] = []
         self.replica = AttackReplica(
-            model, example, bn=bn, dtype=s.dtype, channels_last=s.channels_last, fold=s.fold and bn == "eval"
+            model,
+            example,
+            bn=bn,
+            dtype=s.dtype,
+            channels_last=s.channels_last,
+            fold=s.fold and bn == "eval",
+            winograd=s.winograd,
         )
         if self.replica.note:
             self._note(f"batch norm is not folded in the attack: {self.replica.note}")
@@ -175,6 +183,7 @@ class AttackEngine:
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:
     dtype = str(switches.dtype or torch.float32).removeprefix("torch.")
     parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else f"batch norm {bn}"]
+    parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
     if switches.compile != "off":
         parts.append("one compiled step" if bn == "eval" else "compiled network")

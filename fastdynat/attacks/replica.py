@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors
 from fastdynat.attacks.modes import frozen_twin
+from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
 
 # The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -16,13 +17,14 @@ class AttackReplica:
     """`network`, a module that follows `model` and is fit for being attacked.
 
     No parameter of it needs a gradient, so an attack computes input gradients only, in eager mode and compiled, and can never
-    reach the model's ``.grad``. What can share the model's memory does; folded weights, weights in half precision and weights
-    in another memory format are copies, brought up to date by `refresh`. With `dtype`, `network` is to be called under autocast
-    to it: batch norms and whatever else autocast keeps in float32 stay there.
+    reach the model's ``.grad``. What can share the model's memory does; folded weights, weights in half precision, weights in
+    another memory format and Winograd's transformed ones are copies, brought up to date by `refresh`. With `dtype`, `network`
+    is to be called under autocast to it: batch norms and whatever else autocast keeps in float32 stay there.
 
     Attributes:
         network: images in [0, 1] -> logits.
         num_folded: batch norms folded into the layer before them.
+        num_winograd: convolutions computed by Winograd's algorithm.
         note: why nothing was folded although `fold` asked for it; else "".
     """
 
@@ -35,6 +37,7 @@ class AttackReplica:
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
         fold: bool = True,
+        winograd: bool = True,
     ) -> None:
         """
         Args:
@@ -44,6 +47,8 @@ class AttackReplica:
             dtype: half-precision type of convolution and linear weights; None keeps the model's.
             channels_last: convolution weights in channels-last memory format.
             fold: fold batch norm where the network allows.
+            winograd: compute 3x3 convolutions by Winograd's algorithm where that is faster: in float32, on the CPU, with the
+                extension (`use_winograd`). Takes eight times the memory of their weights.
         """
         self.network = frozen_twin(model, bn)
         self._folds: list[Fold] = []
@@ -53,11 +58,16 @@ class AttackReplica:
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._own_weights(dtype, channels_last)
+        self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
         self.refresh()
 
     @property
     def num_folded(self) -> int:
         return len(self._folds)
+
+    @property
+    def num_winograd(self) -> int:
+        return len(self._winograd)
 
     def _fold(self, example: Tensor, bn: str) -> None:
         try:
@@ -96,6 +106,8 @@ class AttackReplica:
             torch._foreach_copy_(self._copies, self._sources)
         for fold in self._folds:
             put_tensors(fold)
+        for layer in self._winograd:
+            layer.refresh()
 
 
 def _check_equal(network: nn.Module, folded: nn.Module, example: Tensor) -> None:

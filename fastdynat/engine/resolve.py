@@ -10,7 +10,7 @@ import torch
 
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
-from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
+from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
 from fastdynat.units import describe, parse_size
@@ -158,6 +158,8 @@ def _engine(config: TrainConfig[Any], method: type[Method[Any]], say: Say) -> En
         raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
     if engine.fold == "on" and config.attack.attack_bn != "eval":
         raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
+    if engine.winograd == "on":
+        check_winograd(device, amp)
     return replace(
         engine,
         device=str(device),

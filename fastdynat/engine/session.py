@@ -234,6 +234,7 @@ def attack_switches(engine: EngineConfig) -> AttackSwitches:
         dtype=AMP_DTYPES[engine.amp],
         channels_last=engine.channels_last == "on",
         fold=engine.fold == "on",
+        winograd=engine.winograd != "off",
         closed_form=engine.closed_form,
         compile=engine.compile,
         # A gradient scaler decides in Python, so only the attack of such a run can be captured.

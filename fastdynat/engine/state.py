@@ -21,6 +21,7 @@ RESUMABLE = {
     "workers",
     "device",
     "kernels",
+    "winograd",
     "check_fidelity",
     "graphs",
     "guide_stream",

@@ -18,6 +18,7 @@ from fastdynat.ops.pgd_step_linf import attack_step_linf, pgd_step_linf
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 from fastdynat.ops.random_start import random_start
 from fastdynat.ops.soft_margin import soft_margin
+from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
 
 __all__ = [
     "BACKENDS",
@@ -40,4 +41,6 @@ __all__ = [
     "set_backend",
     "soft_margin",
     "use_backend",
+    "winograd_conv3x3",
+    "winograd_weights",
 ]

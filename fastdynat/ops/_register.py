@@ -21,7 +21,7 @@ def register(
     *,
     eager: Callable[..., Any],
     fake: Callable[..., Any],
-    module: str,
+    module: str | None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     reference: Callable[..., Any] | None = None,
@@ -33,7 +33,8 @@ def register(
         signature: the schema after the name, "(Tensor x, ...) -> Tensor".
         eager: plain torch with the schema's inputs and outputs; serves devices without a kernel.
         fake: the same signature, returning empty tensors of the right shape, dtype and strides.
-        module: name of the file in kernels/ with the Triton launcher.
+        module: name of the file in kernels/ with the Triton launcher; None for an operator of the CPU, which has neither
+            Triton nor CUDA kernels.
         backward, setup_context: as `torch.library.register_autograd` takes them; None: no gradient flows.
         reference: what backend "eager" runs where it must be differentiable by autograd itself; default `eager`.
     """
@@ -42,7 +43,7 @@ def register(
         # Imported here because triton may be missing.
         return getattr(importlib.import_module(f"fastdynat.kernels.{module}"), name)(*args)
 
-    for full_name, default in ((name, eager), (f"{name}_triton", triton)):
+    for full_name, default in ((name, eager), *([(f"{name}_triton", triton)] if module else [])):
         qualified = f"fastdynat::{full_name}"
         torch.library.define(qualified, signature, tags=TAGS)
         torch.library.impl(qualified, "default", default)
@@ -70,7 +71,8 @@ def register(
     def call_triton(*args: Any) -> Any:
         return registered_triton(*args) if torch.compiler.is_compiling() else eager_triton(*args)
 
-    return {"triton": call_triton, "cuda": call_native, "cpp": call_native, "eager": reference or eager}
+    found = {"cpp": call_native, "eager": reference or eager}
+    return found | {"triton": call_triton, "cuda": call_native} if module else found
 
 
 def _differentiable(run: Callable[..., Any], formula: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:

@@ -99,17 +99,26 @@ def build_kernels(folder: Path, sanitize: Sequence[str] = (WATCH,)) -> Path:
     return build(folder, "fastdynat_sim", [(HERE / "simulator.cpp", own), *kernels], own)
 
 
+# Operators that have no CUDA kernel and no Triton kernel, on purpose: cuDNN has Winograd convolutions of its own.
+CPU_ONLY = {"winograd_conv3x3", "winograd_weights"}
+
+
 def operators() -> list[str]:
-    """The names of the operators that csrc implements, from the dispatcher."""
+    """The names of the operators that csrc implements for the CPU, from the dispatcher."""
     found = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     return sorted(name for namespace, name in found if namespace == "fastdynat" and not name.endswith("_triton"))
+
+
+def cuda_operators() -> list[str]:
+    """Those that it implements for CUDA as well."""
+    return [name for name in operators() if name not in CPU_ONLY]
 
 
 @cache
 def load(library: Path) -> torch.library.Library:
     """Load the kernels under ``fastdynat_sim``, with the schemas of ``fastdynat``."""
     definitions = torch.library.Library("fastdynat_sim", "DEF")
-    for name in operators():
+    for name in cuda_operators():
         schema = str(getattr(torch.ops.fastdynat, name).default._schema)
         definitions.define(schema.removeprefix("fastdynat::"))
     torch.ops.load_library(library)
@@ -146,7 +155,7 @@ def simulated_cuda(library: Path) -> Iterator[None]:
     overrides = torch.library.Library("fastdynat", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")  # on purpose
-        for name in operators():
+        for name in cuda_operators():
             overrides.impl(name, simulated(name), "CPU", allow_override=True)
     _select.why_not = why_not
     try:
