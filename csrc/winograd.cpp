@@ -200,8 +200,8 @@ void transform_weights(
 
 void check_points(const char* name, const Tensor& t, int64_t from, int64_t to) {
   STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(0) == kPoints && t.size(1) == from && t.size(2) == to && is_dense(t) &&
-          (t.numel() == 0 || (t.stride(0) == from * to && t.stride(1) == to)),
+      t.dim() == 3 && t.size(0) == kPoints && t.size(1) == from && t.size(2) == to &&
+          (t.numel() == 0 || (is_dense(t) && t.stride(0) == from * to && t.stride(1) == to)),
       kWeightsName, ": ", name, " has shape ", shape_of(t), ", expected contiguous (36, ", from, ", ", to, ")");
 }
 

@@ -21,7 +21,6 @@ RESUMABLE = {
     "workers",
     "device",
     "kernels",
-    "winograd",
     "check_fidelity",
     "graphs",
     "guide_stream",
