@@ -50,6 +50,7 @@ SWITCHES = (
     Switch("channels_last", "engine", ("off", "on"), BOTH),
     Switch("compile", "engine", ("off", "default"), BOTH),
     Switch("fold", "engine", ("off", "on"), ("attack",)),
+    Switch("winograd", "engine", ("off", "auto"), ("attack",)),
     Switch("closed_form", "engine", (False, True), ("attack",)),
     Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
     Switch("graphs", "engine", ("off", "on"), BOTH, gpu=True),
@@ -71,6 +72,8 @@ def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
     device = torch.device(config.engine.device)
     if switch.gpu and device.type != "cuda":
         return "needs a CUDA device"
+    if switch.name == "winograd" and (device.type != "cpu" or config.engine.amp != "off"):
+        return "is for float32 on the CPU"
     if switch.name == "fold" and config.attack.attack_bn != "eval":
         return f"needs --attack-bn eval, got {config.attack.attack_bn}"
     if switch.name == "guide_stream" and config.model.guide == "none":
