@@ -159,7 +159,7 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
   return out;
 }
 
-// w: `to` filters of 3 x 3 taps for each of `from` channels -> u: (36, from, to), to be read at any strides.
+// w: `to` filters of 3 x 3 taps for each of `from` channels -> u: (36, from, to).
 // Filter (f, t) begins at w[f * from_stride + t * to_stride]; `step` is 1, or -1 from the last tap for filters turned by 180 degrees.
 void transform_weights(
     const float* w, int64_t from_stride, int64_t to_stride, int64_t step, float* u, int64_t from, int64_t to) {
@@ -199,10 +199,12 @@ void transform_weights(
 }
 
 void check_points(const char* name, const Tensor& t, int64_t from, int64_t to) {
+  const bool fits = t.dim() == 3 && t.size(0) == kPoints && t.size(1) == from && t.size(2) == to;
+  // Strides of dimensions of size 1 do not matter, nor any of an empty tensor.
+  const bool contiguous = fits && (t.numel() == 0 || (t.stride(0) == from * to && (from == 1 || t.stride(1) == to) &&
+                                                      (to == 1 || t.stride(2) == 1)));
   STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(0) == kPoints && t.size(1) == from && t.size(2) == to &&
-          (t.numel() == 0 || (is_dense(t) && t.stride(0) == from * to && t.stride(1) == to)),
-      kWeightsName, ": ", name, " has shape ", shape_of(t), ", expected contiguous (36, ", from, ", ", to, ")");
+      contiguous, kWeightsName, ": ", name, " has shape ", shape_of(t), ", expected contiguous (36, ", from, ", ", to, ")");
 }
 
 void winograd_weights_cpu(const Tensor& weight, Tensor forward, Tensor backward) {

@@ -103,6 +103,17 @@ def test_the_weights_are_rounded_once(backend: str) -> None:
         assert bool(((got - want).abs() <= 2**-24 * 1.000001 * want.abs()).all())
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (1, 1), (1, 5), (5, 1)], ids=str)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_no_channels_or_one(backend: str, shape: tuple[int, int]) -> None:
+    x, weight, bias = problem(2, shape[1], shape[0], 5, 6)
+    got = ops.winograd_conv3x3(x, *ops.winograd_weights(weight, backend=backend), bias, backend=backend)
+    if weight.numel():
+        assert_close(got, x, weight, bias)
+    else:  # what conv2d refuses: sums of nothing
+        assert torch.equal(got, bias[None, :, None, None].expand(2, -1, 5, 6))
+
+
 def test_the_weights_may_be_written_in_place() -> None:
     first, second = torch.randn(2, 5, 6, 3, 3)
     out = ops.winograd_weights(first)

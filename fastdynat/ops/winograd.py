@@ -46,7 +46,7 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padded = F.pad(x, (1, TILE * across - width + 1, 1, TILE * down - height + 1))
     windows = padded.unfold(2, TILE + 2, TILE).unfold(3, TILE + 2, TILE)  # (N, C, down, across, 6, 6)
     b_t, a_t = x.new_tensor(B_T), x.new_tensor(A_T)
-    v = torch.einsum("pi,nctsij,qj->pqntsc", b_t, windows, b_t).reshape(POINTS, -1, c)
+    v = torch.einsum("pi,nctsij,qj->pqntsc", b_t, windows, b_t).reshape(POINTS, n * down * across, c)
     m = torch.bmm(v, weight).view(TILE + 2, TILE + 2, n, down, across, k)
     y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)[:, :height, :width]
     y = y if bias is None else y + bias
