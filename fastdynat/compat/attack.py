@@ -28,6 +28,7 @@ class Speed(TypedDict, total=False):
         channels_last: run the network in channels-last memory format; None is on for a GPU and with `amp`.
         graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
         fold: fold batch norm into the layers before it.
+        winograd: Winograd's algorithm for 3x3 convolutions, in float32 on the CPU; rounds about five times as coarsely.
     """
 
     amp: bool | torch.dtype
@@ -35,6 +36,7 @@ class Speed(TypedDict, total=False):
     channels_last: bool | None
     graphs: bool | None
     fold: bool
+    winograd: bool
 
 
 class Attack:
@@ -65,6 +67,7 @@ class Attack:
         channels_last: bool | None = None,
         graphs: bool | None = None,
         fold: bool = True,
+        winograd: bool = True,
     ) -> None:
         if isinstance(amp, torch.dtype) and amp not in HALF:
             raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
@@ -74,7 +77,8 @@ class Attack:
         self.set_model(model)
         self.attack_mode, self.targeted = "default", False
         self.normalization_used: dict[str, Tensor] | None = None
-        self._amp, self._channels_last, self._graphs, self._fold = amp, channels_last, graphs, fold
+        self._amp, self._channels_last, self._graphs = amp, channels_last, graphs
+        self._fold, self._winograd = fold, winograd
         self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
         self._target_map: TargetMap = _given
         self._modes, self._kth_min = TrainingModes(), 1
@@ -263,6 +267,7 @@ class Attack:
             dtype=dtype,
             channels_last=(gpu or dtype is not None) if self._channels_last is None else self._channels_last,
             fold=self._fold,
+            winograd=self._winograd,
             compile=self._compile,
             graphs=gpu if self._graphs is None else self._graphs and gpu,
         )
