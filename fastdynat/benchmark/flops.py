@@ -70,10 +70,9 @@ def count_step(
         batch = Batch(x, labels, labels)
         inner = method.inner(nets, batch)
         attacked[0] = inner.goal is not None
-        attacked = replace(
-            unattacked(x), kept=torch.zeros_like(labels) if inner.goal is not None and inner.goal.track else None
-        )
-        outer = method.outer(nets, batch, inner, attacked)
+        tracked = inner.goal is not None and inner.goal.track
+        result = replace(unattacked(x), kept=torch.zeros_like(labels) if tracked else None)
+        outer = method.outer(nets, batch, inner, result)
         torch.stack([*inner.losses.values(), *outer.losses.values()]).sum().backward()
 
     def attack_step() -> None:
