@@ -10,13 +10,15 @@ the model ends in are the release's own. What differs, on purpose, in all of the
 - images outside [0, 1], labels that are no class of the model, and a `distance` that the release has no attack for are refused.
 
 Common arguments:
-    model: images in [0, 1] -> logits (N, K); also wrapped by DistributedDataParallel, DataParallel or torch.compile.
+    model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or DistributedDataParallel. The last
+        with broadcast_buffers=False, as for the releases: two passes in train mode come before ``backward()``.
     x_natural: (N, C, H, W) float32 or float64 images in [0, 1].
     y: (N,) integer classes.
     optimizer: its ``zero_grad`` is called, between the attack and the losses.
-    step_size, epsilon, perturb_steps: the attack's, in pixel units.
+    step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and another
+        compilation: where it changes at each call, ``graphs=False``.
     beta: weight of the second term.
-    distance: "l_inf"; `trades_loss` also "l_2".
+    distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no step_size.
     speed: `Speed`; without ``amp`` the attack is as precise as the caller's autocast region.
 
 All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
