@@ -59,8 +59,8 @@ class ModelConfig:
     """Networks."""
 
     model: str = "auto"
-    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W, torchvision:NAME, timm:NAME; auto is small
-    for digits, else resnet18."""
+    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn or -silu-gn for
+    SiLU, group norm, both), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
     guide: str = "auto"
     """Guide network of DYNAT; auto is resnet18_s1122 (the released code's), or small beside small."""
     normalize: Literal["none", "dataset"] = "none"

@@ -60,6 +60,7 @@ VARIANTS = {
     "madry-uniform-nesterov-cosine": ["--method", "madry", "--nesterov", "--schedule", "cosine", "--augment", "crop-flip"],
     "dynat-unfolded-autograd": ["--fold", "off", "--no-closed-form"],
     "natural": ["--method", "natural", "--normalize", "dataset"],
+    "dynat-group-norm": ["--model", "small-silu-gn"],
     "dynat-ema-clip-joint-bf16": ["--ema", "0.9", "--clip-grad", "0.5", "--optimizers", "joint", "--amp", "--channels-last"],
     "madry-fp16-onecycle": ["--method", "madry", "--amp", "fp16", "--schedule", "onecycle", "--attack-bn", "train"],
 }
@@ -73,6 +74,17 @@ def test_resume_is_bitwise(tmp_path: Path, flags: list[str]) -> None:
     resume(parts, "--stop-after", "2")
     resume(parts)
     assert_same_run(whole, parts)
+
+
+def test_a_network_without_batch_norm_trains_without_a_word_about_folding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", "--model", "small_gn", "--epochs", "1")
+    said = capsys.readouterr().err
+    assert "fold" not in said
+    assert "attack: float32 replica, no batch norm" in said
+    assert "small_gn with guide small" in said
+    assert load_network(run / "last" / "model.safetensors")[1].architecture == "small_gn"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -13,6 +13,7 @@ from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, d
 from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
+from fastdynat.models import split_style
 from fastdynat.units import describe, parse_size
 
 Say = Callable[[str], None]
@@ -82,7 +83,7 @@ def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
 
 def _model(model: ModelConfig, info: DatasetInfo, method: type[Method[Any]]) -> ModelConfig:
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
-    guide = ("small" if name == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
+    guide = ("small" if split_style(name)[0] == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
     return replace(model, model=name, guide=guide if method.uses_guide else "none")
 
 
