@@ -114,8 +114,10 @@ class OptimConfig:
     """Nesterov momentum."""
     weight_decay: float = 2e-4
     """L2 weight decay on every parameter."""
-    schedule: Literal["release", "multistep", "cosine", "onecycle", "constant"] = "release"
-    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %)."""
+    schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
+    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
+    warmup: float | None = None
+    """onecycle, triangular: where the peak is, as a share of the run; None is 0.3 for onecycle, 0.5 for triangular."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """multistep: where the rate drops, as shares of the run."""
     gamma: float = 0.1

@@ -63,6 +63,7 @@ VARIANTS = {
     "dynat-group-norm": ["--model", "small-silu-gn"],
     "dynat-ema-clip-joint-bf16": ["--ema", "0.9", "--clip-grad", "0.5", "--optimizers", "joint", "--amp", "--channels-last"],
     "madry-fp16-onecycle": ["--method", "madry", "--amp", "fp16", "--schedule", "onecycle", "--attack-bn", "train"],
+    "natural-triangular": ["--method", "natural", "--schedule", "triangular", "--warmup", "0.4"],
 }
 
 

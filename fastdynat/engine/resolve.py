@@ -14,6 +14,7 @@ from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
 from fastdynat.engine.awp import check_awp
+from fastdynat.engine.schedules import WARMUP
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method, method_class
 from fastdynat.models import split_style
@@ -158,7 +159,18 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
         raise UserError("nesterov needs momentum above 0")
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
-    return optim
+    return replace(optim, warmup=_warmup(optim))
+
+
+def _warmup(optim: OptimConfig) -> float | None:
+    if optim.warmup is None:
+        return WARMUP.get(optim.schedule)
+    if optim.schedule not in WARMUP:
+        those = " or ".join(WARMUP)
+        raise UserError(f"warmup {optim.warmup:g}: schedule {optim.schedule} has none; leave it out, or use --schedule {those}")
+    if not 0 <= optim.warmup < 1:
+        raise UserError(f"warmup must be a share of the run in [0, 1), got {optim.warmup:g}")
+    return optim.warmup
 
 
 def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineConfig:
