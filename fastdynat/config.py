@@ -113,7 +113,9 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 2e-4
-    """L2 weight decay on every parameter."""
+    """L2 weight decay."""
+    decay_norms: bool = True
+    """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et al.)."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
     """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
     warmup: float | None = None
@@ -128,6 +130,11 @@ class OptimConfig:
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off."""
+    ema_warmup: float = 0.0
+    """Share of the run in which the average is a plain copy; from then on it keeps min(ema, (1 + s) / (10 + s)), s steps later.
+    0 keeps ema from the first step on."""
+    ema_buffers: Literal["average", "copy"] = "average"
+    """Running statistics of the average: averaged like the weights, or the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

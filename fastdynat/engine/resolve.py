@@ -155,6 +155,13 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
     for name in ("momentum", "ema"):
         if not 0 <= getattr(optim, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(optim, name):g}")
+    if not 0 <= optim.ema_warmup < 1:
+        raise UserError(f"ema_warmup must be a share of the run in [0, 1), got {optim.ema_warmup:g}")
+    if optim.ema == 0 and (optim.ema_warmup > 0 or optim.ema_buffers != "average"):
+        name = "ema_warmup" if optim.ema_warmup > 0 else "ema_buffers"
+        raise UserError(
+            f"{name} {getattr(optim, name)}: there is no weight average; turn it on with --ema 0.995, or leave this out"
+        )
     if optim.nesterov and optim.momentum == 0:
         raise UserError("nesterov needs momentum above 0")
     if not all(0 < m < 1 for m in optim.milestones):

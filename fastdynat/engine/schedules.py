@@ -58,3 +58,9 @@ def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int]
         return 1.0
 
     return factor
+
+
+def average_warmup(config: OptimConfig, steps_per_epoch: int) -> int:
+    """The number of updates before the weight average begins."""
+    assert config.epochs is not None
+    return math.ceil(config.ema_warmup * config.epochs * steps_per_epoch - 1e-9)

@@ -200,6 +200,7 @@ def build_parts(
         attack=attack_switches(engine),
         compile_mode=engine.compile,
         ema=config.optim.ema,
+        ema_buffers=config.optim.ema_buffers,
         say=say,
     )
     assert config.data.batch_size is not None
@@ -323,6 +324,11 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
         raise UserError(
             f"--early-share is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), and "
             "other epochs would have had fewer attack steps; keep --epochs"
+        )
+    if stored.optim.ema_warmup > 0:
+        raise UserError(
+            f"--ema-warmup is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
+            "keep --epochs"
         )
     if any(before(s) != after(s) for s in steps):
         raise UserError(

@@ -16,6 +16,7 @@ from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
+from fastdynat.engine.schedules import average_warmup
 from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
@@ -55,6 +56,8 @@ class Trainer:
         self.step, self.loader, self.run = step, loader, run
         self.device = torch.device(config.engine.device)
         self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
+        if networks.ema is not None:
+            networks.ema.restart(warmup=average_warmup(config.optim, loader.steps_per_epoch))
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
         self.best: float | None = None  # the highest validation accuracy of the kind the method is selected by
@@ -243,7 +246,7 @@ class Trainer:
             "global_step": self.step.global_step,
             "optimizers": [optimizer.state_dict() for optimizer in self.step.optimizers],
             "scaler": self.step.precision.scaler.state_dict(),
-            "ema_updates": None if ema is None else int(ema.n_averaged),
+            "ema_updates": None if ema is None else ema.updates,
             "rng": rng_state(),
             "loader": self.loader.state_dict(),
             "averages": self.averages.state_dict(),
@@ -270,7 +273,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
-            self.networks.ema.n_averaged.fill_(state["ema_updates"])
+            self.networks.ema.updates = state["ema_updates"]
         for name, tensor in self.step.method.buffers.items():
             tensor.copy_(state["method"][name])
         self.averages.load_state_dict(state["averages"], self.device)
