@@ -183,6 +183,11 @@ class RunConfig:
     """Stop after this many epochs as Ctrl-C would; --resume goes on."""
     stop_at: float | None = None
     """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least this share."""
+    patience: int | None = None
+    """Stop after this many validations without a better score (robust early stopping); None is never."""
+    on_collapse: Literal["off", "warn", "stop"] = "warn"
+    """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on attacked training
+    images does not (catastrophic overfitting of single-step attacks)."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1

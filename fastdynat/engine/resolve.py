@@ -233,8 +233,11 @@ def _run(config: TrainConfig[Any]) -> Any:
         raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
     if run.stop_at is not None and not 0 < run.stop_at <= 1:
         raise UserError(f"stop_at must be a share in (0, 1], got {run.stop_at:g}; write 45 % as 0.45")
-    if run.stop_at is not None and config.data.val_size == 0:
-        raise UserError("stop_at needs validation images: leave --val-size 0 out")
+    if run.patience is not None and run.patience < 1:
+        raise UserError(f"patience must be a number of validations >= 1, got {run.patience}")
+    for name, used in (("stop_at", run.stop_at), ("patience", run.patience), ("on_collapse stop", run.on_collapse == "stop")):
+        if used and config.data.val_size == 0:
+            raise UserError(f"{name} needs validation images: leave --val-size 0 out")
     if run.val_every < 1:
         raise UserError(f"val_every must be >= 1, got {run.val_every}")
     if not run.save_every > 0:

@@ -20,6 +20,7 @@ from fastdynat.engine.schedules import average_warmup
 from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
+from fastdynat.engine.watch import Watch
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.runs import STATE, RunDir, Sidecar, save_weights
@@ -33,7 +34,7 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `Trainer.fit` ended: all epochs done or --stop-at reached, or stopped early by `signal` (None: by --stop-after)."""
+    """How `Trainer.fit` ended: all epochs done or `Watch.ended`, or stopped early by `signal` (None: by --stop-after)."""
 
     finished: bool
     signal: Signals | None = None
@@ -60,11 +61,11 @@ class Trainer:
             networks.ema.restart(warmup=average_warmup(config.optim, loader.steps_per_epoch))
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
-        self.best: float | None = None  # the highest validation accuracy of the kind the method is selected by
+        self.watch = Watch(config.run, step.method.select_by)
         self.last_validation: dict[str, float] = {}
 
     def fit(self) -> Outcome:
-        """Train until the last epoch, --stop-at, --stop-after, or a signal; everything is saved when it returns.
+        """Train until the last epoch, `Watch.ended`, --stop-after, or a signal; everything is saved when it returns.
 
         Raises:
             Diverged: the loss is not finite; the last checkpoint is from before.
@@ -78,7 +79,7 @@ class Trainer:
             StopRequest() as stop,
             Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
         ):
-            while self.epoch < until and not self.reached():
+            while self.epoch < until and not self.watch.ended():
                 try:
                     self._train_epoch(stop, display)
                     self._finish_epoch(stop, display, epochs)
@@ -86,12 +87,7 @@ class Trainer:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
         self.metrics.close()
-        return Outcome(self.epoch >= epochs or self.reached(), stop.signal)
-
-    def reached(self) -> bool:
-        """Whether the best validation score so far is what --stop-at asks for."""
-        target = self.config.run.stop_at
-        return target is not None and self.best is not None and self.best >= target
+        return Outcome(self.epoch >= epochs or self.watch.ended() is not None, stop.signal)
 
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()
@@ -131,7 +127,7 @@ class Trainer:
         row |= self._finite_means()
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
-        row |= self._validate(stop, display, due=due)
+        row |= self._validate(stop, display, due=due, trained=row.get("train_adv_acc"))
         row |= self._check_fidelity(display) if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
@@ -139,8 +135,8 @@ class Trainer:
         display.epoch(row, epochs)
         self._save(best=row["best"])
 
-    def _validate(self, stop: StopRequest, display: Display, *, due: bool) -> dict[str, Any]:
-        """Validation columns of the epoch's row; keeps the best score."""
+    def _validate(self, stop: StopRequest, display: Display, *, due: bool, trained: float | None) -> dict[str, Any]:
+        """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images, if it has one."""
         if len(self.val) == 0:
             return {"best": True}  # nothing to select by, so best follows last
         if not due:
@@ -161,10 +157,10 @@ class Trainer:
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}
-        score = self.last_validation[self.step.method.select_by]
-        better = self.best is None or score > self.best
-        self.best = score if better else self.best
-        return {**self.last_validation, "best": better}
+        collapse = self.watch.collapse(accuracies["pgd10"], trained)
+        if collapse is not None:
+            display.say(collapse)
+        return {**self.last_validation, "best": self.watch.better(self.last_validation)}
 
     def _check_fidelity(self, display: Display) -> dict[str, float | bool]:
         """Columns that say whether the attack as it is computed is as strong as the reference; nothing of the run changes."""
@@ -252,7 +248,7 @@ class Trainer:
             "averages": self.averages.state_dict(),
             "method": self.step.method.buffers,
             "seconds": self.seconds,
-            "best": self.best,
+            "watch": self.watch.state_dict(),
             "last_validation": self.last_validation,
             "config": identity(self.config),
         }
@@ -278,6 +274,7 @@ class Trainer:
         for name, tensor in self.step.method.buffers.items():
             tensor.copy_(state["method"][name])
         self.averages.load_state_dict(state["averages"], self.device)
-        self.seconds, self.best, self.last_validation = state["seconds"], state["best"], state["last_validation"]
+        self.seconds, self.last_validation = state["seconds"], state["last_validation"]
+        self.watch.load_state_dict(state["watch"])
         set_rng_state(state["rng"])
         self.metrics.keep_until(self.epoch)
