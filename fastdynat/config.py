@@ -118,6 +118,9 @@ class OptimConfig:
     """L2 weight decay."""
     decay_norms: bool = True
     """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et al.)."""
+    burn_in: int = 0
+    """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method starts, from the
+    weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
     """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
     warmup: float | None = None

@@ -73,5 +73,10 @@ def test_triangular_without_a_warm_up_falls_from_the_peak() -> None:
     assert rates(1, epochs=4, schedule="triangular", warmup=0.0) == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
+@pytest.mark.parametrize("name", ["release", "multistep", "cosine", "onecycle", "triangular", "constant"])
+def test_a_burn_in_is_at_the_peak_and_the_schedule_comes_after_it(name: str) -> None:
+    assert rates(3, epochs=9, burn_in=4, schedule=name) == [0.1] * 12 + rates(3, epochs=5, schedule=name)
+
+
 def test_constant() -> None:
     assert set(rates(4, epochs=3, schedule="constant")) == {0.1}

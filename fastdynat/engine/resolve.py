@@ -47,7 +47,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         data=_data(config.data, info, method),
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
-        optim=_optim(config.optim, info),
+        optim=_optim(config, info),
         engine=_engine(config, method, say),
         run=_run(config),
     )
@@ -142,12 +142,17 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
     return replace(attack, eps=eps, step_size=step_size, steps=steps, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
 
 
-def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
+def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
+    optim = config.optim
     optim = replace(optim, epochs=_automatic(optim.epochs, EPOCHS, info), lr=_automatic(optim.lr, LR, info))
     assert optim.epochs is not None
     assert optim.lr is not None
     if optim.epochs < 1:
         raise UserError(f"epochs must be >= 1, got {optim.epochs}")
+    if not 0 <= optim.burn_in < optim.epochs:
+        raise UserError(f"burn_in must be a number of epochs below --epochs ({optim.epochs}), got {optim.burn_in}")
+    if optim.burn_in > 0 and config.data.labelled is not None:
+        raise UserError(f"burn_in {optim.burn_in}: natural training needs every label; leave --labelled out, or --burn-in")
     # Written so that NaN fails too.
     if not 0 < optim.lr < math.inf:
         raise UserError(f"lr must be above 0, got {optim.lr:g}")

@@ -34,16 +34,25 @@ def _triangular(step: int, total: int, warmup: float) -> float:
     return step / peak if step < peak else (total - step) / (total - peak)
 
 
+def epochs_of_method(config: OptimConfig) -> int:
+    """The number of epochs after the burn-in."""
+    assert config.epochs is not None
+    return config.epochs - config.burn_in
+
+
 def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """The function step -> factor on `config.lr` for 0 <= step < epochs * steps_per_epoch.
+    """The function step -> factor on `config.lr` for 0 <= step < epochs * steps_per_epoch; 1 in the burn-in.
 
     Step schedules change between epochs, cosine, one-cycle and triangular at every step.
     """
-    assert config.epochs is not None
-    epochs, total = config.epochs, config.epochs * steps_per_epoch
+    epochs, burn_in = epochs_of_method(config), config.burn_in * steps_per_epoch
+    total = epochs * steps_per_epoch
     warmup = WARMUP.get(config.schedule, 0.0) if config.warmup is None else config.warmup
 
     def factor(step: int) -> float:
+        step -= burn_in
+        if step < 0:
+            return 1.0
         epoch = step // steps_per_epoch
         if config.schedule == "release":
             return RELEASE_WARMUP if epoch == 0 else _drops(epoch / epochs, RELEASE_DROPS, RELEASE_GAMMA)
@@ -60,7 +69,6 @@ def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int]
     return factor
 
 
-def average_warmup(config: OptimConfig, steps_per_epoch: int) -> int:
-    """The number of updates before the weight average begins."""
-    assert config.epochs is not None
-    return math.ceil(config.ema_warmup * config.epochs * steps_per_epoch - 1e-9)
+def average_warmup(config: OptimConfig, epochs: int, steps_per_epoch: int) -> int:
+    """The number of updates before the weight average begins, in a phase of the run of so many epochs."""
+    return math.ceil(config.ema_warmup * epochs * steps_per_epoch - 1e-9)

@@ -16,7 +16,7 @@ from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
-from fastdynat.engine.schedules import average_warmup
+from fastdynat.engine.schedules import average_warmup, epochs_of_method
 from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
@@ -52,13 +52,15 @@ class Trainer:
         step: TrainStep,
         loader: TrainLoader,
         run: RunDir,
+        burn_in: TrainStep | None = None,
     ) -> None:
+        """`burn_in`: what is run in the first epochs, before `step`."""
         self.config, self.info, self.val, self.networks = config, info, val, networks
-        self.step, self.loader, self.run = step, loader, run
+        self.loader, self.run = loader, run
+        self.step, self._method_step = burn_in or step, step
         self.device = torch.device(config.engine.device)
         self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
-        if networks.ema is not None:
-            networks.ema.restart(warmup=average_warmup(config.optim, loader.steps_per_epoch))
+        self._restart_average()
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
         self.watch = Watch(config.run, step.method.select_by)
@@ -89,10 +91,36 @@ class Trainer:
         self.metrics.close()
         return Outcome(self.epoch >= epochs or self.watch.ended() is not None, stop.signal)
 
+    def _burning_in(self) -> bool:
+        return self.step is not self._method_step
+
+    def _restart_average(self) -> None:
+        optim = self.config.optim
+        if self.networks.ema is not None:
+            epochs = optim.burn_in if self._burning_in() else epochs_of_method(optim)
+            self.networks.ema.restart(warmup=average_warmup(optim, epochs, self.loader.steps_per_epoch))
+
+    def _begin_method(self) -> None:
+        """Go from the burn-in to the method, which has an optimiser and a weight average of its own."""
+        self._method_step.global_step = self.step.global_step
+        self.step = self._method_step
+        self._restart_average()
+
+    def _end_burn_in(self, display: Display) -> None:
+        """Let the method start, if this is where, from the weight average of the burn-in."""
+        if not self._burning_in() or self.epoch < self.config.optim.burn_in:
+            return
+        averaged = self.networks.ema is not None
+        if averaged:  # in place: captured steps and the attack's replica read the same memory
+            self.networks.raw["model"].load_state_dict(self.networks.deployed().state_dict())
+        self._begin_method()
+        begun = f"{self.step.method.name} starts from its {'weight average' if averaged else 'weights'}, with a fresh optimiser"
+        display.say(f"burn-in is over after {self.epoch} epochs: {begun}")
+
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
-        self.step.start_epoch(self.epoch)
+        self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)
@@ -133,7 +161,10 @@ class Trainer:
         self.averages, self.seconds = Averages(), 0.0
         self.metrics.append(row)
         display.epoch(row, epochs)
-        self._save(best=row["best"])
+        # Until the method has weights to choose from, best follows last: naturally trained ones are never chosen by a score.
+        follows = self._burning_in()
+        self._end_burn_in(display)
+        self._save(best=row["best"] or follows)
 
     def _validate(self, stop: StopRequest, display: Display, *, due: bool, trained: float | None) -> dict[str, Any]:
         """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images, if it has one."""
@@ -157,6 +188,8 @@ class Trainer:
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}
+        if self._burning_in():
+            return {**self.last_validation, "best": False}
         collapse = self.watch.collapse(accuracies["pgd10"], trained)
         if collapse is not None:
             display.say(collapse)
@@ -265,6 +298,8 @@ class Trainer:
                 raise UserError(f"the training state is another run's: {key} is {state['config'][key]!r}, here {value!r}")
         self.loader.load_state_dict(state["loader"])
         self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
+        if self.epoch >= self.config.optim.burn_in:
+            self._begin_method()
         self.step.global_step = state["global_step"]
         for optimizer, saved in zip(self.step.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
