@@ -209,8 +209,8 @@ def _fit(trainer: Trainer, say: Any) -> int:
         say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:
-        if trainer.reached():
-            say(f"validation score {trainer.best:.4f} after {trainer.epoch} epochs: --stop-at {c.run.stop_at:g} is reached")
+        if why := trainer.watch.ended():
+            say(f"ended after {trainer.epoch} epochs: {why}")
         say(f"done: {path}; next: fastdynat eval {path}")
         return 0
     done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"

@@ -335,11 +335,16 @@ class Uncopyable(nn.Module):
     ("model", "kwargs", "said", "path"),
     [
         (Branching, {}, "not folded in the attack: the network cannot be traced", "batch norm eval"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), {}, "it has no batch norm", "batch norm eval"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10)),
+            {},
+            "no batch norm in eval mode directly after",
+            "batch norm eval",
+        ),
         (Uncopyable, {}, "no replica of Uncopyable can be made", "on the model itself in eval mode"),
         (tiny_cnn, {"graphs": True}, "graphs=True needs a CUDA device", "1 batch norms folded"),
     ],
-    ids=["control flow", "no batch norm", "uncopyable", "graphs on the CPU"],
+    ids=["control flow", "batch norm before all", "uncopyable", "graphs on the CPU"],
 )
 def test_what_cannot_be_done_is_said_once(model: Any, kwargs: dict[str, Any], said: str, path: str) -> None:
     net, (x, y) = model().eval(), batch()

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastdynat.errors import unknown_name
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
+from fastdynat.methods.burn_in import BurnIn
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.fgsm_rs import FgsmRs, FgsmRsOptions
 from fastdynat.methods.free import Free, FreeOptions
@@ -25,6 +26,7 @@ def method_class(name: str) -> type[Method[Any]]:
 __all__ = [
     "METHODS",
     "AttackDefaults",
+    "BurnIn",
     "Dynat",
     "DynatOptions",
     "FgsmRs",

@@ -106,7 +106,7 @@ class Method(ABC, Generic[OptionsT]):
 
     # The networks that have losses. A guide that is not among them is a teacher: trained before, frozen.
     trains: tuple[str, ...] = ("model",)
-    # Set by the engine before each epoch: epochs completed, and epochs of the run. For warm-ups and ramps.
+    # Set by the engine before each epoch: epochs completed, and epochs in all, both after the burn-in. For warm-ups and ramps.
     epoch: int = 0
     epochs: int = 1
 
