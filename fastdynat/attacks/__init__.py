@@ -2,10 +2,10 @@
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
-from fastdynat.attacks.engine import AttackEngine, AttackSwitches
+from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
-from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode
+from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
 
@@ -15,6 +15,7 @@ __all__ = [
     "AttackGoal",
     "AttackResult",
     "AttackSwitches",
+    "Attacker",
     "Boundary",
     "BoundarySpec",
     "Fidelity",
@@ -34,5 +35,6 @@ __all__ = [
     "run_pgd",
     "set_attack_mode",
     "soft_cross_entropy",
+    "unmoved_twin",
     "wide",
 ]

@@ -86,8 +86,9 @@ class Boundary(AttackResult):
 
     def clone(self) -> "Boundary":
         """A copy in memory of its own."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v.clone() for name, v in values.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        copies: dict[str, Any] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        return Boundary(**copies)
 
 
 def run_boundary(
@@ -107,7 +108,7 @@ def run_boundary(
     iterate = ascent.one_graph(replace(spec, steps=1), lambda gradient: _iteration(ascent, spec, gradient))
     # What no distance is below can never be improved: this alone keeps an image out of the search.
     distance = torch.where(_margin(ascent, x, labels, spec) > LEAST_MARGIN, float("inf"), float("-inf")).to(x.dtype)
-    nearest, read = x, ascent.reads(z)
+    nearest, read = x.clone(), ascent.reads(z)  # not x itself: aliases would be compiled apart
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
     for _ in range(spec.steps):
         z, read, nearest, distance, zeros = iterate(z, read, x, labels, nearest, distance)

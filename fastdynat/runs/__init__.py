@@ -4,7 +4,7 @@ from fastdynat.runs.environment import describe_environment, record_start, sourc
 from fastdynat.runs.files import check_writable
 from fastdynat.runs.manifest import check_manifest
 from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
-from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, save_weights
+from fastdynat.runs.weights import Sidecar, guide_weights, load_network, load_state, put_state, read_sidecar, save_weights
 
 __all__ = [
     "BEST",
@@ -19,9 +19,11 @@ __all__ = [
     "check_writable",
     "describe_environment",
     "free_name",
+    "guide_weights",
     "load_network",
     "load_state",
     "put_state",
+    "read_sidecar",
     "record_start",
     "require_run",
     "save_weights",
