@@ -99,7 +99,7 @@ class BenchCommand(Generic[OptionsT]):
 
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     method: str = "dynat"
-    """Training method: dynat, madry, natural."""
+    """Training method: dyart, dynat, madry, natural."""
     options: OptionsT
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(data="cifar10"))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

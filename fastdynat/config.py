@@ -190,7 +190,7 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: dynat, madry, natural. Its options are listed by --method NAME --help."""
+    """Training method: dyart, dynat, madry, natural. Its options are listed by --method NAME --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -128,7 +128,8 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
         raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
     start = ours.start if attack.start == "auto" else attack.start
-    method.check_attack(PGDSpec(eps, step_size, steps, norm=attack.norm, start=start), attack.attack_bn)
+    for count in (steps, steps if attack.early_steps is None else attack.early_steps):
+        method.check_attack(PGDSpec(eps, step_size, count, norm=attack.norm, start=start), attack.attack_bn)
     check_awp(attack.awp, attack.awp_warmup)
     if attack.awp > 0 and not method.searches:
         raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")

@@ -4,11 +4,12 @@ from typing import Any
 
 from fastdynat.errors import unknown_name
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
+from fastdynat.methods.dyart import Dyart, DyartOptions
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dyart, Dynat, Madry, Natural)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -21,6 +22,8 @@ def method_class(name: str) -> type[Method[Any]]:
 __all__ = [
     "METHODS",
     "AttackDefaults",
+    "Dyart",
+    "DyartOptions",
     "Dynat",
     "DynatOptions",
     "Inner",
