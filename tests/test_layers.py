@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels"},
     {"ops"},
-    {"units", "devices", "graphs", "compiling"},
+    {"units", "devices", "graphs", "compiling", "recipes"},
     {"config"},
     {"data", "models"},
     {"attacks", "runs"},
