@@ -169,8 +169,13 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineCo
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
     check_seed(engine.seed)
-    if engine.check_fidelity < 0:
-        raise UserError(f"check_fidelity must be a number of validation images, 0 for none, got {engine.check_fidelity}")
+    for name in ("check_fidelity", "boundary_speed"):
+        if getattr(engine, name) < 0:
+            raise UserError(f"{name} must be a number of validation images, 0 for none, got {getattr(engine, name)}")
+    if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
+        raise UserError(
+            "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
+        )
     gpu = device.type == "cuda"
     amp = pick_amp(engine.amp, device)
     if engine.amp == "auto" and amp != "off":
