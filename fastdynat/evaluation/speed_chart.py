@@ -43,7 +43,7 @@ def draw_speeds(run: Path, chart: Path) -> int:
     figure.supxlabel("margin, in 1/255 (dashed: the radius of evaluation)", color=TEXT, fontsize=9)
     figure.supylabel("change per update, in 1/255", color=TEXT, fontsize=9)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncol=2, frameon=False, labelcolor=TEXT, fontsize=8)
+    figure.legend(handles, names, loc="outside upper right", ncol=2, markerscale=2, frameon=False, labelcolor=TEXT, fontsize=8)
     figure.savefig(chart, transparent=True, dpi=150)
     return len(files)
 
