@@ -35,6 +35,7 @@ from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 from fastdynat.recipes import read_recipe, recipe_names
+from fastdynat.runs import PICTURES, check_output, check_writable, require_run
 
 OptionsT = TypeVar("OptionsT")
 
@@ -44,6 +45,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
+  boundary picture of margins and the boundary's speed, of a run with --boundary-speed
   recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
   doctor   what this machine can use, and why not
@@ -96,6 +98,16 @@ class EvalCommand:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundaryCommand:
+    """Draw the margins of RUN's validation images and how fast the boundary moved; the run needs --boundary-speed."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    chart: str = "speed.svg"
+    """Picture to write: .svg, .png or .pdf (extra `plots`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +239,17 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _boundary(argv: list[str]) -> int:
+    command = tyro.cli(BoundaryCommand, args=argv, prog="fastdynat boundary", config=FLAT)
+    require_run(command.run)
+    check_output("chart", command.chart, PICTURES)
+    check_writable(Path(command.chart))
+    from fastdynat.evaluation.speed_chart import draw_speeds  # extra `plots`, which has been looked for
+
+    print(f"{draw_speeds(command.run, Path(command.chart))} validations of {command.run}: {command.chart}")
+    return 0
+
+
 def _bench(argv: list[str]) -> int:
     method = method_class(_early(argv).method or BenchCommand.method)
     command_type: Any = BenchCommand.__class_getitem__(method.options_type)  # type: ignore[attr-defined]
@@ -252,7 +275,7 @@ def _recipes(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "recipes": _recipes, "bench": _bench, "doctor": _doctor}
+COMMANDS = {"train": _train, "eval": _eval, "boundary": _boundary, "recipes": _recipes, "bench": _bench, "doctor": _doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

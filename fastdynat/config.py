@@ -168,6 +168,9 @@ class EngineConfig:
     """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
     check_fidelity: int = 0
     """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is off."""
+    boundary_speed: int = 0
+    """At each validation, measure margins of this many validation images and how fast the updates move the decision boundary
+    towards or away from them (L-inf); 0 is off. `fastdynat boundary RUN` draws them."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False
@@ -209,7 +212,7 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: dynat, madry, natural. Its options are listed by --method NAME --help."""
+    """Training method: dyart, dynat, madry, natural. Its options are listed by --method NAME --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels"},
     {"ops"},
-    {"units", "devices", "graphs", "compiling", "recipes"},
+    {"units", "devices", "graphs", "compiling", "recipes", "plots"},
     {"config"},
     {"data", "models"},
     {"attacks", "runs"},

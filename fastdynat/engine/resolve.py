@@ -132,7 +132,8 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
         raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
     start = ours.start if attack.start == "auto" else attack.start
-    method.check_attack(PGDSpec(eps, step_size, steps, norm=attack.norm, start=start), attack.attack_bn)
+    for count in (steps, steps if attack.early_steps is None else attack.early_steps):
+        method.check_attack(PGDSpec(eps, step_size, count, norm=attack.norm, start=start), attack.attack_bn)
     check_awp(attack.awp, attack.awp_warmup)
     if attack.awp > 0 and not method.searches:
         raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")
@@ -193,8 +194,13 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineCo
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
     check_seed(engine.seed)
-    if engine.check_fidelity < 0:
-        raise UserError(f"check_fidelity must be a number of validation images, 0 for none, got {engine.check_fidelity}")
+    for name in ("check_fidelity", "boundary_speed"):
+        if getattr(engine, name) < 0:
+            raise UserError(f"{name} must be a number of validation images, 0 for none, got {getattr(engine, name)}")
+    if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
+        raise UserError(
+            "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
+        )
     gpu = device.type == "cuda"
     amp = pick_amp(engine.amp, device)
     if engine.amp == "auto" and amp != "off":

@@ -170,11 +170,12 @@ def build_parts(
     guide_comes: the guide's weights will be put in from a checkpoint of the run; --guide-from need not be there any more.
     """
     info, engine, attack = split.info, config.engine, config.attack
-    if engine.check_fidelity > len(split.val):
-        raise UserError(
-            f"check_fidelity {engine.check_fidelity}: there are {len(split.val)} validation images; "
-            "ask for fewer, or hold more out with --val-size"
-        )
+    for name in ("check_fidelity", "boundary_speed"):
+        if getattr(engine, name) > len(split.val):
+            raise UserError(
+                f"{name} {getattr(engine, name)}: there are {len(split.val)} validation images; "
+                "ask for fewer, or hold more out with --val-size"
+            )
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)

@@ -22,6 +22,7 @@ RESUMABLE = {
     "device",
     "kernels",
     "check_fidelity",
+    "boundary_speed",
     "graphs",
     "guide_stream",
     "epochs",

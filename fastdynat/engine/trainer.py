@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -11,7 +12,8 @@ import torch
 
 from fastdynat.attacks import check_fidelity, parse_attack
 from fastdynat.config import TrainConfig
-from fastdynat.data import DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.engine.boundary_log import log_boundary
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
@@ -156,7 +158,7 @@ class Trainer:
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
         row |= self._validate(stop, display, due=due, trained=row.get("train_adv_acc"))
-        row |= self._check_fidelity(display) if due else {}
+        row |= {**self._check_fidelity(display), **self._measure_boundary()} if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
         self.metrics.append(row)
@@ -200,14 +202,7 @@ class Trainer:
         count = self.config.engine.check_fidelity
         if count == 0:
             return {}
-        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
-        assert self.config.data.batch_size is not None
-        batches = eval_batches(
-            ImageSet(self.val.images[spread], self.val.labels[spread]),
-            batch_size=self.config.data.batch_size,  # the shape that is compiled
-            device=self.device,
-            channels_last=self.config.engine.channels_last == "on",
-        )
+        batches = self._some_validation(count)
         found = check_fidelity(
             self.networks.attack,
             self.networks.raw["model"],
@@ -223,6 +218,25 @@ class Trainer:
                 f"it is computed as {self.networks.attack.path}"
             )
         return found.columns()
+
+    def _measure_boundary(self) -> dict[str, float | None]:
+        """Columns that say how the boundary moves; nothing of the run changes."""
+        count = self.config.engine.boundary_speed
+        if count == 0:
+            return {}
+        near, seed = float(self.config.attack.eval_eps), self.config.engine.seed
+        return log_boundary(self.step, self._some_validation(count), self.run.path, self.epoch + 1, near=near, seed=seed)
+
+    def _some_validation(self, count: int) -> Iterator[Batch]:
+        """`count` validation images in batches of the training's size, which is the shape that is compiled."""
+        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
+        assert self.config.data.batch_size is not None
+        return eval_batches(
+            ImageSet(self.val.images[spread], self.val.labels[spread]),
+            batch_size=self.config.data.batch_size,
+            device=self.device,
+            channels_last=self.config.engine.channels_last == "on",
+        )
 
     def _save(self, *, best: bool) -> None:
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers

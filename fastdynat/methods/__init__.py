@@ -5,6 +5,7 @@ from typing import Any
 from fastdynat.errors import unknown_name
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.burn_in import BurnIn
+from fastdynat.methods.dyart import Dyart, DyartOptions
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.fgsm_rs import FgsmRs, FgsmRsOptions
 from fastdynat.methods.free import Free, FreeOptions
@@ -13,7 +14,7 @@ from fastdynat.methods.n_fgsm import NFgsm, NFgsmOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 from fastdynat.methods.vat import Vat, VatOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Madry, Natural, FgsmRs, NFgsm, Free, Vat)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dyart, Dynat, Madry, Natural, FgsmRs, NFgsm, Free, Vat)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -27,6 +28,8 @@ __all__ = [
     "METHODS",
     "AttackDefaults",
     "BurnIn",
+    "Dyart",
+    "DyartOptions",
     "Dynat",
     "DynatOptions",
     "FgsmRs",

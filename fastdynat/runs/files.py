@@ -1,9 +1,12 @@
 """Files that are whole or absent: a kill at any moment leaves the old content or the new one."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 from fastdynat.errors import UserError
+
+PICTURES = (".svg", ".png", ".pdf")
 
 
 def sync_folder(folder: Path) -> None:
@@ -33,11 +36,27 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def check_output(flag: str, path: str | None, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError unless `path` ends in one of `suffixes`, and can be drawn where it is a picture; None is no file."""
+    if path is None:
+        return
+    suffix = Path(path).suffix
+    if suffix not in suffixes:
+        raise UserError(f"--{flag} must end in {', '.join(suffixes)}, got {path!r}")
+    if suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--{flag} {path} needs matplotlib: pip install 'fastdynat[plots]'")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
