@@ -29,6 +29,7 @@ from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.step import TrainStep
 from fastdynat.errors import UserError
+from fastdynat.graphs import CudaRecorder
 from fastdynat.methods import (
     Alp,
     AlpOptions,
@@ -381,14 +382,15 @@ def train(step: TrainStep, epochs: int = EPOCHS) -> tuple[list[dict[str, float]]
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(5)
     logs = []
-    dtype = next(step.networks.raw["model"].parameters()).dtype
+    like = next(step.networks.raw["model"].parameters())
     step.method.epochs = epochs
     for epoch in range(epochs):
         step.start_epoch(epoch)
         for size in EPOCH:
-            x = torch.rand(size, 3, 8, 8, generator=generator, dtype=dtype)
-            labels = torch.randint(10, (size,), generator=generator)
-            logs.append({key: float(value) for key, value in step(Batch(x, labels, torch.arange(size))).items()})
+            x = torch.rand(size, 3, 8, 8, generator=generator, dtype=like.dtype).to(like.device)
+            labels = torch.randint(10, (size,), generator=generator).to(like.device)
+            out = step(Batch(x, labels, torch.arange(size, device=like.device)))
+            logs.append({key: float(value) for key, value in out.items()})
     return logs, torch.cat([t.double().flatten() for net in step.networks.raw.values() for t in net.state_dict().values()])
 
 
@@ -401,6 +403,18 @@ def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str) -> Non
     assert recorder.captured == phases * len(EPOCH)
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.gpu
+@needs("gpu")
+@pytest.mark.parametrize("name", RUNS)
+def test_captured_on_a_gpu(name: str) -> None:
+    """Later steps are not compared: rounding decides the signs of gradients near x."""
+    recorder = CudaRecorder(torch.device("cuda"))
+    logs, state = train(make_step(RUNS[name](), "cuda", recorder=recorder, say=pytest.fail))
+    want, _ = train(make_step(RUNS[name](), "cuda"))
+    assert bool(state.isfinite().all())
+    assert logs[0] == pytest.approx(want[0], rel=1e-3)
 
 
 def compiled_step(method: Method[Any], mode: str) -> TrainStep:
