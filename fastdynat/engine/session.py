@@ -345,8 +345,27 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
             f"--ema-warmup is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
             "keep --epochs"
         )
+    numbers = _method_numbers(stored), _method_numbers(asked)
+    if any(numbers[0](epoch) != numbers[1](epoch) for epoch in range(min(stored.optim.epochs, asked.optim.epochs))):
+        raise UserError(
+            f"method {stored.method} changes its numbers at shares of the epochs ({stored.optim.epochs} in this run, "
+            f"{asked.optim.epochs} asked); keep --epochs"
+        )
     if any(before(s) != after(s) for s in steps):
         raise UserError(
             f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); start with --epochs {asked.optim.epochs} --stop-after {stored.optim.epochs} to pause"
         )
+
+
+def _method_numbers(config: TrainConfig[Any]) -> Callable[[int], tuple[float, ...]]:
+    """The method's constants by epoch."""
+    method = method_class(config.method)(config.options)
+    assert config.optim.epochs is not None
+    method.epochs = config.optim.epochs
+
+    def at(epoch: int) -> tuple[float, ...]:
+        method.epoch = epoch
+        return method.constants()
+
+    return at
