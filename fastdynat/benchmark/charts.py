@@ -1,15 +1,14 @@
-"""Pictures (extra `plots`). Transparent, in colours that can be read on white and on black."""
+"""Pictures of `fastdynat bench` (extra `plots`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-TEXT = "#808080"
+from fastdynat.pictures import PALETTE, TEXT, new_figure, quiet_axes
+
 OURS, PEER, INVALID = "#2f81c7", "#9a9a9a", "#c94f4f"
-PALETTE = ("#2f81c7", "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2", "#7f8c99", "#a8744f", "#9a9a9a")
 
 
 def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
@@ -17,7 +16,7 @@ def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
     groups = {kind: [row for row in doc["rows"] if row["kind"] == kind] for kind in ("attack", "step")}
     groups = {kind: rows for kind, rows in groups.items() if rows}
     heights = [len(rows) for rows in groups.values()]
-    figure = _figure(1.2 + 0.34 * sum(heights) + 0.6 * len(heights))
+    figure = new_figure(1.2 + 0.34 * sum(heights) + 0.6 * len(heights))
     plots = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (kind, rows) in zip(plots[:, 0], groups.items(), strict=True):
         _bars(axes, rows)
@@ -31,7 +30,7 @@ def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
 
 def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
     """Seconds by kind of operation as one stacked bar."""
-    figure = _figure(2.6)
+    figure = new_figure(2.6)
     axes = figure.subplots()
     left, total = 0.0, sum(kinds.values())
     for (name, seconds), colour in zip(kinds.items(), PALETTE, strict=False):
@@ -40,17 +39,9 @@ def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
     axes.set_yticks([])
     axes.set_xlabel("ms", color=TEXT)
     axes.set_title(title, loc="left", color=TEXT, fontsize=10)
-    _quiet(axes)
+    quiet_axes(axes)
     figure.legend(loc="outside lower center", ncol=4, frameon=False, labelcolor=TEXT, fontsize=8)
     figure.savefig(path, transparent=True, dpi=150)
-
-
-def _figure(height: float) -> Figure:
-    # Text stays text in an SVG, so that it can be found and read aloud.
-    import matplotlib
-
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    return Figure(figsize=(8.5, height), layout="constrained")
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -64,12 +55,4 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    _quiet(axes)
-
-
-def _quiet(axes: Axes) -> None:
-    axes.tick_params(colors=TEXT, labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(TEXT)
+    quiet_axes(axes)

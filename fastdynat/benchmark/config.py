@@ -1,14 +1,12 @@
 """What `fastdynat bench` measures beside the training flags, and where its results go."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastdynat.errors import UserError
+from fastdynat.pictures import PICTURES, check_picture
 from fastdynat.runs import check_writable
-
-PICTURES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +47,8 @@ def check_bench(config: BenchConfig) -> None:
         raise UserError(f"budget must be above 0 seconds, got {config.budget:g}")
     if not 0 <= config.tolerance < 1:
         raise UserError(f"tolerance must be a share in [0, 1), got {config.tolerance:g}")
-    _check_file("chart", config.chart, PICTURES)
-    _check_file("profile", config.profile, (".json", *PICTURES))
+    check_picture("chart", config.chart)
+    check_picture("profile", config.profile, (".json", *PICTURES))
     for path in (config.json, config.chart, config.profile):
         if path is not None:
             check_writable(Path(path))
-
-
-def _check_file(flag: str, path: str | None, suffixes: tuple[str, ...]) -> None:
-    if path is None:
-        return
-    suffix = Path(path).suffix
-    if suffix not in suffixes:
-        raise UserError(f"--{flag} must end in {', '.join(suffixes)}, got {path!r}")
-    if suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--{flag} {path} needs matplotlib: pip install 'fastdynat[plots]'")

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
-from fastdynat.benchmark.config import PICTURES, BenchConfig, check_bench
+from fastdynat.benchmark.config import BenchConfig, check_bench
 from fastdynat.benchmark.flops import StepFlops, count_step
 from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.phases import time_phases
@@ -29,6 +29,7 @@ from fastdynat.engine.resolve import resolve
 from fastdynat.methods import method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
+from fastdynat.pictures import PICTURES
 from fastdynat.runs.files import write_text
 
 

@@ -3,8 +3,20 @@
 from fastdynat.runs.environment import describe_environment, record_start, source_commit
 from fastdynat.runs.files import check_writable
 from fastdynat.runs.manifest import check_manifest
-from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
-from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, save_weights
+from fastdynat.runs.rundir import (
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    LAST,
+    STATE,
+    RunDir,
+    check_new,
+    free_name,
+    lock,
+    looks_like_run,
+    require_run,
+)
+from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, read_sidecar, save_weights
 
 __all__ = [
     "BEST",
@@ -21,7 +33,10 @@ __all__ = [
     "free_name",
     "load_network",
     "load_state",
+    "lock",
+    "looks_like_run",
     "put_state",
+    "read_sidecar",
     "record_start",
     "require_run",
     "save_weights",
