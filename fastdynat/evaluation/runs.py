@@ -186,7 +186,8 @@ def _exact_float32() -> Iterator[None]:
 def _key(job: _Job, attack: NamedAttack, config: EvalConfig) -> str:
     """Everything that a measurement's accuracy depends on but the machine."""
     spec = None if attack.spec is None else asdict(attack.spec)
-    parts: dict[str, Any] = {"weights": job.weights, "images": job.digest, "attack": attack.name, "loss": attack.loss, "spec": spec}
+    parts: dict[str, Any] = {"weights": job.weights, "images": job.digest}
+    parts |= {"attack": attack.name, "loss": attack.loss, "spec": spec}
     parts |= {"seed": config.seed, "batch_size": config.batch_size, "amp": config.amp}
     return json.dumps(parts, sort_keys=True)
 
