@@ -62,7 +62,11 @@ class ModelConfig:
     """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W, torchvision:NAME, timm:NAME; auto is small
     for digits, else resnet18."""
     guide: str = "auto"
-    """Guide network of DYNAT; auto is resnet18_s1122 (the released code's), or small beside small."""
+    """Guide network (DYNAT, LBGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released code's), or
+    small beside small."""
+    guide_from: str | None = None
+    """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher of hat, ard, rslad,
+    iad and distillation, or where a guide's own training starts."""
     normalize: Literal["none", "dataset"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. The released code has none."""
 
@@ -76,9 +80,9 @@ class AttackConfig:
     eps: float | str = "auto"
     """Radius in training; auto is the dataset's (0.031 for colour images)."""
     step_size: float | str = "auto"
-    """Step of the attack; auto is eps / 4 (0.007 beside the published 0.031)."""
-    steps: int = 10
-    """Steps of the attack."""
+    """Step of the attack; auto is the method's: eps / 4 (0.007 beside the published 0.031), more for single-step methods."""
+    steps: int | None = None
+    """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs and n_fgsm."""
     early_steps: int | None = None
     """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same as later. Faster;
     what it costs in robust accuracy is in README.md."""
@@ -90,6 +94,10 @@ class AttackConfig:
     """Batch norm during the attack: running statistics, batch statistics, or batch statistics without updating."""
     eval_eps: float | str = "auto"
     """Radius in validation and evaluation; auto is eps, or 8/255 beside the published 0.031."""
+    awp: float = 0.0
+    """Adversarial weight perturbation around each update, relative to each tensor's norm (usual: 0.005, 0.01); 0 is off."""
+    awp_warmup: int = 0
+    """Epochs without weight perturbation at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from fastdynat.attacks import frozen_twin
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods import Dynat, DynatOptions, Inner, Networks, Outer
+from fastdynat.methods.base import unattacked
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ class Pair:
     def run(self, batch: Batch, x_adv: Tensor, **options: object) -> tuple[Inner, Outer]:
         method = Dynat(DynatOptions(**options))  # type: ignore[arg-type]
         inner = method.inner(self.nets, batch)
-        return inner, method.outer(self.nets, batch, inner, x_adv)
+        return inner, method.outer(self.nets, batch, inner, unattacked(x_adv))
 
 
 @pytest.fixture

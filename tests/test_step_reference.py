@@ -1,45 +1,21 @@
 """One training step against a loop-based float64 transcription of the published formulas, written without our code."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from stepping import EPS, STEP, STEPS, K, N, assert_same_step, drawn_start, make_batch, moved_network, tiny_network, train_step
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
-from fastdynat.attacks.steps import start_point
-from fastdynat.config import OptimConfig
+from fastdynat.attacks import Attacker, AttackResult
 from fastdynat.data import Batch
-from fastdynat.engine.networks import NetworkSet
-from fastdynat.engine.precision import Precision
-from fastdynat.engine.step import TrainStep
-from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions, Natural, NaturalOptions
-from fastdynat.methods.base import Attack, Method
-
-EPS, STEP, STEPS, LR, N, K = 0.05, 0.02, 3, 0.1, 8, 4
-CPU = torch.device("cpu")
-
-
-def tiny_network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, K)]
-    return nn.Sequential(*layers).double()
+from fastdynat.methods import Dynat, DynatOptions, Inner, Madry, MadryOptions, Natural, NaturalOptions, Networks
 
 
 @pytest.fixture
 def batch() -> Batch:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.rand(N, 3, 8, 8, dtype=torch.float64, generator=generator)
-    return Batch(x, torch.randint(K, (N,), generator=generator), torch.arange(N))
-
-
-def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, **optim: Any) -> TrainStep:
-    networks = NetworkSet(model, guide, image_shape=(3, 8, 8), device=CPU, attack_bn=optim.pop("attack_bn", "eval"))
-    spec = PGDSpec(EPS, STEP, STEPS, start=optim.pop("start", "gaussian"))
-    config = OptimConfig(lr=LR, epochs=1, weight_decay=0.0, momentum=0.0, **optim)
-    return TrainStep(method, networks, spec, config, Precision("off", CPU), lambda step: 1.0)
+    return make_batch()
 
 
 def reference_dynat_step(
@@ -73,29 +49,18 @@ def reference_dynat_step(
 
 @pytest.mark.parametrize("beta", [1.0, 0.2])
 def test_dynat_step_equals_the_float64_transcription(batch: Batch, beta: float) -> None:
-    model, guide = tiny_network(1), tiny_network(2)
-    model.train()(torch.rand(16, 3, 8, 8, dtype=torch.float64))  # running statistics away from their start
+    model, guide = moved_network(1), tiny_network(2)
     reference_model, reference_guide = copy.deepcopy(model), copy.deepcopy(guide)
     step = train_step(Dynat(DynatOptions(beta=beta)), model, guide)
 
-    torch.manual_seed(7)
+    noise = (drawn_start(batch.x, "gaussian") - batch.x) / 0.001
     logs = step(batch)
-    torch.manual_seed(7)
-    noise = (
-        start_point(batch.x, "gaussian", norm="linf", eps=EPS) - batch.x
-    ) / 0.001  # its distribution: test_ops_random_start
     loss, guide_loss = reference_dynat_step(reference_model, reference_guide, batch.x, batch.labels, noise, beta)
 
     torch.testing.assert_close(logs["loss"], loss)
     torch.testing.assert_close(logs["guide_loss"], guide_loss)
-    for ours, reference in ((model, reference_model), (guide, reference_guide)):
-        for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
-            assert q.grad is not None
-            assert float(q.grad.abs().sum()) > 0, name
-            torch.testing.assert_close(p.grad, q.grad, msg=name)
-            torch.testing.assert_close(p, q - LR * q.grad, msg=name)
-        for (name, b), c in zip(ours.named_buffers(), reference.named_buffers(), strict=True):
-            torch.testing.assert_close(b, c[1], msg=name)
+    assert_same_step(model, reference_model)
+    assert_same_step(guide, reference_guide)
 
 
 class Oracle(nn.Module):
@@ -132,9 +97,10 @@ def test_a_method_may_bring_its_own_search(batch: Batch) -> None:
     """`perturb` replaces the engine's attack; returning the clean images gives natural training's update."""
 
     class Search(Madry):
-        def perturb(self, batch: Batch, goal: AttackGoal, attack: Attack) -> AttackResult:
-            assert torch.equal(goal.target, batch.labels)
-            attacked = attack(batch.x, goal)  # the engine's own stays at hand
+        def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+            assert inner.goal is not None
+            assert torch.equal(inner.goal.target, batch.labels)
+            attacked = attack(batch.x, inner.goal)  # the engine's own stays at hand
             assert attacked.gradients == N * STEPS
             return AttackResult(batch.x, attacked.zero_grads, attacked.gradients)
 

@@ -1,10 +1,10 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
-from fastdynat.attacks.engine import AttackEngine, AttackSwitches
+from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
-from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode
+from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
 
@@ -14,6 +14,7 @@ __all__ = [
     "AttackGoal",
     "AttackResult",
     "AttackSwitches",
+    "Attacker",
     "Fidelity",
     "NamedAttack",
     "NotCopyable",
@@ -30,5 +31,6 @@ __all__ = [
     "run_pgd",
     "set_attack_mode",
     "soft_cross_entropy",
+    "unmoved_twin",
     "wide",
 ]

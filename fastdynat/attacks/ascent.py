@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.goal import AttackGoal, AttackLoss
+from fastdynat.attacks.goal import AttackGoal, Kind
 from fastdynat.attacks.steps import NORMS, STARTS, pgd_step
 from fastdynat.errors import UserError, unknown_name
 
-# (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero)
-Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero, and for
+# a goal that is tracked which images were still given its class)
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 # fp16 flushes gradients below 6e-8 to zero. Where images mix in batch norm they must keep their proportions, so one fixed
 # factor on the summed loss is all that can be done; elsewhere each image is scaled by itself (`AttackGoal.logit_grad`).
@@ -107,27 +108,33 @@ class Ascent:
 
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
         """The step towards `goal`, of which only the kind is used: its target comes with each call."""
-        return self._step(goal.loss, goal.targeted, spec, self.gradient)
+        return self._step(goal.kind, spec, self.linearize)
 
-    def _step(self, loss: AttackLoss, targeted: bool, spec: PGDSpec, gradient: Callable[[Tensor, AttackGoal], Tensor]) -> Step:
-        def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            grad = gradient(read, AttackGoal(loss, target, targeted))
+    def _step(self, kind: Kind, spec: PGDSpec, linearize: Callable[[Tensor, AttackGoal], tuple[Tensor, Tensor]]) -> Step:
+        def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            goal = AttackGoal.of(kind, target)
+            logits, grad = linearize(read, goal)
             new = pgd_step(
                 x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=self.dtype
             )
-            return new.x_adv, new.x_adv if new.low is None else new.low, (~new.moved).sum()
+            kept = ~goal.reached(logits) if goal.track else None
+            return new.x_adv, new.x_adv if new.low is None else new.low, (~new.moved).sum(), kept
 
         return step
 
     def gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
         """The gradient of the goal at what the network reads, in its dtype; per image up to a positive factor."""
+        return self.linearize(read, goal)[1]
+
+    def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
+        """The logits at what the network reads, detached, and the `gradient`."""
         # A fresh leaf per step, never updated in place: compiled backward passes do not notice a mutated input.
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
         if not self.closed_form:
-            return torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
+            return logits.detach(), torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
         # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
-        return torch.autograd.grad(logits, leaf, self.upstream(logits, goal))[0]
+        return logits.detach(), torch.autograd.grad(logits, leaf, self.upstream(logits, goal))[0]
 
     def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
         """The goal's gradient at the logits, in their dtype, guarded against underflow."""

@@ -53,24 +53,26 @@ class CompiledAscent(Ascent):
     _steps: dict[Any, Step] = field(default_factory=dict)
 
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
-        kind = (goal.loss, goal.targeted, replace(spec, steps=1, restarts=1, start="none"))
+        kind = (goal.kind, replace(spec, steps=1, restarts=1, start="none"))
         if kind not in self._steps:
-            whole = self._step(goal.loss, goal.targeted, spec, self._functional_gradient)
+            whole = self._step(goal.kind, spec, self._functional_linearize)
             self._steps[kind] = compile_whole(
                 whole, mode=self.mode, what="the attack", say=self.say, otherwise=super().step(goal, spec)
             )
         return self._steps[kind]
 
-    def _functional_gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
+    def _functional_linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
         if not self.closed_form:
 
-            def loss(leaf: Tensor) -> Tensor:
-                return goal.per_image(self.logits(leaf)).sum() * self.underflow.loss_scale
+            def loss(leaf: Tensor) -> tuple[Tensor, Tensor]:
+                logits = self.logits(leaf)
+                return goal.per_image(logits).sum() * self.underflow.loss_scale, logits
 
-            return torch.func.grad(loss)(read)
+            grad, logits = torch.func.grad(loss, has_aux=True)(read)
+            return logits, grad
         pulled: Any = torch.func.vjp(self.logits, read)
         logits, pull_back = pulled
-        return pull_back(self.upstream(logits, goal))[0]
+        return logits, pull_back(self.upstream(logits, goal))[0]
 
 
 class AttackEngine:
@@ -159,18 +161,20 @@ class AttackEngine:
         x_start = None if x_start is None else self._laid_out(x_start)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
             return run_pgd(self._ascent, x, goal, spec, x_start=x_start, generator=generator)
-        kind = (goal.loss, goal.targeted, spec)
+        kind = (goal.kind, spec)
         if kind not in self._graphed:
 
-            def whole(x: Tensor, target: Tensor, *start: Tensor) -> tuple[Tensor, Tensor]:
+            def whole(x: Tensor, target: Tensor, *start: Tensor) -> tuple[Tensor | None, ...]:
                 x_start = start[0] if start else None
                 result = run_pgd(self._ascent, x, replace(goal, target=target), spec, x_start=x_start)
-                return result.x_adv, result.zero_grads
+                return result.x_adv, result.zero_grads, result.kept
 
             self._graphed[kind] = GraphedCall(whole, self._recorder, self._note)
-        x_adv, zero_grads = self._graphed[kind](x, goal.target, *([] if x_start is None else [x_start]))
+        outputs = self._graphed[kind](x, goal.target, *([] if x_start is None else [x_start]))
         # Copies: the graph's own outputs are overwritten by the next attack.
-        return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts)
+        x_adv, zero_grads, kept = outputs
+        kept = None if kept is None else kept.clone()
+        return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts, kept)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format)
@@ -178,6 +182,20 @@ class AttackEngine:
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._say(text)
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """An engine with the numbers of a run's attack: what a training method's inner search works with."""
+
+    engine: AttackEngine
+    spec: PGDSpec
+
+    def __call__(
+        self, x: Tensor, goal: AttackGoal, *, spec: PGDSpec | None = None, x_start: Tensor | None = None
+    ) -> AttackResult:
+        """`AttackEngine.run`, as the run has configured it unless told otherwise."""
+        return self.engine.run(x, goal, spec or self.spec, x_start=x_start)
 
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdynat.ops import attack_logit_grad
 
 AttackLoss = Literal["ce", "kl", "margin", "dlr"]
+Kind = tuple[AttackLoss, bool, bool]  # an `AttackGoal` without its target
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -53,11 +54,24 @@ class AttackGoal:
             the difference of logits ratio.
         target: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
         targeted: drive towards `target` instead of away from it.
+        track: also count, per image, at how many iterates the network still gives the goal's class (`AttackResult.kept`).
     """
 
     loss: AttackLoss
     target: Tensor
     targeted: bool = False
+    track: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Everything but the target: goals of one kind are computed by the same code."""
+        return self.loss, self.targeted, self.track
+
+    @classmethod
+    def of(cls, kind: Kind, target: Tensor) -> "AttackGoal":
+        """The goal of `kind` about `target`."""
+        loss, targeted, track = kind
+        return cls(loss, target, targeted, track)
 
     def per_image(self, logits: Tensor) -> Tensor:
         """The value to maximise, (N,), at least float32. The sum over images is what attacks differentiate:

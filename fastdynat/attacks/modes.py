@@ -59,12 +59,28 @@ def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
     Raises:
         NotCopyable: a UserError.
     """
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b for b in model.buffers()}
+    twin = _over_same_memory(model, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
+    set_attack_mode(twin, bn)
+    return twin
+
+
+def unmoved_twin(model: nn.Module) -> nn.Module:
+    """A second module with the same parameters, in train mode, whose forward passes leave running statistics as they are.
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    twin = _over_same_memory(model, {id(p): p for p in model.parameters()}).train()
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+    return twin
+
+
+def _over_same_memory(model: nn.Module, parameters: dict[int, nn.Parameter]) -> nn.Module:
+    memo: dict[int, object] = {**parameters, **{id(b): b for b in model.buffers()}}
     try:
-        twin = copy.deepcopy(model, memo)
+        return copy.deepcopy(model, memo)
     except Exception as error:  # copying a module runs foreign code: anything may come out of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotCopyable(f"no replica of {type(model).__name__} can be made ({reason}); make it copy.deepcopy-able") from None
-    set_attack_mode(twin, bn)
-    return twin

@@ -21,11 +21,14 @@ class AttackResult:
         zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel. Such an image
             is not attacked at all: saturation, underflow or masking, to be watched.
         gradients: image gradients computed, N * steps * restarts.
+        kept: (N,) int64, for a goal that is tracked: at how many of the iterates that a step was taken from the network still
+            gave the goal's class.
     """
 
     x_adv: Tensor
     zero_grads: Tensor
     gradients: int
+    kept: Tensor | None = None
 
 
 def ascend(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor) -> AttackResult:
@@ -33,12 +36,14 @@ def ascend(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_star
     step = ascent.step(goal, spec)
     x_adv, read = x_start, ascent.reads(x_start)
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
+    kept = torch.zeros(len(x), dtype=torch.int64, device=x.device) if goal.track else None
     for _ in range(spec.steps):
-        x_adv, read, zeros = step(x_adv, read, x, goal.target)
+        x_adv, read, zeros, still = step(x_adv, read, x, goal.target)
         zero_grads = zero_grads + zeros
+        kept = None if kept is None or still is None else kept + still
     # A step ends inside the image range; a Gaussian start that no step has touched may not.
     x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
-    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps)
+    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)
 
 
 def run_pgd(
@@ -51,6 +56,8 @@ def run_pgd(
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """`ascend` with random start and restarts, or from `x_start`, on a network that is already in the attack's mode."""
+    if goal.track and spec.restarts != 1:
+        raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")
     if x_start is not None:
         if spec.restarts != 1:
             raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")

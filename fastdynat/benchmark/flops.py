@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from fastdynat.attacks import frozen_twin
 from fastdynat.data import Batch
 from fastdynat.methods import Method, Networks
+from fastdynat.methods.base import unattacked
 
 IMAGES = 2  # of a counted batch; batch norm needs two
 
@@ -69,7 +70,7 @@ def count_step(
         batch = Batch(x, labels, labels)
         inner = method.inner(nets, batch)
         attacked[0] = inner.goal is not None
-        outer = method.outer(nets, batch, inner, x)
+        outer = method.outer(nets, batch, inner, unattacked(x))
         torch.stack([*inner.losses.values(), *outer.losses.values()]).sum().backward()
 
     def attack_step() -> None:

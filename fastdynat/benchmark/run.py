@@ -26,7 +26,8 @@ from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import build_parts, open_split
 from fastdynat.engine.resolve import resolve
-from fastdynat.methods import method_class
+from fastdynat.errors import UserError
+from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.pictures import PICTURES
@@ -71,6 +72,7 @@ def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
 def _measure(
     asked: TrainConfig[Any], full: TrainConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
 ) -> dict[str, Any]:
+    assert full.attack.steps is not None
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
     flops = _count(full, split.info)
@@ -100,6 +102,9 @@ def _measure(
 
 def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
     method = method_class(config.method)(config.options)
+    if type(method).perturb is not Method.perturb:
+        raise UserError(f"bench times PGD, but method {method.name} has a search of its own; bench another, such as madry")
+    assert config.attack.steps is not None
 
     def build(name: str) -> torch.nn.Module:
         return build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)

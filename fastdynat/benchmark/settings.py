@@ -62,7 +62,7 @@ SWITCHES = (
 def settled(asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
     config = resolve_loader(resolve(asked, split.info, say), split, say)
-    graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method))
+    graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method)(config.options))
     engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
     return replace(config, engine=engine)
 

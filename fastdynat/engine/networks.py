@@ -2,18 +2,19 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin
+from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin, unmoved_twin
 from fastdynat.compiling import compile_whole
-from fastdynat.methods import Networks
+from fastdynat.methods import Network, Networks
 
 
 class NetworkSet:
-    """Owns the trained modules, keyed "model" and (with a guide) "guide".
+    """Owns the modules of a run, keyed "model" and (with a guide, trained or frozen) "guide".
 
     Checkpoints, averages and validation use `raw`; a training step uses `views`, which may be compiled. Each view is a callable
     of its own with fixed mode and gradient needs, so compiled code is never asked to change either.
@@ -24,6 +25,7 @@ class NetworkSet:
         model: nn.Module,
         guide: nn.Module | None,
         *,
+        frozen_guide: bool = False,
         image_shape: tuple[int, int, int],
         device: torch.device,
         channels_last: bool = False,
@@ -33,11 +35,15 @@ class NetworkSet:
         ema: float = 0.0,
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
-        """`attack`: how the attack is computed; `compile_mode`: of what is trained; `say`: as in `AttackEngine`."""
+        """`frozen_guide`: it stays as it is, in eval mode. `attack`: how the attack is computed; `compile_mode`: of what is
+        trained; `say`: as in `AttackEngine`.
+        """
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
         for module in self.raw.values():
             module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+        if frozen_guide and guide is not None:
+            guide.eval().requires_grad_(False)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         # Not from the run's random stream: building the engine draws nothing from it.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -45,15 +51,22 @@ class NetworkSet:
         self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, say=say)
         self.compile_mode = compile_mode
 
-        def view(module: nn.Module, what: str) -> Callable[[torch.Tensor], torch.Tensor]:
-            return module if compile_mode == "off" else compile_whole(module, mode=compile_mode, what=what, say=say)
-
+        self._say = say
+        guide_eval = None if guide is None else self._view(frozen_twin(guide, "eval"), "the guide in eval mode")
         self.views = Networks(
-            model=view(model, "the model"),
+            model=self._view(model, "the model"),
             attacked=self.attack.logits,
-            guide=None if guide is None else view(guide, "the guide"),
-            guide_eval=None if guide is None else view(frozen_twin(guide, "eval"), "the guide in eval mode"),
+            guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
+            guide_eval=guide_eval,
         )
+
+    @cached_property
+    def unmoved(self) -> Network:
+        """The model in train mode as `views.model` has it, but for running statistics, which it leaves as they are."""
+        return self._view(unmoved_twin(self.raw["model"]), "the model of the weight perturbation")
+
+    def _view(self, module: nn.Module, what: str) -> Network:
+        return module if self.compile_mode == "off" else compile_whole(module, mode=self.compile_mode, what=what, say=self._say)
 
     def deployed(self) -> nn.Module:
         """The network to validate and hand over: the weight average if there is one."""

@@ -4,15 +4,19 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from fastdynat.attacks import PGDSpec
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
+from fastdynat.engine.awp import check_awp
 from fastdynat.errors import UserError
-from fastdynat.methods import Method, method_class
+from fastdynat.methods import AttackDefaults, Method, method_class
+from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.units import describe, parse_size
 
 Say = Callable[[str], None]
@@ -34,8 +38,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
     Raises:
         UserError: a value that cannot work, by name and remedy.
     """
-    method = method_class(config.method)
-    method(config.options)
+    method = method_class(config.method)(config.options)
     return replace(
         config,
         method=method.name,
@@ -80,13 +83,26 @@ def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
     return replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
 
 
-def _model(model: ModelConfig, info: DatasetInfo, method: type[Method[Any]]) -> ModelConfig:
+def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
-    guide = ("small" if name == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
-    return replace(model, model=name, guide=guide if method.uses_guide else "none")
+    if not method.uses_guide:
+        if model.guide_from is not None:
+            raise UserError(f"--guide-from {model.guide_from}: method {method.name} has no guide; leave it out")
+        return replace(model, model=name, guide="none")
+    if model.guide_from is None:
+        if "guide" not in method.trains:
+            raise UserError(
+                f"method {method.name} learns from a guide that is trained already: name its run with --guide-from RUN "
+                f"(one is made by: fastdynat train --method {method.guide_made_by} --run-dir RUN)"
+            )
+        guide = ("small" if name == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
+        return replace(model, model=name, guide=guide)
+    path = Path(model.guide_from).absolute()
+    guide = read_sidecar(guide_weights(path))[0].architecture if model.guide == "auto" else model.guide
+    return replace(model, model=name, guide=guide, guide_from=str(path))
 
 
-def _attack(attack: AttackConfig, info: DatasetInfo, method: type[Method[Any]], say: Say) -> AttackConfig:
+def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: Say) -> AttackConfig:
     limit = 1.0 if attack.norm == "linf" else math.sqrt(math.prod(info.image_shape))
 
     def size(what: str, value: float | str, automatic: float) -> float:
@@ -99,21 +115,27 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: type[Method[Any]], 
 
     table, common = (LINF_EPS, PUBLISHED_EPS) if attack.norm == "linf" else (L2_EPS, 0.5)
     eps = size("eps", attack.eps, table.get(info.name, common))
-    published = attack.norm == "linf" and eps == PUBLISHED_EPS
-    step_size = size("step_size", attack.step_size, PUBLISHED_STEP if published else eps / 4)
+    published, ours = attack.norm == "linf" and eps == PUBLISHED_EPS, method.attack_defaults
+    usual = PUBLISHED_STEP if published and ours.step_ratio == AttackDefaults().step_ratio else ours.step_ratio * eps
+    step_size = size("step_size", attack.step_size, usual)
     eval_eps = size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps)
-    if attack.steps < 0:
-        raise UserError(f"steps must be >= 0, got {attack.steps}")
-    if attack.early_steps is not None and not 0 <= attack.early_steps <= attack.steps:
-        raise UserError(f"early_steps must be between 0 and steps ({attack.steps}), got {attack.early_steps}")
+    steps = ours.steps if attack.steps is None else attack.steps
+    if steps < 0:
+        raise UserError(f"steps must be >= 0, got {steps}")
+    if attack.early_steps is not None and not 0 <= attack.early_steps <= steps:
+        raise UserError(f"early_steps must be between 0 and steps ({steps}), got {attack.early_steps}")
     if not 0 <= attack.early_share <= 1:
         raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
-    used = f"{attack.norm} eps {describe(eps)}, {attack.steps} steps of {describe(step_size)}"
-    start = method.default_start if attack.start == "auto" else attack.start
+    used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
+    start = ours.start if attack.start == "auto" else attack.start
+    method.check_attack(PGDSpec(eps, step_size, steps, norm=attack.norm, start=start), attack.attack_bn)
+    check_awp(attack.awp, attack.awp_warmup)
+    if attack.awp > 0 and not method.searches:
+        raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     say(f"{used}; evaluated at eps {describe(eval_eps)}")
-    return replace(attack, eps=eps, step_size=step_size, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
+    return replace(attack, eps=eps, step_size=step_size, steps=steps, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
 
 
 def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
@@ -138,7 +160,7 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
     return optim
 
 
-def _engine(config: TrainConfig[Any], method: type[Method[Any]], say: Say) -> EngineConfig:
+def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineConfig:
     engine = config.engine
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
@@ -178,7 +200,7 @@ def use_graphs(engine: EngineConfig) -> bool:
     return _switch(engine.graphs, engine.device.startswith("cuda")) == "on"
 
 
-def use_guide_stream(engine: EngineConfig, method: type[Method[Any]]) -> bool:
+def use_guide_stream(engine: EngineConfig, method: Method[Any]) -> bool:
     """Whether a resolved configuration runs the guide on a CUDA stream of its own."""
     return _switch(engine.guide_stream, engine.device.startswith("cuda") and method.uses_guide) == "on"
 

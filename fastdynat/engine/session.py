@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fastdynat.attacks import AttackSwitches, PGDSpec
-from fastdynat.config import EngineConfig, TrainConfig, read_yaml, to_yaml, update
-from fastdynat.data import TrainLoader, TrainSplit, dataset_info, make_loader, open_train
+from fastdynat.config import EngineConfig, ModelConfig, TrainConfig, read_yaml, to_yaml, update
+from fastdynat.data import DatasetInfo, TrainLoader, TrainSplit, dataset_info, make_loader, open_train
 from fastdynat.devices import AMP_DTYPES
+from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, resolve, resolve_loader, use_graphs, use_guide_stream
@@ -34,6 +35,8 @@ from fastdynat.runs import (
     check_manifest,
     check_new,
     free_name,
+    guide_weights,
+    load_network,
     load_state,
     put_state,
     record_start,
@@ -105,10 +108,10 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
         config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
         _check_changes(stored, config)
         val = split.val_images()
-        networks, step, loader = build_parts(config, split, say)
+        last = path / LAST
+        networks, step, loader = build_parts(config, split, say, guide_comes=last.exists())
         _check_epochs(stored, config, loader.steps_per_epoch)
         trainer = Trainer(config, split.info, val, networks, step, loader, run)
-        last = path / LAST
         if last.exists():
             _restore(last.resolve(), trainer)
             say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
@@ -157,8 +160,13 @@ def open_split(config: TrainConfig[Any]) -> TrainSplit:
     )
 
 
-def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[NetworkSet, TrainStep, TrainLoader]:
-    """Networks, step and loader of a resolved configuration, from the run's seed."""
+def build_parts(
+    config: TrainConfig[Any], split: TrainSplit, say: Say, *, guide_comes: bool = False
+) -> tuple[NetworkSet, TrainStep, TrainLoader]:
+    """Networks, step and loader of a resolved configuration, from the run's seed.
+
+    guide_comes: the guide's weights will be put in from a checkpoint of the run; --guide-from need not be there any more.
+    """
     info, engine, attack = split.info, config.engine, config.attack
     if engine.check_fidelity > len(split.val):
         raise UserError(
@@ -177,9 +185,14 @@ def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[
 
     # The model comes first, so that methods with and without a guide start from the same weights.
     model = build(config.model.model)
+    guide = None
+    if method.uses_guide:
+        trained = config.model.guide_from is not None and not guide_comes
+        guide = _trained_guide(config.model, info) if trained else build(config.model.guide)
     networks = NetworkSet(
         model,
-        build(config.model.guide) if method.uses_guide else None,
+        guide,
+        frozen_guide="guide" not in method.trains,
         image_shape=info.image_shape,
         device=device,
         channels_last=channels_last,
@@ -201,7 +214,11 @@ def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[
         device=device,
         channels_last=channels_last,
     )
+    assert attack.steps is not None
     spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
+    assert config.optim.epochs is not None
+    method.epochs = config.optim.epochs
+    method.buffers = method.make_buffers(torch.zeros(config.data.batch_size, *info.image_shape, device=device))
     factor = schedule_factor(config.optim, loader.steps_per_epoch)
     step = TrainStep(
         method,
@@ -212,7 +229,8 @@ def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[
         factor,
         recorder=CudaRecorder(device) if use_graphs(engine) and not _scaled(engine) else None,
         steps_of=attack_steps(config),
-        guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, type(method)) else None,
+        awp=WeightPerturbation(model, attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
+        guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, method) else None,
         say=say,
     )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
@@ -220,12 +238,31 @@ def build_parts(config: TrainConfig[Any], split: TrainSplit, say: Say) -> tuple[
     return networks, step, loader
 
 
+def _trained_guide(model: ModelConfig, info: DatasetInfo) -> torch.nn.Module:
+    """The guide at --guide-from, which must fit the data and what --guide says."""
+    assert model.guide_from is not None
+    network, sidecar = load_network(guide_weights(Path(model.guide_from)))
+    if sidecar.architecture != model.guide:
+        raise UserError(
+            f"--guide {model.guide}: the network in {model.guide_from} is a {sidecar.architecture}; leave --guide out"
+        )
+    theirs, ours = (sidecar.num_classes, sidecar.image_shape), (info.num_classes, info.image_shape)
+    if theirs != ours:
+        raise UserError(
+            f"--guide-from {model.guide_from}: it tells {theirs[0]} classes of {theirs[1]} images apart, {info.name} has "
+            f"{ours[0]} of {ours[1]}; train a guide on {info.name} first"
+        )
+    return network
+
+
 def attack_steps(config: TrainConfig[Any]) -> Callable[[int], int]:
     """The attack's number of steps by epoch, of a resolved configuration."""
     attack, epochs = config.attack, config.optim.epochs
     assert epochs is not None
+    assert attack.steps is not None
     early = attack.steps if attack.early_steps is None else attack.early_steps
-    return lambda epoch: early if epoch < attack.early_share * epochs else attack.steps
+    late = attack.steps
+    return lambda epoch: early if epoch < attack.early_share * epochs else late
 
 
 def attack_switches(engine: EngineConfig) -> AttackSwitches:

@@ -1,7 +1,8 @@
 """One training step: inner attack, outer losses, backward, update."""
 
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
+from fastdynat.attacks import Attacker, AttackResult, PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
+from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.graphs import GraphedCall, Recorder
@@ -64,7 +66,8 @@ class TrainStep:
         recorder: Recorder | None = None,
         guide_stream: torch.cuda.Stream | None = None,
         steps_of: Callable[[int], int] | None = None,
-        say: Callable[[str], None] = print,
+        awp: WeightPerturbation | None = None,
+        say: Callable[[str], None] = warnings.warn,
     ) -> None:
         """
         Args:
@@ -72,6 +75,7 @@ class TrainStep:
                 the device.
             steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
             guide_stream: where the method's inner half and its losses run, beside the attack; None is where everything runs.
+            awp: perturbs the model's weights around its loss; None does not.
             say: told why graphs are off, where a capture fails.
         """
         self.method, self.networks, self.spec = method, networks, spec
@@ -85,6 +89,7 @@ class TrainStep:
         self.global_step = 0
         self._guide_stream = guide_stream
         self._steps_of = steps_of or (lambda epoch: spec.steps)
+        self.awp = awp
         parts = [f"compile {networks.compile_mode}"] * (networks.compile_mode != "off")
         parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
         self.path = ", ".join(parts) or "eager"
@@ -102,7 +107,7 @@ class TrainStep:
         if self._graphed is None:
             logs = self._run(batch.x, batch.labels, batch.indices)
         else:
-            constants = (self.spec.steps, *self.method.constants())
+            constants = (self.spec.steps, self._awp_is_on(), *self.method.constants())
             logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
@@ -120,18 +125,37 @@ class TrainStep:
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """The step itself: nothing in it waits for the device or changes a number that Python holds, so it can be captured."""
         batch = Batch(x, labels, indices)
+        for _ in range(self.method.replays):
+            logs = self._one_update(batch)
+        return logs
+
+    def _one_update(self, batch: Batch) -> dict[str, Tensor]:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.networks.attack.refresh()
         inner = self._inner(batch)
-        x_adv, logs = self._attack(batch, inner)
+        attacked = self._attack(batch, inner)
+        with self._perturbed_weights(batch, inner, attacked):
+            with self.precision.autocast():
+                outer = self.method.outer(self.networks.views, batch, inner, attacked)
+            self._backward(outer.losses)
+            if self._guide_stream is not None:
+                torch.cuda.current_stream().wait_stream(self._guide_stream)
+            self.method.after_backward(batch, attacked)
+            self._update()
+        zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
+        return {**outer.logs, **zeros}
+
+    def _awp_is_on(self) -> bool:
+        return self.awp is not None and self.method.epoch >= self.awp.warmup
+
+    def _perturbed_weights(self, batch: Batch, inner: Inner, attacked: AttackResult) -> AbstractContextManager[None]:
+        if self.awp is None or not self._awp_is_on():
+            return nullcontext()
+        nets = replace(self.networks.views, model=self.networks.unmoved)
         with self.precision.autocast():
-            outer = self.method.outer(self.networks.views, batch, inner, x_adv)
-        self._backward(outer.losses)
-        if self._guide_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._guide_stream)
-        self._update()
-        return {**outer.logs, **logs}
+            loss = self.method.awp_loss(nets, batch, inner, attacked)
+        return self.awp.around(self.precision.scaler.scale(loss))
 
     def _inner(self, batch: Batch) -> Inner:
         """The inner half, and the backward pass of what it has losses for already: nothing of them waits for the attack."""
@@ -148,14 +172,8 @@ class TrainStep:
             torch.cuda.current_stream().wait_event(labels_made)
         return inner
 
-    def _attack(self, batch: Batch, inner: Inner) -> tuple[Tensor, dict[str, Tensor]]:
-        if inner.goal is None:
-            return batch.x, {}
-        result = self.method.perturb(batch, inner.goal, self._pgd)
-        return result.x_adv, {"zero_grad_share": result.zero_grads / max(result.gradients, 1)}
-
-    def _pgd(self, x: Tensor, goal: AttackGoal) -> AttackResult:
-        return self.networks.attack.run(x, goal, self.spec)
+    def _attack(self, batch: Batch, inner: Inner) -> AttackResult:
+        return self.method.perturb(self.networks.views, batch, inner, Attacker(self.networks.attack, self.spec))
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         if losses:

@@ -247,6 +247,7 @@ class Trainer:
             "rng": rng_state(),
             "loader": self.loader.state_dict(),
             "averages": self.averages.state_dict(),
+            "method": self.step.method.buffers,
             "seconds": self.seconds,
             "best": self.best,
             "last_validation": self.last_validation,
@@ -270,6 +271,8 @@ class Trainer:
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
             self.networks.ema.n_averaged.fill_(state["ema_updates"])
+        for name, tensor in self.step.method.buffers.items():
+            tensor.copy_(state["method"][name])
         self.averages.load_state_dict(state["averages"], self.device)
         self.seconds, self.best, self.last_validation = state["seconds"], state["best"], state["last_validation"]
         set_rng_state(state["rng"])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastdynat.errors import unknown_name
-from fastdynat.methods.base import Inner, Method, Networks, Outer
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
@@ -20,6 +20,7 @@ def method_class(name: str) -> type[Method[Any]]:
 
 __all__ = [
     "METHODS",
+    "AttackDefaults",
     "Dynat",
     "DynatOptions",
     "Inner",
@@ -28,6 +29,7 @@ __all__ = [
     "Method",
     "Natural",
     "NaturalOptions",
+    "Network",
     "Networks",
     "Outer",
     "method_class",

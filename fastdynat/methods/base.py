@@ -2,8 +2,10 @@
 
 A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
 runs the attack between the two (a method with a search of its own overrides `perturb`), the backward pass, the optimisers,
-precision and compilation. Both halves of a step run once, under autocast; `inner` may leave a graph in `Inner` for `outer` to
-use.
+precision and compilation. Both halves of a step run under autocast; `inner` may leave a graph in `Inner` for `outer` to use.
+
+A step may be captured as a CUDA graph: nothing in a method may wait for the device or choose by the value of a tensor, shapes
+are fixed, and what Python computes from the epoch is declared in `constants`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,12 +16,11 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, AttackResult
+from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec
 from fastdynat.data import Batch
 from fastdynat.ops import DynamicLabelLoss
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
-Attack = Callable[[Tensor, AttackGoal], AttackResult]  # the engine's attack on `Networks.attacked`, as configured
 OptionsT = TypeVar("OptionsT")
 
 
@@ -30,7 +31,8 @@ class Networks:
     Attributes:
         model: the network being trained for robustness, in train mode.
         attacked: the same weights in the attack's BN mode, without parameter gradients.
-        guide: the second network, in train mode (LBGAT's and DYNAT's guide, a distillation's teacher); None without one.
+        guide: the second network; None without one. In train mode where the method trains it (DYNAT, LBGAT); where it is a
+            teacher trained before, the same as `guide_eval`.
         guide_eval: the guide's weights in eval mode, without parameter gradients; None without a guide.
     """
 
@@ -38,6 +40,21 @@ class Networks:
     attacked: Network
     guide: Network | None = None
     guide_eval: Network | None = None
+
+
+@dataclass(frozen=True)
+class AttackDefaults:
+    """The inner attack that a method was published with, where the user does not say otherwise.
+
+    Attributes:
+        start: as in `PGDSpec`.
+        steps: number of steps.
+        step_ratio: step size / eps.
+    """
+
+    start: str = "uniform"
+    steps: int = 10
+    step_ratio: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -72,20 +89,34 @@ class Outer:
 
 
 class Method(ABC, Generic[OptionsT]):
-    """A training method. Subclasses are one file each and hold no tensors of their own."""
+    """A training method. Subclasses are one file each and hold no tensors of their own but `buffers`."""
 
     name: ClassVar[str]
     options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
     uses_guide: ClassVar[bool] = False
-    trains: ClassVar[tuple[str, ...]] = ("model",)  # the networks that `outer` has losses for
-    default_start: ClassVar[str] = "uniform"  # of the inner attack, where the user names none
+    guide_made_by: ClassVar[str] = "natural"  # the method that usually trains a frozen guide
+    attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
+    replays: int = 1  # updates per batch, each with both halves and the attack
+    searches: bool = True  # whether there is an inner search that starts from the weights of now; AWP needs one
 
-    epoch: int = 0  # epochs completed, set by the engine before each epoch: for warm-ups and ramps
+    # The networks that have losses. A guide that is not among them is a teacher: trained before, frozen.
+    trains: tuple[str, ...] = ("model",)
+    # Set by the engine before each epoch: epochs completed, and epochs of the run. For warm-ups and ramps.
+    epoch: int = 0
+    epochs: int = 1
 
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""
         self.options = options
+        self.buffers: dict[str, Tensor] = {}
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
+
+    def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
+        """Tensors to keep from batch to batch, changed in place only; a checkpoint holds them. x: zeros like a full batch."""
+        return {}
 
     def constants(self) -> tuple[float, ...]:
         """Every number that the halves compute in Python and that changes in the course of a run, such as a ramp's value.
@@ -98,13 +129,28 @@ class Method(ABC, Generic[OptionsT]):
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         """State the inner problem of `batch` (images (N, C, H, W) in [0, 1], labels (N,) int64)."""
 
-    def perturb(self, batch: Batch, goal: AttackGoal, attack: Attack) -> AttackResult:
-        """The attacked images: the engine's PGD on `goal`, unless a method searches in its own way."""
-        return attack(batch.x, goal)
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        """The attacked images: the engine's PGD on the goal, the clean ones without a goal; or a search of the method's own.
+
+        Runs outside autocast; what it returns, which may be more than an `AttackResult`, goes to `outer`.
+        """
+        return unattacked(batch.x) if inner.goal is None else attack(batch.x, inner.goal)
 
     @abstractmethod
-    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        """State the losses on the attacked images `x_adv` (the clean ones where `inner.goal` is None)."""
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        """State the losses on what `perturb` returned."""
+
+    def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
+        """What weight perturbation drives up: the model's own loss. `nets.model` leaves its running statistics alone here."""
+        return self.outer(nets, batch, inner, attacked).losses["model"]
+
+    def after_backward(self, batch: Batch, attacked: AttackResult) -> None:
+        """Called between backward pass and update; may change `buffers` in place."""
+
+
+def unattacked(x: Tensor) -> AttackResult:
+    """Images as the result of no attack."""
+    return AttackResult(x, torch.zeros((), dtype=torch.int64, device=x.device), 0)
 
 
 def share(count: Tensor | None, batch: Batch) -> Tensor:
@@ -120,6 +166,7 @@ def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
 
 
 __all__ = [
+    "AttackDefaults",
     "Inner",
     "Method",
     "Network",
@@ -128,4 +175,5 @@ __all__ = [
     "Outer",
     "clean_statistics_pass",
     "share",
+    "unattacked",
 ]

@@ -27,10 +27,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, clean_statistics_pass, share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -71,7 +71,7 @@ class Dynat(Method[DynatOptions]):
     options_type = DynatOptions
     uses_guide = True
     trains = ("model", "guide")
-    default_start = "gaussian"
+    attack_defaults = AttackDefaults(start="gaussian")
 
     def __init__(self, options: DynatOptions) -> None:
         super().__init__(options)
@@ -108,10 +108,10 @@ class Dynat(Method[DynatOptions]):
         with torch.no_grad():
             return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
 
-    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.guide is not None
         assert inner.dynamic_labels is not None
-        logits = nets.model(x_adv)
+        logits = nets.model(attacked.x_adv)
         guided = self.options.outer_label == "dynamic"
         fit = dynamic_label_cross_entropy(
             logits,

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from fastdynat.attacks import AttackGoal
+from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -27,8 +25,8 @@ class Madry(Method[MadryOptions]):
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(AttackGoal("ce", batch.labels))
 
-    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
         if self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
         return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, share
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -21,10 +20,11 @@ class Natural(Method[NaturalOptions]):
     options_type = NaturalOptions
     # It has no robust accuracy to speak of: by PGD a network at chance level would beat a trained one.
     select_by = "val_clean_acc"
+    searches = False
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(goal=None)
 
-    def outer(self, nets: Networks, batch: Batch, inner: Inner, x_adv: Tensor) -> Outer:
-        fit = dynamic_label_cross_entropy(nets.model(x_adv), batch.labels, labels=batch.labels)
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
         return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": share(fit.target_correct, batch)})

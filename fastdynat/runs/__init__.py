@@ -16,7 +16,7 @@ from fastdynat.runs.rundir import (
     looks_like_run,
     require_run,
 )
-from fastdynat.runs.weights import Sidecar, load_network, load_state, put_state, read_sidecar, save_weights
+from fastdynat.runs.weights import Sidecar, guide_weights, load_network, load_state, put_state, read_sidecar, save_weights
 
 __all__ = [
     "BEST",
@@ -31,6 +31,7 @@ __all__ = [
     "check_writable",
     "describe_environment",
     "free_name",
+    "guide_weights",
     "load_network",
     "load_state",
     "lock",

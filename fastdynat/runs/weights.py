@@ -14,6 +14,7 @@ from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.runs.files import sync_file, write_text
 from fastdynat.runs.manifest import sha256
+from fastdynat.runs.rundir import BEST
 
 FORMAT = "fastdynat-weights/1"
 
@@ -133,6 +134,20 @@ def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, archit
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{origin} is not a {architecture}: {first}") from None
+
+
+def guide_weights(path: Path) -> Path:
+    """The weights that a user means by `path`: a .safetensors file, or of a run directory its best checkpoint's model.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if path.suffix == ".safetensors":
+        return path
+    weights = path / BEST / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{path} is neither a .safetensors file nor a run directory with a best checkpoint")
+    return weights.resolve()
 
 
 def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
