@@ -14,14 +14,17 @@ from rich.console import Console
 
 from fastdynat import __version__, doctor
 from fastdynat.benchmark import BenchConfig, run_bench
+from fastdynat.compare import CompareConfig, run_compare, shared_config
 from fastdynat.config import (
     AttackConfig,
     AutoAmp,
     CompileMode,
     DataConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     OptimConfig,
+    RunConfig,
     Switch,
     TrainConfig,
     read_yaml,
@@ -42,6 +45,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
+  compare  several training methods on the same data, budget and seeds
   bench    how fast attack and training step are on this machine
   doctor   what this machine can use, and why not
 """
@@ -109,6 +113,22 @@ class BenchCommand(Generic[OptionsT]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    """Train several methods on the same data, model, budget and seeds, evaluate them, and compare. The training flags are for
+    all of them; --set is for one."""
+
+    config: str | None = None
+    """YAML file of training flags; flags given here win."""
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    data: DataConfig
+    model: ModelConfig
+    attack: AttackConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    run: LogConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
     """What this machine can use: torch, CUDA, Triton, the extension, DALI, torch.compile; and why not."""
 
@@ -121,8 +141,8 @@ class DoctorCommand:
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
-def normalize(argv: Sequence[str]) -> list[str]:
-    """Replace other scripts' spellings and give bare flags their value.
+def normalize(argv: Sequence[str], own: Sequence[str] = ()) -> list[str]:
+    """Replace other scripts' spellings, but for flags that are the command's `own`, and give bare flags their value.
 
     >>> normalize(["--epsilon=8", "--amp", "--epochs", "3"])
     ['--eps=8', '--amp', 'bf16', '--epochs', '3']
@@ -131,7 +151,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
-        out.append(ALIASES.get(flag, flag) + equals + value)
+        out.append((flag if flag in own else ALIASES.get(flag, flag)) + equals + value)
         if flag in BARE and not equals:
             default, values = BARE[flag]
             if argv[i + 1 : i + 2] == [] or argv[i + 1] not in values:
@@ -225,12 +245,23 @@ def _bench(argv: list[str]) -> int:
     return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False))
 
 
+def _compare(argv: list[str]) -> int:
+    file = _early(argv).config
+    shared = shared_config(None if file is None else Path(file))
+    groups = {name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")}
+    log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
+    default = CompareCommand(config=file, run=log, **groups)
+    command = tyro.cli(CompareCommand, args=argv, default=default, prog="fastdynat compare", config=FLAT)
+    asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
+    return run_compare(asked, command.compare, Console(width=None if sys.stdout.isatty() else 180), error_console())
+
+
 def _doctor(argv: list[str]) -> int:
     command = tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT)
     return doctor.run(json=command.json, try_compile=command.try_compile)
 
 
-COMMANDS = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
+COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "bench": _bench, "doctor": _doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown_name("command", argv[0], COMMANDS)
-        return COMMANDS[argv[0]](normalize(argv[1:]))
+        return COMMANDS[argv[0]](normalize(argv[1:], own=["--out"] if argv[0] == "compare" else ()))
     except UserError as error:
         print(f"fastdynat: error: {error}", file=sys.stderr)
         return 2
