@@ -159,4 +159,4 @@ def _try(name: str, config: TrainConfig[Any], split: TrainSplit, ledger: Ledger,
         elif name not in ledger.probes:
             found = ledger.probes[name] = probe(config, split, ledger.budget, _silent)
             takes, budget = found["expected_seconds"], ledger.budget
-            say(f"{name}: {found['first_epoch_seconds']:.3g} s/epoch: {found['epochs']} epochs, {takes:.3g} of {budget:g} s")
+            say(f"{name}: {found['first_epoch_seconds']:.3g} s for an epoch, {found['epochs']} in {takes:.3g} of {budget:g} s")

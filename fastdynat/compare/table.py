@@ -14,7 +14,8 @@ def print_table(doc: Values, console: Console) -> None:
     """One row for each method and checkpoint, and what the numbers are."""
     names = list(dict.fromkeys(name for row in doc["rows"] for name in row["accuracy"]))
     budget = doc["compare"]["budget_seconds"]
-    table = Table(title=_title(doc), title_justify="left")
+    console.print(_title(doc), highlight=False)
+    table = Table()
     for column in ("method", "checkpoint"):
         table.add_column(column, no_wrap=True)
     timed = ("s/epoch", "train s", *(["of budget"] if budget else []), "images/s", "peak MiB")
