@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 import torch
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from fastdynat import __version__, doctor
 from fastdynat.benchmark import BenchConfig, run_bench
@@ -36,6 +37,7 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
+from fastdynat.recipes import read_recipe, recipe_names
 
 OptionsT = TypeVar("OptionsT")
 
@@ -46,6 +48,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
   compare  several training methods on the same data, budget and seeds
+  recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
   doctor   what this machine can use, and why not
 """
@@ -81,6 +84,8 @@ BARE = {
 class TrainCommand(Generic[OptionsT]):
     """Train a network. Every flag is also a key of a --config file (underscores for dashes)."""
 
+    recipe: str | None = None
+    """Published protocol to start from: `fastdynat recipes` lists them; --config and flags given here win."""
     config: str | None = None
     """YAML file of flags; flags given here win."""
     resume: str | None = None
@@ -129,6 +134,11 @@ class CompareCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipesCommand:
+    """The published protocols that `fastdynat train --recipe NAME` follows; each one's source is in its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
     """What this machine can use: torch, CUDA, Triton, the extension, DALI, torch.compile; and why not."""
 
@@ -160,9 +170,9 @@ def normalize(argv: Sequence[str], own: Sequence[str] = ()) -> list[str]:
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
-    """The three flags that decide which defaults and which method's options the full parser has."""
+    """The flags that decide which defaults and which method's options the full parser has."""
     parser = argparse.ArgumentParser(prog="fastdynat train", add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--method", "--config", "--resume"):
+    for flag in ("--method", "--recipe", "--config", "--resume"):
         parser.add_argument(flag)
     try:
         return parser.parse_known_args(argv)[0]
@@ -172,17 +182,19 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
 
 def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
     if early.resume is not None:
-        if early.config is not None:
-            raise UserError("--resume takes its configuration from the run; leave --config out")
+        if early.config is not None or early.recipe is not None:
+            raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
         stored = stored_config(Path(early.resume))
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=early.resume, overwrite=False))
-    values: dict[str, Any] = {}
-    if early.config is not None:
-        values = read_yaml(Path(early.config))
-    method = early.method or values.get("method") or "dynat"
+    recipe = {} if early.recipe is None else read_recipe(early.recipe)[0]
+    values = {} if early.config is None else read_yaml(Path(early.config))
+    method = early.method or values.get("method") or recipe.get("method") or "dynat"
     if not isinstance(method, str):
         raise UserError(f"{early.config}: method must be a name, got {method!r}")
-    return update(default_config(method), {**values, "method": method}, early.config or "defaults")
+    if recipe and method_class(method).name != recipe["method"]:
+        raise UserError(f"recipe {early.recipe} is for method {recipe['method']}, not {method}; leave one of them out")
+    config = update(default_config(method), recipe, f"recipe {early.recipe}")
+    return update(config, {**values, "method": method}, early.config or "defaults")
 
 
 def _train(argv: list[str]) -> int:
@@ -190,7 +202,7 @@ def _train(argv: list[str]) -> int:
     defaults = _defaults(early)
     # The options type is known only now: tyro reads it from the subscripted class, type checkers cannot.
     command_type: Any = TrainCommand.__class_getitem__(method_class(defaults.method).options_type)  # type: ignore[attr-defined]
-    default = TrainCommand(config=early.config, resume=early.resume, train=defaults)
+    default = TrainCommand(recipe=early.recipe, config=early.config, resume=early.resume, train=defaults)
     command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat train", config=FLAT)
     config: TrainConfig[Any] = command.train
     if early.resume is not None and (config.run.run_dir != early.resume or config.run.overwrite):
@@ -261,7 +273,17 @@ def _doctor(argv: list[str]) -> int:
     return doctor.run(json=command.json, try_compile=command.try_compile)
 
 
-COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "bench": _bench, "doctor": _doctor}
+def _recipes(argv: list[str]) -> int:
+    tyro.cli(RecipesCommand, args=argv, prog="fastdynat recipes", config=FLAT)
+    table = Table("recipe", "method", "what it is")
+    for name in recipe_names():
+        values, about = read_recipe(name)
+        table.add_row(name, values["method"], about)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "recipes": _recipes, "bench": _bench, "doctor": _doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,8 @@ class DataConfig:
     """Resize and centre-crop an image folder's images to this size; None keeps theirs."""
     train_size: int | None = None
     """Train on a class-stratified subset of this many images; None is all."""
+    labelled: int | None = None
+    """Use the labels of only this many training images, class-stratified, the others without (vat); None is all."""
     val_size: float | None = None
     """Images held out of training for model selection: a number, or a share below 1; None is 1000, or 10 % of small data."""
     augment: Literal["auto", "none", "flip", "crop", "crop-flip"] = "auto"

@@ -40,7 +40,7 @@ def make_batch() -> Batch:
 
 
 def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, **optim: Any) -> TrainStep:
-    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp` as the engine has them, the rest fields of OptimConfig."""
+    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp`, `recorder` as the engine has them, else of OptimConfig."""
     networks = NetworkSet(
         model,
         guide,
@@ -49,13 +49,14 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
         device=CPU,
         attack_bn=optim.pop("attack_bn", "eval"),
     )
-    awp = optim.pop("awp", 0.0)
+    awp, recorder = optim.pop("awp", 0.0), optim.pop("recorder", None)
     start = optim.pop("start", "gaussian")
     spec = optim.pop("spec", PGDSpec(EPS, STEP, STEPS, start=start))
     config = OptimConfig(lr=LR, epochs=1, weight_decay=0.0, momentum=0.0, **optim)
     method.buffers = method.make_buffers(torch.zeros(N, 3, 8, 8, dtype=torch.float64))
     perturbation = WeightPerturbation(model, awp) if awp else None
-    return TrainStep(method, networks, spec, config, Precision("off", CPU), lambda step: 1.0, awp=perturbation)
+    precision = Precision("off", CPU)
+    return TrainStep(method, networks, spec, config, precision, lambda step: 1.0, awp=perturbation, recorder=recorder)
 
 
 def drawn_start(x: Tensor, start: str, eps: float = EPS) -> Tensor:

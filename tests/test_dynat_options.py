@@ -26,7 +26,9 @@ class Pair:
     def __init__(self) -> None:
         self.model, self.guide = tiny_cnn(1, dtype=torch.float64).train(), tiny_cnn(2, dtype=torch.float64).train()
         self.reference_model, self.reference_guide = copy.deepcopy(self.model), copy.deepcopy(self.guide)
-        self.nets = Networks(self.model, frozen_twin(self.model, "eval"), self.guide, frozen_twin(self.guide, "eval"))
+        self.nets = Networks(
+            self.model, frozen_twin(self.model, "eval"), self.model, self.guide, frozen_twin(self.guide, "eval")
+        )
 
     def run(self, batch: Batch, x_adv: Tensor, **options: object) -> tuple[Inner, Outer]:
         method = Dynat(DynatOptions(**options))  # type: ignore[arg-type]

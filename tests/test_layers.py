@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels"},
     {"ops"},
-    {"units", "devices", "memory", "graphs", "compiling", "pictures"},
+    {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"config"},
     {"data", "models"},
     {"attacks", "runs"},

@@ -7,6 +7,7 @@ from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_c
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
+from fastdynat.attacks.steps import pgd_step, start_point
 
 __all__ = [
     "Ascent",
@@ -28,9 +29,11 @@ __all__ = [
     "parse_attack",
     "parse_attacks",
     "pgd",
+    "pgd_step",
     "run_pgd",
     "set_attack_mode",
     "soft_cross_entropy",
+    "start_point",
     "unmoved_twin",
     "wide",
 ]

@@ -47,7 +47,7 @@ def _watched(step: TrainStep, clock: _Clock) -> Iterator[None]:
     owners = [
         (step, "_inner", PHASES[1]),
         (step.networks.attack, "refresh", PHASES[2]),
-        (step, "_attack", PHASES[3]),
+        (step.method, "perturb", PHASES[3]),
         (step.method, "outer", PHASES[4]),
         (step, "_backward", PHASES[5]),
         (step, "_update", PHASES[6]),

@@ -98,12 +98,12 @@ def engine_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work
 class WeightGradients(Ascent):
     """The ascent of a training loop that calls ``loss.backward()``: every step computes the weights' gradients too."""
 
-    def gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
+    def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
         torch.autograd.backward(logits, self.upstream(logits, goal))
         assert leaf.grad is not None
-        return leaf.grad
+        return logits.detach(), leaf.grad
 
 
 def weight_gradient_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:

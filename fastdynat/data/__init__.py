@@ -3,9 +3,10 @@
 from fastdynat.data.choose import check_dali, choose_loader, dali_problem, default_workers, make_loader
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
 from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, load_train, open_train
-from fastdynat.data.store import DatasetInfo, ImageSet, Splits, check_labels
+from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Splits, check_labels
 
 __all__ = [
+    "UNLABELLED",
     "Batch",
     "DatasetInfo",
     "ImageSet",

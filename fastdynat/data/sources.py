@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdynat.data import digits, torchvision_sets
 from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.split import stratified_split
-from fastdynat.data.store import DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
+from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
 from fastdynat.errors import UserError, unknown_name
 
 KNOWN = ("cifar10", "cifar100", "svhn", "mnist", "digits", "imagefolder")
@@ -36,12 +36,16 @@ def dataset_info(name: str) -> DatasetInfo | None:
 
 @dataclass(frozen=True)
 class TrainSplit:
-    """A training split that is cut but not read: int64 indices of the training and of the validation images."""
+    """A training split that is cut but not read: int64 indices of the training and of the validation images.
+
+    unlabelled: (number of training images,) bool, those whose label training is not told; None tells all.
+    """
 
     info: DatasetInfo
     source: Source
     train: Tensor
     val: Tensor
+    unlabelled: Tensor | None = None
 
     @property
     def in_files(self) -> bool:
@@ -55,12 +59,17 @@ class TrainSplit:
 
     def train_images(self) -> ImageSet:
         """Read the training images."""
-        return self.source.take(self.train, self.info)
+        images = self.source.take(self.train, self.info)
+        return replace(images, labels=self._shown(images.labels))
 
     def train_files(self) -> FileSet:
         """The training images as files, none of them opened; only where they are `in_files`."""
         assert isinstance(self.source, FileSource)
-        return self.source.files(self.train)
+        files = self.source.files(self.train)
+        return replace(files, labels=self._shown(files.labels))
+
+    def _shown(self, labels: Tensor) -> Tensor:
+        return labels if self.unlabelled is None else labels.masked_fill(self.unlabelled, UNLABELLED)
 
     def val_images(self) -> ImageSet:
         """Read the validation images."""
@@ -82,6 +91,7 @@ def open_train(
     image_size: int | None = None,
     download: bool = True,
     limit: int | None = None,
+    labelled: int | None = None,
 ) -> TrainSplit:
     """Open the training split and hold validation images out of it; the test set is not touched.
 
@@ -94,6 +104,7 @@ def open_train(
         image_size: Resize all images to this square.
         download: Allow torchvision to fetch missing data.
         limit: Keep at most this many training images, in proportion to the classes.
+        labelled: Let this many of them keep their label, in proportion to the classes; the others are UNLABELLED.
 
     Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that leaves a
         class without a training image.
@@ -101,7 +112,18 @@ def open_train(
     info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
-    return TrainSplit(info, source, train, val)
+    return TrainSplit(info, source, train, val, None if labelled is None else _hide(source.labels[train], labelled, seed))
+
+
+def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
+    """(N,) bool: the images whose label is not shown."""
+    if not 0 < labelled < len(labels):
+        raise UserError(
+            f"labelled {labelled}: of {len(labels)} training images between 1 and {len(labels) - 1} can keep their label while "
+            "others are unlabelled; leave --labelled out to use all labels"
+        )
+    kept, _ = stratified_split(labels, val_size=0, limit=labelled, seed=seed)
+    return torch.ones(len(labels), dtype=torch.bool).index_fill_(0, kept, False)
 
 
 def load_test(

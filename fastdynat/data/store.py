@@ -31,6 +31,9 @@ class TrainImages(Protocol):
         """Return a number that other data would not have."""
 
 
+UNLABELLED = -1  # the label of an image whose class training is not told
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Resident images, uint8 (N, C, H, W) on the CPU, and labels, int64 (N,)."""

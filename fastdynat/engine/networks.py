@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -56,14 +55,10 @@ class NetworkSet:
         self.views = Networks(
             model=self._view(model, "the model"),
             attacked=self.attack.logits,
+            unmoved=self._view(unmoved_twin(model), "the model that leaves its statistics alone"),
             guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
             guide_eval=guide_eval,
         )
-
-    @cached_property
-    def unmoved(self) -> Network:
-        """The model in train mode as `views.model` has it, but for running statistics, which it leaves as they are."""
-        return self._view(unmoved_twin(self.raw["model"]), "the model of the weight perturbation")
 
     def _view(self, module: nn.Module, what: str) -> Network:
         return module if self.compile_mode == "off" else compile_whole(module, mode=self.compile_mode, what=what, say=self._say)

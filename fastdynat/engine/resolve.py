@@ -42,7 +42,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
     return replace(
         config,
         method=method.name,
-        data=_data(config.data, info),
+        data=_data(config.data, info, method),
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config.optim, info),
@@ -67,7 +67,7 @@ def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo)
     return table[0].get(info.name, table[1]) if value is None else value
 
 
-def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
+def _data(data: DataConfig, info: DatasetInfo, method: Method[Any]) -> DataConfig:
     data = replace(data, batch_size=_automatic(data.batch_size, BATCH_SIZE, info))
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) < 1:
@@ -76,6 +76,8 @@ def _data(data: DataConfig, info: DatasetInfo) -> DataConfig:
         raise UserError(f"val_size must be a number of images or a share below 1, got {data.val_size:g}")
     if data.image_size is not None and not 1 <= data.image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"image_size must be between 1 and {MAX_IMAGE_SIZE} pixels, got {data.image_size}")
+    if data.labelled is not None and not method.semi_supervised:
+        raise UserError(f"labelled {data.labelled}: method {method.name} needs every label; leave it out, or use --method vat")
     if data.workers is not None and data.workers < 0:
         raise UserError(f"workers must be >= 0, got {data.workers}")
     if data.loader == "dali":

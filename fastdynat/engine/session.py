@@ -157,6 +157,7 @@ def open_split(config: TrainConfig[Any]) -> TrainSplit:
         image_size=data.image_size,
         download=data.download,
         limit=data.train_size,
+        labelled=data.labelled,
     )
 
 

@@ -134,14 +134,15 @@ class TrainStep:
             optimizer.zero_grad(set_to_none=True)
         self.networks.attack.refresh()
         inner = self._inner(batch)
-        attacked = self._attack(batch, inner)
+        attack = Attacker(self.networks.attack, self.spec)
+        attacked = self.method.perturb(self.networks.views, batch, inner, attack)
         with self._perturbed_weights(batch, inner, attacked):
             with self.precision.autocast():
                 outer = self.method.outer(self.networks.views, batch, inner, attacked)
             self._backward(outer.losses)
             if self._guide_stream is not None:
                 torch.cuda.current_stream().wait_stream(self._guide_stream)
-            self.method.after_backward(batch, attacked)
+            self.method.after_backward(batch, attacked, attack)
             self._update()
         zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
         return {**outer.logs, **zeros}
@@ -152,7 +153,7 @@ class TrainStep:
     def _perturbed_weights(self, batch: Batch, inner: Inner, attacked: AttackResult) -> AbstractContextManager[None]:
         if self.awp is None or not self._awp_is_on():
             return nullcontext()
-        nets = replace(self.networks.views, model=self.networks.unmoved)
+        nets = replace(self.networks.views, model=self.networks.views.unmoved)
         with self.precision.autocast():
             loss = self.method.awp_loss(nets, batch, inner, attacked)
         return self.awp.around(self.precision.scaler.scale(loss))
@@ -171,9 +172,6 @@ class TrainStep:
         if labels_made is not None:
             torch.cuda.current_stream().wait_event(labels_made)
         return inner
-
-    def _attack(self, batch: Batch, inner: Inner) -> AttackResult:
-        return self.method.perturb(self.networks.views, batch, inner, Attacker(self.networks.attack, self.spec))
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         if losses:

@@ -261,8 +261,9 @@ class Trainer:
             UserError: the state is another run's, or the training images are not this run's.
         """
         for key, value in identity(self.config).items():
-            if state["config"].get(key) != value:
-                raise UserError(f"the training state is another run's: {key} is {state['config'].get(key)!r}, here {value!r}")
+            # A state from before there was such an option knows nothing of it; the run's config.yaml was checked already.
+            if state["config"].get(key, value) != value:
+                raise UserError(f"the training state is another run's: {key} is {state['config'][key]!r}, here {value!r}")
         self.loader.load_state_dict(state["loader"])
         self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
         self.step.global_step = state["global_step"]

@@ -2,7 +2,8 @@
 
 A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine owns the rest: it
 runs the attack between the two (a method with a search of its own overrides `perturb`), the backward pass, the optimisers,
-precision and compilation. Both halves of a step run under autocast; `inner` may leave a graph in `Inner` for `outer` to use.
+precision and compilation. Both halves of a step run under autocast; `inner` may leave a graph in `Inner` for `outer` to use, of
+the guide's logits only: weight perturbation moves the model's weights in between.
 
 A step may be captured as a CUDA graph: nothing in a method may wait for the device or choose by the value of a tensor, shapes
 are fixed, and what Python computes from the epoch is declared in `constants`.
@@ -31,6 +32,7 @@ class Networks:
     Attributes:
         model: the network being trained for robustness, in train mode.
         attacked: the same weights in the attack's BN mode, without parameter gradients.
+        unmoved: the model in train mode with its parameters' gradients, but leaving its running statistics as they are.
         guide: the second network; None without one. In train mode where the method trains it (DYNAT, LBGAT); where it is a
             teacher trained before, the same as `guide_eval`.
         guide_eval: the guide's weights in eval mode, without parameter gradients; None without a guide.
@@ -38,6 +40,7 @@ class Networks:
 
     model: Network
     attacked: Network
+    unmoved: Network
     guide: Network | None = None
     guide_eval: Network | None = None
 
@@ -94,6 +97,7 @@ class Method(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
     uses_guide: ClassVar[bool] = False
+    semi_supervised: ClassVar[bool] = False  # whether labels may be UNLABELLED
     guide_made_by: ClassVar[str] = "natural"  # the method that usually trains a frozen guide
     attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
@@ -144,7 +148,7 @@ class Method(ABC, Generic[OptionsT]):
         """What weight perturbation drives up: the model's own loss. `nets.model` leaves its running statistics alone here."""
         return self.outer(nets, batch, inner, attacked).losses["model"]
 
-    def after_backward(self, batch: Batch, attacked: AttackResult) -> None:
+    def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
         """Called between backward pass and update; may change `buffers` in place."""
 
 

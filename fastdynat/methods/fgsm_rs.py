@@ -1,0 +1,28 @@
+"""FGSM adversarial training from a random start, "fast" adversarial training (Wong et al. 2020, arXiv 2001.03994)."""
+
+from dataclasses import dataclass
+
+from fastdynat.attacks import PGDSpec
+from fastdynat.errors import UserError
+from fastdynat.methods.base import AttackDefaults
+from fastdynat.methods.madry import Madry, MadryOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FgsmRsOptions(MadryOptions):
+    """FGSM-RS is Madry's method with another attack, and has its options."""
+
+
+class FgsmRs(Madry):
+    """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of the paper).
+
+    The released code attacks with the batch's statistics (``--attack-bn train``). Watch it for catastrophic overfitting.
+    """
+
+    name = "fgsm_rs"
+    options_type = FgsmRsOptions
+    attack_defaults = AttackDefaults(steps=1, step_ratio=1.25)
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if spec.steps != 1:
+            raise UserError(f"fgsm_rs takes 1 step, got steps {spec.steps}; --method madry takes several")

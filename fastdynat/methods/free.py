@@ -1,0 +1,69 @@
+"""Free adversarial training: weights and perturbation from one backward pass (Shafahi et al. 2019, arXiv 1904.12843)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import Attacker, AttackResult, PGDSpec, pgd_step
+from fastdynat.data import Batch
+from fastdynat.errors import UserError
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeOptions:
+    """Options of free adversarial training."""
+
+    replays: int = 8
+    """m: updates per batch. Divide --epochs by it for the cost of natural training over as many epochs."""
+
+
+class Free(Method[FreeOptions]):
+    """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign grad_d)`` (algorithm 1).
+
+    The perturbation goes on from one batch to the next, image by position, and from checkpoint to resumed run. As in the
+    re-implementation of Wong et al. it is clipped to the image range of the images it was made for; here also of those it is
+    then put on. The network is in train mode throughout: there is no other pass. The learning rate is that of the batch for
+    all of its replays.
+    """
+
+    name = "free"
+    options_type = FreeOptions
+    attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
+    searches = False
+
+    def __init__(self, options: FreeOptions) -> None:
+        super().__init__(options)
+        if options.replays < 1:
+            raise UserError(f"replays must be >= 1 (the paper's is 8), got {options.replays}")
+        self.replays = options.replays
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if spec.steps != 1 or spec.start != "none":
+            raise UserError(
+                f"free takes 1 step per replay from where the last one ended, got steps {spec.steps} and start {spec.start}; "
+                "leave --steps and --start out, or use --method madry"
+            )
+
+    def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
+        return {"delta": torch.zeros_like(x)}
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(goal=None)
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        delta = self.buffers["delta"][: len(batch.x)]
+        x_adv = (batch.x + delta).clamp(0, 1).requires_grad_()
+        return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=batch.x.device), 0)
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})
+
+    def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
+        grad, spec = attacked.x_adv.grad, attack.spec
+        assert grad is not None
+        moved = pgd_step(attacked.x_adv.detach(), grad, batch.x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
+        self.buffers["delta"][: len(batch.x)].copy_(moved.x_adv - batch.x)

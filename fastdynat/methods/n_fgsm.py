@@ -1,0 +1,51 @@
+"""N-FGSM: one step from strong noise, not clipped to the ball (de Jorge et al. 2022, arXiv 2202.01181)."""
+
+import math
+from dataclasses import dataclass, replace
+
+from fastdynat.attacks import Attacker, AttackResult, PGDSpec, start_point
+from fastdynat.data import Batch
+from fastdynat.errors import UserError
+from fastdynat.methods.base import AttackDefaults, Inner, Networks
+from fastdynat.methods.madry import Madry, MadryOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFgsmOptions(MadryOptions):
+    """Options of N-FGSM."""
+
+    noise: float = 2.0
+    """k: the start is uniform in a ball of k times eps."""
+
+
+class NFgsm(Madry):
+    """``x' = x + n + eps sign grad CE(f(x + n), y)`` with n uniform in k times the ball (algorithm 1 of the paper).
+
+    Nothing brings x' back into the ball: it is up to (k + 1) eps from x, clipped to the image range only.
+    """
+
+    name = "n_fgsm"
+    options_type = NFgsmOptions
+    attack_defaults = AttackDefaults(steps=1, step_ratio=1.0)
+
+    def __init__(self, options: NFgsmOptions) -> None:
+        super().__init__(options)
+        self.noise = options.noise
+        if not 0 < options.noise < math.inf:
+            raise UserError(f"noise must be above 0 (the paper's is 2), got {options.noise:g}; without noise it is FGSM")
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if spec.steps != 1:
+            raise UserError(f"n_fgsm takes 1 step, got steps {spec.steps}; --method madry takes several")
+        if spec.norm != "linf":
+            raise UserError(f"n_fgsm is a method for linf, got norm {spec.norm}; --method madry takes it")
+        if spec.start != "uniform":
+            raise UserError(f"n_fgsm starts from uniform noise, got start {spec.start}; leave --start out")
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        assert inner.goal is not None
+        spec = attack.spec
+        x_start = start_point(batch.x, "uniform", norm="linf", eps=self.noise * spec.eps)
+        # A ball that nothing leaves: one step beyond the noise, or all of the image range.
+        wide = min(1.0, self.noise * spec.eps + spec.step_size)
+        return attack(batch.x, inner.goal, spec=replace(spec, eps=wide, start="none"), x_start=x_start)

@@ -1,0 +1,108 @@
+"""Virtual adversarial training (Miyato et al. 2018, arXiv 1704.03976): smoothness that needs no labels.
+
+    r    = radius * g / ||g||_2,   g = grad_d KL(p(x) || p(x + d)) at d = xi * (a random unit vector)
+    loss = CE(f(x), y) + weight * KL(sg[p(x)] || p(x + r))
+
+Every pass is in train mode; those of perturbed images leave the running statistics alone, as in the released code. Images that
+are UNLABELLED take part in the second term only (``--labelled N``). As a defence under L-inf take ``--search pgd``: then x + r
+comes from the engine's PGD on the same divergence, which makes the second term TRADES' regulariser, without a gradient through
+p(x).
+
+Two sizes are not the released ones, for images in [0, 1]: its radius of 8 is in units of whitened images, and its xi of 1e-6
+moves each pixel by less than float32 resolves.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec, kl_from_log_probs, wide
+from fastdynat.data import Batch
+from fastdynat.errors import UserError
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VatOptions:
+    """Options of virtual adversarial training."""
+
+    vat_weight: float = 1.0
+    """Weight of the divergence (the paper's alpha)."""
+
+    radius: float | None = None
+    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps sqrt(C H W)."""
+
+    xi: float = 0.1
+    """L2 length of the finite difference that finds the direction."""
+
+    power_iterations: int = 1
+    """Iterations of the power method."""
+
+    search: Literal["power", "pgd"] = "power"
+    """Where the perturbation comes from: the power method (the paper's), or PGD on the divergence under the run's norm."""
+
+
+class Vat(Method[VatOptions]):
+    """``min CE(f(x), y) + weight KL(sg[p(x)] || p(x + r))``, equations 5 to 8 of the paper."""
+
+    name = "vat"
+    options_type = VatOptions
+    attack_defaults = AttackDefaults(start="gaussian")
+    semi_supervised = True
+
+    def __init__(self, options: VatOptions) -> None:
+        super().__init__(options)
+        if not 0 <= options.vat_weight < math.inf:
+            raise UserError(f"vat_weight must be >= 0, got {options.vat_weight:g}")
+        for name in ("radius", "xi"):
+            value = getattr(options, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0 (L2, pixel units), got {value:g}")
+        if options.power_iterations < 1:
+            raise UserError(f"power_iterations must be >= 1, got {options.power_iterations}")
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        # The attacked network is the one in train mode for the power method, the engine's for PGD.
+        network = nets.unmoved if self.options.search == "power" else nets.attacked
+        with torch.no_grad():
+            return Inner(AttackGoal("kl", wide(network(batch.x)).log_softmax(1)))
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        assert inner.goal is not None
+        if self.options.search == "pgd":
+            return attack(batch.x, inner.goal)
+        direction = _unit(torch.randn_like(batch.x))
+        zeros = torch.zeros((), dtype=torch.int64, device=batch.x.device)
+        for _ in range(self.options.power_iterations):
+            leaf = (batch.x + self.options.xi * direction).requires_grad_()
+            (grad,) = torch.autograd.grad(inner.goal.per_image(nets.unmoved(leaf)).sum(), leaf)
+            zeros = zeros + (grad.flatten(1) == 0).all(1).sum()
+            direction = _unit(grad)
+        x_adv = batch.x + self._radius(attack.spec, batch.x) * direction
+        return AttackResult(x_adv, zeros, len(batch.x) * self.options.power_iterations)
+
+    def _radius(self, spec: PGDSpec, x: Tensor) -> float:
+        if self.options.radius is not None:
+            return self.options.radius
+        return spec.eps * math.sqrt(x[0].numel()) if spec.norm == "linf" else spec.eps
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        log_probs = wide(nets.model(batch.x)).log_softmax(1)
+        labelled = batch.labels >= 0
+        own = log_probs.gather(1, batch.labels.clamp_min(0)[:, None]).squeeze(1)
+        # The mean over the images that have a label; where none has one, nothing.
+        cross_entropy = -(own * labelled).sum() / labelled.sum().clamp_min(1)
+        divergence = kl_from_log_probs(log_probs.detach(), wide(nets.unmoved(attacked.x_adv))).mean()
+        loss = cross_entropy + self.options.vat_weight * divergence
+        right = ((log_probs.argmax(1) == batch.labels) & labelled).sum() / labelled.sum().clamp_min(1)
+        return Outer({"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right})
+
+
+def _unit(d: Tensor) -> Tensor:
+    """`d` with L2 norm 1 per image; what is zero stays zero."""
+    flat = d.flatten(1)
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)  # squares of tiny entries underflow
+    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)).view_as(d)
