@@ -178,15 +178,9 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Run directory and log."""
+class LogConfig:
+    """Validation, checkpoints and log."""
 
-    run_dir: str | None = None
-    """Where the run is kept; None is a new folder under runs/."""
-    overwrite: bool = False
-    """Replace the run that is in --run-dir."""
-    stop_after: int | None = None
-    """Stop after this many epochs as Ctrl-C would; --resume goes on."""
     stop_at: float | None = None
     """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least this share."""
     patience: int | None = None
@@ -202,6 +196,18 @@ class RunConfig:
     """Also write TensorBoard events (extra `tensorboard`)."""
     quiet: bool = False
     """No progress: only notices, warnings and errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(LogConfig):
+    """Run directory and log."""
+
+    run_dir: str | None = None
+    """Where the run is kept; None is a new folder under runs/."""
+    overwrite: bool = False
+    """Replace the run that is in --run-dir."""
+    stop_after: int | None = None
+    """Stop after this many epochs as Ctrl-C would; --resume goes on."""
 
 
 GROUPS = ("data", "model", "attack", "optim", "engine", "run")
