@@ -32,6 +32,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "free-2": ("free", {"replays": 2}),
     "vat-pgd": ("vat", {"search": "pgd"}),
+    "mail-trades": ("mail", {"base": "trades", "weight_from": 0.5}),
+    "mart-released": ("mart", {"floor": 1e-4}),
+    "arda-quarter": ("arda", {"adversarial_share": 0.25}),
+    "dynat-no-inner": ("dynat", {"inner_loss": "kl_self", "extra_kl_weight": 1.0, "beta": 0.2, "awp_objective": "trades"}),
+    "dynat-soft-eval": ("dynat", {"label_type": "soft", "temperature": 2.0, "guide_mode": "eval"}),
+    "dynat-gairat": ("dynat", {"weighting": "gairat"}),
+    "dynat-mail": ("dynat", {"weighting": "mail", "weight_from": 0.5}),
 }
 # Where the default attack of the tests does not fit.
 SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm")} | {"free": PGDSpec(0.1, 0.1, 1, start="none")}
