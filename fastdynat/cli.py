@@ -15,14 +15,17 @@ from rich.table import Table
 
 from fastdynat import __version__, doctor
 from fastdynat.benchmark import BenchConfig, run_bench
+from fastdynat.compare import CompareConfig, run_compare, shared_config
 from fastdynat.config import (
     AttackConfig,
     AutoAmp,
     CompileMode,
     DataConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     OptimConfig,
+    RunConfig,
     Switch,
     TrainConfig,
     read_yaml,
@@ -34,8 +37,9 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
+from fastdynat.pictures import check_picture
 from fastdynat.recipes import read_recipe, recipe_names
-from fastdynat.runs import PICTURES, check_output, check_writable, require_run
+from fastdynat.runs import check_writable, require_run
 
 OptionsT = TypeVar("OptionsT")
 
@@ -45,6 +49,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
+  compare  several training methods on the same data, budget and seeds
   boundary picture of margins and the boundary's speed, of a run with --boundary-speed
   recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
@@ -126,6 +131,22 @@ class BenchCommand(Generic[OptionsT]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    """Train several methods on the same data, model, budget and seeds, evaluate them, and compare. The training flags are for
+    all of them; --set is for one."""
+
+    config: str | None = None
+    """YAML file of training flags; flags given here win."""
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    data: DataConfig
+    model: ModelConfig
+    attack: AttackConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    run: LogConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipesCommand:
     """The published protocols that `fastdynat train --recipe NAME` follows; each one's source is in its file."""
 
@@ -143,8 +164,8 @@ class DoctorCommand:
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
-def normalize(argv: Sequence[str]) -> list[str]:
-    """Replace other scripts' spellings and give bare flags their value.
+def normalize(argv: Sequence[str], own: Sequence[str] = ()) -> list[str]:
+    """Replace other scripts' spellings, but for flags that are the command's `own`, and give bare flags their value.
 
     >>> normalize(["--epsilon=8", "--amp", "--epochs", "3"])
     ['--eps=8', '--amp', 'bf16', '--epochs', '3']
@@ -153,7 +174,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
-        out.append(ALIASES.get(flag, flag) + equals + value)
+        out.append((flag if flag in own else ALIASES.get(flag, flag)) + equals + value)
         if flag in BARE and not equals:
             default, values = BARE[flag]
             if argv[i + 1 : i + 2] == [] or argv[i + 1] not in values:
@@ -221,8 +242,8 @@ def _fit(trainer: Trainer, say: Any) -> int:
         say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:
-        if trainer.reached():
-            say(f"validation score {trainer.best:.4f} after {trainer.epoch} epochs: --stop-at {c.run.stop_at:g} is reached")
+        if why := trainer.watch.ended():
+            say(f"ended after {trainer.epoch} epochs: {why}")
         say(f"done: {path}; next: fastdynat eval {path}")
         return 0
     done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
@@ -242,7 +263,7 @@ def _eval(argv: list[str]) -> int:
 def _boundary(argv: list[str]) -> int:
     command = tyro.cli(BoundaryCommand, args=argv, prog="fastdynat boundary", config=FLAT)
     require_run(command.run)
-    check_output("chart", command.chart, PICTURES)
+    check_picture("chart", command.chart)
     check_writable(Path(command.chart))
     from fastdynat.evaluation.speed_chart import draw_speeds  # extra `plots`, which has been looked for
 
@@ -260,6 +281,17 @@ def _bench(argv: list[str]) -> int:
     return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False))
 
 
+def _compare(argv: list[str]) -> int:
+    file = _early(argv).config
+    shared = shared_config(None if file is None else Path(file))
+    groups = {name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")}
+    log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
+    default = CompareCommand(config=file, run=log, **groups)
+    command = tyro.cli(CompareCommand, args=argv, default=default, prog="fastdynat compare", config=FLAT)
+    asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
+    return run_compare(asked, command.compare, Console(width=None if sys.stdout.isatty() else 180), error_console())
+
+
 def _doctor(argv: list[str]) -> int:
     command = tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT)
     return doctor.run(json=command.json, try_compile=command.try_compile)
@@ -275,7 +307,15 @@ def _recipes(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "boundary": _boundary, "recipes": _recipes, "bench": _bench, "doctor": _doctor}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "boundary": _boundary,
+    "recipes": _recipes,
+    "bench": _bench,
+    "doctor": _doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown_name("command", argv[0], COMMANDS)
-        return COMMANDS[argv[0]](normalize(argv[1:]))
+        return COMMANDS[argv[0]](normalize(argv[1:], own=["--out"] if argv[0] == "compare" else ()))
     except UserError as error:
         print(f"fastdynat: error: {error}", file=sys.stderr)
         return 2

@@ -43,7 +43,15 @@ def make_method(variant: str) -> Method[Any]:
     return method(method.options_type(**options))
 
 
-def make_step(variant: str, *, amp: str = "off", compile_mode: str = "off", awp: float = 0.0, **kwargs: Any) -> TrainStep:
+def make_step(
+    variant: str,
+    *,
+    amp: str = "off",
+    compile_mode: str = "off",
+    awp: float = 0.0,
+    device: torch.device = CPU,
+    **kwargs: Any,
+) -> TrainStep:
     method = make_method(variant)
     model = tiny_cnn(0)
     networks = NetworkSet(
@@ -51,20 +59,20 @@ def make_step(variant: str, *, amp: str = "off", compile_mode: str = "off", awp:
         tiny_cnn(1) if method.uses_guide else None,
         frozen_guide="guide" not in method.trains,
         image_shape=(3, 8, 8),
-        device=CPU,
+        device=device,
         channels_last=amp != "off",
         attack=AttackSwitches(dtype=AMP_DTYPES[amp], channels_last=amp != "off", compile=compile_mode),
         compile_mode=compile_mode,
         say=pytest.fail,
     )
     method.epochs = 4
-    method.buffers = method.make_buffers(torch.zeros(max(SIZES), 3, 8, 8))
+    method.buffers = method.make_buffers(torch.zeros(max(SIZES), 3, 8, 8, device=device))
     return TrainStep(
         method,
         networks,
         SPECS.get(method.name, PGDSpec(0.1, 0.05, 3, start="gaussian")),
         OptimConfig(lr=0.05, epochs=4, clip_grad=0.5),
-        Precision(amp, CPU),
+        Precision(amp, device),
         lambda n: 1 / (1 + n),
         awp=WeightPerturbation(model, awp, warmup=1) if awp else None,
         say=pytest.fail,
@@ -72,11 +80,11 @@ def make_step(variant: str, *, amp: str = "off", compile_mode: str = "off", awp:
     )
 
 
-def batches(epoch: int) -> Iterator[Batch]:
+def batches(epoch: int, device: torch.device = CPU) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(epoch)
     for size in SIZES:
-        x = torch.rand(size, 3, 8, 8, generator=generator)
-        yield Batch(x, torch.randint(10, (size,), generator=generator), torch.arange(size))
+        x, labels = torch.rand(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+        yield Batch(x.to(device), labels.to(device), torch.arange(size, device=device))
 
 
 def train(step: TrainStep, epochs: int) -> tuple[list[dict[str, float]], Tensor]:
@@ -117,6 +125,22 @@ def test_weight_perturbation_in_a_captured_step(variant: str) -> None:
     assert recorder.captured >= 1
     assert torch.equal(captured, plain)
     assert not torch.equal(plain, without)
+
+
+@pytest.mark.gpu
+@needs("gpu")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_gpu(variant: str, amp: str) -> None:
+    device = torch.device("cuda")
+    step, given = make_step(variant, amp=amp, device=device), list(batches(0, device))
+    step(given[0])  # cuDNN's choices and first allocations may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs("cxx")

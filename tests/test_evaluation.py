@@ -13,6 +13,7 @@ from fastdynat.attacks.steps import start_point
 from fastdynat.cli import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.evaluation import Stopped, measure
+from fastdynat.evaluation import runs as evaluation
 from fastdynat.runs import load_network
 
 CPU = torch.device("cpu")
@@ -84,6 +85,28 @@ def test_an_evaluation_repeats_and_other_radii_are_used(runs: list[Path], tmp_pa
     assert (other["norm"], other["eps"], other["step_size"]) == ("l2", 1.5, 0.375)
     (eight,) = evaluate(tmp_path / "e.json", runs[1], *flags, "--eps", "8", "--step-size", "2")
     assert (eight["eps"], eight["step_size"]) == (8 / 255, 2 / 255)
+
+
+def test_training_afterwards_keeps_its_own_rounding(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[bool]] = []
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    measure_one = evaluation.measure
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append([owner.allow_tf32 for owner in flags])
+        return measure_one(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "measure", spy)
+    before = [owner.allow_tf32 for owner in flags]
+    try:
+        for owner in flags:
+            owner.allow_tf32 = True
+        evaluate(tmp_path / "e.json", runs[0], "--attacks", "clean", "--checkpoints", "last")
+        assert seen == [[False, False]]
+        assert [owner.allow_tf32 for owner in flags] == [True, True]
+    finally:
+        for owner, value in zip(flags, before, strict=True):
+            owner.allow_tf32 = value
 
 
 def test_half_precision_evaluation_runs(runs: list[Path], tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels"},
     {"ops"},
-    {"units", "devices", "graphs", "compiling", "recipes", "plots"},
+    {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"config"},
     {"data", "models"},
     {"attacks", "runs"},
     {"methods", "compat"},
     {"evaluation"},
     {"engine", "doctor"},
-    {"benchmark"},
+    {"benchmark", "compare"},
     {"cli"},
     {"__main__"},
 ]

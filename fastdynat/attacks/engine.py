@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdynat.attacks.ascent import Ascent, MarginGradient, PGDSpec, Step, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attacks.goal import AttackGoal
+from fastdynat.attacks.modes import has_batch_norm
 from fastdynat.attacks.pgd import AttackResult, run_pgd
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.compiling import compile_whole
@@ -127,7 +128,7 @@ class AttackEngine:
             fold=s.fold and bn == "eval",
             winograd=s.winograd,
         )
-        if self.replica.note:
+        if self.replica.note and has_batch_norm(model):
             self._note(f"batch norm is not folded in the attack: {self.replica.note}")
         underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)
         network: Any = self.replica.network
@@ -239,7 +240,8 @@ class Attacker:
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:
     dtype = str(switches.dtype or torch.float32).removeprefix("torch.")
-    parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else f"batch norm {bn}"]
+    unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
+    parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded]
     parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
     if switches.compile != "off":

@@ -6,10 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fastdynat.plots import BLUE, GREY, RED, TEXT, new_figure, quiet
+from fastdynat.pictures import BLUE, GREY, PALETTE, RED, TEXT, new_figure, quiet_axes
 
 OURS, PEER, INVALID = BLUE, GREY, RED
-PALETTE = ("#2f81c7", "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2", "#7f8c99", "#a8744f", "#9a9a9a")
 
 
 def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
@@ -40,7 +39,7 @@ def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
     axes.set_yticks([])
     axes.set_xlabel("ms", color=TEXT)
     axes.set_title(title, loc="left", color=TEXT, fontsize=10)
-    quiet(axes)
+    quiet_axes(axes)
     figure.legend(loc="outside lower center", ncol=4, frameon=False, labelcolor=TEXT, fontsize=8)
     figure.savefig(path, transparent=True, dpi=150)
 
@@ -56,4 +55,4 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    quiet(axes)
+    quiet_axes(axes)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdynat.errors import UserError
-from fastdynat.runs import PICTURES, check_output, check_writable
+from fastdynat.pictures import PICTURES, check_picture
+from fastdynat.runs import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ def check_bench(config: BenchConfig) -> None:
         raise UserError(f"budget must be above 0 seconds, got {config.budget:g}")
     if not 0 <= config.tolerance < 1:
         raise UserError(f"tolerance must be a share in [0, 1), got {config.tolerance:g}")
-    check_output("chart", config.chart, PICTURES)
-    check_output("profile", config.profile, (".json", *PICTURES))
+    check_picture("chart", config.chart)
+    check_picture("profile", config.profile, (".json", *PICTURES))
     for path in (config.json, config.chart, config.profile):
         if path is not None:
             check_writable(Path(path))

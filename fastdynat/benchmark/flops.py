@@ -1,7 +1,7 @@
 """Counted floating-point operations (a multiply-add is two) of the products and convolutions in a step, without running it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,9 @@ def count_step(
         batch = Batch(x, labels, labels)
         inner = method.inner(nets, batch)
         attacked[0] = inner.goal is not None
-        outer = method.outer(nets, batch, inner, unattacked(x))
+        tracked = inner.goal is not None and inner.goal.track
+        result = replace(unattacked(x), kept=torch.zeros_like(labels) if tracked else None)
+        outer = method.outer(nets, batch, inner, result)
         torch.stack([*inner.losses.values(), *outer.losses.values()]).sum().backward()
 
     def attack_step() -> None:

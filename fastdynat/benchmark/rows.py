@@ -13,11 +13,12 @@ from fastdynat.attacks import Fidelity
 from fastdynat.benchmark import work
 from fastdynat.benchmark.config import BenchConfig
 from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, shown, why_not
-from fastdynat.benchmark.timing import PeakMemory, Samples, Stopwatch, take_turns
+from fastdynat.benchmark.timing import Samples, Stopwatch, take_turns
 from fastdynat.benchmark.work import Say, Work
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import AMP_DTYPES
+from fastdynat.memory import PeakMemory
 
 WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
 WEIGHT_GRADIENTS = "weight gradients"

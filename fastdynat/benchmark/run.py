@@ -30,7 +30,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
-from fastdynat.runs import PICTURES
+from fastdynat.pictures import PICTURES
 from fastdynat.runs.files import write_text
 
 

@@ -1,6 +1,5 @@
 """Clocks: CUDA events on a GPU, the processor's clock elsewhere; rounds in which all rows take turns."""
 
-import ctypes
 import math
 import os
 import time
@@ -95,43 +94,6 @@ def take_turns(
         for call, n, taken in zip(calls, in_a_row, samples, strict=True):
             taken.append(watch.time(call, n))
     return [Samples(tuple(taken)) for taken in samples]
-
-
-class PeakMemory:
-    """Most bytes held at once since `__init__`, above what was held then: the GPU's allocator, or this process's memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before: int | None = torch.cuda.memory_allocated(self._device)
-        else:
-            _give_back()
-            with suppress(OSError):  # a sandbox may forbid it: then the peak is the process's so far
-                Path("/proc/self/clear_refs").write_text("5")
-            self._before = _status_bytes("VmRSS")
-
-    def bytes(self) -> int | None:
-        """None where the system does not tell."""
-        if self._before is None:
-            return None
-        if self._device is not None:
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return (_status_bytes("VmHWM") or self._before) - self._before
-
-
-def _give_back() -> None:
-    """Return freed memory to the system: what a row takes of it would not show otherwise."""
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status_bytes(key: str) -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 class OtherLoad:

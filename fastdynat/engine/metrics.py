@@ -51,7 +51,7 @@ class MetricsLog:
         self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         if self.jsonl.exists():
-            self.rows = _read_rows(self.jsonl)
+            self.rows = read_rows(self.jsonl)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra; `engine.resolve` has checked that it is there
@@ -88,7 +88,8 @@ class MetricsLog:
         write_text(self.csv, text.getvalue())
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl. Raises UserError where it is damaged."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if all(isinstance(row["epoch"], int) for row in rows):

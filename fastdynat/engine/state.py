@@ -28,6 +28,8 @@ RESUMABLE = {
     "epochs",
     "stop_after",
     "stop_at",
+    "patience",
+    "on_collapse",
     "save_every",
     "tensorboard",
     "quiet",

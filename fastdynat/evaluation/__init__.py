@@ -2,6 +2,16 @@
 
 from fastdynat.evaluation.boundary_speed import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.measure import Measurement, Stopped, measure
-from fastdynat.evaluation.runs import EvalConfig, evaluate_runs
+from fastdynat.evaluation.runs import EvalConfig, TestSets, evaluate_runs, measure_runs
 
-__all__ = ["BoundarySpeed", "EvalConfig", "Measurement", "Stopped", "boundary_speed", "evaluate_runs", "measure"]
+__all__ = [
+    "BoundarySpeed",
+    "EvalConfig",
+    "Measurement",
+    "Stopped",
+    "TestSets",
+    "boundary_speed",
+    "evaluate_runs",
+    "measure",
+    "measure_runs",
+]

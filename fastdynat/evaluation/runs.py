@@ -1,6 +1,9 @@
 """`fastdynat eval`: the checkpoints of one or more runs under the same attacks, as a table and as JSON."""
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +31,13 @@ from fastdynat.runs import (
     check_writable,
     describe_environment,
     load_network,
+    read_sidecar,
     require_run,
 )
 from fastdynat.runs.files import write_text
 from fastdynat.units import describe, parse_size
+
+TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,7 @@ class _Job:
 
     run: Path
     checkpoint: str
-    files: Path  # the folder that the checkpoint's link led to
+    weights: str  # their sha256
     network: nn.Module
     sidecar: Sidecar
     attacks: list[NamedAttack]
@@ -84,47 +90,110 @@ class _Job:
     step_size: float
     norm: str
     images: ImageSet
+    digest: str  # of the images
 
 
 def evaluate_runs(paths: list[Path], config: EvalConfig, console: Console) -> list[dict[str, Any]]:
     """Measure every checkpoint of `paths`, print a table, and return (and store) one record per checkpoint.
 
-    All checkpoints are loaded and checked before the first is measured.
-
     Raises:
-        UserError: a path that is no run, a damaged or foreign checkpoint, an unknown attack, data that does not fit.
+        UserError: see `measure_runs`.
     """
     if config.json:
         check_writable(Path(config.json))
+
+    def store(records: list[dict[str, Any]]) -> None:
+        if config.json:
+            write_text(Path(config.json), json.dumps(_document(config, records), indent=2) + "\n")
+
+    records = measure_runs(paths, config, console, store=store)
+    _print_table(records, console)
+    return records
+
+
+def measure_runs(
+    paths: list[Path],
+    config: EvalConfig,
+    console: Console,
+    *,
+    known: MutableMapping[str, dict[str, Any]] | None = None,
+    tests: TestSets | None = None,
+    store: Callable[[list[dict[str, Any]]], None] = lambda records: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Measure every checkpoint of `paths` and return one record per checkpoint.
+
+    All checkpoints are loaded and checked before the first is measured.
+
+    Args:
+        known: measurements by all that they depend on: what is in it is not measured again, what is measured is put into it.
+        tests: test sets that were read before; those that are read are put into it.
+        store: given the records so far after each checkpoint.
+        should_stop: asked between batches.
+
+    Raises:
+        UserError: a path that is no run, a damaged or foreign checkpoint, an unknown attack, data that does not fit.
+        Stopped: `should_stop` said so; `known` has what was measured.
+    """
     check_seed(config.seed)
     if config.batch_size < 1 or (config.num_images is not None and config.num_images < 1):
         raise UserError(f"batch_size and num_images must be >= 1, got {config.batch_size} and {config.num_images}")
     device = pick_device(config.device)
     check_compile(config.compile, device)
     check_kernels(config.kernels, device)
-    # TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    jobs = _plan(paths, config, console)
+    known = {} if known is None else known  # best and last are often one folder, which is then measured once
+    jobs = _plan(paths, config, console, {} if tests is None else tests)
     records: list[dict[str, Any]] = []
-    measured: dict[Path, dict[str, Any]] = {}  # best and last are often one folder, which is then measured once
-    total = sum(len(job.images) * len(job.attacks) for job in {job.files: job for job in jobs}.values())
+    keys = {key: len(job.images) for job in jobs for key in (_key(job, attack, config) for attack in job.attacks)}
     progress = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
-    with use_backend(config.kernels), progress as bar:
-        task = bar.add_task("", total=total)
+    with _exact_float32(), use_backend(config.kernels), progress as bar:
+        task = bar.add_task("", total=sum(images for key, images in keys.items() if key not in known))
+
+        def measured(network: nn.Module, job: _Job, attack: NamedAttack) -> Measurement:
+            return measure(
+                network,
+                job.images,
+                attack,
+                device=device,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                amp_dtype=AMP_DTYPES[config.amp],
+                should_stop=should_stop,
+                advance=lambda n: bar.advance(task, n),
+            )
+
         for job in jobs:
             bar.update(task, description=f"{job.run} {job.checkpoint}")
-            if job.files not in measured:
-                measured[job.files] = _run_job(job, config, device, lambda n: bar.advance(task, n), console)
-            records.append({**measured[job.files], "checkpoint": job.checkpoint})
-            if config.json:
-                write_text(Path(config.json), json.dumps(_document(config, records), indent=2) + "\n")
-    _print_table(records, console)
+            records.append(_run_job(job, config, device, known, measured, console))
+            store(records)
     return records
 
 
-def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]:
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice."""
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in flags]
+    try:
+        for owner in flags:
+            owner.allow_tf32 = False
+        yield
+    finally:
+        for owner, value in zip(flags, before, strict=True):
+            owner.allow_tf32 = value
+
+
+def _key(job: _Job, attack: NamedAttack, config: EvalConfig) -> str:
+    """Everything that a measurement's accuracy depends on but the machine."""
+    spec = None if attack.spec is None else asdict(attack.spec)
+    parts: dict[str, Any] = {"weights": job.weights, "images": job.digest}
+    parts |= {"attack": attack.name, "loss": attack.loss, "spec": spec}
+    parts |= {"seed": config.seed, "batch_size": config.batch_size, "amp": config.amp}
+    return json.dumps(parts, sort_keys=True)
+
+
+def _plan(paths: list[Path], config: EvalConfig, console: Console, tests: TestSets) -> list[_Job]:
     jobs: list[_Job] = []
-    tests: dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]] = {}
     for path in paths:
         require_run(path)
         stored = read_yaml(path / CONFIG)
@@ -143,16 +212,13 @@ def _plan(paths: list[Path], config: EvalConfig, console: Console) -> list[_Job]
             files = (path / checkpoint).resolve()
             check_manifest(files, optional=(STATE,))
             network, sidecar = load_network(files / "model.safetensors")
+            weights = read_sidecar(files / "model.safetensors")[1]
             if key not in tests:
                 tests[key] = load_test(data, folder, image_size=key[2], download=bool(stored.get("download", True)))
-            info, images = tests[key]
+            info, images = tests[key][0], _first(tests[key][1], config.num_images)
             _check_data(sidecar, info, path)
-            attacks, eps, step_size, norm = _attacks(config, sidecar, console)
-            jobs.append(
-                _Job(
-                    path, checkpoint, files, network, sidecar, attacks, eps, step_size, norm, _first(images, config.num_images)
-                )
-            )
+            measured = _attacks(config, sidecar, console)
+            jobs.append(_Job(path, checkpoint, weights, network, sidecar, *measured, images, _digest(images)))
     return jobs
 
 
@@ -185,36 +251,42 @@ def _first(images: ImageSet, count: int | None) -> ImageSet:
     return images if count is None else ImageSet(images.images[:count], images.labels[:count])
 
 
-def _run_job(job: _Job, config: EvalConfig, device: torch.device, advance: Any, console: Console) -> dict[str, Any]:
+def _digest(images: ImageSet) -> str:
+    """The sha256 of all pixels and labels."""
+    digest = hashlib.sha256()
+    for tensor in (images.images, images.labels):
+        digest.update(tensor.contiguous().numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _run_job(
+    job: _Job,
+    config: EvalConfig,
+    device: torch.device,
+    known: MutableMapping[str, dict[str, Any]],
+    measured: Callable[[nn.Module, _Job, NamedAttack], Measurement],
+    console: Console,
+) -> dict[str, Any]:
     network = job.network.to(device).requires_grad_(False)
     if config.compile != "off":
         network = torch.compile(network, mode=config.compile, dynamic=False)  # type: ignore[assignment]
-    results: list[Measurement] = []
+    results: list[dict[str, Any]] = []
     for attack in job.attacks:
-        results.append(
-            measure(
-                network,
-                job.images,
-                attack,
-                device=device,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                amp_dtype=AMP_DTYPES[config.amp],
-                advance=advance,
-            )
-        )
-        r = results[-1]
-        console.print(
-            f"{job.run} {job.checkpoint}: {r.attack} {100 * r.accuracy:.2f} % ({r.seconds:.1f} s, {r.images_per_s:,.0f} img/s)",
-            markup=False,
-            highlight=False,
-        )
-    accuracy = {r.attack: r.accuracy for r in results}
+        key = _key(job, attack, config)
+        if key not in known:
+            r = measured(network, job, attack)
+            known[key] = asdict(r)
+            speed = f"{r.seconds:.1f} s, {r.images_per_s:,.0f} img/s"
+            line = f"{job.run} {job.checkpoint}: {r.attack} {100 * r.accuracy:.2f} % ({speed})"
+            console.print(line, markup=False, highlight=False)
+        results.append(known[key])
+    accuracy = {r["attack"]: r["accuracy"] for r in results}
     robust = [value for name, value in accuracy.items() if name != "clean"]
     job.network.cpu()
     return {
         "run": str(job.run),
         "checkpoint": job.checkpoint,
+        "weights_sha256": job.weights,
         "method": job.sidecar.method,
         "architecture": job.sidecar.architecture,
         "dataset": job.sidecar.dataset,
@@ -224,7 +296,7 @@ def _run_job(job: _Job, config: EvalConfig, device: torch.device, advance: Any, 
         "step_size": job.step_size,
         "images": len(job.images),
         "robustness_gap": accuracy["clean"] - min(robust) if "clean" in accuracy and robust else None,
-        "attacks": [asdict(r) for r in results],
+        "attacks": results,
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastdynat.errors import UserError
 from fastdynat.evaluation.boundary_speed import FOLDER
-from fastdynat.plots import BLUE, RED, TEXT, new_figure, quiet
+from fastdynat.pictures import BLUE, RED, TEXT, new_figure, quiet_axes
 
 PANELS, COLUMNS = 6, 3
 SHOWN = 0.99  # share of the points inside the axes; the rest sits on the border
@@ -37,7 +37,7 @@ def draw_speeds(run: Path, chart: Path) -> int:
         for side, colour, what in ((y < 0, RED, "approaches"), (y >= 0, BLUE, "moves away")):
             axes.scatter(x[side], y[side], s=6, color=colour, alpha=0.6, linewidths=0, label=what)
         axes.set_title(f"epoch {int(path.stem.removeprefix('epoch-'))}", loc="left", color=TEXT, fontsize=9)
-        quiet(axes)
+        quiet_axes(axes)
     for axes in panels[len(chosen) :]:
         axes.set_visible(False)
     figure.supxlabel("margin, in 1/255 (dashed: the radius of evaluation)", color=TEXT, fontsize=9)

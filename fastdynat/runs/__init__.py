@@ -1,9 +1,21 @@
 """Run directories: layout, weights and the record of where a run ran."""
 
 from fastdynat.runs.environment import describe_environment, record_start, source_commit
-from fastdynat.runs.files import PICTURES, check_output, check_writable
+from fastdynat.runs.files import check_writable
 from fastdynat.runs.manifest import check_manifest
-from fastdynat.runs.rundir import BEST, CONFIG, ENVIRONMENT, LAST, STATE, RunDir, check_new, free_name, require_run
+from fastdynat.runs.rundir import (
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    LAST,
+    STATE,
+    RunDir,
+    check_new,
+    free_name,
+    lock,
+    looks_like_run,
+    require_run,
+)
 from fastdynat.runs.weights import Sidecar, guide_weights, load_network, load_state, put_state, read_sidecar, save_weights
 
 __all__ = [
@@ -11,19 +23,19 @@ __all__ = [
     "CONFIG",
     "ENVIRONMENT",
     "LAST",
-    "PICTURES",
     "STATE",
     "RunDir",
     "Sidecar",
     "check_manifest",
     "check_new",
-    "check_output",
     "check_writable",
     "describe_environment",
     "free_name",
     "guide_weights",
     "load_network",
     "load_state",
+    "lock",
+    "looks_like_run",
     "put_state",
     "read_sidecar",
     "record_start",

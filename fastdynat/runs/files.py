@@ -1,12 +1,9 @@
 """Files that are whole or absent: a kill at any moment leaves the old content or the new one."""
 
-import importlib.util
 import os
 from pathlib import Path
 
 from fastdynat.errors import UserError
-
-PICTURES = (".svg", ".png", ".pdf")
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,17 +31,6 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def check_output(flag: str, path: str | None, suffixes: tuple[str, ...]) -> None:
-    """Raise UserError unless `path` ends in one of `suffixes`, and can be drawn where it is a picture; None is no file."""
-    if path is None:
-        return
-    suffix = Path(path).suffix
-    if suffix not in suffixes:
-        raise UserError(f"--{flag} must end in {', '.join(suffixes)}, got {path!r}")
-    if suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--{flag} {path} needs matplotlib: pip install 'fastdynat[plots]'")
 
 
 def write_text(path: Path, text: str) -> None:

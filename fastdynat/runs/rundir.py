@@ -76,17 +76,27 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
 
 
+def lock(folder: Path) -> IO[str]:
+    """Keep other fastdynat processes out of `folder` until the file that is returned is closed.
+
+    Raises:
+        UserError: another process is in there.
+    """
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{folder} is in use by another fastdynat process") from None
+    return file
+
+
 class RunDir:
     """An open run directory, locked against a second process until `close`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] = (path / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"{path} is in use by another fastdynat process") from None
+        self._lock = lock(path)
 
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
