@@ -36,7 +36,7 @@ EXACT = BoundarySpec(steps=600, eta=1 + 1e-9, eps_start=0.0)  # ends on the boun
 
 def margin_gradient(method: Dyart, net: nn.Module, batch: Batch, points: Boundary) -> list[Tensor]:
     """The parameter gradient of DyART's loss without the cross-entropy, per unit of margin_weight."""
-    nets = Networks(net, net)
+    nets = Networks(net, net, net)
     with_margin = method.outer(nets, batch, Inner(AttackGoal("margin", batch.labels)), points).losses["model"]
     without = F.cross_entropy(net(batch.x), batch.labels)
     gradients = torch.autograd.grad(with_margin - without, list(net.parameters()))

@@ -149,7 +149,7 @@ def _iteration(ascent: Ascent, spec: BoundarySpec, margin_gradient: MarginGradie
         away = _linf(z - x)
         closer = crossed & (away < distance)
         nearest, distance = torch.where(per_image(closer, x), z, nearest), torch.where(closer, away, distance)
-        z = torch.where(per_image(crossed, x), torch.lerp(x, z, spec.beta_back), z)
+        z = torch.lerp(x, z, per_image(torch.where(crossed, spec.beta_back, torch.ones_like(away)), x))
         return z, ascent.reads(z), nearest, distance, zeros
 
     return iterate
