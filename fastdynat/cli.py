@@ -37,7 +37,9 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
+from fastdynat.pictures import check_picture
 from fastdynat.recipes import read_recipe, recipe_names
+from fastdynat.runs import check_writable, require_run
 
 OptionsT = TypeVar("OptionsT")
 
@@ -48,6 +50,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
   compare  several training methods on the same data, budget and seeds
+  boundary picture of margins and the boundary's speed, of a run with --boundary-speed
   recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
   doctor   what this machine can use, and why not
@@ -100,6 +103,16 @@ class EvalCommand:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundaryCommand:
+    """Draw the margins of RUN's validation images and how fast the boundary moved; the run needs --boundary-speed."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    chart: str = "speed.svg"
+    """Picture to write: .svg, .png or .pdf (extra `plots`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +242,8 @@ def _fit(trainer: Trainer, say: Any) -> int:
         say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:
-        if trainer.reached():
-            say(f"validation score {trainer.best:.4f} after {trainer.epoch} epochs: --stop-at {c.run.stop_at:g} is reached")
+        if why := trainer.watch.ended():
+            say(f"ended after {trainer.epoch} epochs: {why}")
         say(f"done: {path}; next: fastdynat eval {path}")
         return 0
     done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
@@ -244,6 +257,17 @@ def _eval(argv: list[str]) -> int:
         raise UserError("eval needs at least one run directory: fastdynat eval RUN")
     console = Console(width=None if sys.stdout.isatty() else 160)
     evaluate_runs(list(command.runs), command.eval, console)
+    return 0
+
+
+def _boundary(argv: list[str]) -> int:
+    command = tyro.cli(BoundaryCommand, args=argv, prog="fastdynat boundary", config=FLAT)
+    require_run(command.run)
+    check_picture("chart", command.chart)
+    check_writable(Path(command.chart))
+    from fastdynat.evaluation.speed_chart import draw_speeds  # extra `plots`, which has been looked for
+
+    print(f"{draw_speeds(command.run, Path(command.chart))} validations of {command.run}: {command.chart}")
     return 0
 
 
@@ -283,7 +307,15 @@ def _recipes(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "recipes": _recipes, "bench": _bench, "doctor": _doctor}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "boundary": _boundary,
+    "recipes": _recipes,
+    "bench": _bench,
+    "doctor": _doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,8 +61,8 @@ class ModelConfig:
     """Networks."""
 
     model: str = "auto"
-    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W, torchvision:NAME, timm:NAME; auto is small
-    for digits, else resnet18."""
+    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn or -silu-gn for
+    SiLU, group norm, both), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released code's), or
     small beside small."""
@@ -115,9 +115,16 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 2e-4
-    """L2 weight decay on every parameter."""
-    schedule: Literal["release", "multistep", "cosine", "onecycle", "constant"] = "release"
-    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %)."""
+    """L2 weight decay."""
+    decay_norms: bool = True
+    """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et al.)."""
+    burn_in: int = 0
+    """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method starts, from the
+    weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them."""
+    schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
+    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
+    warmup: float | None = None
+    """onecycle, triangular: where the peak is, as a share of the run; None is 0.3 for onecycle, 0.5 for triangular."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """multistep: where the rate drops, as shares of the run."""
     gamma: float = 0.1
@@ -128,6 +135,11 @@ class OptimConfig:
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off."""
+    ema_warmup: float = 0.0
+    """Share of the run in which the average is a plain copy; from then on it keeps min(ema, (1 + s) / (10 + s)), s steps later.
+    0 keeps ema from the first step on."""
+    ema_buffers: Literal["average", "copy"] = "average"
+    """Running statistics of the average: averaged like the weights, or the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +168,9 @@ class EngineConfig:
     """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
     check_fidelity: int = 0
     """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is off."""
+    boundary_speed: int = 0
+    """At each validation, measure margins of this many validation images and how fast the updates move the decision boundary
+    towards or away from them (L-inf); 0 is off. `fastdynat boundary RUN` draws them."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False
@@ -168,6 +183,11 @@ class LogConfig:
 
     stop_at: float | None = None
     """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least this share."""
+    patience: int | None = None
+    """Stop after this many validations without a better score (robust early stopping); None is never."""
+    on_collapse: Literal["off", "warn", "stop"] = "warn"
+    """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on attacked training
+    images does not (catastrophic overfitting of single-step attacks)."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1
@@ -198,7 +218,7 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: dynat, madry, natural. Its options are listed by --method NAME --help."""
+    """Training method: dyart, dynat, madry, natural. Its options are listed by --method NAME --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

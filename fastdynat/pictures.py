@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = (".svg", ".png", ".pdf")
-TEXT = "#808080"
-PALETTE = ("#2f81c7", "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2", "#7f8c99", "#a8744f", "#9a9a9a")
+TEXT, BLUE, RED, GREY = "#808080", "#2f81c7", "#c94f4f", "#9a9a9a"
+PALETTE = (BLUE, "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2", "#7f8c99", "#a8744f", GREY)
 
 
 def check_picture(flag: str, path: str | None, suffixes: tuple[str, ...] = PICTURES) -> None:

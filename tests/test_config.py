@@ -59,6 +59,12 @@ def test_published_radius_is_evaluated_at_8_255(tmp_path: Path) -> None:
     assert (flat["eps"], flat["step_size"], flat["eval_eps"], flat["start"]) == (0.031, 0.007, 8 / 255, "gaussian")
 
 
+@pytest.mark.parametrize(("schedule", "warmup"), [("onecycle", 0.3), ("triangular", 0.5), ("release", None)])
+def test_the_usual_warm_up_is_filled_in(schedule: str, warmup: float | None, tmp_path: Path) -> None:
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, "--method", "natural", "--schedule", schedule]) == 0
+    assert to_flat(stored_config(tmp_path / "run"))["warmup"] == warmup
+
+
 def test_other_scripts_spellings_and_bare_flags() -> None:
     argv = ["--epsilon=8/255", "--num-steps", "7", "--wd", "0", "--amp", "--compile", "--run_dir", "x", "--amp", "fp16"]
     expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "bf16", "--compile", "default", "--run-dir", "x"]

@@ -3,22 +3,29 @@
 import importlib.util
 import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdynat.errors import UserError
 from fastdynat.models import build_model, known_models
 from fastdynat.models.build import OURS, check_fit
+from fastdynat.models.style import group_norm, split_style
+from fastdynat.models.wide_resnet import WideBlock
 
 CIFAR = (3, 32, 32)
 DIGITS = (1, 32, 32)
 # One network of each of our classes that is small enough to run forward and backward here.
 CHEAP = ["small", "resnet18", "resnet18_s1122", "preact_resnet18", "wrn-10-2"]
+STYLES = ["", "-silu", "-gn", "-silu-gn"]
 
 
 def build(name: str, **kwargs) -> nn.Module:
@@ -74,6 +81,50 @@ def test_normalisation_equals_manual():
     assert torch.equal(plain.normalize(x), x)
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", CHEAP)
+def test_styles_replace_every_norm_and_activation_and_keep_weights_and_names(name, style):
+    torch.manual_seed(1)
+    plain = build(name, image_shape=(3, 16, 16))
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    model = build(name + style, image_shape=(3, 16, 16))
+    assert torch.equal(torch.rand(1), after)
+    mine, theirs = (dict(net.named_parameters()) for net in (model, plain))
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    if not style:
+        return
+    counts = Counter(type(module) for module in plain.modules())
+    wanted = {
+        nn.GroupNorm if "gn" in style else nn.BatchNorm2d: counts[nn.BatchNorm2d],
+        nn.SiLU if "silu" in style else nn.ReLU: counts[nn.ReLU],
+    }
+    kinds = (nn.GroupNorm, nn.BatchNorm2d, nn.SiLU, nn.ReLU)
+    assert {kind: n for kind, n in Counter(type(m) for m in model.modules()).items() if kind in kinds} == wanted
+
+
+def test_silu_stands_where_gowals_network_has_it():
+    """deepmind-research's adversarial_robustness model zoo, block by block, at stride 1, where paddings agree."""
+    block = WideBlock(4, 6, 1, split_style("x-silu")[1]).double()
+    x, norm, act = torch.randn(2, 4, 5, 5, dtype=torch.float64), F.batch_norm, F.silu
+
+    def batch_norm(values, layer):
+        return norm(values, None, None, layer.weight, layer.bias, training=True)
+
+    pre = act(batch_norm(x, block.bn1))
+    inside = act(batch_norm(F.conv2d(pre, block.conv1.weight, padding=1), block.bn2))
+    expected = F.conv2d(inside, block.conv2.weight, padding=1) + F.conv2d(pre, block.convShortcut.weight)
+    torch.testing.assert_close(block(x), expected)
+
+
+@given(channels=st.integers(1, 4096))
+def test_group_norm_takes_every_width(channels):
+    layer = group_norm(channels)
+    assert channels % layer.num_groups == 0
+    assert layer.num_groups == max(n for n in (1, 2, 4, 8, 16, 32) if channels % n == 0)
+
+
 @pytest.mark.parametrize("name", CHEAP)
 def test_every_parameter_gets_a_gradient(name):
     image_shape = (3, 16, 16)
@@ -109,7 +160,9 @@ def test_wrn_initialisation_is_fan_out_normal():
     assert net.fc.bias.abs().sum() == 0
 
 
-@pytest.mark.parametrize("name", ["WRN-10-1", "wrn_10_1", "Small", "ResNet18-S1122", "preact-resnet18"])
+@pytest.mark.parametrize(
+    "name", ["WRN-10-1", "wrn_10_1", "Small", "ResNet18-S1122", "preact-resnet18", "WRN_10-1_SiLU-gn", "small_gn"]
+)
 def test_names_ignore_case_and_separator(name):
     with torch.device("meta"):
         build(name)
@@ -143,6 +196,8 @@ def test_torchvision_models_return_logits_in_train_mode(name):
         ("torchvision:resnte18", CIFAR, "unknown torchvision model 'resnte18': did you mean 'resnet18'"),
         ("wrn-33-10", CIFAR, r"wrn-33-10: depth must be .*\(6n \+ 4\)"),
         ("wrn-34-0", CIFAR, "width at least 1"),
+        ("small-gn-silu", CIFAR, "unknown model 'small-gn-silu'.*each also with -silu, -gn or -silu-gn"),
+        ("vgg11_gn", CIFAR, "unknown model 'vgg11_gn'"),
         ("alexnet", CIFAR, "model 'alexnet' does not take 3x32x32 images .*--image-size"),
         ("vit_b_16", (3, 30, 30), "vit_b_16 cannot be built for 30x30 images"),
         ("vit_b_16", (3, 32, 64), "does not take 3x32x64 images"),

@@ -129,6 +129,16 @@ def test_gradient_is_that_of_autograd(backend: str) -> None:
     assert_close(actual, expected, 1e-14)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_margin_and_gradient_at_once_are_the_two_apart(backend: str) -> None:
+    logits, labels = inputs((7, 12))
+    found = ops.soft_margin_grad(logits.requires_grad_(), labels, temperature=3.0, backend=backend)
+    margin, grad = margin_and_grad(logits.detach(), labels, temperature=3.0, backend=backend)
+    assert not found.margin.requires_grad
+    assert_close(found.margin, margin, 1e-6)
+    assert_close(found.grad, grad, 1e-6)
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (2, 5)], ids=str)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_gradcheck(backend: str, shape: tuple[int, int]) -> None:

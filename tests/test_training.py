@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fastdynat.attacks import AttackEngine, PGDSpec
 from fastdynat.cli import main
+from fastdynat.engine.average import WeightAverage
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
 from fastdynat.runs import load_network
@@ -60,8 +61,14 @@ VARIANTS = {
     "madry-uniform-nesterov-cosine": ["--method", "madry", "--nesterov", "--schedule", "cosine", "--augment", "crop-flip"],
     "dynat-unfolded-autograd": ["--fold", "off", "--no-closed-form"],
     "natural": ["--method", "natural", "--normalize", "dataset"],
+    "dynat-group-norm": ["--model", "small-silu-gn"],
+    "madry-dyart-like": [
+        *("--method", "madry", "--ema", "0.995", "--ema-warmup", "0.4", "--ema-buffers", "copy", "--no-decay-norms"),
+        *("--schedule", "onecycle", "--warmup", "0.1"),
+    ],
     "dynat-ema-clip-joint-bf16": ["--ema", "0.9", "--clip-grad", "0.5", "--optimizers", "joint", "--amp", "--channels-last"],
     "madry-fp16-onecycle": ["--method", "madry", "--amp", "fp16", "--schedule", "onecycle", "--attack-bn", "train"],
+    "natural-triangular": ["--method", "natural", "--schedule", "triangular", "--warmup", "0.4"],
 }
 
 
@@ -73,6 +80,17 @@ def test_resume_is_bitwise(tmp_path: Path, flags: list[str]) -> None:
     resume(parts, "--stop-after", "2")
     resume(parts)
     assert_same_run(whole, parts)
+
+
+def test_a_network_without_batch_norm_trains_without_a_word_about_folding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", "--model", "small_gn", "--epochs", "1")
+    said = capsys.readouterr().err
+    assert "fold" not in said
+    assert "attack: float32 replica, no batch norm" in said
+    assert "small_gn with guide small" in said
+    assert load_network(run / "last" / "model.safetensors")[1].architecture == "small_gn"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -162,6 +180,9 @@ def test_more_epochs_where_the_schedule_allows_it(tmp_path: Path, capsys: pytest
     resume(cosine, "--epochs", "3", code=2)
     assert len(rows(cosine)) == 2
     assert "start with --epochs 3 --stop-after 2" in capsys.readouterr().err
+    average = train(tmp_path / "average", "--schedule", "constant", "--epochs", "2", "--ema", "0.9", "--ema-warmup", "0.5")
+    resume(average, "--epochs", "4", code=2)
+    assert "--ema-warmup is of the number of epochs" in capsys.readouterr().err
     early = train(tmp_path / "early", "--schedule", "constant", "--epochs", "2", "--early-steps", "1")
     resume(early, "--epochs", "4", code=2)
     assert "--early-share is of the number of epochs" in capsys.readouterr().err
@@ -246,6 +267,20 @@ def test_the_weight_average_is_what_is_saved_as_the_model(tmp_path: Path) -> Non
             expected = 0.5 * expected + 0.5 * state[key]
         torch.testing.assert_close(saved[key], expected)
         assert torch.equal(raw[key], seen[-1][key])
+
+
+def test_the_average_is_a_copy_for_its_share_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three epochs of three steps: the first half, rounded up to five steps, are copies."""
+    kept: list[float] = []
+    update = WeightAverage.update
+
+    def spy(self: WeightAverage) -> None:
+        kept.append(self.keep_rate())
+        update(self)
+
+    monkeypatch.setattr(WeightAverage, "update", spy)
+    train(tmp_path / "run", "--method", "natural", "--ema", "0.25", "--ema-warmup", "0.5")
+    assert kept == pytest.approx([0.0] * 5 + [1 / 10, 2 / 11, 3 / 12, 0.25])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:

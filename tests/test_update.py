@@ -41,3 +41,39 @@ def test_a_first_update_that_overflows_leaves_nothing_behind() -> None:
     scaler.step(optimizer)
     assert torch.equal(network.weight.detach(), before)
     assert not optimizer.state[network.weight]["momentum_buffer"].any()
+
+
+def norms() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(6), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("optimizers", ["separate", "joint"])
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_decay_of_normalisation_layers_is_a_choice(optimizers: str, decay_norms: bool) -> None:
+    """With zero gradients only weight decay moves anything: p -= lr * wd * p."""
+    networks = {"model": norms(), "guide": norms()}
+    config = OptimConfig(
+        lr=1.0,
+        epochs=1,
+        weight_decay=0.25,
+        decay_norms=decay_norms,
+        optimizers=optimizers,  # type: ignore[arg-type]
+    )
+    found = build_optimizers(networks, config, torch.tensor(0.5))
+    assert len(found) == (1 if optimizers == "joint" else 2)
+    for parameter in (p for net in networks.values() for p in net.parameters()):
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in found:
+        optimizer.step()
+    for net in networks.values():
+        for name, parameter in net.named_parameters():
+            expected = 1 - 0.5 * 0.25 * (decay_norms or name.startswith(("0.", "4.")))
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected), msg=name)
+
+
+def test_without_normalisation_layers_nothing_is_set_apart() -> None:
+    (optimizer,) = build_optimizers(
+        {"model": nn.Linear(3, 2)}, OptimConfig(lr=1.0, epochs=1, decay_norms=False), torch.tensor(0.5)
+    )
+    assert len(optimizer.param_groups) == 1

@@ -1,6 +1,7 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
@@ -16,12 +17,15 @@ __all__ = [
     "AttackResult",
     "AttackSwitches",
     "Attacker",
+    "Boundary",
+    "BoundarySpec",
     "Fidelity",
     "NamedAttack",
     "NotCopyable",
     "PGDSpec",
     "Underflow",
     "attack_mode",
+    "boundary",
     "check_fidelity",
     "frozen_twin",
     "kl_from_log_probs",

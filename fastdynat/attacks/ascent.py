@@ -1,19 +1,23 @@
 """One step of projected ascent: forward, gradient at the image, projected step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.goal import AttackGoal, Kind
+from fastdynat.attacks.goal import AttackGoal, Kind, wide
 from fastdynat.attacks.steps import NORMS, STARTS, pgd_step
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops import soft_margin_grad
 
 # (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero, and for
 # a goal that is tracked which images were still given its class)
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
+# (what the network reads, labels, temperature) -> (soft margins (N,), their gradients at what was read)
+MarginGradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 # fp16 flushes gradients below 6e-8 to zero. Where images mix in batch norm they must keep their proportions, so one fixed
 # factor on the summed loss is all that can be done; elsewhere each image is scaled by itself (`AttackGoal.logit_grad`).
@@ -139,3 +143,28 @@ class Ascent:
     def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
         """The goal's gradient at the logits, in their dtype, guarded against underflow."""
         return goal.logit_grad(logits, rescale=self.underflow.rescale, loss_scale=self.underflow.loss_scale)
+
+    def margin_gradient(self, read: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The soft margin of each label at what the network reads, (N,), and its gradient there; both at least float32.
+
+        Unlike an attack's step, whoever wants a plane needs the gradient's length, so it is never rescaled per image.
+        """
+        leaf = read.detach().requires_grad_()
+        logits = self.logits(leaf)
+        margin, upstream = self._margin(logits, labels, temperature)
+        return margin, self._unscaled(torch.autograd.grad(logits, leaf, upstream)[0])
+
+    def _margin(self, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        found = soft_margin_grad(logits, labels, temperature=temperature)
+        return found.margin, (found.grad * self._margin_scale).to(logits.dtype)
+
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        return wide(grad) / self._margin_scale
+
+    @property
+    def _margin_scale(self) -> float:
+        return FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
+
+    def one_graph(self, kind: Hashable, make: Callable[[MarginGradient], Callable[..., Any]]) -> Callable[..., Any]:
+        """What `make` makes of `margin_gradient`; compiled as one graph where this ascent compiles, once per `kind`."""
+        return make(self.margin_gradient)

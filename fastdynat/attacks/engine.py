@@ -1,15 +1,17 @@
 """The fast attack: PGD on a replica of the network, as one compiled step, looped inside one captured graph."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks.ascent import Ascent, PGDSpec, Step, Underflow
+from fastdynat.attacks.ascent import Ascent, MarginGradient, PGDSpec, Step, Underflow
+from fastdynat.attacks.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attacks.goal import AttackGoal
+from fastdynat.attacks.modes import has_batch_norm
 from fastdynat.attacks.pgd import AttackResult, run_pgd
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.compiling import compile_whole
@@ -50,7 +52,7 @@ class CompiledAscent(Ascent):
 
     mode: str = "default"
     say: Say = warnings.warn
-    _steps: dict[Any, Step] = field(default_factory=dict)
+    _steps: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
         kind = (goal.kind, replace(spec, steps=1, restarts=1, start="none"))
@@ -73,6 +75,18 @@ class CompiledAscent(Ascent):
         pulled: Any = torch.func.vjp(self.logits, read)
         logits, pull_back = pulled
         return logits, pull_back(self.upstream(logits, goal))[0]
+
+    def one_graph(self, kind: Hashable, make: Callable[[MarginGradient], Callable[..., Any]]) -> Callable[..., Any]:
+        if kind not in self._steps:
+            whole, plain = make(self._functional_margin_gradient), super().one_graph(kind, make)
+            self._steps[kind] = compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain)
+        return self._steps[kind]
+
+    def _functional_margin_gradient(self, read: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        pulled: Any = torch.func.vjp(self.logits, read)
+        logits, pull_back = pulled
+        margin, upstream = self._margin(logits, labels, temperature)
+        return margin, self._unscaled(pull_back(upstream)[0])
 
 
 class AttackEngine:
@@ -114,7 +128,7 @@ class AttackEngine:
             fold=s.fold and bn == "eval",
             winograd=s.winograd,
         )
-        if self.replica.note:
+        if self.replica.note and has_batch_norm(model):
             self._note(f"batch norm is not folded in the attack: {self.replica.note}")
         underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)
         network: Any = self.replica.network
@@ -176,6 +190,32 @@ class AttackEngine:
         kept = None if kept is None else kept.clone()
         return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts, kept)
 
+    def margin_gradient(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Soft margins of images `x` and their gradients, as `Ascent.margin_gradient`; never compiled."""
+        return self._ascent.margin_gradient(self._ascent.reads(self._laid_out(x)), labels, temperature)
+
+    def boundary(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        spec: BoundarySpec,
+        *,
+        x_start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Boundary:
+        """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in `run`."""
+        x = self._laid_out(x)
+        starts = () if x_start is None else (self._laid_out(x_start),)
+
+        def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
+            return run_boundary(self._ascent, x, labels, spec, x_start=start[0] if start else None, generator=generator)
+
+        if self._recorder is None or generator is not None:
+            return whole(x, labels, *starts)
+        if spec not in self._graphed:
+            self._graphed[spec] = GraphedCall(whole, self._recorder, self._note)
+        return self._graphed[spec](x, labels, *starts).clone()
+
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format)
 
@@ -200,7 +240,8 @@ class Attacker:
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:
     dtype = str(switches.dtype or torch.float32).removeprefix("torch.")
-    parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else f"batch norm {bn}"]
+    unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
+    parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded]
     parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
     if switches.compile != "off":

@@ -31,6 +31,11 @@ def set_attack_mode(model: nn.Module, bn: str) -> None:
             module.track_running_stats = module.track_running_stats and bn == "train"
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the mode of `set_attack_mode` makes a difference to `model`, beside dropout."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 class NotCopyable(UserError):
     """A network that ``copy.deepcopy`` refuses."""
 

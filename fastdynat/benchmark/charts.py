@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fastdynat.pictures import PALETTE, TEXT, new_figure, quiet_axes
+from fastdynat.pictures import BLUE, GREY, PALETTE, RED, TEXT, new_figure, quiet_axes
 
-OURS, PEER, INVALID = "#2f81c7", "#9a9a9a", "#c94f4f"
+OURS, PEER, INVALID = BLUE, GREY, RED
 
 
 def draw_rates(doc: Mapping[str, Any], path: Path) -> None:

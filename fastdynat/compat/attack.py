@@ -1,51 +1,25 @@
 """A drop-in attack object: torchattacks' modes, normalisation and bookkeeping around an attack engine."""
 
 import itertools
-import warnings
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, AttackSwitches, NotCopyable, PGDSpec
-from fastdynat.compat.checks import RangeCheck
-from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes, memory
-from fastdynat.compiling import MODES
-from fastdynat.devices import half_type
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.attacks import AttackGoal, PGDSpec
+from fastdynat.compat.checks import RangeCheck, as_labels
+from fastdynat.compat.following import Following, Speed
+from fastdynat.compat.runner import Runner, TrainingModes
+from fastdynat.errors import UserError
 
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
-HALF = (torch.float16, torch.bfloat16)
-
-
-class Speed(TypedDict, total=False):
-    """Keyword-only arguments of every attack.
-
-    Attributes:
-        amp: run the network in half precision: a dtype, or True for bfloat16 where the hardware has it, else float16.
-        compile: compile the step with torch.compile; a string is its mode.
-        channels_last: run the network in channels-last memory format; None is on for a GPU and with `amp`.
-        graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
-        fold: fold batch norm into the layers before it.
-        winograd: Winograd's algorithm for 3x3 convolutions, in float32 on the CPU; rounds about five times as coarsely.
-    """
-
-    amp: bool | torch.dtype
-    compile: bool | str
-    channels_last: bool | None
-    graphs: bool | None
-    fold: bool
-    winograd: bool
 
 
 class Attack:
     """What the attacks have in common; `Speed` lists the arguments that torchattacks does not have.
 
-    The replica is made at the first call, follows every in-place change of weights and running statistics from call to call,
-    and is made anew when parameters are replaced, moved or converted. It cannot see other changes, such as of a Python number
-    or a plain tensor that a module holds: call `refresh` after one. What was asked for and cannot be done is warned of, once,
-    and is part of `path`.
+    A replica of the model is attacked where that is possible (`Following`); call `refresh` after a change that it cannot see.
 
     Attributes:
         model: the attacked network; with eps, alpha, steps and the like, to be changed between calls as one likes.
@@ -57,35 +31,16 @@ class Attack:
 
     supported_mode: tuple[str, ...] = ("default", "targeted")
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        amp: bool | torch.dtype = False,
-        compile: bool | str = False,
-        channels_last: bool | None = None,
-        graphs: bool | None = None,
-        fold: bool = True,
-        winograd: bool = True,
-    ) -> None:
-        if isinstance(amp, torch.dtype) and amp not in HALF:
-            raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
-        if isinstance(compile, str) and compile not in MODES:
-            raise unknown_name("compile mode", compile, MODES)
+    def __init__(self, name: str, model: nn.Module, **speed: Unpack[Speed]) -> None:
+        self._following = Following(**speed)
         self.attack = name
         self.set_model(model)
         self.attack_mode, self.targeted = "default", False
         self.normalization_used: dict[str, Tensor] | None = None
-        self._amp, self._channels_last, self._graphs = amp, channels_last, graphs
-        self._fold, self._winograd = fold, winograd
-        self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
         self._target_map: TargetMap = _given
         self._modes, self._kth_min = TrainingModes(), 1
         self._device: torch.device | None = None
-        self._said: set[str] = set()
-        self._check = RangeCheck()
-        self.refresh()
+        self._check = RangeCheck("tell the attack how they are normalised: set_normalization_used(mean, std)")
         if self.model_name == "RobModel":  # MAIR's, which says how its images are normalised
             mean, std = (torch.as_tensor(getattr(model, key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
             if bool((mean != 0).any() or (std != 1).any()):
@@ -93,13 +48,12 @@ class Attack:
 
     def refresh(self) -> None:
         """Forget the replica; the next call makes it anew."""
-        self._runner: Runner | None = None
-        self._made_for: Any = None
+        self._following.forget()
 
     @property
     def path(self) -> str:
         """In words, how attacks are computed, and what was given up of it; known from the first call on."""
-        return "not called yet" if self._runner is None else self._runner.path
+        return self._following.path
 
     @property
     def device(self) -> torch.device | None:
@@ -129,7 +83,9 @@ class Attack:
         The attack then runs on the model itself, eagerly. Batch norm in train mode moves the running statistics.
         """
         if (batchnorm_training or dropout_training) and not model_training:
-            self._warn("batchnorm_training and dropout_training have no effect without model_training=True, as in torchattacks")
+            self._following.warn(
+                "batchnorm_training and dropout_training have no effect without model_training=True, as in torchattacks"
+            )
         self._modes = TrainingModes(model_training, batchnorm_training, dropout_training)
 
     def get_mode(self) -> str:
@@ -184,8 +140,8 @@ class Attack:
         spec = self._spec() if self.eps != 0 else None
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
-            runner, classes = self._prepare(x)
-            self._check(x, labels if labels is not None and labels.dim() == 1 else None, classes)
+            runner = self._runner = self._following.runner(self.model, x, self._modes, self.normalization_used)
+            self._check(x, labels if labels is not None and labels.dim() == 1 else None, self._following.classes)
             if spec is not None and len(x):
                 goal = self._goal(runner, x, labels)
                 x = runner.run(x, goal, spec, x_start=self._start(x, spec)).x_adv
@@ -196,8 +152,10 @@ class Attack:
         shown |= {"targeted": self.targeted, "normalization_used": self.normalization_used is not None}
         hidden = {"attack", "model", *shown}
         shown |= {key: value for key, value in vars(self).items() if key not in hidden and not key.startswith("_")}
-        shown |= {"amp": self._amp} if self._amp else {}
+        shown |= {"amp": self._following.amp} if self._following.amp else {}
         return f"{self.attack}({', '.join(f'{key}={value}' for key, value in shown.items())})"
+
+    _runner: Runner  # of the latest call
 
     # What the attacks fill in.
     eps: float
@@ -212,7 +170,7 @@ class Attack:
             return AttackGoal("ce", labels)
         with self._modes(self.model):
             target = self._target_map(x, labels)
-        return AttackGoal("ce", _as_labels(target, x), targeted=True)
+        return AttackGoal("ce", as_labels(target, x), targeted=True)
 
     def _start(self, x: Tensor, spec: PGDSpec) -> Tensor | None:
         return None
@@ -227,68 +185,17 @@ class Attack:
         x = inputs.detach().to(device, wide, copy=True)
         if self.normalization_used is not None:
             x = x * self.normalization_used["std"].to(device) + self.normalization_used["mean"].to(device)
-        return x, None if labels is None else _as_labels(labels, x)
+        return x, None if labels is None else as_labels(labels, x)
 
     def _give(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.normalization_used is not None:
             x = (x - self.normalization_used["mean"].to(x.device)) / self.normalization_used["std"].to(x.device)
         return torch.empty_like(inputs, device=x.device, requires_grad=False).copy_(x)
 
-    def _prepare(self, x: Tensor) -> tuple[Runner, int]:
-        """What this call runs on, with the model's weights of now, and the number of classes."""
-        made_for = (memory(self.model), x.dtype, x.device, self._modes)
-        if self._runner is not None and made_for == self._made_for:
-            self._runner.refresh()
-        else:
-            self._runner = self._make_runner(x)
-            with torch.no_grad():
-                self._classes = self._runner.eval_logits(_two_images(x)).shape[1]
-            self._made_for = made_for
-        return self._runner, self._classes
-
-    def _make_runner(self, x: Tensor) -> Runner:
-        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
-        if own not in (x.dtype, *HALF) or (self._amp and own == torch.float64):
-            raise UserError(
-                f"images are {x.dtype} and the model {own}; convert one to the other's dtype (amp is for a float32 model)"
-            )
-        dtype = own if own in HALF else self._amp if isinstance(self._amp, torch.dtype) else None
-        if self._amp is True and dtype is None:
-            dtype = half_type(x.device)
-        network = self.model
-        if self.normalization_used is not None:
-            network = Normalized(network, *(value.to(x.device) for value in self.normalization_used.values()))
-        if self._modes.model:
-            if self._compile != "off" or self._graphs:
-                self._warn("compile and graphs are off while the model is attacked in train mode")
-            return OnModel(network, self._modes, dtype)
-        gpu = x.device.type == "cuda"
-        switches = AttackSwitches(
-            dtype=dtype,
-            channels_last=(gpu or dtype is not None) if self._channels_last is None else self._channels_last,
-            fold=self._fold,
-            winograd=self._winograd,
-            compile=self._compile,
-            graphs=gpu if self._graphs is None else self._graphs and gpu,
-        )
-        if self._graphs and not gpu:
-            self._warn(f"graphs=True needs a CUDA device, not {x.device}: the attack runs without CUDA graphs")
-        try:
-            return OnReplica(network, _two_images(x).to(own), switches=switches, say=self._warn)
-        except NotCopyable as error:
-            self._warn(f"the model is attacked itself, eagerly: {error}")
-            return OnModel(network, self._modes, dtype)
-
-    def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=2)
-
     def _other_logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Eval-mode logits (N, K) with infinity in the labels' places."""
         if labels is None or labels.dim() != 1:
             raise UserError(f"{self.attack_mode} needs labels that are classes")
-        assert self._runner is not None
         with torch.no_grad():
             return self._runner.eval_logits(x).scatter(1, labels[:, None], float("inf"))
 
@@ -308,17 +215,3 @@ class Attack:
 def _given(images: Tensor, labels: Tensor | None) -> Tensor:
     assert labels is not None
     return labels
-
-
-def _as_labels(labels: Tensor, x: Tensor) -> Tensor:
-    """A copy of `labels` beside the images `x`: int64 classes (N,), or probabilities (N, K) in their dtype."""
-    if labels.shape[:1] != x.shape[:1] or labels.dim() > 2:
-        raise UserError(f"{len(x)} images but labels of shape {tuple(labels.shape)}; give one class per image")
-    if labels.dim() == 1 and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise UserError(f"labels must be classes, got {labels.dtype}; use labels.long()")
-    return labels.detach().to(x.device, torch.int64 if labels.dim() == 1 else x.dtype, copy=True)
-
-
-def _two_images(x: Tensor) -> Tensor:
-    """Like `x`, but whatever a call was given, and without a draw from the caller's random stream."""
-    return torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)

@@ -1,5 +1,6 @@
 """What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model itself."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class Runner(Protocol):
 
     def eval_logits(self, x: Tensor) -> Tensor:
         """The same in eval mode."""
+
+    def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
+        """Of the goal at images in [0, 1], per image up to a positive factor, in the attack's precision."""
 
     def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
         """`run_pgd`."""
@@ -85,6 +89,10 @@ class OnModel:
         with attack_mode(self.model, "eval"):
             return self._ascent.logits(x)
 
+    def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
+        with self.modes(self.model):
+            return self._ascent.gradient(self._ascent.reads(x), goal)
+
     def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
         with self.modes(self.model):
             return run_pgd(self._ascent, x, goal, spec, x_start=x_start)
@@ -117,11 +125,11 @@ def memory(model: nn.Module) -> list[Any]:
     """What a replica of `model` was made from: its modules, and where and as what their tensors lie.
 
     Equal as long as the replica can follow: in-place writes, also through ``.data``, leave it as it is; moving, converting or
-    replacing parameters, buffers and modules does not. Holds the modules, so that no new one takes the place of an old one.
+    replacing parameters, buffers and modules does not. Weak references to the modules: no new one is equal to a dead one.
     """
 
     def place(t: Tensor) -> tuple[Any, ...]:
         return t.data_ptr(), t.dtype, t.device
 
     tensors = [(m, (*m._parameters.values(), *m._buffers.values())) for m in model.modules()]
-    return [(module, [place(t) for t in own if t is not None]) for module, own in tensors]
+    return [(weakref.ref(module), [place(t) for t in own if t is not None]) for module, own in tensors]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec
 from fastdynat.attacks.steps import start_point
-from fastdynat.compat.attack import Attack, Speed
+from fastdynat.compat.attack import Attack
+from fastdynat.compat.following import Speed
 from fastdynat.compat.runner import Runner
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin, unmoved_twin
 from fastdynat.compiling import compile_whole
+from fastdynat.engine.average import WeightAverage
 from fastdynat.methods import Network, Networks
 
 
@@ -32,6 +32,7 @@ class NetworkSet:
         attack: AttackSwitches | None = None,
         compile_mode: str = "off",
         ema: float = 0.0,
+        ema_buffers: str = "average",
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
         """`frozen_guide`: it stays as it is, in eval mode. `attack`: how the attack is computed; `compile_mode`: of what is
@@ -43,7 +44,7 @@ class NetworkSet:
             module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
         if frozen_guide and guide is not None:
             guide.eval().requires_grad_(False)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.ema = WeightAverage(model, ema, copy_buffers=ema_buffers == "copy") if ema else None
         # Not from the run's random stream: building the engine draws nothing from it.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
@@ -70,4 +71,4 @@ class NetworkSet:
     def average(self) -> None:
         """Move the weight average by one step."""
         if self.ema is not None:
-            self.ema.update_parameters(self.raw["model"])
+            self.ema.update()

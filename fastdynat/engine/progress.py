@@ -9,7 +9,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 # Columns of metrics.jsonl by their short names on screen; accuracies in %.
 LOSSES = {"loss": "loss", "guide_loss": "guide loss"}
-SHARES = {"train_acc": "acc", "train_adv_acc": "adv acc", "guide_acc": "guide acc", "label_agreement": "agree"}
+SHARES = {
+    "train_acc": "acc",
+    "train_adv_acc": "adv acc",
+    "train_mixed_acc": "mixed acc",
+    "guide_acc": "guide acc",
+    "label_agreement": "agree",
+}
 VALIDATION = {"val_clean_acc": "val clean", "val_pgd10_acc": "val pgd10"}
 # Above this share of images without any gradient an attack is no longer one, so it is said.
 ZERO_GRADS_SAID = 0.001

@@ -14,8 +14,10 @@ from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
 from fastdynat.engine.awp import check_awp
+from fastdynat.engine.schedules import WARMUP
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method, method_class
+from fastdynat.models import split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.units import describe, parse_size
 
@@ -45,7 +47,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         data=_data(config.data, info, method),
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
-        optim=_optim(config.optim, info),
+        optim=_optim(config, info),
         engine=_engine(config, method, say),
         run=_run(config),
     )
@@ -97,7 +99,7 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
                 f"method {method.name} learns from a guide that is trained already: name its run with --guide-from RUN "
                 f"(one is made by: fastdynat train --method {method.guide_made_by} --run-dir RUN)"
             )
-        guide = ("small" if name == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
+        guide = ("small" if split_style(name)[0] == "small" else "resnet18_s1122") if model.guide == "auto" else model.guide
         return replace(model, model=name, guide=guide)
     path = Path(model.guide_from).absolute()
     guide = read_sidecar(guide_weights(path))[0].architecture if model.guide == "auto" else model.guide
@@ -130,7 +132,8 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
         raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
     start = ours.start if attack.start == "auto" else attack.start
-    method.check_attack(PGDSpec(eps, step_size, steps, norm=attack.norm, start=start), attack.attack_bn)
+    for count in (steps, steps if attack.early_steps is None else attack.early_steps):
+        method.check_attack(PGDSpec(eps, step_size, count, norm=attack.norm, start=start), attack.attack_bn)
     check_awp(attack.awp, attack.awp_warmup)
     if attack.awp > 0 and not method.searches:
         raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")
@@ -140,12 +143,17 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
     return replace(attack, eps=eps, step_size=step_size, steps=steps, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
 
 
-def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
+def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
+    optim = config.optim
     optim = replace(optim, epochs=_automatic(optim.epochs, EPOCHS, info), lr=_automatic(optim.lr, LR, info))
     assert optim.epochs is not None
     assert optim.lr is not None
     if optim.epochs < 1:
         raise UserError(f"epochs must be >= 1, got {optim.epochs}")
+    if not 0 <= optim.burn_in < optim.epochs:
+        raise UserError(f"burn_in must be a number of epochs below --epochs ({optim.epochs}), got {optim.burn_in}")
+    if optim.burn_in > 0 and config.data.labelled is not None:
+        raise UserError(f"burn_in {optim.burn_in}: natural training needs every label; leave --labelled out, or --burn-in")
     # Written so that NaN fails too.
     if not 0 < optim.lr < math.inf:
         raise UserError(f"lr must be above 0, got {optim.lr:g}")
@@ -155,11 +163,29 @@ def _optim(optim: OptimConfig, info: DatasetInfo) -> OptimConfig:
     for name in ("momentum", "ema"):
         if not 0 <= getattr(optim, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(optim, name):g}")
+    if not 0 <= optim.ema_warmup < 1:
+        raise UserError(f"ema_warmup must be a share of the run in [0, 1), got {optim.ema_warmup:g}")
+    if optim.ema == 0 and (optim.ema_warmup > 0 or optim.ema_buffers != "average"):
+        name = "ema_warmup" if optim.ema_warmup > 0 else "ema_buffers"
+        raise UserError(
+            f"{name} {getattr(optim, name)}: there is no weight average; turn it on with --ema 0.995, or leave this out"
+        )
     if optim.nesterov and optim.momentum == 0:
         raise UserError("nesterov needs momentum above 0")
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
-    return optim
+    return replace(optim, warmup=_warmup(optim))
+
+
+def _warmup(optim: OptimConfig) -> float | None:
+    if optim.warmup is None:
+        return WARMUP.get(optim.schedule)
+    if optim.schedule not in WARMUP:
+        those = " or ".join(WARMUP)
+        raise UserError(f"warmup {optim.warmup:g}: schedule {optim.schedule} has none; leave it out, or use --schedule {those}")
+    if not 0 <= optim.warmup < 1:
+        raise UserError(f"warmup must be a share of the run in [0, 1), got {optim.warmup:g}")
+    return optim.warmup
 
 
 def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineConfig:
@@ -168,8 +194,13 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineCo
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
     check_seed(engine.seed)
-    if engine.check_fidelity < 0:
-        raise UserError(f"check_fidelity must be a number of validation images, 0 for none, got {engine.check_fidelity}")
+    for name in ("check_fidelity", "boundary_speed"):
+        if getattr(engine, name) < 0:
+            raise UserError(f"{name} must be a number of validation images, 0 for none, got {getattr(engine, name)}")
+    if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
+        raise UserError(
+            "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
+        )
     gpu = device.type == "cuda"
     amp = pick_amp(engine.amp, device)
     if engine.amp == "auto" and amp != "off":
@@ -213,8 +244,11 @@ def _run(config: TrainConfig[Any]) -> Any:
         raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
     if run.stop_at is not None and not 0 < run.stop_at <= 1:
         raise UserError(f"stop_at must be a share in (0, 1], got {run.stop_at:g}; write 45 % as 0.45")
-    if run.stop_at is not None and config.data.val_size == 0:
-        raise UserError("stop_at needs validation images: leave --val-size 0 out")
+    if run.patience is not None and run.patience < 1:
+        raise UserError(f"patience must be a number of validations >= 1, got {run.patience}")
+    for name, used in (("stop_at", run.stop_at), ("patience", run.patience), ("on_collapse stop", run.on_collapse == "stop")):
+        if used and config.data.val_size == 0:
+            raise UserError(f"{name} needs validation images: leave --val-size 0 out")
     if run.val_every < 1:
         raise UserError(f"val_every must be >= 1, got {run.val_every}")
     if not run.save_every > 0:

@@ -17,13 +17,13 @@ from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
-from fastdynat.engine.schedules import schedule_factor
+from fastdynat.engine.schedules import epochs_of_method, schedule_factor
 from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
 from fastdynat.graphs import CudaRecorder
-from fastdynat.methods import method_class
+from fastdynat.methods import BurnIn, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import selected_backend, use_backend
 from fastdynat.runs import (
@@ -86,11 +86,12 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     )
     val = split.val_images()
     parts = build_parts(config, split, say)
+    burn_in = burn_in_step(config, parts[1], say)
     run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     try:
         with use_backend(config.engine.kernels):
             record_start(path / ENVIRONMENT, operators=selected_backend(torch.device(config.engine.device).type))
-            yield Trainer(config, split.info, val, *parts, run)
+            yield Trainer(config, split.info, val, *parts, run, burn_in)
     finally:
         run.close()
 
@@ -111,7 +112,7 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
         last = path / LAST
         networks, step, loader = build_parts(config, split, say, guide_comes=last.exists())
         _check_epochs(stored, config, loader.steps_per_epoch)
-        trainer = Trainer(config, split.info, val, networks, step, loader, run)
+        trainer = Trainer(config, split.info, val, networks, step, loader, run, burn_in_step(config, step, say))
         if last.exists():
             _restore(last.resolve(), trainer)
             say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
@@ -169,11 +170,12 @@ def build_parts(
     guide_comes: the guide's weights will be put in from a checkpoint of the run; --guide-from need not be there any more.
     """
     info, engine, attack = split.info, config.engine, config.attack
-    if engine.check_fidelity > len(split.val):
-        raise UserError(
-            f"check_fidelity {engine.check_fidelity}: there are {len(split.val)} validation images; "
-            "ask for fewer, or hold more out with --val-size"
-        )
+    for name in ("check_fidelity", "boundary_speed"):
+        if getattr(engine, name) > len(split.val):
+            raise UserError(
+                f"{name} {getattr(engine, name)}: there are {len(split.val)} validation images; "
+                "ask for fewer, or hold more out with --val-size"
+            )
     device, channels_last = torch.device(engine.device), engine.channels_last == "on"
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
@@ -201,6 +203,7 @@ def build_parts(
         attack=attack_switches(engine),
         compile_mode=engine.compile,
         ema=config.optim.ema,
+        ema_buffers=config.optim.ema_buffers,
         say=say,
     )
     assert config.data.batch_size is not None
@@ -218,7 +221,7 @@ def build_parts(
     assert attack.steps is not None
     spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
     assert config.optim.epochs is not None
-    method.epochs = config.optim.epochs
+    method.epochs = epochs_of_method(config.optim)
     method.buffers = method.make_buffers(torch.zeros(config.data.batch_size, *info.image_shape, device=device))
     factor = schedule_factor(config.optim, loader.steps_per_epoch)
     step = TrainStep(
@@ -228,7 +231,7 @@ def build_parts(
         config.optim,
         Precision(engine.amp, device),
         factor,
-        recorder=CudaRecorder(device) if use_graphs(engine) and not _scaled(engine) else None,
+        recorder=_recorder(engine),
         steps_of=attack_steps(config),
         awp=WeightPerturbation(model, attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
         guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, method) else None,
@@ -237,6 +240,19 @@ def build_parts(
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
     torch.manual_seed(engine.seed)
     return networks, step, loader
+
+
+def burn_in_step(config: TrainConfig[Any], step: TrainStep, say: Say) -> TrainStep | None:
+    """The step of the burn-in before `step`, on its networks; None where there is no burn-in."""
+    if config.optim.burn_in == 0:
+        return None
+    method = BurnIn(step.method)
+    recorder = _recorder(config.engine)
+    return TrainStep(method, step.networks, step.spec, step.optim, step.precision, step.lr_factor, recorder=recorder, say=say)
+
+
+def _recorder(engine: EngineConfig) -> CudaRecorder | None:
+    return CudaRecorder(torch.device(engine.device)) if use_graphs(engine) and not _scaled(engine) else None
 
 
 def _trained_guide(model: ModelConfig, info: DatasetInfo) -> torch.nn.Module:
@@ -257,9 +273,8 @@ def _trained_guide(model: ModelConfig, info: DatasetInfo) -> torch.nn.Module:
 
 
 def attack_steps(config: TrainConfig[Any]) -> Callable[[int], int]:
-    """The attack's number of steps by epoch, of a resolved configuration."""
-    attack, epochs = config.attack, config.optim.epochs
-    assert epochs is not None
+    """The attack's number of steps by epoch of the method, of a resolved configuration."""
+    attack, epochs = config.attack, epochs_of_method(config.optim)
     assert attack.steps is not None
     early = attack.steps if attack.early_steps is None else attack.early_steps
     late = attack.steps
@@ -325,8 +340,32 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
             f"--early-share is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), and "
             "other epochs would have had fewer attack steps; keep --epochs"
         )
+    if stored.optim.ema_warmup > 0:
+        raise UserError(
+            f"--ema-warmup is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
+            "keep --epochs"
+        )
+    numbers = _method_numbers(stored), _method_numbers(asked)
+    if any(numbers[0](epoch) != numbers[1](epoch) for epoch in range(min(stored.optim.epochs, asked.optim.epochs))):
+        raise UserError(
+            f"method {stored.method} changes its numbers at shares of the epochs ({stored.optim.epochs} in this run, "
+            f"{asked.optim.epochs} asked); keep --epochs"
+        )
     if any(before(s) != after(s) for s in steps):
         raise UserError(
             f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); start with --epochs {asked.optim.epochs} --stop-after {stored.optim.epochs} to pause"
         )
+
+
+def _method_numbers(config: TrainConfig[Any]) -> Callable[[int], tuple[float, ...]]:
+    """The method's constants by epoch."""
+    method = method_class(config.method)(config.options)
+    assert config.optim.epochs is not None
+    method.epochs = config.optim.epochs
+
+    def at(epoch: int) -> tuple[float, ...]:
+        method.epoch = epoch
+        return method.constants()
+
+    return at

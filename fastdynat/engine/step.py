@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD
 
 from fastdynat.attacks import Attacker, AttackResult, PGDSpec
@@ -19,13 +21,15 @@ from fastdynat.engine.precision import Precision
 from fastdynat.graphs import GraphedCall, Recorder
 from fastdynat.methods import Inner, Method
 
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
+
 
 def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Tensor) -> list[SGD]:
-    """SGD over all parameters of each network ("separate"), or one SGD with a group per network ("joint").
+    """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
 
     lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew at each replay.
     """
-    groups = [{"params": list(module.parameters())} for module in networks.values()]
+    groups = [_groups(module, config) for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
         optimizer = SGD(
@@ -42,7 +46,17 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
-    return [sgd(groups)] if config.optimizers == "joint" else [sgd([group]) for group in groups]
+    return [sgd([*chain(*groups)])] if config.optimizers == "joint" else [sgd(group) for group in groups]
+
+
+def _groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters of one network, those without weight decay apart."""
+    if config.decay_norms:
+        return [{"params": list(module.parameters())}]
+    norms = {id(p) for layer in module.modules() if isinstance(layer, NORMS) for p in layer.parameters(recurse=False)}
+    decayed = [p for p in module.parameters() if id(p) not in norms]
+    rest = [p for p in module.parameters() if id(p) in norms]
+    return [{"params": decayed}] + [{"params": rest, "weight_decay": 0.0}] * bool(rest)
 
 
 class TrainStep:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -11,14 +12,17 @@ import torch
 
 from fastdynat.attacks import check_fidelity, parse_attack
 from fastdynat.config import TrainConfig
-from fastdynat.data import DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.engine.boundary_log import log_boundary
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
+from fastdynat.engine.schedules import average_warmup, epochs_of_method
 from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
+from fastdynat.engine.watch import Watch
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.runs import STATE, RunDir, Sidecar, save_weights
@@ -32,7 +36,7 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `Trainer.fit` ended: all epochs done or --stop-at reached, or stopped early by `signal` (None: by --stop-after)."""
+    """How `Trainer.fit` ended: all epochs done or `Watch.ended`, or stopped early by `signal` (None: by --stop-after)."""
 
     finished: bool
     signal: Signals | None = None
@@ -50,18 +54,22 @@ class Trainer:
         step: TrainStep,
         loader: TrainLoader,
         run: RunDir,
+        burn_in: TrainStep | None = None,
     ) -> None:
+        """`burn_in`: what is run in the first epochs, before `step`."""
         self.config, self.info, self.val, self.networks = config, info, val, networks
-        self.step, self.loader, self.run = step, loader, run
+        self.loader, self.run = loader, run
+        self.step, self._method_step = burn_in or step, step
         self.device = torch.device(config.engine.device)
         self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
+        self._restart_average()
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
-        self.best: float | None = None  # the highest validation accuracy of the kind the method is selected by
+        self.watch = Watch(config.run, step.method.select_by)
         self.last_validation: dict[str, float] = {}
 
     def fit(self) -> Outcome:
-        """Train until the last epoch, --stop-at, --stop-after, or a signal; everything is saved when it returns.
+        """Train until the last epoch, `Watch.ended`, --stop-after, or a signal; everything is saved when it returns.
 
         Raises:
             Diverged: the loss is not finite; the last checkpoint is from before.
@@ -75,7 +83,7 @@ class Trainer:
             StopRequest() as stop,
             Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
         ):
-            while self.epoch < until and not self.reached():
+            while self.epoch < until and not self.watch.ended():
                 try:
                     self._train_epoch(stop, display)
                     self._finish_epoch(stop, display, epochs)
@@ -83,17 +91,38 @@ class Trainer:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
         self.metrics.close()
-        return Outcome(self.epoch >= epochs or self.reached(), stop.signal)
+        return Outcome(self.epoch >= epochs or self.watch.ended() is not None, stop.signal)
 
-    def reached(self) -> bool:
-        """Whether the best validation score so far is what --stop-at asks for."""
-        target = self.config.run.stop_at
-        return target is not None and self.best is not None and self.best >= target
+    def _burning_in(self) -> bool:
+        return self.step is not self._method_step
+
+    def _restart_average(self) -> None:
+        optim = self.config.optim
+        if self.networks.ema is not None:
+            epochs = optim.burn_in if self._burning_in() else epochs_of_method(optim)
+            self.networks.ema.restart(warmup=average_warmup(optim, epochs, self.loader.steps_per_epoch))
+
+    def _begin_method(self) -> None:
+        """Go from the burn-in to the method, which has an optimiser and a weight average of its own."""
+        self._method_step.global_step = self.step.global_step
+        self.step = self._method_step
+        self._restart_average()
+
+    def _end_burn_in(self, display: Display) -> None:
+        """Let the method start, if this is where, from the weight average of the burn-in."""
+        if not self._burning_in() or self.epoch < self.config.optim.burn_in:
+            return
+        averaged = self.networks.ema is not None
+        if averaged:  # in place: captured steps and the attack's replica read the same memory
+            self.networks.raw["model"].load_state_dict(self.networks.deployed().state_dict())
+        self._begin_method()
+        begun = f"{self.step.method.name} starts from its {'weight average' if averaged else 'weights'}, with a fresh optimiser"
+        display.say(f"burn-in is over after {self.epoch} epochs: {begun}")
 
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
-        self.step.start_epoch(self.epoch)
+        self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)
@@ -128,16 +157,19 @@ class Trainer:
         row |= self._finite_means()
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
-        row |= self._validate(stop, display, due=due)
-        row |= self._check_fidelity(display) if due else {}
+        row |= self._validate(stop, display, due=due, trained=row.get("train_adv_acc"))
+        row |= {**self._check_fidelity(display), **self._measure_boundary()} if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
         self.metrics.append(row)
         display.epoch(row, epochs)
-        self._save(best=row["best"])
+        # Until the method has weights to choose from, best follows last: naturally trained ones are never chosen by a score.
+        follows = self._burning_in()
+        self._end_burn_in(display)
+        self._save(best=row["best"] or follows)
 
-    def _validate(self, stop: StopRequest, display: Display, *, due: bool) -> dict[str, Any]:
-        """Validation columns of the epoch's row; keeps the best score."""
+    def _validate(self, stop: StopRequest, display: Display, *, due: bool, trained: float | None) -> dict[str, Any]:
+        """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images, if it has one."""
         if len(self.val) == 0:
             return {"best": True}  # nothing to select by, so best follows last
         if not due:
@@ -158,24 +190,19 @@ class Trainer:
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}
-        score = self.last_validation[self.step.method.select_by]
-        better = self.best is None or score > self.best
-        self.best = score if better else self.best
-        return {**self.last_validation, "best": better}
+        if self._burning_in():
+            return {**self.last_validation, "best": False}
+        collapse = self.watch.collapse(accuracies["pgd10"], trained)
+        if collapse is not None:
+            display.say(collapse)
+        return {**self.last_validation, "best": self.watch.better(self.last_validation)}
 
     def _check_fidelity(self, display: Display) -> dict[str, float | bool]:
         """Columns that say whether the attack as it is computed is as strong as the reference; nothing of the run changes."""
         count = self.config.engine.check_fidelity
         if count == 0:
             return {}
-        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
-        assert self.config.data.batch_size is not None
-        batches = eval_batches(
-            ImageSet(self.val.images[spread], self.val.labels[spread]),
-            batch_size=self.config.data.batch_size,  # the shape that is compiled
-            device=self.device,
-            channels_last=self.config.engine.channels_last == "on",
-        )
+        batches = self._some_validation(count)
         found = check_fidelity(
             self.networks.attack,
             self.networks.raw["model"],
@@ -191,6 +218,25 @@ class Trainer:
                 f"it is computed as {self.networks.attack.path}"
             )
         return found.columns()
+
+    def _measure_boundary(self) -> dict[str, float | None]:
+        """Columns that say how the boundary moves; nothing of the run changes."""
+        count = self.config.engine.boundary_speed
+        if count == 0:
+            return {}
+        near, seed = float(self.config.attack.eval_eps), self.config.engine.seed
+        return log_boundary(self.step, self._some_validation(count), self.run.path, self.epoch + 1, near=near, seed=seed)
+
+    def _some_validation(self, count: int) -> Iterator[Batch]:
+        """`count` validation images in batches of the training's size, which is the shape that is compiled."""
+        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
+        assert self.config.data.batch_size is not None
+        return eval_batches(
+            ImageSet(self.val.images[spread], self.val.labels[spread]),
+            batch_size=self.config.data.batch_size,
+            device=self.device,
+            channels_last=self.config.engine.channels_last == "on",
+        )
 
     def _save(self, *, best: bool) -> None:
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers
@@ -243,13 +289,13 @@ class Trainer:
             "global_step": self.step.global_step,
             "optimizers": [optimizer.state_dict() for optimizer in self.step.optimizers],
             "scaler": self.step.precision.scaler.state_dict(),
-            "ema_updates": None if ema is None else int(ema.n_averaged),
+            "ema_updates": None if ema is None else ema.updates,
             "rng": rng_state(),
             "loader": self.loader.state_dict(),
             "averages": self.averages.state_dict(),
             "method": self.step.method.buffers,
             "seconds": self.seconds,
-            "best": self.best,
+            "watch": self.watch.state_dict(),
             "last_validation": self.last_validation,
             "config": identity(self.config),
         }
@@ -266,15 +312,18 @@ class Trainer:
                 raise UserError(f"the training state is another run's: {key} is {state['config'][key]!r}, here {value!r}")
         self.loader.load_state_dict(state["loader"])
         self.epoch, self.epoch_step = state["epoch"], state["epoch_step"]
+        if self.epoch >= self.config.optim.burn_in:
+            self._begin_method()
         self.step.global_step = state["global_step"]
         for optimizer, saved in zip(self.step.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
-            self.networks.ema.n_averaged.fill_(state["ema_updates"])
+            self.networks.ema.updates = state["ema_updates"]
         for name, tensor in self.step.method.buffers.items():
             tensor.copy_(state["method"][name])
         self.averages.load_state_dict(state["averages"], self.device)
-        self.seconds, self.best, self.last_validation = state["seconds"], state["best"], state["last_validation"]
+        self.seconds, self.last_validation = state["seconds"], state["last_validation"]
+        self.watch.load_state_dict(state["watch"])
         set_rng_state(state["rng"])
         self.metrics.keep_until(self.epoch)

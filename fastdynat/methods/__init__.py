@@ -3,16 +3,42 @@
 from typing import Any
 
 from fastdynat.errors import unknown_name
+from fastdynat.methods.alp import Alp, AlpOptions
+from fastdynat.methods.arda import Arda, ArdaOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
+from fastdynat.methods.burn_in import BurnIn
+from fastdynat.methods.dyart import Dyart, DyartOptions
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.fgsm_rs import FgsmRs, FgsmRsOptions
 from fastdynat.methods.free import Free, FreeOptions
+from fastdynat.methods.gairat import Gairat, GairatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
+from fastdynat.methods.mail import Mail, MailOptions
+from fastdynat.methods.mart import Mart, MartOptions
 from fastdynat.methods.n_fgsm import NFgsm, NFgsmOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
+from fastdynat.methods.trades import Trades, TradesOptions
 from fastdynat.methods.vat import Vat, VatOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Madry, Natural, FgsmRs, NFgsm, Free, Vat)}
+METHODS: dict[str, type[Method[Any]]] = {
+    method.name: method
+    for method in (
+        Natural,
+        Madry,
+        Dynat,
+        Dyart,
+        Trades,
+        Mart,
+        Alp,
+        Vat,
+        Arda,
+        FgsmRs,
+        NFgsm,
+        Free,
+        Gairat,
+        Mail,
+    )
+}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -24,16 +50,29 @@ def method_class(name: str) -> type[Method[Any]]:
 
 __all__ = [
     "METHODS",
+    "Alp",
+    "AlpOptions",
+    "Arda",
+    "ArdaOptions",
     "AttackDefaults",
+    "BurnIn",
+    "Dyart",
+    "DyartOptions",
     "Dynat",
     "DynatOptions",
     "FgsmRs",
     "FgsmRsOptions",
     "Free",
     "FreeOptions",
+    "Gairat",
+    "GairatOptions",
     "Inner",
     "Madry",
     "MadryOptions",
+    "Mail",
+    "MailOptions",
+    "Mart",
+    "MartOptions",
     "Method",
     "NFgsm",
     "NFgsmOptions",
@@ -42,6 +81,8 @@ __all__ = [
     "Network",
     "Networks",
     "Outer",
+    "Trades",
+    "TradesOptions",
     "Vat",
     "VatOptions",
     "method_class",

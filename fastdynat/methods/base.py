@@ -9,16 +9,18 @@ A step may be captured as a CUDA graph: nothing in a method may wait for the dev
 are fixed, and what Python computes from the epoch is declared in `constants`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec
 from fastdynat.data import Batch
+from fastdynat.errors import UserError
 from fastdynat.ops import DynamicLabelLoss
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
@@ -106,7 +108,7 @@ class Method(ABC, Generic[OptionsT]):
 
     # The networks that have losses. A guide that is not among them is a teacher: trained before, frozen.
     trains: tuple[str, ...] = ("model",)
-    # Set by the engine before each epoch: epochs completed, and epochs of the run. For warm-ups and ramps.
+    # Set by the engine before each epoch: epochs completed, and epochs in all, both after the burn-in. For warm-ups and ramps.
     epoch: int = 0
     epochs: int = 1
 
@@ -154,13 +156,28 @@ class Method(ABC, Generic[OptionsT]):
 
 def unattacked(x: Tensor) -> AttackResult:
     """Images as the result of no attack."""
-    return AttackResult(x, torch.zeros((), dtype=torch.int64, device=x.device), 0)
+    zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return AttackResult(x, zeros.sum(), 0, kept=zeros)
 
 
 def share(count: Tensor | None, batch: Batch) -> Tensor:
     """`count` of the batch's images as a share, for a log; a loss that was given the labels has counts."""
     assert count is not None
     return count / len(batch.labels)
+
+
+def accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    """The share of the batch's images that `logits` get right, for a log."""
+    return (logits.detach().argmax(1) == batch.labels).float().mean()
+
+
+def check_numbers(options: Any, *names: str, least: float = 0.0, most: float = math.inf) -> None:
+    """Raise UserError unless the options called `names` are finite and in [least, most]."""
+    limits = f"in [{least:g}, {most:g}]" if most < math.inf else f">= {least:g}" if least > -math.inf else "a finite number"
+    for name in names:
+        value = getattr(options, name)
+        if not least <= value <= most or not math.isfinite(value):
+            raise UserError(f"{name} must be {limits}, got {value:g}")
 
 
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
@@ -177,6 +194,8 @@ __all__ = [
     "Networks",
     "OptionsT",
     "Outer",
+    "accuracy",
+    "check_numbers",
     "clean_statistics_pass",
     "share",
     "unattacked",

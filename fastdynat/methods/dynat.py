@@ -18,6 +18,14 @@ Silent effects of the released code, and what is done with them here:
   statistics), so one pass serves label and guide loss. Only the guide's running statistics differ (1 update per batch, not
   11), and nothing reads them during training unless `guide_mode` is "eval".
 - it accepts --beta and ignores it. Here `beta` weighs the model's loss; 1 is the release's active line, 0.2 its commented one.
+
+Variants, each a set of options:
+
+- "no inner" is ``--inner-loss kl_self``.
+- DYNAT-AWP as released is
+  ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 10 --awp-objective trades``.
+- `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight, computed with the dynamic labels. No such
+  hybrid is published; the rules and their sources are in `weighting.py`.
 """
 
 import math
@@ -30,8 +38,24 @@ from torch import Tensor
 from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, clean_statistics_pass, share
+from fastdynat.methods.base import (
+    AttackDefaults,
+    Inner,
+    Method,
+    Networks,
+    Outer,
+    check_numbers,
+    clean_statistics_pass,
+    share,
+)
+from fastdynat.methods.trades import kl_to_self, trades_loss
+from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
+
+AWP_BETA = 6.0  # TRADES' beta in the released weight perturbation
+WEIGHT_FROM = {"gairat": GAIRAT_FROM, "mail": MAIL_FROM, "none": 0.0}
+# The class that an attack drives away from, where it is a label that the weights may be about.
+COUNTED = {"ce_dynamic": "dynamic", "kl_guide": "dynamic", "ce_true": "true"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +87,30 @@ class DynatOptions:
     extra_kl_weight: float = 0.0
     """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP variant)."""
 
+    awp_objective: Literal["own", "trades"] = "own"
+    """What --awp drives up: the model's own loss, or TRADES' with the true labels, as the release does."""
+
+    weighting: Literal["none", "gairat", "mail"] = "none"
+    """Weights of the images' cross-entropy."""
+
+    weight_labels: Literal["dynamic", "true"] = "dynamic"
+    """The labels with which the weights are computed."""
+
+    weight_from: float | None = None
+    """Share of the epochs after which the images are weighted; None is the published 0.5 (gairat) or 0.625 (mail)."""
+
+    lam: float = -1.0
+    """gairat: lambda; the higher, the more equal the weights."""
+
+    slope: float = 10.0
+    """mail: s."""
+
+    bias: float = -0.5
+    """mail: b."""
+
+    weight_scale: MailScale = "released"
+    """mail: factor of the weights, the code's 3 (released) or the one that makes their mean 1 (normalized)."""
+
 
 class Dynat(Method[DynatOptions]):
     """Dynamic-label adversarial training, `DynatOptions` for the variants."""
@@ -78,8 +126,24 @@ class Dynat(Method[DynatOptions]):
         for name in ("beta", "temperature"):
             if not 0 < getattr(options, name) < math.inf:
                 raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
-        if not 0 <= options.extra_kl_weight < math.inf:
-            raise UserError(f"extra_kl_weight must be >= 0, got {options.extra_kl_weight:g}")
+        check_numbers(options, "extra_kl_weight")
+        check_numbers(options, "lam", "slope", "bias", least=-math.inf)
+        if options.weight_from is not None:
+            check_numbers(options, "weight_from", most=1.0)
+        if options.weighting == "gairat" and COUNTED.get(options.inner_loss) != options.weight_labels:
+            raise UserError(
+                f"weighting gairat counts how often the attack has not yet left the {options.weight_labels} label, and "
+                f"inner_loss {options.inner_loss} has no such label: use --inner-loss "
+                f"{'ce_true' if options.weight_labels == 'true' else 'ce_dynamic'}"
+            )
+
+    def weighted(self) -> bool:
+        """Whether images are weighted in this epoch."""
+        given, published = self.options.weight_from, WEIGHT_FROM[self.options.weighting]
+        return self.options.weighting != "none" and begun(self, published if given is None else given)
+
+    def constants(self) -> tuple[float, ...]:
+        return (self.weighted(),)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None
@@ -98,25 +162,28 @@ class Dynat(Method[DynatOptions]):
 
     def goal(self, nets: Networks, batch: Batch, label_logits: Tensor, dynamic_labels: Tensor) -> AttackGoal:
         """The inner objective; all of its targets are constants of the attack."""
+        track = self.weighted() and self.options.weighting == "gairat"
         if self.options.inner_loss == "ce_dynamic":
             soft = dynamic_labels.dim() == 2
-            return AttackGoal("ce", (dynamic_labels / self.options.temperature).softmax(1) if soft else dynamic_labels)
+            probs = (dynamic_labels / self.options.temperature).softmax(1) if soft else dynamic_labels
+            return AttackGoal("ce", probs, track=track)
         if self.options.inner_loss == "ce_true":
-            return AttackGoal("ce", batch.labels)
+            return AttackGoal("ce", batch.labels, track=track)
         if self.options.inner_loss == "kl_guide":
-            return AttackGoal("kl", label_logits.log_softmax(1))
-        with torch.no_grad():
-            return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
+            return AttackGoal("kl", label_logits.log_softmax(1), track=track)
+        return kl_to_self(nets, batch)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.guide is not None
         assert inner.dynamic_labels is not None
         logits = nets.model(attacked.x_adv)
         guided = self.options.outer_label == "dynamic"
+        hard = inner.dynamic_labels.argmax(1) if inner.dynamic_labels.dim() == 2 else inner.dynamic_labels
         fit = dynamic_label_cross_entropy(
             logits,
             inner.dynamic_labels if guided else batch.labels,
             labels=batch.labels,
+            weights=self.weights(logits, batch.labels if self.options.weight_labels == "true" else hard, attacked),
             soft=guided and self.options.label_type == "soft",
             temperature=self.options.temperature,
         )
@@ -128,7 +195,6 @@ class Dynat(Method[DynatOptions]):
         elif self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
 
-        hard = inner.dynamic_labels.argmax(1) if inner.dynamic_labels.dim() == 2 else inner.dynamic_labels
         logs = {
             "loss": loss.detach(),
             "guide_loss": inner.guide.loss.detach(),
@@ -137,3 +203,17 @@ class Dynat(Method[DynatOptions]):
             "label_agreement": share(fit.guide_correct if guided else (hard == batch.labels).sum(), batch),
         }
         return Outer({"model": loss}, logs)
+
+    def weights(self, logits: Tensor, labels: Tensor, attacked: AttackResult) -> Tensor | None:
+        """Of the images' losses, by the attacked images' `logits` and the `labels` that the weights are about; None is 1."""
+        if not self.weighted():
+            return None
+        o = self.options
+        if o.weighting == "gairat":
+            return gairat_weights(attacked, o.lam)
+        return mail_weights(logits, labels, slope=o.slope, bias=o.bias, scale=o.weight_scale)
+
+    def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
+        if self.options.awp_objective == "own":
+            return super().awp_loss(nets, batch, inner, attacked)
+        return trades_loss(nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, AWP_BETA)

@@ -12,6 +12,7 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
+from fastdynat.models.style import split_style
 from fastdynat.models.wide_resnet import WideResNet
 
 OURS: dict[str, Callable[..., nn.Module]] = {
@@ -63,7 +64,8 @@ def build_model(
 
     Args:
         name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not matter, and
-            for our own networks `-` and `_` are the same.
+            for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU for ReLU), `-gn` (group norm
+            for batch norm) or `-silu-gn` at its end.
         num_classes: Width of the last layer.
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
@@ -97,13 +99,13 @@ def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, in
         return build_torchvision(rest.lower(), num_classes=num_classes, image_shape=image_shape)
     if rest and source.lower() == "timm":
         return build_timm(rest, num_classes=num_classes, image_shape=image_shape)
-    key = name.lower().replace("_", "-")
+    key, style = split_style(name)
     for ours, make in OURS.items():
         if ours.replace("_", "-") == key:
-            return make(num_classes=num_classes, in_channels=image_shape[0])
+            return make(num_classes=num_classes, in_channels=image_shape[0], style=style)
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", key):
         depth, width = int(match[1]), int(match[2])
-        return WideResNet(depth=depth, width=width, num_classes=num_classes, in_channels=image_shape[0])
+        return WideResNet(depth=depth, width=width, num_classes=num_classes, in_channels=image_shape[0], style=style)
     if name.lower() in torchvision_names():
         return build_torchvision(name.lower(), num_classes=num_classes, image_shape=image_shape)
     raise _unknown_model(name)
@@ -112,7 +114,8 @@ def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, in
 def _unknown_model(name: str) -> UserError:
     # The suggestion may come from all of torchvision, but a line that lists all of it would hide our own names.
     message = str(unknown_name("model", name, known_models())).partition("known:")[0]
-    return UserError(f"{message}known: {', '.join(OURS)}, wrn-D-W, timm:NAME and torchvision's classifiers")
+    ours = f"{', '.join(OURS)}, wrn-D-W (each also with -silu, -gn or -silu-gn)"
+    return UserError(f"{message}known: {ours}, timm:NAME and torchvision's classifiers")
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """ResNet-18 for small images: the usual one, the slower-striding guide of LBGAT/DYNAT, and the pre-activation form.
 
 Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those load by key.
-Convolutions keep PyTorch's default initialisation, as the published training runs do.
+Convolutions keep PyTorch's default initialisation, as the published training runs do. A `Style` puts another normalisation and
+another activation in the places of batch norm and ReLU; the names stay.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastdynat.models.style import PLAIN, Style
 
 WIDTHS = (64, 128, 256, 512)
 BLOCKS_PER_STAGE = 2
@@ -19,31 +22,33 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, BatchNorm after each, ReLU after the sum with the shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
         super().__init__()
+        self.activation = style.activation()
         self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = style.norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = style.norm(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(projection, style.norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.activation(self.bn1(self.conv1(x)))
+        return self.activation(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class PreActBlock(nn.Module):
     """BatchNorm and ReLU before each 3x3 convolution; a projection shortcut sees the pre-activated input."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.activation = style.activation()
+        self.bn1 = style.norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = style.norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
@@ -51,15 +56,17 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
 
 
-def make_layer(block: type[BasicBlock] | type[PreActBlock], in_channels: int, width: int, stride: int) -> nn.Sequential:
+def make_layer(
+    block: type[BasicBlock] | type[PreActBlock], in_channels: int, width: int, stride: int, style: Style
+) -> nn.Sequential:
     """Stack one stage of blocks; only its first block strides."""
-    blocks = [block(in_channels, width, stride)]
-    blocks += [block(width, width, 1) for _ in range(BLOCKS_PER_STAGE - 1)]
+    blocks = [block(in_channels, width, stride, style)]
+    blocks += [block(width, width, 1, style) for _ in range(BLOCKS_PER_STAGE - 1)]
     return nn.Sequential(*blocks)
 
 
@@ -71,19 +78,27 @@ class ResNet18(nn.Module):
     times the arithmetic. The final pooling is adaptive, so any image size that survives the strides works.
     """
 
-    def __init__(self, *, num_classes: int, in_channels: int, strides: tuple[int, int, int, int] = (1, 2, 2, 2)) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        strides: tuple[int, int, int, int] = (1, 2, 2, 2),
+        style: Style = PLAIN,
+    ) -> None:
         super().__init__()
+        self.activation = style.activation()
         self.conv1 = conv3x3(in_channels, WIDTHS[0])
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[0], strides[0])
-        self.layer2 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[1], strides[1])
-        self.layer3 = make_layer(BasicBlock, WIDTHS[1], WIDTHS[2], strides[2])
-        self.layer4 = make_layer(BasicBlock, WIDTHS[2], WIDTHS[3], strides[3])
+        self.bn1 = style.norm(WIDTHS[0])
+        self.layer1 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[0], strides[0], style)
+        self.layer2 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[1], strides[1], style)
+        self.layer3 = make_layer(BasicBlock, WIDTHS[1], WIDTHS[2], strides[2], style)
+        self.layer4 = make_layer(BasicBlock, WIDTHS[2], WIDTHS[3], strides[3], style)
         self.linear = nn.Linear(WIDTHS[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
@@ -91,18 +106,19 @@ class ResNet18(nn.Module):
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 with a final BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56 GMAC)."""
 
-    def __init__(self, *, num_classes: int, in_channels: int) -> None:
+    def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()
+        self.activation = style.activation()
         self.conv1 = conv3x3(in_channels, WIDTHS[0])
-        self.layer1 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[0], 1)
-        self.layer2 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[1], 2)
-        self.layer3 = make_layer(PreActBlock, WIDTHS[1], WIDTHS[2], 2)
-        self.layer4 = make_layer(PreActBlock, WIDTHS[2], WIDTHS[3], 2)
-        self.bn = nn.BatchNorm2d(WIDTHS[3])
+        self.layer1 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[0], 1, style)
+        self.layer2 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[1], 2, style)
+        self.layer3 = make_layer(PreActBlock, WIDTHS[1], WIDTHS[2], 2, style)
+        self.layer4 = make_layer(PreActBlock, WIDTHS[2], WIDTHS[3], 2, style)
+        self.bn = style.norm(WIDTHS[3])
         self.linear = nn.Linear(WIDTHS[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        out = F.relu(self.bn(out))
+        out = self.activation(self.bn(out))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))

@@ -1,4 +1,7 @@
-"""WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels change."""
+"""WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels change.
+
+With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), but not their padding of strides.
+"""
 
 import math
 
@@ -7,16 +10,18 @@ from torch import Tensor, nn
 
 from fastdynat.errors import UserError
 from fastdynat.models.resnet import conv3x3
+from fastdynat.models.style import PLAIN, Style
 
 
 class WideBlock(nn.Module):
     """BatchNorm, ReLU, 3x3 convolution, twice, plus the shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.activation = style.activation()
+        self.bn1 = style.norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = style.norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         # camelCase because published TRADES-style checkpoints store the projection under this key.
         self.convShortcut: nn.Conv2d | None = None
@@ -25,18 +30,18 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
 
 
 class WideStage(nn.Module):
     """A stack of wide blocks at one width; only the first strides."""
 
-    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
         super().__init__()
-        blocks = [WideBlock(in_channels, out_channels, stride)]
-        blocks += [WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)]
+        blocks = [WideBlock(in_channels, out_channels, stride, style)]
+        blocks += [WideBlock(out_channels, out_channels, 1, style) for _ in range(num_blocks - 1)]
         self.layer = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,16 +59,17 @@ class WideResNet(nn.Module):
     Raises: UserError where depth is not 6n + 4 or width is below 1.
     """
 
-    def __init__(self, *, depth: int, width: int, num_classes: int, in_channels: int) -> None:
+    def __init__(self, *, depth: int, width: int, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()
+        self.activation = style.activation()
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise UserError(f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28, 34, ... (6n + 4) and width at least 1")
         num_blocks = (depth - 4) // 6
         self.conv1 = conv3x3(in_channels, 16)
-        self.block1 = WideStage(num_blocks, 16, 16 * width, 1)
-        self.block2 = WideStage(num_blocks, 16 * width, 32 * width, 2)
-        self.block3 = WideStage(num_blocks, 32 * width, 64 * width, 2)
-        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.block1 = WideStage(num_blocks, 16, 16 * width, 1, style)
+        self.block2 = WideStage(num_blocks, 16 * width, 32 * width, 2, style)
+        self.block3 = WideStage(num_blocks, 32 * width, 64 * width, 2, style)
+        self.bn1 = style.norm(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         self._initialise()
 
@@ -77,5 +83,5 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
-        out = F.relu(self.bn1(out))
+        out = self.activation(self.bn1(out))
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))

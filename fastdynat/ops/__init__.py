@@ -17,7 +17,7 @@ from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
 from fastdynat.ops.pgd_step_linf import attack_step_linf, pgd_step_linf
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 from fastdynat.ops.random_start import random_start
-from fastdynat.ops.soft_margin import soft_margin
+from fastdynat.ops.soft_margin import MarginGrad, soft_margin, soft_margin_grad
 from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "AttackGrad",
     "AttackStep",
     "DynamicLabelLoss",
+    "MarginGrad",
     "attack_logit_grad",
     "attack_step_l2",
     "attack_step_linf",
@@ -40,6 +41,7 @@ __all__ = [
     "selected_backend",
     "set_backend",
     "soft_margin",
+    "soft_margin_grad",
     "use_backend",
     "winograd_conv3x3",
     "winograd_weights",

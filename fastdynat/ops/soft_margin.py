@@ -1,6 +1,6 @@
 """The soft logit margin: how far a label's logit is above a smooth maximum of the others, and its gradient, from one pass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,18 @@ from fastdynat.ops._select import select
 
 OP = "soft_margin"
 TEMPERATURES = (1e-30, 1e30)  # far inside float32, so that neither T nor 1/T is 0 or infinite there
+
+
+class MarginGrad(NamedTuple):
+    """The soft margin and what it sends into the network.
+
+    Attributes:
+        margin: (N,) float32, float64 for float64 logits.
+        grad: (N, K) in the margin's dtype, of the margins' sum with respect to the logits.
+    """
+
+    margin: Tensor
+    grad: Tensor
 
 
 def _eager(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +44,7 @@ def _eager(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) 
 
 
 def _reference(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
-    return _eager(logits, labels, temperature, False)
+    return _eager(logits, labels, temperature, with_grad and not logits.requires_grad)
 
 
 def _fake(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -88,10 +100,23 @@ def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, bac
         ValueError: shapes, dtypes, devices or the temperature do not fit; UserError for an unknown backend.
         RuntimeError: the backend asked for cannot run here, or a label is out of range (see `labels`).
     """
+    margin, _ = _run(logits, labels, temperature, torch.is_grad_enabled() and logits.requires_grad, backend)
+    return margin
+
+
+def soft_margin_grad(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto") -> MarginGrad:
+    """`soft_margin` and its gradient with respect to the logits, both detached: what a search sends back through a network.
+
+    Arguments and errors as `soft_margin`.
+    """
+    return MarginGrad(*_run(logits.detach(), labels, temperature, True, backend))
+
+
+def _run(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool, backend: str) -> tuple[Tensor, Tensor]:
     check_logits(OP, "logits", logits, 2)
     check_classes(OP, "labels", labels, logits)
     if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
         raise ValueError(f"{OP}: temperature must be positive, from 1e-30 to 1e30, got {temperature}; DyART takes 5")
     run = select(OP, IMPLEMENTATIONS, backend, logits.device.type)
-    margin, _ = run(logits, labels, float(temperature), torch.is_grad_enabled() and logits.requires_grad)
-    return margin
+    margin, grad = run(logits, labels, float(temperature), with_grad)
+    return margin, grad

@@ -1,0 +1,182 @@
+"""Published training losses by the names and calls of their releases, the inner attack on fastdynat's attack engine.
+
+Change one import line: ``from fastdynat import trades_loss``. Losses, gradients, running statistics and the train mode that
+the model ends in are the release's own. What differs, on purpose, in all of them:
+
+- the attack runs on a replica of the model (`Following`), and what is constant in it (the clean prediction, the guide's label)
+  is computed once;
+- losses are computed from log-probabilities in at least float32, with nothing added inside a logarithm;
+- the start's noise comes from another random stream of the same distribution;
+- images outside [0, 1], labels that are no class of the model, and a `distance` that the release has no attack for are refused.
+
+Common arguments:
+    model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or DistributedDataParallel. The last
+        with broadcast_buffers=False, as for the releases: two passes in train mode come before ``backward()``.
+    x_natural: (N, C, H, W) float32 or float64 images in [0, 1].
+    y: (N,) integer classes.
+    optimizer: its ``zero_grad`` is called, between the attack and the losses.
+    step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and another
+        compilation: where it changes at each call, ``graphs=False``.
+    beta: weight of the second term.
+    distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no step_size.
+    speed: `Speed`; without ``amp`` the attack is as precise as the caller's autocast region.
+
+All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
+"""
+
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from fastdynat.attacks import kl_from_log_probs, wide
+from fastdynat.compat.following import Speed
+from fastdynat.compat.search import Search
+from fastdynat.errors import UserError
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+def trades_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    step_size: float = 0.003,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    beta: float = 1.0,
+    distance: str = "l_inf",
+    *,
+    bn_third_pass: bool = True,
+    **speed: Unpack[Speed],
+) -> Tensor:
+    """``CE(f(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (Zhang et al. 2019, arXiv 1901.08573).
+
+    y may also be (N, K) probabilities. bn_third_pass: the release computes ``f(x)`` again for the KL, so running statistics see
+    the clean images before and after the attacked ones: they are 67 % clean, at batch norm's default momentum. Here that pass
+    has no graph, since gradients add up to the same (but for dropout, whose mask the KL's clean term shares with the CE here).
+    False leaves it out; the statistics are then 47 % clean.
+    """
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    x_adv = search.from_own_prediction()
+    model.train()
+    optimizer.zero_grad()
+    clean, attacked = wide(model(x_natural)), wide(model(x_adv))
+    if bn_third_pass:
+        _move_statistics(model, x_natural)
+    return F.cross_entropy(clean, search.labels) + beta * kl_from_log_probs(clean.log_softmax(1), attacked).mean()
+
+
+def mart_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    step_size: float = 0.007,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    beta: float = 6.0,
+    distance: str = "l_inf",
+    **speed: Unpack[Speed],
+) -> Tensor:
+    """``BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))``, the attack maximising ``CE(f(x'), y)`` (Wang et al. 2020,
+    "Improving Adversarial Robustness Requires Revisiting Misclassified Examples").
+
+    ``BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))``. The release computes ``log(1.0001 - p)``, which ends at 9.2 and has
+    no gradient there; here the logarithm is exact: 150, with its gradient, at a logit gap of 150.
+    """
+    _check("mart_loss", y, distance)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    x_adv = search.from_classes(search.labels)
+    model.train()
+    optimizer.zero_grad()
+    clean, attacked = wide(model(x_natural)).log_softmax(1), wide(model(x_adv))
+    boosted = F.cross_entropy(attacked, search.labels) + _other_class_loss(attacked, search.labels).mean()
+    missed = -clean.gather(1, search.labels[:, None])[:, 0].expm1()
+    return boosted + beta * (kl_from_log_probs(clean, attacked) * missed).mean()
+
+
+def dynat_loss(
+    model: nn.Module,
+    guide: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    step_size: float = 0.007,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    beta: float = 1.0,
+    distance: str = "l_inf",
+    *,
+    bn_clean_forward: bool = True,
+    **speed: Unpack[Speed],
+) -> Tensor:
+    """``CE(g(x), y) + beta CE(f(x'), l)`` with the label ``l = argmax g(x)`` of the guide g, the attack maximising
+    ``CE(f(x'), l)`` (DYNAT, arXiv 2408.13102; `fastdynat.methods.dynat`).
+
+    The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward: after the attacked
+    images, let the clean ones move the model's running statistics, as the release's unused pass does.
+    """
+    _check("dynat_loss", y, distance)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    guided = dynamic_label_cross_entropy(guide.train()(x_natural), search.labels)
+    x_adv = search.from_classes(guided.predictions)
+    model.train()
+    optimizer.zero_grad()
+    fit = dynamic_label_cross_entropy(model(x_adv), guided.predictions)
+    if bn_clean_forward:
+        _move_statistics(model, x_natural)
+    return guided.loss + beta * fit.loss
+
+
+def lbgat_loss(
+    model: nn.Module,
+    model_teacher: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    step_size: float = 0.003,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    beta: float = 1.0,
+    distance: str = "l_inf",
+    **speed: Unpack[Speed],
+) -> Tensor:
+    """``MSE(f(x'), g(x)) + CE(g(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (LBGAT, Cui et al. 2021, arXiv
+    2011.11164). The teacher g is run once, in the mode it is in.
+    """
+    _check("lbgat_loss", y, distance)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    x_adv = search.from_own_prediction()
+    model.train()
+    optimizer.zero_grad()
+    attacked, clean, taught = wide(model(x_adv)), wide(model(x_natural)), wide(model_teacher(x_natural))
+    kl = kl_from_log_probs(clean.log_softmax(1), attacked).mean()
+    return F.mse_loss(attacked, taught) + F.cross_entropy(taught, search.labels) + beta * kl
+
+
+def _check(name: str, y: Tensor, distance: str) -> None:
+    if distance == "l_2":
+        raise UserError(f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'")
+    if y.dim() != 1:
+        raise UserError(f"{name} needs y to be one class per image, got shape {tuple(y.shape)}")
+
+
+def _other_class_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """``-log(1 - max_{k != y} p_k)`` per image, (N,)."""
+    highest = logits.scatter(1, y[:, None], float("-inf")).argmax(1, keepdim=True)
+    rest = logits.scatter(1, highest, float("-inf")).logsumexp(1)
+    return F.softplus(logits.gather(1, highest)[:, 0] - rest, threshold=80)
+
+
+def _move_statistics(model: nn.Module, x: Tensor) -> None:
+    """A pass of which only what it does to the buffers is left."""
+    if next(model.buffers(), None) is None:
+        return
+    # DistributedDataParallel would prepare for a backward pass that never comes.
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    with torch.no_grad():
+        network(x)

@@ -1,0 +1,113 @@
+"""How fast the decision boundary moves towards or away from images while the weights move (arXiv 2302.03015, section 4).
+
+By the envelope theorem the margin R of an image changes under a move of the weights as the soft margin at the nearest boundary
+point does, over the L1 norm of its gradient there::
+
+    s = <grad_theta Phi(x^), d theta> / ||grad_x Phi(x^)||_1
+
+For all images at once that is one forward-mode derivative of the network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from fastdynat.attacks import BoundarySpec, attack_mode, boundary
+from fastdynat.errors import UserError
+from fastdynat.ops import soft_margin_grad
+from fastdynat.runs.files import write_bytes
+
+FOLDER = "boundary"  # of a run: one file per validation
+
+
+@dataclass(frozen=True)
+class BoundarySpeed:
+    """Margins of images and how they change.
+
+    Attributes:
+        margin: (N,) L-inf distance to the boundary of the soft margin, in [0, 1] pixel units; NaN where no point was found.
+        speed: (N,) what the move of the weights adds to the margin; above 0 where the boundary moves away; NaN likewise.
+        correct: (N,) bool: the image itself is classified as labelled.
+    """
+
+    margin: Tensor
+    speed: Tensor
+    correct: Tensor
+
+    def columns(self, near: float) -> dict[str, float | None]:
+        """What a log keeps, with the images whose margin is below `near` apart; None where there are no such images."""
+        found = self.margin.isfinite()
+        close = found & (self.margin < near)
+        columns = {"margin_found": float(found.double().mean()), "margin": _mean(self.margin, found)}
+        for name, chosen in (("near", close), ("far", found & ~close)):
+            columns[f"approaching_{name}"] = _mean((self.speed < 0).double(), chosen)
+            columns[f"speed_{name}"] = _mean(self.speed, chosen)
+        return columns
+
+    def save(self, path: Path, near: float) -> None:
+        """Write the three, and `near`, as arrays of a .npz file, whole or not at all."""
+        data = BytesIO()
+        arrays = {name: getattr(self, name).cpu().numpy() for name in ("margin", "speed", "correct")}
+        np.savez_compressed(data, near=np.float64(near), **arrays)
+        path.parent.mkdir(exist_ok=True)
+        write_bytes(path, data.getvalue())
+
+
+def _mean(values: Tensor, chosen: Tensor) -> float | None:
+    return float(values[chosen].double().mean()) if bool(chosen.any()) else None
+
+
+def boundary_speed(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    move: Mapping[str, Tensor],
+    spec: BoundarySpec,
+    *,
+    x_start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> BoundarySpeed:
+    """Margins at `x`, and what a small move of the weights does to them, in eval mode and full precision.
+
+    Leaves the model's modes, buffers and gradients, and with a `generator` the global random stream, as they were.
+
+    Args:
+        model: images in [0, 1] -> logits (N, K).
+        x: (N, C, H, W), float32 or float64, in [0, 1].
+        labels: (N,) int64.
+        move: by name of the parameters; those that are not there stay where they are. Its length sets the speed's unit: a
+            whole update makes it the change per update.
+        x_start, generator: of the search, as in `boundary`.
+
+    Raises:
+        UserError: `x` or `labels` do not fit, or an operator of the model has no forward-mode derivative.
+    """
+    points = boundary(model, x, labels, spec, x_start=x_start, generator=generator)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in move}
+
+    def logits_at(weights: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = functional_call(model, weights, (points.x_adv,))
+        return logits
+
+    with torch.inference_mode(False), torch.no_grad(), attack_mode(model, "eval"):
+        try:
+            pushed: Any = jvp(logits_at, (weights,), ({name: move[name] for name in weights},))
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(word in str(error) for word in ("forward AD", "forward mode", "functorch", "jvp")):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"no boundary speed of {type(model).__name__}: {reason}") from None
+        correct = model(x).argmax(1) == labels
+    logits, change = pushed
+    upstream = soft_margin_grad(logits, labels, temperature=spec.temperature).grad
+    speed = (upstream * change).sum(1) / points.grad_norm
+    nothing = torch.full_like(points.distance, float("nan"))
+    known = points.found & (points.grad_norm > 0)
+    return BoundarySpeed(torch.where(known, points.distance, nothing), torch.where(known, speed, nothing), correct)

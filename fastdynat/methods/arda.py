@@ -1,0 +1,74 @@
+"""Adversarial data augmentation: batches of clean and attacked images (Goodfellow et al. 2015, Kurakin et al. 2017).
+
+    min (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
+
+The first `adversarial_share` of each (shuffled) batch is attacked, the rest is clean, and both go through the network as one
+batch, so that batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of 0 is natural training, a share of 1 is
+Madry's, to the last bit. The published attacks are single steps, against which a network can learn to hide its gradient; the
+default is Madry's ten, and ``--steps 1 --start none --step-size EPS`` is Goodfellow's FGSM.
+
+The form of this idea for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), needs an attack whose goal sees the image;
+it is not here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import Attacker, AttackGoal, AttackResult
+from fastdynat.data import Batch
+from fastdynat.methods.base import Inner, Method, Networks, Outer, check_numbers, share, unattacked
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArdaOptions:
+    """Options of adversarial data augmentation."""
+
+    adversarial_share: float = 0.5
+    """Share of each batch's images that are attacked, rounded to whole images."""
+
+    loss_share: float = 0.5
+    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s (lambda 0.3)."""
+
+
+class Arda(Method[ArdaOptions]):
+    """Cross-entropy on batches of attacked and clean images."""
+
+    name = "arda"
+    options_type = ArdaOptions
+
+    def __init__(self, options: ArdaOptions) -> None:
+        super().__init__(options)
+        check_numbers(options, "adversarial_share", "loss_share", most=1.0)
+
+    def num_attacked(self, batch: Batch) -> int:
+        """How many images of the batch are attacked: its first ones."""
+        return math.floor(self.options.adversarial_share * len(batch.labels) + 0.5)
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        attacked = self.num_attacked(batch)
+        return Inner(AttackGoal("ce", batch.labels[:attacked]) if attacked else None)
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        if inner.goal is None:
+            return unattacked(batch.x)
+        attacked = self.num_attacked(batch)
+        found = attack(batch.x[:attacked], inner.goal)
+        return AttackResult(torch.cat([found.x_adv, batch.x[attacked:]]), found.zero_grads, found.gradients)
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        logits = nets.model(attacked.x_adv)
+        fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels, weights=self.weights(batch))
+        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_mixed_acc": share(fit.target_correct, batch)})
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        """Of mean 1, so that each kind of image has its share of the loss; None is 1, where there is one kind."""
+        images, attacked = len(batch.labels), self.num_attacked(batch)
+        if attacked in (0, images):
+            return None
+        weights = batch.x.new_full((images,), (1 - self.options.loss_share) * images / (images - attacked))
+        weights[:attacked] = self.options.loss_share * images / attacked
+        return weights

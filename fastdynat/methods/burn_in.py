@@ -1,0 +1,32 @@
+"""The burn-in before a delayed start: natural training of every network that a method trains."""
+
+from dataclasses import replace
+from typing import Any
+
+from fastdynat.attacks import AttackResult
+from fastdynat.data import Batch
+from fastdynat.methods.base import Inner, Method, Networks, Outer, share
+from fastdynat.methods.natural import Natural, NaturalOptions
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+class BurnIn(Natural):
+    """``min CE(f(x), y)`` for the model and, where `method` trains one, for the guide. Not a method of its own."""
+
+    def __init__(self, method: Method[Any]) -> None:
+        super().__init__(NaturalOptions())
+        self.trains = method.trains
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        if "guide" not in self.trains:
+            return super().inner(nets, batch)
+        assert nets.guide is not None
+        guide = dynamic_label_cross_entropy(nets.guide(batch.x), batch.labels, labels=batch.labels)
+        return Inner(goal=None, guide=guide, losses={"guide": guide.loss})
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        outer = super().outer(nets, batch, inner, attacked)
+        if inner.guide is None:
+            return outer
+        guide = {"guide_loss": inner.guide.loss.detach(), "guide_acc": share(inner.guide.target_correct, batch)}
+        return replace(outer, logs=outer.logs | guide)

@@ -1,0 +1,113 @@
+"""DyART: dynamics-aware robust training, which moves the decision boundary away from the images (arXiv 2302.03015, ICLR 2023).
+
+R(x) is the L-inf distance of an image to the zeros of its soft margin Phi, and the model minimises::
+
+    CE(f(x), y) + margin_weight * h(R(x)),   h(R) = exp(-decay R) / decay below r0, constant from r0 on
+
+R has a gradient in closed form, that of Phi at the nearest boundary point x^ over ||grad_x Phi(x^)||_1, so that nothing is
+differentiated through the search. What is minimised here has that gradient, with w constant::
+
+    -(margin_weight / N) sum_i w_i Phi(x^_i),   w = exp(-decay R) / ||grad_x Phi(x^)||_1 where R < r0, else 0
+
+Images that the model gets wrong (Phi <= 0), for which no point is found, or whose point fails the quality filter have weight 0
+and contribute only their cross-entropy; N counts them all. The model sees the points first and then the images, in train mode,
+as two batches of batch norm; search, R and the gradient norm use eval mode.
+
+One thing differs from the released code: it hands the model only the points that pass, a batch of another size at every step.
+Here the batch keeps its shape, and in the places of the others stand what the search ended with: the image itself where nothing
+was found. That shows in batch norm's statistics of this pass alone.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import Attacker, AttackGoal, AttackResult, Boundary, BoundarySpec, PGDSpec
+from fastdynat.data import Batch
+from fastdynat.errors import UserError
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
+from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
+from fastdynat.units import parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyartOptions:
+    """Options of DyART; the defaults are the release's for CIFAR-10. `--steps` is the search's number of iterations, and it
+    starts half of `--eps` away from the image."""
+
+    margin_weight: float = 1000.0
+    """Weight of the margin's loss beside the cross-entropy (the paper's lambda)."""
+
+    decay: float = 3.0
+    """How much more small margins count than large ones, per unit of [0, 1] pixel range (the paper's alpha)."""
+
+    r0: float | str = "16/255"
+    """Margins from here on are large enough. As the radii: 16/255, 0.063, or 16 (read as 16/255)."""
+
+    temperature: float = 5.0
+    """Temperature of the soft margin; a larger one is nearer to the margin."""
+
+    quality_filter: bool = True
+    """Use only boundary points that are nearly nearest: shallow, and reached against the gradient."""
+
+
+class Dyart(Method[DyartOptions]):
+    """Dynamics-aware robust training, L-inf."""
+
+    name = "dyart"
+    options_type = DyartOptions
+    attack_defaults = AttackDefaults(steps=20)
+
+    def __init__(self, options: DyartOptions) -> None:
+        super().__init__(options)
+        if not 0 <= options.margin_weight < math.inf:
+            raise UserError(f"margin_weight must be >= 0, got {options.margin_weight:g}")
+        if not 0 < options.decay < math.inf:
+            raise UserError(f"decay must be above 0, got {options.decay:g}; DyART takes 3 to 8")
+        self._r0 = parse_size(options.r0, "r0").value
+        self._search = BoundarySpec(temperature=options.temperature)
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if spec.norm != "linf":
+            raise UserError(f"method dyart searches the boundary under linf, got --norm {spec.norm}; leave it out")
+        if attack_bn != "eval":
+            raise UserError(f"method dyart searches the boundary with --attack-bn eval, got {attack_bn}; leave it out")
+        self.search(spec)
+
+    def search(self, spec: PGDSpec) -> BoundarySpec:
+        """The search that goes with the run's attack. Raises UserError for numbers that cannot work."""
+        return replace(self._search, steps=spec.steps, eps_start=spec.eps)
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(AttackGoal("margin", batch.labels))
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        return attack.engine.boundary(batch.x, batch.labels, self.search(attack.spec))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        points, options = cast(Boundary, attacked), self.options
+        weights = self.weights(points)
+        # The points come before the images, as in the release: running statistics depend on the order.
+        margin = soft_margin(nets.model(points.x_adv), batch.labels, temperature=options.temperature)
+        fit = dynamic_label_cross_entropy(nets.model(batch.x), batch.labels, labels=batch.labels)
+        loss = fit.loss - options.margin_weight * (weights * margin).sum() / len(batch.labels)
+        found = points.found.sum()
+        logs = {
+            "loss": loss.detach(),
+            "clean_loss": fit.loss.detach(),
+            "train_acc": share(fit.target_correct, batch),
+            "boundary_distance": points.distance.sum() / found.clamp_min(1),
+            "boundary_found": share(found, batch),
+            "boundary_usable": share(points.usable.sum(), batch),
+            "boundary_near": share((points.found & (points.distance < self._r0)).sum(), batch),
+        }
+        return Outer({"model": loss}, logs)
+
+    def weights(self, points: Boundary) -> Tensor:
+        """w of the module's text, (N,), constant."""
+        good = points.usable if self.options.quality_filter else points.found & (points.grad_norm > 0)
+        counts = good & (points.distance < self._r0)
+        return torch.where(counts, torch.exp(-self.options.decay * points.distance) / points.grad_norm, 0.0)

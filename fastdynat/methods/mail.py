@@ -1,0 +1,94 @@
+"""MAIL: weights from the probabilistic margin of the attacked image (Liu et al. 2021, arXiv 2106.07904).
+
+    base at:      min mean w_i CE(f(x'_i), y_i),                         x' = PGD on CE(f(.), y)
+    base trades:  min CE(f(x), y) + beta mean w_i KL(p(x_i) || p(x'_i)),  x' = PGD on KL(p(x) || p(.))
+    w_i = 3 sigmoid(slope (m_i + bias)),   m_i = max_{k != y} p_k(x'_i) - p_y(x'_i)
+
+Both attacks start at x + 0.001 N(0, I). The base mart is not here.
+
+Silent effects of the released code, and what is done with them here:
+
+- it multiplies by 3, where the paper divides by the batch's mean: weights then have no mean of 1, and the loss changes its size
+  when they begin: `weight_scale`.
+- weights begin after epoch 75 of 120, by loading the unweighted run's weights and restarting the optimiser without its momentum
+  (and from a file of epoch 70): here at `weight_from` of one run, which keeps it.
+- the trades base has two passes in train mode, clean and attacked, and not the three of TRADES' own code.
+- it knows data of ten classes only.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdynat.attacks import AttackGoal, AttackResult
+from fastdynat.data import Batch
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers
+from fastdynat.methods.trades import kl_to_self, trades_loss
+from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
+from fastdynat.ops import dynamic_label_cross_entropy
+
+PUBLISHED = {"at": (10.0, -0.5), "trades": (2.0, 0.0)}  # slope, bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class MailOptions:
+    """Options of MAIL; the defaults are the released code's."""
+
+    base: Literal["at", "trades"] = "at"
+    """The loss that is weighted."""
+
+    slope: float | None = None
+    """s of the weights; None is the published 10 (at) or 2 (trades)."""
+
+    bias: float | None = None
+    """b of the weights; None is the published -0.5 (at) or 0 (trades)."""
+
+    weight_scale: MailScale = "released"
+    """Factor of the weights: the code's 3 (released), or the one that makes their mean 1 (normalized)."""
+
+    weight_from: float = MAIL_FROM
+    """Share of the epochs after which the images are weighted."""
+
+    beta: float = 5.0
+    """Weight of the KL term of the trades base."""
+
+
+class Mail(Method[MailOptions]):
+    """Adversarial training with margin-aware weights."""
+
+    name = "mail"
+    options_type = MailOptions
+    attack_defaults = AttackDefaults(start="gaussian")
+
+    def __init__(self, options: MailOptions) -> None:
+        super().__init__(options)
+        check_numbers(options, "beta")
+        check_numbers(options, "weight_from", most=1.0)
+        published = PUBLISHED[options.base]
+        self.slope = published[0] if options.slope is None else options.slope
+        self.bias = published[1] if options.bias is None else options.bias
+        check_numbers(self, "slope", "bias", least=-math.inf)
+
+    def weighted(self) -> bool:
+        """Whether images are weighted in this epoch."""
+        return begun(self, self.options.weight_from)
+
+    def constants(self) -> tuple[float, ...]:
+        return (self.weighted(),)
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(kl_to_self(nets, batch) if self.options.base == "trades" else AttackGoal("ce", batch.labels))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        clean = nets.model(batch.x) if self.options.base == "trades" else None
+        adv = nets.model(attacked.x_adv)
+        weights = None
+        if self.weighted():
+            scale = self.options.weight_scale
+            weights = mail_weights(adv, batch.labels, slope=self.slope, bias=self.bias, scale=scale)
+        if clean is None:
+            loss = dynamic_label_cross_entropy(adv, batch.labels, weights=weights).loss
+        else:
+            loss = trades_loss(clean, adv, batch.labels, self.options.beta, weights)
+        clean_log = {} if clean is None else {"train_acc": accuracy(clean, batch)}
+        return Outer({"model": loss}, {"loss": loss.detach(), **clean_log, "train_adv_acc": accuracy(adv, batch)})

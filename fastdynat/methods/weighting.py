@@ -1,0 +1,55 @@
+"""How much each image of a batch counts, by how near the attack brought it to the decision boundary: GAIRAT's and MAIL's rules.
+
+Weights are constants of the loss: no gradient flows into them.
+"""
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.attacks import AttackResult, margin, wide
+from fastdynat.methods.base import Method
+
+MailScale = Literal["released", "normalized"]
+# Share of the run's epochs without weights: 60 of GAIRAT's 120, 75 of MAIL's 120.
+GAIRAT_FROM, MAIL_FROM = 0.5, 0.625
+
+
+def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
+    """``1 + tanh(lam + 5 (1 - 2 kappa / S))``, scaled to mean 1: (N,) float64 (arXiv 2010.01736).
+
+    kappa is at how many of the S attack steps the network still gave the image's class: few steps, high weight.
+
+    Args:
+        attacked: by a goal that is tracked, in one run.
+        lam: lambda; the higher, the more equal the weights.
+    """
+    assert attacked.kept is not None
+    images = len(attacked.kept)
+    steps = max(attacked.gradients // images, 1)
+    # 1 + tanh(a) is 2 sigmoid(2 a), which does not round to 0 where tanh rounds to -1.
+    return _mean_one(F.logsigmoid(2 * (lam + 5 * (1 - 2 * attacked.kept.double() / steps))))
+
+
+def mail_weights(logits: Tensor, labels: Tensor, *, slope: float, bias: float, scale: MailScale = "released") -> Tensor:
+    """``sigmoid(slope (m + bias))`` with the margin m = max_{k != y} p_k - p_y of the attacked images: (N,) (arXiv 2106.07904).
+
+    Args:
+        logits: (N, K) of the attacked images.
+        labels: (N,) int64.
+        scale: "released" multiplies by 3, as the code does; "normalized" scales to mean 1.
+    """
+    margins = margin(wide(logits.detach()).softmax(1), labels)
+    log_weights = F.logsigmoid(slope * (margins + bias))
+    return 3 * log_weights.exp() if scale == "released" else _mean_one(log_weights)
+
+
+def begun(method: Method[Any], share: float) -> bool:
+    """Whether the method has completed `share` of the run's epochs."""
+    return method.epoch >= share * method.epochs
+
+
+def _mean_one(log_weights: Tensor) -> Tensor:
+    """exp(log_weights) over their mean; finite however small they are."""
+    return len(log_weights) * log_weights.softmax(0)
