@@ -328,6 +328,7 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainStep, "__call__", wait)
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.3)
     found = probe.probe(config, split, 3.3, lambda text: None)
+    assert found["start_seconds"] == 0
     assert 0.2 <= found["first_epoch_seconds"] < 0.3
     assert 0.4 <= found["later_epoch_seconds"] < 0.6
     half = 0.5 * (found["first_epoch_seconds"] + found["later_epoch_seconds"])
@@ -361,16 +362,16 @@ def test_the_most_epochs_that_fit(budget: float, first: float, later: float, ear
 def test_each_method_gets_the_epochs_that_fit_and_its_schedule_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(step: TrainStep, *args: Any) -> float:
-        return 0.3 if step.method.name == "natural" else 2.0
+    def measured(self: Any, epoch: int) -> tuple[float, float]:
+        return (0.05, 0.3) if self._step.method.name == "natural" else (0.0, 2.0)
 
-    monkeypatch.setattr(probe, "_epoch_seconds", measured)
+    monkeypatch.setattr(probe._Timer, "epoch_seconds", measured)
     flags = [*TWO, *TINY, "--budget-seconds", "1", "--schedule", "cosine"]
     doc = compare(tmp_path / "out", *flags)
     printed = capsys.readouterr()
     assert [len(run["epochs"]) for run in doc["runs"]] == [3, 1]
     assert doc["probes"]["natural"]["epochs"] == 3
-    assert "natural: 0.3 s for an epoch, 3 in 0.9 of 1 s" in printed.err
+    assert "natural: 0.3 s for an epoch, 3 in 0.95 of 1 s" in printed.err
     assert "madry: one epoch takes 2 s, more than the budget" in printed.out
     assert "of budget" in printed.out
     share = doc["runs"][0]["train_seconds"]
@@ -378,7 +379,7 @@ def test_each_method_gets_the_epochs_that_fit_and_its_schedule_ends(
     last, steps = doc["runs"][0]["epochs"][-1], 6
     assert last["lr"] == pytest.approx(0.03 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2)
     # Going on, nothing is measured again: another speed changes nothing.
-    monkeypatch.setattr(probe, "_epoch_seconds", lambda *args: 1 / 0)
+    monkeypatch.setattr(probe._Timer, "epoch_seconds", lambda *args: 1 / 0)
     assert compare(tmp_path / "out", *flags)["probes"] == doc["probes"]
 
 

@@ -40,7 +40,7 @@ class CompareConfig:
     """Comma-separated seeds; every method is trained once with each. None is --seed."""
     budget_seconds: float | None = None
     """Equal training time instead of equal --epochs: the seconds per epoch of each method are measured first, and its schedule
-    gets as many epochs as fit (at least 1). Validation does not count."""
+    gets as many epochs as fit (at least 1). Compilation counts, validation does not."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="METHOD.KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """An option of one method, or a training flag for it alone: --set dynat.beta=0.5 --set natural.lr=0.05."""
     attacks: str = "clean,pgd20,cw"

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdynat.config import TrainConfig
-from fastdynat.data import TrainLoader, TrainSplit
-from fastdynat.engine import TrainStep, build_parts
+from fastdynat.data import Batch, TrainSplit
+from fastdynat.engine import build_parts
 from fastdynat.engine.metrics import Averages
 from fastdynat.engine.resolve import Say
 from fastdynat.ops import use_backend
@@ -20,24 +21,30 @@ WARM_STEPS = 5  # a CUDA graph is captured after three ordinary steps
 
 
 def probe(config: TrainConfig[Any], split: TrainSplit, budget: float, say: Say) -> dict[str, Any]:
-    """Seconds of a first and of a later epoch of the resolved `config`, and how many epochs fit into `budget` seconds.
+    """How long the resolved `config` takes to start, for a first and for a later epoch; and how many epochs fit into `budget`
+    seconds.
 
-    They are told apart where the attack has fewer steps early or weight perturbation begins later.
+    First and later epochs are told apart where the attack has fewer steps early or weight perturbation begins later.
     """
     attack = config.attack
     total = attack.awp_warmup + 2
     config = replace(config, optim=replace(config.optim, epochs=total))
-    _, step, loader = build_parts(config, split, say)
     with use_backend(config.engine.kernels):
-        first = later = _epoch_seconds(step, loader, 0, config)
+        if config.engine.compile != "off":
+            _Timer(config, split, say).warm_up(0)  # fills the compiler's caches, where the run will find its code
+        timer = _Timer(config, split, say)
+        start, first = timer.epoch_seconds(0)
+        later = first
         if attack.early_steps is not None or attack.awp_warmup > 0:
-            later = _epoch_seconds(step, loader, total - 1, config)
-    epochs = epochs_within(budget, first, later, config)
+            again, later = timer.epoch_seconds(total - 1)
+            start += again
+    epochs = epochs_within(budget - start, first, later, config)
     return {
         "epochs": epochs,
+        "start_seconds": round(start, 4),
         "first_epoch_seconds": round(first, 4),
         "later_epoch_seconds": round(later, 4),
-        "expected_seconds": round(_cost(epochs, first, later, config), 2),
+        "expected_seconds": round(start + _cost(epochs, first, later, config), 2),
     }
 
 
@@ -56,33 +63,46 @@ def _cost(epochs: int, first: float, later: float, config: TrainConfig[Any]) -> 
     return early * first + (epochs - early) * later
 
 
-def _epoch_seconds(step: TrainStep, loader: TrainLoader, epoch: int, config: TrainConfig[Any]) -> float:
-    device, averages = torch.device(config.engine.device), Averages()
-    step.start_epoch(epoch)
-    _warm_up(step, loader, epoch, config)
+class _Timer:
+    """Steps of a run that is thrown away."""
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def __init__(self, config: TrainConfig[Any], split: TrainSplit, say: Say) -> None:
+        _, self._step, self._loader = build_parts(config, split, say)
+        self._device = torch.device(config.engine.device)
+        self._prepared = config.engine.compile != "off" or self._device.type == "cuda"
+
+    def epoch_seconds(self, epoch: int) -> tuple[float, float]:
+        """Seconds until steps of `epoch` have their full speed, beyond what they take then; and seconds of that epoch."""
+        begin = self._now()
+        warm_steps = self.warm_up(epoch)
+        warming = self._now() - begin
+        begin, averages, steps, taken = self._now(), Averages(), 0, 0.0
+        while taken < PROBE_SECONDS:
+            for batch in self._loader.epoch(epoch):
+                averages.add(self._update(batch), len(batch.labels))
+                steps += 1
+                if steps % STEPS_PER_LOOK[self._device.type] == 0 and (taken := self._now() - begin) >= PROBE_SECONDS:
+                    break
+            taken = self._now() - begin
+        start = max(0.0, warming - warm_steps * taken / steps) if self._prepared else 0.0
+        return start, taken / averages.images * self._loader.num_images
+
+    def warm_up(self, epoch: int) -> int:
+        """Step on both shapes of batch until all code for them is there; returns the number of steps."""
+        self._step.start_epoch(epoch)
+        starts = {0, self._loader.steps_per_epoch - 1} if self._prepared else {0}
+        repeats = WARM_STEPS if self._prepared else 1
+        for start in starts:
+            batch = next(iter(self._loader.epoch(epoch, start)))
+            for _ in range(repeats):
+                self._update(batch)
+        return len(starts) * repeats
+
+    def _update(self, batch: Batch) -> dict[str, Tensor]:
+        self._step.global_step = 0  # the rate of the schedule's first step
+        return self._step(batch)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-    begin, steps, taken = now(), 0, 0.0
-    while taken < PROBE_SECONDS:
-        for batch in loader.epoch(epoch):
-            step.global_step = 0  # the rate of the schedule's first step
-            averages.add(step(batch), len(batch.labels))
-            steps += 1
-            if steps % STEPS_PER_LOOK[device.type] == 0 and (taken := now() - begin) >= PROBE_SECONDS:
-                break
-        taken = now() - begin
-    return taken / averages.images * loader.num_images
-
-
-def _warm_up(step: TrainStep, loader: TrainLoader, epoch: int, config: TrainConfig[Any]) -> None:
-    """Steps on both shapes of batch until all code for them is there."""
-    prepared = config.engine.compile != "off" or config.engine.device != "cpu"
-    for start in (0, loader.steps_per_epoch - 1) if prepared else (0,):
-        batch = next(iter(loader.epoch(epoch, start)))
-        for _ in range(WARM_STEPS if prepared else 1):
-            step.global_step = 0
-            step(batch)
