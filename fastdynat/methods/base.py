@@ -94,7 +94,7 @@ class Method(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
     uses_guide: ClassVar[bool] = False
-    guide_made_by: ClassVar[str] = "natural"  # the method that usually trains a frozen guide
+    guide_made_by: str = "natural"  # the method that usually trains a frozen guide, with flags where it needs them
     attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
     replays: int = 1  # updates per batch, each with both halves and the attack

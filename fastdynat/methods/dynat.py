@@ -20,7 +20,6 @@ Silent effects of the released code, and what is done with them here:
 - it accepts --beta and ignores it. Here `beta` weighs the model's loss; 1 is the release's active line, 0.2 its commented one.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,8 +28,8 @@ from torch import Tensor
 
 from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, clean_statistics_pass, share
+from fastdynat.methods.guidance import check_numbers, kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -75,11 +74,7 @@ class Dynat(Method[DynatOptions]):
 
     def __init__(self, options: DynatOptions) -> None:
         super().__init__(options)
-        for name in ("beta", "temperature"):
-            if not 0 < getattr(options, name) < math.inf:
-                raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
-        if not 0 <= options.extra_kl_weight < math.inf:
-            raise UserError(f"extra_kl_weight must be >= 0, got {options.extra_kl_weight:g}")
+        check_numbers(options, above_zero=("beta", "temperature"), at_least_zero=("extra_kl_weight",))
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None
@@ -105,8 +100,7 @@ class Dynat(Method[DynatOptions]):
             return AttackGoal("ce", batch.labels)
         if self.options.inner_loss == "kl_guide":
             return AttackGoal("kl", label_logits.log_softmax(1))
-        with torch.no_grad():
-            return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
+        return kl_to_self(nets, batch)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.guide is not None
