@@ -5,10 +5,11 @@ from typing import Any
 from fastdynat.errors import unknown_name
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
+from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Lbgat, Madry, Natural)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -24,6 +25,8 @@ __all__ = [
     "Dynat",
     "DynatOptions",
     "Inner",
+    "Lbgat",
+    "LbgatOptions",
     "Madry",
     "MadryOptions",
     "Method",
