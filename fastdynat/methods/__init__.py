@@ -3,13 +3,14 @@
 from typing import Any
 
 from fastdynat.errors import unknown_name
+from fastdynat.methods.adagat import Adagat, AdagatOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Dynat, Lbgat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Dynat, Lbgat, Madry, Natural)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -21,6 +22,8 @@ def method_class(name: str) -> type[Method[Any]]:
 
 __all__ = [
     "METHODS",
+    "Adagat",
+    "AdagatOptions",
     "AttackDefaults",
     "Dynat",
     "DynatOptions",
