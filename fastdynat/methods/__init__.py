@@ -6,11 +6,12 @@ from fastdynat.errors import unknown_name
 from fastdynat.methods.adagat import Adagat, AdagatOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
+from fastdynat.methods.hat import Hat, HatOptions
 from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Dynat, Lbgat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Dynat, Hat, Lbgat, Madry, Natural)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -27,6 +28,8 @@ __all__ = [
     "AttackDefaults",
     "Dynat",
     "DynatOptions",
+    "Hat",
+    "HatOptions",
     "Inner",
     "Lbgat",
     "LbgatOptions",
