@@ -4,6 +4,7 @@ from typing import Any
 
 from fastdynat.errors import unknown_name
 from fastdynat.methods.adagat import Adagat, AdagatOptions
+from fastdynat.methods.ard import Ard, ArdOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.hat import Hat, HatOptions
@@ -11,7 +12,7 @@ from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Dynat, Hat, Lbgat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Lbgat, Madry, Natural)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -25,6 +26,8 @@ __all__ = [
     "METHODS",
     "Adagat",
     "AdagatOptions",
+    "Ard",
+    "ArdOptions",
     "AttackDefaults",
     "Dynat",
     "DynatOptions",
