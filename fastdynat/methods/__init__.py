@@ -11,8 +11,9 @@ from fastdynat.methods.hat import Hat, HatOptions
 from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
+from fastdynat.methods.rslad import Rslad, RsladOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Lbgat, Madry, Natural)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Lbgat, Madry, Natural, Rslad)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -44,5 +45,7 @@ __all__ = [
     "Network",
     "Networks",
     "Outer",
+    "Rslad",
+    "RsladOptions",
     "method_class",
 ]
