@@ -8,12 +8,13 @@ from fastdynat.methods.ard import Ard, ArdOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.hat import Hat, HatOptions
+from fastdynat.methods.iad import Iad, IadOptions
 from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 from fastdynat.methods.rslad import Rslad, RsladOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Lbgat, Madry, Natural, Rslad)}
+METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Iad, Lbgat, Madry, Natural, Rslad)}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -34,6 +35,8 @@ __all__ = [
     "DynatOptions",
     "Hat",
     "HatOptions",
+    "Iad",
+    "IadOptions",
     "Inner",
     "Lbgat",
     "LbgatOptions",
