@@ -6,6 +6,7 @@ from fastdynat.errors import unknown_name
 from fastdynat.methods.adagat import Adagat, AdagatOptions
 from fastdynat.methods.ard import Ard, ArdOptions
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Network, Networks, Outer
+from fastdynat.methods.distillation import Distillation, DistillationOptions
 from fastdynat.methods.dynat import Dynat, DynatOptions
 from fastdynat.methods.hat import Hat, HatOptions
 from fastdynat.methods.iad import Iad, IadOptions
@@ -14,7 +15,9 @@ from fastdynat.methods.madry import Madry, MadryOptions
 from fastdynat.methods.natural import Natural, NaturalOptions
 from fastdynat.methods.rslad import Rslad, RsladOptions
 
-METHODS: dict[str, type[Method[Any]]] = {m.name: m for m in (Adagat, Ard, Dynat, Hat, Iad, Lbgat, Madry, Natural, Rslad)}
+METHODS: dict[str, type[Method[Any]]] = {
+    m.name: m for m in (Adagat, Ard, Distillation, Dynat, Hat, Iad, Lbgat, Madry, Natural, Rslad)
+}
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -31,6 +34,8 @@ __all__ = [
     "Ard",
     "ArdOptions",
     "AttackDefaults",
+    "Distillation",
+    "DistillationOptions",
     "Dynat",
     "DynatOptions",
     "Hat",
