@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
@@ -164,7 +164,7 @@ class DoctorCommand:
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
-def normalize(argv: Sequence[str], own: Sequence[str] = ()) -> list[str]:
+def normalize(argv: Sequence[str], own: Collection[str] = ()) -> list[str]:
     """Replace other scripts' spellings, but for flags that are the command's `own`, and give bare flags their value.
 
     >>> normalize(["--epsilon=8", "--amp", "--epochs", "3"])
@@ -180,6 +180,10 @@ def normalize(argv: Sequence[str], own: Sequence[str] = ()) -> list[str]:
             if argv[i + 1 : i + 2] == [] or argv[i + 1] not in values:
                 out.append(default)
     return out
+
+
+def _own_flags(options_type: type) -> set[str]:
+    return {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options_type)}
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
@@ -213,8 +217,10 @@ def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
 def _train(argv: list[str]) -> int:
     early = _early(argv)
     defaults = _defaults(early)
+    options_type = method_class(defaults.method).options_type
+    argv = normalize(argv, _own_flags(options_type))
     # The options type is known only now: tyro reads it from the subscripted class, type checkers cannot.
-    command_type: Any = TrainCommand.__class_getitem__(method_class(defaults.method).options_type)  # type: ignore[attr-defined]
+    command_type: Any = TrainCommand.__class_getitem__(options_type)  # type: ignore[attr-defined]
     default = TrainCommand(recipe=early.recipe, config=early.config, resume=early.resume, train=defaults)
     command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat train", config=FLAT)
     config: TrainConfig[Any] = command.train
@@ -252,7 +258,7 @@ def _fit(trainer: Trainer, say: Any) -> int:
 
 
 def _eval(argv: list[str]) -> int:
-    command = tyro.cli(EvalCommand, args=argv, prog="fastdynat eval", config=FLAT)
+    command = tyro.cli(EvalCommand, args=normalize(argv), prog="fastdynat eval", config=FLAT)
     if not command.runs:
         raise UserError("eval needs at least one run directory: fastdynat eval RUN")
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -274,6 +280,7 @@ def _boundary(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     method = method_class(_early(argv).method or BenchCommand.method)
     command_type: Any = BenchCommand.__class_getitem__(method.options_type)  # type: ignore[attr-defined]
+    argv = normalize(argv, _own_flags(method.options_type))
     default = BenchCommand(method=method.name, options=method.options_type())
     command = tyro.cli(command_type, args=argv, default=default, prog="fastdynat bench", config=FLAT)
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
@@ -293,7 +300,7 @@ def _compare(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    command = tyro.cli(DoctorCommand, args=argv, prog="fastdynat doctor", config=FLAT)
+    command = tyro.cli(DoctorCommand, args=normalize(argv), prog="fastdynat doctor", config=FLAT)
     return doctor.run(json=command.json, try_compile=command.try_compile)
 
 
@@ -330,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown_name("command", argv[0], COMMANDS)
-        return COMMANDS[argv[0]](normalize(argv[1:], own=["--out"] if argv[0] == "compare" else ()))
+        return COMMANDS[argv[0]](argv[1:])
     except UserError as error:
         print(f"fastdynat: error: {error}", file=sys.stderr)
         return 2

@@ -25,7 +25,15 @@ EPOCHS = 6
 def make_step(method: Method[Any], device: str, amp: str = "off", recorder: Recorder | None = None, **kwargs: Any) -> TrainStep:
     switches = AttackSwitches(dtype=torch.bfloat16 if amp == "bf16" else None, channels_last=amp == "bf16")
     guide = tiny_cnn(1) if method.uses_guide else None
-    networks = NetworkSet(tiny_cnn(0), guide, image_shape=(3, 8, 8), device=torch.device(device), attack=switches, ema=0.9)
+    networks = NetworkSet(
+        tiny_cnn(0),
+        guide,
+        frozen_guide="guide" not in method.trains,
+        image_shape=(3, 8, 8),
+        device=torch.device(device),
+        attack=switches,
+        ema=0.9,
+    )
     optim = OptimConfig(lr=0.1, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
     precision = Precision(amp, torch.device(device))
     spec = PGDSpec(0.1, 0.05, 3, start="gaussian")

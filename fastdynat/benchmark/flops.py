@@ -61,7 +61,8 @@ def count_step(
     """Count on the meta device; the networks are moved there, so hand over ones that nobody needs."""
     model, guide = model.to("meta").train(), None if guide is None else guide.to("meta").train()
     twin = frozen_twin(model, "eval")
-    nets = Networks(model, twin, model, guide, None if guide is None else frozen_twin(guide, "eval"))
+    guide_eval = None if guide is None else frozen_twin(guide, "eval")
+    nets = Networks(model, twin, model, guide if "guide" in method.trains else guide_eval, guide_eval)
     x = torch.empty(IMAGES, *shape, device="meta")
     labels = torch.empty(IMAGES, dtype=torch.int64, device="meta")
     attacked = [False]

@@ -326,16 +326,25 @@ def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
         )
 
 
+def _constants(config: TrainConfig[Any], epoch: int) -> tuple[float, ...]:
+    """What the method of a resolved configuration computes from the epoch."""
+    method = method_class(config.method)(config.options)
+    assert config.optim.epochs is not None
+    method.epoch, method.epochs = epoch, config.optim.epochs
+    return method.constants()
+
+
 def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_epoch: int) -> None:
     """Allow another number of epochs where the schedule so far is the same under both."""
     if stored.optim.epochs == asked.optim.epochs:
         return
     assert stored.optim.epochs is not None
     assert asked.optim.epochs is not None
-    steps = range(min(stored.optim.epochs, asked.optim.epochs) * steps_per_epoch)
+    epochs = range(min(stored.optim.epochs, asked.optim.epochs))
+    steps = range(len(epochs) * steps_per_epoch)
     before, after = (schedule_factor(c.optim, steps_per_epoch) for c in (stored, asked))
     early = attack_steps(stored), attack_steps(asked)
-    if any(early[0](epoch) != early[1](epoch) for epoch in range(min(stored.optim.epochs, asked.optim.epochs))):
+    if any(early[0](epoch) != early[1](epoch) for epoch in epochs):
         raise UserError(
             f"--early-share is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), and "
             "other epochs would have had fewer attack steps; keep --epochs"
@@ -345,10 +354,9 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
             f"--ema-warmup is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
             "keep --epochs"
         )
-    numbers = _method_numbers(stored), _method_numbers(asked)
-    if any(numbers[0](epoch) != numbers[1](epoch) for epoch in range(min(stored.optim.epochs, asked.optim.epochs))):
+    if any(_constants(stored, epoch) != _constants(asked, epoch) for epoch in epochs):
         raise UserError(
-            f"method {stored.method} changes its numbers at shares of the epochs ({stored.optim.epochs} in this run, "
+            f"{stored.method} changes its loss at a share of the number of epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); keep --epochs"
         )
     if any(before(s) != after(s) for s in steps):
@@ -356,16 +364,3 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
             f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); start with --epochs {asked.optim.epochs} --stop-after {stored.optim.epochs} to pause"
         )
-
-
-def _method_numbers(config: TrainConfig[Any]) -> Callable[[int], tuple[float, ...]]:
-    """The method's constants by epoch."""
-    method = method_class(config.method)(config.options)
-    assert config.optim.epochs is not None
-    method.epochs = config.optim.epochs
-
-    def at(epoch: int) -> tuple[float, ...]:
-        method.epoch = epoch
-        return method.constants()
-
-    return at

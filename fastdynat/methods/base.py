@@ -100,7 +100,7 @@ class Method(ABC, Generic[OptionsT]):
     options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
     uses_guide: ClassVar[bool] = False
     semi_supervised: ClassVar[bool] = False  # whether labels may be UNLABELLED
-    guide_made_by: ClassVar[str] = "natural"  # the method that usually trains a frozen guide
+    guide_made_by: str = "natural"  # the method that usually trains a frozen guide, with flags where it needs them
     attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
     replays: int = 1  # updates per batch, each with both halves and the attack
@@ -180,6 +180,13 @@ def check_numbers(options: Any, *names: str, least: float = 0.0, most: float = m
             raise UserError(f"{name} must be {limits}, got {value:g}")
 
 
+def check_positive(options: Any, *names: str) -> None:
+    """Raise UserError unless the options called `names` are finite and above 0."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
+
+
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
     """Let the clean batch move the model's running statistics; nothing else comes of it."""
     with torch.no_grad():
@@ -196,6 +203,7 @@ __all__ = [
     "Outer",
     "accuracy",
     "check_numbers",
+    "check_positive",
     "clean_statistics_pass",
     "share",
     "unattacked",

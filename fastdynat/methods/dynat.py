@@ -45,6 +45,7 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
     check_numbers,
+    check_positive,
     clean_statistics_pass,
     share,
 )
@@ -123,9 +124,7 @@ class Dynat(Method[DynatOptions]):
 
     def __init__(self, options: DynatOptions) -> None:
         super().__init__(options)
-        for name in ("beta", "temperature"):
-            if not 0 < getattr(options, name) < math.inf:
-                raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
+        check_positive(options, "beta", "temperature")
         check_numbers(options, "extra_kl_weight")
         check_numbers(options, "lam", "slope", "bias", least=-math.inf)
         if options.weight_from is not None:

@@ -1,0 +1,87 @@
+"""ARD: adversarially robust distillation (Goldblum et al. 2020, arXiv 1905.09747).
+
+The student learns on attacked images what a frozen, robust teacher says of the clean ones::
+
+    x' = PGD on CE(f_s(.), y), uniform start
+    minimise alpha T^2 KL(softmax(f_g(x) / T) || softmax(f_s(x') / T)) + (1 - alpha) CE(f_s(x), y)
+
+Silent effects of the released code, and what is done with them here:
+
+- its KL is torch's default mean over all N K entries, which is the divergence divided by K: `kl_mean`.
+- at alpha 1 it still runs the clean batch through the student in train mode, after the attacked one, which moves the running
+  statistics that evaluation uses. Kept: `bn_clean_forward`.
+- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train. The default here
+  is eval, as for every other method.
+- its learning rate falls once, not twice: the drop at 150 of 200 epochs starts again from the initial rate.
+  --epochs 200 --schedule multistep --milestones 0.5 is what it does, --milestones 0.5 0.75 what it says.
+"""
+
+from dataclasses import dataclass
+
+from fastdynat.attacks import AttackGoal, AttackResult, wide
+from fastdynat.data import Batch
+from fastdynat.methods.base import (
+    Inner,
+    Method,
+    Networks,
+    Outer,
+    accuracy,
+    check_numbers,
+    check_positive,
+    clean_statistics_pass,
+)
+from fastdynat.methods.guidance import KlMean, mean_kl, teacher_logits
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArdOptions:
+    """Options of ARD; the defaults are the released code's."""
+
+    alpha: float = 1.0
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy to the true labels on clean images."""
+
+    temperature: float = 30.0
+    """Divides the logits of teacher and student in the distillation, which is multiplied by its square."""
+
+    kl_mean: KlMean = "entries"
+    """What the KL, summed over K classes, is divided by: K (entries), 10 (tenth), or nothing (batch)."""
+
+    bn_clean_forward: bool = True
+    """At alpha 1, let the clean batch move the student's running statistics, after the attacked one."""
+
+
+class Ard(Method[ArdOptions]):
+    """Adversarially robust distillation; the guide is a robust teacher."""
+
+    name = "ard"
+    options_type = ArdOptions
+    uses_guide = True
+    guide_made_by = "madry"
+
+    def __init__(self, options: ArdOptions) -> None:
+        super().__init__(options)
+        check_numbers(options, "alpha", most=1.0)
+        check_positive(options, "temperature")
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=teacher_logits(nets, batch.x))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        assert inner.dynamic_labels is not None
+        alpha, temperature = self.options.alpha, self.options.temperature
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        logits = wide(nets.model(attacked.x_adv))
+        distilled = mean_kl(inner.dynamic_labels, logits, temperature=temperature, mean=self.options.kl_mean)
+        loss = alpha * temperature**2 * distilled
+        if alpha < 1:
+            fit = dynamic_label_cross_entropy(nets.model(batch.x), batch.labels)
+            loss = loss + (1 - alpha) * fit.loss
+        elif self.options.bn_clean_forward:
+            clean_statistics_pass(nets, batch)
+        logs = {
+            "loss": loss.detach(),
+            "train_adv_acc": accuracy(logits, batch),
+            "guide_acc": accuracy(inner.dynamic_labels, batch),
+        }
+        return Outer({"model": loss}, logs)

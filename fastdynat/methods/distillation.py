@@ -1,0 +1,58 @@
+"""Defensive distillation (Papernot et al. 2016, arXiv 1511.04508): a control that looks robust and is not.
+
+    minimise CE(softmax(f_g(x) / T), softmax(f_s(x) / T))      on clean images; at test time T is 1
+
+The teacher is trained at the same temperature: --method natural --temperature T. There is no attack in training and, as in the
+paper, no factor T^2.
+
+Logits become about T times larger, so that at T = 1 the softmax saturates and the gradient of the cross-entropy underflows:
+PGD on it goes nowhere and reports robust accuracy. That is masking (`zero_grad_share` in an evaluation's JSON shows it), and an
+attack on the margin of the logits (--attacks cw) breaks it, as Carlini & Wagner 2017 did.
+"""
+
+from dataclasses import dataclass
+
+from fastdynat.attacks import AttackResult, wide
+from fastdynat.data import Batch
+from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, check_positive, share
+from fastdynat.methods.guidance import teacher_logits
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Options of defensive distillation."""
+
+    temperature: float = 20.0
+    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr with it."""
+
+
+class Distillation(Method[DistillationOptions]):
+    """Defensive distillation; the guide is a natural network trained at the same temperature."""
+
+    name = "distillation"
+    options_type = DistillationOptions
+    uses_guide = True
+    select_by = "val_clean_acc"
+    searches = False
+
+    def __init__(self, options: DistillationOptions) -> None:
+        super().__init__(options)
+        check_positive(options, "temperature")
+        self.guide_made_by = f"natural --temperature {options.temperature:g}"
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(goal=None, dynamic_labels=teacher_logits(nets, batch.x))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        assert inner.dynamic_labels is not None
+        logits, temperature = wide(nets.model(batch.x)), self.options.temperature
+        fit = dynamic_label_cross_entropy(
+            logits / temperature, inner.dynamic_labels, labels=batch.labels, soft=True, temperature=temperature
+        )
+        logs = {
+            "loss": fit.loss.detach(),
+            "train_acc": share(fit.target_correct, batch),
+            "guide_acc": accuracy(inner.dynamic_labels, batch),
+        }
+        return Outer({"model": fit.loss}, logs)

@@ -1,0 +1,74 @@
+"""HAT: helper-based adversarial training (Rade & Moosavi-Dezfooli, ICML 2021 workshop).
+
+TRADES with a third term: beyond the attacked image, the model shall answer what a naturally trained network is fooled into::
+
+    x'   = PGD on KL(p(x) || p(.))            model in eval mode, start x + 0.001 N(0, I)
+    y'   = argmax f_g(x')                     frozen guide in eval mode, asked at x'
+    minimise CE(f(x), y) + beta KL(p(x) || p(x')) + helper_weight CE(f(x + helper_scale (x' - x)), y')
+
+KL is summed over classes, averaged over the batch, with gradient through both arguments.
+
+Silent effects of the released code, reproduced here:
+
+- helper images are not clipped: they leave [0, 1] and, at helper_scale 2, lie up to 2 eps from x.
+- clean, attacked and helper batch each pass through the model in train mode, in this order, and each moves the running
+  statistics that attack and evaluation use. At helper_weight 0 the helper batch still does.
+- the guide's label is taken at x', not at the helper image.
+- `--gamma 1` and no beta are its parser's defaults; those below are the paper's and its README's.
+
+Published with 50 epochs of OneCycle to 0.21 and Nesterov: --epochs 50 --schedule onecycle --lr 0.21 --nesterov --wd 5e-4.
+"""
+
+from dataclasses import dataclass
+
+from fastdynat.attacks import AttackResult, wide
+from fastdynat.data import Batch
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers, share
+from fastdynat.methods.guidance import mean_kl, teacher_logits
+from fastdynat.methods.trades import kl_to_self
+from fastdynat.ops import dynamic_label_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class HatOptions:
+    """Options of HAT; the defaults are the published ones for ResNet-18 on CIFAR-10."""
+
+    beta: float = 2.5
+    """Weight of KL(p(x) || p(x'))."""
+
+    helper_weight: float = 0.5
+    """Weight of the helper images' loss (gamma in the paper); 0 leaves TRADES."""
+
+    helper_scale: float = 2.0
+    """How far the helper image is, in units of x' - x (h in the paper)."""
+
+
+class Hat(Method[HatOptions]):
+    """Helper-based adversarial training; the guide is a naturally trained network."""
+
+    name = "hat"
+    options_type = HatOptions
+    uses_guide = True
+    attack_defaults = AttackDefaults(start="gaussian")
+
+    def __init__(self, options: HatOptions) -> None:
+        super().__init__(options)
+        check_numbers(options, "beta", "helper_weight", "helper_scale")
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        return Inner(kl_to_self(nets, batch))
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        fooled_into = teacher_logits(nets, attacked.x_adv).argmax(1)
+        x_helper = batch.x + self.options.helper_scale * (attacked.x_adv - batch.x)
+        clean, logits = wide(nets.model(batch.x)), wide(nets.model(attacked.x_adv))
+        helper = dynamic_label_cross_entropy(nets.model(x_helper), fooled_into)
+        fit = dynamic_label_cross_entropy(clean, batch.labels, labels=batch.labels)
+        loss = fit.loss + self.options.beta * mean_kl(clean, logits) + self.options.helper_weight * helper.loss
+        logs = {
+            "loss": loss.detach(),
+            "train_acc": share(fit.target_correct, batch),
+            "train_adv_acc": accuracy(logits, batch),
+            "guide_fooled": (fooled_into != batch.labels).float().mean(),
+        }
+        return Outer({"model": loss}, logs)

@@ -1,0 +1,129 @@
+"""IAD: introspective adversarial distillation (Zhu et al., ICLR 2022, arXiv 2106.04928).
+
+A robust teacher is trusted as far as it is right on the student's own attacked images, and the student relies on itself for the
+rest, once it has had `begin` of the run to learn. Per image, with a = p_g(x')_y ^ beta (a = 1 before that)::
+
+    x'          = PGD on CE(f_s(.), y), uniform start
+    KL_self     = KL(p_s(x) || p_s(x'))                                 gradient through both arguments
+    variant I   : alpha [T^2 KL(g_T(x) || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x), y)
+    variant II  : alpha T^2 [a KL(g_T(x') || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x'), y)
+
+g_T and s_T are the softmax of logits / T; KL is summed over classes and averaged over the batch. A run has one guide, so
+variant II is the released one without its second, naturally trained teacher (its alpha2 is 0).
+
+Silent effects of the released code, and what is done with them here:
+
+- variant I does not multiply the teacher's term by a, and asks the teacher about x; II multiplies, and asks about x'. Kept.
+- T^2 multiplies KL_self in variant II only. Kept; both take it at T = 1.
+- variant I runs the clean batch through the student in train mode after the attacked one, even where no loss needs it, and a
+  second time from `begin` on: each moves the running statistics that evaluation uses. Kept: `bn_clean_passes`. Variant II has
+  one such pass from `begin` on.
+- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train. The default here
+  is eval, as for every other method.
+- its learning rate falls once, at half of the run, not twice: see ARD, whose loop it is.
+- variant II declares --beta twice and therefore does not start as shipped; the second declaration's 0.1 is used here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
+from fastdynat.data import Batch
+from fastdynat.methods.base import (
+    Inner,
+    Method,
+    Networks,
+    Outer,
+    accuracy,
+    check_numbers,
+    check_positive,
+    clean_statistics_pass,
+)
+from fastdynat.methods.guidance import teacher_logits
+from fastdynat.ops import dynamic_label_cross_entropy
+
+ALPHA, BEGIN = {"I": 1.0, "II": 0.5}, {"I": 0.3, "II": 0.2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class IadOptions:
+    """Options of IAD; the defaults are the released code's."""
+
+    variant: Literal["I", "II"] = "I"
+    """Which of the two published losses."""
+
+    alpha: float | None = None
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for II."""
+
+    temperature: float = 1.0
+    """Divides the logits in the teacher's term, which is multiplied by its square."""
+
+    beta: float = 0.1
+    """Exponent of the teacher's probability for the true class; 0 trusts it always."""
+
+    begin: float | None = None
+    """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of 200)."""
+
+    bn_clean_passes: bool = True
+    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice after; else only
+    where a loss needs the clean batch."""
+
+
+class Iad(Method[IadOptions]):
+    """Introspective adversarial distillation; the guide is a robust teacher."""
+
+    name = "iad"
+    options_type = IadOptions
+    uses_guide = True
+    guide_made_by = "madry"
+
+    def __init__(self, options: IadOptions) -> None:
+        super().__init__(options)
+        self.alpha = ALPHA[options.variant] if options.alpha is None else options.alpha
+        self.begin = BEGIN[options.variant] if options.begin is None else options.begin
+        check_numbers(self, "alpha", most=1.0)
+        check_numbers(self, "begin", most=1.0)
+        check_numbers(options, "beta")
+        check_positive(options, "temperature")
+
+    def constants(self) -> tuple[float, ...]:
+        return (self.introspective(),)
+
+    def introspective(self) -> bool:
+        """Whether trust is measured in the present epoch."""
+        return self.epoch >= round(self.begin * self.epochs)
+
+    def inner(self, nets: Networks, batch: Batch) -> Inner:
+        teacher = teacher_logits(nets, batch.x) if self.options.variant == "I" else None
+        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=teacher)
+
+    def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
+        options, first, introspective = self.options, self.options.variant == "I", self.introspective()
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        logits = wide(nets.model(attacked.x_adv))
+        clean = wide(nets.model(batch.x)) if introspective or (first and self.alpha < 1) else None
+        if first and options.bn_clean_passes and (introspective or clean is None):
+            clean_statistics_pass(nets, batch)
+
+        teacher = teacher_logits(nets, attacked.x_adv) if inner.dynamic_labels is None else inner.dynamic_labels
+        log_p = (teacher / options.temperature).log_softmax(1)
+        taught = options.temperature**2 * kl_from_log_probs(log_p, logits / options.temperature)
+        trust = torch.ones_like(taught)
+        if introspective:
+            assert clean is not None
+            log_trust = self._log_trust(teacher_logits(nets, attacked.x_adv) if first else teacher, batch)
+            trust = log_trust.exp()
+            own = -log_trust.expm1() * kl_from_log_probs(clean.log_softmax(1), logits)
+            taught = taught + own if first else trust * taught + options.temperature**2 * own
+        loss = self.alpha * taught.mean()
+        if self.alpha < 1:
+            fit = dynamic_label_cross_entropy(logits if clean is None or not first else clean, batch.labels)
+            loss = loss + (1 - self.alpha) * fit.loss
+        logs = {"loss": loss.detach(), "train_adv_acc": accuracy(logits, batch), "trust": trust.mean()}
+        return Outer({"model": loss}, logs)
+
+    def _log_trust(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.options.beta * logits.log_softmax(1).gather(1, batch.labels[:, None])[:, 0]

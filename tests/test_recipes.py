@@ -1,0 +1,87 @@
+"""Recipes: each resolves to a run that can start, says where it comes from, and gives way to flags."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from fastdynat.cli import main
+from fastdynat.config import to_flat, update
+from fastdynat.data import DatasetInfo, dataset_info
+from fastdynat.engine import default_config, stored_config
+from fastdynat.engine.resolve import resolve
+from fastdynat.errors import UserError
+from fastdynat.methods import METHODS, method_class
+from fastdynat.recipes import read_recipe, recipe_names
+
+TINY_IMAGENET = DatasetInfo("imagefolder", 200, (3, 64, 64), (0.5,) * 3, (0.25,) * 3, "crop-flip", tuple(map(str, range(200))))
+TINY = ["--data", "digits", "--train-size", "64", "--epochs", "1", "--quiet"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_key_is_a_flag_and_the_whole_can_start(name: str) -> None:
+    values, about = read_recipe(name)
+    config = update(default_config(values["method"]), values, name)
+    method = method_class(config.method)
+    if method.uses_guide and "guide" not in method.trains:
+        with pytest.raises(UserError, match="--guide-from RUN"):
+            resolve(config, dataset_info("cifar10") or TINY_IMAGENET, print)
+        return
+    info = dataset_info(config.data.data) or TINY_IMAGENET
+    resolved = to_flat(resolve(config, info, lambda text: None))
+    assert all(resolved[key] is not None for key in values)
+    assert 20 <= len(about) <= 110
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_file_begins_with_its_source(name: str) -> None:
+    text = files("fastdynat.recipes").joinpath(f"{name}.yaml").read_text()
+    assert text.startswith(("# Source: ", "# Ours, not a published protocol"))
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_milestones_fall_between_the_published_epochs() -> None:
+    """A share that is rounded the wrong way would drop the rate an epoch late."""
+    from fastdynat.engine.schedules import schedule_factor
+
+    published = {"trades": (75,), "pang2021": (100, 105), "mart": (75, 90, 100), "rslad": (215, 260, 285), "rice2020": (100, 150)}
+    for name, drops in published.items():
+        values, _ = read_recipe(name)
+        config = update(default_config(values["method"]), values, name).optim
+        factor = schedule_factor(config, 1)
+        assert config.epochs is not None
+        found = tuple(e for e in range(1, config.epochs) if factor(e) < factor(e - 1))
+        assert found == drops, name
+
+
+def test_flags_and_config_win_over_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("lr: 0.02\nmodel: small\n")
+    run = tmp_path / "run"
+    argv = ["train", "--recipe", "rice2020", "--config", str(file), *TINY, "--steps", "2", "--run-dir", str(run)]
+    assert main(argv) == 0
+    config = stored_config(run)
+    assert (config.method, config.attack.attack_bn, config.optim.weight_decay) == ("madry", "train", 5e-4)
+    assert (config.optim.lr, config.model.model, config.attack.steps, config.data.data) == (0.02, "small", 2, "digits")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--recipe", "trade"], "did you mean 'trades'?"),
+        (["--recipe", "trades", "--method", "mart"], "recipe trades is for method trades, not mart"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in recipe_names())
+
+
+def test_recipe_methods_exist() -> None:
+    assert {read_recipe(name)[0]["method"] for name in recipe_names()} <= METHODS.keys()
