@@ -204,7 +204,7 @@ def test_resuming_something_else(run: Path, tmp_path: Path, refused: Run) -> Non
     assert "no run at" in refused("train", "--resume", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "is not a run directory" in refused("train", "--resume", tmp_path / "empty")
-    assert "leave --config out" in refused("train", "--resume", run, "--config", "x.yaml")
+    assert "leave --config and --recipe out" in refused("train", "--resume", run, "--config", "x.yaml")
     # The same value in another spelling is no change.
     assert main(["train", "--resume", str(run), "--eps", "51/510", "--stop-after", "1"]) == 0
     for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--method", "madry"], ["--model", "resnet18"]):
