@@ -3,7 +3,8 @@
     python bench/dyart_cost.py --json bench/results/dyart_cost_cpu.json
 
 CIFAR-shaped random images on the GPU if there is one, else on the CPU. All rows of a network take turns, so that a slow spell
-of the machine meets all of them; medians. Work is counted in forward passes: F = 1, gradient at the image = 1, at the weights = 2.
+of the machine meets all of them; medians. Work is counted in forward passes: F = 1, gradient at the image = 1, at the weights
+= 2.
 """
 
 import argparse
