@@ -121,7 +121,7 @@ class BenchCommand(Generic[OptionsT]):
 
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     method: str = "dynat"
-    """Training method: dynat, madry, natural."""
+    """Training method, one of those that train takes, unless it has a search of its own."""
     options: OptionsT
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(data="cifar10"))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -218,7 +218,8 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: dyart, dynat, madry, natural. Its options are listed by --method NAME --help."""
+    """Training method: natural, madry, dynat, dyart, trades, mart, alp, vat, arda, fgsm_rs, n_fgsm, free, gairat, mail, lbgat,
+    adagat, hat, ard, rslad, iad, distillation. Its options are listed by --method NAME --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -10,12 +10,13 @@ from fastdynat.config import to_flat, update
 from fastdynat.data import DatasetInfo, dataset_info
 from fastdynat.engine import default_config, stored_config
 from fastdynat.engine.resolve import resolve
+from fastdynat.engine.schedules import schedule_factor
 from fastdynat.errors import UserError
 from fastdynat.methods import METHODS, method_class
 from fastdynat.recipes import read_recipe, recipe_names
 
 TINY_IMAGENET = DatasetInfo("imagefolder", 200, (3, 64, 64), (0.5,) * 3, (0.25,) * 3, "crop-flip", tuple(map(str, range(200))))
-TINY = ["--data", "digits", "--train-size", "64", "--epochs", "1", "--quiet"]
+TINY = ["--data", "digits", "--train-size", "64", "--val-size", "20", "--batch-size", "32", "--epochs", "1", "--quiet"]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -42,9 +43,14 @@ def test_every_file_begins_with_its_source(name: str) -> None:
 
 def test_milestones_fall_between_the_published_epochs() -> None:
     """A share that is rounded the wrong way would drop the rate an epoch late."""
-    from fastdynat.engine.schedules import schedule_factor
 
-    published = {"trades": (75,), "pang2021": (100, 105), "mart": (75, 90, 100), "rslad": (215, 260, 285), "rice2020": (100, 150)}
+    published = {
+        "trades": (75,),
+        "pang2021": (100, 105),
+        "mart": (75, 90, 100),
+        "rslad": (215, 260, 285),
+        "rice2020": (100, 150),
+    }
     for name, drops in published.items():
         values, _ = read_recipe(name)
         config = update(default_config(values["method"]), values, name).optim
@@ -68,7 +74,7 @@ def test_flags_and_config_win_over_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "trade"], "did you mean 'trades'?"),
+        (["--recipe", "trade"], "did you mean 'trades'"),
         (["--recipe", "trades", "--method", "mart"], "recipe trades is for method trades, not mart"),
     ],
 )

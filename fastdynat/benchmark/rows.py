@@ -19,6 +19,7 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.memory import PeakMemory
+from fastdynat.methods import method_class
 
 WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
 WEIGHT_GRADIENTS = "weight gradients"
@@ -104,7 +105,7 @@ class Task:
 def plans(task: Task, bench: BenchConfig) -> list[Plan]:
     """Every row, what matters most first: a budget cuts the end off."""
     full = task.full
-    attacks = full.method != "natural"
+    attacks = method_class(full.method).searches
     settings = grid(task.asked, task.settle) if bench.peers else [full]
     rows = [_ours(task, "attack", s) for s in settings if attacks]
     rows += _peer_attacks(task) if bench.peers and attacks else []
@@ -164,10 +165,10 @@ def _switched(task: Task) -> list[Plan]:
         flag = switch.name.replace("_", "-")
         name = flag if reason else f"{flag} {_word(switch.value(turned))}"
         for kind in switch.kinds:
-            if kind == "attack" and task.full.method == "natural":
+            if kind == "attack" and not method_class(task.full.method).searches:
                 continue
             rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
-    if task.full.method != "natural":
+    if method_class(task.full.method).searches:
         row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
         rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split, task.say)))
     return sorted(rows, key=lambda row: row.kind)  # attacks first
