@@ -189,7 +189,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(variant: str, teacher: Path) -> list[str]:
     name, options = VARIANTS[variant]
     method = make_method(variant)
-    own = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    named = ((key.replace("_", "-"), value) for key, value in options.items())
+    own = [f"--{key}" if value is True else f"--{key}={value}" for key, value in named]
     frozen = ["--guide-from", str(teacher)] if method.uses_guide and "guide" not in method.trains else []
     steps = ["--steps", "2"] if method.attack_defaults.steps > 2 else []
     return ["--method", name, *own, *frozen, *steps]

@@ -336,7 +336,7 @@ def test_finite_at_any_gap(name: str, gap: float) -> None:
     batch = Batch(clean[:, :, None, None], torch.zeros(25, dtype=torch.int64), torch.arange(25))
     method = EXTREME[name]()
     method.epochs, method.epoch = 4, 3
-    nets = Networks(network, network, network, network)
+    nets = Networks(network, network, network, network, network)
     inner = method.inner(nets, batch)
     attacked = replace(unattacked(adv[:, :, None, None]), kept=torch.arange(25) % 4, gradients=3 * 25)
     losses = {**inner.losses, **method.outer(nets, batch, inner, attacked).losses}
@@ -356,7 +356,7 @@ def test_marts_loss_keeps_its_size_where_probabilities_underflow(gap: float) -> 
 
     batch = Batch(torch.rand(1, 3, 8, 8), torch.tensor([1]), torch.arange(1))
     for floor, second in ((0.0, gap - math.log(3)), (1e-4, -math.log(1e-4))):
-        method, nets = Mart(MartOptions(floor=floor)), Networks(network, network)
+        method, nets = Mart(MartOptions(floor=floor)), Networks(network, network, network)
         loss = method.outer(nets, batch, method.inner(nets, batch), unattacked(batch.x)).losses["model"]
         assert float(loss) == pytest.approx(gap + second, rel=1e-6)
 
@@ -471,7 +471,7 @@ def test_a_resumed_run_keeps_the_epoch_at_which_weights_begin(tmp_path: Path, ca
     run = str(tmp_path / "run")
     assert main(["train", "--run-dir", run, *flags, "--epochs", "2"]) == 0
     assert main(["train", "--resume", run, "--epochs", "4"]) == 2
-    assert "method gairat changes its numbers at shares of the epochs (2 in this run, 4 asked)" in capsys.readouterr().err
+    assert "method gairat changes its loss at shares of the epochs (2 in this run, 4 asked)" in capsys.readouterr().err
 
 
 BAD = [

@@ -277,7 +277,7 @@ def test_distillation_from_oneself_at_any_temperature_teaches_nothing(batch: Bat
     model = moved_network(1)
     model.eval()
     before = copy.deepcopy(model.state_dict())
-    nets = Networks(model, model, model, model)
+    nets = Networks(model, model, model, model, model)
     method = Distillation(DistillationOptions(temperature=5.0))
     method.outer(nets, batch, method.inner(nets, batch), unattacked(batch.x)).losses["model"].backward()
     assert all(float(p.grad.abs().max()) < 1e-15 for p in model.parameters())  # type: ignore[union-attr]
@@ -383,7 +383,7 @@ def test_losses_and_gradients_are_finite_and_float32_at_any_gap(name: str, gap: 
     method.epoch, method.epochs = CASES[name].epoch, 10
     model, guide = Certain(gap, 0, dtype), Certain(gap, 2, dtype)
     guide.requires_grad_("guide" in method.trains)
-    nets = Networks(model, frozen_twin(model, "eval"), guide, frozen_twin(guide, "eval"))
+    nets = Networks(model, frozen_twin(model, "eval"), model, guide, frozen_twin(guide, "eval"))
     batch = Batch(torch.rand(N, 3, 8, 8), torch.randint(K, (N,)), torch.arange(N))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         inner = method.inner(nets, batch)

@@ -329,8 +329,7 @@ def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
 def _constants(config: TrainConfig[Any], epoch: int) -> tuple[float, ...]:
     """What the method of a resolved configuration computes from the epoch."""
     method = method_class(config.method)(config.options)
-    assert config.optim.epochs is not None
-    method.epoch, method.epochs = epoch, config.optim.epochs
+    method.epoch, method.epochs = max(0, epoch - config.optim.burn_in), epochs_of_method(config.optim)
     return method.constants()
 
 
@@ -356,7 +355,7 @@ def _check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_e
         )
     if any(_constants(stored, epoch) != _constants(asked, epoch) for epoch in epochs):
         raise UserError(
-            f"{stored.method} changes its loss at a share of the number of epochs ({stored.optim.epochs} in this run, "
+            f"method {stored.method} changes its loss at shares of the epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); keep --epochs"
         )
     if any(before(s) != after(s) for s in steps):
