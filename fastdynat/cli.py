@@ -267,7 +267,7 @@ def _eval(argv: list[str]) -> int:
 
 
 def _boundary(argv: list[str]) -> int:
-    command = tyro.cli(BoundaryCommand, args=argv, prog="fastdynat boundary", config=FLAT)
+    command = tyro.cli(BoundaryCommand, args=normalize(argv), prog="fastdynat boundary", config=FLAT)
     require_run(command.run)
     check_picture("chart", command.chart)
     check_writable(Path(command.chart))
@@ -294,7 +294,9 @@ def _compare(argv: list[str]) -> int:
     groups = {name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")}
     log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
     default = CompareCommand(config=file, run=log, **groups)
-    command = tyro.cli(CompareCommand, args=argv, default=default, prog="fastdynat compare", config=FLAT)
+    command = tyro.cli(
+        CompareCommand, args=normalize(argv, own=["--out"]), default=default, prog="fastdynat compare", config=FLAT
+    )
     asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
     return run_compare(asked, command.compare, Console(width=None if sys.stdout.isatty() else 180), error_console())
 
@@ -305,7 +307,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _recipes(argv: list[str]) -> int:
-    tyro.cli(RecipesCommand, args=argv, prog="fastdynat recipes", config=FLAT)
+    tyro.cli(RecipesCommand, args=normalize(argv), prog="fastdynat recipes", config=FLAT)
     table = Table("recipe", "method", "what it is")
     for name in recipe_names():
         values, about = read_recipe(name)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdynat.cli import main
+from fastdynat.engine import stored_config
 from fastdynat.compare import probe
 from fastdynat.config import AttackConfig
 from fastdynat.engine import default_config
@@ -90,6 +91,15 @@ def test_each_run_is_trains_and_each_number_evals(whole: Path, tmp_path: Path) -
     for a, b in zip(ours, theirs, strict=True):
         assert [x["correct"] for x in a["attacks"]] == [x["correct"] for x in b["attacks"]]
         assert (a["checkpoint"], a["eps"], a["weights_sha256"]) == (b["checkpoint"], b["eps"], b["weights_sha256"])
+
+
+def test_flags_may_be_bare_or_spelt_as_elsewhere(tmp_path: Path) -> None:
+    found = compare(
+        tmp_path / "c", "--methods", "madry", "--attacks", "clean", "--epochs", "1", *TINY, "--amp", "--epsilon", "0.2"
+    )
+    run = stored_config(tmp_path / "c" / "madry-seed1")
+    assert (run.engine.amp, run.attack.eps) == ("bf16", 0.2)
+    assert found["rows"]
 
 
 def test_rows_are_means_over_seeds(whole: Path) -> None:
