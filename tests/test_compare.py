@@ -18,10 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdynat.cli import main
-from fastdynat.engine import stored_config
 from fastdynat.compare import probe
 from fastdynat.config import AttackConfig
-from fastdynat.engine import default_config
+from fastdynat.engine import default_config, stored_config
 from fastdynat.engine.session import attack_steps
 from fastdynat.engine.step import TrainStep
 from fastdynat.evaluation import runs as evaluation
