@@ -97,6 +97,7 @@ else
   echo "== no compute-sanitizer: not checked"
 fi
 LINES_SHOWN=60 part operators 90 python bench/operators.py "${operators[@]}" --json "$out/operators_$device.json"
+LINES_SHOWN=30 part dyart-cost 60 python bench/dyart_cost.py --rounds 3 --json "$out/dyart_cost_$device.json"
 LINES_SHOWN=30 part loaders 40 python bench/loaders.py "${loaders[@]}" --json "$out/loaders_$device.json"
 state
 exit "$failed"

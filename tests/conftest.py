@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 if importlib.util.find_spec("fastdynat") is None:
     sys.path.insert(0, str(ROOT))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of `pytest -n` share the cores, as do the processes that tests start
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by @triton.jit, so set before fastdynat.kernels is imported
 

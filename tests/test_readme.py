@@ -59,5 +59,5 @@ def test_ci_runs_the_readmes_test_command() -> None:
     extract = next(line for line in script.splitlines() if line.startswith("command="))
     found = subprocess.run(["bash", "-c", f'{extract}; echo "$command"'], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.startswith("python3 -m venv .venv")
-    assert found.stdout.strip().endswith("pytest")
+    assert found.stdout.strip().endswith("pytest -n 2 --dist loadfile")
     assert found.stdout.strip() in README

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from fastdynat.ops import _select
 
@@ -69,7 +70,8 @@ def build(folder: Path, name: str, objects: Sequence[tuple[Path, list[str]]], li
             unfinished.replace(made)
         return made
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    # Another test process waits for what this one compiles.
+    with FileLock(folder / f"{name}.lock"), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         made = list(pool.map(lambda item: compile_one(*item), objects))
     library = folder / f"{name}-{hashlib.sha256(' '.join(map(str, (*made, *link))).encode()).hexdigest()[:20]}.so"
     if not library.is_file():
