@@ -69,6 +69,8 @@ class ModelConfig:
     guide_from: str | None = None
     """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher of hat, ard, rslad,
     iad and distillation, or where a guide's own training starts."""
+    bn_momentum: float | None = None
+    """Share of a new batch in batch norm's running statistics; None is the network's own, 0.1 in ours."""
     normalize: Literal["none", "dataset"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. The released code has none."""
 
@@ -93,7 +95,8 @@ class AttackConfig:
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
     """Where the attack starts; auto is the method's published choice."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
-    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without updating."""
+    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without updating. With train,
+    every pass of the attacked network moves the running ones, a method's look at its own clean prediction included."""
     eval_eps: float | str = "auto"
     """Radius in validation and evaluation; auto is eps, or 8/255 beside the published 0.031."""
     awp: float = 0.0
@@ -120,7 +123,8 @@ class OptimConfig:
     """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et al.)."""
     burn_in: int = 0
     """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method starts, from the
-    weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them."""
+    weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them. Without
+    --clip-grad."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
     """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
     warmup: float | None = None
@@ -134,7 +138,8 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
-    """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off."""
+    """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off. Moves once per
+    batch."""
     ema_warmup: float = 0.0
     """Share of the run in which the average is a plain copy; from then on it keeps min(ema, (1 + s) / (10 + s)), s steps later.
     0 keeps ema from the first step on."""

@@ -325,6 +325,15 @@ def test_training_overfits_a_handful_of_images(tmp_path: Path) -> None:
     assert rows(run)[-1]["train_acc"] == 1.0
 
 
+def test_batch_norm_momentum_is_the_networks_own_or_as_asked(tmp_path: Path) -> None:
+    """After one batch the running mean is momentum times the batch's."""
+    means = []
+    for flags in ([], ["--bn-momentum", "0.02"]):
+        run = train(tmp_path / f"run{len(means)}", "--method", "natural", *flags, "--batch-size", "96", "--epochs", "1")
+        means.append(load_file(run / "last" / "model.safetensors")["net.features.1.running_mean"])
+    torch.testing.assert_close(means[1], 0.2 * means[0])
+
+
 def test_the_guide_is_a_loadable_network(tmp_path: Path) -> None:
     guide, sidecar = load_network(train(tmp_path / "run") / "last" / "guide.safetensors")
     assert sidecar.role == "guide"

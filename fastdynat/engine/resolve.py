@@ -88,6 +88,8 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any]) -> DataConfi
 
 
 def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:
+    if model.bn_momentum is not None and not 0 < model.bn_momentum <= 1:
+        raise UserError(f"bn_momentum must be a share in (0, 1], got {model.bn_momentum:g}; 0.1 is usual")
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
     if not method.uses_guide:
         if model.guide_from is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attacks import AttackSwitches, PGDSpec
 from fastdynat.config import EngineConfig, ModelConfig, TrainConfig, read_yaml, to_yaml, update
@@ -182,9 +183,12 @@ def build_parts(
     statistics = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)
 
     def build(name: str) -> torch.nn.Module:
-        return build_model(
-            name, num_classes=info.num_classes, image_shape=info.image_shape, mean=statistics[0], std=statistics[1]
-        )
+        mean, std = statistics
+        network = build_model(name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std)
+        if config.model.bn_momentum is not None:
+            for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+                layer.momentum = config.model.bn_momentum
+        return network
 
     # The model comes first, so that methods with and without a guide start from the same weights.
     model = build(config.model.model)
@@ -246,9 +250,10 @@ def burn_in_step(config: TrainConfig[Any], step: TrainStep, say: Say) -> TrainSt
     """The step of the burn-in before `step`, on its networks; None where there is no burn-in."""
     if config.optim.burn_in == 0:
         return None
-    method = BurnIn(step.method)
-    recorder = _recorder(config.engine)
-    return TrainStep(method, step.networks, step.spec, step.optim, step.precision, step.lr_factor, recorder=recorder, say=say)
+    method, recorder = BurnIn(step.method), _recorder(config.engine)
+    # The clipping that a method needs would only slow this down.
+    optim = replace(step.optim, clip_grad=0.0)
+    return TrainStep(method, step.networks, step.spec, optim, step.precision, step.lr_factor, recorder=recorder, say=say)
 
 
 def _recorder(engine: EngineConfig) -> CudaRecorder | None:

@@ -64,7 +64,7 @@ class TrainStep:
 
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
-        global_step: updates done so far; drives the schedule.
+        global_step: batches trained on so far; drives the schedule.
         path: in words, how the step is run.
     """
 

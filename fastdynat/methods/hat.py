@@ -1,4 +1,4 @@
-"""HAT: helper-based adversarial training (Rade & Moosavi-Dezfooli, ICML 2021 workshop).
+"""HAT: helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022).
 
 TRADES with a third term: beyond the attacked image, the model shall answer what a naturally trained network is fooled into::
 
@@ -16,7 +16,7 @@ Silent effects of the released code, reproduced here:
 - the guide's label is taken at x', not at the helper image.
 - `--gamma 1` and no beta are its parser's defaults; those below are the paper's and its README's.
 
-Published with 50 epochs of OneCycle to 0.21 and Nesterov: --epochs 50 --schedule onecycle --lr 0.21 --nesterov --wd 5e-4.
+Published with 50 epochs of one-cycle to 0.21, its peak at a quarter, and Nesterov: --recipe hat.
 """
 
 from dataclasses import dataclass

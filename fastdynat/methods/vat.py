@@ -23,6 +23,7 @@ from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec, kl_fr
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer
+from fastdynat.methods.trades import kl_to_self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +66,19 @@ class Vat(Method[VatOptions]):
             raise UserError(f"power_iterations must be >= 1, got {options.power_iterations}")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        # The attacked network is the one in train mode for the power method, the engine's for PGD.
-        network = nets.unmoved if self.options.search == "power" else nets.attacked
-        with torch.no_grad():
-            return Inner(AttackGoal("kl", wide(network(batch.x)).log_softmax(1)))
+        return Inner(kl_to_self(nets, batch) if self.options.search == "pgd" else None)
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
-        assert inner.goal is not None
-        if self.options.search == "pgd":
+        if inner.goal is not None:
             return attack(batch.x, inner.goal)
+        # All passes in full precision: what half precision rounds is of the size of the difference that is looked at.
+        with torch.no_grad():
+            divergence = AttackGoal("kl", wide(nets.unmoved(batch.x)).log_softmax(1))
         direction = _unit(torch.randn_like(batch.x))
         zeros = torch.zeros((), dtype=torch.int64, device=batch.x.device)
         for _ in range(self.options.power_iterations):
             leaf = (batch.x + self.options.xi * direction).requires_grad_()
-            (grad,) = torch.autograd.grad(inner.goal.per_image(nets.unmoved(leaf)).sum(), leaf)
+            (grad,) = torch.autograd.grad(divergence.per_image(nets.unmoved(leaf)).sum(), leaf)
             zeros = zeros + (grad.flatten(1) == 0).all(1).sum()
             direction = _unit(grad)
         x_adv = batch.x + self._radius(attack.spec, batch.x) * direction
