@@ -39,7 +39,7 @@ from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 from fastdynat.pictures import check_picture
 from fastdynat.recipes import read_recipe, recipe_names
-from fastdynat.runs import check_writable, require_run
+from fastdynat.runs import LAST, check_writable, require_run
 
 OptionsT = TypeVar("OptionsT")
 
@@ -202,6 +202,8 @@ def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
         if early.config is not None or early.recipe is not None:
             raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
         stored = stored_config(Path(early.resume))
+        if early.method is not None and method_class(early.method).name != stored.method:
+            raise UserError(f"{early.resume} trains by {stored.method}, not by {early.method}; start a new run for that")
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=early.resume, overwrite=False))
     recipe = {} if early.recipe is None else read_recipe(early.recipe)[0]
     values = {} if early.config is None else read_yaml(Path(early.config))
@@ -245,7 +247,8 @@ def _fit(trainer: Trainer, say: Any) -> int:
     try:
         outcome = trainer.fit()
     except Diverged as error:
-        say(f"training diverged: {error}; the last checkpoint in {path} is from before. Lower --lr, or --clip-grad 1")
+        kept = f"the last checkpoint in {path} is from before" if (path / LAST).exists() else "there is no checkpoint yet"
+        say(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:
         if why := trainer.watch.ended():

@@ -64,8 +64,8 @@ class ModelConfig:
     """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn or -silu-gn for
     SiLU, group norm, both), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
     guide: str = "auto"
-    """Guide network (DYNAT, LBGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released code's), or
-    small beside small."""
+    """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released
+    code's), or small beside small."""
     guide_from: str | None = None
     """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher of hat, ard, rslad,
     iad and distillation, or where a guide's own training starts."""
@@ -86,7 +86,7 @@ class AttackConfig:
     step_size: float | str = "auto"
     """Step of the attack; auto is the method's: eps / 4 (0.007 beside the published 0.031), more for single-step methods."""
     steps: int | None = None
-    """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs and n_fgsm."""
+    """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
     """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same as later. Faster;
     what it costs in robust accuracy is in README.md."""
@@ -192,7 +192,7 @@ class LogConfig:
     """Stop after this many validations without a better score (robust early stopping); None is never."""
     on_collapse: Literal["off", "warn", "stop"] = "warn"
     """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on attacked training
-    images does not (catastrophic overfitting of single-step attacks)."""
+    images does not (catastrophic overfitting of single-step attacks). Only for methods that log that accuracy."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1
@@ -279,9 +279,9 @@ def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         if value not in options:
-            # YAML reads a bare `off` as False.
-            if value is False and "off" in options:
-                return "off"
+            # YAML reads a bare `off` as False, and `on` as True.
+            if isinstance(value, bool) and ("on" if value else "off") in options:
+                return "on" if value else "off"
             raise UserError(f"{origin}: {unknown_name(key, str(value), options)}")
         return value
     if typing.get_origin(hint) is tuple:

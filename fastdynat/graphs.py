@@ -67,10 +67,6 @@ class GraphedCall:
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
 
-    @property
-    def num_graphs(self) -> int:
-        return sum(entry.replay is not None for entry in self._captured.values())
-
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> Any:
         """`constants`: values of Python that `fn` reads from elsewhere; another set of them is another graph."""
         if self.failed:

@@ -125,6 +125,7 @@ def test_a_captured_step_is_the_plain_step_bit_for_bit(variant: str, amp: str) -
     assert same(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert bool(got[1].isfinite().all())
+    assert all(("train_adv_acc" in row) == method_class(VARIANTS[variant][0]).logs_adv_acc for row in got[0])
 
 
 @pytest.mark.parametrize("variant", [v for v, (name, _) in VARIANTS.items() if method_class(name).searches])

@@ -343,6 +343,12 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     half = 0.5 * (found["first_epoch_seconds"] + found["later_epoch_seconds"])
     assert found["epochs"] * half == pytest.approx(found["expected_seconds"], abs=found["later_epoch_seconds"])
     assert found["expected_seconds"] <= 3.3
+    # More than half of the run early: later epochs are still those with all steps.
+    found = probe.probe(replace(config, attack=replace(config.attack, early_share=0.9)), split, 3.3, lambda text: None)
+    assert found["later_epoch_seconds"] >= 0.4 > 0.3 > found["first_epoch_seconds"]
+    found = probe.probe(replace(config, optim=replace(config.optim, burn_in=3)), split, 0.1, lambda text: None)
+    assert found["epochs"] == 4  # at least one of the method
+    assert found["burn_in_epoch_seconds"] > 0
 
 
 @given(
@@ -371,7 +377,7 @@ def test_the_most_epochs_that_fit(budget: float, first: float, later: float, ear
 def test_each_method_gets_the_epochs_that_fit_and_its_schedule_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(self: Any, epoch: int) -> tuple[float, float]:
+    def measured(self: Any) -> tuple[float, float]:
         return (0.05, 0.3) if self._step.method.name == "natural" else (0.0, 2.0)
 
     monkeypatch.setattr(probe._Timer, "epoch_seconds", measured)

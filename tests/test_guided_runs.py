@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastdynat.data import dataset_info
 from fastdynat.engine import stored_config
 from fastdynat.methods import METHODS
 from fastdynat.models import build_model
-from fastdynat.runs import Sidecar, save_weights
+from fastdynat.runs import Sidecar, load_network, save_weights
 
 TINY = ["--train-size", "64", "--val-size", "20", "--batch-size", "32", "--steps", "2", "--quiet"]
 GUIDED = {
@@ -117,7 +118,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, capsys: pytest.Ca
     file = tmp_path / "teacher.safetensors"
     save_weights(file, build_model("small", num_classes=7, image_shape=info.image_shape).state_dict(), Sidecar(**about))
     line = refusal(capsys, "train", "--method", "rslad", "--run-dir", tmp_path / "run", *TINY, "--guide-from", file)
-    assert "it tells 7 classes of" in line
+    assert "was trained on other (7 classes" in line
     assert "train a guide on digits first" in line
     assert not (tmp_path / "run").exists()
 
@@ -163,3 +164,25 @@ def test_defensive_distillation_masks_and_the_margin_attack_shows_it(tmp_path: P
     assert pgd["zero_grad_share"] > 0.4
     assert cw["accuracy"] < 0.02
     assert cw["zero_grad_share"] == 0
+
+
+def test_a_teacher_of_the_same_number_of_other_classes_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, sidecar = load_network(teacher / "best" / "model.safetensors")
+    file = tmp_path / "other.safetensors"
+    save_weights(file, network.state_dict(), replace(sidecar, class_names=tuple("abcdefghij"), dataset="letters"))
+    line = refusal(capsys, "train", "--method", "hat", "--run-dir", tmp_path / "run", *TINY, "--guide-from", file)
+    assert "letters, whose class 0 is 'a', but in digits it is '0'" in line
+
+
+def test_a_teacher_is_not_overwritten_by_its_pupil(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--method", "hat", "--guide-from", str(teacher), "--run-dir", str(teacher), "--overwrite", *TINY]
+    assert main(argv) == 2
+    assert "is in the run that --overwrite would replace" in capsys.readouterr().err
+    assert (teacher / "best" / "model.safetensors").exists()
+
+
+def test_a_run_is_not_resumed_by_another_method(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(teacher), "--method", "vat"]) == 2
+    assert "trains by natural, not by vat" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastdynat.cli import main
 from fastdynat.config import to_flat, update
@@ -91,3 +92,9 @@ def test_recipes_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipe_methods_exist() -> None:
     assert {read_recipe(name)[0]["method"] for name in recipe_names()} <= METHODS.keys()
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off")])
+def test_yaml_reads_on_and_off_as_words(word: str, value: str) -> None:
+    values = yaml.safe_load(f"fold: {word}")
+    assert update(default_config("madry"), values, "a file").engine.fold == value

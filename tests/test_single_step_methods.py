@@ -290,3 +290,8 @@ def test_one_step_methods_are_madry_with_another_attack(batch: Batch) -> None:
         train_step(method, model, None, start="uniform")(batch)
         results.append(model.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_less_than_a_label_for_each_class_is_refused() -> None:
+    with pytest.raises(UserError, match="labelled 3 is less than one label for each of the 10 classes"):
+        open_train("digits", None, val_size=None, seed=1, labelled=3)

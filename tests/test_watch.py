@@ -122,3 +122,8 @@ def test_a_collapsed_run_stops_and_keeps_its_best(tmp_path: Path, scripted: Any,
     rows = train(run, "--on-collapse", "warn")
     assert len(rows) == 8
     assert "warning: robustness has collapsed" not in capsys.readouterr().err  # it has been said
+
+
+def test_a_stop_at_collapses_needs_a_method_that_can_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--method", "dyart", "--on-collapse", "stop"]) == 2
+    assert "method dyart logs no accuracy on attacked training images" in capsys.readouterr().err

@@ -43,6 +43,8 @@ class Ledger(MutableMapping[str, dict[str, Any]]):
                 raise ValueError
             budget, self.probes, self.runs = stored["budget_seconds"], dict(stored["probes"]), dict(stored["runs"])
             self._known = dict(stored["evaluations"])
+            if not all(isinstance(v, dict) for part in (self.probes, self.runs, self._known) for v in part.values()):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} is damaged or was edited; choose a new --out") from None
         if budget != self.budget:

@@ -80,6 +80,10 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
         _resolve_all(configs, known)  # refuse before the data is read, where that is possible
     opened = open_split(next(iter(configs.values())))
     split = _ReadOnce(opened.info, opened.source, opened.train, opened.val)
+    for name, config in configs.items():
+        if config.data.labelled is not None:
+            with _naming(name):
+                open_split(config)
     resolved = {name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()}
     tests = _test_set(next(iter(resolved.values())))
     runs = _runs(configs, resolved, seeds, out, ledger)
@@ -99,7 +103,8 @@ def _naming(method: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{method}: {error}") from None
+        hint = f" (in a comparison: --set {method}.guide_from=RUN)" if "--guide-from RUN" in str(error) else ""
+        raise UserError(f"{method}: {error}{hint}") from None
 
 
 def _resolve_all(configs: Configs, info: DatasetInfo) -> Configs:
@@ -144,7 +149,7 @@ def _check_place(run: RunPlan) -> None:
         check_new(run.path, overwrite=False)
         return
     before, now = to_flat(stored_config(run.path)), to_flat(run.config)
-    for key in (*identity(run.config), "epochs", "stop_at"):
+    for key in (*identity(run.config), "epochs", "stop_at", "patience", "on_collapse"):
         if before.get(key) != now[key]:
             raise UserError(
                 f"{run.path} was begun with {key} {before.get(key)}, not {now[key]}; keep it, or choose a new --out"

@@ -122,6 +122,9 @@ def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
             f"labelled {labelled}: of {len(labels)} training images between 1 and {len(labels) - 1} can keep their label while "
             "others are unlabelled; leave --labelled out to use all labels"
         )
+    classes = int(labels.unique().numel())
+    if labelled < classes:
+        raise UserError(f"labelled {labelled} is less than one label for each of the {classes} classes; use more")
     kept, _ = stratified_split(labels, val_size=0, limit=labelled, seed=seed)
     return torch.ones(len(labels), dtype=torch.bool).index_fill_(0, kept, False)
 

@@ -49,7 +49,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config, info),
         engine=_engine(config, method, say),
-        run=_run(config),
+        run=_run(config, method),
     )
 
 
@@ -240,7 +240,7 @@ def use_guide_stream(engine: EngineConfig, method: Method[Any]) -> bool:
     return _switch(engine.guide_stream, engine.device.startswith("cuda") and method.uses_guide) == "on"
 
 
-def _run(config: TrainConfig[Any]) -> Any:
+def _run(config: TrainConfig[Any], method: Method[Any]) -> Any:
     run = config.run
     if run.stop_after is not None and run.stop_after < 1:
         raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
@@ -251,6 +251,8 @@ def _run(config: TrainConfig[Any]) -> Any:
     for name, used in (("stop_at", run.stop_at), ("patience", run.patience), ("on_collapse stop", run.on_collapse == "stop")):
         if used and config.data.val_size == 0:
             raise UserError(f"{name} needs validation images: leave --val-size 0 out")
+    if run.on_collapse == "stop" and not method.logs_adv_acc:
+        raise UserError(f"on_collapse stop: method {method.name} logs no accuracy on attacked training images; leave it out")
     if run.val_every < 1:
         raise UserError(f"val_every must be >= 1, got {run.val_every}")
     if not run.save_every > 0:

@@ -35,6 +35,7 @@ from fastdynat.runs import (
     RunDir,
     check_manifest,
     check_new,
+    foreign,
     free_name,
     guide_weights,
     load_network,
@@ -76,8 +77,11 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
     check_new(path, overwrite=config.run.overwrite)
-    split = open_split(config)
     overwrite = config.run.overwrite
+    teacher = config.model.guide_from
+    if overwrite and teacher is not None and Path(teacher).resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
+    split = open_split(config)
     config = resolve_loader(resolve(config, split.info, say), split, say)
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
     config = replace(
@@ -268,12 +272,9 @@ def _trained_guide(model: ModelConfig, info: DatasetInfo) -> torch.nn.Module:
         raise UserError(
             f"--guide {model.guide}: the network in {model.guide_from} is a {sidecar.architecture}; leave --guide out"
         )
-    theirs, ours = (sidecar.num_classes, sidecar.image_shape), (info.num_classes, info.image_shape)
-    if theirs != ours:
-        raise UserError(
-            f"--guide-from {model.guide_from}: it tells {theirs[0]} classes of {theirs[1]} images apart, {info.name} has "
-            f"{ours[0]} of {ours[1]}; train a guide on {info.name} first"
-        )
+    difference = foreign(sidecar, info)
+    if difference:
+        raise UserError(f"--guide-from {model.guide_from} was trained on {difference}; train a guide on {info.name} first")
     return network
 
 

@@ -30,6 +30,7 @@ from fastdynat.runs import (
     check_manifest,
     check_writable,
     describe_environment,
+    foreign,
     load_network,
     read_sidecar,
     require_run,
@@ -207,7 +208,7 @@ def _plan(paths: list[Path], config: EvalConfig, console: Console, tests: TestSe
         for checkpoint in (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,):
             if not (path / checkpoint).exists():
                 hint = "; use --checkpoints last" if checkpoint == BEST and (path / LAST).exists() else ""
-                raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was completed yet{hint}")
+                raise UserError(f"{path} has no {checkpoint} checkpoint: no epoch of it was validated yet{hint}")
             # The link is followed once: the run may still be training, and move it.
             files = (path / checkpoint).resolve()
             check_manifest(files, optional=(STATE,))
@@ -239,12 +240,9 @@ def _attacks(config: EvalConfig, sidecar: Sidecar, console: Console) -> tuple[li
 
 
 def _check_data(sidecar: Sidecar, info: DatasetInfo, run: Path) -> None:
-    ours = (sidecar.image_shape, sidecar.class_names)
-    if ours != (info.image_shape, info.class_names):
-        raise UserError(
-            f"{run} was trained on {sidecar.dataset} ({len(sidecar.class_names)} classes, images {sidecar.image_shape}), "
-            f"but {info.name} has {len(info.class_names)} classes and images {info.image_shape}"
-        )
+    difference = foreign(sidecar, info)
+    if difference:
+        raise UserError(f"{run} was trained on {difference}")
 
 
 def _first(images: ImageSet, count: int | None) -> ImageSet:

@@ -39,6 +39,7 @@ class Arda(Method[ArdaOptions]):
 
     name = "arda"
     options_type = ArdaOptions
+    logs_adv_acc = False
 
     def __init__(self, options: ArdaOptions) -> None:
         super().__init__(options)

@@ -103,6 +103,7 @@ class Method(ABC, Generic[OptionsT]):
     guide_made_by: str = "natural"  # the method that usually trains a frozen guide, with flags where it needs them
     attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
     select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
+    logs_adv_acc: ClassVar[bool] = True  # whether `outer` logs train_adv_acc, by which a collapse of robustness is known
     replays: int = 1  # updates per batch, each with both halves and the attack
     searches: bool = True  # whether there is an inner search that starts from the weights of now; AWP needs one
 

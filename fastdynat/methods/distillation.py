@@ -35,6 +35,7 @@ class Distillation(Method[DistillationOptions]):
     uses_guide = True
     select_by = "val_clean_acc"
     searches = False
+    logs_adv_acc = False
 
     def __init__(self, options: DistillationOptions) -> None:
         super().__init__(options)

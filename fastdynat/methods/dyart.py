@@ -60,6 +60,7 @@ class Dyart(Method[DyartOptions]):
     name = "dyart"
     options_type = DyartOptions
     attack_defaults = AttackDefaults(steps=20)
+    logs_adv_acc = False
 
     def __init__(self, options: DyartOptions) -> None:
         super().__init__(options)

@@ -24,6 +24,7 @@ class Natural(Method[NaturalOptions]):
     # It has no robust accuracy to speak of: by PGD a network at chance level would beat a trained one.
     select_by = "val_clean_acc"
     searches = False
+    logs_adv_acc = False
 
     def __init__(self, options: NaturalOptions) -> None:
         super().__init__(options)

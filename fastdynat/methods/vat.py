@@ -53,6 +53,7 @@ class Vat(Method[VatOptions]):
     options_type = VatOptions
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
+    logs_adv_acc = False
 
     def __init__(self, options: VatOptions) -> None:
         super().__init__(options)

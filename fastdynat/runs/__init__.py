@@ -16,7 +16,16 @@ from fastdynat.runs.rundir import (
     looks_like_run,
     require_run,
 )
-from fastdynat.runs.weights import Sidecar, guide_weights, load_network, load_state, put_state, read_sidecar, save_weights
+from fastdynat.runs.weights import (
+    Sidecar,
+    foreign,
+    guide_weights,
+    load_network,
+    load_state,
+    put_state,
+    read_sidecar,
+    save_weights,
+)
 
 __all__ = [
     "BEST",
@@ -30,6 +39,7 @@ __all__ = [
     "check_new",
     "check_writable",
     "describe_environment",
+    "foreign",
     "free_name",
     "guide_weights",
     "load_network",

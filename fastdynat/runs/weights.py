@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdynat import __version__
+from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.runs.files import sync_file, write_text
@@ -134,6 +135,20 @@ def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, archit
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{origin} is not a {architecture}: {first}") from None
+
+
+def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
+    """In words, what data a network was trained on, if its classes or images are not those of `info`; else ""."""
+    theirs, ours = (len(sidecar.class_names), sidecar.image_shape), (len(info.class_names), info.image_shape)
+    if theirs != ours:
+        return (
+            f"{sidecar.dataset} ({theirs[0]} classes, images {theirs[1]}), but {info.name} has {ours[0]} classes and "
+            f"images {ours[1]}"
+        )
+    for number, (a, b) in enumerate(zip(sidecar.class_names, info.class_names, strict=True)):
+        if a != b:
+            return f"{sidecar.dataset}, whose class {number} is {a!r}, but in {info.name} it is {b!r}"
+    return ""
 
 
 def guide_weights(path: Path) -> Path:
