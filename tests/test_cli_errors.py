@@ -207,7 +207,8 @@ def test_resuming_something_else(run: Path, tmp_path: Path, refused: Run) -> Non
     assert "leave --config and --recipe out" in refused("train", "--resume", run, "--config", "x.yaml")
     # The same value in another spelling is no change.
     assert main(["train", "--resume", str(run), "--eps", "51/510", "--stop-after", "1"]) == 0
-    for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--method", "madry"], ["--model", "resnet18"]):
+    assert "trains by dynat, not by madry" in refused("train", "--resume", run, "--method", "madry")
+    for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--model", "resnet18"]):
         line = refused("train", "--resume", run, *flags)
         assert "--resume goes on exactly as begun" in line
         assert flags[0].strip("-") in line

@@ -124,10 +124,10 @@ def test_an_honest_engine_in_fp16_is_not_flagged() -> None:
 class HalfBlind(Ascent):
     """Sees the gradient in every other column."""
 
-    def gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
-        gradient = super().gradient(read, goal)
+    def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
+        logits, gradient = super().linearize(read, goal)
         gradient[..., ::2] = 0
-        return gradient
+        return logits, gradient
 
 
 def other_spec(change: Callable[[PGDSpec], PGDSpec]) -> type[AttackEngine]:
