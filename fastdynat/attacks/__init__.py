@@ -4,7 +4,7 @@ from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
-from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy, wide
+from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
@@ -34,6 +34,7 @@ __all__ = [
     "parse_attacks",
     "pgd",
     "pgd_step",
+    "rival_loss",
     "run_pgd",
     "set_attack_mode",
     "soft_cross_entropy",

@@ -1,5 +1,6 @@
 """What an inner attack maximises, stated as data so that an engine may choose how to compute it."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,6 +44,15 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 def kl_from_log_probs(log_p: Tensor, logits: Tensor) -> Tensor:
     """``KL(p || softmax(z))`` per image, (N,); `log_p` are log-probabilities, so a vanishing p gives 0 and never NaN."""
     return F.kl_div(F.log_softmax(logits, dim=1), log_p, reduction="none", log_target=True).sum(1)
+
+
+def rival_loss(logits: Tensor, labels: Tensor, floor: float = 0.0) -> Tensor:
+    """``-log(floor + 1 - max_{k != y} p_k)`` per image, (N,), of logits (N, K) and labels (N,) int64: MART's second term."""
+    rival = logits.detach().scatter(1, labels[:, None], -math.inf).argmax(1, keepdim=True)
+    others = logits.scatter(1, rival, -math.inf).logsumexp(1)
+    # 1 - p is the sigmoid of what the others have over the rival; taken from p it would be 0 from a gap of 17 on.
+    log_rest = F.logsigmoid(others - logits.gather(1, rival).squeeze(1))
+    return -(torch.logaddexp(log_rest, torch.full_like(log_rest, math.log(floor))) if floor > 0 else log_rest)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A drop-in attack object: torchattacks' modes, normalisation and bookkeeping around an attack engine."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -16,7 +17,7 @@ from fastdynat.errors import UserError
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Attack:
+class Attack(ABC):
     """What the attacks have in common; `Speed` lists the arguments that torchattacks does not have.
 
     A replica of the model is attacked where that is possible (`Following`); call `refresh` after a change that it cannot see.
@@ -160,8 +161,8 @@ class Attack:
     # What the attacks fill in.
     eps: float
 
-    def _spec(self) -> PGDSpec:
-        raise NotImplementedError
+    @abstractmethod
+    def _spec(self) -> PGDSpec: ...
 
     def _goal(self, runner: Runner, x: Tensor, labels: Tensor | None) -> AttackGoal:
         if labels is None:

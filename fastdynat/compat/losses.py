@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fastdynat.attacks import kl_from_log_probs, wide
+from fastdynat.attacks import kl_from_log_probs, rival_loss, wide
 from fastdynat.compat.following import Speed
 from fastdynat.compat.search import Search
 from fastdynat.errors import UserError
@@ -94,7 +94,7 @@ def mart_loss(
     model.train()
     optimizer.zero_grad()
     clean, attacked = wide(model(x_natural)).log_softmax(1), wide(model(x_adv))
-    boosted = F.cross_entropy(attacked, search.labels) + _other_class_loss(attacked, search.labels).mean()
+    boosted = F.cross_entropy(attacked, search.labels) + rival_loss(attacked, search.labels).mean()
     missed = -clean.gather(1, search.labels[:, None])[:, 0].expm1()
     return boosted + beta * (kl_from_log_probs(clean, attacked) * missed).mean()
 
@@ -163,13 +163,6 @@ def _check(name: str, y: Tensor, distance: str) -> None:
         raise UserError(f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'")
     if y.dim() != 1:
         raise UserError(f"{name} needs y to be one class per image, got shape {tuple(y.shape)}")
-
-
-def _other_class_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """``-log(1 - max_{k != y} p_k)`` per image, (N,)."""
-    highest = logits.scatter(1, y[:, None], float("-inf")).argmax(1, keepdim=True)
-    rest = logits.scatter(1, highest, float("-inf")).logsumexp(1)
-    return F.softplus(logits.gather(1, highest)[:, 0] - rest, threshold=80)
 
 
 def _move_statistics(model: nn.Module, x: Tensor) -> None:

@@ -15,14 +15,11 @@ Silent effects of the released code, and what is done with them here:
 Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4 (WRN-34-10).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
+from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, rival_loss, wide
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers, share
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -62,12 +59,3 @@ class Mart(Method[MartOptions]):
         loss = fit.loss + rival_loss(wide(adv), batch.labels, self.options.floor).mean() + self.options.beta * robust
         adv_acc = share(fit.target_correct, batch)
         return Outer({"model": loss}, {"loss": loss.detach(), "train_acc": accuracy(clean, batch), "train_adv_acc": adv_acc})
-
-
-def rival_loss(logits: Tensor, labels: Tensor, floor: float = 0.0) -> Tensor:
-    """``-log(floor + 1 - max_{k != y} p_k)`` per image, (N,), of logits (N, K) and labels (N,) int64."""
-    rival = logits.detach().scatter(1, labels[:, None], -math.inf).argmax(1, keepdim=True)
-    others = logits.scatter(1, rival, -math.inf).logsumexp(1)
-    # 1 - p is the sigmoid of what the others have over the rival; taken from p it would be 0 from a gap of 17 on.
-    log_rest = F.logsigmoid(others - logits.gather(1, rival).squeeze(1))
-    return -(torch.logaddexp(log_rest, torch.full_like(log_rest, math.log(floor))) if floor > 0 else log_rest)
