@@ -24,7 +24,7 @@ from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
 from fastdynat.graphs import CudaRecorder
-from fastdynat.methods import BurnIn, method_class
+from fastdynat.methods import BurnIn, Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import selected_backend, use_backend
 from fastdynat.runs import (
@@ -181,39 +181,10 @@ def build_parts(
                 f"{name} {getattr(engine, name)}: there are {len(split.val)} validation images; "
                 "ask for fewer, or hold more out with --val-size"
             )
-    device, channels_last = torch.device(engine.device), engine.channels_last == "on"
+    device = torch.device(engine.device)
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
-    statistics = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)
-
-    def build(name: str) -> torch.nn.Module:
-        mean, std = statistics
-        network = build_model(name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std)
-        if config.model.bn_momentum is not None:
-            for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
-                layer.momentum = config.model.bn_momentum
-        return network
-
-    # The model comes first, so that methods with and without a guide start from the same weights.
-    model = build(config.model.model)
-    guide = None
-    if method.uses_guide:
-        trained = config.model.guide_from is not None and not guide_comes
-        guide = _trained_guide(config.model, info) if trained else build(config.model.guide)
-    networks = NetworkSet(
-        model,
-        guide,
-        frozen_guide="guide" not in method.trains,
-        image_shape=info.image_shape,
-        device=device,
-        channels_last=channels_last,
-        attack_bn=attack.attack_bn,
-        attack=attack_switches(engine),
-        compile_mode=engine.compile,
-        ema=config.optim.ema,
-        ema_buffers=config.optim.ema_buffers,
-        say=say,
-    )
+    networks = _networks(config, method, info, say, guide_comes=guide_comes)
     assert config.data.batch_size is not None
     streamed = split.in_files and config.data.loader != "resident"
     loader = make_loader(
@@ -224,7 +195,7 @@ def build_parts(
         augment=config.data.augment,
         seed=engine.seed,
         device=device,
-        channels_last=channels_last,
+        channels_last=engine.channels_last == "on",
     )
     assert attack.steps is not None
     spec = PGDSpec(float(attack.eps), float(attack.step_size), attack.steps, norm=attack.norm, start=attack.start)
@@ -241,13 +212,47 @@ def build_parts(
         factor,
         recorder=_recorder(engine),
         steps_of=attack_steps(config),
-        awp=WeightPerturbation(model, attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
+        awp=WeightPerturbation(networks.raw["model"], attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
         guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, method) else None,
         say=say,
     )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
     torch.manual_seed(engine.seed)
     return networks, step, loader
+
+
+def _networks(config: TrainConfig[Any], method: Method[Any], info: DatasetInfo, say: Say, *, guide_comes: bool) -> NetworkSet:
+    """The networks of a resolved configuration, from the present random state."""
+    engine = config.engine
+    mean, std = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)
+
+    def build(name: str) -> torch.nn.Module:
+        network = build_model(name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std)
+        if config.model.bn_momentum is not None:
+            for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+                layer.momentum = config.model.bn_momentum
+        return network
+
+    # The model comes first, so that methods with and without a guide start from the same weights.
+    model = build(config.model.model)
+    guide = None
+    if method.uses_guide:
+        trained = config.model.guide_from is not None and not guide_comes
+        guide = _trained_guide(config.model, info) if trained else build(config.model.guide)
+    return NetworkSet(
+        model,
+        guide,
+        frozen_guide="guide" not in method.trains,
+        image_shape=info.image_shape,
+        device=torch.device(engine.device),
+        channels_last=engine.channels_last == "on",
+        attack_bn=config.attack.attack_bn,
+        attack=attack_switches(engine),
+        compile_mode=engine.compile,
+        ema=config.optim.ema,
+        ema_buffers=config.optim.ema_buffers,
+        say=say,
+    )
 
 
 def burn_in_step(config: TrainConfig[Any], step: TrainStep, say: Say) -> TrainStep | None:
