@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, PGDSpec, attack_mode, frozen_twin, margin, parse_attack, parse_attacks, pgd
+from fastdynat.attacks import (
+    PGD,
+    Ascent,
+    AttackGoal,
+    PGDSpec,
+    attack_mode,
+    frozen_twin,
+    margin,
+    parse_attack,
+    parse_attacks,
+    pgd,
+)
 from fastdynat.attacks.goal import kl_from_log_probs, soft_cross_entropy
 from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
@@ -79,8 +90,8 @@ def test_one_step_is_the_closed_form(images: Tensor, labels: Tensor) -> None:
     assert x.grad is not None
     expected = (images + eps * x.grad.sign()).clamp(0, 1)
     attack = parse_attack("fgsm", eps=eps, step_size=eps / 4)
-    assert attack.spec is not None
-    torch.testing.assert_close(pgd(model, images, AttackGoal("ce", labels), attack.spec).x_adv, expected, rtol=0, atol=1e-6)
+    assert attack.search is not None
+    torch.testing.assert_close(attack.search(Ascent(model), images, labels).x_adv, expected, rtol=0, atol=1e-6)
 
 
 def test_the_margin_is_positive_exactly_on_mistakes_and_losses_match_their_formulas() -> None:
@@ -301,11 +312,11 @@ def test_bad_tensors_are_named(labels: Tensor) -> None:
 
 def test_names_of_the_evaluation() -> None:
     clean, fgsm, pgd20, strong, cw = parse_attacks("clean, FGSM,pgd20,pgd50-10,cw", eps=8 / 255, step_size=2 / 255)
-    assert clean.spec is None
-    assert fgsm.spec == PGDSpec(8 / 255, 8 / 255, 1, start="none")
-    assert pgd20.spec == PGDSpec(8 / 255, 2 / 255, 20)
-    assert strong.spec == PGDSpec(8 / 255, 2 / 255, 50, restarts=10)
-    assert (cw.loss, cw.spec) == ("margin", PGDSpec(8 / 255, 2 / 255, 20))
+    assert clean.search is None
+    assert fgsm.search == PGD("ce", PGDSpec(8 / 255, 8 / 255, 1, start="none"))
+    assert pgd20.search == PGD("ce", PGDSpec(8 / 255, 2 / 255, 20))
+    assert strong.search == PGD("ce", PGDSpec(8 / 255, 2 / 255, 50, restarts=10))
+    assert cw.search == PGD("margin", PGDSpec(8 / 255, 2 / 255, 20))
     for bad, message in [
         ("pdg20", "did you mean .*'pgd20'"),
         ("pgd", "unknown attack 'pgd'"),

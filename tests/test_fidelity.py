@@ -150,7 +150,7 @@ def test_a_shorter_attack_is_caught(case: Any, change: Any, spec: PGDSpec) -> No
 
 def test_half_a_gradient_is_caught(case: Any) -> None:
     engine = AttackEngine(case[0], case[1][:2])
-    engine._ascent = HalfBlind(**{f.name: getattr(engine._ascent, f.name) for f in fields(Ascent)})
+    engine.ascent = HalfBlind(**{f.name: getattr(engine.ascent, f.name) for f in fields(Ascent)})
     found = check(engine, case)
     assert found.weaker
     assert 0.3 < found.sign_mass < 0.7
@@ -163,7 +163,7 @@ def test_underflow_in_half_precision_is_caught(guarded: bool) -> None:
         y = model(x).argmax(1)
     engine = AttackEngine(model, x[:2], switches=AttackSwitches(dtype=torch.float16))
     if not guarded:
-        engine._ascent = replace(engine._ascent, underflow=Underflow())
+        engine.ascent = replace(engine.ascent, underflow=Underflow())
     found = check(engine, (model, x, y), PGDSpec(8 / 255, 2 / 255, 10))
     assert found.weaker is not guarded
     assert (found.zero_fast > 0.1) is not guarded

@@ -7,10 +7,13 @@ from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
-from fastdynat.attacks.pgd import AttackResult, pgd, run_pgd
+from fastdynat.attacks.pgd import PGD, pgd, run_pgd
+from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.search import AttackResult, Nearest, Radii, Search
 from fastdynat.attacks.steps import pgd_step, start_point
 
 __all__ = [
+    "PGD",
     "Ascent",
     "AttackEngine",
     "AttackGoal",
@@ -21,8 +24,12 @@ __all__ = [
     "BoundarySpec",
     "Fidelity",
     "NamedAttack",
+    "Nearest",
     "NotCopyable",
     "PGDSpec",
+    "Radii",
+    "Search",
+    "Tick",
     "Underflow",
     "attack_mode",
     "boundary",
@@ -30,6 +37,7 @@ __all__ = [
     "frozen_twin",
     "kl_from_log_probs",
     "margin",
+    "no_tick",
     "parse_attack",
     "parse_attacks",
     "pgd",

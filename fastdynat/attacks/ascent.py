@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from fastdynat.ops import soft_margin_grad
 # (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero, and for
 # a goal that is tracked which images were still given its class)
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
-# (what the network reads, labels, temperature) -> (soft margins (N,), their gradients at what was read)
-MarginGradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+T = TypeVar("T")
+# (what the network reads, logits -> (weights of the logits (N, K), anything)) -> (that, gradient of the weighted sum at what
+# was read): one forward and one backward pass. The weights are constants of the gradient; they may depend on the logits.
+Pull = Callable[[Tensor, Callable[[Tensor], tuple[Tensor, T]]], tuple[T, Tensor]]
 
 # fp16 flushes gradients below 6e-8 to zero. Where images mix in batch norm they must keep their proportions, so one fixed
 # factor on the summed loss is all that can be done; elsewhere each image is scaled by itself (`AttackGoal.logit_grad`).
@@ -132,13 +134,20 @@ class Ascent:
 
     def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
         """The logits at what the network reads, detached, and the `gradient`."""
+        if self.closed_form:
+            # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
+            return self.pull(read, lambda logits: (self.upstream(logits, goal), logits))
+        leaf = read.detach().requires_grad_()
+        logits = self.logits(leaf)
+        return logits.detach(), torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
+
+    def pull(self, read: Tensor, weigh: Callable[[Tensor], tuple[Tensor, T]]) -> tuple[T, Tensor]:
+        """`Pull` on the network; `weigh` gets detached logits and gives weights in their dtype."""
         # A fresh leaf per step, never updated in place: compiled backward passes do not notice a mutated input.
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
-        if not self.closed_form:
-            return logits.detach(), torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
-        # The loss itself is never computed: its gradient has a closed form, and nothing else of it is needed.
-        return logits.detach(), torch.autograd.grad(logits, leaf, self.upstream(logits, goal))[0]
+        weights, found = weigh(logits.detach())
+        return found, torch.autograd.grad(logits, leaf, weights)[0]
 
     def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
         """The goal's gradient at the logits, in their dtype, guarded against underflow."""
@@ -149,22 +158,21 @@ class Ascent:
 
         Unlike an attack's step, whoever wants a plane needs the gradient's length, so it is never rescaled per image.
         """
-        leaf = read.detach().requires_grad_()
-        logits = self.logits(leaf)
-        margin, upstream = self._margin(logits, labels, temperature)
-        return margin, self._unscaled(torch.autograd.grad(logits, leaf, upstream)[0])
+        return self.pull_margin(self.pull, read, labels, temperature)
+
+    def pull_margin(self, pull: Pull[Tensor], read: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """`margin_gradient` by `pull`, which `one_graph` gives."""
+        margin, grad = pull(read, lambda logits: self._margin(logits, labels, temperature))
+        return margin, wide(grad) / self._margin_scale
 
     def _margin(self, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         found = soft_margin_grad(logits, labels, temperature=temperature)
-        return found.margin, (found.grad * self._margin_scale).to(logits.dtype)
-
-    def _unscaled(self, grad: Tensor) -> Tensor:
-        return wide(grad) / self._margin_scale
+        return (found.grad * self._margin_scale).to(logits.dtype), found.margin
 
     @property
     def _margin_scale(self) -> float:
         return FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
 
-    def one_graph(self, kind: Hashable, make: Callable[[MarginGradient], Callable[..., Any]]) -> Callable[..., Any]:
-        """What `make` makes of `margin_gradient`; compiled as one graph where this ascent compiles, once per `kind`."""
-        return make(self.margin_gradient)
+    def one_graph(self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        """What `make` makes of `pull`; compiled as one graph where this ascent compiles, once per `kind`."""
+        return make(self.pull)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks.ascent import Ascent, MarginGradient
+from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import attack_mode
-from fastdynat.attacks.pgd import AttackResult, check_batch
+from fastdynat.attacks.pgd import check_batch
+from fastdynat.attacks.search import AttackResult
 from fastdynat.errors import UserError
 from fastdynat.ops import project_on_hyperplane, random_start, soft_margin
 
@@ -105,7 +106,7 @@ def run_boundary(
     x_start: begin exactly here instead of drawing a start.
     """
     z = boundary_start(x, spec.eps_start, generator=generator) if x_start is None else x_start.detach()
-    iterate = ascent.one_graph(replace(spec, steps=1), lambda gradient: _iteration(ascent, spec, gradient))
+    iterate = ascent.one_graph(replace(spec, steps=1), lambda pull: _iteration(ascent, spec, pull))
     # What no distance is below can never be improved: this alone keeps an image out of the search.
     distance = torch.where(_margin(ascent, x, labels, spec) > LEAST_MARGIN, float("inf"), float("-inf")).to(x.dtype)
     nearest, read = x.clone(), ascent.reads(z)  # not x itself: aliases would be compiled apart
@@ -135,13 +136,13 @@ def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None =
     return (x + eps / 2 * u / per_image(_linf(u).clamp_min(LEAST_MOVE), x)).clamp(0, 1)
 
 
-def _iteration(ascent: Ascent, spec: BoundarySpec, margin_gradient: MarginGradient) -> Iteration:
+def _iteration(ascent: Ascent, spec: BoundarySpec, pull: Pull[Tensor]) -> Iteration:
     """One iteration: linearise, move, and keep the point and pull back where the boundary was crossed."""
 
     def iterate(
         z: Tensor, read: Tensor, x: Tensor, labels: Tensor, nearest: Tensor, distance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        margin, w = margin_gradient(read, labels, spec.temperature)
+        margin, w = ascent.pull_margin(pull, read, labels, spec.temperature)
         zeros = (~(w.abs().flatten(1).amax(1) > 0)).sum()
         # The plane belongs to what the network has read, which half precision has rounded.
         z = _move(z, x, w.to(x.dtype), margin.to(x.dtype), read.to(x.dtype), spec)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks.ascent import Ascent, MarginGradient, PGDSpec, Step, Underflow
+from fastdynat.attacks.ascent import Ascent, PGDSpec, Pull, Step, T, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import has_batch_norm
-from fastdynat.attacks.pgd import AttackResult, run_pgd
+from fastdynat.attacks.pgd import run_pgd
 from fastdynat.attacks.replica import AttackReplica
+from fastdynat.attacks.search import AttackResult
 from fastdynat.compiling import compile_whole
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 
@@ -72,21 +73,19 @@ class CompiledAscent(Ascent):
 
             grad, logits = torch.func.grad(loss, has_aux=True)(read)
             return logits, grad
+        return self._functional_pull(read, lambda logits: (self.upstream(logits, goal), logits))
+
+    def _functional_pull(self, read: Tensor, weigh: Callable[[Tensor], tuple[Tensor, T]]) -> tuple[T, Tensor]:
         pulled: Any = torch.func.vjp(self.logits, read)
         logits, pull_back = pulled
-        return logits, pull_back(self.upstream(logits, goal))[0]
+        weights, found = weigh(logits)
+        return found, pull_back(weights)[0]
 
-    def one_graph(self, kind: Hashable, make: Callable[[MarginGradient], Callable[..., Any]]) -> Callable[..., Any]:
+    def one_graph(self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]]) -> Callable[..., Any]:
         if kind not in self._steps:
-            whole, plain = make(self._functional_margin_gradient), super().one_graph(kind, make)
+            whole, plain = make(self._functional_pull), super().one_graph(kind, make)
             self._steps[kind] = compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain)
         return self._steps[kind]
-
-    def _functional_margin_gradient(self, read: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        pulled: Any = torch.func.vjp(self.logits, read)
-        logits, pull_back = pulled
-        margin, upstream = self._margin(logits, labels, temperature)
-        return margin, self._unscaled(pull_back(upstream)[0])
 
 
 class AttackEngine:
@@ -94,6 +93,7 @@ class AttackEngine:
 
     Attributes:
         replica: what is attacked in its place.
+        ascent: gradients and logits of it, for attacks that are no PGD (`Search`); its iterates are to be `laid_out`.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class AttackEngine:
             # Batch statistics cannot move inside a functional gradient, so only the network is compiled.
             network = compile_whole(network, mode=s.compile, what="the attacked network", say=self._note)
         if s.compile != "off" and bn == "eval":
-            self._ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, self._note)
+            self.ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, self._note)
         else:
-            self._ascent = Ascent(network, underflow, s.dtype, s.closed_form)
+            self.ascent = Ascent(network, underflow, s.dtype, s.closed_form)
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
@@ -155,11 +155,11 @@ class AttackEngine:
 
     def logits(self, x: Tensor) -> Tensor:
         """What the attacked network answers, in the attack's precision."""
-        return self._ascent.logits(x)
+        return self.ascent.logits(x)
 
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
         """The gradient at images `x` that a first step would follow, in the attack's precision; never compiled."""
-        return self._ascent.gradient(self._ascent.reads(self._laid_out(x)), goal)
+        return self.ascent.gradient(self.ascent.reads(self.laid_out(x)), goal)
 
     def run(
         self,
@@ -171,16 +171,16 @@ class AttackEngine:
         generator: torch.Generator | None = None,
     ) -> AttackResult:
         """`run_pgd` on the replica. x: (N, C, H, W), float32 or float64, in [0, 1]; the caller owns grad mode."""
-        x = self._laid_out(x)
-        x_start = None if x_start is None else self._laid_out(x_start)
+        x = self.laid_out(x)
+        x_start = None if x_start is None else self.laid_out(x_start)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
-            return run_pgd(self._ascent, x, goal, spec, x_start=x_start, generator=generator)
+            return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
         kind = (goal.kind, spec)
         if kind not in self._graphed:
 
             def whole(x: Tensor, target: Tensor, *start: Tensor) -> tuple[Tensor | None, ...]:
                 x_start = start[0] if start else None
-                result = run_pgd(self._ascent, x, replace(goal, target=target), spec, x_start=x_start)
+                result = run_pgd(self.ascent, x, replace(goal, target=target), spec, x_start=x_start)
                 return result.x_adv, result.zero_grads, result.kept
 
             self._graphed[kind] = GraphedCall(whole, self._recorder, self._note)
@@ -192,7 +192,7 @@ class AttackEngine:
 
     def margin_gradient(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Soft margins of images `x` and their gradients, as `Ascent.margin_gradient`; never compiled."""
-        return self._ascent.margin_gradient(self._ascent.reads(self._laid_out(x)), labels, temperature)
+        return self.ascent.margin_gradient(self.ascent.reads(self.laid_out(x)), labels, temperature)
 
     def boundary(
         self,
@@ -204,11 +204,11 @@ class AttackEngine:
         generator: torch.Generator | None = None,
     ) -> Boundary:
         """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in `run`."""
-        x = self._laid_out(x)
-        starts = () if x_start is None else (self._laid_out(x_start),)
+        x = self.laid_out(x)
+        starts = () if x_start is None else (self.laid_out(x_start),)
 
         def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
-            return run_boundary(self._ascent, x, labels, spec, x_start=start[0] if start else None, generator=generator)
+            return run_boundary(self.ascent, x, labels, spec, x_start=start[0] if start else None, generator=generator)
 
         if self._recorder is None or generator is not None:
             return whole(x, labels, *starts)
@@ -216,7 +216,8 @@ class AttackEngine:
             self._graphed[spec] = GraphedCall(whole, self._recorder, self._note)
         return self._graphed[spec](x, labels, *starts).clone()
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def laid_out(self, x: Tensor) -> Tensor:
+        """`x` in the memory format of the replica."""
         return x.contiguous(memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format)
 
     def _note(self, text: str) -> None:

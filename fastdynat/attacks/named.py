@@ -1,23 +1,22 @@
 """Attack names of the evaluation: clean, fgsm, pgd20, pgd50-10, cw, cw30."""
 
-import re
 from dataclasses import dataclass
 
-from fastdynat.attacks.ascent import PGDSpec
-from fastdynat.attacks.goal import AttackLoss
+from fastdynat.attacks.pgd import parse_pgd
+from fastdynat.attacks.search import Parser, Radii, Search
 from fastdynat.errors import UserError, unknown_name
 
-_PATTERN = re.compile(r"(?P<kind>pgd|cw)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")
+# Whoever adds an attack adds its parser here, and its name to the names that a misspelt one is compared with.
+PARSERS: tuple[Parser, ...] = (parse_pgd,)
 _KNOWN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd50-10", "cw", "cw20")
 
 
 @dataclass(frozen=True)
 class NamedAttack:
-    """One column of an evaluation table; `spec` is None for clean accuracy."""
+    """One column of an evaluation table; `search` is None for clean accuracy."""
 
     name: str
-    loss: AttackLoss = "ce"
-    spec: PGDSpec | None = None
+    search: Search | None = None
 
 
 def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf") -> NamedAttack:
@@ -35,16 +34,11 @@ def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf")
     name = name.strip().lower()
     if name == "clean":
         return NamedAttack(name)
-    if name == "fgsm":
-        return NamedAttack(name, spec=PGDSpec(eps, eps, steps=1, norm=norm, start="none"))
-    match = _PATTERN.fullmatch(name)
-    if match is None or (match["kind"] == "pgd" and match["steps"] is None):
-        raise unknown_name("attack", name, _KNOWN)
-    steps, restarts = int(match["steps"] or 20), int(match["restarts"] or 1)
-    if steps < 1 or restarts < 1:
-        raise UserError(f"attack {name!r}: steps and restarts must be >= 1")
-    loss: AttackLoss = "margin" if match["kind"] == "cw" else "ce"
-    return NamedAttack(name, loss, PGDSpec(eps, step_size, steps, norm=norm, restarts=restarts))
+    radii = Radii(eps=eps, step_size=step_size, norm=norm)
+    for parse in PARSERS:
+        if (search := parse(name, radii)) is not None:
+            return NamedAttack(name, search)
+    raise unknown_name("attack", name, _KNOWN)
 
 
 def parse_attacks(names: str, *, eps: float, step_size: float, norm: str = "linf") -> list[NamedAttack]:

@@ -1,34 +1,18 @@
 """Projected gradient ascent (Madry et al. 2018), the attack of training and evaluation."""
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
-from fastdynat.attacks.goal import AttackGoal
+from fastdynat.attacks.goal import AttackGoal, AttackLoss
 from fastdynat.attacks.modes import attack_mode
+from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """What an attack returns.
-
-    Attributes:
-        x_adv: (N, C, H, W), detached, in the ball and in [0, 1].
-        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel. Such an image
-            is not attacked at all: saturation, underflow or masking, to be watched.
-        gradients: image gradients computed, N * steps * restarts.
-        kept: (N,) int64, for a goal that is tracked: at how many of the iterates that a step was taken from the network still
-            gave the goal's class.
-    """
-
-    x_adv: Tensor
-    zero_grads: Tensor
-    gradients: int
-    kept: Tensor | None = None
 
 
 def ascend(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor) -> AttackResult:
@@ -132,3 +116,37 @@ def check_batch(x: Tensor, goal: AttackGoal) -> None:
         raise UserError(f"images must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{hint}")
     if goal.target.shape[0] != x.shape[0]:
         raise UserError(f"{x.shape[0]} images but {goal.target.shape[0]} labels")
+
+
+@dataclass(frozen=True)
+class PGD:
+    """`run_pgd` as an attack of an evaluation: on every image, also on misclassified ones; the last iterate counts."""
+
+    loss: AttackLoss
+    spec: PGDSpec
+
+    @property
+    def norm(self) -> str:
+        return self.spec.norm
+
+    def __call__(
+        self, ascent: Ascent, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None, tick: Tick = no_tick
+    ) -> AttackResult:
+        return run_pgd(ascent, x, AttackGoal(self.loss, labels), self.spec, generator=generator)
+
+
+_PATTERN = re.compile(r"(?P<kind>pgd|cw)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")
+
+
+def parse_pgd(name: str, radii: Radii) -> PGD | None:
+    """``fgsm``, ``pgdK``, ``pgdK-R``, ``cw``, ``cwK``, ``cwK-R``: see `named.parse_attack`."""
+    if name == "fgsm":
+        return PGD("ce", PGDSpec(radii.eps, radii.eps, steps=1, norm=radii.norm, start="none"))
+    match = _PATTERN.fullmatch(name)
+    if match is None or (match["kind"] == "pgd" and match["steps"] is None):
+        return None
+    steps, restarts = int(match["steps"] or 20), int(match["restarts"] or 1)
+    if steps < 1 or restarts < 1:
+        raise UserError(f"attack {name!r}: steps and restarts must be >= 1")
+    loss: AttackLoss = "margin" if match["kind"] == "cw" else "ce"
+    return PGD(loss, PGDSpec(radii.eps, radii.step_size, steps, norm=radii.norm, restarts=restarts))

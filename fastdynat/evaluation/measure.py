@@ -1,36 +1,20 @@
 """Accuracy of one network under one attack."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, NamedAttack, pgd
+from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, attack_mode
 from fastdynat.data import ImageSet, eval_batches
+from fastdynat.evaluation.outcome import Measurement
 
 
 class Stopped(Exception):
     """The caller asked to stop; nothing was measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One cell of an evaluation table.
-
-    Attributes:
-        accuracy: share of all images classified correctly after the attack, in [0, 1].
-        zero_grad_share: share of the attack's image gradients that were zero in every pixel; None for clean accuracy.
-    """
-
-    attack: str
-    accuracy: float
-    correct: int
-    images: int
-    seconds: float
-    images_per_s: float
-    zero_grad_share: float | None
 
 
 def measure(
@@ -44,56 +28,90 @@ def measure(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    advance: Callable[[int], None] = lambda images: None,
+    advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
     """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
 
-    Every image counts, also those misclassified without an attack. The prediction that is counted is made in eval mode on the
-    attack's last iterate; the random start comes from a generator of its own, so equal seeds give equal numbers and the global
-    generator is left alone.
+    Every image counts, also those misclassified without an attack. The attack works on a fast replica of the network; the
+    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns. The random start
+    comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
-        amp_dtype: autocast for attack and prediction; None is the images' float32.
-        should_stop: asked between batches.
-        advance: told the number of images after each batch.
+        amp_dtype: autocast for the attack; None is the images' float32.
+        should_stop: asked between batches and within long attacks.
+        advance: told how many images, or parts of one, were done since the last time.
 
     Raises:
         Stopped: `should_stop` said so.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    was_training = [(m, m.training) for m in model.modules()]
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    zero, gradients = torch.zeros_like(correct), 0
-    model.eval()
+    robust, distances = [], []
+    zero, gradients = torch.zeros((), dtype=torch.int64, device=device), 0
     start = time.perf_counter()
-    try:
+    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
+        ascent: Ascent | None = None
         for batch in eval_batches(images, batch_size=batch_size, device=device, channels_last=channels_last):
-            if should_stop():
-                raise Stopped
-            x = batch.x
-            if attack.spec is not None:
-                goal = AttackGoal(attack.loss, batch.labels)
-                result = pgd(model, x, goal, attack.spec, generator=generator, amp_dtype=amp_dtype)
+            x, told = batch.x, 0.0
+
+            def tick(share: float, size: int = len(x)) -> None:
+                nonlocal told
+                if should_stop():
+                    raise Stopped
+                if share * size > told:
+                    advance(share * size - told)
+                    told = share * size
+
+            tick(0)
+            if attack.search is not None:
+                ascent = ascent or attacked(model, x, amp_dtype, channels_last)
+                result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
-            correct += (_predict(model, x, amp_dtype) == batch.labels).sum()
-            advance(len(batch.labels))
-        right = int(correct)  # waits for the device, so the clock stops after the work
-    finally:
-        for module, training in was_training:
-            module.training = training
-    seconds, total = time.perf_counter() - start, len(images.labels)
-    return Measurement(
-        attack=attack.name,
-        accuracy=right / total,
-        correct=right,
-        images=total,
-        seconds=seconds,
-        images_per_s=total / seconds,
+                if isinstance(result, Nearest):
+                    distances.append(result.distance)
+            robust.append(predict(model, x) == batch.labels)
+            tick(1)
+        # Waits for the device, so the clock stops after the work.
+        mask = torch.cat(robust).cpu()
+    return Measurement.of(
+        attack.name,
+        mask,
+        images.labels.cpu(),
+        classes=int(images.labels.max()) + 1,
+        seconds=time.perf_counter() - start,
+        batch_size=batch_size,
         zero_grad_share=int(zero) / gradients if gradients else None,
+        distances=torch.cat(distances).cpu() if distances else None,
     )
 
 
-def _predict(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
-    with torch.no_grad(), torch.autocast(x.device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, channels_last: bool = False) -> Ascent:
+    """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be made.
+
+    x: images that it can take, on its device.
+    """
+    try:
+        switches = AttackSwitches(dtype=amp_dtype, channels_last=channels_last)
+        return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
+    except NotCopyable:
+        return Ascent(model, dtype=amp_dtype)
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """The classes (N,) that `model` gives to `x`."""
+    with torch.no_grad():
         return model(x).argmax(1)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice."""
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in flags]
+    try:
+        for owner in flags:
+            owner.allow_tf32 = False
+        yield
+    finally:
+        for owner, value in zip(flags, before, strict=True):
+            owner.allow_tf32 = value

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from fastdynat.config import AmpMode, CompileMode, DataConfig, Kernels, check_se
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.devices import AMP_DTYPES, check_compile, check_kernels, pick_device
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import Measurement, measure
+from fastdynat.evaluation.measure import exact_float32, measure
+from fastdynat.evaluation.outcome import Measurement
 from fastdynat.ops import use_backend
 from fastdynat.runs import (
     BEST,
@@ -147,7 +147,7 @@ def measure_runs(
     records: list[dict[str, Any]] = []
     keys = {key: len(job.images) for job in jobs for key in (_key(job, attack, config) for attack in job.attacks)}
     progress = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
-    with _exact_float32(), use_backend(config.kernels), progress as bar:
+    with exact_float32(), use_backend(config.kernels), progress as bar:
         task = bar.add_task("", total=sum(images for key, images in keys.items() if key not in known))
 
         def measured(network: nn.Module, job: _Job, attack: NamedAttack) -> Measurement:
@@ -170,25 +170,11 @@ def measure_runs(
     return records
 
 
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice."""
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [owner.allow_tf32 for owner in flags]
-    try:
-        for owner in flags:
-            owner.allow_tf32 = False
-        yield
-    finally:
-        for owner, value in zip(flags, before, strict=True):
-            owner.allow_tf32 = value
-
-
 def _key(job: _Job, attack: NamedAttack, config: EvalConfig) -> str:
     """Everything that a measurement's accuracy depends on but the machine."""
-    spec = None if attack.spec is None else asdict(attack.spec)
-    parts: dict[str, Any] = {"weights": job.weights, "images": job.digest}
-    parts |= {"attack": attack.name, "loss": attack.loss, "spec": spec}
+    search = attack.search
+    numbers = None if search is None else {"class": type(search).__name__, **asdict(search)}  # type: ignore[call-overload]
+    parts: dict[str, Any] = {"weights": job.weights, "images": job.digest, "attack": attack.name, "search": numbers}
     parts |= {"seed": config.seed, "batch_size": config.batch_size, "amp": config.amp}
     return json.dumps(parts, sort_keys=True)
 

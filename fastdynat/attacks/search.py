@@ -1,0 +1,80 @@
+"""What every attack of an evaluation has in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks.ascent import Ascent
+from fastdynat.attacks.rebatch import Tick, no_tick
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack returns.
+
+    Attributes:
+        x_adv: (N, C, H, W), detached, in the ball and in [0, 1].
+        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel. Such an image
+            is not attacked at all: saturation, underflow or masking, to be watched.
+        gradients: image gradients computed, at most N * steps * restarts.
+        kept: (N,) int64, for a goal that is tracked: at how many of the iterates that a step was taken from the network still
+            gave the goal's class.
+    """
+
+    x_adv: Tensor
+    zero_grads: Tensor
+    gradients: int
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(AttackResult):
+    """What an attack returns that looks for the nearest adversarial image: `x_adv`, anywhere in [0, 1].
+
+    Attributes:
+        found: (N,) bool: the attacked network misclassifies `x_adv`; where False, `x_adv` is the image itself. An image that
+            is misclassified as it is counts as found at distance 0.
+        distance: (N,) distance of `x_adv` from the image in the attack's norm (L0: pixels changed); infinite where not found.
+    """
+
+    found: Tensor
+    distance: Tensor
+
+
+class Search(Protocol):
+    """An attack with its numbers: a frozen dataclass of plain values, which with the seed decide its result."""
+
+    @property
+    def norm(self) -> str:
+        """The norm in which it stays in a ball or looks for the nearest: linf, l2, l1 or l0."""
+
+    def __call__(
+        self, ascent: Ascent, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None, tick: Tick = no_tick
+    ) -> AttackResult:
+        """Attack the images `x` (N, C, H, W), float32 in [0, 1], of classes `labels` (N,).
+
+        The network is in eval mode and its parameters need no gradient; grad mode is on. Images that are misclassified as
+        they are need not be attacked. Equal generators give equal results. `tick` is called at least every few seconds.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radii:
+    """What names of attacks leave open. Sizes in [0, 1] pixel units.
+
+    Attributes:
+        eps: radius of the ball.
+        step_size: of attacks with a fixed one.
+        norm: linf, l2, l1 or l0.
+    """
+
+    eps: float
+    step_size: float
+    norm: str = "linf"
+
+
+# A name and the radii -> the attack of this name; None where the name is another parser's. UserError: mine, but wrong.
+Parser = Callable[[str, Radii], Search | None]

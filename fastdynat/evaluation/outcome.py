@@ -1,0 +1,95 @@
+"""What an attack left standing, image by image, and what follows from it."""
+
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One cell of an evaluation table; plain values, as JSON holds them.
+
+    Attributes:
+        accuracy: share of all images classified correctly after the attack, in [0, 1].
+        ci: its 95 % confidence interval (`wilson`): what other images of the same kind would have given.
+        per_class: the accuracy of each class's images; None where there are none.
+        robust_bits: which images are classified correctly after the attack (`unpack_bits`), in the test set's order.
+        zero_grad_share: share of the attack's image gradients that were zero in every pixel; None for clean accuracy.
+        distances: of an attack that looks for the nearest adversarial image: each image's distance in the attack's norm, 0
+            where it is misclassified as it is, None where nothing was found. None for other attacks.
+        batch_size: images per batch, after halvings for want of memory.
+    """
+
+    attack: str
+    accuracy: float
+    ci: tuple[float, float]
+    per_class: list[float | None]
+    robust_bits: str
+    correct: int
+    images: int
+    seconds: float
+    images_per_s: float
+    zero_grad_share: float | None
+    distances: list[float | None] | None
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        attack: str,
+        robust: Tensor,
+        labels: Tensor,
+        *,
+        classes: int,
+        seconds: float,
+        batch_size: int,
+        zero_grad_share: float | None = None,
+        distances: Tensor | None = None,
+    ) -> "Measurement":
+        """From which images stay correct, `robust` (N,) bool, their `labels` and `distances` (N,), infinite: none found."""
+        correct, total = int(robust.sum()), len(robust)
+        return cls(
+            attack=attack,
+            accuracy=correct / total,
+            ci=wilson(correct, total),
+            per_class=class_accuracies(robust, labels, classes),
+            robust_bits=pack_bits(robust),
+            correct=correct,
+            images=total,
+            seconds=seconds,
+            images_per_s=total / seconds,
+            zero_grad_share=zero_grad_share,
+            distances=None if distances is None else [d if isfinite(d) else None for d in distances.tolist()],
+            batch_size=batch_size,
+        )
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927): not empty at 0 % and 100 %, never outside [0, 1]."""
+    share, spread = correct / total, Z95**2 / total
+    half = Z95 * sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    # Rounding may leave the end of the range by an ulp.
+    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)
+
+
+def class_accuracies(robust: Tensor, labels: Tensor, classes: int) -> list[float | None]:
+    """The share of `robust` (N,) bool among the images of each class; None for a class without any."""
+    total = torch.bincount(labels, minlength=classes)
+    correct = torch.bincount(labels[robust], minlength=classes)
+    return [c / t if t else None for c, t in zip(correct.tolist(), total.tolist(), strict=True)]
+
+
+def pack_bits(mask: Tensor) -> str:
+    """A (N,) bool tensor as N / 4 hexadecimal digits, the first image in the highest bit."""
+    return np.packbits(mask.cpu().numpy()).tobytes().hex()
+
+
+def unpack_bits(bits: str, images: int) -> Tensor:
+    """The (N,) bool tensor that `pack_bits` was given."""
+    return torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images).astype(bool))
