@@ -14,6 +14,7 @@ from fastdynat.cli import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.evaluation import runs as evaluation
+from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.runs import load_network
 
 CPU = torch.device("cpu")
@@ -149,3 +150,33 @@ def test_best_and_last_in_one_folder_are_measured_once(tmp_path: Path, capsys: p
     best, last = evaluate(tmp_path / "e.json", run, "--attacks", "clean")
     assert capsys.readouterr().out.count("img/s)") == 1
     assert best == {**last, "checkpoint": "best"}
+
+
+def test_a_transfer_attack_is_made_on_the_source_and_counted_on_the_model() -> None:
+    model, source = tiny_cnn().eval(), tiny_cnn().eval()
+    images = ImageSet(torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    with torch.no_grad():
+        images.labels.copy_(model(images.images / 255).argmax(1))
+    attack = parse_attack("fgsm", eps=0.01, step_size=0.05)
+    x = (images.images / 255).requires_grad_()
+    torch.nn.functional.cross_entropy(source(x), images.labels).backward()
+    assert x.grad is not None
+    x_adv = (x + 0.01 * x.grad.sign()).clamp(0, 1).detach()
+    expected = int((model(x_adv).argmax(1) == images.labels).sum())
+    got = measure(model, images, attack, device=CPU, batch_size=16, seed=0, source=source)
+    assert got.correct == expected
+    assert got.correct > measure(model, images, attack, device=CPU, batch_size=16, seed=0).correct
+
+
+def test_images_that_do_not_stand_any_more_are_not_attacked_and_count_as_broken() -> None:
+    model = tiny_cnn().eval()
+    images = ImageSet(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (10,)))
+    attack, seen = parse_attack("pgd2", eps=0.001, step_size=0.001), []
+    standing = torch.arange(10) % 3 == 0
+    got = measure(model, images, attack, device=CPU, batch_size=3, seed=0, standing=standing, advance=seen.append)
+    assert sum(seen) == 4
+    alone = ImageSet(images.images[standing], images.labels[standing])
+    assert got.correct == measure(model, alone, attack, device=CPU, batch_size=3, seed=0).correct
+    assert not bool((unpack_bits(got.robust_bits, 10) & ~standing).any())
+    nobody = measure(model, images, attack, device=CPU, batch_size=3, seed=0, standing=torch.zeros(10, dtype=torch.bool))
+    assert nobody.accuracy == 0

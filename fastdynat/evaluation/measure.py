@@ -27,6 +27,8 @@ def measure(
     seed: int,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    source: nn.Module | None = None,
+    standing: Tensor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
@@ -39,6 +41,8 @@ def measure(
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
         amp_dtype: autocast for the attack; None is the images' float32.
+        source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s.
+        standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -46,12 +50,15 @@ def measure(
         Stopped: `should_stop` said so.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    wanted = None if standing is None else standing.nonzero().squeeze(1)
+    chosen = images if wanted is None else ImageSet(images.images[wanted], images.labels[wanted])
+    victim = model if source is None else source
     robust, distances = [], []
     zero, gradients = torch.zeros((), dtype=torch.int64, device=device), 0
     start = time.perf_counter()
-    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
+    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"), attack_mode(victim, "eval"):
         ascent: Ascent | None = None
-        for batch in eval_batches(images, batch_size=batch_size, device=device, channels_last=channels_last):
+        for batch in eval_batches(chosen, batch_size=batch_size, device=device, channels_last=channels_last):
             x, told = batch.x, 0.0
 
             def tick(share: float, size: int = len(x)) -> None:
@@ -64,7 +71,7 @@ def measure(
 
             tick(0)
             if attack.search is not None:
-                ascent = ascent or attacked(model, x, amp_dtype, channels_last)
+                ascent = ascent or attacked(victim, x, amp_dtype, channels_last)
                 result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
@@ -72,7 +79,9 @@ def measure(
             robust.append(predict(model, x) == batch.labels)
             tick(1)
         # Waits for the device, so the clock stops after the work.
-        mask = torch.cat(robust).cpu()
+        found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
+    nobody = torch.zeros(len(images.labels), dtype=torch.bool)
+    mask = found if wanted is None else nobody.index_copy(0, wanted, found)
     return Measurement.of(
         attack.name,
         mask,
