@@ -153,7 +153,7 @@ def test_best_and_last_in_one_folder_are_measured_once(tmp_path: Path, capsys: p
 
 
 def test_a_transfer_attack_is_made_on_the_source_and_counted_on_the_model() -> None:
-    model, source = tiny_cnn().eval(), tiny_cnn().eval()
+    model, source = tiny_cnn(seed=0).eval(), tiny_cnn(seed=1).eval()
     images = ImageSet(torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
     with torch.no_grad():
         images.labels.copy_(model(images.images / 255).argmax(1))
