@@ -12,7 +12,7 @@ from fastdynat.attacks.normball import PGD
 from fastdynat.attacks.pgd import pgd, run_pgd
 from fastdynat.attacks.rebatch import Tick, no_tick
 from fastdynat.attacks.search import AttackResult, Nearest, Radii, Search
-from fastdynat.attacks.steps import diameter, pgd_step, start_point
+from fastdynat.attacks.steps import diameter, pgd_step, start_point, usual_step
 
 __all__ = [
     "MIM",
@@ -52,5 +52,6 @@ __all__ = [
     "soft_cross_entropy",
     "start_point",
     "unmoved_twin",
+    "usual_step",
     "wide",
 ]

@@ -50,6 +50,9 @@ class PGDSpec:
             raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
         if self.norm == "l0" and self.eps != int(self.eps):
             raise UserError(f"eps under l0 is how many pixels may change, a whole number, got {self.eps:g}")
+        if self.norm == "l0" and self.start != "none":
+            # Noise takes all the pixels that may change, and others are taken instead only once they have come further.
+            raise UserError(f"start must be none under l0, got {self.start}: noise would keep the attack from choosing pixels")
         if self.step_size <= 0:
             raise UserError(f"step_size must be above 0 (pixel units), got {self.step_size:g}")
         if self.steps < 0:

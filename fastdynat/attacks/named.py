@@ -33,8 +33,8 @@ def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf")
     - ``bimK``: K steps of `step_size` from the image, 10 unless given (Kurakin et al. 2017): PGD without its random start.
     - ``mimK``: the same with momentum 1 over ``g / mean|g|`` (Dong et al. 2018), 10 unless given; L-inf and L2.
     - ``pgdK``, ``pgdK-R``: K steps of `step_size` on the cross-entropy from a uniform start (Madry et al. 2018), R restarts.
-      L1: along the 1 % largest gradient entries (SLIDE, Tramer & Boneh 2019); L0: `eps` is how many pixels may change (Croce &
-      Hein 2019).
+      L1: along the 1 % largest gradient entries (SLIDE, Tramer & Boneh 2019); L0: `eps` is how many pixels may change, and the
+      start is the image (Croce & Hein 2019).
     - ``cwK``, ``cwK-R``: the same on the margin ``max_{k != y} z_k - z_y``, K = 20 unless given: the "C&W-inf" of the
       adversarial-training literature (DYNAT, TRADES, MART). ``cwK-kC``, ``cwK-kC-R``: an image is driven on only until its
       margin is C, that is ``max(z_y - max_{k != y} z_k + C, 0)`` is descended (GAIRAT, MAIL: ``cw20-k50``).

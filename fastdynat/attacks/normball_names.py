@@ -33,13 +33,12 @@ def parse_normball(name: str, radii: Radii) -> PGD | None:
         return None
     kind, norm = match["kind"], radii.norm
     steps, restarts = int(match["steps"] or _STEPS[kind]), int(match["restarts"] or 1)
-    start = "none" if kind in ("bim", "mim") else "uniform"
+    start = "none" if kind in ("bim", "mim") or norm == "l0" else "uniform"
     if steps < 1 or restarts < 1:
         raise UserError(f"attack {name!r}: steps and restarts must be >= 1")
     if restarts > 1 and start == "none":
-        raise UserError(
-            f"attack {name!r}: {kind} starts at the image, every restart would be the same; use pgd{steps}-{restarts}"
-        )
+        remedy = "leave the restarts out" if norm == "l0" else f"use pgd{steps}-{restarts}"
+        raise UserError(f"attack {name!r}: under {norm} {kind} starts at the image, restarts would repeat it; {remedy}")
     if match["confidence"] and kind != "cw":
         raise UserError(f"attack {name!r}: a confidence is a part of the margin loss; use cw{steps}-k{match['confidence']}")
     if kind == "mim" and norm not in MIM_NORMS:

@@ -48,12 +48,17 @@ def diameter(norm: str, shape: Sequence[int]) -> float:
     return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries), "l0": float(pixels)}[norm]
 
 
+def usual_step(norm: str, eps: float) -> float:
+    """The step size that goes with a radius where none is named: eps / 4; under L0, an L1 length, 10 eps."""
+    # The L0 step is shared by all entries of the image before all but eps pixels are reset.
+    return 10 * eps if norm == "l0" else eps / 4
+
+
 def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:
     """Where the attack begins, inside [0, 1].
 
     "none": the image. "gaussian": image + 0.001 N(0, I), not projected on the ball (TRADES, DYNAT).
-    "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in [0, eps]; L0: noise uniform in
-    [0, 1] in the pixels, as many as may change, where it is farthest from the image.
+    "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in [0, eps]; L0 has none.
     """
     if start == "none":
         return x.clone()
@@ -68,9 +73,6 @@ def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: torc
     if norm == "l1":
         radius = eps * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=x.dtype)
         return (x + radius * _l1_direction(x, state)).clamp(0, 1)
-    if norm == "l0":
-        noise = random_start(torch.full_like(x, 0.5), state, kind="uniform", scale=0.5)
-        return pgd_step_l0(noise, torch.zeros_like(x), x, step_size=0.0, pixels=int(eps))
     return random_start(x, state, kind="uniform" if norm == "linf" else norm, scale=eps)
 
 
