@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import tiny_cnn
@@ -346,6 +347,13 @@ def test_half_precision_is_as_strong(norm: str, dtype: torch.dtype) -> None:
         clean, full, half = (float(goal.per_image(model(images)).mean()) for images in (x, *(r.x_adv for r in results)))
     assert results[1].x_adv.dtype == torch.float32
     assert half - clean > 0.97 * (full - clean) > 0
+
+
+@needs("cxx")
+def test_a_compiled_mim_is_the_same_attack() -> None:
+    case, attack = Case(), search("mim10@next")
+    compiled = AttackEngine(case.model, case.x[:2], switches=AttackSwitches(compile="default", fold=False), say=pytest.fail)
+    assert_same(attack(compiled.ascent, case.x, case.y).x_adv, attacked(case, attack))
 
 
 def test_starts_under_l1() -> None:
