@@ -349,6 +349,7 @@ def test_half_precision_is_as_strong(norm: str, dtype: torch.dtype) -> None:
     assert half - clean > 0.97 * (full - clean) > 0
 
 
+@pytest.mark.slow
 @needs("cxx")
 def test_a_compiled_mim_is_the_same_attack() -> None:
     case, attack = Case(), search("mim10@next")
