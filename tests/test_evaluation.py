@@ -123,9 +123,9 @@ def test_measure_restores_modes_leaves_the_global_generator_and_can_be_stopped()
     images = ImageSet(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (10,)))
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     attack = parse_attack("pgd2", eps=0.1, step_size=0.05)
-    seen: list[int] = []
+    seen: list[float] = []
     result = measure(model, images, attack, device=CPU, batch_size=4, seed=0, advance=seen.append)
-    assert seen == [4, 4, 2]
+    assert seen == [2, 2, 2, 2, 1, 1]  # after each of the two steps on 4, 4 and 2 images
     assert result.images == 10
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)

@@ -5,14 +5,17 @@ from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
+from fastdynat.attacks.mim import MIM
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
-from fastdynat.attacks.pgd import PGD, pgd, run_pgd
+from fastdynat.attacks.normball import PGD
+from fastdynat.attacks.pgd import pgd, run_pgd
 from fastdynat.attacks.rebatch import Tick, no_tick
 from fastdynat.attacks.search import AttackResult, Nearest, Radii, Search
-from fastdynat.attacks.steps import pgd_step, start_point
+from fastdynat.attacks.steps import diameter, pgd_step, start_point, usual_step
 
 __all__ = [
+    "MIM",
     "PGD",
     "Ascent",
     "AttackEngine",
@@ -34,6 +37,7 @@ __all__ = [
     "attack_mode",
     "boundary",
     "check_fidelity",
+    "diameter",
     "frozen_twin",
     "kl_from_log_probs",
     "margin",
@@ -48,5 +52,6 @@ __all__ = [
     "soft_cross_entropy",
     "start_point",
     "unmoved_twin",
+    "usual_step",
     "wide",
 ]

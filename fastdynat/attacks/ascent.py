@@ -28,7 +28,7 @@ FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class PGDSpec:
-    """The numbers of one attack. Radii in [0, 1] pixel units.
+    """The numbers of one attack. Sizes in [0, 1] pixel units; under L0 eps is a number of pixels, `step_size` an L1 length.
 
     The last iterate is returned (no best-loss selection, no freezing of images that are already misclassified); with
     several restarts an image keeps the run that fools the network, or else the one with the highest loss.
@@ -48,6 +48,11 @@ class PGDSpec:
             raise unknown_name("start", self.start, STARTS)
         if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):
             raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
+        if self.norm == "l0" and self.eps != int(self.eps):
+            raise UserError(f"eps under l0 is how many pixels may change, a whole number, got {self.eps:g}")
+        if self.norm == "l0" and self.start != "none":
+            # Noise takes all the pixels that may change, and others are taken instead only once they have come further.
+            raise UserError(f"start must be none under l0, got {self.start}: noise would keep the attack from choosing pixels")
         if self.step_size <= 0:
             raise UserError(f"step_size must be above 0 (pixel units), got {self.step_size:g}")
         if self.steps < 0:
@@ -58,7 +63,7 @@ class PGDSpec:
 
 @dataclass(frozen=True)
 class Underflow:
-    """What keeps image gradients from being flushed to zero in half precision. L-inf and L2 steps do not depend on it.
+    """What keeps image gradients from being flushed to zero in half precision. The steps of no norm depend on it.
 
     Attributes:
         rescale: per image, see `AttackGoal.logit_grad`.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdynat.ops import attack_logit_grad
 
 AttackLoss = Literal["ce", "kl", "margin", "dlr"]
-Kind = tuple[AttackLoss, bool, bool]  # an `AttackGoal` without its target
+Kind = tuple[AttackLoss, bool, bool, float]  # an `AttackGoal` without its target
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -65,23 +65,25 @@ class AttackGoal:
         target: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
         targeted: drive towards `target` instead of away from it.
         track: also count, per image, at how many iterates the network still gives the goal's class (`AttackResult.kept`).
+        confidence: a value above this counts as this, so that the image is driven no further: C&W's kappa, for "margin".
     """
 
     loss: AttackLoss
     target: Tensor
     targeted: bool = False
     track: bool = False
+    confidence: float = math.inf
 
     @property
     def kind(self) -> Kind:
         """Everything but the target: goals of one kind are computed by the same code."""
-        return self.loss, self.targeted, self.track
+        return self.loss, self.targeted, self.track, self.confidence
 
     @classmethod
     def of(cls, kind: Kind, target: Tensor) -> "AttackGoal":
         """The goal of `kind` about `target`."""
-        loss, targeted, track = kind
-        return cls(loss, target, targeted, track)
+        loss, targeted, track, confidence = kind
+        return cls(loss, target, targeted, track, confidence)
 
     def per_image(self, logits: Tensor) -> Tensor:
         """The value to maximise, (N,), at least float32. The sum over images is what attacks differentiate:
@@ -99,7 +101,8 @@ class AttackGoal:
             value = soft_cross_entropy(logits, self.target)
         else:
             value = F.cross_entropy(logits, self.target, reduction="none")
-        return -value if self.targeted else value
+        value = -value if self.targeted else value
+        return value if self.confidence == math.inf else value.clamp_max(self.confidence)
 
     def logit_grad(self, logits: Tensor, *, rescale: bool = False, loss_scale: float = 1.0) -> Tensor:
         """Gradient of ``per_image(logits).sum()`` with respect to `logits`, in their dtype, in closed form.
@@ -112,6 +115,8 @@ class AttackGoal:
         # What half precision has flushed to zero cannot be scaled any more.
         source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
         grad = attack_logit_grad(source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
+        if self.confidence < math.inf:
+            grad = grad.masked_fill((self.per_image(source) >= self.confidence)[:, None], 0)
         return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
 
     def reached(self, logits: Tensor) -> Tensor:

@@ -1,27 +1,27 @@
 """Projected gradient ascent (Madry et al. 2018), the attack of training and evaluation."""
 
-import re
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
-from fastdynat.attacks.goal import AttackGoal, AttackLoss
+from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.rebatch import Tick, no_tick
-from fastdynat.attacks.search import AttackResult, Radii
+from fastdynat.attacks.search import AttackResult
 from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
 
 
-def ascend(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor) -> AttackResult:
+def ascend(
+    ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor, tick: Tick = no_tick
+) -> AttackResult:
     """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes and grad mode."""
     step = ascent.step(goal, spec)
     x_adv, read = x_start, ascent.reads(x_start)
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
     kept = torch.zeros(len(x), dtype=torch.int64, device=x.device) if goal.track else None
-    for _ in range(spec.steps):
+    for i in range(spec.steps):
+        tick(i / spec.steps)
         x_adv, read, zeros, still = step(x_adv, read, x, goal.target)
         zero_grads = zero_grads + zeros
         kept = None if kept is None or still is None else kept + still
@@ -116,37 +116,3 @@ def check_batch(x: Tensor, goal: AttackGoal) -> None:
         raise UserError(f"images must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{hint}")
     if goal.target.shape[0] != x.shape[0]:
         raise UserError(f"{x.shape[0]} images but {goal.target.shape[0]} labels")
-
-
-@dataclass(frozen=True)
-class PGD:
-    """`run_pgd` as an attack of an evaluation: on every image, also on misclassified ones; the last iterate counts."""
-
-    loss: AttackLoss
-    spec: PGDSpec
-
-    @property
-    def norm(self) -> str:
-        return self.spec.norm
-
-    def __call__(
-        self, ascent: Ascent, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None, tick: Tick = no_tick
-    ) -> AttackResult:
-        return run_pgd(ascent, x, AttackGoal(self.loss, labels), self.spec, generator=generator)
-
-
-_PATTERN = re.compile(r"(?P<kind>pgd|cw)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")
-
-
-def parse_pgd(name: str, radii: Radii) -> PGD | None:
-    """``fgsm``, ``pgdK``, ``pgdK-R``, ``cw``, ``cwK``, ``cwK-R``: see `named.parse_attack`."""
-    if name == "fgsm":
-        return PGD("ce", PGDSpec(radii.eps, radii.eps, steps=1, norm=radii.norm, start="none"))
-    match = _PATTERN.fullmatch(name)
-    if match is None or (match["kind"] == "pgd" and match["steps"] is None):
-        return None
-    steps, restarts = int(match["steps"] or 20), int(match["restarts"] or 1)
-    if steps < 1 or restarts < 1:
-        raise UserError(f"attack {name!r}: steps and restarts must be >= 1")
-    loss: AttackLoss = "margin" if match["kind"] == "cw" else "ce"
-    return PGD(loss, PGDSpec(radii.eps, radii.step_size, steps, norm=radii.norm, restarts=restarts))

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from fastdynat.attacks import NamedAttack, parse_attacks
+from fastdynat.attacks import NamedAttack, diameter, parse_attacks, usual_step
 from fastdynat.config import AmpMode, CompileMode, DataConfig, Kernels, check_seed, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.devices import AMP_DTYPES, check_compile, check_kernels, pick_device
@@ -50,8 +50,8 @@ class EvalConfig:
     eps: float | str = "auto"
     """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps."""
     step_size: float | str = "auto"
-    """Step of pgd and cw; auto is eps / 4."""
-    norm: Literal["auto", "linf", "l2"] = "auto"
+    """Step of pgd and cw; auto is eps / 4, or 10 eps under l0."""
+    norm: Literal["auto", "linf", "l2", "l1", "l0"] = "auto"
     """Threat model; auto is the one the run was trained for."""
     checkpoints: Literal["both", "best", "last"] = "both"
     """Which checkpoints."""
@@ -213,7 +213,7 @@ def _attacks(config: EvalConfig, sidecar: Sidecar, console: Console) -> tuple[li
     norm = sidecar.norm if config.norm == "auto" else config.norm
     if norm != sidecar.norm and config.eps == "auto":
         raise UserError(f"the run was trained under {sidecar.norm}; --norm {norm} needs --eps")
-    limit = 1.0 if norm == "linf" else float(torch.Size(sidecar.image_shape).numel()) ** 0.5
+    limit = diameter(norm, sidecar.image_shape)
     values = []
     for what, text, automatic in (("eps", config.eps, sidecar.eval_eps), ("step_size", config.step_size, None)):
         size = None if text == "auto" else parse_size(text, what, norm=norm, limit=limit)
@@ -221,7 +221,7 @@ def _attacks(config: EvalConfig, sidecar: Sidecar, console: Console) -> tuple[li
             console.print(size.notice, markup=False)
         values.append(automatic if size is None else size.value)
     eps = float(values[0])  # type: ignore[arg-type]
-    step_size = eps / 4 if values[1] is None else values[1]
+    step_size = usual_step(norm, eps) if values[1] is None else values[1]
     return parse_attacks(config.attacks, eps=eps, step_size=step_size, norm=norm), eps, step_size, norm
 
 

@@ -1,0 +1,55 @@
+"""Several attempts on each image, the later ones only where the earlier ones failed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks.ascent import Ascent
+from fastdynat.attacks.goal import margin, wide
+from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.search import AttackResult
+
+# (rows of the batch (n,) int64, told the share that is done) -> the attack on these images
+Attempt = Callable[[Tensor, Tick], AttackResult]
+
+# An image is given up only where it is misclassified by more than this share of the logits' range: one that is so by less might
+# be classified correctly where the network rounds otherwise, as the replica that is attacked does, or half precision.
+CLEAR = 0.01
+
+
+def until_broken(
+    ascent: Ascent, x: Tensor, labels: Tensor, attempts: Sequence[Attempt], *, tick: Tick = no_tick
+) -> AttackResult:
+    """The first attempt is on all images `x` (N, C, H, W), each further one on those that still stand.
+
+    An image keeps what the attacked network misclassifies by most, or else is nearest to: the largest margin over its class
+    of `labels` (N,). Every attempt returns its last iterate; whether one before it was misclassified is not looked at.
+    """
+    rows = torch.arange(len(x), device=x.device)
+
+    def part(i: int) -> Tick:
+        return lambda share: tick((i + share) / len(attempts))
+
+    first = attempts[0](rows, part(0))
+    if len(attempts) == 1:
+        return first
+    x_adv, zero_grads, gradients = first.x_adv.clone(), first.zero_grads, first.gradients
+    best = _by_how_much(ascent, x_adv, labels)
+    for i, attempt in enumerate(attempts[1:], 1):
+        rows = (~(best > CLEAR)).nonzero().squeeze(1)  # a NaN is no verdict
+        if len(rows) == 0:
+            break
+        result = attempt(rows, part(i))
+        reached = _by_how_much(ascent, result.x_adv, labels[rows])
+        better = reached > best[rows]
+        x_adv[rows[better]], best[rows[better]] = result.x_adv[better], reached[better]
+        zero_grads, gradients = zero_grads + result.zero_grads, gradients + result.gradients
+    return AttackResult(x_adv, zero_grads, gradients)
+
+
+def _by_how_much(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
+    """(N,): the margin as a share of the logits' range, positive where the prediction is wrong."""
+    with torch.no_grad():
+        logits = wide(ascent.logits(x))
+    return margin(logits, labels) / (logits.amax(1) - logits.amin(1))
