@@ -9,7 +9,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.errors import UserError, first_line, unknown_name
 
 
 @cache
@@ -42,8 +42,7 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {reason}") from error
+        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {first_line(error)}") from error
     return model
 
 
@@ -69,8 +68,7 @@ def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]
                 raise
             return timm.create_model(name, **kwargs)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {reason}") from error
+        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {first_line(error)}") from error
 
 
 def _unknown(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
