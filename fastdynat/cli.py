@@ -35,6 +35,7 @@ from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed
 from fastdynat.engine.progress import error_console
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
+from fastdynat.export import ExportConfig, export_run
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 from fastdynat.pictures import check_picture
@@ -50,6 +51,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
   eval     accuracy of one or more runs under attacks
   compare  several training methods on the same data, budget and seeds
+  export   a run's network for RobustBench, torch.export or ONNX
   boundary picture of margins and the boundary's speed, of a run with --boundary-speed
   recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
@@ -103,6 +105,15 @@ class EvalCommand:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Hand RUN's network over as a file, which is read again and compared with the network before it is kept."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    export: ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +280,13 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _export(argv: list[str]) -> int:
+    command = tyro.cli(ExportCommand, args=normalize(argv, own=["--out"]), prog="fastdynat export", config=FLAT)
+    console = error_console()
+    export_run(command.run, command.export, lambda text: console.print(text, markup=False))
+    return 0
+
+
 def _boundary(argv: list[str]) -> int:
     command = tyro.cli(BoundaryCommand, args=normalize(argv), prog="fastdynat boundary", config=FLAT)
     require_run(command.run)
@@ -323,6 +341,7 @@ COMMANDS = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "export": _export,
     "boundary": _boundary,
     "recipes": _recipes,
     "bench": _bench,

@@ -18,3 +18,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, at most 160 characters; its type's name where it says nothing.
+
+    >>> first_line(ValueError("no\nway")), first_line(ValueError())
+    ('no', 'ValueError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

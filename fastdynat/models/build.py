@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.errors import UserError, first_line, unknown_name
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
@@ -99,16 +99,22 @@ def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, in
         return build_torchvision(rest.lower(), num_classes=num_classes, image_shape=image_shape)
     if rest and source.lower() == "timm":
         return build_timm(rest, num_classes=num_classes, image_shape=image_shape)
-    key, style = split_style(name)
-    for ours, make in OURS.items():
-        if ours.replace("_", "-") == key:
-            return make(num_classes=num_classes, in_channels=image_shape[0], style=style)
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", key):
-        depth, width = int(match[1]), int(match[2])
-        return WideResNet(depth=depth, width=width, num_classes=num_classes, in_channels=image_shape[0], style=style)
+    if make := our_network(name):
+        return make(num_classes=num_classes, in_channels=image_shape[0], style=split_style(name)[1])
     if name.lower() in torchvision_names():
         return build_torchvision(name.lower(), num_classes=num_classes, image_shape=image_shape)
     raise _unknown_model(name)
+
+
+def our_network(name: str) -> Callable[..., nn.Module] | None:
+    """Our class called `name`, whatever its style, or a partial of it; None where the name is not ours."""
+    key = split_style(name)[0]
+    for ours, make in OURS.items():
+        if ours.replace("_", "-") == key:
+            return make
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", key):
+        return partial(WideResNet, depth=int(match[1]), width=int(match[2]))
+    return None
 
 
 def _unknown_model(name: str) -> UserError:
@@ -118,7 +124,6 @@ def _unknown_model(name: str) -> UserError:
     return UserError(f"{message}known: {ours}, timm:NAME and torchvision's classifiers")
 
 
-@torch.no_grad()
 def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> None:
     """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as they were.
 
@@ -127,19 +132,27 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
     channels, height, width = image_shape
     size = f"{channels}x{height}x{width} images"
     remedy = "choose another --model or pass a larger --image-size"
+    try:
+        out = look(model, torch.zeros(2, *image_shape))
+    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"model {name!r} does not take {size} ({first_line(error)}); {remedy}") from error
+    if shape_of(out) != (2, num_classes):
+        raise UserError(f"model {name!r} maps two {size} to {shape_of(out)}, not to logits (2, {num_classes}); {remedy}")
+
+
+@torch.no_grad()
+def look(model: nn.Module, x: Tensor) -> object:
+    """What `model` returns in eval mode for `x`, which is brought to its device; mode, buffers and random state stay."""
     was_training = model.training
+    state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            out = model(torch.zeros(2, *image_shape, device=next(model.buffers()).device))
-    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"model {name!r} does not take {size} ({_first_line(error)}); {remedy}") from error
+            return model(x.to(state.device))
     finally:
         model.train(was_training)
-    if not isinstance(out, Tensor) or out.shape != (2, num_classes):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UserError(f"model {name!r} maps two {size} to {got}, not to logits (2, {num_classes}); {remedy}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def shape_of(out: object) -> tuple[int, ...] | str:
+    """The shape of a tensor; of anything else the name of its type."""
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.errors import UserError, first_line, unknown_name
 
 
 @cache
@@ -23,8 +23,7 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
 
     Raises: UserError for an unknown name, images that are not RGB, or a size that the network refuses.
     """
-    if name not in torchvision_names():
-        raise _unknown("torchvision model", name, torchvision_names(), "torchvision.models.list_models()")
+    require_torchvision(name)
     channels, height, width = image_shape
     if channels != 3:
         raise UserError(
@@ -42,8 +41,7 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {reason}") from error
+        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {first_line(error)}") from error
     return model
 
 
@@ -52,13 +50,8 @@ def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]
 
     Raises: UserError where timm is not installed, for an unknown name, or a size that the network refuses.
     """
-    if importlib.util.find_spec("timm") is None:
-        raise UserError(f"timm:{name} needs timm, which is not installed: pip install 'fastdynat[timm]'")
-    timm = importlib.import_module("timm")
+    timm = require_timm(name)
     channels, height, width = image_shape
-    base, _, _tag = name.partition(".")
-    if not timm.is_model(base):
-        raise _unknown("timm model", name, timm.list_models(), "timm.list_models()")
     kwargs: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
     try:
         try:
@@ -69,11 +62,29 @@ def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]
                 raise
             return timm.create_model(name, **kwargs)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {reason}") from error
+        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {first_line(error)}") from error
 
 
-def _unknown(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
-    # These libraries know hundreds of names, so only the nearest are worth printing.
+def require_torchvision(name: str) -> None:
+    """Raise UserError unless torchvision has the classifier `name`."""
+    if name not in torchvision_names():
+        raise unknown_of_many("torchvision model", name, torchvision_names(), "torchvision.models.list_models()")
+
+
+def require_timm(name: str) -> Any:
+    """The module timm, which has the model `name` (with or without the tag of its weights).
+
+    Raises: UserError where it is not installed or has no such model.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(f"timm:{name} needs timm, which is not installed: pip install 'fastdynat[timm]'")
+    timm = importlib.import_module("timm")
+    if not timm.is_model(name.partition(".")[0]):
+        raise unknown_of_many("timm model", name, timm.list_models(), "timm.list_models()")
+    return timm
+
+
+def unknown_of_many(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
+    """`unknown_name` for libraries with hundreds of names, of which only the nearest are worth printing; `lister` gives all."""
     message = str(unknown_name(kind, name, names)).partition("known:")[0].rstrip()
     return UserError(f"{message} {lister} gives all {len(names)}")

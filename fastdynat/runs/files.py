@@ -1,6 +1,8 @@
 """Files that are whole or absent: a kill at any moment leaves the old content or the new one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastdynat.errors import UserError
@@ -46,6 +48,18 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, with its suffix, for a file that takes the place of `path` if the block ends without an error."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def point(link: Path, target: str) -> None:

@@ -1,0 +1,92 @@
+"""`fastdynat export`: one checkpoint of a run as a file for others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from fastdynat.errors import UserError
+from fastdynat.export.accuracies import stored_accuracies
+from fastdynat.export.programs import check_onnx, write_onnx, write_torch
+from fastdynat.export.robustbench import THREATS, Paper, check_name, side_files, write_robustbench
+from fastdynat.runs import STATE, Sidecar, check_manifest, check_writable, load_network, read_sidecar, require_run
+from fastdynat.runs.files import replacing
+
+SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write one checkpoint as a file that others read; normalisation is inside, images are floats in [0, 1]."""
+
+    out: str
+    """File to write: NAME.pt for robustbench (NAME.json and NAME.py come beside it), .pt2 for torch, .onnx for onnx."""
+    format: Literal["robustbench", "torch", "onnx"] = "robustbench"
+    """robustbench: weights, source and model_info; torch: a torch.export program; onnx needs the extra `export`."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint."""
+    overwrite: bool = False
+    """Replace files that are there."""
+    dataset: str = "auto"
+    """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
+    paper: Paper = field(default_factory=Paper)
+
+
+def export_run(run: Path, config: ExportConfig, say: Callable[[str], None]) -> Path:
+    """Write the file, read it again, compare its logits with the network's on random images, and only then keep it.
+
+    Raises: UserError for a run, a file or a network that this cannot be done with; nothing was written then.
+    """
+    out = Path(config.out)
+    _check_out(out, config)
+    model, sidecar, weights = _checkpoint(run, config.checkpoint)
+    with replacing(out) as path:
+        if config.format == "robustbench":
+            difference = _write_robustbench(run, model, sidecar, weights, path, config, say)
+        else:
+            write = write_torch if config.format == "torch" else write_onnx
+            difference = write(model, sidecar.image_shape, path)
+    say(f"{out}: read again, its logits differ by at most {difference:.1e} on random images, in batches of 1 and 5")
+    return out
+
+
+def _check_out(out: Path, config: ExportConfig) -> None:
+    suffix = SUFFIXES[config.format]
+    if out.suffix != suffix:
+        raise UserError(f"--out of --format {config.format} must end in {suffix}, got {config.out!r}")
+    files: tuple[Path, ...] = (out,)
+    if config.format == "robustbench":
+        check_name(out)
+        files += side_files(out)
+    if config.format == "onnx":
+        check_onnx()
+    for path in files:
+        if path.exists() and not config.overwrite:
+            raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite")
+        check_writable(path)
+
+
+def _checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+    """The network of a run's checkpoint, what is known about it, and the sha256 of its weights."""
+    require_run(run)
+    if not (run / checkpoint).exists():
+        raise UserError(f"{run} has no {checkpoint} checkpoint; use the other --checkpoint, or train on")
+    # The link is followed once: the run may still be training, and move it.
+    files = (run / checkpoint).resolve()
+    check_manifest(files, optional=(STATE,))
+    weights = files / "model.safetensors"
+    network, sidecar = load_network(weights)
+    return network.requires_grad_(False), sidecar, read_sidecar(weights)[1]
+
+
+def _write_robustbench(
+    run: Path, model: nn.Module, sidecar: Sidecar, weights: str, path: Path, config: ExportConfig, say: Callable[[str], None]
+) -> float:
+    if sidecar.norm not in THREATS:
+        raise UserError(f"RobustBench has no threat model for {sidecar.norm}: use --format torch")
+    accuracies = stored_accuracies(run, weights, norm=sidecar.norm, eps=sidecar.eval_eps)
+    say(accuracies.note)
+    dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
+    return write_robustbench(model, sidecar, path, Path(config.out), dataset=dataset, paper=config.paper, accuracies=accuracies)

@@ -1,0 +1,122 @@
+"""Networks that this library did not train, for the evaluation: by the name they have elsewhere, or from the user's code."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError
+from fastdynat.models.build import look, shape_of
+from fastdynat.models.callables import network_of, where
+from fastdynat.models.external import build_timm, build_torchvision
+from fastdynat.models.statefile import put_state, read_state
+from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
+
+Shape = tuple[int, int, int]
+PROBABILITIES = (
+    "its outputs look like probabilities: the loss's gradients vanish and attacks look weaker than they are; return logits"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignModel:
+    """A network in eval mode, on the CPU where its maker put it there.
+
+    Attributes:
+        model: float images (N, C, H, W) in [0, 1] -> logits (N, num_classes).
+        name: what it was asked for by.
+        sha256: of that name, of the user's source file where there is one, and of all parameters and buffers by their names:
+            what predicts something else has another digest. A change in a file that theirs imports is not seen.
+        note: what was put in front of it, and what is suspicious about it; "" if nothing.
+    """
+
+    model: nn.Module
+    name: str
+    sha256: str
+    note: str
+
+
+def load_foreign(
+    name: str, *, num_classes: int | None = None, image_shape: Shape | None = None, weights: Path | None = None
+) -> ForeignModel:
+    """The network called `name`, checked to map images of `image_shape` to `num_classes` logits, as far as these are given.
+
+    Args:
+        name: one of
+            ``robustbench:NAME[:DATASET[:THREAT]]`` (cifar10 and Linf unless given);
+            ``torchvision:NAME``, ``timm:NAME``: with their default weights, whose mean and std are put in front;
+            ``module:callable``, ``path/to/file.py:callable``: returns an nn.Module; called with num_classes and image_shape if
+            it has parameters of these names. It takes images in [0, 1] as they are.
+        weights: a state dict (.safetensors, or torch.save without code) to load instead of the published or made weights.
+            Images come in [0, 1] as they are, unless the file brings this library's normalisation.
+
+    Raises: UserError where the name, the file, the download or the user's code fails, or the network does not fit.
+    """
+    kind, _, rest = name.partition(":")
+    if not kind or not rest:
+        raise UserError(
+            f"unknown network {name!r}: give robustbench:NAME, torchvision:NAME, timm:NAME, module:callable or "
+            "path/to/file.py:callable"
+        )
+    source = b""
+    if kind == "robustbench":
+        model, note = robustbench(rest, weights)
+    elif kind in ("torchvision", "timm"):
+        model, note = _external(kind, rest, num_classes, image_shape, weights)
+    else:
+        offered = {"num_classes": num_classes, "image_shape": image_shape}
+        model, source = network_of(name, {key: value for key, value in offered.items() if value is not None})
+        model, note = model if weights is None else put_state(model, read_state(weights), weights), ""
+    model.eval()
+    suspicion = "" if image_shape is None else _check(model, name, num_classes, image_shape)
+    return ForeignModel(
+        model=model, name=name, sha256=_digest(name, source, model), note="; ".join(filter(None, (note, suspicion)))
+    )
+
+
+def _external(
+    kind: str, name: str, num_classes: int | None, image_shape: Shape | None, weights: Path | None
+) -> tuple[nn.Module, str]:
+    if weights is None:
+        return torchvision_pretrained(name) if kind == "torchvision" else timm_pretrained(name)
+    if num_classes is None or image_shape is None:
+        raise UserError(f"{kind}:{name} with weights of your own needs num_classes and image_shape")
+    build, name = (build_torchvision, name.lower()) if kind == "torchvision" else (build_timm, name)
+    model = build(name, num_classes=num_classes, image_shape=image_shape)
+    return put_state(model, read_state(weights), weights), ""
+
+
+def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
+    """Run two random images through `model`; returns "" or, in words, why its outputs may be no logits.
+
+    Raises: UserError where it fails or returns another shape.
+    """
+    x = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    size = "x".join(map(str, image_shape)) + " images"
+    try:
+        out = look(model, x)
+    except Exception as error:
+        raise UserError(f"{name} does not take {size}: {where(error)}") from error
+    got, wanted = shape_of(out), "(2, classes)" if num_classes is None else str((2, num_classes))
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 2 or out.shape[1] != (num_classes or out.shape[1]):
+        raise UserError(
+            f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
+        )
+    if bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all()):
+        return PROBABILITIES
+    return ""
+
+
+def _digest(name: str, source: bytes, model: nn.Module) -> str:
+    digest = hashlib.sha256(name.encode())
+    digest.update(source)
+    for key, value in sorted(model.state_dict().items()):
+        # Extra state may be anything.
+        if not isinstance(value, Tensor):
+            digest.update(f"{key} {value!r}".encode())
+            continue
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

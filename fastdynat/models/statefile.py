@@ -1,0 +1,91 @@
+"""State dicts that others saved: read without running code, and put into a network whatever wrapper they were saved from."""
+
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError, first_line
+from fastdynat.models.build import Normalize
+
+HOLDERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep the state dict
+WRAPPER = re.compile(r"(module|_orig_mod|model)\.")  # DataParallel and averages, torch.compile, normalising wrappers
+OURS = re.compile(rf"(?:{WRAPPER.pattern})*normalize\.mean")
+SHOWN = 3
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in `path`: safetensors, or torch.save of one, plain or under `state_dict`, `model`, ...
+
+    Raises: UserError where the file is missing, damaged, needs code to open, or holds no state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with path.open("rb") as file:
+            if file.read(1) == b"<":
+                raise UserError(f"{path} is a web page, not weights: the download asked for a confirmation; fetch it by hand")
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path} is damaged, or holds more than tensors: save the state_dict alone ({reason})") from error
+    inner = (
+        next((stored[key] for key in HOLDERS if isinstance(stored.get(key), dict)), stored) if isinstance(stored, dict) else {}
+    )
+    state = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no state dict, plain or under {', '.join(HOLDERS)}")
+    return state
+
+
+def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Module:
+    """`model` with all of `state`; behind a `Normalize` where the state has one, as this library saves it, and the model none.
+
+    Wrappers' prefixes go from the front of a key, and only where the model has no such key. Batch norm's counter of batches,
+    which predicts nothing, may be missing or left over.
+
+    Raises: UserError naming keys that are missing or unexpected, or the first shape that differs.
+    """
+    mean = next((value for key, value in state.items() if OURS.fullmatch(key)), None)
+    if mean is not None and "normalize.mean" not in model.state_dict():
+        zeros = (0.0,) * mean.numel()
+        model = nn.Sequential(OrderedDict(normalize=Normalize(zeros, (1.0,) * mean.numel()), net=model))
+    wanted = model.state_dict().keys()
+    renamed = {_unwrapped(key, wanted): value for key, value in state.items()}
+    if len(renamed) < len(state):
+        raise UserError(f"{origin} holds two networks: keys that differ in nothing but module., model. or _orig_mod.")
+    try:
+        missing, unexpected = (
+            [key for key in keys if not key.endswith("num_batches_tracked")]
+            for keys in model.load_state_dict(renamed, strict=False)
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"{origin} is of another architecture:{''.join(str(error).splitlines()[1:2])}".replace("\t", " ")
+        ) from None
+    if missing or unexpected:
+        raise UserError(
+            f"{origin} is of another architecture: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}"
+        )
+    return model
+
+
+def _unwrapped(key: str, wanted: Collection[str]) -> str:
+    """`key` without the wrappers' prefixes, if that is a key of the network; else as it is."""
+    bare = key
+    while bare not in wanted and (match := WRAPPER.match(bare)):
+        bare = bare[match.end() :]
+    return bare if bare in wanted else key
+
+
+def _listed(what: str, keys: list[str]) -> str:
+    more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} keys {what}" + (f" ({', '.join(keys[:SHOWN])}{more})" if keys else "")

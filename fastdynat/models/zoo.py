@@ -1,0 +1,98 @@
+"""Networks of RobustBench, torchvision and timm with the weights that these publish, behind the normalisation those expect."""
+
+import importlib
+import importlib.util
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.build import Normalize
+from fastdynat.models.callables import where
+from fastdynat.models.external import require_timm, require_torchvision, unknown_of_many
+from fastdynat.models.statefile import put_state, read_state
+
+
+def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
+    """torchvision's classifier `name` with its default weights, and a note on what stands in front of it."""
+    name = name.lower()
+    require_torchvision(name)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    net = _downloaded(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=weights))
+    transforms = weights.transforms()
+    return _normalised(net, transforms.mean, transforms.std, f"weights {weights}")
+
+
+def timm_pretrained(name: str) -> tuple[nn.Module, str]:
+    """timm's model `name`, with the tag of its weights or with the default ones, and a note on what stands in front of it."""
+    timm = require_timm(name)
+    net = _downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+    config = net.pretrained_cfg
+    return _normalised(net, config["mean"], config["std"], f"weights {config['architecture']}.{config['tag']}")
+
+
+def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
+    """RobustBench's model NAME[:DATASET[:THREAT]] (cifar10, Linf), with its own weights or those in the file `weights`.
+
+    Raises: UserError where robustbench is not installed, has no such model, or cannot download it.
+    """
+    name, dataset, threat = (rest.split(":") + ["cifar10", "Linf"][rest.count(":") :])[:3]
+    if rest.count(":") > 2:
+        raise UserError(f"robustbench:{rest}: the form is robustbench:NAME[:DATASET[:THREAT]]")
+    if importlib.util.find_spec("robustbench") is None:
+        raise UserError(f"robustbench:{rest} needs robustbench, which is not installed: pip install robustbench")
+    zoo, utils = _import_robustbench()
+    models = zoo.model_dicts
+    for key, kind in ((dataset, "data set"), (threat, "threat model")):
+        known = {member.value: member for member in models}
+        if key not in known:
+            raise unknown_name(f"RobustBench {kind}", key, known)
+        models = models[known[key]]
+    if name not in models:
+        raise unknown_of_many(f"RobustBench model for {dataset}, {threat}", name, list(models), "its leaderboard")
+    if weights is not None:
+        return put_state(models[name]["model"](), read_state(weights), weights), ""
+    options = {"dataset": dataset, "threat_model": threat}
+    return _downloaded(f"robustbench:{rest}", lambda: utils.load_model(name, **options)), "weights of its zoo, kept in ./models"
+
+
+def _import_robustbench() -> tuple[Any, Any]:
+    try:
+        with _autoattack_by_its_name_on_pypi():
+            return importlib.import_module("robustbench.model_zoo"), importlib.import_module("robustbench.utils")
+    except Exception as error:
+        raise UserError(f"robustbench is installed but cannot be imported: {where(error)}") from error
+
+
+@contextmanager
+def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
+    """robustbench imports `autoattack`, which on PyPI, where it requires it from, is called `pyautoattack`."""
+    lent = {"autoattack": "pyautoattack", "autoattack.state": "pyautoattack.state"}
+    if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
+        lent = {}
+    try:
+        sys.modules.update({name: importlib.import_module(real) for name, real in lent.items()})
+        yield
+    finally:
+        for name in lent:
+            sys.modules.pop(name, None)
+
+
+def _downloaded(name: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns. A failed download raises what its library likes."""
+    try:
+        return load()
+    except Exception as error:
+        remedy = "its weights are downloaded once, which needs a network; or give them with --weights FILE"
+        raise UserError(f"cannot load {name}: {remedy} ({where(error)})") from error
+
+
+def _normalised(net: nn.Module, mean: Sequence[float], std: Sequence[float], note: str) -> tuple[nn.Module, str]:
+    model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+    return model, f"{note}; their normalisation is in front: mean {tuple(mean)}, std {tuple(std)}"
