@@ -266,7 +266,7 @@ def _fit(trainer: Trainer, say: Any) -> int:
 
 def _eval(argv: list[str]) -> int:
     command = tyro.cli(EvalCommand, args=normalize(argv), prog="fastdynat eval", config=FLAT)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if command.list_attacks:
         table = Table("attack", "what it is")
         for row in KNOWN.items():

@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdynat.evaluation.record import median_distance
-from fastdynat.units import describe
 
 Values = dict[str, Any]
 
@@ -25,6 +24,14 @@ def print_results(records: list[Values], console: Console, *, per_class: bool = 
 
 
 def _accuracies(records: list[Values], console: Console) -> None:
+    table = _accuracy_table(records, between=" ")
+    # Two lines per row where one is too long to be shown whole.
+    console.print(table if console.measure(table).maximum <= console.width else _accuracy_table(records, between="\n"))
+    worst = "worst: images that stay correct under every attack of the row" + _left_out(records)
+    console.print(f"{worst}; gap: clean - strongest attack", markup=False, highlight=False, soft_wrap=True)
+
+
+def _accuracy_table(records: list[Values], *, between: str) -> Table:
     names = list(dict.fromkeys(a["attack"] for r in records for a in r["attacks"]))
     images = " and ".join(sorted({_images(r) for r in records}))
     table = Table(title=f"accuracy in % ± half a 95 % interval, {images}", title_justify="left")
@@ -33,20 +40,18 @@ def _accuracies(records: list[Values], console: Console) -> None:
     for column in ("eps", *names, "worst", "gap"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in records:
-        cells = {a["attack"]: share(a) for a in r["attacks"]}
-        gap = "-" if r["robustness_gap"] is None else f"{100 * r['robustness_gap']:.2f}"
-        worst = "-" if r["worst"] is None else share(r["worst"])
         about = [_text(r[key]) for key in ("run", "method", "checkpoint", "epoch")]
-        table.add_row(*about, _radius(r), *(cells.get(name, "-") for name in names), worst, gap)
-    console.print(table)
-    worst = "worst: images that stay correct under every attack of the row" + _left_out(records)
-    console.print(f"{worst}; gap: clean - strongest attack", markup=False, highlight=False, soft_wrap=True)
+        cells = {a["attack"]: share(a, between) for a in r["attacks"]}
+        worst = "-" if r["worst"] is None else share(r["worst"], between)
+        gap = "-" if r["robustness_gap"] is None else f"{100 * r['robustness_gap']:.2f}"
+        table.add_row(*about, _radius(r).replace(" ", between), *(cells.get(name, "-") for name in names), worst, gap)
+    return table
 
 
-def share(values: Values) -> str:
+def share(values: Values, between: str = " ") -> str:
     """An accuracy with half the width of its interval, in %."""
     low, high = values["ci"]
-    return f"{100 * values['accuracy']:.2f} ±{50 * (high - low):.2f}"
+    return f"{100 * values['accuracy']:.2f}{between}±{50 * (high - low):.2f}"
 
 
 def _images(record: Values) -> str:
@@ -55,7 +60,8 @@ def _images(record: Values) -> str:
 
 
 def _radius(record: Values) -> str:
-    return f"{record['norm']} {describe(record['eps'])}" if record["norm"] == "linf" else f"{record['norm']} {record['eps']:g}"
+    size = f"{255 * record['eps']:.4g}/255" if record["norm"] == "linf" else f"{record['eps']:.4g}"
+    return f"{record['norm']} {size}"
 
 
 def _text(value: object) -> str:
