@@ -142,7 +142,7 @@ class Planner:
         if self.config.data == "auto":
             raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
         info, images = self._test_set(self.config.data, DataConfig().data_dir, self.config.image_size, download=True)
-        network, weights = _load_foreign(name, info, self.config.weights)
+        network, weights = _load_foreign(name, info, self.config.weights, self.say)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
         if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
             self.say(f"{name}: no --eps, so 8/255 under linf")
@@ -212,7 +212,7 @@ class Planner:
         name = self.config.source
         assert name is not None
         if info not in self._sources:
-            self._sources[info] = _load_source(name, info)
+            self._sources[info] = _load_source(name, info, self.say)
         return self._sources[info]
 
     def _check_source(self, targets: list[Target]) -> None:
@@ -236,18 +236,20 @@ def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     return network, sidecar, read_sidecar(weights)[1]
 
 
-def _load_foreign(name: str, info: DatasetInfo, weights: str | None) -> tuple[nn.Module, str]:
+def _load_foreign(name: str, info: DatasetInfo, weights: str | None, say: Say) -> tuple[nn.Module, str]:
     """A model that we did not train and the sha256 of its weights."""
     from fastdynat.models.foreign import load_foreign  # type: ignore[import-not-found]
 
     file = None if weights is None else Path(weights)
     found = load_foreign(name, num_classes=info.num_classes, image_shape=info.image_shape, weights=file)
+    if found.note:
+        say(f"{name}: {found.note}")
     return found.model, found.sha256
 
 
-def _load_source(name: str, info: DatasetInfo) -> Source:
+def _load_source(name: str, info: DatasetInfo, say: Say) -> Source:
     if _is_model(name):
-        network, sha256 = _load_foreign(name, info, None)
+        network, sha256 = _load_foreign(name, info, None, say)
         return Source(network.eval(), sha256)
     path = guide_weights(Path(name))
     network, sidecar = load_network(path)

@@ -1,6 +1,7 @@
 """One network's results as the JSON file holds them."""
 
 import statistics
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def counts_in_ball(column: Column, result: Values, norm: str) -> bool:
     search = None if column.attack is None else column.attack.search
     if search is None:  # clean, and AutoAttack, which takes the row's radius
         return True
-    return search.norm == norm and (result["distances"] is None or getattr(search, "eps", None) is not None)
+    return search.norm == norm and (result["distances"] is None or isfinite(getattr(search, "eps", inf)))
 
 
 def worst_case(results: list[Values]) -> Values | None:

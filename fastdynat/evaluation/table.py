@@ -8,6 +8,7 @@ from rich.table import Table
 from fastdynat.evaluation.record import median_distance
 
 Values = dict[str, Any]
+WIDE = 10_000  # columns of text, more than any table needs
 
 
 def print_results(records: list[Values], console: Console, *, per_class: bool = False) -> None:
@@ -25,8 +26,9 @@ def print_results(records: list[Values], console: Console, *, per_class: bool = 
 
 def _accuracies(records: list[Values], console: Console) -> None:
     table = _accuracy_table(records, between=" ")
+    wanted = console.measure(table, options=console.options.update(width=WIDE)).maximum
     # Two lines per row where one is too long to be shown whole.
-    console.print(table if console.measure(table).maximum <= console.width else _accuracy_table(records, between="\n"))
+    console.print(table if wanted <= console.width else _accuracy_table(records, between="\n"))
     worst = "worst: images that stay correct under every attack of the row" + _left_out(records)
     console.print(f"{worst}; gap: clean - strongest attack", markup=False, highlight=False, soft_wrap=True)
 
