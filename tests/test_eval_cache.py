@@ -242,7 +242,7 @@ def test_a_stop_between_attacks_keeps_what_is_finished(
 
 
 def test_ctrl_c_in_a_long_attack(run: Path) -> None:
-    flags = ["--checkpoints", "last", "--batch-size", "4", "--attacks", "clean,pgd100-2"]
+    flags = ["--checkpoints", "last", "--batch-size", "4", "--attacks", "clean,pgd100"]
     command = [sys.executable, "-u", "-m", "fastdynat", "eval", str(run), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

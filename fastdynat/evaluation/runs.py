@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastdynat.evaluation.cells import Cells, Known
 from fastdynat.evaluation.config import EvalConfig, check_config
+from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.evaluation.meter import Meter
 from fastdynat.evaluation.plan import Planner, Target, TestSets
@@ -81,8 +82,10 @@ def measure_runs(
     device = check_config(config)
     known = {} if known is None else known  # best and last are often one folder, which is then measured once
     records: list[Values] = []
-    with exact_float32(), use_backend(config.kernels), Meter(console) as meter:
-        for target in Planner(config, meter.say, {} if tests is None else tests).plan(names):
+    meter = Meter(console)
+    targets = Planner(config, meter.say, {} if tests is None else tests).plan(names)
+    with exact_float32(), use_backend(config.kernels), meter:
+        for target in targets:
             done = list(records)
 
             def tell(record: Values, done: list[Values] = done) -> None:
@@ -124,19 +127,24 @@ def _check(
     """Signs of masked gradients, each check as plain values."""
     from fastdynat.evaluation.masking import check_masking  # type: ignore[import-not-found]
 
-    with meter.attack(f"{target.title} checks", len(target.images)) as advance:
-        report = check_masking(
-            target.network,
-            target.images,
-            norm=target.radius.norm,
-            eps=target.radius.eps,
-            device=device,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            source=None if target.source is None else target.source.network.to(device).requires_grad_(False),
-            should_stop=should_stop,
-            advance=advance,
-        )
+    source = None if target.source is None else target.source.network.to(device).requires_grad_(False)
+
+    def run(batch_size: int) -> Any:
+        with meter.attack(f"{target.title} checks", len(target.images)) as advance:
+            return check_masking(
+                target.network,
+                target.images,
+                norm=target.radius.norm,
+                eps=target.radius.eps,
+                device=device,
+                batch_size=batch_size,
+                seed=config.seed,
+                source=source,
+                should_stop=should_stop,
+                advance=advance,
+            )
+
+    report = with_halving(run, config.batch_size, meter.say)
     return [asdict(check) for check in report.checks]
 
 
