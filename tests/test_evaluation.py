@@ -13,7 +13,7 @@ from fastdynat.attacks.steps import start_point
 from fastdynat.cli import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.evaluation import Stopped, measure
-from fastdynat.evaluation import runs as evaluation
+from fastdynat.evaluation import cells as evaluation
 from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.runs import load_network
 
@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def evaluate(out: Path, *argv: object) -> list[dict[str, Any]]:
     assert main(["eval", *(str(a) for a in argv), "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    assert document["format"] == "fastdynat-eval/1"
+    assert document["format"] == "fastdynat-eval/2"
     assert document["environment"]["torch"] == torch.__version__
     results: list[dict[str, Any]] = document["results"]
     return results

@@ -1,4 +1,4 @@
-"""The names of the attacks that stay in a ball: what each means is said in `named.parse_attack`."""
+"""The names of the attacks that stay in a ball: what each means is said in `named.ATTACKS`."""
 
 import math
 import re
@@ -12,11 +12,6 @@ from fastdynat.attacks.search import Radii
 from fastdynat.attacks.targets import check_rule
 from fastdynat.errors import UserError
 
-# To compare a misspelt name with.
-EXAMPLES = (
-    *("fgsm", "fgsm-rs", "fgsm-small", "bim", "bim10", "mim", "mim10", "pgd10", "pgd20", "pgd50", "pgd50-10"),
-    *("cw", "cw20", "cw20-k50", "pgd20@least", "pgd20@random", "pgd20@second", "pgd20@next", "pgd20@all"),
-)
 _STEPS = {"cw": 20, "bim": 10, "mim": 10}
 _PATTERN = re.compile(
     r"(?P<kind>pgd|cw|bim|mim)(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?"
@@ -25,7 +20,7 @@ _FGSM = re.compile(r"fgsm(?P<variant>-rs|-small)?(?:@(?P<target>\w*))?")
 
 
 def parse_normball(name: str, radii: Radii) -> PGD | None:
-    """The attack called `name`; see `named.parse_attack`."""
+    """The attack called `name`; see `named.ATTACKS`."""
     if match := _FGSM.fullmatch(name):
         return _fgsm(name, match, radii)
     match = _PATTERN.fullmatch(name)

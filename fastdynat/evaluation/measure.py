@@ -76,6 +76,8 @@ def measure(
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance)
+                    # What was found outside the ball says nothing about it: the image itself counts.
+                    x = torch.where(result.outside[:, None, None, None], batch.x, x)
             robust.append(predict(model, x) == batch.labels)
             tick(1)
         # Waits for the device, so the clock stops after the work.
