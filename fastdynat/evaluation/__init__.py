@@ -1,11 +1,14 @@
 """Evaluation: accuracy under named attacks, and tables over runs."""
 
+from fastdynat.evaluation.autoattack import AutoAttack
 from fastdynat.evaluation.boundary_speed import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement
+from fastdynat.evaluation.reference import merge_shards, run_reference
 from fastdynat.evaluation.runs import EvalConfig, TestSets, evaluate_runs, measure_runs
 
 __all__ = [
+    "AutoAttack",
     "BoundarySpeed",
     "EvalConfig",
     "Measurement",
@@ -15,4 +18,6 @@ __all__ = [
     "evaluate_runs",
     "measure",
     "measure_runs",
+    "merge_shards",
+    "run_reference",
 ]

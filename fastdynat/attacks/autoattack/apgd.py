@@ -82,6 +82,14 @@ class APGD:
     ) -> APGDResult:
         return run_apgd(ascent, x, labels, self, generator=generator, tick=tick)
 
+    def check_classes(self, classes: int) -> None:
+        """Raise UserError where the loss is not defined for so few classes."""
+        needed = {"ce": 2, "dlr": 3, "dlr-t": 4}[self.loss]
+        if classes < needed:
+            raise UserError(
+                f"the loss {self.loss} needs {needed} classes, the network has {classes}; attack by apgd-ce instead"
+            )
+
     def phases(self) -> list[tuple[float, int]]:
         """Radius and steps, one after the other."""
         if not self.larger_eps:
@@ -179,7 +187,8 @@ def run_apgd(
     zero_grads, gradients = torch.zeros((), dtype=torch.int64, device=x.device), 0
     runs = len(targets) * spec.restarts
     for run in range(runs):
-        if bool(broken.all()):
+        standing = len(x) - int(broken.sum())
+        if standing == 0:
             break
         target = targets[run // spec.restarts]
         start = None if x_starts is None else x_starts[run]
@@ -188,7 +197,7 @@ def run_apgd(
             tick((run + share) / runs)
 
         end = _one_run(ascent, x, labels, target, spec, broken, start, generator, told)
-        zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + len(x)
+        zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
         better = ~broken & (end.over | (end.loss > loss))
         best, loss = _put(best, better, end.best), torch.where(better, end.loss, loss)
         broken = broken | end.over
@@ -197,9 +206,8 @@ def run_apgd(
 
 def _targets(logits: Tensor, labels: Tensor, spec: APGD) -> list[Tensor]:
     """The class that each run drives towards; the labels, which nobody reads, for a loss that has none."""
-    classes, needed = logits.shape[1], {"ce": 2, "dlr": 3, "dlr-t": 4}[spec.loss]
-    if classes < needed:
-        raise UserError(f"the loss {spec.loss} needs {needed} classes, the network has {classes}; use apgd-ce")
+    classes = logits.shape[1]
+    spec.check_classes(classes)
     if spec.loss != "dlr-t":
         return [labels]
     order = logits.argsort(1, descending=True)
@@ -282,9 +290,7 @@ def _stepper(ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool) 
             x_adv = _move(spec, eps, s.x_adv, None, s.grad, s.size, s.share, s.x, s.low, s.high)
             grad, loss, wrong = _look(ascent, ascent.pull, spec, x_adv, s.labels, s.target)
         else:
-            x_adv, grad, loss, wrong = turn(
-                s.x_adv, s.x_old, s.grad, s.size, s.share, s.x, s.low, s.high, s.labels, s.target
-            )
+            x_adv, grad, loss, wrong = turn(s.x_adv, s.x_old, s.grad, s.size, s.share, s.x, s.low, s.high, s.labels, s.target)
         falls = wrong & last
         better = ~s.over & ((loss > s.loss) | falls)
         s = replace(
