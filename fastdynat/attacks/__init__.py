@@ -1,6 +1,8 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attacks.autoattack.apgd import APGD, APGDResult, run_apgd
+from fastdynat.attacks.autoattack.standard import VERSIONS, stages
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
@@ -16,7 +18,10 @@ from fastdynat.attacks.steps import diameter, pgd_step, start_point, usual_step
 
 __all__ = [
     "MIM",
+    "APGD",
     "PGD",
+    "VERSIONS",
+    "APGDResult",
     "Ascent",
     "AttackEngine",
     "AttackGoal",
@@ -47,9 +52,11 @@ __all__ = [
     "pgd",
     "pgd_step",
     "rival_loss",
+    "run_apgd",
     "run_pgd",
     "set_attack_mode",
     "soft_cross_entropy",
+    "stages",
     "start_point",
     "unmoved_twin",
     "usual_step",

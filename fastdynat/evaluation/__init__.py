@@ -1,14 +1,17 @@
 """Evaluation: accuracy under named attacks, and tables over runs."""
 
+from fastdynat.evaluation.autoattack import AutoAttack
 from fastdynat.evaluation.boundary_speed import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.config import EvalConfig
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.evaluation.plan import TestSets
+from fastdynat.evaluation.reference import merge_shards, run_reference
 from fastdynat.evaluation.runs import evaluate_runs, measure_runs
 from fastdynat.evaluation.store import read_measurements
 
 __all__ = [
+    "AutoAttack",
     "BoundarySpeed",
     "EvalConfig",
     "Measurement",
@@ -19,4 +22,6 @@ __all__ = [
     "measure",
     "measure_runs",
     "read_measurements",
+    "merge_shards",
+    "run_reference",
 ]

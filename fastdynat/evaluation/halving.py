@@ -33,7 +33,7 @@ def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], 
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(f"out of memory: begun again with {batch_size} images per batch; --batch-size {batch_size} avoids the first try")
+        say(f"out of memory: begun again with {batch_size} images per batch; that as the batch size avoids the first try")
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -108,7 +108,7 @@ def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, 
         return Ascent(model, dtype=amp_dtype)
 
 
-def predict(model: nn.Module, x: Tensor) -> Tensor:
+def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The classes (N,) that `model` gives to `x`."""
     with torch.no_grad():
         return model(x).argmax(1)

@@ -1,0 +1,248 @@
+"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the fast attack engine, with the constructor of the authors' package."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks import APGD, Ascent, NamedAttack, attack_mode, stages
+from fastdynat.devices import pick_device
+from fastdynat.errors import UserError
+from fastdynat.evaluation import staged
+from fastdynat.evaluation.defences import check_answers, check_gradients, check_square
+from fastdynat.evaluation.halving import with_halving
+from fastdynat.evaluation.measure import attacked, exact_float32, predict
+from fastdynat.runs.files import check_writable
+
+NORMS = ("linf", "l2", "l1")
+BATCH_SIZE = 250
+BEYOND = 1e-5  # a perturbation may be longer than eps by this share of it: rounding
+
+
+class AutoAttack:
+    """Worst case over the attacks of a version, each on the images that those before it left standing.
+
+    The attacks work on a fast replica of the network; every verdict is the network's own, in float32 and, for an
+    ``nn.Module``, in eval mode, on a point that is in the ball and in [0, 1]. Its modes and gradients stay as they were, and
+    the caller may be under ``no_grad``. What is no ``nn.Module`` runs as it is: a defence that needs its train mode is given
+    as a function that calls it.
+
+    Attributes:
+        stages: the attacks with their numbers, in order; a list that may be changed.
+        seconds: by stage, of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        norm: str = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        verbose: bool = True,
+        attacks_to_run: Sequence[str] = (),
+        version: str = "standard",
+        is_tf_model: bool = False,
+        device: str | torch.device = "cuda",
+        log_path: str | Path | None = None,
+        *,
+        attacks: Sequence[str] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: images in [0, 1] -> logits (N, K); on `device`.
+            norm: Linf, L2 or L1.
+            eps: radius in [0, 1] pixel units.
+            seed: of every batch of every stage; None draws one for each evaluation.
+            verbose: print a line per stage.
+            attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
+            version: standard, plus, rand or custom.
+            is_tf_model: must be False.
+            device: where images are attacked.
+            log_path: append the lines to this file.
+
+        Raises:
+            UserError: arguments that do not fit.
+        """
+        if is_tf_model:
+            raise UserError("is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes them")
+        if norm.lower() not in NORMS:
+            raise UserError(f"norm must be Linf, L2 or L1, got {norm!r}")
+        if not 0 < eps < float("inf"):
+            raise UserError(f"eps must be above 0, in [0, 1] pixel units, got {eps!r}; write 8/255")
+        self.model, self.norm, self.eps, self.seed = model, norm.lower(), float(eps), seed
+        self.verbose, self.version, self.log_path = verbose, version, None if log_path is None else Path(log_path)
+        if self.log_path is not None:
+            check_writable(self.log_path)
+        self.device = pick_device(str(device))
+        self.stages = stages(self.norm, self.eps, version, attacks_to_run if attacks is None else attacks)
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def attacks_to_run(self) -> list[str]:
+        """The names of the stages."""
+        return [stage.name for stage in self.stages]
+
+    def run_standard_evaluation(
+        self,
+        x: Tensor,
+        y: Tensor,
+        bs: int = BATCH_SIZE,
+        return_labels: bool = False,
+        state_path: str | Path | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Attack every image.
+
+        Args:
+            x: (N, C, H, W), float32 in [0, 1].
+            y: (N,) int64.
+            bs, batch_size: images per batch; halved, with a note, where memory runs out.
+            return_labels: also return the classes that the network gives to the result.
+            state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there, with the
+                same verdicts. Images that fell before are then returned as they are.
+
+        Returns:
+            (N, C, H, W), on the device of `x`: the image itself where it stands; with `return_labels` also (N,) int64.
+
+        Raises:
+            UserError: images or labels do not fit, too few classes, or the state is of another evaluation.
+        """
+        return self._evaluate(
+            self.stages, x, y, batch_size or bs, return_labels, None if state_path is None else Path(state_path)
+        )
+
+    def run_standard_evaluation_individual(
+        self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, return_labels: bool = False, *, batch_size: int | None = None
+    ) -> dict[str, Any]:
+        """By name of the stage, what `run_standard_evaluation` returns for this stage alone."""
+        return {stage.name: self._evaluate([stage], x, y, batch_size or bs, return_labels, None) for stage in self.stages}
+
+    def clean_accuracy(self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None) -> float:
+        """The share of images that the network classifies as labelled."""
+        check_images(x, y, batch_size or bs)
+        with self._settled():
+            accuracy = float((self._classes(x, batch_size or bs) == y).double().mean())
+        self._say(f"clean accuracy: {accuracy:.2%}")
+        return accuracy
+
+    def _evaluate(
+        self, chosen: Sequence[NamedAttack], x: Tensor, y: Tensor, bs: int, return_labels: bool, path: Path | None
+    ) -> Any:
+        check_images(x, y, bs)
+        with self._settled():
+            first = x[:bs].to(self.device)
+            classes = check_answers(self.model, first, y[:bs].to(self.device), randomised=self.version == "rand")
+            fitted = [self._fitted(stage, classes) for stage in chosen]
+            clean = self._classes(x, bs)
+            attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
+            own = staged.identity(self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs})
+            progress = staged.restore(path, own)
+            if progress is None:
+                seed = random.SystemRandom().getrandbits(31) if self.seed is None else self.seed
+                progress = staged.begin(own, clean == y, seed)
+            correct = float((clean == y).double().mean())
+            names = [stage.name for stage in fitted]
+            self._say(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
+            run = _Batches(self.model, fitted, first, self.norm, self.eps, progress.seed, bs, self._say)
+            x_adv = staged.run_stages(run.attack, run.fooled, x, y, progress, names, bs, path, self._say)
+            run.warn()
+            check_square({"clean": correct, **progress.accuracies})
+            self.seconds = dict(progress.seconds)
+            return (x_adv, self._classes(x_adv, bs)) if return_labels else x_adv
+
+    def _fitted(self, stage: NamedAttack, classes: int) -> NamedAttack:
+        """`stage` for a network of so many classes."""
+        search: Any = stage.search
+        if isinstance(search, APGD):
+            search.check_classes(classes)
+        if getattr(search, "targets", 0) < classes:
+            return stage
+        self._say(f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more")
+        return NamedAttack(stage.name, replace(search, targets=classes - 1))
+
+    def _classes(self, x: Tensor, bs: int) -> Tensor:
+        """The class of each image, (N,), on the device of `x`."""
+        return torch.cat([predict(self.model, part.to(self.device)).to(x.device) for part in x.split(bs)])
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Float32, eval mode and gradients, whatever the caller is in."""
+        mode = attack_mode(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext()
+        with exact_float32(), torch.inference_mode(False), torch.enable_grad(), mode:
+            yield
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+        if self.log_path is not None:
+            with self.log_path.open("a") as file:
+                file.write(text + "\n")
+
+
+class _Batches:
+    """Attacks batches on a replica and judges by the network itself."""
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        chosen: Sequence[NamedAttack],
+        example: Tensor,
+        norm: str,
+        eps: float,
+        seed: int,
+        size: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.norm, self.eps, self.seed, self.size, self.say = model, norm, eps, seed, size, say
+        self.device = example.device
+        self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
+        self.ascent = attacked(model, example) if isinstance(model, nn.Module) else Ascent(model)
+        self.zero: dict[str, tuple[Tensor, int]] = {}
+
+    def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        def pieces(size: int) -> Tensor:
+            self.size = size
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            return torch.cat([self._piece(name, *part, generator) for part in zip(x.split(size), y.split(size), strict=True)])
+
+        return with_halving(pieces, self.size, self.say)
+
+    def _piece(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        result = self.searches[name](self.ascent, x.to(self.device), y.to(self.device), generator=generator)
+        zero, gradients = self.zero.get(name, (0, 0))
+        self.zero[name] = zero + result.zero_grads, gradients + result.gradients
+        return result.x_adv.to(x.device)
+
+    def fooled(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        classes = torch.cat([predict(self.model, part.to(self.device)).to(y.device) for part in x_adv.split(self.size)])
+        return (classes != y) & inside(x_adv, x, self.norm, self.eps)
+
+    def warn(self) -> None:
+        for name, (zero, gradients) in self.zero.items():
+            check_gradients(name, int(zero), gradients)
+
+
+def inside(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    """(N,) bool: `x_adv` is in [0, 1] and within `eps` of `x`, but for rounding; NaN is not."""
+    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
+    distance = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+    return (distance <= eps * (1 + BEYOND)) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+
+
+def check_images(x: Tensor, y: Tensor, batch_size: int) -> None:
+    """Raise UserError unless `x` are images and `y` their labels."""
+    if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
+        raise UserError(f"x must be float32 images (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}; use x.float()")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"x must be in [0, 1], it is in [{low:g}, {high:g}]; divide by 255, and normalise in the model")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise UserError(f"y must be {len(x)} int64 labels, got {y.dtype} {tuple(y.shape)}")
+    if batch_size < 1:
+        raise UserError(f"bs must be >= 1, got {batch_size}")

@@ -1,0 +1,56 @@
+"""Signs that an evaluation by AutoAttack should not be believed; each warning says what to do."""
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+MOVES = 1e-4  # normalised logits of one image move by more only in networks that answer at random
+NEAR_ONE = 1e-5
+SQUARE_GAIN = 0.002
+
+
+def check_answers(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, randomised: bool) -> int:
+    """Warn of a network that answers at random (unless `randomised` says so) or with probabilities; returns its classes.
+
+    x: (n, C, H, W), one batch is enough.
+    """
+    with torch.no_grad():
+        answers = [logits(x).float() for _ in range(1 if randomised else 5)]
+    units = torch.stack([a / (a.norm(dim=1, keepdim=True) + 1e-10) for a in answers])
+    moved = (units[:, None] - units[None]).norm(dim=-1).amax()
+    correct = {int((a.argmax(1) == y).sum()) for a in answers}
+    if len(correct) > 1 or float(moved) > MOVES:
+        warn("the network answers at random: equal images get different logits; use version='rand'")
+    first = answers[0]
+    if first.min() > -NEAR_ONE and first.max() < 1 + NEAR_ONE and bool(((first.sum(1) - 1).abs() < NEAR_ONE).all()):
+        warn("the network's outputs look like probabilities: attacks need logits; leave its softmax out")
+    return first.shape[1]
+
+
+def check_gradients(name: str, zero: int, gradients: int) -> None:
+    """Warn of images whose gradient is zero."""
+    if zero:
+        warn(
+            f"{name}: {zero} of {gradients} gradients were zero in every pixel, so these images were not attacked by it: "
+            "look for saturation or a step without gradient in the network, and attack that by an adaptive attack"
+        )
+
+
+def check_square(accuracies: Mapping[str, float]) -> None:
+    """Warn where Square breaks what attacks with gradients do not.
+
+    accuracies: what was robust after each stage, in order, and what was correct before under "clean".
+    """
+    others = [value for name, value in accuracies.items() if name != "square"]
+    if "square" in accuracies and len(others) > 1 and accuracies["square"] < min(others) - SQUARE_GAIN:
+        warn(
+            f"Square, which knows no gradient, broke {min(others) - accuracies['square']:.2%} of the images that attacks with "
+            "gradients left standing: the gradients may be masked; run Square with more queries, or an adaptive attack"
+        )
+
+
+def warn(text: str) -> None:
+    """As a UserWarning."""
+    warnings.warn(text, stacklevel=3)

@@ -1,0 +1,140 @@
+"""Attacks one after the other, each on the images that all before it left standing: the worst case, and where it stopped."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError
+from fastdynat.evaluation.outcome import pack_bits, unpack_bits
+from fastdynat.runs.files import check_writable, write_text
+
+FORMAT = "fastdynat-autoattack/1"
+Say = Callable[[str], None]
+Attack = Callable[[str, Tensor, Tensor], Tensor]  # name of a stage, images, labels -> adversarial images
+Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
+
+
+@dataclass
+class Progress:
+    """How far a worst case has come; plain values, as JSON holds them. Masks are `pack_bits`.
+
+    Attributes:
+        identity: everything that the outcome depends on, by name.
+        seed: of every batch of every stage.
+        entering: stood when the current stage began.
+        robust: stands now.
+        batches: of the current stage that are done.
+        seconds: by stage; the current one's so far.
+        accuracies: robust after each stage that is done.
+    """
+
+    identity: dict[str, Any]
+    seed: int
+    entering: str
+    robust: str
+    batches: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float] = field(default_factory=dict)
+
+
+def identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
+    """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean` where it has none."""
+    weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else [clean]
+    return {"model": digest(weights), "images": digest([x, y]), **numbers}
+
+
+def standing(progress: Progress, images: int) -> Tensor:
+    """Which images stand now, (N,) bool on the CPU."""
+    return unpack_bits(progress.robust, images)
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """The sha256 of their values, types and shapes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
+    """What `path` remembers of the evaluation with the identity `own`; None without a file.
+
+    Raises:
+        UserError: the file cannot be written or read, or belongs to another evaluation; says what differs.
+    """
+    if path is None:
+        return None
+    check_writable(path)
+    if not path.exists():
+        return None
+    try:
+        document = json.loads(path.read_text())
+        if document.pop("format") != FORMAT:
+            raise ValueError("another format")
+        known = Progress(**document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no state of an AutoAttack evaluation ({error}); name another file, or remove it") from None
+    own = json.loads(json.dumps(own))
+    different = [name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)]
+    if different:
+        raise UserError(f"{path} is of another evaluation: {', '.join(sorted(different))} differ; name another state file")
+    return known
+
+
+def run_stages(
+    attack: Attack,
+    fooled: Fooled,
+    x: Tensor,
+    y: Tensor,
+    progress: Progress,
+    stages: Sequence[str],
+    batch_size: int,
+    path: Path | None,
+    say: Say,
+) -> Tensor:
+    """Run those of `stages` that are not finished; `progress` is kept up to date, and stored at `path` after every batch.
+
+    Returns:
+        The adversarial images (N, C, H, W), an image itself where it stands or fell before a resume.
+    """
+    x_adv, robust = x.clone(), unpack_bits(progress.robust, len(x))
+    for name in stages:
+        if name in progress.accuracies:
+            continue
+        standing = unpack_bits(progress.entering, len(x)).nonzero().squeeze(1)
+        batches = standing.split(batch_size)[progress.batches :] if len(standing) else ()
+        progress.seconds.setdefault(name, 0.0)
+        for rows in batches:
+            start, at = time.perf_counter(), rows.to(x.device)
+            found = attack(name, x[at], y[at])
+            fell = fooled(found, x[at], y[at])
+            x_adv[at[fell]] = found[fell]
+            robust[rows[fell.cpu()]] = False
+            progress.robust, progress.batches = pack_bits(robust), progress.batches + 1
+            progress.seconds[name] += time.perf_counter() - start
+            _store(progress, path)
+        accuracy = float(robust.double().mean())
+        progress.accuracies[name] = accuracy
+        progress.entering, progress.batches = progress.robust, 0
+        _store(progress, path)
+        say(f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {sum(progress.seconds.values()):.1f} s)")
+    return x_adv
+
+
+def begin(own: dict[str, Any], clean: Tensor, seed: int) -> Progress:
+    """No stage done; `clean` (N,) bool are the images that stand."""
+    bits = pack_bits(clean)
+    return Progress(own, seed, bits, bits)
+
+
+def _store(progress: Progress, path: Path | None) -> None:
+    if path is not None:
+        write_text(path, json.dumps({"format": FORMAT, **asdict(progress)}) + "\n")
