@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from fastdynat.attacks.autoattack.fab import parse_fab
+from fastdynat.attacks.autoattack.square import parse_square
 from fastdynat.attacks.pgd import parse_pgd
 from fastdynat.attacks.search import Parser, Radii, Search
 from fastdynat.errors import UserError, unknown_name
 
 # Whoever adds an attack adds its parser here, and its name to the names that a misspelt one is compared with.
-PARSERS: tuple[Parser, ...] = (parse_pgd,)
-_KNOWN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd50-10", "cw", "cw20")
+PARSERS: tuple[Parser, ...] = (parse_pgd, parse_fab, parse_square)
+_KNOWN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd50-10", "cw", "cw20", "fab", "fab-t", "fab-min", "square")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf")
     - ``fgsm``: one step of size eps from the image, no random start (Goodfellow et al. 2015);
     - ``pgdK``, ``pgdK-R``: K steps of `step_size` on the cross-entropy, uniform start, R restarts, last iterate;
     - ``cwK``, ``cwK-R``: the same on the margin ``max_{k != y} z_k - z_y``, K = 20 unless given (the "C&W-inf" of the
-      adversarial-training literature).
+      adversarial-training literature);
+    - ``fab``, ``fab-t``: FAB towards the nearest boundary, towards 9 classes (AutoAttack's), images ending at eps;
+      ``fab-min``, ``fab-t-min``: the nearest adversarial image at any distance; each also with ``-R`` restarts;
+    - ``squareQ``: Square Attack of Q queries, 5000 unless given: no gradients.
 
     Raises:
         UserError: an unknown name (the nearest are suggested), or zero steps or restarts.

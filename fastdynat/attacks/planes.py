@@ -8,8 +8,8 @@ from fastdynat.ops import project_on_hyperplane, random_start
 
 # A move shorter than this counts as this long where two moves are weighed, so that 0 / 0 does not come up.
 LEAST_MOVE = 1e-8
-NORMS = ("linf", "l2", "l1")
-DUAL = {"linf": 1, "l2": 2, "l1": float("inf")}
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+NORMS = tuple(DUAL)
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -21,10 +21,11 @@ def length(moved: Tensor, norm: str) -> Tensor:
     """The norm of each image of `moved` (N, ...), (N,)."""
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    moved = moved.flatten(1)
+    # Over dimensions, as to flatten channels-last images would be to copy them. On the CPU vector_norm is slow but for L2.
+    dims = tuple(range(1, moved.dim()))
     if norm == "l2":
-        return torch.linalg.vector_norm(moved, dim=1)
-    return moved.abs().amax(1) if norm == "linf" else moved.abs().sum(1)
+        return torch.linalg.vector_norm(moved, dim=dims)
+    return moved.abs().amax(dims) if norm == "linf" else moved.abs().sum(dims)
 
 
 def start_away(x: Tensor, distance: float, norm: str = "linf", *, generator: torch.Generator | None = None) -> Tensor:

@@ -143,7 +143,7 @@ class FAB:
 
     def _nearest_plane(self, values: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of planes (N, M) the nearest ones' values (N,) and normals (N, ...), and how many normals were 0, (N,)."""
-        sizes = torch.linalg.vector_norm(normals.flatten(2), ord=DUAL[self.norm], dim=2)
+        sizes = length(normals.flatten(0, 1), DUAL[self.norm]).view(values.shape)
         nearest = (values.abs() / (LEAST_NORMAL + sizes)).argmin(1)
         rows = torch.arange(len(values), device=values.device)
         return values[rows, nearest], normals[rows, nearest], (~(sizes > 0)).sum(1)
