@@ -75,7 +75,7 @@ class Square:
         places = self.places or max(len(x), FULL_BATCH.get(x.device.type, 1))
         rate = FIRST_RATE
         while len((search := search.take((search.margin > 0) & (search.asked < self.queries))).rows):
-            tick(float(search.asked.float().mean()) / self.queries)
+            tick(int(search.asked.amin()) / self.queries)
             search, rate = self._round(ascent, search, propose, _abreast(places, len(search.rows), rate), rate)
             x_adv[search.rows] = search.best
         tick(1.0)
