@@ -142,9 +142,9 @@ def test_taking_finished_images_out_changes_nothing(monkeypatch: pytest.MonkeyPa
 def test_restarts_find_more_and_follow_the_generator() -> None:
     net = robustish()
     x, labels = batch(net)
-    once = nearest(net, x, labels, eps=0.2, steps=2)
+    once = nearest(net, x, labels, eps=0.1, steps=1)
     runs = [
-        FAB(eps=0.2, steps=2, restarts=3, nearest=True)(Ascent(net), x, labels, generator=torch.Generator().manual_seed(s))
+        FAB(eps=0.1, steps=1, restarts=3, nearest=True)(Ascent(net), x, labels, generator=torch.Generator().manual_seed(s))
         for s in (1, 1, 2)
     ]
     assert torch.equal(runs[0].x_adv, runs[1].x_adv)

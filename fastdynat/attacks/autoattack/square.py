@@ -23,8 +23,8 @@ from fastdynat.errors import UserError, unknown_name
 
 # Queries of an image that are looked through for those that change it.
 WINDOW = 64
-# On the CPU more images in one pass than this do not make it cheaper per image; fewer do not fill it.
-FULL_BATCH = {"cpu": 128}
+# On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
+FULL_BATCH = {"cpu": 64}
 # Where the acceptance rate is not known yet, and how much of what is known a round leaves.
 FIRST_RATE, MEMORY = 0.2, 0.9
 
@@ -38,7 +38,7 @@ class Square:
         norm: linf, l2 or l1.
         queries: proposals per image.
         p_init: share of the image that the first squares cover; their size falls with the number of the query.
-        places: images per forward pass at most; 0 is as many as there are, or as make a full pass on this device.
+        places: images per forward pass that are aimed at (never fewer than still stand); 0 is as many as there are, on the CPU 64.
     """
 
     eps: float
@@ -72,7 +72,7 @@ class Square:
         rows = right.nonzero().squeeze(1)
         begin = x_adv[rows]
         search = _Search(rows, x[rows], labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
-        places = self.places or max(len(x), FULL_BATCH.get(x.device.type, 1))
+        places = self.places or FULL_BATCH.get(x.device.type, len(x))
         rate = FIRST_RATE
         while len((search := search.take((search.margin > 0) & (search.asked < self.queries))).rows):
             tick(int(search.asked.amin()) / self.queries)
