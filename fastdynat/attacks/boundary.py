@@ -20,14 +20,13 @@ from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.pgd import check_batch
+from fastdynat.attacks.planes import length, move, per_image, start_away
 from fastdynat.attacks.search import AttackResult
 from fastdynat.errors import UserError
-from fastdynat.ops import project_on_hyperplane, random_start, soft_margin
+from fastdynat.ops import soft_margin
 
 # Images whose soft margin is not above this have no boundary to look for.
 LEAST_MARGIN = 1e-9
-# A move shorter than this counts as this long where two moves are weighed, so that 0 / 0 does not come up.
-LEAST_MOVE = 1e-8
 # The approximate optimality test of the found point, DyART's `use_high_quality`.
 DEEPEST_MARGIN, NEAR_MAXIMAL, DESCENT, DESCENDING_SHARE = -0.3, 0.8, 1e-7, 0.9
 
@@ -131,9 +130,7 @@ def run_boundary(
 
 def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
     """``clip(x + eps / 2 * u / ||u||_inf)`` with u uniform in the cube: at L-inf distance eps / 2, but for clipping."""
-    state = torch.randint(2**62, (2,), generator=generator, device=x.device)
-    u = random_start(torch.zeros_like(x), state, kind="uniform", scale=1.0, lo=-1.0)
-    return (x + eps / 2 * u / per_image(_linf(u).clamp_min(LEAST_MOVE), x)).clamp(0, 1)
+    return start_away(x, eps / 2, generator=generator)
 
 
 def _iteration(ascent: Ascent, spec: BoundarySpec, pull: Pull[Tensor]) -> Iteration:
@@ -145,23 +142,16 @@ def _iteration(ascent: Ascent, spec: BoundarySpec, pull: Pull[Tensor]) -> Iterat
         margin, w = ascent.pull_margin(pull, read, labels, spec.temperature)
         zeros = (~(w.abs().flatten(1).amax(1) > 0)).sum()
         # The plane belongs to what the network has read, which half precision has rounded.
-        z = _move(z, x, w.to(x.dtype), margin.to(x.dtype), read.to(x.dtype), spec)
+        w, value, at = w.to(x.dtype), margin.to(x.dtype), read.to(x.dtype)
+        z = move(z, x, w, value, at, alpha_max=spec.alpha_max, eta=spec.eta)
         crossed = _margin(ascent, z, labels, spec) < 0
-        away = _linf(z - x)
+        away = length(z - x, "linf")
         closer = crossed & (away < distance)
         nearest, distance = torch.where(per_image(closer, x), z, nearest), torch.where(closer, away, distance)
         z = torch.lerp(x, z, per_image(torch.where(crossed, spec.beta_back, torch.ones_like(away)), x))
         return z, ascent.reads(z), nearest, distance, zeros
 
     return iterate
-
-
-def _move(z: Tensor, x: Tensor, w: Tensor, margin: Tensor, at: Tensor, spec: BoundarySpec) -> Tensor:
-    """``clip((1 - a)(z + eta d1) + a (x + eta d2))`` with d1 and d2 the moves from iterate and image to the plane."""
-    from_z, from_x = (project_on_hyperplane(point, w, margin, at) for point in (z, x))
-    d1, d2 = (_linf(on_plane - point).clamp_min(LEAST_MOVE) for on_plane, point in ((from_z, z), (from_x, x)))
-    a = (d1 / (d1 + d2)).clamp_max(spec.alpha_max)
-    return torch.lerp(torch.lerp(z, from_z, spec.eta), torch.lerp(x, from_x, spec.eta), per_image(a, x)).clamp(0, 1)
 
 
 def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor) -> Tensor:
@@ -175,15 +165,6 @@ def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor) -> Tensor:
 def _margin(ascent: Ascent, x: Tensor, labels: Tensor, spec: BoundarySpec) -> Tensor:
     with torch.no_grad():
         return soft_margin(ascent.logits(ascent.reads(x)), labels, temperature=spec.temperature)
-
-
-def _linf(moved: Tensor) -> Tensor:
-    return moved.abs().flatten(1).amax(1)
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (N,) in a shape that goes with images."""
-    return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def boundary(

@@ -16,6 +16,11 @@ def no_tick(share: float) -> None:
     """A `Tick` that nobody listens to."""
 
 
+def part(tick: Tick, k: int, of: int) -> Tick:
+    """The `Tick` of the k-th of `of` parts of equal size."""
+    return lambda share: tick((k + share) / of)
+
+
 def iterate(
     state: S,
     step: Callable[[S, int], S],

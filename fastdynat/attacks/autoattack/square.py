@@ -1,0 +1,151 @@
+"""Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without gradients, many queries at a time.
+
+A query changes a random square of an image's best perturbation so far, and is kept where it lowers the margin. One that is not
+kept changes nothing, so an image's next queries can all be asked about the same best perturbation in one forward pass; those
+after the first that is kept are asked again. The sequence of every image is the one of asking one by one. Under L-inf a query
+often leaves an image as it is, which four corners of a table tell: such a query needs no forward pass at all.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks.ascent import Ascent
+from fastdynat.attacks.autoattack.squares import Draws, Proposal, proposal
+from fastdynat.attacks.goal import margin, wide
+from fastdynat.attacks.planes import NORMS, per_image
+from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.search import AttackResult, Radii
+from fastdynat.errors import UserError, unknown_name
+
+# Queries of an image that are looked through for those that change it.
+WINDOW = 64
+# On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
+FULL_BATCH = {"cpu": 64}
+# Where the acceptance rate is not known yet, and how much of what is known a round leaves.
+FIRST_RATE, MEMORY = 0.2, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Square Attack as an attack of an evaluation, on images that are classified correctly; the margin is what is lowered.
+
+    Attributes:
+        eps: radius of the ball, in [0, 1] pixel units.
+        norm: linf, l2 or l1.
+        queries: proposals per image.
+        p_init: share of the image that the first squares cover; their size falls with the number of the query.
+        places: images per forward pass that are aimed at (never fewer than still stand); 0 is as many as there are, on the CPU 64.
+    """
+
+    eps: float
+    norm: str = "linf"
+    queries: int = 5000
+    p_init: float = 0.8
+    places: int = 0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm of Square", self.norm, NORMS)
+        if self.eps <= 0:
+            raise UserError(f"eps of Square must be above 0 (pixel units), got {self.eps:g}; write 8/255")
+        if self.queries < 1 or self.places < 0:
+            raise UserError(f"Square needs queries >= 1 and places >= 0, got {self.queries} and {self.places}")
+        if not 0 < self.p_init <= 1:
+            raise UserError(f"p_init of Square must be in (0, 1], got {self.p_init:g}; the paper takes 0.8")
+
+    def __call__(
+        self, ascent: Ascent, x: Tensor, labels: Tensor, *, generator: torch.Generator | None = None, tick: Tick = no_tick
+    ) -> AttackResult:
+        """See `Search`. `x_adv` is the image with the smallest margin that was found."""
+        return self.run(ascent, x, labels, Draws.draw(x, self.norm, self.queries, self.p_init, generator=generator), tick=tick)
+
+    @torch.no_grad()
+    def run(self, ascent: Ascent, x: Tensor, labels: Tensor, draws: Draws, *, tick: Tick = no_tick) -> AttackResult:
+        """The search with given `draws`, whose rows are those of `x`."""
+        propose = proposal(self.norm, self.eps, draws)
+        right = _margins(ascent, x, labels) > 0
+        x_adv = torch.where(per_image(right, x), propose.start(x), x)
+        rows = right.nonzero().squeeze(1)
+        begin = x_adv[rows]
+        search = _Search(rows, x[rows], labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
+        places = self.places or FULL_BATCH.get(x.device.type, len(x))
+        rate = FIRST_RATE
+        while len((search := search.take((search.margin > 0) & (search.asked < self.queries))).rows):
+            tick(int(search.asked.amin()) / self.queries)
+            search, rate = self._round(ascent, search, propose, _abreast(places, len(search.rows), rate), rate)
+            x_adv[search.rows] = search.best
+        tick(1.0)
+        return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x.device), 0)
+
+    def _round(
+        self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float
+    ) -> tuple["_Search", float]:
+        """The next `abreast` queries of each image that change it, up to and with the first that is kept."""
+        row, query, after = _next(search, propose, self.queries, abreast)
+        if len(row) == 0:
+            return replace(search, asked=after), rate
+        x, best = search.x[row], search.best[row]
+        asked = propose.query(x, best, search.rows[row], query)
+        found = _margins(ascent, asked, search.labels[row])
+        kept = found < search.margin[row]
+        # Per image the first that is kept: the smallest position among those, or none.
+        none, position = len(row), torch.arange(len(row), device=row.device)
+        first = torch.full_like(search.rows, none).scatter_reduce(0, row, position.where(kept, none), "amin")
+        some = first < none
+        chosen = first.where(some, 0)
+        rate = MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row)
+        return replace(
+            search,
+            best=torch.where(per_image(some, search.best), asked[chosen], search.best),
+            margin=torch.where(some, found[chosen], search.margin),
+            asked=torch.where(some, query[chosen] + 1, after),
+        ), rate
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Where the search of each standing image is."""
+
+    rows: Tensor  # (n,) which images these are
+    x: Tensor
+    labels: Tensor
+    best: Tensor  # the best perturbed images
+    margin: Tensor  # theirs, z_y - max_{k != y} z_k
+    asked: Tensor  # (n,) int64: queries answered
+
+    def take(self, mask: Tensor) -> "_Search":
+        if bool(mask.all()):
+            return self
+        parts: Iterator[Tensor] = (part[mask] for part in (self.rows, self.x, self.labels, self.best, self.margin, self.asked))
+        return _Search(*parts)
+
+
+def _next(search: _Search, propose: Proposal, queries: int, abreast: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, query) pairs, image by image in the queries' order, and how many queries are answered if none of them is kept."""
+    ahead = search.asked[:, None] + torch.arange(max(WINDOW, abreast), device=search.x.device)
+    exists = ahead < queries
+    changes = exists & propose.changes(search.x, search.best, search.rows, ahead.clamp_max(queries - 1))
+    number = changes.cumsum(1)
+    row, column = (changes & (number <= abreast)).nonzero(as_tuple=True)
+    # Everything before the first query that changes the image and finds no place.
+    end = (search.asked + exists.sum(1))[:, None]
+    return row, ahead[row, column], torch.where(changes & (number > abreast), ahead, end).amin(1)
+
+
+def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
+    return -margin(wide(ascent.logits(ascent.reads(x))), labels)
+
+
+def _abreast(places: int, images: int, rate: float) -> int:
+    """How many queries of each image go into one pass: what there is room for, but not many beyond the next that is kept."""
+    return max(1, min(places // images, int(1 / max(rate, 1 / WINDOW))))
+
+
+def parse_square(name: str, radii: Radii) -> Square | None:
+    """``square``, ``squareQ`` with Q queries: see `named.parse_attack`."""
+    match = re.fullmatch(r"square(?P<queries>\d+)?", name)
+    return match and Square(eps=radii.eps, norm=radii.norm, queries=int(match["queries"] or 5000))
