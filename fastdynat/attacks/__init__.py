@@ -5,6 +5,7 @@ from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
+from fastdynat.attacks.minimal import CarliniL2, DeepFool, SigmaZero
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.pgd import PGD, pgd, run_pgd
@@ -22,6 +23,8 @@ __all__ = [
     "Attacker",
     "Boundary",
     "BoundarySpec",
+    "CarliniL2",
+    "DeepFool",
     "Fidelity",
     "NamedAttack",
     "Nearest",
@@ -29,6 +32,7 @@ __all__ = [
     "PGDSpec",
     "Radii",
     "Search",
+    "SigmaZero",
     "Tick",
     "Underflow",
     "attack_mode",

@@ -37,11 +37,19 @@ class Nearest(AttackResult):
     Attributes:
         found: (N,) bool: the attacked network misclassifies `x_adv`; where False, `x_adv` is the image itself. An image that
             is misclassified as it is counts as found at distance 0.
-        distance: (N,) distance of `x_adv` from the image in the attack's norm (L0: pixels changed); infinite where not found.
+        distance: (N,) distance of `x_adv` from the image in the attack's norm (L0: values changed, of which a pixel has one
+            per channel); infinite where not found.
+        eps: radius of the ball that a verdict is about: an image is robust if nothing was found in it.
     """
 
     found: Tensor
     distance: Tensor
+    eps: float = float("inf")
+
+    @property
+    def outside(self) -> Tensor:
+        """(N,) bool: what was found is not in the ball."""
+        return self.distance > self.eps
 
 
 class Search(Protocol):

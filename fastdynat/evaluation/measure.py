@@ -76,7 +76,8 @@ def measure(
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance)
-            robust.append(predict(model, x) == batch.labels)
+            correct = predict(model, x) == batch.labels
+            robust.append(correct | result.outside if isinstance(result, Nearest) else correct)
             tick(1)
         # Waits for the device, so the clock stops after the work.
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
