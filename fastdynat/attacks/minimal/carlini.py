@@ -25,7 +25,8 @@ INSIDE = 0.999999  # keeps pixels of 0 and 1 at a finite place in tanh space
 class _State:
     """A row per image. `w` and Adam's moments are written in place."""
 
-    x: Tensor
+    start: Tensor  # the image in tanh space
+    x: Tensor  # and back again: else what is lost on the way would be a first gradient, which Adam blows up
     target: Tensor
     w: Tensor  # the iterate is (tanh w + 1) / 2
     mean: Tensor
@@ -118,12 +119,14 @@ class CarliniL2:
         )
 
     def _begin(self, x: Tensor, target: Tensor, already: Tensor) -> _State:
+        start = (2 * x - 1).clamp(-INSIDE, INSIDE).atanh()
         none = torch.zeros_like(already, dtype=torch.int64)
         number, endless = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], float("inf"))
         return _State(
-            x=x,
+            start=start,
+            x=_to_image(start.tanh()),
             target=target,
-            w=_to_tanh(x),
+            w=start.clone(),
             mean=torch.zeros_like(x),
             square=torch.zeros_like(x),
             nearest=x.clone(),
@@ -142,7 +145,7 @@ class CarliniL2:
 
     def _step(self, s: _State, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
         tanh = s.w.tanh()
-        x_adv = tanh.add(1).mul_(0.5)
+        x_adv = _to_image(tanh)
         margin, grad = hinge(ascent.reads(x_adv), s.target)
         margin, grad = margin.to(x_adv.dtype), grad.to(x_adv.dtype)
         running, adversarial = s.left > 0, margin > self.kappa
@@ -177,7 +180,7 @@ class CarliniL2:
         again = per_image(over, s.x)
         return replace(
             s,
-            w=torch.where(again, _to_tanh(s.x), s.w),
+            w=torch.where(again, s.start, s.w),
             mean=s.mean.masked_fill_(again, 0),
             square=s.square.masked_fill_(again, 0),
             c=torch.where(over, following, s.c),
@@ -190,5 +193,5 @@ class CarliniL2:
         )
 
 
-def _to_tanh(x: Tensor) -> Tensor:
-    return ((2 * x - 1) * INSIDE).atanh()
+def _to_image(tanh: Tensor) -> Tensor:
+    return tanh.add(1).mul_(0.5)

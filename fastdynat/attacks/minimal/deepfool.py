@@ -13,9 +13,9 @@ from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError, unknown_name
 
-# Added to every distance, as by the authors' code (1e-4 there): clipping makes steps fall short, so that the iterates would
-# close in on the boundary without ever crossing it, or cross it by no more than rounding.
-LEAST = 1e-5
+# No move is shorter (the authors' code adds as much to each). Clipping makes moves fall short, so that iterates would close in
+# on the boundary without ever crossing it, or cross it by no more than rounding.
+LEAST_MOVE = 1e-4
 DUAL = {"l2": 2.0, "linf": 1.0}  # the norm of the gradient that a distance is divided by
 
 
@@ -33,7 +33,7 @@ class _State:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFool:
-    """Repeats: go to the nearest of the planes ``f_k = f_y``, k over the candidates, a little beyond it, and clip to [0, 1].
+    """Repeats: go to the nearest of the planes ``f_k = f_y``, k over the candidates, and a little beyond it; clip to [0, 1].
 
     Memory is that of one forward pass and a few images, whatever the number of classes: of the classes' gradients, one
     backward pass each, only the nearest plane's is kept. An image leaves the batch once it is misclassified.
@@ -85,7 +85,7 @@ class DeepFool:
         gap, grad, flat = self._nearest_plane(s, ascent)
         norm = torch.linalg.vector_norm(grad, DUAL[self.norm], dim=PIXELS)
         direction = grad.sign() if self.norm == "linf" else grad / per_image(norm, grad)
-        move = direction * per_image((1 + self.overshoot) * (gap.abs() / norm + LEAST), grad)
+        move = direction * per_image((1 + self.overshoot) * (gap.abs() / norm).clamp_min(LEAST_MOVE), grad)
         stays = s.fooled | ~(norm > 0)
         x_adv = torch.where(per_image(stays, grad), s.x_adv, (s.x_adv + move).clamp(0, 1))
         fooled = s.fooled | (score(ascent, x_adv, margin_goal(s.labels)) > 0)

@@ -22,9 +22,10 @@ def parse_minimal(name: str, radii: Radii) -> Search | None:
     norm = {"cwl2": "l2", "deepfool": "l2", "deepfool-linf": "linf", "sigmazero": "l0"}[kind]
     eps = radii.eps if radii.norm == norm else float("inf")
     if kind == "cwl2" and binary is not None:
-        # With one run there is no search for c: the fixed one of torchattacks.
-        c = 1.0 if int(binary) == 1 else CarliniL2.c
-        return CarliniL2(binary_steps=int(binary), steps=int(match["steps"]), c=c, eps=eps)
+        runs, steps = int(binary), int(match["steps"])
+        if runs == 1:  # no search for c: the fixed one of torchattacks; a tenth of its few steps would be too short to judge by
+            return CarliniL2(binary_steps=1, steps=steps, c=1.0, abort=False, eps=eps)
+        return CarliniL2(binary_steps=runs, steps=steps, eps=eps)
     if binary is not None or (kind == "cwl2" and only is not None):
         return None
     if kind == "cwl2":
