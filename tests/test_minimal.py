@@ -82,10 +82,10 @@ def test_carlini_is_the_published_algorithm_image_by_image(kappa: float, abort: 
     assert found.found.any()
 
 
-def hyperplane(n: int = 6) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """Three linear classes, images, labels and normals: planes near enough that no pixel is clipped."""
+def hyperplane(classes: int, n: int = 6) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Linear classes, images, labels and normals: planes near enough that no pixel is clipped."""
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, classes)).double()
     x = 0.2 + 0.6 * torch.rand(n, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad():
         net[1].bias -= net(x).mean(0)  # type: ignore[union-attr]
@@ -102,7 +102,7 @@ def analytic(net: nn.Module, x: Tensor, labels: Tensor, weight: Tensor, dual: fl
 
 @pytest.mark.parametrize(("norm", "dual"), [("l2", 2.0), ("linf", 1.0)])
 def test_deepfool_finds_the_analytic_distance_of_linear_classes(norm: str, dual: float) -> None:
-    net, x, labels, weight = hyperplane()
+    net, x, labels, weight = hyperplane(4)
     found = DeepFool(norm=norm, overshoot=1e-6)(Ascent(net), x, labels)
     assert found.found.all()
     torch.testing.assert_close(found.distance, analytic(net, x, labels, weight, dual), rtol=1e-5, atol=2e-4)
@@ -110,7 +110,7 @@ def test_deepfool_finds_the_analytic_distance_of_linear_classes(norm: str, dual:
 
 
 def test_carlini_comes_near_the_analytic_distance_of_linear_classes() -> None:
-    net, x, labels, weight = hyperplane()
+    net, x, labels, weight = hyperplane(2)  # with more, the class of the next higher logit need not have the nearest plane
     found = CarliniL2(binary_steps=6, steps=300, c=0.1, lr=0.003)(Ascent(net), x, labels)
     least = analytic(net, x, labels, weight, 2.0)
     assert (found.distance >= least * (1 - 1e-9)).all()
@@ -278,7 +278,7 @@ class Positive(nn.Module):
 def test_carlini_equals_torchattacks() -> None:
     import torchattacks
 
-    net, x = Positive(frozen()), images(12)
+    net, x = Positive(frozen()).eval(), images(12)
     labels, calls = labelled(net, x), []
     net.register_forward_hook(lambda *_: calls.append(1))
     theirs = torchattacks.CW(net, c=1, steps=20, lr=0.01)(x, labels)
