@@ -30,10 +30,8 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 def by_ours(model: nn.Module, x: Tensor, y: Tensor, stages: list[str], ours: argparse.Namespace) -> Tensor:
     """Which images stay correctly classified, (N,) bool."""
-    attack = AutoAttack(
-        model, norm=ours.norm, eps=ours.eps, seed=ours.seed, version="custom", attacks_to_run=stages, device=str(x.device),
-        verbose=False,
-    )  # fmt: skip
+    attack = AutoAttack(model, norm=ours.norm, eps=ours.eps, seed=ours.seed, device=str(x.device), verbose=False)
+    attack.stages = [stage for stage in attack.stages if stage.name in stages]
     adversarial = attack.run_standard_evaluation(x, y, bs=ours.batch_size)
     return still_right(model, adversarial, y, ours.batch_size)
 

@@ -8,6 +8,7 @@ from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
 from fastdynat.attacks.fidelity import Fidelity, check_fidelity
 from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
 from fastdynat.attacks.mim import MIM
+from fastdynat.attacks.minimal import CarliniL2, DeepFool, SigmaZero
 from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
 from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
 from fastdynat.attacks.normball import PGD
@@ -17,8 +18,8 @@ from fastdynat.attacks.search import AttackResult, Nearest, Radii, Search
 from fastdynat.attacks.steps import diameter, pgd_step, start_point, usual_step
 
 __all__ = [
-    "MIM",
     "APGD",
+    "MIM",
     "PGD",
     "VERSIONS",
     "APGDResult",
@@ -30,6 +31,8 @@ __all__ = [
     "Attacker",
     "Boundary",
     "BoundarySpec",
+    "CarliniL2",
+    "DeepFool",
     "Fidelity",
     "NamedAttack",
     "Nearest",
@@ -37,6 +40,7 @@ __all__ = [
     "PGDSpec",
     "Radii",
     "Search",
+    "SigmaZero",
     "Tick",
     "Underflow",
     "attack_mode",

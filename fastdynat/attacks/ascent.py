@@ -104,6 +104,11 @@ class Ascent:
     dtype: torch.dtype | None = None
     closed_form: bool = True
 
+    @property
+    def shapes(self) -> int:
+        """How often a batch may halve (`rebatch.iterate`): 0, to any size, where nothing is compiled per shape."""
+        return 0
+
     def reads(self, x_adv: Tensor) -> Tensor:
         """What the network reads of the first iterate."""
         return x_adv if self.dtype is None else x_adv.to(self.dtype)
@@ -153,6 +158,13 @@ class Ascent:
         logits = self.logits(leaf)
         weights, found = weigh(logits.detach())
         return found, torch.autograd.grad(logits, leaf, weights)[0]
+
+    def linear(self, read: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The logits, detached, and a map that may be called several times: weights of them (N, K) -> gradient of the weighted
+        sum, one backward pass each. Never compiled."""
+        leaf = read.detach().requires_grad_()
+        logits = self.logits(leaf)
+        return logits.detach(), lambda weights: torch.autograd.grad(logits, leaf, weights, retain_graph=True)[0]
 
     def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
         """The goal's gradient at the logits, in their dtype, guarded against underflow."""

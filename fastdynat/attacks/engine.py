@@ -55,6 +55,10 @@ class CompiledAscent(Ascent):
     say: Say = warnings.warn
     _steps: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
+    @property
+    def shapes(self) -> int:
+        return 3
+
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
         kind = (goal.kind, replace(spec, steps=1, restarts=1, start="none"))
         if kind not in self._steps:

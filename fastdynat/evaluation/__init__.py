@@ -21,7 +21,7 @@ __all__ = [
     "evaluate_runs",
     "measure",
     "measure_runs",
-    "read_measurements",
     "merge_shards",
+    "read_measurements",
     "run_reference",
 ]

@@ -17,6 +17,7 @@ from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.meter import Meter
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 from fastdynat.evaluation.plan import Target
+from fastdynat.evaluation.reference import run_reference
 from fastdynat.evaluation.shards import unite
 from fastdynat.evaluation.store import Key, Store, as_measurement, search_numbers, standing_digest
 
@@ -106,8 +107,6 @@ class Cells:
         return found
 
     def _run_reference(self, name: str, numbers: Reference, state: Path | None) -> Measurement:
-        from fastdynat.evaluation.reference import run_reference  # type: ignore[import-not-found]
-
         if state is not None:
             state.parent.mkdir(parents=True, exist_ok=True)
             if self.config.fresh:

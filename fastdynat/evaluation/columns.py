@@ -1,9 +1,8 @@
 """The columns of an evaluation's table: what `--attacks` names."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdynat.attacks import PGD, NamedAttack, Search, parse_attack
+from fastdynat.attacks import PGD, NamedAttack, Search, parse_attack, stages
 from fastdynat.attacks.named import ATTACKS
 from fastdynat.errors import UserError
 
@@ -11,7 +10,7 @@ AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transf
 # Every name that --attacks takes, with one line each.
 KNOWN = {
     **ATTACKS,
-    AUTOATTACK: "AutoAttack (Croce & Hein 2020), standard version, by its reference package (extra `peer`), in float32",
+    AUTOATTACK: "AutoAttack (Croce & Hein 2020), standard version, by its reference package (extra `autoattack`), in float32",
     FAST_AUTOATTACK: "the same four attacks in the same order (apgd-ce, apgd-t, fab-t, square) on the fast engine",
     f"{TRANSFER}NAME": "NAME made on the network of --source and counted on this one",
 }
@@ -67,7 +66,8 @@ def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
     if name == AUTOATTACK:
         return Column(name, reference=Reference(norm, eps))
     if name == FAST_AUTOATTACK:
-        return Column(name, stages=tuple(_stages(norm, eps)))
+        named = (NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages(norm, eps))
+        return Column(name, stages=tuple(named))
     inner = name.removeprefix(TRANSFER)
     attack = parse_attack(inner, eps=eps, step_size=step_size, norm=norm, known=KNOWN)
     if inner == name:
@@ -75,13 +75,6 @@ def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
     if attack.search is None:
         raise UserError(f"{name}: the clean accuracy is no attack, so nothing transfers; name another one")
     return Column(name, NamedAttack(name, attack.search), transfer=True)
-
-
-def _stages(norm: str, eps: float) -> Sequence[NamedAttack]:
-    from fastdynat.attacks import autoattack  # type: ignore[attr-defined]
-
-    stages: Sequence[NamedAttack] = autoattack.stages(norm, eps)
-    return [NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages]
 
 
 def _check_amp(column: Column, amp: str) -> None:

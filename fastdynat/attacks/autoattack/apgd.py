@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.autoattack import moves
-from fastdynat.attacks.boundary import per_image
 from fastdynat.attacks.goal import wide
+from fastdynat.attacks.planes import per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from fastdynat.attacks.boundary import per_image
+from fastdynat.attacks.planes import per_image
 from fastdynat.ops import pgd_step_l1
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
