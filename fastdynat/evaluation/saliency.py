@@ -147,9 +147,9 @@ def _mean_gradient(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The mean gradient of each label's logit at `samples` copies of its image, noisy and not clipped, (n, C, H, W)."""
-    total = torch.zeros_like(x)
-    sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
+        total = torch.zeros_like(x)
+        sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
         ascent = attacked(model, x)
         for rows in _chunks(len(x), samples, x.device):
             read = x[rows]
