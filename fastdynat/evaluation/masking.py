@@ -23,10 +23,11 @@ from fastdynat.evaluation.outcome import Measurement, wilson
 from fastdynat.evaluation.probes import ScaledLogits, Subject, Verdict
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
-# What sound networks show, as shares of the images.
+# What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and LBGAT, on 2,000
+# images, it was 0, 0.001, 0.027 and 0 (net of images that fall to the other attack only).
 USUAL_FGSM = 0.01  # fall to FGSM, not to PGD-20: the largest cross-entropy need not be the largest of a wrong class
 USUAL_STEPS = 0.01  # fall to PGD-50 with two starts, not to PGD-20
-USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy
+USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy; GAIRAT's are 0.14
 USUAL_BLACK_BOX = 0.01  # fall to a black-box attack, to no white-box one
 UNBOUNDED = 0.01  # stand in a ball that holds a grey image, the same one for all classes
 NO_GRADIENT = 0.01  # have no gradient although the network is right: images that the attack does not attack at all
@@ -189,8 +190,8 @@ def _compare(name: str, base: Verdict, rival: Verdict, usual: float, attacks: st
     lowest = at_least(more, less, images)
     evidence = (
         f"{_share(base)}, {_share(rival)}; {more} of {images} images fall to the second only, {less} to the first only: "
-        f"{100 * (more - less) / images:+.1f} points, with 99 % confidence {100 * lowest:+.1f} or more; sound networks show up "
-        f"to {100 * usual:+.0f}"
+        f"{100 * (more - less) / images:+.1f} points, with 99 % confidence {100 * lowest:+.1f} or more; usual are "
+        f"up to {100 * usual:+.0f}"
     )
     return _check(name, lowest <= usual, evidence, f"fastdynat eval RUN --attacks {attacks}")
 
