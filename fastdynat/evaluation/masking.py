@@ -27,7 +27,7 @@ Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
 # images, it was 0, 0.001, 0.027 and 0 (net of images that fall to the other attack only).
 USUAL_FGSM = 0.01  # fall to FGSM, not to PGD-20: the largest cross-entropy need not be the largest of a wrong class
 USUAL_STEPS = 0.01  # fall to PGD-50 with two starts, not to PGD-20
-USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy; GAIRAT's are 0.14
+USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy
 USUAL_BLACK_BOX = 0.01  # fall to a black-box attack, to no white-box one
 UNBOUNDED = 0.01  # stand in a ball that holds a grey image, the same one for all classes
 NO_GRADIENT = 0.01  # have no gradient although the network is right: images that the attack does not attack at all
