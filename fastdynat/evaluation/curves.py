@@ -1,0 +1,133 @@
+"""Accuracy over the radius, as the distances of one attack give it and as one attack per radius does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdynat.attacks import NamedAttack, parse_attack
+from fastdynat.data import ImageSet
+from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import measure
+from fastdynat.evaluation.outcome import Measurement, unpack_bits, wilson
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsCurve:
+    """Accuracy over the radius of the ball; plain values, as JSON holds them.
+
+    Attributes:
+        norm: linf, l2, l1 or l0.
+        attack: its name.
+        eps: radii in [0, 1] pixel units, as they were asked for.
+        accuracy: at each radius, in [0, 1].
+        ci: the 95 % interval (`wilson`) of each.
+    """
+
+    norm: str
+    attack: str
+    eps: list[float]
+    accuracy: list[float]
+    ci: list[tuple[float, float]]
+
+    @classmethod
+    def of(cls, norm: str, attack: str, correct: dict[float, int], images: int) -> "EpsCurve":
+        """From how many of the images are right at each radius."""
+        counts = correct.values()
+        return cls(
+            norm=norm,
+            attack=attack,
+            eps=list(correct),
+            accuracy=[count / images for count in counts],
+            ci=[wilson(count, images) for count in counts],
+        )
+
+
+def curve_of_distances(measurement: Measurement, norm: str, eps: Sequence[float]) -> EpsCurve:
+    """The share of images whose nearest adversarial image lies beyond each radius.
+
+    Args:
+        measurement: of an attack that looks for the nearest adversarial image. Where it found none the image is right at
+            every radius; where the image is misclassified as it is, at none, not even at 0.
+        norm: in which the distances were measured.
+        eps: radii >= 0.
+
+    Raises:
+        UserError: the attack gave no distances, or a radius is negative.
+    """
+    distances = distances_of(measurement)
+    radii = _radii(eps)
+    correct = {e: sum(d is None or d > e for d in distances) for e in radii}
+    return EpsCurve.of(norm, measurement.attack, correct, len(distances))
+
+
+def distances_of(measurement: Measurement) -> list[float | None]:
+    """The measurement's distances, or a UserError where its attack gives none."""
+    if measurement.distances is None:
+        raise UserError(f"{measurement.attack} stays in one ball and gives no distances; use an attack such as deepfool")
+    return measurement.distances
+
+
+def accuracy_over_eps(
+    model: nn.Module,
+    images: ImageSet,
+    attack: str,
+    eps: Sequence[float],
+    *,
+    norm: str = "linf",
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    advance: Callable[[float], None] = lambda images: None,
+) -> EpsCurve:
+    """Run `attack` at every radius, smallest first, with steps of a quarter of the radius.
+
+    An image that fell at one radius is not attacked at larger ones, whose balls hold what broke it; so the curve never rises.
+    The radius 0 is clean accuracy.
+
+    Args:
+        attack: a name of `parse_attack`.
+        eps: radii >= 0 in [0, 1] pixel units.
+        advance: as in `measure`; in all it is told ``len(images)`` for each radius.
+
+    Raises:
+        UserError: a radius is negative; the attack is unknown or does not depend on the radius.
+        Stopped: `should_stop` said so.
+    """
+    radii = _radii(eps)
+    attacks = {e: _at(attack, e, norm) for e in sorted(radii)}
+    standing = torch.ones(len(images), dtype=torch.bool)
+    correct: dict[float, int] = {}
+    for e, named in attacks.items():
+        advance(len(images) - int(standing.sum()))
+        found = measure(
+            model,
+            images,
+            named,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            standing=standing,
+            should_stop=should_stop,
+            advance=advance,
+        )
+        standing, correct[e] = unpack_bits(found.robust_bits, len(images)), found.correct
+    return EpsCurve.of(norm, attack, {e: correct[e] for e in radii}, len(images))
+
+
+def _radii(eps: Sequence[float]) -> list[float]:
+    radii = list(dict.fromkeys(float(e) for e in eps))
+    if not radii or min(radii) < 0:
+        raise UserError(f"radii of a curve must be >= 0 and at least one, got {list(eps)}")
+    return radii
+
+
+def _at(attack: str, eps: float, norm: str) -> NamedAttack:
+    if eps == 0:
+        return NamedAttack("clean")
+    here, there = (parse_attack(attack, eps=e, step_size=e / 4, norm=norm) for e in (eps, eps / 2))
+    if here == there:
+        raise UserError(f"{attack} does not depend on the radius; its curve comes from its distances (curve_of_distances)")
+    return here

@@ -1,0 +1,102 @@
+"""Which network's adversarial images fool which: the transfer matrix."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks import Ascent, NamedAttack, attack_mode
+from fastdynat.data import ImageSet, eval_batches
+from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import Stopped, attacked, predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferMatrix:
+    """Accuracies of all networks on the adversarial images of each; plain values, as JSON holds them.
+
+    Attributes:
+        names: of the networks.
+        attack: its name.
+        clean: accuracy of each network without an attack, in [0, 1].
+        accuracy: ``accuracy[source][target]``; on the diagonal the white-box accuracies that `measure` gives.
+    """
+
+    names: list[str]
+    attack: str
+    clean: list[float]
+    accuracy: list[list[float]]
+
+
+def transfer_matrix(
+    networks: Mapping[str, nn.Module],
+    images: ImageSet,
+    attack: NamedAttack,
+    *,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    advance: Callable[[float], None] = lambda images: None,
+) -> TransferMatrix:
+    """Attack every network once and let all of them classify what came out: as many attacks as networks, not pairs.
+
+    Args:
+        networks: images in [0, 1] -> logits, on `device`, by name.
+        seed: of the random start, the same for every source.
+        advance: told how many images, or parts of one, were done; in all ``len(images)`` for each network.
+
+    Raises:
+        UserError: no network, or `attack` is "clean".
+        Stopped: `should_stop` said so.
+    """
+    if not networks or attack.search is None:
+        raise UserError(f"a transfer matrix needs networks and an attack, got {len(networks)} networks and {attack.name!r}")
+    targets = list(networks.values())
+    correct = torch.zeros(len(targets), len(targets), dtype=torch.int64, device=device)
+    clean = torch.zeros(len(targets), dtype=torch.int64, device=device)
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as modes:
+        for network in targets:
+            modes.enter_context(attack_mode(network, "eval"))
+        for source, network in enumerate(targets):
+            generator = torch.Generator(device).manual_seed(seed)
+            ascent: Ascent | None = None
+            for batch in eval_batches(images, batch_size=batch_size, device=device):
+                ascent = ascent or attacked(network, batch.x)
+                tick = _Share(len(batch.x), should_stop, advance)
+                tick(0)
+                x_adv = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick).x_adv
+                correct[source] += _correct(targets, x_adv, batch.labels)
+                if source == 0:
+                    clean += _correct(targets, batch.x, batch.labels)
+                tick(1)
+    return TransferMatrix(
+        names=list(networks),
+        attack=attack.name,
+        clean=[count / len(images) for count in clean.tolist()],
+        accuracy=[[count / len(images) for count in row] for row in correct.tolist()],
+    )
+
+
+def _correct(networks: list[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
+    """How many of `x` each network gets right, (len(networks),)."""
+    return torch.stack([(predict(network, x) == labels).sum() for network in networks])
+
+
+@dataclass
+class _Share:
+    """A `Tick` of one batch that tells `advance` how many images were done since the last time."""
+
+    images: int
+    should_stop: Callable[[], bool]
+    advance: Callable[[float], None]
+    told: float = 0.0
+
+    def __call__(self, share: float) -> None:
+        if self.should_stop():
+            raise Stopped
+        if share * self.images > self.told:
+            self.advance(share * self.images - self.told)
+            self.told = share * self.images
