@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "compat"},
     {"evaluation"},
     {"engine", "doctor"},
-    {"benchmark", "compare"},
+    {"benchmark", "compare", "report"},
     {"cli"},
     {"__main__"},
 ]
