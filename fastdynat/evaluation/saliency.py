@@ -32,8 +32,7 @@ class Explanation:
         edge_alignment: Spearman's rank correlation over pixels of the saliency and the image's edges (Sobel), mean over images,
             in [-1, 1]. Adebayo et al. 2018 (arXiv 1810.03292) compare saliency maps by it. 0 for a map that is constant.
         smooth_edge_alignment: the same of SmoothGrad.
-        image_alignment: ``|<x, g>| / ||g||``, mean over images: Etmann et al. 2019 (arXiv 1905.04172), definition 3; of a linear
-            model it is the distance to the boundary.
+        image_alignment: ``|<x, g>| / ||g||``, mean over images (Etmann et al. 2019, arXiv 1905.04172).
         concentration: Gini index of the saliency, mean over images: 0 for a uniform map, close to 1 where one pixel has it all
             (Chalasani et al. 2020, arXiv 1810.06583).
         reference_alignment: Spearman's correlation with the saliency of the reference network; None without one.
@@ -75,10 +74,10 @@ def explain(
     check_batch(x, AttackGoal("ce", labels))
     if len(x) == 0 or samples < 1 or noise < 0:
         raise UserError(f"explain needs images, samples >= 1 and noise >= 0, got {len(x)}, {samples} and {noise:g}")
-    gradient = _gradient(model, x, labels)
-    smooth = _smooth(model, x, labels, samples, noise, generator)
+    gradient = _mean_gradient(model, x, labels)
+    smooth = _mean_gradient(model, x, labels, samples, noise, generator)
     saliency, smooth_saliency, edges = flat(gradient), flat(smooth), sobel(x)
-    other = None if reference is None else flat(_gradient(reference, x, labels))
+    other = None if reference is None else flat(_mean_gradient(reference, x, labels))
     return Explanation(
         saliency=_shown(saliency),
         smooth_grad=_shown(smooth_saliency),
@@ -139,32 +138,29 @@ def image_alignment(x: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(length > 0, (x * gradient).sum(1).abs() / length.clamp_min(torch.finfo(torch.double).tiny), 0.0)
 
 
-def _gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of each label's logit at its image, (n, C, H, W)."""
-    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
-        ascent = attacked(model, x)
-        parts = zip(x.split(CHUNK), labels.split(CHUNK), strict=True)
-        return torch.cat([_pull(ascent, part, classes) for part, classes in parts])
-
-
-def _pull(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
-    return ascent.pull(x, lambda logits: (F.one_hot(labels, logits.shape[1]).to(logits.dtype), None))[1]
-
-
-def _smooth(
-    model: nn.Module, x: Tensor, labels: Tensor, samples: int, noise: float, generator: torch.Generator | None
+def _mean_gradient(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    samples: int = 1,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The mean of the gradients at `samples` noisy copies of each image, not clipped, (n, C, H, W)."""
+    """The mean gradient of each label's logit at `samples` copies of its image, noisy and not clipped, (n, C, H, W)."""
     total = torch.zeros_like(x)
     sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         ascent = attacked(model, x)
         for rows in _chunks(len(x), samples, x.device):
-            noisy = x[rows] + sigma[rows] * torch.randn(
-                (len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device, generator=generator
-            )
-            total.index_add_(0, rows, _pull(ascent, noisy, labels[rows]))
+            read = x[rows]
+            if noise:
+                read = read + sigma[rows] * torch.randn(read.shape, dtype=x.dtype, device=x.device, generator=generator)
+            total.index_add_(0, rows, _pull(ascent, read, labels[rows]))
     return total / samples
+
+
+def _pull(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
+    return ascent.pull(x, lambda logits: (F.one_hot(labels, logits.shape[1]).to(logits.dtype), None))[1]
 
 
 def _chunks(images: int, samples: int, device: torch.device) -> Iterator[Tensor]:
