@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastdynat.attacks import Ascent, AttackSwitches, BoundarySpec, PGDSpec
-from fastdynat.attacks.ascent import MarginGradient
+from fastdynat.attacks.ascent import Pull
 from fastdynat.attacks.boundary import boundary_start
 from fastdynat.attacks.engine import CompiledAscent
 from fastdynat.benchmark.timing import Samples, Stopwatch
@@ -146,8 +146,8 @@ def passes_alone(step: TrainStep, x: Tensor, labels: Tensor, ours: argparse.Name
         with torch.no_grad():
             return soft_margin(ascent.logits(read), labels, temperature=TEMPERATURE)
 
-    def both(gradient: MarginGradient) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        return lambda read: (*gradient(read, labels, TEMPERATURE), test(read))
+    def both(pull: Pull[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        return lambda read: (*ascent.pull_margin(pull, read, labels, TEMPERATURE), test(read))
 
     iteration = ascent.one_graph("passes", both)
 

@@ -33,8 +33,10 @@ from fastdynat.config import (
 )
 from fastdynat.engine import Diverged, Trainer, default_config, new_run, resumed_run, stored_config
 from fastdynat.engine.progress import error_console
+from fastdynat.engine.stopping import StopRequest
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import EvalConfig, evaluate_runs
+from fastdynat.evaluation.columns import KNOWN
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 from fastdynat.pictures import check_picture
@@ -100,10 +102,12 @@ class TrainCommand(Generic[OptionsT]):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """Accuracy of the best and last checkpoints of RUNs under attacks."""
+    """Accuracy of the best and last checkpoints of runs, and of other models, under attacks."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run directories."""
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories, or robustbench:NAME, torchvision:NAME, timm:NAME, module:callable (with --data)."""
+    list_attacks: bool = False
+    """Print the names that --attacks takes."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
@@ -275,11 +279,18 @@ def _fit(trainer: Trainer, say: Any) -> int:
 
 def _eval(argv: list[str]) -> int:
     command = tyro.cli(EvalCommand, args=normalize(argv), prog="fastdynat eval", config=FLAT)
-    if not command.runs:
-        raise UserError("eval needs at least one run directory: fastdynat eval RUN")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    evaluate_runs(list(command.runs), command.eval, console)
-    return 0
+    if command.list_attacks:
+        table = Table("attack", "what it is")
+        for row in KNOWN.items():
+            table.add_row(*row)
+        console.print(table)
+        return 0
+    if not command.models:
+        raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
+    with StopRequest() as stop:
+        evaluate_runs(command.models, command.eval, console, should_stop=stop.requested)
+    return 128 + stop.signal if stop.signal else 0
 
 
 def _report(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from fastdynat.config import AttackConfig
 from fastdynat.engine import default_config, stored_config
 from fastdynat.engine.session import attack_steps
 from fastdynat.engine.step import TrainStep
-from fastdynat.evaluation import runs as evaluation
+from fastdynat.evaluation import cells as evaluation
 from fastdynat.memory import PeakMemory
 
 # 64 digits in 2 batches, one attack step: a run takes half a second.

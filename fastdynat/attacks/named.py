@@ -1,14 +1,22 @@
 """Attack names of the evaluation: clean, fgsm, pgd20, pgd50-10, cw, cw30."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastdynat.attacks.pgd import parse_pgd
 from fastdynat.attacks.search import Parser, Radii, Search
 from fastdynat.errors import UserError, unknown_name
 
-# Whoever adds an attack adds its parser here, and its name to the names that a misspelt one is compared with.
+# Whoever adds an attack adds its parser here, and its names with one line each below.
 PARSERS: tuple[Parser, ...] = (parse_pgd,)
-_KNOWN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd50-10", "cw", "cw20")
+# What `fastdynat eval --list-attacks` prints, and what a misspelt name is compared with.
+ATTACKS = {
+    "clean": "no attack",
+    "fgsm": "one step of size eps along the gradient's sign, from the image (Goodfellow et al. 2015)",
+    "pgd20": "pgdK or pgdK-R: K steps on the cross-entropy from a uniform start, R restarts (Madry et al. 2018)",
+    "pgd50-10": "pgdK-R with 50 steps and 10 restarts",
+    "cw": "cwK or cwK-R, K = 20 unless given: the same on the margin of the logits (the C&W-inf of the literature)",
+}
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,8 @@ class NamedAttack:
     search: Search | None = None
 
 
-def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf") -> NamedAttack:
-    """The attack called `name`, radii in [0, 1] pixel units.
+def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf", known: Iterable[str] = ATTACKS) -> NamedAttack:
+    """The attack called `name`, radii in [0, 1] pixel units. `known`: names to suggest for one that is not.
 
     - ``clean``;
     - ``fgsm``: one step of size eps from the image, no random start (Goodfellow et al. 2015);
@@ -38,7 +46,7 @@ def parse_attack(name: str, *, eps: float, step_size: float, norm: str = "linf")
     for parse in PARSERS:
         if (search := parse(name, radii)) is not None:
             return NamedAttack(name, search)
-    raise unknown_name("attack", name, _KNOWN)
+    raise unknown_name("attack", name, known)
 
 
 def parse_attacks(names: str, *, eps: float, step_size: float, norm: str = "linf") -> list[NamedAttack]:

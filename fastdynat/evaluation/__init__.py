@@ -1,9 +1,12 @@
 """Evaluation: accuracy under named attacks, and tables over runs."""
 
 from fastdynat.evaluation.boundary_speed import BoundarySpeed, boundary_speed
+from fastdynat.evaluation.config import EvalConfig
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement
-from fastdynat.evaluation.runs import EvalConfig, TestSets, evaluate_runs, measure_runs
+from fastdynat.evaluation.plan import TestSets
+from fastdynat.evaluation.runs import evaluate_runs, measure_runs
+from fastdynat.evaluation.store import read_measurements
 
 __all__ = [
     "BoundarySpeed",
@@ -15,4 +18,5 @@ __all__ = [
     "evaluate_runs",
     "measure",
     "measure_runs",
+    "read_measurements",
 ]

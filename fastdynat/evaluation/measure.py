@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, attack_mode
+from fastdynat.attacks import (
+    Ascent,
+    AttackEngine,
+    AttackResult,
+    AttackSwitches,
+    NamedAttack,
+    Nearest,
+    NotCopyable,
+    attack_mode,
+)
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
 
@@ -73,9 +82,10 @@ def measure(
             if attack.search is not None:
                 ascent = ascent or attacked(victim, x, amp_dtype, channels_last)
                 result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
-                x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
+                zero, gradients = zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance)
+                x = within(result, x, getattr(attack.search, "eps", None))
             robust.append(predict(model, x) == batch.labels)
             tick(1)
         # Waits for the device, so the clock stops after the work.
@@ -104,6 +114,13 @@ def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, 
         return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
     except NotCopyable:
         return Ascent(model, dtype=amp_dtype)
+
+
+def within(result: AttackResult, x: Tensor, eps: float | None) -> Tensor:
+    """What counts of an attack on `x`: of one that looks for the nearest, only what it found within `eps`; None is anywhere."""
+    if eps is None or not isinstance(result, Nearest):
+        return result.x_adv
+    return torch.where((result.distance <= eps)[:, None, None, None], result.x_adv, x)
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 RUN/config.yaml          resolved configuration
 RUN/environment.json     machine and versions, one entry per start
 RUN/metrics.jsonl, .csv  one row per epoch
+RUN/evaluations          results of `fastdynat eval`, one file per measurement
 RUN/boundary             margins and speeds of the boundary, with --boundary-speed
 RUN/last, RUN/best       links to checkpoints/NNNNNN: model and guide weights; in last also the training state
 """
@@ -22,7 +23,7 @@ CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
 LAST, BEST, LOCK = "last", "best", ".lock"
 HEADER = "# fastdynat run"  # first line of a run's configuration
 # All that a run keeps in its folder, and all that replacing it may remove.
-OWNED = (ENVIRONMENT, "metrics.jsonl", "metrics.csv", LAST, BEST, "boundary", "tensorboard", "checkpoints")
+OWNED = (ENVIRONMENT, "metrics.jsonl", "metrics.csv", LAST, BEST, "boundary", "evaluations", "tensorboard", "checkpoints")
 
 
 def looks_like_run(path: Path) -> bool:

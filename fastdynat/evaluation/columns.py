@@ -1,0 +1,91 @@
+"""The columns of an evaluation's table: what `--attacks` names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastdynat.attacks import PGD, NamedAttack, Search, parse_attack
+from fastdynat.attacks.named import ATTACKS
+from fastdynat.errors import UserError
+
+AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transfer-"
+# Every name that --attacks takes, with one line each.
+KNOWN = {
+    **ATTACKS,
+    AUTOATTACK: "AutoAttack (Croce & Hein 2020), standard version, by its reference package (extra `peer`), in float32",
+    FAST_AUTOATTACK: "the same four attacks in the same order (apgd-ce, apgd-t, fab-t, square) on the fast engine",
+    f"{TRANSFER}NAME": "NAME made on the network of --source and counted on this one",
+}
+# Attacks that half precision was shown not to weaken.
+AMP_PROVEN = (PGD,)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The numbers of a run of the AutoAttack package."""
+
+    norm: str
+    eps: float
+    version: str = "standard"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: exactly one of the three ways to fill it.
+
+    Attributes:
+        attack: one attack (`measure`).
+        stages: attacks one after the other, each on the images that still stand.
+        reference: the AutoAttack package.
+        transfer: whether `attack` is made on another network.
+    """
+
+    name: str
+    attack: NamedAttack | None = None
+    stages: tuple[NamedAttack, ...] = ()
+    reference: Reference | None = None
+    transfer: bool = False
+
+
+def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: str) -> list[Column]:
+    """The columns that the comma-separated `names` stand for.
+
+    Raises:
+        UserError: an unknown name, a name twice, or an attack that does not go with `norm` or `amp`.
+    """
+    asked = [name.strip().lower() for name in names.split(",") if name.strip()]
+    if not asked:
+        raise UserError(f"no attack named in {names!r}; for example clean,fgsm,pgd20,cw")
+    if len(set(asked)) != len(asked):
+        raise UserError(f"attacks named twice in {names!r}")
+    columns = [_column(name, eps=eps, step_size=step_size, norm=norm) for name in asked]
+    for column in columns:
+        _check_amp(column, amp)
+    return columns
+
+
+def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
+    if name == AUTOATTACK:
+        return Column(name, reference=Reference(norm, eps))
+    if name == FAST_AUTOATTACK:
+        return Column(name, stages=tuple(_stages(norm, eps)))
+    inner = name.removeprefix(TRANSFER)
+    attack = parse_attack(inner, eps=eps, step_size=step_size, norm=norm, known=KNOWN)
+    if inner == name:
+        return Column(name, attack)
+    if attack.search is None:
+        raise UserError(f"{name}: the clean accuracy is no attack, so nothing transfers; name another one")
+    return Column(name, NamedAttack(name, attack.search), transfer=True)
+
+
+def _stages(norm: str, eps: float) -> Sequence[NamedAttack]:
+    from fastdynat.attacks import autoattack  # type: ignore[attr-defined]
+
+    stages: Sequence[NamedAttack] = autoattack.stages(norm, eps)
+    return [NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages]
+
+
+def _check_amp(column: Column, amp: str) -> None:
+    searches: list[Search | None] = [a.search for a in (column.attack, *column.stages) if a is not None]
+    proven = all(search is None or isinstance(search, AMP_PROVEN) for search in searches)
+    if amp != "off" and (column.stages or column.reference is not None or not proven):
+        raise UserError(f"{column.name} in half precision is not shown to be as strong: leave --amp {amp} out, or the attack")

@@ -1,0 +1,41 @@
+"""Half the batch where memory does not suffice."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from fastdynat.errors import UserError
+
+T = TypeVar("T")
+
+
+def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], None]) -> T:
+    """``run(batch_size)``, from its beginning with half as many images as often as memory runs out.
+
+    Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the start.
+
+    Raises:
+        UserError: not even one image at a time fits.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Outside the except block: until its end the traceback keeps the tensors of the failed run alive.
+        if batch_size == 1:
+            raise UserError(f"memory does not suffice for one image at a time ({reason[:160]}); use another --device")
+        batch_size = (batch_size + 1) // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        say(f"out of memory: begun again with {batch_size} images per batch; --batch-size {batch_size} avoids the first try")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,269 @@
+"""What an evaluation is of: checkpoints of runs and foreign models, each with its images and attacks."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdynat import __version__
+from fastdynat.config import DataConfig, read_yaml
+from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.errors import UserError
+from fastdynat.evaluation.columns import Column, parse_columns
+from fastdynat.evaluation.config import EvalConfig, Shard, parse_shard
+from fastdynat.evaluation.store import FOLDER, Say
+from fastdynat.runs import (
+    BEST,
+    CONFIG,
+    LAST,
+    STATE,
+    Sidecar,
+    check_manifest,
+    foreign,
+    guide_weights,
+    load_network,
+    read_sidecar,
+    require_run,
+)
+from fastdynat.units import parse_size
+
+TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
+DEFAULT_EPS = 8 / 255  # of a model that we did not train, under L-inf
+
+
+@dataclass(frozen=True)
+class Radius:
+    """The threat model of a target: norm, and sizes in [0, 1] pixel units."""
+
+    norm: str
+    eps: float
+    step_size: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """The network that transfer attacks are made on, and the sha256 of its weights."""
+
+    network: nn.Module
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One network with what it is measured on.
+
+    Attributes:
+        name: the run directory or the model's name.
+        checkpoint: best or last; None for a foreign model.
+        weights: their sha256.
+        trained: what is known about its training: method, architecture, dataset, epoch.
+        everything: all test images; `images` is the share of them that is measured.
+        digest: of all test images.
+        folder: where its results are kept; None is nowhere.
+    """
+
+    name: str
+    checkpoint: str | None
+    weights: str
+    network: nn.Module
+    trained: dict[str, Any]
+    columns: list[Column]
+    radius: Radius
+    info: DatasetInfo
+    everything: ImageSet
+    shard: Shard | None
+    digest: str
+    folder: Path | None
+    source: Source | None
+
+    @property
+    def title(self) -> str:
+        return self.name if self.checkpoint is None else f"{self.name} {self.checkpoint}"
+
+    @property
+    def images(self) -> ImageSet:
+        rows = slice(None) if self.shard is None else self.shard.rows
+        return ImageSet(self.everything.images[rows], self.everything.labels[rows])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is stored beside each measurement."""
+        sizes = {"norm": self.radius.norm, "eps": self.radius.eps, "step_size": self.radius.step_size}
+        origin = {"run": self.name, "checkpoint": self.checkpoint, "dataset": self.info.name}
+        return {**origin, **sizes, "images": len(self.images), "fastdynat": __version__}
+
+
+class Planner:
+    """Loads and checks everything that one evaluation needs, each test set once."""
+
+    def __init__(self, config: EvalConfig, say: Say, tests: TestSets) -> None:
+        self.config, self.say, self.tests = config, say, tests
+        self.shard = parse_shard(config.shard)
+        self._sources: dict[DatasetInfo, Source] = {}
+
+    def plan(self, names: Sequence[str | Path]) -> list[Target]:
+        """The targets that `names` stand for: an existing path is a run, another name with a colon in it a model."""
+        targets = []
+        for name in names:
+            if _is_model(str(name)):
+                targets.append(self._model(str(name)))
+            else:
+                targets += self._run(Path(name))
+        self._check_source(targets)
+        return targets
+
+    def _run(self, path: Path) -> list[Target]:
+        config = self.config
+        require_run(path)
+        stored = read_yaml(path / CONFIG)
+        if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
+            raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
+        data = stored["data"] if config.data == "auto" else config.data
+        # Another dataset is not looked for, nor downloaded, where the run's own lies.
+        folder = stored["data_dir"] if data == stored["data"] else DataConfig().data_dir
+        size = stored.get("image_size") if config.image_size is None else config.image_size
+        checkpoints = (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,)
+        loaded = [(checkpoint, *_load(path, checkpoint)) for checkpoint in checkpoints]
+        targets = []
+        for checkpoint, network, sidecar, weights in loaded:
+            info, images = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
+            if difference := foreign(sidecar, info):
+                raise UserError(f"{path} was trained on {difference}")
+            trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
+            radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
+            targets.append(self._target(str(path), checkpoint, weights, network, trained, radius, info, images, path / FOLDER))
+        return targets
+
+    def _model(self, name: str) -> Target:
+        if self.config.data == "auto":
+            raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
+        info, images = self._test_set(self.config.data, DataConfig().data_dir, self.config.image_size, download=True)
+        network, weights = _load_foreign(name, info, self.config.weights)
+        trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
+        if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
+            self.say(f"{name}: no --eps, so 8/255 under linf")
+        radius = self._radius(info, "linf", DEFAULT_EPS)
+        return self._target(name, None, weights, network, trained, radius, info, images, Path(FOLDER))
+
+    def _target(
+        self,
+        name: str,
+        checkpoint: str | None,
+        weights: str,
+        network: nn.Module,
+        trained: dict[str, Any],
+        radius: Radius,
+        info: DatasetInfo,
+        images: ImageSet,
+        folder: Path,
+    ) -> Target:
+        config = self.config
+        columns = parse_columns(config.attacks, eps=radius.eps, step_size=radius.step_size, norm=radius.norm, amp=config.amp)
+        if self.shard is not None and self.shard.count > len(images):
+            raise UserError(f"--shard {self.shard} of {len(images)} images leaves shards without any; use fewer")
+        return Target(
+            name=name,
+            checkpoint=checkpoint,
+            weights=weights,
+            network=network.eval(),
+            trained=trained,
+            columns=columns,
+            radius=radius,
+            info=info,
+            everything=images,
+            shard=self.shard,
+            digest=_digest(images),
+            folder={"auto": folder, "off": None}.get(config.cache, Path(config.cache)),
+            source=self._source(info) if config.source is not None else None,
+        )
+
+    def _radius(self, info: DatasetInfo, norm: str, eps: float) -> Radius:
+        """norm, eps: what "auto" stands for."""
+        config = self.config
+        if config.norm not in ("auto", norm) and config.eps == "auto":
+            raise UserError(f"radii of {norm} say nothing about {config.norm}: --norm {config.norm} needs --eps")
+        norm = norm if config.norm == "auto" else config.norm
+        pixels = torch.Size(info.image_shape).numel()
+        limit = {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels), "l0": float(pixels)}[norm]
+        values = [eps, None]
+        for i, (what, text) in enumerate((("eps", config.eps), ("step_size", config.step_size))):
+            if text != "auto":
+                size = parse_size(text, what, norm=norm, limit=limit)
+                values[i] = size.value
+                if size.notice:
+                    self.say(size.notice)
+        assert values[0] is not None
+        return Radius(norm, values[0], values[0] / 4 if values[1] is None else values[1])
+
+    def _test_set(self, data: str, folder: str, size: int | None, *, download: bool) -> tuple[DatasetInfo, ImageSet]:
+        folder = folder if self.config.data_dir == "auto" else self.config.data_dir
+        key = (data, folder, size)
+        if key not in self.tests:
+            self.tests[key] = load_test(data, folder, image_size=size, download=download)
+        info, images = self.tests[key]
+        count = self.config.num_images
+        return info, images if count is None else ImageSet(images.images[:count], images.labels[:count])
+
+    def _source(self, info: DatasetInfo) -> Source:
+        name = self.config.source
+        assert name is not None
+        if info not in self._sources:
+            self._sources[info] = _load_source(name, info)
+        return self._sources[info]
+
+    def _check_source(self, targets: list[Target]) -> None:
+        transfers = [column.name for target in targets for column in target.columns if column.transfer]
+        if transfers and self.config.source is None:
+            raise UserError(f"{transfers[0]} needs a network to be made on: give --source RUN")
+        if self.config.source is not None and not transfers and not self.config.checks:
+            raise UserError("--source is for attacks called transfer-NAME, such as --attacks transfer-pgd20, and --checks")
+
+
+def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+    """The network of a checkpoint, its sidecar and the sha256 of its weights."""
+    if not (run / checkpoint).exists():
+        hint = "; use --checkpoints last" if checkpoint == BEST and (run / LAST).exists() else ""
+        raise UserError(f"{run} has no {checkpoint} checkpoint: no epoch of it was validated yet{hint}")
+    # The link is followed once: the run may still be training, and move it.
+    files = (run / checkpoint).resolve()
+    check_manifest(files, optional=(STATE,))
+    weights = files / "model.safetensors"
+    network, sidecar = load_network(weights)
+    return network, sidecar, read_sidecar(weights)[1]
+
+
+def _load_foreign(name: str, info: DatasetInfo, weights: str | None) -> tuple[nn.Module, str]:
+    """A model that we did not train and the sha256 of its weights."""
+    from fastdynat.models.foreign import load_foreign  # type: ignore[import-not-found]
+
+    file = None if weights is None else Path(weights)
+    found = load_foreign(name, num_classes=info.num_classes, image_shape=info.image_shape, weights=file)
+    return found.model, found.sha256
+
+
+def _load_source(name: str, info: DatasetInfo) -> Source:
+    if _is_model(name):
+        network, sha256 = _load_foreign(name, info, None)
+        return Source(network.eval(), sha256)
+    path = guide_weights(Path(name))
+    network, sidecar = load_network(path)
+    if difference := foreign(sidecar, info):
+        raise UserError(f"--source {name} was trained on {difference}")
+    return Source(network, read_sidecar(path)[1])
+
+
+def _is_model(name: str) -> bool:
+    """Whether `name` means a model that we did not train, not a path."""
+    return ":" in name and not Path(name).exists()
+
+
+def _digest(images: ImageSet) -> str:
+    """The sha256 of all pixels and labels."""
+    digest = hashlib.sha256()
+    for tensor in (images.images, images.labels):
+        digest.update(tensor.contiguous().numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()

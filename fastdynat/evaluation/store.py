@@ -1,0 +1,172 @@
+"""Measurements as files, so that nothing is measured twice and what was interrupted goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdynat.evaluation.outcome import Measurement, pack_bits, unpack_bits
+from fastdynat.runs.files import write_text
+
+FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Everything that a measurement's accuracy depends on but the machine.
+
+    Attributes:
+        weights: sha256 of the network's weights.
+        images: digest of all test images and labels, also where only a shard of them is measured.
+        search: the attack's numbers and class; None for clean accuracy.
+        batch_size: as asked for; a halved one is in the measurement.
+        source: sha256 of the weights that a transfer attack is made on.
+        standing: digest of which images are attacked (`standing_digest`); None is all.
+        shard: which share of the images, "I/N".
+    """
+
+    weights: str
+    images: str
+    attack: str
+    search: dict[str, Any] | None
+    seed: int
+    batch_size: int
+    amp: str
+    source: str | None = None
+    standing: str | None = None
+    shard: str | None = None
+
+    def text(self) -> str:
+        """As JSON; what is None of the last three is left out."""
+        left_out = ("source", "standing", "shard")
+        parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
+        return json.dumps(parts, sort_keys=True)
+
+
+def search_numbers(search: Any) -> dict[str, Any] | None:
+    """The plain values of an attack, a dataclass, with the name of its class."""
+    if search is None:
+        return None
+    assert is_dataclass(search)
+    return {"class": type(search).__name__, **asdict(search)}  # type: ignore[arg-type]
+
+
+def standing_digest(standing: Tensor | None) -> str | None:
+    """The sha256 of which images are attacked, (N,) bool."""
+    return None if standing is None else hashlib.sha256(pack_bits(standing).encode()).hexdigest()
+
+
+class Store(MutableMapping[str, dict[str, Any]]):
+    """One file per measurement in `folder`, by `Key.text`. A damaged or foreign file is as good as none.
+
+    about: what a reader of the files wants to know beside the key; stored with each measurement.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], say: Say = lambda text: None) -> None:
+        self.folder, self.about, self._say = folder, about, say
+
+    def path(self, key: str, suffix: str = ".json") -> Path:
+        """Where the measurement is, or would be; with another suffix, where a file beside it would be."""
+        parts = json.loads(key)
+        shard = f".{parts['shard'].replace('/', 'of')}" if "shard" in parts else ""
+        name = f"{_slug(parts['attack'])}{shard}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return self.folder / f"{name}{suffix}"
+
+    def shard_counts(self, attack: str) -> list[int]:
+        """Into how many shards measurements of `attack` were divided whose first shard is there."""
+        pattern = re.compile(re.escape(_slug(attack)) + r"\.1of(\d+)-\w+\.json")
+        return sorted({int(match[1]) for path in _files(self.folder) if (match := pattern.fullmatch(path.name))})
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        path = self.path(key)
+        if not path.exists():
+            raise KeyError(key)
+        try:
+            stored, _, measurement = read_file(path)
+            if json.dumps(stored, sort_keys=True) != key:
+                raise ValueError("it is another measurement's")
+        except (OSError, ValueError) as error:
+            self._say(f"{path} cannot be used ({error}); its attack is made again")
+            raise KeyError(key) from None
+        return asdict(measurement)
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        document = {"format": FORMAT, "key": json.loads(key), "about": self.about, "measurement": value}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.path(key), json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            self._say(f"the result is not kept: cannot write to {self.folder} ({error.strerror}); use --cache DIR")
+
+    def __delitem__(self, key: str) -> None:
+        try:
+            self.path(key).unlink()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (json.dumps(key, sort_keys=True) for key, _, _ in read_folder(self.folder))
+
+    def __len__(self) -> int:
+        return len(read_folder(self.folder))
+
+
+def read_measurements(run: Path) -> list[tuple[dict[str, Any], dict[str, Any], Measurement]]:
+    """The stored measurements of the run directory `run`: key, about and numbers, in the order of their files' names.
+
+    Damaged and foreign files are left out. Keys with "standing" are stages of a column, those with "shard" parts of one.
+    """
+    return read_folder(run / FOLDER)
+
+
+def read_folder(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any], Measurement]]:
+    """`read_measurements` of any folder."""
+    found = []
+    for path in _files(folder):
+        try:
+            found.append(read_file(path))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Measurement]:
+    """One stored measurement.
+
+    Raises:
+        ValueError: not one of this format, damaged, or edited by hand.
+        OSError: it cannot be read.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        values = dict(stored["measurement"])
+        if set(values) != {f.name for f in fields(Measurement)}:
+            raise ValueError("its numbers are not those of a measurement")
+        measurement = as_measurement(values)
+        correct = int(unpack_bits(measurement.robust_bits, measurement.images).sum())
+        if correct != measurement.correct or measurement.accuracy != correct / measurement.images:
+            raise ValueError("its accuracy is not that of its images")
+        return dict(stored["key"]), dict(stored["about"]), measurement
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise ValueError("it is damaged") from None
+
+
+def as_measurement(values: dict[str, Any]) -> Measurement:
+    """Back from the values that JSON holds."""
+    return Measurement(**{**values, "ci": tuple(values["ci"])})
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def _slug(attack: str) -> str:
+    return re.sub(r"[^a-z0-9-]+", "_", attack)
