@@ -32,7 +32,7 @@ class Look:
     """How a run is drawn everywhere."""
 
     colour: str
-    style: str
+    style: Any  # of matplotlib's, as text
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,19 @@ def svg(panel: Panel, salt: str) -> str:
     text = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
-        panel.draw(figure.subplots())
+        _put(panel, figure.subplots())
         none: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=none)
     drawn = text.getvalue()
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn[drawn.index("<svg") :])  # the same in every picture of a page
     drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawn, count=1), count=1)
     return drawn.replace(TEXT, "currentColor")
+
+
+def _put(panel: Panel, axes: Axes) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    panel.draw(axes)
+    quiet_axes(axes)
 
 
 def sheet(panels: Sequence[Panel], legend: Mapping[str, Look], path: Path) -> None:
@@ -76,7 +82,7 @@ def sheet(panels: Sequence[Panel], legend: Mapping[str, Look], path: Path) -> No
     figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4 + 0.2 * (len(legend) // (2 * columns))), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
     for axes, panel in zip(grid, panels, strict=False):
-        panel.draw(axes)
+        _put(panel, axes)
         axes.set_title(panel.title, loc="left", color=TEXT, fontsize=9)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
@@ -115,7 +121,7 @@ def draw_series(
             look, best = legend[record.name], best_index(record)
             if not points:
                 continue
-            style = {"color": look.colour, "linestyle": look.style, "linewidth": 1.6}
+            style: dict[str, Any] = {"color": look.colour, "linestyle": look.style, "linewidth": 1.6}
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 25 else "", **style)
             ring = [p for p, row in zip(points, _rows_with(record, column), strict=True) if row is record.rows[best or 0]]
             if best is not None and ring:
@@ -125,7 +131,6 @@ def draw_series(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             axes.set_xlim(left=0)
-        quiet_axes(axes)
 
     return draw
 
@@ -154,7 +159,6 @@ def draw_curves(curves: Mapping[str, EpsCurve], legend: Mapping[str, Look]) -> C
         axes.set_ylabel("accuracy, %", color=TEXT, fontsize=8)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        quiet_axes(axes)
 
     return draw
 
@@ -177,7 +181,6 @@ def draw_margins(found: Mapping[str, Margins], legend: Mapping[str, Look]) -> Ca
         axes.set_xlabel(f"distance to the nearest adversarial image, {_unit(norm)}", color=TEXT, fontsize=8)
         axes.set_ylabel("% of the images", color=TEXT, fontsize=8)
         axes.set_xlim(left=0)
-        quiet_axes(axes)
 
     return draw
 
@@ -197,7 +200,6 @@ def draw_trade(points: Mapping[str, Sequence[Mapping[str, Any]]], legend: Mappin
                 )
         axes.set_xlabel("clean accuracy, %", color=TEXT, fontsize=8)
         axes.set_ylabel("robust accuracy, %", color=TEXT, fontsize=8)
-        quiet_axes(axes)
 
     return draw
 
@@ -212,14 +214,13 @@ def draw_heat(
         mesh = axes.pcolormesh(np.ma.masked_invalid(numbers), cmap=RAMP, edgecolors="face", linewidth=0.3)
         for i, j in np.ndindex(*numbers.shape):
             if np.isfinite(numbers[i, j]):
-                colour = readable_on(mesh.to_rgba(numbers[i, j])[:3].tolist())
+                colour = readable_on([float(c) for c in mesh.to_rgba(numbers[i, j])[:3]])
                 axes.text(j + 0.5, i + 0.5, f"{numbers[i, j]:.0f}", color=colour, fontsize=7, ha="center", va="center")
         turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(np.arange(len(columns)) + 0.5, [short(c) for c in columns], **turned)
         axes.set_yticks(np.arange(len(rows)) + 0.5, [short(r) for r in rows])
         axes.invert_yaxis()
         axes.set_xlabel(across, color=TEXT, fontsize=8)
-        quiet_axes(axes)
         axes.tick_params(length=0)
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)

@@ -1,6 +1,5 @@
 """What a report reads of a run: configuration, metrics, checkpoints and their measurements."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import Any
 
 from fastdynat.config import read_yaml
 from fastdynat.engine.metrics import read_rows
-from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement
+from fastdynat.evaluation.store import read_measurements
 from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, read_sidecar, require_run
 
 WEIGHTS = "model.safetensors"
@@ -18,10 +17,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement with the threat model it was made under."""
+    """A measurement with the threat model it was made under; `eps` is None where the attack looked for the nearest image."""
 
     norm: str
-    eps: float
+    eps: float | None
     dataset: str
     result: Measurement
 
@@ -71,7 +70,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 def _read(path: Path, name: str) -> Record:
     metrics = path / "metrics.jsonl"
-    measured = read_measurements(path)
+    measured = _in_full(path)
     folders: dict[Path, list[str]] = {}
     for link in (BEST, LAST):
         if (path / link).exists():
@@ -79,25 +78,21 @@ def _read(path: Path, name: str) -> Record:
     checkpoints = []
     for folder, links in folders.items():
         sidecar, weights = read_sidecar(folder / WEIGHTS)
-        own = [Measured(a["norm"], a["eps"], a["dataset"], m) for key, a, m in measured if key["weights"] == weights]
+        own = [m for of, m in measured if of == weights]
         checkpoints.append(Checkpoint(tuple(links), folder / WEIGHTS, weights, sidecar, own))
-    stale = sum(key["weights"] not in {c.weights for c in checkpoints} for key, _, _ in measured)
+    stale = sum(of not in {c.weights for c in checkpoints} for of, _ in measured)
     return Record(name, path, read_yaml(path / CONFIG), read_rows(metrics) if metrics.exists() else [], checkpoints, stale)
 
 
-def read_measurements(run: Path) -> list[tuple[dict[str, Any], dict[str, Any], Measurement]]:
-    """The measurements in RUN/evaluations with their keys and what they are about.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+def _in_full(run: Path) -> list[tuple[str, Measured]]:
+    """The run's measurements with the sha256 of the weights that they are of; neither stages nor parts of one."""
     found = []
-    for path in sorted((run / "evaluations").glob("*.json")):
-        try:
-            doc = json.loads(path.read_text(encoding="utf-8"))
-            if doc["format"] != "fastdynat-measurement/1":
-                raise ValueError
-            found.append((dict(doc["key"]), dict(doc["about"]), Measurement(**doc["measurement"])))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged or no measurement; remove it and run fastdynat eval again") from None
+    for key, about, result in read_measurements(run):
+        if "standing" in key or "shard" in key:
+            continue
+        search, eps = key["search"] or {}, about["eps"]
+        norm = about["norm"] if result.distances is None else search.get("norm", "")
+        if result.distances is not None and search.get("eps") is None:
+            eps = None
+        found.append((key["weights"], Measured(norm, eps, about["dataset"], result)))
     return found

@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fastdynat.evaluation import Measurement
@@ -24,19 +26,20 @@ class Column:
 
     attack: str
     norm: str
-    eps: float
+    eps: float | None
     dataset: str
 
     @classmethod
     def of(cls, measured: Measured) -> "Column":
-        clean = measured.result.attack == "clean"
-        radius = ("", 0.0) if clean else (measured.norm, measured.eps)
+        radius = ("", 0.0) if measured.result.attack == "clean" else (measured.norm, measured.eps)
         return cls(measured.result.attack, *radius, measured.dataset)
 
     @property
     def radius(self) -> str:
         """The threat model as the head of the column says it."""
-        return describe_radius(self.norm, self.eps) if self.norm else "no attack"
+        if self.attack == "clean":
+            return "no attack"
+        return f"{self.norm} any radius" if self.eps is None else describe_radius(self.norm, self.eps)
 
 
 def describe_radius(norm: str, eps: float) -> str:
@@ -64,13 +67,14 @@ def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     rows = []
     for record in records:
         c = record.config
+        where = f" {Path(str(c.get('data_dir'))).name}" if c.get("data") == "imagefolder" else ""
         size = "" if c.get("image_size") is None else f" at {c['image_size']} px"
         rows.append(
             {
                 "name": record.name,
                 "method": c.get("method", "-"),
                 "model": c.get("model", "-"),
-                "data": f"{c.get('data', '-')}{size}",
+                "data": f"{c.get('data', '-')}{where}{size}",
                 "epochs": f"{len(record.rows)}"
                 + (f" of {c['epochs']}" if c.get("epochs") not in (None, len(record.rows)) else ""),
                 "seconds": f"{training_seconds(record):,.0f}",
@@ -95,7 +99,6 @@ def strongest(checkpoint: Checkpoint) -> tuple[Column, Measurement] | None:
     """The attack under which least is left, of those within the radius that the run is for."""
     sidecar = checkpoint.sidecar
     own = [(c, m) for c, m in cells(checkpoint).items() if (c.norm, c.eps) == (sidecar.norm, sidecar.eval_eps)]
-    own = [(c, m) for c, m in own if m.distances is None]
     return min(own, key=lambda pair: pair[1].accuracy, default=None)
 
 
@@ -108,7 +111,8 @@ def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:
     """Clean and robust accuracies with their intervals, a row for each checkpoint."""
     measured = {(r.name, c.names): cells(c) for r in records for c in r.checkpoints}
     columns = list(dict.fromkeys(column for found in measured.values() for column in found))
-    columns.sort(key=lambda c: c.attack != "clean")
+    # Clean first, then from weak to strong: the reader goes from what is easy to what is hard.
+    columns.sort(key=lambda c: (c.attack != "clean", -fmean(found[c].accuracy for found in measured.values() if c in found)))
     images = {m.images for found in measured.values() for m in found.values()}
     rows = []
     for record in records:
