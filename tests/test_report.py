@@ -154,7 +154,15 @@ def test_charts_take_the_colour_of_the_page(written: Path, page: Page) -> None:
         assert (pixels[..., 3] == 0).mean() > 0.1, f"{path} is not transparent"
         assert pixels[..., 3].max() == 255
     names = {path.name for path in written.glob("*.png")}
-    assert names == {"trade-off.png", "training.png", "radius.png", "classes.png", "transfer.png", "images.png"}
+    assert names == {
+        "trade-off.png",
+        "training.png",
+        "radius.png",
+        "classes.png",
+        "transfer.png",
+        "images-1.png",
+        "images-2.png",
+    }
 
 
 def _luminance(colour: str) -> float:

@@ -126,6 +126,9 @@ def draw_series(
             ring = [p for p, row in zip(points, _rows_with(record, column), strict=True) if row is record.rows[best or 0]]
             if best is not None and ring:
                 axes.plot(*ring[0], "o", markersize=8, markerfacecolor="none", color=look.colour, markeredgewidth=1.4)
+        values = [y for record in records for _, y in series(record, column, factor, None)]
+        if column == "loss" and min(values) > 0 and max(values) > 5 * min(values):
+            axes.set_yscale("log")  # losses of different methods can be far apart
         axes.set_xlabel("epoch" if unit is None else f"training time, {unit[1]}", color=TEXT, fontsize=8)
         if unit is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,9 +1,8 @@
 """`fastdynat report` from run directories to files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -40,20 +39,17 @@ def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) ->
     report = page.Report(records, found, config, looks)
     sections = report.sections()
     for section in sections:
-        _draw(out / section.file, bool(section.panels), lambda path, s=section: charts.sheet(s.panels, looks, path))
-    examples: Mapping[str, Any] = found.of_run["examples"]
-    _draw(out / "images.png", bool(examples), lambda path: draw_gallery(examples, path))
+        if section.panels:
+            charts.sheet(section.panels, looks, out / section.file)
+        else:  # of an earlier report of other runs
+            (out / section.file).unlink(missing_ok=True)
+    for old in out.glob("images-*.png"):  # of an earlier report of other runs
+        old.unlink()
+    for number, (name, examples) in enumerate(found.of_run["examples"].items(), 1):
+        draw_gallery(name, examples, out / f"images-{number}.png")
     write_text(out / PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")))
     if found.signal is not None:
         console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", markup=False, highlight=False)
         return 128 + found.signal
     console.print(f"done: {out / PAGE}", markup=False, highlight=False)
     return 0
-
-
-def _draw(path: Path, wanted: bool, draw: Any) -> None:
-    """Draw the file, or remove what an earlier report of other runs left there."""
-    if wanted:
-        draw(path)
-    else:
-        path.unlink(missing_ok=True)
