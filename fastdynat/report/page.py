@@ -167,7 +167,10 @@ def classes(report: Report) -> Section:
             drawn = charts.draw_heat(values, list(rows), [names[k] for k in worst])
             head = f"accuracy by class, %: {title}"
             panels.append(Panel(head, f"{head}: {lowest}.", drawn, 1.1 + 0.26 * len(rows)))
-    text = "Where a network is strong and where it is weak." + (f" The {CLASSES} weakest classes are shown." if cut else "")
+    which = report.config.checkpoint
+    text = f"Of the {which} checkpoint, unless only the other one was evaluated." + (
+        f" The {CLASSES} weakest classes are shown." if cut else ""
+    )
     missing = [] if panels else [Missing("No run has been evaluated.", command("eval", *(r.path for r in report.records)))]
     return Section("classes", "Class by class", text, panels, missing)
 
@@ -179,9 +182,9 @@ def _by_classes(report: Report, choose: Callable[..., Measurement | None]) -> It
     """Runs whose classes have the same names, with the accuracies by class of the measurement that `choose` gives."""
     groups: dict[tuple[str, ...], ClassRows] = {}
     for record in report.records:
-        checkpoint = record.checkpoint(report.config.checkpoint)
-        measurement = None if checkpoint is None else choose(checkpoint)
-        if checkpoint and measurement:
+        # The one that the report is about, unless only the other one was evaluated.
+        ordered = sorted(record.checkpoints, key=lambda c: c is not record.checkpoint(report.config.checkpoint))
+        for checkpoint, measurement in [(c, m) for c in ordered if (m := choose(c))][:1]:
             names = checkpoint.sidecar.class_names
             values = (measurement.per_class + [None] * len(names))[: len(names)]
             groups.setdefault(names, {})[record.name] = values
