@@ -99,9 +99,14 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def series(record: Record, column: str, factor: float, unit: float | None) -> Points:
-    """A column of the run's metrics, over epochs, or over training time in `unit` seconds."""
+    """A column of the run's metrics, over epochs, or over training time in `unit` seconds.
+
+    A loss is over that of the first epoch: those of different methods are different functions, and can be far apart.
+    """
     seconds = list(accumulate(row.get("train_seconds") or 0.0 for row in record.rows))
     x = [row["epoch"] for row in record.rows] if unit is None else [s / unit for s in seconds]
+    first = next((row["loss"] for row in record.rows if row.get("loss")), 1.0)
+    factor = factor / first if column == "loss" else factor
     return [(at, factor * row[column]) for at, row in zip(x, record.rows, strict=True) if row.get(column) is not None]
 
 
@@ -126,9 +131,6 @@ def draw_series(
             ring = [p for p, row in zip(points, _rows_with(record, column), strict=True) if row is record.rows[best or 0]]
             if best is not None and ring:
                 axes.plot(*ring[0], "o", markersize=8, markerfacecolor="none", color=look.colour, markeredgewidth=1.4)
-        values = [y for record in records for _, y in series(record, column, factor, None)]
-        if column == "loss" and min(values) > 0 and max(values) > 5 * min(values):
-            axes.set_yscale("log")  # losses of different methods can be far apart
         axes.set_xlabel("epoch" if unit is None else f"training time, {unit[1]}", color=TEXT, fontsize=8)
         if unit is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -181,7 +183,7 @@ def draw_margins(found: Mapping[str, Margins], legend: Mapping[str, Look]) -> Ca
             edges = [scale(norm)[0] * edge for edge in m.edges]
             shares = [100 * count / total for count in m.counts]
             axes.stairs(shares, edges, color=look.colour, linestyle=look.style, linewidth=1.4)
-        axes.set_xlabel(f"distance to the nearest adversarial image, {_unit(norm)}", color=TEXT, fontsize=8)
+        axes.set_xlabel(f"distance, {_unit(norm)}", color=TEXT, fontsize=8)
         axes.set_ylabel("% of the images", color=TEXT, fontsize=8)
         axes.set_xlim(left=0)
 

@@ -22,7 +22,8 @@ from fastdynat.evaluation.saliency import explain
 from fastdynat.evaluation.transfer import transfer_matrix
 
 ATTACK = "pgd20"  # of the curve, the images and the transfer matrix
-NEAREST = {"linf": "deepfool", "l2": "deepfool"}  # an attack for the smallest perturbation, by norm
+# A cheap attack for the smallest perturbation, by norm; a stronger one that was stored by `fastdynat eval` is taken instead.
+NEAREST = {"linf": "deepfool-linf", "l2": "deepfool"}
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # in units of the run's eps
 EXPLAINED, SHOWN = 64, 6  # images whose gradients are looked at, and of these the ones on the page
 LARGEST = 128  # pixels on a side of the pictures on the page

@@ -29,4 +29,4 @@ def draw_gallery(name: str, found: Mapping[str, Any], path: Path) -> None:
             axes.set_axis_off()
         label = f"x {found['gain']:g}" if kind == "perturbation" else kind.replace("_", " ")
         line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, color=TEXT, fontsize=7, ha="right", va="center")
-    figure.savefig(path, transparent=True, dpi=80)
+    figure.savefig(path, transparent=True, dpi=72)

@@ -23,7 +23,7 @@ CLASSES = 12  # columns of the chart of classes
 SERIES = (  # column of metrics.jsonl, title, factor
     ("val_pgd10_acc", "robust validation accuracy (PGD-10), %", 100.0),
     ("val_clean_acc", "clean validation accuracy, %", 100.0),
-    ("loss", "training loss", 1.0),
+    ("loss", "training loss (first epoch = 1)", 1.0),
     ("label_agreement", "label agreement, %", 100.0),
 )
 
@@ -126,7 +126,8 @@ def radius(report: Report) -> Section:
     text = (
         f"{ATTACK} is run anew at each radius, with steps of a quarter of it. An attack that looks for the nearest adversarial "
         "image gives each image a distance: the share of images beyond a radius is an accuracy at that radius. "
-        "Bands are 95 % intervals. Margins of misclassified images are 0."
+        "No attack finds the very nearest one, so distances are upper bounds; those of misclassified images are 0. "
+        "Bands are 95 % intervals."
     )
     missing = report.without("curve", "the accuracy over eps")
     return Section("radius", "Accuracy over the radius", text, panels, missing)

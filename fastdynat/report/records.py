@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,8 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
     for key, about, result in read_measurements(run):
         if "standing" in key or "shard" in key:
             continue
-        search, eps = key["search"] or {}, about["eps"]
-        norm = about["norm"] if result.distances is None else search.get("norm", "")
-        if result.distances is not None and search.get("eps") is None:
-            eps = None
+        search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
+        if result.distances is not None and not isfinite(search.get("eps") or inf):  # it says nothing about a ball
+            norm, eps = search.get("norm", ""), None
         found.append((key["weights"], Measured(norm, eps, about["dataset"], result)))
     return found

@@ -39,7 +39,7 @@ class Column:
         """The threat model as the head of the column says it."""
         if self.attack == "clean":
             return "no attack"
-        return f"{self.norm} any radius" if self.eps is None else describe_radius(self.norm, self.eps)
+        return f"{self.norm or 'its own norm'}, any radius" if self.eps is None else describe_radius(self.norm, self.eps)
 
 
 def describe_radius(norm: str, eps: float) -> str:
