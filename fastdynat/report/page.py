@@ -101,7 +101,7 @@ def progress(report: Report) -> Section:
     missing = [Missing(f"{r.name} has no finished epoch.", command("train", "--resume", r.path)) for r in empty]
     text = (
         "Left over epochs, right over seconds of training, validation left out. The ring is the epoch with the best robust "
-        "validation accuracy. Losses of different methods are different functions: compare how they fall, not their height."
+        "validation accuracy. Losses of different methods are different functions, so each is over its own first epoch."
     )
     return Section("training", "Training", text, panels, missing)
 
