@@ -11,7 +11,7 @@ FORMAT = "fastdynat-findings/1"
 
 
 class Cache:
-    """Findings by key, each with the digest of the images it was computed on; the file is whole at every moment.
+    """Findings by key; the file is whole at every moment.
 
     Raises:
         UserError: the file is damaged or another program's.
@@ -26,7 +26,7 @@ class Cache:
             doc = json.loads(path.read_text(encoding="utf-8"))
             if doc["format"] != FORMAT:
                 raise ValueError
-            self._entries = {self._name(e["key"]): {k: e[k] for k in ("key", "images", "value")} for e in doc["findings"]}
+            self._entries = {self._name(e["key"]): {k: e[k] for k in ("key", "value")} for e in doc["findings"]}
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged or not a report's; remove it to compute its findings again") from None
 
@@ -34,12 +34,12 @@ class Cache:
     def _name(key: dict[str, Any]) -> str:
         return json.dumps(key, sort_keys=True)
 
-    def get(self, key: dict[str, Any], images: str | None = None) -> Any:
-        """The finding under `key`; None where there is none, or one of other images than those with the digest `images`."""
+    def get(self, key: dict[str, Any]) -> Any:
+        """The finding under `key`; None where there is none."""
         entry = self._entries.get(self._name(key))
-        return None if entry is None or (images is not None and entry["images"] != images) else entry["value"]
+        return None if entry is None else entry["value"]
 
-    def put(self, key: dict[str, Any], images: str, value: Any) -> None:
+    def put(self, key: dict[str, Any], value: Any) -> None:
         """Store a finding, on disk too."""
-        self._entries[self._name(key)] = {"key": key, "images": images, "value": value}
+        self._entries[self._name(key)] = {"key": key, "value": value}
         write_text(self.path, json.dumps({"format": FORMAT, "findings": list(self._entries.values())}) + "\n")

@@ -1,6 +1,5 @@
 """Findings of all runs: from the cache, or computed and put there, one after the other with progress."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,11 +62,11 @@ class _Workshop:
 
     def __init__(self, config: ReportConfig) -> None:
         self.config, self.device = config, pick_device(config.device)
-        self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, ImageSet, str]] = {}
+        self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, ImageSet]] = {}
         self._subjects: dict[str, Subject] = {}
 
-    def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet, str]:
-        """The images of `target`'s dataset and their digest."""
+    def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet]:
+        """What `target`'s dataset is, and its first test images."""
         key = tuple(target.data.values())
         if key not in self._tests:
             folder = target.data["data_dir"] if self.config.data_dir == "auto" else self.config.data_dir
@@ -76,9 +75,7 @@ class _Workshop:
             except UserError as error:
                 raise UserError(f"{error}; or --no-attacks, which needs no data") from None
             images = ImageSet(images.images[: self.config.num_images], images.labels[: self.config.num_images])
-            digest = hashlib.sha256(images.images.contiguous().numpy().data)
-            digest.update(images.labels.contiguous().numpy().data)
-            self._tests[key] = info, images, digest.hexdigest()
+            self._tests[key] = info, images
         return self._tests[key]
 
     def subject(self, target: _Target) -> Subject:
@@ -86,7 +83,7 @@ class _Workshop:
         name = target.record.name
         if name not in self._subjects:
             network, sidecar = load_network(target.checkpoint.path)
-            info, images, _ = self.images(target)
+            info, images = self.images(target)
             if difference := foreign(sidecar, info):
                 raise UserError(f"{target.record.path} was trained on {difference}")
             network = network.to(self.device).requires_grad_(False)
@@ -101,7 +98,6 @@ class _Task:
     about: str
     passes: int
     key: dict[str, Any]
-    target: _Target
     compute: Callable[[_Workshop, Means], dict[str, Any]]
     keep: Callable[[dict[str, Any]], None]
 
@@ -142,7 +138,7 @@ def _tasks(records: Sequence[Record], config: ReportConfig, found: Findings) -> 
                 found.of_run[kind][name] = value
 
             passes = len(findings.RADII) if kind == "curve" else 1
-            yield _Task(f"{target.record.name}: {kind}", passes, key, target, compute, keep)
+            yield _Task(f"{target.record.name}: {kind}", passes, key, compute, keep)
     yield from _transfers(targets, settings, found)
 
 
@@ -157,7 +153,7 @@ def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Find
             return findings.transfer({target.record.name: shop.subject(target) for target in group}, means)
 
         if len(group) > 1:
-            yield _Task(f"transfer between {len(group)} runs", len(group), key, group[0], compute, found.transfers.append)
+            yield _Task(f"transfer between {len(group)} runs", len(group), key, compute, found.transfers.append)
 
 
 def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Console) -> int | None:
@@ -178,7 +174,7 @@ def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Con
                 value = task.compute(shop, means)
             except Stopped:
                 return stop.signal
-            cache.put(task.key, shop.images(task.target)[2], value)
+            cache.put(task.key, value)
             task.keep(value)
             bar.update(line, completed=images * sum(done.passes for done in tasks[:number]))
             done = f"[{number}/{len(tasks)}] {task.about} ({time.perf_counter() - start:.1f} s)"
