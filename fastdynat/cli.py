@@ -42,6 +42,7 @@ from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 from fastdynat.pictures import check_picture
 from fastdynat.recipes import read_recipe, recipe_names
+from fastdynat.report import ReportConfig, run_report
 from fastdynat.runs import LAST, check_writable, require_run
 
 OptionsT = TypeVar("OptionsT")
@@ -54,6 +55,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   eval     accuracy of one or more runs under attacks
   compare  several training methods on the same data, budget and seeds
   export   a run's network for RobustBench, torch.export or ONNX
+  report   runs as one HTML page with pictures
   boundary picture of margins and the boundary's speed, of a run with --boundary-speed
   recipes  the published protocols that train --recipe NAME follows
   bench    how fast attack and training step are on this machine
@@ -118,6 +120,17 @@ class ExportCommand:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     export: ExportConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """RUNs as one HTML page: accuracies, curves, attacked images, saliency, transfer (extra `plots`).
+
+    A second call only draws."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +311,13 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _report(argv: list[str]) -> int:
+    command = tyro.cli(ReportCommand, args=normalize(argv, own=["--out"]), prog="fastdynat report", config=FLAT)
+    if not command.runs:
+        raise UserError("report needs at least one run directory: fastdynat report RUN")
+    return run_report(command.runs, command.report, error_console())
+
+
 def _boundary(argv: list[str]) -> int:
     command = tyro.cli(BoundaryCommand, args=normalize(argv), prog="fastdynat boundary", config=FLAT)
     require_run(command.run)
@@ -353,6 +373,7 @@ COMMANDS = {
     "eval": _eval,
     "compare": _compare,
     "export": _export,
+    "report": _report,
     "boundary": _boundary,
     "recipes": _recipes,
     "bench": _bench,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = (".svg", ".png", ".pdf")
-TEXT, BLUE, RED, GREY = "#808080", "#2f81c7", "#c94f4f", "#9a9a9a"
+TEXT, BLUE, RED, GREY = "#767676", "#2f81c7", "#c94f4f", "#9a9a9a"
 PALETTE = (BLUE, "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2", "#7f8c99", "#a8744f", GREY)
 
 

@@ -22,11 +22,13 @@ if not torch.cuda.is_available():
 
 
 def available(what: str) -> bool:
-    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, or an importable module."""
+    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, chromium, or an importable module."""
     if what == "gpu":
         return torch.cuda.is_available()
     if what == "nvcc":
         return shutil.which("nvcc") is not None
+    if what == "chromium":
+        return shutil.which("chromium") is not None
     if what == "cxx":
         return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++"))
     if what == "dali":  # find_spec raises where the parent is missing

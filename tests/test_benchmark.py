@@ -372,7 +372,7 @@ def test_pictures_and_the_table_of_kinds(tmp_path: Path) -> None:
     for name, expected in texts.items():
         picture = files[name].read_text()
         assert all(text in picture for text in expected), name
-        assert "#808080" in picture  # between black and white, and nothing behind it
+        assert "#767676" in picture  # between black and white, and nothing behind it
         assert "fill: #ffffff" not in picture
 
 

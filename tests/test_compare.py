@@ -435,7 +435,7 @@ def test_the_chart_names_every_method(whole: Path, idle: None, tmp_path: Path) -
     assert picture.lstrip().startswith("<?xml")
     for text in ("natural", "madry", "validation accuracy under PGD-10, %", "training time without validation, seconds"):
         assert f">{text}</text>" in picture
-    assert "#808080" in picture
+    assert "#767676" in picture
     assert "fill: #ffffff" not in picture
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads((whole / "compare.json").read_text())
     compare(whole, *PLAIN, "--chart", str(tmp_path / "a.png"))

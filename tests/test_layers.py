@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "compat"},
     {"evaluation"},
     {"engine", "doctor"},
-    {"benchmark", "compare", "export"},
+    {"benchmark", "compare", "export", "report"},
     {"cli"},
     {"__main__"},
 ]

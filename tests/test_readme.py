@@ -26,7 +26,8 @@ def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 def test_every_flag_of_every_command_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = {
-        command: flags_of(command, capsys) for command in ("train", "eval", "compare", "boundary", "recipes", "bench", "doctor")
+        command: flags_of(command, capsys)
+        for command in ("train", "eval", "compare", "report", "boundary", "recipes", "bench", "doctor")
     }
     uses = [line for block in re.findall(r"```.*?\n(.*?)```", README, re.S) for line in re.split(r"\n|&&", block)]
     commands = [shlex.split(use.split(" #")[0].rstrip("\\ ")) for use in uses if use.strip().startswith("fastdynat ")]

@@ -1,0 +1,55 @@
+"""`fastdynat report` from run directories to files."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from fastdynat.errors import UserError
+from fastdynat.report.config import ReportConfig, check_report
+from fastdynat.runs.files import write_text
+
+PAGE, FINDINGS = "index.html", "findings.json"
+
+
+def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) -> int:
+    """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what was done.
+
+    console: for progress and notes.
+
+    Raises:
+        UserError: a value that cannot work, a path that is no run, data that is not there; before anything is computed.
+    """
+    check_report(config)
+    from fastdynat.report import charts, compute, page  # extra `plots`, which has been looked for
+    from fastdynat.report.cache import Cache
+    from fastdynat.report.gallery import draw_gallery
+    from fastdynat.report.records import read_records
+
+    records = read_records(paths)
+    out = Path(config.out)
+    cache = Cache(out / FINDINGS)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    found = compute.gather(records, config, cache, console)
+    looks = charts.looks([record.name for record in records])
+    report = page.Report(records, found, config, looks)
+    sections = report.sections()
+    for section in sections:
+        if section.panels:
+            charts.sheet(section.panels, looks, out / section.file)
+        else:  # of an earlier report of other runs
+            (out / section.file).unlink(missing_ok=True)
+    for old in out.glob("images-*.png"):  # of an earlier report of other runs
+        old.unlink()
+    for number, (name, examples) in enumerate(found.of_run["examples"].items(), 1):
+        draw_gallery(name, examples, out / f"images-{number}.png")
+    write_text(out / PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")))
+    if found.signal is not None:
+        console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", markup=False, highlight=False)
+        return 128 + found.signal
+    console.print(f"done: {out / PAGE}", markup=False, highlight=False)
+    return 0
