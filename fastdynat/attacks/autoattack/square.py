@@ -38,7 +38,7 @@ class Square:
         norm: linf, l2 or l1.
         queries: proposals per image.
         p_init: share of the image that the first squares cover; their size falls with the number of the query.
-        places: images per forward pass that are aimed at, never fewer than still stand; 0: as many as there are, on the CPU 64.
+        places: images that one forward pass should have, where fewer still stand; 0 is as many as came, on the CPU 64.
     """
 
     eps: float
