@@ -38,4 +38,5 @@ def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
