@@ -125,7 +125,7 @@ def _check(
     target: Target, config: EvalConfig, device: torch.device, meter: Meter, should_stop: Callable[[], bool]
 ) -> list[Values]:
     """Signs of masked gradients, each check as plain values."""
-    from fastdynat.evaluation.masking import check_masking  # type: ignore[import-not-found]
+    from fastdynat.evaluation.masking import check_masking
 
     source = None if target.source is None else target.source.network.to(device).requires_grad_(False)
 
