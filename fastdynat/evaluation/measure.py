@@ -35,7 +35,8 @@ def measure(
     """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
 
     Every image counts, also those misclassified without an attack. The attack works on a fast replica of the network; the
-    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns. The random start
+    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns; an adversarial
+    image farther away than the attack's ball (`Nearest.eps`) does not count against it. The random start
     comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:
@@ -70,14 +71,15 @@ def measure(
                     told = share * size
 
             tick(0)
+            outside = torch.zeros_like(batch.labels, dtype=torch.bool)
             if attack.search is not None:
                 ascent = ascent or attacked(victim, x, amp_dtype, channels_last)
                 result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance)
-            correct = predict(model, x) == batch.labels
-            robust.append(correct | result.outside if isinstance(result, Nearest) else correct)
+                    outside = result.outside
+            robust.append(outside | (predict(model, x) == batch.labels))
             tick(1)
         # Waits for the device, so the clock stops after the work.
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
