@@ -71,15 +71,15 @@ def measure(
                     told = share * size
 
             tick(0)
-            outside = torch.zeros_like(batch.labels, dtype=torch.bool)
             if attack.search is not None:
                 ascent = ascent or attacked(victim, x, amp_dtype, channels_last)
                 result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance)
-                    outside = result.outside
-            robust.append(outside | (predict(model, x) == batch.labels))
+                    # Too far to count: what is left is the image itself, which `model` may misclassify where `source` did not.
+                    x = torch.where(result.outside[:, None, None, None], batch.x, x)
+            robust.append(predict(model, x) == batch.labels)
             tick(1)
         # Waits for the device, so the clock stops after the work.
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
