@@ -35,7 +35,8 @@ def measure(
     """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
 
     Every image counts, also those misclassified without an attack. The attack works on a fast replica of the network; the
-    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns. The random start
+    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns; an adversarial
+    image farther away than the attack's ball (`Nearest.eps`) does not count against it. The random start
     comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:

@@ -46,7 +46,7 @@ class SigmaZero:
     released code, the number of steps is the paper's.
 
     Chosen over JSMA, whose saliency map of pairs takes d^2 numbers per image (9.4 million on CIFAR) and which aims at a class
-    one pair at a time: this one takes seven images of memory per image, and finds far fewer changes.
+    one pair at a time. The memory here is that of a few images per image, tested.
 
     Attributes:
         steps: of Adam, with a cosine from `lr` to a tenth of it.
