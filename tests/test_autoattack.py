@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack, merge_shards, run_reference
 from fastdynat.evaluation.defences import check_square
-from fastdynat.evaluation.halving import with_halving
 
 EPS, N = 0.02, 30
 CPU = torch.device("cpu")
@@ -166,22 +165,17 @@ def test_bad_images(task: tuple[nn.Module, Tensor, Tensor]) -> None:
             evaluator(model).run_standard_evaluation(*bad)
 
 
-def test_batches_are_halved_until_they_fit() -> None:
-    said: list[str] = []
+def test_batches_are_halved_until_they_fit(task: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    model, x, y = task
 
-    def run(size: int) -> int:
-        if size > 3:
-            raise torch.OutOfMemoryError
-        return 10 * size
+    def small(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 8:
+            raise torch.OutOfMemoryError("too much")
+        return model(x)
 
-    assert with_halving(run, 15, said.append) == (30, 3)
-    assert [line.split(";")[1] for line in said] == [" going on with 7", " going on with 3"]
-
-    def other(size: int) -> int:
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        with_halving(other, 8, said.append)
+    x_adv = evaluator(small).run_standard_evaluation(x, y, 30)
+    assert capsys.readouterr().out.count("out of memory") == 2
+    assert 3 < int((model(x_adv).argmax(1) != y).sum()) < N
 
 
 @pytest.mark.peer

@@ -206,13 +206,11 @@ class _Batches:
         self.zero: dict[str, tuple[Tensor, int]] = {}
 
     def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-
         def pieces(size: int) -> Tensor:
+            self.size, generator = size, torch.Generator(self.device).manual_seed(self.seed)
             return torch.cat([self._piece(name, *part, generator) for part in zip(x.split(size), y.split(size), strict=True)])
 
-        found, self.size = with_halving(pieces, self.size, self.say)
-        return found
+        return with_halving(pieces, self.size, self.say)
 
     def _piece(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         result = self.searches[name](self.ascent, x.to(self.device), y.to(self.device), generator=generator)

@@ -1,31 +1,42 @@
-"""Smaller batches where memory does not suffice."""
+"""Half the batch where memory does not suffice."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from fastdynat.errors import UserError
+
 T = TypeVar("T")
 
 
-def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], None]) -> tuple[T, int]:
-    """``run(batch_size)``, again with half of it as often as memory runs out, and the size that sufficed.
+def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], None]) -> T:
+    """``run(batch_size)``, from its beginning with half as many images as often as memory runs out.
 
-    Raises the error of a batch of one image that does not fit either.
+    Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the start.
+
+    Raises:
+        UserError: not even one image at a time fits.
     """
     while True:
         try:
-            return run(batch_size), batch_size
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if batch_size == 1 or not out_of_memory(error):
+            return run(batch_size)
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
-        # Not in the handler: its traceback would keep the failed batch in memory.
+            reason = str(error).splitlines()[0]
+        # Outside the except block: until its end the traceback keeps the tensors of the failed run alive.
+        if batch_size == 1:
+            raise UserError(f"memory does not suffice for one image at a time ({reason[:160]}); use another --device")
+        batch_size = (batch_size + 1) // 2
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(f"out of memory with {batch_size} images per batch; going on with {batch_size // 2}")
-        batch_size //= 2
+        say(f"out of memory: begun again with {batch_size} images per batch; --batch-size {batch_size} avoids the first try")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says so, of the GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)

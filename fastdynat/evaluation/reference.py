@@ -81,9 +81,8 @@ def run_reference(
 
         def attack(name: str, x: Tensor, y: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
-            return with_halving(lambda size: _attack(adversary, x.to(device), y.to(device), size), batch_size, say)[0].to(
-                x.device
-            )
+            found = with_halving(lambda size: _attack(adversary, x.to(device), y.to(device), size), batch_size, say)
+            return found.to(x.device)
 
         def fooled(x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
             return classes(x_adv) != y
