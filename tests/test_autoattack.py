@@ -165,6 +165,19 @@ def test_bad_images(task: tuple[nn.Module, Tensor, Tensor]) -> None:
             evaluator(model).run_standard_evaluation(*bad)
 
 
+def test_batches_are_halved_until_they_fit(task: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    model, x, y = task
+
+    def small(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 8:
+            raise torch.OutOfMemoryError("too much")
+        return model(x)
+
+    x_adv = evaluator(small).run_standard_evaluation(x, y, 30)
+    assert capsys.readouterr().out.count("out of memory") == 2
+    assert 3 < int((model(x_adv).argmax(1) != y).sum()) < N
+
+
 @pytest.mark.peer
 @needs("pyautoattack")
 def test_the_package_in_parts_is_the_package(

@@ -127,7 +127,6 @@ def test_shattered_gradients_lose_to_another_networks(madry: nn.Sequential) -> N
     assert "black box" in warned(report(Shattered(madry), source=madry))
 
 
-@pytest.mark.xfail(strict=True, reason="apgd and square have no names yet")
 def test_remedies_name_attacks() -> None:
     found = report(Quantised(trained(0, adversarially=True)), 60)
     commands = [check.remedy for check in found.warnings if check.remedy.startswith("fastdynat eval RUN --attacks ")]
