@@ -12,8 +12,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.autoattack import moves
 from fastdynat.attacks.goal import wide
-from fastdynat.attacks.planes import per_image
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick
+from fastdynat.attacks.rebatch import Tick, iterate, no_tick, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import attack_logit_grad
@@ -199,7 +198,7 @@ def run_apgd(
         end = _one_run(ascent, x, labels, target, spec, broken, start, generator, told)
         zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
         better = ~broken & (end.over | (end.loss > loss))
-        best, loss = _put(best, better, end.best), torch.where(better, end.loss, loss)
+        best, loss = put_rows(best, better, end.best), torch.where(better, end.loss, loss)
         broken = broken | end.over
     return APGDResult(best, zero_grads, gradients, broken=broken, loss=loss)
 
@@ -298,8 +297,8 @@ def _stepper(ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool) 
             x_old=s.x_adv,
             x_adv=x_adv,
             grad=grad,
-            best=_put(s.best, better, x_adv),
-            best_grad=_put(s.best_grad, better, grad),
+            best=put_rows(s.best, better, x_adv),
+            best_grad=put_rows(s.best_grad, better, grad),
             loss=torch.where(better, loss, s.loss),
             rises=s.rises + (loss > s.last_loss) if i else s.rises,
             last_loss=loss if i else s.last_loss,
@@ -398,15 +397,7 @@ def _review_l1(s: _Run, eps: float) -> _Run:
 
 
 def _back_to_best(s: _Run, rows: Tensor) -> _Run:
-    return replace(s, x_adv=_put(s.x_adv, rows, s.best), grad=_put(s.grad, rows, s.best_grad))
-
-
-def _put(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`into` with the images `rows` (N,) bool replaced by those of `values`; on the CPU in place, touching no other image."""
-    if into.is_cuda:  # whose count of rows would have to be waited for
-        return torch.where(per_image(rows, into), values, into)
-    index = rows.nonzero().squeeze(1)
-    return into.index_copy_(0, index, values.index_select(0, index)) if len(index) else into
+    return replace(s, x_adv=put_rows(s.x_adv, rows, s.best), grad=put_rows(s.grad, rows, s.best_grad))
 
 
 _PATTERN = re.compile(r"apgd-(?P<loss>ce|dlr|t)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")

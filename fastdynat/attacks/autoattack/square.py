@@ -2,8 +2,7 @@
 
 A query changes a random square of an image's best perturbation so far, and is kept where it lowers the margin. One that is not
 kept changes nothing, so an image's next queries can all be asked about the same best perturbation in one forward pass; those
-after the first that is kept are asked again. The sequence of every image is the one of asking one by one. Under L-inf a query
-often leaves an image as it is, which four corners of a table tell: such a query needs no forward pass at all.
+after the first that is kept are asked again. The sequence of every image is the one of asking one by one.
 """
 
 import re
@@ -17,12 +16,12 @@ from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.autoattack.squares import Draws, Proposal, proposal
 from fastdynat.attacks.goal import margin, wide
 from fastdynat.attacks.planes import NORMS, per_image
-from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.rebatch import Tick, no_tick, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 
-# Queries of an image that are looked through for those that change it.
-WINDOW = 64
+# The most queries of an image in one pass.
+MOST_ABREAST = 64
 # On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
 FULL_BATCH = {"cpu": 64}
 # Where the acceptance rate is not known yet, and how much of what is known a round leaves.
@@ -66,43 +65,47 @@ class Square:
     @torch.no_grad()
     def run(self, ascent: Ascent, x: Tensor, labels: Tensor, draws: Draws, *, tick: Tick = no_tick) -> AttackResult:
         """The search with given `draws`, whose rows are those of `x`."""
-        propose = proposal(self.norm, self.eps, draws)
+        x = x.contiguous()
+        propose = proposal(self.norm, x, self.eps, draws)
         right = _margins(ascent, x, labels) > 0
-        x_adv = torch.where(per_image(right, x), propose.start(x), x)
+        x_adv = torch.where(per_image(right, x), propose.start(), x)
         rows = right.nonzero().squeeze(1)
         begin = x_adv[rows]
-        search = _Search(rows, x[rows], labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
-        places = self.places or FULL_BATCH.get(x.device.type, len(x))
-        rate = FIRST_RATE
-        while len((search := search.take((search.margin > 0) & (search.asked < self.queries))).rows):
-            tick(int(search.asked.amin()) / self.queries)
-            search, rate = self._round(ascent, search, propose, _abreast(places, len(search.rows), rate), rate)
-            x_adv[search.rows] = search.best
+        search = _Search(rows, labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
+        places, rate = self.places or FULL_BATCH.get(x.device.type, len(x)), FIRST_RATE
+        while len(rows):
+            standing = (search.margin > 0) & (search.asked < self.queries)
+            left, first = torch.stack([standing.sum(), search.asked.amin()]).tolist()  # waits for the device once
+            if left < len(search.rows):
+                x_adv[search.rows] = search.best
+                search = search.take(standing)
+            if left == 0:
+                break
+            tick(first / self.queries)
+            search, rate = self._round(ascent, search, propose, _abreast(places, left, rate), rate, first)
         tick(1.0)
         return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x.device), 0)
 
     def _round(
-        self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float
+        self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
     ) -> tuple["_Search", float]:
-        """The next `abreast` queries of each image that change it, up to and with the first that is kept."""
-        row, query, after = _next(search, propose, self.queries, abreast)
-        if len(row) == 0:
-            return replace(search, asked=after), rate
-        x, best = search.x[row], search.best[row]
-        asked = propose.query(x, best, search.rows[row], query)
-        found = _margins(ascent, asked, search.labels[row])
-        kept = found < search.margin[row]
-        # Per image the first that is kept: the smallest position among those, or none.
-        none, position = len(row), torch.arange(len(row), device=row.device)
-        first = torch.full_like(search.rows, none).scatter_reduce(0, row, position.where(kept, none), "amin")
-        some = first < none
-        chosen = first.where(some, 0)
-        rate = MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row)
+        """The next `abreast` queries of each image, up to and with the first that is kept. `first`: the lowest number asked."""
+        n, position = len(search.rows), torch.arange(len(search.rows), device=search.rows.device)
+        ahead = search.asked[:, None] + torch.arange(abreast, device=search.rows.device)
+        exists, query = ahead < self.queries, ahead.clamp_max(self.queries - 1).flatten()
+        row = position.repeat_interleave(abreast) if abreast > 1 else position
+        best = search.best[row] if abreast > 1 else search.best
+        asked = propose.query(best, search.rows[row], query, first)
+        found = _margins(ascent, asked, search.labels[row]).view(n, abreast)
+        kept = (found < search.margin[:, None]) & exists
+        some, chosen = kept.any(1), kept.int().argmax(1)
+        if abreast > 1:
+            asked, rate = asked[position * abreast + chosen], MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row)
         return replace(
             search,
-            best=torch.where(per_image(some, search.best), asked[chosen], search.best),
-            margin=torch.where(some, found[chosen], search.margin),
-            asked=torch.where(some, query[chosen] + 1, after),
+            best=put_rows(search.best, some, asked),
+            margin=torch.where(some, found[position, chosen], search.margin),
+            asked=torch.where(some, search.asked + chosen + 1, search.asked + abreast).clamp_max(self.queries),
         ), rate
 
 
@@ -111,29 +114,14 @@ class _Search:
     """Where the search of each standing image is."""
 
     rows: Tensor  # (n,) which images these are
-    x: Tensor
     labels: Tensor
     best: Tensor  # the best perturbed images
     margin: Tensor  # theirs, z_y - max_{k != y} z_k
     asked: Tensor  # (n,) int64: queries answered
 
     def take(self, mask: Tensor) -> "_Search":
-        if bool(mask.all()):
-            return self
-        parts: Iterator[Tensor] = (part[mask] for part in (self.rows, self.x, self.labels, self.best, self.margin, self.asked))
+        parts: Iterator[Tensor] = (part[mask] for part in (self.rows, self.labels, self.best, self.margin, self.asked))
         return _Search(*parts)
-
-
-def _next(search: _Search, propose: Proposal, queries: int, abreast: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, query) pairs, image by image in the queries' order, and how many queries are answered if none of them is kept."""
-    ahead = search.asked[:, None] + torch.arange(max(WINDOW, abreast), device=search.x.device)
-    exists = ahead < queries
-    changes = exists & propose.changes(search.x, search.best, search.rows, ahead.clamp_max(queries - 1))
-    number = changes.cumsum(1)
-    row, column = (changes & (number <= abreast)).nonzero(as_tuple=True)
-    # Everything before the first query that changes the image and finds no place.
-    end = (search.asked + exists.sum(1))[:, None]
-    return row, ahead[row, column], torch.where(changes & (number > abreast), ahead, end).amin(1)
 
 
 def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
@@ -142,7 +130,7 @@ def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
 
 def _abreast(places: int, images: int, rate: float) -> int:
     """How many queries of each image go into one pass: what there is room for, but not many beyond the next that is kept."""
-    return max(1, min(places // images, int(1 / max(rate, 1 / WINDOW))))
+    return max(1, min(places // images, int(1 / max(rate, 1 / MOST_ABREAST))))
 
 
 def parse_square(name: str, radii: Radii) -> Square | None:

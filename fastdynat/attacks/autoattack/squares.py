@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.attacks.planes import length, per_image
@@ -75,22 +74,23 @@ def side(query: int, p_init: float, height: int, width: int, linf: bool) -> int:
 
 
 class Proposal(ABC):
-    """The queries of a search under one norm: `draws`, made images."""
+    """The queries of a search under one norm about the images `x` (N, C, H, W): `draws`, made images."""
 
-    def __init__(self, eps: float, draws: Draws) -> None:
-        self.eps, self.draws = eps, draws
-
-    @abstractmethod
-    def start(self, x: Tensor) -> Tensor:
-        """The perturbed images that the search begins at; `x` (N, C, H, W) are all images."""
-
-    def changes(self, x: Tensor, best: Tensor, images: Tensor, queries: Tensor) -> Tensor:
-        """(n, q) bool: whether queries (n, q) change the perturbed images `best`; x, best: (n, C, H, W), images (n,)."""
-        return torch.ones_like(queries, dtype=torch.bool)
+    def __init__(self, x: Tensor, eps: float, draws: Draws) -> None:
+        self.x, self.eps, self.draws = x, eps, draws
 
     @abstractmethod
-    def query(self, x: Tensor, best: Tensor, images: Tensor, queries: Tensor) -> Tensor:
-        """What is asked: images (m, C, H, W); x, best: (m, C, H, W); images, queries: (m,) their numbers."""
+    def start(self) -> Tensor:
+        """The perturbed images that the search begins at, (N, C, H, W)."""
+
+    @abstractmethod
+    def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
+        """What is asked, (m, C, H, W).
+
+        Args:
+            best: (m, C, H, W), contiguous, the perturbed images that are changed.
+            images, queries: (m,) their numbers; no query's is below `first`.
+        """
 
     def _within(self, number: int, queries: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Row (m, H) and column (m, W) of each pixel within the square: outside negative, or the side and more."""
@@ -107,42 +107,37 @@ class Proposal(ABC):
 class Colours(Proposal):
     """L-inf: every pixel is at an end of its range; a query sets each channel of the square to one of the two."""
 
-    def start(self, x: Tensor) -> Tensor:
-        return self._ends(x, self.draws.start > 0)
+    def __init__(self, x: Tensor, eps: float, draws: Draws) -> None:
+        super().__init__(x, eps, draws)
+        self._ends = torch.stack([(x - eps).clamp(0, 1), (x + eps).clamp(0, 1)])
+        self._sides: list[int] = draws.sides.tolist()
+        self._line = torch.arange(max(x.shape[2:]), device=x.device)
+        self._channels = torch.arange(x.shape[1], device=x.device)[:, None, None] * x[0, 0].numel()
 
-    def query(self, x: Tensor, best: Tensor, images: Tensor, queries: Tensor) -> Tensor:
-        high = (self.draws.signs[queries, 0] > 0)[:, :, None, None]
-        return torch.where(self._mask(0, queries, *x.shape[2:]), self._ends(x, high), best)
+    def start(self) -> Tensor:
+        low, high = self._ends
+        return torch.where(self.draws.start > 0, high, low)
 
-    def changes(self, x: Tensor, best: Tensor, images: Tensor, queries: Tensor) -> Tensor:
-        """By a table of how many pixels above and left of each are at the upper end (a summed-area table)."""
-        _, c, height, width = x.shape
-        high = (best >= self._ends(x, True)).to(torch.int32)
-        table = F.pad(high.cumsum(2, dtype=torch.int32).cumsum(3, dtype=torch.int32), (1, 0, 1, 0)).flatten(1)
-        side = self.draws.sides[queries]
-        top, left = self.draws.corners[queries, 0].unbind(-1)
-        channel = torch.arange(c, device=x.device) * (height + 1) * (width + 1)
-
-        def count(row: Tensor, column: Tensor) -> Tensor:
-            at = channel + (row * (width + 1) + column)[..., None]
-            return table.gather(1, at.flatten(1)).view(at.shape)
-
-        bottom, right = top + side, left + side
-        inside = count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left)
-        upwards = self.draws.signs[queries, 0] > 0
-        return torch.where(upwards, inside < (side * side)[..., None], inside > 0).any(-1)
-
-    def _ends(self, x: Tensor, high: Tensor | bool) -> Tensor:
-        if isinstance(high, bool):
-            return (x + (self.eps if high else -self.eps)).clamp(0, 1)
-        return torch.where(high, x + self.eps, x - self.eps).clamp(0, 1)
+    def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
+        (height, width), size = best.shape[2:], self._sides[first]  # sides never grow
+        corner, side = self.draws.corners[queries, 0, :, None], self.draws.sides[queries, None, None]
+        # Windows of one size, moved inside the image where a smaller square may lie beyond their reach.
+        begin = torch.stack([corner[:, 0].clamp_max(height - size), corner[:, 1].clamp_max(width - size)], 1)
+        at = begin + self._line[:size]
+        inside = (at >= corner) & (at < corner + side)
+        place = (at[:, 0, :, None] * width + at[:, 1, None, :])[:, None] + self._channels
+        old, upwards = best.flatten(1), (self.draws.signs[queries, 0] > 0)[:, :, None, None]
+        end = self._ends.view(-1).take(((upwards * len(self.x)) + images.view(-1, 1, 1, 1)) * old.shape[1] + place)
+        within = (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
+        now = old.gather(1, place.flatten(1)).view_as(place)
+        return old.scatter(1, place.flatten(1), torch.where(within, end, now).flatten(1)).view_as(best)
 
 
 class Windows(Proposal):
     """L2 and L1: a query moves what the perturbation has in a second square to the first, and bends it by a window."""
 
-    def __init__(self, norm: str, eps: float, draws: Draws) -> None:
-        super().__init__(eps, draws)
+    def __init__(self, norm: str, x: Tensor, eps: float, draws: Draws) -> None:
+        super().__init__(x, eps, draws)
         self.norm = norm
         sizes, self._level = draws.sides.unique(return_inverse=True)
         largest = int(sizes[-1])
@@ -152,27 +147,28 @@ class Windows(Proposal):
         bank[1] = bank[0].mT
         self._bank = bank.to(draws.sides.device)
 
-    def start(self, x: Tensor) -> Tensor:
-        delta = torch.zeros_like(x)
+    def start(self) -> Tensor:
+        x, delta = self.x, torch.zeros_like(self.x)
         tiles = _tiles(*x.shape[2:])
         for (top, left, size), signs, turned in zip(tiles, self.draws.start, self.draws.start_turned.tolist(), strict=True):
             shape = window(size, self.norm).to(x)
             delta[:, :, top : top + size, left : left + size] = signs[:, :, None, None] * (shape.mT if turned else shape)
         return self._onto(x, delta)
 
-    def query(self, x: Tensor, best: Tensor, images: Tensor, queries: Tensor) -> Tensor:
+    def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
+        x = self.x[images]
         delta, channels = best - x, x.shape[1]
-        first, second = (self._mask(number, queries, *x.shape[2:]) for number in (0, 1))
-        old = delta * first
+        here, there = (self._mask(number, queries, *x.shape[2:]) for number in (0, 1))
+        old = delta * here
         new = self._window(queries, x) * self.draws.signs[queries, images][:, :, None, None] + old / (TINY + self._size(old))
-        free, moved = self.eps - length(delta, self.norm), self._size(delta * (first | second))
+        free, moved = self.eps - length(delta, self.norm), self._size(delta * (here | there))
         if self.norm == "l2":
             free = self.eps**2 - length(delta, "l2") ** 2
             budget = (per_image(free.clamp_min(0), x) / channels + moved**2).sqrt()
         else:
             budget = (per_image(free.clamp_min(0), x) / channels + moved) * channels
         new = new / (TINY + self._size(new)) * budget
-        return self._onto(x, torch.where(first, new, delta * ~second))
+        return self._onto(x, torch.where(here, new, delta * ~there))
 
     def _window(self, queries: Tensor, x: Tensor) -> Tensor:
         """The queries' windows in their squares, 0 elsewhere, (m, 1, H, W)."""
@@ -194,9 +190,9 @@ class Windows(Proposal):
         return pgd_step_l1(x + delta, torch.zeros_like(x), x, step_size=1.0, eps=self.eps * INSIDE)
 
 
-def proposal(norm: str, eps: float, draws: Draws) -> Proposal:
-    """The queries that `draws` make under `norm`."""
-    return Colours(eps, draws) if norm == "linf" else Windows(norm, eps, draws)
+def proposal(norm: str, x: Tensor, eps: float, draws: Draws) -> Proposal:
+    """The queries that `draws` make about `x` under `norm`."""
+    return Colours(x, eps, draws) if norm == "linf" else Windows(norm, x, eps, draws)
 
 
 def window(size: int, norm: str) -> Tensor:
