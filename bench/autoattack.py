@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     ours = parser.parse_args()
     model, sidecar = load_network((ours.run / ours.checkpoint).resolve() / "model.safetensors")
-    model = model.to(ours.device).eval().requires_grad_(False)
+    model = model.to(ours.device).eval()  # its parameters need gradients, as those of most users' models
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     _, images = load_test(ours.data, ours.data_dir, image_size=None, download=False)
     x = (images.images[: ours.num_images].float() / 255).to(ours.device)

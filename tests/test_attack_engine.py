@@ -423,3 +423,27 @@ def test_the_first_layer_sees_the_iterate_rounded_and_the_iterate_itself_is_exac
     assert [read.dtype for read in seen] == [dtype] * steps
     for k, read in enumerate(seen):
         assert (read.float() - (0.7 + k * step_size)).abs().max() <= rounding + 1e-6
+
+
+def test_relus_after_a_layer_overwrite_its_result_and_others_do_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
+            self.conv2, self.bn2, self.relu2 = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
+            self.relu3, self.linear = nn.ReLU(), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.bn1(self.conv1(x))
+            b = self.bn2(self.conv2(self.relu1(a)))
+            return self.linear(self.relu3(self.relu2(b) + b).mean((2, 3)))  # b is read twice
+
+    model = Net().eval()
+    engine = AttackEngine(model, torch.rand(2, 3, 8, 8))
+    assert engine.replica.num_folded == 2
+    inplace = {name: m.inplace for name, m in engine.replica.network.named_modules() if isinstance(m, nn.ReLU)}
+    assert inplace == {"relu1": True, "relu2": False, "relu3": False}
+    x, weights = torch.rand(16, 3, 8, 8), torch.randn(16, 10)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(leaf), leaf, weights)[0]
+    torch.testing.assert_close(engine.ascent.pull(x, lambda logits: (weights, logits))[1], expected, rtol=1e-3, atol=1e-5)

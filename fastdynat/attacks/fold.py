@@ -130,6 +130,20 @@ def _pair(
     return layer, bn
 
 
+def relu_in_place(traced: fx.GraphModule) -> None:
+    """Let each ReLU that alone reads a layer's result overwrite it, which no gradient needs: a pass over it less."""
+    modules = dict(traced.named_modules())
+    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        layer, relu = modules[str(source.target)], modules[str(node.target)]
+        alone = uses[node.target] == 1 and len(source.users) == 1
+        if alone and type(layer) in LAYERS and type(relu) is nn.ReLU and not (relu._forward_pre_hooks or relu._forward_hooks):
+            traced.set_submodule(str(node.target), nn.ReLU(inplace=True))
+
+
 def _empty_copy(layer: nn.Module) -> nn.Module:
     """A layer like `layer` with a weight and bias of its own."""
     new, weight = copy.copy(layer), layer.weight

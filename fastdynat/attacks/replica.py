@@ -1,9 +1,9 @@
 """The attack's own copy of the network: frozen, folded, in half precision, in the layout that is fast."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors
+from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors, relu_in_place
 from fastdynat.attacks.modes import frozen_twin
 from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
 
@@ -59,6 +59,8 @@ class AttackReplica:
         self._copies: list[Tensor] = []
         self._own_weights(dtype, channels_last)
         self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
+        if isinstance(self.network, fx.GraphModule):
+            relu_in_place(self.network)  # not after Winograd's convolutions, whose results may be views
         self.refresh()
 
     @property
