@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ import torch
 from test_evaluation import TINY
 from torch import nn
 
-import fastdynat.attacks
 from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.cli import main
 from fastdynat.data import load_test
-from fastdynat.evaluation import Measurement, cells, measure, read_measurements
+from fastdynat.evaluation import Measurement, cells, columns, measure, read_measurements
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.evaluation.store import Key, Store
 from fastdynat.runs import load_network
@@ -290,10 +288,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> list[NamedAttack]:
         NamedAttack(name, parse_attack("fgsm", eps=eps, step_size=eps).search)
         for name, eps in (("apgd-ce", 0.02), ("apgd-t", 0.04), ("fab-t", 0.03), ("square", 0.08))
     ]
-    monkeypatch.setattr(
-        fastdynat.attacks, "autoattack", SimpleNamespace(stages=lambda norm, eps, version="standard": stages), raising=False
-    )
-    monkeypatch.setitem(sys.modules, "fastdynat.attacks.autoattack", fastdynat.attacks.autoattack)  # type: ignore[attr-defined]
+    monkeypatch.setattr(columns, "stages", lambda norm, eps: stages)
     return stages
 
 
@@ -356,9 +351,8 @@ def fake_reference(monkeypatch: pytest.MonkeyPatch, seen: list[dict[str, Any]]) 
         robust = (model(x).argmax(1) == y) & (torch.arange(len(y)) % 2 == 0)
         return robust, {"apgd-ce": 1.5, "square": 2.0}
 
-    module = ModuleType("fastdynat.evaluation.reference")
-    module.run_reference = run_reference  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cells, "run_reference", run_reference)
+    monkeypatch.setattr(columns, "require_reference", lambda norm: None)  # the package is an extra
 
 
 def test_the_reference_package_is_a_column_like_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,3 +393,18 @@ def test_a_stop_inside_the_reference_keeps_its_state(run: Path, monkeypatch: pyt
     assert seen[0]["state_path"].read_text() == "begun"
     evaluate(run, "--attacks", "clean,autoattack")
     assert seen[1]["state_path"] == seen[0]["state_path"]
+
+
+def test_where_nothing_can_be_written_the_reference_runs_all_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_reference(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> Any:
+        assert kwargs["state_path"] is None
+        return torch.zeros(len(y), dtype=torch.bool), {"apgd-ce": 1.0}
+
+    monkeypatch.setattr(cells, "run_reference", run_reference)
+    monkeypatch.setattr(columns, "require_reference", lambda norm: None)
+    (tmp_path / "file").write_text("")
+    (record,) = evaluate(run, "--attacks", "autoattack", "--cache", tmp_path / "file")["results"]
+    assert record["attacks"][0]["accuracy"] == 0
+    assert "once interrupted, begins again; use --cache DIR" in capsys.readouterr().out

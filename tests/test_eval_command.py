@@ -80,7 +80,7 @@ def test_the_batch_is_halved_until_it_fits(error: RuntimeError) -> None:
     assert with_halving(limited(7, tried, error), 50, said.append) == 7
     assert tried == [50, 25, 13, 7]
     assert len(said) == 3
-    assert "--batch-size 7" in said[-1]
+    assert "7 images per batch" in said[-1]
     with pytest.raises(UserError, match="one image at a time"):
         with_halving(limited(0, [], error), 5, said.append)
     with pytest.raises(RuntimeError, match="shapes"):
@@ -354,6 +354,9 @@ def test_refusals(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "I/N" in refused(capsys, run, "--shard", "0/2")
     assert "use fewer" in refused(capsys, run, "--shard", "1/80", "--num-images", "60")
     assert "leave --amp bf16 out" in refused(capsys, run, "--attacks", "autoattack", "--amp", "bf16")
+    l0 = ("--norm", "l0", "--eps", "5")
+    assert "leave --checks out" in refused(capsys, run, "--attacks", "clean", "--checks", *l0)
+    assert "autoattack knows linf, l2, l1, not l0" in refused(capsys, run, "--attacks", "clean,autoattack", *l0)
 
 
 def test_only_attacks_that_half_precision_does_not_weaken_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

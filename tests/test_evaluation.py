@@ -168,6 +168,28 @@ def test_a_transfer_attack_is_made_on_the_source_and_counted_on_the_model() -> N
     assert got.correct > measure(model, images, attack, device=CPU, batch_size=16, seed=0).correct
 
 
+def test_a_transferred_distance_is_that_of_an_image_that_fools_the_model() -> None:
+    model, source = tiny_cnn(seed=0).eval(), tiny_cnn(seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    with torch.no_grad():
+        for parameter in source.parameters():  # much like the model
+            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        labels = source(x / 255).argmax(1)
+        labels[:10] += 1  # wrong on both as they are
+        labels %= 10
+        right = model(x / 255).argmax(1) == labels
+    attack = parse_attack("deepfool5", eps=0.1, step_size=0.1)
+    got = measure(model, ImageSet(x, labels), attack, device=CPU, batch_size=16, seed=0, source=source)
+    assert got.distances is not None
+    stands = unpack_bits(got.robust_bits, 60)
+    assert 0 < int(stands.sum()) < int(right.sum()) < 60
+    for distance, clean, robust in zip(got.distances, right.tolist(), stands.tolist(), strict=True):
+        assert (distance == 0) == (not clean)
+        if clean:
+            assert (distance is None) == robust
+
+
 def test_images_that_do_not_stand_any_more_are_not_attacked_and_count_as_broken() -> None:
     model = tiny_cnn().eval()
     images = ImageSet(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (10,)))

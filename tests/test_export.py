@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from fastdynat.cli import main
 from fastdynat.errors import UserError
+from fastdynat.evaluation import Measurement
+from fastdynat.evaluation.store import FORMAT
 from fastdynat.export import ExportConfig, export_run
 from fastdynat.export.accuracies import stored_accuracies
 from fastdynat.export.check import largest_difference
@@ -151,12 +154,15 @@ def test_robustbenchs_own_loader(finished: Path, tmp_path: Path) -> None:
 def stored(run: Path, name: str, attack: str, accuracy: float, images: int, **key: object) -> None:
     """An evaluation as `fastdynat eval` stores it, as far as the export reads it."""
     sidecar, sha = read_sidecar(weights_of(run))
-    about = {"norm": sidecar.norm, "eps": sidecar.eval_eps}
+    about = {"dataset": sidecar.dataset, "norm": sidecar.norm, "eps": sidecar.eval_eps}
+    about |= {name: key.pop(name) for name in about.keys() & key.keys()}
+    labels, robust = torch.zeros(images, dtype=torch.int64), torch.arange(images) < round(accuracy * images)
+    measured = Measurement.of(attack, robust, labels, classes=1, seconds=1.0, batch_size=images)
     document = {
-        "format": "fastdynat-measurement/1",
+        "format": FORMAT,
         "key": {"weights": sha, "attack": attack, "amp": "off", **key},
-        "about": about | {"eps": key.pop("eps", about["eps"])},
-        "measurement": {"accuracy": accuracy, "images": images},
+        "about": about,
+        "measurement": asdict(measured),
     }
     (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations" / f"{name}.json").write_text(json.dumps(document))
@@ -183,6 +189,11 @@ def test_accuracies_are_the_stored_ones(finished: Path, tmp_path: Path, capsys: 
     stored(run, "g", "autoattack", 0.9, 20_000, shard="1/2")
     stored(run, "h", "autoattack", 0.9, 20_000, standing="ab")
     stored(run, "i", "autoattack", 0.9, 20_000, eps=0.5)
+    stored(run, "j", "autoattack", 0.9, 20_000, source="ab")
+    stored(run, "k", "clean", 0.9, 20_000, dataset="another")
+    stored(run, "l", "autoattack", 0.9, 20_000)
+    edited = run / "evaluations" / "l.json"
+    edited.write_text(edited.read_text().replace('"accuracy": 0.9', '"accuracy": 0.95'))
     (run / "evaluations" / "broken.json").write_text("{")
     assert export(run, tmp_path / "A.pt", "--overwrite") == 0
     info = json.loads((tmp_path / "A.json").read_text())
@@ -190,12 +201,12 @@ def test_accuracies_are_the_stored_ones(finished: Path, tmp_path: Path, capsys: 
     assert "clean: 81.25 % of 10000 images; autoattack: 45.67 % of 10000 images" in capsys.readouterr().err
     (run / "evaluations" / "d.json").unlink()
     sidecar, sha = read_sidecar(weights_of(run))
-    assert stored_accuracies(run, sha, norm=sidecar.norm, eps=sidecar.eval_eps).autoattack == 0.44
+    assert stored_accuracies(run, sha, dataset=sidecar.dataset, norm=sidecar.norm, eps=sidecar.eval_eps).autoattack == 0.44
 
 
 def test_model_info_has_robustbenchs_fields(finished: Path) -> None:
     sidecar, sha = read_sidecar(weights_of(finished))
-    nothing = stored_accuracies(finished, sha, norm="linf", eps=1.0)
+    nothing = stored_accuracies(finished, sha, dataset=sidecar.dataset, norm="linf", eps=1.0)
     info = model_info(sidecar, dataset="cifar10", paper=Paper(), accuracies=nothing)
     # As in robustbench's model_info files and its ModelInfo.
     fields = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"

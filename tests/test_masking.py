@@ -44,6 +44,12 @@ def trained(seed: int, *, adversarially: bool) -> nn.Sequential:
 
 
 @pytest.fixture(scope="module")
+def other() -> nn.Sequential:
+    """Another network trained as `madry` was."""
+    return trained(1, adversarially=True)
+
+
+@pytest.fixture(scope="module")
 def madry() -> nn.Sequential:
     return trained(0, adversarially=True)
 
@@ -82,9 +88,10 @@ class Shattered(Wrapped):
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 1.5)])
-def test_a_network_trained_as_it_should_be_raises_no_warning(madry: nn.Sequential, norm: str, eps: float) -> None:
+def test_a_network_trained_as_it_should_be_raises_no_warning(
+    madry: nn.Sequential, other: nn.Sequential, norm: str, eps: float
+) -> None:
     told: list[float] = []
-    other = trained(1, adversarially=True)
     found = report(madry, norm=norm, eps=eps, source=other, advance=told.append)
     by_name = {m.attack: m.accuracy for m in found.measurements}
     assert by_name["pgd20"] > 0.3

@@ -21,6 +21,8 @@ from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.evaluation.store import FORMAT
 from fastdynat.pictures import TEXT
+from fastdynat.report.config import ReportConfig
+from fastdynat.report.records import read_records
 from fastdynat.runs import read_sidecar
 
 pytestmark = needs("matplotlib", "jinja2")
@@ -295,6 +297,31 @@ def test_measurements_of_other_weights_and_parts_of_one_do_not_count(trained: Pa
     page = report(tmp_path / "out", run, "--no-attacks")
     assert "36.67<small>" in page.text
     assert "25.00<small>" not in page.text
+
+
+def test_findings_are_of_a_radius_and_not_of_weights_alone(trained: Path, tmp_path: Path) -> None:
+    """Runs that differ in nothing but --eval-eps have the same weights."""
+    runs = [shutil.copytree(trained / "dynat", tmp_path / name, symlinks=True) for name in ("narrow", "wide")]
+    for sidecar in runs[1].glob("checkpoints/*/model.json"):
+        values = json.loads(sidecar.read_text())
+        sidecar.write_text(json.dumps(values | {"eval_eps": 2 * values["eval_eps"]}))
+    from fastdynat.report.compute import KINDS, Findings, _tasks
+
+    records = read_records(runs)
+    found = Findings({kind: {} for kind in KINDS})
+    tasks = list(_tasks(records, ReportConfig(), found))
+    keys = [json.dumps(task.key, sort_keys=True) for task in tasks]
+    assert len(set(keys)) == len(keys) == 2 * len(KINDS)
+
+
+def test_transfers_from_different_networks_are_different_columns_and_no_margins(trained: Path, tmp_path: Path) -> None:
+    from fastdynat.report.tables import accuracy_table
+
+    run = shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True)
+    for source, correct in (("aaaaaaaa11", 15), ("bbbbbbbb22", 11)):
+        write_measurement(run, "transfer-pgd20", correct, source=source, **{"pad": None} if correct == 15 else {})
+    heads = [c.radius for c in accuracy_table(read_records([run]))["columns"] if c.attack == "transfer-pgd20"]
+    assert sorted(heads) == [f"linf 25.5/255, made on weights {source}" for source in ("aaaaaaaa", "bbbbbbbb")]
 
 
 def test_transfer_is_between_runs_of_one_dataset(trained: Path, written: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdynat.attacks import NamedAttack
 from fastdynat.devices import AMP_DTYPES
+from fastdynat.errors import UserError
 from fastdynat.evaluation.columns import Column, Reference
 from fastdynat.evaluation.config import EvalConfig
 from fastdynat.evaluation.halving import with_halving
@@ -20,6 +21,7 @@ from fastdynat.evaluation.plan import Target
 from fastdynat.evaluation.reference import run_reference
 from fastdynat.evaluation.shards import unite
 from fastdynat.evaluation.store import Key, Store, as_measurement, search_numbers, standing_digest
+from fastdynat.runs import check_writable
 
 Known = MutableMapping[str, dict[str, Any]]
 CLEAN = NamedAttack("clean")
@@ -100,17 +102,28 @@ class Cells:
 
     def _reference(self, name: str, numbers: Reference) -> Measurement:
         key = self._key(name, numbers)
-        state = None if self._store is None else self._store.path(key.text(), ".state")
+        state = self._state(key)
         found = self._once(key, None, lambda: self._run_reference(name, numbers, state))
         if state is not None:
             state.unlink(missing_ok=True)
         return found
 
+    def _state(self, key: Key) -> Path | None:
+        """Where an interrupted run of the package leaves what it has; None, with a note, where nothing can be written."""
+        if self._store is None:
+            return None
+        path = self._store.path(key.text(), ".state")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
+        except (OSError, UserError):
+            self.meter.say(f"cannot write to {path.parent}: {key.attack}, once interrupted, begins again; use --cache DIR")
+            return None
+        return path
+
     def _run_reference(self, name: str, numbers: Reference, state: Path | None) -> Measurement:
-        if state is not None:
-            state.parent.mkdir(parents=True, exist_ok=True)
-            if self.config.fresh:
-                state.unlink(missing_ok=True)
+        if state is not None and self.config.fresh:
+            state.unlink(missing_ok=True)
         labels = self._images.labels
         robust, seconds = run_reference(
             Watched(self.network, self.should_stop),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastdynat.attacks import PGD, NamedAttack, Search, parse_attack, stages
 from fastdynat.attacks.named import ATTACKS
 from fastdynat.errors import UserError
+from fastdynat.evaluation.reference import require_reference
 
 AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transfer-"
 # Every name that --attacks takes, with one line each.
@@ -49,7 +50,7 @@ def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: s
     """The columns that the comma-separated `names` stand for.
 
     Raises:
-        UserError: an unknown name, a name twice, or an attack that does not go with `norm` or `amp`.
+        UserError: an unknown name, a name twice, an attack that does not go with `norm` or `amp`, or a missing package.
     """
     asked = [name.strip().lower() for name in names.split(",") if name.strip()]
     if not asked:
@@ -64,6 +65,7 @@ def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: s
 
 def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
     if name == AUTOATTACK:
+        require_reference(norm)
         return Column(name, reference=Reference(norm, eps))
     if name == FAST_AUTOATTACK:
         named = (NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages(norm, eps))

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastdynat.attacks import PGD, NamedAttack, PGDSpec, parse_attack
 from fastdynat.data import ImageSet
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import Measurement, wilson
 from fastdynat.evaluation.probes import ScaledLogits, Subject, Verdict
 
@@ -102,7 +102,7 @@ def check_masking(
         UserError: an unknown norm, or no radius of it.
         Stopped: `should_stop` said so.
     """
-    grey = _radius_of_grey(norm, images)
+    grey = radius_of_grey(norm, images)
     step_size = eps / 4
     fgsm, pgd, margin, longer = (parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX)
     boxes = _black_boxes(norm, eps, source, pgd)
@@ -131,12 +131,16 @@ def check_masking(
     return MaskingReport(checks=checks, measurements=subject.measurements)
 
 
-def _radius_of_grey(norm: str, images: ImageSet) -> float:
-    """The radius of a ball around any image that holds the grey one."""
+def radius_of_grey(norm: str, images: ImageSet) -> float:
+    """The radius of a ball around any image that holds the grey one.
+
+    Raises:
+        UserError: a norm that the checks do not know.
+    """
     pixels = images.images[0].numel()
     radii = {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}
     if norm not in radii:
-        raise unknown_name("norm of the masking checks", norm, radii)
+        raise UserError(f"the masking checks know {', '.join(radii)}, not {norm}: leave --checks out")
     return radii[norm]
 
 

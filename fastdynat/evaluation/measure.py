@@ -42,7 +42,8 @@ def measure(
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
         amp_dtype: autocast for the attack; None is the images' float32.
-        source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s.
+        source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
+            distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
@@ -76,7 +77,8 @@ def measure(
                 result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
-                    distances.append(result.distance)
+                    found_at = result.distance if source is None else _transferred(model, batch.x, batch.labels, result)
+                    distances.append(found_at)
                     # What was found outside the ball says nothing about it: the image itself counts.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
             robust.append(predict(model, x) == batch.labels)
@@ -108,6 +110,13 @@ def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, 
         return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
     except NotCopyable:
         return Ascent(model, dtype=amp_dtype)
+
+
+def _transferred(model: nn.Module, x: Tensor, labels: Tensor, result: Nearest) -> Tensor:
+    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is wrong as it is, infinite
+    where it is not fooled."""
+    fooled = predict(model, result.x_adv) != labels
+    return torch.where(fooled, result.distance, torch.inf).masked_fill(predict(model, x) != labels, 0.0)
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

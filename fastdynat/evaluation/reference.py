@@ -100,6 +100,13 @@ def merge_shards(masks: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+def require_reference(norm: str) -> None:
+    """Raise UserError unless the package is installed and attacks in `norm`."""
+    if norm not in NORMS:
+        raise UserError(f"autoattack knows {', '.join(NORMS)}, not {norm}: leave it out, or give another --norm")
+    _package()
+
+
 def _package() -> Any:
     for name in PACKAGES:
         try:

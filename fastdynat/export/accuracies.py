@@ -1,12 +1,12 @@
 """The accuracies that a run's stored evaluations give to one checkpoint."""
 
-import json
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
-from typing import Any
 
-FORMAT = "fastdynat-measurement/1"
+from fastdynat.evaluation import Measurement
+from fastdynat.evaluation.store import read_measurements
+
 PARTIAL = ("shard", "standing", "source")  # keys of parts of a measurement, and of transfer attacks
 
 
@@ -19,37 +19,28 @@ class Accuracies:
     note: str
 
 
-def stored_accuracies(run: Path, weights: str, *, norm: str, eps: float) -> Accuracies:
-    """Clean and AutoAttack accuracy of the checkpoint whose weights have the sha256 `weights`, at `eps` in `norm`.
+def stored_accuracies(run: Path, weights: str, *, dataset: str, norm: str, eps: float) -> Accuracies:
+    """Clean and AutoAttack accuracy of the checkpoint whose weights have the sha256 `weights`, at `eps` in `norm` on `dataset`.
 
     Only float32 counts; of several measurements the one on most images. The reference AutoAttack goes before ours.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted((run / "evaluations").glob("*.json")):
-        key, about, measured = _read(path)
-        if key.get("weights") != weights or key.get("amp") != "off" or any(key.get(part) is not None for part in PARTIAL):
+    found: dict[str, Measurement] = {}
+    for key, about, measured in read_measurements(run):
+        if (
+            about["dataset"] != dataset
+            or key.get("weights") != weights
+            or key.get("amp") != "off"
+            or any(key.get(part) is not None for part in PARTIAL)
+        ):
             continue
         if key["attack"] != "clean" and (about["norm"] != norm or not isclose(about["eps"], eps, rel_tol=1e-6)):
             continue
-        if measured["images"] > found.get(key["attack"], {"images": 0})["images"]:
+        if key["attack"] not in found or measured.images > found[key["attack"]].images:
             found[key["attack"]] = measured
     robust = next((name for name in ("autoattack", "fast-autoattack") if name in found), None)
     used = [name for name in ("clean", robust) if name is not None and name in found]
-    note = "; ".join(
-        f"{name}: {100 * found[name]['accuracy']:.2f} % of {found[name]['images']} images" for name in used if name
-    )
+    note = "; ".join(f"{name}: {100 * found[name].accuracy:.2f} % of {found[name].images} images" for name in used if name)
     if robust is None or "clean" not in found:
         note += f"{'; ' if note else ''}the rest is null until: fastdynat eval {run} --attacks clean,autoattack"
-    clean, autoattack = (found[name]["accuracy"] if name in found else None for name in ("clean", robust or ""))
+    clean, autoattack = (found[name].accuracy if name in found else None for name in ("clean", robust or ""))
     return Accuracies(clean, autoattack, note)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Key, circumstances and numbers of a stored measurement; empty where the file is another's or damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] == FORMAT:
-            return document["key"], document["about"], document["measurement"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}, {}, {}

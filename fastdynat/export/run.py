@@ -86,7 +86,7 @@ def _write_robustbench(
 ) -> float:
     if sidecar.norm not in THREATS:
         raise UserError(f"RobustBench has no threat model for {sidecar.norm}: use --format torch")
-    accuracies = stored_accuracies(run, weights, norm=sidecar.norm, eps=sidecar.eval_eps)
+    accuracies = stored_accuracies(run, weights, dataset=sidecar.dataset, norm=sidecar.norm, eps=sidecar.eval_eps)
     say(accuracies.note)
     dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
     return write_robustbench(model, sidecar, path, Path(config.out), dataset=dataset, paper=config.paper, accuracies=accuracies)

@@ -51,10 +51,15 @@ class _Target:
         return {name: self.record.config.get(name) for name in ("data", "data_dir", "image_size")}
 
     @property
+    def threat(self) -> dict[str, Any]:
+        """What it is attacked under: the weights alone do not say, runs that differ in --eval-eps may share them."""
+        return {"norm": self.checkpoint.sidecar.norm, "eps": self.checkpoint.sidecar.eval_eps}
+
+    @property
     def group(self) -> tuple[Any, ...]:
         """Equal where networks can be attacked by each other's images."""
         s = self.checkpoint.sidecar
-        return (*self.data.values(), s.image_shape, s.class_names, s.norm, s.eval_eps)
+        return (*self.data.values(), s.image_shape, s.class_names, *self.threat.values())
 
 
 class _Workshop:
@@ -128,7 +133,7 @@ def _tasks(records: Sequence[Record], config: ReportConfig, found: Findings) -> 
         for kind, function in KINDS.items():
             if kind == "nearest" and target.checkpoint.sidecar.norm not in findings.NEAREST:
                 continue
-            key = {"kind": kind, "weights": target.checkpoint.weights, **target.data, **settings}
+            key = {"kind": kind, "weights": target.checkpoint.weights, **target.threat, **target.data, **settings}
 
             def compute(shop: _Workshop, means: Means, target: _Target = target, function: Any = function) -> dict[str, Any]:
                 value: dict[str, Any] = function(shop.subject(target), means)
@@ -147,7 +152,8 @@ def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Find
     for target in targets:
         groups.setdefault(target.group, []).append(target)
     for group in groups.values():
-        key = {"kind": "transfer", "weights": {t.record.name: t.checkpoint.weights for t in group}, **group[0].data, **settings}
+        weights = {t.record.name: t.checkpoint.weights for t in group}
+        key = {"kind": "transfer", "weights": weights, **group[0].threat, **group[0].data, **settings}
 
         def compute(shop: _Workshop, means: Means, group: list[_Target] = group) -> dict[str, Any]:
             return findings.transfer({target.record.name: shop.subject(target) for target in group}, means)

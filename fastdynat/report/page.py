@@ -137,7 +137,8 @@ def nearest_measurement(report: Report, record: Record) -> Measurement | None:
     """The run's measurement with distances: the one on disk of most images, else the one that was computed for the report."""
     checkpoint = record.checkpoint(report.config.checkpoint)
     stored = [] if checkpoint is None else checkpoint.measured
-    on_disk = [s.result for s in stored if s.result.distances is not None and checkpoint and s.norm == checkpoint.sidecar.norm]
+    own = [s for s in stored if s.source is None and checkpoint and s.norm == checkpoint.sidecar.norm]
+    on_disk = [s.result for s in own if s.result.distances is not None]
     if on_disk:
         return max(on_disk, key=lambda m: m.images)
     value = report.found.of_run["nearest"].get(record.name)

@@ -18,12 +18,16 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement with the threat model it was made under; `eps` is None where the attack looked for the nearest image."""
+    """A measurement with the threat model it was made under; `eps` is None where the attack looked for the nearest image.
+
+    source: sha256 of the weights that a transfer attack was made on; None for other attacks.
+    """
 
     norm: str
     eps: float | None
     dataset: str
     result: Measurement
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,5 +98,5 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
         search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
         if result.distances is not None and not isfinite(search.get("eps") or inf):  # it says nothing about a ball
             norm, eps = search.get("norm", ""), None
-        found.append((key["weights"], Measured(norm, eps, about["dataset"], result)))
+        found.append((key["weights"], Measured(norm, eps, about["dataset"], result, key.get("source"))))
     return found

@@ -28,18 +28,20 @@ class Column:
     norm: str
     eps: float | None
     dataset: str
+    source: str | None = None
 
     @classmethod
     def of(cls, measured: Measured) -> "Column":
         radius = ("", 0.0) if measured.result.attack == "clean" else (measured.norm, measured.eps)
-        return cls(measured.result.attack, *radius, measured.dataset)
+        return cls(measured.result.attack, *radius, measured.dataset, measured.source)
 
     @property
     def radius(self) -> str:
         """The threat model as the head of the column says it."""
         if self.attack == "clean":
             return "no attack"
-        return f"{self.norm or 'its own norm'}, any radius" if self.eps is None else describe_radius(self.norm, self.eps)
+        radius = f"{self.norm or 'its own norm'}, any radius" if self.eps is None else describe_radius(self.norm, self.eps)
+        return radius if self.source is None else f"{radius}, made on weights {self.source[:8]}"
 
 
 def describe_radius(norm: str, eps: float) -> str:
