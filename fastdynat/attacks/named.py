@@ -29,7 +29,7 @@ ATTACKS = {
     "cwl2": "the nearest in L2 by Carlini & Wagner 2017: 9 runs of 1000 steps; cwl2-BxK; cwl2-1xK has a fixed c = 1",
     "deepfool": "the nearest in L2 by DeepFool (Moosavi-Dezfooli et al. 2016), 50 steps; deepfoolK",
     "deepfool-linf": "the same in L-inf",
-    "sigmazero": "the fewest changed values by sigma-zero (Cina et al. 2024), 1000 steps; sigmazeroK",
+    "sigmazero": "the fewest changed pixels by sigma-zero (Cina et al. 2024), 1000 steps; sigmazeroK",
     "apgd-ce": "APGD on the cross-entropy (Croce & Hein 2020), 100 steps; apgd-ceK, apgd-ceK-R",
     "apgd-dlr": "APGD on the difference of logits ratio",
     "apgd-t": "APGD on the targeted difference of logits ratio, towards nine classes",

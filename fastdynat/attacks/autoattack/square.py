@@ -67,19 +67,22 @@ class Square:
     def run(self, ascent: Ascent, x: Tensor, labels: Tensor, draws: Draws, *, tick: Tick = no_tick) -> AttackResult:
         """The search with given `draws`, whose rows are those of `x`."""
         propose = proposal(self.norm, self.eps, draws)
-        right = _margins(ascent, x, labels) > 0
-        x_adv = torch.where(per_image(right, x), propose.start(x), x)
+        # A tie may be the label's: it is attacked as well.
+        right = _margins(ascent, x, labels) >= 0
         rows = right.nonzero().squeeze(1)
+        if len(rows) == 0:  # not every network takes a batch without images
+            return _result(x.clone())
+        x_adv = torch.where(per_image(right, x), propose.start(x), x)
         begin = x_adv[rows]
         search = _Search(rows, x[rows], labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
         places = self.places or FULL_BATCH.get(x.device.type, len(x))
         rate = FIRST_RATE
-        while len((search := search.take((search.margin > 0) & (search.asked < self.queries))).rows):
+        while len((search := search.take((search.margin >= 0) & (search.asked < self.queries))).rows):
             tick(int(search.asked.amin()) / self.queries)
             search, rate = self._round(ascent, search, propose, _abreast(places, len(search.rows), rate), rate)
             x_adv[search.rows] = search.best
         tick(1.0)
-        return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x.device), 0)
+        return _result(x_adv)
 
     def _round(
         self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float
@@ -134,6 +137,10 @@ def _next(search: _Search, propose: Proposal, queries: int, abreast: int) -> tup
     # Everything before the first query that changes the image and finds no place.
     end = (search.asked + exists.sum(1))[:, None]
     return row, ahead[row, column], torch.where(changes & (number > abreast), ahead, end).amin(1)
+
+
+def _result(x_adv: Tensor) -> AttackResult:
+    return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
 
 
 def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
