@@ -259,6 +259,24 @@ def test_the_package_in_parts_is_the_package(
 
 @pytest.mark.peer
 @needs("pyautoattack")
+def test_the_package_on_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyautoattack
+
+    class Theirs(pyautoattack.AutoAttack):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = self.square.n_queries = 3
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Theirs)
+    model, x = tiny_cnn(classes=5).eval(), torch.rand(4, 3, 8, 8)
+    numbers: dict[str, Any] = {"norm": "linf", "seed": 3, "batch_size": 4, "device": CPU, "say": lambda text: None}
+    mask, seconds = run_reference(model, x, model(x).argmax(1), eps=1e-4, **numbers)
+    assert mask.all()
+    assert len(seconds) == 4
+
+
+@pytest.mark.peer
+@needs("pyautoattack")
 def test_a_bad_version(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = task
     with pytest.raises(UserError, match="unknown version"):

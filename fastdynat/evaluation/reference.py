@@ -71,6 +71,7 @@ def run_reference(
         own = staged.identity(model, clean, x, y, **numbers, package=package.__name__)
         progress = staged.restore(state_path, own) or staged.begin(own, clean == y, seed)
         adversary = _adversary(package, model, norm, eps, seed, device, version)
+        _fit(adversary, model, x[:1].to(device))
 
         def attack(name: str, x: Tensor, y: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
@@ -98,6 +99,14 @@ def _adversary(package: Any, model: nn.Module, norm: str, eps: float, seed: int,
     adversary = package.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, version=version, device=str(device))
     adversary.verbose = False
     return adversary
+
+
+def _fit(adversary: Any, model: nn.Module, x: Tensor) -> None:
+    """No more target classes than the network has; the package only warns of them, and then fails."""
+    with torch.no_grad():
+        others = model(x).shape[1] - 1
+    for targeted in (adversary.apgd_targeted, adversary.fab):
+        targeted.n_target_classes = min(targeted.n_target_classes, others)
 
 
 def _attack(adversary: Any, x: Tensor, y: Tensor, size: int) -> Tensor:
