@@ -12,7 +12,8 @@ from networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
-from fastdynat.evaluation import AutoAttack, merge_shards, run_reference
+from fastdynat.evaluation import AutoAttack, run_reference
+from fastdynat.evaluation.autoattack import inside
 from fastdynat.evaluation.defences import check_square
 
 EPS, N = 0.02, 30
@@ -123,9 +124,12 @@ def test_the_checks_warn(task: tuple[nn.Module, Tensor, Tensor]) -> None:
             evaluator(victim, ("apgd-ce2",)).run_standard_evaluation(x, y)
     with pytest.warns(UserWarning, match=r"broke 3\.00% of the images"):
         check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.47})
+    with pytest.warns(UserWarning, match=r"broke 3\.00% of the images"):  # in "plus" others come after it
+        check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.47, "apgd-t": 0.47})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_square({"clean": 0.9, "square": 0.5})
+        check_square({"clean": 0.9, "square": 0.5, "apgd-t": 0.4})
         check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.499})
 
 
@@ -145,6 +149,7 @@ def test_few_classes(capsys: pytest.CaptureFixture[str]) -> None:
         ({"eps": 0}, "eps must be above 0"),
         ({"version": "standard"}, "attacks are named for version='custom'"),
         ({"attacks": ("apdg-ce",)}, "did you mean 'apgd-ce'"),
+        ({"attacks": ("clean", "apgd-ce")}, "clean is no attack"),
         ({"device": "mps"}, "only cpu and cuda"),
     ],
 )
@@ -160,9 +165,53 @@ def test_bad_images(task: tuple[nn.Module, Tensor, Tensor]) -> None:
         ((x.double(), y), r"got torch\.float64"),
         ((x, y[:5]), "y must be 30 int64 labels"),
         ((x, y, 0), "bs must be >= 1, got 0"),
+        ((x, y + 5), r"y must be in 0 \.\. 9, the network's classes"),
+        ((x, y - 10), r"y must be in 0 \.\. 9, the network's classes"),
     ):
         with pytest.raises(UserError, match=text):
             evaluator(model).run_standard_evaluation(*bad)
+    with pytest.raises(UserError, match="the model is on meta, images are attacked on cpu; use device='meta'"):
+        evaluator(tiny_cnn().to("meta")).clean_accuracy(x, y)
+
+
+def test_verdicts_are_in_float32_also_under_the_callers_autocast(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    types = set()
+
+    def watched(x: Tensor) -> Tensor:
+        logits: Tensor = model(x)
+        types.add(logits.dtype)
+        return logits
+
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluator(watched, ("apgd-ce2",)).run_standard_evaluation(x, y)
+    assert types == {torch.float32}
+
+
+@pytest.mark.parametrize("eps", [1e-4, 8 / 255])
+def test_rounding_leads_out_of_no_ball(eps: float) -> None:
+    x = torch.rand(20, 3, 16, 16)
+    ends = torch.where(torch.rand_like(x) < 0.5, x - eps, x + eps).clamp(0, 1)
+    assert inside(ends, x, "linf", eps).all()
+    assert not inside((ends + 0.01 * eps * (ends - x).sign()).clamp(0, 1), x, "linf", eps).any()
+
+
+def test_a_module_without_weights_is_known_by_its_answers(task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.function(x)
+            return logits
+
+    model, x, y = task
+    other = tiny_cnn(5).eval()
+    path = tmp_path / "s.json"
+    evaluator(Wrapper(lambda x: model(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    with pytest.raises(UserError, match="of another evaluation: model differ"):
+        evaluator(Wrapper(lambda x: other(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
 
 
 def test_batches_are_halved_until_they_fit(task: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,20 +257,27 @@ def test_the_package_in_parts_is_the_package(
     assert len(said) == 2
 
 
-def test_shards_are_merged_and_checked(task: tuple[nn.Module, Tensor, Tensor]) -> None:
-    whole = torch.rand(11) < 0.5
-    assert torch.equal(merge_shards([whole[i::3] for i in range(3)]), whole)
+@pytest.mark.peer
+@needs("pyautoattack")
+def test_the_package_on_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyautoattack
+
+    class Theirs(pyautoattack.AutoAttack):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = self.square.n_queries = 3
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Theirs)
+    model, x = tiny_cnn(classes=5).eval(), torch.rand(4, 3, 8, 8)
+    numbers: dict[str, Any] = {"norm": "linf", "seed": 3, "batch_size": 4, "device": CPU, "say": lambda text: None}
+    mask, seconds = run_reference(model, x, model(x).argmax(1), eps=1e-4, **numbers)
+    assert mask.all()
+    assert len(seconds) == 4
 
 
 @pytest.mark.peer
 @needs("pyautoattack")
-def test_bad_shards_and_versions(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_a_bad_version(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = task
-    numbers: dict[str, Any] = {"norm": "linf", "eps": EPS, "seed": 3, "batch_size": 8, "device": CPU}
-    for wrong, text in (
-        ({"shard": (2, 2)}, "0 <= i < n"),
-        ({"version": "quick"}, "unknown version"),
-        ({"shard": (30, 31)}, "no image"),
-    ):
-        with pytest.raises(UserError, match=text):
-            run_reference(model, x, y, **numbers, **wrong)
+    with pytest.raises(UserError, match="unknown version"):
+        run_reference(model, x, y, norm="linf", eps=EPS, seed=3, batch_size=8, device=CPU, version="quick")

@@ -12,8 +12,10 @@ from fastdynat.attacks import AttackGoal, PGDSpec, parse_attack, pgd
 from fastdynat.attacks.steps import start_point
 from fastdynat.cli import main
 from fastdynat.data import ImageSet, load_test
+from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.evaluation import cells as evaluation
+from fastdynat.evaluation.columns import check_classes, parse_columns
 from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.runs import load_network
 
@@ -202,3 +204,39 @@ def test_images_that_do_not_stand_any_more_are_not_attacked_and_count_as_broken(
     assert not bool((unpack_bits(got.robust_bits, 10) & ~standing).any())
     nobody = measure(model, images, attack, device=CPU, batch_size=3, seed=0, standing=torch.zeros(10, dtype=torch.bool))
     assert nobody.accuracy == 0
+
+
+def test_a_misclassified_image_is_not_led_back_to_its_label() -> None:
+    """By an attack towards a class, between which and the image's own the label lies."""
+
+    def ramp(x: torch.Tensor) -> torch.Tensor:
+        light = x.mean((1, 2, 3))
+        return torch.stack((0.4 - light, 0.1 - 10 * (light - 0.5).abs(), light - 0.6), 1)
+
+    class Ramp(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ramp(x)
+
+    images = ImageSet(torch.full((2, 1, 4, 4), 0, dtype=torch.uint8), torch.tensor([1, 0]))
+    attack = parse_attack("fgsm@least", eps=0.5, step_size=0.1)
+    got = measure(Ramp(), images, attack, device=CPU, batch_size=2, seed=0)
+    assert not unpack_bits(got.robust_bits, 2)[0]
+
+
+def test_no_answer_is_no_right_answer() -> None:
+    class Diverged(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :3] * torch.nan
+
+    images = ImageSet(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    for name in ("clean", "pgd2", "apgd-ce2", "square3"):
+        attack = parse_attack(name, eps=0.1, step_size=0.1)
+        assert measure(Diverged(), images, attack, device=CPU, batch_size=2, seed=0).accuracy == 0, name
+
+
+@pytest.mark.parametrize("name", ["apgd-t", "fast-autoattack", "autoattack", "transfer-apgd-t"])
+def test_too_few_classes_are_said_before_anything_is_measured(name: str) -> None:
+    columns = parse_columns(f"clean,{name}", eps=0.1, step_size=0.1, norm="linf", amp="off")
+    check_classes(columns, 4)
+    with pytest.raises(UserError, match="dlr-t needs 4 classes, the network has 3"):
+        check_classes(columns, 3)

@@ -139,6 +139,15 @@ def test_taking_finished_images_out_changes_nothing(monkeypatch: pytest.MonkeyPa
         assert other.gradients == results[0].gradients
 
 
+def test_the_nearest_is_found_anywhere_but_counts_only_in_the_ball() -> None:
+    net = robustish()
+    x, labels = batch(net)
+    eps = float(nearest(net, x, labels, eps=0.1).distance[1:].median())
+    found = nearest(net, x, labels, eps=eps)
+    assert found.found.all()
+    assert 0 < int(found.outside.sum()) < len(x)
+
+
 def test_restarts_find_more_and_follow_the_generator() -> None:
     net = robustish()
     x, labels = batch(net)

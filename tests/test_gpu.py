@@ -9,7 +9,7 @@ import torch
 from conftest import needs
 from networks import tiny_cnn
 
-from fastdynat.attacks import AttackEngine, AttackGoal, AttackSwitches, PGDSpec, pgd
+from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, AttackSwitches, PGDSpec, parse_attack, pgd
 from fastdynat.cli import main
 
 pytestmark = [pytest.mark.gpu, needs("gpu")]
@@ -24,6 +24,30 @@ def test_the_attack_equals_the_cpus(norm: str) -> None:
     on_cpu = pgd(model, x, AttackGoal("ce", y), spec).x_adv
     on_gpu = pgd(model.cuda(), x.cuda(), AttackGoal("ce", y.cuda()), spec).x_adv
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        *(
+            (name, "linf")
+            for name in ("mim3", "pgd3@random", "cw3-k0", "deepfool-linf5", "apgd-ce10", "apgd-t5", "fab-t", "square50")
+        ),
+        *((name, "l2") for name in ("cwl2-2x20", "deepfool5", "fab", "apgd-dlr5", "square50")),
+        *((name, "l1") for name in ("pgd3-2", "apgd-ce10", "fab-min", "square50")),
+        *((name, "l0") for name in ("pgd3", "sigmazero20")),
+    ],
+)
+def test_every_attack_of_the_evaluation_runs(name: str, norm: str) -> None:
+    """On channels-last images, with all of its tensors on the device."""
+    model = tiny_cnn().eval().cuda()
+    x = torch.rand(6, 3, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+    attack = parse_attack(name, eps={"linf": 0.1, "l2": 0.5}.get(norm, 5.0), step_size=0.1, norm=norm).search
+    assert attack is not None
+    labels, generator = model(x).argmax(1), torch.Generator("cuda").manual_seed(1)
+    result = attack(Ascent(model), x, labels, generator=generator)
+    assert result.x_adv.device == x.device
+    assert 0 <= float(result.x_adv.min()) <= float(result.x_adv.max()) <= 1
 
 
 @pytest.mark.parametrize("compile_mode", ["off", "default"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fastdynat.attacks import (
     Ascent,
     AttackEngine,
     AttackGoal,
+    AttackResult,
     AttackSwitches,
     PGDSpec,
     Search,
@@ -27,6 +29,7 @@ from fastdynat.attacks import (
     start_point,
     usual_step,
 )
+from fastdynat.attacks.attempts import until_broken
 from fastdynat.attacks.steps import diameter
 from fastdynat.attacks.targets import RULES, target_classes
 from fastdynat.errors import UserError
@@ -408,3 +411,34 @@ def test_names() -> None:
         PGDSpec(2.5, 1, 1, norm="l0", start="none")
     with pytest.raises(UserError, match="start must be none under l0"):
         PGDSpec(2, 1, 1, norm="l0")
+
+
+def test_an_image_that_is_misclassified_as_confidently_as_asked_has_no_masked_gradient() -> None:
+    case = Case()
+    broken = Case(case.model, case.x, (case.model(case.x).argmax(1) + 1) % 10)
+    result = search("cw5-k0")(Ascent(case.model), broken.x, broken.y, generator=seeded())
+    assert (int(result.zero_grads), result.gradients) == (0, 30)
+
+    def flat(x: Tensor) -> Tensor:  # the first class by far, whatever the image
+        return 0 * case.model(x) + torch.eye(10, dtype=x.dtype)[0]
+
+    result = search("cw5-k0")(Ascent(flat), case.x, torch.zeros_like(case.y), generator=seeded())
+    assert (int(result.zero_grads), result.gradients) == (30, 30)
+
+
+def test_a_run_that_ends_without_a_verdict_gives_way_to_the_next() -> None:
+    """Equal logits have no range; NaN, as half precision gives, is nobody's margin."""
+    x, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    bad, good = torch.full_like(x, 0.5), torch.ones_like(x)
+
+    for nothing in (0.0, torch.nan):
+
+        def logits(x: Tensor, nothing: float = nothing) -> Tensor:
+            light = x.mean((1, 2, 3))
+            return torch.where((light == 1)[:, None], torch.tensor([0.0, 1.0]), torch.tensor([nothing, nothing]))
+
+        def attempt(x_adv: Tensor) -> Any:
+            return lambda rows, tick: AttackResult(x_adv[rows], torch.zeros((), dtype=torch.int64), len(rows))
+
+        result = until_broken(Ascent(logits), x, labels, [attempt(bad), attempt(good)])
+        assert torch.equal(result.x_adv, good)

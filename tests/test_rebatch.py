@@ -69,7 +69,7 @@ def test_ticks_tell_the_share_and_may_stop() -> None:
     seen: list[float] = []
     goal = torch.tensor([9])
     iterate(Count(torch.zeros_like(goal), goal), step, 8, done=done, every=2, tick=seen.append)
-    assert seen == [0, 0.25, 0.5, 0.75, 1]
+    assert seen == [i / 8 for i in range(9)]  # also between the looks, which may be far apart
 
     def stop(share: float) -> None:
         raise InterruptedError

@@ -189,3 +189,26 @@ def test_ticks_and_names() -> None:
 def test_numbers_that_cannot_work(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Square(**{"eps": 0.1, **values})
+
+
+def test_a_tie_that_the_label_wins_is_attacked() -> None:
+    """Logits behind a ReLU are often all 0: the first class is predicted, by a margin of 0."""
+
+    def tied(x: Tensor) -> Tensor:
+        brighter = (x.flatten(1).mean(1) - 0.55).relu()
+        return torch.stack((torch.zeros_like(brighter), brighter), 1)
+
+    x, labels = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 0])
+    assert torch.equal(tied(x).argmax(1), labels)
+    x_adv = Square(eps=0.1, queries=200)(Ascent(tied), x, labels, generator=torch.Generator().manual_seed(0)).x_adv
+    assert torch.equal(tied(x_adv).argmax(1), 1 - labels)
+
+
+def test_a_batch_without_a_right_image_asks_for_no_empty_batch() -> None:
+    net = network()
+
+    def flat(x: Tensor) -> Tensor:
+        return net(x.view(x.shape[0], -1).view(x.shape))  # as many networks do; of no images torch cannot tell what -1 is
+
+    x, labels = batch(net)
+    assert torch.equal(Square(eps=0.1, queries=5)(Ascent(flat), x, (labels + 1) % 10).x_adv, x)

@@ -1,5 +1,6 @@
 """One step of projected ascent: forward, gradient at the image, projected step."""
 
+import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ class Ascent:
                 x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=self.dtype
             )
             kept = ~goal.reached(logits) if goal.track else None
-            return new.x_adv, new.x_adv if new.low is None else new.low, (~new.moved).sum(), kept
+            stuck = ~new.moved if goal.confidence == math.inf else ~(new.moved | goal.satisfied(logits))
+            return new.x_adv, new.x_adv if new.low is None else new.low, stuck.sum(), kept
 
         return step
 

@@ -37,7 +37,7 @@ def until_broken(
     x_adv, zero_grads, gradients = first.x_adv.clone(), first.zero_grads, first.gradients
     best = _by_how_much(ascent, x_adv, labels)
     for i, attempt in enumerate(attempts[1:], 1):
-        rows = (~(best > CLEAR)).nonzero().squeeze(1)  # a NaN is no verdict
+        rows = (best <= CLEAR).nonzero().squeeze(1)
         if len(rows) == 0:
             break
         result = attempt(rows, part(i))
@@ -49,7 +49,9 @@ def until_broken(
 
 
 def _by_how_much(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
-    """(N,): the margin as a share of the logits' range, positive where the prediction is wrong."""
+    """(N,): the margin as a share of the logits' range, positive where the prediction is wrong; of a NaN, no verdict, -inf."""
     with torch.no_grad():
         logits = wide(ascent.logits(x))
-    return margin(logits, labels) / (logits.amax(1) - logits.amin(1))
+    range_ = (logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny)  # equal logits: a margin of 0
+    share = margin(logits, labels) / range_
+    return share.where(share.isfinite(), float("-inf"))

@@ -116,8 +116,12 @@ class AttackGoal:
         source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
         grad = attack_logit_grad(source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
         if self.confidence < math.inf:
-            grad = grad.masked_fill((self.per_image(source) >= self.confidence)[:, None], 0)
+            grad = grad.masked_fill(self.satisfied(source)[:, None], 0)
         return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
+
+    def satisfied(self, logits: Tensor) -> Tensor:
+        """(N,) bool: the value is at `confidence`, where its gradient is 0 by intention."""
+        return self.per_image(logits) >= self.confidence
 
     def reached(self, logits: Tensor) -> Tensor:
         """(N,) bool: the prediction left the goal's class, or arrived at it if `targeted`."""

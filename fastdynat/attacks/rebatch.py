@@ -48,8 +48,8 @@ def iterate(
     whole, rows = state, torch.arange(_images(state), device=_some(state).device)
     sizes = [-(-len(rows) // 2**k) for k in range(shapes + 1)]
     for i in range(steps):
+        tick(i / steps)
         if i % every == 0:
-            tick(i / steps)
             unfinished = ~done(state)
             count = int(unfinished.sum())
             if count == 0:

@@ -17,8 +17,9 @@ class AttackResult:
 
     Attributes:
         x_adv: (N, C, H, W), detached, in the ball and in [0, 1].
-        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel. Such an image
-            is not attacked at all: saturation, underflow or masking, to be watched.
+        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel, though the goal
+            was not satisfied (`AttackGoal.satisfied`). Such an image is not attacked at all: saturation, underflow or masking,
+            to be watched.
         gradients: image gradients computed, at most N * steps * restarts.
         kept: (N,) int64, for a goal that is tracked: at how many of the iterates that a step was taken from the network still
             gave the goal's class.
@@ -37,8 +38,8 @@ class Nearest(AttackResult):
     Attributes:
         found: (N,) bool: the attacked network misclassifies `x_adv`; where False, `x_adv` is the image itself. An image that
             is misclassified as it is counts as found at distance 0.
-        distance: (N,) distance of `x_adv` from the image in the attack's norm (L0: values changed, of which a pixel has one
-            per channel); infinite where not found.
+        distance: (N,) distance of `x_adv` from the image in the attack's norm (L0: pixels of which any channel changed);
+            infinite where not found.
         eps: radius of the ball that a verdict is about: an image is robust if nothing was found in it.
     """
 

@@ -6,7 +6,7 @@ from fastdynat.evaluation.config import EvalConfig
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.evaluation.plan import TestSets
-from fastdynat.evaluation.reference import merge_shards, run_reference
+from fastdynat.evaluation.reference import run_reference
 from fastdynat.evaluation.runs import evaluate_runs, measure_runs
 from fastdynat.evaluation.store import read_measurements
 
@@ -21,7 +21,6 @@ __all__ = [
     "evaluate_runs",
     "measure",
     "measure_runs",
-    "merge_shards",
     "read_measurements",
     "run_reference",
 ]

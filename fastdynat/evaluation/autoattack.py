@@ -21,7 +21,8 @@ from fastdynat.runs.files import check_writable
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
-BEYOND = 1e-5  # a perturbation may be longer than eps by this share of it: rounding
+# A perturbation may be longer than eps by this share of it, and each value by that much: rounding of pixels near 1.
+BEYOND, ROUNDING = 1e-5, 2**-23
 
 
 class AutoAttack:
@@ -126,6 +127,7 @@ class AutoAttack:
     def clean_accuracy(self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None) -> float:
         """The share of images that the network classifies as labelled."""
         check_images(x, y, batch_size or bs)
+        y = y.to(x.device)
         with self._settled():
             accuracy = float((self._classes(x, batch_size or bs) == y).double().mean())
         self._say(f"clean accuracy: {accuracy:.2%}")
@@ -135,9 +137,11 @@ class AutoAttack:
         self, chosen: Sequence[NamedAttack], x: Tensor, y: Tensor, bs: int, return_labels: bool, path: Path | None
     ) -> Any:
         check_images(x, y, bs)
+        y = y.to(x.device)
         with self._settled():
             first = x[:bs].to(self.device)
             classes = check_answers(self.model, first, y[:bs].to(self.device), randomised=self.version == "rand")
+            check_labels(y, classes)
             fitted = [self._fitted(stage, classes) for stage in chosen]
             clean = self._classes(x, bs)
             attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
@@ -173,6 +177,7 @@ class AutoAttack:
     @contextmanager
     def _settled(self) -> Iterator[None]:
         """Float32, eval mode and gradients, whatever the caller is in."""
+        check_place(self.model, self.device)
         mode = attack_mode(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext()
         with exact_float32(), torch.inference_mode(False), torch.enable_grad(), mode:
             yield
@@ -231,8 +236,25 @@ class _Batches:
 def inside(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     """(N,) bool: `x_adv` is in [0, 1] and within `eps` of `x`, but for rounding; NaN is not."""
     order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
-    distance = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+    distance = torch.linalg.vector_norm(((x_adv - x).abs() - ROUNDING).clamp_min(0).flatten(1), order, dim=1)
     return (distance <= eps * (1 + BEYOND)) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+
+
+def check_place(model: object, device: torch.device) -> None:
+    """Raise UserError where the weights of `model` are not on `device`."""
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is None:
+        return
+    other = device.index is not None and weight.device.index != device.index
+    if weight.device.type != device.type or other:
+        raise UserError(f"the model is on {weight.device}, images are attacked on {device}; use device={str(weight.device)!r}")
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise UserError unless every label is a class of the network."""
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"y must be in 0 .. {classes - 1}, the network's classes; it is in {low} .. {high}")
 
 
 def check_images(x: Tensor, y: Tensor, batch_size: int) -> None:

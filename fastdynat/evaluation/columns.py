@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastdynat.attacks import PGD, NamedAttack, Search, parse_attack, stages
+from fastdynat.attacks import APGD, PGD, NamedAttack, Search, parse_attack, stages
 from fastdynat.attacks.named import ATTACKS
 from fastdynat.errors import UserError
 from fastdynat.evaluation.reference import require_reference
@@ -61,6 +61,15 @@ def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: s
     for column in columns:
         _check_amp(column, amp)
     return columns
+
+
+def check_classes(columns: list[Column], classes: int) -> None:
+    """Raise UserError where an attack of `columns` is not defined for a network with so few classes."""
+    for column in columns:
+        own = stages(column.reference.norm, column.reference.eps) if column.reference is not None else column.stages
+        for attack in (column.attack, *own):
+            if attack is not None and isinstance(attack.search, APGD):
+                attack.search.check_classes(classes)
 
 
 def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:

@@ -43,10 +43,12 @@ def check_square(accuracies: Mapping[str, float]) -> None:
 
     accuracies: what was robust after each stage, in order, and what was correct before under "clean".
     """
-    others = [value for name, value in accuracies.items() if name != "square"]
-    if "square" in accuracies and len(others) > 1 and accuracies["square"] < min(others) - SQUARE_GAIN:
+    names = list(accuracies)
+    before = [accuracies[name] for name in names[: names.index("square")]] if "square" in names else []
+    # What comes after it is no evidence: it begins with what Square left.
+    if len(before) > 1 and accuracies["square"] < min(before) - SQUARE_GAIN:
         warn(
-            f"Square, which knows no gradient, broke {min(others) - accuracies['square']:.2%} of the images that attacks with "
+            f"Square, which knows no gradient, broke {min(before) - accuracies['square']:.2%} of the images that attacks with "
             "gradients left standing: the gradients may be masked; run Square with more queries, or an adaptive attack"
         )
 

@@ -34,10 +34,10 @@ def measure(
 ) -> Measurement:
     """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
 
-    Every image counts, also those misclassified without an attack. The attack works on a fast replica of the network; the
-    prediction that is counted is `model`'s own, in eval mode and full precision, on what the attack returns; an adversarial
-    image farther away than the attack's ball (`Nearest.eps`) does not count against it. The random start
-    comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
+    Every image counts; one that is misclassified without an attack stays so, whatever the attack makes of it. The attack works
+    on a fast replica of the network; the prediction that is counted is `model`'s own, in eval mode and full precision, on what
+    the attack returns; an adversarial image farther away than the attack's ball (`Nearest.eps`) does not count against it. The
+    random start comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
@@ -81,7 +81,10 @@ def measure(
                     distances.append(found_at)
                     # What was found outside the ball says nothing about it: the image itself counts.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
-            robust.append(predict(model, x) == batch.labels)
+            right = predict(model, x) == batch.labels
+            if attack.search is not None:  # a targeted attack may lead a misclassified image to its label
+                right &= predict(model, batch.x) == batch.labels
+            robust.append(right)
             tick(1)
         # Waits for the device, so the clock stops after the work.
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
@@ -120,20 +123,25 @@ def _transferred(model: nn.Module, x: Tensor, labels: Tensor, result: Nearest) -
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The classes (N,) that `model` gives to `x`."""
+    """The classes (N,) that `model` gives to `x`; -1, which is nobody's label, where a logit is NaN."""
     with torch.no_grad():
-        return model(x).argmax(1)
+        logits = model(x)
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice."""
+    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice.
+
+    An autocast region of the caller's is left as well.
+    """
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [owner.allow_tf32 for owner in flags]
     try:
         for owner in flags:
             owner.allow_tf32 = False
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for owner, value in zip(flags, before, strict=True):
             owner.allow_tf32 = value

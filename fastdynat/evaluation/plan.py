@@ -13,7 +13,7 @@ from fastdynat.attacks import diameter, usual_step
 from fastdynat.config import DataConfig, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.errors import UserError
-from fastdynat.evaluation.columns import Column, parse_columns
+from fastdynat.evaluation.columns import Column, check_classes, parse_columns
 from fastdynat.evaluation.config import EvalConfig, Shard, parse_shard
 from fastdynat.evaluation.masking import radius_of_grey
 from fastdynat.evaluation.store import FOLDER, Say
@@ -166,6 +166,7 @@ class Planner:
         if config.checks:
             radius_of_grey(radius.norm, images)  # refuses norms that the checks, which come last, do not know
         columns = parse_columns(config.attacks, eps=radius.eps, step_size=radius.step_size, norm=radius.norm, amp=config.amp)
+        check_classes(columns, info.num_classes)
         if self.shard is not None and self.shard.count > len(images):
             raise UserError(f"--shard {self.shard} of {len(images)} images leaves shards without any; use fewer")
         return Target(

@@ -1,8 +1,8 @@
-"""The authors' own AutoAttack, from the package `pyautoattack` or `autoattack`: resumable, in parts, and with times."""
+"""The authors' own AutoAttack, from the package `pyautoattack` or `autoattack`: resumable, and with times."""
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ def run_reference(
     version: str = "standard",
     state_path: Path | None = None,
     say: Callable[[str], None] = print,
-    shard: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, dict[str, float]]:
     """Attack `model` (images in [0, 1] -> logits, on `device`) in eval mode, float32 and deterministically.
 
@@ -52,10 +51,9 @@ def run_reference(
         version: standard, plus or rand.
         state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there.
         say: told a line per stage, and once each what the package warns of.
-        shard: (i, n) takes the images i, i + n, i + 2 n, ...; see `merge_shards`.
 
     Returns:
-        (n,) bool on the CPU: which images of the shard stand; and seconds by stage.
+        (N,) bool on the CPU: which images stand; and seconds by stage.
 
     Raises:
         UserError: the package is missing, the version unknown, or the state is of another evaluation.
@@ -63,12 +61,6 @@ def run_reference(
     if version not in VERSIONS:
         raise unknown_name("version of AutoAttack", version, VERSIONS)
     package = _package()
-    index, count = shard
-    if not 0 <= index < count:
-        raise UserError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
-    x, y = x[index::count], y[index::count]
-    if len(x) == 0:
-        raise UserError(f"shard {shard} has no image; use fewer shards")
 
     def classes(x: Tensor) -> Tensor:
         return torch.cat([predict(model, part.to(device)).to(y.device) for part in x.split(batch_size)])
@@ -76,9 +68,10 @@ def run_reference(
     with _deterministic(device), attack_mode(model, "eval"), _warnings_said(say):
         clean = classes(x)
         numbers = {"norm": norm, "eps": eps, "seed": seed, "batch size": batch_size, "attacks": list(VERSIONS[version])}
-        own = staged.identity(model, clean, x, y, **numbers, package=package.__name__, shard=list(shard))
+        own = staged.identity(model, clean, x, y, **numbers, package=package.__name__)
         progress = staged.restore(state_path, own) or staged.begin(own, clean == y, seed)
         adversary = _adversary(package, model, norm, eps, seed, device, version)
+        _fit(adversary, model, x[:1].to(device))
 
         def attack(name: str, x: Tensor, y: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
@@ -90,14 +83,6 @@ def run_reference(
 
         staged.run_stages(attack, fooled, x, y, progress, VERSIONS[version], batch_size, state_path, say)
     return staged.standing(progress, len(x)), dict(progress.seconds)
-
-
-def merge_shards(masks: Sequence[Tensor]) -> Tensor:
-    """The (N,) mask of all images from those of the shards (0, n), (1, n), ... (n - 1, n)."""
-    whole = torch.zeros(sum(len(mask) for mask in masks), dtype=torch.bool)
-    for i, mask in enumerate(masks):
-        whole[i :: len(masks)] = mask.cpu()
-    return whole
 
 
 def require_reference(norm: str) -> None:
@@ -121,6 +106,14 @@ def _adversary(package: Any, model: nn.Module, norm: str, eps: float, seed: int,
     adversary = package.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, version=version, device=str(device))
     adversary.verbose = False
     return adversary
+
+
+def _fit(adversary: Any, model: nn.Module, x: Tensor) -> None:
+    """No more target classes than the network has; the package only warns of them, and then fails."""
+    with torch.no_grad():
+        others = model(x).shape[1] - 1
+    for targeted in (adversary.apgd_targeted, adversary.fab):
+        targeted.n_target_classes = min(targeted.n_target_classes, others)
 
 
 def _attack(adversary: Any, x: Tensor, y: Tensor, size: int) -> Tensor:

@@ -46,8 +46,8 @@ class Progress:
 
 def identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
     """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean` where it has none."""
-    weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else [clean]
-    return {"model": digest(weights), "images": digest([x, y]), **numbers}
+    weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
+    return {"model": digest(weights or [clean]), "images": digest([x, y]), **numbers}
 
 
 def standing(progress: Progress, images: int) -> Tensor:

@@ -53,8 +53,8 @@ class FAB:
         norm: linf, l2 or l1.
         targets: walk towards each of this many classes, those with the largest logits at the image first (FAB-T); 0 walks
             towards the nearest boundary of all, which takes K - 1 backward passes per iteration.
-        nearest: whether to look for the nearest adversarial images instead: nothing ends early, `eps` is but where restarts
-            begin, and the result is a `Nearest`.
+        nearest: whether to look for the nearest adversarial images instead: nothing ends early, `eps` says where restarts
+            begin and what a verdict is about, and the result is a `Nearest`.
         steps: iterations of each walk, each of two forward passes and the backward passes.
         restarts: walks per image (and target).
         alpha_max: the most that the move from the image weighs beside the move from the iterate.
@@ -105,7 +105,7 @@ class FAB:
             distance[rows] = torch.minimum(end.distance, distance[rows])
             zeros, gradients = zeros + end.zeros.sum(), gradients + int(end.gradients.sum())
         if self.nearest:
-            return Nearest(x_adv, zeros, gradients, found=distance.isfinite(), distance=distance)
+            return Nearest(x_adv, zeros, gradients, found=distance.isfinite(), distance=distance, eps=self.eps)
         return AttackResult(x_adv.where(per_image(distance <= self.eps, x), x), zeros, gradients)
 
     def _legs(self, logits: Tensor, labels: Tensor) -> Iterator[Tensor]:

@@ -67,14 +67,17 @@ class Square:
         """The search with given `draws`, whose rows are those of `x`."""
         x = x.contiguous()
         propose = proposal(self.norm, x, self.eps, draws)
-        right = _margins(ascent, x, labels) > 0
-        x_adv = torch.where(per_image(right, x), propose.start(), x)
+        # A tie may be the label's: it is attacked as well.
+        right = _margins(ascent, x, labels) >= 0
         rows = right.nonzero().squeeze(1)
+        if len(rows) == 0:  # not every network takes a batch without images
+            return _result(x.clone())
+        x_adv = torch.where(per_image(right, x), propose.start(), x)
         begin = x_adv[rows]
         search = _Search(rows, labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
         places, rate = self.places or FULL_BATCH.get(x.device.type, len(x)), FIRST_RATE
-        while len(rows):
-            standing = (search.margin > 0) & (search.asked < self.queries)
+        while True:
+            standing = (search.margin >= 0) & (search.asked < self.queries)
             left, first = torch.stack([standing.sum(), search.asked.amin()]).tolist()  # waits for the device once
             if left < len(search.rows):
                 x_adv[search.rows] = search.best
@@ -84,7 +87,7 @@ class Square:
             tick(first / self.queries)
             search, rate = self._round(ascent, search, propose, _abreast(places, left, rate), rate, first)
         tick(1.0)
-        return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x.device), 0)
+        return _result(x_adv)
 
     def _round(
         self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
@@ -122,6 +125,10 @@ class _Search:
     def take(self, mask: Tensor) -> "_Search":
         parts: Iterator[Tensor] = (part[mask] for part in (self.rows, self.labels, self.best, self.margin, self.asked))
         return _Search(*parts)
+
+
+def _result(x_adv: Tensor) -> AttackResult:
+    return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
 
 
 def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:

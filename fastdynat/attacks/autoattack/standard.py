@@ -34,6 +34,8 @@ def stages(norm: str, eps: float, version: str = "standard", names: Sequence[str
         raise UserError(f"attacks named twice in {', '.join(names)}")
     known = VERSIONS.get(version, tuple(names))
     parsed = [parse_attack(name, eps=eps, step_size=eps / 4, norm=norm) for name in known]
+    if any(a.search is None for a in parsed):
+        raise UserError(f"clean is no attack, and is measured in any case; leave it out of {', '.join(known)}")
     return [NamedAttack(a.name, _with(a.search, **_numbers(a.name, norm, version))) for a in parsed]
 
 

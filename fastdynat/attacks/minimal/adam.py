@@ -14,7 +14,7 @@ def adam_(point: Tensor, mean: Tensor, square: Tensor, grad: Tensor, *, lr: floa
         grad: (N, C, H, W), left as scratch memory.
         taken: (N,) steps that each image has taken, this one included; or a scalar.
     """
-    count = taken.to(point.dtype).view(-1, 1, 1, 1)
+    count = taken.to(point).view(-1, 1, 1, 1)
     mean.lerp_(grad, 1 - DECAY_MEAN)
     square.mul_(DECAY_SQUARE).addcmul_(grad, grad, value=1 - DECAY_SQUARE)
     # (lr / b1) mean / (sqrt(square) / b2 + tiny), with b1 and b2 brought together so that a pass over the pixels is saved.

@@ -1,4 +1,4 @@
-"""Sigma-zero (Cina et al. 2024, arXiv 2402.01879): few changed values, by gradient steps on a smooth stand-in for L0."""
+"""Sigma-zero (Cina et al. 2024, arXiv 2402.01879): few changed pixels, by gradient steps on a smooth stand-in for L0."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class _State:
     mean: Tensor
     square: Tensor
     nearest: Tensor
-    changed: Tensor  # values of `nearest` that differ from the image; one more than there are: none found
+    changed: Tensor  # pixels of `nearest` that differ from the image; one more than there are: none found
     threshold: Tensor
     asked: Tensor
     zeros: Tensor
@@ -42,8 +42,9 @@ class SigmaZero:
     """Minimises ``max(-margin, 0) + mean(m^2 / (m^2 + sigma))``, m the change of each value, by Adam on normalised gradients.
 
     After every step changes below a threshold, each image's own, are undone; it rises while the image is misclassified and
-    falls while it is not. The misclassified iterate with the fewest changes is returned. The numbers are those of the
-    released code, the number of steps is the paper's.
+    falls while it is not. The misclassified iterate with the fewest changed pixels is returned; a pixel is changed where any of
+    its channels is, as for PGD under L0. The stand-in, as in the released code, is about values, of which a pixel has one per
+    channel. The numbers are that code's, the number of steps is the paper's.
 
     Chosen over JSMA, whose saliency map of pairs takes d^2 numbers per image (9.4 million on CIFAR) and which aims at a class
     one pair at a time. The memory here is that of a few images per image, tested.
@@ -54,7 +55,7 @@ class SigmaZero:
         sigma: smoothness of the stand-in; smaller is nearer to L0.
         threshold: the first.
         threshold_rate: its change per step, times the step size.
-        eps: values that may change, which a verdict is about (`Nearest.eps`). A pixel has one value per channel.
+        eps: pixels that may change, which a verdict is about (`Nearest.eps`).
     """
 
     steps: int = 1000
@@ -84,6 +85,7 @@ class SigmaZero:
         """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
         hinge = ascent.one_graph(("hinge", goal.kind, 0.0), lambda pull: pull_hinge(goal.kind, 0.0, pull))
         already, none = score(ascent, x, goal) > 0, torch.zeros_like(goal.target)
+        pixels = x[0, 0].numel()
         begin = _State(
             x=x,
             target=goal.target,
@@ -91,7 +93,7 @@ class SigmaZero:
             mean=torch.zeros_like(x),
             square=torch.zeros_like(x),
             nearest=x.clone(),
-            changed=torch.where(already, 0, x[0].numel() + 1),
+            changed=torch.where(already, 0, pixels + 1),
             threshold=torch.full_like(x[:, 0, 0, 0], self.threshold),
             asked=none,
             zeros=none,
@@ -104,7 +106,7 @@ class SigmaZero:
             shapes=ascent.shapes,
             tick=tick,
         )
-        found = end.changed <= x[0].numel()
+        found = end.changed <= pixels
         return result(x, end.nearest, found, end.changed.to(x.dtype), eps=self.eps, zeros=end.zeros, asked=end.asked)
 
     def _step(self, s: _State, i: int, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
@@ -112,7 +114,7 @@ class SigmaZero:
         margin, grad = margin.to(s.x.dtype), grad.to(s.x.dtype)
         adversarial, running = margin > 0, s.changed > 1
         moved = s.x_adv - s.x
-        changed = (moved != 0).sum(PIXELS)
+        changed = (moved != 0).any(1).sum((1, 2))
         fewer = adversarial & (changed < s.changed)
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
         zeros = (torch.linalg.vector_norm(grad, float("inf"), dim=PIXELS) == 0) & (margin < 0) & running
