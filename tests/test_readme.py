@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdynat.attacks import parse_attacks
 from fastdynat.cli import main
+from fastdynat.evaluation.columns import parse_columns
 from fastdynat.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_every_flag_of_every_command_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = {
         command: flags_of(command, capsys)
-        for command in ("train", "eval", "compare", "report", "boundary", "recipes", "bench", "doctor")
+        for command in ("train", "eval", "compare", "export", "report", "boundary", "recipes", "bench", "doctor")
     }
     uses = [line for block in re.findall(r"```.*?\n(.*?)```", README, re.S) for line in re.split(r"\n|&&", block)]
     commands = [shlex.split(use.split(" #")[0].rstrip("\\ ")) for use in uses if use.strip().startswith("fastdynat ")]
@@ -35,7 +35,7 @@ def test_every_flag_of_every_command_in_the_readme_exists(capsys: pytest.Capture
     for _, command, *arguments in commands:
         assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known[command], arguments
         if "--attacks" in arguments:
-            parse_attacks(arguments[arguments.index("--attacks") + 1], eps=0.1, step_size=0.1)
+            parse_columns(arguments[arguments.index("--attacks") + 1], eps=0.1, step_size=0.1, norm="linf", amp="off")
 
 
 def test_the_example_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

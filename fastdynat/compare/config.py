@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from fastdynat.attacks import parse_attacks
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.evaluation.columns import parse_columns
 from fastdynat.methods import METHODS, method_class
 from fastdynat.pictures import check_picture
 from fastdynat.runs import check_writable
@@ -77,7 +77,9 @@ def shared_config(path: Path | None) -> TrainConfig[NoOptions]:
 
 def check_compare(config: CompareConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
-    parse_attacks(config.attacks, eps=0.1, step_size=0.1)
+    columns = parse_columns(config.attacks, eps=0.1, step_size=0.1, norm="linf", amp="off")
+    if transfers := [column.name for column in columns if column.transfer]:
+        raise UserError(f"a comparison has no --source for {transfers[0]}: run fastdynat eval on its runs afterwards")
     if config.budget_seconds is not None and not 0 < config.budget_seconds < math.inf:
         raise UserError(f"budget_seconds must be above 0, got {config.budget_seconds:g}")
     check_picture("chart", config.chart)
