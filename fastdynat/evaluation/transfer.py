@@ -68,9 +68,11 @@ def transfer_matrix(
                 tick = _Share(len(batch.x), should_stop, advance)
                 tick(0)
                 x_adv = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick).x_adv
-                correct[source] += _correct(targets, x_adv, batch.labels)
+                # As in `measure`, what is wrong as it is stays so.
+                right = _right(targets, batch.x, batch.labels)
+                correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)
                 if source == 0:
-                    clean += _correct(targets, batch.x, batch.labels)
+                    clean += right.sum(1)
                 tick(1)
     return TransferMatrix(
         names=list(networks),
@@ -80,9 +82,9 @@ def transfer_matrix(
     )
 
 
-def _correct(networks: list[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
-    """How many of `x` each network gets right, (len(networks),)."""
-    return torch.stack([(predict(network, x) == labels).sum() for network in networks])
+def _right(networks: list[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
+    """Which of `x` each network gets right, (len(networks), N) bool."""
+    return torch.stack([predict(network, x) == labels for network in networks])
 
 
 @dataclass
