@@ -62,3 +62,12 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert found.stdout.startswith("python3 -m venv .venv")
     assert found.stdout.strip().endswith("pytest -n 2 --dist loadfile")
     assert found.stdout.strip() in README
+
+
+def test_the_evaluation_names_of_the_readme_exist() -> None:
+    section = README.partition("## Evaluation")[2].partition("## What a run leaves")[0]
+    line = section.partition("`fastdynat.evaluation` also has ")[2].partition(";")[0]
+    names = re.findall(r"`(\w+)`", line)
+    assert len(names) >= 5
+    evaluation = importlib.import_module("fastdynat.evaluation")
+    assert [name for name in names if not callable(getattr(evaluation, name, None))] == []
