@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdynat import __version__
 from fastdynat.evaluation.outcome import Measurement, pack_bits, unpack_bits
 from fastdynat.runs.files import write_text
 
@@ -29,6 +30,7 @@ class Key:
         source: sha256 of the weights that a transfer attack is made on.
         standing: digest of which images are attacked (`standing_digest`); None is all.
         shard: which share of the images, "I/N".
+        version: of this package, whose attacks change.
     """
 
     weights: str
@@ -41,9 +43,10 @@ class Key:
     source: str | None = None
     standing: str | None = None
     shard: str | None = None
+    version: str = __version__
 
     def text(self) -> str:
-        """As JSON; what is None of the last three is left out."""
+        """As JSON; source, standing and shard are left out where they are None."""
         left_out = ("source", "standing", "shard")
         parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
         return json.dumps(parts, sort_keys=True)
