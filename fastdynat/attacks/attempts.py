@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import margin, wide
-from fastdynat.attacks.rebatch import Tick, no_tick
+from fastdynat.attacks.rebatch import Tick, no_tick, part
 from fastdynat.attacks.search import AttackResult
 
 # (rows of the batch (n,) int64, told the share that is done) -> the attack on these images
@@ -27,11 +27,7 @@ def until_broken(
     of `labels` (N,). Every attempt returns its last iterate; whether one before it was misclassified is not looked at.
     """
     rows = torch.arange(len(x), device=x.device)
-
-    def part(i: int) -> Tick:
-        return lambda share: tick((i + share) / len(attempts))
-
-    first = attempts[0](rows, part(0))
+    first = attempts[0](rows, part(tick, 0, len(attempts)))
     if len(attempts) == 1:
         return first
     x_adv, zero_grads, gradients = first.x_adv.clone(), first.zero_grads, first.gradients
@@ -40,7 +36,7 @@ def until_broken(
         rows = (best <= CLEAR).nonzero().squeeze(1)
         if len(rows) == 0:
             break
-        result = attempt(rows, part(i))
+        result = attempt(rows, part(tick, i, len(attempts)))
         reached = _by_how_much(ascent, result.x_adv, labels[rows])
         better = reached > best[rows]
         x_adv[rows[better]], best[rows[better]] = result.x_adv[better], reached[better]

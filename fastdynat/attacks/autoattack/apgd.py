@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.autoattack import moves
 from fastdynat.attacks.goal import wide
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick, put_rows
+from fastdynat.attacks.rebatch import Tick, iterate, no_tick, part, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import attack_logit_grad
@@ -191,11 +191,7 @@ def run_apgd(
             break
         target = targets[run // spec.restarts]
         start = None if x_starts is None else x_starts[run]
-
-        def told(share: float, run: int = run) -> None:
-            tick((run + share) / runs)
-
-        end = _one_run(ascent, x, labels, target, spec, broken, start, generator, told)
+        end = _one_run(ascent, x, labels, target, spec, broken, start, generator, part(tick, run, runs))
         zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
         better = ~broken & (end.over | (end.loss > loss))
         best, loss = put_rows(best, better, end.best), torch.where(better, end.loss, loss)

@@ -154,13 +154,11 @@ def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tup
 
     One forward pass and M backward passes. Whoever wants a plane needs the gradient's length: it is never rescaled.
     """
-    leaf = read.detach().requires_grad_()
-    logits = ascent.logits(leaf)
+    logits, pull_back = ascent.linear(read)
     scale = FP16_LOSS_SCALE if ascent.dtype is torch.float16 else 1.0
     own = torch.zeros_like(logits).scatter_(1, labels[:, None], -scale)
-    weights = [own.scatter(1, rival[:, None], scale) for rival in rivals.unbind(1)]
-    grads = [torch.autograd.grad(logits, leaf, weight, retain_graph=weight is not weights[-1])[0] for weight in weights]
-    scores = wide(logits.detach())
+    grads = [pull_back(own.scatter(1, rival[:, None], scale)) for rival in rivals.unbind(1)]
+    scores = wide(logits)
     return scores.gather(1, rivals) - scores.gather(1, labels[:, None]), wide(torch.stack(grads, 1)) / scale
 
 

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from fastdynat.attacks.planes import per_image
+from fastdynat.attacks.planes import length, per_image
 from fastdynat.ops import pgd_step_l1
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
@@ -16,18 +15,11 @@ def start(x: Tensor, norm: str, eps: float, generator: torch.Generator | None = 
     """A random point of the ball: on its surface for linf and l2, near it for l1; then clipped to [0, 1]."""
     if norm == "linf":
         u = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
-        length = u.abs().flatten(1).amax(1)
     else:
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        length = lengths(u)
     if norm == "l1":
         return project_l1(x + u, x, eps)
-    return torch.addcmul(x, u, per_image(eps / (length + TINY), x)).clamp_(0, 1)
-
-
-def lengths(moves: Tensor) -> Tensor:
-    """Each image's Euclidean length, (N,)."""
-    return vector_norm(moves.flatten(1), dim=1)
+    return torch.addcmul(x, u, per_image(eps / (length(u, norm) + TINY), x)).clamp_(0, 1)
 
 
 def project_l1(z: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -38,7 +30,7 @@ def project_l1(z: Tensor, x: Tensor, eps: float) -> Tensor:
 def project_l2(z: Tensor, x: Tensor, eps: float) -> Tensor:
     """Shorten the move to `eps`, then clip to [0, 1]."""
     move = z - x
-    return torch.addcmul(x, move, per_image((eps / (lengths(move) + TINY)).clamp_max(1), x)).clamp_(0, 1)
+    return torch.addcmul(x, move, per_image((eps / (length(move, "l2") + TINY)).clamp_max(1), x)).clamp_(0, 1)
 
 
 def move_linf(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -49,7 +41,7 @@ def move_linf(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, l
 
 def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: float) -> Tensor:
     """The same along the gradient's direction, in the L2 ball around `x`."""
-    z = project_l2(torch.addcmul(x_adv, grad, per_image(size / (lengths(grad) + TINY), x)), x, eps)
+    z = project_l2(torch.addcmul(x_adv, grad, per_image(size / (length(grad, "l2") + TINY), x)), x, eps)
     return z if x_old is None else project_l2(mixed(z, x_adv, x_old), x, eps)
 
 

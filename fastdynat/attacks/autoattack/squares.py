@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdynat.attacks.autoattack.moves import project_l1
 from fastdynat.attacks.planes import length, per_image
-from fastdynat.ops import pgd_step_l1
 
 # The share of the image that a square covers is halved after each of these queries; the schedule is not stretched to others.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -186,8 +186,7 @@ class Windows(Proposal):
         """L2: `delta` brought to the length eps, then clipped. L1: the nearest point of ball and range."""
         if self.norm == "l2":
             return (x + self.eps * delta / per_image(length(delta, "l2") + TINY, x)).clamp(0, 1)
-        # Without a gradient the step is the projection alone.
-        return pgd_step_l1(x + delta, torch.zeros_like(x), x, step_size=1.0, eps=self.eps * INSIDE)
+        return project_l1(x + delta, x, self.eps * INSIDE)
 
 
 def proposal(norm: str, x: Tensor, eps: float, draws: Draws) -> Proposal:

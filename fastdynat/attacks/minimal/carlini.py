@@ -10,8 +10,8 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
-from fastdynat.attacks.minimal.common import PIXELS, margin_goal, pull_hinge, result, score
-from fastdynat.attacks.planes import per_image
+from fastdynat.attacks.minimal.common import margin_goal, pull_hinge, result, score
+from fastdynat.attacks.planes import length, per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError
@@ -113,7 +113,7 @@ class CarliniL2:
             shapes=ascent.shapes,
             tick=tick,
         )
-        distance = torch.linalg.vector_norm(end.nearest - x, dim=PIXELS)
+        distance = length(end.nearest - x, "l2")
         return result(
             x, end.nearest, already | end.squared.isfinite(), distance, eps=self.eps, zeros=end.zeros, asked=end.asked
         )
@@ -149,9 +149,9 @@ class CarliniL2:
         margin, grad = hinge(ascent.reads(x_adv), s.target)
         margin, grad = margin.to(x_adv.dtype), grad.to(x_adv.dtype)
         running, adversarial = s.left > 0, margin > self.kappa
-        zeros = (torch.linalg.vector_norm(grad, float("inf"), dim=PIXELS) == 0) & (margin < self.kappa) & running
+        zeros = (length(grad, "linf") == 0) & (margin < self.kappa) & running
         moved = x_adv - s.x
-        squared = torch.linalg.vector_norm(moved, dim=PIXELS).square()
+        squared = length(moved, "l2").square()
         closer = adversarial & (squared < s.squared) & running
         torch.where(per_image(closer, s.x), x_adv, s.nearest, out=s.nearest)
         # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, in the memory that is there.

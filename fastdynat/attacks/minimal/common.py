@@ -9,8 +9,6 @@ from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.goal import AttackGoal, Kind
 from fastdynat.attacks.search import Nearest
 
-PIXELS = (1, 2, 3)  # the dimensions of an image
-
 
 def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
     """Away from `labels` (N,), or towards them; its value is positive exactly where it is reached."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import wide
-from fastdynat.attacks.minimal.common import PIXELS, margin_goal, result, score
-from fastdynat.attacks.planes import per_image
+from fastdynat.attacks.minimal.common import margin_goal, result, score
+from fastdynat.attacks.planes import DUAL, length, per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError, unknown_name
@@ -16,7 +16,7 @@ from fastdynat.errors import UserError, unknown_name
 # No move is shorter (the authors' code adds as much to each). Clipping makes moves fall short, so that iterates would close in
 # on the boundary without ever crossing it, or cross it by no more than rounding.
 LEAST_MOVE = 1e-4
-DUAL = {"l2": 2.0, "linf": 1.0}  # the norm of the gradient that a distance is divided by
+NORMS = ("l2", "linf")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class DeepFool:
     eps: float = float("inf")
 
     def __post_init__(self) -> None:
-        if self.norm not in DUAL:
-            raise unknown_name("norm of DeepFool", self.norm, DUAL)
+        if self.norm not in NORMS:
+            raise unknown_name("norm of DeepFool", self.norm, NORMS)
         if self.steps < 1 or self.classes < 2:
             raise UserError(f"DeepFool needs steps >= 1 and classes >= 2, got {self.steps} and {self.classes}")
         if not 0 <= self.overshoot < float("inf"):
@@ -78,12 +78,12 @@ class DeepFool:
             shapes=ascent.shapes,
             tick=tick,
         )
-        distance = torch.linalg.vector_norm(end.x_adv - x, 2 if self.norm == "l2" else float("inf"), dim=PIXELS)
+        distance = length(end.x_adv - x, self.norm)
         return result(x, end.x_adv, end.fooled, distance, eps=self.eps, zeros=end.zeros, asked=end.asked)
 
     def _step(self, s: _State, ascent: Ascent) -> _State:
         gap, grad, flat = self._nearest_plane(s, ascent)
-        norm = torch.linalg.vector_norm(grad, DUAL[self.norm], dim=PIXELS)
+        norm = length(grad, DUAL[self.norm])
         direction = grad.sign() if self.norm == "linf" else grad / per_image(norm, grad)
         move = direction * per_image((1 + self.overshoot) * (gap.abs() / norm).clamp_min(LEAST_MOVE), grad)
         stays = s.fooled | ~(norm > 0)
@@ -101,7 +101,7 @@ class DeepFool:
         for k in range(s.rivals.shape[1]):
             weights = torch.zeros_like(logits).scatter_(1, s.rivals[:, k, None], 1).scatter_(1, s.labels[:, None], -1)
             grad = pull_back(weights).to(s.x_adv.dtype)
-            norm = torch.linalg.vector_norm(grad, DUAL[self.norm], dim=PIXELS)
+            norm = length(grad, DUAL[self.norm])
             distance = torch.where(norm > 0, gaps[:, k].abs() / norm, float("inf"))
             closer = distance < best
             best, plane = torch.where(closer, distance, best), torch.where(closer, k, plane)

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
-from fastdynat.attacks.minimal.common import PIXELS, margin_goal, pull_hinge, result, score
-from fastdynat.attacks.planes import per_image
+from fastdynat.attacks.minimal.common import margin_goal, pull_hinge, result, score
+from fastdynat.attacks.planes import length, per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError
@@ -117,10 +117,10 @@ class SigmaZero:
         changed = (moved != 0).any(1).sum((1, 2))
         fewer = adversarial & (changed < s.changed)
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
-        zeros = (torch.linalg.vector_norm(grad, float("inf"), dim=PIXELS) == 0) & (margin < 0) & running
+        zeros = (length(grad, "linf") == 0) & (margin < 0) & running
         # The stand-in's gradient: 2 sigma m / (m^2 + sigma)^2 per value.
         grad.addcdiv_(moved, moved.square().add_(self.sigma).square_(), value=2 * self.sigma / s.x[0].numel())
-        norm = torch.linalg.vector_norm(grad, float("inf"), dim=PIXELS).clamp_min(LEAST_NORM)
+        norm = length(grad, "linf").clamp_min(LEAST_NORM)
         grad.div_(per_image(norm, grad))
         adam_(s.x_adv, s.mean, s.square, grad, lr=self._lr(i), taken=torch.tensor(i + 1))
         s.x_adv.clamp_(0, 1)
