@@ -16,7 +16,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.defences import check_answers, check_gradients, check_square
 from fastdynat.evaluation.halving import with_halving
-from fastdynat.evaluation.measure import attacked, exact_float32, predict
+from fastdynat.evaluation.measure import attacked, exact_float32, predict_in_batches
 from fastdynat.runs.files import check_writable
 
 NORMS = ("linf", "l2", "l1")
@@ -172,7 +172,7 @@ class AutoAttack:
 
     def _classes(self, x: Tensor, bs: int) -> Tensor:
         """The class of each image, (N,), on the device of `x`."""
-        return torch.cat([predict(self.model, part.to(self.device)).to(x.device) for part in x.split(bs)])
+        return predict_in_batches(self.model, x, bs, self.device)
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -225,7 +225,7 @@ class _Batches:
         return result.x_adv.to(x.device)
 
     def fooled(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        classes = torch.cat([predict(self.model, part.to(self.device)).to(y.device) for part in x_adv.split(self.size)])
+        classes = predict_in_batches(self.model, x_adv, self.size, self.device)
         return (classes != y) & inside(x_adv, x, self.norm, self.eps)
 
     def warn(self) -> None:

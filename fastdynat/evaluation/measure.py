@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ from fastdynat.evaluation.outcome import Measurement
 
 class Stopped(Exception):
     """The caller asked to stop; nothing was measured."""
+
+
+@dataclass
+class BatchTick:
+    """A `Tick` of one batch: tells `advance` how many images were done since the last time, and raises Stopped if asked to."""
+
+    images: int
+    should_stop: Callable[[], bool]
+    advance: Callable[[float], None]
+    told: float = 0.0
+
+    def __call__(self, share: float) -> None:
+        if self.should_stop():
+            raise Stopped
+        if share * self.images > self.told:
+            self.advance(share * self.images - self.told)
+            self.told = share * self.images
 
 
 def measure(
@@ -61,29 +79,19 @@ def measure(
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"), attack_mode(victim, "eval"):
         ascent: Ascent | None = None
         for batch in eval_batches(chosen, batch_size=batch_size, device=device, channels_last=channels_last):
-            x, told = batch.x, 0.0
-
-            def tick(share: float, size: int = len(x)) -> None:
-                nonlocal told
-                if should_stop():
-                    raise Stopped
-                if share * size > told:
-                    advance(share * size - told)
-                    told = share * size
-
+            tick = BatchTick(len(batch.x), should_stop, advance)
             tick(0)
+            right = predict(model, batch.x) == batch.labels
             if attack.search is not None:
-                ascent = ascent or attacked(victim, x, amp_dtype, channels_last)
-                result = attack.search(ascent, x, batch.labels, generator=generator, tick=tick)
+                ascent = ascent or attacked(victim, batch.x, amp_dtype, channels_last)
+                result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
-                    found_at = result.distance if source is None else _transferred(model, batch.x, batch.labels, result)
-                    distances.append(found_at)
+                    distances.append(result.distance if source is None else _transferred(model, batch.labels, right, result))
                     # What was found outside the ball says nothing about it: the image itself counts.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
-            right = predict(model, x) == batch.labels
-            if attack.search is not None:  # a targeted attack may lead a misclassified image to its label
-                right &= predict(model, batch.x) == batch.labels
+                # What is wrong as it is stays so: a targeted attack may lead it to its label.
+                right &= predict(model, x) == batch.labels
             robust.append(right)
             tick(1)
         # Waits for the device, so the clock stops after the work.
@@ -115,11 +123,11 @@ def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, 
         return Ascent(model, dtype=amp_dtype)
 
 
-def _transferred(model: nn.Module, x: Tensor, labels: Tensor, result: Nearest) -> Tensor:
-    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is wrong as it is, infinite
-    where it is not fooled."""
+def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
+    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is not `right` (N,) about the
+    image itself, infinite where it is not fooled."""
     fooled = predict(model, result.x_adv) != labels
-    return torch.where(fooled, result.distance, torch.inf).masked_fill(predict(model, x) != labels, 0.0)
+    return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -127,6 +135,11 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(x)
     return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
+def predict_in_batches(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """`predict` for images of any number, moved to `device` batch by batch; (N,) where `x` is."""
+    return torch.cat([predict(model, part.to(device)).to(x.device) for part in x.split(batch_size)])
 
 
 @contextmanager

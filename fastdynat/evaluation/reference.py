@@ -15,7 +15,7 @@ from fastdynat.attacks import VERSIONS, attack_mode
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.halving import with_halving
-from fastdynat.evaluation.measure import exact_float32, predict
+from fastdynat.evaluation.measure import exact_float32, predict_in_batches
 
 PACKAGES = ("pyautoattack", "autoattack")
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -63,7 +63,7 @@ def run_reference(
     package = _package()
 
     def classes(x: Tensor) -> Tensor:
-        return torch.cat([predict(model, part.to(device)).to(y.device) for part in x.split(batch_size)])
+        return predict_in_batches(model, x, batch_size, device).to(y.device)
 
     with _deterministic(device), attack_mode(model, "eval"), _warnings_said(say):
         clean = classes(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.attacks import Ascent, NamedAttack, attack_mode
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import Stopped, attacked, predict
+from fastdynat.evaluation.measure import BatchTick, attacked, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def transfer_matrix(
             ascent: Ascent | None = None
             for batch in eval_batches(images, batch_size=batch_size, device=device):
                 ascent = ascent or attacked(network, batch.x)
-                tick = _Share(len(batch.x), should_stop, advance)
+                tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 x_adv = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick).x_adv
                 # As in `measure`, what is wrong as it is stays so.
@@ -85,20 +85,3 @@ def transfer_matrix(
 def _right(networks: list[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
     """Which of `x` each network gets right, (len(networks), N) bool."""
     return torch.stack([predict(network, x) == labels for network in networks])
-
-
-@dataclass
-class _Share:
-    """A `Tick` of one batch that tells `advance` how many images were done since the last time."""
-
-    images: int
-    should_stop: Callable[[], bool]
-    advance: Callable[[float], None]
-    told: float = 0.0
-
-    def __call__(self, share: float) -> None:
-        if self.should_stop():
-            raise Stopped
-        if share * self.images > self.told:
-            self.advance(share * self.images - self.told)
-            self.told = share * self.images
