@@ -21,11 +21,10 @@ from fastdynat.runs import (
     BEST,
     CONFIG,
     LAST,
-    STATE,
     Sidecar,
-    check_manifest,
     foreign,
     guide_weights,
+    load_checkpoint,
     load_network,
     read_sidecar,
     require_run,
@@ -231,12 +230,7 @@ def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     if not (run / checkpoint).exists():
         hint = "; use --checkpoints last" if checkpoint == BEST and (run / LAST).exists() else ""
         raise UserError(f"{run} has no {checkpoint} checkpoint: no epoch of it was validated yet{hint}")
-    # The link is followed once: the run may still be training, and move it.
-    files = (run / checkpoint).resolve()
-    check_manifest(files, optional=(STATE,))
-    weights = files / "model.safetensors"
-    network, sidecar = load_network(weights)
-    return network, sidecar, read_sidecar(weights)[1]
+    return load_checkpoint(run, checkpoint)
 
 
 def _load_foreign(name: str, info: DatasetInfo, weights: str | None, say: Say) -> tuple[nn.Module, str]:

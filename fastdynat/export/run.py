@@ -11,7 +11,7 @@ from fastdynat.errors import UserError
 from fastdynat.export.accuracies import stored_accuracies
 from fastdynat.export.programs import check_onnx, write_onnx, write_torch
 from fastdynat.export.robustbench import THREATS, Paper, check_name, side_files, write_robustbench
-from fastdynat.runs import STATE, Sidecar, check_manifest, check_writable, load_network, read_sidecar, require_run
+from fastdynat.runs import Sidecar, check_writable, load_checkpoint, require_run
 from fastdynat.runs.files import replacing
 
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
@@ -73,12 +73,8 @@ def _checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     require_run(run)
     if not (run / checkpoint).exists():
         raise UserError(f"{run} has no {checkpoint} checkpoint; use the other --checkpoint, or train on")
-    # The link is followed once: the run may still be training, and move it.
-    files = (run / checkpoint).resolve()
-    check_manifest(files, optional=(STATE,))
-    weights = files / "model.safetensors"
-    network, sidecar = load_network(weights)
-    return network.requires_grad_(False), sidecar, read_sidecar(weights)[1]
+    network, sidecar, weights = load_checkpoint(run, checkpoint)
+    return network.requires_grad_(False), sidecar, weights
 
 
 def _write_robustbench(

@@ -14,8 +14,8 @@ from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.runs.files import sync_file, write_text
-from fastdynat.runs.manifest import sha256
-from fastdynat.runs.rundir import BEST
+from fastdynat.runs.manifest import check_manifest, sha256
+from fastdynat.runs.rundir import BEST, STATE
 
 FORMAT = "fastdynat-weights/1"
 
@@ -175,3 +175,17 @@ def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
     network = build_from_sidecar(sidecar)
     put_state(network, state, path, sidecar.architecture)
     return network.eval(), sidecar
+
+
+def load_checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+    """The network of a checkpoint of `run`, which is there, its sidecar and the sha256 of its weights.
+
+    Raises:
+        UserError: damaged files; see `check_manifest` and `load_network`.
+    """
+    # The link is followed once: the run may still be training, and move it.
+    files = (run / checkpoint).resolve()
+    check_manifest(files, optional=(STATE,))
+    weights = files / "model.safetensors"
+    network, sidecar = load_network(weights)
+    return network, sidecar, read_sidecar(weights)[1]
