@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
 LAYERS = [
     {"errors", "kernels"},
-    {"ops"},
+    {"ops", "documents"},
     {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"config"},
     {"data", "models"},

@@ -1,0 +1,24 @@
+"""Every document that the product stores or takes is read here: type, range, depth and size are checked before use.
+
+A document that cannot be used raises `DocumentError`, a `UserError` of one line: the file, the key, what was expected, and the
+remedy. Nothing here runs code from a file, waits for a pipe without a limit, or imports torch.
+"""
+
+from fastdynat.documents.files import DocumentError, check_text, read_bytes, read_text, regular_file, shown
+from fastdynat.documents.records import convert, parse_json, read_json, read_json_lines
+from fastdynat.documents.yamls import parse_yaml, read_yaml
+
+__all__ = [
+    "DocumentError",
+    "check_text",
+    "convert",
+    "parse_json",
+    "parse_yaml",
+    "read_bytes",
+    "read_json",
+    "read_json_lines",
+    "read_text",
+    "read_yaml",
+    "regular_file",
+    "shown",
+]
