@@ -102,7 +102,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         (Path("a\0b"), "the path has a NUL character"),
         (Path("a\ud800b"), "the path is not valid text"),
     ]:
-        with pytest.raises(DocumentError, match="; make another|path ") as caught:
+        with pytest.raises(DocumentError, match=r"; make another|path ") as caught:
             read(path)
         assert message in str(caught.value)
 

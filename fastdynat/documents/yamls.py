@@ -1,12 +1,12 @@
 """YAML as configuration files need it: a safe loader without surprises and with limits.
 
-Read differently from YAML 1.1, so that what is written is what is meant: ``no``, ``off``, dates, ``010`` and ``1:30`` are text; a
-key may stand only once. Whether text is a switch or a number is for the key's type to say.
+Read differently from YAML 1.1, so that what is written is what is meant: ``no``, ``off``, dates, ``010`` and ``1:30`` are
+text; a key may stand only once. Whether text is a switch or a number is for the key's type to say.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -27,7 +27,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with limits: nesting, nodes with aliases counted in full, one value per key."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in rules if tag in (f"{_TAG}null", f"{_TAG}merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
