@@ -6,7 +6,7 @@ text; a key may stand only once. Whether text is a switch or a number is for the
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -27,7 +27,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with limits: nesting, nodes with aliases counted in full, one value per key."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it as an instance variable)
         first: [(tag, pattern) for tag, pattern in rules if tag in (f"{_TAG}null", f"{_TAG}merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
