@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
 LAYERS = [
-    {"errors", "kernels"},
+    {"errors", "kernels", "lazy", "attack_names"},
     {"ops", "documents"},
     {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"config"},
+    {"eval_config"},
     {"data", "models"},
     {"attacks", "runs"},
     {"methods", "compat"},

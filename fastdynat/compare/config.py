@@ -11,8 +11,7 @@ import yaml
 
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.evaluation.columns import parse_columns
-from fastdynat.methods import METHODS, method_class
+from fastdynat.methods import METHODS, method_name, options_type
 from fastdynat.pictures import check_picture
 from fastdynat.runs import check_writable
 
@@ -69,7 +68,7 @@ def shared_config(path: Path | None) -> TrainConfig[NoOptions]:
     for key in values:
         if key in OWN:
             raise UserError(f"{path}: a comparison has no {key}: {OWN[key]}")
-        owner = next((name for name, m in METHODS.items() if key in (f.name for f in fields(m.options_type))), None)
+        owner = next((name for name in METHODS if key in (f.name for f in fields(options_type(name)))), None)
         if owner is not None:
             raise UserError(f"{path}: {key} is an option of {owner}: use --set {owner}.{key}={values[key]}")
     return update(TrainConfig(method="", options=NoOptions()), values, str(path))
@@ -77,6 +76,8 @@ def shared_config(path: Path | None) -> TrainConfig[NoOptions]:
 
 def check_compare(config: CompareConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
+    from fastdynat.evaluation.columns import parse_columns  # needs torch, which the flags do not
+
     columns = parse_columns(config.attacks, eps=0.1, step_size=0.1, norm="linf", amp="off")
     if transfers := [column.name for column in columns if column.transfer]:
         raise UserError(f"a comparison has no --source for {transfers[0]}: run fastdynat eval on its runs afterwards")
@@ -94,7 +95,7 @@ def parse_names(text: str) -> list[str]:
     Raises:
         UserError: none, an unknown one (the nearest are suggested), or one twice.
     """
-    names = [method_class(name.strip()).name for name in text.split(",") if name.strip()]
+    names = [method_name(name.strip()) for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--methods must name one method or more, each once, got {text!r}")
     return names
@@ -155,7 +156,7 @@ def method_configs(shared: TrainConfig[NoOptions], config: CompareConfig) -> dic
     data = replace(shared.data, data_dir=str(Path(shared.data.data_dir).absolute()))
     configs = {}
     for name in names:
-        plain: TrainConfig[Any] = replace(shared, method=name, options=method_class(name).options_type(), data=data)
+        plain: TrainConfig[Any] = replace(shared, method=name, options=options_type(name)(), data=data)
         configs[name] = update(plain, own[name], f"--set {name}")
     check_same(configs, SAME)
     if config.budget_seconds is not None and any(c.optim.epochs is not None for c in configs.values()):

@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attacks import AttackSwitches, PGDSpec
-from fastdynat.config import EngineConfig, ModelConfig, TrainConfig, read_yaml, to_yaml, update
+from fastdynat.config import EngineConfig, ModelConfig, TrainConfig, to_yaml
 from fastdynat.data import DatasetInfo, TrainLoader, TrainSplit, dataset_info, make_loader, open_train
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.awp import WeightPerturbation
@@ -25,10 +25,10 @@ from fastdynat.engine.trainer import Trainer
 from fastdynat.errors import UserError
 from fastdynat.graphs import CudaRecorder
 from fastdynat.methods import BurnIn, Method, method_class
+from fastdynat.methods.configs import stored_config
 from fastdynat.models import build_model
 from fastdynat.ops import selected_backend, use_backend
 from fastdynat.runs import (
-    CONFIG,
     ENVIRONMENT,
     LAST,
     STATE,
@@ -42,27 +42,7 @@ from fastdynat.runs import (
     load_state,
     put_state,
     record_start,
-    require_run,
 )
-
-
-def default_config(method: str) -> TrainConfig[Any]:
-    """The configuration of a plain ``fastdynat train --method METHOD``, unresolved."""
-    return TrainConfig(method=method, options=method_class(method).options_type())
-
-
-def stored_config(path: Path) -> TrainConfig[Any]:
-    """The resolved configuration of the run at `path`.
-
-    Raises:
-        UserError: not a run, or its config.yaml is damaged.
-    """
-    require_run(path)
-    origin = str(path / CONFIG)
-    values = read_yaml(path / CONFIG)
-    if not isinstance(values.get("method"), str):
-        raise UserError(f"{origin} names no method: it is truncated or was edited")
-    return update(default_config(values["method"]), values, origin)
 
 
 @contextmanager

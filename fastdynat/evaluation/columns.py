@@ -2,19 +2,11 @@
 
 from dataclasses import dataclass
 
+from fastdynat.attack_names import AUTOATTACK, FAST_AUTOATTACK, KNOWN, TRANSFER
 from fastdynat.attacks import APGD, PGD, NamedAttack, Search, parse_attack, stages
-from fastdynat.attacks.named import ATTACKS
 from fastdynat.errors import UserError
 from fastdynat.evaluation.reference import require_reference
 
-AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transfer-"
-# Every name that --attacks takes, with one line each.
-KNOWN = {
-    **ATTACKS,
-    AUTOATTACK: "AutoAttack (Croce & Hein 2020), standard version, by its reference package (extra `autoattack`), in float32",
-    FAST_AUTOATTACK: "the same four attacks in the same order (apgd-ce, apgd-t, fab-t, square) on the fast engine",
-    f"{TRANSFER}NAME": "NAME made on the network of --source and counted on this one",
-}
 # Attacks that half precision was shown not to weaken.
 AMP_PROVEN = (PGD,)
 

@@ -1,5 +1,13 @@
 """Hand a run's network over: to RobustBench, as a torch.export program, or as ONNX; each file is checked before it is kept."""
 
-from fastdynat.export.run import ExportConfig, export_run
+from typing import TYPE_CHECKING
+
+from fastdynat.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastdynat.export.config import ExportConfig
+    from fastdynat.export.run import export_run
+
+__getattr__, __dir__ = lazy_names(__name__, {"config": ("ExportConfig",), "run": ("export_run",)})
 
 __all__ = ["ExportConfig", "export_run"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastdynat import __version__
 from fastdynat.errors import UserError
 from fastdynat.export.accuracies import Accuracies
 from fastdynat.export.check import largest_difference
+from fastdynat.export.config import Paper
 from fastdynat.export.source import architecture_source
 from fastdynat.runs import Sidecar
 from fastdynat.runs.files import write_text
@@ -30,24 +30,6 @@ To add it to robustbench:
 3. {name}.json goes to model_info/{dataset}/{threat}/; a {name}.pt in models/{dataset}/{threat}/ spares the download.
 """
 '''
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paper:
-    """What only the authors know about a `model_info` entry."""
-
-    link: str | None = None
-    """Address of the paper."""
-    name: str | None = None
-    """Title of the paper."""
-    authors: str | None = None
-    """Authors, separated by commas."""
-    venue: str | None = None
-    """Venue and year, such as ICML 2020; Unpublished otherwise."""
-    additional_data: bool = False
-    """Whether images beside the data set's own were trained on, also by a guide."""
-    footnote: str | None = None
-    """Footnote on the leaderboard."""
 
 
 def side_files(path: Path) -> tuple[Path, Path]:

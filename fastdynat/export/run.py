@@ -1,37 +1,19 @@
 """`fastdynat export`: one checkpoint of a run as a file for others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from fastdynat.errors import UserError
 from fastdynat.export.accuracies import stored_accuracies
+from fastdynat.export.config import ExportConfig
 from fastdynat.export.programs import check_onnx, write_onnx, write_torch
-from fastdynat.export.robustbench import THREATS, Paper, check_name, side_files, write_robustbench
+from fastdynat.export.robustbench import THREATS, check_name, side_files, write_robustbench
 from fastdynat.runs import Sidecar, check_writable, load_checkpoint, require_run
 from fastdynat.runs.files import replacing
 
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write one checkpoint as a file that others read; normalisation is inside, images are floats in [0, 1]."""
-
-    out: str
-    """File to write: NAME.pt for robustbench (NAME.json and NAME.py come beside it), .pt2 for torch, .onnx for onnx."""
-    format: Literal["robustbench", "torch", "onnx"] = "robustbench"
-    """robustbench: weights, source and model_info; torch: a torch.export program; onnx needs the extra `export`."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Which checkpoint."""
-    overwrite: bool = False
-    """Replace files that are there."""
-    dataset: str = "auto"
-    """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
-    paper: Paper = field(default_factory=Paper)
 
 
 def export_run(run: Path, config: ExportConfig, say: Callable[[str], None]) -> Path:

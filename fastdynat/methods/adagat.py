@@ -8,25 +8,11 @@ becoming much better than the model. It switches the guide to eval mode while it
 not ask it), and adds 1e-5 inside a logarithm of its KL, which is constant in the attack.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.errors import UserError
-from fastdynat.methods.base import check_numbers
-from fastdynat.methods.lbgat import Lbgat, LbgatOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdagatOptions(LbgatOptions):
-    """Options of AdaGAT; the defaults are the released code's."""
-
-    alpha: float = 0.0
-    """Weight of KL(p(x) || p(x')) of the model."""
-
-    pull: float = 0.0
-    """Weight of MSE(sg[f_t(x')], f_g(x)), which moves only the guide; 2.5 in the release's commented line."""
+from fastdynat.methods.lbgat import Lbgat
+from fastdynat.methods.options.guided import AdagatOptions
 
 
 class Adagat(Lbgat):
@@ -35,12 +21,6 @@ class Adagat(Lbgat):
     name = "adagat"
     options_type = AdagatOptions
     options: AdagatOptions
-
-    def __init__(self, options: AdagatOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "pull")
-        if options.pull > 0 and options.freeze_guide:
-            raise UserError(f"pull {options.pull:g}: --freeze-guide leaves nothing to pull; use --pull 0")
 
     def match(self, logits: Tensor, guide_logits: Tensor) -> Tensor:
         distance = super().match(logits, guide_logits)

@@ -7,22 +7,13 @@ TensorFlow; start (x + 0.001 N(0, I)), halves and order of the passes are those 
 clean batch goes through the network before the attacked one, so that both move the running statistics.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 
 from fastdynat.attacks import AttackGoal, AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, check_numbers, share
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
+from fastdynat.methods.options.regularised import AlpOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlpOptions:
-    """Options of adversarial logit pairing."""
-
-    logit_pairing: float = 1.0
-    """Weight of the mean squared difference of the logits (lambda of the paper); usual: 0.5 or 1."""
 
 
 class Alp(Method[AlpOptions]):
@@ -31,10 +22,6 @@ class Alp(Method[AlpOptions]):
     name = "alp"
     options_type = AlpOptions
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: AlpOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "logit_pairing")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(AttackGoal("ce", batch.labels))

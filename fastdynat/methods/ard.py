@@ -16,8 +16,6 @@ Silent effects of the released code, and what is done with them here:
   --epochs 200 --schedule multistep --milestones 0.5 is what it does, --milestones 0.5 0.75 what it says.
 """
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackGoal, AttackResult, wide
 from fastdynat.data import Batch
 from fastdynat.methods.base import (
@@ -26,29 +24,11 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
     accuracy,
-    check_numbers,
-    check_positive,
     clean_statistics_pass,
 )
-from fastdynat.methods.guidance import KlMean, mean_kl, teacher_logits
+from fastdynat.methods.guidance import mean_kl, teacher_logits
+from fastdynat.methods.options.taught import ArdOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArdOptions:
-    """Options of ARD; the defaults are the released code's."""
-
-    alpha: float = 1.0
-    """Weight of the distillation; 1 - alpha is that of the cross-entropy to the true labels on clean images."""
-
-    temperature: float = 30.0
-    """Divides the logits of teacher and student in the distillation, which is multiplied by its square."""
-
-    kl_mean: KlMean = "entries"
-    """What the KL, summed over K classes, is divided by: K (entries), 10 (tenth), or nothing (batch)."""
-
-    bn_clean_forward: bool = True
-    """At alpha 1, let the clean batch move the student's running statistics, after the attacked one."""
 
 
 class Ard(Method[ArdOptions]):
@@ -58,11 +38,6 @@ class Ard(Method[ArdOptions]):
     options_type = ArdOptions
     uses_guide = True
     guide_made_by = "madry"
-
-    def __init__(self, options: ArdOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "alpha", most=1.0)
-        check_positive(options, "temperature")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(AttackGoal("ce", batch.labels), dynamic_labels=teacher_logits(nets, batch.x))

@@ -12,26 +12,15 @@ it is not here.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, check_numbers, share, unattacked
+from fastdynat.methods.base import Inner, Method, Networks, Outer, share, unattacked
+from fastdynat.methods.options.plain import ArdaOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArdaOptions:
-    """Options of adversarial data augmentation."""
-
-    adversarial_share: float = 0.5
-    """Share of each batch's images that are attacked, rounded to whole images."""
-
-    loss_share: float = 0.5
-    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s (lambda 0.3)."""
 
 
 class Arda(Method[ArdaOptions]):
@@ -40,10 +29,6 @@ class Arda(Method[ArdaOptions]):
     name = "arda"
     options_type = ArdaOptions
     logs_adv_acc = False
-
-    def __init__(self, options: ArdaOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "adversarial_share", "loss_share", most=1.0)
 
     def num_attacked(self, batch: Batch) -> int:
         """How many images of the batch are attacked: its first ones."""

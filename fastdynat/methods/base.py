@@ -9,18 +9,17 @@ A step may be captured as a CUDA graph: nothing in a method may wait for the dev
 are fixed, and what Python computes from the epoch is declared in `constants`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
+from fastdynat.methods.options.base import MethodOptions, check_numbers, check_positive
 from fastdynat.ops import DynamicLabelLoss
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
@@ -115,6 +114,8 @@ class Method(ABC, Generic[OptionsT]):
 
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""
+        if isinstance(options, MethodOptions):
+            options.check()
         self.options = options
         self.buffers: dict[str, Tensor] = {}
 
@@ -170,22 +171,6 @@ def share(count: Tensor | None, batch: Batch) -> Tensor:
 def accuracy(logits: Tensor, batch: Batch) -> Tensor:
     """The share of the batch's images that `logits` get right, for a log."""
     return (logits.detach().argmax(1) == batch.labels).float().mean()
-
-
-def check_numbers(options: Any, *names: str, least: float = 0.0, most: float = math.inf) -> None:
-    """Raise UserError unless the options called `names` are finite and in [least, most]."""
-    limits = f"in [{least:g}, {most:g}]" if most < math.inf else f">= {least:g}" if least > -math.inf else "a finite number"
-    for name in names:
-        value = getattr(options, name)
-        if not least <= value <= most or not math.isfinite(value):
-            raise UserError(f"{name} must be {limits}, got {value:g}")
-
-
-def check_positive(options: Any, *names: str) -> None:
-    """Raise UserError unless the options called `names` are finite and above 0."""
-    for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise UserError(f"{name} must be above 0, got {getattr(options, name):g}")
 
 
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:

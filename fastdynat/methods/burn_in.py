@@ -6,7 +6,8 @@ from typing import Any
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, share
-from fastdynat.methods.natural import Natural, NaturalOptions
+from fastdynat.methods.natural import Natural
+from fastdynat.methods.options import NaturalOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
 

@@ -10,21 +10,12 @@ PGD on it goes nowhere and reports robust accuracy. That is masking (`zero_grad_
 attack on the margin of the logits (--attacks cw) breaks it, as Carlini & Wagner 2017 did.
 """
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, check_positive, share
+from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.guidance import teacher_logits
+from fastdynat.methods.options.taught import DistillationOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationOptions:
-    """Options of defensive distillation."""
-
-    temperature: float = 20.0
-    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr with it."""
 
 
 class Distillation(Method[DistillationOptions]):
@@ -39,7 +30,6 @@ class Distillation(Method[DistillationOptions]):
 
     def __init__(self, options: DistillationOptions) -> None:
         super().__init__(options)
-        check_positive(options, "temperature")
         self.guide_made_by = f"natural --temperature {options.temperature:g}"
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:

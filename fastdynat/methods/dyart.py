@@ -18,8 +18,7 @@ Here the batch keeps its shape, and in the places of the others stand what the s
 was found. That shows in batch norm's statistics of this pass alone.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -29,29 +28,9 @@ from fastdynat.attacks import Attacker, AttackGoal, AttackResult, Boundary, Boun
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
+from fastdynat.methods.options.dyart import DyartOptions
 from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
 from fastdynat.units import parse_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class DyartOptions:
-    """Options of DyART; the defaults are the release's for CIFAR-10. `--steps` is the search's number of iterations, and it
-    starts half of `--eps` away from the image."""
-
-    margin_weight: float = 1000.0
-    """Weight of the margin's loss beside the cross-entropy (the paper's lambda)."""
-
-    decay: float = 3.0
-    """How much more small margins count than large ones, per unit of [0, 1] pixel range (the paper's alpha)."""
-
-    r0: float | str = "16/255"
-    """Margins from here on are large enough. As the radii: 16/255, 0.063, or 16 (read as 16/255)."""
-
-    temperature: float = 5.0
-    """Temperature of the soft margin; a larger one is nearer to the margin."""
-
-    quality_filter: bool = True
-    """Use only boundary points that are nearly nearest: shallow, and reached against the gradient."""
 
 
 class Dyart(Method[DyartOptions]):
@@ -64,10 +43,6 @@ class Dyart(Method[DyartOptions]):
 
     def __init__(self, options: DyartOptions) -> None:
         super().__init__(options)
-        if not 0 <= options.margin_weight < math.inf:
-            raise UserError(f"margin_weight must be >= 0, got {options.margin_weight:g}")
-        if not 0 < options.decay < math.inf:
-            raise UserError(f"decay must be above 0, got {options.decay:g}; DyART takes 3 to 8")
         self._r0 = parse_size(options.r0, "r0").value
         self._search = BoundarySpec(temperature=options.temperature)
 

@@ -28,89 +28,28 @@ Variants, each a set of options:
   hybrid is published; the rules and their sources are in `weighting.py`.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
 from fastdynat.methods.base import (
     AttackDefaults,
     Inner,
     Method,
     Networks,
     Outer,
-    check_numbers,
-    check_positive,
     clean_statistics_pass,
     share,
 )
+from fastdynat.methods.options.guided import DynatOptions
+from fastdynat.methods.options.weighted import GAIRAT_FROM, MAIL_FROM
 from fastdynat.methods.trades import kl_to_self, trades_loss
-from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
+from fastdynat.methods.weighting import begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 AWP_BETA = 6.0  # TRADES' beta in the released weight perturbation
 WEIGHT_FROM = {"gairat": GAIRAT_FROM, "mail": MAIL_FROM, "none": 0.0}
-# The class that an attack drives away from, where it is a label that the weights may be about.
-COUNTED = {"ce_dynamic": "dynamic", "kl_guide": "dynamic", "ce_true": "true"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DynatOptions:
-    """Options of DYNAT; the defaults are the released code's."""
-
-    inner_loss: Literal["ce_dynamic", "ce_true", "kl_self", "kl_guide"] = "ce_dynamic"
-    """What the attack maximises: cross-entropy to the dynamic or the true label, KL from the model's own or the guide's
-    clean prediction."""
-
-    outer_label: Literal["dynamic", "true"] = "dynamic"
-    """What the model learns on attacked images."""
-
-    beta: float = 1.0
-    """Weight of the model's loss; the release's alternative is 0.2."""
-
-    label_type: Literal["hard", "soft"] = "hard"
-    """Dynamic label: the guide's arg-max, or its softmax at `temperature`."""
-
-    temperature: float = 1.0
-    """Temperature of soft dynamic labels."""
-
-    guide_mode: Literal["train", "eval"] = "train"
-    """Statistics with which the guide makes the label: the batch's, or its running ones (costs one more guide pass)."""
-
-    bn_clean_forward: bool = True
-    """Let the clean batch move the model's running statistics, after the attacked one."""
-
-    extra_kl_weight: float = 0.0
-    """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP variant)."""
-
-    awp_objective: Literal["own", "trades"] = "own"
-    """What --awp drives up: the model's own loss, or TRADES' with the true labels, as the release does."""
-
-    weighting: Literal["none", "gairat", "mail"] = "none"
-    """Weights of the images' cross-entropy."""
-
-    weight_labels: Literal["dynamic", "true"] = "dynamic"
-    """The labels with which the weights are computed."""
-
-    weight_from: float | None = None
-    """Share of the epochs after which the images are weighted; None is the published 0.5 (gairat) or 0.625 (mail)."""
-
-    lam: float = -1.0
-    """gairat: lambda; the higher, the more equal the weights."""
-
-    slope: float = 10.0
-    """mail: s."""
-
-    bias: float = -0.5
-    """mail: b."""
-
-    weight_scale: MailScale = "released"
-    """mail: factor of the weights, the code's 3 (released) or the one that makes their mean 1 (normalized)."""
 
 
 class Dynat(Method[DynatOptions]):
@@ -121,20 +60,6 @@ class Dynat(Method[DynatOptions]):
     uses_guide = True
     trains = ("model", "guide")
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: DynatOptions) -> None:
-        super().__init__(options)
-        check_positive(options, "beta", "temperature")
-        check_numbers(options, "extra_kl_weight")
-        check_numbers(options, "lam", "slope", "bias", least=-math.inf)
-        if options.weight_from is not None:
-            check_numbers(options, "weight_from", most=1.0)
-        if options.weighting == "gairat" and COUNTED.get(options.inner_loss) != options.weight_labels:
-            raise UserError(
-                f"weighting gairat counts how often the attack has not yet left the {options.weight_labels} label, and "
-                f"inner_loss {options.inner_loss} has no such label: use --inner-loss "
-                f"{'ce_true' if options.weight_labels == 'true' else 'ce_dynamic'}"
-            )
 
     def weighted(self) -> bool:
         """Whether images are weighted in this epoch."""

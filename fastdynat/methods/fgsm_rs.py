@@ -1,16 +1,10 @@
 """FGSM adversarial training from a random start, "fast" adversarial training (Wong et al. 2020, arXiv 2001.03994)."""
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import PGDSpec
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults
-from fastdynat.methods.madry import Madry, MadryOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class FgsmRsOptions(MadryOptions):
-    """FGSM-RS is Madry's method with another attack, and has its options."""
+from fastdynat.methods.madry import Madry
+from fastdynat.methods.options.plain import FgsmRsOptions
 
 
 class FgsmRs(Madry):

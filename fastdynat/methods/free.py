@@ -1,7 +1,5 @@
 """Free adversarial training: weights and perturbation from one backward pass (Shafahi et al. 2019, arXiv 1904.12843)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -9,15 +7,8 @@ from fastdynat.attacks import Attacker, AttackResult, PGDSpec, pgd_step
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
+from fastdynat.methods.options.plain import FreeOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class FreeOptions:
-    """Options of free adversarial training."""
-
-    replays: int = 8
-    """m: updates per batch. Divide --epochs by it for the cost of natural training over as many epochs."""
 
 
 class Free(Method[FreeOptions]):
@@ -36,8 +27,6 @@ class Free(Method[FreeOptions]):
 
     def __init__(self, options: FreeOptions) -> None:
         super().__init__(options)
-        if options.replays < 1:
-            raise UserError(f"replays must be >= 1 (the paper's is 8), got {options.replays}")
         self.replays = options.replays
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:

@@ -16,25 +16,12 @@ Silent effects of the released code, and what is done with them here:
 Its authors concede that the robustness gained does not hold against other attacks than PGD: evaluate with cw beside pgd20.
 """
 
-import math
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, check_numbers, share
-from fastdynat.methods.weighting import GAIRAT_FROM, begun, gairat_weights
+from fastdynat.methods.base import Inner, Method, Networks, Outer, share
+from fastdynat.methods.options.weighted import GairatOptions
+from fastdynat.methods.weighting import begun, gairat_weights
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class GairatOptions:
-    """Options of GAIRAT; the defaults are the released code's."""
-
-    lam: float = -1.0
-    """Lambda of the weights; the higher, the more equal they are."""
-
-    weight_from: float = GAIRAT_FROM
-    """Share of the epochs after which the images are weighted."""
 
 
 class Gairat(Method[GairatOptions]):
@@ -42,11 +29,6 @@ class Gairat(Method[GairatOptions]):
 
     name = "gairat"
     options_type = GairatOptions
-
-    def __init__(self, options: GairatOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "lam", least=-math.inf)
-        check_numbers(options, "weight_from", most=1.0)
 
     def weighted(self) -> bool:
         """Whether images are weighted in this epoch."""

@@ -1,14 +1,11 @@
 """What guided methods have in common."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import kl_from_log_probs, wide
 from fastdynat.methods.base import Networks
-
-KlMean = Literal["tenth", "entries", "batch"]
+from fastdynat.methods.options.taught import KlMean
 
 
 def teacher_logits(nets: Networks, x: Tensor) -> Tensor:

@@ -19,28 +19,13 @@ Silent effects of the released code, reproduced here:
 Published with 50 epochs of one-cycle to 0.21, its peak at a quarter, and Nesterov: --recipe hat.
 """
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers, share
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.guidance import mean_kl, teacher_logits
+from fastdynat.methods.options.taught import HatOptions
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class HatOptions:
-    """Options of HAT; the defaults are the published ones for ResNet-18 on CIFAR-10."""
-
-    beta: float = 2.5
-    """Weight of KL(p(x) || p(x'))."""
-
-    helper_weight: float = 0.5
-    """Weight of the helper images' loss (gamma in the paper); 0 leaves TRADES."""
-
-    helper_scale: float = 2.0
-    """How far the helper image is, in units of x' - x (h in the paper)."""
 
 
 class Hat(Method[HatOptions]):
@@ -50,10 +35,6 @@ class Hat(Method[HatOptions]):
     options_type = HatOptions
     uses_guide = True
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: HatOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "beta", "helper_weight", "helper_scale")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch))

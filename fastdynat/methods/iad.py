@@ -24,9 +24,6 @@ Silent effects of the released code, and what is done with them here:
 - variant II declares --beta twice and therefore does not start as shipped; the second declaration's 0.1 is used here.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -38,38 +35,13 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
     accuracy,
-    check_numbers,
-    check_positive,
     clean_statistics_pass,
 )
 from fastdynat.methods.guidance import teacher_logits
+from fastdynat.methods.options.taught import IadOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
 ALPHA, BEGIN = {"I": 1.0, "II": 0.5}, {"I": 0.3, "II": 0.2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class IadOptions:
-    """Options of IAD; the defaults are the released code's."""
-
-    variant: Literal["I", "II"] = "I"
-    """Which of the two published losses."""
-
-    alpha: float | None = None
-    """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for II."""
-
-    temperature: float = 1.0
-    """Divides the logits in the teacher's term, which is multiplied by its square."""
-
-    beta: float = 0.1
-    """Exponent of the teacher's probability for the true class; 0 trusts it always."""
-
-    begin: float | None = None
-    """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of 200)."""
-
-    bn_clean_passes: bool = True
-    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice after; else only
-    where a loss needs the clean batch."""
 
 
 class Iad(Method[IadOptions]):
@@ -84,10 +56,6 @@ class Iad(Method[IadOptions]):
         super().__init__(options)
         self.alpha = ALPHA[options.variant] if options.alpha is None else options.alpha
         self.begin = BEGIN[options.variant] if options.begin is None else options.begin
-        check_numbers(self, "alpha", most=1.0)
-        check_numbers(self, "begin", most=1.0)
-        check_numbers(options, "beta")
-        check_positive(options, "temperature")
 
     def constants(self) -> tuple[float, ...]:
         return (self.introspective(),)

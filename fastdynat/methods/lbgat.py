@@ -17,7 +17,6 @@ Silent effects of the released code, and what is done with them here:
 - its script trains beside a ResNet-18 guide, while the manuscript's rows for alpha 0 and 6 had a ResNet-152: --guide.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -32,30 +31,13 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
     accuracy,
-    check_numbers,
     clean_statistics_pass,
     share,
 )
 from fastdynat.methods.guidance import mean_kl
+from fastdynat.methods.options.guided import LbgatOptions
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class LbgatOptions:
-    """Options of LBGAT; the defaults are the released code's."""
-
-    alpha: float = 6.0
-    """Weight of KL(p(x) || p(x')), called beta in the released code; published: 0 and 6."""
-
-    alp_weight: float = 0.0
-    """Weight of MSE(f(x'), f(x)) of the model's logits; the published ALP form is 1 at alpha 0."""
-
-    freeze_guide: bool = False
-    """Learn from a guide that was trained before (--guide-from) and stays as it is, in eval mode: the paper's BGAT."""
-
-    bn_clean_forward: bool = True
-    """Where no loss needs the model's clean logits, let the clean batch move its running statistics all the same."""
 
 
 class Lbgat(Method[LbgatOptions]):
@@ -69,7 +51,6 @@ class Lbgat(Method[LbgatOptions]):
 
     def __init__(self, options: LbgatOptions) -> None:
         super().__init__(options)
-        check_numbers(options, "alpha", "alp_weight")
         if options.freeze_guide:
             self.trains = ("model",)
 

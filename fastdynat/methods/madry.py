@@ -1,19 +1,10 @@
 """PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
+from fastdynat.methods.options.plain import MadryOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadryOptions:
-    """Options of PGD adversarial training."""
-
-    bn_clean_forward: bool = False
-    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release does)."""
 
 
 class Madry(Method[MadryOptions]):

@@ -16,41 +16,15 @@ Silent effects of the released code, and what is done with them here:
 - it knows data of ten classes only.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal
-
 from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
+from fastdynat.methods.options.weighted import MailOptions
 from fastdynat.methods.trades import kl_to_self, trades_loss
-from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
+from fastdynat.methods.weighting import begun, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 PUBLISHED = {"at": (10.0, -0.5), "trades": (2.0, 0.0)}  # slope, bias
-
-
-@dataclass(frozen=True, kw_only=True)
-class MailOptions:
-    """Options of MAIL; the defaults are the released code's."""
-
-    base: Literal["at", "trades"] = "at"
-    """The loss that is weighted."""
-
-    slope: float | None = None
-    """s of the weights; None is the published 10 (at) or 2 (trades)."""
-
-    bias: float | None = None
-    """b of the weights; None is the published -0.5 (at) or 0 (trades)."""
-
-    weight_scale: MailScale = "released"
-    """Factor of the weights: the code's 3 (released), or the one that makes their mean 1 (normalized)."""
-
-    weight_from: float = MAIL_FROM
-    """Share of the epochs after which the images are weighted."""
-
-    beta: float = 5.0
-    """Weight of the KL term of the trades base."""
 
 
 class Mail(Method[MailOptions]):
@@ -62,12 +36,9 @@ class Mail(Method[MailOptions]):
 
     def __init__(self, options: MailOptions) -> None:
         super().__init__(options)
-        check_numbers(options, "beta")
-        check_numbers(options, "weight_from", most=1.0)
         published = PUBLISHED[options.base]
         self.slope = published[0] if options.slope is None else options.slope
         self.bias = published[1] if options.bias is None else options.bias
-        check_numbers(self, "slope", "bias", least=-math.inf)
 
     def weighted(self) -> bool:
         """Whether images are weighted in this epoch."""

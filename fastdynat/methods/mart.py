@@ -15,25 +15,13 @@ Silent effects of the released code, and what is done with them here:
 Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4 (WRN-34-10).
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, rival_loss, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers, share
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
+from fastdynat.methods.options.regularised import MartOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class MartOptions:
-    """Options of MART."""
-
-    beta: float = 6.0
-    """Weight of the KL term; the released scripts have 5 (ResNet-18) and 6 (WRN-34-10)."""
-
-    floor: float = 0.0
-    """Added to 1 - max p_k in the second half of BCE, which it bounds; 0.0001 is the release's, 0 the formula."""
 
 
 class Mart(Method[MartOptions]):
@@ -42,10 +30,6 @@ class Mart(Method[MartOptions]):
     name = "mart"
     options_type = MartOptions
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: MartOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "beta", "floor")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(AttackGoal("ce", batch.labels))

@@ -1,21 +1,13 @@
 """N-FGSM: one step from strong noise, not clipped to the ball (de Jorge et al. 2022, arXiv 2202.01181)."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastdynat.attacks import Attacker, AttackResult, PGDSpec, start_point
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Networks
-from fastdynat.methods.madry import Madry, MadryOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class NFgsmOptions(MadryOptions):
-    """Options of N-FGSM."""
-
-    noise: float = 2.0
-    """k: the start is uniform in a ball of k times eps."""
+from fastdynat.methods.madry import Madry
+from fastdynat.methods.options.plain import NFgsmOptions
 
 
 class NFgsm(Madry):
@@ -31,8 +23,6 @@ class NFgsm(Madry):
     def __init__(self, options: NFgsmOptions) -> None:
         super().__init__(options)
         self.noise = options.noise
-        if not 0 < options.noise < math.inf:
-            raise UserError(f"noise must be above 0 (the paper's is 2), got {options.noise:g}; without noise it is FGSM")
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.steps != 1:

@@ -1,19 +1,10 @@
 """Natural training: the control without an attack."""
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, check_positive, share
+from fastdynat.methods.base import Inner, Method, Networks, Outer, share
+from fastdynat.methods.options.plain import NaturalOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class NaturalOptions:
-    """Options of natural training."""
-
-    temperature: float = 1.0
-    """Divides the logits in the loss; above 1 it makes the teacher of defensive distillation."""
 
 
 class Natural(Method[NaturalOptions]):
@@ -25,10 +16,6 @@ class Natural(Method[NaturalOptions]):
     select_by = "val_clean_acc"
     searches = False
     logs_adv_acc = False
-
-    def __init__(self, options: NaturalOptions) -> None:
-        super().__init__(options)
-        check_positive(options, "temperature")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(goal=None)

@@ -17,26 +17,11 @@ Published with 300 epochs, the rate falling by 10 at 215, 260 and 285:
 --epochs 300 --schedule multistep --milestones 0.7166 0.8666 0.95.
 """
 
-from dataclasses import dataclass
-
 from fastdynat.attacks import AttackGoal, AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, check_numbers
-from fastdynat.methods.guidance import KlMean, mean_kl, teacher_logits
-
-
-@dataclass(frozen=True, kw_only=True)
-class RsladOptions:
-    """Options of RSLAD; the defaults are the released code's."""
-
-    attacked_weight: float = 5 / 6
-    """Weight of the KL on attacked images."""
-
-    clean_weight: float = 1 / 6
-    """Weight of the KL on clean images."""
-
-    kl_mean: KlMean = "tenth"
-    """What the KL, summed over K classes, is divided by: 10 (tenth), K (entries), or nothing (batch)."""
+from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
+from fastdynat.methods.guidance import mean_kl, teacher_logits
+from fastdynat.methods.options.taught import RsladOptions
 
 
 class Rslad(Method[RsladOptions]):
@@ -47,10 +32,6 @@ class Rslad(Method[RsladOptions]):
     uses_guide = True
     guide_made_by = "madry"
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: RsladOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "attacked_weight", "clean_weight")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         teacher = teacher_logits(nets, batch.x)

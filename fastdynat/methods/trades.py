@@ -14,8 +14,6 @@ Silent effects of the released code, and what is done with them here:
 - drop-out would draw another mask for the third call; here the KL sees the first call's.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -28,21 +26,10 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
     accuracy,
-    check_numbers,
     clean_statistics_pass,
 )
+from fastdynat.methods.options.regularised import TradesOptions
 from fastdynat.ops import dynamic_label_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class TradesOptions:
-    """Options of TRADES; the defaults are the released code's."""
-
-    beta: float = 6.0
-    """Weight of the KL term, 1/lambda of the paper; usual: 1 to 10."""
-
-    bn_third_pass: bool = True
-    """Let the clean batch move the running statistics once more, after the attacked one."""
 
 
 class Trades(Method[TradesOptions]):
@@ -51,10 +38,6 @@ class Trades(Method[TradesOptions]):
     name = "trades"
     options_type = TradesOptions
     attack_defaults = AttackDefaults(start="gaussian")
-
-    def __init__(self, options: TradesOptions) -> None:
-        super().__init__(options)
-        check_numbers(options, "beta")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch))

@@ -13,37 +13,15 @@ moves each pixel by less than float32 resolves.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec, kl_from_log_probs, wide
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer
+from fastdynat.methods.options.regularised import VatOptions
 from fastdynat.methods.trades import kl_to_self
-
-
-@dataclass(frozen=True, kw_only=True)
-class VatOptions:
-    """Options of virtual adversarial training."""
-
-    vat_weight: float = 1.0
-    """Weight of the divergence (the paper's alpha)."""
-
-    radius: float | None = None
-    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps sqrt(C H W)."""
-
-    xi: float = 0.1
-    """L2 length of the finite difference that finds the direction."""
-
-    power_iterations: int = 1
-    """Iterations of the power method."""
-
-    search: Literal["power", "pgd"] = "power"
-    """Where the perturbation comes from: the power method (the paper's), or PGD on the divergence under the run's norm."""
 
 
 class Vat(Method[VatOptions]):
@@ -54,17 +32,6 @@ class Vat(Method[VatOptions]):
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
     logs_adv_acc = False
-
-    def __init__(self, options: VatOptions) -> None:
-        super().__init__(options)
-        if not 0 <= options.vat_weight < math.inf:
-            raise UserError(f"vat_weight must be >= 0, got {options.vat_weight:g}")
-        for name in ("radius", "xi"):
-            value = getattr(options, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0 (L2, pixel units), got {value:g}")
-        if options.power_iterations < 1:
-            raise UserError(f"power_iterations must be >= 1, got {options.power_iterations}")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch) if self.options.search == "pgd" else None)

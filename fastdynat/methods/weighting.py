@@ -3,17 +3,14 @@
 Weights are constants of the loss: no gradient flows into them.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.attacks import AttackResult, margin, wide
 from fastdynat.methods.base import Method
-
-MailScale = Literal["released", "normalized"]
-# Share of the run's epochs without weights: 60 of GAIRAT's 120, 75 of MAIL's 120.
-GAIRAT_FROM, MAIL_FROM = 0.5, 0.625
+from fastdynat.methods.options.weighted import MailScale
 
 
 def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
