@@ -22,10 +22,23 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# What `import fastdynat` is enough for; the command line is no library.
+_PARTS = (
+    *("attacks", "compat", "config", "data", "engine", "errors", "evaluation", "export", "methods", "models", "ops"),
+    *("recipes", "report", "runs", "units"),
+)
+
 
 def __getattr__(name: str) -> Any:
-    """The attacks and losses, imported where they are used: the command line and `import fastdynat` do without."""
+    """The attacks, losses and sub-packages, imported at their first use: `import fastdynat` takes no torch."""
+    if name in _PARTS:
+        return importlib.import_module(f"fastdynat.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "losses" if name.endswith("_loss") else "torchattacks"
-    return getattr(importlib.import_module(f"fastdynat.compat.{module}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"fastdynat.compat.{module}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdynat.cli import ALIASES, main, normalize
+from fastdynat.cli import main
+from fastdynat.commandline.aliases import ALIASES, normalize
 from fastdynat.config import GROUPS, read_yaml, to_flat, to_yaml, update
 from fastdynat.engine import default_config, stored_config
 from fastdynat.methods import METHODS

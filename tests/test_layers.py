@@ -20,6 +20,7 @@ LAYERS = [
     {"evaluation"},
     {"engine", "doctor"},
     {"benchmark", "compare", "export", "report"},
+    {"commandline"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""The commands: flags -> configuration -> run. Parsing needs no torch; each command imports what runs where it runs."""

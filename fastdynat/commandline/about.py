@@ -1,0 +1,44 @@
+"""The commands that say what there is: recipes and doctor."""
+
+import sys
+from dataclasses import dataclass
+
+from fastdynat.commandline.parse import parse
+from fastdynat.recipes import read_recipe, recipe_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesCommand:
+    """The published protocols that `fastdynat train --recipe NAME` follows; each one's source is in its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """What this machine can use: torch, CUDA, Triton, the extension, DALI, torch.compile; and why not."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    try_compile: bool = False
+    """Also compile a tiny function with torch.compile (takes a while the first time)."""
+
+
+def recipes(argv: list[str]) -> int:
+    """List the recipes."""
+    parse(RecipesCommand, argv, "recipes")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "method", "what it is")
+    for name in recipe_names():
+        values, about = read_recipe(name)
+        table.add_row(name, values["method"], about)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """Say what this machine can use."""
+    command = parse(DoctorCommand, argv, "doctor")
+    from fastdynat import doctor as machine
+
+    return machine.run(json=command.json, try_compile=command.try_compile)

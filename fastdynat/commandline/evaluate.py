@@ -1,0 +1,48 @@
+"""`fastdynat eval`."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from fastdynat.attack_names import KNOWN
+from fastdynat.commandline.parse import parse
+from fastdynat.errors import UserError
+from fastdynat.eval_config import EvalConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Accuracy of the best and last checkpoints of runs, and of other models, under attacks."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories, or robustbench:NAME, torchvision:NAME, timm:NAME, module:callable (with --data)."""
+    list_attacks: bool = False
+    """Print the names that --attacks takes."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate."""
+    command = parse(EvalCommand, argv, "eval")
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if command.list_attacks:
+        from rich.table import Table
+
+        table = Table("attack", "what it is")
+        for row in KNOWN.items():
+            table.add_row(*row)
+        console.print(table)
+        return 0
+    if not command.models:
+        raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
+
+    from fastdynat.engine.stopping import StopRequest
+    from fastdynat.evaluation import evaluate_runs
+
+    with StopRequest() as stop:
+        evaluate_runs(command.models, command.eval, console, should_stop=stop.requested)
+    return 128 + stop.signal if stop.signal else 0

@@ -1,0 +1,90 @@
+"""The commands that take training flags without training one run: bench and compare."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fastdynat.benchmark import BenchConfig
+from fastdynat.commandline.parse import early_flags, of_options, own_flags, parse
+from fastdynat.compare import CompareConfig, shared_config
+from fastdynat.config import (
+    AttackConfig,
+    DataConfig,
+    EngineConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from fastdynat.methods import method_name, options_type
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand(Generic[OptionsT]):
+    """Time the attack and the training step of a setting; the training flags say which."""
+
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    method: str = "dynat"
+    """Training method, one of those that train takes, unless it has a search of its own."""
+    options: OptionsT
+    data: DataConfig = field(default_factory=lambda: DataConfig(data="cifar10"))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    """Train several methods on the same data, model, budget and seeds, evaluate them, and compare. The training flags are for
+    all of them; --set is for one."""
+
+    config: str | None = None
+    """YAML file of training flags; flags given here win."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    data: DataConfig
+    model: ModelConfig
+    attack: AttackConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    run: LogConfig
+
+
+def bench(argv: list[str]) -> int:
+    """Time a setting."""
+    method = method_name(early_flags(argv).method or BenchCommand.method)
+    options = options_type(method)
+    default = BenchCommand(method=method, options=options())
+    command = parse(of_options(BenchCommand, options), argv, "bench", default=default, own=own_flags(options))
+    groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
+
+    from rich.console import Console
+
+    from fastdynat.benchmark import run_bench
+    from fastdynat.engine.progress import error_console
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 180), error_console()
+    return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False))
+
+
+def compare(argv: list[str]) -> int:
+    """Compare methods."""
+    file = early_flags(argv).config
+    shared = shared_config(None if file is None else Path(file))
+    groups: dict[str, Any] = {name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")}
+    log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
+    default = CompareCommand(config=file, run=log, **groups)
+    command = parse(CompareCommand, argv, "compare", default=default, own=["--out"])
+    asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
+
+    from rich.console import Console
+
+    from fastdynat.compare import run_compare
+    from fastdynat.engine.progress import error_console
+
+    return run_compare(asked, command.compare, Console(width=None if sys.stdout.isatty() else 180), error_console())

@@ -1,0 +1,78 @@
+"""The commands that hand over or draw what runs have: export, report, boundary."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastdynat.commandline.parse import parse
+from fastdynat.errors import UserError
+from fastdynat.export import ExportConfig
+from fastdynat.pictures import check_picture
+from fastdynat.report import ReportConfig
+from fastdynat.runs import check_writable, require_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Hand RUN's network over as a file, which is read again and compared with the network before it is kept."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    export: ExportConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """RUNs as one HTML page: accuracies, curves, attacked images, saliency, transfer (extra `plots`).
+
+    A second call only draws."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundaryCommand:
+    """Draw the margins of RUN's validation images and how fast the boundary moved; the run needs --boundary-speed."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    chart: str = "speed.svg"
+    """Picture to write: .svg, .png or .pdf (extra `plots`)."""
+
+
+def export(argv: list[str]) -> int:
+    """Export a run."""
+    command = parse(ExportCommand, argv, "export", own=["--out"])
+    from fastdynat.engine.progress import error_console
+    from fastdynat.export import export_run
+
+    console = error_console()
+    export_run(command.run, command.export, lambda text: console.print(text, markup=False))
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Write a report on runs."""
+    command = parse(ReportCommand, argv, "report", own=["--out"])
+    if not command.runs:
+        raise UserError("report needs at least one run directory: fastdynat report RUN")
+    from fastdynat.engine.progress import error_console
+    from fastdynat.report import run_report
+
+    return run_report(command.runs, command.report, error_console())
+
+
+def boundary(argv: list[str]) -> int:
+    """Draw a run's boundary log."""
+    command = parse(BoundaryCommand, argv, "boundary")
+    require_run(command.run)
+    check_picture("chart", command.chart)
+    check_writable(Path(command.chart))
+    from fastdynat.evaluation.speed_chart import draw_speeds
+
+    print(f"{draw_speeds(command.run, Path(command.chart))} validations of {command.run}: {command.chart}")
+    return 0
