@@ -43,4 +43,4 @@ def check_positive(options: Any, *names: str) -> None:
 
 
 def _at_most(value: float) -> str:
-    return f" and at most {MOST:g}" if abs(value) > MOST else ""
+    return f" and at most {MOST:g}" if MOST < abs(value) < math.inf else ""
