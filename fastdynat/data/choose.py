@@ -55,7 +55,7 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
     for name, amount in memories.items():
         if amount is not None and split.num_bytes > RESIDENT_SHARE * amount:
             why = f"{size} are more than {RESIDENT_SHARE:.0%} of the {amount / 2**30:.1f} GiB of {name}"
-            problem = dali_problem()
+            problem = dali_problem() or (split.train_files().dali_problem if split.in_files else "")
             return ("torch", f"{why}; {problem}") if problem else ("dali", why)
     return "resident", f"{size} fit in memory"
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
@@ -10,15 +11,17 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, math, types
 from nvidia.dali.data_node import DataNode
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastdynat.data.imagefolder import FileSet, check_eight_bits
+from fastdynat.data.decode import fit_square
+from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import PlannedLoader
 from fastdynat.data.plan import EpochPlan
 from fastdynat.data.store import ImageSet
 from fastdynat.errors import UserError
-from fastdynat.ops.augment import to_unit
+from fastdynat.ops.augment import crop, flip, to_unit
 
 PREFETCH = 2  # batches that DALI works on ahead
 
@@ -42,27 +45,31 @@ class DaliLoader(PlannedLoader):
     """DALI crops and flips uint8 batches, and decodes those that are files; on a GPU where `device` is one.
 
     DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images in memory give
-    the batches of the resident loader, bit for bit. Files: on the CPU those too, wherever measured (JPEG, PNG, BMP, WebP,
-    PPM; gray, palette, alpha, CMYK), but for images of more than 8 bits; the GPU's JPEG decoder rounds differently. With
-    `FileSet.image_size` the geometry is Pillow's, the values within 1 of 255, more where the image's border is in the cut.
+    the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that DALI does not read as Pillow does
+    are refused. With `FileSet.image_size` the CPU pipeline only decodes, and threads of our own resize as the other loaders
+    do. On a GPU decoder and resizing round differently: values are within a few of 255, more at the image's border.
 
     Args:
         images: The training set, in memory or as files.
         workers: Threads of DALI, at least 1.
         options: As for `PlannedLoader`.
 
-    Raises: UserError where DALI cannot work on the device, or for files of more than 8 bits (by the first).
+    Raises: UserError where DALI cannot work on the device or would read a file differently (`FileSet.dali_problem`).
     """
 
     def __init__(self, images: ImageSet | FileSet, *, workers: int, **options: Any) -> None:
         super().__init__(images, **options)
         if workers < 1:
             raise UserError(f"--loader dali needs at least 1 worker, got {workers}; leave --workers out")
-        if isinstance(images, FileSet):
-            check_eight_bits(images)
+        if isinstance(images, FileSet) and images.dali_problem:
+            raise UserError(
+                f"--loader dali does not read every file right: {images.dali_problem}; use --loader torch, which does, or "
+                "convert the file to an 8-bit PNG"
+            )
         self._images = images
         self._workers = workers
         self._gpu = self.device.type == "cuda"
+        self._resized = isinstance(images, FileSet) and images.image_size is not None and not self._gpu
         self._side = torch.cuda.Stream(self.device) if self._gpu else None
         self._feed = _Feed()
         self._pipeline: Pipeline | None = self._build()
@@ -86,7 +93,7 @@ class DaliLoader(PlannedLoader):
         return pipeline
 
     def _graph(self) -> tuple[DataNode, ...]:
-        """The operators: images, uint8, cropped and flipped, and the (H, W, C) that each had in its file."""
+        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped unless `_resized`."""
         in_files = isinstance(self._images, FileSet)
         data, corners, flips = fn.external_source(
             source=self._feed,
@@ -97,7 +104,9 @@ class DaliLoader(PlannedLoader):
             layout=["" if in_files else "CHW", "", ""],
         )
         if isinstance(self._images, FileSet):
-            images, shape = _decode(data, self._images.image_size, mixed=self._gpu)
+            images, shape = _decode(data, self._images.image_size if self._gpu else None, mixed=self._gpu)
+            if self._resized:
+                return images, shape, corners, flips  # which DALI would warn of if nothing used them
             axes, sides = (0, 1), self._images.shape[1:]
         else:
             images, shape = data.gpu() if self._gpu else data, data.shape()
@@ -106,14 +115,43 @@ class DaliLoader(PlannedLoader):
         return fn.flip(images, horizontal=flips), shape
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
+        if not self._resized:
+            yield from (self._converted(images) for images in self._outputs(plan, steps))
+            return
+        with ThreadPoolExecutor(max_workers=self._workers) as threads:
+            # A batch ahead, so that the threads work while the step before it trains.
+            ahead: tuple[int, list[Future[np.ndarray]]] | None = None
+            try:
+                for step, outputs in zip(steps, self._outputs(plan, steps), strict=True):
+                    now, ahead = ahead, (step, [threads.submit(self._square, image) for image in _copies(outputs)])
+                    if now is not None:
+                        yield self._augmented(plan, *now)
+                if ahead is not None:
+                    yield self._augmented(plan, *ahead)
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def _square(self, pixels: np.ndarray) -> np.ndarray:
+        assert isinstance(self._images, FileSet)
+        return np.asarray(fit_square(Image.fromarray(pixels), self._images.image_size))
+
+    def _augmented(self, plan: EpochPlan, step: int, squares: list[Future[np.ndarray]]) -> Tensor:
+        """Resized images (H, W, C) as the batch of `step`."""
+        batch = torch.from_numpy(np.stack([square.result() for square in squares])).permute(0, 3, 1, 2)
+        _, shifts, flips = self._draws(plan, step)
+        batch = batch if shifts is None else crop(batch, shifts, self.pad)
+        return to_unit(batch if flips is None else flip(batch, flips), channels_last=self.channels_last)
+
+    def _outputs(self, plan: EpochPlan, steps: range) -> Generator[Any]:
+        """What the pipeline makes for each of the steps, in memory that DALI takes back afterwards."""
         self._restart()
         requests = self._feed.requests = (self._request(plan, step) for step in steps)
         for step in steps:
             if self._feed.requests is not requests:
                 raise RuntimeError("another epoch of this loader has begun, which ended this one")
-            images, shapes = self._run(plan, step)
+            images, shapes, *_ = self._run(plan, step)
             self._check_shapes(shapes, plan, step)
-            yield self._converted(images)
+            yield images
 
     def _restart(self) -> None:
         """Leave the pipeline with nothing under way: what an epoch that was given up had ordered is dropped."""
@@ -125,7 +163,7 @@ class DaliLoader(PlannedLoader):
                 self._pipeline.run()
         self._pipeline.reset()
 
-    def _run(self, plan: EpochPlan, step: int) -> tuple[Any, Any]:
+    def _run(self, plan: EpochPlan, step: int) -> tuple[Any, ...]:
         assert self._pipeline is not None
         try:
             return self._pipeline.run()
@@ -178,6 +216,11 @@ class DaliLoader(PlannedLoader):
                 except UserError as found:
                     return found
         return UserError(f"DALI failed in step {step} ({reason}); --loader torch does without it")
+
+
+def _copies(outputs: Any) -> list[np.ndarray]:
+    """Decoded images, uint8 (H, W, C) each of its own size."""
+    return [np.array(outputs.at(i)) for i in range(len(outputs))]
 
 
 def _decode(names: DataNode, image_size: int | None, *, mixed: bool) -> tuple[DataNode, DataNode]:

@@ -1,24 +1,28 @@
-"""Folders of JPEG or PNG files, DIR/train/CLASS/* and DIR/test/CLASS/*: decoded once, or by a loader batch by batch."""
+"""Folders of image files, DIR/train/CLASS/* and DIR/test/CLASS/*: looked at first, then decoded once or batch by batch."""
 
 import os
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from fastdynat.data.decode import read_rgb
 from fastdynat.data.memory import available_memory
 from fastdynat.data.split import stratified_split
 from fastdynat.data.store import DatasetInfo, Source, channel_stats
+from fastdynat.data.survey import left_out, other_size, pool, survey
 from fastdynat.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
+# What a file is, its content says; the suffix says whether it is meant as an image.
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+DROPPINGS = frozenset({"thumbs.db", "desktop.ini"})  # of file managers; not worth a word, like hidden files
 TEST_NAMES = ("test", "val", "valid")
 DECODE_CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
 STATS_IMAGES = 2048
@@ -29,11 +33,13 @@ class Files:
     """One split on disk: class names in alphabetical order; one path and one int64 label per image.
 
     The images take turns by class (the first of each, the second of each, ...), so that any prefix is balanced.
+    left_out: in words, what lies beside them and is not taken; "" if nothing.
     """
 
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
     labels: Tensor
+    left_out: str
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class FileSet:
 
     paths: (N,) file names as bytes, in one array, because the reference counts of N objects would have every worker process
     copy them. labels: int64 (N,). shape: (C, H, W) of the images, after resizing to `image_size` if that is given.
+    dali_problem: the first file that DALI would read differently, and why; "" where there is none.
     """
 
     paths: np.ndarray
     labels: Tensor
     shape: tuple[int, int, int]
     image_size: int | None
+    dali_problem: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,28 +86,40 @@ class FileSource(Source):
     files: Callable[[Tensor], FileSet]
 
 
-def open_imagefolder(data_dir: str | Path | None, split: str, *, image_size: int | None) -> tuple[DatasetInfo, FileSource]:
+def open_imagefolder(
+    data_dir: str | Path | None, split: str, *, image_size: int | None, say: Callable[[str], None] = lambda text: None
+) -> tuple[DatasetInfo, FileSource]:
     """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or valid.
+
+    Every file of the split is looked at (`survey`), and with the training split also those of the test split, so that an
+    evaluation does not fail after the training. `say` is told what is left out, dropped or missing.
 
     The mean and standard deviation are those of 2,048 training images (of all, if fewer), drawn alike from every class;
     so both splits report the same, whatever is later held out and however it is loaded. Only these are decoded here.
 
-    Raises: UserError for missing, empty or differing folders and for a file that cannot be decoded.
+    Raises: UserError for missing, empty or differing folders and for a file that cannot be decoded or has another size.
     """
     if data_dir is None or not Path(data_dir).is_dir():
         raise UserError(f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is none")
     root = Path(data_dir)
     train = list_files(root / "train")
-    files = train if split == "train" else list_files(_test_folder(root))
-    if files.class_names != train.class_names:
-        odd = sorted(set(files.class_names) ^ set(train.class_names))[0]
-        raise UserError(f"class folder {odd!r} is in only one of the training and test folders of {str(root)!r}")
-
     shape = _image_shape(train.paths[0], image_size)
+    test = _test_split(root, train, say, needed=split == "test")
+    files = train if split == "train" or test is None else test
+    found = survey(files.paths, shape, image_size, decode=False)
+    notices = [files.left_out, *found.notices]
+    if split == "train" and test is not None:
+        notices += [test.left_out, *survey(test.paths, shape, image_size, decode=True).notices]
+    for notice in filter(None, notices):
+        say(notice)
+    return _facts(train, shape, image_size), _source(files, shape, image_size, found.dali)
+
+
+def _facts(train: Files, shape: tuple[int, int, int], image_size: int | None) -> DatasetInfo:
     num_sampled = max(STATS_IMAGES, len(train.class_names))
     sample, _ = stratified_split(train.labels, val_size=0, limit=num_sampled, seed=0)
     mean, std = channel_stats(decode([train.paths[i] for i in sample.tolist()], shape, image_size))
-    info = DatasetInfo(
+    return DatasetInfo(
         name="imagefolder",
         num_classes=len(train.class_names),
         image_shape=shape,
@@ -109,44 +129,88 @@ def open_imagefolder(data_dir: str | Path | None, split: str, *, image_size: int
         augment="crop-flip",
     )
 
+
+def _source(files: Files, shape: tuple[int, int, int], image_size: int | None, dali: Sequence[str]) -> FileSource:
     def chosen(indices: Tensor) -> list[Path]:
         return [files.paths[i] for i in indices.tolist()]
 
-    return info, FileSource(
-        files.labels,
-        lambda indices: decode(chosen(indices), shape, image_size),
-        lambda indices: FileSet(np.array([os.fsencode(p) for p in chosen(indices)]), files.labels[indices], shape, image_size),
-    )
+    def streamed(indices: Tensor) -> FileSet:
+        odd = next((i for i in indices.tolist() if dali[i]), None)
+        problem = "" if odd is None else f"{str(files.paths[odd])!r} is {dali[odd]}"
+        paths = np.array([os.fsencode(path) for path in chosen(indices)])
+        return FileSet(paths, files.labels[indices], shape, image_size, problem)
+
+    return FileSource(files.labels, lambda indices: decode(chosen(indices), shape, image_size), streamed)
 
 
 def list_files(folder: Path) -> Files:
     """List the images of a split folder without opening them; hidden names and other file types are passed over.
 
-    Raises: UserError where the folder, its class folders or their images are missing.
+    Raises: UserError where the folder, its class folders or their images are missing or cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}; --data-dir DIR must hold train/CLASS/*.jpg and test/CLASS/*.jpg")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = _entries(folder)
+    classes = [entry for entry in entries if entry.is_dir()]
+    odd = Counter(_kind(entry) for entry in entries if not entry.is_dir())
     if len(classes) < 2:
         raise UserError(f"{str(folder)!r} holds {len(classes)} class folder(s); classification needs at least 2")
     by_class = []
     for entry in classes:
-        images = sorted(p for p in entry.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        _check_name(entry)
+        inside = _entries(entry)
+        images = [path for path in inside if path.suffix.lower() in SUFFIXES and not path.is_dir()]
         if not images:
-            raise UserError(
-                f"class folder {str(entry)!r} holds no image ({', '.join(sorted(SUFFIXES))}); add some or remove it"
-            )
+            raise UserError(f"class folder {str(entry)!r} holds no image ({', '.join(SUFFIXES)}); add some or remove it")
+        taken = set(images)
+        odd.update(_kind(path) for path in inside if path not in taken)
         by_class.append(images)
     turns = [(path, label) for turn in zip_longest(*by_class) for label, path in enumerate(turn) if path is not None]
     paths, labels = zip(*turns, strict=True)
-    return Files(tuple(entry.name for entry in classes), paths, torch.tensor(labels))
+    names = tuple(entry.name for entry in classes)
+    return Files(names, paths, torch.tensor(labels), left_out(folder, odd, SUFFIXES) if odd else "")
 
 
-def _test_folder(root: Path) -> Path:
-    for name in TEST_NAMES:
-        if (root / name).is_dir():
-            return root / name
-    raise UserError(f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}")
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, but for hidden names and what file managers leave."""
+    try:
+        return sorted(e for e in folder.iterdir() if not e.name.startswith(".") and e.name.lower() not in DROPPINGS)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {str(folder)!r} ({error.strerror}); change its permissions") from None
+
+
+def _kind(path: Path) -> str:
+    """What `left_out` calls it."""
+    return "folder(s)" if path.is_dir() else path.suffix.lower() or "without a suffix"
+
+
+def _check_name(entry: Path) -> None:
+    """Class names go into documents and tables, which are UTF-8."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in entry.name):
+        raise UserError(f"class folder {str(entry)!r} has a name that cannot be printed; rename it (in UTF-8)")
+
+
+def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed: bool) -> Files | None:
+    """The test split, with the classes of the training split; None where there is none and it is not needed.
+
+    Raises: UserError where it is needed and missing, and for other classes.
+    """
+    folder = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
+    if folder is None:
+        missing = f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}"
+        if needed:
+            raise UserError(missing)
+        say(f"warning: {missing} for fastdynat eval; training goes on without")
+        return None
+    test = list_files(folder)
+    if test.class_names != train.class_names:
+        odd = sorted(set(test.class_names) ^ set(train.class_names))[0]
+        without = folder if odd in train.class_names else root / "train"
+        raise UserError(
+            f"class folder {odd!r} is in only one of the training and test folders of {str(root)!r}: "
+            f"{str(without)!r} has none; add it there or remove it"
+        )
+    return test
 
 
 def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int | None) -> Tensor:
@@ -168,50 +232,22 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
         for index in range(start, min(start + DECODE_CHUNK, len(paths))):
             store[index] = _decode_one(paths[index], shape, image_size)
 
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+    with pool() as threads:
         # Results come in order, so the first error raised is that of the first bad file; the rest is cancelled.
-        for _ in pool.map(fill, range(0, len(paths), DECODE_CHUNK)):
+        for _ in threads.map(fill, range(0, len(paths), DECODE_CHUNK)):
             pass
     return torch.from_numpy(store)
 
 
 def _decode_one(path: Path, shape: tuple[int, int, int], image_size: int | None) -> np.ndarray:
-    pixels = _open_rgb(path, image_size)
+    pixels = read_rgb(path, image_size)
     if pixels.shape != shape:
-        raise UserError(
-            f"{str(path)!r} is {pixels.shape[1]}x{pixels.shape[2]} but the first image is {shape[1]}x{shape[2]}; "
-            "pass --image-size to resize all of them"
-        )
+        raise other_size(path, pixels.shape[1:], shape)
     return pixels
-
-
-def _open_rgb(path: Path, image_size: int | None) -> np.ndarray:
-    """Return a file as uint8 (3, H, W); if image_size is given, shorter side resized to it and the centre cut out."""
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except Exception as error:  # decoders raise many kinds on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot decode image {str(path)!r} ({reason}); replace or remove the file") from error
-    if image_size is not None and rgb.size != (image_size, image_size):
-        scale = image_size / min(rgb.size)
-        width, height = (max(image_size, round(side * scale)) for side in rgb.size)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-        rgb = rgb.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(rgb).transpose(2, 0, 1)
-
-
-def check_eight_bits(files: FileSet) -> None:
-    """Raise UserError where the first file has more than 8 bits per channel, which decoders reduce in different ways."""
-    path = Path(os.fsdecode(files.paths[0]))
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{str(path)!r} has more than 8 bits ({image.mode}): convert the images, or use --loader torch")
 
 
 def _image_shape(path: Path, image_size: int | None) -> tuple[int, int, int]:
     if image_size is not None:
         return (3, image_size, image_size)
-    channels, height, width = _open_rgb(path, None).shape
+    channels, height, width = read_rgb(path, None).shape
     return (channels, height, width)

@@ -1,6 +1,7 @@
 """Data sets by name: training and validation images from the training split, test images from the test split."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastdynat.data.split import stratified_split
 from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
 from fastdynat.errors import UserError, unknown_name
 
+Say = Callable[[str], None]
 KNOWN = ("cifar10", "cifar100", "svhn", "mnist", "digits", "imagefolder")
 
 
@@ -92,8 +94,9 @@ def open_train(
     download: bool = True,
     limit: int | None = None,
     labelled: int | None = None,
+    say: Say = lambda text: None,
 ) -> TrainSplit:
-    """Open the training split and hold validation images out of it; the test set is not touched.
+    """Open the training split and hold validation images out of it; of the test set only image files are looked at.
 
     Args:
         name: One of `known_datasets()`.
@@ -105,11 +108,12 @@ def open_train(
         download: Allow torchvision to fetch missing data.
         limit: Keep at most this many training images, in proportion to the classes.
         labelled: Let this many of them keep their label, in proportion to the classes; the others are UNLABELLED.
+        say: Told what is unusual about image files.
 
     Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that leaves a
         class without a training image.
     """
-    info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
+    info, source = _open(name, data_dir, "train", image_size=image_size, download=download, say=say)
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
     return TrainSplit(info, source, train, val, None if labelled is None else _hide(source.labels[train], labelled, seed))
@@ -130,24 +134,29 @@ def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
 
 
 def load_test(
-    name: str, data_dir: str | Path | None, *, image_size: int | None = None, download: bool = True
+    name: str,
+    data_dir: str | Path | None,
+    *,
+    image_size: int | None = None,
+    download: bool = True,
+    say: Say = lambda text: None,
 ) -> tuple[DatasetInfo, ImageSet]:
-    """Load the whole test split. The facts that come with it are those `load_train` gives.
+    """Load the whole test split. The facts that come with it are those `load_train` gives; `say` as for `open_train`.
 
     Raises: UserError as `load_train`.
     """
-    info, source = _open(name, data_dir, "test", image_size=image_size, download=download)
+    info, source = _open(name, data_dir, "test", image_size=image_size, download=download, say=say)
     return info, source.take(torch.arange(len(source.labels)), info)
 
 
 def _open(
-    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool
+    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool, say: Say
 ) -> tuple[DatasetInfo, Source]:
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     info = dataset_info(name)
     if info is None:
-        return open_imagefolder(data_dir, split, image_size=image_size)
+        return open_imagefolder(data_dir, split, image_size=image_size, say=say)
     if image_size is not None:
         info = replace(info, image_shape=(info.image_shape[0], image_size, image_size))
     if name == "digits":

@@ -61,7 +61,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     teacher = config.model.guide_from
     if overwrite and teacher is not None and Path(teacher).resolve().is_relative_to(path.resolve()):
         raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
-    split = open_split(config)
+    split = open_split(config, say)
     config = resolve_loader(resolve(config, split.info, say), split, say)
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
     config = replace(
@@ -90,7 +90,7 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     """
     stored, run = stored_config(path), RunDir.open(path)
     try:
-        split = open_split(config)
+        split = open_split(config, say)
         config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
         _check_changes(stored, config)
         val = split.val_images()
@@ -132,8 +132,8 @@ def _restore(checkpoint: Path, trainer: Trainer) -> None:
         raise UserError(f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}") from None
 
 
-def open_split(config: TrainConfig[Any]) -> TrainSplit:
-    """The training split that `config` names, cut but not read."""
+def open_split(config: TrainConfig[Any], say: Say = lambda text: None) -> TrainSplit:
+    """The training split that `config` names, cut but not read; `say` is told what is unusual about it."""
     data = config.data
     return open_train(
         data.data,
@@ -144,6 +144,7 @@ def open_split(config: TrainConfig[Any]) -> TrainSplit:
         download=data.download,
         limit=data.train_size,
         labelled=data.labelled,
+        say=say,
     )
 
 

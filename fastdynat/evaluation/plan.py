@@ -205,7 +205,7 @@ class Planner:
         folder = folder if self.config.data_dir == "auto" else self.config.data_dir
         key = (data, folder, size)
         if key not in self.tests:
-            self.tests[key] = load_test(data, folder, image_size=size, download=download)
+            self.tests[key] = load_test(data, folder, image_size=size, download=download, say=self.say)
         info, images = self.tests[key]
         count = self.config.num_images
         return info, images if count is None else ImageSet(images.images[:count], images.labels[:count])
