@@ -314,6 +314,38 @@ def test_a_compiled_step_computes_no_weight_gradient_and_is_the_eager_one(monkey
 
 
 @needs("cxx")
+class Rounded(torch.autograd.Function):
+    """A quantised input with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 255).round() / 255
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class RoundedFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny_cnn().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(Rounded.apply(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_a_compiled_step_has_the_gradient_of_a_function_that_reads_the_image_itself(closed_form: bool) -> None:
+    model, x, goal = RoundedFirst(), torch.rand(4, 3, 8, 8), AttackGoal("ce", torch.arange(4))
+    switches = AttackSwitches(compile="default", closed_form=closed_form, fold=False)
+    engine = AttackEngine(model, x, switches=switches)
+    got = engine.run(x, goal, PGDSpec(8 / 255, 2 / 255, 2, start="none")).x_adv
+    want = pgd(model, x, goal, PGDSpec(8 / 255, 2 / 255, 2, start="none")).x_adv
+    assert float(((got - want).abs() < 1e-6).float().mean()) > 0.99
+
+
 def test_control_flow_by_value_is_attacked_uncompiled_and_unfolded_and_said() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.net(x if x.mean() > 0.4 else 1 - x)

@@ -1,6 +1,7 @@
 """Winograd convolutions: against conv2d in float64, gradients in every way of taking them, and the attack that uses them."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,38 @@ def test_the_input_gradient(backend: str, way: str) -> None:
     want = torch.autograd.grad(exact(leaf.sin(), weight, bias).square(), leaf, upstream.double())[0]
     got = gradients(way, ours, x, upstream)
     assert float((got - want).abs().max() / want.abs().max()) < 2e-5
+
+
+IN_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu_": lambda y, x: F.relu_(y),
+    "relu6": lambda y, x: F.relu6(y, inplace=True),
+    "hardswish": lambda y, x: F.hardswish(y, inplace=True),
+    "silu": lambda y, x: F.silu(y, inplace=True),
+    "leaky relu": lambda y, x: F.leaky_relu_(y, 0.1),
+    "dropout": lambda y, x: F.dropout(y, 0.5, training=False, inplace=True),
+    "residual": lambda y, x: y.add_(x),
+    "gate": lambda y, x: y.mul_(y.detach().abs().sqrt()).mul_(x.sigmoid()),
+    "slices": lambda y, x: [y[:, :3].zero_(), y[0].relu_(), y][-1],
+    "overwritten": lambda y, x: y.copy_(x),
+    "residual and relu": lambda y, x: F.relu_(y.add_(x)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_its_result_may_be_overwritten(backend: str, name: str) -> None:
+    x, weight, bias = problem(2, 8, 8, 9, 6)
+    weights, upstream = ops.winograd_weights(weight), torch.randn(2, 8, 9, 6)
+
+    def answer(conv: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = IN_PLACE[name](conv(leaf.sin()), leaf)
+        return y.detach(), torch.autograd.grad(y, leaf, upstream.to(x))[0]
+
+    want = answer(lambda z: F.conv2d(z, weight.double(), bias.double(), padding=1), x.double())
+    got = answer(lambda z: ops.winograd_conv3x3(z, *weights, bias, backend=backend), x)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_is_differentiable_itself() -> None:
@@ -377,3 +410,21 @@ def test_where_it_cannot_be_used_it_is_refused(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(("switch", "used"), [("auto", True), ("on", True), ("off", False)])
 def test_a_run_uses_it_unless_told_otherwise(switch: str, used: bool) -> None:
     assert attack_switches(replace(EngineConfig(), device="cpu", amp="off", winograd=switch)).winograd is used
+
+
+class Asked(Exception):
+    """How validation attacks."""
+
+
+@needs("ext")
+@pytest.mark.parametrize(("switch", "used"), [("auto", True), ("off", False)])
+def test_validation_uses_it_unless_told_otherwise(
+    switch: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(model: nn.Module, example: Tensor, *, switches: AttackSwitches, **others: Any) -> None:
+        raise Asked(switches.winograd)
+
+    monkeypatch.setattr(sys.modules["fastdynat.evaluation.measure"], "AttackEngine", engine)
+    with pytest.raises(Asked) as asked:
+        main(["train", "--run-dir", str(tmp_path / "run"), "--device", "cpu", *RUN, "--amp", "off", "--winograd", switch])
+    assert asked.value.args == (used,)

@@ -72,7 +72,7 @@ class CompiledAscent(Ascent):
         if not self.closed_form:
 
             def loss(leaf: Tensor) -> tuple[Tensor, Tensor]:
-                logits = self.logits(leaf)
+                logits = self.logits(leaf.view_as(leaf))
                 return goal.per_image(logits).sum() * self.underflow.loss_scale, logits
 
             grad, logits = torch.func.grad(loss, has_aux=True)(read)
@@ -80,7 +80,8 @@ class CompiledAscent(Ascent):
         return self._functional_pull(read, lambda logits: (self.upstream(logits, goal), logits))
 
     def _functional_pull(self, read: Tensor, weigh: Callable[[Tensor], tuple[Tensor, T]]) -> tuple[T, Tensor]:
-        pulled: Any = torch.func.vjp(self.logits, read)
+        # Dynamo drops the gradient of an autograd.Function that reads the differentiated tensor itself; of a view it does not.
+        pulled: Any = torch.func.vjp(lambda leaf: self.logits(leaf.view_as(leaf)), read)
         logits, pull_back = pulled
         weights, found = weigh(logits)
         return found, pull_back(weights)[0]

@@ -187,6 +187,7 @@ class Trainer:
                 batch_size=self.config.data.eval_batch_size,
                 seed=self.config.engine.seed,
                 channels_last=self.config.engine.channels_last == "on",
+                winograd=self.config.engine.winograd != "off",
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}

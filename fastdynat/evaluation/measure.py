@@ -45,6 +45,7 @@ def measure(
     seed: int,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    winograd: bool = True,
     source: nn.Module | None = None,
     standing: Tensor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -60,6 +61,7 @@ def measure(
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
         amp_dtype: autocast for the attack; None is the images' float32.
+        winograd: let the attack use Winograd's algorithm where that is faster.
         source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
             distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
@@ -83,7 +85,7 @@ def measure(
             tick(0)
             right = predict(model, batch.x) == batch.labels
             if attack.search is not None:
-                ascent = ascent or attacked(victim, batch.x, amp_dtype, channels_last)
+                ascent = ascent or attacked(victim, batch.x, amp_dtype, channels_last, winograd)
                 result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
@@ -110,14 +112,20 @@ def measure(
     )
 
 
-def attacked(model: nn.Module, x: Tensor, amp_dtype: torch.dtype | None = None, channels_last: bool = False) -> Ascent:
+def attacked(
+    model: nn.Module,
+    x: Tensor,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    winograd: bool = True,
+) -> Ascent:
     """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be made.
 
     x: images that it can take, on its device.
     """
     try:
         # oneDNN's input gradients of strided convolutions are several times faster so, nothing is slower.
-        switches = AttackSwitches(dtype=amp_dtype, channels_last=channels_last or x.device.type == "cpu")
+        switches = AttackSwitches(dtype=amp_dtype, channels_last=channels_last or x.device.type == "cpu", winograd=winograd)
         return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
     except NotCopyable:
         return Ascent(model, dtype=amp_dtype)

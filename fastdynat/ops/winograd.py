@@ -55,7 +55,7 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fake_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, _, height, width = x.shape
-    return x.new_empty(n, height, width, weight.shape[2]).permute(0, 3, 1, 2)
+    return x.new_empty(n, weight.shape[2], height, width).contiguous(memory_format=torch.channels_last)
 
 
 def _eager_weights(weight: Tensor, forward: Tensor, backward: Tensor) -> None:
@@ -88,7 +88,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return select(CONV, CONV_IMPLEMENTATIONS, backend, x.device.type)(x, forward, bias)
+        return _owned(select(CONV, CONV_IMPLEMENTATIONS, backend, x.device.type)(x, forward, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,6 +99,16 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         forward, backward = ctx.saved_tensors
         return _Conv.apply(grad, backward, forward, None, ctx.backend), *(None,) * 4
+
+
+def _owned(y: Tensor) -> Tensor:
+    """`y`, which is a permuted view, as a tensor of its own over the same memory.
+
+    Autograd refuses to overwrite a view that a custom function made, and networks do overwrite the result of a convolution:
+    ReLU in place, ``x += shortcut``. Nothing of the result is saved for the backward pass, so overwriting it is safe. A
+    compiler makes its operations functional and needs no help.
+    """
+    return y if torch.compiler.is_compiling() else y.new_empty(0).set_(y)  # type: ignore[call-overload]
 
 
 def winograd_conv3x3(
