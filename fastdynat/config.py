@@ -45,6 +45,10 @@ class DataConfig:
     """Images held out of training for model selection: a number, or a share below 1; None is 1000, or 10 % of small data."""
     augment: Literal["auto", "none", "flip", "crop", "crop-flip"] = "auto"
     """Augmentation; auto is the dataset's usual one (crop-flip for CIFAR)."""
+    pad_mode: Literal["zeros", "reflect"] = "zeros"
+    """What crops see beyond the image's border: zeros, or the image mirrored at it (Rice et al., AWP, Bag of Tricks)."""
+    epoch_steps: int | None = None
+    """Updates in an epoch; None is one pass. More go on with the images in another order, fewer end the epoch early."""
     batch_size: int | None = None
     """Images per step; None is 128, or 64 for digits."""
     eval_batch_size: int = 500
@@ -71,8 +75,12 @@ class ModelConfig:
     iad and distillation, or where a guide's own training starts."""
     bn_momentum: float | None = None
     """Share of a new batch in batch norm's running statistics; None is the network's own, 0.1 in ours."""
-    normalize: Literal["none", "dataset"] = "none"
-    """Mean/std layer inside the networks; inputs are in [0, 1] either way. The released code has none."""
+    bn_reset_epoch: int | None = None
+    """Epoch, counted from 0 in the burn-in and again after it, at whose first step the model's running statistics become those of
+    the batch, whatever they were; None is never (DyART's release: 1)."""
+    normalize: Literal["none", "dataset", "released"] = "none"
+    """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released: with the numbers that
+    released code gives for the data set (CIFAR-10: standard deviation 0.2471 of red, not 0.2470), else the data set's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,13 @@ class OptimConfig:
     """Peak learning rate of SGD; None is 0.1, or 0.03 for digits."""
     momentum: float = 0.9
     """SGD momentum."""
+    cycle_momentum: bool = False
+    """onecycle, triangular: let the momentum fall from --max-momentum to --base-momentum while the rate rises, and rise again,
+    in place of --momentum: what torch's OneCycleLR and CyclicLR do unless told not to, and so most releases that use them."""
+    base_momentum: float | None = None
+    """Momentum at the peak rate; None is torch's, 0.85 for onecycle and 0.8 for triangular."""
+    max_momentum: float | None = None
+    """Momentum at the least rate; None is torch's, 0.95 for onecycle and 0.9 for triangular."""
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 2e-4
@@ -125,6 +140,8 @@ class OptimConfig:
     """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method starts, from the
     weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them. Without
     --clip-grad."""
+    burn_in_lr: float | None = None
+    """Learning rate of the burn-in; None is --lr."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
     """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
     warmup: float | None = None
@@ -133,6 +150,10 @@ class OptimConfig:
     """multistep: where the rate drops, as shares of the run."""
     gamma: float = 0.1
     """multistep: factor of each drop."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """cosine, onecycle, triangular: change rate and cycled momentum at every step, or once per epoch as many releases do."""
+    schedule_ahead: int = 0
+    """Take rate and cycled momentum of this many updates later; with 1 a rate drops one update before its epoch (Rice et al.)."""
     optimizers: Literal["separate", "joint"] = "separate"
     """One SGD per network, or one over both (equal but for gradient clipping, which then uses the joint norm)."""
     clip_grad: float = 0.0

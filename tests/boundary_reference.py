@@ -60,7 +60,9 @@ def published_search(net: nn.Module, x: Tensor, y: int, start: Tensor, spec: Bou
 
 
 def published_filter(net: nn.Module, x: Tensor, y: int, point: Tensor, temperature: float) -> bool:
-    """Whether the found point passes: not deep, and nine tenths of the pixels that moved farthest moved downhill."""
+    """Whether the found point passes: not deep, nine tenths of the pixels that moved farthest moved downhill, and the share of the
+    others that are flat, which is not a number where there are no others, is above 0.
+    """
     leaf = point.detach().requires_grad_()
     value = phi(net, leaf, y, temperature)
     slope = torch.autograd.grad(value, leaf)[0].flatten().tolist()
@@ -68,4 +70,7 @@ def published_filter(net: nn.Module, x: Tensor, y: int, point: Tensor, temperatu
     longest = max(abs(m) for m in moved)
     far = [(m, s) for m, s in zip(moved, slope, strict=True) if abs(m) / longest > 0.8]
     downhill = sum(m * s < -1e-7 for m, s in far)
-    return float(value.detach()) > -0.3 and downhill / len(far) > 0.9
+    others = len(moved) - len(far)
+    steep = sum(abs(m) / longest <= 0.8 and abs(s) > 0.1 for m, s in zip(moved, slope, strict=True))
+    flat = (others - steep) / others if others else math.nan
+    return float(value.detach()) > -0.3 and downhill / len(far) > 0.9 and flat > 0

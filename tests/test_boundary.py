@@ -64,8 +64,10 @@ def test_on_a_linear_network_the_point_is_the_projection() -> None:
     radius = value / w.abs().sum(1)
     projection = x - radius[:, None, None, None] * w.sign().view_as(x)
     # Beyond the plane by a part in 1e9, so that the point found is the projection itself.
-    exact = boundary(net, x, y, BoundarySpec(eta=1 + 1e-9, eps_start=0.0))
+    exact = boundary(net, x, y, BoundarySpec(eta=1 + 1e-9, eps_start=0.0, flat_pixel_test=False))
     assert bool(exact.usable.all())
+    # All pixels move as far, so that none is left to be flat.
+    assert not bool(boundary(net, x, y, BoundarySpec(eta=1 + 1e-9, eps_start=0.0)).usable.any())
     torch.testing.assert_close(exact.x_adv, projection, rtol=0, atol=1e-8)
     torch.testing.assert_close(exact.distance, radius, rtol=1e-8, atol=0)
     torch.testing.assert_close(exact.grad_norm, w.abs().sum(1))
@@ -142,6 +144,11 @@ def test_quality_filter_counts_pixels() -> None:
     margin = torch.tensor([-0.01, -0.01, -0.29, -0.01, -0.3])
     want = torch.tensor([True, False, True, False, False])
     assert torch.equal(nearly_nearest(moved.expand(5, -1), margin, rows), want)
+    # The third test is passed by a pixel of the other two whose gradient is at most 0.1, and by nothing where there is none.
+    rows[0, 10], rows[2, 11] = 0.1, -0.11
+    want = torch.tensor([True, False, False, False, False])
+    assert torch.equal(nearly_nearest(moved.expand(5, -1), margin, rows, flat_pixel_test=True), want)
+    assert not bool(nearly_nearest(moved.expand(5, -1)[:, :10], margin, rows[:, :10], flat_pixel_test=True).any())
 
 
 def test_the_caller_is_left_alone() -> None:

@@ -19,12 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdynat import dynat_loss, lbgat_loss, mart_loss, trades_loss
 from fastdynat.attacks.steps import start_point
+from fastdynat.compat import losses
 from fastdynat.compat.search import _followed
 from fastdynat.errors import UserError
 
 N, K, EPS, STEP, STEPS, BETA = 6, 10, 0.031, 0.007, 4, 3.0
 LOSSES: dict[str, Callable[..., Tensor]] = {"trades": trades_loss, "mart": mart_loss, "dynat": dynat_loss, "lbgat": lbgat_loss}
 GUIDED = ("dynat", "lbgat")
+pytestmark = pytest.mark.filterwarnings("ignore:dynat_loss multiplies")  # BETA is not 1
 
 
 class Watched(nn.Module):
@@ -443,7 +445,7 @@ def test_the_images_keep_their_layout() -> None:
 SIGNATURES = {
     "trades": (0.003, 0.031, 10, 1.0, "l_inf"),
     "mart": (0.007, 0.031, 10, 6.0, "l_inf"),
-    "dynat": (0.007, 0.031, 10, 1.0, "l_inf"),
+    "dynat": (0.003, 0.031, 10, 1.0, "l_inf"),
     "lbgat": (0.003, 0.031, 10, 1.0, "l_inf"),
 }
 
@@ -456,3 +458,15 @@ def test_signatures_are_the_releases(name: str) -> None:
     rest = ["x_natural", "y", "optimizer", "step_size", "epsilon", "perturb_steps", "beta", "distance"]
     assert [p.name for p in positional] == networks + rest
     assert tuple(p.default for p in positional[-5:]) == SIGNATURES[name]
+
+
+def test_dynat_loss_warns_once_where_beta_is_not_the_releases(recwarn: pytest.WarningsRecorder) -> None:
+    """Its script passes 6 and its loss ignores it: what a caller who copies the script gets here is another loss."""
+    losses._warn_of_beta.cache_clear()
+    x, y = batch()
+    called("dynat", tiny_cnn(dtype=torch.float64), tiny_cnn(1, dtype=torch.float64), x, y, beta=1.0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"beta 6; DYNAT's release ignores .* Leave beta out"):
+        called("dynat", tiny_cnn(dtype=torch.float64), tiny_cnn(1, dtype=torch.float64), x, y, beta=6)
+    called("dynat", tiny_cnn(dtype=torch.float64), tiny_cnn(1, dtype=torch.float64), x, y, beta=6)
+    assert not [w for w in recwarn.list if "multiplies" in str(w.message)]

@@ -31,7 +31,7 @@ from fastdynat.graphs import WARM_UP_CALLS
 from fastdynat.methods import Dyart, DyartOptions, Inner, Networks
 
 CPU = torch.device("cpu")
-EXACT = BoundarySpec(steps=600, eta=1 + 1e-9, eps_start=0.0)  # ends on the boundary instead of beyond it
+EXACT = BoundarySpec(steps=600, eta=1 + 1e-9, eps_start=0.0, flat_pixel_test=False)  # ends on the boundary instead of beyond it
 
 
 def margin_gradient(method: Dyart, net: nn.Module, batch: Batch, points: Boundary) -> list[Tensor]:

@@ -28,7 +28,7 @@ from fastdynat.ops import soft_margin
 # Images whose soft margin is not above this have no boundary to look for.
 LEAST_MARGIN = 1e-9
 # The approximate optimality test of the found point, DyART's `use_high_quality`.
-DEEPEST_MARGIN, NEAR_MAXIMAL, DESCENT, DESCENDING_SHARE = -0.3, 0.8, 1e-7, 0.9
+DEEPEST_MARGIN, NEAR_MAXIMAL, DESCENT, DESCENDING_SHARE, FLAT = -0.3, 0.8, 1e-7, 0.9, 0.1
 
 # (iterate, what the network reads of it, images, labels, nearest point, its distance)
 # -> (iterate, read, nearest point, distance, how many gradients were zero)
@@ -46,6 +46,8 @@ class BoundarySpec:
         eta: how far a move goes beyond the predicted boundary, 1 is onto it.
         beta_back: what is left of the distance to the image after pulling back.
         temperature: of the soft margin.
+        flat_pixel_test: `Boundary.usable` asks for a pixel that moved less than the farthest ones and whose gradient is at most
+            0.1, as DyART's code does. Where all pixels move as far, as on most images of a linear network, there is none.
     """
 
     steps: int = 20
@@ -54,6 +56,7 @@ class BoundarySpec:
     eta: float = 1.05
     beta_back: float = 0.9
     temperature: float = 5.0
+    flat_pixel_test: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -75,7 +78,8 @@ class Boundary(AttackResult):
         margin: (N,) soft margin at `x_adv`, just below 0 where found.
         grad_norm: (N,) L1 norm of the margin's gradient at `x_adv`, the dual of the distance's.
         usable: (N,) bool: found, the gradient is not 0, and nearly a nearest point: the margin is above -0.3, and more than
-            90 % of the pixels that moved by more than 80 % of the distance moved against the gradient.
+            90 % of the pixels that moved by more than 80 % of the distance moved against the gradient; with `flat_pixel_test`,
+            one of the others has a gradient of at most 0.1.
     """
 
     found: Tensor
@@ -124,7 +128,7 @@ def run_boundary(
         distance=torch.where(found, distance, 0.0),
         margin=margin,
         grad_norm=grad_norm,
-        usable=found & (grad_norm > 0) & nearly_nearest(nearest - x, margin, grad),
+        usable=found & (grad_norm > 0) & nearly_nearest(nearest - x, margin, grad, flat_pixel_test=spec.flat_pixel_test),
     )
 
 
@@ -154,12 +158,15 @@ def _iteration(ascent: Ascent, spec: BoundarySpec, pull: Pull[Tensor]) -> Iterat
     return iterate
 
 
-def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor) -> Tensor:
-    """(N,) bool: the margin is shallow, and the pixels that moved farthest moved against the gradient (`Boundary.usable`)."""
+def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor, *, flat_pixel_test: bool = False) -> Tensor:
+    """(N,) bool: the margin is shallow, the pixels that moved farthest moved against the gradient, and another is flat
+    (`Boundary.usable`).
+    """
     moved, grad = moved.flatten(1), grad.flatten(1)
     farthest = moved.abs() > NEAR_MAXIMAL * moved.abs().amax(1, keepdim=True)
     descending = farthest & (moved * grad < -DESCENT)
-    return (margin > DEEPEST_MARGIN) & (descending.sum(1) > DESCENDING_SHARE * farthest.sum(1))
+    near = (margin > DEEPEST_MARGIN) & (descending.sum(1) > DESCENDING_SHARE * farthest.sum(1))
+    return near & (~farthest & (grad.abs() <= FLAT)).any(1) if flat_pixel_test else near
 
 
 def _margin(ascent: Ascent, x: Tensor, labels: Tensor, spec: BoundarySpec) -> Tensor:

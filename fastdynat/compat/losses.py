@@ -24,6 +24,8 @@ Common arguments:
 All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
 """
 
+import warnings
+from functools import cache
 from typing import Unpack
 
 import torch
@@ -105,7 +107,7 @@ def dynat_loss(
     x_natural: Tensor,
     y: Tensor,
     optimizer: Optimizer,
-    step_size: float = 0.007,
+    step_size: float = 0.003,
     epsilon: float = 0.031,
     perturb_steps: int = 10,
     beta: float = 1.0,
@@ -119,8 +121,13 @@ def dynat_loss(
 
     The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward: after the attacked
     images, let the clean ones move the model's running statistics, as the release's unused pass does.
+
+    beta: the release accepts one and ignores it, and its script passes 6; what it minimises is beta = 1, the default. Another
+    value is used here, with a warning.
     """
     _check("dynat_loss", y, distance)
+    if beta != 1:
+        _warn_of_beta(float(beta))
     search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
     guided = dynamic_label_cross_entropy(guide.train()(x_natural), search.labels)
     x_adv = search.from_classes(guided.predictions)
@@ -163,6 +170,15 @@ def _check(name: str, y: Tensor, distance: str) -> None:
         raise UserError(f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'")
     if y.dim() != 1:
         raise UserError(f"{name} needs y to be one class per image, got shape {tuple(y.shape)}")
+
+
+@cache
+def _warn_of_beta(beta: float) -> None:
+    warnings.warn(
+        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its script passes (6). "
+        "Leave beta out for the release's loss",
+        stacklevel=3,
+    )
 
 
 def _move_statistics(model: nn.Module, x: Tensor) -> None:

@@ -4,8 +4,10 @@ from fastdynat.data.choose import check_dali, choose_loader, dali_problem, defau
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
 from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, load_train, open_train
 from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Splits, check_labels
+from fastdynat.data.torchvision_sets import RELEASED_STD
 
 __all__ = [
+    "RELEASED_STD",
     "UNLABELLED",
     "Batch",
     "DatasetInfo",

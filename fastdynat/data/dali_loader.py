@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastdynat.data.decode import fit_square
 from fastdynat.data.imagefolder import FileSet
-from fastdynat.data.loader import PlannedLoader
+from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.data.plan import EpochPlan
 from fastdynat.data.store import ImageSet
 from fastdynat.errors import UserError
@@ -43,6 +43,8 @@ class _Feed:
 
 class DaliLoader(PlannedLoader):
     """DALI crops and flips uint8 batches, and decodes those that are files; on a GPU where `device` is one.
+
+    DALI has no reflected crops: with them it reads and decodes, and torch crops and flips.
 
     DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images in memory give
     the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that DALI does not read as Pillow does
@@ -93,7 +95,7 @@ class DaliLoader(PlannedLoader):
         return pipeline
 
     def _graph(self) -> tuple[DataNode, ...]:
-        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped unless `_resized`."""
+        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped unless done here."""
         in_files = isinstance(self._images, FileSet)
         data, corners, flips = fn.external_source(
             source=self._feed,
@@ -105,18 +107,19 @@ class DaliLoader(PlannedLoader):
         )
         if isinstance(self._images, FileSet):
             images, shape = _decode(data, self._images.image_size if self._gpu else None, mixed=self._gpu)
-            if self._resized:
-                return images, shape, corners, flips  # which DALI would warn of if nothing used them
             axes, sides = (0, 1), self._images.shape[1:]
         else:
             images, shape = data.gpu() if self._gpu else data, data.shape()
             axes, sides = (1, 2), (self._images.images.shape[2], self._images.images.shape[3])
+        if self._resized or self._reflects:
+            return images, shape, corners, flips  # which DALI would warn of if nothing used them
         images = fn.slice(images, start=corners, shape=sides, axes=axes, out_of_bounds_policy="pad", fill_values=0)
         return fn.flip(images, horizontal=flips), shape
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         if not self._resized:
-            yield from (self._converted(images) for images in self._outputs(plan, steps))
+            for step, images in zip(steps, self._outputs(plan, steps), strict=True):
+                yield self._converted(images, self._draws(plan, step))
             return
         with ThreadPoolExecutor(max_workers=self._workers) as threads:
             # A batch ahead, so that the threads work while the step before it trains.
@@ -138,9 +141,13 @@ class DaliLoader(PlannedLoader):
     def _augmented(self, plan: EpochPlan, step: int, squares: list[Future[np.ndarray]]) -> Tensor:
         """Resized images (H, W, C) as the batch of `step`."""
         batch = torch.from_numpy(np.stack([square.result() for square in squares])).permute(0, 3, 1, 2)
-        _, shifts, flips = self._draws(plan, step)
-        batch = batch if shifts is None else crop(batch, shifts, self.pad)
-        return to_unit(batch if flips is None else flip(batch, flips), channels_last=self.channels_last)
+        return to_unit(self._cropped(batch, self._draws(plan, step)), channels_last=self.channels_last)
+
+    def _cropped(self, images: Tensor, draws: Draws) -> Tensor:
+        """uint8 (n, C, H, W) cropped and flipped here, on their device."""
+        _, shifts, flips = (None if draw is None else draw.to(images.device) for draw in draws)
+        images = images if shifts is None else crop(images, shifts, self.pad, pad_mode=self.pad_mode)
+        return images if flips is None else flip(images, flips)
 
     def _outputs(self, plan: EpochPlan, steps: range) -> Generator[Any]:
         """What the pipeline makes for each of the steps, in memory that DALI takes back afterwards."""
@@ -184,16 +191,21 @@ class DaliLoader(PlannedLoader):
             data = self._images.read(indices).contiguous().numpy()
         return data, corners.T.int().contiguous().numpy(), (none if flips is None else flips).int().numpy()
 
-    def _converted(self, outputs: Any) -> Tensor:
+    def _converted(self, outputs: Any, draws: Draws) -> Tensor:
         """DALI's images as a batch of our own: DALI takes its buffers back at the next `run`."""
         if self._side is None:
-            return to_unit(self._channels_first(outputs), channels_last=self.channels_last)
+            return to_unit(self._finished(outputs, draws), channels_last=self.channels_last)
         # On a stream beside that of the training, so that the host waits for this copy and not for the steps before it.
         with torch.cuda.stream(self._side):
-            x = to_unit(self._channels_first(outputs), channels_last=self.channels_last)
+            x = to_unit(self._finished(outputs, draws), channels_last=self.channels_last)
         self._side.synchronize()
         x.record_stream(torch.cuda.current_stream(self.device))
         return x
+
+    def _finished(self, outputs: Any, draws: Draws) -> Tensor:
+        """uint8 (n, C, H, W), cropped and flipped here where DALI has not done it."""
+        images = self._channels_first(outputs)
+        return self._cropped(images, draws) if self._reflects else images
 
     def _channels_first(self, outputs: Any) -> Tensor:
         """A view of DALI's memory, uint8 (n, C, H, W)."""

@@ -14,9 +14,11 @@ from fastdynat import ops
 from fastdynat.data.plan import EpochPlan, EpochSteps, plan_epoch
 from fastdynat.data.store import ImageSet, TrainImages
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.ops.augment import to_unit
+from fastdynat.ops.augment import reflect, to_unit
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
+PAD_MODES = ("zeros", "reflect")
+Draws = tuple[Tensor, Tensor | None, Tensor | None]  # indices, shifts and flips of a step; None for what is not used
 
 
 @dataclass
@@ -57,8 +59,10 @@ class PlannedLoader(ABC):
     Args:
         images: The training set.
         batch_size: Images of a step over all shards; at most the number of images.
-        augment: "crop-flip", "crop", "flip" or "none". Crops are of zero-padded images.
+        augment: "crop-flip", "crop", "flip" or "none".
         pad: Pixels of padding for the crops.
+        pad_mode: What the padding holds: "zeros", or "reflect", the image mirrored at its border.
+        epoch_steps: Steps of an epoch; None is one pass. More go on with another permutation, as the pass before was cut.
         seed: All orders and crops follow from this and the epoch number.
         device: Where the batches are made.
         channels_last: Give the batches in channels-last memory format.
@@ -67,7 +71,7 @@ class PlannedLoader(ABC):
         shard: Which of them this is.
 
     Raises: UserError for a batch size outside [1, number of images] or not divisible by the shards, a negative pad, or an
-        unknown augmentation.
+        unknown augmentation or padding; while reading also for a reflection wider than the image.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class PlannedLoader(ABC):
         batch_size: int,
         augment: str,
         pad: int = 4,
+        pad_mode: str = "zeros",
+        epoch_steps: int | None = None,
         seed: int,
         device: torch.device | str,
         channels_last: bool = False,
@@ -84,14 +90,20 @@ class PlannedLoader(ABC):
         num_shards: int = 1,
         shard: int = 0,
     ) -> None:
-        steps = EpochSteps(len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard)
+        steps = EpochSteps(
+            len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard, epoch_steps=epoch_steps
+        )
         if augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", augment, AUGMENTATIONS)
+        if pad_mode not in PAD_MODES:
+            raise unknown_name("pad mode", pad_mode, PAD_MODES)
         if pad < 0:
             raise UserError(f"pad must be 0 or more pixels, got {pad}")
+        self._reflects = pad_mode == "reflect" and "crop" in augment
         self.batch_size = batch_size
         self.augment = augment
         self.pad = pad
+        self.pad_mode = pad_mode
         self.seed = seed
         self.device = torch.device(device)
         self.channels_last = channels_last
@@ -124,14 +136,14 @@ class PlannedLoader(ABC):
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         """Yield `Batch.x` of each of the `steps`."""
 
-    def _draws(self, plan: EpochPlan, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _draws(self, plan: EpochPlan, step: int) -> Draws:
         """Indices, shifts and flips of a step; None for what the augmentation does not use."""
         now = self._steps.positions(step)
         shifts = plan.shifts[:, now] if "crop" in self.augment else None
         return plan.order[now], shifts, plan.flips[now] if "flip" in self.augment else None
 
     def _plan(self, epoch: int) -> EpochPlan:
-        return plan_epoch(self.num_images, pad=self.pad, seed=self.seed, epoch=epoch)
+        return plan_epoch(self.num_images, pad=self.pad, seed=self.seed, epoch=epoch, passes=self._steps.passes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
@@ -182,18 +194,27 @@ class PlannedLoader(ABC):
 class ResidentLoader(PlannedLoader):
     """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
 
-    The images are copied to the device once; a batch is one pass of `ops.augment`. Arguments: `PlannedLoader`.
+    The images are copied to the device once; a batch is one pass of `ops.augment`. With crops of reflected images they are
+    kept with their reflection around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory: the operator pads those with zeros
+    once more, and no zero is in the middle of its crop. Arguments: `PlannedLoader`.
     """
 
     def __init__(self, images: ImageSet, **options: Any) -> None:
         super().__init__(images, **options)
-        self._images = images.images.to(self.device).contiguous()
+        stored = images.images.to(self.device).contiguous()
+        self._images = reflect(stored, self.pad) if self._reflects else stored
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         plan = plan.to(self.device)
         for step in steps:
             draws = self._draws(plan, step)
-            yield ops.augment(self._images, *draws, pad=self.pad, channels_last=self.channels_last)
+            x = ops.augment(self._images, *draws, pad=self.pad, channels_last=self.channels_last)
+            yield self._middle(x) if self._reflects else x
+
+    def _middle(self, x: Tensor) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        inside = slice(self.pad, -self.pad) if self.pad else slice(None)
+        return x[..., inside, inside].contiguous(memory_format=layout)
 
 
 def eval_batches(

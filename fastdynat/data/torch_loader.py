@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastdynat.data.loader import PlannedLoader
+from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.data.plan import EpochPlan
 from fastdynat.data.store import TrainImages
 from fastdynat.errors import UserError
@@ -17,16 +17,22 @@ from fastdynat.ops.augment import crop, flip, to_unit
 class _Steps(Dataset[Tensor | UserError]):
     """The steps of one epoch as a map-style data set: step -> uint8 (n, C, H, W)."""
 
-    def __init__(self, images: TrainImages, draws: Callable[[int], tuple[Tensor, Tensor | None, Tensor | None]], pad: int):
-        self._images, self._draws, self._pad = images, draws, pad
+    def __init__(
+        self,
+        images: TrainImages,
+        draws: Callable[[int], Draws],
+        pad: int,
+        pad_mode: str,
+    ):
+        self._images, self._draws, self._pad, self._pad_mode = images, draws, pad, pad_mode
 
     def __getitem__(self, step: int) -> Tensor | UserError:
         indices, shifts, flips = self._draws(step)
         try:
             batch = self._images.read(indices)
+            batch = batch if shifts is None else crop(batch, shifts, self._pad, pad_mode=self._pad_mode)
         except UserError as error:
             return error  # raised in a worker it would arrive as a traceback in a message
-        batch = batch if shifts is None else crop(batch, shifts, self._pad)
         return batch if flips is None else flip(batch, flips)
 
 
@@ -48,7 +54,7 @@ class TorchLoader(PlannedLoader):
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         batches: DataLoader[Tensor | UserError] = DataLoader(
-            _Steps(self._host, lambda step: self._draws(plan, step), self.pad),
+            _Steps(self._host, lambda step: self._draws(plan, step), self.pad, self.pad_mode),
             batch_size=None,
             sampler=steps,
             num_workers=self._workers,

@@ -62,6 +62,8 @@ INFOS = {
         augment="crop",
     ),
 }
+# What released code for adversarial training divides by, where it is not the above.
+RELEASED_STD = {"cifar10": (0.2471, 0.2435, 0.2616)}
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "mnist": "MNIST"}
 HELD_AS = {
     "cifar10": "cifar-10-batches-py",

@@ -8,8 +8,17 @@ from torch import nn
 
 from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin, unmoved_twin
 from fastdynat.compiling import compile_whole
+from fastdynat.config import ModelConfig
+from fastdynat.data import RELEASED_STD, DatasetInfo
 from fastdynat.engine.average import WeightAverage
 from fastdynat.methods import Network, Networks
+
+
+def pixel_statistics(model: ModelConfig, info: DatasetInfo) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation per channel that the networks of a resolved configuration normalise by; None by nothing."""
+    if model.normalize == "none":
+        return None, None
+    return info.mean, RELEASED_STD.get(info.name, info.std) if model.normalize == "released" else info.std
 
 
 class NetworkSet:

@@ -14,6 +14,7 @@ from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
 from fastdynat.engine.awp import check_awp
+from fastdynat.engine.resolve_cycle import resolved_cycle
 from fastdynat.engine.schedules import WARMUP
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method, method_class
@@ -44,7 +45,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
     return replace(
         config,
         method=method.name,
-        data=_data(config.data, info, method),
+        data=_data(config.data, info, method, say),
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config, info),
@@ -69,7 +70,7 @@ def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo)
     return table[0].get(info.name, table[1]) if value is None else value
 
 
-def _data(data: DataConfig, info: DatasetInfo, method: Method[Any]) -> DataConfig:
+def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], say: Say) -> DataConfig:
     data = replace(data, batch_size=_automatic(data.batch_size, BATCH_SIZE, info))
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) < 1:
@@ -84,12 +85,19 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any]) -> DataConfi
         raise UserError(f"workers must be >= 0, got {data.workers}")
     if data.loader == "dali":
         check_dali()
-    return replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
+    if data.epoch_steps is not None and data.epoch_steps < 1:
+        raise UserError(f"epoch_steps must be a number of updates >= 1, got {data.epoch_steps}; leave it out for one pass")
+    data = replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
+    if data.pad_mode != "zeros" and "crop" not in data.augment:
+        say(f"pad_mode {data.pad_mode} does nothing: augmentation {data.augment} takes no crops")
+    return data
 
 
 def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:
     if model.bn_momentum is not None and not 0 < model.bn_momentum <= 1:
         raise UserError(f"bn_momentum must be a share in (0, 1], got {model.bn_momentum:g}; 0.1 is usual")
+    if model.bn_reset_epoch is not None and model.bn_reset_epoch < 0:
+        raise UserError(f"bn_reset_epoch must be an epoch counted from 0, got {model.bn_reset_epoch}")
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
     if not method.uses_guide:
         if model.guide_from is not None:
@@ -176,7 +184,7 @@ def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
         raise UserError("nesterov needs momentum above 0")
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
-    return replace(optim, warmup=_warmup(optim))
+    return replace(optim, warmup=_warmup(optim), **resolved_cycle(optim))
 
 
 def _warmup(optim: OptimConfig) -> float | None:

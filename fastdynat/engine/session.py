@@ -14,11 +14,11 @@ from fastdynat.config import EngineConfig, ModelConfig, TrainConfig, to_yaml
 from fastdynat.data import DatasetInfo, TrainLoader, TrainSplit, dataset_info, make_loader, open_train
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.awp import WeightPerturbation
-from fastdynat.engine.networks import NetworkSet
+from fastdynat.engine.networks import NetworkSet, pixel_statistics
 from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
-from fastdynat.engine.schedules import epochs_of_method, schedule_factor
+from fastdynat.engine.schedules import epochs_of_method, momentum_at, schedule_factor
 from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
@@ -174,6 +174,8 @@ def build_parts(
         workers=config.data.workers or 0,
         batch_size=config.data.batch_size,
         augment=config.data.augment,
+        pad_mode=config.data.pad_mode,
+        epoch_steps=config.data.epoch_steps,
         seed=engine.seed,
         device=device,
         channels_last=engine.channels_last == "on",
@@ -194,6 +196,8 @@ def build_parts(
         recorder=_recorder(engine),
         steps_of=attack_steps(config),
         awp=WeightPerturbation(networks.raw["model"], attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
+        momentum=momentum_at(config.optim, loader.steps_per_epoch) if config.optim.cycle_momentum else None,
+        statistics_resets=_statistics_resets(config, networks, loader.steps_per_epoch),
         guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, method) else None,
         say=say,
     )
@@ -205,7 +209,7 @@ def build_parts(
 def _networks(config: TrainConfig[Any], method: Method[Any], info: DatasetInfo, say: Say, *, guide_comes: bool) -> NetworkSet:
     """The networks of a resolved configuration, from the present random state."""
     engine = config.engine
-    mean, std = (info.mean, info.std) if config.model.normalize == "dataset" else (None, None)
+    mean, std = pixel_statistics(config.model, info)
 
     def build(name: str) -> torch.nn.Module:
         network = build_model(name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std)
@@ -243,7 +247,27 @@ def burn_in_step(config: TrainConfig[Any], step: TrainStep, say: Say) -> TrainSt
     method, recorder = BurnIn(step.method), _recorder(config.engine)
     # The clipping that a method needs would only slow this down.
     optim = replace(step.optim, clip_grad=0.0)
-    return TrainStep(method, step.networks, step.spec, optim, step.precision, step.lr_factor, recorder=recorder, say=say)
+    return TrainStep(
+        method,
+        step.networks,
+        step.spec,
+        optim,
+        step.precision,
+        step.lr_factor,
+        recorder=recorder,
+        statistics_resets=step.statistics_resets,
+        say=say,
+    )
+
+
+def _statistics_resets(config: TrainConfig[Any], networks: NetworkSet, steps_per_epoch: int) -> set[int]:
+    """The updates at which --bn-reset-epoch replaces running statistics: one in the burn-in, one after it."""
+    epoch, burn_in = config.model.bn_reset_epoch, config.optim.burn_in
+    if epoch is None:
+        return set()
+    if not any(isinstance(layer, _BatchNorm) for layer in networks.raw["model"].modules()):
+        raise UserError(f"bn_reset_epoch {epoch}: {config.model.model} has no batch norm; leave it out")
+    return {steps_per_epoch * e for e in (burn_in + epoch, *([epoch] if epoch < burn_in else []))}
 
 
 def _recorder(engine: EngineConfig) -> CudaRecorder | None:

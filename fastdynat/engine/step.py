@@ -1,8 +1,8 @@
 """One training step: inner attack, outer losses, backward, update."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ from fastdynat.attacks import Attacker, AttackResult, PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.awp import WeightPerturbation
+from fastdynat.engine.cycled_sgd import CycledSGD
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.graphs import GraphedCall, Recorder
@@ -24,22 +25,19 @@ from fastdynat.methods import Inner, Method
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
 
 
-def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Tensor) -> list[SGD]:
+def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Tensor, *, cycled: bool = False) -> list[SGD]:
     """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
 
     lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew at each replay.
+    cycled: the caller will put such a tensor in the place of each group's momentum too.
     """
     groups = [_groups(module, config) for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
-        optimizer = SGD(
-            members,
-            lr=lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,  # one pass over the parameters, and the only form that takes its rate from a tensor without reading it
-        )
+        usual: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.nesterov}
+        usual["weight_decay"] = config.weight_decay
+        # Fused: one pass over the parameters, and the only form of torch's that takes its rate from a tensor without reading it.
+        optimizer = CycledSGD(members, **usual) if cycled else SGD(members, **usual, fused=True)
         if config.momentum > 0:
             # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -59,12 +57,27 @@ def _groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     return [{"params": decayed}] + [{"params": rest, "weight_decay": 0.0}] * bool(rest)
 
 
+@contextmanager
+def replaced_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it each pass in train mode replaces the running statistics of `module`: batch norm's momentum is 1."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.momentum is not None]
+    usual = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, usual, strict=True):
+            layer.momentum = momentum
+
+
 class TrainStep:
     """Runs a method's min-max problem on one batch and updates the networks.
 
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
         global_step: batches trained on so far; drives the schedule.
+        statistics_resets: as given.
         path: in words, how the step is run.
     """
 
@@ -81,6 +94,8 @@ class TrainStep:
         guide_stream: torch.cuda.Stream | None = None,
         steps_of: Callable[[int], int] | None = None,
         awp: WeightPerturbation | None = None,
+        momentum: Callable[[int], float] | None = None,
+        statistics_resets: Collection[int] = (),
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
         """
@@ -90,6 +105,8 @@ class TrainStep:
             steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
             guide_stream: where the method's inner half and its losses run, beside the attack; None is where everything runs.
             awp: perturbs the model's weights around its loss; None does not.
+            momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
+            statistics_resets: numbers of the updates whose passes replace the model's running statistics by the batch's.
             say: told why graphs are off, where a capture fails.
         """
         self.method, self.networks, self.spec = method, networks, spec
@@ -99,7 +116,10 @@ class TrainStep:
         # The fused update reads float32 on CUDA devices, and anything on the CPU.
         exact = torch.float32 if precision.device.type == "cuda" else torch.float64
         self._lr = torch.zeros((), dtype=exact, device=precision.device)
-        self.optimizers = build_optimizers({name: networks.raw[name] for name in method.trains}, optim, self._lr)
+        self._momentum_at, self._momentum = momentum, torch.full_like(self._lr, optim.momentum)
+        trained = {name: networks.raw[name] for name in method.trains}
+        self.optimizers = build_optimizers(trained, optim, self._lr, cycled=momentum is not None)
+        self.statistics_resets = frozenset(statistics_resets)
         self.global_step = 0
         self._guide_stream = guide_stream
         self._steps_of = steps_of or (lambda epoch: spec.steps)
@@ -114,18 +134,27 @@ class TrainStep:
 
         They are overwritten by the next call where the step is a captured graph.
         """
-        self._lr.fill_(self.learning_rate(self.global_step))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self._lr  # loading a state has put another tensor there
-        if self._graphed is None:
-            logs = self._run(batch.x, batch.labels, batch.indices)
-        else:
-            constants = (self.spec.steps, self._awp_is_on(), *self.method.constants())
-            logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
+        self._set_rates()
+        resets = self.global_step in self.statistics_resets
+        with replaced_statistics(self.networks.raw["model"]) if resets else nullcontext():
+            if self._graphed is None:
+                logs = self._run(batch.x, batch.labels, batch.indices)
+            else:
+                constants = (self.spec.steps, self._awp_is_on(), resets, *self.method.constants())
+                logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
         return logs
+
+    def _set_rates(self) -> None:
+        """Put this update's rate and cycled momentum where a captured step reads them."""
+        self._lr.fill_(self.learning_rate(self.global_step))
+        if self._momentum_at is not None:
+            self._momentum.fill_(self._momentum_at(self.global_step))
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = self._lr  # loading a state has put another tensor there
+            if self._momentum_at is not None:
+                group["momentum"] = self._momentum
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method how many epochs are completed, and choose the attack's number of steps."""
@@ -150,6 +179,8 @@ class TrainStep:
         inner = self._inner(batch)
         attack = Attacker(self.networks.attack, self.spec)
         attacked = self.method.perturb(self.networks.views, batch, inner, attack)
+        with self.precision.autocast():
+            self.method.after_attack(self.networks.views, batch, attacked)
         with self._perturbed_weights(batch, inner, attacked):
             with self.precision.autocast():
                 outer = self.method.outer(self.networks.views, batch, inner, attacked)
@@ -158,6 +189,8 @@ class TrainStep:
                 torch.cuda.current_stream().wait_stream(self._guide_stream)
             self.method.after_backward(batch, attacked, attack)
             self._update()
+        with self.precision.autocast():
+            self.method.after_update(self.networks.views, batch)
         zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
         return {**outer.logs, **zeros}
 

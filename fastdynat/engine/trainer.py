@@ -15,7 +15,7 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
 from fastdynat.engine.boundary_log import log_boundary
 from fastdynat.engine.metrics import Averages, MetricsLog
-from fastdynat.engine.networks import NetworkSet
+from fastdynat.engine.networks import NetworkSet, pixel_statistics
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
 from fastdynat.engine.schedules import average_warmup, epochs_of_method
@@ -260,15 +260,15 @@ class Trainer:
 
     def _sidecar(self, role: str, architecture: str) -> Sidecar:
         info, attack = self.info, self.config.attack
-        dataset_norm = self.config.model.normalize == "dataset"
+        mean, std = pixel_statistics(self.config.model, info)
         # Inside an epoch the weights are no longer those that were validated.
         validated = self.last_validation if role == "model" and self.epoch_step == 0 else {}
         return Sidecar(
             architecture=architecture,
             num_classes=info.num_classes,
             image_shape=info.image_shape,
-            mean=info.mean if dataset_norm else None,
-            std=info.std if dataset_norm else None,
+            mean=mean,
+            std=std,
             dataset=info.name,
             class_names=info.class_names,
             role=role,

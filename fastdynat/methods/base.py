@@ -152,6 +152,12 @@ class Method(ABC, Generic[OptionsT]):
         """What weight perturbation drives up: the model's own loss. `nets.model` leaves its running statistics alone here."""
         return self.outer(nets, batch, inner, attacked).losses["model"]
 
+    def after_attack(self, nets: Networks, batch: Batch, attacked: AttackResult) -> None:
+        """Called once `perturb` is done, before weights are perturbed; for passes that only move running statistics."""
+
+    def after_update(self, nets: Networks, batch: Batch) -> None:
+        """Called after the update, when perturbed weights are back; for passes that only move running statistics."""
+
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
         """Called between backward pass and update; may change `buffers` in place."""
 
@@ -175,8 +181,13 @@ def accuracy(logits: Tensor, batch: Batch) -> Tensor:
 
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
     """Let the clean batch move the model's running statistics; nothing else comes of it."""
+    statistics_pass(nets, batch.x)
+
+
+def statistics_pass(nets: Networks, x: Tensor) -> None:
+    """Let `x` move the model's running statistics; nothing else comes of it."""
     with torch.no_grad():
-        nets.model(batch.x)
+        nets.model(x)
 
 
 __all__ = [
@@ -192,5 +203,6 @@ __all__ = [
     "check_positive",
     "clean_statistics_pass",
     "share",
+    "statistics_pass",
     "unattacked",
 ]

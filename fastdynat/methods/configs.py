@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from fastdynat.config import TrainConfig, read_yaml, update
+from fastdynat.config import TrainConfig, read_yaml, to_flat, update
 from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.runs import CONFIG, require_run
+
+
+# What a run did before there was the option: its config.yaml does not name it, and it goes on as it began.
+BEFORE = {"flat_pixel_test": False}
 
 
 def default_config(method: str) -> TrainConfig[Any]:
@@ -25,4 +29,5 @@ def stored_config(path: Path) -> TrainConfig[Any]:
     values = read_yaml(path / CONFIG)
     if not isinstance(values.get("method"), str):
         raise UserError(f"{origin} names no method: it is truncated or was edited")
-    return update(default_config(values["method"]), values, origin)
+    config = default_config(values["method"])
+    return update(config, {key: old for key, old in BEFORE.items() if key in to_flat(config)} | values, origin)

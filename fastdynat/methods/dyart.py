@@ -44,7 +44,7 @@ class Dyart(Method[DyartOptions]):
     def __init__(self, options: DyartOptions) -> None:
         super().__init__(options)
         self._r0 = parse_size(options.r0, "r0").value
-        self._search = BoundarySpec(temperature=options.temperature)
+        self._search = BoundarySpec(temperature=options.temperature, flat_pixel_test=options.flat_pixel_test)
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.norm != "linf":

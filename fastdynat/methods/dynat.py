@@ -17,13 +17,14 @@ Silent effects of the released code, and what is done with them here:
 - it evaluates the guide again in every attack step. The label cannot change between steps (same batch, same weights, batch
   statistics), so one pass serves label and guide loss. Only the guide's running statistics differ (1 update per batch, not
   11), and nothing reads them during training unless `guide_mode` is "eval".
-- it accepts --beta and ignores it. Here `beta` weighs the model's loss; 1 is the release's active line, 0.2 its commented one.
+- it accepts --beta, which its script sets to 6, and ignores it. Here `beta` weighs the model's loss; 1 is the release's active
+  line, 0.2 its commented one.
 
 Variants, each a set of options:
 
 - "no inner" is ``--inner-loss kl_self``.
 - DYNAT-AWP as released is
-  ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 10 --awp-objective trades``.
+  ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 9 --awp-objective trades``.
 - `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight, computed with the dynamic labels. No such
   hybrid is published; the rules and their sources are in `weighting.py`.
 """

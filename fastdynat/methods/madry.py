@@ -2,7 +2,7 @@
 
 from fastdynat.attacks import AttackGoal, AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share
+from fastdynat.methods.base import Inner, Method, Networks, Outer, clean_statistics_pass, share, statistics_pass
 from fastdynat.methods.options.plain import MadryOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -21,3 +21,11 @@ class Madry(Method[MadryOptions]):
         if self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
         return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})
+
+    def after_attack(self, nets: Networks, batch: Batch, attacked: AttackResult) -> None:
+        if self.options.bn_attack_forward:
+            statistics_pass(nets, attacked.x_adv)
+
+    def after_update(self, nets: Networks, batch: Batch) -> None:
+        if self.options.bn_clean_after:
+            clean_statistics_pass(nets, batch)

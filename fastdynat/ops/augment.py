@@ -4,16 +4,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdynat.errors import UserError
 from fastdynat.ops._register import register
 from fastdynat.ops._select import select
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def crop(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
-    """Pad (N, C, H, W) images with zeros and cut each back to (H, W) at its own (top, left), a column of `shifts`."""
+def reflect(images: Tensor, pad: int) -> Tensor:
+    """Pad (N, C, H, W) images of any dtype by mirroring them at their outermost pixels: (N, C, H + 2 pad, W + 2 pad).
+
+    As numpy's mode "reflect". Raises UserError unless pad is below H and W.
+    """
+    if pad >= min(images.shape[2:]):
+        height, width = images.shape[2:]
+        raise UserError(f"{height}x{width} images cannot be padded by reflecting {pad} pixels; use --pad-mode zeros")
+    for dim in (2, 3):
+        size = images.shape[dim]
+        at = torch.arange(-pad, size + pad, device=images.device).abs()
+        images = images.index_select(dim, size - 1 - (size - 1 - at).abs())
+    return images
+
+
+def crop(images: Tensor, shifts: Tensor, pad: int, *, pad_mode: str = "zeros") -> Tensor:
+    """Pad (N, C, H, W) images and cut each back to (H, W) at its own (top, left), a column of `shifts`.
+
+    pad_mode: "zeros" or "reflect".
+    """
     num_images, _, height, width = images.shape
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    padded = reflect(images, pad) if pad_mode == "reflect" else F.pad(images, (pad, pad, pad, pad))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     rows = torch.arange(num_images, device=images.device)
     return windows[rows, :, shifts[0], shifts[1]]
 

@@ -27,6 +27,9 @@ class DyartOptions(MethodOptions):
     quality_filter: bool = True
     """Use only boundary points that are nearly nearest: shallow, and reached against the gradient."""
 
+    flat_pixel_test: bool = True
+    """Of the filter, the release's third test: a pixel that moved less than the farthest has a gradient of at most 0.1."""
+
     def check(self) -> None:
         check_numbers(self, "margin_weight")
         if not 0 < self.decay <= MOST:

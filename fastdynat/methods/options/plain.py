@@ -26,6 +26,13 @@ class MadryOptions(MethodOptions):
     bn_clean_forward: bool = False
     """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release does)."""
 
+    bn_attack_forward: bool = False
+    """Before the update, let the attacked batch move the running statistics once more: the look at the attack's loss that the
+    release of Rice et al. ends every attack with."""
+
+    bn_clean_after: bool = False
+    """After the update, let the clean batch move the running statistics: how that release measures its training accuracy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FgsmRsOptions(MadryOptions):
