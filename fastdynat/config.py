@@ -76,11 +76,11 @@ class ModelConfig:
     bn_momentum: float | None = None
     """Share of a new batch in batch norm's running statistics; None is the network's own, 0.1 in ours."""
     bn_reset_epoch: int | None = None
-    """Epoch, counted from 0 in the burn-in and again after it, at whose first step the model's running statistics become those of
-    the batch, whatever they were; None is never (DyART's release: 1)."""
+    """Epoch, counted from 0 in the burn-in and again after it, at whose first step the model's running statistics become those
+    of the batch, whatever they were; None is never (DyART's release: 1)."""
     normalize: Literal["none", "dataset", "released"] = "none"
-    """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released: with the numbers that
-    released code gives for the data set (CIFAR-10: standard deviation 0.2471 of red, not 0.2470), else the data set's own."""
+    """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released: with the numbers
+    that released code has for the data set (CIFAR-10: red's standard deviation 0.2471, not 0.2470), else the data set's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class OptimConfig:
     schedule_by: Literal["step", "epoch"] = "step"
     """cosine, onecycle, triangular: change rate and cycled momentum at every step, or once per epoch as many releases do."""
     schedule_ahead: int = 0
-    """Take rate and cycled momentum of this many updates later; with 1 a rate drops one update before its epoch (Rice et al.)."""
+    """Take rate and cycled momentum of this many updates later: with 1 a rate drops one update early (Rice et al.)."""
     optimizers: Literal["separate", "joint"] = "separate"
     """One SGD per network, or one over both (equal but for gradient clipping, which then uses the joint norm)."""
     clip_grad: float = 0.0

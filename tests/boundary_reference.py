@@ -60,8 +60,8 @@ def published_search(net: nn.Module, x: Tensor, y: int, start: Tensor, spec: Bou
 
 
 def published_filter(net: nn.Module, x: Tensor, y: int, point: Tensor, temperature: float) -> bool:
-    """Whether the found point passes: not deep, nine tenths of the pixels that moved farthest moved downhill, and the share of the
-    others that are flat, which is not a number where there are no others, is above 0.
+    """Whether the found point passes: not deep, nine tenths of the pixels that moved farthest moved downhill, and the share of
+    the others that are flat, which is not a number where there are no others, is above 0.
     """
     leaf = point.detach().requires_grad_()
     value = phi(net, leaf, y, temperature)

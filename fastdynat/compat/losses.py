@@ -175,8 +175,8 @@ def _check(name: str, y: Tensor, distance: str) -> None:
 @cache
 def _warn_of_beta(beta: float) -> None:
     warnings.warn(
-        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its script passes (6). "
-        "Leave beta out for the release's loss",
+        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its script passes, "
+        "which is 6. Leave beta out for the release's loss",
         stacklevel=3,
     )
 

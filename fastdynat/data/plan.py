@@ -11,8 +11,8 @@ from fastdynat.errors import UserError
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Every draw of one epoch. order: int64 (N,), a permutation, or several in a row; by position, not by image: shifts, int64 (2, N), are the
-    top and left corner of the crop in the padded image, flips, bool (N,), say whether it is mirrored."""
+    """Every draw of one epoch. order: int64 (N,), a permutation, or several in a row; by position, not by image: shifts,
+    int64 (2, N), are the top and left corner of the crop in the padded image, flips, bool (N,), say whether it is mirrored."""
 
     order: Tensor
     shifts: Tensor

@@ -19,18 +19,18 @@ class CycledSGD(SGD):
         """Update all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(parameters, [self.state[p]["momentum_buffer"] for p in parameters], group)
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            if gradients:
+                self._update([*gradients], [*gradients.values()], group)
 
-    def _update(self, parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
-        moves = [p.grad for p in parameters]
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         if group["weight_decay"] != 0:
-            moves = torch._foreach_add(moves, parameters, alpha=group["weight_decay"])
+            gradients = [*torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])]
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, moves)
+        torch._foreach_add_(buffers, gradients)
+        moves = buffers
         if group["nesterov"]:
-            moves = torch._foreach_add(moves, torch._foreach_mul(buffers, group["momentum"]))
-        else:
-            moves = buffers
-        torch._foreach_sub_(parameters, torch._foreach_mul(moves, group["lr"]))
+            moves = [*torch._foreach_mul(buffers, group["momentum"])]
+            torch._foreach_add_(moves, gradients)
+        torch._foreach_add_(parameters, [*torch._foreach_mul(moves, -group["lr"])])

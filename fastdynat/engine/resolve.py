@@ -184,7 +184,7 @@ def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
         raise UserError("nesterov needs momentum above 0")
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
-    return replace(optim, warmup=_warmup(optim), **resolved_cycle(optim))
+    return replace(resolved_cycle(optim), warmup=_warmup(optim))
 
 
 def _warmup(optim: OptimConfig) -> float | None:

@@ -1,14 +1,15 @@
 """What `resolve` checks of a schedule beyond its rate: the burn-in's rate, a shift, and the cycle of the momentum."""
 
 import math
+from dataclasses import replace
 
 from fastdynat.config import OptimConfig
 from fastdynat.engine.schedules import CYCLED_MOMENTUM, cycled_momentum
 from fastdynat.errors import UserError
 
 
-def resolved_cycle(optim: OptimConfig) -> dict[str, float]:
-    """The fields of `optim` that a cycled momentum fills in; none without one.
+def resolved_cycle(optim: OptimConfig) -> OptimConfig:
+    """`optim` with the momenta of its cycle filled in, if it has one.
 
     Raises:
         UserError: a burn-in's rate, a shift of the schedule or a cycle that cannot work.
@@ -24,13 +25,15 @@ def resolved_cycle(optim: OptimConfig) -> dict[str, float]:
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"{name} {value:g}: the momentum does not cycle; add --cycle-momentum, or leave it out")
-        return {}
+        return optim
     if optim.schedule not in CYCLED_MOMENTUM:
         those = " or ".join(CYCLED_MOMENTUM)
-        raise UserError(f"cycle_momentum: schedule {optim.schedule} has no cycle; use --no-cycle-momentum, or --schedule {those}")
+        raise UserError(
+            f"cycle_momentum: schedule {optim.schedule} has no cycle; use --no-cycle-momentum, or --schedule {those}"
+        )
     if optim.momentum == 0:
         raise UserError("cycle_momentum needs --momentum above 0, which a burn-in has")
     base, most = cycled_momentum(optim)
     if not 0 <= base <= most < 1:
-        raise UserError(f"the cycle of the momentum must be 0 <= base_momentum <= max_momentum < 1, got {base:g} and {most:g}")
-    return {"base_momentum": base, "max_momentum": most}
+        raise UserError(f"base_momentum and max_momentum must be in [0, 1) in this order, got {base:g} and {most:g}")
+    return replace(optim, base_momentum=base, max_momentum=most)

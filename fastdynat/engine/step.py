@@ -36,7 +36,7 @@ def build_optimizers(networks: dict[str, nn.Module], config: OptimConfig, lr: Te
     def sgd(members: list[dict[str, Any]]) -> SGD:
         usual: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.nesterov}
         usual["weight_decay"] = config.weight_decay
-        # Fused: one pass over the parameters, and the only form of torch's that takes its rate from a tensor without reading it.
+        # Fused: one pass over the parameters, and torch's only form that takes its rate from a tensor without reading it.
         optimizer = CycledSGD(members, **usual) if cycled else SGD(members, **usual, fused=True)
         if config.momentum > 0:
             # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.

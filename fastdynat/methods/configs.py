@@ -8,7 +8,6 @@ from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.runs import CONFIG, require_run
 
-
 # What a run did before there was the option: its config.yaml does not name it, and it goes on as it began.
 BEFORE = {"flat_pixel_test": False}
 
