@@ -18,9 +18,10 @@ from fastdynat.errors import UserError, unknown_name
 
 OptionsT = TypeVar("OptionsT")
 AmpMode = Literal["off", "bf16", "fp16"]
-AutoAmp = Literal["auto", "off", "bf16", "fp16"]
+AutoAmp = Literal["default", "auto", "off", "bf16", "fp16"]
+EvalAmp = Literal["off", "auto", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
-CompileMode = Literal["off", "default", "max-autotune"]
+CompileMode = Literal["off", "auto", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
 Loader = Literal["auto", "dali", "resident", "torch"]
 
@@ -174,14 +175,16 @@ class EngineConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
-    amp: AutoAmp = "auto"
-    """Mixed precision, in the attack and in the update; auto is bf16 on a GPU that has it, else off; a bare --amp is bf16."""
+    amp: AutoAmp = "default"
+    """Mixed precision, in the attack and in the update; auto, or a bare --amp, is the fastest precision on this machine; bf16
+    and fp16 insist; default is bf16 on a GPU that has it, else float32."""
     compile: CompileMode = "off"
-    """torch.compile of the attack's step and of the trained networks; a bare --compile is default."""
+    """torch.compile of the attack's step and of the trained networks; auto, or a bare --compile, is default where that is
+    faster for this run on this machine."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     channels_last: Switch = "auto"
-    """Channels-last memory format; auto is on for a GPU and with mixed precision, a bare --channels-last is on."""
+    """Channels-last memory format; auto is the faster on this machine, a bare --channels-last is on."""
     fold: Switch = "auto"
     """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in eval mode."""
     winograd: Switch = "auto"

@@ -2,12 +2,21 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 
 from fastdynat.errors import UserError
+from fastdynat.measured import MARGIN, choose, half_types, slower_than_float32
 from fastdynat.ops import available_backends, selected_backend
 
+# What a sentence about a flag says to a caller from Python.
+KEYWORDS = (
+    ("a bare --amp", "amp=True"),
+    ("--amp bf16", "amp=torch.bfloat16"),
+    ("--amp fp16", "amp=torch.float16"),
+    ("--amp", "amp=True"),
+)
 # Autocast's type for each --amp.
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,17 +40,64 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_amp(mode: str, device: torch.device) -> str:
-    """`mode`, or for "auto" what suits `device`: bf16 on a GPU with hardware for it, else off."""
-    if mode != "auto":
-        return mode
-    return "bf16" if device.type == "cuda" and half_type(device) is torch.bfloat16 else "off"
+def pick_amp(mode: str, device: torch.device, say: Callable[[str], None], *, winograd: bool = True) -> str:
+    """The precision that `mode` means on `device`: "off", "bf16" or "fp16".
+
+    Args:
+        mode: "default" is bf16 on a GPU with hardware for it, else off: nobody's numbers change without being asked for; "auto"
+            is the fastest, known or measured (`fastdynat.measured`); any other is itself.
+        say: told what was chosen and why, or that what is insisted on is slower than float32.
+        winograd: float32 may use Winograd's algorithm.
+    """
+    if mode == "default":
+        amp = "bf16" if device.type == "cuda" and not half_types(device)["bf16"] else "off"
+        if amp != "off":
+            say(f"precision: {amp}, which this GPU has; --amp off for float32")
+        return amp
+    if mode == "auto":
+        found = choose(device, winograd=winograd)
+        say(f"--amp: {found.why}; computing in {'float32' if found.amp == 'off' else found.amp}")
+        return found.amp
+    if mode != "off" and (slower := _slower(mode, device)):
+        say(f"--amp {mode}: {slower}; a bare --amp takes what is fast")
+    return mode
 
 
-def half_type(device: torch.device) -> torch.dtype:
-    """The half-precision type that suits `device`: bfloat16, or float16 on a GPU without hardware for it."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return torch.float16 if old else torch.bfloat16
+def _slower(amp: str, device: torch.device) -> str:
+    """Why half precision `amp` is slower on `device` than float32, in a clause; "" where it is not."""
+    lacking = half_types(device)[amp]
+    if device.type == "cuda":
+        return lacking
+    factor = slower_than_float32(amp, device)
+    if factor <= 1 + MARGIN:
+        return ""
+    return f"{lacking or f'{amp} is slow here'}, convolutions take {factor:.2g}x as long as in float32"
+
+
+def pick_half(amp: bool | torch.dtype, device: torch.device, say: Callable[[str], None]) -> torch.dtype | None:
+    """`pick_amp` for callers from Python: True is the fastest precision, a dtype insists on it, False is None."""
+    if amp is False:
+        return None
+    mode = "auto" if amp is True else next(name for name, dtype in AMP_DTYPES.items() if dtype is amp)
+    heard: list[str] = []
+    picked = AMP_DTYPES[pick_amp(mode, device, heard.append)]
+    # What was asked for and is done needs no word.
+    if amp is not True or picked is None:
+        for text in heard:
+            for flag, keyword in KEYWORDS:
+                text = text.replace(flag, keyword)
+            say(text)
+    return picked
+
+
+def pick_channels_last(amp: str, device: torch.device, *, winograd: bool = True) -> bool:
+    """Whether the channels-last memory format is the faster one on `device` in precision `amp`."""
+    return choose(device, amps=(amp,), winograd=winograd).channels_last
+
+
+def winograd_pays(device: torch.device, amp: str, *, channels_last: bool) -> bool:
+    """Whether Winograd's algorithm is faster than the direct one on `device`; which layers it suits is for `WinogradConv2d`."""
+    return device.type == "cpu" and amp == "off" and choose(device, amps=("off",), channels_last=channels_last).winograd
 
 
 def check_compile(mode: str, device: torch.device) -> None:

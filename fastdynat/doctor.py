@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from fastdynat.measured import choose, half_types, processor, table
+
 Status = Literal["ok", "warn", "missing"]
 STYLES = {"ok": "green", "warn": "yellow", "missing": "red"}
 NO_GPU = "no CUDA device"
@@ -47,6 +49,7 @@ def report(*, try_compile: bool = False) -> list[Check]:
         _compile(try_compile),
         _optional("TensorBoard", "tensorboard", "tensorboard", "TensorBoard logs; the other logs do not need it"),
         _optional("timm", "timm", "timm", "models from timm; the built-in models do not need it"),
+        *_decisions(),
     ]
 
 
@@ -87,8 +90,10 @@ def _cuda_device() -> Check:
 def _tensor_cores() -> Check:
     name = "bf16 / tensor cores"
     if not torch.cuda.is_available():
-        on_cpu = "bf16 on the CPU works, fast where it has AVX512-BF16 or AMX"
-        return Check(name, "missing", f"{NO_GPU}; {on_cpu}", "use a GPU of Ampere or newer")
+        lacking = half_types(torch.device("cpu"))["bf16"]
+        return Check(
+            name, "missing", f"{NO_GPU}; {lacking or 'this CPU has bf16 instructions'}", "use a GPU of Ampere or newer"
+        )
     capability = torch.cuda.get_device_capability()
     detail = f"compute capability {capability[0]}.{capability[1]}"
     if capability < (8, 0):
@@ -161,6 +166,35 @@ def _compile(try_it: bool) -> Check:
     if not same:
         return Check(name, "warn", f"compiles on {device}, but the result differs", "run with compilation off")
     return Check(name, "ok", f"compiled and ran a function on {device}")
+
+
+def _decisions() -> list[Check]:
+    """What --amp, --channels-last auto and --winograd auto take on this machine, and the timings that decide it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found, full = choose(device), choose(device, amps=("off",))
+        rows = table(device)
+    except (ImportError, RuntimeError) as error:
+        return [Check("precision", "warn", f"cannot be measured: {_one_line(error)}", "leave --amp out")]
+    amp = "float32" if found.amp == "off" else found.amp
+    last = {True: "channels-last", False: "contiguous"}
+    checks = [
+        Check("processor", "ok", _processor(device)),
+        Check("--amp", "ok", f"{amp}, {last[found.channels_last]}: {found.why}"),
+        Check("without --amp", "ok", f"{last[full.channels_last]}, Winograd's algorithm {'on' if full.winograd else 'off'}"),
+    ]
+    for name, seconds, remark in rows:
+        detail = remark if seconds is None else f"{1000 * seconds:.2f} ms, {remark}"
+        checks.append(Check(f"time: {name}", "ok", detail))
+    return checks
+
+
+def _processor(device: torch.device) -> str:
+    found = processor(device)
+    parts = [found["model"], " ".join(found["flags"])]
+    parts += [f"{found['threads']} thread(s)"] if "threads" in found else []
+    parts += [f"{name}={value}" for name, value in found.get("environment", {}).items()]
+    return "; ".join(part for part in parts if part)
 
 
 def _tiny(x: torch.Tensor) -> torch.Tensor:

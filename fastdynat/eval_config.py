@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdynat.config import AmpMode, CompileMode, Kernels
+from fastdynat.config import CompileMode, EvalAmp, Kernels
 from fastdynat.errors import UserError
 
 
@@ -41,8 +41,9 @@ class EvalConfig:
     """Images per batch, which bounds the memory; halved where it does not suffice."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
-    amp: AmpMode = "off"
-    """Mixed precision of the attack, for PGD-like ones; what counts is the float32 network's prediction."""
+    amp: EvalAmp = "off"
+    """Mixed precision of the attack, for PGD-like ones; what counts is the float32 network's prediction. auto, or a bare --amp,
+    is the fastest precision on this machine."""
     compile: CompileMode = "off"
     """torch.compile mode."""
     kernels: Kernels = "auto"

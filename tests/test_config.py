@@ -68,12 +68,12 @@ def test_the_usual_warm_up_is_filled_in(schedule: str, warmup: float | None, tmp
 
 def test_other_scripts_spellings_and_bare_flags() -> None:
     argv = ["--epsilon=8/255", "--num-steps", "7", "--wd", "0", "--amp", "--compile", "--run_dir", "x", "--amp", "fp16"]
-    expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "bf16", "--compile", "default", "--run-dir", "x"]
+    expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "auto", "--compile", "auto", "--run-dir", "x"]
     assert normalize(argv) == [*expected, "--amp", "fp16"]
 
 
 def test_a_bare_flag_does_not_swallow_what_follows() -> None:
-    assert normalize(["--amp", "runs/a"]) == ["--amp", "bf16", "runs/a"]
+    assert normalize(["--amp", "runs/a"]) == ["--amp", "auto", "runs/a"]
     assert normalize(["--channels-last"]) == ["--channels-last", "on"]
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels", "lazy", "attack_names"},
     {"ops", "documents"},
+    {"measured"},
     {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"config"},
     {"eval_config"},

@@ -16,6 +16,7 @@ from fastdynat.attacks.pgd import run_pgd
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.attacks.search import AttackResult
 from fastdynat.compiling import compile_whole
+from fastdynat.devices import AMP_DTYPES, pick_channels_last, winograd_pays
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 
 Say = Callable[[str], None]
@@ -42,6 +43,19 @@ class AttackSwitches:
     closed_form: bool = True
     compile: str = "off"
     graphs: bool = False
+
+    @classmethod
+    def fastest(cls, device: torch.device, dtype: torch.dtype | None = None, **others: Any) -> "AttackSwitches":
+        """With the memory format and the convolutions that are fast on `device` for a network in `dtype` (None: float32).
+
+        others: fields as given; a `channels_last` of None is chosen, `winograd` is where it pays.
+        """
+        amp = next((name for name, half in AMP_DTYPES.items() if half is dtype), "off")
+        last = others.pop("channels_last", None)
+        if last is None:
+            last = pick_channels_last(amp, device, winograd=others.get("winograd", True))
+        winograd = others.pop("winograd", True) and winograd_pays(device, amp, channels_last=last)
+        return cls(dtype=dtype, channels_last=last, winograd=winograd, **others)
 
 
 @dataclass(frozen=True)

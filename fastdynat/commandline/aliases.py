@@ -23,8 +23,8 @@ ALIASES = {
 }
 # Flags with a value that may stand bare.
 BARE = {
-    "--amp": ("bf16", get_args(AutoAmp)),
-    "--compile": ("default", get_args(CompileMode)),
+    "--amp": ("auto", get_args(AutoAmp)),
+    "--compile": ("auto", get_args(CompileMode)),
     "--channels-last": ("on", get_args(Switch)),
     "--fold": ("on", get_args(Switch)),
     "--winograd": ("on", get_args(Switch)),
@@ -36,7 +36,7 @@ def normalize(argv: Sequence[str], own: Collection[str] = ()) -> list[str]:
     """Replace other scripts' spellings, but for flags that are the command's `own`, and give bare flags their value.
 
     >>> normalize(["--epsilon=8", "--amp", "--epochs", "3"])
-    ['--eps=8', '--amp', 'bf16', '--epochs', '3']
+    ['--eps=8', '--amp', 'auto', '--epochs', '3']
     """
     out: list[str] = []
     for i, arg in enumerate(argv):

@@ -13,7 +13,7 @@ from fastdynat.compare.probe import probe
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.data import DatasetInfo, ImageSet, TrainSplit, dataset_info, load_test
 from fastdynat.engine import build_parts, open_split, stored_config
-from fastdynat.engine.resolve import Say, resolve, resolve_loader
+from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader
 from fastdynat.engine.state import identity
 from fastdynat.errors import UserError
 from fastdynat.evaluation import TestSets
@@ -148,7 +148,8 @@ def _check_place(run: RunPlan) -> None:
     if not looks_like_run(run.path):
         check_new(run.path, overwrite=False)
         return
-    before, now = to_flat(stored_config(run.path)), to_flat(run.config)
+    stored = stored_config(run.path)
+    before, now = to_flat(stored), to_flat(replace(run.config, engine=adopted(run.asked.engine, stored.engine)))
     for key in (*identity(run.config), "epochs", "stop_at", "patience", "on_collapse"):
         if before.get(key) != now[key]:
             raise UserError(

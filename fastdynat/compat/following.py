@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastdynat.attacks import AttackSwitches, NotCopyable
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes, memory
 from fastdynat.compiling import MODES
-from fastdynat.devices import half_type
+from fastdynat.devices import pick_half
 from fastdynat.errors import UserError, unknown_name
 
 HALF = (torch.float16, torch.bfloat16)
@@ -22,12 +22,14 @@ class Speed(TypedDict, total=False):
     """Keyword-only arguments of every attack.
 
     Attributes:
-        amp: run the network in half precision: a dtype, or True for bfloat16 where the hardware has it, else float16.
+        amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a warning, float32;
+            a dtype insists on it.
         compile: compile the step with torch.compile; a string is its mode. Also done for a model that torch.compile has made.
-        channels_last: run the network in channels-last memory format; None is on for a GPU and with `amp`.
+        channels_last: run the network in channels-last memory format; None is what is fast on this machine.
         graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
         fold: fold batch norm into the layers before it.
-        winograd: Winograd's algorithm for 3x3 convolutions, in float32 on the CPU; rounds about five times as coarsely.
+        winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds about five times
+            as coarsely.
     """
 
     amp: bool | torch.dtype
@@ -69,6 +71,7 @@ class Following:
         self._fold, self._winograd = fold, winograd
         self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
         self._said: set[str] = set()
+        self._picked: dict[torch.device, torch.dtype | None] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -115,7 +118,9 @@ class Following:
             )
         if own in HALF:
             return own
-        return half_type(x.device) if self.amp is True else self.amp or None
+        if x.device not in self._picked:  # once: a dtype that changes between calls would be another attack
+            self._picked[x.device] = pick_half(self.amp, x.device, self.warn)
+        return self._picked[x.device]
 
     def _make_replica(
         self, network: nn.Module, x: Tensor, modes: TrainingModes, dtype: torch.dtype | None, *, compiled: bool
@@ -126,9 +131,10 @@ class Following:
                 self.warn("compile and graphs are off while the model is attacked in train mode")
             return None
         gpu = x.device.type == "cuda"
-        switches = AttackSwitches(
-            dtype=dtype,
-            channels_last=(gpu or dtype is not None) if self._channels_last is None else self._channels_last,
+        switches = AttackSwitches.fastest(
+            x.device,
+            dtype,
+            channels_last=self._channels_last,
             fold=self._fold,
             winograd=self._winograd,
             compile="default" if compiled and self._compile == "off" else self._compile,

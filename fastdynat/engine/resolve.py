@@ -12,7 +12,15 @@ import torch
 from fastdynat.attacks import PGDSpec
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
-from fastdynat.devices import check_compile, check_kernels, check_winograd, pick_amp, pick_device
+from fastdynat.devices import (
+    check_compile,
+    check_kernels,
+    check_winograd,
+    pick_amp,
+    pick_channels_last,
+    pick_device,
+    winograd_pays,
+)
 from fastdynat.engine.awp import check_awp
 from fastdynat.engine.resolve_cycle import resolved_cycle
 from fastdynat.engine.schedules import WARMUP
@@ -33,10 +41,11 @@ MAX_IMAGE_SIZE = 4096
 EPOCHS, BATCH_SIZE, LR = ({"digits": 15}, 100), ({"digits": 64}, 128), ({"digits": 0.03}, 0.1)
 
 
-def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfig[Any]:
+def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on: bool = False) -> TrainConfig[Any]:
     """`config` with every automatic value filled in for the dataset `info` and the method.
 
-    `say` is told what the unit rule read and which radii are used.
+    `say` is told what the unit rule read, which radii are used, and which precision is fast here.
+    carried_on: `config` is of a run that another machine may have begun, so that nothing is measured anew.
 
     Raises:
         UserError: a value that cannot work, by name and remedy.
@@ -49,7 +58,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say) -> TrainConfi
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config, info),
-        engine=_engine(config, method, say),
+        engine=_engine(config, method, say, carried_on=carried_on),
         run=_run(config, method),
     )
 
@@ -198,7 +207,7 @@ def _warmup(optim: OptimConfig) -> float | None:
     return optim.warmup
 
 
-def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineConfig:
+def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_on: bool = False) -> EngineConfig:
     engine = config.engine
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
@@ -212,9 +221,8 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineCo
             "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
         )
     gpu = device.type == "cuda"
-    amp = pick_amp(engine.amp, device)
-    if engine.amp == "auto" and amp != "off":
-        say(f"precision: {amp}, which this GPU has; --amp off for float32")
+    direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
+    amp = pick_amp(engine.amp, device, say, winograd=not direct)
     # Graphs and streams stay as they were asked for: a run may go on on another device.
     for name in ("graphs", "guide_stream"):
         if getattr(engine, name) == "on" and not gpu:
@@ -225,13 +233,26 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say) -> EngineCo
         raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
     if engine.winograd == "on":
         check_winograd(device, amp)
+    last, winograd = engine.channels_last, engine.winograd
+    if last == "auto":
+        last = "on" if pick_channels_last(amp, device, winograd=not direct) else "off"
+    if winograd == "auto" and not carried_on and not gpu and not winograd_pays(device, amp, channels_last=last == "on"):
+        winograd = "off"
     return replace(
         engine,
         device=str(device),
         amp=cast(Any, amp),
-        channels_last=_switch(engine.channels_last, gpu or amp != "off"),
+        channels_last=last,
+        winograd=winograd,
         fold=_switch(engine.fold, config.attack.attack_bn == "eval"),
     )
+
+
+def adopted(asked: EngineConfig, stored: EngineConfig) -> EngineConfig:
+    """`asked` with what it leaves to the machine as the run settled it whose resolved configuration is `stored`."""
+    left = {name for name in ("compile", "channels_last", "fold", "winograd") if getattr(asked, name) == "auto"}
+    left |= {"amp"} if asked.amp in ("auto", "default") else set()
+    return replace(asked, **{name: getattr(stored, name) for name in left})
 
 
 def _switch(value: Switch, automatic: bool) -> Switch:

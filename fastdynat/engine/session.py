@@ -16,7 +16,7 @@ from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.networks import NetworkSet, pixel_statistics
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, resolve, resolve_loader, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import epochs_of_method, momentum_at, schedule_factor
 from fastdynat.engine.state import identity, read_state
@@ -91,7 +91,9 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     stored, run = stored_config(path), RunDir.open(path)
     try:
         split = open_split(config, say)
-        config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
+        config = replace(config, engine=adopted(config.engine, stored.engine))
+        resolved = resolve(config, split.info, lambda text: None, carried_on=True)
+        config = resolve_loader(resolved, split, lambda text: None)
         _check_changes(stored, config)
         val = split.val_images()
         last = path / LAST

@@ -1,9 +1,13 @@
 """What `fastdynat eval` is asked, checked where torch is at hand."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
 import torch
 
 from fastdynat.config import check_seed
-from fastdynat.devices import check_compile, check_kernels, pick_device
+from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
 from fastdynat.errors import UserError
 from fastdynat.eval_config import EvalConfig, Shard, parse_shard
 
@@ -24,4 +28,13 @@ def check_config(config: EvalConfig) -> torch.device:
     return device
 
 
-__all__ = ["EvalConfig", "Shard", "check_config", "parse_shard"]
+def settled(config: EvalConfig, say: Callable[[str], None]) -> EvalConfig:
+    """`config` with the precision that "auto" is on this machine, which `say` is told.
+
+    Raises:
+        UserError: as `check_config`.
+    """
+    return replace(config, amp=cast(Any, pick_amp(config.amp, check_config(config), say)))
+
+
+__all__ = ["EvalConfig", "Shard", "check_config", "parse_shard", "settled"]

@@ -124,8 +124,7 @@ def attacked(
     x: images that it can take, on its device.
     """
     try:
-        # oneDNN's input gradients of strided convolutions are several times faster so, nothing is slower.
-        switches = AttackSwitches(dtype=amp_dtype, channels_last=channels_last or x.device.type == "cpu", winograd=winograd)
+        switches = AttackSwitches.fastest(x.device, amp_dtype, channels_last=channels_last or None, winograd=winograd)
         return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
     except NotCopyable:
         return Ascent(model, dtype=amp_dtype)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fastdynat.evaluation.cells import Cells, Known
-from fastdynat.evaluation.config import EvalConfig, check_config
+from fastdynat.evaluation.config import EvalConfig, check_config, settled
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.evaluation.meter import Meter
@@ -34,6 +34,7 @@ def evaluate_runs(
     """
     if config.json:
         check_writable(Path(config.json))
+    config = settled(config, lambda text: console.print(text, markup=False, highlight=False))
     records: list[Values] = []
 
     def store(found: list[Values], complete: bool = False) -> None:
@@ -80,6 +81,7 @@ def measure_runs(
         Stopped: `should_stop` said so; `known` and the cache have what was measured.
     """
     device = check_config(config)
+    config = config if config.amp != "auto" else settled(config, lambda text: None)
     known = {} if known is None else known  # best and last are often one folder, which is then measured once
     records: list[Values] = []
     meter = Meter(console)

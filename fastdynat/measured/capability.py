@@ -1,0 +1,81 @@
+"""Which processor this is, and which types it has instructions for."""
+
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Flags of /proc/cpuinfo that decide which kernels run; x86 and Arm.
+FLAGS = (
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_ne_convert",
+    "amx_tile",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "sve",
+    "bf16",
+    "svebf16",
+    "asimdhp",
+)
+# Of the environment; each makes oneDNN or ATen take other instructions or threads than the processor would suggest.
+VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY", "OMP_PROC_BIND")
+QUESTIONS = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}
+
+
+def half_types(device: torch.device) -> dict[str, str]:
+    """For each of "bf16" and "fp16", why `device` has no instructions for it; "" where it has."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return {
+            "bf16": "" if major >= 8 else f"bf16 has no tensor cores on this GPU (compute capability {major}.{minor})",
+            "fp16": "" if major >= 7 else f"fp16 has no tensor cores on this GPU (compute capability {major}.{minor})",
+        }
+    return {
+        name: "" if _on_cpu(question) else f"{name} has no instructions on this CPU" for name, question in QUESTIONS.items()
+    }
+
+
+def _on_cpu(question: str) -> bool:
+    """What oneDNN says, which also knows what the environment forbids it."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    try:
+        return bool(getattr(torch.ops.mkldnn, question)())
+    except (AttributeError, RuntimeError):  # a build of torch without the question
+        return False
+
+
+def processor(device: torch.device) -> dict[str, Any]:
+    """Everything that a timing on `device` depends on, as plain values that two equal machines agree in."""
+    if device.type == "cuda":
+        found: dict[str, Any] = {"model": torch.cuda.get_device_name(device), "flags": []}
+    else:
+        model, flags = _cpu_info()
+        found = {"model": model, "flags": [flag for flag in FLAGS if flag in flags], "threads": torch.get_num_threads()}
+        found["environment"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        found["onednn"] = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    return found | {"torch": torch.__version__}
+
+
+@functools.lru_cache
+def _cpu_info(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
+    """Model name and flags of the first core; on systems without the file what Python knows, and no flags."""
+    lines: dict[str, str] = {}
+    try:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            lines.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part")
+    model = " ".join(lines[name] for name in names if name in lines) or f"{platform.machine()} {platform.processor()}".strip()
+    return model, set((lines.get("flags") or lines.get("Features") or "").split())

@@ -1,0 +1,148 @@
+"""From capabilities and measurements to decisions, each with its reason in one sentence."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdynat.measured import store
+from fastdynat.measured.capability import half_types, processor
+from fastdynat.measured.proxy import Setting, passes, settings
+from fastdynat.measured.racing import Clock, race
+
+# The surer alternative (float32, then contiguous, then no Winograd) wins unless another one is faster by so much: timings
+# repeat to a few percent.
+MARGIN = 0.03
+_known: dict[str, dict[str, float]] = {}  # by key, of this process
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is fast here.
+
+    Attributes:
+        amp: "off", "bf16" or "fp16".
+        channels_last: memory format of images and convolution weights.
+        winograd: Winograd's algorithm for float32 convolutions pays.
+        why: the precision's reason, in a clause.
+    """
+
+    amp: str
+    channels_last: bool
+    winograd: bool
+    why: str
+
+
+def choose(
+    device: torch.device,
+    *,
+    amps: Collection[str] = ("off", "bf16", "fp16"),
+    channels_last: bool | None = None,
+    winograd: bool = True,
+    clock: Clock | None = None,
+) -> Choice:
+    """The fastest setting on `device` among those whose precision is in `amps`.
+
+    On a GPU it is known. On the CPU a precision without instructions is out of the question, and the others are timed, once per
+    machine, number of threads and version of torch (`store`); nothing is timed where nothing is left to choose.
+
+    channels_last: the memory format, where it is not to be chosen.
+    winograd: whether Winograd's algorithm may be used at all.
+    """
+    lacking = half_types(device)
+    types = [name for name in ("bf16", "fp16") if name in amps and not lacking[name]]
+    if device.type == "cuda":
+        return _on_gpu(types, lacking, device)
+    timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock)
+    allowed = [s for s in settings(types) if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)]
+    allowed = [s for s in allowed if channels_last in (None, s.channels_last)]
+    if not allowed:  # a half type without instructions is insisted on: oneDNN's emulation is the least slow
+        return Choice(next(iter(amps)), True, False, lacking[next(iter(amps))])
+    best = _best(allowed, timed)
+    return Choice(best.amp, best.channels_last, best.winograd, _reason(best, allowed, timed, lacking, amps))
+
+
+def _on_gpu(types: list[str], lacking: Mapping[str, str], device: torch.device) -> Choice:
+    if not types:
+        return Choice("off", True, False, "; ".join(dict.fromkeys(lacking.values())) or "as asked")
+    return Choice(types[0], True, False, f"{types[0]} has tensor cores on {torch.cuda.get_device_name(device)}")
+
+
+def _best(allowed: list[Setting], timed: Mapping[str, float]) -> Setting:
+    best = allowed[0]
+    for setting in sorted(allowed, key=lambda s: (s.amp != "off", s.amp, s.winograd, s.channels_last)):
+        if timed[setting.name] < timed[best.name] * (1 - MARGIN):
+            best = setting
+    return best
+
+
+def _reason(
+    best: Setting, allowed: list[Setting], timed: Mapping[str, float], lacking: Mapping[str, str], amps: Collection[str]
+) -> str:
+    wanted = [name for name in ("bf16", "fp16") if name in amps]
+    full = [timed[s.name] for s in allowed if s.amp == "off"]
+    half = {s.amp: min(timed[o.name] for o in allowed if o.amp == s.amp) for s in allowed if s.amp != "off"}
+    if not wanted or not full:
+        return "as asked"
+    if best.amp != "off":
+        return f"{best.amp} is {min(full) / half[best.amp]:.2g}x as fast as float32 here (measured)"
+    measured = [f"{name} measured {min(full) / t:.2g}x as fast as float32 here" for name, t in half.items()]
+    return "; ".join(measured or [f"{lacking[wanted[0]]} and is emulated, many times slower than float32"])
+
+
+def _timed(device: torch.device, types: list[str], clock: Clock | None) -> dict[str, float]:
+    """Seconds of every setting of the CPU, by name: of this process, of an earlier one, or measured now."""
+    return _remembered("convolutions", device, {s.name: s for s in settings(types)}, clock, tiny=False)
+
+
+def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = None) -> float:
+    """How many times longer than in float32 convolutions take in "bf16" or "fp16" on the CPU; below 1 where they are faster.
+
+    Where the type has no instructions, this times a single small layer.
+    """
+    lacking = half_types(device)
+    if not lacking[amp]:
+        timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock)
+    else:
+        pair = [Setting("off", True), Setting(amp, True)]
+        timed = _remembered(f"{amp} emulated", device, {s.name: s for s in pair}, clock, tiny=True)
+    best = {name: min(t for setting, t in timed.items() if setting.startswith(name)) for name in ("float32", amp)}
+    return best[amp] / best["float32"]
+
+
+def _remembered(
+    what: str, device: torch.device, wanted: dict[str, Setting], clock: Clock | None, *, tiny: bool
+) -> dict[str, float]:
+    key: dict[str, Any] = {"what": what, "settings": sorted(wanted), **processor(device)}
+    text = json.dumps(key, sort_keys=True)
+    if text in _known:
+        return _known[text]
+    seconds = store.load(key, set(wanted))
+    if seconds is None:
+        seconds = race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, clock=clock)
+        store.save(key, seconds)
+    _known[text] = seconds
+    return seconds
+
+
+def faster_types(device: torch.device) -> list[str]:
+    """The half-precision types that `device` has instructions for."""
+    return [name for name, why_not in half_types(device).items() if not why_not]
+
+
+def table(device: torch.device) -> list[tuple[str, float | None, str]]:
+    """What the choices on `device` rest on: (setting, seconds or None where it is not timed, remark)."""
+    lacking = half_types(device)
+    if device.type == "cuda":
+        return [(name, None, why_not or "has tensor cores: known, not measured") for name, why_not in lacking.items()]
+    timed = _timed(device, faster_types(device), None)
+    best = min(timed.values())
+    rows: list[tuple[str, float | None, str]] = [(name, t, f"{t / best:.2f}x the best") for name, t in timed.items()]
+    for name, why_not in lacking.items():
+        if why_not:
+            rows.append(
+                (name, None, f"{why_not}: {slower_than_float32(name, device):.2g}x slower than float32 on a small layer")
+            )
+    return rows
