@@ -291,7 +291,7 @@ def test_switches_are_named_after_flags_and_say_why_not() -> None:
 @needs("torchattacks")
 def test_rows_of_peers_and_the_file_comes_back_as_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.json"
-    bench("--amp", "--peers", "--json", str(out))
+    bench("--amp", "bf16", "--peers", "--json", str(out))
     doc = stored(out)
     assert doc["format"] == "fastdynat-bench/1"
     names = {kind: [row["name"] for row in doc["rows"] if row["kind"] == kind] for kind in ("attack", "step", "matmul")}
@@ -319,8 +319,8 @@ def test_rows_of_peers_and_the_file_comes_back_as_a_baseline(tmp_path: Path, cap
         if row["kind"] != "matmul":
             row["images_per_s"]["median"] *= 1000 if row["ours"] else 1e-9  # peers are not compared
     (tmp_path / "b.json").write_text(json.dumps(faster))
-    bench("--amp", "--baseline", str(out), "--tolerance", "0.99")
-    bench("--amp", "--baseline", str(tmp_path / "b.json"), "--tolerance", "0.99", code=1)
+    bench("--amp", "bf16", "--baseline", str(out), "--tolerance", "0.99")
+    bench("--amp", "bf16", "--baseline", str(tmp_path / "b.json"), "--tolerance", "0.99", code=1)
     assert capsys.readouterr().out.count("slower") == 2
 
 

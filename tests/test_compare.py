@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from fastdynat.cli import main
 from fastdynat.compare import probe
 from fastdynat.config import AttackConfig
+from fastdynat.devices import pick_amp
 from fastdynat.engine import default_config, stored_config
 from fastdynat.engine.session import attack_steps
 from fastdynat.engine.step import TrainStep
@@ -97,7 +98,8 @@ def test_flags_may_be_bare_or_spelt_as_elsewhere(tmp_path: Path) -> None:
         tmp_path / "c", "--methods", "madry", "--attacks", "clean", "--epochs", "1", *TINY, "--amp", "--epsilon", "0.2"
     )
     run = stored_config(tmp_path / "c" / "madry-seed1")
-    assert (run.engine.amp, run.attack.eps) == ("bf16", 0.2)
+    amp = pick_amp("auto", torch.device(run.engine.device), lambda text: None)
+    assert (run.engine.amp, run.attack.eps) == (amp, 0.2)
     assert found["rows"]
 
 

@@ -243,7 +243,7 @@ TINY = ["--train-size", "96", "--val-size", "20", "--batch-size", "32", "--steps
 
 @pytest.mark.parametrize(
     "flags",
-    [["--attack-bn", "eval", "--amp"], ["--attack-bn", "train", "--method", "madry"]],
+    [["--attack-bn", "eval", "--amp", "bf16"], ["--attack-bn", "train", "--method", "madry"]],
     ids=["dynat bf16", "madry bn train"],
 )
 def test_checking_changes_nothing_in_a_run(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ FLAGS = [
     [],
     ["--amp", "off"],
     ["--amp", "fp16"],
-    ["--amp", "--compile"],
+    ["--amp", "bf16", "--compile", "default"],
     ["--graphs", "off"],
     ["--guide-stream", "off"],
     ["--method", "madry", "--attack-bn", "train"],

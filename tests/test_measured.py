@@ -1,7 +1,9 @@
 """What is fast on this machine: capability before measurement, measurement before hope, and every reason said."""
 
 import json
-import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,25 +316,24 @@ def test_a_cache_that_cannot_be_written_fails_nothing(
     assert machine.timed, "measured by each process"
 
 
-def _save_often(folder: str, number: int) -> None:
-    import os
-
-    os.environ["XDG_CACHE_HOME"] = folder
-    for _ in range(200):
-        store.save({"what": "both"}, {"a": float(number), "b": float(number)})
-        found = store.load({"what": "both"}, {"a", "b"})
-        assert found is None or found["a"] == found["b"]
-        assert found is not None
+SAVE_OFTEN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("store", sys.argv[1])
+store = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(store)
+number = float(sys.argv[2])
+for _ in range(200):
+    store.save({"what": "both"}, {"a": number, "b": number})
+    found = store.load({"what": "both"}, {"a", "b"})
+    assert found is not None and found["a"] == found["b"]
+"""
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_save_often, args=(str(tmp_path), number)) for number in (1, 2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SAVE_OFTEN, str(store.__file__)]
+    both = [subprocess.Popen([*command, number], env=environment) for number in "12"]
+    assert [process.wait(60) for process in both] == [0, 0]
     assert len(list((tmp_path / "fastdynat" / "measured").iterdir())) == 1, "nothing half-written is left"
 
 

@@ -66,7 +66,17 @@ VARIANTS = {
         *("--method", "madry", "--ema", "0.995", "--ema-warmup", "0.4", "--ema-buffers", "copy", "--no-decay-norms"),
         *("--schedule", "onecycle", "--warmup", "0.1"),
     ],
-    "dynat-ema-clip-joint-bf16": ["--ema", "0.9", "--clip-grad", "0.5", "--optimizers", "joint", "--amp", "--channels-last"],
+    "dynat-ema-clip-joint-bf16": [
+        "--ema",
+        "0.9",
+        "--clip-grad",
+        "0.5",
+        "--optimizers",
+        "joint",
+        "--amp",
+        "bf16",
+        "--channels-last",
+    ],
     "madry-fp16-onecycle": ["--method", "madry", "--amp", "fp16", "--schedule", "onecycle", "--attack-bn", "train"],
     "natural-triangular": ["--method", "natural", "--schedule", "triangular", "--warmup", "0.4"],
 }
