@@ -14,14 +14,15 @@ import torch
 from networks import tiny_cnn
 
 from fastdynat.attacks import AttackSwitches
-from fastdynat.cli import normalize
+from fastdynat.commandline.aliases import normalize
 from fastdynat.compat.torchattacks import PGD
 from fastdynat.config import EngineConfig, TrainConfig, update
 from fastdynat.data import dataset_info
 from fastdynat.devices import pick_amp, pick_half
 from fastdynat.engine.resolve import adopted, resolve
 from fastdynat.engine.session import default_config
-from fastdynat.evaluation.config import EvalConfig, settled
+from fastdynat.eval_config import EvalConfig
+from fastdynat.evaluation.config import settled
 from fastdynat.measured import capability, choices, choose, processor, race, slower_than_float32, store, table
 from fastdynat.measured.proxy import Setting, passes, settings
 
@@ -176,7 +177,7 @@ def resolved(said: list[str], **engine: Any) -> EngineConfig:
 
 def test_the_command_line_stores_what_was_chosen(machine: Machine, said: list[str]) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 4) | {"bf16, contiguous": 6}
-    assert normalize(["--amp", "--compile", "--epochs", "1"])[:4] == ["--amp", "auto", "--compile", "auto"]
+    assert normalize(["--amp", "--compile", "--epochs", "1"])[:4] == ["--amp", "auto", "--compile", "default"]
     fast = resolved(said, amp="auto")
     assert (fast.amp, fast.channels_last) == ("bf16", "on")
     assert resolved(said).amp == "off"
