@@ -19,8 +19,8 @@ from fastdynat.compat.torchattacks import PGD
 from fastdynat.config import EngineConfig, TrainConfig, update
 from fastdynat.data import dataset_info
 from fastdynat.devices import pick_amp, pick_half
+from fastdynat.engine import default_config
 from fastdynat.engine.resolve import adopted, resolve
-from fastdynat.engine.session import default_config
 from fastdynat.eval_config import EvalConfig
 from fastdynat.evaluation.config import settled
 from fastdynat.measured import capability, choices, choose, processor, race, slower_than_float32, store, table
