@@ -14,9 +14,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import yaml
 
+from fastdynat import documents
+from fastdynat.documents import check_text, shown
 from fastdynat.errors import UserError, unknown_name
 
 OptionsT = TypeVar("OptionsT")
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1 reads as true and false
 AutoAmp = Literal["default", "auto", "off", "bf16", "fp16"]
 EvalAmp = Literal["off", "auto", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
@@ -286,6 +289,8 @@ def update(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> 
     """
     known = to_flat(config)
     for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{origin}: a key must be a name, got {shown(key)}")
         if key not in known:
             raise UserError(f"{origin}: {unknown_name('key', str(key), known)}")
     parts = {}
@@ -293,7 +298,7 @@ def update(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> 
         hints = typing.get_type_hints(type(part))
         own = {f.name for f in dataclasses.fields(part)} & values.keys()
         parts[name] = dataclasses.replace(part, **{k: _coerce(k, values[k], hints[k], origin) for k in own})
-    return dataclasses.replace(config, method=values.get("method", config.method), **parts)
+    return dataclasses.replace(config, method=_coerce("method", values.get("method", config.method), str, origin), **parts)
 
 
 def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
@@ -304,25 +309,25 @@ def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
             # YAML reads a bare `off` as False, and `on` as True.
             if isinstance(value, bool) and ("on" if value else "off") in options:
                 return "on" if value else "off"
-            raise UserError(f"{origin}: {unknown_name(key, str(value), options)}")
+            raise UserError(f"{origin}: {unknown_name(key, value if isinstance(value, str) else shown(value), options)}")
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{origin}: {key} must be a list of numbers, got {value!r}")
+            raise UserError(f"{origin}: {key} must be a list of numbers, got {shown(value)}")
         return tuple(_coerce(key, v, options[0], origin) for v in value)
     kinds = options or (hint,)
     for kind in kinds:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
-            return value
-    if float in kinds and str not in kinds and isinstance(value, str):
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return check_text(value, f"{origin}: {key}") if kind is str else value
+    if bool in kinds and isinstance(value, str) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    if float in kinds and not isinstance(value, bool) and isinstance(value, int if str in kinds else (int, str)):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     names = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-    raise UserError(f"{origin}: {key} must be {names}, got {value!r}")
+    raise UserError(f"{origin}: {key} must be {names}, got {shown(value)}")
 
 
 def to_yaml(config: TrainConfig[Any]) -> str:
@@ -336,17 +341,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is not YAML of `key: value` lines.
     """
-    origin = str(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {origin}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{origin} is not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = documents.read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{origin} must hold `key: value` lines, got a {type(values).__name__}")
+        raise UserError(f"{path} must hold `key: value` lines, got a {type(values).__name__}")
     return values

@@ -14,7 +14,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     >>> str(unknown_name("model", "resnet81", ["resnet18", "small"]))
     "unknown model 'resnet81': did you mean 'resnet18'? known: resnet18, small"
     """
-    known = sorted(known)
+    known, name = sorted(known), name if len(name) <= 80 else f"{name[:80]}..."
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")

@@ -102,7 +102,7 @@ def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_
         with pytest.raises(UserError, match=f"of another evaluation: {what} differ"):
             changed()
     path.write_text("{}")
-    with pytest.raises(UserError, match="is no state"):
+    with pytest.raises(UserError, match="is not the state of an AutoAttack evaluation"):
         evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
 
 

@@ -258,13 +258,13 @@ def lacking(path: Path) -> None:
 
 
 DAMAGES = {
-    truncate: "is damaged or was changed: sha256",
+    truncate: "is damaged or was changed: it is truncated",
     flip_a_byte: "is damaged or was changed: sha256",
     other_architecture: "is not a small",
     not_json: "is not JSON",
     foreign_json: "is not a fastdynat checkpoint",
     lacking: "lacks 'num_classes'",
-    wrong_type: "eval_eps cannot be None",
+    wrong_type: "eval_eps must be float, got null",
     Path.unlink: "no weights at",
 }
 
@@ -325,14 +325,17 @@ def test_a_broken_manifest(run: Path, refused: Run) -> None:
     manifest = (run / "last" / "checkpoint.json").resolve()
     for content in ("{", "{}", '{"format": "x", "sha256": {}}'):
         manifest.write_text(content)
-        assert "is truncated or not a fastdynat manifest" in refused("train", "--resume", run)
+        assert "not a fastdynat manifest" in refused("train", "--resume", run)
     manifest.unlink()
     assert "is not a fastdynat checkpoint" in refused("eval", run, "--checkpoints", "last")
 
 
 def test_damaged_metrics(run: Path, refused: Run) -> None:
     (run / "metrics.jsonl").write_text('{"epoch": 1')
-    assert "metrics.jsonl is damaged" in refused("train", "--resume", run)
+    message = refused("train", "--resume", run)
+    assert "metrics.jsonl, line 1 is not JSON: it is truncated or not a run's metrics; move it away" in message
+        "train", "--resume", run
+    )
 
 
 def test_a_copy_that_followed_the_links_resumes(run: Path, tmp_path: Path) -> None:

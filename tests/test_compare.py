@@ -240,7 +240,7 @@ def test_a_damaged_ledger_and_a_second_process(tmp_path: Path, capsys: pytest.Ca
     assert "is in use by another fastdynat process" in capsys.readouterr().err
     (out / "ledger.json").write_text('{"format": ')
     compare(out, *PLAIN, code=2)
-    assert "ledger.json is damaged or was edited" in capsys.readouterr().err
+    assert "ledger.json is not JSON: it is truncated or not a comparison's ledger; choose" in capsys.readouterr().err
 
 
 # Refusals

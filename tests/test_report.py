@@ -360,7 +360,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     monkeypatch.undo()
     out.mkdir()
     (out / "findings.json").write_text("{}")
-    assert "findings.json is damaged" in refused(run, "--out", out)
+    assert "findings.json is not a report's findings" in refused(run, "--out", out)
 
 
 def test_the_images_are_the_attacked_ones(trained: Path, written: Path) -> None:

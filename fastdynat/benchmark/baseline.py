@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,38 @@ from rich.table import Table
 
 from fastdynat.benchmark.report import FORMAT, machine, settings
 from fastdynat.config import TrainConfig
+from fastdynat.documents import convert, read_json, shown
+from fastdynat.documents.numbers import AboveZero
 from fastdynat.errors import UserError
 
 MACHINE = ("cpu", "threads", "gpus", "tf32_convolutions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rates:
+    """Images per second."""
+
+    median: AboveZero
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What is compared of a row; those of a matrix product have no rates."""
+
+    kind: str
+    name: str
+    ours: bool
+    invalid: str | bool | None
+    images_per_s: _Rates | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What is read of a result."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[_Row]
 
 
 def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
@@ -21,14 +51,14 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is no result of `fastdynat bench`, or is of something else.
     """
-    try:
-        doc = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:  # not UTF-8, or not JSON
-        doc = None
-    if not isinstance(doc, dict) or doc.get("format") != FORMAT:
-        raise UserError(f"{path} is no result of fastdynat bench (its format is not {FORMAT}): write one with --json {path}")
+    doc = read_json(
+        path,
+        dict[str, Any],
+        what="a result of fastdynat bench",
+        format=FORMAT,
+        remedy=f"write one with --json {path}",
+    )
+    convert(doc, _Result, origin=str(path), why=f"it was damaged or edited; write another with --json {path}")
     _agree(path, "setting", doc["settings"], json.loads(json.dumps(settings(config))))
     _agree(path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine())))
     return doc
@@ -38,7 +68,7 @@ def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, 
     for key in sorted({*stored, *ours}):
         if stored.get(key) != ours.get(key):
             raise UserError(
-                f"{path} is of another {what}: {key} was {stored.get(key)!r} and is {ours.get(key)!r}; "
+                f"{path} is of another {what}: {key} was {shown(stored.get(key))} and is {shown(ours.get(key))}; "
                 "measure both alike, or leave --baseline out"
             )
 
@@ -49,7 +79,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str,
     found = []
     for row in now["rows"]:
         earlier = old.get((row["kind"], row["name"]))
-        if not row["ours"] or earlier is None or row["invalid"] or earlier["invalid"]:
+        if not row["ours"] or earlier is None or row["invalid"] or earlier["invalid"] or "images_per_s" not in earlier:
             continue
         ratio = row["images_per_s"]["median"] / earlier["images_per_s"]["median"]
         found.append({"kind": row["kind"], "name": row["name"], "ratio": round(ratio, 4)})

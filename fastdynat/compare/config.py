@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
 
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
+from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.methods import METHODS, method_name, options_type
 from fastdynat.pictures import check_picture
@@ -137,10 +137,7 @@ def parse_settings(settings: Sequence[str], methods: Sequence[str]) -> dict[str,
             raise UserError(f"--set {where}: {OWN.get(key, '--seeds says which')}")
         if key in found[method]:
             raise UserError(f"--set {where} is given twice")
-        try:
-            found[method][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[method][key] = value
+        found[method][key] = parse_yaml(value, origin=f"--set {where}")
     return found
 
 

@@ -2,14 +2,48 @@
 
 import json
 from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fastdynat.documents import convert, read_json
+from fastdynat.documents.numbers import AboveZero, Count, Finite, Positive
 from fastdynat.errors import UserError
+from fastdynat.evaluation import Measurement
 from fastdynat.runs import looks_like_run
 from fastdynat.runs.files import write_text
 
 FILE, FORMAT = "ledger.json", "fastdynat-compare-ledger/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """`probe.probe`."""
+
+    epochs: Positive
+    start_seconds: Finite
+    first_epoch_seconds: Finite
+    later_epoch_seconds: Finite
+    expected_seconds: Finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """How a run ended."""
+
+    ended: Literal["finished", "diverged"] = "finished"  # where it is left out, the run has not ended
+    reason: str = ""
+    peak_memory_bytes: Count | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The file as a whole."""
+
+    budget_seconds: AboveZero | None
+    probes: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]]
 
 
 class Ledger(MutableMapping[str, dict[str, Any]]):
@@ -37,16 +71,13 @@ class Ledger(MutableMapping[str, dict[str, Any]]):
             raise UserError(f"{folder} is not empty and holds no comparison; choose another --out")
 
     def _read(self, folder: Path) -> None:
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
-                raise ValueError
-            budget, self.probes, self.runs = stored["budget_seconds"], dict(stored["probes"]), dict(stored["runs"])
-            self._known = dict(stored["evaluations"])
-            if not all(isinstance(v, dict) for part in (self.probes, self.runs, self._known) for v in part.values()):
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} is damaged or was edited; choose a new --out") from None
+        stored = read_json(self.path, _Stored, what="a comparison's ledger", format=FORMAT, remedy="choose a new --out")
+        budget, self.probes, self.runs, self._known = stored.budget_seconds, stored.probes, stored.runs, stored.evaluations
+        origin, why = str(self.path), "it was damaged or edited; choose a new --out"
+        convert(self.probes, dict[str, _Probe], origin=origin, why=why)
+        convert(self.runs, dict[str, _Run], origin=origin, why=why)
+        for found in convert(self._known, dict[str, Measurement], origin=origin, why=why).values():
+            found.check(origin)
         if budget != self.budget:
             raise UserError(
                 f"the comparison in {folder} was begun with budget_seconds {budget}, not {self.budget}; "

@@ -1,6 +1,5 @@
 """The results of a comparison as plain values: what each run did, and means over seeds by method and checkpoint."""
 
-import json
 import math
 import shlex
 import statistics
@@ -14,6 +13,7 @@ from fastdynat.compare.plan import Plan, RunPlan
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.engine.metrics import read_rows
 from fastdynat.runs import ENVIRONMENT, describe_environment, source_commit
+from fastdynat.runs.environment import read_starts
 
 FORMAT = "fastdynat-compare/1"
 Values = dict[str, Any]
@@ -55,7 +55,7 @@ def _run_values(run: RunPlan, plan: Plan, records: list[Values]) -> Values:
         "reason": "",
         **plan.ledger.runs[run.name],
         "config": to_flat(run.config),
-        "starts": json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8")),
+        "starts": read_starts(run.path / ENVIRONMENT),
         "train_seconds": sum(seconds),
         "seconds_per_epoch": per_epoch,  # the median: a first epoch may compile
         "images_per_s": plan.images / per_epoch if per_epoch else None,

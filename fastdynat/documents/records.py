@@ -97,6 +97,7 @@ def _in_words(message: str, origin: str, why: str) -> str:
         return f"{origin} lacks {missing[1]!r}{inside}: {why}"
     text, key = message, ""
     if wrong := _WRONG.match(message):
-        text, key = wrong[1], f"{'a key of ' if wrong[2] else ''}{wrong[3]} "
+        name = wrong[3].replace("[...]", ", a value" if wrong[3] != "[...]" else "a value")
+        text, key = wrong[1], f"{'a key of ' if wrong[2] else ''}{name} "
     text = text.replace("`", "").replace("Expected ", "must be ", 1).replace("object", "a mapping").replace("array", "a list")
     return f"{origin}: {key}{text}: {why}"

@@ -4,13 +4,16 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from fastdynat.errors import UserError
+from fastdynat.documents import convert, read_json_lines
+from fastdynat.documents.numbers import Positive
 from fastdynat.runs.files import write_text
 
 
@@ -88,12 +91,18 @@ class MetricsLog:
         write_text(self.csv, text.getvalue())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What every row has; the other columns depend on the method."""
+
+    epoch: Positive
+    train_seconds: Annotated[float, Meta(ge=0, le=1e12)]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl. Raises UserError where it is damaged."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if all(isinstance(row["epoch"], int) for row in rows):
-            return rows
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} is damaged or was edited; move it away to go on without the rows of earlier epochs")
+    remedy = "move it away to go on without the rows of earlier epochs"
+    rows = read_json_lines(path, dict[str, bool | int | float | None], what="a run's metrics", remedy=remedy)
+    for number, row in enumerate(rows, 1):
+        convert(row, _Row, origin=f"{path}, line {number}", why=f"it is damaged or was edited; {remedy}")
+    return rows

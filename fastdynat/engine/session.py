@@ -128,10 +128,20 @@ def _restore(checkpoint: Path, trainer: Trainer) -> None:
     _load_weights(checkpoint, trainer.networks, trainer.config)
     try:
         trainer.load_state_dict(state)
+        _check_momentum(trainer)
     except UserError:
         raise
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a tensor or a value of another kind fails in its own way; nothing has been written
         raise UserError(f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}") from None
+
+
+def _check_momentum(trainer: Trainer) -> None:
+    for optimizer in trainer.step.optimizers:
+        for parameter, kept in optimizer.state.items():
+            shapes = {name: tuple(value.shape) for name, value in kept.items() if torch.is_tensor(value)}
+            for name, shape in shapes.items():
+                if shape not in (tuple(parameter.shape), ()):
+                    raise ValueError(f"{name} of a weight {tuple(parameter.shape)} is {shape}")
 
 
 def open_split(config: TrainConfig[Any], say: Say = lambda text: None) -> TrainSplit:

@@ -1,14 +1,17 @@
 """The training state on disk: everything beside the weights that makes a resumed run equal to an uninterrupted one."""
 
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdynat.config import TrainConfig, to_flat
+from fastdynat.documents import convert
+from fastdynat.documents.numbers import Count, Finite
 from fastdynat.errors import UserError
 from fastdynat.runs.files import sync_file
+from fastdynat.tensorfiles import read_pickle
 
 FORMAT = "fastdynat-state/1"
 
@@ -38,6 +41,45 @@ RESUMABLE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Averages:
+    """`engine.metrics.Averages.state_dict`."""
+
+    images: Count
+    sums: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watch:
+    """`engine.watch.Watch.state_dict`."""
+
+    best: Finite | None
+    stale: Count
+    robust: Finite
+    trained: Finite
+    collapsed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """`engine.trainer.Trainer.state_dict`, as far as it is plain values; what has tensors is checked where it is put back."""
+
+    epoch: Count
+    epoch_step: Count
+    global_step: Count
+    optimizers: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    ema_updates: Count | None
+    rng: dict[str, Any]
+    loader: dict[str, Any]
+    averages: _Averages
+    method: dict[str, Any]
+    seconds: Finite
+    watch: _Watch
+    last_validation: dict[str, Any]
+    config: dict[str, Any]
+
+
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
     """The part of a resolved configuration that a run keeps for life.
 
@@ -59,14 +101,10 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, truncated, or not a training state.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; the error below is enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: this checkpoint cannot be resumed") from None
-    except Exception as error:  # the restricted unpickler fails in many ways, all of which mean the same
-        raise UserError(f"{path} is truncated or not a training state ({type(error).__name__})") from None
+    if not path.exists():
+        raise UserError(f"{path} is missing: this checkpoint cannot be resumed")
+    state = read_pickle(path, what="a training state", remedy="start a new run, or bring the file back")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdynat training state (its format is not {FORMAT})")
+    convert(state, _State, origin=str(path))
     return state

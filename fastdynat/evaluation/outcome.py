@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from fastdynat.documents import DocumentError
+from fastdynat.documents.numbers import Count, Finite, Positive, Share
+
+Distance = Annotated[float, Meta(ge=0)]
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
@@ -26,17 +32,28 @@ class Measurement:
     """
 
     attack: str
-    accuracy: float
-    ci: tuple[float, float]
-    per_class: list[float | None]
+    accuracy: Share
+    ci: tuple[Share, Share]
+    per_class: list[Share | None]
     robust_bits: str
-    correct: int
-    images: int
-    seconds: float
+    correct: Count
+    images: Positive
+    seconds: Finite
     images_per_s: float
-    zero_grad_share: float | None
-    distances: list[float | None] | None
-    batch_size: int
+    zero_grad_share: Share | None
+    distances: list[Distance | None] | None
+    batch_size: Positive
+
+    def check(self, origin: str) -> "Measurement":
+        """This measurement, if its numbers agree with each other; else DocumentError. `origin` names the file it is from."""
+        if len(self.robust_bits) != 2 * (-(-self.images // 8)) or set(self.robust_bits) - set("0123456789abcdef"):
+            raise DocumentError(f"{origin}: robust_bits are not those of {self.images} images: it was damaged or edited")
+        correct = int(unpack_bits(self.robust_bits, self.images).sum())
+        if correct != self.correct or self.accuracy != correct / self.images:
+            raise DocumentError(f"{origin}: its accuracy is not that of its images: it was damaged or edited")
+        if self.distances is not None and len(self.distances) != self.images:
+            raise DocumentError(f"{origin}: {len(self.distances)} distances of {self.images} images: it was damaged or edited")
+        return self
 
     @classmethod
     def of(

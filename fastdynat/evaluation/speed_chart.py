@@ -1,14 +1,18 @@
 """`fastdynat boundary RUN --chart FILE`: the boundary's speed over the margin, one panel per epoch (extra `plots`)."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 
+from fastdynat.documents import regular_file
 from fastdynat.errors import UserError
 from fastdynat.evaluation.boundary_speed import FOLDER
 from fastdynat.pictures import BLUE, RED, TEXT, new_figure, quiet_axes
 
 PANELS, COLUMNS = 6, 3
+NAME = re.compile(r"epoch-[0-9]{1,9}\.npz")
+MAX_SIZE = 64 << 20  # bytes of the arrays of one validation
 SHOWN = 0.99  # share of the points inside the axes; the rest sits on the border
 
 
@@ -18,7 +22,7 @@ def draw_speeds(run: Path, chart: Path) -> int:
     Raises:
         UserError: the run measured nothing, or a file of it is damaged.
     """
-    files = sorted((run / FOLDER).glob("epoch-*.npz"))
+    files = sorted(path for path in (run / FOLDER).glob("epoch-*.npz") if NAME.fullmatch(path.name))
     if not files:
         raise UserError(f"{run} has no boundary speeds: train with --boundary-speed 500")
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, PANELS).round().astype(int))]
@@ -50,9 +54,15 @@ def draw_speeds(run: Path, chart: Path) -> int:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one validation, of the images for which a boundary point was found."""
+    regular_file(path, remedy="remove it to draw the others")
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > MAX_SIZE:
+                raise ValueError
             values = {name: file[name] for name in ("margin", "speed", "near")}
+        shapes = {values[name].shape for name in ("margin", "speed")}
+        if len(shapes) > 1 or values["margin"].ndim != 1 or not np.isfinite(float(values["near"])):
+            raise ValueError
         found = np.isfinite(values["margin"])
         return {"near": values["near"], **{name: values[name][found].astype(float) for name in ("margin", "speed")}}
     except Exception as error:  # a zip file can be broken in many ways

@@ -6,16 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
+from fastdynat.documents import read_json
+from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.runs.files import check_writable, write_text
 
 FORMAT = "fastdynat-autoattack/1"
+Bits = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*$")]
 Say = Callable[[str], None]
 Attack = Callable[[str, Tensor, Tensor], Tensor]  # name of a stage, images, labels -> adversarial images
 Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
@@ -36,12 +40,12 @@ class Progress:
     """
 
     identity: dict[str, Any]
-    seed: int
-    entering: str
-    robust: str
-    batches: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    accuracies: dict[str, float] = field(default_factory=dict)
+    seed: Count
+    entering: Bits
+    robust: Bits
+    batches: Count = 0
+    seconds: dict[str, Finite] = field(default_factory=dict)
+    accuracies: dict[str, Share] = field(default_factory=dict)
 
 
 def identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
@@ -75,13 +79,8 @@ def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
     check_writable(path)
     if not path.exists():
         return None
-    try:
-        document = json.loads(path.read_text())
-        if document.pop("format") != FORMAT:
-            raise ValueError("another format")
-        known = Progress(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no state of an AutoAttack evaluation ({error}); name another file, or remove it") from None
+    remedy = "name another file, or remove it"
+    known = read_json(path, Progress, what="the state of an AutoAttack evaluation", format=FORMAT, remedy=remedy)
     own = json.loads(json.dumps(own))
     different = [name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)]
     if different:

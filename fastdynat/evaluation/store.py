@@ -4,14 +4,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fastdynat import __version__
-from fastdynat.evaluation.outcome import Measurement, pack_bits, unpack_bits
+from fastdynat.documents import DocumentError, convert, read_json
+from fastdynat.documents.numbers import Radius
+from fastdynat.evaluation.outcome import Measurement, pack_bits
 from fastdynat.runs.files import write_text
 
 FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
@@ -50,6 +52,34 @@ class Key:
         left_out = ("source", "standing", "shard")
         parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
         return json.dumps(parts, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """What every reader asks of a stored key."""
+
+    weights: str
+    attack: str
+    amp: str
+    search: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What readers ask of what a measurement is about, each if it is there."""
+
+    norm: str = ""
+    eps: Radius = 0.0
+    dataset: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A file of this format."""
+
+    key: dict[str, Any]
+    about: dict[str, Any]
+    measurement: Measurement
 
 
 def search_numbers(search: Any) -> dict[str, Any] | None:
@@ -93,9 +123,9 @@ class Store(MutableMapping[str, dict[str, Any]]):
         try:
             stored, _, measurement = read_file(path)
             if json.dumps(stored, sort_keys=True) != key:
-                raise ValueError("it is another measurement's")
-        except (OSError, ValueError) as error:
-            self._say(f"{path} cannot be used ({error}); its attack is made again")
+                raise DocumentError(f"{path} is another measurement's")
+        except DocumentError as error:
+            self._say(f"{error}; its attack is made again")
             raise KeyError(key) from None
         return asdict(measurement)
 
@@ -134,32 +164,21 @@ def read_folder(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any], Meas
     for path in _files(folder):
         try:
             found.append(read_file(path))
-        except (OSError, ValueError):
+        except DocumentError:
             continue
     return found
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Measurement]:
-    """One stored measurement.
+    """One stored measurement: its key, what it is about, and its numbers.
 
     Raises:
-        ValueError: not one of this format, damaged, or edited by hand.
-        OSError: it cannot be read.
+        DocumentError: it cannot be read, is not one of this format, is damaged, or was edited by hand.
     """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        values = dict(stored["measurement"])
-        if set(values) != {f.name for f in fields(Measurement)}:
-            raise ValueError("its numbers are not those of a measurement")
-        measurement = as_measurement(values)
-        correct = int(unpack_bits(measurement.robust_bits, measurement.images).sum())
-        if correct != measurement.correct or measurement.accuracy != correct / measurement.images:
-            raise ValueError("its accuracy is not that of its images")
-        return dict(stored["key"]), dict(stored["about"]), measurement
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
-        raise ValueError("it is damaged") from None
+    stored = read_json(path, _Stored, what="a measurement of fastdynat", format=FORMAT)
+    for kind, values in ((_Key, stored.key), (_About, stored.about)):
+        convert(values, kind, origin=str(path))
+    return stored.key, stored.about, stored.measurement.check(str(path))
 
 
 def as_measurement(values: dict[str, Any]) -> Measurement:

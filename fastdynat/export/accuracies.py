@@ -27,7 +27,8 @@ def stored_accuracies(run: Path, weights: str, *, dataset: str, norm: str, eps: 
     found: dict[str, Measurement] = {}
     for key, about, measured in read_measurements(run):
         if (
-            about["dataset"] != dataset
+            not {"norm", "eps", "dataset"} <= about.keys()
+            or about["dataset"] != dataset
             or key.get("weights") != weights
             or key.get("amp") != "off"
             or any(key.get(part) is not None for part in PARTIAL)

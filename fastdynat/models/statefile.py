@@ -1,18 +1,17 @@
 """State dicts that others saved: read without running code, and put into a network whatever wrapper they were saved from."""
 
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastdynat.documents import shown
 from fastdynat.errors import UserError, first_line
 from fastdynat.models.build import Normalize
+from fastdynat.tensorfiles import read_pickle, read_safetensors, starts_as_a_page
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep the state dict
 WRAPPER = re.compile(r"(module|_orig_mod|model)\.")  # DataParallel and averages, torch.compile, normalising wrappers
@@ -25,24 +24,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises: UserError where the file is missing, damaged, needs code to open, or holds no state dict.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with path.open("rb") as file:
-            if file.read(1) == b"<":
-                raise UserError(f"{path} is a web page, not weights: the download asked for a confirmation; fetch it by hand")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is damaged, or holds more than tensors: save the state_dict alone ({reason})") from error
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if starts_as_a_page(path):
+        raise UserError(f"{path} is a web page, not weights: the download asked for a confirmation; fetch it by hand")
+    stored = read_pickle(path, what="a file of weights", remedy="save the state_dict alone, by torch.save or as .safetensors")
     inner = (
         next((stored[key] for key in HOLDERS if isinstance(stored.get(key), dict)), stored) if isinstance(stored, dict) else {}
     )
-    state = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in inner.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path} holds no state dict, plain or under {', '.join(HOLDERS)}")
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{path}: {shown(key)} is no plain tensor ({value.layout}, {value.dtype} on {value.device})")
     return state
 
 
@@ -67,10 +62,9 @@ def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Mo
             [key for key in keys if not key.endswith("num_batches_tracked")]
             for keys in model.load_state_dict(renamed, strict=False)
         )
-    except RuntimeError as error:
-        raise UserError(
-            f"{origin} is of another architecture:{''.join(str(error).splitlines()[1:2])}".replace("\t", " ")
-        ) from None
+    except Exception as error:  # shapes that differ are a RuntimeError, tensors of another kind fail in their own way
+        reason = "".join(str(error).splitlines()[1:2]) or f" {first_line(error)}"
+        raise UserError(f"{origin} is of another architecture:{reason}".replace("\t", " ")) from None
     if missing or unexpected:
         raise UserError(
             f"{origin} is of another architecture: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}"

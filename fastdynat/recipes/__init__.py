@@ -7,8 +7,7 @@ line and keys of --config win over it.
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
+from fastdynat.documents import parse_yaml
 from fastdynat.errors import unknown_name
 
 ABOUT = "about"
@@ -27,5 +26,6 @@ def read_recipe(name: str) -> tuple[dict[str, Any], str]:
     """
     if name not in recipe_names():
         raise unknown_name("recipe", name, recipe_names())
-    values: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    text = files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = parse_yaml(text, origin=f"recipe {name}")
     return values, values.pop(ABOUT)

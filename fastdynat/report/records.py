@@ -93,7 +93,7 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
     """The run's measurements with the sha256 of the weights that they are of; neither stages nor parts of one."""
     found = []
     for key, about, result in read_measurements(run):
-        if "standing" in key or "shard" in key:
+        if "standing" in key or "shard" in key or not {"norm", "eps", "dataset"} <= about.keys():
             continue
         search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
         if result.distances is not None and not isfinite(search.get("eps") or inf):  # it says nothing about a ball

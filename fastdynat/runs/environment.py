@@ -15,6 +15,8 @@ import torch
 import torchvision
 
 from fastdynat import __version__
+from fastdynat.documents import read_json
+from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
 
@@ -62,15 +64,21 @@ def source_commit() -> str:
         return "unknown"
 
 
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in `path` (environment.json), the first one first. Raises UserError where it cannot be read."""
+    return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
+
+
 def record_start(path: Path, *, operators: str) -> str | None:
     """Append this process to the list in `path` (environment.json).
 
     operators: the implementation of the fused operators in this process. Returns that of the last start, None where unknown.
     """
-    starts: list[Any] = []
-    with suppress(OSError, ValueError):  # the first start, or a list that nobody needs for resuming
-        starts = list(json.loads(path.read_text(encoding="utf-8")))
-    before = starts[-1].get("operators") if starts and isinstance(starts[-1], dict) else None
+    starts: list[dict[str, Any]] = []
+    with suppress(UserError):  # the first start, or a list that nobody needs for resuming
+        starts = read_starts(path)
+    before = starts[-1].get("operators") if starts else None
+    before = before if isinstance(before, str) else None
     starts.append({**describe_environment(), "operators": operators, "command": sys.argv[1:]})
     write_text(path, json.dumps(starts, indent=2) + "\n")
     return before

@@ -2,13 +2,24 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from fastdynat.documents import read_json
+from fastdynat.documents.files import MIB
+from fastdynat.documents.numbers import FileName
 from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
 MANIFEST = "checkpoint.json"
 FORMAT = "fastdynat-checkpoint/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint's manifest says; other keys are other readers'."""
+
+    sha256: dict[FileName, str]
 
 
 def sha256(path: Path) -> str:
@@ -30,15 +41,9 @@ def check_manifest(folder: Path, *, optional: tuple[str, ...] = ()) -> None:
         UserError: a file is missing, truncated, edited or another run's.
     """
     manifest = folder / MANIFEST
-    try:
-        about = json.loads(manifest.read_text(encoding="utf-8"))
-        promised = dict(about["sha256"]) if about["format"] == FORMAT else None
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a fastdynat checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        promised = None
-    if promised is None:
-        raise UserError(f"{manifest} is truncated or not a fastdynat manifest")
+    if not manifest.exists():
+        raise UserError(f"{folder} is not a fastdynat checkpoint: it has no {MANIFEST}")
+    promised = read_json(manifest, Manifest, what="a fastdynat manifest", format=FORMAT, limit=MIB).sha256
     for name, digest in promised.items():
         path = folder / name
         if not path.is_file():

@@ -1,23 +1,29 @@
 """Weights as safetensors with a JSON sidecar: open without running code, checked before use."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from msgspec import Meta
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdynat import __version__
 from fastdynat.data import DatasetInfo
+from fastdynat.documents import DocumentError, check_text, read_json
+from fastdynat.documents.files import MIB
+from fastdynat.documents.numbers import Count, Finite, Radius, Share
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.runs.files import sync_file, write_text
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.runs.rundir import BEST, STATE
+from fastdynat.tensorfiles import check_safetensors, read_safetensors
 
 FORMAT = "fastdynat-weights/1"
+Side = Annotated[int, Meta(ge=1, le=4096)]  # pixels; what --image-size takes
+Channels = Annotated[int, Meta(ge=1, le=64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +31,27 @@ class Sidecar:
     """What `NAME.json` says about `NAME.safetensors`. eps in [0, 1] pixel units."""
 
     architecture: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
+    image_shape: tuple[Channels, Side, Side]
+    mean: tuple[Finite, ...] | None
+    std: tuple[Finite, ...] | None
     dataset: str
     class_names: tuple[str, ...]
     role: str  # "model" or "guide"
     method: str
     norm: str
-    eps: float
-    eval_eps: float
-    epoch: int  # epochs completed
-    val_clean_acc: float | None
-    val_pgd10_acc: float | None
+    eps: Radius
+    eval_eps: Radius
+    epoch: Count  # epochs completed
+    val_clean_acc: Share | None
+    val_pgd10_acc: Share | None
 
 
-_NUMBER, _NONE = (int, float), type(None)
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("architecture", "dataset", "role", "method", "norm"), str),
-    **dict.fromkeys(("image_shape", "class_names"), list),
-    **dict.fromkeys(("mean", "std"), (list, _NONE)),
-    **dict.fromkeys(("num_classes", "epoch"), int),
-    **dict.fromkeys(("eps", "eval_eps"), _NUMBER),
-    **dict.fromkeys(("val_clean_acc", "val_pgd10_acc"), (*_NUMBER, _NONE)),
-}
+@dataclass(frozen=True, kw_only=True)
+class _Stored(Sidecar):
+    """A sidecar as the file holds it."""
+
+    sha256: str
 
 
 def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
@@ -71,27 +73,23 @@ def read_sidecar(path: Path) -> tuple[Sidecar, str]:
     """The sidecar of the weights at `path` and the sha256 that it promises.
 
     Raises:
-        UserError: it is missing, not JSON, of another format, or lacks a field.
+        UserError: it is missing, not JSON, of another format, or has a value that cannot be; says which.
     """
     sidecar = path.with_suffix(".json")
-    try:
-        about: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {sidecar}: {error.strerror}; weights and their .json belong together") from None
-    except ValueError:  # not JSON, or not UTF-8
-        raise UserError(f"{sidecar} is not JSON: it is truncated or not a fastdynat checkpoint") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise UserError(f"{sidecar} is not a fastdynat checkpoint (its format is not {FORMAT})")
-    try:
-        values = {f.name: about[f.name] for f in fields(Sidecar)}
-        promised = str(about["sha256"])
-    except KeyError as error:
-        raise UserError(f"{sidecar} lacks {error}: it was damaged or edited") from None
-    for key, kinds in _KINDS.items():
-        if not isinstance(values[key], kinds) or isinstance(values[key], bool):
-            raise UserError(f"{sidecar}: {key} cannot be {values[key]!r}: it was damaged or edited")
-    for key in ("image_shape", "mean", "std", "class_names"):
-        values[key] = None if values[key] is None else tuple(values[key])
+    stored = read_json(
+        sidecar,
+        _Stored,
+        what="a fastdynat checkpoint",
+        format=FORMAT,
+        remedy="weights and the .json that was written with them belong together",
+        limit=16 * MIB,
+    )
+    values = vars(stored).copy()
+    promised = values.pop("sha256")
+    if len(stored.class_names) != stored.num_classes:
+        raise DocumentError(f"{sidecar}: num_classes is {stored.num_classes}, but class_names has {len(stored.class_names)}")
+    for name in (stored.architecture, stored.dataset, stored.method):
+        check_text(name, f"{sidecar}: a name")
     return Sidecar(**values), promised
 
 
@@ -102,15 +100,13 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Sidecar]:
         UserError: missing, truncated, not safetensors, or not the bytes the sidecar was written for.
     """
     sidecar, promised = read_sidecar(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no weights at {path}")
+    check_safetensors(path)
     found = sha256(path)
     if found != promised:
         raise UserError(f"{path} is damaged or was changed: sha256 {found[:12]}..., its .json says {promised[:12]}...")
-    try:
-        return load_file(path), sidecar
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    return read_safetensors(path), sidecar
 
 
 def build_from_sidecar(sidecar: Sidecar) -> nn.Module:
@@ -132,7 +128,7 @@ def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, archit
     """
     try:
         network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # a tensor of another kind fails in its own way
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{origin} is not a {architecture}: {first}") from None
 
