@@ -334,8 +334,6 @@ def test_damaged_metrics(run: Path, refused: Run) -> None:
     (run / "metrics.jsonl").write_text('{"epoch": 1')
     message = refused("train", "--resume", run)
     assert "metrics.jsonl, line 1 is not JSON: it is truncated or not a run's metrics; move it away" in message
-        "train", "--resume", run
-    )
 
 
 def test_a_copy_that_followed_the_links_resumes(run: Path, tmp_path: Path) -> None:
