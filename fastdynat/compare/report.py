@@ -33,13 +33,20 @@ def document(plan: Plan, shared: TrainConfig[NoOptions], compare: CompareConfig,
         "environment": describe_environment(),
         "config": {key: value for key, value in to_flat(shared).items() if key not in ("method", "run_dir")},
         "compare": asdict(compare),
-        "settings": parse_settings(compare.settings, methods),
+        "settings": _settings(plan, compare),
         "probes": {name: plan.ledger.probes[name] for name in methods if name in plan.ledger.probes},
         "train_images": plan.images,
         "largest_standard_error": max(errors, default=None),
         "rows": rows,
         "runs": runs,
     }
+
+
+def _settings(plan: Plan, compare: CompareConfig) -> dict[str, Values]:
+    """The keys of --set by method, with their values as they were read."""
+    asked = {run.method: to_flat(run.asked) for run in plan.runs}
+    given = parse_settings(compare.settings, list(asked))
+    return {method: {key: asked[method][key] for key in keys} for method, keys in given.items()}
 
 
 def _run_values(run: RunPlan, plan: Plan, records: list[Values]) -> Values:
