@@ -18,7 +18,21 @@ def make_base(folder: Path) -> Path:
             ["train", *TINY, "--run-dir", "run", "--boundary-speed", "4"],
             ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
             ["report", "run", "--num-images", "8", "--out", "rep"],
-            ["bench", "--method", "natural", "--data", "digits", "--model", "small", "--batch-size", "8", "--repeats", "1", "--json", "bench.json"],
+            [
+                "bench",
+                "--method",
+                "natural",
+                "--data",
+                "digits",
+                "--model",
+                "small",
+                "--batch-size",
+                "8",
+                "--repeats",
+                "1",
+                "--json",
+                "bench.json",
+            ],
             STARTS["compare"],
         ):
             code = main(argv)

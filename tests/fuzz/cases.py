@@ -18,7 +18,21 @@ from fastdynat.runs.manifest import write_manifest
 from fuzz import odd
 from fuzz.harness import Case
 
-TINY = ["--train-size", "40", "--val-size", "20", "--batch-size", "20", "--steps", "1", "--epochs", "2", "--quiet", "--model", "small"]
+TINY = [
+    "--train-size",
+    "40",
+    "--val-size",
+    "20",
+    "--batch-size",
+    "20",
+    "--steps",
+    "1",
+    "--epochs",
+    "2",
+    "--quiet",
+    "--model",
+    "small",
+]
 Draw = st.DrawFn
 COMMANDS: list[list[str]] = [
     ["train", "--resume", "run"],
@@ -181,8 +195,8 @@ STARTS: dict[str, list[str]] = {
     "recipes": ["recipes"],
 }
 OWN_FLAGS = {
-    "eval": "attacks eps step-size norm checkpoints weights source data data-dir image-size num-images shard batch-size device amp "
-    "kernels seed cache fresh checks per-class json list-attacks",
+    "eval": "attacks eps step-size norm checkpoints weights source data data-dir image-size num-images shard batch-size device "
+    "amp kernels seed cache fresh checks per-class json list-attacks",
     "report": "out num-images checkpoint batch-size data-dir device seed",
     "export": "out format checkpoint dataset paper",
     "boundary": "chart",
@@ -325,7 +339,21 @@ def caches(draw: Draw, base: Path) -> Case:
     commands = {
         "run/evaluations": ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
         "rep/findings.json": ["report", "run", "--no-attacks", "--num-images", "8", "--out", "rep"],
-        "bench.json": ["bench", "--method", "natural", "--data", "digits", "--model", "small", "--batch-size", "8", "--baseline", "bench.json", "--repeats", "1"],
+        "bench.json": [
+            "bench",
+            "--method",
+            "natural",
+            "--data",
+            "digits",
+            "--model",
+            "small",
+            "--batch-size",
+            "8",
+            "--baseline",
+            "bench.json",
+            "--repeats",
+            "1",
+        ],
         "cmp/ledger.json": STARTS["compare"],
     }
     which = draw(st.sampled_from(sorted(commands)))
