@@ -11,12 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels", "lazy", "attack_names"},
     {"ops", "documents"},
-<<<<<<< HEAD
     {"measured"},
-    {"units", "devices", "memory", "graphs", "compiling", "pictures", "recipes"},
-=======
     {"units", "devices", "tensorfiles", "memory", "graphs", "compiling", "pictures", "recipes"},
->>>>>>> b9819d1 (Read every stored document through schemas: sidecars, manifests, states, metrics, caches, ledgers, baselines)
     {"config"},
     {"eval_config"},
     {"data", "models"},
