@@ -1,6 +1,7 @@
 """The command line's entry: which command, and how it ends."""
 
 import importlib
+import random
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    generator = random.getstate()  # tyro draws from it; commands that train or measure keep the others themselves
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastdynat: interrupted", file=sys.stderr)
         return 130
+    finally:
+        random.setstate(generator)
 
 
 def _run(argv: list[str]) -> int:

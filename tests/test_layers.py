@@ -13,6 +13,7 @@ LAYERS = [
     {"ops", "documents"},
     {"measured"},
     {"units", "devices", "tensorfiles", "memory", "graphs", "compiling", "pictures", "recipes"},
+    {"process_state"},
     {"config"},
     {"eval_config"},
     {"data", "models"},

@@ -31,9 +31,11 @@ from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.pictures import PICTURES
+from fastdynat.process_state import process_state_kept
 from fastdynat.runs.files import write_text
 
 
+@process_state_kept()
 def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say: Say) -> int:
     """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
 

@@ -20,12 +20,14 @@ from fastdynat.engine.resolve import Say
 from fastdynat.engine.stopping import StopRequest
 from fastdynat.evaluation import EvalConfig, Stopped, measure_runs
 from fastdynat.memory import PeakMemory
+from fastdynat.process_state import process_state_kept
 from fastdynat.runs import lock, looks_like_run
 from fastdynat.runs.files import write_text
 
 RESULTS = "compare.json"
 
 
+@process_state_kept()
 def run_compare(shared: TrainConfig[NoOptions], compare: CompareConfig, console: Console, errors: Console) -> int:
     """Train, evaluate, print and store. Returns 0, 1 where a run diverged, 128+n where signal n stopped it.
 

@@ -28,6 +28,7 @@ from fastdynat.methods import BurnIn, Method, method_class
 from fastdynat.methods.configs import stored_config
 from fastdynat.models import build_model
 from fastdynat.ops import selected_backend, use_backend
+from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import (
     ENVIRONMENT,
     LAST,
@@ -45,6 +46,7 @@ from fastdynat.runs import (
 )
 
 
+@keeping_process_state
 @contextmanager
 def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     """A trainer for a new run directory, ready to `fit`.
@@ -81,6 +83,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         run.close()
 
 
+@keeping_process_state
 @contextmanager
 def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     """A trainer that goes on from the last checkpoint in `path`; `config` is the stored one with permitted changes.

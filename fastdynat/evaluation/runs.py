@@ -18,6 +18,7 @@ from fastdynat.evaluation.plan import Planner, Target, TestSets
 from fastdynat.evaluation.record import FORMAT, Values, make_record
 from fastdynat.evaluation.table import print_results
 from fastdynat.ops import use_backend
+from fastdynat.process_state import process_state_kept
 from fastdynat.runs import check_writable, describe_environment
 from fastdynat.runs.files import write_text
 
@@ -55,6 +56,7 @@ def evaluate_runs(
     return records
 
 
+@process_state_kept()
 def measure_runs(
     names: Sequence[str | Path],
     config: EvalConfig,

@@ -10,12 +10,14 @@ from fastdynat.export.accuracies import stored_accuracies
 from fastdynat.export.config import ExportConfig
 from fastdynat.export.programs import check_onnx, write_onnx, write_torch
 from fastdynat.export.robustbench import THREATS, check_name, side_files, write_robustbench
+from fastdynat.process_state import process_state_kept
 from fastdynat.runs import Sidecar, check_writable, load_checkpoint, require_run
 from fastdynat.runs.files import replacing
 
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
 
 
+@process_state_kept()
 def export_run(run: Path, config: ExportConfig, say: Callable[[str], None]) -> Path:
     """Write the file, read it again, compare its logits with the network's on random images, and only then keep it.
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from rich.console import Console
 
 from fastdynat.errors import UserError
+from fastdynat.process_state import process_state_kept
 from fastdynat.report.config import ReportConfig, check_report
 from fastdynat.runs.files import write_text
 
 PAGE, FINDINGS = "index.html", "findings.json"
 
 
+@process_state_kept()
 def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) -> int:
     """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what was done.
 

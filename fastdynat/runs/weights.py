@@ -16,6 +16,7 @@ from fastdynat.documents.files import MIB
 from fastdynat.documents.numbers import Count, Finite, Radius, Share
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
+from fastdynat.process_state import process_state_kept
 from fastdynat.runs.files import sync_file, write_text
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.runs.rundir import BEST, STATE
@@ -161,6 +162,7 @@ def guide_weights(path: Path) -> Path:
     return weights.resolve()
 
 
+@process_state_kept()
 def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
     """The trained network at `path` (.safetensors), on the CPU in eval mode, and its sidecar.
 
