@@ -69,7 +69,8 @@ class ModelConfig:
 
     model: str = "auto"
     """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn or -silu-gn for
-    SiLU, group norm, both), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
+    SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's code), torchvision:NAME, timm:NAME;
+    auto is small for digits, else resnet18."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released
     code's), or small beside small."""

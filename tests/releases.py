@@ -23,8 +23,8 @@ class Release:
     Attributes:
         epochs: of the method, without a burn-in.
         batch: images per update.
-        steps: updates per epoch with the images that the recipe trains on. Where the release trains on all 50,000 CIFAR images, it
-            makes 391 of 128, and ours 383 with 1,000 of them held out.
+        steps: updates per epoch with the images that the recipe trains on. Where the release trains on all 50,000 CIFAR images,
+            it makes 391 of 128, and ours 383 with 1,000 of them held out.
         rates: rate and momentum of an update.
         decay: weight decay of convolutions and linear layers, and of what normalisation layers learn.
         passes: passes of the model in train mode per batch, each of which moves its running statistics.
@@ -208,9 +208,7 @@ RELEASES = {
         attack=(EIGHT, EIGHT, 1),
         red=OLD_RED,
     ),
-    "gairat": Release(
-        epochs=100, rates=by_epoch(0.1, {29: 0.1, 59: 0.01}), decay=(2e-4, 2e-4), passes=1, attack=PUBLISHED
-    ),
+    "gairat": Release(epochs=100, rates=by_epoch(0.1, {29: 0.1, 59: 0.01}), decay=(2e-4, 2e-4), passes=1, attack=PUBLISHED),
     "hat": Release(
         epochs=50, rates=each_update("onecycle", 0.21, 50, 0.25), decay=(5e-4, 5e-4), nesterov=True, passes=3, attack=OURS
     ),
@@ -247,9 +245,7 @@ RELEASES = {
         reflect=True,
         red=OLD_RED,
     ),
-    "rice2020": Release(
-        epochs=200, rates=RICE, decay=(5e-4, 5e-4), passes=13, attack=OURS, reflect=True, red=OLD_RED
-    ),
+    "rice2020": Release(epochs=200, rates=RICE, decay=(5e-4, 5e-4), passes=13, attack=OURS, reflect=True, red=OLD_RED),
     "rslad": Release(
         epochs=300, rates=by_epoch(0.1, {215: 0.1, 260: 0.01, 285: 0.001}), decay=(2e-4, 2e-4), passes=2, attack=OURS
     ),

@@ -65,7 +65,7 @@ def build_model(
     Args:
         name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not matter, and
             for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU for ReLU), `-gn` (group norm
-            for batch norm) or `-silu-gn` at its end.
+            for batch norm) or `-silu-gn` at its end, wide ones after that with `-same` (padding of Gowal et al. 2020).
         num_classes: Width of the last layer.
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.

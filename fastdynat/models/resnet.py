@@ -14,9 +14,9 @@ WIDTHS = (64, 128, 256, 512)
 BLOCKS_PER_STAGE = 2
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """Return a 3x3 convolution with padding 1 and no bias."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, *, padding: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution without bias."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=padding, bias=False)
 
 
 class BasicBlock(nn.Module):

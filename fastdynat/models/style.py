@@ -11,10 +11,14 @@ MAX_GROUPS = 32
 
 @dataclass(frozen=True)
 class Style:
-    """`norm`: channels -> normalisation layer. `activation`: -> activation layer, which has no state of its own."""
+    """`norm`: channels -> normalisation layer. `activation`: -> activation layer, which has no state of its own.
+
+    `same_padding`: wide networks pad a strided 3x3 convolution as TensorFlow's "SAME" does, behind the image before around it.
+    """
 
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     activation: Callable[[], nn.Module] = nn.ReLU
+    same_padding: bool = False
 
 
 PLAIN = Style()
@@ -34,7 +38,9 @@ def split_style(name: str) -> tuple[str, Style]:
     >>> split_style("WRN_28_10_silu-gn")[0], split_style("small")[0]
     ('wrn-28-10', 'small')
     """
-    key = name.lower().replace("_", "-")
+    whole = name.lower().replace("_", "-")
+    key = whole.removesuffix("-same") if whole.startswith("wrn-") else whole
     base = key.removesuffix("-gn")
     plain = base.removesuffix("-silu")
-    return plain, Style(nn.BatchNorm2d if base == key else group_norm, nn.ReLU if plain == base else nn.SiLU)
+    norm = nn.BatchNorm2d if base == key else group_norm
+    return plain, Style(norm, nn.ReLU if plain == base else nn.SiLU, same_padding=key != whole)

@@ -1,6 +1,7 @@
 """WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels change.
 
-With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), but not their padding of strides.
+With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), with `Style.same_padding` also their
+padding of strided convolutions.
 """
 
 import math
@@ -20,7 +21,8 @@ class WideBlock(nn.Module):
         super().__init__()
         self.activation = style.activation()
         self.bn1 = style.norm(in_channels)
-        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.pads = style.same_padding and stride == 2
+        self.conv1 = conv3x3(in_channels, out_channels, stride, padding=0 if self.pads else 1)
         self.bn2 = style.norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         # camelCase because published TRADES-style checkpoints store the projection under this key.
@@ -32,6 +34,10 @@ class WideBlock(nn.Module):
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         out = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        if self.pads:
+            # One column behind an even width, one on each side of an odd one; rows alike.
+            height, width = out.shape[2:]
+            out = F.pad(out, (width % 2, 1, height % 2, 1))
         return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
 
 
