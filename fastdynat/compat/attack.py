@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec
-from fastdynat.compat.checks import RangeCheck, as_labels
+from fastdynat.compat.checks import RangeCheck, as_labels, check_targets
 from fastdynat.compat.following import Following, Speed
 from fastdynat.compat.runner import Runner, TrainingModes
 from fastdynat.errors import UserError
@@ -170,8 +170,10 @@ class Attack(ABC):
         if not self.targeted:
             return AttackGoal("ce", labels)
         with self._modes(self.model):
-            target = self._target_map(x, labels)
-        return AttackGoal("ce", as_labels(target, x), targeted=True)
+            target = as_labels(self._target_map(x, labels), x)
+        if self.attack_mode == "targeted(custom)" and target.dim() == 1:
+            check_targets(target, self._following.classes)
+        return AttackGoal("ce", target, targeted=True)
 
     def _start(self, x: Tensor, spec: PGDSpec) -> Tensor | None:
         return None

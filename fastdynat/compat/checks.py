@@ -59,3 +59,13 @@ def as_labels(labels: Tensor, x: Tensor) -> Tensor:
     if labels.dim() == 1 and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise UserError(f"labels must be classes, got {labels.dtype}; use labels.long()")
     return labels.detach().to(x.device, torch.int64 if labels.dim() == 1 else x.dtype, copy=True)
+
+
+def check_targets(targets: Tensor, classes: int) -> None:
+    """Raise UserError unless all that a user's function returned, int64 (N,), are classes. Waits for the device."""
+    outside = targets[(targets < 0) | (targets >= classes)]
+    if outside.numel():
+        raise UserError(
+            f"target_map_function returned class {int(outside[0])}, but the model's classes are 0 to {classes - 1}; "
+            "return one of them for each image"
+        )

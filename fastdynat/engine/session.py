@@ -19,6 +19,7 @@ from fastdynat.engine.precision import Precision
 from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import epochs_of_method, momentum_at, schedule_factor
+from fastdynat.engine.single_values import check_single_values
 from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
@@ -27,6 +28,7 @@ from fastdynat.graphs import CudaRecorder
 from fastdynat.methods import BurnIn, Method, method_class
 from fastdynat.methods.configs import stored_config
 from fastdynat.models import build_model
+from fastdynat.models.finite import check_numbers
 from fastdynat.ops import selected_backend, use_backend
 from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import (
@@ -115,11 +117,8 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
         with use_backend(config.engine.kernels):
             now = selected_backend(torch.device(config.engine.device).type)
-            before = record_start(path / ENVIRONMENT, operators=now)
-            if before not in (now, None):
-                say(
-                    f"operators change from {before} to {now} (--kernels {before} keeps them): the run goes on, not bit for bit"
-                )
+            for change in record_start(path / ENVIRONMENT, operators=now, on_cpu=not config.engine.device.startswith("cuda")):
+                say(f"{change}: the run goes on, not bit for bit")
             yield trainer
     finally:
         run.close()
@@ -182,6 +181,8 @@ def build_parts(
     method = method_class(config.method)(config.options)
     networks = _networks(config, method, info, say, guide_comes=guide_comes)
     assert config.data.batch_size is not None
+    for name in method.trains:
+        check_single_values(networks.raw[name], info.image_shape, device, config.data.batch_size)
     streamed = split.in_files and config.data.loader != "resident"
     loader = make_loader(
         config.data.loader,
@@ -344,6 +345,7 @@ def _load_weights(last: Path, networks: NetworkSet, config: TrainConfig[Any]) ->
             found, wanted = f"{sidecar.architecture} of {sidecar.method}", f"{architecture} of {config.method}"
             raise UserError(f"{file} is a {found}, this run's is a {wanted}")
         put_state(module, state, file, architecture)
+        check_numbers(module, file)
 
 
 def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:

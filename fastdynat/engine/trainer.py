@@ -25,6 +25,7 @@ from fastdynat.engine.stopping import StopRequest
 from fastdynat.engine.watch import Watch
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
+from fastdynat.models.finite import not_numbers
 from fastdynat.runs import STATE, RunDir, Sidecar, save_weights
 
 REFRESH_SECONDS = 1.0  # between looks at the device's running averages, each of which waits for it
@@ -241,6 +242,9 @@ class Trainer:
 
     def _save(self, *, best: bool) -> None:
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers
+        for module in self.networks.raw.values():
+            if problem := not_numbers(module):  # the last update may have made them so, after its loss
+                raise Diverged(f"{problem} after epoch {self.epoch}")
         self.run.commit(self._write_checkpoint, best=best)
 
     def _write_checkpoint(self, folder: Path) -> None:

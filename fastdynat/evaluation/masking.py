@@ -11,7 +11,7 @@ each at the edge of what is usual, one would be suspected; most are far from the
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isnan, sqrt
 
 import torch
 from torch import nn
@@ -164,6 +164,9 @@ def _on_small_logits(subject: Subject, pgd: NamedAttack, base: Verdict, scale: f
 
 
 def _repeats(instability: float) -> Check:
+    if isnan(instability):
+        remedy = "look for a division by zero or an overflow in the network: what it computes is no number"
+        return _check("repeated answers", False, "logits are NaN or infinite, which no attack or accuracy can rest on", remedy)
     evidence = f"logits of equal images differ by up to {instability:.2g} of the largest, rounding by less than {RANDOM:g}"
     remedy = "switch the randomness off, or attack its mean: AutoAttack's version 'rand' averages 20 draws"
     return _check("repeated answers", instability <= RANDOM, evidence, remedy)

@@ -80,10 +80,13 @@ class Subject:
         return Verdict(attack.name, unpack_bits(found.robust_bits, total))
 
     def instability(self) -> float:
-        """By how much logits differ between passes over the same images (the first batch), over the largest of them."""
+        """By how much logits differ between passes over the same images (the first batch), over the largest of them; NaN where
+        some are no numbers."""
         with self._batches() as batches, torch.no_grad():
             x = next(batches)[0]
             passes = torch.stack([self.model(x) for _ in range(PASSES)])
+        if not bool(passes.isfinite().all()):
+            return float("nan")
         largest = passes.abs().amax().clamp_min(torch.finfo(passes.dtype).tiny)
         return float((passes.amax(0) - passes.amin(0)).amax() / largest)
 

@@ -11,6 +11,7 @@ from fastdynat.errors import UserError
 from fastdynat.models.build import look, shape_of
 from fastdynat.models.callables import network_of, where
 from fastdynat.models.external import build_timm, build_torchvision
+from fastdynat.models.finite import check_numbers
 from fastdynat.models.statefile import put_state, read_state
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
 
@@ -70,6 +71,7 @@ def load_foreign(
         model, source = network_of(name, {key: value for key, value in offered.items() if value is not None})
         model, note = model if weights is None else put_state(model, read_state(weights), weights), ""
     model.eval()
+    check_numbers(model, name if weights is None else weights)
     suspicion = "" if image_shape is None else _check(model, name, num_classes, image_shape)
     return ForeignModel(
         model=model, name=name, sha256=_digest(name, source, model), note="; ".join(filter(None, (note, suspicion)))

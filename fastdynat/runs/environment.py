@@ -69,16 +69,32 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
 
 
-def record_start(path: Path, *, operators: str) -> str | None:
+def record_start(path: Path, *, operators: str, on_cpu: bool = True) -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
-    operators: the implementation of the fused operators in this process. Returns that of the last start, None where unknown.
+    Returns, in words, what differs from the last start so that sums are rounded in another order.
+
+    Args:
+        operators: the implementation of the fused operators in this process.
+        on_cpu: whether the run computes on the CPU, where threads and processor count.
     """
     starts: list[dict[str, Any]] = []
     with suppress(UserError):  # the first start, or a list that nobody needs for resuming
         starts = read_starts(path)
-    before = starts[-1].get("operators") if starts else None
-    before = before if isinstance(before, str) else None
     starts.append({**describe_environment(), "operators": operators, "command": sys.argv[1:]})
     write_text(path, json.dumps(starts, indent=2) + "\n")
-    return before
+    return _differences(*starts[-2:], on_cpu=on_cpu) if len(starts) > 1 else []
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -> list[str]:
+    """What is another in two records of starts, with the remedy where there is one; a missing entry is unknown, not another."""
+    remedies = {"operators": " (--kernels {} keeps them)", "torch": ""}
+    remedies |= {"threads": " (OMP_NUM_THREADS={} keeps them)", "processor": ""} if on_cpu else {"gpus": ""}
+    names = {"torch": "PyTorch changes", "processor": "the processor changes", "gpus": "the GPUs change"}
+    # The number of cores beside the processor's name is not part of it.
+    old, new = ({**start, "processor": str(start.get("cpu", "")).partition("-core ")[2]} for start in (before, now))
+    return [
+        f"{names.get(key, key + ' change')} from {old[key]} to {new[key]}{remedy.format(old[key])}"
+        for key, remedy in remedies.items()
+        if old.get(key) and old[key] != new[key]
+    ]

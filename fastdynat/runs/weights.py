@@ -16,6 +16,7 @@ from fastdynat.documents.files import MIB
 from fastdynat.documents.numbers import Count, Finite, Radius, Share
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
+from fastdynat.models.finite import check_numbers
 from fastdynat.process_state import process_state_kept
 from fastdynat.runs.files import sync_file, write_text
 from fastdynat.runs.manifest import check_manifest, sha256
@@ -167,11 +168,12 @@ def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
     """The trained network at `path` (.safetensors), on the CPU in eval mode, and its sidecar.
 
     Raises:
-        UserError: see `load_state` and `put_state`.
+        UserError: see `load_state` and `put_state`; or weights that are NaN or infinite.
     """
     state, sidecar = load_state(path)
     network = build_from_sidecar(sidecar)
     put_state(network, state, path, sidecar.architecture)
+    check_numbers(network, path)
     return network.eval(), sidecar
 
 
