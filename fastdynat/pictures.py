@@ -1,6 +1,7 @@
 """What all pictures share (extra `plots`): transparent, in colours that can be read on white and on black."""
 
 import importlib.util
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,13 @@ def new_figure(height: float) -> "Figure":
     # Text stays text in an SVG, so that it can be found and read aloud.
     matplotlib.rcParams["svg.fonttype"] = "none"
     return Figure(figsize=(8.5, height), layout="constrained")
+
+
+def draw(figure: "Figure", suffix: str, dpi: float) -> bytes:
+    """The content of a transparent picture file with the ending `suffix`."""
+    content = BytesIO()
+    figure.savefig(content, format=suffix.removeprefix("."), transparent=True, dpi=dpi)
+    return content.getvalue()
 
 
 def quiet_axes(axes: "Axes") -> None:

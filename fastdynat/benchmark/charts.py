@@ -6,7 +6,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fastdynat.pictures import BLUE, GREY, PALETTE, RED, TEXT, new_figure, quiet_axes
+from fastdynat.pictures import BLUE, GREY, PALETTE, RED, TEXT, draw, new_figure, quiet_axes
+from fastdynat.runs.files import write_bytes
 
 OURS, PEER, INVALID = BLUE, GREY, RED
 
@@ -25,7 +26,7 @@ def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
     s, env = doc["settings"], doc["environment"]
     where = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
     figure.suptitle(f"{s['model']}, batch {s['batch_size']}, PGD-{s['steps']}: {where}", color=TEXT, fontsize=10)
-    figure.savefig(path, transparent=True, dpi=150)
+    write_bytes(path, draw(figure, path.suffix, 150))
 
 
 def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
@@ -41,7 +42,7 @@ def draw_kinds(kinds: Mapping[str, float], title: str, path: Path) -> None:
     axes.set_title(title, loc="left", color=TEXT, fontsize=10)
     quiet_axes(axes)
     figure.legend(loc="outside lower center", ncol=4, frameon=False, labelcolor=TEXT, fontsize=8)
-    figure.savefig(path, transparent=True, dpi=150)
+    write_bytes(path, draw(figure, path.suffix, 150))
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.recipes import read_recipe
-from fastdynat.runs import LAST
+from fastdynat.runs import LAST, find_checkpoint
 
 if TYPE_CHECKING:
     from fastdynat.engine import Trainer
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
 
     begun = resumed_run(Path(early.resume), config, say) if early.resume is not None else new_run(config, say)
     with begun as trainer:
-        return _fit(trainer, say)
+        return 0 if trainer.finished() else _fit(trainer, say)
 
 
 def parse_train(argv: list[str], early: argparse.Namespace) -> TrainConfig[Any]:
@@ -95,7 +95,7 @@ def _fit(trainer: "Trainer", say: Any) -> int:
     try:
         outcome = trainer.fit()
     except Diverged as error:
-        kept = f"the last checkpoint in {path} is from before" if (path / LAST).exists() else "there is no checkpoint yet"
+        kept = f"the last checkpoint in {path} is from before" if find_checkpoint(path, LAST) else "there is no checkpoint yet"
         say(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
         return 1
     if outcome.finished:

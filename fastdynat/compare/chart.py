@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fastdynat.pictures import PALETTE, TEXT, new_figure, quiet_axes
+from fastdynat.pictures import PALETTE, TEXT, draw, new_figure, quiet_axes
+from fastdynat.runs.files import write_bytes
 
 STYLES = ("-", "--", ":")  # of a colour's first, second, third use
 LABEL_POINTS, HEIGHT = 9, 4.2
@@ -39,7 +40,7 @@ def draw_curves(doc: Mapping[str, Any], path: Path) -> None:
     axes.set_title(_title(doc), loc="left", color=TEXT, fontsize=10)
     quiet_axes(axes)
     _label(axes, ends, height)
-    figure.savefig(path, transparent=True, dpi=150)
+    write_bytes(path, draw(figure, path.suffix, 150))
 
 
 def _curve(run: Mapping[str, Any], unit: float) -> Curve:

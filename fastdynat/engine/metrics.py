@@ -61,10 +61,25 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def keep_until(self, epochs: int) -> None:
-        """Drop rows of epochs after the first `epochs`."""
-        if any(row["epoch"] > epochs for row in self.rows):
-            self.rows = [row for row in self.rows if row["epoch"] <= epochs]
+    def restore(self, epochs: int, row: dict[str, Any] | None) -> None:
+        """Bring the rows to where a checkpoint after `epochs` epochs is; `row`: of the last of them, as the checkpoint has it.
+
+        Raises:
+            UserError: there are rows of later epochs, so a later checkpoint is missing.
+        """
+        last = max((row["epoch"] for row in self.rows), default=0)
+        # Earlier versions wrote the row first and had none in the checkpoint: a kill left one row more.
+        if last > epochs + (row is None and epochs > 0):
+            newest = f"the newest complete checkpoint is of epoch {epochs}" if epochs else "there is no complete checkpoint"
+            raise UserError(
+                f"{self.jsonl} has rows up to epoch {last}, but {newest}: the run was copied or cleaned in part. Bring its "
+                f"checkpoints back, or move {self.jsonl.name} away to go on from epoch {epochs + 1}"
+            )
+        kept = [row for row in self.rows if row["epoch"] <= epochs]
+        if row is not None and last < epochs == row.get("epoch"):
+            kept.append(row)
+        if kept != self.rows:
+            self.rows = kept
             self._write()
 
     def append(self, row: dict[str, Any]) -> None:

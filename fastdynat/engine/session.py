@@ -33,18 +33,20 @@ from fastdynat.ops import selected_backend, use_backend
 from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import (
     ENVIRONMENT,
-    LAST,
     STATE,
     RunDir,
     check_manifest,
     check_new,
+    claim_name,
     foreign,
     free_name,
     guide_weights,
     load_network,
     load_state,
+    newest_checkpoint,
     put_state,
     record_start,
+    release_name,
 )
 
 
@@ -59,7 +61,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     known = dataset_info(config.data.data)
     if known is not None:
         resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
-    path = Path(config.run.run_dir) if config.run.run_dir else free_name(f"{config.data.data}-{config.method}")
+    stem = f"{config.data.data}-{config.method}"
+    path = Path(config.run.run_dir) if config.run.run_dir else free_name(stem)
     check_new(path, overwrite=config.run.overwrite)
     overwrite = config.run.overwrite
     teacher = config.model.guide_from
@@ -67,16 +70,24 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
     split = open_split(config, say)
     config = resolve_loader(resolve(config, split.info, say), split, say)
+    val = split.val_images()
+    parts = build_parts(config, split, say)
+    burn_in = burn_in_step(config, parts[1], say)
+    if not config.run.run_dir:
+        path = claim_name(stem)  # only now, when nothing can be refused any more
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
     config = replace(
         config,
         run=replace(config.run, run_dir=str(path), overwrite=False),
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
-    val = split.val_images()
-    parts = build_parts(config, split, say)
-    burn_in = burn_in_step(config, parts[1], say)
-    run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
+    try:
+        run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
+    except BaseException:
+        release_name(path)
+        raise
+    for kept in run.kept:
+        say(f"--overwrite leaves {kept}, which the old run did not make")
     try:
         with use_backend(config.engine.kernels):
             record_start(path / ENVIRONMENT, operators=selected_backend(torch.device(config.engine.device).type))
@@ -95,26 +106,34 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     """
     stored, run = stored_config(path), RunDir.open(path)
     try:
+        last = newest_checkpoint(path)
+        state = {} if last is None else _checked_state(last)
+        _check_trained(path, stored, config, state)
         split = open_split(config, say)
         config = replace(config, engine=adopted(config.engine, stored.engine))
         resolved = resolve(config, split.info, lambda text: None, carried_on=True)
         config = resolve_loader(resolved, split, lambda text: None)
         _check_changes(stored, config)
         val = split.val_images()
-        last = path / LAST
-        networks, step, loader = build_parts(config, split, say, guide_comes=last.exists())
+        networks, step, loader = build_parts(config, split, say, guide_comes=last is not None)
         _check_epochs(stored, config, loader.steps_per_epoch)
         trainer = Trainer(config, split.info, val, networks, step, loader, run, burn_in_step(config, step, say))
-        if last.exists():
-            _restore(last.resolve(), trainer)
-            say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
-        else:
-            trainer.metrics.keep_until(0)
+        if last is None:
+            trainer.metrics.restore(0, None)
             say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
+        else:
+            _restore(last, state, trainer)
+            if trainer.finished():
+                say(_how_to_go_on(path, trainer, loader.steps_per_epoch))
+                yield trainer
+                return
+            say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
         if config.engine.device != stored.engine.device:
             say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
         # Only now, when nothing can be refused any more, does the run's own record change.
+        run.adopt()
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
+        run.checkpoints.link()
         with use_backend(config.engine.kernels):
             now = selected_backend(torch.device(config.engine.device).type)
             for change in record_start(path / ENVIRONMENT, operators=now, on_cpu=not config.engine.device.startswith("cuda")):
@@ -124,9 +143,12 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
         run.close()
 
 
-def _restore(checkpoint: Path, trainer: Trainer) -> None:
+def _checked_state(checkpoint: Path) -> dict[str, Any]:
     check_manifest(checkpoint)
-    state = read_state(checkpoint / STATE)
+    return read_state(checkpoint / STATE)
+
+
+def _restore(checkpoint: Path, state: dict[str, Any], trainer: Trainer) -> None:
     _load_weights(checkpoint, trainer.networks, trainer.config)
     try:
         trainer.load_state_dict(state)
@@ -144,6 +166,27 @@ def _check_momentum(trainer: Trainer) -> None:
             for name, shape in shapes.items():
                 if shape not in (tuple(parameter.shape), ()):
                     raise ValueError(f"{name} of a weight {tuple(parameter.shape)} is {shape}")
+
+
+def _check_trained(path: Path, stored: TrainConfig[Any], asked: TrainConfig[Any], state: dict[str, Any]) -> None:
+    """Refuse to end where the run has been already. `state`: of its newest checkpoint."""
+    epoch, end = state.get("epoch", 0), asked.optim.epochs
+    if end != stored.optim.epochs and end is not None and isinstance(epoch, int) and end <= epoch:
+        raise UserError(f"{path} has already trained {epoch} epochs: --epochs must be >= {epoch + 1} to go on, got {end}")
+
+
+def _how_to_go_on(path: Path, trainer: Trainer, steps_per_epoch: int) -> str:
+    """That the run is finished, and what would make it longer."""
+    config, epochs = trainer.config, trainer.epoch
+    done = f"{path} is finished after {epochs} epochs"
+    if why := trainer.watch.ended():
+        return f"{done}: {why}; another --stop-at, --patience or --on-collapse lets it go on"
+    longer = replace(config, optim=replace(config.optim, epochs=epochs + 1))
+    try:
+        _check_epochs(config, longer, steps_per_epoch)
+    except UserError:
+        return f"{done}, where its schedule ends: to train longer, start a new run with more --epochs"
+    return f"{done}: to train longer, resume it with --epochs {epochs + 1} or more"
 
 
 def open_split(config: TrainConfig[Any], say: Say = lambda text: None) -> TrainSplit:

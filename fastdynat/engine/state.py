@@ -1,5 +1,6 @@
 """The training state on disk: everything beside the weights that makes a resumed run equal to an uninterrupted one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fastdynat.config import TrainConfig, to_flat
 from fastdynat.documents import convert
 from fastdynat.documents.numbers import Count, Finite
 from fastdynat.errors import UserError
-from fastdynat.runs.files import sync_file
+from fastdynat.runs.files import saving
 from fastdynat.tensorfiles import read_pickle
 
 FORMAT = "fastdynat-state/1"
@@ -78,6 +79,7 @@ class _State:
     watch: _Watch
     last_validation: dict[str, Any]
     config: dict[str, Any]
+    row: dict[str, bool | int | float | None] | None = None
 
 
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
@@ -90,9 +92,18 @@ def identity(config: TrainConfig[Any]) -> dict[str, Any]:
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values only, so that it opens with ``weights_only=True``)."""
-    torch.save({"format": FORMAT, **state}, path)
-    sync_file(path)
+    """Write `state` (tensors and plain values only, so that it opens with ``weights_only=True``). Raises WriteError."""
+    with saving(path, needed=bytes_of(state)) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a nest of mappings and sequences."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(bytes_of(item) for item in value.values())
+    return sum(bytes_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
 def read_state(path: Path) -> dict[str, Any]:

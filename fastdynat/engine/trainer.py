@@ -68,6 +68,13 @@ class Trainer:
         self.averages, self.seconds = Averages(), 0.0
         self.watch = Watch(config.run, step.method.select_by)
         self.last_validation: dict[str, float] = {}
+        self.row: dict[str, Any] | None = None  # of the last finished epoch
+
+    def finished(self) -> bool:
+        """Whether all epochs are done, or `Watch.ended`."""
+        epochs = self.config.optim.epochs
+        assert epochs is not None
+        return self.epoch >= epochs or self.watch.ended() is not None
 
     def fit(self) -> Outcome:
         """Train until the last epoch, `Watch.ended`, --stop-after, or a signal; everything is saved when it returns.
@@ -92,7 +99,7 @@ class Trainer:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
         self.metrics.close()
-        return Outcome(self.epoch >= epochs or self.watch.ended() is not None, stop.signal)
+        return Outcome(self.finished(), stop.signal)
 
     def _burning_in(self) -> bool:
         return self.step is not self._method_step
@@ -162,12 +169,14 @@ class Trainer:
         row |= {**self._check_fidelity(display), **self._measure_boundary()} if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
-        self.metrics.append(row)
+        self.row = row
         display.epoch(row, epochs)
         # Until the method has weights to choose from, best follows last: naturally trained ones are never chosen by a score.
         follows = self._burning_in()
         self._end_burn_in(display)
         self._save(best=row["best"] or follows)
+        # After the checkpoint, which holds the row too: metrics that are ahead of all checkpoints mean that one is missing.
+        self.metrics.append(row)
 
     def _validate(self, stop: StopRequest, display: Display, *, due: bool, trained: float | None) -> dict[str, Any]:
         """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images, if it has one."""
@@ -245,7 +254,7 @@ class Trainer:
         for module in self.networks.raw.values():
             if problem := not_numbers(module):  # the last update may have made them so, after its loss
                 raise Diverged(f"{problem} after epoch {self.epoch}")
-        self.run.commit(self._write_checkpoint, best=best)
+        self.run.commit(self._write_checkpoint, best=best, epoch=self.epoch, epoch_step=self.epoch_step)
 
     def _write_checkpoint(self, folder: Path) -> None:
         config = self.config
@@ -302,6 +311,7 @@ class Trainer:
             "seconds": self.seconds,
             "watch": self.watch.state_dict(),
             "last_validation": self.last_validation,
+            "row": self.row,
             "config": identity(self.config),
         }
 
@@ -331,4 +341,5 @@ class Trainer:
         self.seconds, self.last_validation = state["seconds"], state["last_validation"]
         self.watch.load_state_dict(state["watch"])
         set_rng_state(state["rng"])
-        self.metrics.keep_until(self.epoch)
+        self.row = state.get("row")
+        self.metrics.restore(self.epoch, self.row)

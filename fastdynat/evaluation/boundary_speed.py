@@ -22,7 +22,7 @@ from torch.func import functional_call, jvp
 from fastdynat.attacks import BoundarySpec, attack_mode, boundary
 from fastdynat.errors import UserError
 from fastdynat.ops import soft_margin_grad
-from fastdynat.runs.files import write_bytes
+from fastdynat.runs.files import make_folder, write_bytes
 
 FOLDER = "boundary"  # of a run: one file per validation
 
@@ -56,7 +56,7 @@ class BoundarySpeed:
         data = BytesIO()
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("margin", "speed", "correct")}
         np.savez_compressed(data, near=np.float64(near), **arrays)
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         write_bytes(path, data.getvalue())
 
 

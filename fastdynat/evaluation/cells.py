@@ -22,6 +22,7 @@ from fastdynat.evaluation.reference import run_reference
 from fastdynat.evaluation.shards import unite
 from fastdynat.evaluation.store import Key, Store, as_measurement, search_numbers, standing_digest
 from fastdynat.runs import check_writable
+from fastdynat.runs.files import make_folder
 
 Known = MutableMapping[str, dict[str, Any]]
 CLEAN = NamedAttack("clean")
@@ -114,9 +115,9 @@ class Cells:
             return None
         path = self._store.path(key.text(), ".state")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             check_writable(path)
-        except (OSError, UserError):
+        except UserError:
             self.meter.say(f"cannot write to {path.parent}: {key.attack}, once interrupted, begins again; use --cache DIR")
             return None
         return path

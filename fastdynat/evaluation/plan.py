@@ -22,6 +22,7 @@ from fastdynat.runs import (
     CONFIG,
     LAST,
     Sidecar,
+    find_checkpoint,
     foreign,
     guide_weights,
     load_checkpoint,
@@ -233,8 +234,8 @@ class Planner:
 
 def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     """The network of a checkpoint, its sidecar and the sha256 of its weights."""
-    if not (run / checkpoint).exists():
-        hint = "; use --checkpoints last" if checkpoint == BEST and (run / LAST).exists() else ""
+    if find_checkpoint(run, checkpoint) is None:
+        hint = "; use --checkpoints last" if checkpoint == BEST and find_checkpoint(run, LAST) else ""
         raise UserError(f"{run} has no {checkpoint} checkpoint: no epoch of it was validated yet{hint}")
     return load_checkpoint(run, checkpoint)
 

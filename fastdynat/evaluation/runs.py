@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from fastdynat.evaluation.record import FORMAT, Values, make_record
 from fastdynat.evaluation.table import print_results
 from fastdynat.ops import use_backend
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import check_writable, describe_environment
-from fastdynat.runs.files import write_text
+from fastdynat.runs import WriteError, check_writable, describe_environment
+from fastdynat.runs.files import is_replaced, write_text
 
 
 def evaluate_runs(
@@ -37,14 +38,18 @@ def evaluate_runs(
         check_writable(Path(config.json))
     config = settled(config, lambda text: console.print(text, markup=False, highlight=False))
     records: list[Values] = []
+    file = Path(config.json) if config.json else None
+    # A pipe or a device is given the whole, once.
+    partial = None if file is None or not is_replaced(file) else file
 
-    def store(found: list[Values], complete: bool = False) -> None:
+    def store(found: list[Values]) -> None:
         records[:] = found
-        if config.json:
-            write_text(Path(config.json), json.dumps(_document(config, found, complete), indent=2) + "\n")
+        if partial is not None:
+            with suppress(WriteError):  # the last one, when there is a table to show, says so
+                write_text(partial, _text(config, found, complete=False))
 
     try:
-        store(measure_runs(names, config, console, store=store, should_stop=should_stop), complete=True)
+        records[:] = measure_runs(names, config, console, store=store, should_stop=should_stop)
         stopped = False
     except Stopped:
         stopped = True
@@ -53,6 +58,8 @@ def evaluate_runs(
     if stopped:
         kept = "nothing was kept" if config.cache == "off" else "the same command goes on after what is finished"
         console.print(f"stopped: {kept}", markup=False, highlight=False)
+    if file is not None:
+        write_text(file, _text(config, records, complete=not stopped))
     return records
 
 
@@ -152,14 +159,16 @@ def _check(
     return [asdict(check) for check in report.checks]
 
 
-def _document(config: EvalConfig, records: list[Values], complete: bool) -> dict[str, Any]:
-    return {
+def _text(config: EvalConfig, records: list[Values], *, complete: bool) -> str:
+    """The JSON file."""
+    document = {
         "format": FORMAT,
         "complete": complete,
         "config": asdict(config),
         "environment": describe_environment(),
         "results": records,
     }
+    return json.dumps(document, indent=2) + "\n"
 
 
 def _say_cached(records: list[Values], console: Console) -> None:

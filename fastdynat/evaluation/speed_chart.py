@@ -8,7 +8,8 @@ import numpy as np
 from fastdynat.documents import regular_file
 from fastdynat.errors import UserError
 from fastdynat.evaluation.boundary_speed import FOLDER
-from fastdynat.pictures import BLUE, RED, TEXT, new_figure, quiet_axes
+from fastdynat.pictures import BLUE, RED, TEXT, draw, new_figure, quiet_axes
+from fastdynat.runs.files import write_bytes
 
 PANELS, COLUMNS = 6, 3
 NAME = re.compile(r"epoch-[0-9]{1,9}\.npz")
@@ -48,7 +49,7 @@ def draw_speeds(run: Path, chart: Path) -> int:
     figure.supylabel("change per update, in 1/255", color=TEXT, fontsize=9)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncol=2, markerscale=2, frameon=False, labelcolor=TEXT, fontsize=8)
-    figure.savefig(chart, transparent=True, dpi=150)
+    write_bytes(chart, draw(figure, chart.suffix, 150))
     return len(files)
 
 

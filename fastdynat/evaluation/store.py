@@ -14,7 +14,8 @@ from fastdynat import __version__
 from fastdynat.documents import DocumentError, convert, read_json
 from fastdynat.documents.numbers import Radius
 from fastdynat.evaluation.outcome import Measurement, pack_bits
-from fastdynat.runs.files import write_text
+from fastdynat.runs import WriteError
+from fastdynat.runs.files import make_folder, write_text
 
 FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
 Say = Callable[[str], None]
@@ -103,6 +104,7 @@ class Store(MutableMapping[str, dict[str, Any]]):
 
     def __init__(self, folder: Path, about: dict[str, Any], say: Say = lambda text: None) -> None:
         self.folder, self.about, self._say = folder, about, say
+        self._refused = False
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         """Where the measurement is, or would be; with another suffix, where a file beside it would be."""
@@ -132,10 +134,12 @@ class Store(MutableMapping[str, dict[str, Any]]):
     def __setitem__(self, key: str, value: dict[str, Any]) -> None:
         document = {"format": FORMAT, "key": json.loads(key), "about": self.about, "measurement": value}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             write_text(self.path(key), json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            self._say(f"the result is not kept: cannot write to {self.folder} ({error.strerror}); use --cache DIR")
+        except WriteError as error:
+            if not self._refused:  # the others will not be kept either
+                self._say(f"results are not kept: {error}; use --cache DIR")
+            self._refused = True
 
     def __delitem__(self, key: str) -> None:
         try:

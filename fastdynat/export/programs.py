@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def write_torch(model: nn.Module, shape: Shape, path: Path) -> float:
     def write() -> Callable[[Tensor], Tensor]:
         args, dynamic_shapes = _example(shape)
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
-        torch.export.save(program, path)
+        content = BytesIO()  # torch's writer aborts the process where a disk is full
+        torch.export.save(program, content)
+        path.write_bytes(content.getvalue())
         return torch.export.load(path).module()
 
     return largest_difference(model, _quietly(write), shape)
@@ -58,6 +61,8 @@ def _quietly(write: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tenso
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return write()
+    except OSError:
+        raise
     # Tracing fails in as many ways as networks can be written.
     except Exception as error:
         raise UserError(f"this network cannot be exported so ({type(error).__name__}: {first_line(error)})") from error

@@ -15,7 +15,7 @@ from fastdynat.export.check import largest_difference
 from fastdynat.export.config import Paper
 from fastdynat.export.source import architecture_source
 from fastdynat.runs import Sidecar
-from fastdynat.runs.files import write_text
+from fastdynat.runs.files import replacing, saving
 
 THREATS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 CUT = ("module.", "model.")  # robustbench/utils.py: rm_substr_from_state_dict, wherever in a key these stand
@@ -69,11 +69,14 @@ def write_robustbench(
     code = architecture_source(
         sidecar.architecture, num_classes=sidecar.num_classes, image_shape=shape, mean=sidecar.mean, std=sidecar.std
     )
-    torch.save({"state_dict": state}, path)
+    with saving(path, needed=sum(tensor.nbytes for tensor in state.values())) as file:
+        torch.save({"state_dict": state}, file)
     difference = largest_difference(model, _read_again(code, path), shape)
     info, source = side_files(final)
-    write_text(source, HEADER.format(version=__version__, **names) + "\n" + code)
-    write_text(info, json.dumps(model_info(sidecar, dataset=dataset, paper=paper, accuracies=accuracies), indent=2) + "\n")
+    entry = json.dumps(model_info(sidecar, dataset=dataset, paper=paper, accuracies=accuracies), indent=2) + "\n"
+    with replacing(source) as new_source, replacing(info) as new_info:  # both, or neither
+        new_source.write_text(HEADER.format(version=__version__, **names) + "\n" + code, encoding="utf-8")
+        new_info.write_text(entry, encoding="utf-8")
     return difference
 
 

@@ -11,7 +11,7 @@ from fastdynat.export.config import ExportConfig
 from fastdynat.export.programs import check_onnx, write_onnx, write_torch
 from fastdynat.export.robustbench import THREATS, check_name, side_files, write_robustbench
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import Sidecar, check_writable, load_checkpoint, require_run
+from fastdynat.runs import Sidecar, check_writable, find_checkpoint, load_checkpoint, require_run
 from fastdynat.runs.files import replacing
 
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
@@ -55,7 +55,7 @@ def _check_out(out: Path, config: ExportConfig) -> None:
 def _checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     """The network of a run's checkpoint, what is known about it, and the sha256 of its weights."""
     require_run(run)
-    if not (run / checkpoint).exists():
+    if find_checkpoint(run, checkpoint) is None:
         raise UserError(f"{run} has no {checkpoint} checkpoint; use the other --checkpoint, or train on")
     network, sidecar, weights = load_checkpoint(run, checkpoint)
     return network.requires_grad_(False), sidecar, weights

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastdynat.evaluation.curves import EpsCurve
 from fastdynat.evaluation.margins import Margins
-from fastdynat.pictures import BLUE, PALETTE, TEXT, quiet_axes
+from fastdynat.pictures import BLUE, PALETTE, TEXT, draw, quiet_axes
 from fastdynat.report.records import Record
 
 STYLES = ("-", "--", ":", "-.")  # of a colour's first, second, ... use
@@ -74,8 +73,8 @@ def _put(panel: Panel, axes: Axes) -> None:
     quiet_axes(axes)
 
 
-def sheet(panels: Sequence[Panel], legend: Mapping[str, Look], path: Path) -> None:
-    """All charts of a section as one PNG file, two beside each other, with a legend above."""
+def sheet(panels: Sequence[Panel], legend: Mapping[str, Look]) -> bytes:
+    """All charts of a section as the content of one PNG file, two beside each other, with a legend above."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     heights = [max(p.height for p in panels[columns * row : columns * (row + 1)]) for row in range(rows)]
@@ -90,7 +89,7 @@ def sheet(panels: Sequence[Panel], legend: Mapping[str, Look], path: Path) -> No
         handles = [matplotlib.lines.Line2D([], [], color=look.colour, linestyle=look.style) for look in legend.values()]
         names = [name.replace("$", r"\$") for name in legend]
         figure.legend(handles, names, loc="outside upper left", ncol=2 * columns, frameon=False, labelcolor=TEXT, fontsize=8)
-    figure.savefig(path, transparent=True, dpi=100)
+    return draw(figure, ".png", 100)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

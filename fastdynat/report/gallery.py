@@ -1,23 +1,22 @@
-"""The attacked images of a run as a PNG file."""
+"""The attacked images of a run as the content of a PNG file."""
 
 import base64
 from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastdynat.pictures import TEXT
+from fastdynat.pictures import TEXT, draw
 from fastdynat.report.charts import short
 from fastdynat.report.findings import PICTURES
 
 CELL = 0.6  # inches of a picture
 
 
-def draw_gallery(name: str, found: Mapping[str, Any], path: Path) -> None:
+def draw_gallery(name: str, found: Mapping[str, Any]) -> bytes:
     """A row of pictures for each kind, a column for each image; `found` is a finding of `findings.examples`."""
     columns = len(found["examples"])
     figure = Figure(figsize=(1.2 + CELL * columns, 0.4 + CELL * len(PICTURES)), layout="constrained")
@@ -29,4 +28,4 @@ def draw_gallery(name: str, found: Mapping[str, Any], path: Path) -> None:
             axes.set_axis_off()
         label = f"x {found['gain']:g}" if kind == "perturbation" else kind.replace("_", " ")
         line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, color=TEXT, fontsize=7, ha="right", va="center")
-    figure.savefig(path, transparent=True, dpi=72)
+    return draw(figure, ".png", 72)

@@ -19,6 +19,7 @@ from fastdynat.report.findings import ATTACK, NEAREST, PICTURES
 from fastdynat.report.records import Record
 from fastdynat.report.tables import Missing, command, percent
 
+SHEETS = ("trade-off.png", "training.png", "radius.png", "classes.png", "transfer.png")  # of the sections
 CLASSES = 12  # columns of the chart of classes
 SERIES = (  # column of metrics.jsonl, title, factor
     ("val_pgd10_acc", "robust validation accuracy (PGD-10), %", 100.0),

@@ -11,7 +11,7 @@ from fastdynat.config import read_yaml
 from fastdynat.engine.metrics import read_rows
 from fastdynat.evaluation import Measurement
 from fastdynat.evaluation.store import read_measurements
-from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, read_sidecar, require_run
+from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
 
 WEIGHTS = "model.safetensors"
 
@@ -78,8 +78,8 @@ def _read(path: Path, name: str) -> Record:
     measured = _in_full(path)
     folders: dict[Path, list[str]] = {}
     for link in (BEST, LAST):
-        if (path / link).exists():
-            folders.setdefault((path / link).resolve(), []).append(link)
+        if (folder := find_checkpoint(path, link)) is not None:
+            folders.setdefault(folder.resolve(), []).append(link)
     checkpoints = []
     for folder, links in folders.items():
         sidecar, weights = read_sidecar(folder / WEIGHTS)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastdynat.errors import UserError
 from fastdynat.process_state import process_state_kept
 from fastdynat.report.config import ReportConfig, check_report
-from fastdynat.runs.files import write_text
+from fastdynat.report.files import ReportFiles
+from fastdynat.runs.files import check_writable, make_folder
 
 PAGE, FINDINGS = "index.html", "findings.json"
 
@@ -32,24 +32,21 @@ def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) ->
     records = read_records(paths)
     out = Path(config.out)
     cache = Cache(out / FINDINGS)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    make_folder(out)
+    check_writable(out / PAGE)
+    files = ReportFiles(out, FINDINGS)
+    files.check([PAGE, *page.SHEETS, *(f"images-{number}.png" for number, _ in enumerate(records, 1))])
     found = compute.gather(records, config, cache, console)
     looks = charts.looks([record.name for record in records])
     report = page.Report(records, found, config, looks)
     sections = report.sections()
     for section in sections:
         if section.panels:
-            charts.sheet(section.panels, looks, out / section.file)
-        else:  # of an earlier report of other runs
-            (out / section.file).unlink(missing_ok=True)
-    for old in out.glob("images-*.png"):  # of an earlier report of other runs
-        old.unlink()
+            files.write(section.file, charts.sheet(section.panels, looks))
     for number, (name, examples) in enumerate(found.of_run["examples"].items(), 1):
-        draw_gallery(name, examples, out / f"images-{number}.png")
-    write_text(out / PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")))
+        files.write(f"images-{number}.png", draw_gallery(name, examples))
+    files.write(PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")).encode())
+    files.drop_others()
     if found.signal is not None:
         console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", markup=False, highlight=False)
         return 128 + found.signal

@@ -5,21 +5,40 @@ from typing import TYPE_CHECKING
 from fastdynat.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastdynat.runs.environment import describe_environment, record_start, source_commit
-    from fastdynat.runs.files import check_writable
-    from fastdynat.runs.manifest import check_manifest
-    from fastdynat.runs.rundir import (
+    from fastdynat.runs.checkpoints import (
+        find_checkpoint,
+        newest_checkpoint,
+    )
+    from fastdynat.runs.environment import (
+        describe_environment,
+        record_start,
+        source_commit,
+    )
+    from fastdynat.runs.failures import (
+        WriteError,
+    )
+    from fastdynat.runs.files import (
+        check_writable,
+    )
+    from fastdynat.runs.layout import (
         BEST,
         CONFIG,
         ENVIRONMENT,
         LAST,
         STATE,
-        RunDir,
-        check_new,
-        free_name,
-        lock,
         looks_like_run,
         require_run,
+    )
+    from fastdynat.runs.manifest import (
+        check_manifest,
+    )
+    from fastdynat.runs.rundir import (
+        RunDir,
+        check_new,
+        claim_name,
+        free_name,
+        lock,
+        release_name,
     )
     from fastdynat.runs.weights import (
         Sidecar,
@@ -36,25 +55,34 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "checkpoints": (
+            "find_checkpoint",
+            "newest_checkpoint",
+        ),
         "environment": (
             "describe_environment",
             "record_start",
             "source_commit",
         ),
+        "failures": ("WriteError",),
         "files": ("check_writable",),
-        "manifest": ("check_manifest",),
-        "rundir": (
+        "layout": (
             "BEST",
             "CONFIG",
             "ENVIRONMENT",
             "LAST",
             "STATE",
-            "RunDir",
-            "check_new",
-            "free_name",
-            "lock",
             "looks_like_run",
             "require_run",
+        ),
+        "manifest": ("check_manifest",),
+        "rundir": (
+            "RunDir",
+            "check_new",
+            "claim_name",
+            "free_name",
+            "lock",
+            "release_name",
         ),
         "weights": (
             "Sidecar",
@@ -78,10 +106,13 @@ __all__ = [
     "STATE",
     "RunDir",
     "Sidecar",
+    "WriteError",
     "check_manifest",
     "check_new",
     "check_writable",
+    "claim_name",
     "describe_environment",
+    "find_checkpoint",
     "foreign",
     "free_name",
     "guide_weights",
@@ -90,9 +121,11 @@ __all__ = [
     "load_state",
     "lock",
     "looks_like_run",
+    "newest_checkpoint",
     "put_state",
     "read_sidecar",
     "record_start",
+    "release_name",
     "require_run",
     "save_weights",
     "source_commit",

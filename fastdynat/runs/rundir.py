@@ -1,47 +1,82 @@
 """The run directory: one folder that holds everything about a run, consistent at every moment.
 
-RUN/config.yaml          resolved configuration
+RUN/config.yaml          resolved configuration, and the run's id
 RUN/environment.json     machine and versions, one entry per start
 RUN/metrics.jsonl, .csv  one row per epoch
 RUN/evaluations          results of `fastdynat eval`, one file per measurement
 RUN/boundary             margins and speeds of the boundary, with --boundary-speed
-RUN/last, RUN/best       links to checkpoints/NNNNNN: model and guide weights; in last also the training state
+RUN/checkpoints/NNNNNN   model and guide weights; in the newest also the training state
+RUN/last, RUN/best       links to two of them
 """
 
 import fcntl
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from fastdynat.errors import UserError
-from fastdynat.runs.files import point, sync_folder, write_text
-from fastdynat.runs.manifest import write_manifest
+from fastdynat.runs.checkpoints import CheckpointStore
+from fastdynat.runs.failures import explained
+from fastdynat.runs.files import TEMPORARY, drop_leftovers, write_text
+from fastdynat.runs.layout import (
+    BOUNDARY,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    METRICS,
+    TABLE,
+    TENSORBOARD,
+    config_text,
+    looks_like_run,
+    new_id,
+    require_run,
+    run_id,
+)
+from fastdynat.runs.replace import remove_run
 
-CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
-LAST, BEST, LOCK = "last", "best", ".lock"
-HEADER = "# fastdynat run"  # first line of a run's configuration
-# All that a run keeps in its folder, and all that replacing it may remove.
-OWNED = (ENVIRONMENT, "metrics.jsonl", "metrics.csv", LAST, BEST, "boundary", "evaluations", "tensorboard", "checkpoints")
-
-
-def looks_like_run(path: Path) -> bool:
-    """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
-    try:
-        with (path / CONFIG).open("rb") as file:
-            return file.readline().rstrip() == HEADER.encode()
-    except OSError:
-        return False
+WRITTEN = (CONFIG, ENVIRONMENT, METRICS, TABLE, BOUNDARY, TENSORBOARD, CHECKPOINTS)  # by training
+OLD_LEFTOVER = f".{CONFIG}.tmp"  # of a start that was killed, before temporary files had their present names
 
 
 def free_name(stem: str, parent: Path = Path("runs")) -> Path:
     """``runs/STEM``, or the first free of ``runs/STEM-2``, ``-3``, ..."""
     path, number = parent / stem, 1
-    while path.exists():
+    while os.path.lexists(path):
         number += 1
         path = parent / f"{stem}-{number}"
     return path
+
+
+def claim_name(stem: str, parent: Path = Path("runs")) -> Path:
+    """Make the folder that `free_name` names; processes that ask at the same time get one each.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    with explained(parent / stem):
+        while True:
+            path = free_name(stem, parent)
+            parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:  # another process was faster
+                continue
+            except FileNotFoundError:  # `parent` was removed meanwhile
+                continue
+            return path
+
+
+def release_name(path: Path) -> None:
+    """Give a claimed folder back, if nothing is in it but a lock file."""
+    try:
+        if {p.name for p in path.iterdir()} <= {LOCK}:
+            (path / LOCK).unlink(missing_ok=True)
+            path.rmdir()
+    except OSError:
+        pass
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
@@ -52,24 +87,27 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     """
     try:
         refuse_occupied(path, overwrite=overwrite)
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".probe"
-            probe.touch()
-            probe.unlink()
-        finally:
-            for made in missing:
-                if made.is_dir() and not any(made.iterdir()):
-                    made.rmdir()
+        place = path
+        while not _is_there(place):
+            place = place.parent
+        tempfile.TemporaryDirectory(prefix=".fastdynat-", dir=place).cleanup()
     except OSError as error:
         raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise
+        return False
+    return True
+
+
 def refuse_occupied(path: Path, *, overwrite: bool) -> None:
     """Raise UserError if `path` holds a run (unless `overwrite`) or anything else."""
-    # A start that was killed before it wrote its configuration leaves these two.
-    if not path.is_dir() or all(p.name in (LOCK, f".{CONFIG}.tmp") for p in path.iterdir()):
+    if not path.is_dir() or all(_is_leftover(p.name) for p in path.iterdir()):
         return
     if not looks_like_run(path):
         raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
@@ -77,13 +115,21 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
 
 
+def _is_leftover(name: str) -> bool:
+    """Whether a start that was killed before it wrote its configuration may have left `name`."""
+    return name in (LOCK, OLD_LEFTOVER) or TEMPORARY.fullmatch(name) is not None
+
+
 def lock(folder: Path) -> IO[str]:
     """Keep other fastdynat processes out of `folder` until the file that is returned is closed.
 
     Raises:
-        UserError: another process is in there.
+        UserError: another process is in there, or the lock file is no file.
     """
-    file = (folder / LOCK).open("w")
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path} is not the lock file of a run; remove it")
+    file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -93,99 +139,86 @@ def lock(folder: Path) -> IO[str]:
 
 
 class RunDir:
-    """An open run directory, locked against a second process until `close`."""
+    """An open run directory, locked against a second process until `close`.
+
+    Attributes:
+        kept: what `create` found in the folders of the run that it replaced, and left there because it is no run's.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.kept: list[Path] = []
         self._lock = lock(path)
+        self.identity = run_id(path) or new_id()
+        self.checkpoints = CheckpointStore(path, self.identity)
 
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
         """Begin a new run in `path`; an old one there is removed if `overwrite`."""
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
         try:
-            refuse_occupied(path, overwrite=overwrite)  # again: another process may have been here since the first check
-        except UserError:
+            with explained(path):
+                refuse_occupied(path, overwrite=overwrite)  # again: another process may have been here since the first check
+                run.kept = remove_run(path)
+                drop_leftovers(path)
+                (path / OLD_LEFTOVER).unlink(missing_ok=True)
+            run.identity = new_id()
+            run.checkpoints = CheckpointStore(path, run.identity)
+            # The configuration goes last, in one step: until then the folder is still a run, the old one at its start.
+            run.rewrite_config(config)
+        except BaseException:
             run.close()
             raise
-        for old in (path / name for name in OWNED):
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
-        # The configuration goes last, in one step: until then the folder is still a run, the old one at its start.
-        write_text(path / CONFIG, f"{HEADER}\n{config}")
         return run
 
     def rewrite_config(self, config: str) -> None:
         """Replace the stored configuration."""
-        write_text(self.path / CONFIG, f"{HEADER}\n{config}")
+        write_text(self.path / CONFIG, config_text(config, self.identity))
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":
         """Open an existing run.
 
         Raises:
-            UserError: `path` is not a run, cannot be written, or is in use.
+            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link out of it.
         """
         require_run(path)
+        _refuse_links(path)
         try:
             run = cls(path)
-            run._relink()
         except OSError as error:
             raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+        drop_leftovers(path)
+        run.checkpoints.drop_partial()
         return run
-
-    def _relink(self) -> None:
-        """A copy that followed links holds folders where `last` and `best` were links; make them links again."""
-        for name in (LAST, BEST):
-            copied = self.path / name
-            if copied.is_dir() and not copied.is_symlink():
-                final = self._next()
-                copied.rename(final)
-                point(copied, os.path.relpath(final, self.path))
-
-    def _next(self) -> Path:
-        """The folder of the next checkpoint."""
-        store = self.path / "checkpoints"
-        store.mkdir(exist_ok=True)
-        return store / f"{1 + max((int(p.name) for p in store.iterdir() if p.name.isdigit()), default=0):06d}"
 
     def close(self) -> None:
         self._lock.close()
 
-    def commit(self, write: Callable[[Path], None], *, best: bool) -> None:
-        """Let `write` fill a new checkpoint folder, then make it `last` (and `best`) in one step each."""
-        final = self._next()
-        store, temporary = final.parent, final.parent / ".partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary)
-        write_manifest(temporary)
-        sync_folder(temporary)
-        temporary.rename(final)
-        sync_folder(store)
-        # `best` first: a kill in between is repaired by the resumed run, which starts from the old `last` and comes here again.
-        if best:
-            point(self.path / BEST, os.path.relpath(final, self.path))
-        point(self.path / LAST, os.path.relpath(final, self.path))
-        sync_folder(self.path)
-        self._drop_unreferenced(store)
+    def adopt(self) -> None:
+        """Bring the record of a run that was made by an older version, or copied, into the present form."""
+        with explained(self.path / CHECKPOINTS):
+            self.checkpoints.adopt()
 
-    def _drop_unreferenced(self, store: Path) -> None:
-        last, best = (self.path / name for name in (LAST, BEST))
-        kept = {link.resolve() for link in (last, best) if link.exists()}
-        for folder in store.iterdir():
-            if folder.resolve() not in kept:
-                shutil.rmtree(folder)
-            elif folder.resolve() != last.resolve():
-                (folder / STATE).unlink(missing_ok=True)
+    def commit(self, write: Callable[[Path], None], *, best: bool, epoch: int = 0, epoch_step: int = 0) -> None:
+        """Let `write` fill a new checkpoint folder, then make it the newest (and the best) in one step.
+
+        Args:
+            epoch, epoch_step: completed epochs, and updates done in the one after them.
+
+        Raises:
+            WriteError: it could not be written; the checkpoints before are untouched.
+        """
+        self.checkpoints.add(write, best=best, epoch=epoch, epoch_step=epoch_step)
 
 
-def require_run(path: Path) -> None:
-    """Raise UserError unless `path` is a run directory."""
-    if not os.path.exists(path):  # False, not an error, where a parent may not be entered
-        raise UserError(f"no run at {path}")
-    if not looks_like_run(path):
-        raise UserError(f"{path} is not a run directory: it has no {CONFIG} written by fastdynat")
+def _refuse_links(path: Path) -> None:
+    """Raise UserError where training would write to a place outside of the run."""
+    for place in (path / name for name in WRITTEN):
+        if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"{place} is a symbolic link out of the run, to {os.readlink(place)}: nothing is written or removed there; "
+                "put the file or folder itself in its place"
+            )

@@ -18,9 +18,10 @@ from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.models.finite import check_numbers
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs.files import sync_file, write_text
+from fastdynat.runs.checkpoints import find_checkpoint
+from fastdynat.runs.files import replacing, write_text
+from fastdynat.runs.layout import BEST, STATE
 from fastdynat.runs.manifest import check_manifest, sha256
-from fastdynat.runs.rundir import BEST, STATE
 from fastdynat.tensorfiles import check_safetensors, read_safetensors
 
 FORMAT = "fastdynat-weights/1"
@@ -59,8 +60,9 @@ class _Stored(Sidecar):
 def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
     """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any device."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    sync_file(path)
+    # safetensors makes a file that only its owner can read, in whatever place it likes; this one has the mode of its neighbours.
+    with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
     about = {
         "format": FORMAT,
         "fastdynat": __version__,
@@ -157,10 +159,10 @@ def guide_weights(path: Path) -> Path:
     """
     if path.suffix == ".safetensors":
         return path
-    weights = path / BEST / "model.safetensors"
-    if not weights.exists():
+    folder = find_checkpoint(path, BEST)
+    if folder is None or not (folder / "model.safetensors").exists():
         raise UserError(f"{path} is neither a .safetensors file nor a run directory with a best checkpoint")
-    return weights.resolve()
+    return (folder / "model.safetensors").resolve()
 
 
 @process_state_kept()
@@ -178,14 +180,21 @@ def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
 
 
 def load_checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
-    """The network of a checkpoint of `run`, which is there, its sidecar and the sha256 of its weights.
+    """The network of a checkpoint (last or best) of `run`, its sidecar and the sha256 of its weights.
 
     Raises:
-        UserError: damaged files; see `check_manifest` and `load_network`.
+        UserError: there is none, or its files are damaged; see `check_manifest` and `load_network`.
     """
-    # The link is followed once: the run may still be training, and move it.
-    files = (run / checkpoint).resolve()
-    check_manifest(files, optional=(STATE,))
-    weights = files / "model.safetensors"
-    network, sidecar = load_network(weights)
-    return network, sidecar, read_sidecar(weights)[1]
+    folder = find_checkpoint(run, checkpoint)
+    while folder is not None:
+        try:
+            check_manifest(folder, optional=(STATE,))
+            weights = folder / "model.safetensors"
+            network, sidecar = load_network(weights)
+            return network, sidecar, read_sidecar(weights)[1]
+        except UserError:
+            # The run may still be training, and this no longer its checkpoint.
+            if (newer := find_checkpoint(run, checkpoint)) == folder:
+                raise
+            folder = newer
+    raise UserError(f"{run} has no {checkpoint} checkpoint")

@@ -1,0 +1,88 @@
+"""Writing that fails: which file, why, and how many bytes there is no room for, in one line."""
+
+import errno
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdynat.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class WriteError(UserError):
+    """A file that the system does not let this process write.
+
+    Attributes:
+        path: the file.
+        reason: what the system says, and where it is for want of room, how much is needed and how much there is.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"cannot write {path}: {reason}")
+
+
+def _room(path: Path, error: OSError, needed: int) -> str:
+    """How much was needed and how much there is, where the reason is a lack of room."""
+    if error.errno == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        there_is = "" if limit == resource.RLIM_INFINITY else f"a file may have {limit:,} bytes (ulimit -f)"
+    elif error.errno in FULL:
+        there_is = f"{free_bytes(path):,} bytes are free"
+    else:
+        return ""
+    return "".join(f"; {part}" for part in (f"{needed:,} bytes are needed" if needed else "", there_is) if part)
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the file system that `path`, which need not be there, would lie on."""
+    place = Path(os.path.realpath(path))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that `error` is or tells of, as safetensors does; None where it is something else."""
+    if isinstance(error, OSError):
+        return error
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+@contextmanager
+def explained(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what the system says inside the block into a WriteError about `path`; needed: bytes that the
+    file would have, where that is known.
+
+    Raises:
+        WriteError: the system refused.
+        UserError: no file can have the name `path`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeEncodeError:
+        raise UserError(f"cannot write {str(path)!r}: no file can have such a name") from None
+    except Exception as error:
+        found = system_error(error)
+        if found is not None:
+            raise WriteError(path, f"{found.strerror or found}{_room(path, found, needed)}") from None
+        if isinstance(error, ValueError) and "null byte" in str(error):
+            raise UserError(f"cannot write {str(path)!r}: a name cannot hold a null character") from None
+        raise
+
+
+@contextmanager
+def explained_reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to let `path` be read into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,0 +1,53 @@
+"""Names in a run directory, and how one is recognised."""
+
+import os
+import re
+from pathlib import Path
+
+from fastdynat.errors import UserError
+
+CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
+LAST, BEST, CHECKPOINTS, LOCK = "last", "best", "checkpoints", ".lock"
+METRICS, TABLE = "metrics.jsonl", "metrics.csv"
+EVALUATIONS, BOUNDARY, TENSORBOARD = "evaluations", "boundary", "tensorboard"
+HEADER = "# fastdynat run"  # first line of a run's configuration
+# All that a run keeps in its folder.
+OWNED = (ENVIRONMENT, METRICS, TABLE, LAST, BEST, BOUNDARY, EVALUATIONS, TENSORBOARD, CHECKPOINTS)
+
+
+def looks_like_run(path: Path) -> bool:
+    """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
+    try:
+        with (path / CONFIG).open("rb") as file:
+            return file.readline(200).rstrip() == HEADER.encode()
+    except OSError:
+        return False
+
+
+def require_run(path: Path) -> None:
+    """Raise UserError unless `path` is a run directory."""
+    if not os.path.exists(path):  # False, not an error, where a parent may not be entered
+        raise UserError(f"no run at {path}")
+    if not looks_like_run(path):
+        raise UserError(f"{path} is not a run directory: it has no {CONFIG} written by fastdynat")
+
+
+def run_id(path: Path) -> str | None:
+    """What tells this run's checkpoints from any other's, as its configuration says; None of a run from before there was one."""
+    try:
+        with (path / CONFIG).open("rb") as file:
+            lines = [file.readline(200) for _ in range(2)]
+    except OSError:
+        return None
+    match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", lines[1])
+    return match[1].decode() if match else None
+
+
+def new_id() -> str:
+    """An id for a new run."""
+    return os.urandom(8).hex()
+
+
+def config_text(config: str, identity: str | None) -> str:
+    """The content of a run's configuration file."""
+    return "\n".join([HEADER, *([] if identity is None else [f"# id: {identity}"]), config])

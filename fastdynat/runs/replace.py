@@ -1,0 +1,94 @@
+"""`--overwrite`: what an old run made is removed from its folder; what is not the run's stays."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fastdynat.errors import UserError
+from fastdynat.runs.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    is_copied,
+    is_replaceable,
+    own_checkpoints,
+    remove_checkpoint,
+)
+from fastdynat.runs.layout import (
+    BEST,
+    BOUNDARY,
+    CHECKPOINTS,
+    ENVIRONMENT,
+    EVALUATIONS,
+    LAST,
+    METRICS,
+    TABLE,
+    TENSORBOARD,
+    run_id,
+)
+from fastdynat.runs.manifest import read_manifest
+
+# Names that only this program gives, by folder.
+MADE = {
+    BOUNDARY: re.compile(r"epoch-[0-9]{4,}\.npz"),
+    EVALUATIONS: re.compile(r"[a-z0-9_-]+(\.[0-9]+of[0-9]+)?-[0-9a-f]{16}\.(json|state)"),
+    TENSORBOARD: re.compile(r"events\.out\.tfevents\.[0-9]+\..+"),
+}
+
+
+def remove_run(path: Path) -> list[Path]:
+    """Remove all but the configuration of the run in `path`, if there is one.
+
+    A link in the place of a file or folder of the run is removed, and what it points at is not. Returns what was left in the
+    run's folders because the run did not make it.
+
+    Raises:
+        UserError: a folder is in the place of a file of the run.
+    """
+    for name in (ENVIRONMENT, METRICS, TABLE):
+        if (path / name).is_dir() and not (path / name).is_symlink():
+            raise UserError(f"{path / name} is a folder, not a file of the run; move it away")
+    checkpoints = _checkpoints(path)
+    for name in (ENVIRONMENT, METRICS, TABLE):
+        (path / name).unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        remove_checkpoint(checkpoint)
+    for name in (LAST, BEST):
+        if (path / name).is_symlink() or is_replaceable(path / name):
+            (path / name).unlink(missing_ok=True)
+    CheckpointStore(path, run_id(path) or "").drop_partial()
+    kept = _empty(path / CHECKPOINTS, lambda p: False)
+    for name, made in MADE.items():
+        kept += _empty(path / name, lambda p, made=made: made.fullmatch(p.name) is not None)  # type: ignore[misc]
+    kept += [path / name for name in (LAST, BEST) if os.path.lexists(path / name)]
+    return kept
+
+
+def _checkpoints(path: Path) -> list[Checkpoint]:
+    """All checkpoints of the run, also where it is an old one whose links name them, or a copy with folders for links."""
+    found = {checkpoint.folder.resolve(): checkpoint for checkpoint in own_checkpoints(path)}
+    if (path / CHECKPOINTS).is_symlink():
+        found = {}
+    identity = run_id(path)
+    for role in (LAST, BEST):
+        if is_copied(path / role, identity or ""):
+            found[(path / role).resolve()] = Checkpoint(path / role, read_manifest(path / role))
+    return list(found.values())
+
+
+def _empty(folder: Path, is_made: Callable[[Path], bool]) -> list[Path]:
+    """Remove the files in `folder` that `is_made` knows, and the folder if nothing else is there; returns what else is there."""
+    if folder.is_symlink():
+        folder.unlink()
+        return []
+    if not folder.is_dir():
+        return [folder] if os.path.lexists(folder) else []
+    for path in folder.iterdir():
+        if is_made(path) and path.is_file() and not path.is_symlink():
+            path.unlink()
+    left = sorted(folder.iterdir())
+    if not left:
+        with suppress(OSError):
+            folder.rmdir()
+    return left
