@@ -22,9 +22,7 @@ from fastdynat.runs.manifest import MANIFEST, Manifest, Origin, put_manifest, re
 
 NUMBERED = re.compile(r"[0-9]{6,12}")
 # What lies in the folder `.partial` that versions before ids left when they were killed.
-OLD_PARTIAL = re.compile(
-    r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json|\.[a-z_]+\.(json|safetensors)\.tmp"
-)
+OLD_PARTIAL = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json|\.[a-z_]+\.json\.tmp")
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,9 @@ def find_checkpoint(run: Path, role: str) -> Path | None:
     try:
         origin = read_manifest(named).origin
     except UserError:
-        # A damaged checkpoint of the run is not passed over for an older one.
-        return named if named.is_relative_to(run.resolve()) else found.folder
+        # A damaged checkpoint of the run is not passed over for an older one; a folder of the user's is.
+        ours = (run / role).is_symlink() or os.path.lexists(named / MANIFEST)
+        return named if ours and named.is_relative_to(run.resolve()) else found.folder
     copied = origin is not None and origin.run == run_id(run) and origin.order > found.order[0]
     foreign = named.is_relative_to(run.resolve()) and (origin is None or origin.run != run_id(run))
     return named if copied or foreign else found.folder
@@ -192,12 +191,13 @@ class CheckpointStore:
         if not self._partial.is_symlink():
             shutil.rmtree(self._partial, ignore_errors=True)
         old = self.store / ".partial"
-        if run_id(self.run) is None and old in real_folders(self.store):
-            if all(OLD_PARTIAL.fullmatch(path.name) for path in old.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
+        if run_id(self.run) is not None or old not in real_folders(self.store):
+            return
+        if all(OLD_PARTIAL.fullmatch(path.name) for path in old.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
 
     def link(self) -> None:
-        """Point RUN/last and RUN/best at the newest and the best, where links can be made and nothing else is in their place."""
+        """Point RUN/last and RUN/best at the newest and the best, unless something else is there or links cannot be made."""
         own = own_checkpoints(self.run)
         for role, chosen in ((BEST, [c for c in own if c.best]), (LAST, own)):
             path = self.run / role
@@ -257,7 +257,7 @@ def is_copied(path: Path, identity: str) -> bool:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a link of the run may take the place of `path`: nothing is there, or such a link, or what an archive makes of it."""
+    """Whether a link of the run may take the place of `path`: there is nothing, or such a link, or what archives make of it."""
     if not os.path.lexists(path):
         return True
     if path.is_symlink():

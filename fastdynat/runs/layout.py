@@ -33,7 +33,7 @@ def require_run(path: Path) -> None:
 
 
 def run_id(path: Path) -> str | None:
-    """What tells this run's checkpoints from any other's, as its configuration says; None of a run from before there was one."""
+    """What tells this run's checkpoints from others', as its configuration says; None of a run from before there was one."""
     try:
         with (path / CONFIG).open("rb") as file:
             lines = [file.readline(200) for _ in range(2)]

@@ -78,7 +78,7 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
 
 
 def _empty(folder: Path, is_made: Callable[[Path], bool]) -> list[Path]:
-    """Remove the files in `folder` that `is_made` knows, and the folder if nothing else is there; returns what else is there."""
+    """Remove the files in `folder` that `is_made` knows, and the folder once it is empty; returns what else is there."""
     if folder.is_symlink():
         folder.unlink()
         return []

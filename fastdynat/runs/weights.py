@@ -60,7 +60,7 @@ class _Stored(Sidecar):
 def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
     """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any device."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    # safetensors makes a file that only its owner can read, in whatever place it likes; this one has the mode of its neighbours.
+    # safetensors makes files that only their owner can read; `replacing` gives this one the mode of its neighbours.
     with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     about = {
