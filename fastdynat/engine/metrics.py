@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdynat.documents import convert, read_json_lines
 from fastdynat.documents.numbers import Positive
+from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
 
