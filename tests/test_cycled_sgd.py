@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from conftest import needs
 from graph_sim import SimulatedRecorder
 from stepping import LR, make_batch, moved_network, train_step
+from test_graphed_step import make_step, train
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -13,7 +15,8 @@ from fastdynat.config import OptimConfig
 from fastdynat.engine.cycled_sgd import CycledSGD
 from fastdynat.engine.schedules import momentum_at, schedule_factor
 from fastdynat.engine.step import TrainStep
-from fastdynat.methods import Natural, NaturalOptions
+from fastdynat.graphs import CudaRecorder
+from fastdynat.methods import Madry, MadryOptions, Natural, NaturalOptions
 
 STEPS = 8
 CYCLE = OptimConfig(lr=LR, epochs=STEPS, schedule="onecycle", cycle_momentum=True)
@@ -93,6 +96,21 @@ def test_a_captured_step_reads_the_momentum_anew() -> None:
     assert recorder.replayed > 3
     for p, q in zip(captured.networks.raw["model"].parameters(), plain.networks.raw["model"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.gpu
+@needs("gpu")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_cuda_graph_reads_the_momentum_anew(amp: str) -> None:
+    def cycle(number: int) -> float:
+        return 0.95 - 0.005 * number
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    graphed = make_step(Madry(MadryOptions()), "cuda", amp, recorder, momentum=cycle, say=pytest.fail)
+    got, want = train(graphed, "cuda"), train(make_step(Madry(MadryOptions()), "cuda", amp, momentum=cycle), "cuda")
+    constant = train(make_step(Madry(MadryOptions()), "cuda", amp, momentum=lambda number: 0.95), "cuda")
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=1e-4)
+    assert float((got[1] - want[1]).norm()) < 0.01 * float((constant[1] - want[1]).norm())
 
 
 def test_a_loaded_state_goes_on_with_the_schedules_momentum() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_loaders import LOADERS, PAD, make, random_set
+from test_loaders import DEVICES, LOADERS, PAD, make, random_set
 from torch import Tensor
 
 from fastdynat.data.imagefolder import open_imagefolder
@@ -36,13 +36,14 @@ def test_a_reflection_wider_than_the_image_is_refused() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("augment", ["crop", "crop-flip"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_reflects(loader: str, augment: str, channels_last: bool) -> None:
+def test_every_loader_reflects(loader: str, device: str, augment: str, channels_last: bool) -> None:
     images = random_set(20)
-    made = make(loader, images, augment=augment, pad_mode="reflect", channels_last=channels_last)
+    made = make(loader, images, augment=augment, pad_mode="reflect", channels_last=channels_last, device=device)
     batches = list(made.epoch(2))
     plan = plan_epoch(20, pad=PAD, seed=5, epoch=2)
-    got = torch.cat([batch.x for batch in batches])
+    got = torch.cat([batch.x.cpu() for batch in batches])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert all(batch.x.is_contiguous(memory_format=layout) for batch in batches)
     for position in range(20):

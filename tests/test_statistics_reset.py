@@ -1,14 +1,20 @@
 """--bn-reset-epoch: the first step of an epoch replaces batch norm's running statistics, in whole runs and captured steps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from graph_sim import SimulatedRecorder
-from stepping import make_batch, moved_network, tiny_network, train_step
+from networks import tiny_cnn
+from stepping import CPU, make_batch, moved_network, tiny_network, train_step
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from fastdynat.cli import main
+from fastdynat.data import Batch
+from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.step import TrainStep
 from fastdynat.graphs import WARM_UP_CALLS
 from fastdynat.methods import Madry, MadryOptions, Natural, NaturalOptions
@@ -50,6 +56,31 @@ def test_a_captured_step_is_not_replayed_there() -> None:
     assert (recorder.captured, recorder.replayed) == (1, 4)
     a, b = (step.networks.raw["model"].state_dict() for step in (captured, plain))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@needs("cxx")
+def test_a_compiled_network_is_compiled_once_more_and_no_further() -> None:
+    def step(mode: str) -> TrainStep:
+        networks = NetworkSet(tiny_cnn(0), None, image_shape=(3, 8, 8), device=CPU, compile_mode=mode, say=pytest.fail)
+        made = train_step(Natural(NaturalOptions()), tiny_network(0), None)
+        optim, spec = replace(made.optim, lr=0.01), made.spec
+        return TrainStep(
+            made.method, networks, spec, optim, made.precision, lambda n: 1.0, statistics_resets={2}, say=pytest.fail
+        )
+
+    counters.clear()
+    steps, graphs = [step("off"), step("default")], []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x, labels = torch.rand(16, 3, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator)
+        for one in steps:
+            one(Batch(x, labels, torch.arange(16)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 2, 2, 2]
+    plain, compiled = (one.networks.raw["model"].state_dict() for one in steps)
+    for key, value in plain.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_an_error_inside_leaves_the_momentum_as_it_was() -> None:
