@@ -253,9 +253,10 @@ def as_json(checks: list[Check]) -> str:
 def print_report(checks: list[Check]) -> None:
     """Print the report as a table, and one line that says where training would run."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from fastdynat.consoles import output_console
 
     table = Table(box=box.SIMPLE)
     for column in ("", "what", "found", "remedy"):
@@ -264,7 +265,7 @@ def print_report(checks: list[Check]) -> None:
         # Text: details hold brackets, which rich would read as markup.
         cells = (check.name, check.detail, check.remedy)
         table.add_row(Text(check.status, style=STYLES[check.status]), *map(Text, cells))
-    console = Console()
+    console = output_console(None)
     console.print(table)
     gpu = next(check for check in checks if check.name == "CUDA device")
     place = f"on {gpu.detail}" if gpu.status == "ok" else "on the CPU: no GPU is usable here, which is slow but works"

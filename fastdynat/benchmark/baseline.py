@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fastdynat.benchmark.report import FORMAT, machine, settings
 from fastdynat.config import TrainConfig
+from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.documents import convert, read_json, shown
 from fastdynat.documents.numbers import AboveZero
 from fastdynat.errors import UserError
@@ -94,8 +94,8 @@ def report_baseline(found: list[dict[str, Any]], path: str, tolerance: float, co
     """
     if not found:
         raise UserError(f"{path} has none of these rows: measure with the same --peers and --switches")
-    console.print(f"\nrate, times that of {path}", highlight=False)
-    table = Table("row", "ratio", "")
+    console.print(f"\nrate, times that of {path}", **AS_IS)
+    table = PlainTable("row", "ratio", "")
     for row in found:
         slow = "slower" if row["ratio"] < 1 - tolerance else ""
         table.add_row(f"{row['kind']}, {row['name']}", f"{row['ratio']:.3f}", slow)

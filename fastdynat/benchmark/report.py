@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fastdynat.benchmark.rows import Row
 from fastdynat.benchmark.timing import Samples
 from fastdynat.config import TrainConfig, to_flat
+from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.runs import describe_environment, source_commit
 
 FORMAT = "fastdynat-bench/1"
@@ -108,7 +108,7 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     guide = "" if s["guide"] == "none" else f", guide {s['guide']}"
     where = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
     title = f"{s['method']}: {s['model']}{guide}, batch {s['batch_size']}, PGD-{s['steps']}, {where}, torch {env['torch']}"
-    console.print(title, highlight=False)
+    console.print(title, **AS_IS)
     for kind, heading in (("attack", "attack"), ("step", "training step")):
         rows = [row for row in doc["rows"] if row["kind"] == kind]
         if rows:
@@ -116,7 +116,7 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     for row in doc["rows"]:
         if row["kind"] == "matmul":
             best = row["flops_per_s"] * row["seconds"]["median"] / row["seconds"]["min"]
-            console.print(f"{row['name']}: {best / 1e12:.3g} TFLOP/s at best", highlight=False)
+            console.print(f"{row['name']}: {best / 1e12:.3g} TFLOP/s at best", **AS_IS)
     if doc["switches"]:
         _print_gains(doc["switches"], console)
     if doc["phases"]:
@@ -129,8 +129,8 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
 
 def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, console: Console) -> None:
     base = next((row for row in rows if row["name"] == reference), full_row(rows, rows[0]["kind"]))
-    console.print(heading if base is None else f"\n{heading}; ratio: to {base['name']}", highlight=False)
-    table = Table()
+    console.print(heading if base is None else f"\n{heading}; ratio: to {base['name']}", **AS_IS)
+    table = PlainTable()
     table.add_column(rows[0]["kind"])
     for column in ("images/s", "p20 to p80", "ms/batch", "ratio", "TFLOP/s", "of matmul", "peak MiB", "first call s"):
         table.add_column(column, justify="right")
@@ -156,8 +156,8 @@ def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, conso
 
 
 def _print_gains(found: list[dict[str, Any]], console: Console) -> None:
-    console.print("\nrate as asked, times the rate with one switch the other way", highlight=False)
-    table, kinds = Table("switch", "the other way"), ("attack", "step")
+    console.print("\nrate as asked, times the rate with one switch the other way", **AS_IS)
+    table, kinds = PlainTable("switch", "the other way"), ("attack", "step")
     for kind in kinds:
         table.add_column(kind, justify="right")
     by_name: dict[tuple[str, str], dict[str, float]] = {}
@@ -170,8 +170,8 @@ def _print_gains(found: list[dict[str, Any]], console: Console) -> None:
 
 def print_parts(heading: str, seconds: Mapping[str, float], console: Console) -> None:
     """Print what a step is made of, with its shares."""
-    console.print(f"\n{heading}", highlight=False)
-    table, total = Table("part"), sum(seconds.values())
+    console.print(f"\n{heading}", **AS_IS)
+    table, total = PlainTable("part"), sum(seconds.values())
     for column in ("ms", "share"):
         table.add_column(column, justify="right")
     for name, part in seconds.items():
@@ -181,7 +181,7 @@ def print_parts(heading: str, seconds: Mapping[str, float], console: Console) ->
 
 def _print_notes(doc: Mapping[str, Any], console: Console) -> None:
     def note(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(text, **AS_IS)
 
     epoch = doc["epoch"]
     if "extrapolated_seconds" in epoch:

@@ -1,6 +1,5 @@
 """The commands that say what there is: recipes and doctor."""
 
-import sys
 from dataclasses import dataclass
 
 from fastdynat.commandline.parse import parse
@@ -25,14 +24,13 @@ class DoctorCommand:
 def recipes(argv: list[str]) -> int:
     """List the recipes."""
     parse(RecipesCommand, argv, "recipes")
-    from rich.console import Console
-    from rich.table import Table
+    from fastdynat.consoles import PlainTable, output_console
 
-    table = Table("recipe", "method", "what it is")
+    table = PlainTable("recipe", "method", "what it is")
     for name in recipe_names():
         values, about = read_recipe(name)
         table.add_row(name, values["method"], about)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    output_console(160).print(table)
     return 0
 
 

@@ -1,6 +1,5 @@
 """`fastdynat eval`."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -26,13 +25,11 @@ class EvalCommand:
 def run(argv: list[str]) -> int:
     """Evaluate."""
     command = parse(EvalCommand, argv, "eval")
-    from rich.console import Console
+    from fastdynat.consoles import PlainTable, output_console
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = output_console(200)
     if command.list_attacks:
-        from rich.table import Table
-
-        table = Table("attack", "what it is")
+        table = PlainTable("attack", "what it is")
         for row in KNOWN.items():
             table.add_row(*row)
         console.print(table)

@@ -1,7 +1,6 @@
 """The commands that take training flags without training one run: bench and compare."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -63,13 +62,11 @@ def bench(argv: list[str]) -> int:
     command = parse(of_options(BenchCommand, options), argv, "bench", default=default, own=own_flags(options))
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
 
-    from rich.console import Console
-
     from fastdynat.benchmark import run_bench
-    from fastdynat.engine.progress import error_console
+    from fastdynat.consoles import error_console, output_console
 
-    console, errors = Console(width=None if sys.stdout.isatty() else 180), error_console()
-    return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False))
+    console, errors = output_console(180), error_console()
+    return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False, emoji=False))
 
 
 def compare(argv: list[str]) -> int:
@@ -82,9 +79,7 @@ def compare(argv: list[str]) -> int:
     command = parse(CompareCommand, argv, "compare", default=default, own=["--out"])
     asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
 
-    from rich.console import Console
-
     from fastdynat.compare import run_compare
-    from fastdynat.engine.progress import error_console
+    from fastdynat.consoles import error_console, output_console
 
-    return run_compare(asked, command.compare, Console(width=None if sys.stdout.isatty() else 180), error_console())
+    return run_compare(asked, command.compare, output_console(180), error_console())

@@ -47,11 +47,11 @@ class BoundaryCommand:
 def export(argv: list[str]) -> int:
     """Export a run."""
     command = parse(ExportCommand, argv, "export", own=["--out"])
-    from fastdynat.engine.progress import error_console
+    from fastdynat.consoles import error_console
     from fastdynat.export import export_run
 
     console = error_console()
-    export_run(command.run, command.export, lambda text: console.print(text, markup=False))
+    export_run(command.run, command.export, lambda text: console.print(text, markup=False, emoji=False))
     return 0
 
 
@@ -60,7 +60,7 @@ def report(argv: list[str]) -> int:
     command = parse(ReportCommand, argv, "report", own=["--out"])
     if not command.runs:
         raise UserError("report needs at least one run directory: fastdynat report RUN")
-    from fastdynat.engine.progress import error_console
+    from fastdynat.consoles import error_console
     from fastdynat.report import run_report
 
     return run_report(command.runs, command.report, error_console())

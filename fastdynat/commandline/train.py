@@ -37,13 +37,13 @@ def run(argv: list[str]) -> int:
     early = early_flags(argv)
     config = parse_train(argv, early)
 
+    from fastdynat.consoles import error_console
     from fastdynat.engine import new_run, resumed_run
-    from fastdynat.engine.progress import error_console
 
     console = error_console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False)
+        console.print(text, markup=False, emoji=False)
 
     begun = resumed_run(Path(early.resume), config, say) if early.resume is not None else new_run(config, say)
     with begun as trainer:

@@ -15,6 +15,7 @@ from fastdynat.compare.plan import Plan, RunPlan, make_plan
 from fastdynat.compare.report import document
 from fastdynat.compare.table import print_table
 from fastdynat.config import TrainConfig
+from fastdynat.consoles import quiet_console
 from fastdynat.engine import Diverged, Outcome, new_run, resumed_run
 from fastdynat.engine.resolve import Say
 from fastdynat.engine.stopping import StopRequest
@@ -40,7 +41,7 @@ def run_compare(shared: TrainConfig[NoOptions], compare: CompareConfig, console:
     """
 
     def say(text: str) -> None:
-        errors.print(text, markup=False)
+        errors.print(text, markup=False, emoji=False)
 
     plan = make_plan(shared, compare, say)
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def _evaluate(
         return 0
     data, engine = run.config.data, run.config.engine
     config = EvalConfig(attacks=compare.attacks, batch_size=data.eval_batch_size, device=engine.device, kernels=engine.kernels)
-    shown = Console(quiet=True) if run.config.run.quiet else errors
+    shown = quiet_console() if run.config.run.quiet else errors
     with StopRequest() as stop, suppress(Stopped):
         records[run.name] = measure_runs(
             [run.path], config, shown, known=plan.ledger, tests=plan.tests, should_stop=stop.requested

@@ -3,8 +3,8 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.units import describe
 
 Values = dict[str, Any]
@@ -14,8 +14,8 @@ def print_table(doc: Values, console: Console) -> None:
     """One row for each method and checkpoint, and what the numbers are."""
     names = list(dict.fromkeys(name for row in doc["rows"] for name in row["accuracy"]))
     budget = doc["compare"]["budget_seconds"]
-    console.print(_title(doc), highlight=False)
-    table = Table()
+    console.print(_title(doc), **AS_IS)
+    table = PlainTable()
     for column in ("method", "checkpoint"):
         table.add_column(column, no_wrap=True)
     timed = ("s/epoch", "train s", *(["of budget"] if budget else []), "images/s", "peak MiB")
@@ -28,7 +28,7 @@ def print_table(doc: Values, console: Console) -> None:
         table.add_row(_name(row), row["checkpoint"], str(row["epochs"]), *accuracies, _percent(row["robustness_gap"]), *times)
     console.print(table)
     for line in _notes(doc):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, **AS_IS)
 
 
 def _title(doc: Values) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeRemainingColumn
+
+from fastdynat.consoles import error_console, plain_column
 
 # Columns of metrics.jsonl by their short names on screen; accuracies in %.
 LOSSES = {"loss": "loss", "guide_loss": "guide loss"}
@@ -30,12 +31,6 @@ def summary(row: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def error_console() -> Console:
-    """Standard error, so that standard output stays for results; wide enough for whole lines when it is not a terminal."""
-    console = Console(stderr=True, highlight=False)
-    return console if console.is_terminal else Console(stderr=True, highlight=False, width=240)
-
-
 class Display:
     """Progress over all epochs with images/s, remaining time, losses and accuracies."""
 
@@ -43,12 +38,12 @@ class Display:
         self.console, self._quiet = error_console(), quiet
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            plain_column("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("eta"),
+            plain_column("{task.percentage:>3.0f}%"),
+            plain_column("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            plain_column("{task.fields[note]}"),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
@@ -70,7 +65,7 @@ class Display:
         self._bar.update(self._task, note="  ".join([f"{images_per_s:,.0f} img/s", *summary(means)]))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """One line for a finished epoch, unless quiet."""

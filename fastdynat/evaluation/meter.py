@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from fastdynat.consoles import AS_IS, plain_column
 
 LINE_SECONDS = 30.0  # between lines where there is no terminal
 
@@ -16,11 +18,11 @@ class Meter:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            plain_column("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("eta"),
+            plain_column("eta"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
@@ -35,7 +37,7 @@ class Meter:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, **AS_IS, soft_wrap=True)
 
     @contextmanager
     def attack(self, title: str, images: int) -> Iterator[Callable[[float], None]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastdynat.consoles import AS_IS
 from fastdynat.evaluation.cells import Cells, Known
 from fastdynat.evaluation.config import EvalConfig, check_config, settled
 from fastdynat.evaluation.halving import with_halving
@@ -36,7 +37,7 @@ def evaluate_runs(
     """
     if config.json:
         check_writable(Path(config.json))
-    config = settled(config, lambda text: console.print(text, markup=False, highlight=False))
+    config = settled(config, lambda text: console.print(text, **AS_IS))
     records: list[Values] = []
     file = Path(config.json) if config.json else None
     # A pipe or a device is given the whole, once.
@@ -57,7 +58,7 @@ def evaluate_runs(
     _say_cached(records, console)
     if stopped:
         kept = "nothing was kept" if config.cache == "off" else "the same command goes on after what is finished"
-        console.print(f"stopped: {kept}", markup=False, highlight=False)
+        console.print(f"stopped: {kept}", **AS_IS)
     if file is not None:
         write_text(file, _text(config, records, complete=not stopped))
     return records
@@ -175,4 +176,4 @@ def _say_cached(records: list[Values], console: Console) -> None:
     count = sum(len(record["cached"]) for record in records)
     if count:
         text = f"{count} results are from earlier evaluations (evaluations/*.json); --fresh measures them again"
-        console.print(text, markup=False, highlight=False)
+        console.print(text, **AS_IS)

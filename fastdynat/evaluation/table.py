@@ -3,8 +3,8 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.evaluation.record import median_distance
 
 Values = dict[str, Any]
@@ -21,7 +21,7 @@ def print_results(records: list[Values], console: Console, *, per_class: bool = 
         for record in records:
             _classes(record, console)
     for line in [*_zero_gradients(records), *_warnings(records)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, **AS_IS, soft_wrap=True)
 
 
 def _accuracies(records: list[Values], console: Console) -> None:
@@ -30,13 +30,13 @@ def _accuracies(records: list[Values], console: Console) -> None:
     # Two lines per row where one is too long to be shown whole.
     console.print(table if wanted <= console.width else _accuracy_table(records, between="\n"))
     worst = "worst: images that stay correct under every attack of the row" + _left_out(records)
-    console.print(f"{worst}; gap: clean - strongest attack", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{worst}; gap: clean - strongest attack", **AS_IS, soft_wrap=True)
 
 
-def _accuracy_table(records: list[Values], *, between: str) -> Table:
+def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
     names = list(dict.fromkeys(a["attack"] for r in records for a in r["attacks"]))
     images = " and ".join(sorted({_images(r) for r in records}))
-    table = Table(title=f"accuracy in % ± half a 95 % interval, {images}", title_justify="left")
+    table = PlainTable(title=f"accuracy in % ± half a 95 % interval, {images}", title_justify="left")
     for column in ("run", "method", "checkpoint", "epoch"):
         table.add_column(column, no_wrap=column != "run")
     for column in ("eps", *names, "worst", "gap"):
@@ -85,7 +85,7 @@ def _distances(records: list[Values], console: Console) -> None:
     found = [(r, a) for r in records for a in r["attacks"] if a["distances"] is not None]
     if not found:
         return
-    table = Table(title="distance of the nearest adversarial image", title_justify="left")
+    table = PlainTable(title="distance of the nearest adversarial image", title_justify="left")
     for column in ("run", "attack", "median", "found in %"):
         table.add_column(column, justify="right" if column in ("median", "found in %") else "left")
     for record, attack in found:
@@ -98,7 +98,7 @@ def _distances(records: list[Values], console: Console) -> None:
 
 
 def _classes(record: Values, console: Console) -> None:
-    table = Table(title=f"accuracy in % by class: {_title(record)}", title_justify="left")
+    table = PlainTable(title=f"accuracy in % by class: {_title(record)}", title_justify="left")
     table.add_column("class")
     for attack in record["attacks"]:
         table.add_column(attack["attack"], justify="right")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
+from fastdynat.consoles import AS_IS, plain_column
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.devices import pick_device
 from fastdynat.engine.stopping import StopRequest
@@ -164,7 +165,8 @@ def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Find
 
 def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Console) -> int | None:
     """Do the tasks; returns the signal that stopped them, if one did."""
-    progress = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
+    columns = (plain_column("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
     with StopRequest() as stop, progress as bar, exact_float32():
         images = shop.config.num_images
         line = bar.add_task("", total=sum(images * task.passes for task in tasks))
@@ -184,7 +186,7 @@ def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Con
             task.keep(value)
             bar.update(line, completed=images * sum(done.passes for done in tasks[:number]))
             done = f"[{number}/{len(tasks)}] {task.about} ({time.perf_counter() - start:.1f} s)"
-            console.print(done, markup=False, highlight=False)
+            console.print(done, **AS_IS)
             if stop.requested():
                 return stop.signal
     return None

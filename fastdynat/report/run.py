@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fastdynat.consoles import AS_IS
 from fastdynat.process_state import process_state_kept
 from fastdynat.report.config import ReportConfig, check_report
 from fastdynat.report.files import ReportFiles
@@ -48,7 +49,7 @@ def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) ->
     files.write(PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")).encode())
     files.drop_others()
     if found.signal is not None:
-        console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", markup=False, highlight=False)
+        console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", **AS_IS)
         return 128 + found.signal
-    console.print(f"done: {out / PAGE}", markup=False, highlight=False)
+    console.print(f"done: {out / PAGE}", **AS_IS)
     return 0
