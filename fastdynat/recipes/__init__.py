@@ -1,9 +1,9 @@
 """Recipes: named sets of training flags that reproduce a published protocol, one documented YAML file each.
 
-A recipe is the flags that its paper or code states and no more; what it leaves out is fastdynat's default, and what it cannot
-reproduce its comments list. Training images are held out to choose a checkpoint (1,000 of CIFAR's unless the release has a number
-of its own), where most releases train on all of them and choose by the test set. Flags on the command line and keys of --config
-win over it.
+A recipe is the flags that its paper or code states and no more; what it leaves out is fastdynat's default, and its comments
+list what it cannot reproduce. Training images are held out to choose a checkpoint (1,000 of CIFAR's unless the release has a
+number of its own), where most releases train on all of them and choose by the test set. Flags on the command line and keys of
+--config win over it.
 """
 
 from importlib.resources import files
