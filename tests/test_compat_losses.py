@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -279,12 +280,11 @@ def test_the_model_may_be_forgotten() -> None:
 
 
 class Uncopyable(nn.Module):
-    """Holds a tensor that copy.deepcopy refuses, as old-style weight_norm does."""
+    """Holds what copy.deepcopy refuses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.scale = tiny_cnn(1, dtype=torch.float64), nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.derived = self.scale * 2
+        self.net, self.lock = tiny_cnn(1, dtype=torch.float64), threading.Lock()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -321,12 +322,11 @@ class Branching(nn.Module):
 
 
 class Uncopyable(nn.Module):
-    """Holds a tensor that copy.deepcopy refuses, as old-style weight_norm does."""
+    """Holds what copy.deepcopy refuses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.scale = tiny_cnn(), nn.Parameter(torch.ones(()))
-        self.derived = self.scale * 2
+        self.net, self.lock = tiny_cnn(), threading.Lock()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

@@ -107,6 +107,18 @@ class CompiledAscent(Ascent):
         return self._steps[kind]
 
 
+class Notes:
+    """Passes notes on and keeps them. Not the engine itself, which would hold itself by what it holds."""
+
+    def __init__(self, say: Say) -> None:
+        self.texts: list[str] = []
+        self._say = say
+
+    def __call__(self, text: str) -> None:
+        self.texts.append(text)
+        self._say(text)
+
+
 class AttackEngine:
     """Attacks `model`, following its weights through `refresh`.
 
@@ -136,8 +148,7 @@ class AttackEngine:
             recorder: where graphs come from; None is CUDA's where the switches ask for graphs.
         """
         self.switches = s = switches or AttackSwitches()
-        self._say, self._recorder = say, recorder
-        self._notes: list[str] = []
+        self._recorder, self._note = recorder, Notes(say)
         self.replica = AttackReplica(
             model,
             example,
@@ -166,7 +177,7 @@ class AttackEngine:
     @property
     def path(self) -> str:
         """In words, how the attack is computed, and what of it was given up so far."""
-        return "; ".join([self._planned, *self._notes])
+        return "; ".join([self._planned, *self._note.texts])
 
     def refresh(self) -> None:
         """Take over the model's weights and statistics; once per batch of training, after every change by others."""
@@ -194,12 +205,12 @@ class AttackEngine:
         x_start = None if x_start is None else self.laid_out(x_start)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
             return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
-        kind = (goal.kind, spec)
+        kind, ascent = (goal.kind, spec), self.ascent
         if kind not in self._graphed:
 
             def whole(x: Tensor, target: Tensor, *start: Tensor) -> tuple[Tensor | None, ...]:
                 x_start = start[0] if start else None
-                result = run_pgd(self.ascent, x, replace(goal, target=target), spec, x_start=x_start)
+                result = run_pgd(ascent, x, replace(goal, target=target), spec, x_start=x_start)
                 return result.x_adv, result.zero_grads, result.kept
 
             self._graphed[kind] = GraphedCall(whole, self._recorder, self._note)
@@ -224,10 +235,10 @@ class AttackEngine:
     ) -> Boundary:
         """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in `run`."""
         x = self.laid_out(x)
-        starts = () if x_start is None else (self.laid_out(x_start),)
+        starts, ascent = () if x_start is None else (self.laid_out(x_start),), self.ascent
 
         def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
-            return run_boundary(self.ascent, x, labels, spec, x_start=start[0] if start else None, generator=generator)
+            return run_boundary(ascent, x, labels, spec, x_start=start[0] if start else None, generator=generator)
 
         if self._recorder is None or generator is not None:
             return whole(x, labels, *starts)
@@ -238,10 +249,6 @@ class AttackEngine:
     def laid_out(self, x: Tensor) -> Tensor:
         """`x` in the memory format of the replica."""
         return x.contiguous(memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format)
-
-    def _note(self, text: str) -> None:
-        self._notes.append(text)
-        self._say(text)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` runs the ``forward`` of its class and nothing else: no hook sees or changes anything."""
+    hooks = [getattr(module, name) for name in HOOKS] + [getattr(torch_module, f"_global{name}") for name in HOOKS]
+    return not any(hooks) and "forward" not in vars(module)
 
 
 class _Tracer(fx.Tracer):
@@ -22,7 +31,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, self.path_of_module(m)):
+        if any(getattr(m, name) for name in HOOKS) and not self.is_leaf_module(m, self.path_of_module(m)):
             raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
         return super().call_module(m, forward, args, kwargs)
 
@@ -88,25 +97,28 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
     if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes):
         raise NotFoldable("its forward makes tensors that tracing would freeze")
     modules = dict(traced.named_modules())
-    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    folds = []
+    uses = _uses(traced)
+    folds: dict[fx.Node, Fold] = {}
     for node in list(traced.graph.nodes):
         pair = _pair(node, modules, uses, ranks.of)
-        if pair is None:
+        # A second batch norm after the same layer would be folded into it alone, and the first one lost.
+        if pair is None or node.args[0] in folds:
             continue
         layer, bn = pair
         fold = Fold(layer, bn, _empty_copy(layer))
         put_tensors(fold)
         traced.set_submodule(str(node.args[0].target), fold.folded)
+        folds[node.args[0]] = fold
         node.replace_all_uses_with(node.args[0])
         traced.graph.erase_node(node)
-        folds.append(fold)
     if not folds:
         raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
-    return traced, folds
+    # Graph and module would keep each other alive until the garbage collector comes, with all that the module holds.
+    traced.graph.owning_module = None
+    return traced, list(folds.values())
 
 
 def _pair(
@@ -116,13 +128,14 @@ def _pair(
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
         return None
-    layer, bn = modules[str(source.target)], modules[str(node.target)]
-    if type(layer) not in LAYERS or not isinstance(bn, _BatchNorm):
+    layer: nn.Module = modules[str(source.target)]
+    bn: Any = modules[str(node.target)]
+    if type(layer) not in LAYERS or type(bn) not in BATCH_NORMS:
         return None
     if bn.training or bn.running_mean is None or len(source.users) > 1 or uses[source.target] > 1 or uses[node.target] > 1:
         return None
-    if layer._forward_pre_hooks or layer._forward_hooks or bn._forward_pre_hooks or bn._forward_hooks:
-        return None  # hooks see, and may change, what the fold takes away
+    if not (is_plain(layer) and is_plain(bn)):
+        return None
     # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does neither, so that
     # comparing the networks' answers would not tell.
     if isinstance(layer, nn.Linear) and ranks[source] != 2:
@@ -130,17 +143,23 @@ def _pair(
     return layer, bn
 
 
+def _uses(traced: fx.GraphModule) -> Counter[Any]:
+    """How often the graph calls each module; reading a tensor inside it counts as a call."""
+    nodes = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
+    return Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes)
+
+
 def relu_in_place(traced: fx.GraphModule) -> None:
     """Let each ReLU that alone reads a layer's result overwrite it, which no gradient needs: a pass over it less."""
     modules = dict(traced.named_modules())
-    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    uses = _uses(traced)
     for node in traced.graph.nodes:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         layer, relu = modules[str(source.target)], modules[str(node.target)]
         alone = uses[node.target] == 1 and len(source.users) == 1
-        if alone and type(layer) in LAYERS and type(relu) is nn.ReLU and not (relu._forward_pre_hooks or relu._forward_hooks):
+        if alone and type(layer) in LAYERS and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu):
             traced.set_submodule(str(node.target), nn.ReLU(inplace=True))
 
 

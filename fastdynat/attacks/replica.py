@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, fx, nn
 
+from fastdynat.attacks.answers import ROUNDING, answer_and_gradient, disagreement
+from fastdynat.attacks.faithful import check_twin
 from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors, relu_in_place
 from fastdynat.attacks.modes import frozen_twin
+from fastdynat.attacks.rehearsal import rehearse
 from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
 
 # The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-# Folded and unfolded logits differ by rounding. This is far above it, and far below what a wrong fold does.
-FOLD_TOLERANCE = 1e-2
 
 
 class AttackReplica:
@@ -49,19 +50,22 @@ class AttackReplica:
             fold: fold batch norm where the network allows.
             winograd: compute 3x3 convolutions by Winograd's algorithm where that is faster: in float32, on the CPU, with the
                 extension (`use_winograd`). Takes eight times the memory of their weights.
+
+        Raises:
+            NotCopyable: a UserError; no copy of `model` computes what it computes (`check_twin`).
         """
         self.network = frozen_twin(model, bn)
+        check_twin(model, self.network, example)
         self._folds: list[Fold] = []
         self.note = ""
         if fold:
-            self._fold(example, bn)
+            self._fold(model, example, bn)
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._own_weights(dtype, channels_last)
         self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
         if isinstance(self.network, fx.GraphModule):
-            relu_in_place(self.network)  # not after Winograd's convolutions, whose results may be views
-        self.refresh()
+            relu_in_place(self.network)
 
     @property
     def num_folded(self) -> int:
@@ -71,13 +75,17 @@ class AttackReplica:
     def num_winograd(self) -> int:
         return len(self._winograd)
 
-    def _fold(self, example: Tensor, bn: str) -> None:
+    def _fold(self, model: nn.Module, example: Tensor, bn: str) -> None:
         try:
             if bn != "eval":
                 raise NotFoldable(f"batch norm is in mode {bn}, which depends on the batch")
             with torch.autocast(example.device.type, enabled=False):
+                rehearse(model, example)
                 network, folds = fold_batch_norm(self.network, example)
-                _check_equal(self.network, network, example)
+                one, other = (answer_and_gradient(each, example) for each in (self.network, network))
+                why = disagreement(one, other, (ROUNDING, 5 * ROUNDING))
+                if why:
+                    raise NotFoldable(f"the traced network's {why}")
         except NotFoldable as why:
             self.note = str(why)
             return
@@ -110,24 +118,3 @@ class AttackReplica:
             put_tensors(fold)
         for layer in self._winograd:
             layer.refresh()
-
-
-def _check_equal(network: nn.Module, folded: nn.Module, example: Tensor) -> None:
-    """Raise NotFoldable where tracing lost something of the network: a context such as ``no_grad`` leaves no trace."""
-    (want, want_grad), (got, got_grad) = _answers(network, example), _answers(folded, example)
-    difference = (want - got).abs().max() / want.abs().max().clamp_min(1.0)
-    # Rounding switches single units on or off, so the largest difference of gradients says nothing.
-    grad_difference = (want_grad - got_grad).abs().sum() / want_grad.abs().sum().clamp_min(torch.finfo(want.dtype).tiny)
-    for what, found in (("logits", difference), ("input gradients", grad_difference)):
-        if not found <= FOLD_TOLERANCE:  # NaN fails too
-            raise NotFoldable(f"the traced network's {what} differ by {float(found):.1g} of theirs")
-
-
-def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the input gradient of a combination of them."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        logits = network(leaf)
-        upstream = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device).view(logits.shape)
-        grad = torch.autograd.grad(logits, leaf, upstream)[0] if logits.requires_grad else torch.zeros_like(leaf)
-    return logits.detach(), grad

@@ -1,6 +1,8 @@
 """What attacks on a model run on from call to call, while others train, move and replace it."""
 
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
@@ -9,13 +11,17 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastdynat.attacks import AttackSwitches, NotCopyable
-from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes, memory
+from fastdynat.attacks.answers import answer
+from fastdynat.attacks.reach import reach
+from fastdynat.compat.agreement import Agreement
+from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
 from fastdynat.compiling import MODES
 from fastdynat.devices import pick_half
 from fastdynat.errors import UserError, unknown_name
 
 HALF = (torch.float16, torch.bfloat16)
 EVAL = TrainingModes()
+MOST_IN_A_ROW = 3  # calls that each find the model changed: making a replica costs more than it saves
 
 
 class Speed(TypedDict, total=False):
@@ -40,13 +46,27 @@ class Speed(TypedDict, total=False):
     winograd: bool
 
 
+class Once:
+    """Warns, of each thing once. Not a method of who holds it: a replica keeps whom it tells."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
 class Following:
     """Gives each call a `Runner` with the model's weights and statistics of now.
 
-    The replica is made at the first call, follows every in-place change of weights and running statistics from call to call,
-    and is made anew when parameters are replaced, moved or converted. It cannot see other changes, such as of a Python number
-    or a plain tensor that a module holds: call `forget` after one. What was asked for and cannot be done is warned of, once,
-    and is part of `path`. Nothing here keeps the model alive.
+    The replica is made at the first call and follows every in-place change of a tensor from call to call. It is made anew when
+    anything else has changed that can be seen: a tensor replaced, moved or converted, a Python number, a function, a hook, a
+    global that the network's code names (`reach`). In every call its answers are compared with the model's (`Agreement`); where
+    they differ it is made anew, and where that does not help, or something changes at every call, the model itself is attacked
+    from then on. What was asked for and cannot be done is warned of, once, and is part of `path`. Nothing here keeps the model
+    alive. Threads take turns.
 
     Attributes:
         amp: as given.
@@ -70,15 +90,19 @@ class Following:
         self.amp, self._channels_last, self._graphs = amp, channels_last, graphs
         self._fold, self._winograd = fold, winograd
         self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
-        self._said: set[str] = set()
         self._picked: dict[torch.device, torch.dtype | None] = {}
+        self.warn = Once()
+        self._lock = threading.RLock()
         self.forget()
 
     def forget(self) -> None:
         """Let go of the replica; the next call makes it anew."""
-        self._replica: OnReplica | None = None
-        self._made_for: Any = None
-        self._path = "not called yet"
+        with self._lock:
+            self._replica: OnReplica | None = None
+            self._made_for: Any = None
+            self._in_a_row, self._given_up = 0, False
+            self._agrees = Agreement()
+            self._path = "not called yet"
 
     @property
     def path(self) -> str:
@@ -99,15 +123,53 @@ class Following:
             network = Normalized(network, *(value.to(x.device) for value in normalization.values()))
         # Not kept: unlike a replica it holds the model.
         on_model = OnModel(network, modes, dtype)
-        made_for = (memory(model), x.dtype, x.device, modes)
-        if made_for != self._made_for:
-            replica = self._make_replica(network, x, modes, dtype, compiled=isinstance(model, OptimizedModule))
-            with torch.no_grad():
-                self.classes = (replica or on_model).eval_logits(two_images(x)).shape[1]
-            self._replica, self._path, self._made_for = replica, on_model.path, made_for
-        elif self._replica is not None:
-            self._replica.refresh()
-        return self._replica or on_model
+        compiled = isinstance(model, OptimizedModule)
+
+        def make() -> OnReplica | None:
+            return self._make_replica(network, self._example(on_model, x), x, modes, dtype, compiled=compiled)
+
+        with self._lock:
+            made_for = (reach(unwrapped(model)).marks, modes, x.dtype, x.device, dtype, compiled)
+            self._follow(made_for, on_model, make, x)
+            if self._replica is not None and not self._agrees(on_model, self._replica, x):
+                self._remake(on_model, make, x)
+            return self._replica or on_model
+
+    def _follow(self, made_for: Any, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor) -> None:
+        """Bring the replica up to date with what can be seen of the model."""
+        if made_for == self._made_for:
+            self._in_a_row = 0
+            if self._replica is not None:
+                self._replica.refresh()
+            return
+        self._in_a_row += self._made_for is not None and made_for[1:] == self._made_for[1:]
+        if self._in_a_row > MOST_IN_A_ROW and not self._given_up:
+            self._give_up("it changes from call to call in more than its weights")
+        self._replica, self._path = None if self._given_up else make(), on_model.path
+        self._made_for = made_for
+        with torch.no_grad():
+            self.classes = (self._replica or on_model).eval_logits(self._example(on_model, x)).shape[1]
+
+    def _remake(self, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor) -> None:
+        """After the replica answered otherwise than the model: something has changed that cannot be seen."""
+        self._replica, self._agrees = make(), Agreement()
+        if self._replica is not None and not self._agrees(on_model, self._replica, x):
+            self._give_up("its replica answers otherwise than it does")
+        if self._replica is None:
+            self._path = on_model.path
+
+    def _give_up(self, why: str) -> None:
+        self._replica, self._given_up = None, True
+        self.warn(f"the model is attacked itself, eagerly: {why}")
+
+    def _example(self, on_model: OnModel, x: Tensor) -> Tensor:
+        """Images for trying a network out: two, or `x` where the network takes no other number."""
+        example = two_images(x)
+        try:
+            answer(on_model.eval_logits, example)
+        except (RuntimeError, ValueError):  # a UserError of the answer's form is a ValueError, and comes again
+            return x
+        return example
 
     def _half(self, model: nn.Module, x: Tensor) -> torch.dtype | None:
         """The half precision in which `model` is to be attacked at `x`; None is the images' own precision."""
@@ -123,7 +185,14 @@ class Following:
         return self._picked[x.device]
 
     def _make_replica(
-        self, network: nn.Module, x: Tensor, modes: TrainingModes, dtype: torch.dtype | None, *, compiled: bool
+        self,
+        network: nn.Module,
+        example: Tensor,
+        x: Tensor,
+        modes: TrainingModes,
+        dtype: torch.dtype | None,
+        *,
+        compiled: bool,
     ) -> OnReplica | None:
         """None: `network` is to be attacked itself."""
         if modes.model:
@@ -147,16 +216,10 @@ class Following:
                 raise NotCopyable(
                     "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica on each"
                 )
-            return OnReplica(network, two_images(x).to(own_dtype(network, x)), switches=switches, say=self.warn)
+            return OnReplica(network, example.to(own_dtype(network, x)), switches=switches, say=self.warn)
         except NotCopyable as error:
             self.warn(f"the model is attacked itself, eagerly: {error}")
             return None
-
-    def warn(self, text: str) -> None:
-        """A warning, once."""
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=2)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -1,10 +1,9 @@
 """What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model itself."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,17 +118,3 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> logits; the model gets the dtype that comes in."""
         return self.model(((x - self.mean) / self.std).to(x.dtype))
-
-
-def memory(model: nn.Module) -> list[Any]:
-    """What a replica of `model` was made from: its modules, and where and as what their tensors lie.
-
-    Equal as long as the replica can follow: in-place writes, also through ``.data``, leave it as it is; moving, converting or
-    replacing parameters, buffers and modules does not. Weak references to the modules: no new one is equal to a dead one.
-    """
-
-    def place(t: Tensor) -> tuple[Any, ...]:
-        return t.data_ptr(), t.dtype, t.device
-
-    tensors = [(m, (*m._parameters.values(), *m._buffers.values())) for m in model.modules()]
-    return [(weakref.ref(module), [place(t) for t in own if t is not None]) for module, own in tensors]

@@ -19,6 +19,16 @@ NORMS = {"l_inf": "linf", "l_2": "l2"}
 _followed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Following, RangeCheck]]] = weakref.WeakKeyDictionary()
 
 
+def refresh(model: nn.Module) -> None:
+    """Let the loss functions make their replicas of `model` anew at their next call.
+
+    Needed only after a change that neither shows in the model's Python objects nor moves its logits by a thousandth, such as
+    another gradient of a compiled extension.
+    """
+    for following, _ in _followed.get(unwrapped(model), {}).values():
+        following.forget()
+
+
 class Search:
     """One batch's search for adversarial images, of a model in eval mode, from ``x + 0.001 N(0, I)``.
 

@@ -1,0 +1,71 @@
+"""Whether a replica still answers as the model that it stands for: looked at in every call."""
+
+import torch
+from torch import Tensor
+
+from fastdynat.attacks.answers import HALF, LOGITS, ROUNDING, answer, differs, share
+from fastdynat.compat.runner import OnModel, OnReplica
+
+SOME = 2  # images of each batch that are looked at
+MOST_SHAPES = 64
+
+
+class Agreement:
+    """Compares the answers of a replica and of its model to the caller's own images.
+
+    To the first batch of each shape whole, since a network may take another way for it; then to the first two images of every
+    batch: one forward pass of two images beside an attack of tens of passes of all. What cannot be seen in a model, such as the
+    contents of a file or a value in a compiled extension, is noticed here. Random streams are left as they were; a model that
+    draws in eval mode draws the same numbers as its replica.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: set[torch.Size] = set()
+        self._most = LOGITS
+        self._whole = False  # the model takes no batch of two
+
+    def __call__(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
+        """x: (N, C, H, W) images in [0, 1]."""
+        if len(x) == 0:
+            return True
+        new = x.shape not in self._shapes and len(self._shapes) < MOST_SHAPES
+        part = x if new or self._whole else x[:SOME]
+        try:
+            agrees = self._agree(on_model, replica, part)
+        except (RuntimeError, ValueError):
+            if part is x:
+                raise
+            self._whole = True
+            agrees = self._agree(on_model, replica, x)
+        if agrees:
+            self._shapes.add(x.shape)
+        return agrees
+
+    def _agree(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
+        want, got = answer(on_model.eval_logits, x), answer(replica.eval_logits, x)
+        dtype = on_model.dtype or want.dtype
+        most = HALF[dtype][0] if dtype in HALF else self._most
+        if not _read(differs(want, got, most)):
+            return True
+        if on_model.dtype is not None and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF:
+            # Half precision itself may cost this network more than that.
+            exact = answer(OnModel(on_model.model, on_model.modes, None).eval_logits, x)
+            return share(exact, got, torch.max) <= most + 3 * share(exact, want, torch.max)
+        if dtype in HALF or self._shapes:
+            return False
+        # A replica that is new and checked: this is how coarsely it rounds.
+        found = share(want, got, torch.max)
+        self._most = min(5 * found, ROUNDING)
+        return found <= ROUNDING
+
+
+def _read(flag: Tensor) -> bool:
+    """The value of a bool tensor; on a GPU after what was launched before it, by an event."""
+    if flag.device.type != "cuda":
+        return bool(flag)
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    event.synchronize()
+    return bool(host)
