@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fuzz.base import make_base
-from fuzz.cases import STRATEGIES
+from fuzz.cases import SHARES, STRATEGIES
 from fuzz.harness import Tally
 from fuzz.search import search
 
@@ -22,7 +22,7 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"base made in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     for kind in kinds:
         start = time.perf_counter()
-        search(kind, base, arguments.examples // len(kinds) + 1, tally)
+        search(kind, base, -(-arguments.examples * SHARES[kind] // sum(SHARES[k] for k in kinds)), tally)
         print(f"{kind}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-print(tally.table())
+        print(tally.table(), flush=True)
 sys.exit(1 if tally.failures else 0)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from fuzz.base import make_base
-from fuzz.cases import STRATEGIES
+from fuzz.cases import SHARES, STRATEGIES
 from fuzz.harness import Tally, digests
 from fuzz.search import search
 
-NUMBER = 300 // len(STRATEGIES) + 1
-SLOW_NUMBER = int(os.environ.get("FASTDYNAT_FUZZ_EXAMPLES", "10000")) // len(STRATEGIES) + 1
+DEFAULT, SLOW = 300, int(os.environ.get("FASTDYNAT_FUZZ_EXAMPLES", "10000"))  # inputs of all kinds together
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +19,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-@pytest.mark.parametrize("number", [NUMBER, pytest.param(SLOW_NUMBER, marks=pytest.mark.slow)], ids=["default", "slow"])
+@pytest.mark.parametrize("number", [DEFAULT, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["default", "slow"])
 def test_inputs(kind: str, number: int, base: Path) -> None:
     before, tally = digests(base), Tally()
+    number = -(-number * SHARES[kind] // 100)
     search(kind, base, number, tally)
     assert sum(tally.codes.values()) + len(tally.failures) >= number // 2
     assert not tally.failures, tally.table()
