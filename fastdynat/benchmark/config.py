@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdynat.errors import UserError
+from fastdynat.limits import check_limits
 from fastdynat.pictures import PICTURES, check_picture
 from fastdynat.runs import check_writable
 
@@ -39,6 +40,7 @@ class BenchConfig:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
+    check_limits(config)
     if not 0 < config.seconds < math.inf:
         raise UserError(f"seconds must be above 0, got {config.seconds:g}")
     if config.repeats is not None and config.repeats < 1:

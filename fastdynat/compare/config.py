@@ -11,6 +11,7 @@ import tyro
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.limits import check_limits
 from fastdynat.methods import METHODS, method_name, options_type
 from fastdynat.pictures import check_picture
 from fastdynat.runs import check_writable
@@ -76,6 +77,7 @@ def shared_config(path: Path | None) -> TrainConfig[NoOptions]:
 
 def check_compare(config: CompareConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
+    check_limits(config)
     from fastdynat.evaluation.columns import parse_columns  # needs torch, which the flags do not
 
     columns = parse_columns(config.attacks, eps=0.1, step_size=0.1, norm="linf", amp="off")

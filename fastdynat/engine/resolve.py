@@ -25,6 +25,7 @@ from fastdynat.engine.awp import check_awp
 from fastdynat.engine.resolve_cycle import resolved_cycle
 from fastdynat.engine.schedules import WARMUP
 from fastdynat.errors import UserError
+from fastdynat.limits import check_limits
 from fastdynat.methods import AttackDefaults, Method, method_class
 from fastdynat.models import split_style
 from fastdynat.runs import guide_weights, read_sidecar
@@ -51,6 +52,8 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on
         UserError: a value that cannot work, by name and remedy.
     """
     method = method_class(config.method)(config.options)
+    for part in (config.data, config.model, config.attack, config.optim, config.engine, config.run):
+        check_limits(part)
     return replace(
         config,
         method=method.name,
