@@ -9,10 +9,10 @@ from typing import Any
 from fastdynat.documents import shown
 from fastdynat.errors import UserError
 
+MAX_IMAGE_SIZE = 4096  # pixels on a side
 IMAGES, BATCH, EPOCHS, SECONDS = 10**9, 10**6, 10**6, 10**9
 MOST: dict[str, float] = {
     # images
-    "image_size": 4096,
     "train_size": IMAGES,
     "labelled": IMAGES,
     "val_size": IMAGES,

@@ -19,7 +19,19 @@ CONFIGS = [
 ]
 # Shares, and what has a bound of its own kind: radii in pixels, seeds, at most --steps.
 BOUNDED = {
-    *("eps", "step_size", "eval_eps", "seed", "early_steps", "early_share", "bn_momentum", "momentum", "warmup", "ema"),
+    *(
+        "image_size",
+        "eps",
+        "step_size",
+        "eval_eps",
+        "seed",
+        "early_steps",
+        "early_share",
+        "bn_momentum",
+        "momentum",
+        "warmup",
+        "ema",
+    ),
     *("base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
 }
 

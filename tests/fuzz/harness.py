@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -23,7 +24,7 @@ import torch
 
 from fastdynat.cli import main
 
-LIMIT = 20  # seconds of one command
+LIMIT, TICK = 20, 5  # seconds of one command, and between two looks at it
 MEMORY = 6 << 30  # bytes that a command may add to the address space
 MAX_LINES = 12  # of standard error beside the refusal: notices
 CODES = (0, 1, 2, 130)
@@ -120,8 +121,8 @@ def _command(argv: list[str]) -> tuple[int, str | None]:
     """The exit code, and what is wrong with how the command ended; None where nothing is."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
-    previous = signal.signal(signal.SIGALRM, _alarm)
-    signal.alarm(LIMIT)
+    previous = signal.signal(signal.SIGALRM, _Watchdog())
+    signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,13 +134,23 @@ def _command(argv: list[str]) -> tuple[int, str | None]:
     except BaseException as error:  # what a user would see as a traceback
         return 0, f"{type(error).__name__} at {_place(error)}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     return code, _bad_ending(code, err.getvalue())
 
 
-def _alarm(*_: Any) -> None:
-    raise Hang
+class _Watchdog:
+    """Raises Hang after LIMIT seconds of waiting or of work; on a machine with other work beside, work is processor time."""
+
+    def __init__(self) -> None:
+        self.begin, self.start = time.monotonic(), time.process_time()
+        self.before = self.start
+
+    def __call__(self, *_: Any) -> None:
+        now, idle = time.process_time(), time.process_time() - self.before < 0.02 * TICK
+        self.before = now
+        if time.monotonic() - self.begin > LIMIT - 0.1 and (idle or now - self.start > LIMIT):
+            raise Hang
 
 
 def _place(error: BaseException) -> str:
@@ -155,7 +166,7 @@ def _bad_ending(code: int, err: str) -> str | None:
     if code not in CODES:
         return f"exit code {code}"
     if "Traceback" in err:
-        return "a traceback was printed"
+        return f"a traceback was printed, ending in {lines[-1][:120]}"
     if code != 2:
         return None
     refusals = [line for line in lines if line.startswith("fastdynat: error: ")]
