@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.settings import settled
 from fastdynat.benchmark.work import Work, engine_attack, engine_step
 from fastdynat.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from fastdynat.data import dataset_info
+from fastdynat.data.random_images import random_split
 from fastdynat.methods import DynatOptions
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")

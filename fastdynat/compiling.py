@@ -1,12 +1,16 @@
 """torch.compile with one graph per function and input signature, and a fallback that is said."""
 
 import itertools
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException, Unsupported
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
+
+from fastdynat.measured import race
 
 # torch.compile's own modes capture CUDA graphs whose outputs the next call overwrites, while an attack chains its calls; graphs
 # are `fastdynat.graphs`' business. Convolutions stay cuDNN's: Inductor's own templates gave wrong results (pytorch#173068).
@@ -14,7 +18,10 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "max-autotune": {"max_autotune": True, "triton.cudagraphs": False, "max_autotune_conv_backends": "ATEN"},
 }
+AUTO = "auto"  # "default" where that is faster
 REASON_LENGTH = 200  # Dynamo's explanations fill pages
+# Graphs of one function; each takes seconds to make and megabytes to keep. Dynamo's own limit is the same by default.
+MAX_SIGNATURES = 8
 _numbers = itertools.count()
 
 
@@ -29,30 +36,94 @@ def compile_whole(
     """`fn` compiled as one graph, for each input signature anew; shapes are never made symbolic.
 
     Where that is impossible, `say` is told why, once, and from then on `otherwise` runs; None is `fn` in several graphs, or as
-    it is where the compiler itself fails.
+    it is where the compiler itself fails. Signatures beyond the first `MAX_SIGNATURES` run uncompiled, which is said once.
 
     Args:
         fn: a Python function or a network; must not have run with another torch.compile wrapper of this function's making.
-        mode: a key of `MODES`.
+        mode: a key of `MODES`, or "auto": on the CPU, the first call times compiled and uncompiled against each other and the
+            slower one is given up. `fn` must have no side effects then.
         what: names `fn` in the message.
     """
-    own = _own_code(fn)
-    whole = torch.compile(own, fullgraph=True, dynamic=False, options=MODES[mode])
-    chosen: Callable[..., Any] | None = None
+    return _Compiled(fn, mode, what, say, otherwise)
 
-    def call(*args: Any) -> Any:
-        nonlocal chosen
-        if chosen is None:
-            try:
-                return whole(*args)
-            except TorchDynamoException as error:
-                chosen, how = otherwise or fn, "without torch.compile"
-                if otherwise is None and isinstance(error, Unsupported):
-                    chosen, how = torch.compile(own, dynamic=False, options=MODES[mode]), "in several compiled parts"
-                say(f"{what} runs {how}: {_reason(error)}")
-        return chosen(*args)
 
-    return call
+class _Compiled:
+    """What `compile_whole` returns."""
+
+    def __init__(
+        self, fn: Callable[..., Any], mode: str, what: str, say: Callable[[str], None], otherwise: Callable[..., Any] | None
+    ) -> None:
+        quiet_about_cuda()
+        self._options = MODES["default" if mode == AUTO else mode]
+        self._own, self._plain = _own_code(fn), otherwise or fn
+        self._run = torch.compile(self._own, fullgraph=True, dynamic=False, options=self._options)
+        self._whole, self._in_parts = True, otherwise is None
+        self._compiles, self._to_be_timed = True, mode == AUTO
+        self._what, self._say = what, say
+        self._known: set[Any] = set()
+        self._full = self._told = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._compiles:
+            return self._plain(*args)
+        signature = _signature(args)
+        if signature not in self._known and (self._full or len(self._known) >= MAX_SIGNATURES):
+            return self._beyond(args)
+        if not self._whole:
+            self._known.add(signature)
+            return self._run(*args)
+        try:
+            result = self._run(*args)
+        except FailOnRecompileLimitHit:  # torch._dynamo.config has a lower limit
+            self._full = True
+            return self._beyond(args)
+        except TorchDynamoException as error:
+            self._give_up_whole(error)
+            return self(*args)
+        self._known.add(signature)
+        if self._to_be_timed:
+            self._time(args)
+        return result
+
+    def _beyond(self, args: tuple[Any, ...]) -> Any:
+        if not self._told:
+            self._told = True
+            self._say(f"{self._what} is compiled for {len(self._known)} shapes of input; others run without torch.compile")
+        return self._plain(*args)
+
+    def _give_up_whole(self, error: Exception) -> None:
+        how = "without torch.compile"
+        if self._in_parts and isinstance(error, Unsupported):
+            self._run, self._whole = torch.compile(self._own, dynamic=False, options=self._options), False
+            how = "in several compiled parts"
+        else:
+            self._stop()
+        self._say(f"{self._what} runs {how}: {_reason(error)}")
+
+    def _time(self, args: tuple[Any, ...]) -> None:
+        """Keep the faster one. On a GPU, where compiled code launches fewer kernels, that is known."""
+        self._to_be_timed = False
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if any(tensor.is_cuda for tensor in tensors):
+            return
+        taken = race({"off": lambda: self._plain(*args), "on": lambda: self._run(*args)})
+        if taken["on"] > taken["off"]:
+            ratio = taken["on"] / taken["off"]
+            shape = tuple(tensors[0].shape) if tensors else ()
+            self._say(f"{self._what} runs without torch.compile: compiled it takes {ratio:.2f}x as long on {shape}")
+            self._stop()
+
+    def _stop(self) -> None:
+        """Run uncompiled from now on, and let the compiled code go."""
+        self._compiles, self._run, self._own = False, self._plain, self._plain
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Dynamo compiles anew for: equal for two calls that run the same code."""
+    found = (
+        (arg.shape, arg.stride(), arg.dtype, arg.device, arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args
+    )
+    return torch.is_grad_enabled(), *found
 
 
 def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,3 +145,12 @@ def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _reason(error: Exception) -> str:
     words = " ".join(str(error).split())
     return words[:REASON_LENGTH] or type(error).__name__
+
+
+def quiet_about_cuda() -> None:
+    """Keep torch from telling a machine without a GPU, at the first compilation, that it has none but a CUDA_HOME."""
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("No CUDA runtime is found")

@@ -23,7 +23,7 @@ SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1
 AutoAmp = Literal["default", "auto", "off", "bf16", "fp16"]
 EvalAmp = Literal["off", "auto", "bf16", "fp16"]
 Kernels = Literal["auto", "eager", "cpp", "cuda", "triton"]
-CompileMode = Literal["off", "default", "max-autotune"]
+CompileMode = Literal["off", "auto", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
 Loader = Literal["auto", "dali", "resident", "torch"]
 
@@ -182,7 +182,8 @@ class EngineConfig:
     """Mixed precision, in the attack and in the update; auto, or a bare --amp, is the fastest precision on this machine; bf16
     and fp16 insist; default is bf16 on a GPU that has it, else float32."""
     compile: CompileMode = "off"
-    """torch.compile of the attack's step and of the trained networks; a bare --compile is default."""
+    """torch.compile of the attack's step and of the trained networks; auto, or a bare --compile, is default where that is
+    faster for this run on this machine, else off."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     channels_last: Switch = "auto"

@@ -101,10 +101,10 @@ def winograd_pays(device: torch.device, amp: str, *, channels_last: bool) -> boo
 
 
 def check_compile(mode: str, device: torch.device) -> None:
-    """Raise UserError where ``torch.compile`` would fail at its first call for want of a compiler."""
+    """Raise UserError where ``torch.compile`` would fail at its first call for want of a compiler; "auto" does without."""
     names = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
     own = os.environ.get("CXX" if device.type == "cpu" else "CC", "")
-    if mode != "off" and not any(shutil.which(name) for name in (*own.split()[:1], *names)):
+    if mode not in ("off", "auto") and not any(shutil.which(name) for name in (*own.split()[:1], *names)):
         raise UserError(f"--compile needs a compiler ({' or '.join(names)}): install g++, or leave --compile out")
 
 

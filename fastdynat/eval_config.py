@@ -45,7 +45,7 @@ class EvalConfig:
     """Mixed precision of the attack, for PGD-like ones; what counts is the float32 network's prediction. auto, or a bare --amp,
     is the fastest precision on this machine."""
     compile: CompileMode = "off"
-    """torch.compile mode."""
+    """torch.compile of the attack's gradients; auto, or a bare --compile, is default where that is faster."""
     kernels: Kernels = "auto"
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
     seed: int = 1

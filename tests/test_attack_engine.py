@@ -310,7 +310,7 @@ def test_a_compiled_step_computes_no_weight_gradient_and_is_the_eager_one(monkey
     engine.refresh()
     moved = AttackEngine(model, x[:2]).run(x, AttackGoal("ce", y), SPEC).x_adv
     assert float(((engine.run(x, AttackGoal("ce", y), SPEC).x_adv - moved).abs() > 1e-4).double().mean()) < 0.01
-    assert engine.path == "float32 replica, 1 batch norms folded, one compiled step"
+    assert engine.path == "float32 replica, 1 batch norms folded, one compiled graph"
 
 
 @needs("cxx")

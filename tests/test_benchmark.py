@@ -21,7 +21,6 @@ from fastdynat.attacks import AttackEngine, PGDSpec
 from fastdynat.attacks.steps import start_point
 from fastdynat.benchmark import rows, work
 from fastdynat.benchmark.flops import count, count_step
-from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.plain import NOISE, PlainDynat
 from fastdynat.benchmark.profiling import KINDS, profile_step
 from fastdynat.benchmark.settings import SWITCHES, settled, shown
@@ -30,6 +29,7 @@ from fastdynat.benchmark.work import engine_attack, engine_step, torchattacks_at
 from fastdynat.cli import main
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdynat.data import Batch, TrainSplit, dataset_info
+from fastdynat.data.random_images import random_split
 from fastdynat.engine import TrainStep
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision

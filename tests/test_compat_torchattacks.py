@@ -369,7 +369,7 @@ def test_compiled() -> None:
     model, (x, y) = tiny_cnn(dtype=torch.float64), batch(torch.float64)
     attack = PGDL2(model, random_start=False, compile=True)
     torch.testing.assert_close(attack(x, y), PGDL2(model, random_start=False)(x, y), rtol=0, atol=1e-8)
-    assert attack.path.endswith("one compiled step")
+    assert attack.path.endswith("one compiled graph")
 
 
 def bad_inputs() -> list[Any]:

@@ -68,7 +68,7 @@ def test_the_usual_warm_up_is_filled_in(schedule: str, warmup: float | None, tmp
 
 def test_other_scripts_spellings_and_bare_flags() -> None:
     argv = ["--epsilon=8/255", "--num-steps", "7", "--wd", "0", "--amp", "--compile", "--run_dir", "x", "--amp", "fp16"]
-    expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "auto", "--compile", "default", "--run-dir", "x"]
+    expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "auto", "--compile", "auto", "--run-dir", "x"]
     assert normalize(argv) == [*expected, "--amp", "fp16"]
 
 

@@ -17,6 +17,9 @@ from fastdynat.ops import soft_margin_grad
 # (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero, and for
 # a goal that is tracked which images were still given its class)
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
+# (what the network reads, target) -> (gradient there, which images are satisfied for a goal with a confidence, which images are
+# given the goal's class for one that is tracked)
+Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
 T = TypeVar("T")
 # (what the network reads, logits -> (weights of the logits (N, K), anything)) -> (that, gradient of the weighted sum at what
 # was read): one forward and one backward pass. The weights are constants of the gradient; they may depend on the logits.
@@ -125,20 +128,30 @@ class Ascent:
 
     def step(self, goal: AttackGoal, spec: PGDSpec) -> Step:
         """The step towards `goal`, of which only the kind is used: its target comes with each call."""
-        return self._step(goal.kind, spec, self.linearize)
+        look = self.look(goal.kind)
 
-    def _step(self, kind: Kind, spec: PGDSpec, linearize: Callable[[Tensor, AttackGoal], tuple[Tensor, Tensor]]) -> Step:
         def step(x_adv: Tensor, read: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-            goal = AttackGoal.of(kind, target)
-            logits, grad = linearize(read, goal)
+            grad, satisfied, kept = look(read, target)
             new = pgd_step(
                 x_adv.detach(), grad, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=self.dtype
             )
-            kept = ~goal.reached(logits) if goal.track else None
-            stuck = ~new.moved if goal.confidence == math.inf else ~(new.moved | goal.satisfied(logits))
+            stuck = ~new.moved if satisfied is None else ~(new.moved | satisfied)
             return new.x_adv, new.x_adv if new.low is None else new.low, stuck.sum(), kept
 
         return step
+
+    def look(self, kind: Kind) -> Look:
+        """The `Look` at iterates for goals of `kind`; compiled as one graph where this ascent compiles."""
+        return self._look(kind, self.linearize)
+
+    def _look(self, kind: Kind, linearize: Callable[[Tensor, AttackGoal], tuple[Tensor, Tensor]]) -> Look:
+        def look(read: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            goal = AttackGoal.of(kind, target)
+            logits, grad = linearize(read, goal)
+            kept = ~goal.reached(logits) if goal.track else None
+            return grad, None if goal.confidence == math.inf else goal.satisfied(logits), kept
+
+        return look
 
     def gradient(self, read: Tensor, goal: AttackGoal) -> Tensor:
         """The gradient of the goal at what the network reads, in its dtype; per image up to a positive factor."""

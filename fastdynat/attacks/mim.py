@@ -1,13 +1,12 @@
 """The momentum iterative method (Dong et al. 2018, arXiv 1710.06081)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.ascent import Ascent, PGDSpec, Pull
+from fastdynat.attacks.ascent import Ascent, PGDSpec
 from fastdynat.attacks.goal import AttackGoal, Kind
 from fastdynat.attacks.normball import PGD
 from fastdynat.attacks.rebatch import Tick
@@ -27,10 +26,7 @@ class MIM(PGD):
     decay: float = 1.0
 
     def climb(self, ascent: Ascent, x: Tensor, goal: AttackGoal, x_start: Tensor, tick: Tick) -> AttackResult:
-        spec = replace(self.spec, restarts=1, start="none", steps=1)
-        step = ascent.one_graph(
-            ("mim", goal.kind, spec, self.decay), lambda pull: _step(ascent, goal.kind, spec, self.decay, pull)
-        )
+        step = _step(ascent, goal.kind, self.spec, self.decay)
         x_adv, read, velocity = x_start, ascent.reads(x_start), torch.zeros_like(x)
         zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
         for i in range(self.spec.steps):
@@ -40,10 +36,11 @@ class MIM(PGD):
         return AttackResult(x_adv.detach(), zero_grads, len(x) * self.spec.steps)
 
 
-def _step(ascent: Ascent, kind: Kind, spec: PGDSpec, decay: float, pull: Pull[Any]) -> Callable[..., tuple[Tensor, ...]]:
+def _step(ascent: Ascent, kind: Kind, spec: PGDSpec, decay: float) -> Callable[..., tuple[Tensor, ...]]:
+    look = ascent.look(kind)
+
     def step(x_adv: Tensor, read: Tensor, velocity: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        goal = AttackGoal.of(kind, target)
-        _, grad = pull(read, lambda logits: (ascent.upstream(logits, goal), None))
+        grad, _, _ = look(read, target)
         g = grad.to(x.dtype).nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would stay in the velocity
         mean = g.abs().mean((1, 2, 3), keepdim=True)
         velocity = decay * velocity + g / torch.where(mean > 0, mean, 1.0)

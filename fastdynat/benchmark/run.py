@@ -13,7 +13,6 @@ from rich.console import Console
 from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
 from fastdynat.benchmark.config import BenchConfig, check_bench
 from fastdynat.benchmark.flops import StepFlops, count_step
-from fastdynat.benchmark.images import random_split
 from fastdynat.benchmark.phases import time_phases
 from fastdynat.benchmark.profiling import profile_step
 from fastdynat.benchmark.report import document, epoch_values, phase_values, print_document
@@ -23,6 +22,7 @@ from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
 from fastdynat.benchmark.work import Say, Work, engine_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
+from fastdynat.data.random_images import random_split
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import build_parts, open_split
 from fastdynat.engine.resolve import resolve

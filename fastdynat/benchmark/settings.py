@@ -9,8 +9,11 @@ import torch
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import check_compile
+from fastdynat.engine import build_parts
 from fastdynat.engine.resolve import resolve, resolve_loader, use_graphs, use_guide_stream
+from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
+from fastdynat.measured import half_types
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
 
@@ -61,7 +64,7 @@ SWITCHES = (
 
 def settled(asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
-    config = resolve_loader(resolve(asked, split.info, say), split, say)
+    config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say, build_parts)
     graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method)(config.options))
     engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
     return replace(config, engine=engine)
@@ -80,6 +83,8 @@ def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
         return f"{config.method} has no guide"
     if switch.name == "kernels" and selected_backend(device.type, "auto") == "eager":
         return "no implementation but eager here"
+    if switch.name == "amp" and config.engine.amp == "off" and (lacking := half_types(device)["bf16"]):
+        return lacking
     if switch.name == "compile" and config.engine.compile == "off":
         try:
             check_compile("default", device)

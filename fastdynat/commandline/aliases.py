@@ -24,7 +24,7 @@ ALIASES = {
 # Flags with a value that may stand bare.
 BARE = {
     "--amp": ("auto", get_args(AutoAmp)),
-    "--compile": ("default", get_args(CompileMode)),
+    "--compile": ("auto", get_args(CompileMode)),
     "--channels-last": ("on", get_args(Switch)),
     "--fold": ("on", get_args(Switch)),
     "--winograd": ("on", get_args(Switch)),

@@ -15,6 +15,7 @@ from fastdynat.data import DatasetInfo, ImageSet, TrainSplit, dataset_info, load
 from fastdynat.engine import build_parts, open_split, stored_config
 from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader
 from fastdynat.engine.state import identity
+from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
 from fastdynat.evaluation import TestSets
 from fastdynat.runs import check_new, free_name, looks_like_run
@@ -85,6 +86,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
             with _naming(name):
                 open_split(config)
     resolved = {name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()}
+    resolved = {name: settle_compile(c, split, say, build_parts) for name, c in resolved.items()}
     tests = _test_set(next(iter(resolved.values())))
     runs = _runs(configs, resolved, seeds, out, ledger)
     for run in runs:

@@ -15,7 +15,7 @@ from fastdynat.attacks.answers import answer
 from fastdynat.attacks.reach import reach
 from fastdynat.compat.agreement import Agreement
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
-from fastdynat.compiling import MODES
+from fastdynat.compiling import AUTO, MODES
 from fastdynat.devices import pick_half
 from fastdynat.errors import UserError, unknown_name
 
@@ -30,7 +30,8 @@ class Speed(TypedDict, total=False):
     Attributes:
         amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a warning, float32;
             a dtype insists on it.
-        compile: compile the step with torch.compile; a string is its mode. Also done for a model that torch.compile has made.
+        compile: True compiles gradients with torch.compile where that is faster, measured at the first call; a string is a mode
+            and insists. True is also what a model that torch.compile has made gets.
         channels_last: run the network in channels-last memory format; None is what is fast on this machine.
         graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
         fold: fold batch norm into the layers before it.
@@ -85,11 +86,11 @@ class Following:
     ) -> None:
         if isinstance(amp, torch.dtype) and amp not in HALF:
             raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
-        if isinstance(compile, str) and compile not in MODES:
-            raise unknown_name("compile mode", compile, MODES)
+        if isinstance(compile, str) and compile not in (AUTO, *MODES):
+            raise unknown_name("compile mode", compile, (AUTO, *MODES))
         self.amp, self._channels_last, self._graphs = amp, channels_last, graphs
         self._fold, self._winograd = fold, winograd
-        self._compile = compile if isinstance(compile, str) else "default" if compile else "off"
+        self._compile = compile if isinstance(compile, str) else AUTO if compile else "off"
         self._picked: dict[torch.device, torch.dtype | None] = {}
         self.warn = Once()
         self._lock = threading.RLock()
@@ -206,7 +207,7 @@ class Following:
             channels_last=self._channels_last,
             fold=self._fold,
             winograd=self._winograd,
-            compile="default" if compiled and self._compile == "off" else self._compile,
+            compile=AUTO if compiled and self._compile == "off" else self._compile,
             graphs=gpu if self._graphs is None else self._graphs and gpu,
         )
         if self._graphs and not gpu:

@@ -23,6 +23,7 @@ from fastdynat.engine.single_values import check_single_values
 from fastdynat.engine.state import identity, read_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.trainer import Trainer
+from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
 from fastdynat.graphs import CudaRecorder
 from fastdynat.methods import BurnIn, Method, method_class
@@ -71,6 +72,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     split = open_split(config, say)
     config = resolve_loader(resolve(config, split.info, say), split, say)
     val = split.val_images()
+    config = settle_compile(config, split, say, build_parts)
     parts = build_parts(config, split, say)
     burn_in = burn_in_step(config, parts[1], say)
     if not config.run.run_dir:

@@ -49,6 +49,7 @@ class Cells:
         self.target, self.network, self.config, self.device = target, network, config, device
         self.meter, self.should_stop = meter, should_stop
         self.cached: list[str] = []
+        self._said: set[str] = set()
         self._known = known
         self._store = None if target.folder is None else Store(target.folder, target.about, meter.say)
         self._images = target.images
@@ -65,6 +66,11 @@ class Cells:
             return asdict(self._reference(column.name, column.reference))
         assert column.attack is not None
         return asdict(self._attacked(column.attack, transfer=column.transfer))
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.meter.say(text)
 
     def _attacked(self, attack: NamedAttack, *, transfer: bool = False, standing: Tensor | None = None) -> Measurement:
         target, config = self.target, self.config
@@ -83,6 +89,8 @@ class Cells:
                     amp_dtype=AMP_DTYPES[config.amp],
                     source=None if source is None else source.network.to(self.device).requires_grad_(False),
                     standing=standing,
+                    compile_mode=config.compile,
+                    say=self._say_once,
                     should_stop=self.should_stop,
                     advance=advance,
                 )

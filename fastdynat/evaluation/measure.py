@@ -48,6 +48,8 @@ def measure(
     winograd: bool = True,
     source: nn.Module | None = None,
     standing: Tensor | None = None,
+    compile_mode: str = "off",
+    say: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
@@ -65,6 +67,7 @@ def measure(
         source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
             distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
+        compile_mode: of the attack's gradients (`AttackSwitches.compile`); `say` is told what could not be compiled.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -85,7 +88,9 @@ def measure(
             tick(0)
             right = predict(model, batch.x) == batch.labels
             if attack.search is not None:
-                ascent = ascent or attacked(victim, batch.x, amp_dtype, channels_last, winograd)
+                ascent = ascent or attacked(
+                    victim, batch.x, amp_dtype, channels_last, winograd, compile_mode=compile_mode, say=say
+                )
                 result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
@@ -118,14 +123,19 @@ def attacked(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     winograd: bool = True,
+    *,
+    compile_mode: str = "off",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Ascent:
     """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be made.
 
     x: images that it can take, on its device.
     """
     try:
-        switches = AttackSwitches.fastest(x.device, amp_dtype, channels_last=channels_last or None, winograd=winograd)
-        return AttackEngine(model, x[:2], switches=switches, say=lambda text: None).ascent
+        switches = AttackSwitches.fastest(
+            x.device, amp_dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
+        )
+        return AttackEngine(model, x[:2], switches=switches, say=say if compile_mode != "off" else lambda text: None).ascent
     except NotCopyable:
         return Ascent(model, dtype=amp_dtype)
 

@@ -119,8 +119,6 @@ def _measure_target(
 ) -> None:
     """Fill the columns of `target` one after the other; `tell` is given its record after each of them."""
     network = target.network.to(device).requires_grad_(False)
-    if config.compile != "off":
-        network = torch.compile(network, mode=config.compile, dynamic=False)  # type: ignore[assignment]
     cells = Cells(target, network, config, device, known=known, meter=meter, should_stop=should_stop)
     results: list[Values] = []
     for column in target.columns:

@@ -1,7 +1,7 @@
 """What is fast on this machine: known from its capabilities, or measured once and remembered."""
 
 from fastdynat.measured.capability import half_types, processor
-from fastdynat.measured.choices import MARGIN, Choice, choose, faster_types, slower_than_float32, table
+from fastdynat.measured.choices import MARGIN, Choice, choose, faster_types, remembered, slower_than_float32, table
 from fastdynat.measured.racing import race
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "half_types",
     "processor",
     "race",
+    "remembered",
     "slower_than_float32",
     "table",
 ]

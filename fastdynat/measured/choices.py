@@ -1,7 +1,7 @@
 """From capabilities and measurements to decisions, each with its reason in one sentence."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,16 +115,25 @@ def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = No
 def _remembered(
     what: str, device: torch.device, wanted: dict[str, Setting], clock: Clock | None, *, tiny: bool
 ) -> dict[str, float]:
-    key: dict[str, Any] = {"what": what, "settings": sorted(wanted), **processor(device)}
+    def measure() -> dict[str, float]:
+        return race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, clock=clock)
+
+    return remembered({"what": what, "settings": sorted(wanted)}, device, set(wanted), measure)
+
+
+def remembered(
+    key: Mapping[str, Any], device: torch.device, names: set[str], measure: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """Seconds of `names` under `key` on this machine: those known already, here or in `store`, or what `measure` returns."""
+    key = {"measured": dict(key), "processor": processor(device)}
     text = json.dumps(key, sort_keys=True)
-    if text in _known:
-        return _known[text]
-    seconds = store.load(key, set(wanted))
-    if seconds is None:
-        seconds = race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, clock=clock)
-        store.save(key, seconds)
-    _known[text] = seconds
-    return seconds
+    if text not in _known:
+        seconds = store.load(key, names)
+        if seconds is None:
+            seconds = measure()
+            store.save(key, seconds)
+        _known[text] = seconds
+    return _known[text]
 
 
 def faster_types(device: torch.device) -> list[str]:

@@ -274,18 +274,17 @@ def _stepper(ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool) 
     last: of the phases; an image that is misclassified in it is finished.
     """
     reviews = checkpoints(steps, spec.norm)
-    turn = ascent.one_graph((spec, eps), lambda pull: _turn(ascent, spec, eps, pull))
+    # Neither radius nor number of steps is part of what is compiled.
+    look = ascent.one_graph(("apgd", spec.loss, spec.eot), lambda pull: _looking(ascent, pull, spec))
 
     def step(s: _Run, i: int) -> _Run:
-        # The first two are not like the others, which therefore are one compiled graph.
+        x_adv = s.x_adv
+        if i > 0:
+            x_old = s.x_old if i > 1 else None
+            x_adv = _move(spec, eps, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high)
+        grad, loss, wrong = look(x_adv, s.labels, s.target)
         if i == 0:
-            x_adv, (grad, loss, wrong) = s.x_adv, _look(ascent, ascent.pull, spec, s.x_adv, s.labels, s.target)
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))
-        elif i == 1:
-            x_adv = _move(spec, eps, s.x_adv, None, s.grad, s.size, s.share, s.x, s.low, s.high)
-            grad, loss, wrong = _look(ascent, ascent.pull, spec, x_adv, s.labels, s.target)
-        else:
-            x_adv, grad, loss, wrong = turn(s.x_adv, s.x_old, s.grad, s.size, s.share, s.x, s.low, s.high, s.labels, s.target)
         falls = wrong & last
         better = ~s.over & ((loss > s.loss) | falls)
         s = replace(
@@ -305,25 +304,15 @@ def _stepper(ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool) 
     return step
 
 
-def _turn(ascent: Ascent, spec: APGD, eps: float, pull: Pull[Found]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """One move, and a look at where it led."""
+def _looking(
+    ascent: Ascent, pull: Pull[Found], spec: APGD
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`_look` as a function of images, labels and targets."""
 
-    def turn(
-        x_adv: Tensor,
-        x_old: Tensor,
-        grad: Tensor,
-        size: Tensor,
-        share: Tensor,
-        x: Tensor,
-        low: Tensor,
-        high: Tensor,
-        labels: Tensor,
-        target: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x_adv = _move(spec, eps, x_adv, x_old, grad, size, share, x, low, high)
-        return x_adv, *_look(ascent, pull, spec, x_adv, labels, target)
+    def look(x_adv: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _look(ascent, pull, spec, x_adv, labels, target)
 
-    return turn
+    return look
 
 
 def _move(

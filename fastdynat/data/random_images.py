@@ -9,11 +9,11 @@ from fastdynat.data.store import Source
 NUM_BATCHES = 32
 
 
-def random_split(info: DatasetInfo, batch_size: int, seed: int) -> TrainSplit:
-    """`NUM_BATCHES` full batches of training images of the size of `info`'s, with random labels; nothing held out."""
+def random_split(info: DatasetInfo, batch_size: int, seed: int, batches: int = NUM_BATCHES) -> TrainSplit:
+    """As many full `batches` of training images of the size of `info`'s, with random labels; nothing held out."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = info.image_shape
-    number = NUM_BATCHES * batch_size
+    number = batches * batch_size
     coarse = torch.rand(number, channels, max(1, height // 8), max(1, width // 8), generator=generator)
     smooth = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     noise = torch.randn(smooth.shape, generator=generator)
