@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat.attacks import AttackEngine, PGDSpec
 from fastdynat.attacks.steps import start_point
-from fastdynat.benchmark import rows, work
+from fastdynat.benchmark import auto, rows, run, work
 from fastdynat.benchmark.flops import count, count_step
 from fastdynat.benchmark.plain import NOISE, PlainDynat
 from fastdynat.benchmark.profiling import KINDS, profile_step
@@ -446,3 +446,85 @@ def test_our_attack_is_not_slower_than_torchattacks() -> None:
     made = [make(config, split, silent) for make in (engine_attack, torchattacks_attack)]
     ours, peer = take_turns(WATCH, [m.call for m in made], seconds=1.0, repeats=15)
     assert min(ours.seconds) <= min(peer.seconds) / 0.95
+
+
+# --auto
+
+
+def automatic(config: TrainConfig[Any], amp: str = "off", mode: str = "off") -> TrainConfig[Any]:
+    """As `settled`, on a machine where `amp` and `mode` are fast and channels-last is not."""
+    e = config.engine
+    e = replace(
+        e,
+        amp=amp if e.amp == "auto" else "off" if e.amp == "default" else e.amp,
+        compile=mode if e.compile == "auto" else e.compile,
+        channels_last="off" if e.channels_last == "auto" else e.channels_last,
+        fold="on" if e.fold == "auto" else e.fold,
+    )
+    return replace(config, engine=replace(e, winograd="off" if e.amp != "off" else e.winograd))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("mode", ["off", "default"])
+def test_auto_compares_each_choice_with_all_that_could_be_taken(amp: str, mode: str) -> None:
+    config = setting()[0]
+    every, found = auto.decisions(config, lambda c: automatic(c, amp, mode))
+    names = [s.name for s in every]
+    assert len(set(names)) == len(names), "nothing is timed twice"
+    by_flags = {d.flags: d for d in found}
+    whole = by_flags["--amp --compile"]
+    assert (whole.chosen.config.engine.amp, whole.chosen.config.engine.compile) == (amp, mode)
+    pairs = {(s.config.engine.amp, s.config.engine.compile) for s in whole.others}
+    assert pairs == {("off", "off"), ("bf16", "off"), ("off", "default"), ("bf16", "default")}
+    (turned,) = by_flags["(none): winograd"].others
+    assert (by_flags["(none): winograd"].chosen.config.engine.winograd, turned.config.engine.winograd) == ("auto", "off")
+    (turned,) = by_flags["(none): channels-last"].others
+    assert turned.config.engine.channels_last == "on"
+    assert by_flags["(none): fold"].others[0].config.engine.fold == "off"
+
+
+def test_autos_ratio_is_to_the_best_that_was_timed() -> None:
+    every, found = auto.decisions(setting()[0], lambda c: automatic(c, "bf16"))
+    for s in every:
+        s.seconds = [2.0, 1.0, 3.0] if s.config.engine.amp == "bf16" else [1.0, 1.5, 9.0]
+    whole = next(d for d in found if d.flags == "--amp --compile")
+    assert whole.ratio == pytest.approx(0.75)
+    assert whole.best.config.engine.amp == "off"
+    assert whole.values()["others"][every[0].name] == 0.75
+
+
+def test_auto_prints_stores_and_exits_by_the_worst_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
+    calls: list[str] = []
+
+    def fake(config: Any, split: Any, say: Any) -> Any:
+        calls.append(config.engine.compile)
+        return work.Work(lambda: None)
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(auto, "engine_step", fake)
+    monkeypatch.setattr(auto, "quiet_clock", lambda: lambda: float(next(clock)))
+    bench("--auto", "--method", "madry", "--json", str(tmp_path / "a.json"))
+    doc = stored(tmp_path / "a.json")
+    assert doc["format"] == "fastdynat-auto/1"
+    assert {row["ratio_to_best"] for row in doc["rows"]} == {1.0}, "every call takes one second of this clock"
+    assert doc["processor"]["threads"] == torch.get_num_threads()
+    assert doc["commit"]
+    assert doc["convolutions"]
+    assert "--amp --compile" in capsys.readouterr().out
+    monkeypatch.setattr(auto, "LEAST", 1.01)
+    bench("--auto", "--method", "madry", code=1)
+    assert calls.count("default") > 0
+
+
+def settled_before(config: TrainConfig[Any], split: TrainSplit) -> TrainConfig[Any]:
+    """`settled` without a trial of torch.compile, which takes a compiler's minute."""
+    engine = replace(config.engine, compile="off" if config.engine.compile == "auto" else config.engine.compile)
+    return settled(replace(config, engine=engine), split)
+
+
+def test_auto_goes_with_no_other_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    bench("--auto", "--peers", code=2)
+    assert "leave --peers out" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastdynat.engine import default_config
 from fastdynat.engine.resolve import adopted, resolve
 from fastdynat.eval_config import EvalConfig
 from fastdynat.evaluation.config import settled
-from fastdynat.measured import capability, choices, choose, processor, race, slower_than_float32, store, table
+from fastdynat.measured import capability, choices, choose, processor, quiet_clock, race, slower_than_float32, store, table
 from fastdynat.measured.proxy import Setting, passes, settings
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ class Machine:
         monkeypatch.setattr(choices, "half_types", lambda device: self.lacking)
         monkeypatch.setattr("fastdynat.devices.half_types", lambda device: self.lacking)
         monkeypatch.setattr(choices, "passes", self._passes)
-        monkeypatch.setattr("fastdynat.measured.racing.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("fastdynat.measured.racing.quiet_clock", lambda: lambda: self.now)
         monkeypatch.setattr(choices, "_known", {})
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -380,6 +381,20 @@ def test_a_race_ends_after_its_seconds(clock: list[float]) -> None:
     race({"one": taking(clock, lambda n: 0.2, one), "other": taking(clock, lambda n: 0.2, other)}, clock=lambda: clock[0])
     assert clock[0] < 2.5
     assert len(one) >= 4
+
+
+def test_other_processes_do_not_advance_the_clock_of_one_thread() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        clock = quiet_clock()
+        begin, wall = clock(), time.perf_counter()
+        time.sleep(0.2)  # as good as another process's turn
+        assert clock() - begin < 0.1 < time.perf_counter() - wall
+        torch.set_num_threads(2)
+        assert quiet_clock() is time.perf_counter
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("setting", settings(("bf16",)), ids=lambda s: s.name)

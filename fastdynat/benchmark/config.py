@@ -24,6 +24,9 @@ class BenchConfig:
     """Also torchattacks and a plain PyTorch loop of the released DYNAT, and ours in float32 and without torch.compile."""
     switches: bool = False
     """Also each switch of the engine turned the other way, alone."""
+    auto: bool = False
+    """Instead: --amp --compile beside the four combinations of the two, and every other automatic choice of the CPU beside its
+    alternatives; exits with 1 if a choice is below 0.97x of the best."""
     epoch: bool = False
     """Also one whole epoch of --data. Without it the images are random ones of its size and nothing is read."""
     json: str | None = None
@@ -49,6 +52,10 @@ def check_bench(config: BenchConfig) -> None:
         raise UserError(f"budget must be above 0 seconds, got {config.budget:g}")
     if not 0 <= config.tolerance < 1:
         raise UserError(f"tolerance must be a share in [0, 1), got {config.tolerance:g}")
+    if config.auto:
+        for name in ("peers", "switches", "epoch", "chart", "profile", "baseline"):
+            if getattr(config, name):
+                raise UserError(f"--auto is a measurement of its own: leave --{name} out")
     check_picture("chart", config.chart)
     check_picture("profile", config.profile, (".json", *PICTURES))
     for path in (config.json, config.chart, config.profile):

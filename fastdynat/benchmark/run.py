@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastdynat.benchmark.auto import run_auto
 from fastdynat.benchmark.baseline import compare, read_baseline, report_baseline
 from fastdynat.benchmark.config import BenchConfig, check_bench
 from fastdynat.benchmark.flops import StepFlops, count_step
@@ -46,6 +47,10 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
     """
     check_bench(bench)
     split = _images(asked, bench)
+    if bench.auto:
+        doc, ok = run_auto(asked, split, lambda c: settled(c, split), bench.seconds, bench.repeats, console, say)
+        _store(doc, bench)
+        return 0 if ok else 1
     full = settled(asked, split, say)
     before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
     doc = _measure(asked, full, split, bench, Notices(say))

@@ -1,6 +1,5 @@
 """Whether torch.compile pays for a run: its own training step, timed compiled and not, before the run begins."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -89,4 +88,4 @@ def _timed(config: TrainConfig[Any], split: TrainSplit, build: Build) -> dict[st
             batch = next(iter(loader.epoch(0)))
             step(batch)  # compiles
             calls[mode] = lambda step=step, batch=batch: step(batch)
-        return race(calls, clock=time.perf_counter)
+        return race(calls)

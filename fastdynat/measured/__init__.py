@@ -2,7 +2,7 @@
 
 from fastdynat.measured.capability import half_types, processor
 from fastdynat.measured.choices import MARGIN, Choice, choose, faster_types, remembered, slower_than_float32, table
-from fastdynat.measured.racing import race
+from fastdynat.measured.racing import quiet_clock, race
 
 __all__ = [
     "MARGIN",
@@ -11,6 +11,7 @@ __all__ = [
     "faster_types",
     "half_types",
     "processor",
+    "quiet_clock",
     "race",
     "remembered",
     "slower_than_float32",

@@ -15,9 +15,8 @@ def race(
     *,
     seconds: float = 0.5,
     clock: Clock | None = None,
-    device: torch.device | None = None,
 ) -> dict[str, float]:
-    """The least seconds per call of each of `calls`, timed in turns: what disturbs the machine disturbs them all.
+    """The least seconds per call of each of `calls` on the CPU, timed in turns: what disturbs the machine disturbs them all.
 
     The first call of each only warms it up, unless it alone tells that the candidate is hopeless. After each round those
     are left out that take more than twice the time of the best.
@@ -25,36 +24,38 @@ def race(
     Args:
         calls: by name, the surest first: what comes later is compared with it.
         seconds: stop after the round in which so much time has passed, but not before the third.
-        clock: in seconds; None is the processor's.
-        device: waited for around each call where it is a GPU.
+        clock: in seconds; None is `quiet_clock`.
     """
-    clock = clock or time.perf_counter
+    clock = clock or quiet_clock()
     least: dict[str, float] = {}
     running, begin = dict(calls), clock()
     for name, call in calls.items():
-        took = _once(call, clock, device)
+        took = _once(call, clock)
         # A first call also makes its kernels, which takes milliseconds; a hundred times the best is no such thing.
         if least and took > 100 * min(least.values()):
             least[name] = took
             del running[name]
             continue
-        least[name] = _once(call, clock, device)
+        least[name] = _once(call, clock)
     for number in range(1, MAX_ROUNDS):
         best = min(least.values())
         running = {name: call for name, call in running.items() if least[name] <= HOPELESS * best}
         if len(running) < 2 or (number >= MIN_ROUNDS and clock() - begin > seconds):
             break
         for name, call in running.items():
-            least[name] = min(least[name], _once(call, clock, device))
+            least[name] = min(least[name], _once(call, clock))
     return least
 
 
-def _once(call: Callable[[], object], clock: Clock, device: torch.device | None) -> float:
-    gpu = device is not None and device.type == "cuda"
-    if gpu:
-        torch.cuda.synchronize(device)
+def quiet_clock() -> Clock:
+    """A clock that other processes do not advance, where there is one: the time that this thread computed.
+
+    With several threads there is none, as those that wait for others compute as well; rounds and the least of them must do.
+    """
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _once(call: Callable[[], object], clock: Clock) -> float:
     begin = clock()
     call()
-    if gpu:
-        torch.cuda.synchronize(device)
     return clock() - begin
