@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -104,10 +105,14 @@ def test_half_precision_must_beat_float32_by_winograd_where_that_may_be_used(mac
     assert pick_amp("auto", CPU, said.append, winograd=False) == "bf16"
 
 
-def test_a_draw_is_float32_contiguous_and_direct(machine: Machine) -> None:
-    machine.milliseconds = half("bf16", 9.8) | {"float32, channels-last": 9.8, "float32, contiguous, Winograd": 9.8}
+def test_a_draw_is_float32_direct_and_channels_last(machine: Machine) -> None:
+    machine.milliseconds = half("bf16", 9.8) | {"float32, contiguous": 9.8, "float32, contiguous, Winograd": 9.8}
     found = choose(CPU)
-    assert (found.amp, found.channels_last, found.winograd) == ("off", False, False)
+    assert (found.amp, found.channels_last, found.winograd) == ("off", True, False)
+    machine.forget()
+    shutil.rmtree(str(store.folder()))
+    machine.milliseconds = {"float32, contiguous": 9.0, "float32, contiguous, Winograd": 8.9}
+    assert not choose(CPU, amps=("off",), winograd=False).channels_last
 
 
 @pytest.mark.parametrize("winograd", [5.0, 20.0])
@@ -186,7 +191,7 @@ def test_the_command_line_stores_what_was_chosen(machine: Machine, said: list[st
     machine.lacking = NEITHER
     machine.milliseconds = {"float32, contiguous, Winograd": 11, "float32, channels-last, Winograd": 11}
     slow = resolved(said, amp="auto")
-    assert (slow.amp, slow.channels_last, slow.winograd) == ("off", "off", "off")
+    assert (slow.amp, slow.channels_last, slow.winograd) == ("off", "on", "off")
     assert resolved(said, amp="auto", channels_last="on", winograd="on").channels_last == "on"
 
 

@@ -12,9 +12,10 @@ from fastdynat.measured.capability import half_types, processor
 from fastdynat.measured.proxy import Setting, passes, settings
 from fastdynat.measured.racing import Clock, race
 
-# The surer alternative (float32, then contiguous, then no Winograd) wins unless another one is faster by so much: timings
-# repeat to a few percent.
+# The surer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input gradients need)
+# wins unless another one is faster by so much: timings repeat to a few percent.
 MARGIN = 0.03
+SECONDS = 1.0  # of all settings together, once per machine
 _known: dict[str, dict[str, float]] = {}  # by key, of this process
 
 
@@ -70,9 +71,13 @@ def _on_gpu(types: list[str], lacking: Mapping[str, str], device: torch.device) 
     return Choice(types[0], True, False, f"{types[0]} has tensor cores on {torch.cuda.get_device_name(device)}")
 
 
+def _surest_first(setting: Setting) -> tuple[Any, ...]:
+    return setting.amp != "off", setting.amp, setting.winograd, not setting.channels_last
+
+
 def _best(allowed: list[Setting], timed: Mapping[str, float]) -> Setting:
-    best = allowed[0]
-    for setting in sorted(allowed, key=lambda s: (s.amp != "off", s.amp, s.winograd, s.channels_last)):
+    best, *others = sorted(allowed, key=_surest_first)
+    for setting in others:
         if timed[setting.name] < timed[best.name] * (1 - MARGIN):
             best = setting
     return best
@@ -116,7 +121,7 @@ def _remembered(
     what: str, device: torch.device, wanted: dict[str, Setting], clock: Clock | None, *, tiny: bool
 ) -> dict[str, float]:
     def measure() -> dict[str, float]:
-        return race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, clock=clock)
+        return race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, seconds=SECONDS, clock=clock)
 
     return remembered({"what": what, "settings": sorted(wanted)}, device, set(wanted), measure)
 
