@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+STATISTICS = ("running_mean", "running_var")  # of normalisation layers: always finite, so averaged without a look
+
 
 class WeightAverage:
     """An exponential moving average of `model`, moved once per step.
@@ -27,8 +29,13 @@ class WeightAverage:
         self.warmup = self.updates = 0
         self._averaged: list[tuple[Tensor, Tensor]] = [*zip(self.module.parameters(), model.parameters(), strict=True)]
         self._copied: list[tuple[Tensor, Tensor]] = []
-        for pair in zip(self.module.buffers(), model.buffers(), strict=True):
-            (self._copied if copy_buffers or not pair[0].is_floating_point() else self._averaged).append(pair)
+        self._guarded: list[tuple[Tensor, Tensor]] = []
+        for (name, buffer), other in zip(self.module.named_buffers(), model.buffers(), strict=True):
+            if copy_buffers or not buffer.is_floating_point():
+                kind = self._copied
+            else:
+                kind = self._averaged if name.endswith(STATISTICS) else self._guarded
+            kind.append((buffer, other))
 
     def restart(self, *, warmup: int) -> None:
         """Forget the past: the next update copies the model."""
@@ -36,17 +43,27 @@ class WeightAverage:
 
     def keep_rate(self) -> float:
         """What the next update keeps of the average."""
-        since = self.updates - self.warmup
-        if since < 0 or self.updates == 0:
-            return 0.0
-        return min(self.decay, (1 + since) / (10 + since)) if self.warmup else self.decay
+        return keep_rate(self.decay, warmup=self.warmup, updates=self.updates)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average by one step of the model."""
-        _move(self._averaged, self.keep_rate())
+        keep = self.keep_rate()
+        _move(self._averaged, keep)
         _move(self._copied, 0.0)
+        for average, buffer in self._guarded:
+            # Between two infinities there is no number; what was or is infinite, as in an attention mask, is the model's own.
+            moved = average.lerp(buffer, 1 - keep) if keep else buffer
+            average.copy_(torch.where(moved.isfinite(), moved, buffer))
         self.updates += 1
+
+
+def keep_rate(decay: float, *, warmup: int, updates: int) -> float:
+    """What the update after `updates` others keeps of an average; see `WeightAverage`."""
+    since = updates - warmup
+    if since < 0 or updates == 0:
+        return 0.0
+    return min(decay, (1 + since) / (10 + since)) if warmup else decay
 
 
 def _move(pairs: list[tuple[Tensor, Tensor]], keep: float) -> None:

@@ -59,6 +59,8 @@ class _Watch:
     robust: Finite
     trained: Finite
     collapsed: bool
+    guessing: Count = 0  # not in states of earlier versions
+    guessing_said: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from fastdynat.attacks import check_fidelity, parse_attack
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.engine.average_share import MOSTLY, average_note, first_share
 from fastdynat.engine.boundary_log import log_boundary
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet, pixel_statistics
@@ -66,7 +67,8 @@ class Trainer:
         self._restart_average()
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
-        self.watch = Watch(config.run, step.method.select_by)
+        near = float(config.attack.eval_eps) <= 1.5 * float(config.attack.eps)
+        self.watch = Watch(config.run, step.method.select_by, comparable=near)
         self.last_validation: dict[str, float] = {}
         self.row: dict[str, Any] | None = None  # of the last finished epoch
 
@@ -91,6 +93,7 @@ class Trainer:
             StopRequest() as stop,
             Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
         ):
+            self._say_average(display)
             while self.epoch < until and not self.watch.ended():
                 try:
                     self._train_epoch(stop, display)
@@ -109,6 +112,17 @@ class Trainer:
         if self.networks.ema is not None:
             epochs = optim.burn_in if self._burning_in() else epochs_of_method(optim)
             self.networks.ema.restart(warmup=average_warmup(optim, epochs, self.loader.steps_per_epoch))
+
+    def _say_average(self, display: Display) -> None:
+        """Before the first step, whether the average will have got anywhere."""
+        if self.networks.ema is None or self.step.global_step > 0:
+            return
+        optim, spe = self.config.optim, self.loader.steps_per_epoch
+        epochs = epochs_of_method(optim)
+        warmup = average_warmup(optim, epochs, spe)
+        note = average_note(self.networks.ema.decay, warmup=warmup, epochs=epochs, steps_per_epoch=spe)
+        if note is not None:
+            display.say(note)
 
     def _begin_method(self) -> None:
         """Go from the burn-in to the method, which has an optimiser and a weight average of its own."""
@@ -204,9 +218,18 @@ class Trainer:
         if self._burning_in():
             return {**self.last_validation, "best": False}
         collapse = self.watch.collapse(accuracies["pgd10"], trained)
-        if collapse is not None:
-            display.say(collapse)
+        for text in (collapse, self._at_chance(accuracies["clean"])):
+            if text is not None:
+                display.say(text)
         return {**self.last_validation, "best": self.watch.better(self.last_validation)}
+
+    def _at_chance(self, clean: float) -> str | None:
+        """What to say of a clean accuracy like that of guessing, unless it is that of an average which has hardly begun."""
+        ema = self.networks.ema
+        if ema is not None and first_share(ema.decay, warmup=ema.warmup, updates=ema.updates) > MOSTLY:
+            return None
+        most = int(torch.bincount(self.val.labels).max())
+        return self.watch.at_chance(clean, most / len(self.val), len(self.val))
 
     def _check_fidelity(self, display: Display) -> dict[str, float | bool]:
         """Columns that say whether the attack as it is computed is as strong as the reference; nothing of the run changes."""

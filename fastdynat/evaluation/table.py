@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdynat.consoles import AS_IS, PlainTable
+from fastdynat.evaluation.hints import clean_hint
 from fastdynat.evaluation.record import median_distance
 
 Values = dict[str, Any]
@@ -20,7 +21,8 @@ def print_results(records: list[Values], console: Console, *, per_class: bool = 
     if per_class:
         for record in records:
             _classes(record, console)
-    for line in [*_zero_gradients(records), *_warnings(records)]:
+    hints = [f"{_title(record)}: {hint}" for record in records if (hint := clean_hint(record))]
+    for line in [*hints, *_zero_gradients(records), *_warnings(records)]:
         console.print(line, **AS_IS, soft_wrap=True)
 
 
