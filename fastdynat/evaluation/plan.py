@@ -109,10 +109,9 @@ class Planner:
     def plan(self, names: Sequence[str | Path]) -> list[Target]:
         """The targets that `names` stand for: an existing path is a run, another name with a colon in it a model."""
         targets = []
-        runs = [str(name) for name in names if not _is_model(str(name))]
-        if self.config.weights is not None and runs:
+        if self.config.weights is not None and not any(_is_model(str(name)) for name in names):
             raise UserError(
-                f"--weights {self.config.weights} is for models such as torchvision:NAME or module:callable; {runs[0]} is a "
+                f"--weights {self.config.weights} is for models such as torchvision:NAME or module:callable; {names[0]} is a "
                 "run, which brings its own: leave --weights out"
             )
         for name in names:
