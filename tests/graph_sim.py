@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+UNFILLED = ("empty", "new_empty", "empty_like")
 WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -53,7 +54,8 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, made in self.calls:
             results = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
             for old, new in zip(made, results, strict=True):
-                if old.data_ptr() != new.data_ptr():
+                # New memory holds nothing yet, and `set_` may have given the tensor another's since.
+                if old.data_ptr() != new.data_ptr() and func._opname not in UNFILLED:
                     old.detach().copy_(new)
 
 
