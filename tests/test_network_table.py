@@ -1,6 +1,10 @@
 """Any network: the drop-in attack is the plain one on the model itself, and leaves the model as it was."""
 
+import copy
+import gc
 import os
+import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat import PGD
+from fastdynat import PGD, trades_loss
+from fastdynat.attacks.fold import fold_batch_norm
+from fastdynat.compat import refresh
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 2
 
@@ -52,6 +58,9 @@ def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
         if isinstance(module, _BatchNorm) and module.affine:
             module.weight.data.copy_(between(0.7, 1.3, module.weight))
             module.bias.data.copy_(between(-0.2, 0.2, module.bias))
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.data.copy_(between(-0.05, 0.05, parameter))  # heads that start at 0
     return model
 
 
@@ -115,7 +124,6 @@ def test_odd_networks(name: str) -> None:
     least = 0.97 if name in ("autocast inside", "noise from the global stream") else 0.995
     assert same(got, want) > least, attack.path
     assert same(again, got) > least
-    print(name, "|", attack.path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -131,4 +139,138 @@ def test_changes_are_followed(name: str) -> None:
     want = plain_pgd(model, x, y)
     assert same(want, old) < 0.98
     assert same(attacked(attack, x, y), want) > 0.995, attack.path
-    print(name, "|", attack.path)
+
+
+def test_which_networks_are_attacked_themselves() -> None:
+    """A copy that computes with the original, or that does not follow it, is no replica."""
+    reasons = {
+        "forward over the original": "holds on to the original",
+        "a layer's forward over the original": "holds on to the original",
+        "a hook that calls a sibling": "holds on to the original",
+        "scripted": "TorchScript",
+        "a scripted part": "TorchScript",
+    }
+    for name, reason in reasons.items():
+        attack = PGD(make(name, odd_networks.NETWORKS).train(), EPS, ALPHA, STEPS)
+        with pytest.warns(UserWarning, match=reason):
+            attack(*batch())
+        assert "on the model itself" in attack.path
+
+
+def test_the_first_of_two_norms_is_not_lost_on_a_fresh_network() -> None:
+    _, folds = fold_batch_norm(odd_networks.NETWORKS["conv, norm, norm"]().eval(), batch()[0])
+    assert len(folds) == 1
+    model = odd_networks.NETWORKS["conv, norm, norm"]()
+    attack, (x, y) = PGD(model, EPS, ALPHA, STEPS, random_start=False), batch()
+    attack(x, y)
+    assert "1 batch norms folded" in attack.path
+    with_statistics(model)  # in place, as training does
+    assert same(attack(x, y), plain_pgd(model, x, y)) > 0.995
+
+
+@pytest.mark.parametrize("name", ["by type", "a bound forward", "by batch size", "custom function"])
+def test_a_fold_is_tried_out_on_numbers_that_tell(name: str) -> None:
+    attack = PGD(make(name, odd_networks.NETWORKS), EPS, ALPHA, STEPS)
+    with pytest.warns(UserWarning, match="batch norm is not folded in the attack"):
+        attack(*batch())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["a temperature", "a plain tensor in place", "eps of a norm", "scripted weights", "a global number"]
+)
+def test_the_losses_follow_changes_too(name: str) -> None:
+    (x, y), (network, change) = batch(), odd_networks.CHANGES[name]
+
+    def loss(model: nn.Module) -> Tensor:
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return trades_loss(model, x, y, optimizer, step_size=ALPHA, epsilon=EPS, perturb_steps=3, beta=6.0).detach()
+
+    followed, fresh = make(name, {name: network}), make(name, {name: network})
+    for model in (followed, fresh):
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = 0.0
+    before = loss(followed)
+    change(followed)
+    change(fresh)
+    want = loss(fresh)
+    assert float((want - before).abs()) > 1e-4
+    torch.testing.assert_close(loss(followed), want, rtol=1e-4, atol=1e-5)
+    refresh(followed)
+    torch.testing.assert_close(loss(followed), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_changes_at_every_call_is_attacked_itself() -> None:
+    model, (x, y) = make("a number", {"a number": odd_networks.CHANGES["a number"][0]}), batch()
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+    for step in range(7):
+        model.factor = 1.0 + step
+        assert same(attack(x, y), plain_pgd(model, x, y)) > 0.995
+    assert "on the model itself" in attack.path
+
+
+def living_bytes() -> int:
+    """Of all tensors, each memory once."""
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["in place", "by batch size", "forward over the original", "noise from the global stream"])
+def test_an_attack_per_call_leaves_nothing_behind(name: str) -> None:
+    """Without the garbage collector, which comes when it likes."""
+    model, (x, y) = make(name, odd_networks.NETWORKS), batch()
+    PGD(model, EPS, ALPHA, 1)(x, y)
+    gc.collect()
+    gc.disable()
+    try:
+        before = living_bytes()
+        for _ in range(10):
+            PGD(model, EPS, ALPHA, 1)(x, y)
+        assert living_bytes() - before < 20_000
+    finally:
+        gc.enable()
+
+
+def test_copies_of_the_model_know_nothing_of_the_attack() -> None:
+    model, (x, y) = make("in place", odd_networks.NETWORKS), batch()
+    keys, held = list(model.state_dict()), [set(vars(module)) for module in model.modules()]
+    PGD(model, EPS, ALPHA, 1)(x, y)
+    assert list(model.state_dict()) == keys
+    assert [set(vars(module)) for module in model.modules()] == held
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["in place", "frozen norm", "forward over the original"])
+def test_two_threads_may_attack_one_model(name: str) -> None:
+    model, (x, y) = make(name, odd_networks.NETWORKS).train(), batch()
+    before, want, found = snapshot(model), plain_pgd(model, x, y), []
+    shared = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+
+    def work(attack: PGD) -> None:
+        for _ in range(3):
+            found.append(same(attack(x, y), want))
+
+    own = [PGD(model, EPS, ALPHA, STEPS, random_start=False) for _ in range(2)]
+    threads = [threading.Thread(target=work, args=(attack,)) for attack in (shared, shared, *own)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 12  # no thread ended early
+    assert min(found) > 0.995
+    assert_untouched(model, before)
+
+
+def test_lazy_layers_take_their_shapes_from_the_images() -> None:
+    model, (x, y) = odd_networks.NETWORKS["lazy"](), batch()
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+    got = attack(x, y)
+    assert same(got, plain_pgd(model, x, y)) > 0.995
+    assert model.training
+    assert type(model[0]) is nn.Conv2d

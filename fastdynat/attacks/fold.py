@@ -6,6 +6,7 @@ over the activations; the sums are rounded in another order.
 """
 
 import copy
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,40 @@ def is_plain(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in vars(module)
 
 
+# Tracing changes how every module is called, in every thread: one trace at a time, and others' calls pass through it.
+_tracing = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
     # Else what is computed from a buffer alone, such as 1 / std, is computed once, and does not follow the buffer.
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if any(getattr(m, name) for name in HOOKS) and not self.is_leaf_module(m, self.path_of_module(m)):
             raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
         return super().call_module(m, forward, args, kwargs)
+
+
+def _trace(network: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    try:
+        with _tracing:
+            graph = tracer.trace(network)
+        return fx.GraphModule(network, graph)
+    finally:
+        # A tracer is in reference cycles with the functions it patches; the network need not wait for the collector with them.
+        tracer.root = tracer.tensor_attrs = tracer.submodule_paths = None  # type: ignore[assignment]
 
 
 class NotFoldable(Exception):
@@ -86,7 +113,7 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
         NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
     """
     try:
-        traced = fx.GraphModule(network, _Tracer().trace(network))
+        traced = _trace(network)
         ranks = _Ranks(traced)
         ranks.run(example)
     except NotFoldable:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-from fastdynat.attacks import AttackSwitches, NotCopyable
+from fastdynat.attacks import AttackSwitches, NotCopyable, attack_mode
 from fastdynat.attacks.answers import answer
 from fastdynat.attacks.reach import reach
 from fastdynat.compat.agreement import Agreement
@@ -122,6 +123,7 @@ class Following:
         network = unwrapped(model)
         if normalization is not None:
             network = Normalized(network, *(value.to(x.device) for value in normalization.values()))
+        _make_lazy_weights(network, x)
         # Not kept: unlike a replica it holds the model.
         on_model = OnModel(network, modes, dtype)
         compiled = isinstance(model, OptimizedModule)
@@ -221,6 +223,13 @@ class Following:
         except NotCopyable as error:
             self.warn(f"the model is attacked itself, eagerly: {error}")
             return None
+
+
+def _make_lazy_weights(network: nn.Module, x: Tensor) -> None:
+    """Let lazy layers take their shapes from the images, as they would in the first call of the network itself."""
+    if any(is_lazy(t) for t in (*network.parameters(), *network.buffers())):
+        with torch.no_grad(), attack_mode(network, "eval"):
+            network(x)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

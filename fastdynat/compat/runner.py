@@ -1,9 +1,10 @@
 """What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model itself."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,29 @@ class Runner(Protocol):
 
 
 class OnReplica(AttackEngine):
-    """The fast path, in eval mode."""
+    """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its backward pass."""
 
-    eval_logits = AttackEngine.logits
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._turn = threading.RLock()
+
+    def refresh(self) -> None:
+        with self._turn:
+            super().refresh()
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self._turn:
+            return super().logits(x)
+
+    eval_logits = logits
+
+    def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
+        with self._turn:
+            return super().gradient(x, goal)
+
+    def run(self, *args: Any, **kwargs: Any) -> AttackResult:
+        with self._turn:
+            return super().run(*args, **kwargs)
 
 
 @dataclass(frozen=True)
