@@ -1,12 +1,16 @@
 """The command line's entry: which command, and how it ends."""
 
 import importlib
+import os
 import random
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fastdynat import __version__
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.interrupts import Interruption
 
 USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
 
@@ -41,18 +45,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     generator = random.getstate()  # tyro draws from it; commands that train or measure keep the others themselves
+    with Interruption() as interruption:
+        try:
+            return _run_and_flush(argv)
+        except UserError as error:
+            return _fail(str(error))
+        except BrokenPipeError:
+            _drop_output()
+            return 128 + signal.SIGPIPE
+        except KeyboardInterrupt:
+            return _interrupted(interruption)
+        except Exception as error:
+            if interruption.signal is not None:  # raised while something was imported or compiled, and made into this
+                return _interrupted(interruption)
+            if not isinstance(error, OSError) or error.strerror is None:
+                raise
+            _drop_output()
+            return _fail(f"{error.filename or 'input or output'}: {error.strerror}")
+        finally:
+            random.setstate(generator)
+
+
+def _run_and_flush(argv: list[str]) -> int:
+    code = _run(argv)
+    sys.stdout.flush()
+    return code
+
+
+def _fail(reason: str) -> int:
+    _say(f"fastdynat: error: {reason}")
+    return 2
+
+
+def _interrupted(interruption: Interruption) -> int:
+    by = "" if interruption.code == 128 + signal.SIGINT else f" by {signal.Signals(interruption.code - 128).name}"
+    _say(f"fastdynat: interrupted{by}")
+    return interruption.code
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Let what could not be written to standard output go, or Python complains of it when it ends."""
     try:
-        code = _run(argv)
         sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"fastdynat: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fastdynat: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        random.setstate(generator)
+    except OSError:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def _run(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.recipes import read_recipe
-from fastdynat.runs import LAST, find_checkpoint
+from fastdynat.runs import LAST, WriteError, find_checkpoint
 
 if TYPE_CHECKING:
     from fastdynat.engine import Trainer
@@ -98,6 +98,8 @@ def _fit(trainer: "Trainer", say: Any) -> int:
         kept = f"the last checkpoint in {path} is from before" if find_checkpoint(path, LAST) else "there is no checkpoint yet"
         say(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
         return 1
+    except WriteError as error:
+        raise UserError(f"{error}; make room, then go on with: fastdynat train --resume {path}") from None
     if outcome.finished:
         if why := trainer.watch.ended():
             say(f"ended after {trainer.epoch} epochs: {why}")

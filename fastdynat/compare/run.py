@@ -3,7 +3,8 @@
 import gc
 import json
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from fastdynat.consoles import quiet_console
 from fastdynat.engine import Diverged, Outcome, new_run, resumed_run
 from fastdynat.engine.resolve import Say
 from fastdynat.engine.stopping import StopRequest
+from fastdynat.errors import UserError
 from fastdynat.evaluation import EvalConfig, Stopped, measure_runs
 from fastdynat.memory import PeakMemory
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import lock, looks_like_run
-from fastdynat.runs.files import write_text
+from fastdynat.runs import WriteError, lock, looks_like_run
+from fastdynat.runs.files import make_folder, write_text
 
 RESULTS = "compare.json"
 
@@ -44,8 +46,8 @@ def run_compare(shared: TrainConfig[NoOptions], compare: CompareConfig, console:
         errors.print(text, markup=False, emoji=False)
 
     plan = make_plan(shared, compare, say)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    with lock(plan.out):
+    make_folder(plan.out)
+    with lock(plan.out), _how_to_go_on(plan.out):
         plan.ledger.save()
         records: dict[str, list[dict[str, Any]]] = {}
         for number, run in enumerate(plan.runs, 1):
@@ -59,6 +61,14 @@ def run_compare(shared: TrainConfig[NoOptions], compare: CompareConfig, console:
         _store(doc, plan.out, compare)
         say(f"done: {plan.out / RESULTS}")
     return 1 if any(run["ended"] == "diverged" for run in doc["runs"]) else 0
+
+
+@contextmanager
+def _how_to_go_on(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except WriteError as error:
+        raise UserError(f"{error}; make room: the same command goes on, with --out {shlex.quote(str(out))}") from None
 
 
 def _train(run: RunPlan, plan: Plan, say: Say) -> int:

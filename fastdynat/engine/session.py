@@ -75,7 +75,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     config = settle_compile(config, split, say, build_parts)
     parts = build_parts(config, split, say)
     burn_in = burn_in_step(config, parts[1], say)
-    if not config.run.run_dir:
+    claimed = not config.run.run_dir
+    if claimed:
         path = claim_name(stem)  # only now, when nothing can be refused any more
     # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
     config = replace(
@@ -86,7 +87,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     try:
         run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
     except BaseException:
-        release_name(path)
+        if claimed:
+            release_name(path)
         raise
     for kept in run.kept:
         say(f"--overwrite leaves {kept}, which the old run did not make")
