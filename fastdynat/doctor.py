@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from fastdynat.compiling import quiet_about_cuda
 from fastdynat.measured import choose, half_types, processor, table
 
 Status = Literal["ok", "warn", "missing"]
@@ -158,6 +159,7 @@ def _compile(try_it: bool) -> Check:
     if not try_it:
         return Check(name, "ok", f"its compiler is there ({needed.name}); not tried")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    quiet_about_cuda()
     try:
         x = torch.linspace(0, 1, 8, device=device)
         same = torch.equal(torch.compile(_tiny, fullgraph=True)(x), _tiny(x))
