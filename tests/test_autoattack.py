@@ -161,9 +161,9 @@ def test_bad_arguments(wrong: dict[str, Any], text: str) -> None:
 def test_bad_images(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = task
     for bad, text in (
-        ((x * 255, y), r"x must be in \[0, 1\], it is in"),
-        ((x.double(), y), r"got torch\.float64"),
-        ((x, y[:5]), "y must be 30 int64 labels"),
+        ((x * 255, y), r"images must be in \[0, 1\], got .*; divide by 255"),
+        ((x.double(), y), r"images are torch\.float64 and the model torch\.float32"),
+        ((x, y[:5]), r"30 images but labels of shape \(5,\)"),
         ((x, y, 0), "bs must be >= 1, got 0"),
         ((x, y + 5), r"y must be in 0 \.\. 9, the network's classes"),
         ((x, y - 10), r"y must be in 0 \.\. 9, the network's classes"),

@@ -149,8 +149,8 @@ def test_alpha_is_the_methods_own_where_it_has_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_defensive_distillation_masks_and_the_margin_attack_shows_it(tmp_path: Path) -> None:
-    """At temperature 20 most images have no cross-entropy gradient in float32: PGD leaves exactly those right. C&W's margin
-    leaves none."""
+    """At temperature 20 most images have no cross-entropy gradient in float32; an evaluation's PGD rescales it, and like C&W's
+    margin leaves next to none."""
     flags = ["--temperature", "20", "--epochs", "12", "--lr", "1", "--schedule", "onecycle", "--batch-size", "32", "--quiet"]
     flags += ["--val-every", "12"]
     teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
@@ -160,8 +160,8 @@ def test_defensive_distillation_masks_and_the_margin_attack_shows_it(tmp_path: P
     (row,) = [r for r in json.loads((tmp_path / "e.json").read_text())["results"] if r["checkpoint"] == "last"]
     clean, pgd, cw = row["attacks"]
     assert clean["accuracy"] > 0.95
-    assert pgd["accuracy"] > 0.4
-    assert pgd["zero_grad_share"] > 0.4
+    assert pgd["accuracy"] < 0.05
+    assert pgd["zero_grad_share"] == 0
     assert cw["accuracy"] < 0.02
     assert cw["zero_grad_share"] == 0
 

@@ -1,9 +1,8 @@
 """One step of projected ascent: forward, gradient at the image, projected step."""
 
-import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from fastdynat.attacks.goal import AttackGoal, Kind, wide
 from fastdynat.attacks.steps import NORMS, STARTS, pgd_step
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.answers import NoGradient, logits_of
 from fastdynat.ops import soft_margin_grad
 
 # (x_adv, what the network reads of it, x, target) -> (x_adv, what the network reads next, how many gradients were zero, and for
@@ -101,12 +101,15 @@ class Ascent:
             iterate itself stays in the images' dtype: bfloat16 has a spacing of 1/256 near 1.0, half a usual step, so steps
             would not add up. What the first layer sees is therefore within 1/512 (bfloat16) or 1/4096 (float16) of the iterate.
         closed_form: take the loss's gradient at the logits from its formula instead of from autograd.
+        blind: go on where no gradient reaches the images, with gradients of 0; else that is an error. For evaluations, which
+            count such gradients and also have attacks that need none.
     """
 
     network: Callable[[Tensor], Tensor]
     underflow: Underflow = Underflow()
     dtype: torch.dtype | None = None
     closed_form: bool = True
+    blind: bool = field(default=False, kw_only=True)
 
     @property
     def shapes(self) -> int:
@@ -118,9 +121,9 @@ class Ascent:
         return x_adv if self.dtype is None else x_adv.to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of images in the attack's precision."""
+        """Logits of images in the attack's precision; UserError where the network returns something else (`logits_of`)."""
         with self.autocast(x):
-            return self.network(x)
+            return logits_of(self.network(x), len(x))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The region in which the network runs, whatever region the caller is in."""
@@ -149,7 +152,7 @@ class Ascent:
             goal = AttackGoal.of(kind, target)
             logits, grad = linearize(read, goal)
             kept = ~goal.reached(logits) if goal.track else None
-            return grad, None if goal.confidence == math.inf else goal.satisfied(logits), kept
+            return grad, None if goal.drives else goal.satisfied(logits), kept
 
         return look
 
@@ -164,7 +167,7 @@ class Ascent:
             return self.pull(read, lambda logits: (self.upstream(logits, goal), logits))
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
-        return logits.detach(), torch.autograd.grad(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)[0]
+        return logits.detach(), self._gradient(goal.per_image(logits).sum() * self.underflow.loss_scale, leaf)
 
     def pull(self, read: Tensor, weigh: Callable[[Tensor], tuple[Tensor, T]]) -> tuple[T, Tensor]:
         """`Pull` on the network; `weigh` gets detached logits and gives weights in their dtype."""
@@ -172,14 +175,23 @@ class Ascent:
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
         weights, found = weigh(logits.detach())
-        return found, torch.autograd.grad(logits, leaf, weights)[0]
+        return found, self._gradient(logits, leaf, weights)
 
     def linear(self, read: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The logits, detached, and a map that may be called several times: weights of them (N, K) -> gradient of the weighted
         sum, one backward pass each. Never compiled."""
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
-        return logits.detach(), lambda weights: torch.autograd.grad(logits, leaf, weights, retain_graph=True)[0]
+        return logits.detach(), lambda weights: self._gradient(logits, leaf, weights, retain_graph=True)
+
+    def _gradient(self, value: Tensor, leaf: Tensor, weights: Tensor | None = None, *, retain_graph: bool = False) -> Tensor:
+        """Of `value`, weighted, at `leaf`; see `blind`."""
+        grad = None
+        if value.requires_grad:
+            grad = torch.autograd.grad(value, leaf, weights, retain_graph=retain_graph, allow_unused=True)[0]
+        if grad is None and not self.blind:
+            raise NoGradient
+        return torch.zeros_like(leaf) if grad is None else grad
 
     def upstream(self, logits: Tensor, goal: AttackGoal) -> Tensor:
         """The goal's gradient at the logits, in their dtype, guarded against underflow."""

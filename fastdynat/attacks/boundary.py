@@ -23,6 +23,7 @@ from fastdynat.attacks.pgd import check_batch
 from fastdynat.attacks.planes import length, move, per_image, start_away
 from fastdynat.attacks.search import AttackResult
 from fastdynat.errors import UserError
+from fastdynat.models.answers import half_of
 from fastdynat.ops import soft_margin
 
 # Images whose soft margin is not above this have no boundary to look for.
@@ -195,7 +196,8 @@ def boundary(
     Raises:
         UserError: `x` is not float32 or float64, or there are not as many labels.
     """
-    check_batch(x, AttackGoal("margin", labels))
+    labels = check_batch(x, AttackGoal("margin", labels)).target
+    half_of(model, x.dtype)
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         x, labels = x.detach().clone(), labels.clone()
         x_start = None if x_start is None else x_start.detach().clone()

@@ -14,11 +14,13 @@ from fastdynat.attacks.compiled import CompiledAscent
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import has_batch_norm
 from fastdynat.attacks.pgd import run_pgd
+from fastdynat.attacks.probe import gradient_reaches
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.attacks.search import AttackResult
 from fastdynat.compiling import AUTO, compile_whole
 from fastdynat.devices import AMP_DTYPES, pick_channels_last, winograd_pays
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
+from fastdynat.models.answers import NoGradient
 
 Say = Callable[[str], None]
 
@@ -87,6 +89,7 @@ class AttackEngine:
         bn: str = "eval",
         switches: AttackSwitches | None = None,
         rescale: bool | None = None,
+        blind: bool = False,
         say: Say = warnings.warn,
         recorder: Recorder | None = None,
     ) -> None:
@@ -96,9 +99,15 @@ class AttackEngine:
             example: (n, C, H, W) images on the model's device (`AttackReplica`).
             bn: batch norm during the attack, "eval", "train" or "frozen" (`set_attack_mode`).
             rescale: as in `Underflow.guard`.
+            blind: as in `Ascent`.
             say: told, once each, what was asked for and cannot be done, and what is done instead.
             recorder: where graphs come from; None is CUDA's where the switches ask for graphs.
+
+        Raises:
+            UserError: `model` returns no logits; no gradient reaches the images, unless `blind`.
         """
+        if not gradient_reaches(model, example) and not blind:
+            raise NoGradient
         self.switches = s = switches or AttackSwitches()
         self._recorder, self._note = recorder, Notes(say)
         self.replica = AttackReplica(
@@ -120,9 +129,9 @@ class AttackEngine:
             mode = "default" if s.compile == AUTO else s.compile
             network = compile_whole(network, mode=mode, what="the attacked network", say=self._note)
         if s.compile != "off" and bn == "eval":
-            self.ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, self._note)
+            self.ascent: Ascent = CompiledAscent(network, underflow, s.dtype, s.closed_form, s.compile, self._note, blind=blind)
         else:
-            self.ascent = Ascent(network, underflow, s.dtype, s.closed_form)
+            self.ascent = Ascent(network, underflow, s.dtype, s.closed_form, blind=blind)
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}

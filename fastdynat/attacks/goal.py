@@ -14,6 +14,9 @@ AttackLoss = Literal["ce", "kl", "margin", "dlr"]
 Kind = tuple[AttackLoss, bool, bool, float]  # an `AttackGoal` without its target
 
 
+FAINT = 1e-6  # probabilities of float32 that differ by less differ by rounding
+
+
 def wide(logits: Tensor) -> Tensor:
     """`logits` in at least float32: losses are never computed in half precision."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -44,6 +47,24 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 def kl_from_log_probs(log_p: Tensor, logits: Tensor) -> Tensor:
     """``KL(p || softmax(z))`` per image, (N,); `log_p` are log-probabilities, so a vanishing p gives 0 and never NaN."""
     return F.kl_div(F.log_softmax(logits, dim=1), log_p, reduction="none", log_target=True).sum(1)
+
+
+def faint_difference(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(z) - q``, (N, K), each row times a positive factor; and (N, 1) bool, where the plain one is mere rounding.
+
+    It comes of logarithms, so that two that give the same class all probability, as far as floats can tell, still differ. A row
+    whose logarithms are equal is 0.
+    """
+    log_p, log_q = wide(logits).log_softmax(1), wide(log_q)
+    p = log_p.exp()
+    lost = (p - log_q.exp()).abs().amax(1, keepdim=True) < FAINT
+    apart = (log_p - log_q).masked_fill(log_p == log_q, 0)  # of two infinities too
+    size = torch.maximum(log_p, log_q) + torch.log(-torch.expm1(-apart.abs()))
+    size = size.masked_fill(log_p > log_p.amax(1, keepdim=True) - 1, -math.inf)  # known by their rounding only
+    largest = size.amax(1, keepdim=True)
+    found = apart.sign() * torch.exp(size - largest.where(largest.isfinite(), 0))
+    # Probabilities add up to 1: the likely classes have lost what the others gained.
+    return found - found.sum(1, keepdim=True) * p, lost
 
 
 def rival_loss(logits: Tensor, labels: Tensor, floor: float = 0.0) -> Tensor:
@@ -115,12 +136,23 @@ class AttackGoal:
         # What half precision has flushed to zero cannot be scaled any more.
         source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
         grad = attack_logit_grad(source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted).grad
+        if rescale and self.target.dim() == 2:  # for classes, the operator does this
+            log_q = self.target if self.loss == "kl" else self.target.log()
+            faint, lost = faint_difference(source, log_q)
+            grad = torch.where(lost, (-faint if self.targeted else faint).to(grad.dtype), grad)
         if self.confidence < math.inf:
-            grad = grad.masked_fill(self.satisfied(source)[:, None], 0)
+            grad = grad.masked_fill((self.per_image(source) >= self.confidence)[:, None], 0)
         return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
 
+    @property
+    def drives(self) -> bool:
+        """No image is ever `satisfied`."""
+        return self.confidence == math.inf and not (self.targeted and self.loss == "ce")
+
     def satisfied(self, logits: Tensor) -> Tensor:
-        """(N,) bool: the value is at `confidence`, where its gradient is 0 by intention."""
+        """(N,) bool: the gradient is 0 by intention: the value is at `confidence`, or the image is at the target of "ce"."""
+        if self.targeted and self.loss == "ce":
+            return self.reached(logits)
         return self.per_image(logits) >= self.confidence
 
     def reached(self, logits: Tensor) -> Tensor:

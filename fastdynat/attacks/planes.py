@@ -10,6 +10,7 @@ from fastdynat.ops import project_on_hyperplane, random_start
 LEAST_MOVE = 1e-8
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 NORMS = tuple(DUAL)
+SQUARES = (1e-15, 1e18)  # lengths between these have squares that float32 holds well
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -24,8 +25,23 @@ def length(moved: Tensor, norm: str) -> Tensor:
     # Over dimensions, as to flatten channels-last images would be to copy them. On the CPU vector_norm is slow but for L2.
     dims = tuple(range(1, moved.dim()))
     if norm == "l2":
-        return torch.linalg.vector_norm(moved, dim=dims)
+        return _length_l2(moved, dims)
     return moved.abs().amax(dims) if norm == "linf" else moved.abs().sum(dims)
+
+
+def unit(moved: Tensor, norm: str) -> Tensor:
+    """`moved` (N, ...) over the norm of each image; an image of zeros stays one."""
+    size = length(moved, norm)
+    return moved / per_image(torch.where(size > 0, size, 1.0), moved)
+
+
+def _length_l2(moved: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """In float64 where the squares leave float32, as those of a network's gradients do whose logits are tiny or huge."""
+    if moved.device.type == "cpu" and not torch.compiler.is_compiling():  # where float64 takes eight times as long
+        found = torch.linalg.vector_norm(moved, dim=dims)
+        if moved.dtype == torch.float64 or bool(((found > SQUARES[0]) & (found < SQUARES[1])).all()):
+            return found
+    return torch.linalg.vector_norm(moved, dim=dims, dtype=torch.float64).to(moved.dtype)
 
 
 def start_away(x: Tensor, distance: float, norm: str = "linf", *, generator: torch.Generator | None = None) -> Tensor:

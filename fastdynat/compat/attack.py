@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec
-from fastdynat.compat.checks import RangeCheck, as_labels, check_targets
+from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes, check_targets, slack
 from fastdynat.compat.following import Following, Speed
 from fastdynat.compat.runner import Runner, TrainingModes
 from fastdynat.errors import UserError
+from fastdynat.models.answers import with_output
 
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -41,7 +42,7 @@ class Attack(ABC):
         self._target_map: TargetMap = _given
         self._modes, self._kth_min = TrainingModes(), 1
         self._device: torch.device | None = None
-        self._check = RangeCheck("tell the attack how they are normalised: set_normalization_used(mean, std)")
+        self._check = InputCheck("tell the attack how: set_normalization_used(mean, std)")
         if self.model_name == "RobModel":  # MAIR's, which says how its images are normalised
             mean, std = (torch.as_tensor(getattr(model, key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
             if bool((mean != 0).any() or (std != 1).any()):
@@ -123,14 +124,14 @@ class Attack(ABC):
 
     def get_logits(self, inputs: Tensor) -> Tensor:
         """The model's answer to images as a call takes them, in the model's own mode."""
-        return self.model(inputs)
+        return with_output(self.model, self._following.output)(inputs)
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Attack a batch.
 
         Args:
             inputs: (N, C, H, W) float images in [0, 1], or normalised as `set_normalization_used` says; moved to `device`.
-            labels: (N,) classes, or (N, K) probabilities.
+            labels: (N,) classes, or (N, K) probabilities; also as a list or a numpy array.
 
         Returns:
             Images like `inputs` in dtype, memory format and normalisation, detached, on `device`.
@@ -142,10 +143,14 @@ class Attack(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
             runner = self._runner = self._following.runner(self.model, x, self._modes, self.normalization_used)
-            self._check(x, labels if labels is not None and labels.dim() == 1 else None, self._following.classes)
+            check_classes(labels, self._following.classes)
+            self._check(x, labels, self._following.classes, within=slack(inputs.dtype))
+            x.clamp_(0, 1)
             if spec is not None and len(x):
                 goal = self._goal(runner, x, labels)
-                x = runner.run(x, goal, spec, x_start=self._start(x, spec)).x_adv
+                result = runner.run(x, goal, spec, x_start=self._start(x, spec))
+                self._following.watch(result, self._modes)
+                x = result.x_adv
             return self._give(x, inputs)
 
     def __repr__(self) -> str:
@@ -180,6 +185,8 @@ class Attack(ABC):
 
     def _take(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Copies of both on the device, the images in [0, 1] and in at least float32."""
+        if not isinstance(inputs, Tensor):
+            raise UserError(f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; use torch.as_tensor")
         if not inputs.is_floating_point() or inputs.dim() != 4:
             remedy = "; images.float() / 255" if inputs.dtype == torch.uint8 else ""
             raise UserError(f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} {tuple(inputs.shape)}{remedy}")

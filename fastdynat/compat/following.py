@@ -1,8 +1,9 @@
 """What attacks on a model run on from call to call, while others train, move and replace it."""
 
 import threading
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypedDict
 
 import torch
@@ -11,16 +12,18 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from fastdynat.attacks import AttackSwitches, NotCopyable, attack_mode
+from fastdynat.attacks import AttackResult, AttackSwitches, NotCopyable, attack_mode
 from fastdynat.attacks.answers import answer
 from fastdynat.attacks.reach import reach
+from fastdynat.attacks.vanished import remedy_for
 from fastdynat.compat.agreement import Agreement
+from fastdynat.compat.checks import GradientWatch
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
 from fastdynat.compiling import AUTO, MODES
 from fastdynat.devices import pick_half
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.answers import HALF, Output, check_output, half_of, own_dtype, with_output
 
-HALF = (torch.float16, torch.bfloat16)
 EVAL = TrainingModes()
 MOST_IN_A_ROW = 3  # calls that each find the model changed: making a replica costs more than it saves
 
@@ -38,6 +41,10 @@ class Speed(TypedDict, total=False):
         fold: fold batch norm into the layers before it.
         winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds about five times
             as coarsely.
+        output: where the model returns more than logits, which part of its answer they are: a key or attribute, an index, or a
+            function of it. A tensor is left as it is by a key or index.
+        rescale: bring each image's gradient to order one by an exact power of two, so that a confident network's does not
+            underflow in float32 either (logit gaps above about 104); in eval mode. None does so in half precision alone.
     """
 
     amp: bool | torch.dtype
@@ -46,6 +53,8 @@ class Speed(TypedDict, total=False):
     graphs: bool | None
     fold: bool
     winograd: bool
+    output: Output | None
+    rescale: bool | None
 
 
 class Once:
@@ -84,16 +93,22 @@ class Following:
         graphs: bool | None = None,
         fold: bool = True,
         winograd: bool = True,
+        output: Output | None = None,
+        rescale: bool | None = None,
     ) -> None:
+        if output is not None:
+            check_output(output)
         if isinstance(amp, torch.dtype) and amp not in HALF:
             raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
         if isinstance(compile, str) and compile not in (AUTO, *MODES):
             raise unknown_name("compile mode", compile, (AUTO, *MODES))
         self.amp, self._channels_last, self._graphs = amp, channels_last, graphs
         self._fold, self._winograd = fold, winograd
+        self.output, self._rescale = output, rescale
         self._compile = compile if isinstance(compile, str) else AUTO if compile else "off"
         self._picked: dict[torch.device, torch.dtype | None] = {}
         self.warn = Once()
+        self._watch = GradientWatch(self.warn)
         self._lock = threading.RLock()
         self.forget()
 
@@ -105,6 +120,7 @@ class Following:
             self._in_a_row, self._given_up = 0, False
             self._agrees = Agreement()
             self._path = "not called yet"
+            self._dtype: torch.dtype | None = None
 
     @property
     def path(self) -> str:
@@ -119,13 +135,14 @@ class Following:
         Raises:
             UserError: dtypes of images and model that do not go together.
         """
-        dtype = self._half(model, x)
+        dtype = self._dtype = self._half(model, x)
         network = unwrapped(model)
         if normalization is not None:
             network = Normalized(network, *(value.to(x.device) for value in normalization.values()))
+        network = with_output(network, self.output)
         _make_lazy_weights(network, x)
         # Not kept: unlike a replica it holds the model.
-        on_model = OnModel(network, modes, dtype)
+        on_model = OnModel(network, modes, dtype, self._rescale)
         compiled = isinstance(model, OptimizedModule)
 
         def make() -> OnReplica | None:
@@ -176,12 +193,10 @@ class Following:
 
     def _half(self, model: nn.Module, x: Tensor) -> torch.dtype | None:
         """The half precision in which `model` is to be attacked at `x`; None is the images' own precision."""
-        own = own_dtype(model, x)
-        if own not in (x.dtype, *HALF) or (self.amp and own == torch.float64):
-            raise UserError(
-                f"images are {x.dtype} and the model {own}; convert one to the other's dtype (amp is for a float32 model)"
-            )
-        if own in HALF:
+        own = half_of(model, x.dtype)
+        if self.amp and x.dtype == torch.float64:
+            raise UserError(f"amp is for float32, images and model are {x.dtype}; leave it out")
+        if own is not None:
             return own
         if x.device not in self._picked:  # once: a dtype that changes between calls would be another attack
             self._picked[x.device] = pick_half(self.amp, x.device, self.warn)
@@ -215,14 +230,20 @@ class Following:
         if self._graphs and not gpu:
             self.warn(f"graphs=True needs a CUDA device, not {x.device}: the attack runs without CUDA graphs")
         try:
-            if isinstance(network, DataParallel):
+            if any(isinstance(module, DataParallel) for module in network.modules()):
                 raise NotCopyable(
                     "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica on each"
                 )
-            return OnReplica(network, example.to(own_dtype(network, x)), switches=switches, say=self.warn)
+            example = example.to(own_dtype(network) or x.dtype)
+            return OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
         except NotCopyable as error:
             self.warn(f"the model is attacked itself, eagerly: {error}")
             return None
+
+    def watch(self, result: AttackResult, modes: TrainingModes = EVAL) -> None:
+        """Warn, once, where an attack in `modes` found images without a gradient."""
+        dtype, rescale = (None, bool(self._rescale)) if self._dtype is None else (self._dtype, self._rescale is not False)
+        self._watch(result, remedy_for(dtype, rescale, exact=not modes.model))
 
 
 def _make_lazy_weights(network: nn.Module, x: Tensor) -> None:
@@ -243,9 +264,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def own_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
-    """Of `model`'s parameters; without any, that of the images."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+def hashable(speed: Speed) -> Hashable:
+    """`speed` as a key of a dict: of a function without defaults its code and what it closes over count, since one that is
+    written in a call is another object at each call."""
+    output = speed.get("output")
+    known: Any = output
+    if isinstance(output, types.FunctionType) and not (output.__defaults__ or output.__kwdefaults__):
+        known = (output.__code__, tuple(map(id, output.__closure__ or ())))
+    return tuple(sorted((key, value) for key, value in speed.items() if key != "output")), known
 
 
 def two_images(x: Tensor) -> Tensor:

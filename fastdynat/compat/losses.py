@@ -12,19 +12,22 @@ the model ends in are the release's own. What differs, on purpose, in all of the
 Common arguments:
     model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or DistributedDataParallel. The last
         with broadcast_buffers=False, as for the releases: two passes in train mode come before ``backward()``.
-    x_natural: (N, C, H, W) float32 or float64 images in [0, 1].
-    y: (N,) integer classes.
-    optimizer: its ``zero_grad`` is called, between the attack and the losses.
+    x_natural: (N, C, H, W) float32 or float64 images in [0, 1], of the model's dtype.
+    y: (N,) integer classes; also a list or a numpy array.
+    optimizer: its ``zero_grad`` is called, between the attack and the losses, unless ``zero_grad=False``; None then.
+    zero_grad: False leaves gradients alone, so that those of several calls can be added up.
     step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and another
         compilation: where it changes at each call, ``graphs=False``.
     beta: weight of the second term.
     distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no step_size.
-    speed: `Speed`; without ``amp`` the attack is as precise as the caller's autocast region.
+    speed: `Speed`, whose ``output`` is about model and guide alike; without ``amp`` the attack is as precise as the caller's
+        autocast region.
 
 All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Unpack
 
@@ -38,6 +41,7 @@ from fastdynat.attacks import kl_from_log_probs, rival_loss, wide
 from fastdynat.compat.following import Speed
 from fastdynat.compat.search import Search
 from fastdynat.errors import UserError
+from fastdynat.models.answers import logits_of, with_output
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -45,7 +49,7 @@ def trades_loss(
     model: nn.Module,
     x_natural: Tensor,
     y: Tensor,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     step_size: float = 0.003,
     epsilon: float = 0.031,
     perturb_steps: int = 10,
@@ -53,6 +57,7 @@ def trades_loss(
     distance: str = "l_inf",
     *,
     bn_third_pass: bool = True,
+    zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
     """``CE(f(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (Zhang et al. 2019, arXiv 1901.08573).
@@ -62,11 +67,11 @@ def trades_loss(
     has no graph, since gradients add up to the same (but for dropout, whose mask the KL's clean term shares with the CE here).
     False leaves it out; the statistics are then 47 % clean.
     """
+    _check_optimizer(optimizer, zero_grad)
     search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
     x_adv = search.from_own_prediction()
-    model.train()
-    optimizer.zero_grad()
-    clean, attacked = wide(model(x_natural)), wide(model(x_adv))
+    answer = _begin(model, optimizer, zero_grad, speed)
+    clean, attacked = wide(answer(x_natural)), wide(answer(x_adv))
     if bn_third_pass:
         _move_statistics(model, x_natural)
     return F.cross_entropy(clean, search.labels) + beta * kl_from_log_probs(clean.log_softmax(1), attacked).mean()
@@ -76,27 +81,31 @@ def mart_loss(
     model: nn.Module,
     x_natural: Tensor,
     y: Tensor,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     step_size: float = 0.007,
     epsilon: float = 0.031,
     perturb_steps: int = 10,
     beta: float = 6.0,
     distance: str = "l_inf",
+    *,
+    floor: float = 0.0,
+    zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
     """``BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))``, the attack maximising ``CE(f(x'), y)`` (Wang et al. 2020,
     "Improving Adversarial Robustness Requires Revisiting Misclassified Examples").
 
-    ``BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))``. The release computes ``log(1.0001 - p)``, which ends at 9.2 and has
-    no gradient there; here the logarithm is exact: 150, with its gradient, at a logit gap of 150.
+    ``BCE = -log p_y(x') - log(floor + 1 - max_{k != y} p_k(x'))``. The release has the floor 0.0001, so that it ends at 9.2 and
+    has no gradient there. Without one it is exact: 150, with its gradient, at a logit gap of 150.
     """
-    _check("mart_loss", y, distance)
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    if not 0 <= floor < 1:
+        raise UserError(f"floor must be in [0, 1), got {floor:g}; MART's release has 0.0001")
+    _check("mart_loss", distance, optimizer, zero_grad)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="mart_loss")
     x_adv = search.from_classes(search.labels)
-    model.train()
-    optimizer.zero_grad()
-    clean, attacked = wide(model(x_natural)).log_softmax(1), wide(model(x_adv))
-    boosted = F.cross_entropy(attacked, search.labels) + rival_loss(attacked, search.labels).mean()
+    answer = _begin(model, optimizer, zero_grad, speed)
+    clean, attacked = wide(answer(x_natural)).log_softmax(1), wide(answer(x_adv))
+    boosted = F.cross_entropy(attacked, search.labels) + rival_loss(attacked, search.labels, floor).mean()
     missed = -clean.gather(1, search.labels[:, None])[:, 0].expm1()
     return boosted + beta * (kl_from_log_probs(clean, attacked) * missed).mean()
 
@@ -106,7 +115,7 @@ def dynat_loss(
     guide: nn.Module,
     x_natural: Tensor,
     y: Tensor,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     step_size: float = 0.003,
     epsilon: float = 0.031,
     perturb_steps: int = 10,
@@ -114,6 +123,7 @@ def dynat_loss(
     distance: str = "l_inf",
     *,
     bn_clean_forward: bool = True,
+    zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
     """``CE(g(x), y) + beta CE(f(x'), l)`` with the label ``l = argmax g(x)`` of the guide g, the attack maximising
@@ -125,15 +135,14 @@ def dynat_loss(
     beta: the release accepts one and ignores it, and its script passes 6; what it minimises is beta = 1, the default. Another
     value is used here, with a warning.
     """
-    _check("dynat_loss", y, distance)
+    _check("dynat_loss", distance, optimizer, zero_grad)
     if beta != 1:
         _warn_of_beta(float(beta))
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
-    guided = dynamic_label_cross_entropy(guide.train()(x_natural), search.labels)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="dynat_loss")
+    guided = dynamic_label_cross_entropy(_answers(guide.train(), speed)(x_natural), search.labels)
     x_adv = search.from_classes(guided.predictions)
-    model.train()
-    optimizer.zero_grad()
-    fit = dynamic_label_cross_entropy(model(x_adv), guided.predictions)
+    answer = _begin(model, optimizer, zero_grad, speed)
+    fit = dynamic_label_cross_entropy(answer(x_adv), guided.predictions)
     if bn_clean_forward:
         _move_statistics(model, x_natural)
     return guided.loss + beta * fit.loss
@@ -144,32 +153,50 @@ def lbgat_loss(
     model_teacher: nn.Module,
     x_natural: Tensor,
     y: Tensor,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     step_size: float = 0.003,
     epsilon: float = 0.031,
     perturb_steps: int = 10,
     beta: float = 1.0,
     distance: str = "l_inf",
+    *,
+    zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
     """``MSE(f(x'), g(x)) + CE(g(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (LBGAT, Cui et al. 2021, arXiv
     2011.11164). The teacher g is run once, in the mode it is in.
     """
-    _check("lbgat_loss", y, distance)
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
+    _check("lbgat_loss", distance, optimizer, zero_grad)
+    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="lbgat_loss")
     x_adv = search.from_own_prediction()
-    model.train()
-    optimizer.zero_grad()
-    attacked, clean, taught = wide(model(x_adv)), wide(model(x_natural)), wide(model_teacher(x_natural))
+    answer, teach = _begin(model, optimizer, zero_grad, speed), _answers(model_teacher, speed)
+    attacked, clean, taught = wide(answer(x_adv)), wide(answer(x_natural)), wide(teach(x_natural))
     kl = kl_from_log_probs(clean.log_softmax(1), attacked).mean()
     return F.mse_loss(attacked, taught) + F.cross_entropy(taught, search.labels) + beta * kl
 
 
-def _check(name: str, y: Tensor, distance: str) -> None:
+def _check(name: str, distance: str, optimizer: Optimizer | None, zero_grad: bool) -> None:
     if distance == "l_2":
         raise UserError(f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'")
-    if y.dim() != 1:
-        raise UserError(f"{name} needs y to be one class per image, got shape {tuple(y.shape)}")
+    _check_optimizer(optimizer, zero_grad)
+
+
+def _check_optimizer(optimizer: Optimizer | None, zero_grad: bool) -> None:
+    if optimizer is None and zero_grad:
+        raise UserError("optimizer=None: nothing can have its gradients set to zero; pass zero_grad=False, or the optimizer")
+
+
+def _begin(model: nn.Module, optimizer: Optimizer | None, zero_grad: bool, speed: Speed) -> Callable[[Tensor], Tensor]:
+    """Train mode and no old gradients, in the releases' order; returns what answers images with logits."""
+    model.train()
+    if optimizer is not None and zero_grad:
+        optimizer.zero_grad()
+    return _answers(model, speed)
+
+
+def _answers(model: nn.Module, speed: Speed) -> Callable[[Tensor], Tensor]:
+    network = with_output(model, speed.get("output"))
+    return lambda x: logits_of(network(x), len(x))
 
 
 @cache

@@ -92,6 +92,7 @@ class OnModel:
     model: nn.Module
     modes: TrainingModes
     dtype: torch.dtype | None
+    rescale: bool | None = None
 
     @property
     def path(self) -> str:
@@ -120,7 +121,7 @@ class OnModel:
     @property
     def _ascent(self) -> Ascent:
         # Of a network in train mode it is not known whether its images mix.
-        guard = Underflow.guard("train" if self.modes.model else "eval", self.dtype)
+        guard = Underflow.guard("train" if self.modes.model else "eval", self.dtype, self.rescale)
         return Ascent(self.model, guard, self.dtype)
 
 

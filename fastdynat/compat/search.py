@@ -6,17 +6,20 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, PGDSpec
+from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
+from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes
+from fastdynat.attacks.planes import length as length_of
+from fastdynat.attacks.planes import per_image
 from fastdynat.attacks.steps import start_point
-from fastdynat.compat.checks import RangeCheck, as_labels
-from fastdynat.compat.following import Following, Speed, unwrapped
+from fastdynat.compat.following import Following, Speed, hashable, unwrapped
 from fastdynat.compat.runner import Runner
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.answers import HALF, own_dtype
 
 NORMS = {"l_inf": "linf", "l_2": "l2"}
 
 # By model, then by what was asked for. The values do not hold the model, so it goes when its script lets go of it.
-_followed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Following, RangeCheck]]] = weakref.WeakKeyDictionary()
+_followed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Following, InputCheck]]] = weakref.WeakKeyDictionary()
 
 
 def refresh(model: nn.Module) -> None:
@@ -46,6 +49,7 @@ class Search:
         perturb_steps: int,
         distance: str,
         speed: Speed,
+        one_class: str = "",
     ) -> None:
         """Check everything and bring the model's replica up to date.
 
@@ -54,6 +58,7 @@ class Search:
             y: (N,) integer classes, or (N, K) probabilities.
             step_size: of "l_inf", in pixel units; "l_2" steps by 2 * epsilon / perturb_steps.
             epsilon: radius in pixel units; 0 searches nothing.
+            one_class: name of the loss, where its labels cannot be probabilities.
             speed: keywords of ours; without "amp" the attack is in the precision of the caller's autocast region.
 
         Raises:
@@ -64,14 +69,19 @@ class Search:
         self._spec = None
         if epsilon != 0:
             self._spec = PGDSpec(epsilon, step_size, perturb_steps, norm=NORMS[distance], start="gaussian")
-        _check_images(x)
+        _check_images(model, x)
         self.labels = as_labels(y, x)
+        if one_class and self.labels.dim() != 1:
+            raise UserError(f"{one_class} needs y to be one class per image, got shape {tuple(self.labels.shape)}")
         following, check = _following(model, x, speed)
         # Copies, and made here: inference tensors cannot be saved for a backward pass.
         with torch.inference_mode(False):
             self._x = x.detach().clone()
             self._runner = following.runner(model, self._x)
-        check(self._x, self.labels if self.labels.dim() == 1 else None, following.classes)
+        check_classes(self.labels, following.classes)
+        check(self._x, self.labels, following.classes)
+        self._x.clamp_(0, 1)
+        self._watch = following.watch
 
     def from_own_prediction(self) -> Tensor:
         """The images that maximise KL(p(x) || p(x'))."""
@@ -87,44 +97,51 @@ class Search:
         """Images like those given, detached."""
         with torch.inference_mode(False), torch.enable_grad():
             if self._spec is None:
-                x_adv = self._x.clamp(0, 1)
-            elif self._spec.norm == "linf":
-                x_adv = self._runner.run(self._x, goal, self._spec).x_adv
-            else:
-                x_adv = _ascend_l2(self._runner, self._x, goal, self._spec)
-            return torch.empty_like(self._x).copy_(x_adv)
+                return self._x.clone()
+            ascend = _ascend_l2 if self._spec.norm == "l2" else _ascend_linf
+            result = ascend(self._runner, self._x, goal, self._spec)
+            self._watch(result)
+            return torch.empty_like(self._x).copy_(result.x_adv)
 
 
-def _following(model: nn.Module, x: Tensor, speed: Speed) -> tuple[Following, RangeCheck]:
+def _following(model: nn.Module, x: Tensor, speed: Speed) -> tuple[Following, InputCheck]:
     device = x.device.type
     if "amp" not in speed and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         speed = {**speed, "amp": torch.get_autocast_dtype(device)}
     followed = _followed.setdefault(unwrapped(model), {})
-    key = tuple(sorted(speed.items()))
+    key = hashable(speed)
     if key not in followed:
-        followed[key] = Following(**speed), RangeCheck("make their normalisation the model's first layer")
+        followed[key] = Following(**speed), InputCheck()
     return followed[key]
 
 
-def _check_images(x: Tensor) -> None:
-    if x.dtype in (torch.float32, torch.float64) and x.dim() == 4:
-        return
-    remedy = "; images.float() / 255" if x.dtype == torch.uint8 else ""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        remedy = "; leave images and model in float32 and call under torch.autocast, or with amp=True for the attack alone"
-    raise UserError(f"x_natural must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{remedy}")
+def _check_images(model: nn.Module, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise UserError(f"x_natural must be a tensor (N, C, H, W), got {type(x).__name__}; use torch.as_tensor")
+    half = "; leave images and model in float32 and call under torch.autocast, or with amp=True for the attack alone"
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
+        remedy = half if x.dtype in HALF else "; images.float() / 255" if x.dtype == torch.uint8 else ""
+        raise UserError(f"x_natural must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{remedy}")
+    if own_dtype(model) in HALF:
+        raise UserError(f"images are {x.dtype} and the model {own_dtype(model)}{half}")
 
 
-def _ascend_l2(runner: Runner, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> Tensor:
+def _ascend_linf(runner: Runner, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> AttackResult:
+    return runner.run(x, goal, spec)
+
+
+def _ascend_l2(runner: Runner, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> AttackResult:
     """TRADES' L2 search: SGD on the perturbation with unit gradients, clipped to the pixel range and then to the ball.
 
     `attack_step_l2` projects in the other order. A vanished gradient is replaced by noise.
     """
     delta = start_point(x, spec.start, norm=spec.norm, eps=spec.eps) - x
+    zeros = torch.zeros((), dtype=torch.int64, device=x.device)
     for _ in range(spec.steps):
         grad = runner.gradient(x + delta, goal).to(x.dtype)
-        length = grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        length = per_image(length_of(grad, "l2"), grad)
+        zeros = zeros + (~(length > 0)).sum()
         ascent = torch.where(length > 0, grad / length, torch.randn_like(grad))
         delta = (x + delta + 2 * spec.eps / spec.steps * ascent).clamp(0, 1) - x
         delta = delta.renorm(2, 0, spec.eps)
-    return (x + delta).clamp(0, 1)
+    return AttackResult((x + delta).clamp(0, 1), zeros, len(x) * spec.steps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.attacks import check_fidelity, parse_attack
+from fastdynat.attacks import check_fidelity, parse_attack, usual_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
 from fastdynat.engine.average_share import MOSTLY, average_note, first_share
@@ -206,7 +206,7 @@ class Trainer:
             accuracies[name] = measure(
                 self.networks.deployed(),
                 self.val,
-                parse_attack(name, eps=eps, step_size=eps / 4, norm=attack.norm),
+                parse_attack(name, eps=eps, step_size=usual_step(attack.norm, eps), norm=attack.norm),
                 device=self.device,
                 batch_size=self.config.data.eval_batch_size,
                 seed=self.config.engine.seed,

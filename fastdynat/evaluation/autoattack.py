@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import APGD, Ascent, NamedAttack, attack_mode, stages
+from fastdynat.attacks import APGD, Ascent, NamedAttack, Underflow, attack_mode, stages
+from fastdynat.attacks.inputs import as_labels, check_range
 from fastdynat.devices import pick_device
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
-from fastdynat.evaluation.defences import check_answers, check_gradients, check_square
+from fastdynat.evaluation.defences import check_answers, check_finite, check_gradients, check_square, warn
 from fastdynat.evaluation.halving import with_halving
-from fastdynat.evaluation.measure import attacked, exact_float32, predict_in_batches
+from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
+from fastdynat.models.answers import Output, with_output
 from fastdynat.runs.files import check_writable
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
-# A perturbation may be longer than eps by this share of it, and each value by that much: rounding of pixels near 1.
-BEYOND, ROUNDING = 1e-5, 2**-23
+BEYOND = 1e-5  # a perturbation may be longer than eps by this share of it, beside the rounding of pixels near 1
 
 
 class AutoAttack:
     """Worst case over the attacks of a version, each on the images that those before it left standing.
 
-    The attacks work on a fast replica of the network; every verdict is the network's own, in float32 and, for an
+    The attacks work on a fast replica of the network; every verdict is the network's own, in its precision and, for an
     ``nn.Module``, in eval mode, on a point that is in the ball and in [0, 1]. Its modes and gradients stay as they were, and
     the caller may be under ``no_grad``. What is no ``nn.Module`` runs as it is: a defence that needs its train mode is given
     as a function that calls it.
@@ -48,14 +49,15 @@ class AutoAttack:
         attacks_to_run: Sequence[str] = (),
         version: str = "standard",
         is_tf_model: bool = False,
-        device: str | torch.device = "cuda",
+        device: str | torch.device | None = None,
         log_path: str | Path | None = None,
         *,
         attacks: Sequence[str] | None = None,
+        output: Output | None = None,
     ) -> None:
         """
         Args:
-            model: images in [0, 1] -> logits (N, K); on `device`.
+            model: images in [0, 1] -> logits (N, K), K >= 2; on `device`, in the images' dtype or in half precision.
             norm: Linf, L2 or L1.
             eps: radius in [0, 1] pixel units.
             seed: of every batch of every stage; None draws one for each evaluation.
@@ -63,8 +65,9 @@ class AutoAttack:
             attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
             version: standard, plus, rand or custom.
             is_tf_model: must be False.
-            device: where images are attacked.
+            device: where images are attacked; None is where the model is, or for a function the images.
             log_path: append the lines to this file.
+            output: where the model returns more than logits, which part they are: a key, an index or a function (`picked`).
 
         Raises:
             UserError: arguments that do not fit.
@@ -79,7 +82,9 @@ class AutoAttack:
         self.verbose, self.version, self.log_path = verbose, version, None if log_path is None else Path(log_path)
         if self.log_path is not None:
             check_writable(self.log_path)
-        self.device = pick_device(str(device))
+        self._network = with_output(model, output)
+        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = pick_device(str(device)) if device is not None else None if weight is None else weight.device
         self.stages = stages(self.norm, self.eps, version, attacks_to_run if attacks is None else attacks)
         self.seconds: dict[str, float] = {}
 
@@ -101,18 +106,18 @@ class AutoAttack:
         """Attack every image.
 
         Args:
-            x: (N, C, H, W), float32 in [0, 1].
-            y: (N,) int64.
+            x: (N, C, H, W), float32 or float64 as the model, in [0, 1]; what rounding left beyond is clamped.
+            y: (N,) integer classes.
             bs, batch_size: images per batch; halved, with a note, where memory runs out.
             return_labels: also return the classes that the network gives to the result.
             state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there, with the
                 same verdicts. Images that fell before are then returned as they are.
 
         Returns:
-            (N, C, H, W), on the device of `x`: the image itself where it stands; with `return_labels` also (N,) int64.
+            (N, C, H, W), detached, where `x` is, the image itself where it stands; with `return_labels` also (N,) int64.
 
         Raises:
-            UserError: images or labels do not fit, too few classes, or the state is of another evaluation.
+            UserError: images or labels do not fit, too few classes, logits that are NaN, or the state is of another evaluation.
         """
         return self._evaluate(
             self.stages, x, y, batch_size or bs, return_labels, None if state_path is None else Path(state_path)
@@ -126,24 +131,22 @@ class AutoAttack:
 
     def clean_accuracy(self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None) -> float:
         """The share of images that the network classifies as labelled."""
-        check_images(x, y, batch_size or bs)
-        y = y.to(x.device)
         with self._settled():
-            accuracy = float((self._classes(x, batch_size or bs) == y).double().mean())
+            x, y = check_images(x, y, batch_size or bs)
+            accuracy = float((self._clean(x, batch_size or bs) == y).double().mean())
         self._say(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
     def _evaluate(
         self, chosen: Sequence[NamedAttack], x: Tensor, y: Tensor, bs: int, return_labels: bool, path: Path | None
     ) -> Any:
-        check_images(x, y, bs)
-        y = y.to(x.device)
         with self._settled():
-            first = x[:bs].to(self.device)
-            classes = check_answers(self.model, first, y[:bs].to(self.device), randomised=self.version == "rand")
+            x, y = check_images(x, y, bs)
+            first = x[:bs].to(self._place(x))
+            clean = self._clean(x, bs)
+            classes = check_answers(self._network, first, y[:bs].to(first.device), randomised=self.version == "rand")
             check_labels(y, classes)
             fitted = [self._fitted(stage, classes) for stage in chosen]
-            clean = self._classes(x, bs)
             attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
             own = staged.identity(self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs})
             progress = staged.restore(path, own)
@@ -153,7 +156,7 @@ class AutoAttack:
             correct = float((clean == y).double().mean())
             names = [stage.name for stage in fitted]
             self._say(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
-            run = _Batches(self.model, fitted, first, self.norm, self.eps, progress.seed, bs, self._say)
+            run = _Batches(self._network, fitted, first, self.norm, self.eps, progress.seed, bs, self._say)
             x_adv = staged.run_stages(run.attack, run.fooled, x, y, progress, names, bs, path, self._say)
             run.warn()
             check_square({"clean": correct, **progress.accuracies})
@@ -172,12 +175,23 @@ class AutoAttack:
 
     def _classes(self, x: Tensor, bs: int) -> Tensor:
         """The class of each image, (N,), on the device of `x`."""
-        return predict_in_batches(self.model, x, bs, self.device)
+        return predict_in_batches(self._network, x, bs, self._place(x))
+
+    def _clean(self, x: Tensor, bs: int) -> Tensor:
+        """The same of images as they are, which must have one."""
+        classes = self._classes(x, bs)
+        check_finite(classes, "images")
+        return classes
+
+    def _place(self, x: Tensor) -> torch.device:
+        """Where images `x` are attacked."""
+        return self.device or x.device
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """Float32, eval mode and gradients, whatever the caller is in."""
-        check_place(self.model, self.device)
+        """Full float32, eval mode and gradients, whatever the caller is in."""
+        if self.device is not None:
+            check_place(self.model, self.device)
         mode = attack_mode(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext()
         with exact_float32(), torch.inference_mode(False), torch.enable_grad(), mode:
             yield
@@ -207,7 +221,9 @@ class _Batches:
         self.model, self.norm, self.eps, self.seed, self.size, self.say = model, norm, eps, seed, size, say
         self.device = example.device
         self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
-        self.ascent = attacked(model, example) if isinstance(model, nn.Module) else Ascent(model)
+        plain = Ascent(model, Underflow(rescale=True), blind=True)
+        self.ascent = attacked(model, example) if isinstance(model, nn.Module) else plain
+        self.lost = 0  # images that fell because the network gives them no class
         self.zero: dict[str, tuple[Tensor, int]] = {}
 
     def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -226,9 +242,16 @@ class _Batches:
 
     def fooled(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         classes = predict_in_batches(self.model, x_adv, self.size, self.device)
-        return (classes != y) & inside(x_adv, x, self.norm, self.eps)
+        fooled = (classes != y) & inside(x_adv, x, self.norm, self.eps)
+        self.lost += int((fooled & (classes == NO_CLASS)).sum())
+        return fooled
 
     def warn(self) -> None:
+        if self.lost:
+            warn(
+                f"{self.lost} images count as misclassified because the network's logits are NaN or infinite at what an attack "
+                "returned: look for an overflow or a division by 0 in it"
+            )
         for name, (zero, gradients) in self.zero.items():
             check_gradients(name, int(zero), gradients)
 
@@ -236,7 +259,8 @@ class _Batches:
 def inside(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     """(N,) bool: `x_adv` is in [0, 1] and within `eps` of `x`, but for rounding; NaN is not."""
     order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
-    distance = torch.linalg.vector_norm(((x_adv - x).abs() - ROUNDING).clamp_min(0).flatten(1), order, dim=1)
+    rounding = torch.finfo(x.dtype).eps
+    distance = torch.linalg.vector_norm(((x_adv - x).abs() - rounding).clamp_min(0).flatten(1), order, dim=1)
     return (distance <= eps * (1 + BEYOND)) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
@@ -257,14 +281,20 @@ def check_labels(y: Tensor, classes: int) -> None:
         raise UserError(f"y must be in 0 .. {classes - 1}, the network's classes; it is in {low} .. {high}")
 
 
-def check_images(x: Tensor, y: Tensor, batch_size: int) -> None:
-    """Raise UserError unless `x` are images and `y` their labels."""
-    if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
-        raise UserError(f"x must be float32 images (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}; use x.float()")
-    low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"x must be in [0, 1], it is in [{low:g}, {high:g}]; divide by 255, and normalise in the model")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise UserError(f"y must be {len(x)} int64 labels, got {y.dtype} {tuple(y.shape)}")
+def check_images(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The images, detached and clamped, and their labels beside them as int64.
+
+    Raises:
+        UserError: `x` are no images in [0, 1], `y` no classes of as many, or there are none.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or len(x) == 0:
+        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"x must be float32 or float64 images (N, C, H, W) in [0, 1], got {given}; use x.float()")
+    x = x.detach()
+    check_range(float(x.min()), float(x.max()))
+    labels = as_labels(y, x)
+    if labels.dim() != 1:
+        raise UserError(f"y must be {len(x)} integer classes, got shape {tuple(labels.shape)}; use y.argmax(1)")
     if batch_size < 1:
         raise UserError(f"bs must be >= 1, got {batch_size}")
+    return x.clamp(0, 1), labels

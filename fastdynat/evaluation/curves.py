@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastdynat.attacks import NamedAttack, parse_attack
+from fastdynat.attacks import NamedAttack, parse_attack, usual_step
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import measure
@@ -82,14 +82,14 @@ def accuracy_over_eps(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> EpsCurve:
-    """Run `attack` at every radius, smallest first, with steps of a quarter of the radius.
+    """Run `attack` at every radius, smallest first, with the steps that go with it (`usual_step`).
 
     An image that fell at one radius is not attacked at larger ones, whose balls hold what broke it; so the curve never rises.
     The radius 0 is clean accuracy.
 
     Args:
         attack: a name of `parse_attack`.
-        eps: radii >= 0 in [0, 1] pixel units.
+        eps: radii >= 0 in [0, 1] pixel units; under "l0" whole numbers of pixels.
         advance: as in `measure`; in all it is told ``len(images)`` for each radius.
 
     Raises:
@@ -127,7 +127,9 @@ def _radii(eps: Sequence[float]) -> list[float]:
 def _at(attack: str, eps: float, norm: str) -> NamedAttack:
     if eps == 0:
         return NamedAttack("clean")
-    here, there = (parse_attack(attack, eps=e, step_size=e / 4, norm=norm) for e in (eps, eps / 2))
+    # Another radius, to see whether the attack has one; under L0 it is a whole number.
+    other = eps + 1 if norm == "l0" else eps / 2
+    here, there = (parse_attack(attack, eps=e, step_size=usual_step(norm, e), norm=norm) for e in (eps, other))
     if here == there:
         raise UserError(f"{attack} does not depend on the radius; its curve comes from its distances (curve_of_distances)")
     return here

@@ -6,24 +6,29 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fastdynat.attacks import wide
+from fastdynat.attacks.vanished import vanished
+from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import NO_CLASS, answers
+
 MOVES = 1e-4  # normalised logits of one image move by more only in networks that answer at random
 NEAR_ONE = 1e-5
 SQUARE_GAIN = 0.002
 
 
-def check_answers(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, randomised: bool) -> int:
+def check_answers(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, randomised: bool) -> int:
     """Warn of a network that answers at random (unless `randomised` says so) or with probabilities; returns its classes.
 
     x: (n, C, H, W), one batch is enough.
     """
     with torch.no_grad():
-        answers = [logits(x).float() for _ in range(1 if randomised else 5)]
-    units = torch.stack([a / (a.norm(dim=1, keepdim=True) + 1e-10) for a in answers])
+        passes = [wide(answers(model, x)) for _ in range(1 if randomised else 5)]
+    units = torch.stack([a / (a.norm(dim=1, keepdim=True) + 1e-10) for a in passes])
     moved = (units[:, None] - units[None]).norm(dim=-1).amax()
-    correct = {int((a.argmax(1) == y).sum()) for a in answers}
+    correct = {int((a.argmax(1) == y).sum()) for a in passes}
     if len(correct) > 1 or float(moved) > MOVES:
         warn("the network answers at random: equal images get different logits; use version='rand'")
-    first = answers[0]
+    first = passes[0]
     if first.min() > -NEAR_ONE and first.max() < 1 + NEAR_ONE and bool(((first.sum(1) - 1).abs() < NEAR_ONE).all()):
         warn("the network's outputs look like probabilities: attacks need logits; leave its softmax out")
     return first.shape[1]
@@ -32,9 +37,16 @@ def check_answers(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, r
 def check_gradients(name: str, zero: int, gradients: int) -> None:
     """Warn of images whose gradient is zero."""
     if zero:
-        warn(
-            f"{name}: {zero} of {gradients} gradients were zero in every pixel, so these images were not attacked by it: "
-            "look for saturation or a step without gradient in the network, and attack that by an adaptive attack"
+        warn(f"{name}: {vanished(zero, gradients)}")
+
+
+def check_finite(classes: Tensor, which: str) -> None:
+    """Refuse a network that gives images no class (`predict`), which would be counted as misclassified."""
+    lost = int((classes == NO_CLASS).sum())
+    if lost:
+        raise UserError(
+            f"the network's logits are NaN or infinite for {lost} of {len(classes)} {which}: there is no verdict about them; "
+            "check its weights, and its precision for an overflow"
         )
 
 

@@ -16,7 +16,7 @@ from math import isnan, sqrt
 import torch
 from torch import nn
 
-from fastdynat.attacks import PGD, NamedAttack, PGDSpec, parse_attack
+from fastdynat.attacks import PGD, NamedAttack, PGDSpec, parse_attack, usual_step
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import Measurement, wilson
@@ -103,7 +103,7 @@ def check_masking(
         Stopped: `should_stop` said so.
     """
     grey = radius_of_grey(norm, images)
-    step_size = eps / 4
+    step_size = usual_step(norm, eps)
     fgsm, pgd, margin, longer = (parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX)
     boxes = _black_boxes(norm, eps, source, pgd)
     subject = Subject(model, images, device, batch_size, seed, should_stop, advance)
@@ -150,7 +150,7 @@ def _black_boxes(
     """Attacks that use no gradient of the network, with the network that they use instead."""
     boxes: list[tuple[NamedAttack, nn.Module | None]] = []
     with suppress(UserError):  # not in every norm
-        boxes.append((parse_attack(BLACK_BOX, eps=eps, step_size=eps / 4, norm=norm), None))
+        boxes.append((parse_attack(BLACK_BOX, eps=eps, step_size=usual_step(norm, eps), norm=norm), None))
     if source is not None:
         boxes.append((NamedAttack(f"{pgd.name} on another network", pgd.search), source))
     return boxes

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, attack_mode
+from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, Underflow, attack_mode
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
+from fastdynat.models.answers import half_of, logits_of, own_dtype
+
+NO_CLASS = -1  # nobody's label
 
 
 class Stopped(Exception):
@@ -124,20 +127,27 @@ def attacked(
     channels_last: bool = False,
     winograd: bool = True,
     *,
+    rescale: bool = True,
     compile_mode: str = "off",
     say: Callable[[str], None] = lambda text: None,
 ) -> Ascent:
     """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be made.
 
-    x: images that it can take, on its device.
+    Each image's gradient is rescaled unless told otherwise, so that a confident network is attacked. One without gradients is
+    no error: what attacks that need none break, and how many gradients were zero, is what an evaluation is to find.
+
+    x: images that it can take, on its device; a model in half precision reads them rounded.
     """
+    dtype = half_of(model, x.dtype) or amp_dtype
+    example = x[:2].to(own_dtype(model) or x.dtype)
     try:
         switches = AttackSwitches.fastest(
-            x.device, amp_dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
+            x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
         )
-        return AttackEngine(model, x[:2], switches=switches, say=say if compile_mode != "off" else lambda text: None).ascent
+        say = say if compile_mode != "off" else lambda text: None
+        return AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say).ascent
     except NotCopyable:
-        return Ascent(model, dtype=amp_dtype)
+        return Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True)
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
@@ -147,11 +157,21 @@ def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Neares
     return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 
+def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The logits (N, K) that `model` gives to `x`, which it reads rounded to its dtype where that is a half precision.
+
+    Raises:
+        UserError: it returns no logits, or is in float32 at float64 images or the other way round.
+    """
+    half = half_of(model, x.dtype)
+    return logits_of(model(x if half is None else x.to(half)), len(x))
+
+
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The classes (N,) that `model` gives to `x`; -1, which is nobody's label, where a logit is NaN."""
+    """The classes (N,) that `model` gives to `x`; `NO_CLASS` where a logit is NaN or infinitely high."""
     with torch.no_grad():
-        logits = model(x)
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+        logits = answers(model, x)
+    return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), NO_CLASS)
 
 
 def predict_in_batches(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device) -> Tensor:

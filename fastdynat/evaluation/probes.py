@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.attacks import AttackGoal, NamedAttack, attack_mode, margin, start_point
 from fastdynat.attacks.goal import AttackLoss
 from fastdynat.data import ImageSet, eval_batches
-from fastdynat.evaluation.measure import Stopped, attacked, measure
+from fastdynat.evaluation.measure import Stopped, answers, attacked, measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 
 PASSES = 5
@@ -84,7 +84,7 @@ class Subject:
         some are no numbers."""
         with self._batches() as batches, torch.no_grad():
             x = next(batches)[0]
-            passes = torch.stack([self.model(x) for _ in range(PASSES)])
+            passes = torch.stack([answers(self.model, x) for _ in range(PASSES)])
         if not bool(passes.isfinite().all()):
             return float("nan")
         largest = passes.abs().amax().clamp_min(torch.finfo(passes.dtype).tiny)
@@ -93,14 +93,15 @@ class Subject:
     def median_lead(self) -> float:
         """The label's logit minus the largest other: the median over correctly classified images; 0 without any."""
         with self._batches() as batches, torch.no_grad():
-            leads = torch.cat([-margin(self.model(x), labels) for x, labels in batches])
+            leads = torch.cat([-margin(answers(self.model, x), labels) for x, labels in batches])
         right = leads[leads > 0]
         return float(right.median()) if len(right) else 0.0
 
     def without_gradient(self, norm: str, eps: float) -> tuple[dict[AttackLoss, int], int]:
         """How many images that are classified correctly at a random start in the ball have no gradient there (zero or NaN).
 
-        Only those: the ratio of logits is constant, and rightly so, once the label is third.
+        Only those: the ratio of logits is constant, and rightly so, once the label is third. The gradients are the plain ones,
+        as other libraries' attacks take them, and not rescaled as in our own.
 
         Returns:
             Their number for each goal (dlr needs three classes), and how many are classified correctly.
@@ -111,10 +112,10 @@ class Subject:
         with self._batches() as batches:
             ascent = None
             for x, labels in batches:
-                ascent = ascent or attacked(self.model, x)
+                ascent = ascent or attacked(self.model, x, rescale=False)
                 start = start_point(x, "uniform", norm=norm, eps=eps, generator=generator)
                 with torch.no_grad():
-                    logits = self.model(start)
+                    logits = answers(self.model, start)
                 right = logits.argmax(1) == labels
                 correct += int(right.sum())
                 for goal in GOALS if logits.shape[1] > 2 else GOALS[:-1]:

@@ -6,8 +6,9 @@ The teacher is trained at the same temperature: --method natural --temperature T
 paper, no factor T^2.
 
 Logits become about T times larger, so that at T = 1 the softmax saturates and the gradient of the cross-entropy underflows:
-PGD on it goes nowhere and reports robust accuracy. That is masking (`zero_grad_share` in an evaluation's JSON shows it), and an
-attack on the margin of the logits (--attacks cw) breaks it, as Carlini & Wagner 2017 did.
+PGD as most libraries have it goes nowhere and reports robust accuracy. That is masking (`fastdynat eval --checks` says so). An
+attack on the margin of the logits (--attacks cw) breaks it, as Carlini & Wagner 2017 did; so does our evaluation's PGD, which
+rescales each image's gradient.
 """
 
 from fastdynat.attacks import AttackResult, wide

@@ -28,7 +28,7 @@ class AttackGrad(NamedTuple):
     loss: Tensor
 
 
-def _inverse_power_of_two(values: Tensor) -> Tensor:
+def inverse_power_of_two(values: Tensor) -> Tensor:
     """2^-e for values = m 2^e with m in [0.5, 1), as near as normal numbers come to it; 1 for 0, NaN and infinity."""
     usable = (values > 0) & values.isfinite()
     smallest = -126 if values.dtype == torch.float32 else -1022
@@ -85,7 +85,7 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
                 value = torch.where(flat, 0, ratio).squeeze(1)
             grad = torch.where(z.isnan(), z, grad)
     if rescale:
-        grad = grad * _inverse_power_of_two(grad.abs().amax(1, keepdim=True))
+        grad = grad * inverse_power_of_two(grad.abs().amax(1, keepdim=True))
     if targeted:
         grad, value = -grad, -value
     return grad.to(logits.dtype), value

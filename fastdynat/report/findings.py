@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdynat.attacks import parse_attack
+from fastdynat.attacks import NamedAttack, parse_attack, usual_step
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import measure
 from fastdynat.evaluation.curves import accuracy_over_eps
@@ -60,8 +60,12 @@ def curve(subject: Subject, means: Means) -> dict[str, Any]:
 
 def nearest(subject: Subject, means: Means) -> dict[str, Any]:
     """`Measurement` of the norm's attack in `NEAREST`."""
-    attack = parse_attack(NEAREST[subject.norm], eps=subject.eps, step_size=subject.eps / 4, norm=subject.norm)
+    attack = _parse(NEAREST[subject.norm], subject.norm, subject.eps)
     return asdict(measure(subject.network, subject.images, attack, **vars(means)))
+
+
+def _parse(name: str, norm: str, eps: float) -> NamedAttack:
+    return parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm)
 
 
 def masking(subject: Subject, means: Means) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def masking(subject: Subject, means: Means) -> dict[str, Any]:
 def transfer(subjects: Mapping[str, Subject], means: Means) -> dict[str, Any]:
     """`TransferMatrix` of networks with one dataset and one threat model."""
     first = next(iter(subjects.values()))
-    attack = parse_attack(ATTACK, eps=first.eps, step_size=first.eps / 4, norm=first.norm)
+    attack = _parse(ATTACK, first.norm, first.eps)
     networks = {name: subject.network for name, subject in subjects.items()}
     return asdict(transfer_matrix(networks, first.images, attack, **vars(means)))
 
@@ -85,7 +89,7 @@ def examples(subject: Subject, means: Means) -> dict[str, Any]:
     generator = torch.Generator(means.device).manual_seed(means.seed)
     explanation = explain(network, x, labels, generator=generator)
     chosen = one_of_each(labels.cpu(), SHOWN).to(means.device)
-    attack = parse_attack(ATTACK, eps=subject.eps, step_size=subject.eps / 4, norm=subject.norm)
+    attack = _parse(ATTACK, subject.norm, subject.eps)
     assert attack.search is not None
     x_adv = attack.search(attacked(network, x), x[chosen], labels[chosen], generator=generator).x_adv
     with torch.no_grad():

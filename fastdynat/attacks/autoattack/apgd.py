@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent, Pull
@@ -16,6 +17,7 @@ from fastdynat.attacks.rebatch import Tick, iterate, no_tick, part, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import attack_logit_grad
+from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 APGDLoss = Literal["ce", "dlr", "dlr-t"]
 Found = tuple[Tensor, Tensor]  # losses, and which images were misclassified
@@ -196,6 +198,8 @@ def run_apgd(
         better = ~broken & (end.over | (end.loss > loss))
         best, loss = put_rows(best, better, end.best), torch.where(better, end.loss, loss)
         broken = broken | end.over
+    if spec.loss == "ce":
+        loss = torch.where(loss == -math.inf, loss, F.softplus(loss, threshold=80))
     return APGDResult(best, zero_grads, gradients, broken=broken, loss=loss)
 
 
@@ -255,8 +259,8 @@ def _begin(x: Tensor, labels: Tensor, target: Tensor, z: Tensor, spec: APGD, eps
         best=z.clone(),
         best_grad=torch.zeros_like(x),
         loss=zero - math.inf,
-        # As in the authors' code, the first step's loss is compared with 0.
-        last_loss=zero,
+        # As in the authors' code, the first step's loss is compared with 0, which no cross-entropy is below.
+        last_loss=zero - math.inf if spec.loss == "ce" else zero,
         rises=torch.zeros_like(labels),
         reduced=torch.ones_like(over),
         checked=zero,
@@ -339,8 +343,11 @@ def _look(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient at `x_adv`, the loss, and which images are misclassified; of several answers, the last one's."""
 
+    # Draws of one image that were rescaled apart would not add up; in half precision they would be lost without.
+    rescale = ascent.underflow.rescale and (spec.eot == 1 or ascent.dtype is not None)
+
     def weigh(logits: Tensor) -> tuple[Tensor, Found]:
-        loss, weights = _loss(spec, wide(logits), labels, target, ascent.underflow.rescale)
+        loss, weights = _loss(spec, wide(logits), labels, target, rescale)
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
 
     (loss, wrong), grad = pull(ascent.reads(x_adv), weigh)
@@ -351,12 +358,21 @@ def _look(
 
 
 def _loss(spec: APGD, logits: Tensor, labels: Tensor, target: Tensor, rescale: bool) -> tuple[Tensor, Tensor]:
-    """The loss (N,) and its gradient at the logits."""
+    """The loss (N,), for "ce" as `_rank` ranks it, and its gradient at the logits."""
     if spec.loss != "dlr-t":
         grad, loss = attack_logit_grad(logits, labels, loss=spec.loss, rescale=rescale)
-        return loss, grad
+        return _rank(logits, labels) if spec.loss == "ce" else loss, grad
     loss, grad = targeted_dlr(logits, labels, target)
-    return loss, grad / grad.abs().amax(1, keepdim=True).clamp_min(moves.TINY) if rescale else grad
+    return loss, grad * inverse_power_of_two(grad.abs().amax(1, keepdim=True)) if rescale else grad
+
+
+def _rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """``logsumexp_{k != y} z_k - z_y``, (N,), of which the cross-entropy is the softplus.
+
+    Losses are only compared, and this one goes on rising where the cross-entropy is 0 as far as floats can tell.
+    """
+    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
+    return others - logits.gather(1, labels[:, None]).squeeze(1)
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:

@@ -18,8 +18,6 @@ from fastdynat.attacks.rebatch import Tick, iterate, no_tick, part
 from fastdynat.attacks.search import AttackResult, Nearest, Radii
 from fastdynat.errors import UserError, unknown_name
 
-# Added to the length of a plane's normal, so that a gradient of 0 makes a plane that is far away and not NaN.
-LEAST_NORMAL = 1e-12
 EVERY = 5  # iterations between two looks for finished images
 
 
@@ -144,7 +142,8 @@ class FAB:
     def _nearest_plane(self, values: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of planes (N, M) the nearest ones' values (N,) and normals (N, ...), and how many normals were 0, (N,)."""
         sizes = length(normals.flatten(0, 1), DUAL[self.norm]).view(values.shape)
-        nearest = (values.abs() / (LEAST_NORMAL + sizes)).argmin(1)
+        # A gradient of 0 makes a plane that is far away, and not NaN.
+        nearest = torch.where(sizes > 0, values.abs() / sizes, float("inf")).argmin(1)
         rows = torch.arange(len(values), device=values.device)
         return values[rows, nearest], normals[rows, nearest], (~(sizes > 0)).sum(1)
 

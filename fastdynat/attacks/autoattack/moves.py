@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.planes import length, per_image
+from fastdynat.attacks.planes import length, per_image, unit
 from fastdynat.ops import pgd_step_l1
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
@@ -41,7 +41,7 @@ def move_linf(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, l
 
 def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: float) -> Tensor:
     """The same along the gradient's direction, in the L2 ball around `x`."""
-    z = project_l2(torch.addcmul(x_adv, grad, per_image(size / (length(grad, "l2") + TINY), x)), x, eps)
+    z = project_l2(torch.addcmul(x_adv, unit(grad, "l2"), per_image(size, x)), x, eps)
     return z if x_old is None else project_l2(mixed(z, x_adv, x_old), x, eps)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastdynat.attacks.named import NamedAttack, parse_attack
+from fastdynat.attacks.steps import usual_step
 from fastdynat.errors import UserError, unknown_name
 
 VERSIONS = {
@@ -33,7 +34,7 @@ def stages(norm: str, eps: float, version: str = "standard", names: Sequence[str
     if len(set(names)) != len(names):
         raise UserError(f"attacks named twice in {', '.join(names)}")
     known = VERSIONS.get(version, tuple(names))
-    parsed = [parse_attack(name, eps=eps, step_size=eps / 4, norm=norm) for name in known]
+    parsed = [parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm) for name in known]
     if any(a.search is None for a in parsed):
         raise UserError(f"clean is no attack, and is measured in any case; leave it out of {', '.join(known)}")
     return [NamedAttack(a.name, _with(a.search, **_numbers(a.name, norm, version))) for a in parsed]
