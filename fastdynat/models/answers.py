@@ -21,9 +21,9 @@ class Answering(nn.Module):
         super().__init__()
         self.network, self.output = network, output
 
-    def forward(self, *args: Any) -> Tensor:
-        """What `network` takes -> logits."""
-        return picked(self.network(*args), self.output)
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> logits."""
+        return picked(self.network(x), self.output)
 
 
 def with_output(network: Any, output: Output | None) -> Any:
