@@ -1,6 +1,11 @@
 """AutoAttack beside the reference package (extra `autoattack`): seconds and robust accuracy, stage by stage, image by image.
 
     python bench/autoattack.py RUN --data-dir CIFAR --num-images 200 --json bench/results/autoattack_small_cpu.json
+    python bench/autoattack.py torchvision:resnet18 --train-steps 60 --data digits --num-images 64 --batch-size 64 \
+        --json bench/results/autoattack_resnet18_tv_cpu.json
+
+RUN is a run directory, or the name of a network, which is made from the seed and trained for a few steps on the test images
+that are not attacked; grey ones become RGB for it.
 
 Both attack the same images with the same radius, seed and batch size in one process, in turn. Each stage runs on the images
 that the stages before it left standing, as AutoAttack does, so that a stage's time depends on both; `--alone` runs each stage
@@ -23,6 +28,8 @@ from torch import Tensor, nn
 
 from fastdynat.data import load_test
 from fastdynat.evaluation import AutoAttack
+from fastdynat.evaluation.outcome import pack_bits
+from fastdynat.models import build_model
 from fastdynat.runs import describe_environment, load_network, source_commit
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -72,12 +79,45 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, ours: argparse.Namespace) ->
             sync(x)
             seconds = time.perf_counter() - start
             standing[name] = torch.zeros_like(clean).masked_scatter(before, kept)
-            row[name] = {"seconds": round(seconds, 3), "attacked": int(before.sum()), "robust": int(standing[name].sum())}
+            row[name] = {
+                "seconds": round(seconds, 3),
+                "attacked": int(before.sum()),
+                "robust": int(standing[name].sum()),
+                "robust_bits": pack_bits(standing[name]),  # which images
+            }
         row["ratio"] = round(row["reference"]["seconds"] / row["ours"]["seconds"], 2)
         row["images_that_differ"] = int((standing["ours"] != standing["reference"]).sum())
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
+
+
+def briefly_trained(name: str, images: Tensor, labels: Tensor, classes: int, steps: int, seed: int) -> nn.Module:
+    """The network called `name` after `steps` of Adam on `images` (N, 3, H, W) in [0, 1]."""
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes=classes, image_shape=tuple(images.shape[1:])).to(images.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(images), (64,), device=images.device)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    return model
+
+
+def subject(ours: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Tensor, Tensor]:
+    """The network, what it is, and the images that are attacked with their labels."""
+    info, images = load_test(ours.data, ours.data_dir, image_size=None, download=False)
+    x, y = (images.images.float() / 255).to(ours.device), images.labels.to(ours.device)
+    count = ours.num_images
+    if ":" not in ours.run:
+        model, sidecar = load_network((Path(ours.run) / ours.checkpoint).resolve() / "model.safetensors")
+        about = {"architecture": sidecar.architecture, "method": sidecar.method}
+        return model.to(ours.device), about, x[:count], y[:count]
+    x = x.expand(-1, 3, -1, -1).contiguous()
+    model = briefly_trained(ours.run, x[count:], y[count:], len(info.class_names), ours.train_steps, ours.seed)
+    about = {"architecture": ours.run, "method": f"natural, {ours.train_steps} steps", "data": info.name}
+    return model, about, x[:count], y[:count]
 
 
 def sync(x: Tensor) -> None:
@@ -99,10 +139,11 @@ def show(case: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", help="run directory, torchvision:NAME or timm:NAME")
+    parser.add_argument("--train-steps", type=int, default=60, help="of a network by name")
     parser.add_argument("--checkpoint", default="last", choices=["best", "last"])
     parser.add_argument("--data", default="imagefolder")
-    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--data-dir", default="data")
     parser.add_argument("--num-images", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--norm", default="Linf", choices=["Linf", "L2"])
@@ -112,16 +153,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")
     ours = parser.parse_args()
-    model, sidecar = load_network((ours.run / ours.checkpoint).resolve() / "model.safetensors")
-    model = model.to(ours.device).eval()  # its parameters need gradients, as those of most users' models
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    _, images = load_test(ours.data, ours.data_dir, image_size=None, download=False)
-    x = (images.images[: ours.num_images].float() / 255).to(ours.device)
-    y = images.labels[: ours.num_images].to(ours.device)
+    model, about, x, y = subject(ours)
+    model.eval()  # its parameters need gradients, as those of most users' models
     clean = int(still_right(model, x, y, ours.batch_size).sum())
     rows = measure(model, x, y, ours)
     seconds = {name: sum(row[name]["seconds"] for row in rows) for name in ("ours", "reference")}
-    case = {"architecture": sidecar.architecture, "method": sidecar.method, "images": len(x), "clean": clean}
+    case: dict[str, Any] = {**about, "images": len(x), "clean": clean}
     case |= {"rows": rows, "seconds": seconds, "ratio": round(seconds["reference"] / seconds["ours"], 2)}
     show(case)
     if ours.json:

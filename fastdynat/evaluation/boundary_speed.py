@@ -51,8 +51,9 @@ class BoundarySpeed:
             columns[f"speed_{name}"] = _mean(self.speed, chosen)
         return columns
 
-    def save(self, path: Path, near: float) -> None:
+    def save(self, path: Path | str, near: float) -> None:
         """Write the three, and `near`, as arrays of a .npz file, whole or not at all."""
+        path = Path(path)
         data = BytesIO()
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("margin", "speed", "correct")}
         np.savez_compressed(data, near=np.float64(near), **arrays)

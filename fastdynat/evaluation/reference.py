@@ -32,7 +32,7 @@ def run_reference(
     batch_size: int,
     device: torch.device,
     version: str = "standard",
-    state_path: Path | None = None,
+    state_path: Path | str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Tensor, dict[str, float]]:
     """Attack `model` (images in [0, 1] -> logits, on `device`) in eval mode, float32 and deterministically.
@@ -61,6 +61,7 @@ def run_reference(
     if version not in VERSIONS:
         raise unknown_name("version of AutoAttack", version, VERSIONS)
     package = _package()
+    state_path = None if state_path is None else Path(state_path)
 
     def classes(x: Tensor) -> Tensor:
         return predict_in_batches(model, x, batch_size, device).to(y.device)

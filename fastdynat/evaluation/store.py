@@ -154,11 +154,12 @@ class Store(MutableMapping[str, dict[str, Any]]):
         return len(read_folder(self.folder))
 
 
-def read_measurements(run: Path) -> list[tuple[dict[str, Any], dict[str, Any], Measurement]]:
+def read_measurements(run: Path | str) -> list[tuple[dict[str, Any], dict[str, Any], Measurement]]:
     """The stored measurements of the run directory `run`: key, about and numbers, in the order of their files' names.
 
     Damaged and foreign files are left out. Keys with "standing" are stages of a column, those with "shard" parts of one.
     """
+    run = Path(run)
     return read_folder(run / FOLDER)
 
 

@@ -18,11 +18,12 @@ SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
 
 
 @process_state_kept()
-def export_run(run: Path, config: ExportConfig, say: Callable[[str], None]) -> Path:
+def export_run(run: Path | str, config: ExportConfig, say: Callable[[str], None]) -> Path:
     """Write the file, read it again, compare its logits with the network's on random images, and only then keep it.
 
     Raises: UserError for a run, a file or a network that this cannot be done with; nothing was written then.
     """
+    run = Path(run)
     out = Path(config.out)
     _check_out(out, config)
     model, sidecar, weights = _checkpoint(run, config.checkpoint)

@@ -57,6 +57,8 @@ def picked(out: Any, output: Output) -> Tensor:
         return parts[output]
     if isinstance(output, int) and -len(parts) <= output < len(parts):
         return list(parts.values())[output]
+    if isinstance(output, str) and output in getattr(out, "__dict__", {}):  # what is traced is no tensor, and no part
+        return out.__dict__[output]
     raise UserError(f"output={output!r} is not in the network's answer, {describe(out)}")
 
 

@@ -40,7 +40,7 @@ class ForeignModel:
 
 
 def load_foreign(
-    name: str, *, num_classes: int | None = None, image_shape: Shape | None = None, weights: Path | None = None
+    name: str, *, num_classes: int | None = None, image_shape: Shape | None = None, weights: Path | str | None = None
 ) -> ForeignModel:
     """The network called `name`, checked to map images of `image_shape` to `num_classes` logits, as far as these are given.
 
@@ -55,6 +55,7 @@ def load_foreign(
 
     Raises: UserError where the name, the file, the download or the user's code fails, or the network does not fit.
     """
+    weights = None if weights is None else Path(weights)
     kind, _, rest = name.partition(":")
     if not kind or not rest:
         raise UserError(

@@ -16,7 +16,7 @@ PAGE, FINDINGS = "index.html", "findings.json"
 
 
 @process_state_kept()
-def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) -> int:
+def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Console) -> int:
     """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what was done.
 
     console: for progress and notes.
@@ -30,7 +30,7 @@ def run_report(paths: Sequence[Path], config: ReportConfig, console: Console) ->
     from fastdynat.report.gallery import draw_gallery
     from fastdynat.report.records import read_records
 
-    records = read_records(paths)
+    records = read_records([Path(path) for path in paths])
     out = Path(config.out)
     cache = Cache(out / FINDINGS)
     make_folder(out)

@@ -15,8 +15,9 @@ HEADER = "# fastdynat run"  # first line of a run's configuration
 OWNED = (ENVIRONMENT, METRICS, TABLE, LAST, BEST, BOUNDARY, EVALUATIONS, TENSORBOARD, CHECKPOINTS)
 
 
-def looks_like_run(path: Path) -> bool:
+def looks_like_run(path: Path | str) -> bool:
     """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
+    path = Path(path)
     try:
         with (path / CONFIG).open("rb") as file:
             return file.readline(200).rstrip() == HEADER.encode()
@@ -24,8 +25,9 @@ def looks_like_run(path: Path) -> bool:
         return False
 
 
-def require_run(path: Path) -> None:
+def require_run(path: Path | str) -> None:
     """Raise UserError unless `path` is a run directory."""
+    path = Path(path)
     if not os.path.exists(path):  # False, not an error, where a parent may not be entered
         raise UserError(f"no run at {path}")
     if not looks_like_run(path):

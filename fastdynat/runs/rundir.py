@@ -178,12 +178,13 @@ class RunDir:
         write_text(self.path / CONFIG, config_text(config, self.identity))
 
     @classmethod
-    def open(cls, path: Path) -> "RunDir":
+    def open(cls, path: Path | str) -> "RunDir":
         """Open an existing run.
 
         Raises:
             UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link out of it.
         """
+        path = Path(path)
         require_run(path)
         _refuse_links(path)
         try:

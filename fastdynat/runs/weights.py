@@ -57,8 +57,9 @@ class _Stored(Sidecar):
     sha256: str
 
 
-def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
+def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -> None:
     """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any device."""
+    path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     # safetensors makes files that only their owner can read; `replacing` gives this one the mode of its neighbours.
     with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
@@ -73,12 +74,13 @@ def save_weights(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None
     write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
-def read_sidecar(path: Path) -> tuple[Sidecar, str]:
+def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
     """The sidecar of the weights at `path` and the sha256 that it promises.
 
     Raises:
         UserError: it is missing, not JSON, of another format, or has a value that cannot be; says which.
     """
+    path = Path(path)
     sidecar = path.with_suffix(".json")
     stored = read_json(
         sidecar,
@@ -97,12 +99,13 @@ def read_sidecar(path: Path) -> tuple[Sidecar, str]:
     return Sidecar(**values), promised
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], Sidecar]:
+def load_state(path: Path | str) -> tuple[dict[str, Tensor], Sidecar]:
     """The tensors at `path` (on the CPU) and their sidecar, once the sha256 is right.
 
     Raises:
         UserError: missing, truncated, not safetensors, or not the bytes the sidecar was written for.
     """
+    path = Path(path)
     sidecar, promised = read_sidecar(path)
     if not path.exists():
         raise UserError(f"no weights at {path}")
@@ -151,12 +154,13 @@ def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
     return ""
 
 
-def guide_weights(path: Path) -> Path:
+def guide_weights(path: Path | str) -> Path:
     """The weights that a user means by `path`: a .safetensors file, or of a run directory its best checkpoint's model.
 
     Raises:
         UserError: neither is there.
     """
+    path = Path(path)
     if path.suffix == ".safetensors":
         return path
     folder = find_checkpoint(path, BEST)
@@ -166,12 +170,13 @@ def guide_weights(path: Path) -> Path:
 
 
 @process_state_kept()
-def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
+def load_network(path: Path | str) -> tuple[nn.Module, Sidecar]:
     """The trained network at `path` (.safetensors), on the CPU in eval mode, and its sidecar.
 
     Raises:
         UserError: see `load_state` and `put_state`; or weights that are NaN or infinite.
     """
+    path = Path(path)
     state, sidecar = load_state(path)
     network = build_from_sidecar(sidecar)
     put_state(network, state, path, sidecar.architecture)
@@ -179,12 +184,13 @@ def load_network(path: Path) -> tuple[nn.Module, Sidecar]:
     return network.eval(), sidecar
 
 
-def load_checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+def load_checkpoint(run: Path | str, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     """The network of a checkpoint (last or best) of `run`, its sidecar and the sha256 of its weights.
 
     Raises:
         UserError: there is none, or its files are damaged; see `check_manifest` and `load_network`.
     """
+    run = Path(run)
     folder = find_checkpoint(run, checkpoint)
     while folder is not None:
         try:

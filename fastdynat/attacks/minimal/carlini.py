@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
-from fastdynat.attacks.minimal.common import margin_goal, pull_hinge, result, score
+from fastdynat.attacks.minimal.common import logit_unit, margin_goal, pull_hinge, result, score
 from fastdynat.attacks.planes import length, per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
@@ -33,6 +33,7 @@ class _State:
     square: Tensor
     nearest: Tensor
     squared: Tensor  # distance of `nearest`, squared; infinite: none
+    unit: Tensor  # of margins, `logit_unit`
     c: Tensor
     lower: Tensor
     upper: Tensor
@@ -52,7 +53,8 @@ class CarliniL2:
     The nearest adversarial iterate of all runs is returned. Each image has its own c, searched for over `binary_steps` runs
     (times 10 until one is adversarial, then halving the interval), and its own early end: a run whose loss has not gone down
     over a tenth of its steps. As soon as an image's run ends its next one begins, in the same batch; images that have had
-    all runs leave it. Images that are misclassified as they are come back at distance 0.
+    all runs leave it. Images that are misclassified as they are come back at distance 0. Margins of logits that spread by more
+    than 2^20 or less than 2^-20 are measured in units of that, so that c finds them.
 
     With ``binary_steps=1, c=1, steps=50`` these are torchattacks' settings.
 
@@ -105,7 +107,7 @@ class CarliniL2:
             return self._turn_over(s) if (i + 1) % every == 0 else s
 
         end = iterate(
-            self._begin(x, goal.target, already),
+            self._begin(x, goal.target, already, logit_unit(ascent, x)),
             step,
             self.binary_steps * self.steps,
             done=lambda s: s.left == 0,
@@ -118,7 +120,7 @@ class CarliniL2:
             x, end.nearest, already | end.squared.isfinite(), distance, eps=self.eps, zeros=end.zeros, asked=end.asked
         )
 
-    def _begin(self, x: Tensor, target: Tensor, already: Tensor) -> _State:
+    def _begin(self, x: Tensor, target: Tensor, already: Tensor, unit: Tensor) -> _State:
         start = (2 * x - 1).clamp(-INSIDE, INSIDE).atanh()
         none = torch.zeros_like(already, dtype=torch.int64)
         number, endless = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], float("inf"))
@@ -131,6 +133,7 @@ class CarliniL2:
             square=torch.zeros_like(x),
             nearest=x.clone(),
             squared=endless,
+            unit=unit,
             c=number + self.c,
             lower=number,
             upper=endless,
@@ -155,7 +158,7 @@ class CarliniL2:
         closer = adversarial & (squared < s.squared) & running
         torch.where(per_image(closer, s.x), x_adv, s.nearest, out=s.nearest)
         # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, in the memory that is there.
-        grad.mul_(per_image(s.c / 2, s.x)).add_(moved)
+        grad.mul_(per_image(s.c * s.unit / 2, s.x)).add_(moved)
         grad.addcmul_(torch.mul(grad, tanh, out=moved), tanh, value=-1)
         taken = s.taken + 1
         adam_(s.w, s.mean, s.square, grad, lr=self.lr, taken=taken)
@@ -164,7 +167,7 @@ class CarliniL2:
             squared=torch.where(closer, squared, s.squared),
             taken=taken,
             hit=s.hit | adversarial,
-            loss=squared + s.c * (self.kappa - margin).clamp_min(0),
+            loss=squared + s.c * s.unit * (self.kappa - margin).clamp_min(0),
             asked=s.asked + running,
             zeros=s.zeros + zeros,
         )

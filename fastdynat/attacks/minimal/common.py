@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent, Pull
-from fastdynat.attacks.goal import AttackGoal, Kind
+from fastdynat.attacks.goal import AttackGoal, Kind, wide
 from fastdynat.attacks.search import Nearest
+from fastdynat.ops.attack_logit_grad import inverse_power_of_two
+
+USUAL = 2.0**20  # logits that spread by less, and more than its inverse, are left as they are
 
 
 def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
@@ -19,6 +22,18 @@ def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
     """The goal's value per image (N,)."""
     with torch.no_grad():
         return goal.per_image(ascent.logits(ascent.reads(x)))
+
+
+def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
+    """(N,) a power of two by which margins are multiplied where they are weighed against distances in pixels.
+
+    It is 1 for logits that networks usually return, and brings others to order one: a search whose weights begin at the same
+    number for all would never get beyond the distance, or never see it.
+    """
+    with torch.no_grad():
+        logits = wide(ascent.logits(ascent.reads(x)))
+    spread = logits.amax(1) - logits.amin(1)
+    return torch.where((spread > 1 / USUAL) & (spread < USUAL), 1.0, inverse_power_of_two(spread)).to(x.dtype)
 
 
 def pull_hinge(kind: Kind, kappa: float, pull: Pull[Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

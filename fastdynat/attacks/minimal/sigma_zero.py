@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
-from fastdynat.attacks.minimal.common import margin_goal, pull_hinge, result, score
+from fastdynat.attacks.minimal.common import logit_unit, margin_goal, pull_hinge, result, score
 from fastdynat.attacks.planes import length, per_image
 from fastdynat.attacks.rebatch import Tick, iterate, no_tick
 from fastdynat.attacks.search import Nearest
@@ -32,6 +32,7 @@ class _State:
     square: Tensor
     nearest: Tensor
     changed: Tensor  # pixels of `nearest` that differ from the image; one more than there are: none found
+    unit: Tensor  # of margins, `logit_unit`
     threshold: Tensor
     asked: Tensor
     zeros: Tensor
@@ -94,6 +95,7 @@ class SigmaZero:
             square=torch.zeros_like(x),
             nearest=x.clone(),
             changed=torch.where(already, 0, pixels + 1),
+            unit=logit_unit(ascent, x),
             threshold=torch.full_like(x[:, 0, 0, 0], self.threshold),
             asked=none,
             zeros=none,
@@ -118,6 +120,7 @@ class SigmaZero:
         fewer = adversarial & (changed < s.changed)
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
         zeros = (length(grad, "linf") == 0) & (margin < 0) & running
+        grad.mul_(per_image(s.unit, grad))
         # The stand-in's gradient: 2 sigma m / (m^2 + sigma)^2 per value.
         grad.addcdiv_(moved, moved.square().add_(self.sigma).square_(), value=2 * self.sigma / s.x[0].numel())
         norm = length(grad, "linf").clamp_min(LEAST_NORM)
