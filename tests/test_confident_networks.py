@@ -1,5 +1,6 @@
 """Networks whose logits are huge, tiny or far apart are attacked as those with usual ones are."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_pgd_on_a_confident_network_is_that_of_float64(norm: str) -> None:
     """At gaps beyond what float32 holds, 104, where float64 still has all."""
     inner, x, y = task()
     scale = 150 / float(gaps(inner, x).median())
-    loud, exact = Scaled(inner, scale), Scaled(task(torch.float64)[0], scale)
+    loud, exact = Scaled(inner, scale), Scaled(copy.deepcopy(inner).double(), scale)
     chosen = (gaps(loud, x) > 110) & (gaps(loud, x) < 200)
     x, y = x[chosen], y[chosen]
     assert len(x) > 5
@@ -117,11 +118,12 @@ def test_the_drop_in_attacks_tell_once_and_take_the_remedy() -> None:
     assert robust(loud, still, y) > 0.8
     quiet = PGD(loud, eps=EPS, steps=5, rescale=True)(x, y)
     assert robust(loud, quiet, y) <= robust(inner, PGD(inner, eps=EPS, steps=5)(x, y), y) + 0.05
+    assert robust(loud, TPGD(loud, eps=EPS, rescale=True)(x), y) < robust(loud, x, y)
     optimizer = torch.optim.SGD(loud.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=REMEDY):
         weak = trades_loss(loud, x, y, optimizer, epsilon=EPS, perturb_steps=5)
-    assert float(trades_loss(loud, x, y, optimizer, epsilon=EPS, perturb_steps=5, rescale=True)) > float(weak)
-    assert robust(loud, TPGD(loud, eps=EPS, rescale=True)(x), y) < robust(loud, x, y)
+    strong = trades_loss(loud, x, y, optimizer, epsilon=EPS, perturb_steps=5, rescale=True)
+    assert float(strong.detach()) > float(weak.detach())
 
 
 def test_fp16_that_overflows_is_told_of() -> None:
