@@ -22,6 +22,8 @@ def remedy_for(dtype: torch.dtype | None, rescale: bool, *, exact: bool = True) 
     """
     if dtype is torch.float16:
         return "amp=torch.bfloat16, or no amp, does not overflow; " + NOTHING_ELSE
+    if dtype is torch.bfloat16:
+        return "without amp small changes of an image are not rounded away; where that does not help, " + NOTHING_ELSE
     if exact and not rescale and dtype is None:
         return f"rescale=True keeps a confident network's from underflow; where that does not help, {NOTHING_ELSE}"
     return NOTHING_ELSE
