@@ -8,7 +8,7 @@ from fastdynat.config import RunConfig
 # Fast adversarial training (Wong et al. 2020) stops where PGD accuracy falls by this much: catastrophic overfitting.
 COLLAPSE = 0.20
 # A network that never had 20 points to lose: next to none are left, while the training's own attack is beaten.
-NONE_LEFT, RISE, APART = 0.02, 0.20, 0.50
+NONE_LEFT, RISE, APART = 0.02, 0.20, 0.30
 PATIENCE_AT_CHANCE = 3  # validations
 
 
@@ -17,7 +17,7 @@ class Watch:
 
     A collapse is validation PGD accuracy more than 20 points below its best so far while the accuracy on the attacked training
     images, an epoch's mean, is not below what it was then: the network has learnt the attack, not robustness. It is one as well
-    where at most 2 % are left of a best that was higher, while that training accuracy has risen by 20 points and is 50 points
+    where at most 2 % are left of a best that was higher, while that training accuracy has risen by 20 points and is 30 points
     above. It ends where PGD accuracy is back. Without a training accuracy (a method that does not attack) there is none.
     """
 
