@@ -79,6 +79,7 @@ def test_a_resume_without_room_loses_nothing_and_goes_on_with_room(trained: Path
     assert all(bool((left[key] == right[key]).all()) for key in left)
 
 
+@pytest.mark.slow
 def test_training_state_and_exports_without_room(trained: Path, tmp_path: Path) -> None:
     done = fastdynat("train", "--run-dir", tmp_path / "run", *FLAGS, limit=2000)
     refused(done, "cannot write", "File too large")

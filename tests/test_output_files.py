@@ -179,6 +179,20 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pyt
     assert "fgsm" in said
 
 
+def test_a_cache_that_is_a_link_out_of_the_run_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "1"]) == 0
+    outside.mkdir()
+    (run / "evaluations").symlink_to(outside)
+    capsys.readouterr()
+    flags = ["--attacks", "clean", "--num-images", "20", "--checkpoints", "last"]
+    assert main(["eval", str(run), *flags]) == 0
+    assert "".join(capsys.readouterr()).count("is a symbolic link out of the run") == 1
+    assert names(outside) == []
+    assert main(["eval", str(run), *flags, "--cache", str(outside)]) == 0
+    assert len(names(outside)) == 1
+
+
 def test_processes_that_ask_at_once_get_a_name_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: claim_name("digits-madry", tmp_path / "runs"), range(24)))

@@ -134,6 +134,7 @@ class Planner:
         size = stored.get("image_size") if config.image_size is None else config.image_size
         checkpoints = (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,)
         loaded = [(checkpoint, *_load(path, checkpoint)) for checkpoint in checkpoints]
+        kept = self._kept(path)
         targets = []
         for checkpoint, network, sidecar, weights in loaded:
             info, images = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
@@ -141,8 +142,17 @@ class Planner:
                 raise UserError(f"{path} was trained on {difference}")
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
-            targets.append(self._target(str(path), checkpoint, weights, network, trained, radius, info, images, path / FOLDER))
+            targets.append(self._target(str(path), checkpoint, weights, network, trained, radius, info, images, kept))
         return targets
+
+    def _kept(self, run: Path) -> Path | None:
+        """Where the results of `run` are kept: nowhere where that is a link out of it, which nobody meant for them."""
+        folder = run / FOLDER
+        if not folder.is_symlink() or folder.resolve().is_relative_to(run.resolve()):
+            return folder
+        if self.config.cache == "auto":
+            self.say(f"results are not kept: {folder} is a symbolic link out of the run; use --cache DIR")
+        return None
 
     def _model(self, name: str) -> Target:
         if self.config.data == "auto":
@@ -165,7 +175,7 @@ class Planner:
         radius: Radius,
         info: DatasetInfo,
         images: ImageSet,
-        folder: Path,
+        folder: Path | None,
     ) -> Target:
         config = self.config
         if config.checks:
