@@ -56,6 +56,7 @@ RUN: dict[str, str] = {
 NOT_RUN: dict[str, str] = {
     "train --data cifar10 --data-dir D --model resnet18 --amp --compile --epochs 100": "hours, and CIFAR-10",
     "train --recipe rice2020": "hours, and CIFAR-10; test_recipe_tables has its schedule",
+    "bench --auto --model small --batch-size 128": "minutes of timing; test_benchmark has the command",
     "bench --model resnet18 --amp --compile --peers --switches": "minutes of compilation; test_benchmark has the command",
     "eval timm:resnet18.a1_in1k --data imagefolder --data-dir D --attacks clean,fast-autoattack": "downloads weights",
     "pip": "installs; CI runs these blocks themselves",
