@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fastdynat.benchmark.report import machine, settings
 from fastdynat.benchmark.settings import shown
 from fastdynat.benchmark.timing import OtherLoad, Samples, rounds
 from fastdynat.benchmark.work import Say, engine_step
 from fastdynat.config import EngineConfig, TrainConfig
+from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.data import TrainSplit
 from fastdynat.errors import UserError
 from fastdynat.measured import processor, quiet_clock, table
@@ -208,12 +208,12 @@ def _row(setting: Setting, all_settings: Sequence[Setting]) -> dict[str, Any]:
 def _print(doc: Mapping[str, Any], console: Console) -> None:
     s, p = doc["settings"], doc["processor"]
     title = f"{s['method']}: {s['model']}, batch {s['batch_size']}, PGD-{s['steps']}, {p['model']}, {p['threads']} thread(s)"
-    console.print(f"{title}, {' '.join(p['flags'])}, torch {p['torch']}", markup=False, highlight=False)
-    rates = Table("training step", "images/s", "of the best", "rounds")
+    console.print(f"{title}, {' '.join(p['flags'])}, torch {p['torch']}", **AS_IS)
+    rates = PlainTable("training step", "images/s", "of the best", "rounds")
     for row in doc["rows"]:
         rates.add_row(row["name"], f"{row['images_per_s']:,.1f}", f"{row['ratio_to_best']:.2f}", str(row["seconds"]["rounds"]))
     console.print(rates)
-    decided = Table("flags", "takes", "of the best", "and how many times faster than")
+    decided = PlainTable("flags", "takes", "of the best", "and how many times faster than")
     for d in doc["decisions"]:
         others = "; ".join(f"{name} {ratio:.2f}" for name, ratio in d["others"].items() if name != d["chosen"])
         decided.add_row(d["flags"], d["chosen"], f"{d['ratio']:.2f}" + ("" if d["ratio"] >= LEAST else " SLOWER"), others)
