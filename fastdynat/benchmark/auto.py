@@ -219,4 +219,4 @@ def _print(doc: Mapping[str, Any], console: Console) -> None:
         decided.add_row(d["flags"], d["chosen"], f"{d['ratio']:.2f}" + ("" if d["ratio"] >= LEAST else " SLOWER"), others)
     console.print(decided)
     if doc["other_load"]:
-        console.print(f"other processes used {doc['other_load']:.0%} of the CPU meanwhile", highlight=False)
+        console.print(f"other processes used {doc['other_load']:.0%} of the CPU meanwhile", **AS_IS)
