@@ -36,7 +36,7 @@ def recipes(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """Say what this machine can use."""
-    command = parse(DoctorCommand, argv, "doctor")
+    command = parse(DoctorCommand, argv, "doctor").command
     from fastdynat import doctor as machine
 
     return machine.run(json=command.json, try_compile=command.try_compile)

@@ -24,7 +24,7 @@ class EvalCommand:
 
 def run(argv: list[str]) -> int:
     """Evaluate."""
-    command = parse(EvalCommand, argv, "eval")
+    command = parse(EvalCommand, argv, "eval").command
     from fastdynat.consoles import PlainTable, output_console
 
     console = output_console(200)

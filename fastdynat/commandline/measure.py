@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastdynat.benchmark import BenchConfig
-from fastdynat.commandline.parse import early_flags, of_options, own_flags, parse
+from fastdynat.commandline.parse import early_flags, of_options, others, parse
 from fastdynat.compare import CompareConfig, shared_config
+from fastdynat.compare.config import NoOptions
 from fastdynat.config import (
     AttackConfig,
     DataConfig,
@@ -54,12 +55,18 @@ class CompareCommand:
     run: LogConfig
 
 
+# compare has no option of a method as a flag: --set has.
+OWN_OF_METHODS = {flag: f"{why}; write --set METHOD.KEY=VALUE" for flag, why in others(NoOptions).items()}
+
+
 def bench(argv: list[str]) -> int:
     """Time a setting."""
-    method = method_name(early_flags(argv).method or BenchCommand.method)
+    method = method_name(early_flags(argv).get("--method", BenchCommand.method))
     options = options_type(method)
     default = BenchCommand(method=method, options=options())
-    command = parse(of_options(BenchCommand, options), argv, "bench", default=default, own=own_flags(options))
+    command: BenchCommand[Any] = parse(
+        of_options(BenchCommand, options), argv, "bench", default=default, elsewhere=others(options)
+    ).command
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
 
     from fastdynat.benchmark import run_bench
@@ -71,12 +78,12 @@ def bench(argv: list[str]) -> int:
 
 def compare(argv: list[str]) -> int:
     """Compare methods."""
-    file = early_flags(argv).config
+    file = early_flags(argv).get("--config")
     shared = shared_config(None if file is None else Path(file))
     groups: dict[str, Any] = {name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")}
     log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
     default = CompareCommand(config=file, run=log, **groups)
-    command = parse(CompareCommand, argv, "compare", default=default, own=["--out"])
+    command = parse(CompareCommand, argv, "compare", default=default, elsewhere=OWN_OF_METHODS).command
     asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
 
     from fastdynat.compare import run_compare

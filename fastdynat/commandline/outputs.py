@@ -46,7 +46,7 @@ class BoundaryCommand:
 
 def export(argv: list[str]) -> int:
     """Export a run."""
-    command = parse(ExportCommand, argv, "export", own=["--out"])
+    command = parse(ExportCommand, argv, "export").command
     from fastdynat.consoles import error_console
     from fastdynat.export import export_run
 
@@ -57,7 +57,7 @@ def export(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """Write a report on runs."""
-    command = parse(ReportCommand, argv, "report", own=["--out"])
+    command = parse(ReportCommand, argv, "report").command
     if not command.runs:
         raise UserError("report needs at least one run directory: fastdynat report RUN")
     from fastdynat.consoles import error_console
@@ -68,7 +68,7 @@ def report(argv: list[str]) -> int:
 
 def boundary(argv: list[str]) -> int:
     """Draw a run's boundary log."""
-    command = parse(BoundaryCommand, argv, "boundary")
+    command = parse(BoundaryCommand, argv, "boundary").command
     require_run(command.run)
     check_picture("chart", command.chart)
     check_writable(Path(command.chart))

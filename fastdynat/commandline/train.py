@@ -1,11 +1,11 @@
 """`fastdynat train`."""
 
-import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fastdynat.commandline.parse import early_flags, of_options, own_flags, parse
+from fastdynat.commandline.parse import Parsed, early_flags, of_options, others, parse
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
@@ -35,7 +35,8 @@ class TrainCommand(Generic[OptionsT]):
 def run(argv: list[str]) -> int:
     """Train, or go on with a run."""
     early = early_flags(argv)
-    config = parse_train(argv, early)
+    parsed = parse_train(argv, early)
+    config, resume = parsed.command.train, early.get("--resume")
 
     from fastdynat.consoles import error_console
     from fastdynat.engine import new_run, resumed_run
@@ -45,40 +46,42 @@ def run(argv: list[str]) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, emoji=False)
 
-    begun = resumed_run(Path(early.resume), config, say) if early.resume is not None else new_run(config, say)
+    begun = new_run(config, say) if resume is None else resumed_run(Path(resume), config, say)
     with begun as trainer:
         return 0 if trainer.finished() else _fit(trainer, say)
 
 
-def parse_train(argv: list[str], early: argparse.Namespace) -> TrainConfig[Any]:
-    """The unresolved configuration that `argv` asks for; `early` is what `early_flags` found in it."""
+def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainCommand[Any]]:
+    """The command with the unresolved configuration that `argv` asks for; `early` is what `early_flags` found in it."""
     defaults = _defaults(early)
-    options = options_type(defaults.method)
-    default = TrainCommand(recipe=early.recipe, config=early.config, resume=early.resume, train=defaults)
-    command = parse(of_options(TrainCommand, options), argv, "train", default=default, own=own_flags(options))
-    config: TrainConfig[Any] = command.train
-    if early.resume is not None and (config.run.run_dir != early.resume or config.run.overwrite):
+    options, resume = options_type(defaults.method), early.get("--resume")
+    default = TrainCommand(recipe=early.get("--recipe"), config=early.get("--config"), resume=resume, train=defaults)
+    command = of_options(TrainCommand, options)
+    parsed: Parsed[TrainCommand[Any]] = parse(command, argv, "train", default=default, elsewhere=others(options))
+    run = parsed.command.train.run
+    if resume is not None and (run.run_dir != resume or run.overwrite):
         raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
-    return config
+    return parsed
 
 
-def _defaults(early: argparse.Namespace) -> TrainConfig[Any]:
-    if early.resume is not None:
-        if early.config is not None or early.recipe is not None:
+def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
+    method, recipe_name, file, resume = (early.get(flag) for flag in ("--method", "--recipe", "--config", "--resume"))
+    if resume is not None:
+        if file is not None or recipe_name is not None:
             raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
-        stored = stored_config(Path(early.resume))
-        if early.method is not None and method_name(early.method) != stored.method:
-            raise UserError(f"{early.resume} trains by {stored.method}, not by {early.method}; start a new run for that")
-        return replace(stored, run=replace(stored.run, stop_after=None, run_dir=early.resume, overwrite=False))
-    recipe = {} if early.recipe is None else read_recipe(early.recipe)[0]
-    values = {} if early.config is None else read_yaml(Path(early.config))
-    method = early.method or values.get("method") or recipe.get("method") or "dynat"
-    if not isinstance(method, str):
-        raise UserError(f"{early.config}: method must be a name, got {method!r}")
-    if recipe and method_name(method) != recipe["method"]:
-        raise UserError(f"recipe {early.recipe} is for method {recipe['method']}, not {method}; leave one of them out")
-    config = update(default_config(method), recipe, f"recipe {early.recipe}")
-    return update(config, {**values, "method": method}, early.config or "defaults")
+        stored = stored_config(Path(resume))
+        if method is not None and method_name(method) != stored.method:
+            raise UserError(f"{resume} trains by {stored.method}, not by {method}; start a new run for that")
+        return replace(stored, run=replace(stored.run, stop_after=None, run_dir=resume, overwrite=False))
+    recipe = {} if recipe_name is None else read_recipe(recipe_name)[0]
+    values = {} if file is None else read_yaml(Path(file))
+    name = method or values.get("method") or recipe.get("method") or "dynat"
+    if not isinstance(name, str):
+        raise UserError(f"{file}: method must be a name, got {name!r}")
+    if recipe and method_name(name) != recipe["method"]:
+        raise UserError(f"recipe {recipe_name} is for method {recipe['method']}, not {name}; leave one of them out")
+    config = update(default_config(name), recipe, f"recipe {recipe_name}")
+    return update(config, {**values, "method": name}, file or "defaults")
 
 
 def _fit(trainer: "Trainer", say: Any) -> int:
