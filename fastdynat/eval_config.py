@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from fastdynat.checks import DATASETS, check_limits, check_radii
 from fastdynat.config import CompileMode, EvalAmp, Kernels
-from fastdynat.errors import UserError
+from fastdynat.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +91,12 @@ def parse_shard(text: str | None) -> Shard | None:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard must be I/N with I from 1 to N, for example 1/4, got {text!r}")
     return Shard(int(match[1]), int(match[2]))
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raise UserError for what cannot work in `config`, whatever the networks, the data and the machine are."""
+    check_limits(config)
+    check_radii(config, config.norm)
+    if config.data not in ("auto", *DATASETS):
+        raise unknown_name("dataset", config.data, DATASETS)
+    parse_shard(config.shard)

@@ -15,6 +15,7 @@ LAYERS = [
     {"units", "devices", "tensorfiles", "limits", "memory", "graphs", "compiling", "pictures", "recipes"},
     {"process_state"},
     {"config"},
+    {"checks"},
     {"eval_config"},
     {"data", "models"},
     {"attacks", "runs"},

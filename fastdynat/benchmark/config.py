@@ -1,11 +1,10 @@
 """What `fastdynat bench` measures beside the training flags, and where its results go."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdynat.checks import check_limits
 from fastdynat.errors import UserError
-from fastdynat.limits import check_limits
 from fastdynat.pictures import PICTURES, check_picture
 from fastdynat.runs import check_writable
 
@@ -44,14 +43,6 @@ class BenchConfig:
 def check_bench(config: BenchConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
     check_limits(config)
-    if not 0 < config.seconds < math.inf:
-        raise UserError(f"seconds must be above 0, got {config.seconds:g}")
-    if config.repeats is not None and config.repeats < 1:
-        raise UserError(f"repeats must be >= 1, got {config.repeats}")
-    if config.budget is not None and not config.budget > 0:
-        raise UserError(f"budget must be above 0 seconds, got {config.budget:g}")
-    if not 0 <= config.tolerance < 1:
-        raise UserError(f"tolerance must be a share in [0, 1), got {config.tolerance:g}")
     if config.auto:
         for name in ("peers", "switches", "epoch", "chart", "profile", "baseline"):
             if getattr(config, name):

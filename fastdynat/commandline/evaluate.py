@@ -8,7 +8,7 @@ import tyro
 from fastdynat.attack_names import KNOWN
 from fastdynat.commandline.parse import parse
 from fastdynat.errors import UserError
-from fastdynat.eval_config import EvalConfig
+from fastdynat.eval_config import EvalConfig, check_eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ def run(argv: list[str]) -> int:
         return 0
     if not command.models:
         raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
+    check_eval(command.eval)
 
     from fastdynat.engine.stopping import StopRequest
     from fastdynat.evaluation import evaluate_runs

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastdynat.benchmark import BenchConfig
+from fastdynat.benchmark.config import check_bench
+from fastdynat.checks import check_config, check_limits
 from fastdynat.commandline.parse import early_flags, of_options, others, parse
 from fastdynat.compare import CompareConfig, shared_config
-from fastdynat.compare.config import NoOptions
+from fastdynat.compare.config import NoOptions, method_configs, parse_seeds
 from fastdynat.config import (
     AttackConfig,
     DataConfig,
@@ -20,6 +22,7 @@ from fastdynat.config import (
     TrainConfig,
 )
 from fastdynat.methods import method_name, options_type
+from fastdynat.methods.options import check_options
 
 OptionsT = TypeVar("OptionsT")
 
@@ -68,12 +71,16 @@ def bench(argv: list[str]) -> int:
         of_options(BenchCommand, options), argv, "bench", default=default, elsewhere=others(options)
     ).command
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
+    config: TrainConfig[Any] = TrainConfig(**groups)
+    check_config(config)
+    check_options(config.options)
+    check_bench(command.bench)
 
     from fastdynat.benchmark import run_bench
     from fastdynat.consoles import error_console, output_console
 
     console, errors = output_console(180), error_console()
-    return run_bench(TrainConfig(**groups), command.bench, console, lambda text: errors.print(text, markup=False, emoji=False))
+    return run_bench(config, command.bench, console, lambda text: errors.print(text, markup=False, emoji=False))
 
 
 def compare(argv: list[str]) -> int:
@@ -85,6 +92,12 @@ def compare(argv: list[str]) -> int:
     default = CompareCommand(config=file, run=log, **groups)
     command = parse(CompareCommand, argv, "compare", default=default, elsewhere=OWN_OF_METHODS).command
     asked = replace(shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups})
+    check_config(asked)
+    check_limits(command.compare)
+    parse_seeds(command.compare.seeds, asked.engine.seed)
+    for config in method_configs(asked, command.compare).values():
+        check_config(config)
+        check_options(config.options)
 
     from fastdynat.compare import run_compare
     from fastdynat.consoles import error_console, output_console

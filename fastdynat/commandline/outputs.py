@@ -6,11 +6,13 @@ from typing import Annotated
 
 import tyro
 
+from fastdynat.checks import check_limits
 from fastdynat.commandline.parse import parse
 from fastdynat.errors import UserError
 from fastdynat.export import ExportConfig
 from fastdynat.pictures import check_picture
 from fastdynat.report import ReportConfig
+from fastdynat.report.config import check_report
 from fastdynat.runs import check_writable, require_run
 
 
@@ -47,6 +49,9 @@ class BoundaryCommand:
 def export(argv: list[str]) -> int:
     """Export a run."""
     command = parse(ExportCommand, argv, "export").command
+    check_limits(command.export)
+    require_run(command.run)
+
     from fastdynat.consoles import error_console
     from fastdynat.export import export_run
 
@@ -60,6 +65,7 @@ def report(argv: list[str]) -> int:
     command = parse(ReportCommand, argv, "report").command
     if not command.runs:
         raise UserError("report needs at least one run directory: fastdynat report RUN")
+    check_report(command.report)
     from fastdynat.consoles import error_console
     from fastdynat.report import run_report
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fastdynat.checks import check_config
 from fastdynat.commandline.parse import Parsed, early_flags, of_options, others, parse
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.methods.configs import default_config, stored_config
+from fastdynat.methods.options import check_options
 from fastdynat.recipes import read_recipe
 from fastdynat.runs import LAST, WriteError, find_checkpoint
 
@@ -61,6 +63,8 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
     run = parsed.command.train.run
     if resume is not None and (run.run_dir != resume or run.overwrite):
         raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
+    check_config(parsed.command.train)
+    check_options(parsed.command.train.options)
     return parsed
 
 

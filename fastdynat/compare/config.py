@@ -1,6 +1,5 @@
 """What `fastdynat compare` is asked: methods, seeds, budget, and the configuration of each method."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastdynat.checks import check_limits
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.limits import check_limits
 from fastdynat.methods import METHODS, method_name, options_type
 from fastdynat.pictures import check_picture
 from fastdynat.runs import check_writable
@@ -83,8 +82,6 @@ def check_compare(config: CompareConfig) -> None:
     columns = parse_columns(config.attacks, eps=0.1, step_size=0.1, norm="linf", amp="off")
     if transfers := [column.name for column in columns if column.transfer]:
         raise UserError(f"a comparison has no --source for {transfers[0]}: run fastdynat eval on its runs afterwards")
-    if config.budget_seconds is not None and not 0 < config.budget_seconds < math.inf:
-        raise UserError(f"budget_seconds must be above 0, got {config.budget_seconds:g}")
     check_picture("chart", config.chart)
     for path in (config.json, config.chart):
         if path is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.checks import DATASETS
 from fastdynat.data import digits, torchvision_sets
 from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.split import stratified_split
@@ -16,7 +17,7 @@ from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Source, Spli
 from fastdynat.errors import UserError, unknown_name
 
 Say = Callable[[str], None]
-KNOWN = ("cifar10", "cifar100", "svhn", "mnist", "digits", "imagefolder")
+KNOWN = DATASETS
 
 
 def known_datasets() -> list[str]:

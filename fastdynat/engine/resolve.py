@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from fastdynat.attacks import PGDSpec
-from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig, check_seed
+from fastdynat.checks import WARMUP, check_config
+from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, Switch, TrainConfig
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.devices import (
     check_compile,
@@ -21,9 +22,7 @@ from fastdynat.devices import (
     pick_device,
     winograd_pays,
 )
-from fastdynat.engine.awp import check_awp
 from fastdynat.engine.resolve_cycle import resolved_cycle
-from fastdynat.engine.schedules import WARMUP
 from fastdynat.errors import UserError
 from fastdynat.limits import MAX_IMAGE_SIZE, check_limits
 from fastdynat.methods import AttackDefaults, Method, method_class
@@ -50,6 +49,7 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on
     Raises:
         UserError: a value that cannot work, by name and remedy.
     """
+    check_config(config)
     method = method_class(config.method)(config.options)
     for part in (config.data, config.model, config.attack, config.optim, config.engine, config.run):
         check_limits(part)
@@ -83,21 +83,10 @@ def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo)
 
 def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], say: Say) -> DataConfig:
     data = replace(data, batch_size=_automatic(data.batch_size, BATCH_SIZE, info))
-    for name in ("batch_size", "eval_batch_size"):
-        if getattr(data, name) < 1:
-            raise UserError(f"{name} must be >= 1, got {getattr(data, name)}")
-    if data.val_size is not None and not 0 <= data.val_size < math.inf:
-        raise UserError(f"val_size must be a number of images or a share below 1, got {data.val_size:g}")
-    if data.image_size is not None and not 1 <= data.image_size <= MAX_IMAGE_SIZE:
-        raise UserError(f"image_size must be between 1 and {MAX_IMAGE_SIZE} pixels, got {data.image_size}")
     if data.labelled is not None and not method.semi_supervised:
         raise UserError(f"labelled {data.labelled}: method {method.name} needs every label; leave it out, or use --method vat")
-    if data.workers is not None and data.workers < 0:
-        raise UserError(f"workers must be >= 0, got {data.workers}")
     if data.loader == "dali":
         check_dali()
-    if data.epoch_steps is not None and data.epoch_steps < 1:
-        raise UserError(f"epoch_steps must be a number of updates >= 1, got {data.epoch_steps}; leave it out for one pass")
     data = replace(data, augment=cast(Any, info.augment) if data.augment == "auto" else data.augment)
     if data.pad_mode != "zeros" and "crop" not in data.augment:
         say(f"pad_mode {data.pad_mode} does nothing: augmentation {data.augment} takes no crops")
@@ -105,10 +94,6 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], say: Say) ->
 
 
 def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:
-    if model.bn_momentum is not None and not 0 < model.bn_momentum <= 1:
-        raise UserError(f"bn_momentum must be a share in (0, 1], got {model.bn_momentum:g}; 0.1 is usual")
-    if model.bn_reset_epoch is not None and model.bn_reset_epoch < 0:
-        raise UserError(f"bn_reset_epoch must be an epoch counted from 0, got {model.bn_reset_epoch}")
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
     if not method.uses_guide:
         if model.guide_from is not None:
@@ -145,17 +130,12 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
     step_size = size("step_size", attack.step_size, usual)
     eval_eps = size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps)
     steps = ours.steps if attack.steps is None else attack.steps
-    if steps < 0:
-        raise UserError(f"steps must be >= 0, got {steps}")
     if attack.early_steps is not None and not 0 <= attack.early_steps <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps}), got {attack.early_steps}")
-    if not 0 <= attack.early_share <= 1:
-        raise UserError(f"early_share must be in [0, 1], got {attack.early_share:g}")
     used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
     start = ours.start if attack.start == "auto" else attack.start
     for count in (steps, steps if attack.early_steps is None else attack.early_steps):
         method.check_attack(PGDSpec(eps, step_size, count, norm=attack.norm, start=start), attack.attack_bn)
-    check_awp(attack.awp, attack.awp_warmup)
     if attack.awp > 0 and not method.searches:
         raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")
     if attack.early_steps is not None:
@@ -169,44 +149,12 @@ def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
     optim = replace(optim, epochs=_automatic(optim.epochs, EPOCHS, info), lr=_automatic(optim.lr, LR, info))
     assert optim.epochs is not None
     assert optim.lr is not None
-    if optim.epochs < 1:
-        raise UserError(f"epochs must be >= 1, got {optim.epochs}")
     if not 0 <= optim.burn_in < optim.epochs:
         raise UserError(f"burn_in must be a number of epochs below --epochs ({optim.epochs}), got {optim.burn_in}")
     if optim.burn_in > 0 and config.data.labelled is not None:
         raise UserError(f"burn_in {optim.burn_in}: natural training needs every label; leave --labelled out, or --burn-in")
-    # Written so that NaN fails too.
-    if not 0 < optim.lr < math.inf:
-        raise UserError(f"lr must be above 0, got {optim.lr:g}")
-    for name in ("weight_decay", "clip_grad", "gamma"):
-        if not 0 <= getattr(optim, name) < math.inf:
-            raise UserError(f"{name} must be >= 0, got {getattr(optim, name):g}")
-    for name in ("momentum", "ema"):
-        if not 0 <= getattr(optim, name) < 1:
-            raise UserError(f"{name} must be in [0, 1), got {getattr(optim, name):g}")
-    if not 0 <= optim.ema_warmup < 1:
-        raise UserError(f"ema_warmup must be a share of the run in [0, 1), got {optim.ema_warmup:g}")
-    if optim.ema == 0 and (optim.ema_warmup > 0 or optim.ema_buffers != "average"):
-        name = "ema_warmup" if optim.ema_warmup > 0 else "ema_buffers"
-        raise UserError(
-            f"{name} {getattr(optim, name)}: there is no weight average; turn it on with --ema 0.995, or leave this out"
-        )
-    if optim.nesterov and optim.momentum == 0:
-        raise UserError("nesterov needs momentum above 0")
-    if not all(0 < m < 1 for m in optim.milestones):
-        raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
-    return replace(resolved_cycle(optim), warmup=_warmup(optim))
-
-
-def _warmup(optim: OptimConfig) -> float | None:
-    if optim.warmup is None:
-        return WARMUP.get(optim.schedule)
-    if optim.schedule not in WARMUP:
-        those = " or ".join(WARMUP)
-        raise UserError(f"warmup {optim.warmup:g}: schedule {optim.schedule} has none; leave it out, or use --schedule {those}")
-    if not 0 <= optim.warmup < 1:
-        raise UserError(f"warmup must be a share of the run in [0, 1), got {optim.warmup:g}")
-    return optim.warmup
+    optim = resolved_cycle(optim)
+    return replace(optim, warmup=WARMUP.get(optim.schedule) if optim.warmup is None else optim.warmup)
 
 
 def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_on: bool = False) -> EngineConfig:
@@ -214,10 +162,6 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
     check_kernels(engine.kernels, device)
-    check_seed(engine.seed)
-    for name in ("check_fidelity", "boundary_speed"):
-        if getattr(engine, name) < 0:
-            raise UserError(f"{name} must be a number of validation images, 0 for none, got {getattr(engine, name)}")
     if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
         raise UserError(
             "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
@@ -273,21 +217,8 @@ def use_guide_stream(engine: EngineConfig, method: Method[Any]) -> bool:
 
 def _run(config: TrainConfig[Any], method: Method[Any]) -> Any:
     run = config.run
-    if run.stop_after is not None and run.stop_after < 1:
-        raise UserError(f"stop_after must be >= 1, got {run.stop_after}")
-    if run.stop_at is not None and not 0 < run.stop_at <= 1:
-        raise UserError(f"stop_at must be a share in (0, 1], got {run.stop_at:g}; write 45 % as 0.45")
-    if run.patience is not None and run.patience < 1:
-        raise UserError(f"patience must be a number of validations >= 1, got {run.patience}")
-    for name, used in (("stop_at", run.stop_at), ("patience", run.patience), ("on_collapse stop", run.on_collapse == "stop")):
-        if used and config.data.val_size == 0:
-            raise UserError(f"{name} needs validation images: leave --val-size 0 out")
     if run.on_collapse == "stop" and not method.logs_adv_acc:
         raise UserError(f"on_collapse stop: method {method.name} logs no accuracy on attacked training images; leave it out")
-    if run.val_every < 1:
-        raise UserError(f"val_every must be >= 1, got {run.val_every}")
-    if not run.save_every > 0:
-        raise UserError(f"save_every must be above 0 minutes, got {run.save_every:g}")
     if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the extra: pip install 'fastdynat[tensorboard]'")
     return run

@@ -4,14 +4,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 
+from fastdynat.checks import WARMUP
 from fastdynat.config import OptimConfig
 
 # DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100; boundaries as shares of the run.
 RELEASE_WARMUP, RELEASE_DROPS, RELEASE_GAMMA = 0.2, (0.75, 0.90), 0.1
 # torch's OneCycleLR defaults (Smith & Topin 2017), cosine annealing.
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
-# Where the peak is, as a share of the run: torch's OneCycleLR, and the fast adversarial training of Wong et al. 2020.
-WARMUP = {"onecycle": 0.3, "triangular": 0.5}
 # The momentum at the peak and at the ends: the defaults of torch's OneCycleLR and CyclicLR.
 CYCLED_MOMENTUM = {"onecycle": (0.85, 0.95), "triangular": (0.8, 0.9)}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec
 from fastdynat.data import Batch
-from fastdynat.methods.options.base import MethodOptions, check_numbers, check_positive
+from fastdynat.methods.options.base import check_numbers, check_options, check_positive
 from fastdynat.ops import DynamicLabelLoss
 
 Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
@@ -114,8 +114,7 @@ class Method(ABC, Generic[OptionsT]):
 
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""
-        if isinstance(options, MethodOptions):
-            options.check()
+        check_options(options)
         self.options = options
         self.buffers: dict[str, Tensor] = {}
 

@@ -3,9 +3,8 @@
 import importlib.util
 from dataclasses import dataclass
 
-from fastdynat.config import check_seed
+from fastdynat.checks import check_limits
 from fastdynat.errors import UserError
-from fastdynat.limits import check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +31,7 @@ class ReportConfig:
 
 def check_report(config: ReportConfig) -> None:
     """Raise UserError where no report can be written, before any work is done."""
-    check_seed(config.seed)
     check_limits(config)
-    if config.num_images < 1 or config.batch_size < 1:
-        raise UserError(f"num_images and batch_size must be >= 1, got {config.num_images} and {config.batch_size}")
     if config.checkpoint not in ("best", "last"):
         raise UserError(f"--checkpoint must be best or last, got {config.checkpoint!r}")
     for name in ("matplotlib", "jinja2"):

@@ -1,6 +1,6 @@
 """The options of the built-in methods, which are their flags and keys. The command line reads them without torch."""
 
-from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers, check_positive
+from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers, check_options, check_positive
 from fastdynat.methods.options.dyart import DyartOptions
 from fastdynat.methods.options.guided import AdagatOptions, DynatOptions, LbgatOptions
 from fastdynat.methods.options.plain import (
@@ -40,5 +40,6 @@ __all__ = [
     "VatOptions",
     "check_given",
     "check_numbers",
+    "check_options",
     "check_positive",
 ]

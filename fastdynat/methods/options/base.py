@@ -44,3 +44,9 @@ def check_positive(options: Any, *names: str) -> None:
 
 def _at_most(value: float) -> str:
     return f" and at most {MOST:g}" if MOST < abs(value) < math.inf else ""
+
+
+def check_options(options: Any) -> None:
+    """Raise UserError for options, of a built-in method or of one's own, that cannot work as far as they can tell."""
+    if isinstance(options, MethodOptions):
+        options.check()
