@@ -44,7 +44,7 @@ class Limit:
         below = value < self.most if self.open_most else value <= self.most
         if above and below and math.isfinite(value):
             return
-        beyond = above and math.isfinite(value) and "[" not in self.text and "between" not in self.text
+        beyond = above and math.isfinite(value) and not any(sign in self.text for sign in ("[", "(", "between"))
         text = f"at most {self.most:g}" if beyond else self.text
         number = value if isinstance(value, int) and abs(value) < 1e18 else f"{float(value):g}"
         raise UserError(f"{key} must be {text}, got {number}{self.remedy}")

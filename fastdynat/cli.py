@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fastdynat import __version__
+from fastdynat.commandline.naming import name_flags
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.interrupts import Interruption
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run_and_flush(argv)
         except UserError as error:
-            return _fail(str(error))
+            return _fail(name_flags(str(error), argv))
         except BrokenPipeError:
             _drop_output()
             return 128 + signal.SIGPIPE
@@ -67,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_and_flush(argv: list[str]) -> int:
-    code = _run(argv)
-    sys.stdout.flush()
-    return code
+    try:
+        return _run(argv)
+    finally:
+        sys.stdout.flush()  # also where the help was printed, which ends by SystemExit
 
 
 def _fail(reason: str) -> int:

@@ -67,11 +67,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["--eps", "256"], "eps must be at most 1"),
         (["--eps", "eight"], "eps must be a number or a fraction such as 8/255, got 'eight'"),
         (["--eps", "nan"], "eps must be a number"),
-        (["--step-size", "0"], "step_size must be above 0"),
-        (["--eval-eps=-1"], "eval_eps must be above 0"),
+        (["--step-size", "0"], "step-size must be above 0"),
+        (["--eval-eps=-1"], "eval-eps must be above 0"),
         (["--steps=-1"], "steps must be >= 0, got -1"),
-        (["--early-steps", "11"], "early_steps must be between 0 and steps"),
-        (["--early-share", "1.5"], r"early_share must be in \[0, 1\], got 1.5"),
+        (["--early-steps", "11"], "early-steps must be between 0 and steps"),
+        (["--early-share", "1.5"], r"early-share must be in \[0, 1\], got 1.5"),
         (["--graphs", "on", "--device", "cpu"], "--graphs on needs a CUDA device, got cpu"),
         (["--guide-stream", "on", "--device", "cpu"], "--guide-stream on needs a CUDA device, got cpu"),
         (["--fold", "on", "--attack-bn", "train"], "--fold on needs --attack-bn eval, got train"),
@@ -80,41 +80,41 @@ def run(finished: Path, tmp_path: Path) -> Path:
             "--kernels cuda: backend 'cuda' cannot run: needs cuda tensors, got cpu; leave",
         ),
         (["--epochs", "0"], "epochs must be >= 1, got 0"),
-        (["--burn-in", "2"], r"burn_in must be a number of epochs below --epochs \(2\), got 2"),
-        (["--burn-in=-1"], "burn_in must be a number of epochs"),
-        (["--method", "vat", "--burn-in", "1", "--labelled", "20"], "burn_in 1: natural training needs every label"),
+        (["--burn-in", "2"], r"burn-in must be a number of epochs below --epochs \(2\), got 2"),
+        (["--burn-in=-1"], "burn-in must be a number of epochs"),
+        (["--method", "vat", "--burn-in", "1", "--labelled", "20"], "burn-in 1: natural training needs every label"),
         (["--lr=-1"], "lr must be above 0, got -1"),
         (["--lr", "nan"], "lr must be"),
         (["--ema", "1"], r"ema must be in \[0, 1\), got 1"),
-        (["--ema", "0.9", "--ema-warmup", "1"], r"ema_warmup must be a share of the run in \[0, 1\), got 1"),
-        (["--ema-warmup", "0.1"], "ema_warmup 0.1: there is no weight average; turn it on with --ema"),
-        (["--ema-buffers", "copy"], "ema_buffers copy: there is no weight average"),
+        (["--ema", "0.9", "--ema-warmup", "1"], r"ema-warmup must be a share of the run in \[0, 1\), got 1"),
+        (["--ema-warmup", "0.1"], "ema-warmup 0.1: there is no weight average; turn it on with --ema"),
+        (["--ema-buffers", "copy"], "ema-buffers copy: there is no weight average"),
         (["--momentum", "0", "--nesterov"], "nesterov needs momentum"),
         (["--milestones", "0.5", "75"], "milestones must be shares"),
         (["--warmup", "0.1"], "warmup 0.1: schedule release has none; leave it out, or use --schedule onecycle or triangular"),
         (["--warmup", "1", "--schedule", "triangular"], r"warmup must be a share of the run in \[0, 1\), got 1"),
         (["--warmup", "nan", "--schedule", "onecycle"], "warmup must be a share"),
-        (["--clip-grad=-1"], "clip_grad must be >= 0"),
-        (["--batch-size", "0"], "batch_size must be >= 1"),
+        (["--clip-grad=-1"], "clip-grad must be >= 0"),
+        (["--batch-size", "0"], "batch-size must be >= 1"),
         (["--batch-size", "1000"], "1000"),
-        (["--val-size", "100000"], "val_size"),
+        (["--val-size", "100000"], "val-size"),
         (["--train-size", "3"], "3"),
         (["--device", "cuda:7"], "device 'cuda:7' cannot be used"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--beta", "0"], "beta must be above 0, got 0"),
         (["--temperature=-2"], "temperature must be above 0"),
-        (["--stop-after", "0"], "stop_after must be >= 1"),
-        (["--stop-at", "45"], r"stop_at must be a share in \(0, 1\], got 45; write 45 % as 0.45"),
-        (["--stop-at", "0.4", "--val-size", "0"], "stop_at needs validation images"),
+        (["--stop-after", "0"], "stop-after must be >= 1"),
+        (["--stop-at", "45"], r"stop-at must be a share in \(0, 1\], got 45; write 45 % as 0.45"),
+        (["--stop-at", "0.4", "--val-size", "0"], "stop-at needs validation images"),
         (["--patience", "0"], "patience must be a number of validations >= 1, got 0"),
         (["--patience", "2", "--val-size", "0"], "patience needs validation images: leave --val-size 0 out"),
-        (["--on-collapse", "stop", "--val-size", "0"], "on_collapse stop needs validation images"),
-        (["--val-size", "inf"], "val_size must be"),
-        (["--image-size", "100000"], "image_size must be between 1 and 4096"),
+        (["--on-collapse", "stop", "--val-size", "0"], "on-collapse stop needs validation images"),
+        (["--val-size", "inf"], "val-size must be"),
+        (["--image-size", "100000"], "image-size must be between 1 and 4096"),
         (["--device", "meta"], "only cpu and cuda are supported"),
         (["--seed", "99999999999999999999"], "seed must be in"),
-        (["--resume"], "expected one argument"),
-        (["--save-every", "0"], "save_every must be above 0"),
+        (["--resume"], "--resume needs a value"),
+        (["--save-every", "0"], "save-every must be above 0"),
         (["--seed=-1"], "seed must be in"),
         (["--model", "torchvision:resnet18"], "torchvision"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "nowhere"),
@@ -151,12 +151,9 @@ def test_config_files(tmp_path: Path, refused: Run, text: str, message: str) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_command_and_flag(refused: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_and_flag(refused: Run) -> None:
     assert "did you mean 'train'" in refused("trian")
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "--epoch-s", "3"])
-    assert exit_.value.code == 2
-    assert "--epoch-s" in capsys.readouterr().err
+    assert "unknown flag --epoch-s: did you mean --epochs" in refused("train", "--epoch-s", "3")
 
 
 def test_an_existing_run_is_kept(run: Path, refused: Run) -> None:
@@ -376,7 +373,7 @@ def test_eval_requests(run: Path, tmp_path: Path, refused: Run) -> None:
     assert "seed must be in" in refused("eval", run, "--seed", "99999999999999999999")
     assert "no run at" in refused("eval", tmp_path / "nowhere")
     assert "needs --eps" in refused("eval", run, "--norm", "l2")
-    assert "batch_size and num_images" in refused("eval", run, "--num-images", "0")
+    assert "--num-images must be >= 1, got 0" in refused("eval", run, "--num-images", "0")
     shutil.rmtree(run / "checkpoints")
     assert "has no best checkpoint" in refused("eval", run)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fastdynat.cli import main
-from fastdynat.commandline.aliases import ALIASES, normalize
 from fastdynat.config import GROUPS, read_yaml, to_flat, to_yaml, update
 from fastdynat.engine import default_config, stored_config
 from fastdynat.methods import METHODS
@@ -24,7 +23,6 @@ def test_every_flag_has_one_name_and_a_help_text(method: str, capsys: pytest.Cap
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
-    assert set(ALIASES.values()) <= {f"--{name.replace('_', '-')}" for name in names}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -64,17 +62,6 @@ def test_published_radius_is_evaluated_at_8_255(tmp_path: Path) -> None:
 def test_the_usual_warm_up_is_filled_in(schedule: str, warmup: float | None, tmp_path: Path) -> None:
     assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, "--method", "natural", "--schedule", schedule]) == 0
     assert to_flat(stored_config(tmp_path / "run"))["warmup"] == warmup
-
-
-def test_other_scripts_spellings_and_bare_flags() -> None:
-    argv = ["--epsilon=8/255", "--num-steps", "7", "--wd", "0", "--amp", "--compile", "--run_dir", "x", "--amp", "fp16"]
-    expected = ["--eps=8/255", "--steps", "7", "--weight-decay", "0", "--amp", "auto", "--compile", "auto", "--run-dir", "x"]
-    assert normalize(argv) == [*expected, "--amp", "fp16"]
-
-
-def test_a_bare_flag_does_not_swallow_what_follows() -> None:
-    assert normalize(["--amp", "runs/a"]) == ["--amp", "auto", "runs/a"]
-    assert normalize(["--channels-last"]) == ["--channels-last", "on"]
 
 
 def test_a_new_run_directory_is_made_for_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,10 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found |= dict.fromkeys(("awp_warmup", "awp_objective"), "needs --awp")
     if optim.schedule != "multistep":
         found |= dict.fromkeys(("milestones", "gamma"), f"--schedule {optim.schedule} has none; it is for --schedule multistep")
+    if optim.schedule not in ("cosine", "onecycle", "triangular"):
+        found["schedule_by"] = f"it is for --schedule cosine, onecycle and triangular, not {optim.schedule}"
+    if optim.schedule == "constant":
+        found["schedule_ahead"] = "--schedule constant is the same at every update"
     if data.val_size == 0:
         found |= dict.fromkeys(("val_every", "check_fidelity", "boundary_speed"), "--val-size 0 leaves nothing to validate on")
     return found

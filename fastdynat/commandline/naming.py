@@ -21,16 +21,18 @@ def name_flags(message: str, argv: Sequence[str]) -> str:
         return flag + message[key.end() :]
     if "--" in message:
         return message
-    about = [flag for flag, value in given.items() if value and shown(value) in message]
+    about = [flag for flag, value in given.items() if value and shown(value) in message and flag not in ALIASES]
     return f"{about[0]}: {message}" if len(about) == 1 else message
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
     """The flags in `argv` by the names that the commands have for them, each with the word that is its value."""
-    found = {}
+    found: dict[str, str] = {}
     for i, word in enumerate(argv):
         if word.startswith("-"):
             name, equals, value = word.partition("=")
             name = name.replace("_", "-") if name.startswith("--") else name
-            found[ALIASES.get(name, name)] = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+            word = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+            # What is another script's spelling in one command is a flag of its own in another.
+            found |= {ALIASES.get(name, name): word, name: word}
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
@@ -50,6 +51,8 @@ def parse(
     asks = any(word in HELP or word.startswith("--tyro-") for word in argv)
     flags = flags_of(command, default)
     words = None if asks else read_words(normalize(argv, flags), flags, name, elsewhere or {})
+    for note in () if words is None else words.notes:
+        print(f"fastdynat: note: {note}", file=sys.stderr)
     arguments = list(argv) if words is None else words.for_tyro(flags)
     if any(word in HELP for word in argv):
         arguments = ["--help"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastdynat.checks import check_config
+from fastdynat.commandline.effects import check_effects
 from fastdynat.commandline.parse import Parsed, early_flags, of_options, others, parse
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.errors import UserError
@@ -65,6 +66,8 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
         raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
     check_config(parsed.command.train)
     check_options(parsed.command.train.options)
+    if resume is None:
+        check_effects(parsed.command.train, parsed.given)
     return parsed
 
 
@@ -98,7 +101,8 @@ def _fit(trainer: "Trainer", say: Any) -> int:
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
     say(f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}")
     say(f"run directory {path}, operators: {selected_backend(torch.device(c.engine.device).type)}")
-    say(f"attack: {trainer.networks.attack.path}; step: {trainer.step.path}")
+    attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
+    say(f"{attack}step: {trainer.step.path}")
     try:
         outcome = trainer.fit()
     except Diverged as error:

@@ -19,10 +19,12 @@ class Words:
     Attributes:
         positional: the words that belong to no flag.
         given: each flag that was given with its values; of a switch, whether it is on.
+        notes: what should be said of them.
     """
 
     positional: list[str] = field(default_factory=list)
     given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def for_tyro(self, flags: Mapping[str, Flag]) -> list[str]:
         """The same in the one form that cannot be misread."""
@@ -46,7 +48,7 @@ def read_words(argv: Sequence[str], flags: Mapping[str, Flag], command: str, els
         elsewhere: flags that the command does not have now, each with what would give it them.
 
     Raises:
-        UserError: an unknown flag, a missing or wrong value, a flag given twice with two values, a word too many or too few.
+        UserError: an unknown flag, a missing or wrong value, a word too many or too few.
     """
     found, words, places = Words(), list(argv), flags.get("positional")
     i = 0
@@ -136,13 +138,13 @@ def _values(flag: Flag, on: bool, values: Sequence[str], equals: bool) -> tuple[
 
 
 def _put(found: Words, flag: Flag, values: tuple[str, ...]) -> None:
-    before = found.given.get(flag.name, values)
+    """The last one of a flag counts, as scripts with "$@" expect; of those that are collected, all."""
+    before = found.given.get(flag.name, ())
     if flag.values == "each":
-        found.given[flag.name] = (*found.given.get(flag.name, ()), *values)
-    elif before != values:
-        raise UserError(f"{flag.name} is given twice, as {' '.join(before)} and as {' '.join(values)}; give it once")
-    else:
-        found.given[flag.name] = values
+        values = (*before, *values)
+    elif before not in ((), values):
+        found.notes.append(f"{flag.name} is given twice: {' '.join(values)} counts, not {' '.join(before)}")
+    found.given[flag.name] = values
 
 
 def _check_places(words: Sequence[str], places: Flag | None, command: str) -> None:

@@ -11,7 +11,7 @@ from fastdynat.checks import check_limits
 from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.methods import METHODS, method_name, options_type
+from fastdynat.methods import METHODS, method_class, method_name, options_type
 from fastdynat.pictures import check_picture
 from fastdynat.runs import check_writable
 
@@ -153,6 +153,8 @@ def method_configs(shared: TrainConfig[NoOptions], config: CompareConfig) -> dic
     configs = {}
     for name in names:
         plain: TrainConfig[Any] = replace(shared, method=name, options=options_type(name)(), data=data)
+        if shared.model.guide not in ("auto", "none") and not method_class(name).uses_guide:
+            plain = replace(plain, model=replace(shared.model, guide="auto"))  # --guide is for the methods that have one
         configs[name] = update(plain, own[name], f"--set {name}")
     check_same(configs, SAME)
     if config.budget_seconds is not None and any(c.optim.epochs is not None for c in configs.values()):

@@ -23,6 +23,7 @@ from fastdynat.devices import (
     winograd_pays,
 )
 from fastdynat.engine.resolve_cycle import resolved_cycle
+from fastdynat.engine.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.errors import UserError
 from fastdynat.limits import MAX_IMAGE_SIZE, check_limits
 from fastdynat.methods import AttackDefaults, Method, method_class
@@ -77,6 +78,30 @@ def resolve_loader(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Tra
     return replace(config, data=replace(data, loader=name, workers=workers))
 
 
+def check_sizes(config: TrainConfig[Any], split: TrainSplit) -> None:
+    """Raise UserError where more images are asked for than the training data has. For new runs: a stored one goes on."""
+    data = config.data
+    held_out = len(split.val)
+    for name in ("train_size", "labelled"):
+        asked = getattr(data, name)
+        if asked is not None and asked > len(split.train):
+            raise UserError(
+                f"{name} {asked}: {data.data} has {len(split.train)} training images beside the {held_out} held out for "
+                "validation; ask for fewer, or leave it out for all"
+            )
+
+
+def say_first_epoch(config: TrainConfig[Any], say: Say) -> None:
+    """Say where the release's schedule is nothing but its first epoch, which has a fifth of the rate."""
+    lr, epochs = config.optim.lr, epochs_of_method(config.optim)
+    assert lr is not None
+    if config.optim.schedule == "release" and epochs == 1:
+        say(
+            f"the one epoch trains at lr/5 = {lr * RELEASE_WARMUP:g}: so does the first epoch of --schedule release, the DYNAT "
+            f"code's; --schedule constant trains at {lr:g}"
+        )
+
+
 def _automatic(value: Any, table: tuple[dict[str, Any], Any], info: DatasetInfo) -> Any:
     return table[0].get(info.name, table[1]) if value is None else value
 
@@ -98,6 +123,8 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
     if not method.uses_guide:
         if model.guide_from is not None:
             raise UserError(f"--guide-from {model.guide_from}: method {method.name} has no guide; leave it out")
+        if model.guide not in ("auto", "none"):
+            raise UserError(f"--guide {model.guide}: method {method.name} has no guide; leave it out")
         return replace(model, model=name, guide="none")
     if model.guide_from is None:
         if "guide" not in method.trains:
@@ -132,16 +159,39 @@ def _attack(attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: S
     steps = ours.steps if attack.steps is None else attack.steps
     if attack.early_steps is not None and not 0 <= attack.early_steps <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps}), got {attack.early_steps}")
-    used = f"{attack.norm} eps {describe(eps)}, {steps} steps of {describe(step_size)}"
     start = ours.start if attack.start == "auto" else attack.start
     for count in (steps, steps if attack.early_steps is None else attack.early_steps):
         method.check_attack(PGDSpec(eps, step_size, count, norm=attack.norm, start=start), attack.attack_bn)
     if attack.awp > 0 and not method.searches:
         raise UserError(f"awp {attack.awp:g}: method {method.name} has no attack at the weights of now to go with; use --awp 0")
+    filled: Any = replace(attack, eps=eps, step_size=step_size, steps=steps, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
+    say(f"{_announced(filled, method)}; evaluated at eps {describe(eval_eps)}")
+    usual_values = {"steps": (None, ours.steps), "step_size": ("auto", usual), "start": ("auto", ours.start)}
+    for name in method.unused_attack:
+        default = usual_values.get(name, (getattr(AttackConfig(), name),))
+        if getattr(attack, name) not in default:
+            say(f"{name} {getattr(attack, name)} has no effect: {_search(method)}")
+    return filled
+
+
+def _search(method: Method[Any]) -> str:
+    return f"method {method.name} " + ("has a search of its own" if method.attacks else "attacks nothing in training")
+
+
+def _announced(attack: AttackConfig, method: Method[Any]) -> str:
+    """What training attacks with, in one line."""
+    if not method.attacks:
+        return f"no attack in training ({attack.norm})"
+    used = f"{attack.norm} eps {describe(float(attack.eps))}, "
+    if "steps" in method.unused_attack:
+        return f"{used}{_search(method)}"
+    if "step_size" in method.unused_attack:
+        used += f"{attack.steps} iterations of a search of its own"
+    else:
+        used += f"{attack.steps} steps of {describe(float(attack.step_size))}"
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
-    say(f"{used}; evaluated at eps {describe(eval_eps)}")
-    return replace(attack, eps=eps, step_size=step_size, steps=steps, eval_eps=eval_eps, start=start)  # type: ignore[arg-type]
+    return used
 
 
 def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:

@@ -16,7 +16,16 @@ from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.networks import NetworkSet, pixel_statistics
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import (
+    Say,
+    adopted,
+    check_sizes,
+    resolve,
+    resolve_loader,
+    say_first_epoch,
+    use_graphs,
+    use_guide_stream,
+)
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import epochs_of_method, momentum_at, schedule_factor
 from fastdynat.engine.single_values import check_single_values
@@ -70,7 +79,9 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     if overwrite and teacher is not None and Path(teacher).resolve().is_relative_to(path.resolve()):
         raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
     split = open_split(config, say)
+    check_sizes(config, split)
     config = resolve_loader(resolve(config, split.info, say), split, say)
+    say_first_epoch(config, say)
     val = split.val_images()
     config = settle_compile(config, split, say, build_parts)
     parts = build_parts(config, split, say)

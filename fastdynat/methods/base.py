@@ -105,6 +105,8 @@ class Method(ABC, Generic[OptionsT]):
     logs_adv_acc: ClassVar[bool] = True  # whether `outer` logs train_adv_acc, by which a collapse of robustness is known
     replays: int = 1  # updates per batch, each with both halves and the attack
     searches: bool = True  # whether there is an inner search that starts from the weights of now; AWP needs one
+    attacks: bool = True  # whether training attacks anything
+    unused_attack: tuple[str, ...] = ()  # keys of the attack that training does not look at
 
     # The networks that have losses. A guide that is not among them is a teacher: trained before, frozen.
     trains: tuple[str, ...] = ("model",)
@@ -161,6 +163,10 @@ class Method(ABC, Generic[OptionsT]):
         """Called between backward pass and update; may change `buffers` in place."""
 
 
+# The keys of the attack that only training has a use for.
+TRAINING_ATTACK = ("steps", "early_steps", "step_size", "start", "attack_bn")
+
+
 def unattacked(x: Tensor) -> AttackResult:
     """Images as the result of no attack."""
     zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -190,6 +196,7 @@ def statistics_pass(nets: Networks, x: Tensor) -> None:
 
 
 __all__ = [
+    "TRAINING_ATTACK",
     "AttackDefaults",
     "Inner",
     "Method",

@@ -13,7 +13,7 @@ rescales each image's gradient.
 
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, share
+from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.guidance import teacher_logits
 from fastdynat.methods.options.taught import DistillationOptions
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -27,6 +27,8 @@ class Distillation(Method[DistillationOptions]):
     uses_guide = True
     select_by = "val_clean_acc"
     searches = False
+    attacks = False
+    unused_attack = TRAINING_ATTACK
     logs_adv_acc = False
 
     def __init__(self, options: DistillationOptions) -> None:

@@ -37,6 +37,7 @@ class Dyart(Method[DyartOptions]):
     """Dynamics-aware robust training, L-inf."""
 
     name = "dyart"
+    unused_attack = ("step_size", "start")
     options_type = DyartOptions
     attack_defaults = AttackDefaults(steps=20)
     logs_adv_acc = False

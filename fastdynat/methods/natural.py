@@ -2,7 +2,7 @@
 
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, share
+from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, share
 from fastdynat.methods.options.plain import NaturalOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -15,6 +15,8 @@ class Natural(Method[NaturalOptions]):
     # It has no robust accuracy to speak of: by PGD a network at chance level would beat a trained one.
     select_by = "val_clean_acc"
     searches = False
+    attacks = False
+    unused_attack = TRAINING_ATTACK
     logs_adv_acc = False
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec, kl_from_log_probs, wide
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer
+from fastdynat.methods.base import TRAINING_ATTACK, AttackDefaults, Inner, Method, Networks, Outer
 from fastdynat.methods.options.regularised import VatOptions
 from fastdynat.methods.trades import kl_to_self
 
@@ -32,6 +32,11 @@ class Vat(Method[VatOptions]):
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
     logs_adv_acc = False
+
+    def __init__(self, options: VatOptions) -> None:
+        super().__init__(options)
+        if options.search == "power":
+            self.unused_attack = TRAINING_ATTACK
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch) if self.options.search == "pgd" else None)
