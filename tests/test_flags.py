@@ -194,7 +194,7 @@ def test_bare_flags() -> None:
         assert words_of("train dynat", "--epochs", "3", flag) == ["--epochs=3", f"{flag}={value}"]
         assert words_of("train dynat", flag, "off") == [f"{flag}=off"]
     assert words_of("eval", "--compile", "RUN", "--amp", "fp16") == ["RUN", "--compile=default", "--amp=fp16"]
-    with pytest.raises(UserError, match="--amp must be off, bf16 or fp16, got 'bf61'; did you mean bf16"):
+    with pytest.raises(UserError, match="--amp must be off, bf16, fp16 or auto, got 'bf61'; did you mean bf16"):
         words_of("eval", "--amp", "bf61", "RUN")
 
 

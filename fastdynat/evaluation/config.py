@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 
 from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
-from fastdynat.errors import UserError
 from fastdynat.eval_config import EvalConfig, Shard, check_eval, parse_shard
 
 
