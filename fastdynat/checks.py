@@ -77,7 +77,7 @@ LIMITS = {
     "awp": Limit(0, 1, "in [0, 1], a share of each tensor's norm", " (the published sizes are 0.005 and 0.01)"),
     "awp_warmup": Limit(0, 1e6, "a number of epochs"),
     "epochs": _count(1, 1e6),
-    **dict.fromkeys(("lr", "burn_in_lr"), _above(0, 1e4)),
+    **dict.fromkeys(("lr", "burn_in_lr"), _above(0, 1e38)),  # a rate that diverges says so
     **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "ema"), KEEP),
     **dict.fromkeys(("weight_decay", "gamma"), Limit(0, 1e3, ">= 0")),
     "clip_grad": Limit(0, 1e9, ">= 0"),

@@ -21,6 +21,7 @@ from fastdynat.config import (
     RunConfig,
     TrainConfig,
 )
+from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.methods.options import check_options
 
@@ -95,9 +96,12 @@ def compare(argv: list[str]) -> int:
     check_config(asked)
     check_limits(command.compare)
     parse_seeds(command.compare.seeds, asked.engine.seed)
-    for config in method_configs(asked, command.compare).values():
-        check_config(config)
-        check_options(config.options)
+    for method, config in method_configs(asked, command.compare).items():
+        try:
+            check_config(config)
+            check_options(config.options)
+        except UserError as error:
+            raise UserError(f"{method}: {error}") from None
 
     from fastdynat.compare import run_compare
     from fastdynat.consoles import error_console, output_console
