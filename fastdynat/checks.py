@@ -81,7 +81,7 @@ LIMITS = {
     **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "ema"), KEEP),
     **dict.fromkeys(("weight_decay", "gamma"), Limit(0, 1e3, ">= 0")),
     "clip_grad": Limit(0, 1e9, ">= 0"),
-    "schedule_ahead": Limit(0, 1e6, "a number of updates"),
+    "schedule_ahead": Limit(0, 1e6, "a number of updates >= 0"),
     "ema_warmup": OF_RUN,
     "warmup": OF_RUN,
     **dict.fromkeys(("check_fidelity", "boundary_speed"), IMAGES),

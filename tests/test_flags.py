@@ -254,7 +254,6 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
         (["train", "--gamma", "0.5", "--schedule", "cosine"], "--gamma has no effect: --schedule cosine has none"),
         (["train", "--early-share", "0.7"], "--early-share has no effect: needs --early-steps"),
         (["train", "--data-dir", "D"], "--data-dir has no effect: --data digits is embedded"),
-        (["train", "--image-size", "32", "--data", "cifar10"], "--image-size has no effect: the images of cifar10"),
         (["train", "--loader", "resident", "--workers", "2"], "--workers has no effect: --loader resident has none"),
         (["train", "--temperature", "4"], "--temperature has no effect: needs --label-type soft"),
         (["train", "--slope", "4"], "--slope has no effect: needs --weighting mail"),

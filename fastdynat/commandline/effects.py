@@ -27,8 +27,6 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found |= dict.fromkeys(("data_dir", "download"), "--data digits is embedded")
     if data.data == "imagefolder":
         found["download"] = "--data imagefolder is a folder of yours"
-    else:
-        found["image_size"] = f"the images of {data.data} have one size; it is for --data imagefolder"
     if data.loader == "resident":
         found["workers"] = "--loader resident has none; it is for --loader torch and dali"
     if attack.early_steps is None:
