@@ -25,7 +25,6 @@ from fastdynat.devices import (
 from fastdynat.engine.resolve_cycle import resolved_cycle
 from fastdynat.engine.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.errors import UserError
-from fastdynat.limits import MAX_IMAGE_SIZE, check_limits
 from fastdynat.methods import AttackDefaults, Method, method_class
 from fastdynat.models import split_style
 from fastdynat.runs import guide_weights, read_sidecar
@@ -52,8 +51,6 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on
     """
     check_config(config)
     method = method_class(config.method)(config.options)
-    for part in (config.data, config.model, config.attack, config.optim, config.engine, config.run):
-        check_limits(part)
     return replace(
         config,
         method=method.name,
