@@ -25,7 +25,7 @@ MOST: dict[str, float] = {
     "epoch_steps": 10**6,
     # attack and optimiser
     "steps": 100_000,
-    "awp": 100,
+    "awp": 1,
     "awp_warmup": EPOCHS,
     "epochs": EPOCHS,
     "burn_in": EPOCHS,
