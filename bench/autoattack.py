@@ -1,7 +1,7 @@
 """AutoAttack beside the reference package (extra `autoattack`): seconds and robust accuracy, stage by stage, image by image.
 
     python bench/autoattack.py RUN --data-dir CIFAR --num-images 200 --json bench/results/autoattack_small_cpu.json
-    python bench/autoattack.py torchvision:resnet18 --train-steps 60 --data digits --num-images 64 --batch-size 64 \
+    python bench/autoattack.py torchvision:resnet18 --train-steps 60 --data digits --num-images 64 --batch-size 64 --eps 0.01 \
         --json bench/results/autoattack_resnet18_tv_cpu.json
 
 RUN is a run directory, or the name of a network, which is made from the seed and trained for a few steps on the test images
@@ -85,7 +85,8 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, ours: argparse.Namespace) ->
                 "robust": int(standing[name].sum()),
                 "robust_bits": pack_bits(standing[name]),  # which images
             }
-        row["ratio"] = round(row["reference"]["seconds"] / row["ours"]["seconds"], 2)
+        spent = row["ours"]["seconds"]
+        row["ratio"] = round(row["reference"]["seconds"] / spent, 2) if spent else None  # nothing was left to attack
         row["images_that_differ"] = int((standing["ours"] != standing["reference"]).sum())
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
