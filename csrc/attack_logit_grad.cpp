@@ -219,7 +219,7 @@ void logit_grad_rows(LogitGrad& g) {
     with_pointer(at.logits, [&](const auto* rows) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(rows)>>;
       T* to = static_cast<T*>(at.grad);
-      parallel(g.n, 4 * classes, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+      parallel<A>(g.n, 4 * classes, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
         for (int64_t i = begin; i < end; ++i) {
           sparse_row<A>(
               rows + i * classes, to + i * classes, at.value + i, static_cast<int32_t>(classes),

@@ -34,7 +34,7 @@ void augment_images(const uint8_t* store, AugmentTensors& s, bool channels_last)
   T* out = mutable_data<T>(s.out);
   const Draws draws = s.draws;
   const int64_t channels = s.channels, height = s.height, width = s.width, plane = height * width, row = channels * plane;
-  parallel(s.images, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.images, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<uint8_t> buffer(row);
     const uint8_t* bytes = buffer.data();
     for (int64_t n = begin; n < end; ++n) {

@@ -1,9 +1,11 @@
-// CPU loops: split over torch's threads and compiled for several instruction sets, the best of which is taken at run time.
+// CPU loops: split over torch's threads; those that compute in float are compiled for several instruction sets, the best of
+// which is taken at run time. Loops in double are for checking, not for speed: one copy of them saves a third of the build.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "inline.h"
 
@@ -39,23 +41,25 @@ inline Isa detect_isa() {
 }
 #endif
 
-// Calls body(begin, end) with the widest vectors that this machine has.
-template <typename Body>
+// Calls body(begin, end) with the widest vectors that this machine has, where it computes in float (T).
+template <typename T, typename Body>
 void run_vectorised(const Body& body, int64_t begin, int64_t end) {
 #if FASTDYNAT_X86
-  static const Isa isa = detect_isa();
-  if (isa == Isa::kAvx512) return run_avx512(body, begin, end);
-  if (isa == Isa::kAvx2) return run_avx2(body, begin, end);
+  if constexpr (!std::is_same_v<T, double>) {
+    static const Isa isa = detect_isa();
+    if (isa == Isa::kAvx512) return run_avx512(body, begin, end);
+    if (isa == Isa::kAvx2) return run_avx2(body, begin, end);
+  }
 #endif
   body(begin, end);
 }
 
-// Calls body(begin, end) on parts of [0, count) in parallel; an item is `cost` elements of work.
-template <typename Body>
+// Calls body(begin, end), which computes in T, on parts of [0, count) in parallel; an item is `cost` elements of work.
+template <typename T, typename Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrainSize / std::max<int64_t>(1, cost));
-  if (count <= grain) return run_vectorised(body, 0, count);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run_vectorised(body, begin, end); });
+  if (count <= grain) return run_vectorised<T>(body, 0, count);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run_vectorised<T>(body, begin, end); });
 }
 
 }  // namespace fastdynat

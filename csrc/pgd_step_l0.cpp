@@ -48,7 +48,7 @@ void step_images(StepTensors& s, PixelGrid grid, double step_size, int64_t pixel
   const T* x0 = data<T>(s.x0);
   T* out = mutable_data<T>(s.out);
   const int64_t row = s.row;
-  parallel(s.rows, 4 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.rows, 4 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<T> score(grid.pixels);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;

@@ -58,11 +58,12 @@ Tensor run_l0_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x0, in
   STD_TORCH_CHECK(x_adv.dim() == 4, "pgd_step_l0: x_adv must be (N, C, H, W), has shape ", shape_of(x_adv));
   STD_TORCH_CHECK(pixels >= 0, "pgd_step_l0: pixels must not be negative, got ", pixels);
   STD_TORCH_CHECK(x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l0: images of 2**31 entries or more");
+  const Tensor read = beside("pgd_step_l0", "grad", x_adv, grad);
   const auto on_grid = [&](StepTensors& s) { launch(s, *pixel_grid(s.x_adv)); };
-  if (pixel_grid(x_adv)) return std::get<0>(run_step("pgd_step_l0", x_adv, grad, x0, std::nullopt, true, on_grid));
+  if (pixel_grid(x_adv)) return std::get<0>(run_step("pgd_step_l0", x_adv, read, x0, std::nullopt, true, on_grid));
   Tensor out = torch::stable::empty_like(x_adv);
   const Tensor plain = torch::stable::contiguous(x_adv);
-  torch::stable::copy_(out, std::get<0>(run_step("pgd_step_l0", plain, grad, x0, std::nullopt, true, on_grid)));
+  torch::stable::copy_(out, std::get<0>(run_step("pgd_step_l0", plain, read, x0, std::nullopt, true, on_grid)));
   return out;
 }
 

@@ -47,7 +47,7 @@ void step_images(StepTensors& s, double step_size, double eps, int64_t count, L1
   const T* x0 = data<T>(s.x0);
   T* out = mutable_data<T>(s.out);
   const int64_t row = s.row;
-  parallel(s.rows, 16 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.rows, 16 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<T> scratch(2 * row);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;

@@ -80,7 +80,7 @@ template <typename Launch>
 Tensor run_l1_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t count, const Launch& launch) {
   STD_TORCH_CHECK(count >= 1, "pgd_step_l1: count must be at least 1, got ", count);
   STD_TORCH_CHECK(x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l1: images of 2**31 entries or more");
-  return std::get<0>(run_step("pgd_step_l1", x_adv, grad, x0, std::nullopt, true, launch));
+  return std::get<0>(run_step("pgd_step_l1", x_adv, beside("pgd_step_l1", "grad", x_adv, grad), x0, std::nullopt, true, launch));
 }
 
 }  // namespace fastdynat

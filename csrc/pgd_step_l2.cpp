@@ -35,8 +35,9 @@ FASTDYNAT_INLINE L2Sums sum_image(const T* x_adv, const G* grad, const T* x0, in
   return sums;
 }
 
-template <typename T, typename G, typename L>
-FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* out, L* low, int64_t row, L2Step<T> step) {
+template <typename T, typename G>
+FASTDYNAT_INLINE bool step_image(
+    const T* x_adv, const G* grad, const T* x0, T* out, LowCopy low, int64_t at, int64_t row, L2Step<T> step) {
   const L2Sums sums = sum_image(x_adv, grad, x0, row);
   const L2Scales scales = step.scales(sums);
   for (int64_t begin = 0; begin < row; begin += kTile) {
@@ -45,26 +46,24 @@ FASTDYNAT_INLINE bool step_image(const T* x_adv, const G* grad, const T* x0, T* 
     for (int64_t i = 0; i < n; ++i) {
       tile[i] = step(x_adv[begin + i], finite_gradient<T>(grad[begin + i]), x0[begin + i], scales);
     }
-    if (low != nullptr) {
-      for (int64_t i = 0; i < n; ++i) low[begin + i] = static_cast<L>(static_cast<float>(tile[i]));
-    }
+    low.write(tile, at + begin, n);
   }
   return sums.gg > 0;
 }
 
-template <typename T, typename G, typename L>
+template <typename T, typename G>
 void step_images(StepTensors& s, L2Step<T> step) {
   const T* x_adv = data<T>(s.x_adv);
   const G* grad = data<G>(s.grad);
   const T* x0 = data<T>(s.x0);
   T* out = mutable_data<T>(s.out);
-  L* low = s.low.numel() > 0 ? mutable_data<L>(s.low) : nullptr;
+  const LowCopy low(s);
   bool* moved = mutable_data<bool>(s.moved);
   const int64_t row = s.row;
-  parallel(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;
-      moved[n] = step_image(x_adv + at, grad + at, x0 + at, out + at, low ? low + at : nullptr, row, step);
+      moved[n] = step_image(x_adv + at, grad + at, x0 + at, out + at, low, at, row, step);
     }
   });
 }
@@ -72,16 +71,11 @@ void step_images(StepTensors& s, L2Step<T> step) {
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
     std::optional<ScalarType> low_dtype) {
-  return run_step("pgd_step_l2", x_adv, grad, x0, low_dtype, true, [&](StepTensors& s) {
+  return run_step("pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true, [&](StepTensors& s) {
     with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      using G = decltype(gradient);
       const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
-      if (low_dtype == ScalarType::Half) {
-        step_images<T, G, Half>(s, step);
-      } else {
-        step_images<T, G, BFloat16>(s, step);
-      }
+      step_images<T, decltype(gradient)>(s, step);
     });
   });
 }

@@ -66,7 +66,7 @@ void project_images(Projection& p, Box<T> box) {
   const T* at = data<T>(p.at);
   T* out = mutable_data<T>(p.out);
   const int64_t row = p.row;
-  parallel(p.rows, 8 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(p.rows, 8 * row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<T> direction(row);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t from = n * row;

@@ -132,9 +132,10 @@ constexpr const char* kProjectName = "project_on_hyperplane";
 
 // Calls launch(Projection&) with tensors in an order that the kernels can walk; returns the result, laid out as x.
 template <typename Launch>
-Tensor run_projection(const Tensor& x, const Tensor& w, const Tensor& value, const Tensor& at, const Launch& launch) {
+Tensor run_projection(const Tensor& x, const Tensor& given_w, const Tensor& value, const Tensor& at, const Launch& launch) {
   const Checker check{kProjectName, "x", x};
   STD_TORCH_CHECK(x.dim() > 0, kProjectName, ": x needs a first dimension of images");
+  const Tensor w = beside(kProjectName, "w", x, given_w);
   check.same_shape_and_device("w", w);
   check.same_shape_and_device("at", at);
   check.same_dtype("at", at);
@@ -157,12 +158,10 @@ Tensor run_projection(const Tensor& x, const Tensor& w, const Tensor& value, con
   return out;
 }
 
-// Calls f(T{}, W{}) with the types of the images and of w.
+// Calls f(T{}, W{}) with the types of the images and of w, which is `beside` them.
 template <typename F>
 void with_projection_types(const Tensor& x, const Tensor& w, const F& f) {
-  with_image_type(kProjectName, "x", x.scalar_type(), [&](auto t) {
-    with_float_type(kProjectName, "w", w.scalar_type(), [&](auto v) { f(t, v); });
-  });
+  with_types_beside(kProjectName, "x", x, w, f);
 }
 
 }  // namespace fastdynat

@@ -38,7 +38,7 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
   T* out = mutable_data<T>(s.out);
   const int64_t row = s.row, channels = s.channels, pixels = s.pixels, groups = (row + 3) / 4;
   const Philox random(state);
-  parallel(s.images, groups * kGroupCost, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.images, groups * kGroupCost, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<float> buffer(4 * groups);
     float* z = buffer.data();
     for (int64_t n = begin; n < end; ++n) {

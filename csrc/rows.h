@@ -36,6 +36,14 @@ FASTDYNAT_INLINE void with_pointer(const FloatRows& rows, const F& f) {
   }
 }
 
+// Value i of `rows` as A: one copy of the code around it serves every dtype.
+template <typename A>
+FASTDYNAT_INLINE A load_value(const FloatRows& rows, int64_t i) {
+  A value;
+  with_pointer(rows, [&](const auto* data) { value = static_cast<A>(data[i]); });
+  return value;
+}
+
 // Whether x comes before `best` in the order of torch.argmax: greater, or the first NaN.
 template <typename A>
 FASTDYNAT_INLINE bool beats(A x, A best) {
@@ -45,10 +53,6 @@ FASTDYNAT_INLINE bool beats(A x, A best) {
 template <typename A>
 FASTDYNAT_INLINE bool same_place(A x, A y) {
   return (x == y) | ((x != x) & (y != y));
-}
-
-inline bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
 
 // The dtype computed in.

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "inline.h"
 #include "tensor.h"
 
 namespace fastdynat {
@@ -12,6 +13,28 @@ struct StepTensors {
   Tensor x_adv, grad, x0;  // dense, of one memory order; each image one block where `moved` is asked for
   Tensor out, low, moved;
   int64_t rows, row;  // images and elements per image, or 1 and all elements where `moved` is not asked for
+};
+
+// Where the half-precision copy of the result goes: nowhere, or to a tensor of either type.
+struct LowCopy {
+  void* to;  // may be null
+  bool half;
+
+  explicit LowCopy(StepTensors& s)
+      : to(s.low.numel() > 0 ? s.low.mutable_data_ptr() : nullptr), half(s.low.scalar_type() == ScalarType::Half) {}
+
+  // Copies values[0, n) to the places from `at` on.
+  template <typename T>
+  FASTDYNAT_INLINE void write(const T* values, int64_t at, int64_t n) const {
+    if (to == nullptr) return;
+    half ? copy(values, static_cast<Half*>(to) + at, n) : copy(values, static_cast<BFloat16*>(to) + at, n);
+  }
+
+ private:
+  template <typename T, typename L>
+  FASTDYNAT_INLINE static void copy(const T* values, L* low, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) low[i] = static_cast<L>(static_cast<float>(values[i]));
+  }
 };
 
 // Calls launch(StepTensors&) with tensors in an order that the kernels can walk; returns (out, low, moved), laid out as x_adv.
@@ -51,12 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> run_step(
   return {out, low, moved};
 }
 
-// Calls f(T{}, G{}) with the types of the images and of the gradient.
+// Calls f(T{}, G{}) with the types of the images and of the gradient, which is `beside` them.
 template <typename F>
 void with_step_types(const char* op, const Tensor& x_adv, const Tensor& grad, const F& f) {
-  with_image_type(op, "x_adv", x_adv.scalar_type(), [&](auto t) {
-    with_float_type(op, "grad", grad.scalar_type(), [&](auto g) { f(t, g); });
-  });
+  with_types_beside(op, "x_adv", x_adv, grad, f);
 }
 
 }  // namespace fastdynat

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -109,6 +110,21 @@ inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+inline bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+// `t`, of any floating dtype, as kernels for `images` read it. float64 stands only beside float64: `t` is converted otherwise,
+// which is all that kernels would do to its values, and they need not exist for every pair of types.
+inline Tensor beside(const char* op, const char* name, const Tensor& images, const Tensor& t) {
+  STD_TORCH_CHECK(is_float(t.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16");
+  const ScalarType type = images.scalar_type();
+  if (t.scalar_type() == type || (type != ScalarType::Double && t.scalar_type() != ScalarType::Double)) return t;
+  Tensor out = empty_like(t, type);
+  torch::stable::copy_(out, t);
+  return out;
+}
+
 inline int64_t per_image(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
 template <typename T>
@@ -141,6 +157,23 @@ void with_image_type(const char* op, const char* name, ScalarType dtype, const F
     case ScalarType::Double: return f(double{});
     default: STD_TORCH_CHECK(false, op, ": ", name, " must be float32 or float64");
   }
+}
+
+// Calls f(T{}, G{}) with the types of images and of what has been put `beside` them.
+template <typename F>
+void with_types_beside(const char* op, const char* images_name, const Tensor& images, const Tensor& other, const F& f) {
+  with_image_type(op, images_name, images.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    if constexpr (std::is_same_v<T, double>) {
+      f(t, double{});
+    } else {
+      switch (other.scalar_type()) {
+        case ScalarType::Half: return f(t, Half{});
+        case ScalarType::BFloat16: return f(t, BFloat16{});
+        default: return f(t, float{});
+      }
+    }
+  });
 }
 
 }  // namespace fastdynat

@@ -135,7 +135,7 @@ void for_tiles_of(int64_t n, int32_t classes, int32_t buffers, const Body& body)
   using T = Tile<kAcrossRows>;
   const int64_t size = T{0, 0, classes}.end();
   constexpr int64_t kWork = 4;  // an exponential is worth about four elements of an ordinary loop
-  parallel((n + T::kRows - 1) / T::kRows, kWork * size, [=, &body](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<A>((n + T::kRows - 1) / T::kRows, kWork * size, [=, &body](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const std::unique_ptr<A[]> scratch(new A[buffers * size]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * T::kRows;
@@ -146,11 +146,10 @@ void for_tiles_of(int64_t n, int32_t classes, int32_t buffers, const Body& body)
 
 template <typename A, typename Body>
 void for_tiles(int64_t n, int32_t classes, int32_t buffers, const Body& body) {
-  if (classes <= kShortRow) {
-    for_tiles_of<A, true>(n, classes, buffers, body);
-  } else {
-    for_tiles_of<A, false>(n, classes, buffers, body);
+  if constexpr (!std::is_same_v<A, double>) {  // in double a second walk would only make the build longer
+    if (classes <= kShortRow) return for_tiles_of<A, true>(n, classes, buffers, body);
   }
+  for_tiles_of<A, false>(n, classes, buffers, body);
 }
 
 }  // namespace fastdynat

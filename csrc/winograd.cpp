@@ -27,7 +27,7 @@ FASTDYNAT_INLINE void for_blocks(int64_t channels, const Body& body) {
 
 // x: (N, H, W, C) -> v: (36, count, C), the windows of tiles [first, first + count).
 void transform_input(const float* x, float* v, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
-  parallel(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
     for (int64_t t = begin; t < end; ++t) {
       const Tiles::At at = tiles.at(first + t);
@@ -70,7 +70,7 @@ void transform_input(const float* x, float* v, const Tiles& tiles, int64_t chann
 // m: (36, count, K) -> y: (N, H, W, K) at the tiles [first, first + count).
 void transform_output(
     const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
-  parallel(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
     for (int64_t t = begin; t < end; ++t) {
       const Tiles::At at = tiles.at(first + t);
@@ -163,7 +163,7 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
 // Filter (f, t) begins at w[f * from_stride + t * to_stride]; `step` is 1, or -1 from the last tap for filters turned by 180 degrees.
 void transform_weights(
     const float* w, int64_t from_stride, int64_t to_stride, int64_t step, float* u, int64_t from, int64_t to) {
-  parallel(from, kPoints * to, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<float>(from, kPoints * to, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t f = begin; f < end; ++f) {
       for (int64_t t0 = 0; t0 < to; t0 += kLanes) {
         const int64_t n = std::min(kLanes, to - t0);

@@ -93,15 +93,17 @@ __device__ __forceinline__ void hard_row(const Row<A, T>& row, int32_t label, bo
   row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -rest : exp_of(z - top) * inverse)); });
 }
 
-template <typename A, typename T, typename Q>
-__device__ __forceinline__ void soft_row(const Row<A, T>& row, const Q* target, bool kl, bool rescale, A sign, T* grad, A* value) {
+// `targets` are read from value `from` on.
+template <typename A, typename T>
+__device__ __forceinline__ void soft_row(
+    const Row<A, T>& row, const FloatRows& targets, int64_t from, bool kl, bool rescale, A sign, T* grad, A* value) {
   const int32_t first = row.best_but(-1, -1);
   const A top = row[first];
   const auto log_probability = [&](int32_t k) {
-    const A q = static_cast<A>(target[k]);
+    const A q = load_value<A>(targets, from + k);
     return q > A(0) ? A(0) : q;  // but for rounding
   };
-  const auto probability = [&](int32_t k) { return kl ? exp_of(log_probability(k)) : static_cast<A>(target[k]); };
+  const auto probability = [&](int32_t k) { return kl ? exp_of(log_probability(k)) : load_value<A>(targets, from + k); };
   A others = 0, mass = 0;
   row.each([&](int32_t k, A z) {
     others += k == first ? A(0) : exp_of(z - top);
@@ -151,9 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) attack_logit_grad_kernel(
     const Row<A, T> row{logits + i * classes, classes, static_cast<int32_t>(threadIdx.x % kWarp)};
     T* to = grad + i * classes;
     if (is_soft(loss)) {
-      with_pointer(targets, [&](const auto* target) {
-        soft_row(row, target + i * classes, loss == AttackLoss::kKl, rescale, sign, to, value + i);
-      });
+      soft_row(row, targets, i * classes, loss == AttackLoss::kKl, rescale, sign, to, value + i);
       continue;
     }
     const int64_t label = labels[i];

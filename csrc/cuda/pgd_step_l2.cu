@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
     std::optional<ScalarType> low_dtype) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
-  return run_step("pgd_step_l2", x_adv, grad, x0, low_dtype, true, [&](StepTensors& s) {
+  return run_step("pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true, [&](StepTensors& s) {
     with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       using G = decltype(gradient);

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cuda(
     std::optional<ScalarType> low_dtype, bool count) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
-  return run_step(kStepName, x_adv, grad, x0, low_dtype, count, [&](StepTensors& s) {
+  return run_step(kStepName, x_adv, signs_of(x_adv, grad), x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
       const PgdStep<T> step{static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};

@@ -10,13 +10,6 @@ namespace {
 constexpr int kWarpsPerBlock = 4;  // few, so that a batch of some hundred rows reaches every multiprocessor
 constexpr int kMostHeld = 32;      // values per lane: up to 1024 classes
 
-template <typename A>
-__device__ __forceinline__ A load_value(const FloatRows& rows, int64_t i) {
-  A value;
-  with_pointer(rows, [&](const auto* data) { value = static_cast<A>(data[i]); });
-  return value;
-}
-
 // A row in the registers of a warp. Each lane has `each` see its own classes; `reduce` combines what the lanes have.
 template <typename A, int kHeld>
 struct WarpRow {
