@@ -13,8 +13,9 @@ from fastdynat.ops.winograd import TILE
 MIN_CHANNELS = 64
 # With 128 channels 1.9 at 16x16, 1.2 at 14x14, 1.0 at 7x7 (1.6 with 512), 0.7 at 6x6, whose tiles hold 56 % outputs.
 MIN_FILLED = 0.75
-# With 512 channels 1.9 with 32 tiles, 1.1 with 8, 1.0 with 4: reading the weights, four times as many, takes over.
-MIN_TILES = 16
+# With 512 channels 1.9 with 32 tiles, 1.1 with 8, 1.0 with 4: reading the weights, four times as many, takes over. With 128 on
+# AVX-512 1.3 with 128, 1.1 with 64, 1.04 with 32, which the transformation of the weights, once a batch, eats up again.
+WIDE, MIN_TILES_WIDE, MIN_TILES = 256, 16, 64
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -33,7 +34,8 @@ class WinogradConv2d(nn.Conv2d):
             return False
         n, _, height, width = x.shape
         tiles = n * -(-height // TILE) * -(-width // TILE)
-        return tiles >= MIN_TILES and n * height * width >= MIN_FILLED * TILE**2 * tiles
+        least = MIN_TILES_WIDE if min(self.in_channels, self.out_channels) >= WIDE else MIN_TILES
+        return tiles >= least and n * height * width >= MIN_FILLED * TILE**2 * tiles
 
     @torch.no_grad()
     def refresh(self) -> None:
