@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat import PGD, trades_loss
+from fastdynat.attacks import NotCopyable
 from fastdynat.attacks.fold import fold_batch_norm
 from fastdynat.compat import refresh
+from fastdynat.engine.networks import NetworkSet
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 2
 
@@ -155,6 +157,15 @@ def test_which_networks_are_attacked_themselves() -> None:
         with pytest.warns(UserWarning, match=reason):
             attack(*batch())
         assert "on the model itself" in attack.path
+
+
+def test_training_refuses_networks_of_which_no_replica_can_be_made() -> None:
+    right = make("in place", odd_networks.NETWORKS)
+    for name in ("forward over the original", "a hook that calls a sibling", "scripted"):
+        wrong = make(name, odd_networks.NETWORKS)
+        for model, guide in ((wrong, None), (right, wrong)):
+            with pytest.raises(NotCopyable, match="no replica of"):
+                NetworkSet(model, guide, image_shape=(3, 16, 16), device=torch.device("cpu"))
 
 
 def test_the_first_of_two_norms_is_not_lost_on_a_fresh_network() -> None:

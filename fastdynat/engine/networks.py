@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdynat.attacks import AttackEngine, AttackSwitches, frozen_twin, unmoved_twin
+from fastdynat.attacks.faithful import check_twin
 from fastdynat.compiling import compile_whole
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo
@@ -61,7 +62,7 @@ class NetworkSet:
         self.compile_mode = compile_mode
 
         self._say = say
-        guide_eval = None if guide is None else self._view(frozen_twin(guide, "eval"), "the guide in eval mode")
+        guide_eval = None if guide is None else self._view(_frozen_guide(guide, example), "the guide in eval mode")
         self.views = Networks(
             model=self._view(model, "the model"),
             attacked=self.attack.logits,
@@ -81,3 +82,10 @@ class NetworkSet:
         """Move the weight average by one step."""
         if self.ema is not None:
             self.ema.update()
+
+
+def _frozen_guide(guide: nn.Module, example: torch.Tensor) -> nn.Module:
+    """Raises NotCopyable, as for the attacked model, where a copy is none."""
+    twin = frozen_twin(guide, "eval")
+    check_twin(guide, twin, example)
+    return twin
