@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,14 +35,16 @@ class CompiledAscent(Ascent):
 
     def look(self, kind: Kind) -> Look:
         def make() -> Callable[..., Any]:
-            plain, whole = super(CompiledAscent, self).look(kind), self._look(kind, self._functional_linearize)
+            bare = replace(self, _graphs={})  # what is kept must not hold who keeps it: a cycle with all weights in it
+            plain, whole = Ascent.look(bare, kind), bare._look(kind, bare._functional_linearize)
             return compile_whole(whole, mode=self.mode, what="the attack", say=self.say, otherwise=plain)
 
         return self._kept(kind, make) or super().look(kind)
 
     def one_graph(self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]]) -> Callable[..., Any]:
         def compiled() -> Callable[..., Any]:
-            plain, whole = super(CompiledAscent, self).one_graph(kind, make), make(self._functional_pull)
+            bare = replace(self, _graphs={})
+            plain, whole = Ascent.one_graph(bare, kind, make), make(bare._functional_pull)
             return compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain)
 
         return self._kept(kind, compiled) or super().one_graph(kind, make)
