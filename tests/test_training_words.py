@@ -389,7 +389,10 @@ def test_clean_accuracy_below_chance_gets_a_hint() -> None:
     assert clean_hint({**record(0, 50), "attacks": []}) is None
 
 
-def test_a_network_that_counts_classes_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+def test_a_network_that_counts_classes_from_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # results of networks that are no runs are kept under the working directory
     (tmp_path / "net.py").write_text(
         "import torch\nclass Off(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.scale = torch.nn.Parameter(torch.ones(()))\n"
