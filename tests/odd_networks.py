@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -327,7 +328,19 @@ def einsum_head() -> nn.Module:
     return odd(lambda self, x: torch.einsum("nchw,kc->nk", self.net[:3](x), self.weight) / 50, weight=weight)
 
 
+def viewed(self: Any, x: Tensor) -> Tensor:
+    """LeNet's and TRADES' idiom, which takes contiguous activations."""
+    y = self.second(F.relu(self.norm(self.first(x))))
+    return self.head(F.max_pool2d(y.relu_(), 2).view(x.size(0), -1))
+
+
+def viewed_parts() -> dict[str, Any]:
+    return {"first": conv(3, 64), "norm": nn.BatchNorm2d(64), "second": conv(64, 64), "head": nn.Linear(64 * 8 * 8, 10)}
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "a view of a map": lambda: odd(viewed, **viewed_parts()),
+    "a view of the images": lambda: odd(lambda self, x: self.flat(x.view(len(x), -1)), flat=nn.Linear(768, 10)),
     "in place": Residual,
     "squeeze and excite": SqueezeExcite,
     "conv, norm, norm": lambda: nn.Sequential(conv(), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(), head(8)),
@@ -384,6 +397,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def patch_function(net: Any) -> None:
+    """Another function with fewer arguments in a name that the network's trace calls; a test puts it back."""
+    F.hardtanh = lambda y, low, high: y.abs()  # type: ignore[assignment]
+
+
 def swap_function(net: Any) -> None:
     net.act = torch.sin
 
@@ -402,6 +420,12 @@ def set_class(net: Any) -> None:
 
 def new_forward(net: Any) -> None:
     type(net).forward = lambda self, x: self.net((3 * x).sin())
+
+
+def turn_norm(module: nn.Module, grads: Any, outs: Any) -> Any:
+    """A hook that turns gradients at batch norms."""
+    turned = (g * torch.linspace(-1, 1, 8).view(8, 1, 1) for g in grads)
+    return tuple(turned) if isinstance(module, nn.BatchNorm2d) else None
 
 
 def attribute(name: str, value: Any) -> Callable[[Any], None]:
@@ -482,6 +506,14 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "the environment, which cannot be seen": (
         lambda: odd(from_environment),
         lambda net: os.environ.__setitem__("FASTDYNAT_TEST_FACTOR", "3"),
+    ),
+    "a function of torch patched": (
+        lambda: odd(lambda self, x: self.net[3](F.hardtanh(self.net[1](self.net[0](x)), 0.0, 6.0))),
+        patch_function,
+    ),
+    "a global gradient hook": (
+        lambda: nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Sigmoid(), head(8)),
+        lambda net: register_module_full_backward_hook(turn_norm),
     ),
     "padding": (lambda: nn.Sequential(conv(), head(8)), lambda net: setattr(net[0], "padding_mode", "circular")),
     "stride": (lambda: nn.Sequential(conv(), head(8)), lambda net: setattr(net[0], "stride", (2, 2))),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat import PGD, trades_loss
@@ -86,7 +87,10 @@ def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
 
 @pytest.fixture(autouse=True)
 def _outside() -> Iterator[None]:
+    hardtanh = F.hardtanh
     yield
+    F.hardtanh = hardtanh
+    torch_module._global_backward_hooks.clear()
     odd_networks.FACTOR, odd_networks.SETTINGS.factor = 1.0, 1.0
     os.environ.pop("FASTDYNAT_TEST_FACTOR", None)
 
@@ -157,6 +161,36 @@ def test_which_networks_are_attacked_themselves() -> None:
         with pytest.warns(UserWarning, match=reason):
             attack(*batch())
         assert "on the model itself" in attack.path
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("speed", [{}, {"channels_last": False}, {"amp": torch.bfloat16}])
+def test_views_that_take_contiguous_maps(speed: dict[str, Any]) -> None:
+    """Sixteen images, for which convolutions are Winograd's; and no note, since nothing was asked for that is not done."""
+    model, (x, y) = make("a view of a map", odd_networks.NETWORKS), batch(16)
+    y = y % 10
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False, **speed)
+    assert same(attack(x, y), plain_pgd(model, x, y)) > (0.9 if "amp" in speed else 0.995)
+    assert "channels-last" not in attack.path
+    with pytest.warns(UserWarning, match="channels_last=True: the model fails in that memory format"):
+        PGD(model, EPS, ALPHA, STEPS, channels_last=True)(x, y)
+
+
+def test_a_view_that_only_another_size_breaks(capfd: pytest.CaptureFixture[str]) -> None:
+    """A map of 1x1 has a view in every memory format."""
+    layers = {"net": nn.Identity(), "first": odd_networks.conv(3, 16), "pool": nn.MaxPool2d(16), "last": nn.Linear(16, 10)}
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.pool(self.first(x)).view(x.size(0), -1)
+        return self.last(F.adaptive_avg_pool1d(y, 16))
+
+    model = odd_networks.odd(forward, **layers)
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+    for size in (16, 32, 48, 16):
+        x, y = batch(size=size)
+        assert same(attack(x, y), plain_pgd(model, x, y)) > 0.995
+    assert "replica" in attack.path
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_training_refuses_networks_of_which_no_replica_can_be_made() -> None:

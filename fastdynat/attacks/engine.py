@@ -78,6 +78,7 @@ class AttackEngine:
 
     Attributes:
         replica: what is attacked in its place.
+        switches: as given, but for what `model` cannot be run with.
         ascent: gradients and logits of it, for attacks that are no PGD (`Search`); its iterates are to be `laid_out`.
     """
 
@@ -108,7 +109,7 @@ class AttackEngine:
         """
         if not gradient_reaches(model, example) and not blind:
             raise NoGradient
-        self.switches = s = switches or AttackSwitches()
+        s = switches or AttackSwitches()
         self._recorder, self._note = recorder, Notes(say)
         self.replica = AttackReplica(
             model,
@@ -119,6 +120,7 @@ class AttackEngine:
             fold=s.fold and bn == "eval",
             winograd=s.winograd,
         )
+        self.switches = s = replace(s, channels_last=self.replica.channels_last)
         if self.replica.note and has_batch_norm(model):
             self._note(f"batch norm is not folded in the attack: {self.replica.note}")
         underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)

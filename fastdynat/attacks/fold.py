@@ -142,6 +142,8 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
         raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
     traced.graph.lint()
     traced.recompile()
+    # fx's own prints what it fails of, also where that is handled.
+    type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
     traced.delete_all_unused_submodules()
     # Graph and module would keep each other alive until the garbage collector comes, with all that the module holds.
     traced.graph.owning_module = None

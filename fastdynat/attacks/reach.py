@@ -51,8 +51,8 @@ def reach(model: nn.Module) -> Reach:
     """
     walk = _Walk(model)
     walk.visit(model)
-    for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
-        walk.visit_all(hooks.values())
+    for name in ("forward", "forward_pre", "backward", "backward_pre"):
+        walk.visit_all(getattr(torch_module, f"_global_{name}_hooks").values())
     return Reach(walk.marks, walk.tensors, walk.arrays, walk.hidden)
 
 

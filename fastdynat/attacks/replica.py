@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from fastdynat.attacks.answers import ROUNDING, answer_and_gradient, disagreement
+from fastdynat.attacks.answers import ROUNDING, answer, answer_and_gradient, disagreement
 from fastdynat.attacks.faithful import check_twin
 from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors, relu_in_place
 from fastdynat.attacks.modes import frozen_twin
@@ -26,6 +26,7 @@ class AttackReplica:
         network: images in [0, 1] -> logits.
         num_folded: batch norms folded into the layer before them.
         num_winograd: convolutions computed by Winograd's algorithm.
+        channels_last: whether the network runs in that memory format; not where it takes views that only contiguous ones have.
         note: why nothing was folded although `fold` asked for it; else "".
     """
 
@@ -46,7 +47,7 @@ class AttackReplica:
             example: (n, C, H, W) images on the model's device, two are enough: they check that folding changed nothing.
             bn: batch norm during the attack: "eval", "train" or "frozen" (`set_attack_mode`); only "eval" can be folded.
             dtype: half-precision type of convolution and linear weights; None keeps the model's.
-            channels_last: convolution weights in channels-last memory format.
+            channels_last: convolution weights in channels-last memory format, where the network can be run so.
             fold: fold batch norm where the network allows.
             winograd: compute 3x3 convolutions by Winograd's algorithm where that is faster: in float32, on the CPU, with the
                 extension (`use_winograd`). Takes eight times the memory of their weights.
@@ -62,7 +63,9 @@ class AttackReplica:
             self._fold(model, example, bn)
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._own_weights(dtype, channels_last)
+        self.channels_last = channels_last and self._runs_channels_last(example, dtype)
+        if not self.channels_last:
+            self._own_weights(dtype, torch.preserve_format)
         self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
@@ -91,7 +94,21 @@ class AttackReplica:
             return
         self.network, self._folds = network, folds
 
-    def _own_weights(self, dtype: torch.dtype | None, channels_last: bool) -> None:
+    def _runs_channels_last(self, example: Tensor, dtype: torch.dtype | None) -> bool:
+        """Convert the weights and try the network out; if it fails, as ``x.view(len(x), -1)`` does, put them back."""
+        before = [(module, dict(module._parameters)) for module in self.network.modules()]
+        self._own_weights(dtype, torch.channels_last)
+        try:
+            with torch.autocast(example.device.type, dtype, enabled=dtype is not None):
+                answer(self.network, example.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:
+            self._sources, self._copies = [], []
+            for module, parameters in before:
+                module._parameters.update(parameters)
+            return False
+        return True
+
+    def _own_weights(self, dtype: torch.dtype | None, memory_format: torch.memory_format) -> None:
         """Convert weights that are the replica's own, and replace those that would have to be converted at every call."""
         own = {id(fold.folded) for fold in self._folds}
         for module in self.network.modules():
@@ -100,7 +117,7 @@ class AttackReplica:
             for name, old in list(module._parameters.items()):
                 if old is None:
                     continue
-                layout = torch.channels_last if channels_last and old.dim() == 4 else torch.preserve_format
+                layout = memory_format if old.dim() == 4 else torch.preserve_format
                 new = old.detach().to(dtype=dtype or old.dtype, memory_format=layout)
                 if new.data_ptr() == old.data_ptr():
                     continue

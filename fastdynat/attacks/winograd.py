@@ -27,7 +27,10 @@ class WinogradConv2d(nn.Conv2d):
         """``nn.Conv2d.forward``, which itself takes the shapes and types that it is better at."""
         if not self._faster(x):
             return super().forward(x)
-        return winograd_conv3x3(x, *self.transformed, self.bias, backend="cpp")
+        out = winograd_conv3x3(x, *self.transformed, self.bias, backend="cpp")
+        # As nn.Conv2d answers: contiguous ones may be viewed otherwise afterwards.
+        last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, self.weight))
+        return out if last else out.contiguous()
 
     def _faster(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

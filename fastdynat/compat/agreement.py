@@ -42,7 +42,11 @@ class Agreement:
         return agrees
 
     def _agree(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
-        want, got = answer(on_model.eval_logits, x), answer(replica.eval_logits, x)
+        want = answer(on_model.eval_logits, x)
+        try:
+            got = answer(replica.eval_logits, x)
+        except Exception:  # the model takes these images: its code has changed, or a view needs another layout at this size
+            return False
         dtype = on_model.dtype or want.dtype
         most = HALF[dtype][0] if dtype in HALF else self._most
         if not _read(differs(want, got, most)):

@@ -235,7 +235,10 @@ class Following:
                     "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica on each"
                 )
             example = example.to(own_dtype(network) or x.dtype)
-            return OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
+            replica = OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
+            if self._channels_last and not replica.switches.channels_last:
+                self.warn("channels_last=True: the model fails in that memory format, so it is attacked in the contiguous one")
+            return replica
         except NotCopyable as error:
             self.warn(f"the model is attacked itself, eagerly: {error}")
             return None
