@@ -290,6 +290,17 @@ def test_copies_of_the_model_know_nothing_of_the_attack() -> None:
         torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda attack: pickle.loads(pickle.dumps(attack))])
+def test_copies_of_an_attack_attack_their_own_model(again: Callable[[PGD], PGD]) -> None:
+    model, (x, y) = make("in place", odd_networks.NETWORKS), batch()
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False, fold=False)
+    for made in (again(attack), (attack(x, y), again(attack))[1]):
+        made.model.stem.weight.data.neg_()
+        assert same(made(x, y), plain_pgd(made.model, x, y)) > 0.995
+        assert "batch norm eval" in made.path
+    assert same(attack(x, y), plain_pgd(model, x, y)) > 0.995
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["in place", "frozen norm", "forward over the original"])
 def test_two_threads_may_attack_one_model(name: str) -> None:

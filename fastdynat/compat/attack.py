@@ -48,6 +48,9 @@ class Attack(ABC):
             if bool((mean != 0).any() or (std != 1).any()):
                 self.set_normalization_used(mean.flatten(), std.flatten())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_runner"}
+
     def refresh(self) -> None:
         """Forget the replica; the next call makes it anew."""
         self._following.forget()

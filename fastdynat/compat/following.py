@@ -106,6 +106,18 @@ class Following:
         self._fold, self._winograd = fold, winograd
         self.output, self._rescale = output, rescale
         self._compile = compile if isinstance(compile, str) else AUTO if compile else "off"
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, also those in another process: as asked for. A copy's replica is its own, made at its first call."""
+        asked = ("amp", "_channels_last", "_graphs", "_fold", "_winograd", "output", "_rescale", "_compile")
+        return {name: getattr(self, name) for name in asked}
+
+    def __setstate__(self, asked: dict[str, Any]) -> None:
+        vars(self).update(asked)
+        self._begin()
+
+    def _begin(self) -> None:
         self._picked: dict[torch.device, torch.dtype | None] = {}
         self.warn = Once()
         self._watch = GradientWatch(self.warn)
