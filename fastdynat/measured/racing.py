@@ -1,7 +1,8 @@
 """Timing alternatives against each other, for as long as it takes to tell them apart."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -45,6 +46,17 @@ def race(
         for name, call in running.items():
             least[name] = min(least[name], _once(call, clock))
     return least
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block that computes on one of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def quiet_clock() -> Clock:
