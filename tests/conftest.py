@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 if importlib.util.find_spec("fastdynat") is None:
     sys.path.insert(0, str(ROOT))
+# Under nohup, or in the background of a script, these are ignored, and so they would be in what the tests start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of `pytest -n` share the cores, as do the processes that tests start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,21 @@ LONG = [*TINY, "--epochs", "5000"]
 STOPS = [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGHUP, 129, " by SIGHUP")]
 
 
+STARTED: list["subprocess.Popen[str]"] = []
+
+
 def start(*arguments: object, **more: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "fastdynat", *map(str, arguments)]
-    return subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more})
+    STARTED.append(subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    """A test that fails leaves no training behind."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def wait_for(path: Path) -> None:
