@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mail-trades": ("mail", {"base": "trades", "weight_from": 0.5}),
     "mart-released": ("mart", {"floor": 1e-4}),
     "arda-quarter": ("arda", {"adversarial_share": 0.25}),
-    "dynat-no-inner": ("dynat", {"inner_loss": "kl_self", "extra_kl_weight": 1.0, "beta": 0.2, "awp_objective": "trades"}),
+    "dynat-no-inner": ("dynat", {"inner_loss": "kl_self", "extra_kl_weight": 1.0, "beta": 0.2}),
     "dynat-soft-eval": ("dynat", {"label_type": "soft", "temperature": 2.0, "guide_mode": "eval"}),
     "dynat-gairat": ("dynat", {"weighting": "gairat"}),
     "dynat-mail": ("dynat", {"weighting": "mail", "weight_from": 0.5}),

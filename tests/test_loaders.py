@@ -460,11 +460,12 @@ def test_workers_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TINY = ["--val-size", "4", "--batch-size", "8", "--steps", "1", "--epochs", "2", "--method", "madry", "--quiet"]
-TINY += ["--model", "small", "--workers", "1"]
+TINY += ["--model", "small"]
 
 
 def train(run: Path, *flags: object, code: int = 0) -> Path:
-    assert main(["train", "--run-dir", str(run), *TINY, *map(str, flags)]) == code
+    workers = [] if "resident" in flags else ["--workers", "1"]
+    assert main(["train", "--run-dir", str(run), *TINY, *workers, *map(str, flags)]) == code
     return run
 
 

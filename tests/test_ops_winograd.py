@@ -425,6 +425,7 @@ def test_validation_uses_it_unless_told_otherwise(
         raise Asked(switches.winograd)
 
     monkeypatch.setattr(sys.modules["fastdynat.evaluation.measure"], "AttackEngine", engine)
+    monkeypatch.setattr(sys.modules["fastdynat.engine.resolve"], "winograd_pays", lambda *_, **__: True)  # wherever this runs
     with pytest.raises(Asked) as asked:
         main(["train", "--run-dir", str(tmp_path / "run"), "--device", "cpu", *RUN, "--amp", "off", "--winograd", switch])
     assert asked.value.args == (used,)
