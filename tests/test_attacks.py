@@ -324,6 +324,8 @@ def test_names_of_the_evaluation() -> None:
         ("pdg20", "did you mean .*'pgd20'"),
         ("pgd", "unknown attack 'pgd'"),
         ("pgd0", "steps and restarts"),
+        ("pgd99999999999999999999-1", "at most 100000"),
+        ("pgd1000-101", "at most 100000"),
         ("", "no attack named"),
         ("fgsm,fgsm", "named twice"),
     ]:

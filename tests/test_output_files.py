@@ -14,7 +14,7 @@ import pytest
 from fastdynat.cli import main
 from fastdynat.errors import UserError
 from fastdynat.report.files import ReportFiles
-from fastdynat.runs import check_writable, claim_name, release_name
+from fastdynat.runs import RunDir, check_output, check_writable, claim_name, release_name
 from fastdynat.runs.files import replacing, saving, write_bytes, write_text
 
 TINY = ["--train-size", "64", "--val-size", "20", "--batch-size", "32", "--steps", "1", "--method", "madry", "--quiet"]
@@ -222,3 +222,39 @@ def test_a_report_replaces_and_removes_only_its_own_files(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is not this report's"):
         ReportFiles(tmp_path, "findings.json").check(["index.html"])
     assert (tmp_path / "index.html").read_text() == "written by hand"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "metrics.jsonl", "environment.json", ".lock", "last", "last/model.safetensors", "best/state.pt", "link"],
+)
+def test_results_never_take_the_place_of_a_run_s_own_file(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    opened = RunDir.create(run, "method: madry\n", overwrite=False)
+    opened.commit(lambda folder: (folder / "model.safetensors").write_text("weights"), best=True)  # type: ignore[func-returns-value]
+    opened.close()
+    (run / "last" / "state.pt").write_text("state")
+    (run / "link").symlink_to("last/model.safetensors")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is a file of the run .*choose another place|Is a directory"):
+        check_output(run / name)
+    assert main(["eval", str(run), "--attacks", "clean", "--json", str(run / name)]) == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["eval.json", "evaluations/mine.json", "pictures/index.html", "config.json"])
+def test_results_may_lie_beside_a_run_s_own_files(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    RunDir.create(run, "method: madry\n", overwrite=False).close()
+    (run / name).parent.mkdir(exist_ok=True)
+    check_output(run / name)
+
+
+def test_a_missing_folder_is_named_and_a_path_of_too_many_parts_is_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=f"make the folder {tmp_path}/no/such first"):
+        check_writable(tmp_path / "no" / "such" / "x.json")
+    assert main(["train", *TINY, "--epochs", "1", "--run-dir", str(tmp_path / ("x/" * 1900))]) == 2
+    assert "too many parts" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert names(tmp_path) == []

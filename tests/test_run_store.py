@@ -419,3 +419,27 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     assert said in spoken
     assert "resuming" not in spoken
     assert tree(path) == before
+
+
+@pytest.mark.parametrize("link", [LAST, "checkpoints/000003"])
+def test_a_checkpoint_that_the_user_moved_and_linked_stays_where_it_is(run: Path, link: str) -> None:
+    (run / "checkpoints" / "000003").rename(run / "keep")
+    if link == LAST:
+        (run / LAST).unlink()
+        (run / LAST).symlink_to("keep")
+    else:
+        (run / link).symlink_to("../keep")
+    before = tree(run / "keep")
+    with opened(run) as open_run:
+        open_run.adopt()
+        assert text_of(find_checkpoint(run, LAST)) == "model.safetensors 3"
+        check_manifest(find_checkpoint(run, LAST) or run)
+        for epoch in (4, 5):
+            open_run.commit(fill(str(epoch)), best=True, epoch=epoch)
+    assert tree(run / "keep") == before
+    assert text_of(find_checkpoint(run, LAST)) == "model.safetensors 5"
+
+
+def test_other_data_is_refused_before_it_is_looked_for(paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(paused), "--data", "cifar10", "--data-dir", "/nowhere"]) == 2
+    assert "data is digits in this run, not cifar10" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from fastdynat.attacks.search import Radii
 from fastdynat.attacks.targets import check_rule
 from fastdynat.errors import UserError
 
+MOST_STEPS = 100_000
 _STEPS = {"cw": 20, "bim": 10, "mim": 10}
 _PATTERN = re.compile(
     r"(?P<kind>pgd|cw|bim|mim)(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?"
@@ -31,6 +32,8 @@ def parse_normball(name: str, radii: Radii) -> PGD | None:
     start = "none" if kind in ("bim", "mim") or norm == "l0" else "uniform"
     if steps < 1 or restarts < 1:
         raise UserError(f"attack {name!r}: steps and restarts must be >= 1")
+    if steps * restarts > MOST_STEPS:
+        raise UserError(f"attack {name!r}: steps times restarts must be at most {MOST_STEPS}")
     if restarts > 1 and start == "none":
         remedy = "leave the restarts out" if norm == "l0" else f"use pgd{steps}-{restarts}"
         raise UserError(f"attack {name!r}: under {norm} {kind} starts at the image, restarts would repeat it; {remedy}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastdynat.checks import check_limits
 from fastdynat.errors import UserError
 from fastdynat.pictures import PICTURES, check_picture
-from fastdynat.runs import check_writable
+from fastdynat.runs import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,4 @@ def check_bench(config: BenchConfig) -> None:
     check_picture("profile", config.profile, (".json", *PICTURES))
     for path in (config.json, config.chart, config.profile):
         if path is not None:
-            check_writable(Path(path))
+            check_output(Path(path))

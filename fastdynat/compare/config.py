@@ -13,7 +13,7 @@ from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.methods import METHODS, method_class, method_name, options_type
 from fastdynat.pictures import check_picture
-from fastdynat.runs import check_writable
+from fastdynat.runs import check_output
 
 # Keys of a run that a comparison decides itself, and how it is told.
 OWN = {
@@ -85,7 +85,7 @@ def check_compare(config: CompareConfig) -> None:
     check_picture("chart", config.chart)
     for path in (config.json, config.chart):
         if path is not None:
-            check_writable(Path(path))
+            check_output(Path(path))
 
 
 def parse_names(text: str) -> list[str]:

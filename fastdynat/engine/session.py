@@ -123,6 +123,8 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     try:
         last = newest_checkpoint(path)
         state = {} if last is None else _checked_state(last)
+        if config.data.data != stored.data.data:  # before the other data is looked for
+            raise UserError(_changed("data", stored.data.data, config.data.data))
         _check_trained(path, stored, config, state)
         split = open_split(config, say)
         config = replace(config, engine=adopted(config.engine, stored.engine))
@@ -411,10 +413,11 @@ def _check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
     changed = [key for key in before if before[key] != after.get(key)]
     if changed:
         key = changed[0]
-        raise UserError(
-            f"--resume goes on exactly as begun: {key} is {before[key]} in this run, not {after.get(key)}; "
-            "start a new run to change it"
-        )
+        raise UserError(_changed(key, before[key], after.get(key)))
+
+
+def _changed(key: str, before: object, after: object) -> str:
+    return f"--resume goes on exactly as begun: {key} is {before} in this run, not {after}; start a new run to change it"
 
 
 def _constants(config: TrainConfig[Any], epoch: int) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from fastdynat.evaluation.defences import check_answers, check_finite, check_gra
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
 from fastdynat.models.answers import Output, with_output
-from fastdynat.runs.files import check_writable
+from fastdynat.runs.files import check_output
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
@@ -81,7 +81,7 @@ class AutoAttack:
         self.model, self.norm, self.eps, self.seed = model, norm.lower(), float(eps), seed
         self.verbose, self.version, self.log_path = verbose, version, None if log_path is None else Path(log_path)
         if self.log_path is not None:
-            check_writable(self.log_path)
+            check_output(self.log_path)
         self._network = with_output(model, output)
         weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = pick_device(str(device)) if device is not None else None if weight is None else weight.device

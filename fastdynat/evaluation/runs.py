@@ -21,7 +21,7 @@ from fastdynat.evaluation.record import FORMAT, Values, make_record
 from fastdynat.evaluation.table import print_results
 from fastdynat.ops import use_backend
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import WriteError, check_writable, describe_environment
+from fastdynat.runs import WriteError, check_output, describe_environment
 from fastdynat.runs.files import is_replaced, write_text
 
 
@@ -36,7 +36,7 @@ def evaluate_runs(
         UserError: see `measure_runs`.
     """
     if config.json:
-        check_writable(Path(config.json))
+        check_output(Path(config.json))
     config = settled(config, lambda text: console.print(text, **AS_IS))
     records: list[Values] = []
     file = Path(config.json) if config.json else None

@@ -11,7 +11,7 @@ from fastdynat.export.config import ExportConfig
 from fastdynat.export.programs import check_onnx, write_onnx, write_torch
 from fastdynat.export.robustbench import THREATS, check_name, side_files, write_robustbench
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import Sidecar, check_writable, find_checkpoint, load_checkpoint, require_run
+from fastdynat.runs import Sidecar, check_output, find_checkpoint, load_checkpoint, require_run
 from fastdynat.runs.files import replacing
 
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
@@ -50,7 +50,7 @@ def _check_out(out: Path, config: ExportConfig) -> None:
     for path in files:
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite")
-        check_writable(path)
+        check_output(path)
 
 
 def _checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:

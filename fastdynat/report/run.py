@@ -10,7 +10,7 @@ from fastdynat.consoles import AS_IS
 from fastdynat.process_state import process_state_kept
 from fastdynat.report.config import ReportConfig, check_report
 from fastdynat.report.files import ReportFiles
-from fastdynat.runs.files import check_writable, make_folder
+from fastdynat.runs.files import check_output, make_folder
 
 PAGE, FINDINGS = "index.html", "findings.json"
 
@@ -34,7 +34,7 @@ def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Conso
     out = Path(config.out)
     cache = Cache(out / FINDINGS)
     make_folder(out)
-    check_writable(out / PAGE)
+    check_output(out / PAGE)
     files = ReportFiles(out, FINDINGS)
     files.check([PAGE, *page.SHEETS, *(f"images-{number}.png" for number, _ in enumerate(records, 1))])
     found = compute.gather(records, config, cache, console)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         WriteError,
     )
     from fastdynat.runs.files import (
+        check_output,
         check_writable,
     )
     from fastdynat.runs.layout import (
@@ -65,7 +66,7 @@ __getattr__, __dir__ = lazy_names(
             "source_commit",
         ),
         "failures": ("WriteError",),
-        "files": ("check_writable",),
+        "files": ("check_output", "check_writable"),
         "layout": (
             "BEST",
             "CONFIG",
@@ -109,6 +110,7 @@ __all__ = [
     "WriteError",
     "check_manifest",
     "check_new",
+    "check_output",
     "check_writable",
     "claim_name",
     "describe_environment",

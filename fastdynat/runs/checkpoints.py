@@ -240,9 +240,25 @@ class CheckpointStore:
         final = folder if own else self.next_folder()
         order = 1 + max((c.order[0] for c in own_checkpoints(self.run)), default=0)
         origin = manifest.origin or Origin(self.identity, final.name, order, best, _epoch(folder), 0)
-        put_manifest(folder, Manifest(manifest.files, replace(origin, folder=final.name)))
-        if final != folder:
-            folder.rename(final)
+        listed = Manifest(manifest.files, replace(origin, folder=final.name))
+        if final == folder or folder in (self.run.resolve() / LAST, self.run.resolve() / BEST):
+            put_manifest(folder, listed)
+            if final != folder:
+                folder.rename(final)
+        else:  # the user's place for it: what is there stays
+            self._copy(folder, listed, final)
+
+    def _copy(self, folder: Path, manifest: Manifest, final: Path) -> None:
+        self.drop_partial()
+        try:
+            self._partial.mkdir()
+            for name in manifest.files.keys() & {path.name for path in folder.iterdir()}:
+                shutil.copyfile(folder / name, self._partial / name)
+            put_manifest(self._partial, manifest)
+            self._partial.rename(final)
+        except BaseException:
+            self.drop_partial()
+            raise
 
 
 def is_copied(path: Path, identity: str) -> bool:

@@ -27,6 +27,12 @@ class WriteError(UserError):
         super().__init__(f"cannot write {path}: {reason}")
 
 
+def _missing(path: Path, error: OSError) -> str:
+    """Which folder is to be made first, where that is the reason."""
+    folder = Path(os.path.realpath(path)).parent
+    return f"; make the folder {folder} first" if error.errno == errno.ENOENT and not folder.exists() else ""
+
+
 def _room(path: Path, error: OSError, needed: int) -> str:
     """How much was needed and how much there is, where the reason is a lack of room."""
     if error.errno == errno.EFBIG:
@@ -70,10 +76,12 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
         raise
     except UnicodeEncodeError:
         raise UserError(f"cannot write {str(path)!r}: no file can have such a name") from None
+    except RecursionError:  # makedirs calls itself for every part
+        raise WriteError(path, "its name has too many parts") from None
     except Exception as error:
         found = system_error(error)
         if found is not None:
-            raise WriteError(path, f"{found.strerror or found}{_room(path, found, needed)}") from None
+            raise WriteError(path, f"{found.strerror or found}{_missing(path, found)}{_room(path, found, needed)}") from None
         if isinstance(error, ValueError) and "null byte" in str(error):
             raise UserError(f"cannot write {str(path)!r}: a name cannot hold a null character") from None
         raise

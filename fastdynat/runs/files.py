@@ -17,7 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fastdynat.errors import UserError
 from fastdynat.runs.failures import WriteError, explained
+from fastdynat.runs.layout import run_of_file
 
 TEMPORARY = re.compile(r"\.fastdynat-[0-9a-f]{12}(\..{1,16})?")
 STALE_SECONDS = 60.0
@@ -55,6 +57,13 @@ def check_writable(path: Path) -> None:
         descriptor, temporary = _temporary(real)
         os.close(descriptor)
         temporary.unlink()
+
+
+def check_output(path: Path) -> None:
+    """`check_writable` for a place that the user names: a file that belongs to a run is refused too."""
+    check_writable(path)
+    if (run := run_of_file(path)) is not None:
+        raise UserError(f"{path} is a file of the run {run}, which it would destroy: choose another place")
 
 
 def replaced(path: Path) -> Path | None:

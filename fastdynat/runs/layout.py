@@ -14,6 +14,21 @@ HEADER = "# fastdynat run"  # first line of a run's configuration
 # All that a run keeps in its folder.
 OWNED = (ENVIRONMENT, METRICS, TABLE, LAST, BEST, BOUNDARY, EVALUATIONS, TENSORBOARD, CHECKPOINTS)
 
+# What training writes into the folder of a checkpoint and into the run's own.
+IN_CHECKPOINT = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json")
+IN_RUN = (CONFIG, LOCK, ENVIRONMENT, METRICS, TABLE, LAST, BEST, CHECKPOINTS, BOUNDARY, EVALUATIONS, TENSORBOARD)
+
+
+def run_of_file(path: Path) -> Path | None:
+    """The run that the file `path`, which need not be there, belongs to, links followed; None where it is no run's."""
+    real = Path(os.path.realpath(path))
+    for run in real.parents[:3]:
+        inside = real.relative_to(run).parts
+        of_run = inside[0] in IN_RUN if len(inside) == 1 else inside[0] in IN_RUN and IN_CHECKPOINT.fullmatch(inside[-1])
+        if of_run and looks_like_run(run):
+            return run
+    return None
+
 
 def looks_like_run(path: Path | str) -> bool:
     """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
