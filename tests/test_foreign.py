@@ -39,6 +39,10 @@ def number(): return 3
 def scalar(): return nn.Flatten(0)
 ready = linear(10, (3, 8, 8))
 constant = 4
+
+class NotANumber(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10].sum(1, keepdim=True) * torch.tensor([float("nan")] + 9 * [1.0])
 """
 
 
@@ -317,3 +321,20 @@ def test_robustbenchs_own_models(tmp_path: Path) -> None:
     assert "'Rice2020Overfitting'" in lines[0]
     assert "cifar11" in lines[1]
     assert "L7" in lines[2]
+
+
+def test_a_network_that_answers_nan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    with pytest.raises(UserError, match="answers two random 3x8x8 images with NaN"):
+        load_foreign(f"{tmp_path / 'net.py'}:NotANumber", **FITS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    network = nn.Linear(3, 2)
+    before = network.weight.clone()
+    torch.save({key: (100 * value).to(dtype) for key, value in network.state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=f"weight is {dtype}, the network's is torch.float32"):
+        put_state(network, read_state(tmp_path / "w.pt"), tmp_path / "w.pt")
+    assert torch.equal(network.weight, before)
+    put_state(network, {key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.pt")

@@ -107,6 +107,11 @@ def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Sh
         raise UserError(
             f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
         )
+    if bool(out.isnan().any(1).all()):
+        raise UserError(
+            f"{name} answers two random {size} with NaN, so it predicts nothing: see that its forward does not overflow or "
+            "divide by zero, and that its weights are loaded"
+        )
     if bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all()):
         return PROBABILITIES
     return ""

@@ -47,7 +47,7 @@ def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Mo
     Wrappers' prefixes go from the front of a key, and only where the model has no such key. Batch norm's counter of batches,
     which predicts nothing, may be missing or left over.
 
-    Raises: UserError naming keys that are missing or unexpected, or the first shape that differs.
+    Raises: UserError naming keys that are missing or unexpected, or the first shape or kind of number that differs.
     """
     mean = next((value for key, value in state.items() if OURS.fullmatch(key)), None)
     if mean is not None and "normalize.mean" not in model.state_dict():
@@ -57,6 +57,7 @@ def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Mo
     renamed = {_unwrapped(key, wanted): value for key, value in state.items()}
     if len(renamed) < len(state):
         raise UserError(f"{origin} holds two networks: keys that differ in nothing but module., model. or _orig_mod.")
+    _check_kinds(model.state_dict(), renamed, origin)
     try:
         missing, unexpected = (
             [key for key in keys if not key.endswith("num_batches_tracked")]
@@ -70,6 +71,17 @@ def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Mo
             f"{origin} is of another architecture: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}"
         )
     return model
+
+
+def _check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Path) -> None:
+    """Raise UserError for whole, true/false or complex values of a weight: torch would convert them without a word."""
+    for key, value in state.items():
+        own = wanted.get(key)
+        if isinstance(own, Tensor) and own.is_floating_point() and not value.is_floating_point():
+            raise UserError(
+                f"{origin}: {key} is {value.dtype}, the network's is {own.dtype}: it was quantised or belongs to another "
+                "network; save the weights as floating point"
+            )
 
 
 def _unwrapped(key: str, wanted: Collection[str]) -> str:
