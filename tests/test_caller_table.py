@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from callers import BLIND, ENTRIES, EPS, LOSSES, NO_LOGITS, PARTS, Answers, Called, N, TrainsWithMore, batch, by_autoattack, net
 from torch import Tensor, nn
 
-from fastdynat import PGD, mart_loss, trades_loss
+from fastdynat import PGD, dynat_loss, mart_loss, trades_loss
 from fastdynat.attacks import AttackEngine, AttackGoal, PGDSpec, check_fidelity, parse_attack, pgd
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
@@ -464,3 +464,27 @@ def test_logits_are_what_the_doc_says() -> None:
     assert logits_of(z, 2) is z
     engine = AttackEngine(net(), batch()[0][:2])
     assert check_fidelity(engine, net(), [batch()], PGDSpec(EPS, EPS / 4, 2)).images == N
+
+
+@pytest.mark.parametrize("model", [lambda x: x.mean((2, 3)), None, "resnet18"], ids=["function", "None", "name"])
+def test_what_is_no_module_is_no_model(model: Any) -> None:
+    """AutoAttack alone, which needs neither modes nor weights, takes any function."""
+    calls: list[Callable[[], Any]] = [
+        lambda: PGD(model),
+        lambda: pgd(model, batch()[0], AttackGoal("ce", batch()[1]), PGDSpec(EPS, EPS, 1)),
+        lambda: trades_loss(model, *batch(), None, zero_grad=False),
+        lambda: dynat_loss(model, net(), *batch(), None, zero_grad=False),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"model must be a torch\.nn\.Module, got (function|NoneType|str)"):
+            call()
+
+
+@pytest.mark.parametrize("eps", [float("nan"), "8/255", torch.full((N, 1, 1, 1), EPS)], ids=["NaN", "text", "per image"])
+def test_a_radius_is_one_number(eps: Any) -> None:
+    x, y = batch()
+    with pytest.raises(UserError, match="eps must be one number in pixel units"):
+        PGD(net(), eps=eps)(x, y)
+    with pytest.raises(UserError, match="epsilon must be one number in pixel units"):
+        trades_loss(net(), x, y, None, epsilon=eps, zero_grad=False)
+    assert torch.equal(PGD(net(), torch.tensor(EPS), EPS, 1, False)(x, y), PGD(net(), EPS, EPS, 1, False)(x, y))

@@ -1,5 +1,6 @@
 """One step of projected ascent: forward, gradient at the image, projected step."""
 
+import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.attacks.goal import AttackGoal, Kind, wide
+from fastdynat.attacks.inputs import check_count, check_number
 from fastdynat.attacks.steps import NORMS, STARTS, pgd_step
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.answers import NoGradient, logits_of
@@ -50,6 +52,8 @@ class PGDSpec:
             raise unknown_name("norm", self.norm, NORMS)
         if self.start not in STARTS:
             raise unknown_name("start", self.start, STARTS)
+        check_number("eps", self.eps)
+        check_number("step_size", self.step_size)
         if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):
             raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
         if self.norm == "l0" and self.eps != int(self.eps):
@@ -57,12 +61,10 @@ class PGDSpec:
         if self.norm == "l0" and self.start != "none":
             # Noise takes all the pixels that may change, and others are taken instead only once they have come further.
             raise UserError(f"start must be none under l0, got {self.start}: noise would keep the attack from choosing pixels")
-        if self.step_size <= 0:
-            raise UserError(f"step_size must be above 0 (pixel units), got {self.step_size:g}")
-        if self.steps < 0:
-            raise UserError(f"steps must be >= 0, got {self.steps}")
-        if self.restarts < 1:
-            raise UserError(f"restarts must be >= 1, got {self.restarts}")
+        if not 0 < self.step_size < math.inf:
+            raise UserError(f"step_size must be above 0 and finite (pixel units), got {self.step_size:g}")
+        check_count("steps", self.steps, 0)
+        check_count("restarts", self.restarts, 1)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a call is given, checked in one way by all attacks; on a GPU without waiting for it."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdynat.errors import UserError
 
@@ -73,6 +74,12 @@ def check_classes(labels: Tensor | None, classes: int) -> None:
         raise UserError(f"labels are rows of {labels.shape[1]} probabilities, the model has {classes} classes")
 
 
+def check_model(model: object) -> None:
+    """Raise UserError unless `model` is a module: what is no module has no mode to be put in and no weights to be followed."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap what computes the logits in one")
+
+
 def check_targets(targets: Tensor, classes: int) -> None:
     """Raise UserError unless all that a user's function returned, int64 (N,), are classes. Waits for the device."""
     outside = targets[(targets < 0) | (targets >= classes)]
@@ -81,6 +88,26 @@ def check_targets(targets: Tensor, classes: int) -> None:
             f"target_map_function returned class {int(outside[0])}, but the model's classes are 0 to {classes - 1}; "
             "return one of them for each image"
         )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise UserError unless `value` is one number; a tensor or an array of one counts."""
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"{name} must be one number in pixel units, such as 8/255, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise UserError unless `value` is a whole number from `least` on."""
+    try:
+        enough = operator.index(value) >= least
+    except TypeError:
+        raise UserError(f"{name} must be a whole number, got {value!r}") from None
+    if not enough:
+        raise UserError(f"{name} must be >= {least}, got {value}")
 
 
 class Deferred:

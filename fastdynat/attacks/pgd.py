@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.goal import AttackGoal
-from fastdynat.attacks.inputs import Deferred, InputCheck, as_labels, check_classes
+from fastdynat.attacks.inputs import Deferred, InputCheck, as_labels, check_classes, check_model
 from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.rebatch import Tick, no_tick
 from fastdynat.attacks.search import AttackResult
@@ -122,6 +122,7 @@ def pgd(
         UserError: `x` or the goal's target is not what is said here, or not in its range; the model returns no logits, or no
             gradient reaches the images; `rescale` where images mix.
     """
+    check_model(model)
     goal = check_batch(x, goal)
     dtype = half_of(model, x.dtype) or amp_dtype
     _check_images(x.detach())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, PGDSpec
-from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes, check_targets, slack
+from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes, check_model, check_number, check_targets, slack
 from fastdynat.compat.following import Following, Speed
 from fastdynat.compat.runner import Runner, TrainingModes
 from fastdynat.errors import UserError
@@ -70,6 +70,7 @@ class Attack(ABC):
         self._device = torch.device(device)
 
     def set_model(self, model: nn.Module) -> None:
+        check_model(model)
         self.model, self.model_name = model, type(model).__name__
 
     def set_normalization_used(self, mean: Any, std: Any) -> None:
@@ -142,6 +143,7 @@ class Attack(ABC):
         Raises:
             UserError: what cannot be attacked, with the remedy.
         """
+        check_number("eps", self.eps)
         spec = self._spec() if self.eps != 0 else None
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks import AttackGoal, AttackResult, PGDSpec
-from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes
+from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes, check_model, check_number
 from fastdynat.attacks.planes import length as length_of
 from fastdynat.attacks.planes import per_image
 from fastdynat.attacks.steps import start_point
@@ -66,6 +66,8 @@ class Search:
         """
         if distance not in NORMS:
             raise unknown_name("distance", distance, NORMS)
+        check_model(model)
+        check_number("epsilon", epsilon)
         self._spec = None
         if epsilon != 0:
             self._spec = PGDSpec(epsilon, step_size, perturb_steps, norm=NORMS[distance], start="gaussian")
