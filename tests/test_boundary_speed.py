@@ -182,8 +182,11 @@ def test_a_run_with_it_is_bit_for_bit_the_run_without(method: list[str], tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--boundary-speed", "21"], "boundary_speed 21: there are 20 validation images"),
-        (["--boundary-speed", "-1"], "boundary_speed must be a number"),
+        (
+            ["--boundary-speed", "21"],
+            "--boundary-speed 21: there are 20 validation images; ask for fewer, or hold more out with --val-size",
+        ),
+        (["--boundary-speed", "-1"], "--boundary-speed must be a number of validation images, 0 for none, got -1"),
         (["--boundary-speed", "5", "--norm", "l2"], "--norm linf"),
         (["--boundary-speed", "5", "--momentum", "0"], "momentum above 0"),
     ],

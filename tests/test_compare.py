@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdynat.cli import main
-from fastdynat.compare import probe
+from fastdynat.compare import plan, probe
 from fastdynat.config import AttackConfig
 from fastdynat.devices import pick_amp
 from fastdynat.engine import default_config, stored_config
@@ -305,6 +305,27 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert len(lines) == 1
     assert message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_taken_during_the_checks_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another comparison may begin in the same folder while this one measures."""
+    monkeypatch.chdir(tmp_path)
+    taken = Path("runs/compare-digits/natural-seed1")
+    real = plan._try
+
+    def taken_meanwhile(*args: Any) -> None:
+        taken.mkdir(parents=True, exist_ok=True)
+        (taken / "config.yaml").write_text("another comparison's\n")
+        real(*args)
+
+    monkeypatch.setattr(plan, "_try", taken_meanwhile)
+    assert main(["compare", *TWO, "--epochs", "1", *TINY]) == 0
+    assert sorted(p.name for p in Path("runs/compare-digits").rglob("*")) == ["config.yaml", "natural-seed1"]
+    out = Path("runs/compare-digits-2")
+    assert {p.name for p in out.iterdir()} >= {"compare.json", "ledger.json", "natural-seed1", "madry-seed1"}
+    assert f"done: {out / 'compare.json'}" in capsys.readouterr().err
 
 
 def test_shared_flags_come_from_a_file_and_options_from_set(tmp_path: Path) -> None:

@@ -287,9 +287,12 @@ def test_the_check_may_be_switched_on_when_resuming(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--check-fidelity", "21"], "check_fidelity 21: there are 20 validation images; ask for fewer, or .* --val-size"),
-        (["--check-fidelity", "1", "--val-size", "0"], "there are 0 validation images"),
-        (["--check-fidelity", "-1"], "check_fidelity must be a number of validation images"),
+        (["--check-fidelity", "21"], "--check-fidelity 21: there are 20 validation images; ask for fewer, or .* --val-size"),
+        (
+            ["--check-fidelity", "1", "--val-size", "0"],
+            "--check-fidelity has no effect: --val-size 0 leaves nothing to validate on",
+        ),
+        (["--check-fidelity", "-1"], "--check-fidelity must be a number of validation images, 0 for none, got -1"),
     ],
 )
 def test_too_many_images_are_refused_before_anything_is_written(

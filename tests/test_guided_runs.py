@@ -126,9 +126,9 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "ard", "--alpha", "2"], "alpha must be in [0, 1], got 2"),
-        (["--method", "hat", "--helper-weight=-1"], "helper_weight must be >= 0, got -1"),
-        (["--method", "natural", "--temperature", "0"], "temperature must be above 0, got 0"),
+        (["--method", "ard", "--alpha", "2"], "--alpha must be in [0, 1], got 2"),
+        (["--method", "hat", "--helper-weight=-1"], "--helper-weight must be >= 0, got -1"),
+        (["--method", "natural", "--temperature", "0"], "--temperature must be above 0, got 0"),
         (["--method", "distillation", "--awp", "0.1", "--guide-from", "TEACHER"], "use --awp 0"),
     ],
 )

@@ -351,7 +351,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     run, out = trained / "dynat", tmp_path / "out"
     assert "at least one run directory" in refused("--out", out)
     assert "no run at" in refused(run, tmp_path / "nowhere", "--out", out)
-    assert "num_images" in refused(run, "--out", out, "--num-images", "0")
+    assert "--num-images must be >= 1, got 0" in refused(run, "--out", out, "--num-images", "0")
     assert "best or last" in refused(run, "--out", out, "--checkpoint", "first")
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a))

@@ -118,7 +118,7 @@ def test_in_a_run_it_happens_in_the_burn_in_and_after_it(tmp_path: Path, monkeyp
 def test_a_network_without_batch_norm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "wrn-10-1-gn", "--bn-reset-epoch", "1", "--method", "madry"]
     assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, *flags]) == 2
-    assert "bn_reset_epoch 1: wrn-10-1-gn has no batch norm; leave it out" in capsys.readouterr().err
+    assert "--bn-reset-epoch 1: wrn-10-1-gn has no batch norm; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -84,6 +84,10 @@ class Ledger(MutableMapping[str, dict[str, Any]]):
                 "keep it, or choose a new --out"
             )
 
+    def move(self, folder: Path) -> None:
+        """Write into the new, empty `folder` from now on."""
+        self.path = folder / FILE
+
     def save(self) -> None:
         """Write everything, in one step."""
         values = {"format": FORMAT, "budget_seconds": self.budget, "probes": self.probes, "runs": self.runs}

@@ -18,7 +18,7 @@ from fastdynat.engine.state import identity
 from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
 from fastdynat.evaluation import TestSets
-from fastdynat.runs import check_new, claim_name, looks_like_run, release_name
+from fastdynat.runs import check_new, claim_name, free_name, looks_like_run
 
 Configs = dict[str, TrainConfig[Any]]  # by method
 
@@ -66,8 +66,8 @@ class _ReadOnce(TrainSplit):
 
 
 def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) -> Plan:
-    """Check everything and, with a budget, measure the methods that have not been measured yet; nothing is
-    written but the folder, where the comparison chooses its own.
+    """Check everything and, with a budget, measure the methods that have not been measured yet. Nothing is
+    written but, at the end, an empty folder where the comparison chooses its own.
 
     Raises:
         UserError: anything that cannot work in any of the runs, or a flag that was another when the comparison was begun.
@@ -75,8 +75,11 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
     check_compare(compare)
     seeds = parse_seeds(compare.seeds, shared.engine.seed)
     configs = method_configs(replace(shared, engine=replace(shared.engine, seed=seeds[0])), compare)
-    if compare.out:
-        Ledger(Path(compare.out), compare.budget_seconds)  # refuse a folder of something else first
+    stem = f"compare-{shared.data.data}"
+    out = Path(compare.out) if compare.out else free_name(stem)
+    ledger = Ledger(out, compare.budget_seconds)  # refuses a folder of something else
+    if not compare.out:
+        check_new(out, overwrite=False)
     known = dataset_info(shared.data.data)
     if known is not None:
         _resolve_all(configs, known)  # refuse before the data is read, where that is possible
@@ -89,19 +92,16 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
     resolved = {name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()}
     resolved = {name: settle_compile(c, split, say, build_parts) for name, c in resolved.items()}
     tests = _test_set(next(iter(resolved.values())))
-    # A name of our own is taken at once: another comparison may begin while this one measures.
-    out = Path(compare.out) if compare.out else claim_name(f"compare-{shared.data.data}")
-    try:
-        ledger = Ledger(out, compare.budget_seconds)
-        runs = _runs(configs, resolved, seeds, out, ledger)
+    runs = _runs(configs, resolved, seeds, out, ledger)
+    if compare.out:
         for run in runs:
             _check_place(run)
-        for name in dict.fromkeys(run.method for run in runs if not ledger.has_ended(run.path)):
-            _try(name, resolved[name], split, ledger, say)
-    except BaseException:
-        if not compare.out:
-            release_name(out)
-        raise
+    for name in dict.fromkeys(run.method for run in runs if not ledger.has_ended(run.path)):
+        _try(name, resolved[name], split, ledger, say)
+    if not compare.out:
+        # Only now, when nothing can be refused any more. Another comparison may have begun under the name meanwhile.
+        out = claim_name(stem)
+        ledger.move(out)
     return Plan(out, _runs(configs, resolved, seeds, out, ledger), ledger, tests, len(split.train))
 
 
