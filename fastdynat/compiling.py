@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 
 from fastdynat.measured import race
 
@@ -69,19 +69,16 @@ class _Compiled:
         signature = _signature(args)
         if signature not in self._known and (self._full or len(self._known) >= MAX_SIGNATURES):
             return self._beyond(args)
-        if not self._whole:
-            self._known.add(signature)
-            return self._run(*args)
         try:
             result = self._run(*args)
         except FailOnRecompileLimitHit:  # torch._dynamo.config has a lower limit
             self._full = True
             return self._beyond(args)
         except TorchDynamoException as error:
-            self._give_up_whole(error)
+            self._give_up(error)
             return self(*args)
         self._known.add(signature)
-        if self._to_be_timed:
+        if self._whole and self._to_be_timed:
             self._time(args)
         return result
 
@@ -91,9 +88,10 @@ class _Compiled:
             self._say(f"{self._what} is compiled for {len(self._known)} shapes of input; others run without torch.compile")
         return self._plain(*args)
 
-    def _give_up_whole(self, error: Exception) -> None:
+    def _give_up(self, error: Exception) -> None:
         how = "without torch.compile"
-        if self._in_parts and isinstance(error, Unsupported):
+        # From torch 2.14 on, a branch on a tensor's value is Dynamo's UserError.
+        if self._whole and self._in_parts and isinstance(error, Unsupported | UserError):
             self._run, self._whole = torch.compile(self._own, dynamic=False, options=self._options), False
             how = "in several compiled parts"
         else:

@@ -331,7 +331,9 @@ def test_distributed() -> None:
     try:
         (x, y), model = batch(), tiny_cnn(1, dtype=torch.float64)
         plain = copy.deepcopy(model)
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        flag = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # renamed in torch 2.14
+        wrapped = DistributedDataParallel(model, **{flag: False})
         for _ in range(2):
             for net in (wrapped, plain):
                 torch.manual_seed(3)

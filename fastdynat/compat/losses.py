@@ -11,7 +11,8 @@ the model ends in are the release's own. What differs, on purpose, in all of the
 
 Common arguments:
     model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or DistributedDataParallel. The last
-        with broadcast_buffers=False, as for the releases: two passes in train mode come before ``backward()``.
+        with broadcast_buffers=False (forward_sync_buffers=False from torch 2.14), as for the releases: two passes in train mode
+        come before ``backward()``.
     x_natural: (N, C, H, W) float32 or float64 images in [0, 1], of the model's dtype.
     y: (N,) integer classes; also a list or a numpy array.
     optimizer: its ``zero_grad`` is called, between the attack and the losses, unless ``zero_grad=False``; None then.
