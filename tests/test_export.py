@@ -138,7 +138,7 @@ with torch.no_grad():
 
 
 @pytest.mark.peer
-@needs("robustbench")
+@needs("robustbench", "pkg_resources")  # which robustbench imports and setuptools 82 removed
 def test_robustbenchs_own_loader(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models/cifar10/Linf"
     folder.mkdir(parents=True)

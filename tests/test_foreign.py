@@ -286,7 +286,7 @@ def test_timm_names_and_weights(tmp_path: Path) -> None:
 
 
 ROBUSTBENCH = """
-import sys, torch
+import importlib.util, sys, torch
 from pathlib import Path
 from fastdynat.errors import UserError
 from fastdynat.models import load_foreign
@@ -308,6 +308,10 @@ for weights in (None, Path("w.pt")):
     found = load_foreign("robustbench:Wong2020Fast", num_classes=10, image_shape=shape, weights=weights)
     assert torch.equal(found.model(x), theirs(x))
 assert "autoattack" not in sys.modules or sys.modules["autoattack"].__name__ == "autoattack"
+assert "pkg_resources" not in sys.modules or importlib.util.find_spec("pkg_resources")
+import robustbench.loaders
+found = Path(robustbench.loaders.pkg_resources.resource_filename("robustbench.loaders", "helper_files"))
+assert found == Path(robustbench.loaders.__file__).parent / "helper_files"
 """
 
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torchvision
@@ -64,7 +65,7 @@ def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
 
 def _import_robustbench() -> tuple[Any, Any]:
     try:
-        with _autoattack_by_its_name_on_pypi():
+        with _autoattack_by_its_name_on_pypi(), _pkg_resources():
             return importlib.import_module("robustbench.model_zoo"), importlib.import_module("robustbench.utils")
     except Exception as error:
         raise UserError(f"robustbench is installed but cannot be imported: {where(error)}") from error
@@ -82,6 +83,27 @@ def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
     finally:
         for name in lent:
             sys.modules.pop(name, None)
+
+
+@contextmanager
+def _pkg_resources() -> Iterator[None]:
+    """robustbench imports `pkg_resources`, which setuptools 82 removed, for the one function `resource_filename`."""
+    name = "pkg_resources"
+    if importlib.util.find_spec(name):
+        yield
+        return
+    lent = ModuleType(name)
+    lent.resource_filename = _resource_filename  # type: ignore[attr-defined]
+    sys.modules[name] = lent
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
+
+
+def _resource_filename(module: str, resource: str) -> str:
+    """The path of a file beside an imported module."""
+    return str(Path(str(sys.modules[module].__file__)).parent / resource)
 
 
 def _downloaded(name: str, load: Callable[[], Any]) -> Any:
