@@ -10,3 +10,11 @@ from torch import Tensor
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the device of `tensor` current: Triton launches there, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def registers_for(dtype: torch.dtype) -> dict[str, int]:
+    """Launch options of a kernel of up to 16 warps: as many registers as 512 threads can have, for float64.
+
+    Left to itself, ptxas of CUDA 13 (Triton 3.8) stops at 64, for more warps at a time, and spills what is beyond.
+    """
+    return {"maxnreg": 128} if dtype == torch.float64 else {}

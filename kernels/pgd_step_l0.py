@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._launch import on_device_of, registers_for
 from fastdynat.kernels.pgd_step_l1 import as_float, load_gradient
 
 LARGEST_IN_REGISTERS = 4096  # pixels of an image, whose distances are held
@@ -151,5 +151,6 @@ def pgd_step_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixel
             BLOCK=block,
             num_warps=max(1, min(16, block // 256)),
             enable_fp_fusion=False,
+            **registers_for(x_adv.dtype),
         )
     return out

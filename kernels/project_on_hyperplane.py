@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._launch import on_device_of, registers_for
 
 LARGEST_IN_REGISTERS = 4096  # elements of an image
 BLOCK = 2048  # elements at a time of a larger one, which is read again in every step
@@ -180,5 +180,6 @@ def project_on_hyperplane(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: b
             BLOCK=block,
             num_warps=max(1, min(16, block // 256)),
             enable_fp_fusion=False,
+            **registers_for(x.dtype),
         )
     return out
