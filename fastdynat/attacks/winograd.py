@@ -14,8 +14,9 @@ MIN_CHANNELS = 64
 # With 128 channels 1.9 at 16x16, 1.2 at 14x14, 1.0 at 7x7 (1.6 with 512), 0.7 at 6x6, whose tiles hold 56 % outputs.
 MIN_FILLED = 0.75
 # With 512 channels 1.9 with 32 tiles, 1.1 with 8, 1.0 with 4: reading the weights, four times as many, takes over. With 128 on
-# AVX-512 1.3 with 128, 1.1 with 64, 1.04 with 32, which the transformation of the weights, once a batch, eats up again.
-WIDE, MIN_TILES_WIDE, MIN_TILES = 256, 16, 64
+# AVX-512 (oneDNN is faster there) 1.4 with 256 and more, but 1.0 to 1.2 with 128 of one tile per image, which made training of
+# the network `small` 6 % slower: transforming weights and results costs more than that.
+WIDE, MIN_TILES_WIDE, MIN_TILES = 256, 16, 256
 
 
 class WinogradConv2d(nn.Conv2d):
