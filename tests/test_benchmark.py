@@ -338,6 +338,42 @@ def test_rows_of_switches_budget_and_missing_peers(tmp_path: Path, monkeypatch: 
     assert reasons[("attack", "with weight gradients")] == "out of --budget"
 
 
+def test_rows_are_kept_as_they_come_the_asked_setting_and_its_peer_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interruption of the fourth row leaves the three before it, and the file of an earlier measurement as it was."""
+    out, partial = tmp_path / "a.json", tmp_path / "a.json.partial"
+    out.write_text("earlier")
+    seen: list[list[tuple[str, str]]] = []
+    build = work.engine_attack
+
+    def third(*arguments: Any) -> work.Work:
+        doc = json.loads(partial.read_text())
+        seen.append([(row["kind"], row["name"]) for row in doc["rows"]])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return build(*arguments)
+
+    monkeypatch.setattr(work, "engine_attack", third)
+    bench("--amp", "bf16", "--peers", "--switches", "--json", str(out), code=130)
+    machine = [("matmul", "matrix product, fp32"), ("matmul", "matrix product, bf16")]
+    steps = [("step", "bf16"), ("step", "released loop in plain PyTorch")]
+    assert seen[0] == steps + machine
+    assert out.read_text() == "earlier"
+    doc = json.loads(partial.read_text())
+    assert doc["complete"] is False
+    assert [row["seconds"]["rounds"] for row in doc["rows"]] == [1] * len(doc["rows"])
+    assert doc["epoch"]["extrapolated_seconds"] > 0
+    capsys.readouterr()
+    bench("--amp", "bf16", "--baseline", str(partial), code=2)
+    assert "did not end" in capsys.readouterr().err
+
+    monkeypatch.setattr(work, "engine_attack", build)
+    bench("--json", str(out))
+    assert "complete" not in stored(out)
+    assert not partial.exists()
+
+
 def test_a_timing_whose_attack_is_weaker_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

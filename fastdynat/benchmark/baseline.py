@@ -43,6 +43,7 @@ class _Result:
     settings: dict[str, Any]
     environment: dict[str, Any]
     rows: list[_Row]
+    complete: bool = True
 
 
 def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
@@ -58,7 +59,9 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
         format=FORMAT,
         remedy=f"write one with --json {path}",
     )
-    convert(doc, _Result, origin=str(path), why=f"it was damaged or edited; write another with --json {path}")
+    found = convert(doc, _Result, origin=str(path), why=f"it was damaged or edited; write another with --json {path}")
+    if not found.complete:
+        raise UserError(f"{path} is of a measurement that did not end, each row timed once; measure again with --json {path}")
     _agree(path, "setting", doc["settings"], json.loads(json.dumps(settings(config))))
     _agree(path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine())))
     return doc

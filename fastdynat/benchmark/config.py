@@ -29,7 +29,7 @@ class BenchConfig:
     epoch: bool = False
     """Also one whole epoch of --data. Without it the images are random ones of its size and nothing is read."""
     json: str | None = None
-    """Write the results to this file."""
+    """Write the results to this file; until all are there, what has been measured is in PATH.partial."""
     chart: str | None = None
     """Draw the rates as bars into this .svg, .png or .pdf (extra `plots`)."""
     profile: str | None = None

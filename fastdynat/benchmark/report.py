@@ -72,6 +72,11 @@ def document(config: TrainConfig[Any], rows: list[Row], skipped: list[dict[str, 
     }
 
 
+def first_looks(rows: list[Row]) -> list[str]:
+    """A line's worth of the rates so far, for a log that may be all that is left."""
+    return [f"{row.plan.kind} {row.plan.name} {row.rate:,.1f} images/s" for row in rows if row.plan.kind != "matmul"]
+
+
 def full_row(values: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     """The row of the setting that was asked for: the last of ours without a turned switch."""
     own = [v for v in values if v["kind"] == kind and v["ours"] and not v["switch"]]

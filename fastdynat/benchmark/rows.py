@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -103,7 +103,7 @@ class Task:
 
 
 def plans(task: Task, bench: BenchConfig) -> list[Plan]:
-    """Every row, what matters most first: a budget cuts the end off."""
+    """Every row, as the tables show them."""
     full = task.full
     attacks = method_class(full.method).searches
     settings = grid(task.asked, task.settle) if bench.peers else [full]
@@ -185,27 +185,61 @@ def _matmul(amp: str, device: torch.device) -> Plan:
     return Plan(name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp)
 
 
-def prepare(row_plans: Iterable[Plan], watch: Stopwatch, device: torch.device, bench: BenchConfig, say: Notices) -> list[Row]:
-    """Build, call for the first time, check and warm up every plan that can be; the others are not in the result."""
-    rows, begin = [], time.perf_counter()
-    for plan in row_plans:
+def prepare(
+    row_plans: Sequence[Plan],
+    watch: Stopwatch,
+    device: torch.device,
+    bench: BenchConfig,
+    say: Notices,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Build, call for the first time, check and warm up every plan that can be; the others are not in the result.
+
+    keep: called after every row with those so far, timed by their warm-up alone, in the order of `row_plans`.
+    """
+    place = {id(plan): i for i, plan in enumerate(row_plans)}
+    rows: list[Row] = []
+    begin = time.perf_counter()
+    for plan in by_weight(row_plans):
         if plan.why_not or plan.prepare is None:
             continue
         if bench.budget is not None and time.perf_counter() - begin > bench.budget and plan.kind != "matmul":
             continue
-        say(f"preparing: {plan.kind}, {plan.name}")
-        memory, before = PeakMemory(device), len(say.heard)
-        ready = plan.prepare()
-        started = time.perf_counter()
-        watch.time(ready.call)
-        row = Row(plan, ready, time.perf_counter() - started, None)
-        watch.time(ready.call, WARM_UP_CALLS[device.type])
-        row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
-        if ready.fidelity is not None:
-            row.fidelity = ready.fidelity()
-            row.invalid = _weaker(row.fidelity)
-        rows.append(row)
+        rows.append(_prepared(plan, plan.prepare, watch, device, say))
+        rows.sort(key=lambda row: place[id(row.plan)])
+        keep(rows)
     return rows
+
+
+def _prepared(plan: Plan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, say: Notices) -> Row:
+    say(f"preparing: {plan.kind}, {plan.name}")
+    memory, before = PeakMemory(device), len(say.heard)
+    ready = build()
+    started = time.perf_counter()
+    watch.time(ready.call)
+    row = Row(plan, ready, time.perf_counter() - started, None)
+    row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
+    row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
+    if ready.fidelity is not None:
+        row.fidelity = ready.fidelity()
+        row.invalid = _weaker(row.fidelity)
+    return row
+
+
+def by_weight(row_plans: Iterable[Plan]) -> list[Plan]:
+    """What is prepared first, since a budget or an interruption cuts the end off: the machine's rate, which every share needs;
+    then the setting that was asked for with the peer that it is compared with, the step before the attack; then the rest."""
+
+    def weight(plan: Plan) -> tuple[int, bool]:
+        if plan.kind == "matmul":
+            return 0, False
+        headline = plan is asked.get(plan.kind) or plan is peers.get(plan.kind)
+        return (1 if headline else 2 if not plan.switch else 3), plan.kind != "step"
+
+    plans_ = list(row_plans)
+    asked = {plan.kind: plan for plan in plans_ if plan.ours and not plan.switch}  # the last one of each kind
+    peers = {plan.kind: plan for plan in reversed(plans_) if not plan.ours}  # the first one, without autocast
+    return sorted(plans_, key=weight)
 
 
 def _weaker(f: Fidelity) -> str:

@@ -16,7 +16,7 @@ from fastdynat.benchmark.config import BenchConfig, check_bench
 from fastdynat.benchmark.flops import StepFlops, count_step
 from fastdynat.benchmark.phases import time_phases
 from fastdynat.benchmark.profiling import profile_step
-from fastdynat.benchmark.report import document, epoch_values, phase_values, print_document
+from fastdynat.benchmark.report import document, epoch_values, first_looks, phase_values, print_document
 from fastdynat.benchmark.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
 from fastdynat.benchmark.settings import label, settled
 from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
@@ -33,7 +33,7 @@ from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.pictures import PICTURES
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs.files import write_text
+from fastdynat.runs.files import replaced, write_text
 
 
 @process_state_kept()
@@ -88,10 +88,18 @@ def _measure(
         asked, full, lambda config: settled(config, split), split, full.attack.steps * flops.attack_step, flops.step, say
     )
     row_plans = plans(task, bench)
-    rows = prepare(row_plans, watch, device, bench, say)
+
+    def so_far(ready: list[Row]) -> None:
+        say(f"so far: {', '.join(first_looks(ready))}")
+        about = {"flops": vars(flops), "phases": {}, "phases_of": "", "epoch": epoch_values(asked_step(ready), None)}
+        doc = document(full, ready, left_out(row_plans, ready), **about, profile=None, other_load=load.share())
+        _keep_partial(doc, bench)
+
+    rows = prepare(row_plans, watch, device, bench, say, so_far)
     say("timing")
     time_rows(rows, watch, bench)
-    own = next((row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch), None)
+    so_far(rows)
+    own = asked_step(rows)
     phases, kinds, setting = _inside(task, own, watch, bench)
     measured = _epoch(full, split, watch, say) if bench.epoch else None
     return document(
@@ -105,6 +113,11 @@ def _measure(
         profile=kinds,
         other_load=load.share(),
     )
+
+
+def asked_step(rows: list[Row]) -> Row | None:
+    """The training step of the setting that was asked for, where it was prepared."""
+    return next((row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch), None)
 
 
 def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
@@ -175,9 +188,24 @@ def _epoch(config: TrainConfig[Any], split: TrainSplit, watch: Stopwatch, say: S
     }
 
 
+def _partial(bench: BenchConfig) -> Path | None:
+    """Where results lie until all are there; None where --json goes into a pipe, a device or nowhere."""
+    path = None if bench.json is None else replaced(Path(bench.json))
+    return None if path is None else path.with_name(path.name + ".partial")
+
+
+def _keep_partial(doc: Mapping[str, Any], bench: BenchConfig) -> None:
+    """What has been measured so far, which an interruption or a time limit leaves beside the --json file."""
+    path = _partial(bench)
+    if path is not None:
+        write_text(path, json.dumps({**doc, "complete": False}, indent=1) + "\n")
+
+
 def _store(doc: Mapping[str, Any], bench: BenchConfig) -> None:
     if bench.json:
         write_text(Path(bench.json), json.dumps(doc, indent=1) + "\n")
+        if (partial := _partial(bench)) is not None:
+            partial.unlink(missing_ok=True)
     if bench.chart:
         from fastdynat.benchmark.charts import draw_rates  # extra `plots`, which `check_bench` has looked for
 
