@@ -32,8 +32,7 @@ def _disagreement(model: nn.Module, example: Tensor) -> str:
     twin, tensors = loose_twin(model, torch.float64 if example.dtype == torch.float64 else None)
     folded, folds = fold_batch_norm(twin, example)
     _change(twin, tensors, example)
-    for fold in folds:
-        put_tensors(fold)
+    put_tensors(folds)
     return disagreement(answer_and_gradient(twin, example), answer_and_gradient(folded, example))
 
 

@@ -131,7 +131,6 @@ class AttackReplica:
         """Take over the model's weights and running statistics of now. In place: compiled and captured code stays valid."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
-        for fold in self._folds:
-            put_tensors(fold)
+        put_tensors(self._folds)
         for layer in self._winograd:
             layer.refresh()
