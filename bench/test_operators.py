@@ -16,6 +16,7 @@ from cases import Case, Thunk, cases
 from torch import Tensor
 
 from fastdynat import ops
+from fastdynat.graphs import CaptureFailed, CudaRecorder
 from fastdynat.ops._select import why_not
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,24 +62,19 @@ def repeated(thunk: Thunk) -> tuple[Callable[[], object], bool]:
     """CALLS calls as one function that returns when they are done, and whether that is one CUDA graph."""
     if DEVICE != "cuda":
         return thunk, False
-    try:
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                thunk()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                thunk()
-        replay: Callable[[], object] = graph.replay
-        captured = True
-    except RuntimeError:  # something in it waits for the device
-        captured = False
+    recorder = CudaRecorder(torch.device(DEVICE))
 
-        def replay() -> None:
-            for _ in range(CALLS):
-                thunk()
+    def calls() -> None:
+        for _ in range(CALLS):
+            thunk()
+
+    for _ in range(3):
+        recorder.warm(thunk)
+    torch.cuda.synchronize()
+    try:
+        replay, captured = recorder.capture(calls)[1], True
+    except CaptureFailed:  # something in it waits for the device
+        replay, captured = calls, False
 
     def run() -> None:
         replay()

@@ -1,7 +1,8 @@
 """CUDA graphs on the CPU: records the operators that a function calls, undoes what they did, replays them on the same memory.
 
 Whatever Python computed while recording is frozen in the record, random numbers are drawn anew at each replay, and an operator
-that would make the host wait for the device is refused: as on a GPU.
+that would make the host wait for the device is refused: as on a GPU. What torch.cuda does around a capture, and leaves undone
+when one fails, is in `cuda_graph_sim`.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastdynat.graphs import CaptureFailed
 
 UNFILLED = ("empty", "new_empty", "empty_like")
 WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -22,11 +25,13 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.broken = False  # as a capture is after a call that is not permitted in it: it can only be ended
         self._own: dict[int, Any] = {}  # storages made while recording, held so that no address is used twice
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(tag in func.tags for tag in WAITS):
+            self.broken = True
             raise RuntimeError(f"{func} waits for the device: not permitted while capturing")
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
@@ -85,6 +90,8 @@ class SimulatedRecorder:
         try:
             with tape:
                 outputs = fn()
+        except Exception as error:
+            raise CaptureFailed(str(error)) from None
         finally:
             tape.undo()
             torch.set_rng_state(random)
