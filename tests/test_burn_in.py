@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from stepping import assert_same_step, make_batch, moved_network, tiny_network, train_step
 
 from fastdynat.cli import main
-from fastdynat.engine import session
+from fastdynat.engine import build
 from fastdynat.engine import trainer as trainer_module
 from fastdynat.engine.step import TrainStep
 from fastdynat.methods import BurnIn, Dynat, DynatOptions
@@ -151,7 +151,7 @@ def test_captured_steps_of_both_phases_compute_what_plain_ones_do(
         recorders.append(SimulatedRecorder())
         return recorders[-1]
 
-    monkeypatch.setattr(session, "_recorder", simulated)
+    monkeypatch.setattr(build, "_recorder", simulated)
     captured = train(tmp_path / "captured", *BURN_IN)
     assert [(r.captured, r.replayed) for r in recorders] == [(1, 3), (1, 3)]  # six steps each, three of them to warm up
     assert_same_run(whole, captured)

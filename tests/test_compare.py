@@ -22,7 +22,7 @@ from fastdynat.compare import plan, probe
 from fastdynat.config import AttackConfig
 from fastdynat.devices import pick_amp
 from fastdynat.engine import default_config, stored_config
-from fastdynat.engine.session import attack_steps
+from fastdynat.engine.build import attack_steps
 from fastdynat.engine.step import TrainStep
 from fastdynat.evaluation import cells as evaluation
 from fastdynat.memory import PeakMemory

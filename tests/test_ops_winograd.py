@@ -21,7 +21,7 @@ from fastdynat.attacks.replica import AttackReplica
 from fastdynat.attacks.winograd import WinogradConv2d
 from fastdynat.cli import main
 from fastdynat.config import EngineConfig
-from fastdynat.engine.session import attack_switches
+from fastdynat.engine.build import attack_switches
 from fastdynat.models import build_model
 from fastdynat.ops.winograd import _eager_conv, _eager_weights
 

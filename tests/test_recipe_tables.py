@@ -20,10 +20,11 @@ from fastdynat.data import Batch, DatasetInfo, TrainLoader, TrainSplit, dataset_
 from fastdynat.data.split import stratified_split
 from fastdynat.data.store import Source
 from fastdynat.engine import build_parts, default_config
+from fastdynat.engine.build import burn_in_step
 from fastdynat.engine.resolve import resolve, resolve_loader
-from fastdynat.engine.session import burn_in_step
 from fastdynat.engine.step import NORMS, TrainStep
 from fastdynat.engine.trainer import Trainer
+from fastdynat.engine.weight_files import describe_weights
 from fastdynat.methods import method_class
 from fastdynat.models import build_model, resnet
 from fastdynat.recipes import read_recipe, recipe_names
@@ -232,7 +233,8 @@ def test_images_are_normalised_inside_by_the_releases_numbers(recipe: tuple[Buil
     if release.red != 1:
         assert state["normalize.mean"].flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
         assert state["normalize.std"].flatten().tolist() == pytest.approx([0.2471, 0.2435, 0.2616])
-        sidecar = built.trainer._sidecar("model", built.config.model.model)
+        model, info = built.config.model.model, built.trainer.info
+        sidecar = describe_weights(built.config, info, role="model", architecture=model, epoch=0, validated={})
         assert sidecar.std == pytest.approx((0.2471, 0.2435, 0.2616))
     else:
         assert state["normalize.mean"].flatten().tolist() == [0.0] * 3

@@ -277,6 +277,9 @@ def test_the_weight_average_is_what_is_saved_as_the_model(tmp_path: Path) -> Non
             expected = 0.5 * expected + 0.5 * state[key]
         torch.testing.assert_close(saved[key], expected)
         assert torch.equal(raw[key], seen[-1][key])
+    # The accuracies are those of the average, which is what was validated.
+    validated = [json.loads((run / "last" / f"{name}.json").read_text())["val_clean_acc"] for name in ("model", "model_raw")]
+    assert validated == [rows(run)[-1]["val_clean_acc"], None]
 
 
 def test_the_average_is_a_copy_for_its_share_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainSplit
 from fastdynat.engine import build_parts
+from fastdynat.engine.build import burn_in_step
 from fastdynat.engine.metrics import Averages
 from fastdynat.engine.resolve import Say
-from fastdynat.engine.session import burn_in_step
 from fastdynat.ops import use_backend
 
 PROBE_SECONDS = 2.0

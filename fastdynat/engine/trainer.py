@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fastdynat.attacks import check_fidelity, parse_attack, usual_step
+from fastdynat.attacks import parse_attack, usual_step
 from fastdynat.config import TrainConfig
-from fastdynat.data import Batch, DatasetInfo, ImageSet, TrainLoader, eval_batches
+from fastdynat.data import DatasetInfo, ImageSet, TrainLoader
 from fastdynat.engine.average_share import MOSTLY, average_note, first_share
-from fastdynat.engine.boundary_log import log_boundary
+from fastdynat.engine.epoch_checks import boundary_columns, fidelity_columns
 from fastdynat.engine.metrics import Averages, MetricsLog
-from fastdynat.engine.networks import NetworkSet, pixel_statistics
+from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
 from fastdynat.engine.schedules import average_warmup, epochs_of_method
@@ -24,10 +23,11 @@ from fastdynat.engine.state import identity, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
 from fastdynat.engine.watch import Watch
+from fastdynat.engine.weight_files import write_weights
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.models.finite import not_numbers
-from fastdynat.runs import STATE, RunDir, Sidecar, save_weights
+from fastdynat.runs import STATE, RunDir
 
 REFRESH_SECONDS = 1.0  # between looks at the device's running averages, each of which waits for it
 
@@ -180,7 +180,7 @@ class Trainer:
         row |= {"train_seconds": round(self.seconds, 3), "images_per_s": round(self.averages.images / self.seconds, 1)}
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
         row |= self._validate(stop, display, due=due, trained=row.get("train_adv_acc"))
-        row |= {**self._check_fidelity(display), **self._measure_boundary()} if due else {}
+        row |= self._more_columns(display) if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
         self.row = row
@@ -231,46 +231,9 @@ class Trainer:
         most = int(torch.bincount(self.val.labels).max())
         return self.watch.at_chance(clean, most / len(self.val), len(self.val))
 
-    def _check_fidelity(self, display: Display) -> dict[str, float | bool]:
-        """Columns that say whether the attack as it is computed is as strong as the reference; nothing of the run changes."""
-        count = self.config.engine.check_fidelity
-        if count == 0:
-            return {}
-        batches = self._some_validation(count)
-        found = check_fidelity(
-            self.networks.attack,
-            self.networks.raw["model"],
-            ((batch.x, batch.labels) for batch in batches),
-            self.step.spec,
-            bn=self.config.attack.attack_bn,
-            seed=self.config.engine.seed,
-        )
-        if found.weaker:
-            display.say(
-                f"warning: the attack is weaker than the eager float32 one: loss {found.loss_fast:.4g} against "
-                f"{found.loss_reference:.4g}, accuracy {100 * found.acc_fast:.1f} against {100 * found.acc_reference:.1f} %; "
-                f"it is computed as {self.networks.attack.path}"
-            )
-        return found.columns()
-
-    def _measure_boundary(self) -> dict[str, float | None]:
-        """Columns that say how the boundary moves; nothing of the run changes."""
-        count = self.config.engine.boundary_speed
-        if count == 0:
-            return {}
-        near, seed = float(self.config.attack.eval_eps), self.config.engine.seed
-        return log_boundary(self.step, self._some_validation(count), self.run.path, self.epoch + 1, near=near, seed=seed)
-
-    def _some_validation(self, count: int) -> Iterator[Batch]:
-        """`count` validation images in batches of the training's size, which is the shape that is compiled."""
-        spread = torch.arange(count) * len(self.val) // count  # a folder's images may be in the order of their classes
-        assert self.config.data.batch_size is not None
-        return eval_batches(
-            ImageSet(self.val.images[spread], self.val.labels[spread]),
-            batch_size=self.config.data.batch_size,
-            device=self.device,
-            channels_last=self.config.engine.channels_last == "on",
-        )
+    def _more_columns(self, display: Display) -> dict[str, float | bool | None]:
+        fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val, display.say)
+        return {**fidelity, **boundary_columns(self.config, self.step, self.val, self.run.path, self.epoch + 1)}
 
     def _save(self, *, best: bool) -> None:
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers
@@ -280,42 +243,10 @@ class Trainer:
         self.run.commit(self._write_checkpoint, best=best, epoch=self.epoch, epoch_step=self.epoch_step)
 
     def _write_checkpoint(self, folder: Path) -> None:
-        config = self.config
-        save_weights(
-            folder / "model.safetensors",
-            self.networks.deployed().state_dict(),
-            self._sidecar("model", config.model.model),
-        )
-        if self.networks.ema is not None:
-            raw = self.networks.raw["model"].state_dict()
-            save_weights(folder / "model_raw.safetensors", raw, self._sidecar("model", config.model.model))
-        if "guide" in self.networks.raw:
-            guide = self.networks.raw["guide"].state_dict()
-            save_weights(folder / "guide.safetensors", guide, self._sidecar("guide", config.model.guide))
-        write_state(folder / STATE, self.state_dict())
-
-    def _sidecar(self, role: str, architecture: str) -> Sidecar:
-        info, attack = self.info, self.config.attack
-        mean, std = pixel_statistics(self.config.model, info)
         # Inside an epoch the weights are no longer those that were validated.
-        validated = self.last_validation if role == "model" and self.epoch_step == 0 else {}
-        return Sidecar(
-            architecture=architecture,
-            num_classes=info.num_classes,
-            image_shape=info.image_shape,
-            mean=mean,
-            std=std,
-            dataset=info.name,
-            class_names=info.class_names,
-            role=role,
-            method=self.config.method,
-            norm=attack.norm,
-            eps=float(attack.eps),
-            eval_eps=float(attack.eval_eps),
-            epoch=self.epoch,
-            val_clean_acc=validated.get("val_clean_acc"),
-            val_pgd10_acc=validated.get("val_pgd10_acc"),
-        )
+        validated = self.last_validation if self.epoch_step == 0 else {}
+        write_weights(folder, self.networks, self.config, self.info, epoch=self.epoch, validated=validated)
+        write_state(folder / STATE, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed beside the weights to go on bit for bit; tensors and plain values only."""
