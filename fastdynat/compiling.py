@@ -3,7 +3,9 @@
 import itertools
 import logging
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +56,9 @@ class _Compiled:
         self, fn: Callable[..., Any], mode: str, what: str, say: Callable[[str], None], otherwise: Callable[..., Any] | None
     ) -> None:
         quiet_about_cuda()
-        self._options = MODES["default" if mode == AUTO else mode]
+        self._options = dict(MODES["default" if mode == AUTO else mode])
+        if torch.are_deterministic_algorithms_enabled():
+            self._options["deterministic"] = True  # Inductor then takes no kernel for its timing that sums in another order
         self._own, self._plain = _own_code(fn), otherwise or fn
         self._run = torch.compile(self._own, fullgraph=True, dynamic=False, options=self._options)
         self._whole, self._in_parts = True, otherwise is None
@@ -70,7 +74,8 @@ class _Compiled:
         if signature not in self._known and (self._full or len(self._known) >= MAX_SIGNATURES):
             return self._beyond(args)
         try:
-            result = self._run(*args)
+            with nullcontext() if signature in self._known else _no_advice_on_tf32():
+                result = self._run(*args)
         except FailOnRecompileLimitHit:  # torch._dynamo.config has a lower limit
             self._full = True
             return self._beyond(args)
@@ -114,6 +119,17 @@ class _Compiled:
     def _stop(self) -> None:
         """Run uncompiled from now on, and let the compiled code go."""
         self._compiles, self._run, self._own = False, self._plain, self._plain
+
+
+@contextmanager
+def _no_advice_on_tf32() -> Iterator[None]:
+    """torch up to 2.13 warns, at the first compilation on an Ampere GPU or later, that matrix products do not use TF32.
+
+    Their precision is the caller's choice; under ``-W error`` the advice would end the compilation.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        yield
 
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
+from fastdynat.float32 import float32_flags, put_float32_flags
+
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -23,7 +25,7 @@ def process_state_kept() -> Iterator[None]:
 
     Also a decorator.
     """
-    put_back = [_generators(), _torch_flags(), _cublas()]
+    put_back: list[Callable[[], Any]] = [_generators(), _torch_flags(), partial(put_float32_flags, float32_flags()), _cublas()]
     try:
         with warnings.catch_warnings():
             yield
@@ -65,32 +67,21 @@ def _generators() -> Callable[[], None]:
 
 
 def _torch_flags() -> Callable[[], None]:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    owners: list[tuple[Any, str]] = [(cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")]
-    owners.append((matmul, "allow_tf32"))
+    cudnn, names = torch.backends.cudnn, ("enabled", "benchmark", "deterministic")
     flags: list[tuple[Callable[[], Any], Callable[[Any], Any]]]
-    flags = [(partial(getattr, owner, name), partial(setattr, owner, name)) for owner, name in owners]
+    flags = [(partial(getattr, cudnn, name), partial(setattr, cudnn, name)) for name in names]
     flags += [
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_num_threads, torch.set_num_threads),
         (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
     ]
-    before = [(read, write, _read(read)) for read, write in flags]
+    before = [(read, write, read()) for read, write in flags]
 
     def restore() -> None:
         for read, write, value in before:
-            if _read(read) != value:
+            if read() != value:
                 write(value)
 
     return restore
-
-
-def _read(read: Callable[[], Any]) -> Any:
-    """None where the caller set TF32 through torch's newer names: the older ones then refuse to be read. Ours touch neither."""
-    try:
-        return read()
-    except RuntimeError:
-        return None
 
 
 def _determinism() -> tuple[bool, bool]:

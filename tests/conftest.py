@@ -5,8 +5,11 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +81,82 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Within it, whatever makes the host wait for the GPU raises; the mode is put back, whatever happens.
+
+    torch warns, before it sets the mode, that this is a prototype: as an error that would leave the mode set.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+
+    def turn(mode: int | str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    turn("error")
+    try:
+        yield
+    finally:
+        turn(before)
+
+
+def _float32() -> Any:
+    from fastdynat.float32 import float32_flags
+
+    return float32_flags()
+
+
+def _put_float32(flags: Any) -> None:
+    from fastdynat.float32 import put_float32_flags
+
+    put_float32_flags(flags)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# What a test may change for the whole process: how it is read, and how it is put back.
+CUDNN: Any = torch.backends.cudnn
+PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "determinism": (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "cudnn.enabled": (lambda: CUDNN.enabled, lambda value: setattr(CUDNN, "enabled", value)),
+    "cudnn.benchmark": (lambda: CUDNN.benchmark, lambda value: setattr(CUDNN, "benchmark", value)),
+    "cudnn.deterministic": (lambda: CUDNN.deterministic, lambda value: setattr(CUDNN, "deterministic", value)),
+    "float32 precision": (_float32, _put_float32),
+    "working directory": (os.getcwd, os.chdir),
+}
+VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "FASTDYNAT_KERNELS", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA")
+
+
+@contextmanager
+def process_state_restored() -> Iterator[None]:
+    """Puts back what the block changes for the whole process, however it ends: the next test is the one that it is alone."""
+    kept = dict(PROCESS_WIDE)
+    if torch.cuda.is_initialized():
+        kept["sync debug mode"] = (torch.cuda.get_sync_debug_mode, torch._C._cuda_set_sync_debug_mode)
+    before = {name: read() for name, (read, _) in kept.items()}
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield
+    finally:
+        for name, (read, write) in kept.items():
+            if read() != before[name]:
+                write(before[name])
+        for name, value in variables.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(autouse=True)
+def _process_state() -> Iterator[None]:
+    with process_state_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import needs
+from conftest import needs, nothing_waits
 from graph_sim import SimulatedRecorder
 from networks import tiny_cnn
 from torch import Tensor
@@ -147,12 +147,9 @@ def test_no_step_waits_for_the_gpu(variant: str, amp: str) -> None:
     device = torch.device("cuda")
     step, given = make_step(variant, amp=amp, device=device), list(batches(0, device))
     step(given[0])  # cuDNN's choices and first allocations may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for batch in given:
             step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs("cxx")

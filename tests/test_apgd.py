@@ -137,8 +137,10 @@ def test_bad_numbers_are_refused(what: dict[str, Any]) -> None:
 @pytest.fixture
 def double() -> Any:
     torch.set_default_dtype(torch.float64)  # the package's own tensors have the default type
-    yield
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def peers_run(

@@ -66,8 +66,10 @@ def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    yield snapshot()
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield snapshot()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def assert_unchanged(before: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from fastdynat.evaluation import Stopped, measure
 from fastdynat.evaluation import cells as evaluation
 from fastdynat.evaluation.columns import check_classes, parse_columns
 from fastdynat.evaluation.outcome import unpack_bits
+from fastdynat.float32 import float32_flags, put_float32_flags
 from fastdynat.runs import load_network
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_training_afterwards_keeps_its_own_rounding(runs: list[Path], tmp_path: 
         return measure_one(*args, **kwargs)
 
     monkeypatch.setattr(evaluation, "measure", spy)
-    before = [owner.allow_tf32 for owner in flags]
+    before = float32_flags()
     try:
         for owner in flags:
             owner.allow_tf32 = True
@@ -108,8 +109,7 @@ def test_training_afterwards_keeps_its_own_rounding(runs: list[Path], tmp_path: 
         assert seen == [[False, False]]
         assert [owner.allow_tf32 for owner in flags] == [True, True]
     finally:
-        for owner, value in zip(flags, before, strict=True):
-            owner.allow_tf32 = value
+        put_float32_flags(before)
 
 
 def test_half_precision_evaluation_runs(runs: list[Path], tmp_path: Path) -> None:

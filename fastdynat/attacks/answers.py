@@ -1,4 +1,4 @@
-"""What two networks answer to the same images, and by how much that differs."""
+"""What two networks answer to the same images, and by how much that differs, both in full float32 (no TF32)."""
 
 import random
 import sys
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdynat.float32 import full_float32
 
 # Largest difference of logits, and of the sum of input gradients, as a share of their largest value and their sum, between
 # two ways of computing the same thing. Single units that rounding switches on or off move gradients more than logits.
@@ -33,13 +35,13 @@ def same_draws(device: torch.device) -> Iterator[None]:
 
 def answer(network: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     """Detached logits, (N, K)."""
-    with torch.inference_mode(False), torch.no_grad(), same_draws(x.device):
+    with full_float32(), torch.inference_mode(False), torch.no_grad(), same_draws(x.device):
         return network(x).detach()
 
 
 def answer_and_gradient(network: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Detached logits, and the input gradient of a combination of them; of zeros where none reaches the input."""
-    with torch.inference_mode(False), torch.enable_grad(), same_draws(x.device):
+    with full_float32(), torch.inference_mode(False), torch.enable_grad(), same_draws(x.device):
         leaf = x.detach().clone().requires_grad_()
         logits = network(leaf)
         grad = None

@@ -19,6 +19,7 @@ from fastdynat.attacks.replica import AttackReplica
 from fastdynat.attacks.search import AttackResult
 from fastdynat.compiling import AUTO, compile_whole
 from fastdynat.devices import AMP_DTYPES, pick_channels_last, winograd_pays
+from fastdynat.float32 import float32_name
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 from fastdynat.models.answers import NoGradient
 
@@ -137,7 +138,7 @@ class AttackEngine:
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
-        self._planned = _path(self.replica, s, bn)
+        self._planned = _path(self.replica, s, bn, example.device)
 
     @property
     def path(self) -> str:
@@ -230,8 +231,8 @@ class Attacker:
         return self.engine.run(x, goal, spec or self.spec, x_start=x_start)
 
 
-def _path(replica: AttackReplica, switches: AttackSwitches, bn: str) -> str:
-    dtype = str(switches.dtype or torch.float32).removeprefix("torch.")
+def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: torch.device) -> str:
+    dtype = float32_name(device) if switches.dtype is None else str(switches.dtype).removeprefix("torch.")
     unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
     parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded]
     parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)

@@ -14,6 +14,7 @@ from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.pgd import pgd
 from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
+from fastdynat.float32 import full_float32
 
 # What `Fidelity.weaker` allows.
 LOSS_SHORTFALL = 0.01
@@ -23,7 +24,7 @@ NO_RISE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Two attacks from the same starts, both judged by the float32, eager, unfolded network.
+    """Two attacks from the same starts, both judged by the eager, unfolded network in full float32 (no TF32).
 
     Attributes:
         images: how many were attacked.
@@ -100,7 +101,7 @@ def check_fidelity(
     seed: int = 0,
     goal_of: Callable[[Tensor, Tensor], AttackGoal] = true_class,
 ) -> Fidelity:
-    """Attack `batches` with `engine` and with `pgd` on `model` in full precision, from the same starts.
+    """Attack `batches` with `engine` as it is and with `pgd` on `model` in full float32, without TF32, from the same starts.
 
     Weights, buffers, modes, gradients and global random streams are afterwards what they were. Where `bn` is "train" both
     attacks, and the judge, see batch statistics as "frozen" does.
@@ -154,14 +155,16 @@ def _compare(
 ) -> dict[str, Tensor]:
     """Per image: goal and correctness at the image and after each attack, agreement of signs. Zero gradients per batch."""
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-    reference = pgd(model, x, goal, spec, bn=bn, x_start=start, warn=False)  # `Fidelity.zero_reference` says it
     fast = engine.run(x, goal, spec, x_start=start)
-    with attack_mode(model, bn):
+    signs = engine.gradient(start, goal).sign().to(x.dtype)
+    with full_float32():
+        reference = pgd(model, x, goal, spec, bn=bn, x_start=start, warn=False)  # `Fidelity.zero_reference` says it
+    with full_float32(), attack_mode(model, bn):
         judge = Ascent(model)
         exact = judge.gradient(start, goal)
         with torch.no_grad():
             logits = {"clean": judge.logits(x), "reference": judge.logits(reference.x_adv), "fast": judge.logits(fast.x_adv)}
-    same = engine.gradient(start, goal).sign().to(x.dtype) == exact.sign()
+    same = signs == exact.sign()
     mass = exact.abs().flatten(1).sum(1)
     found = {f"loss_{name}": goal.per_image(value) for name, value in logits.items()}
     found |= {f"right_{name}": value.argmax(1) == labels for name, value in logits.items()}

@@ -9,6 +9,7 @@ from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tenso
 from fastdynat.attacks.modes import frozen_twin
 from fastdynat.attacks.rehearsal import rehearse
 from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
+from fastdynat.float32 import full_float32
 
 # The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -30,6 +31,7 @@ class AttackReplica:
         note: why nothing was folded although `fold` asked for it; else "".
     """
 
+    @full_float32()
     def __init__(
         self,
         model: nn.Module,

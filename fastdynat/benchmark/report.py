@@ -5,13 +5,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fastdynat.benchmark.rows import Row
 from fastdynat.benchmark.timing import Samples
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.consoles import AS_IS, PlainTable
+from fastdynat.float32 import tf32_allowed
 from fastdynat.runs import describe_environment, source_commit
 
 FORMAT = "fastdynat-bench/1"
@@ -29,14 +29,14 @@ def settings(config: TrainConfig[Any]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """`describe_environment` with the rounding of float32 convolutions on a GPU."""
-    return describe_environment() | {"tf32_convolutions": torch.backends.cudnn.allow_tf32}
+    return describe_environment() | {"tf32_convolutions": tf32_allowed()}
 
 
 def row_values(row: Row, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
     """One row; `matmul_rates`: FLOP/s by precision."""
     plan, seconds = row.plan, row.samples.summary()
     values: dict[str, Any] = {"name": plan.name, "kind": plan.kind, "ours": plan.ours, "switch": plan.switch}
-    values |= {"setting": plan.setting, "images": plan.images, "seconds": seconds}
+    values |= {"setting": plan.setting, "precision": plan.precision, "images": plan.images, "seconds": seconds}
     if plan.kind != "matmul":
         rates = {key: round(plan.images / seconds[value], 3) for key, value in RATE_QUANTILES.items()}
         values |= {"images_per_s": rates, "flops_per_image": plan.flops // plan.images}
@@ -133,7 +133,7 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, console: Console) -> None:
-    base = next((row for row in rows if row["name"] == reference), full_row(rows, rows[0]["kind"]))
+    base = next((row for row in rows if row["name"].partition(", ")[0] == reference), full_row(rows, rows[0]["kind"]))
     console.print(heading if base is None else f"\n{heading}; ratio: to {base['name']}", **AS_IS)
     table = PlainTable()
     table.add_column(rows[0]["kind"])

@@ -12,12 +12,13 @@ import torch
 from fastdynat.attacks import Fidelity
 from fastdynat.benchmark import work
 from fastdynat.benchmark.config import BenchConfig
-from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, shown, why_not
+from fastdynat.benchmark.settings import SWITCHES, Kind, grid, label, precision_name, shown, why_not
 from fastdynat.benchmark.timing import Samples, Stopwatch, take_turns
 from fastdynat.benchmark.work import Say, Work
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import AMP_DTYPES
+from fastdynat.float32 import tf32_convolutions
 from fastdynat.memory import PeakMemory
 from fastdynat.methods import method_class
 
@@ -45,6 +46,7 @@ class Plan:
     ours: bool = True
     flops: int = 0
     amp: str = "off"
+    precision: str = "fp32"
     why_not: str = ""
 
 
@@ -129,6 +131,7 @@ def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", swit
         switch,
         flops=per_image * config.data.batch_size,
         amp=config.engine.amp,
+        precision=precision_name(config),
     )
 
 
@@ -141,18 +144,24 @@ def _peer_attacks(task: Task) -> list[Plan]:
     rows = []
     for engine in settings:
         config = task.settle(replace(task.asked, engine=engine))
-        name = "torchattacks.PGD" + ("" if engine.amp == "off" else f" under {engine.amp} autocast")
+        name = "torchattacks.PGD" + (_rounding(config) if engine.amp == "off" else f" under {engine.amp} autocast")
         ours = _ours(task, "attack", config, name)
         prepare = partial(work.torchattacks_attack, config, task.split, task.say)
         rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
     return rows
 
 
+def _rounding(config: TrainConfig[Any]) -> str:
+    """What a float32 row's name says where its convolutions are not computed in float32: torch's default on a GPU."""
+    name = precision_name(config)
+    return "" if name == "fp32" else f", {name}"
+
+
 def _plain(task: Task) -> Plan:
     plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
     config = task.settle(replace(task.asked, engine=plain))
     reason = "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
-    ours = _ours(task, "step", config, "released loop in plain PyTorch")
+    ours = _ours(task, "step", config, "released loop in plain PyTorch" + _rounding(config))
     prepare = partial(work.plain_step, config, task.split, task.say)
     return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
 
@@ -181,8 +190,9 @@ def _word(value: Any) -> str:
 def _matmul(amp: str, device: torch.device) -> Plan:
     dtype = AMP_DTYPES[amp] or torch.float32
     ready, flops = work.matrix_product(dtype, device)
-    name = f"matrix product, {'fp32' if amp == 'off' else amp}"
-    return Plan(name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp)
+    precision = amp if amp != "off" else "fp32 (TF32)" if tf32_convolutions(device) else "fp32"
+    name = f"matrix product, {precision}"
+    return Plan(name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp, precision=precision)
 
 
 def prepare(

@@ -13,6 +13,7 @@ from fastdynat.engine import build_parts
 from fastdynat.engine.resolve import resolve, resolve_loader, use_graphs, use_guide_stream
 from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
+from fastdynat.float32 import float32_name
 from fastdynat.measured import half_types
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
@@ -93,9 +94,15 @@ def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
     return None
 
 
+def precision_name(config: TrainConfig[Any]) -> str:
+    """The precision of a resolved configuration: "bf16", "fp16", "fp32", or "fp32 (TF32 convolutions)" as the flags are now."""
+    engine = config.engine
+    return float32_name(torch.device(engine.device), "fp32") if engine.amp == "off" else engine.amp
+
+
 def label(config: TrainConfig[Any]) -> str:
-    """The setting in two words: precision, and whether it is compiled."""
-    amp = "fp32" if config.engine.amp == "off" else config.engine.amp
+    """The setting in a few words: precision, and whether it is compiled."""
+    amp = precision_name(config)
     return amp if config.engine.compile == "off" else f"{amp} compiled"
 
 

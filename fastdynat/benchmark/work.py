@@ -17,6 +17,7 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainLoader, TrainSplit
 from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import TrainStep, attack_switches, build_parts
+from fastdynat.float32 import products_like_convolutions
 from fastdynat.ops import use_backend
 
 ATTACK_BATCHES = 4  # that an attack is timed on in turn: what stays in a cache between calls is faster to read
@@ -185,12 +186,9 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, int]
     FLOPs."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    flags = torch.backends.cuda.matmul
 
     def call() -> None:
-        before = flags.allow_tf32
-        flags.allow_tf32 = torch.backends.cudnn.allow_tf32
-        torch.mm(a, b)
-        flags.allow_tf32 = before
+        with products_like_convolutions():
+            torch.mm(a, b)
 
     return Work(call), 2 * size**3

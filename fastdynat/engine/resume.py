@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastdynat.config import TrainConfig, to_yaml
+from fastdynat.engine.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.engine.build import build_parts, burn_in_step, open_split
 from fastdynat.engine.permitted_changes import changed_key, check_changes, check_epochs, check_trained
 from fastdynat.engine.resolve import Say, adopted, resolve, resolve_loader
@@ -17,7 +18,7 @@ from fastdynat.engine.trainer import Trainer
 from fastdynat.engine.weight_files import load_weights
 from fastdynat.errors import UserError
 from fastdynat.methods.configs import stored_config
-from fastdynat.ops import selected_backend, use_backend
+from fastdynat.ops import use_backend
 from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import ENVIRONMENT, STATE, RunDir, check_manifest, newest_checkpoint, record_start
 
@@ -58,13 +59,14 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
             say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
         if config.engine.device != stored.engine.device:
             say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
+        elif why := rounding_of_resume(config.engine):
+            say(f"it goes on within rounding, not bit for bit: {why}")
         # Only now, when nothing can be refused any more, does the run's own record change.
         run.adopt()
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
         run.checkpoints.link()
         with use_backend(config.engine.kernels):
-            now = selected_backend(torch.device(config.engine.device).type)
-            for change in record_start(path / ENVIRONMENT, operators=now, on_cpu=not config.engine.device.startswith("cuda")):
+            for change in record_start(path / ENVIRONMENT, **arithmetic(config.engine)):
                 say(f"{change}: the run goes on, not bit for bit")
             yield trainer
     finally:

@@ -6,16 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastdynat.config import TrainConfig, to_yaml
 from fastdynat.data import dataset_info
+from fastdynat.engine.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.engine.build import build_parts, burn_in_step, open_split
 from fastdynat.engine.resolve import Say, check_sizes, resolve, resolve_loader, say_first_epoch
 from fastdynat.engine.trainer import Trainer
 from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
-from fastdynat.ops import selected_backend, use_backend
+from fastdynat.ops import use_backend
 from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name, record_start, release_name
 
@@ -42,6 +41,8 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     check_sizes(config, split)
     config = resolve_loader(resolve(config, split.info, say), split, say)
     say_first_epoch(config, say)
+    if why := rounding_of_resume(config.engine):
+        say(f"resuming this run will go on within rounding, not bit for bit: {why}")
     val = split.val_images()
     config = settle_compile(config, split, say, build_parts)
     parts = build_parts(config, split, say)
@@ -65,7 +66,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         say(f"--overwrite leaves {kept}, which the old run did not make")
     try:
         with use_backend(config.engine.kernels):
-            record_start(path / ENVIRONMENT, operators=selected_backend(torch.device(config.engine.device).type))
+            record_start(path / ENVIRONMENT, **arithmetic(config.engine))
             yield Trainer(config, split.info, val, *parts, run, burn_in)
     finally:
         run.close()

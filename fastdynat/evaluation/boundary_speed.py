@@ -21,6 +21,7 @@ from torch.func import functional_call, jvp
 
 from fastdynat.attacks import BoundarySpec, attack_mode, boundary
 from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import soft_margin_grad
 from fastdynat.runs.files import make_folder, write_bytes
 
@@ -65,6 +66,7 @@ def _mean(values: Tensor, chosen: Tensor) -> float | None:
     return float(values[chosen].double().mean()) if bool(chosen.any()) else None
 
 
+@exact_float32()
 def boundary_speed(
     model: nn.Module,
     x: Tensor,
@@ -75,7 +77,7 @@ def boundary_speed(
     x_start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> BoundarySpeed:
-    """Margins at `x`, and what a small move of the weights does to them, in eval mode and full precision.
+    """Margins at `x`, and what a small move of the weights does to them, in eval mode and full float32.
 
     Leaves the model's modes, buffers and gradients, and with a `generator` the global random stream, as they were.
 

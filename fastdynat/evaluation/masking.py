@@ -19,6 +19,7 @@ from torch import nn
 from fastdynat.attacks import PGD, NamedAttack, PGDSpec, parse_attack, usual_step
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement, wilson
 from fastdynat.evaluation.probes import ScaledLogits, Subject, Verdict
 
@@ -75,6 +76,7 @@ def at_least(more: int, less: int, images: int) -> float:
     return difference - Z99 * sqrt(max(0.0, (more_ + less_) / total - difference**2) / total)
 
 
+@exact_float32()
 def check_masking(
     model: nn.Module,
     images: ImageSet,

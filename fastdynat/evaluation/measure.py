@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, Underflow, attack_mode
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
+from fastdynat.float32 import full_float32
 from fastdynat.models.answers import half_of, logits_of, own_dtype
 
 NO_CLASS = -1  # nobody's label
@@ -38,6 +38,14 @@ class BatchTick:
             self.told = share * self.images
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Full float32, without TF32 and outside the caller's autocast: what all that is evaluated or validated is computed in."""
+    with full_float32(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@exact_float32()
 def measure(
     model: nn.Module,
     images: ImageSet,
@@ -59,13 +67,13 @@ def measure(
     """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
 
     Every image counts; one that is misclassified without an attack stays so, whatever the attack makes of it. The attack works
-    on a fast replica of the network; the prediction that is counted is `model`'s own, in eval mode and full precision, on what
+    on a fast replica of the network; the prediction that is counted is `model`'s own, in eval mode and full float32, on what
     the attack returns; an adversarial image farther away than the attack's ball (`Nearest.eps`) does not count against it. The
     random start comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
-        amp_dtype: autocast for the attack; None is the images' float32.
+        amp_dtype: autocast for the attack; None is the images' float32, without TF32 like everything here.
         winograd: let the attack use Winograd's algorithm where that is faster.
         source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
             distance is that of an image that fools `model`.
@@ -177,21 +185,3 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def predict_in_batches(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device) -> Tensor:
     """`predict` for images of any number, moved to `device` batch by batch; (N,) where `x` is."""
     return torch.cat([predict(model, part.to(device)).to(x.device) for part in x.split(batch_size)])
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """TF32 would round convolution inputs to 10 mantissa bits; an evaluation in fp32 means fp32. Training keeps its choice.
-
-    An autocast region of the caller's is left as well.
-    """
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [owner.allow_tf32 for owner in flags]
-    try:
-        for owner in flags:
-            owner.allow_tf32 = False
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for owner, value in zip(flags, before, strict=True):
-            owner.allow_tf32 = value

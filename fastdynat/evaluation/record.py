@@ -17,9 +17,10 @@ FORMAT = "fastdynat-eval/2"
 def make_record(target: Target, results: list[Values], cached: list[str], checks: list[Values] | None) -> Values:
     """The record of `target` with the results of its first columns.
 
-    Keys: what the network is; `robustness_gap`, clean accuracy less the lowest one under attack; `worst`, images that stay
-    correct under everything in the ball (`worst_case`); `attacks`, the measurements; `cached`, the names of those that were
-    read from files; `checks`, of masked gradients, or None where they were not asked for.
+    Keys: what the network is; `judged_in`, the precision of the predictions that count; `robustness_gap`, clean accuracy less
+    the lowest one under attack; `worst`, images that stay correct under everything in the ball (`worst_case`); `attacks`, the
+    measurements; `cached`, the names of those that were read from files; `checks`, of masked gradients, or None where they were
+    not asked for.
     """
     radius, columns = target.radius, target.columns[: len(results)]
     in_ball = [r for column, r in zip(columns, results, strict=True) if counts_in_ball(column, r, radius.norm)]
@@ -33,6 +34,7 @@ def make_record(target: Target, results: list[Values], cached: list[str], checks
         "norm": radius.norm,
         "eps": radius.eps,
         "step_size": radius.step_size,
+        "judged_in": "float32",  # without TF32 (`exact_float32`), whatever --amp searches in
         "data": target.info.name,
         "images": len(target.images),
         "images_sha256": target.digest,

@@ -16,7 +16,7 @@ from fastdynat.attacks import Ascent, attack_mode
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.pgd import check_batch
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import attacked
+from fastdynat.evaluation.measure import attacked, exact_float32
 
 CHUNK = 256  # images in one forward and backward pass, and maps ranked at one time; bounds the memory
 BRIGHTEST = 0.99  # quantile of a map that is shown as 1: single pixels would darken all others (Smilkov et al. 2017)
@@ -47,6 +47,7 @@ class Explanation:
     reference_alignment: float | None
 
 
+@exact_float32()
 def explain(
     model: nn.Module,
     x: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.attacks import Ascent, NamedAttack, attack_mode
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import BatchTick, attacked, predict
+from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class TransferMatrix:
     accuracy: list[list[float]]
 
 
+@exact_float32()
 def transfer_matrix(
     networks: Mapping[str, nn.Module],
     images: ImageSet,

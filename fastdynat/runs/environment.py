@@ -69,7 +69,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
 
 
-def record_start(path: Path, *, operators: str, on_cpu: bool = True) -> list[str]:
+def record_start(path: Path, *, operators: str, on_cpu: bool = True, precision: str = "float32") -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
     Returns, in words, what differs from the last start so that sums are rounded in another order.
@@ -77,11 +77,13 @@ def record_start(path: Path, *, operators: str, on_cpu: bool = True) -> list[str
     Args:
         operators: the implementation of the fused operators in this process.
         on_cpu: whether the run computes on the CPU, where threads and processor count.
+        precision: what the networks are trained in; they are validated in float32 without TF32.
     """
     starts: list[dict[str, Any]] = []
     with suppress(UserError):  # the first start, or a list that nobody needs for resuming
         starts = read_starts(path)
-    starts.append({**describe_environment(), "operators": operators, "command": sys.argv[1:]})
+    precisions = {"training": precision, "validation": "float32"}
+    starts.append({**describe_environment(), "operators": operators, "precision": precisions, "command": sys.argv[1:]})
     write_text(path, json.dumps(starts, indent=2) + "\n")
     return _differences(*starts[-2:], on_cpu=on_cpu) if len(starts) > 1 else []
 

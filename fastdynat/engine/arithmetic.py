@@ -1,0 +1,26 @@
+"""What a run computes with, for its record, and how exactly it can therefore be resumed."""
+
+from typing import Any
+
+import torch
+
+from fastdynat.config import EngineConfig
+from fastdynat.float32 import float32_name
+from fastdynat.ops import selected_backend
+
+
+def arithmetic(engine: EngineConfig) -> dict[str, Any]:
+    """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
+    device = torch.device(engine.device)
+    precision = float32_name(device) if engine.amp == "off" else engine.amp
+    return {"operators": selected_backend(device.type), "on_cpu": device.type == "cpu", "precision": precision}
+
+
+def rounding_of_resume(engine: EngineConfig) -> str | None:
+    """Why a resumed run is not the uninterrupted one bit for bit, even on the same machine; None where it is.
+
+    cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; `--deterministic` has neither.
+    """
+    if torch.device(engine.device).type != "cuda" or engine.deterministic:
+        return None
+    return "cuDNN chooses its algorithms anew in each process; --deterministic makes resuming exact, and training slower"
