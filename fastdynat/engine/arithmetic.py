@@ -19,7 +19,7 @@ def arithmetic(engine: EngineConfig) -> dict[str, Any]:
 def rounding_of_resume(engine: EngineConfig) -> str | None:
     """Why a resumed run is not the uninterrupted one bit for bit, even on the same machine; None where it is.
 
-    cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; `--deterministic` has neither.
+    cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; not with `--deterministic`.
     """
     if torch.device(engine.device).type != "cuda" or engine.deterministic:
         return None

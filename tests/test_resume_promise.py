@@ -1,0 +1,68 @@
+"""How exactly a run can be resumed, where that is said, and what `--deterministic` switches for it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdynat.cli import main
+from fastdynat.compiling import compile_whole
+from fastdynat.config import EngineConfig
+from fastdynat.engine import start
+from fastdynat.engine.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.engine.rng import seed_everything
+from fastdynat.runs.environment import read_starts
+
+TINY = ["--method", "natural", "--train-size", "96", "--val-size", "20", "--batch-size", "32", "--epochs", "2", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "exact"),
+    [("cpu", False, True), ("cpu", True, True), ("cuda", True, True), ("cuda", False, False)],
+)
+def test_on_a_gpu_only_the_deterministic_run_resumes_exactly(device: str, deterministic: bool, exact: bool) -> None:
+    why = rounding_of_resume(EngineConfig(device=device, deterministic=deterministic))
+    assert (why is None) == exact
+    assert exact or "--deterministic" in str(why)
+
+
+def test_a_run_and_its_resume_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastdynat.engine import resume
+
+    for module in (start, resume):
+        monkeypatch.setattr(module, "rounding_of_resume", lambda engine: rounding_of_resume(EngineConfig(device="cuda")))
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--stop-after", "1"]) == 0
+    assert "resuming this run will go on within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "it goes on within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
+    assert [s["precision"] for s in read_starts(run / "environment.json")] == [
+        {"training": "float32", "validation": "float32"}
+    ] * 2
+
+
+def test_the_record_names_what_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = {amp: arithmetic(EngineConfig(device="cuda", amp=amp))["precision"] for amp in ("off", "bf16")}
+    assert found == {"off": "float32 (TF32 convolutions)", "bf16": "bf16"}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_runs_time_no_algorithms(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: options.append(kwargs["options"]) or fn)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seed_everything(1, deterministic=deterministic)
+    try:
+        assert torch.backends.cudnn.benchmark != deterministic
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+        compile_whole(torch.sin, mode="max-autotune", what="the sine", say=pytest.fail)
+        compile_whole(torch.sin, mode="default", what="the sine", say=pytest.fail)
+        assert [given.get("deterministic", False) for given in options] == [deterministic] * 2
+    finally:
+        torch.use_deterministic_algorithms(False)
