@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastdynat import limits
-from fastdynat.config import AttackConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, check_seed
+from fastdynat.config import AttackConfig, DataConfig, OptimConfig, TrainConfig, check_seed
 from fastdynat.errors import UserError, shown, unknown_name
 from fastdynat.units import parse_size
 
@@ -170,5 +170,3 @@ def check_run(run: Any, data: DataConfig) -> None:
     for name, used in (("stop_at", run.stop_at), ("patience", run.patience), ("on_collapse stop", run.on_collapse == "stop")):
         if used and data.val_size == 0:
             raise UserError(f"{name} needs validation images: leave --val-size 0 out")
-    if isinstance(run, RunConfig) and run.run_dir is not None and "\0" in run.run_dir:
-        raise UserError("run_dir must be a path, got a zero byte in it")

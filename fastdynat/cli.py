@@ -5,12 +5,12 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from fastdynat import __version__
 from fastdynat.commandline.naming import name_flags
-from fastdynat.errors import UserError, unknown_name
+from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
 from fastdynat.interrupts import Interruption
 
 USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     generator = random.getstate()  # tyro draws from it; commands that train or measure keep the others themselves
-    with Interruption() as interruption:
+    with Interruption() as interruption, _any_text():
         try:
+            check_words(argv)
             return _run_and_flush(argv)
         except UserError as error:
             return _fail(name_flags(str(error), argv))
@@ -59,12 +60,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if interruption.signal is not None:  # raised while something was imported or compiled, and made into this
                 return _interrupted(interruption)
-            if not isinstance(error, OSError) or error.strerror is None:
+            reason = shortage(error) or _system_says(error)
+            if reason is None:
                 raise
             _drop_output()
-            return _fail(f"{error.filename or 'input or output'}: {error.strerror}")
+            return _fail(reason)
         finally:
             random.setstate(generator)
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Raise UserError where a word of a command holds what no file and no value can: NUL, a lone surrogate.
+
+    A newline is part of a name like any other character; messages show it as an escape.
+    """
+    for i, word in enumerate(argv):
+        if (reason := not_a_name(word)) is None:
+            continue
+        flag, equals, _ = word.partition("=")
+        before = argv[i - 1] if i and argv[i - 1].startswith("--") else "an argument"
+        raise UserError(f"{flag if equals and not_a_name(flag) is None else before} {reason}: {shown(word)}")
+
+
+def _system_says(error: Exception) -> str | None:
+    """The system's refusal in one line; None where the error is another."""
+    if not isinstance(error, OSError):
+        return None
+    if error.strerror is not None:
+        return f"{error.filename or 'input or output'}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__  # raised by a library, such as for a lock that is not released
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Let standard output take names that its encoding lacks, as standard error does: escaped."""
+    out = sys.stdout
+    before = getattr(out, "errors", None)
+    if before == "strict" and hasattr(out, "reconfigure"):
+        out.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            with suppress(OSError, ValueError):  # a reader that went away
+                out.reconfigure(errors=before)
+        return
+    yield
 
 
 def _run_and_flush(argv: list[str]) -> int:
@@ -75,7 +115,7 @@ def _run_and_flush(argv: list[str]) -> int:
 
 
 def _fail(reason: str) -> int:
-    _say(f"fastdynat: error: {reason}")
+    _say(f"fastdynat: error: {one_line(reason)}")
     return 2
 
 

@@ -1,6 +1,9 @@
 """Errors that are the caller's to fix: one line that names the value and the remedy."""
 
 import difflib
+import os
+import re
+import unicodedata
 from collections.abc import Iterable
 
 LONGEST = 60  # characters of a name or value in a message
@@ -48,3 +51,45 @@ def first_line(error: BaseException) -> str:
     ('no', 'ValueError')
     """
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def not_a_name(text: str) -> str | None:
+    """Why no file and no argument can be called `text`, to stand after what it is; None where one can.
+
+    >>> not_a_name("a\\0b")
+    'has a NUL character'
+    """
+    if "\0" in text:
+        return "has a NUL character"
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # a surrogate that stands for no byte of a path
+        return "is not valid text"
+    return None
+
+
+def one_line(text: str) -> str:
+    """`text` as a terminal shows it in one line: control characters and bytes that are no text are escaped.
+
+    >>> one_line("no run at a\\nb")
+    'no run at a\\\\nb'
+    """
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") else repr(c)[1:-1] for c in text)
+
+
+def shortage(error: BaseException) -> str | None:
+    """Which of memory and threads `error` is the lack of, in words with a remedy; None where it is something else."""
+    said = str(error)
+    if isinstance(error, RuntimeError) and "start new thread" in said:
+        return "the system lets this process start no more threads: end other programs, or raise ulimit -u"
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and out_of_memory(error)):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
+    how_much = f" ({asked[1]} more were asked for)" if asked else ""
+    return f"out of memory{how_much}: use a smaller --batch-size, model or --image-size, or end other programs"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
+    said = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)

@@ -1,5 +1,6 @@
 """Files of tensors: checked before a library opens them, read without running code."""
 
+import io
 import json
 import pickle
 import struct
@@ -12,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdynat.documents import DocumentError, regular_file
+from fastdynat.documents import DocumentError, check_pickle, open_file, regular_file
+from fastdynat.documents.pickles import MAX_BYTES
 from fastdynat.errors import first_line
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_PICKLE = 256 << 20  # bytes of the part of a torch.save file that is not tensors
 REMEDY = "give a file of weights: .safetensors, or torch.save of a state_dict"
 
 
@@ -24,7 +25,7 @@ def check_safetensors(path: Path) -> None:
     """Raise DocumentError unless `path` is a file whose size is what its safetensors header says."""
     size = regular_file(path, remedy="weights are a .safetensors file")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length <= min(size - 8, MAX_HEADER) else {"": {}}
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -53,7 +54,7 @@ def read_pickle(path: Path, *, what: str, remedy: str = REMEDY) -> Any:
         DocumentError: missing, a folder or a pipe, truncated, compressed, or more than tensors and plain values.
     """
     regular_file(path, remedy=remedy)
-    _check_members(path, what)
+    _check_content(path, what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; the error below is enough
@@ -66,21 +67,35 @@ def read_pickle(path: Path, *, what: str, remedy: str = REMEDY) -> Any:
         raise DocumentError(f"{path} is truncated or not {what} ({type(error).__name__}); {remedy}") from None
 
 
+def _check_content(path: Path, what: str) -> None:
+    """Refuse what would fill the memory or never end when it is opened; what is merely damaged is left to torch."""
+    with open_file(path) as file:
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            check_pickle(file, str(path))
+            return
+    _check_members(path, what)
+    try:
+        record: bytes = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the very bytes that torch.load opens
+    except Exception:
+        return
+    check_pickle(io.BytesIO(record), str(path), parts=1)
+
+
 def _check_members(path: Path, what: str) -> None:
     """Refuse a zip that torch.save did not write: one that is compressed could fill the memory."""
     try:
         with zipfile.ZipFile(path) as file:
             members = file.infolist()
-    except Exception:  # no zip: the old format, or damaged, which torch.load will say
-        return
+    except Exception:  # damaged in one of many ways
+        raise DocumentError(f"{path} is truncated or not {what} (a damaged zip); {REMEDY}") from None
     stored = all(member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size for member in members)
-    pickles = [member.file_size for member in members if member.filename.endswith(".pkl")]
-    if not stored or sum(pickles) > MAX_PICKLE:
+    pickles = [member.file_size for member in members if member.filename.lower().endswith(".pkl")]
+    if not stored or sum(pickles) > MAX_BYTES:
         raise DocumentError(f"{path} is not {what}: a zip that torch.save did not write")
 
 
 def starts_as_a_page(path: Path) -> bool:
     """Whether `path` begins as HTML does: a download that was answered by a web page. Raises DocumentError as `read_pickle`."""
-    regular_file(path, remedy=REMEDY)
-    with path.open("rb") as file:
+    with open_file(path, remedy=REMEDY) as file:
         return file.read(1) == b"<"

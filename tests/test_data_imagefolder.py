@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdynat.data import imagefolder, load_test, load_train, memory
+from fastdynat import room
+from fastdynat.data import imagefolder, load_test, load_train
 from fastdynat.errors import UserError
 
 JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
@@ -165,17 +166,17 @@ def test_store_larger_than_half_of_the_memory(root, monkeypatch):
 
 def test_available_memory_respects_the_container(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:    50 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.available_memory() == 50 * 1024
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    assert room.available_memory() == 50 * 1024
     (tmp_path / "memory.current").write_text("9000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 2000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory() == 50 * 1024
+    assert room.available_memory() == 50 * 1024
     (tmp_path / "memory.max").write_text("10000\n")
-    assert memory.available_memory() == 3000
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "missing")
-    assert memory.available_memory() == 3000
+    assert room.available_memory() == 3000
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "missing")
+    assert room.available_memory() == 3000
 
 
 @pytest.mark.skipif(JPEG_ROOT is None, reason="FASTDYNAT_CIFAR10_JPEG does not name a folder of CIFAR-10 as JPEG")

@@ -12,7 +12,7 @@ LAYERS = [
     {"consoles", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names"},
     {"ops", "documents"},
     {"measured"},
-    {"units", "devices", "tensorfiles", "limits", "memory", "graphs", "compiling", "pictures", "recipes"},
+    {"units", "devices", "tensorfiles", "limits", "memory", "room", "graphs", "compiling", "pictures", "recipes"},
     {"process_state"},
     {"config"},
     {"checks"},

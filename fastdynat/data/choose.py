@@ -8,11 +8,11 @@ import torch
 
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import ResidentLoader, TrainLoader
-from fastdynat.data.memory import available_memory
 from fastdynat.data.sources import TrainSplit
 from fastdynat.data.store import ImageSet
 from fastdynat.data.torch_loader import TorchLoader
 from fastdynat.errors import UserError
+from fastdynat.room import available_memory
 
 # Of a memory, for all training images as uint8: the rest is for weights, activations and other programs.
 RESIDENT_SHARE = 0.25

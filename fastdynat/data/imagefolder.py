@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import read_rgb
-from fastdynat.data.memory import available_memory
 from fastdynat.data.split import stratified_split
 from fastdynat.data.store import DatasetInfo, Source, channel_stats
 from fastdynat.data.survey import left_out, other_size, pool, survey
 from fastdynat.errors import UserError
+from fastdynat.room import available_memory
 
 # What a file is, its content says; the suffix says whether it is meant as an image.
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")

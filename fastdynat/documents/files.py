@@ -3,11 +3,12 @@
 import os
 import select
 import stat
+from io import BufferedReader
 from pathlib import Path
 
-from fastdynat.errors import UserError
+from fastdynat.errors import UserError, not_a_name
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PATIENCE = 10.0  # seconds that a pipe may be silent
 
 
@@ -34,12 +35,8 @@ def check_text(text: str, what: str) -> str:
     Raises:
         DocumentError: it has a NUL character, or a surrogate that stands for no byte of a path.
     """
-    if "\0" in text:
-        raise DocumentError(f"{what} has a NUL character: {shown(text)}")
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        raise DocumentError(f"{what} is not valid text: {shown(text)}") from None
+    if (reason := not_a_name(text)) is not None:
+        raise DocumentError(f"{what} {reason}: {shown(text)}")
     return text
 
 
@@ -53,6 +50,12 @@ def regular_file(path: Path, *, remedy: str = "") -> int:
     os.close(descriptor)
     assert size is not None
     return size
+
+
+def open_file(path: Path, *, remedy: str = "") -> BufferedReader:
+    """The file at `path`, open for reading. Raises DocumentError as `regular_file` does; opening never waits."""
+    descriptor, _ = _open(path, remedy, stream=False)
+    return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False) -> bytes:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,9 +117,13 @@ class _Row:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl. Raises UserError where it is damaged."""
+    """The rows of a run's metrics.jsonl, one per epoch in their order. Raises UserError where it is damaged."""
     remedy = "move it away to go on without the rows of earlier epochs"
     rows = read_json_lines(path, dict[str, bool | int | float | None], what="a run's metrics", remedy=remedy)
-    for number, row in enumerate(rows, 1):
-        convert(row, _Row, origin=f"{path}, line {number}", why=f"it is damaged or was edited; {remedy}")
+    origins = [f"{path}, line {number}" for number in range(1, len(rows) + 1)]
+    why = f"it is damaged or was edited; {remedy}"
+    epochs = [convert(row, _Row, origin=origin, why=why).epoch for row, origin in zip(rows, origins, strict=True)]
+    for origin, (before, epoch) in zip(origins[1:], pairwise(epochs), strict=True):
+        if epoch <= before:
+            raise UserError(f"{origin}: epoch {epoch} stands behind epoch {before}: {why}")
     return rows

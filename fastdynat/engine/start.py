@@ -17,6 +17,7 @@ from fastdynat.errors import UserError
 from fastdynat.ops import use_backend
 from fastdynat.process_state import keeping_process_state
 from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name, record_start, release_name
+from fastdynat.runs.layout import real
 
 
 @keeping_process_state
@@ -35,7 +36,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     check_new(path, overwrite=config.run.overwrite)
     overwrite = config.run.overwrite
     teacher = config.model.guide_from
-    if overwrite and teacher is not None and Path(teacher).resolve().is_relative_to(path.resolve()):
+    if overwrite and teacher is not None and real(Path(teacher)).is_relative_to(real(path)):
         raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
     split = open_split(config, say)
     check_sizes(config, split)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from fastdynat.errors import UserError
+from fastdynat.errors import UserError, out_of_memory
 
 T = TypeVar("T")
 
@@ -34,9 +34,3 @@ def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         say(f"out of memory: begun again with {batch_size} images per batch; that as the batch size avoids the first try")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
-    said = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)

@@ -30,6 +30,7 @@ from fastdynat.runs import (
     read_sidecar,
     require_run,
 )
+from fastdynat.runs.layout import real
 from fastdynat.units import parse_size
 
 TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
@@ -148,7 +149,7 @@ class Planner:
     def _kept(self, run: Path) -> Path | None:
         """Where the results of `run` are kept: nowhere where that is a link out of it, which nobody meant for them."""
         folder = run / FOLDER
-        if not folder.is_symlink() or folder.resolve().is_relative_to(run.resolve()):
+        if not folder.is_symlink() or real(folder).is_relative_to(real(run)):
             return folder
         if self.config.cache == "auto":
             self.say(f"results are not kept: {folder} is a symbolic link out of the run; use --cache DIR")

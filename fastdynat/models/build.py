@@ -4,9 +4,12 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdynat.errors import UserError, first_line, unknown_name
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
@@ -14,7 +17,9 @@ from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.style import split_style
 from fastdynat.models.wide_resnet import WideResNet
+from fastdynat.room import check_room
 
+LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
     "small": SmallNet,
     "resnet18": ResNet18,
@@ -127,13 +132,15 @@ def _unknown_model(name: str) -> UserError:
 def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> None:
     """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as they were.
 
-    Raises: UserError naming the image size where the forward fails or returns anything but (2, num_classes).
+    Raises: UserError naming the image size where the forward fails, returns anything but (2, num_classes), or takes more
+        memory than there is.
     """
     channels, height, width = image_shape
     size = f"{channels}x{height}x{width} images"
     remedy = "choose another --model or pass a larger --image-size"
+    out = _dry_run(model, name, image_shape) if height * width > LARGE else None
     try:
-        out = look(model, torch.zeros(2, *image_shape))
+        out = look(model, torch.zeros(2, *image_shape)) if out is None else out
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"model {name!r} does not take {size} ({first_line(error)}); {remedy}") from error
     if shape_of(out) != (2, num_classes):
@@ -151,6 +158,35 @@ def look(model: nn.Module, x: Tensor) -> object:
             return model(x.to(state.device))
     finally:
         model.train(was_training)
+
+
+def _dry_run(model: nn.Module, name: str, image_shape: tuple[int, int, int]) -> object:
+    """What `model` would return for two images, without values or their memory; None where its code needs values.
+
+    Raises: UserError where one operation reads and writes more than the memory that there is.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Largest() as largest:
+            out = look(model, torch.zeros(2, *image_shape))
+    except Exception:  # of any kind: what is wrong with the network, its forward says
+        return None
+    size = "x".join(map(str, image_shape))
+    check_room(largest.bytes, f"model {name!r} at {size} images: choose a smaller --image-size; two take")
+    return out
+
+
+class _Largest(TorchDispatchMode):
+    """Watches operations for the one with the most bytes in arguments and result."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        held = {id(t): t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor)}
+        self.bytes = max(self.bytes, sum(held.values()))
+        return out
 
 
 def shape_of(out: object) -> tuple[int, ...] | str:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]
     Raises: UserError where there is no such module or callable, where it raises, or makes no nn.Module.
     """
     origin, _, attribute = name.rpartition(":")
-    folder = str(Path(origin).resolve().parent) if origin.endswith(".py") else str(Path.cwd())
+    folder = os.path.dirname(os.path.realpath(origin)) if origin.endswith(".py") else str(Path.cwd())
     with _importing_from(folder, str(Path.cwd())):
         module = _module(origin, name)
         try:

@@ -2,14 +2,27 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from fastdynat.documents import read_bytes, read_json
+from fastdynat.documents.files import MIB
+from fastdynat.documents.numbers import FileName, Sha256
 from fastdynat.errors import UserError
 from fastdynat.runs.files import write_bytes, write_text
 
+LARGEST = 256 * MIB  # of a page with all its pictures
 RECORD, FORMAT = ".fastdynat-report.json", "fastdynat-report-files/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The record."""
+
+    files: dict[FileName, list[Sha256]]
 
 
 class ReportFiles:
@@ -21,15 +34,16 @@ class ReportFiles:
     def __init__(self, folder: Path, findings: str) -> None:
         self.folder = folder
         self._known: dict[str, list[str]] = {}  # two while one is being replaced by the other
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            stored = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if stored["format"] == FORMAT:
-                self._known = {str(name): [str(d) for d in digests] for name, digests in stored["files"].items()}
+        with suppress(UserError):  # without it, no file here is the report's
+            self._known = read_json(folder / RECORD, _Stored, what="a report's record", format=FORMAT, limit=MIB).files
         self._old = not self._known and (folder / findings).is_file()
         self._written: set[str] = set()
 
     def check(self, names: Iterable[str]) -> None:
         """Raise UserError where one of `names` is a file that no report wrote, or that was changed since."""
+        record = self.folder / RECORD
+        if os.path.lexists(record) and not record.is_file():
+            raise UserError(f"{record} is no file, as a report's record is: choose another --out, or move it away")
         for name in names:
             path = self.folder / name
             if path.exists() and not self._old and not self._is_ours(name):
@@ -57,7 +71,11 @@ class ReportFiles:
         path = self.folder / name
         if "/" in name or path.is_symlink() or not path.is_file():
             return False
-        return hashlib.sha256(path.read_bytes()).hexdigest() in self._known.get(name, [])
+        try:
+            digest = hashlib.sha256(read_bytes(path, limit=LARGEST)).hexdigest()
+        except UserError:  # no report wrote what is so large or may not be read
+            return False
+        return digest in self._known.get(name, [])
 
     def _save(self) -> None:
         write_text(self.folder / RECORD, json.dumps({"format": FORMAT, "files": self._known}, indent=1) + "\n")

@@ -12,6 +12,7 @@ from fastdynat.engine.metrics import read_rows
 from fastdynat.evaluation import Measurement
 from fastdynat.evaluation.store import read_measurements
 from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
+from fastdynat.runs.layout import real
 
 WEIGHTS = "model.safetensors"
 
@@ -65,7 +66,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     for path in paths:
         require_run(path)
-    unique = list({path.resolve(): path for path in paths}.items())
+    unique = list({real(path): path for path in paths}.items())
     names = Counter(resolved.name for resolved, _ in unique)
     return [
         _read(path, resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}")
@@ -79,7 +80,7 @@ def _read(path: Path, name: str) -> Record:
     folders: dict[Path, list[str]] = {}
     for link in (BEST, LAST):
         if (folder := find_checkpoint(path, link)) is not None:
-            folders.setdefault(folder.resolve(), []).append(link)
+            folders.setdefault(real(folder), []).append(link)
     checkpoints = []
     for folder, links in folders.items():
         sidecar, weights = read_sidecar(folder / WEIGHTS)

@@ -5,7 +5,6 @@ RUN/last and RUN/best are links for people, and a run that was copied without th
 are ever removed, of them only what their manifests list, and no symbolic link is followed on the way.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,10 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastdynat.documents import read_json, read_json_lines
+from fastdynat.documents.numbers import Count
 from fastdynat.errors import UserError
 from fastdynat.runs.failures import explained
 from fastdynat.runs.files import point, sync_folder
-from fastdynat.runs.layout import BEST, CHECKPOINTS, LAST, METRICS, STATE, run_id
+from fastdynat.runs.layout import BEST, CHECKPOINTS, LAST, METRICS, STATE, real, run_id
 from fastdynat.runs.manifest import MANIFEST, Manifest, Origin, put_manifest, read_manifest, sha256, write_manifest
 
 NUMBERED = re.compile(r"[0-9]{6,12}")
@@ -45,15 +46,30 @@ class Checkpoint:
 
 def own_checkpoints(run: Path) -> list[Checkpoint]:
     """The run's own checkpoints, the newest last; their files are not looked at."""
-    identity, found = run_id(run), []
+    found, identity = _with_manifests(run), identity_of(run)
+    own = (checkpoint for checkpoint in found if is_own(checkpoint.folder, checkpoint.manifest.origin, identity))
+    return sorted(own, key=lambda checkpoint: checkpoint.order)
+
+
+def identity_of(run: Path) -> str | None:
+    """The run's id, as its configuration says; where that does not, the one that all its checkpoints name, if they do.
+
+    None of a run from before there was one.
+    """
+    if (written := run_id(run)) is not None:
+        return written
+    origins = [(c.manifest.origin, c.folder.name) for c in _with_manifests(run)]
+    named = {origin.run for origin, name in origins if origin is not None and origin.folder == name}
+    return named.pop() if len(named) == 1 else None
+
+
+def _with_manifests(run: Path) -> list[Checkpoint]:
+    """All folders in RUN/checkpoints with a manifest, whosever they are."""
+    found = []
     for folder in real_folders(run / CHECKPOINTS):
-        try:
-            manifest = read_manifest(folder)
-        except UserError:
-            continue
-        if is_own(folder, manifest.origin, identity):
-            found.append(Checkpoint(folder, manifest))
-    return sorted(found, key=lambda checkpoint: checkpoint.order)
+        with suppress(UserError):
+            found.append(Checkpoint(folder, read_manifest(folder)))
+    return found
 
 
 def real_folders(store: Path) -> list[Path]:
@@ -78,11 +94,11 @@ def find_checkpoint(run: Path, role: str) -> Path | None:
     that a copy put there.
     """
     own, named = own_checkpoints(run), _named(run, role)
-    if run_id(run) is None:
+    if identity_of(run) is None:
         return named or _unnamed(run, own, role)
     wanted = [checkpoint for checkpoint in own if role == LAST or checkpoint.best]
     found = wanted[-1] if wanted else None
-    if named is None or any(named == checkpoint.folder.resolve() for checkpoint in own):
+    if named is None or any(named == real(checkpoint.folder) for checkpoint in own):
         return None if found is None else found.folder
     if found is None:
         return named
@@ -91,16 +107,16 @@ def find_checkpoint(run: Path, role: str) -> Path | None:
     except UserError:
         # A damaged checkpoint of the run is not passed over for an older one; a folder of the user's is.
         ours = (run / role).is_symlink() or os.path.lexists(named / MANIFEST)
-        return named if ours and named.is_relative_to(run.resolve()) else found.folder
-    copied = origin is not None and origin.run == run_id(run) and origin.order > found.order[0]
-    foreign = named.is_relative_to(run.resolve()) and (origin is None or origin.run != run_id(run))
+        return named if ours and named.is_relative_to(real(run)) else found.folder
+    copied = origin is not None and origin.run == identity_of(run) and origin.order > found.order[0]
+    foreign = named.is_relative_to(real(run)) and (origin is None or origin.run != identity_of(run))
     return named if copied or foreign else found.folder
 
 
 def _named(run: Path, role: str) -> Path | None:
     """The folder that RUN/ROLE is, links followed."""
     path = run / role
-    return path.resolve() if path.is_dir() else None
+    return real(path) if path.is_dir() else None
 
 
 def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
@@ -116,17 +132,32 @@ def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
 
 def _best_epoch(run: Path) -> int | None:
     """The last epoch that the metrics call the best."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-        return max((row["epoch"] for row in rows if row.get("best") is True), default=None)
+    with suppress(UserError):
+        rows = read_json_lines(run / METRICS, _Row, what="a run's metrics")
+        return max((row.epoch for row in rows if row.best), default=None)
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """Of the metrics."""
+
+    epoch: Count
+    best: bool | None = None
 
 
 def _epoch(folder: Path) -> int:
     """Completed epochs of the checkpoint, as its sidecar says; 0 where that is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return int(json.loads((folder / "model.json").read_text(encoding="utf-8"))["epoch"])
+    with suppress(UserError):
+        return read_json(folder / "model.json", _Epoch, what="a sidecar").epoch
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """Of a sidecar."""
+
+    epoch: Count
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -223,25 +254,25 @@ class CheckpointStore:
         it, and in a copy that followed the links."""
         last, best = find_checkpoint(self.run, LAST), find_checkpoint(self.run, BEST)
         # Both are known before either moves; the newest goes last, so that it is the newest by order too.
-        for folder in dict.fromkeys(f for f in (best, last) if f is not None and f.is_relative_to(self.run.resolve())):
+        for folder in dict.fromkeys(f for f in (best, last) if f is not None and f.is_relative_to(real(self.run))):
             self._adopt(folder, best=folder == best)
         for role in (BEST, LAST):  # what a copy put in the place of a link to one of the others
             if is_copied(self.run / role, self.identity):
-                self._adopt((self.run / role).resolve(), best=role == BEST)
+                self._adopt(real(self.run / role), best=role == BEST)
 
     def _adopt(self, folder: Path, *, best: bool) -> None:
         manifest = read_manifest(folder)
-        if is_own(folder, manifest.origin, self.identity) and folder.parent == self.store.resolve():
+        if is_own(folder, manifest.origin, self.identity) and folder.parent == real(self.store):
             return
         if manifest.origin is not None and manifest.origin.run != self.identity:
             return  # another run's: it may be read but is never touched
         self.store.mkdir(exist_ok=True)
-        own = folder.parent == self.store.resolve() and NUMBERED.fullmatch(folder.name)
+        own = folder.parent == real(self.store) and NUMBERED.fullmatch(folder.name)
         final = folder if own else self.next_folder()
         order = 1 + max((c.order[0] for c in own_checkpoints(self.run)), default=0)
         origin = manifest.origin or Origin(self.identity, final.name, order, best, _epoch(folder), 0)
         listed = Manifest(manifest.files, replace(origin, folder=final.name))
-        if final == folder or folder in (self.run.resolve() / LAST, self.run.resolve() / BEST):
+        if final == folder or folder in (real(self.run) / LAST, real(self.run) / BEST):
             put_manifest(folder, listed)
             if final != folder:
                 folder.rename(final)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastdynat.documents import check_text
 from fastdynat.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -70,20 +71,17 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
         WriteError: the system refused.
         UserError: no file can have the name `path`.
     """
+    check_text(str(path), "cannot write: the path")
     try:
         yield
     except UserError:
         raise
-    except UnicodeEncodeError:
-        raise UserError(f"cannot write {str(path)!r}: no file can have such a name") from None
     except RecursionError:  # makedirs calls itself for every part
         raise WriteError(path, "its name has too many parts") from None
     except Exception as error:
         found = system_error(error)
         if found is not None:
             raise WriteError(path, f"{found.strerror or found}{_missing(path, found)}{_room(path, found, needed)}") from None
-        if isinstance(error, ValueError) and "null byte" in str(error):
-            raise UserError(f"cannot write {str(path)!r}: a name cannot hold a null character") from None
         raise
 
 

@@ -23,7 +23,7 @@ from fastdynat.runs.layout import run_of_file
 
 TEMPORARY = re.compile(r"\.fastdynat-[0-9a-f]{12}(\..{1,16})?")
 STALE_SECONDS = 60.0
-READER_SECONDS = 10.0  # that a pipe is given to be opened at its other end
+READER_SECONDS, SILENT_SECONDS = 10.0, 0.5  # that a pipe is given to be opened at its other end; until that is said
 
 
 def sync_folder(folder: Path) -> None:
@@ -169,14 +169,20 @@ def _write_into(path: Path, data: bytes) -> None:
 
 
 def _open_pipe(path: Path) -> int:
-    """Open a pipe or device for writing; wait for a pipe's reader, but not for ever."""
-    until = time.monotonic() + READER_SECONDS
+    """Open a pipe or device for writing; wait for a pipe's reader, but not for ever, and not without a word."""
+    begin, said = time.monotonic(), False
     while True:
         try:
             return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
-            if error.errno != errno.ENXIO or time.monotonic() > until:
+            if error.errno != errno.ENXIO:
                 raise
+        waited = time.monotonic() - begin
+        if waited > READER_SECONDS:
+            raise WriteError(path, "nothing reads this pipe; start its reader first")
+        if waited > SILENT_SECONDS and not said:
+            said = True
+            print(f"fastdynat: note: {path} is a pipe that nothing reads; waiting {READER_SECONDS:g} s", file=sys.stderr)
         time.sleep(0.05)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from fastdynat.documents import open_file
 from fastdynat.errors import UserError
 
 CONFIG, ENVIRONMENT, STATE = "config.yaml", "environment.json", "state.pt"
@@ -19,11 +20,16 @@ IN_CHECKPOINT = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.
 IN_RUN = (CONFIG, LOCK, ENVIRONMENT, METRICS, TABLE, LAST, BEST, CHECKPOINTS, BOUNDARY, EVALUATIONS, TENSORBOARD)
 
 
+def real(path: Path) -> Path:
+    """`path` with links followed; of links that lead to each other as far as they go, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def run_of_file(path: Path) -> Path | None:
     """The run that the file `path`, which need not be there, belongs to, links followed; None where it is no run's."""
-    real = Path(os.path.realpath(path))
-    for run in real.parents[:3]:
-        inside = real.relative_to(run).parts
+    place = real(path)
+    for run in place.parents[:3]:
+        inside = place.relative_to(run).parts
         of_run = inside[0] in IN_RUN if len(inside) == 1 else inside[0] in IN_RUN and IN_CHECKPOINT.fullmatch(inside[-1])
         if of_run and looks_like_run(run):
             return run
@@ -32,12 +38,7 @@ def run_of_file(path: Path) -> Path | None:
 
 def looks_like_run(path: Path | str) -> bool:
     """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
-    path = Path(path)
-    try:
-        with (path / CONFIG).open("rb") as file:
-            return file.readline(200).rstrip() == HEADER.encode()
-    except OSError:
-        return False
+    return _first_lines(Path(path), 1)[0].rstrip() == HEADER.encode()
 
 
 def require_run(path: Path | str) -> None:
@@ -51,13 +52,17 @@ def require_run(path: Path | str) -> None:
 
 def run_id(path: Path) -> str | None:
     """What tells this run's checkpoints from others', as its configuration says; None of a run from before there was one."""
-    try:
-        with (path / CONFIG).open("rb") as file:
-            lines = [file.readline(200) for _ in range(2)]
-    except OSError:
-        return None
-    match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", lines[1])
+    match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", _first_lines(path, 2)[1])
     return match[1].decode() if match else None
+
+
+def _first_lines(run: Path, count: int) -> list[bytes]:
+    """The first lines of the run's configuration, cut where they are long; empty ones where it cannot be read."""
+    try:
+        with open_file(run / CONFIG) as file:
+            return [file.readline(200) for _ in range(count)]
+    except (OSError, UserError):
+        return [b""] * count
 
 
 def new_id() -> str:

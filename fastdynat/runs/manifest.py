@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdynat.documents import read_json
-from fastdynat.documents.files import MIB
+from fastdynat.documents import open_file, read_json
+from fastdynat.documents.files import GIB, MIB
 from fastdynat.documents.numbers import Count, FileName
 from fastdynat.errors import UserError
 from fastdynat.runs.failures import explained_reading
@@ -61,8 +61,16 @@ class _Stored:
 
 
 def sha256(path: Path) -> str:
-    """The file's digest as hexadecimal text. Raises UserError where it cannot be read."""
-    with explained_reading(path), path.open("rb") as file:
+    """The file's digest as hexadecimal text.
+
+    Raises:
+        UserError: it cannot be read, or is large and nearly all of it was never written, as after a stray `truncate`: its
+            digest would take minutes, and is none that anybody stored.
+    """
+    with explained_reading(path), open_file(path) as file:
+        about = os.fstat(file.fileno())
+        if about.st_size > GIB and about.st_blocks * 512 < about.st_size // 1000:
+            raise UserError(f"{path} is damaged: {about.st_size:,} bytes, nearly all of which were never written")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

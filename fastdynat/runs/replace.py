@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdynat.errors import UserError
 from fastdynat.runs.checkpoints import (
     Checkpoint,
     CheckpointStore,
+    identity_of,
     is_copied,
     is_replaceable,
     own_checkpoints,
@@ -25,7 +25,7 @@ from fastdynat.runs.layout import (
     METRICS,
     TABLE,
     TENSORBOARD,
-    run_id,
+    real,
 )
 from fastdynat.runs.manifest import read_manifest
 
@@ -42,13 +42,7 @@ def remove_run(path: Path) -> list[Path]:
 
     A link in the place of a file or folder of the run is removed, and what it points at is not. Returns what was left in the
     run's folders because the run did not make it.
-
-    Raises:
-        UserError: a folder is in the place of a file of the run.
     """
-    for name in (ENVIRONMENT, METRICS, TABLE):
-        if (path / name).is_dir() and not (path / name).is_symlink():
-            raise UserError(f"{path / name} is a folder, not a file of the run; move it away")
     checkpoints = _checkpoints(path)
     for name in (ENVIRONMENT, METRICS, TABLE):
         (path / name).unlink(missing_ok=True)
@@ -57,7 +51,7 @@ def remove_run(path: Path) -> list[Path]:
     for name in (LAST, BEST):
         if (path / name).is_symlink() or is_replaceable(path / name):
             (path / name).unlink(missing_ok=True)
-    CheckpointStore(path, run_id(path) or "").drop_partial()
+    CheckpointStore(path, identity_of(path) or "").drop_partial()
     kept = _empty(path / CHECKPOINTS, lambda p: False)
     for name, made in MADE.items():
         kept += _empty(path / name, lambda p, made=made: made.fullmatch(p.name) is not None)  # type: ignore[misc]
@@ -67,13 +61,13 @@ def remove_run(path: Path) -> list[Path]:
 
 def _checkpoints(path: Path) -> list[Checkpoint]:
     """All checkpoints of the run, also where it is an old one whose links name them, or a copy with folders for links."""
-    found = {checkpoint.folder.resolve(): checkpoint for checkpoint in own_checkpoints(path)}
+    found = {real(checkpoint.folder): checkpoint for checkpoint in own_checkpoints(path)}
     if (path / CHECKPOINTS).is_symlink():
         found = {}
-    identity = run_id(path)
+    identity = identity_of(path)
     for role in (LAST, BEST):
         if is_copied(path / role, identity or ""):
-            found[(path / role).resolve()] = Checkpoint(path / role, read_manifest(path / role))
+            found[real(path / role)] = Checkpoint(path / role, read_manifest(path / role))
     return list(found.values())
 
 

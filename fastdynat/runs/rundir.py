@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from fastdynat.errors import UserError
-from fastdynat.runs.checkpoints import CheckpointStore
+from fastdynat.runs.checkpoints import CheckpointStore, identity_of
 from fastdynat.runs.failures import explained
 from fastdynat.runs.files import TEMPORARY, drop_leftovers, write_text
 from fastdynat.runs.layout import (
@@ -32,12 +32,14 @@ from fastdynat.runs.layout import (
     config_text,
     looks_like_run,
     new_id,
+    real,
     require_run,
-    run_id,
 )
 from fastdynat.runs.replace import remove_run
 
-WRITTEN = (CONFIG, ENVIRONMENT, METRICS, TABLE, BOUNDARY, TENSORBOARD, CHECKPOINTS)  # by training
+# By training.
+WRITTEN_FILES, WRITTEN_FOLDERS = (ENVIRONMENT, METRICS, TABLE), (BOUNDARY, TENSORBOARD, CHECKPOINTS)
+WRITTEN = (CONFIG, *WRITTEN_FILES, *WRITTEN_FOLDERS)
 OLD_LEFTOVER = f".{CONFIG}.tmp"  # of a start that was killed, before temporary files had their present names
 
 
@@ -113,6 +115,7 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
     if not overwrite:
         raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
+    refuse_kinds(path, links_go=True)
 
 
 def _is_leftover(name: str) -> bool:
@@ -149,7 +152,7 @@ class RunDir:
         self.path = path
         self.kept: list[Path] = []
         self._lock = lock(path)
-        self.identity = run_id(path) or new_id()
+        self.identity = identity_of(path) or new_id()
         self.checkpoints = CheckpointStore(path, self.identity)
 
     @classmethod
@@ -182,11 +185,13 @@ class RunDir:
         """Open an existing run.
 
         Raises:
-            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link out of it.
+            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link out of it or
+                something else.
         """
         path = Path(path)
         require_run(path)
         _refuse_links(path)
+        refuse_kinds(path)
         try:
             run = cls(path)
         except OSError as error:
@@ -215,10 +220,36 @@ class RunDir:
         self.checkpoints.add(write, best=best, epoch=epoch, epoch_step=epoch_step)
 
 
+def refuse_kinds(path: Path, *, links_go: bool = False) -> None:
+    """Raise UserError where training could not write to the run in `path`, because of what stands there.
+
+    links_go: links, and what only a file can replace, will be removed before (`remove_run`).
+    """
+    for name in (*WRITTEN_FILES, *WRITTEN_FOLDERS):
+        place, folder = path / name, name in WRITTEN_FOLDERS
+        if links_go and (place.is_symlink() or not (folder or place.is_dir())):
+            continue
+        if place.is_dir() if folder else place.is_file():
+            continue
+        # A link to a file that is not there yet makes it; no folder is made so.
+        if os.path.lexists(place) and (folder or place.is_dir() or not _leads_nowhere(place)):
+            raise UserError(f"{place} is no {'folder' if folder else 'file'}, as that of a run is; move it away")
+
+
+def _leads_nowhere(link: Path) -> bool:
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # a link to itself
+        return False
+    return False
+
+
 def _refuse_links(path: Path) -> None:
     """Raise UserError where training would write to a place outside of the run."""
     for place in (path / name for name in WRITTEN):
-        if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
+        if place.is_symlink() and not real(place).is_relative_to(real(path)):
             raise UserError(
                 f"{place} is a symbolic link out of the run, to {os.readlink(place)}: nothing is written or removed there; "
                 "put the file or folder itself in its place"

@@ -20,7 +20,7 @@ from fastdynat.models.finite import check_numbers
 from fastdynat.process_state import process_state_kept
 from fastdynat.runs.checkpoints import find_checkpoint
 from fastdynat.runs.files import replacing, write_text
-from fastdynat.runs.layout import BEST, STATE
+from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.tensorfiles import check_safetensors, read_safetensors
 
@@ -166,7 +166,7 @@ def guide_weights(path: Path | str) -> Path:
     folder = find_checkpoint(path, BEST)
     if folder is None or not (folder / "model.safetensors").exists():
         raise UserError(f"{path} is neither a .safetensors file nor a run directory with a best checkpoint")
-    return (folder / "model.safetensors").resolve()
+    return real(folder / "model.safetensors")
 
 
 @process_state_kept()
