@@ -190,6 +190,8 @@ class EngineConfig:
     """Channels-last memory format; auto is the faster on this machine, a bare --channels-last is on."""
     fold: Switch = "auto"
     """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in eval mode."""
+    fused_conv: Switch = "auto"
+    """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto is off."""
     winograd: Switch = "auto"
     """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU; auto is where it is faster."""
     closed_form: bool = True

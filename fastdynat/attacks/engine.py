@@ -34,6 +34,8 @@ class AttackSwitches:
         dtype: half-precision type of the attacked network (`Ascent.dtype`); None is the model's own.
         channels_last: run it in channels-last memory format.
         fold: fold eval-mode batch norm into the layers before it.
+        fused_conv: convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN, where the
+            device has it and it is right (`fastdynat.ops.conv_relu`); on the CPU the operator is its definition.
         winograd: Winograd's algorithm for 3x3 convolutions, where it is faster: float32 on the CPU.
         closed_form: gradient at the logits by formula.
         compile: torch.compile mode of the gradient, "auto" (where it is measured to be faster), or "off".
@@ -43,6 +45,7 @@ class AttackSwitches:
     dtype: torch.dtype | None = None
     channels_last: bool = False
     fold: bool = True
+    fused_conv: bool = False
     winograd: bool = True
     closed_form: bool = True
     compile: str = "off"
@@ -119,6 +122,7 @@ class AttackEngine:
             dtype=s.dtype,
             channels_last=s.channels_last,
             fold=s.fold and bn == "eval",
+            fused_conv=s.fused_conv,
             winograd=s.winograd,
         )
         self.switches = s = replace(s, channels_last=self.replica.channels_last)
@@ -235,6 +239,7 @@ def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: tor
     dtype = float32_name(device) if switches.dtype is None else str(switches.dtype).removeprefix("torch.")
     unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
     parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded]
+    parts += [f"{replica.num_fused} fused with their ReLU"] * (replica.num_fused > 0)
     parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
     if switches.compile != "off":

@@ -6,66 +6,20 @@ over the activations; the sums are rounded in another order.
 """
 
 import copy
-import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdynat.attacks.epilogue import join_epilogues
+from fastdynat.attacks.traced import NotFoldable, drop_idle, is_plain, shapes_of, trace, uses_of
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` runs the ``forward`` of its class and nothing else: no hook sees or changes anything."""
-    hooks = [getattr(module, name) for name in HOOKS] + [getattr(torch_module, f"_global{name}") for name in HOOKS]
-    return not any(hooks) and "forward" not in vars(module)
-
-
-# Tracing changes how every module is called, in every thread: one trace at a time, and others' calls pass through it.
-_tracing = threading.Lock()
-
-
-class _Tracer(fx.Tracer):
-    # Else what is computed from a buffer alone, such as 1 / std, is computed once, and does not follow the buffer.
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        if any(getattr(m, name) for name in HOOKS) and not self.is_leaf_module(m, self.path_of_module(m)):
-            raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
-        return super().call_module(m, forward, args, kwargs)
-
-
-def _trace(network: nn.Module) -> fx.GraphModule:
-    tracer = _Tracer()
-    try:
-        with _tracing:
-            graph = tracer.trace(network)
-        return fx.GraphModule(network, graph)
-    finally:
-        # A tracer is in reference cycles with the functions it patches; the network need not wait for the collector with them.
-        tracer.root = tracer.tensor_attrs = tracer.submodule_paths = None  # type: ignore[assignment]
-
-
-class NotFoldable(Exception):
-    """Why a network cannot be folded, in words for the user."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +31,11 @@ class Fold:
     folded: nn.Module
 
 
-class _Ranks(fx.Interpreter):
-    """Runs a traced network and notes how many dimensions each result has."""
-
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.of: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.of[n] = result.dim() if isinstance(result, Tensor) else 0
-        return result
-
-
 @torch.no_grad()
-def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[Fold]]:
+def fold_batch_norm(network: nn.Module, example: Tensor, *, join: bool = False) -> tuple[fx.GraphModule, list[Fold]]:
     """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer directly.
 
-    `example`: images that the network runs on, which it then does once.
+    `example`: images that the network runs on, which it then does once. `join`: see `join_epilogues`.
 
     The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
 
@@ -102,9 +43,9 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
         NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
     """
     try:
-        traced = _trace(network)
-        ranks = _Ranks(traced)
-        ranks.run(example)
+        traced = trace(network)
+        drop_idle(traced)
+        shapes = shapes_of(traced, example)
     except NotFoldable:
         raise
     except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
@@ -113,10 +54,10 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
     if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes):
         raise NotFoldable("its forward makes tensors that tracing would freeze")
     modules = dict(traced.named_modules())
-    uses = _uses(traced)
+    uses = uses_of(traced)
     folds: dict[fx.Node, Fold] = {}
     for node in list(traced.graph.nodes):
-        pair = _pair(node, modules, uses, ranks.of)
+        pair = _pair(node, modules, uses, shapes)
         # A second batch norm after the same layer would be folded into it alone, and the first one lost.
         if pair is None or node.args[0] in folds:
             continue
@@ -129,6 +70,8 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
     if not folds:
         raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
     put_tensors(list(folds.values()))
+    if join:
+        join_epilogues(traced, {id(fold.folded) for fold in folds.values()}, shapes)
     traced.graph.lint()
     traced.recompile()
     # fx's own prints what it fails of, also where that is handled.
@@ -140,7 +83,7 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule
 
 
 def _pair(
-    node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any], ranks: dict[fx.Node, int]
+    node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any], shapes: Mapping[fx.Node, torch.Size | None]
 ) -> tuple[nn.Module, _BatchNorm] | None:
     """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by nothing else."""
     source = node.args[0] if node.args else None
@@ -156,21 +99,15 @@ def _pair(
         return None
     # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does neither, so that
     # comparing the networks' answers would not tell.
-    if isinstance(layer, nn.Linear) and ranks[source] != 2:
+    if isinstance(layer, nn.Linear) and len(shapes[source] or ()) != 2:
         return None
     return layer, bn
-
-
-def _uses(traced: fx.GraphModule) -> Counter[Any]:
-    """How often the graph calls each module; reading a tensor inside it counts as a call."""
-    nodes = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
-    return Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes)
 
 
 def relu_in_place(traced: fx.GraphModule) -> None:
     """Let each ReLU that alone reads a layer's result overwrite it, which no gradient needs: a pass over it less."""
     modules = dict(traced.named_modules())
-    uses = _uses(traced)
+    uses = uses_of(traced)
     for node in traced.graph.nodes:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":

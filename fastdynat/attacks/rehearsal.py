@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attacks.answers import answer_and_gradient, disagreement, same_draws
-from fastdynat.attacks.fold import NotFoldable, fold_batch_norm, put_tensors
+from fastdynat.attacks.fold import fold_batch_norm, put_tensors
 from fastdynat.attacks.modes import loose_twin
+from fastdynat.attacks.traced import NotFoldable
 
 
-def rehearse(model: nn.Module, example: Tensor) -> None:
+def rehearse(model: nn.Module, example: Tensor, *, join: bool = False) -> None:
     """Raise NotFoldable unless the traced and folded network follows a change of all that training may change.
 
     On a fresh network a batch norm is the identity and a zero-initialised branch is not there, so comparing answers would
@@ -21,16 +22,16 @@ def rehearse(model: nn.Module, example: Tensor) -> None:
     why = None
     if example.dtype == torch.float32:
         with suppress(Exception):  # a network that has float32 written into it
-            why = _disagreement(model, example.double())
-    why = _disagreement(model, example) if why is None else why
+            why = _disagreement(model, example.double(), join)
+    why = _disagreement(model, example, join) if why is None else why
     if why:
         raise NotFoldable(f"with other numbers in it, the traced network's {why}")
 
 
-def _disagreement(model: nn.Module, example: Tensor) -> str:
+def _disagreement(model: nn.Module, example: Tensor, join: bool) -> str:
     """`disagreement` in the dtype of `example`: what rounding does with random numbers in a deep network says nothing."""
     twin, tensors = loose_twin(model, torch.float64 if example.dtype == torch.float64 else None)
-    folded, folds = fold_batch_norm(twin, example)
+    folded, folds = fold_batch_norm(twin, example, join=join)
     _change(twin, tensors, example)
     put_tensors(folds)
     return disagreement(answer_and_gradient(twin, example), answer_and_gradient(folded, example))

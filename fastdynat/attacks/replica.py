@@ -4,15 +4,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastdynat.attacks.answers import ROUNDING, answer, answer_and_gradient, disagreement
+from fastdynat.attacks.epilogue import ConvReLU2d
 from fastdynat.attacks.faithful import check_twin
-from fastdynat.attacks.fold import Fold, NotFoldable, fold_batch_norm, put_tensors, relu_in_place
+from fastdynat.attacks.fold import Fold, fold_batch_norm, put_tensors, relu_in_place
 from fastdynat.attacks.modes import frozen_twin
 from fastdynat.attacks.rehearsal import rehearse
+from fastdynat.attacks.traced import NotFoldable
 from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
 from fastdynat.float32 import full_float32
 
 # The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
-CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, ConvReLU2d)
 
 
 class AttackReplica:
@@ -26,6 +28,7 @@ class AttackReplica:
     Attributes:
         network: images in [0, 1] -> logits.
         num_folded: batch norms folded into the layer before them.
+        num_fused: convolutions that add the residual and take the ReLU after them as one operator.
         num_winograd: convolutions computed by Winograd's algorithm.
         channels_last: whether the network runs in that memory format; not where it takes views that only contiguous ones have.
         note: why nothing was folded although `fold` asked for it; else "".
@@ -41,6 +44,7 @@ class AttackReplica:
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
         fold: bool = True,
+        fused_conv: bool = False,
         winograd: bool = True,
     ) -> None:
         """
@@ -51,6 +55,7 @@ class AttackReplica:
             dtype: half-precision type of convolution and linear weights; None keeps the model's.
             channels_last: convolution weights in channels-last memory format, where the network can be run so.
             fold: fold batch norm where the network allows.
+            fused_conv: where it is folded, compute convolution, bias, residual and ReLU as one operator (`join_epilogues`).
             winograd: compute 3x3 convolutions by Winograd's algorithm where that is faster: in float32, on the CPU, with the
                 extension (`use_winograd`). Takes eight times the memory of their weights.
 
@@ -62,12 +67,15 @@ class AttackReplica:
         self._folds: list[Fold] = []
         self.note = ""
         if fold:
-            self._fold(model, example, bn)
+            self._fold(model, example, bn, fused_conv)
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
         self.channels_last = channels_last and self._runs_channels_last(example, dtype)
         if not self.channels_last:
             self._own_weights(dtype, torch.preserve_format)
+        self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
+        for layer in self._fused:
+            layer.fused = True
         self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
@@ -77,21 +85,28 @@ class AttackReplica:
         return len(self._folds)
 
     @property
+    def num_fused(self) -> int:
+        return len(self._fused)
+
+    @property
     def num_winograd(self) -> int:
         return len(self._winograd)
 
-    def _fold(self, model: nn.Module, example: Tensor, bn: str) -> None:
+    def _fold(self, model: nn.Module, example: Tensor, bn: str, join: bool) -> None:
         try:
             if bn != "eval":
                 raise NotFoldable(f"batch norm is in mode {bn}, which depends on the batch")
             with torch.autocast(example.device.type, enabled=False):
-                rehearse(model, example)
-                network, folds = fold_batch_norm(self.network, example)
+                rehearse(model, example, join=join)
+                network, folds = fold_batch_norm(self.network, example, join=join)
                 one, other = (answer_and_gradient(each, example) for each in (self.network, network))
                 why = disagreement(one, other, (ROUNDING, 5 * ROUNDING))
                 if why:
                     raise NotFoldable(f"the traced network's {why}")
         except NotFoldable as why:
+            if join:
+                self._fold(model, example, bn, join=False)
+                return
             self.note = str(why)
             return
         self.network, self._folds = network, folds

@@ -18,13 +18,16 @@ FORMAT = "fastdynat-bench/1"
 EPOCH_IMAGES = 50_000  # of CIFAR-10
 # What a timing depends on, beside the machine. A baseline must agree in all of it.
 NOT_COMPARED = {"data_dir", "download", "epochs", "eval_batch_size", "eval_eps", "seed", "val_size"}
+LATER = {"fused_conv": "off"}
 RUN_ONLY = {"run_dir", "overwrite", "stop_after", "stop_at", "save_every", "val_every", "tensorboard", "quiet"}
 REFERENCES = {"attack": "torchattacks.PGD", "step": "released loop in plain PyTorch"}
 
 
 def settings(config: TrainConfig[Any]) -> dict[str, Any]:
     """The part of a resolved configuration that decides how long its steps take."""
-    return {key: value for key, value in to_flat(config).items() if key not in NOT_COMPARED | RUN_ONLY}
+    values = {key: value for key, value in to_flat(config).items() if key not in NOT_COMPARED | RUN_ONLY}
+    # As it was before the switch existed: baselines from then do not name it.
+    return {key: value for key, value in values.items() if LATER.get(key) != value}
 
 
 def machine() -> dict[str, Any]:

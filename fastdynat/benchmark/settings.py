@@ -10,7 +10,7 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import check_compile
 from fastdynat.engine import build_parts
-from fastdynat.engine.resolve import resolve, resolve_loader, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import resolve, resolve_loader, use_fused_conv, use_graphs, use_guide_stream
 from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
 from fastdynat.float32 import float32_name
@@ -54,6 +54,7 @@ SWITCHES = (
     Switch("channels_last", "engine", ("off", "on"), BOTH),
     Switch("compile", "engine", ("off", "default"), BOTH),
     Switch("fold", "engine", ("off", "on"), ("attack",)),
+    Switch("fused_conv", "engine", ("off", "on"), BOTH, gpu=True),
     Switch("winograd", "engine", ("off", "auto"), ("attack",)),
     Switch("closed_form", "engine", (False, True), ("attack",)),
     Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
@@ -66,8 +67,14 @@ SWITCHES = (
 def settled(asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
     config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say, build_parts)
+    fused = use_fused_conv(config.engine)
     graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method)(config.options))
-    engine = replace(config.engine, graphs="on" if graphs else "off", guide_stream="on" if stream else "off")
+    engine = replace(
+        config.engine,
+        fused_conv="on" if fused else "off",
+        graphs="on" if graphs else "off",
+        guide_stream="on" if stream else "off",
+    )
     return replace(config, engine=engine)
 
 
@@ -80,6 +87,8 @@ def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
         return "is for float32 on the CPU"
     if switch.name == "fold" and config.attack.attack_bn != "eval":
         return f"needs --attack-bn eval, got {config.attack.attack_bn}"
+    if switch.name == "fused_conv" and config.engine.fold != "on":
+        return "needs batch norm folded"
     if switch.name == "guide_stream" and config.model.guide == "none":
         return f"{config.method} has no guide"
     if switch.name == "kernels" and selected_backend(device.type, "auto") == "eager":

@@ -69,6 +69,7 @@ BARE = {
     "--compile": ("auto", get_args(CompileMode)),
     "--channels-last": ("on", get_args(Switch)),
     "--fold": ("on", get_args(Switch)),
+    "--fused-conv": ("on", get_args(Switch)),
     "--winograd": ("on", get_args(Switch)),
     "--graphs": ("on", get_args(Switch)),
 }

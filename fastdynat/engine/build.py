@@ -15,7 +15,7 @@ from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.networks import NetworkSet, pixel_statistics
 from fastdynat.engine.precision import Precision
-from fastdynat.engine.resolve import Say, use_graphs, use_guide_stream
+from fastdynat.engine.resolve import Say, use_fused_conv, use_graphs, use_guide_stream
 from fastdynat.engine.rng import seed_everything
 from fastdynat.engine.schedules import epochs_of_method, momentum_at, schedule_factor
 from fastdynat.engine.single_values import check_single_values
@@ -202,6 +202,7 @@ def attack_switches(engine: EngineConfig) -> AttackSwitches:
         dtype=AMP_DTYPES[engine.amp],
         channels_last=engine.channels_last == "on",
         fold=engine.fold == "on",
+        fused_conv=use_fused_conv(engine),
         winograd=engine.winograd != "off",
         closed_form=engine.closed_form,
         compile=engine.compile,

@@ -217,13 +217,15 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
     amp = pick_amp(engine.amp, device, say, winograd=not direct)
     # Graphs and streams stay as they were asked for: a run may go on on another device.
-    for name in ("graphs", "guide_stream"):
+    for name in ("graphs", "guide_stream", "fused_conv"):
         if getattr(engine, name) == "on" and not gpu:
             raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
     if engine.guide_stream == "on" and not method.uses_guide:
         raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
     if engine.fold == "on" and config.attack.attack_bn != "eval":
         raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
+    if engine.fused_conv == "on" and (engine.fold == "off" or config.attack.attack_bn != "eval"):
+        raise UserError("--fused-conv on is for convolutions into which batch norm is folded: leave it, or --fold off, out")
     if engine.winograd == "on":
         check_winograd(device, amp)
     last, winograd = engine.channels_last, engine.winograd
@@ -250,6 +252,11 @@ def adopted(asked: EngineConfig, stored: EngineConfig) -> EngineConfig:
 
 def _switch(value: Switch, automatic: bool) -> Switch:
     return ("on" if automatic else "off") if value == "auto" else value
+
+
+def use_fused_conv(engine: EngineConfig) -> bool:
+    """Whether a resolved configuration asks for cuDNN's convolutions with bias, residual and ReLU in the attack."""
+    return _switch(engine.fused_conv, False) == "on"
 
 
 def use_graphs(engine: EngineConfig) -> bool:

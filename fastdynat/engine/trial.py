@@ -24,7 +24,18 @@ TRIAL_STEPS = 2
 # Of a configuration: all that the time of a step depends on, beside the method's options and the images' size.
 DECIDING = (
     *("method", "model", "guide", "batch_size", "bn_momentum", "normalize", "norm", "attack_bn", "awp", "optimizers", "ema"),
-    *("device", "amp", "kernels", "channels_last", "fold", "winograd", "closed_form", "deterministic", "clip_grad"),
+    *(
+        "device",
+        "amp",
+        "kernels",
+        "channels_last",
+        "fold",
+        "fused_conv",
+        "winograd",
+        "closed_form",
+        "deterministic",
+        "clip_grad",
+    ),
 )
 
 

@@ -1,0 +1,111 @@
+"""ReLU(convolution + bias + residual) as one kernel, for networks whose weights are constants: cuDNN's, on a GPU.
+
+Without it eager PyTorch passes over the result up to four times (convolution, bias, residual, ReLU), and a compiler, which sees
+a convolution as a kernel of others, twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: torch itself has the kernel
+SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups)"
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
+    """The definition, in plain torch."""
+    out = F.conv2d(x, weight, bias, *geometry)
+    return (out if residual is None else out + residual).relu_()
+
+
+def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
+    """One call of cuDNN, which sums in float32 and rounds once, after the ReLU. CUDA tensors only; no gradient."""
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+# Anywhere else the definition stands in, so that networks that were rewritten to use the operator are tested without a GPU.
+torch.library.define(NAME, f"{SIGNATURE} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.impl(NAME, "default", reference)
+torch.library.impl(NAME, "cuda", cudnn)
+torch.library.register_fake(NAME, reference)
+
+
+class _ConvReLU(torch.autograd.Function):
+    """Has its context set apart, which torch.func needs."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry) -> Tensor:
+        return torch.ops.fastdynat_cudnn.conv_relu(x, weight, bias, residual, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, residual, ctx.geometry = inputs
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, output = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        # ReLU passes a gradient where its result is above zero; what it passes is the residual's gradient too.
+        passed = torch.ops.aten.threshold_backward(grad, output, 0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                passed, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            )
+        return grad_x, None, None, passed if ctx.has_residual else None, None
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(x, weight, bias, ...) + residual)``, differentiable in `x` and `residual`.
+
+    Args:
+        x: (N, C, H, W), in the dtype of `weight`; autocast is not applied.
+        weight, bias: (K, C / groups, R, S) and (K,); no gradient of either is computed.
+        residual: of the result's shape and dtype, or None.
+
+    Returns:
+        (N, K, H', W'), channels-last where `x` or `weight` is.
+
+    Raises:
+        ValueError: the residual is of another shape or dtype than the result, or a gradient is wanted of weight or bias.
+        RuntimeError: cuDNN has no such kernel for the dtype.
+    """
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    shape = result_shape(x, weight, geometry)
+    if residual is not None and (residual.shape != shape or residual.dtype != weight.dtype):
+        raise ValueError(
+            f"conv_relu: residual is {residual.dtype} {tuple(residual.shape)}, expected {weight.dtype} {tuple(shape)}; add it "
+            "to conv2d's result where it is to be broadcast or converted"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"conv_relu: no gradient of {name} is computed; use {name}.detach(), or conv2d to train it")
+    return _ConvReLU.apply(x, weight, bias, residual, geometry)
+
+
+def result_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> torch.Size:
+    """(N, K, H', W')."""
+    stride, padding, dilation, _ = geometry
+    sides = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return torch.Size((x.shape[0], weight.shape[0], *sides))
