@@ -76,10 +76,16 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class SimulatedRecorder:
-    """Stands in for `fastdynat.graphs.CudaRecorder`."""
+    """Stands in for `fastdynat.graphs.CudaRecorder`. `fault`, if there is one, changes each tape before it is replayed.
 
-    def __init__(self) -> None:
+    Attributes:
+        warmed, replayed: calls of a function and of its graphs, without those of the check (`fastdynat.graphs.Check`).
+        captured: graphs.
+    """
+
+    def __init__(self, fault: Callable[[Tape], None] | None = None) -> None:
         self.warmed = self.captured = self.replayed = 0
+        self._fault = fault
 
     def warm(self, fn: Callable[[], Any]) -> Any:
         self.warmed += 1
@@ -87,6 +93,7 @@ class SimulatedRecorder:
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         tape, random = Tape(), torch.get_rng_state()
+        self.warmed -= 1  # the last run was the one that a replay is to be compared with
         try:
             with tape:
                 outputs = fn()
@@ -95,7 +102,10 @@ class SimulatedRecorder:
         finally:
             tape.undo()
             torch.set_rng_state(random)
+        if self._fault is not None:
+            self._fault(tape)
         self.captured += 1
+        self.replayed -= 1  # the first replay is compared with it
 
         def replay() -> None:
             self.replayed += 1

@@ -12,6 +12,7 @@ from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attacks.compiled import CompiledAscent
 from fastdynat.attacks.goal import AttackGoal
+from fastdynat.attacks.graph_state import ReplicaState
 from fastdynat.attacks.modes import has_batch_norm
 from fastdynat.attacks.pgd import run_pgd
 from fastdynat.attacks.probe import gradient_reaches
@@ -142,6 +143,7 @@ class AttackEngine:
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
+        self._state = ReplicaState(self.replica, moves=bn == "train")
         self._planned = _path(self.replica, s, bn, example.device)
 
     @property
@@ -183,7 +185,7 @@ class AttackEngine:
                 result = run_pgd(ascent, x, replace(goal, target=target), spec, x_start=x_start)
                 return result.x_adv, result.zero_grads, result.kept
 
-            self._graphed[kind] = GraphedCall(whole, self._recorder, self._note)
+            self._graphed[kind] = GraphedCall(whole, self._recorder, self._note, self._state)
         outputs = self._graphed[kind](x, goal.target, *([] if x_start is None else [x_start]))
         # Copies: the graph's own outputs are overwritten by the next attack.
         x_adv, zero_grads, kept = outputs
@@ -213,7 +215,7 @@ class AttackEngine:
         if self._recorder is None or generator is not None:
             return whole(x, labels, *starts)
         if spec not in self._graphed:
-            self._graphed[spec] = GraphedCall(whole, self._recorder, self._note)
+            self._graphed[spec] = GraphedCall(whole, self._recorder, self._note, self._state)
         return self._graphed[spec](x, labels, *starts).clone()
 
     def laid_out(self, x: Tensor) -> Tensor:

@@ -143,6 +143,13 @@ class AttackReplica:
                     self._sources.append(old.detach())
                     self._copies.append(new)
 
+    def derived(self) -> dict[str, Tensor]:
+        """All tensors that `refresh` writes, none of which is the model's, by some name."""
+        found = [*self._copies]
+        found += [t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias) if isinstance(t, Tensor)]
+        found += [t for layer in self._winograd for t in layer.transformed]
+        return {str(i): tensor.detach() for i, tensor in enumerate(found)}
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the model's weights and running statistics of now. In place: compiled and captured code stays valid."""

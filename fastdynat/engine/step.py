@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.cycled_sgd import CycledSGD
+from fastdynat.engine.graph_state import StepState
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.graphs import GraphedCall, Recorder
@@ -71,6 +72,13 @@ def replaced_statistics(module: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
 
 
+class StepResult(NamedTuple):
+    """Detached scalars, and the images that the last update was made on (which a graph is checked on)."""
+
+    metrics: dict[str, Tensor]
+    images: Tensor
+
+
 class TrainStep:
     """Runs a method's min-max problem on one batch and updates the networks.
 
@@ -107,7 +115,7 @@ class TrainStep:
             awp: perturbs the model's weights around its loss; None does not.
             momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
             statistics_resets: numbers of the updates whose passes replace the model's running statistics by the batch's.
-            say: told why graphs are off, where a capture fails.
+            say: told why graphs are off, where a capture fails or a replay is not the step.
         """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
@@ -127,7 +135,7 @@ class TrainStep:
         parts = [f"compile {networks.compile_mode}"] * (networks.compile_mode != "off")
         parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
         self.path = ", ".join(parts) or "eager"
-        self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say)
+        self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say, self._subject())
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Update on `batch`; returns detached scalars on the device, each a mean over the batch's images.
@@ -138,13 +146,13 @@ class TrainStep:
         resets = self.global_step in self.statistics_resets
         with replaced_statistics(self.networks.raw["model"]) if resets else nullcontext():
             if self._graphed is None:
-                logs = self._run(batch.x, batch.labels, batch.indices)
+                result = self._run(batch.x, batch.labels, batch.indices)
             else:
                 constants = (self.spec.steps, self._awp_is_on(), resets, *self.method.constants())
-                logs = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
+                result = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
-        return logs
+        return result.metrics
 
     def _set_rates(self) -> None:
         """Put this update's rate and cycled momentum where a captured step reads them."""
@@ -165,14 +173,18 @@ class TrainStep:
         """The rate of update number `step`, counted from 0."""
         return self.peak_lr * self.lr_factor(step)
 
-    def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    def _subject(self) -> StepState:
+        rates = {"of learning": self._lr, "of momentum": self._momentum}
+        return StepState(self.networks, self.optimizers, self.method, rates)
+
+    def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> StepResult:
         """The step itself: nothing in it waits for the device or changes a number that Python holds, so it can be captured."""
         batch = Batch(x, labels, indices)
         for _ in range(self.method.replays):
-            logs = self._one_update(batch)
-        return logs
+            result = self._one_update(batch)
+        return result
 
-    def _one_update(self, batch: Batch) -> dict[str, Tensor]:
+    def _one_update(self, batch: Batch) -> StepResult:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.networks.attack.refresh()
@@ -192,7 +204,7 @@ class TrainStep:
         with self.precision.autocast():
             self.method.after_update(self.networks.views, batch)
         zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
-        return {**outer.logs, **zeros}
+        return StepResult({**outer.logs, **zeros}, attacked.x_adv)
 
     def _awp_is_on(self) -> bool:
         return self.awp is not None and self.method.epoch >= self.awp.warmup

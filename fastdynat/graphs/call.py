@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.graphs.check import Check, Pure, Subject
 from fastdynat.graphs.recorder import CaptureFailed, Recorder, first_line
 
 # cuDNN's search for algorithms, compilation and lazy allocations must be over before a capture.
@@ -28,12 +29,17 @@ class GraphedCall:
     Python that changes between calls. The first calls are ordinary ones, not repetitions: a training step warms up on real
     batches and nothing has to be rolled back. Outputs are overwritten by the next call with the same signature.
 
-    Where a capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then on. All graphs of this
-    function are let go then, with their memory.
+    Each graph is compared with `fn` before its first use (`Check`), which takes two runs of `fn` and leaves no trace. Where that,
+    a capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then on. All graphs of this function
+    are let go then, with their memory.
     """
 
-    def __init__(self, fn: Callable[..., Any], recorder: Recorder, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], recorder: Recorder, say: Callable[[str], None], subject: Subject | None = None
+    ) -> None:
+        """`subject`: what `fn` changes beside its outputs; None is nothing."""
         self._fn, self._recorder, self._say = fn, recorder, say
+        self._subject = subject or Pure()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
 
@@ -51,12 +57,22 @@ class GraphedCall:
         return self._fn(*inputs) if self.failed else self._replay(entry, inputs)
 
     def _capture(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> None:
-        # clone keeps strides: the captured kernels are those of the inputs' memory format.
-        entry.inputs = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in inputs)
+        check = Check(self._fn, self._recorder, self._subject, inputs)
         try:
-            entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
+            check.reference()
+            # clone keeps strides: the captured kernels are those of the inputs' memory format.
+            entry.inputs = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in inputs)
+            with check.capturing():
+                entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
+            difference = check.compare(entry.inputs, entry.outputs, entry.replay)
+            if difference is not None:
+                self._stop(f"a replay does not do what it was captured from: {difference}")
         except CaptureFailed as error:
             self._stop(f"the capture failed: {error}")
+        except RuntimeError as error:  # out of memory, for one
+            self._stop(f"a replay could not be checked: {first_line(error)}")
+        finally:
+            check.put_back()
 
     def _replay(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> Any:
         assert entry.replay is not None

@@ -1,0 +1,28 @@
+"""What a captured attack reads and changes beside its images: what its graph is checked on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdynat.attacks.replica import AttackReplica
+from fastdynat.graphs import Pure
+
+
+@dataclass(frozen=True)
+class ReplicaState(Pure):
+    """A `Subject` of `fastdynat.graphs`. Only the replica's own weights are moved: others may be the caller's.
+
+    Attributes:
+        moves: whether an attack moves running statistics, which are the model's.
+    """
+
+    replica: AttackReplica
+    moves: bool
+
+    def state(self) -> Mapping[str, Tensor]:
+        buffers = {f"buffer {name}": t for name, t in self.replica.network.named_buffers()} if self.moves else {}
+        return {f"weight {name}": t for name, t in self.replica.derived().items()} | buffers
+
+    def weights(self) -> Sequence[Tensor]:
+        return [*self.replica.derived().values()]
