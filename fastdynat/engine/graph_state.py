@@ -29,7 +29,7 @@ class StepState:
     rates: dict[str, Tensor]
 
     def state(self) -> Mapping[str, Tensor]:
-        found = {f"weight {name}": parameter for name, parameter in self._parameters()}
+        found: dict[str, Tensor] = {f"weight {name}": parameter for name, parameter in self._parameters()}
         for role, module in self.networks.raw.items():
             found |= {f"buffer {role}.{name}": buffer for name, buffer in module.named_buffers()}
         found |= {f"buffer {name}": buffer for name, buffer in self.method.buffers.items()}

@@ -29,9 +29,9 @@ class GraphedCall:
     Python that changes between calls. The first calls are ordinary ones, not repetitions: a training step warms up on real
     batches and nothing has to be rolled back. Outputs are overwritten by the next call with the same signature.
 
-    Each graph is compared with `fn` before its first use (`Check`), which takes two runs of `fn` and leaves no trace. Where that,
-    a capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then on. All graphs of this function
-    are let go then, with their memory.
+    Each graph is compared with `fn` before its first use (`Check`), which takes two runs and leaves no trace. Where that, a
+    capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then on. All of its graphs are let go
+    then, with their memory.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Whether a replay does what the function does: both run from the same state, on the same inputs, with the same random numbers.
 
 Everything that tells a right graph from a wrong one is made to differ between capture and check: the inputs are other images
-than those at hand, the weights are moved, the generator stands elsewhere, what the function has to renew is spoilt, and Python's
-numbers are others while it is captured. Afterwards everything is put back bit for bit.
+than those at hand, the weights are moved, the generator stands elsewhere, what the function has to renew is spoilt, and rates
+are others while it is captured. Afterwards everything is put back bit for bit.
 
 Copies are kept on the host, so the device needs room for little more than one tensor at a time; the function itself runs before
 the capture, when the graph's memory is not taken yet.
@@ -21,9 +21,8 @@ from fastdynat.graphs.recorder import Recorder
 
 # The largest deviation, as a share of how far the function moves a tensor: of weights, optimiser state, buffers and gradients.
 # A graph runs the kernels of the function: with deterministic algorithms their numbers must be equal. Without, atomic additions
-# and other algorithms round otherwise (1e-6), and where rounding turns the sign of an image gradient that is noise, whole pixels
-# of an attack move by a step; a skipped update, a stale input or a wrong draw is a share of about 1, a rate that is off by a
-# tenth is 0.1.
+# round otherwise (1e-6), and where rounding turns the sign of an image gradient that is noise, whole pixels of an attack move
+# by a step. A skipped update, a stale input or a wrong draw is a share of about 1, a rate that is off by a tenth is 0.1.
 CHANGES = 0.05
 # Of images, relative to what was added to them: 1 % of all pixels on the other side of the image is 0.2.
 IMAGES = 0.2
