@@ -144,10 +144,9 @@ class AttackReplica:
                     self._copies.append(new)
 
     def derived(self) -> dict[str, Tensor]:
-        """All tensors that `refresh` writes, none of which is the model's, by some name."""
+        """All tensors that `refresh` writes on a GPU, none of which is the model's, by some name."""
         found = [*self._copies]
         found += [t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias) if isinstance(t, Tensor)]
-        found += [t for layer in self._winograd for t in layer.transformed]
         return {str(i): tensor.detach() for i, tensor in enumerate(found)}
 
     @torch.no_grad()
