@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
 LAYERS = [
     {"consoles", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names"},
-    {"ops", "documents"},
+    {"documents", "machine"},
+    {"verified"},
+    {"ops"},
     {"measured"},
     {"units", "devices", "tensorfiles", "limits", "memory", "room", "graphs", "compiling", "pictures", "recipes"},
     {"process_state"},

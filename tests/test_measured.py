@@ -42,7 +42,7 @@ class Machine:
         monkeypatch.setattr(choices, "half_types", lambda device: self.lacking)
         monkeypatch.setattr("fastdynat.devices.half_types", lambda device: self.lacking)
         monkeypatch.setattr(choices, "passes", self._passes)
-        monkeypatch.setattr("fastdynat.measured.racing.quiet_clock", lambda: lambda: self.now)
+        monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: self.now)
         monkeypatch.setattr(choices, "_known", {})
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

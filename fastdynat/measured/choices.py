@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
+from fastdynat.machine import Clock, half_types, one_thread, processor, race
 from fastdynat.measured import store
-from fastdynat.measured.capability import half_types, processor
 from fastdynat.measured.proxy import Setting, passes, settings
-from fastdynat.measured.racing import Clock, one_thread, race
 
 # The surer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input gradients need)
 # wins unless another one is faster by so much: timings repeat to a few percent.

@@ -3,25 +3,20 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from fastdynat.machine import cache
 
 FORMAT = "fastdynat-measured/1"
 MAX_BYTES = 1 << 16
 
 
 def folder() -> Path | None:
-    """XDG_CACHE_HOME/fastdynat/measured, or under ~/.cache; None where there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if base and Path(base).is_absolute():  # a relative one is to be ignored, says the specification
-        return Path(base, "fastdynat", "measured")
-    with suppress(RuntimeError):
-        return Path.home() / ".cache" / "fastdynat" / "measured"
-    return None
+    """Where the measurements are; None where there is no home."""
+    return cache.folder("measured")
 
 
 def _path(key: Mapping[str, Any]) -> Path | None:
@@ -54,12 +49,4 @@ def save(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         return
     text = json.dumps({"format": FORMAT, "key": key, "seconds": dict(seconds)}, indent=1) + "\n"
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, path)  # another process that measured the same wins or loses as a whole
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        cache.replace_text(path, text)

@@ -1,12 +1,22 @@
 """Operators: one function each, the same result whichever implementation runs.
 
 Implementations ("backends"): `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built), `triton`
-(kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the tensors allow.
+(kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the tensors allow and that is right
+on this machine, which is verified at the first use (`checks`).
 
-To add an operator: a file here with the public function, its schema, its fake and its table of implementations.
+To add an operator: a file here with the public function, its schema, its fake and its table of implementations, and its table
+of cases in `checks`.
 """
 
-from fastdynat.ops._select import BACKENDS, available_backends, selected_backend, set_backend, use_backend
+from fastdynat.ops._select import (
+    BACKENDS,
+    available_backends,
+    operators_in_use,
+    prepare,
+    selected_backend,
+    set_backend,
+    use_backend,
+)
 from fastdynat.ops._step import AttackStep
 from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
@@ -32,10 +42,12 @@ __all__ = [
     "augment",
     "available_backends",
     "dynamic_label_cross_entropy",
+    "operators_in_use",
     "pgd_step_l0",
     "pgd_step_l1",
     "pgd_step_l2",
     "pgd_step_linf",
+    "prepare",
     "project_on_hyperplane",
     "random_start",
     "selected_backend",

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -24,3 +25,9 @@ def _load() -> tuple[bool, bool]:
 
 
 LOADED, WITH_CUDA = _load()
+
+
+def files() -> tuple[Path, ...]:
+    """The extension's file, where there is one: another build is another file."""
+    spec = importlib.util.find_spec("fastdynat._C")
+    return () if spec is None or spec.origin is None else (Path(spec.origin),)

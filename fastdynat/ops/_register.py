@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastdynat.ops._select import OPERATORS
+
 Implementations = dict[str, Callable[..., Any]]
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -50,6 +52,8 @@ def register(
         torch.library.register_fake(qualified, fake)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+    OPERATORS.append(name)
 
     # Looked up at each call: an overload object taken here would hide a library loaded later.
     def native(*args: Any) -> Any:

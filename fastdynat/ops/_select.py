@@ -1,18 +1,22 @@
 """Which implementation of an operator runs, and why another one cannot."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from fastdynat import verified
 from fastdynat.errors import unknown_name
 from fastdynat.ops import _extension
 
 BACKENDS = ("triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "FASTDYNAT_KERNELS"
+OPERATORS: list[str] = []  # by name, as they register
 
 # Best first. The Triton interpreter is for debugging, so "auto" never takes it.
 _PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpp", "eager")}
@@ -97,29 +101,140 @@ def selected_backend(device_type: str, backend: str = "auto") -> str:
 
     Raises UserError for an unknown name and RuntimeError when the backend asked for cannot run.
     """
-    return _choose("ops", BACKENDS, backend, device_type)
+    asked = _asked(backend)
+    if asked == "auto":
+        return (*_candidates(BACKENDS, device_type), verified.REFERENCE)[0]
+    _check_possible("ops", BACKENDS, asked, device_type)
+    return asked
 
 
-def select(op: str, implementations: Mapping[str, F], backend: str, device_type: str) -> F:
-    """The implementation of `op` to call: `backend`, else the override, else FASTDYNAT_KERNELS, else the best.
+def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor) -> F:
+    """The implementation of `op` to call: `backend`, else the override, else FASTDYNAT_KERNELS, else the best that is right.
 
-    implementations: by backend name; "eager" must be there. Raises as `selected_backend`.
+    A call that names its backend runs it as it is; what the override or the environment insist on is verified first.
+
+    implementations: by backend name; "eager" must be there.
+    like: the tensor whose device decides.
+
+    Raises: as `selected_backend`; WrongImplementation where the one insisted on is wrong on this machine.
     """
-    return implementations[_choose(op, implementations, backend, device_type)]
+    asked = _asked(backend)
+    if asked == "auto":
+        return implementations[_best(op, implementations, like.device)]
+    _check_possible(op, implementations, asked, like.device.type)
+    if backend == "auto" and is_native(asked, like.device.type):
+        _insist(op, asked, like.device)
+    return implementations[asked]
 
 
-def _choose(op: str, offered: Mapping[str, Any] | tuple[str, ...], backend: str, device_type: str) -> str:
+def is_native(name: str, device_type: str) -> bool:
+    """Whether backend `name` runs on such a device for use, not in an interpreter or a simulation."""
+    return name in _PREFERENCE.get(device_type, ()) and name != verified.REFERENCE
+
+
+def prepare(device: torch.device, *, say: Callable[[str], None] | None = None) -> None:
+    """Verify now, on `device`, the implementations of all operators that would be verified at their first use.
+
+    For whoever captures CUDA graphs or compiles. Where the override or the environment insist on one, it is verified alone.
+
+    Raises WrongImplementation where it is wrong.
+    """
+    _load_checks()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    asked = _asked("auto")
+    if asked == "auto":
+        verified.prepare(device, OPERATORS, say=say)
+    elif is_native(asked, device.type) and why_not(asked, device.type) is None:
+        for op in OPERATORS:
+            verified.insist(op, asked, device)
+
+
+def operators_in_use(device: torch.device) -> str:
+    """`selected_backend` with the operators that it is not right for, as far as is known; for a log line."""
+    name = selected_backend(device.type)
+    if _asked("auto") != "auto":
+        return name
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    others: dict[str, list[str]] = {}
+    for op in OPERATORS:
+        found = verified.peek(op, device) or {}
+        if found.get(name, verified.RIGHT).right:
+            continue
+        instead = next((n for n in _candidates(found, device.type) if found[n].right), verified.REFERENCE)
+        others.setdefault(instead, []).append(op)
+    return ", but ".join([name, *(f"{instead} for {', '.join(ops)}" for instead, ops in others.items())])
+
+
+def _asked(backend: str) -> str:
     asked = _known(backend)
     if asked == "auto":
         asked = _override
-    if asked == "auto":
-        asked = _known(os.environ.get(ENVIRONMENT) or "auto")
-    if asked != "auto":
-        reason = why_not(asked, device_type) if asked in offered else "this operator has no such implementation"
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend {asked!r} cannot run: {reason}")
-        return asked
-    for name in _PREFERENCE.get(device_type, ()):
-        if name in offered and why_not(name, device_type) is None:
-            return name
-    return "eager"
+    return asked if asked != "auto" else _known(os.environ.get(ENVIRONMENT) or "auto")
+
+
+def _check_possible(op: str, offered: Collection[str], asked: str, device_type: str) -> None:
+    reason = why_not(asked, device_type) if asked in offered else "this operator has no such implementation"
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {asked!r} cannot run: {reason}")
+
+
+def _candidates(offered: Collection[str], device_type: str) -> list[str]:
+    """Those of `offered` that can run, best first, without eager."""
+    order = _PREFERENCE.get(device_type, ())
+    return [n for n in order if n in offered and n != verified.REFERENCE and why_not(n, device_type) is None]
+
+
+def _best(op: str, offered: Collection[str], device: torch.device) -> str:
+    """The preferred implementation among those that are right on `device`."""
+    names = _candidates(offered, device.type)
+    if not names or verified.checking():
+        return names[0] if names else verified.REFERENCE
+    if torch.compiler.is_compiling():
+        return _best_known(op, tuple(names), device.type, device.index)
+    found: Mapping[str, verified.Verdict] | None = verified.peek(op, device)
+    if found is None or any(name not in found for name in names):
+        if _capturing(device):
+            return _best_known(op, tuple(names), device.type, device.index)
+        found = _verdicts(op, device)
+    return next((name for name in names if name not in found or found[name].right), verified.REFERENCE)
+
+
+@torch.compiler.assume_constant_result
+def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | None) -> str:
+    """`_best` where nothing can be run: the verdict of this process or of an earlier one, and eager where there is none."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    _load_checks()
+    if op not in verified.registered():
+        return names[0]
+    found = verified.known(op, device) or {}
+    return next((name for name in names if name in found and found[name].right), verified.REFERENCE)
+
+
+def _verdicts(op: str, device: torch.device) -> Mapping[str, verified.Verdict]:
+    """On every candidate that can run on `device`; of an operator without a check none."""
+    _load_checks()
+    return verified.verdicts(op, device) if op in verified.registered() else {}
+
+
+def _insist(op: str, name: str, device: torch.device) -> None:
+    if verified.checking() or torch.compiler.is_compiling():
+        return
+    found = verified.peek(op, device)
+    if found is None or name not in found:
+        if _capturing(device):
+            return
+        _load_checks()
+        if op not in verified.registered():
+            return
+    verified.insist(op, name, device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _load_checks() -> None:
+    """The tables are made when they are needed, which is not where a command only says what there is."""
+    importlib.import_module("fastdynat.ops.checks")

@@ -158,5 +158,5 @@ def attack_logit_grad(
         code = code if loss == "kl" else SOFT_CE
     else:
         check_classes(OP, "labels", labels, logits)
-    run = select(OP, IMPLEMENTATIONS, backend, logits.device.type)
+    run = select(OP, IMPLEMENTATIONS, backend, logits)
     return AttackGrad(*run(logits.detach(), labels.detach(), code, rescale, targeted))

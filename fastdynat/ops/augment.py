@@ -168,7 +168,7 @@ def augment(
         raise ValueError(f"augment: pad must be 0 or more pixels, got {pad}")
     if dtype not in DTYPES:
         raise ValueError(f"augment: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    run = select("augment", IMPLEMENTATIONS, backend, images.device.type)
+    run = select("augment", IMPLEMENTATIONS, backend, images)
     if shifts is not None and shifts.stride(1) != 1:
         shifts = shifts.contiguous()
     flips = flips.contiguous() if flips is not None else None

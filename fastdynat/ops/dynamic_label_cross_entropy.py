@@ -208,7 +208,7 @@ def dynamic_label_cross_entropy(
         raise ValueError(f"{OP}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    run = select(OP, IMPLEMENTATIONS, backend, target_logits.device.type)
+    run = select(OP, IMPLEMENTATIONS, backend, target_logits)
     loss, counts, predictions, dynamic_labels, _ = run(
         target_logits,
         guide.detach(),

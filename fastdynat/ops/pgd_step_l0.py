@@ -81,6 +81,6 @@ def pgd_step_l0(
     check_step("pgd_step_l0", x_adv, grad, x0, step_size, 0.0, lo, hi)
     if pixels < 0:
         raise ValueError(f"pgd_step_l0: pixels must be >= 0, got {pixels}")
-    run = select("pgd_step_l0", IMPLEMENTATIONS, backend, x_adv.device.type)
+    run = select("pgd_step_l0", IMPLEMENTATIONS, backend, x_adv)
     x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
     return run(x_adv, grad, x0, float(step_size), pixels, float(lo), float(hi))

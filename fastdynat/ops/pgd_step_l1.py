@@ -104,6 +104,6 @@ def pgd_step_l1(
     if not 0 <= sparsity < 1:
         raise ValueError(f"pgd_step_l1: sparsity must be in [0, 1), the share of entries left alone, got {sparsity}")
     count = max(1, round((1 - sparsity) * x_adv[:1].numel()))
-    run = select("pgd_step_l1", IMPLEMENTATIONS, backend, x_adv.device.type)
+    run = select("pgd_step_l1", IMPLEMENTATIONS, backend, x_adv)
     x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
     return run(x_adv, grad, x0, float(step_size), float(eps), count, float(lo), float(hi))

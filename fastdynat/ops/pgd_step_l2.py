@@ -151,6 +151,6 @@ def _run(
     check_images("pgd_step_l2", x_adv)
     check_step("pgd_step_l2", x_adv, grad, x0, step_size, eps, lo, hi)
     check_low("pgd_step_l2", low_dtype)
-    run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv.device.type)
+    run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv)
     x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
     return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype)

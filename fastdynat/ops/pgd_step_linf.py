@@ -131,6 +131,6 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_step("pgd_step_linf", x_adv, grad, x0, step_size, eps, lo, hi)
     check_low("pgd_step_linf", low_dtype)
-    run = select("pgd_step_linf", IMPLEMENTATIONS, backend, x_adv.device.type)
+    run = select("pgd_step_linf", IMPLEMENTATIONS, backend, x_adv)
     x_adv, grad, x0 = one_order(x_adv.detach(), grad.detach(), x0.detach())
     return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype, count)

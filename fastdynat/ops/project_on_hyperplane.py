@@ -103,7 +103,7 @@ def project_on_hyperplane(
         RuntimeError: the backend asked for cannot run here.
     """
     _check(x, w, value, at, norm, lo, hi)
-    run = select("project_on_hyperplane", IMPLEMENTATIONS, backend, x.device.type)
+    run = select("project_on_hyperplane", IMPLEMENTATIONS, backend, x)
     x, w, at = one_order(images_together(x.detach()), w.detach(), at.detach())
     return run(x, w, value.detach().contiguous(), at, norm == "l2", float(lo), float(hi))
 

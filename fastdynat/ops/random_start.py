@@ -175,6 +175,6 @@ def random_start(
         raise ValueError(f"random_start: scale must be >= 0 (in units of the pixel range), got {scale}")
     if not lo <= hi:
         raise ValueError(f"random_start: lo must not exceed hi, got lo={lo} and hi={hi}")
-    run = select("random_start", IMPLEMENTATIONS, backend, x.device.type)
+    run = select("random_start", IMPLEMENTATIONS, backend, x)
     x = images_together(x.detach())
     return run(x, state.contiguous(), KINDS.index(kind), float(scale), float(lo), float(hi))

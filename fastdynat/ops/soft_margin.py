@@ -117,6 +117,6 @@ def _run(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool, ba
     check_classes(OP, "labels", labels, logits)
     if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
         raise ValueError(f"{OP}: temperature must be positive, from 1e-30 to 1e30, got {temperature}; DyART takes 5")
-    run = select(OP, IMPLEMENTATIONS, backend, logits.device.type)
+    run = select(OP, IMPLEMENTATIONS, backend, logits)
     margin, grad = run(logits, labels, float(temperature), with_grad)
     return margin, grad

@@ -88,7 +88,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return _owned(select(CONV, CONV_IMPLEMENTATIONS, backend, x.device.type)(x, forward, bias))
+        return _owned(select(CONV, CONV_IMPLEMENTATIONS, backend, x)(x, forward, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,7 +167,7 @@ def winograd_weights(
         _check_shape(WEIGHTS, name, tensor, shape, weight)
         if not tensor.is_contiguous():
             raise ValueError(f"{WEIGHTS}: {name} must be contiguous, as an earlier call returned it")
-    select(WEIGHTS, WEIGHTS_IMPLEMENTATIONS, backend, weight.device.type)(weight.detach(), forward, backward)
+    select(WEIGHTS, WEIGHTS_IMPLEMENTATIONS, backend, weight)(weight.detach(), forward, backward)
     return forward, backward
 
 

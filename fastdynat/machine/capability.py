@@ -1,12 +1,16 @@
-"""Which processor this is, and which types it has instructions for."""
+"""Which processor this is, which types it has instructions for, and whose code runs on it."""
 
 import functools
 import os
 import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastdynat import __version__
 
 # Flags of /proc/cpuinfo that decide which kernels run; x86 and Arm.
 FLAGS = (
@@ -64,6 +68,24 @@ def processor(device: torch.device) -> dict[str, Any]:
         found["environment"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         found["onednn"] = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     return found | {"torch": torch.__version__}
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Of the software that makes and runs kernels on `device`: fastdynat, torch, Triton, and on a GPU CUDA and its driver."""
+    found: dict[str, Any] = {"fastdynat": __version__, "torch": torch.__version__, "triton": None}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": list(torch.cuda.get_device_capability(device))}
+    return found
+
+
+def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The driver's own line with its version; empty on systems without the file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
+    except OSError:
+        return ""
 
 
 @functools.lru_cache

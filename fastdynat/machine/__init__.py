@@ -1,0 +1,20 @@
+"""Which machine this is, what it has instructions for, a clock to time it by, and where to remember what was found."""
+
+from fastdynat.machine import capability, racing
+from fastdynat.machine.cache import folder, replace_text
+from fastdynat.machine.capability import half_types, processor, versions
+from fastdynat.machine.racing import Clock, one_thread, quiet_clock, race
+
+__all__ = [
+    "Clock",
+    "capability",
+    "folder",
+    "half_types",
+    "one_thread",
+    "processor",
+    "quiet_clock",
+    "race",
+    "racing",
+    "replace_text",
+    "versions",
+]

@@ -1,0 +1,8 @@
+"""The table by which every operator is verified where it runs: its implementations against its eager form.
+
+Imported at the first check only, and registers all of them.
+"""
+
+from fastdynat.ops.checks import batches, projections, rows, starts, steps, winograd
+
+__all__ = ["batches", "projections", "rows", "starts", "steps", "winograd"]

@@ -1,0 +1,80 @@
+"""The projection on a hyperplane: near, far and out of reach, both norms, planes without meaning, every dtype and layout."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.ops.checks.common import FLOATS, WIDE, Layout, named, normal, register, shaped, uniform
+from fastdynat.ops.checks.steps import LAYOUTS, ODD, PACKED
+from fastdynat.ops.project_on_hyperplane import NORMS, project_on_hyperplane
+from fastdynat.verified import Case, Timing
+
+LARGE = (256, 3, 32, 32)
+
+
+def planes(
+    device: torch.device,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    layouts: tuple[Layout, Layout],
+    far: float,
+    norm: str,
+) -> tuple[Any, ...]:
+    """(x, w, value, at, norm): offsets are `far` of the reach; w has zeros, and the last plane is none at all."""
+    x = (1.4 * uniform(shape, 1) - 0.2).clamp(0, 1)
+    w = normal(shape, 2) * uniform(shape, 3) ** 4
+    w = torch.where(uniform(shape, 4) < 0.1, 0.0, w).to(w_dtype).double()
+    at = (x + 0.03 * normal(shape, 5)).clamp(0, 1)
+    rows = (shape[0], math.prod(shape[1:]))
+    side = torch.where(uniform(shape[:1], 6) < 0.5, -1.0, 1.0).double()
+    value = (w * (at - x)).reshape(rows).sum(1) + far * w.abs().reshape(rows).sum(1) * side
+    if shape[0] > 2:
+        w[-1] = 0
+    first, second = layouts
+    return (
+        first(x.to(device, dtype)),
+        second(w.to(device, w_dtype)),
+        value.to(device, dtype),
+        first(at.to(device, dtype)),
+        norm,
+    )
+
+
+def run(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str, backend: str) -> Tensor:
+    """The operator in one implementation."""
+    return project_on_hyperplane(x, w, value, at, norm=norm, backend=backend)
+
+
+def table() -> list[Case]:
+    """The cases."""
+    calls: list[tuple[tuple[int, ...], torch.dtype, torch.dtype, str, float]] = []
+    calls += [(ODD, dtype, w, "contiguous", 0.1) for dtype in WIDE for w in FLOATS]
+    calls += [(PACKED, torch.float32, torch.float32, layout, 0.1) for layout in LAYOUTS]
+    calls += [(ODD, torch.float32, torch.float32, "contiguous", far) for far in (0.001, 0.45, 2.0)]
+    shapes = [(0, 3, 8, 8), (3,), (4, 17), (1, 12291)]
+    calls += [(shape, torch.float32, torch.float32, "contiguous", 0.1) for shape in shapes]
+    cases = []
+    for norm in NORMS:
+        for shape, dtype, w, layout, far in calls:
+            name = f"{norm}, {named(dtype)}, w {named(w)}, {shaped(shape)}"
+            name += f", {layout}" * (layout != "contiguous") + f", {far:g} of the reach" * (far != 0.1)
+            options: Any = {"shape": shape, "dtype": dtype, "w_dtype": w, "far": far, "norm": norm}
+            cases.append(Case(name, partial(planes, layouts=LAYOUTS[layout], **options)))
+    return cases
+
+
+def timing() -> Timing:
+    """The call whose time tables show."""
+    options: Any = {"shape": LARGE, "dtype": torch.float32, "w_dtype": torch.float32, "far": 0.1, "norm": "linf"}
+    return Timing(
+        f"linf, float32 {shaped(LARGE)}", partial(planes, layouts=LAYOUTS["contiguous"], **options), 16 * math.prod(LARGE)
+    )
+
+
+# Newton's method in the type of the images: what rounding leaves of the plane, over its slope.
+register("project_on_hyperplane", run, table, {torch.float32: (0, 4e-6), torch.float64: (0, 2e-12)}, timed=timing)

@@ -1,0 +1,67 @@
+"""The random start: every kind bit by bit from its counters, "l2" up to the rounding of the direction's length."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.ops.checks.common import (
+    WIDE,
+    Layout,
+    channels_last,
+    contiguous,
+    named,
+    register,
+    shaped,
+    turned,
+    uniform,
+    with_gaps,
+)
+from fastdynat.ops.random_start import KINDS, random_start
+from fastdynat.verified import Case, Timing
+
+SCALE = 8 / 255
+STATE = (0x0123456789ABCDEF, 0x7EDCBA9876543210)  # every bit of key and counter in use
+LARGE = (256, 3, 32, 32)
+
+
+def images(
+    device: torch.device, *, shape: tuple[int, ...], dtype: torch.dtype, kind: str, layout: Layout
+) -> tuple[Tensor, Tensor, str]:
+    """(x, state, kind)."""
+    x = layout(uniform(shape, 1).to(device, dtype))
+    return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind
+
+
+def run(x: Tensor, state: Tensor, kind: str, backend: str) -> Tensor:
+    """The operator in one implementation."""
+    return random_start(x, state, kind=kind, scale=SCALE, backend=backend)
+
+
+def table() -> list[Case]:
+    """The cases."""
+    layouts = {"contiguous": contiguous, "channels-last": channels_last, "with gaps": with_gaps, "turned": turned}
+    calls: list[tuple[tuple[int, ...], torch.dtype, str, str]] = []
+    for kind in KINDS:
+        calls += [((3, 3, 5, 7), dtype, kind, "contiguous") for dtype in WIDE]
+        calls += [((2, 3, 8, 8), torch.float32, kind, layout) for layout in layouts]
+        calls += [(shape, torch.float32, kind, "contiguous") for shape in ((0, 3, 4, 4), (5,), (1, 1030))]
+    cases = []
+    for shape, dtype, kind, layout in calls:
+        name = f"{kind}, {named(dtype)}, {shaped(shape)}" + f", {layout}" * (layout != "contiguous")
+        make = partial(images, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
+        cases.append(Case(name, make, scale=float(kind == "l2")))
+    return cases
+
+
+def timing() -> Timing:
+    """The call whose time tables show."""
+    make: Any = partial(images, shape=LARGE, dtype=torch.float32, kind="uniform", layout=contiguous)
+    return Timing(f"uniform, float32 {shaped(LARGE)}", make, 2 * 4 * math.prod(LARGE))
+
+
+# A relative 1e-6 of the move, and in float32 the rounding of the pixel.
+TOLERANCE = {torch.float32: (0, 1e-6 * SCALE + 2.0**-24), torch.float64: (0, 1e-6 * SCALE)}
+register("random_start", run, table, TOLERANCE, timed=timing)

@@ -1,0 +1,133 @@
+"""One candidate through the table of cases, on a thread of its own that shares nothing with the caller's."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdynat.errors import UserError, first_line
+from fastdynat.verified.check import RIGHT, Case, Check, Verdict
+from fastdynat.verified.compare import difference
+
+Value = TypeVar("Value")
+CALLS = 2  # of each case: a race between threads may show in the second one only
+_here = threading.local()
+
+
+class DeviceLost(UserError):
+    """A kernel has made this process' CUDA context unusable: every further call fails, whatever it is."""
+
+
+def checking() -> bool:
+    """Whether this thread is the one that runs a check."""
+    return getattr(_here, "checking", False)
+
+
+def apart(run: Callable[[], Value]) -> Value:
+    """`run()` on a thread of its own.
+
+    Grad and inference mode, autocast, default device, dispatch modes, functorch levels, the current CUDA device and stream
+    belong to a thread: there they are what they are at the start of a process, and the caller's are not touched. Warnings are
+    dropped meanwhile: as errors, which filters can make them, they would be taken for the candidate's.
+    """
+    result: list[Value] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        _here.checking = True
+        try:
+            result.append(run())
+        except BaseException as error:  # goes on in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="fastdynat-verified", daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        thread.start()
+        thread.join()
+    if errors:
+        raise errors[0]
+    return result[0]
+
+
+class Prepared:
+    """A check's cases with their arguments and the reference's outputs on `device`, for all of its candidates."""
+
+    def __init__(self, check: Check, device: torch.device) -> None:
+        self.check, self.device = check, device
+        self.calls: list[tuple[Case, tuple[Any, ...], Any]] = []
+        for case in check.cases():
+            args = case.make(device)
+            self.calls.append((case, args, check.reference(*args)))
+
+    def examine(self, candidate: str, note: Callable[[str], None]) -> Verdict:
+        """Run `candidate` on every case. `note` is told which case comes next, before it can do any harm.
+
+        Raises DeviceLost, with the verdict as its second argument, where nothing can run on the device any more.
+        """
+        run = self.check.candidates[candidate]
+        for number, (case, args, expected) in enumerate(self.calls):
+            note(case.name)
+            try:
+                found = self._of_case(run, case, args, expected)
+            except torch.OutOfMemoryError:  # says nothing about the candidate
+                raise
+            except Exception as error:  # whatever goes wrong in there is the finding
+                found = f"failed: {type(error).__name__}: {first_line(error)}"
+                if lost(self.device):
+                    verdict = Verdict(False, case.name, found)
+                    raise DeviceLost(_lost(self.check.name, candidate, verdict), verdict) from None
+            if found:
+                # The next candidate's arguments, if this one has written to them.
+                self.calls[number] = (case, case.make(self.device), expected)
+                return Verdict(False, case.name, found)
+        return RIGHT
+
+    def _of_case(self, run: Callable[..., Any], case: Case, args: tuple[Any, ...], expected: Any) -> str:
+        before = [t.clone() if isinstance(t, Tensor) else t for t in args]
+        kept = []  # so that no call is given the memory of an earlier one, with the right values in it
+        for number in range(CALLS):
+            _poison(expected)
+            kept.append(run(*args))
+            if found := difference(kept[-1], expected, self.check.tolerance, case.scale):
+                return found if number == 0 else f"another result at call {number + 1}: {found}"
+            if found := _changed(args, before):
+                return found
+        return ""
+
+
+def _poison(outputs: Any) -> None:
+    """Leave NaN in the memory that is probably given to the next outputs, so that an element never written shows."""
+    tensors = [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if isinstance(t, Tensor)]
+    sizes = [(t.numel() * t.element_size(), t.device) for t in tensors] * 4
+    # All at once, so that each is a block of its own.
+    kept = [torch.empty(size, dtype=torch.uint8, device=device).fill_(0xFF) for size, device in sizes]
+    kept.clear()
+
+
+def _changed(args: tuple[Any, ...], before: list[Any]) -> str:
+    for number, (now, then) in enumerate(zip(args, before, strict=True)):
+        if isinstance(now, Tensor) and (found := difference(now.contiguous(), then.contiguous(), {})):
+            return f"argument {number} was changed: {found}"
+    return ""
+
+
+def lost(device: torch.device) -> bool:
+    """Whether the device fails on its own: an error of a kernel, unlike one of a launch, stays for good."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _lost(name: str, candidate: str, verdict: Verdict) -> str:
+    return (
+        f"{name}: implementation {candidate!r} broke the CUDA context ({verdict.case}: {verdict.detail}), which no process "
+        f"survives; start again: from now on {candidate!r} is left out for {name} on this machine"
+    )
