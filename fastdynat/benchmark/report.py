@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastdynat.benchmark.roofline import print_roofline
 from fastdynat.benchmark.rows import Row
 from fastdynat.benchmark.timing import Samples
 from fastdynat.config import TrainConfig, to_flat
@@ -125,6 +126,7 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
         if row["kind"] == "matmul":
             best = row["flops_per_s"] * row["seconds"]["median"] / row["seconds"]["min"]
             console.print(f"{row['name']}: {best / 1e12:.3g} TFLOP/s at best", **AS_IS)
+    print_roofline(doc["roofline"], console)
     if doc["switches"]:
         _print_gains(doc["switches"], console)
     if doc["phases"]:

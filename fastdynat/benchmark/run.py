@@ -17,6 +17,7 @@ from fastdynat.benchmark.flops import StepFlops, count_step
 from fastdynat.benchmark.phases import time_phases
 from fastdynat.benchmark.profiling import profile_step
 from fastdynat.benchmark.report import document, epoch_values, first_looks, phase_values, print_document
+from fastdynat.benchmark.roofline import copy_rate, measured_parts, peak_of, roofline_values
 from fastdynat.benchmark.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
 from fastdynat.benchmark.settings import label, settled
 from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
@@ -82,7 +83,7 @@ def _measure(
     assert full.attack.steps is not None
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
-    flops = _count(full, split.info)
+    flops, copied = _count(full, split.info), copy_rate(watch, device)
 
     task = Task(
         asked, full, lambda config: settled(config, split), split, full.attack.steps * flops.attack_step, flops.step, say
@@ -91,7 +92,8 @@ def _measure(
 
     def so_far(ready: list[Row]) -> None:
         say(f"so far: {', '.join(first_looks(ready))}")
-        about = {"flops": vars(flops), "phases": {}, "phases_of": "", "epoch": epoch_values(asked_step(ready), None)}
+        about = {"flops": flops.values(), "phases": {}, "phases_of": "", "epoch": epoch_values(asked_step(ready), None)}
+        about["roofline"] = roofline_values(flops, full, peak_of(ready, full, copied), measured_parts(ready, {}))
         doc = document(full, ready, left_out(row_plans, ready), **about, profile=None, other_load=load.share())
         _keep_partial(doc, bench)
 
@@ -101,12 +103,14 @@ def _measure(
     so_far(rows)
     own = asked_step(rows)
     phases, kinds, setting = _inside(task, own, watch, bench)
+    apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
     measured = _epoch(full, split, watch, say) if bench.epoch else None
     return document(
         full,
         rows,
         left_out(row_plans, rows),
-        flops=vars(flops),
+        flops=flops.values(),
+        roofline=roofline_values(flops, full, peak_of(rows, full, copied), measured_parts(rows, apart)),
         phases=phase_values(phases),
         phases_of=setting,
         epoch=epoch_values(own, measured),
@@ -130,7 +134,8 @@ def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
         return build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)
 
     guide = build(config.model.guide) if method.uses_guide else None
-    return count_step(method, build(config.model.model), guide, info.image_shape, config.attack.steps)
+    numbers: dict[str, Any] = {"batch_size": config.data.batch_size, "awp": config.attack.awp > 0}
+    return count_step(method, build(config.model.model), guide, info.image_shape, config.attack.steps, **numbers)
 
 
 def _inside(
