@@ -193,7 +193,7 @@ class EngineConfig:
     fused_conv: Switch = "auto"
     """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto is off."""
     winograd: Switch = "auto"
-    """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU; auto is where it is faster."""
+    """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU, where it pays."""
     closed_form: bool = True
     """Take the attack's gradient at the logits from its formula instead of from autograd."""
     graphs: Switch = "auto"

@@ -22,6 +22,7 @@ from fastdynat.attacks.winograd import WinogradConv2d
 from fastdynat.cli import main
 from fastdynat.config import EngineConfig
 from fastdynat.engine.build import attack_switches
+from fastdynat.measured import Convolution
 from fastdynat.models import build_model
 from fastdynat.ops.winograd import _eager_conv, _eager_weights
 
@@ -296,9 +297,21 @@ def move(net: nn.Module) -> None:
     net.eval()
 
 
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it costs: on small images the direct convolution is faster (tests/test_winograd_choice.py)."""
+    monkeypatch.setattr(Convolution, "repays", lambda *_: True)
+    monkeypatch.setattr(Convolution, "gain", lambda *_: 1.0)
+
+
+def used(network: nn.Module) -> int:
+    return sum(m.filters.current for m in network.modules() if isinstance(m, WinogradConv2d))
+
+
 @needs("ext")
 @pytest.mark.parametrize("bn", ["eval", "frozen"])
 @pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.usefixtures("everywhere")
 def test_a_replica_follows_the_model(fold: bool, bn: str) -> None:
     model, (x, _) = wide_net(), images()
     state, classes = model.state_dict().keys(), [type(m) for m in model.modules()]
@@ -309,8 +322,9 @@ def test_a_replica_follows_the_model(fold: bool, bn: str) -> None:
             move(model)
             for replica in replicas:
                 replica.refresh()
-        for batch in (x, x.to(memory_format=torch.channels_last), x[:1], x[..., :3, :5]):  # the last: not by Winograd
+        for batch in (x, x.to(memory_format=torch.channels_last), x[:1], x[..., :3, :5]):
             got, want = (r.network(batch) for r in replicas)
+            assert used(replicas[0].network) == 2
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.detach().abs().max()) + 2e-6)
     assert model.state_dict().keys() == state
     assert [type(m) for m in model.modules()] == classes
@@ -362,6 +376,7 @@ def test_half_precision_and_a_missing_extension_go_without(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "compiled", ["off", pytest.param("default", marks=[needs("cxx"), pytest.mark.slow])], ids=["eager", "compiled"]
 )
+@pytest.mark.usefixtures("everywhere")
 def test_the_attack_is_as_strong(compiled: str) -> None:
     """On a network that has learned something: random labels of its images, until it knows most of them."""
     model, (x, y) = wide_net().train(), images(96, 16)
@@ -375,7 +390,8 @@ def test_the_attack_is_as_strong(compiled: str) -> None:
     engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile=compiled), say=said.append)
     found = check_fidelity(engine, model, zip(x.split(32), y.split(32), strict=True), PGDSpec(8 / 255, 2 / 255, 5))
     assert said == []
-    assert "2 Winograd convolutions" in engine.path
+    assert "up to 2 Winograd convolutions" in engine.path
+    assert used(engine.replica.network) == 2
     assert not found.weaker
     assert found.loss_reference > found.loss_clean
     assert found.loss_fast == pytest.approx(found.loss_reference, rel=1e-3)
@@ -383,15 +399,17 @@ def test_the_attack_is_as_strong(compiled: str) -> None:
 
 
 @needs("ext")
+@pytest.mark.usefixtures("everywhere")
 def test_resnet18_answers_the_same() -> None:
     model, (x, y) = build_model("resnet18", num_classes=10, image_shape=(3, 32, 32)).eval(), images(2, 32)
     engine = AttackEngine(model, x)
-    assert "13 Winograd convolutions" in engine.path
+    assert "up to 13 Winograd convolutions" in engine.path
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         want = exact(x.double())
         assert float((engine.logits(x) - want).abs().max() / want.abs().max()) < 1e-4
     goal = AttackGoal("ce", y)
+    assert used(engine.replica.network) == 13
     got, true = engine.gradient(x, goal), AttackEngine(exact, x.double()).gradient(x.double(), goal)
     assert float((got - true).norm() / true.norm()) < 1e-2  # ReLUs at zero switch
 

@@ -1,5 +1,6 @@
 """The fast attack: PGD on a replica of the network, its gradient one compiled graph, looped inside one captured graph."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,7 +86,10 @@ class AttackEngine:
         replica: what is attacked in its place.
         switches: as given, but for what `model` cannot be run with.
         ascent: gradients and logits of it, for attacks that are no PGD (`Search`); its iterates are to be `laid_out`.
+        compares: as in `AttackReplica`.
     """
+
+    compares = False
 
     def __init__(
         self,
@@ -125,6 +129,8 @@ class AttackEngine:
             fold=s.fold and bn == "eval",
             fused_conv=s.fused_conv,
             winograd=s.winograd,
+            static=s.compile != "off" or s.graphs or recorder is not None,
+            compares=self.compares,
         )
         self.switches = s = replace(s, channels_last=self.replica.channels_last)
         if self.replica.note and has_batch_norm(model):
@@ -155,6 +161,10 @@ class AttackEngine:
         """Take over the model's weights and statistics; once per batch of training, after every change by others."""
         self.replica.refresh()
 
+    def expect(self, x: Tensor, passes: float = math.inf) -> None:
+        """Images `x` are about to be attacked by `ascent` with so many pairs of passes (`WinogradLayers.expect`)."""
+        self.replica.expect(self.laid_out(x), passes)
+
     def logits(self, x: Tensor) -> Tensor:
         """What the attacked network answers, in the attack's precision."""
         return self.ascent.logits(x)
@@ -175,6 +185,7 @@ class AttackEngine:
         """`run_pgd` on the replica. x: (N, C, H, W), float32 or float64, in [0, 1]; the caller owns grad mode."""
         x = self.laid_out(x)
         x_start = None if x_start is None else self.laid_out(x_start)
+        self.replica.expect(x, spec.steps * spec.restarts)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
             return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
         kind, ascent = (goal.kind, spec), self.ascent
@@ -207,6 +218,7 @@ class AttackEngine:
     ) -> Boundary:
         """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in `run`."""
         x = self.laid_out(x)
+        self.replica.expect(x, spec.steps)
         starts, ascent = () if x_start is None else (self.laid_out(x_start),), self.ascent
 
         def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
@@ -242,7 +254,7 @@ def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: tor
     unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
     parts = [f"{dtype} replica", f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded]
     parts += [f"{replica.num_fused} fused with their ReLU"] * (replica.num_fused > 0)
-    parts += [f"{replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
+    parts += [f"up to {replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
     if switches.compile != "off":
         parts.append("one compiled graph" if bn == "eval" else "compiled network")

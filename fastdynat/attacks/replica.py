@@ -10,7 +10,7 @@ from fastdynat.attacks.fold import Fold, fold_batch_norm, put_tensors, relu_in_p
 from fastdynat.attacks.modes import frozen_twin
 from fastdynat.attacks.rehearsal import rehearse
 from fastdynat.attacks.traced import NotFoldable
-from fastdynat.attacks.winograd import WinogradConv2d, use_winograd
+from fastdynat.attacks.winograd import WinogradLayers
 from fastdynat.float32 import full_float32
 
 # The layers whose weights autocast would cast at every call; everything else stays as it is in the network.
@@ -29,7 +29,7 @@ class AttackReplica:
         network: images in [0, 1] -> logits.
         num_folded: batch norms folded into the layer before them.
         num_fused: convolutions that add the residual and take the ReLU after them as one operator.
-        num_winograd: convolutions computed by Winograd's algorithm.
+        num_winograd: convolutions that Winograd's algorithm computes where that pays.
         channels_last: whether the network runs in that memory format; not where it takes views that only contiguous ones have.
         note: why nothing was folded although `fold` asked for it; else "".
     """
@@ -46,6 +46,8 @@ class AttackReplica:
         fold: bool = True,
         fused_conv: bool = False,
         winograd: bool = True,
+        static: bool = False,
+        compares: bool = False,
     ) -> None:
         """
         Args:
@@ -56,8 +58,11 @@ class AttackReplica:
             channels_last: convolution weights in channels-last memory format, where the network can be run so.
             fold: fold batch norm where the network allows.
             fused_conv: where it is folded, compute convolution, bias, residual and ReLU as one operator (`join_epilogues`).
-            winograd: compute 3x3 convolutions by Winograd's algorithm where that is faster: in float32, on the CPU, with the
-                extension (`use_winograd`). Takes eight times the memory of their weights.
+            winograd: compute 3x3 convolutions by Winograd's algorithm where that pays: in float32, on the CPU, with the
+                extension (`WinogradLayers`). Takes eight times the memory of their weights.
+            static: calls of the network may be compiled or captured.
+            compares: weights may be the same from one `refresh` to the next, which is looked at before Winograd's
+                are transformed anew. Else all that `refresh` takes over counts as changed.
 
         Raises:
             NotCopyable: a UserError; no copy of `model` computes what it computes (`check_twin`).
@@ -76,7 +81,9 @@ class AttackReplica:
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
         for layer in self._fused:
             layer.fused = True
-        self._winograd: list[WinogradConv2d] = use_winograd(self.network) if winograd and dtype is None else []
+        self._winograd = None
+        if winograd and dtype is None:
+            self._winograd = WinogradLayers(self.network, static=static, compares=compares)
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
 
@@ -90,7 +97,7 @@ class AttackReplica:
 
     @property
     def num_winograd(self) -> int:
-        return len(self._winograd)
+        return 0 if self._winograd is None else len(self._winograd.layers)
 
     def _fold(self, model: nn.Module, example: Tensor, bn: str, join: bool) -> None:
         try:
@@ -155,5 +162,10 @@ class AttackReplica:
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
         put_tensors(self._folds)
-        for layer in self._winograd:
-            layer.refresh()
+        if self._winograd is not None:
+            self._winograd.refresh()
+
+    def expect(self, x: Tensor, passes: float) -> None:
+        """Be told, before an attack, of its images as the network takes them, and of its pairs of passes."""
+        if self._winograd is not None:
+            self._winograd.expect(x, passes)

@@ -1,66 +1,185 @@
-"""Convolutions of the attacked network by Winograd's algorithm: in float32 on the CPU, where arithmetic is the limit."""
+"""Convolutions of the attacked network by Winograd's algorithm: in float32 on the CPU, where arithmetic is the limit.
 
+Transforming the weights takes as long as many passes, so a layer is computed so only where that repays it
+(`fastdynat.measured.Convolution`), and its weights are transformed when it first is after they have changed.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdynat.attacks.answers import answer
+from fastdynat.attacks.modes import attack_mode
+from fastdynat.machine import vector_bits
+from fastdynat.measured import Convolution, Costs
 from fastdynat.ops import available_backends, winograd_conv3x3, winograd_weights
-from fastdynat.ops.winograd import TILE
 
-# Where it is the faster one; oneDNN's time over Winograd's on one AVX2 core, channels-last: 1.7 to 1.9 for ResNet-18's
-# convolutions (64 channels at 32x32 to 512 at 4x4, batch 32), but 1.2 with 48 channels, 0.9 with 32, 0.4 with 3.
+# oneDNN's time over Winograd's on one AVX2 core is 1.2 with 48 channels, 0.9 with 32, 0.4 with 3.
 MIN_CHANNELS = 64
-# With 128 channels 1.9 at 16x16, 1.2 at 14x14, 1.0 at 7x7 (1.6 with 512), 0.7 at 6x6, whose tiles hold 56 % outputs.
-MIN_FILLED = 0.75
-# With 512 channels 1.9 with 32 tiles, 1.1 with 8, 1.0 with 4: reading the weights, four times as many, takes over. With 128 on
-# AVX-512 (oneDNN is faster there) 1.4 with 256 and more, but 1.0 to 1.2 with 128 of one tile per image, which made training of
-# the network `small` 6 % slower: transforming weights and results costs more than that.
-WIDE, MIN_TILES_WIDE, MIN_TILES = 256, 16, 256
+
+
+class Filters:
+    """The transformed weights of one layer. An object of its own, so that shallow copies of a layer share its state.
+
+    Attributes:
+        transformed: (36, C, K) and (36, K, C); None until they are first needed.
+        source: the weight that they were made of, where weights are compared.
+        current: they are those of the weight of now.
+        kept: every refresh makes them so.
+    """
+
+    def __init__(self) -> None:
+        self.transformed: tuple[Tensor, Tensor] | None = None
+        self.source: Tensor | None = None
+        self.current = self.kept = False
+
+
+class Outlook:
+    """What the layers of a replica know in common.
+
+    Attributes:
+        passes: pairs of forward and backward passes that the weights of now have served or are about to serve; infinite until
+            weights are first taken over.
+        static: calls may be compiled or captured, so that a layer cannot transform its weights when it is called.
+        compares: whether taking over weights looks if they have changed.
+        seen: where it is a list, layers note in it what they are called with, and compute directly.
+    """
+
+    def __init__(self, *, static: bool, compares: bool) -> None:
+        self.passes, self.static, self.compares = math.inf, static, compares
+        self.costs = Costs.with_vectors(vector_bits())
+        self.seen: list[tuple[WinogradConv2d, Convolution]] | None = None
 
 
 class WinogradConv2d(nn.Conv2d):
     """What `use_winograd` makes of a convolution. Weight and bias are still its own: others may read them."""
 
-    transformed: tuple[Tensor, Tensor]
+    filters: Filters
+    outlook: Outlook
 
     def forward(self, x: Tensor) -> Tensor:
-        """``nn.Conv2d.forward``, which itself takes the shapes and types that it is better at."""
-        if not self._faster(x):
+        """``nn.Conv2d.forward``, which itself takes what it is better at."""
+        if not (self._possible(x) and self._taken(x)):
             return super().forward(x)
-        out = winograd_conv3x3(x, *self.transformed, self.bias, backend="cpp")
+        assert self.filters.transformed is not None
+        out = winograd_conv3x3(x, *self.filters.transformed, self.bias, backend="cpp")
         # As nn.Conv2d answers: contiguous ones may be viewed otherwise afterwards.
-        last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, self.weight))
-        return out if last else out.contiguous()
+        return out if self._channels_last(x) else out.contiguous()
 
-    def _faster(self, x: Tensor) -> bool:
-        if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    def _possible(self, x: Tensor) -> bool:
+        if x.dim() != 4 or x.numel() == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        n, _, height, width = x.shape
-        tiles = n * -(-height // TILE) * -(-width // TILE)
-        least = MIN_TILES_WIDE if min(self.in_channels, self.out_channels) >= WIDE else MIN_TILES
-        return tiles >= least and n * height * width >= MIN_FILLED * TILE**2 * tiles
+        return not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
+
+    def _taken(self, x: Tensor) -> bool:
+        filters, outlook = self.filters, self.outlook
+        (n, c, height, width), k = x.shape, self.out_channels
+        work = Convolution(n, c, k, height, width, self._channels_last(x))
+        if outlook.seen is not None:
+            outlook.seen.append((self, work))
+            return False
+        if outlook.static or torch.compiler.is_compiling():
+            return filters.kept and work.gain(outlook.costs) > 0
+        if not filters.current and work.repays(outlook.costs, outlook.passes):
+            self.transform()
+        return filters.current and work.gain(outlook.costs) > 0
+
+    def _channels_last(self, x: Tensor) -> bool:
+        last = torch.channels_last
+        return x.is_contiguous(memory_format=last) or self.weight.is_contiguous(memory_format=last)
+
+    def transform(self) -> None:
+        """Take over the weight of now; in place but for the first time."""
+        filters = self.filters
+        with torch.inference_mode(False), torch.no_grad():
+            filters.transformed = winograd_weights(self.weight, out=filters.transformed, backend="cpp")
+            if self.outlook.compares:
+                filters.source = _copied(self.weight, filters.source)
+        filters.current = True
+
+
+class WinogradLayers:
+    """The convolutions of `network` that may be computed by Winograd's algorithm; changes them in place.
+
+    The layers themselves are changed, so that whoever calls them by whatever name finds them so. They need a `refresh` after
+    every change of their weights, and an `expect` before an attack.
+    """
+
+    def __init__(self, network: nn.Module, *, static: bool = False, compares: bool = False) -> None:
+        """
+        Args:
+            static, compares: as in `Outlook`.
+        """
+        self._outlook = Outlook(static=static, compares=compares)
+        self._network = network
+        self.layers = use_winograd(network, self._outlook)
+        self._works: dict[Any, list[tuple[WinogradConv2d, Convolution]]] = {}
+        self._witness = self._copy_of_least() if compares and self.layers else None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weight of now, in place."""
-        winograd_weights(self.weight, out=self.transformed, backend="cpp")
+        """Take over the weights of now. Where they are not compared they count as changed."""
+        if not self.layers:
+            return
+        compares = self._outlook.compares
+        if self._witness is None or not torch.equal(self._witness, self._least().weight):
+            self._outlook.passes = 0.0
+            self._witness = self._copy_of_least() if compares else None
+        for layer in self.layers:
+            filters = layer.filters
+            filters.current = filters.current and compares and torch.equal(filters.source, layer.weight)  # type: ignore[arg-type]
+            if filters.kept and not filters.current:
+                layer.transform()
+
+    def expect(self, x: Tensor, passes: float) -> None:
+        """Images `x` (N, C, H, W), laid out as the network takes them, are about to pass forward and backward so often."""
+        if not self.layers:
+            return
+        self._outlook.passes += passes
+        if self._outlook.static:
+            self._keep(x)
+
+    def _keep(self, x: Tensor) -> None:
+        """Transform, from now on at every refresh, what pays at images like `x`: code that is compiled may read it."""
+        key = (x.shape, x.stride(), x.dtype)
+        if key not in self._works:
+            self._works[key] = self._watch(x)
+        for layer, work in self._works[key]:
+            if not layer.filters.kept and work.repays(self._outlook.costs, self._outlook.passes):
+                layer.filters.kept = True
+                if not layer.filters.current:
+                    layer.transform()
+
+    def _watch(self, x: Tensor) -> list[tuple[WinogradConv2d, Convolution]]:
+        """What the layers are called with in a forward pass of `x`, which moves no statistics."""
+        seen: list[tuple[WinogradConv2d, Convolution]] = []
+        self._outlook.seen = seen
+        try:
+            with attack_mode(self._network, "eval"):
+                answer(self._network, x)
+        finally:
+            self._outlook.seen = None
+        return seen
+
+    def _least(self) -> WinogradConv2d:
+        return min(self.layers, key=lambda layer: layer.weight.numel())
+
+    def _copy_of_least(self) -> Tensor:
+        return _copied(self._least().weight, None)
 
 
-def use_winograd(network: nn.Module) -> list[WinogradConv2d]:
-    """Change the convolutions of `network` that may become `WinogradConv2d`, in place; none without the extension.
-
-    The layers themselves are changed, so that whoever calls them by whatever name finds them so. They need a `refresh` after
-    every change of their weights.
-    """
+def use_winograd(network: nn.Module, outlook: Outlook) -> Sequence[WinogradConv2d]:
+    """Change the convolutions of `network` that may become `WinogradConv2d`, in place; none without the extension."""
     if available_backends()["cpp"] is not None:
-        return []
-    changed = [module for module in network.modules() if _may(module)]
+        return ()
+    changed: list[Any] = [module for module in network.modules() if _may(module)]
     for module in changed:
         module.__class__ = WinogradConv2d
-        # Not a buffer: shallow copies of a module share the dictionary of their buffers.
-        module.transformed = winograd_weights(module.weight, backend="cpp")  # type: ignore[arg-type, assignment]
-    return changed  # type: ignore[return-value]
+        module.filters, module.outlook = Filters(), outlook
+    return changed
 
 
 def _may(module: nn.Module) -> bool:
@@ -76,3 +195,7 @@ def _may(module: nn.Module) -> bool:
         # Hooks would still run, but what computes weights in them or calls something else is not ours to know.
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )
+
+
+def _copied(weight: Tensor, out: Tensor | None) -> Tensor:
+    return weight.detach().clone() if out is None else out.copy_(weight.detach())

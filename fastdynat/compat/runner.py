@@ -38,6 +38,8 @@ class Runner(Protocol):
 class OnReplica(AttackEngine):
     """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its backward pass."""
 
+    compares = True  # an evaluation calls for every batch, with the weights of the last
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._turn = threading.RLock()

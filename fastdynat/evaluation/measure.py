@@ -153,9 +153,11 @@ def attacked(
             x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
         )
         say = say if compile_mode != "off" else lambda text: None
-        return AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say).ascent
+        engine = AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say)
     except NotCopyable:
         return Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True)
+    engine.expect(x.to(example.dtype))
+    return engine.ascent
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:

@@ -2,7 +2,7 @@
 
 from fastdynat.machine import capability, racing
 from fastdynat.machine.cache import folder, replace_text
-from fastdynat.machine.capability import half_types, processor, versions
+from fastdynat.machine.capability import half_types, processor, vector_bits, versions
 from fastdynat.machine.racing import Clock, one_thread, quiet_clock, race
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "race",
     "racing",
     "replace_text",
+    "vector_bits",
     "versions",
 ]

@@ -58,6 +58,14 @@ def _on_cpu(question: str) -> bool:
         return False
 
 
+def vector_bits() -> int:
+    """Width of the vectors that oneDNN's float32 convolutions compute with on this CPU; 512 where that is not known."""
+    _, flags = _cpu_info()
+    most = next((os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), "")
+    narrow = most.upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+    return 256 if "avx2" in flags and (narrow or "avx512f" not in flags) else 512
+
+
 def processor(device: torch.device) -> dict[str, Any]:
     """Everything that a timing on `device` depends on, as plain values that two equal machines agree in."""
     if device.type == "cuda":

@@ -2,10 +2,13 @@
 
 from fastdynat.machine import capability, half_types, processor, quiet_clock, race, racing
 from fastdynat.measured.choices import MARGIN, Choice, choose, faster_types, remembered, slower_than_float32, table
+from fastdynat.measured.convolutions import Convolution, Costs
 
 __all__ = [
     "MARGIN",
     "Choice",
+    "Convolution",
+    "Costs",
     "capability",
     "choose",
     "faster_types",
