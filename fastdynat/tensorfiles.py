@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from fastdynat.documents import DocumentError, check_pickle, open_file, regular_file
@@ -40,6 +40,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in the safetensors file `path`, on the CPU. Raises DocumentError where it is none."""
     check_safetensors(path)
     try:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # a name that is no UTF-8, which the library does not open
+            return load(path.read_bytes())
         return load_file(path)
     except Exception as error:  # offsets that overlap, types that torch lacks: each in its own way
         raise DocumentError(f"{path} is not a safetensors file that torch can read: {first_line(error)}") from None

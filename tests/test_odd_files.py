@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastdynat import cli, room
 from fastdynat.cli import main
 from fastdynat.engine.metrics import read_rows
 from fastdynat.errors import UserError, one_line, shortage
 from fastdynat.models import build, build_model
+from fastdynat.report import records
 from fastdynat.report.files import RECORD, ReportFiles
 from fastdynat.runs import RunDir, check_new, find_checkpoint, looks_like_run
 from fastdynat.runs.checkpoints import identity_of
-from fastdynat.runs.files import write_text
+from fastdynat.runs.files import check_results, write_text
 from fastdynat.runs.layout import BEST, LAST
 from fastdynat.runs.manifest import check_manifest, sha256
+from fastdynat.tensorfiles import read_safetensors
 
 OUTSIDE = {"pipe": os.mkfifo, "loop": lambda p: p.symlink_to(p.name), "other": lambda p: None}
 FILES, FOLDERS = ("environment.json", "metrics.jsonl", "metrics.csv"), ("boundary", "tensorboard", "checkpoints")
@@ -224,3 +227,80 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="a defect"):
         main(["report"])
     assert shortage(RuntimeError("a defect")) is None
+
+
+TEXTS = {"new.json": None, "old.json": '{"format": "x"}', "old.txt": "old", "empty.png": ""}
+NO_TEXTS = {"w.pt": b"PK\3\4\0", "net.py": "import torch", "c.yaml": "lr: 0.1", "a.png": b"\x89PNG\r\n", "b.json": b"%PDF-1.4"}
+PICTURES = {
+    "new.svg": None,
+    "old.svg": "<svg/>",
+    "old.png": b"\x89PNG\r\n",
+    "old.pdf": b"%PDF-1.4",
+    "empty.png": "",
+    "p.json": "{}",
+}
+NO_PICTURES = {"a.png": "text", "b.svg": b"\x89PNG\r\n", "c.pdf": "x", "d.svg": b"a\0b"}
+EXISTING = [
+    *((name, content, "texts", True) for name, content in TEXTS.items()),
+    *((name, content, "texts", False) for name, content in NO_TEXTS.items()),
+    *((name, content, "pictures", True) for name, content in PICTURES.items()),
+    *((name, content, "pictures", False) for name, content in NO_PICTURES.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "kind", "good"), EXISTING)
+def test_what_results_may_replace(name: str, content: str | bytes | None, kind: str, good: bool, tmp_path: Path) -> None:
+    path, given = tmp_path / name, {kind: (None, str(tmp_path / name))}
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    if good:
+        check_results(**given)
+    else:
+        with pytest.raises(UserError, match="is there and holds no results: choose another place"):
+            check_results(**given)
+    assert not path.exists() if content is None else path.read_bytes() in (content, str(content).encode())
+
+
+def test_results_that_would_replace_what_is_read_or_each_other(tmp_path: Path) -> None:
+    (tmp_path / "w").write_text("weights")
+    (tmp_path / "link").symlink_to("w")
+    with pytest.raises(UserError, match="link is read by this command, which would destroy it"):
+        check_results((str(tmp_path / "link"),), inputs=(None, tmp_path / "w"))
+    with pytest.raises(UserError, match="is given for two results"):
+        check_results((str(tmp_path / "a.json"), None, f"{tmp_path}/./a.json"))
+    check_results(("/dev/null", "/dev/null"), inputs=("/dev/null",))
+
+
+def test_measurements_are_files_of_the_run(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    (run / "evaluations").mkdir()
+    with pytest.raises(UserError, match="is a file of the run"):
+        check_results((str(run / "evaluations" / "clean-0123456789abcdef.json"),))
+    check_results((str(run / "evaluations" / "mine.json"),))
+
+
+def test_a_report_on_a_run_that_trains_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path / "run", 1)
+    asked: list[Path] = []
+
+    def read(path: Path) -> tuple[str, str]:
+        asked.append(path.parent)
+        if len(asked) == 1:  # a newer checkpoint takes its place
+            again = RunDir.open(run)
+            again.commit(lambda folder: (folder / "state.pt").write_text("new") and None, best=True)  # type: ignore[misc]
+            again.close()
+            raise UserError("gone")
+        return "sidecar", "sha256"
+
+    monkeypatch.setattr(records, "read_sidecar", read)
+    assert [(folder.name, links) for folder, links, *_ in records._sidecars(run)] == [("000002", ["best", "last"])]
+    monkeypatch.setattr(records, "read_sidecar", lambda path: _throw(UserError("damaged")))
+    with pytest.raises(UserError, match="damaged"):
+        records._sidecars(run)
+
+
+def test_weights_under_a_name_that_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    save_file({"a": torch.arange(3.0)}, folder / "w.safetensors")
+    assert read_safetensors(folder / "w.safetensors")["a"].tolist() == [0, 1, 2]

@@ -1,12 +1,11 @@
 """What `fastdynat bench` measures beside the training flags, and where its results go."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastdynat.checks import check_limits
 from fastdynat.errors import UserError
 from fastdynat.pictures import PICTURES, check_picture
-from fastdynat.runs import check_output
+from fastdynat.runs import check_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,4 @@ def check_bench(config: BenchConfig) -> None:
                 raise UserError(f"--auto is a measurement of its own: leave --{name} out")
     check_picture("chart", config.chart)
     check_picture("profile", config.profile, (".json", *PICTURES))
-    for path in (config.json, config.chart, config.profile):
-        if path is not None:
-            check_output(Path(path))
+    check_results((config.json,), (config.chart, config.profile))

@@ -13,7 +13,7 @@ from fastdynat.export import ExportConfig
 from fastdynat.pictures import check_picture
 from fastdynat.report import ReportConfig
 from fastdynat.report.config import check_report
-from fastdynat.runs import check_output, require_run
+from fastdynat.runs import check_results, require_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def boundary(argv: list[str]) -> int:
     command = parse(BoundaryCommand, argv, "boundary").command
     require_run(command.run)
     check_picture("chart", command.chart)
-    check_output(Path(command.chart))
+    check_results(pictures=(command.chart,))
     from fastdynat.evaluation.speed_chart import draw_speeds
 
     print(f"{draw_speeds(command.run, Path(command.chart))} validations of {command.run}: {command.chart}")

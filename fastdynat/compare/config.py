@@ -13,7 +13,7 @@ from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.methods import METHODS, method_class, method_name, options_type
 from fastdynat.pictures import check_picture
-from fastdynat.runs import check_output
+from fastdynat.runs import check_results
 
 # Keys of a run that a comparison decides itself, and how it is told.
 OWN = {
@@ -83,9 +83,8 @@ def check_compare(config: CompareConfig) -> None:
     if transfers := [column.name for column in columns if column.transfer]:
         raise UserError(f"a comparison has no --source for {transfers[0]}: run fastdynat eval on its runs afterwards")
     check_picture("chart", config.chart)
-    for path in (config.json, config.chart):
-        if path is not None:
-            check_output(Path(path))
+    ledger = None if config.out is None else Path(config.out, "ledger.json")
+    check_results((config.json,), (config.chart,), inputs=(ledger,))
 
 
 def parse_names(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from fastdynat.evaluation.record import FORMAT, Values, make_record
 from fastdynat.evaluation.table import print_results
 from fastdynat.ops import use_backend
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs import WriteError, check_output, describe_environment
+from fastdynat.runs import WriteError, check_results, describe_environment
 from fastdynat.runs.files import is_replaced, write_text
 
 
@@ -35,8 +35,9 @@ def evaluate_runs(
     Raises:
         UserError: see `measure_runs`.
     """
-    if config.json:
-        check_output(Path(config.json))
+    # Of path/to/file.py:callable, the file.
+    files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
+    check_results((config.json,), inputs=(config.weights, *files))
     config = settled(config, lambda text: console.print(text, **AS_IS))
     records: list[Values] = []
     file = Path(config.json) if config.json else None

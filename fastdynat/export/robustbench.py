@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def side_files(path: Path) -> tuple[Path, Path]:
 
 def check_name(path: Path) -> None:
     """Raise UserError where the weights' name cannot be a model's in RobustBench, which is also a Python module's."""
-    if not path.stem.isidentifier():
+    if not path.stem.isidentifier() or iskeyword(path.stem):
         raise UserError(
             f"{path.name}: RobustBench calls the model {path.stem!r}; use letters, digits and _, as Rice2020Overfitting"
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdynat.config import read_yaml
 from fastdynat.engine.metrics import read_rows
+from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
 from fastdynat.evaluation.store import read_measurements
 from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
@@ -44,7 +45,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Record:
-    """A run; `stale` counts measurements of checkpoints that it no longer has."""
+    """A run; `stale` counts measurements of checkpoints that it no longer has.
+
+    name: the folder's, escaped where fonts have nothing for it.
+    """
 
     name: str
     path: Path
@@ -69,7 +73,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     unique = list({real(path): path for path in paths}.items())
     names = Counter(resolved.name for resolved, _ in unique)
     return [
-        _read(path, resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}")
+        _read(path, one_line(resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}"))
         for resolved, path in unique
     ]
 
@@ -77,17 +81,33 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 def _read(path: Path, name: str) -> Record:
     metrics = path / "metrics.jsonl"
     measured = _in_full(path)
-    folders: dict[Path, list[str]] = {}
-    for link in (BEST, LAST):
-        if (folder := find_checkpoint(path, link)) is not None:
-            folders.setdefault(real(folder), []).append(link)
     checkpoints = []
-    for folder, links in folders.items():
-        sidecar, weights = read_sidecar(folder / WEIGHTS)
+    for folder, links, sidecar, weights in _sidecars(path):
         own = [m for of, m in measured if of == weights]
         checkpoints.append(Checkpoint(tuple(links), folder / WEIGHTS, weights, sidecar, own))
     stale = sum(of not in {c.weights for c in checkpoints} for of, _ in measured)
     return Record(name, path, read_yaml(path / CONFIG), read_rows(metrics) if metrics.exists() else [], checkpoints, stale)
+
+
+def _sidecars(run: Path) -> list[tuple[Path, list[str], Sidecar, str]]:
+    """The folders of the run's checkpoints with their names (best, last), sidecars and the sha256 of their weights."""
+    folders = _folders(run)
+    while True:
+        try:
+            return [(folder, links, *read_sidecar(folder / WEIGHTS)) for folder, links in folders.items()]
+        except UserError:
+            # The run may still be training, and these no longer its checkpoints.
+            if (newer := _folders(run)) == folders:
+                raise
+            folders = newer
+
+
+def _folders(run: Path) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for link in (BEST, LAST):
+        if (folder := find_checkpoint(run, link)) is not None:
+            found.setdefault(real(folder), []).append(link)
+    return found
 
 
 def _in_full(run: Path) -> list[tuple[str, Measured]]:

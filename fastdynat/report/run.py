@@ -46,7 +46,8 @@ def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Conso
             files.write(section.file, charts.sheet(section.panels, looks))
     for number, (name, examples) in enumerate(found.of_run["examples"].items(), 1):
         files.write(f"images-{number}.png", draw_gallery(name, examples))
-    files.write(PAGE, page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y")).encode())
+    text = page.render(report, sections, datetime.now(UTC).strftime("%d %B %Y"))
+    files.write(PAGE, text.encode(errors="backslashreplace"))  # paths may hold bytes that are no text
     files.drop_others()
     if found.signal is not None:
         console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", **AS_IS)

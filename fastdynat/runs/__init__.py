@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from fastdynat.runs.files import (
         check_output,
+        check_results,
         check_writable,
     )
     from fastdynat.runs.layout import (
@@ -66,7 +67,7 @@ __getattr__, __dir__ = lazy_names(
             "source_commit",
         ),
         "failures": ("WriteError",),
-        "files": ("check_output", "check_writable"),
+        "files": ("check_output", "check_results", "check_writable"),
         "layout": (
             "BEST",
             "CONFIG",
@@ -111,6 +112,7 @@ __all__ = [
     "check_manifest",
     "check_new",
     "check_output",
+    "check_results",
     "check_writable",
     "claim_name",
     "describe_environment",

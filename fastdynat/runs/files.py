@@ -12,16 +12,19 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fastdynat.documents import open_file
 from fastdynat.errors import UserError
 from fastdynat.runs.failures import WriteError, explained
 from fastdynat.runs.layout import run_of_file
 
 TEMPORARY = re.compile(r"\.fastdynat-[0-9a-f]{12}(\..{1,16})?")
+BINARY = {".png": b"\x89PNG", ".pdf": b"%PDF"}  # results that are no text, by their first bytes
+SOURCES = (".py", ".yaml", ".yml", ".toml", ".csv", ".jsonl")  # what nobody calls results
 STALE_SECONDS = 60.0
 READER_SECONDS, SILENT_SECONDS = 10.0, 0.5  # that a pipe is given to be opened at its other end; until that is said
 
@@ -66,6 +69,50 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path} is a file of the run {run}, which it would destroy: choose another place")
 
 
+def check_results(
+    texts: Iterable[str | None] = (),
+    pictures: Iterable[str | None] = (),
+    *,
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
+    """`check_output` for the files that one command writes its results into, None for those that were not asked for.
+
+    Args:
+        texts, pictures: where text (JSON) goes, and what its ending says (`BINARY`, else text too).
+        inputs: files that the command reads.
+
+    Raises:
+        UserError: also where two are one file, where one is among `inputs`, and where what is
+            there cannot be results: it is binary, or of another kind than its ending says.
+    """
+    read = {os.path.realpath(path) for path in inputs if path is not None}
+    written: set[str] = set()
+    drawn = {Path(path) for path in pictures if path}
+    for path in (*map(Path, filter(None, texts)), *map(Path, filter(None, pictures))):
+        check_output(path)
+        if not is_replaced(path):
+            continue
+        place = os.path.realpath(path)
+        if place in read:
+            raise UserError(f"{path} is read by this command, which would destroy it: choose another place")
+        if place in written:
+            raise UserError(f"{path} is given for two results: choose another place for one of them")
+        if os.path.exists(place) and not _may_be_results(Path(place), path in drawn):
+            raise UserError(f"{path} is there and holds no results: choose another place, or move it away")
+        written.add(place)
+
+
+def _may_be_results(file: Path, is_picture: bool) -> bool:
+    """Whether `file` is what a command may have written as results, or empty."""
+    with open_file(file) as opened:
+        start = opened.read(4096)
+    if start and file.suffix.lower() in SOURCES:
+        return False
+    if is_picture and (magic := BINARY.get(file.suffix.lower())) is not None:
+        return not start or start.startswith(magic)
+    return b"\0" not in start and not start.startswith(tuple(BINARY.values()))
+
+
 def replaced(path: Path) -> Path | None:
     """The regular file that writing `path` replaces or makes, links followed; None for a pipe or a device, which stays.
 
@@ -94,7 +141,10 @@ def is_replaced(path: Path) -> bool:
 def make_folder(path: Path) -> None:
     """Make the folder `path` and its parents where they are missing. Raises WriteError."""
     with explained(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
 def _own_descriptor(path: Path) -> int | None:

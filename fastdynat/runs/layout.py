@@ -17,6 +17,12 @@ OWNED = (ENVIRONMENT, METRICS, TABLE, LAST, BEST, BOUNDARY, EVALUATIONS, TENSORB
 
 # What training writes into the folder of a checkpoint and into the run's own.
 IN_CHECKPOINT = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json")
+# Names that only this program gives, by folder.
+MADE = {
+    BOUNDARY: re.compile(r"epoch-[0-9]{4,}\.npz"),
+    EVALUATIONS: re.compile(r"[a-z0-9_-]+(\.[0-9]+of[0-9]+)?-[0-9a-f]{16}\.(json|state)"),
+    TENSORBOARD: re.compile(r"events\.out\.tfevents\.[0-9]+\..+"),
+}
 IN_RUN = (CONFIG, LOCK, ENVIRONMENT, METRICS, TABLE, LAST, BEST, CHECKPOINTS, BOUNDARY, EVALUATIONS, TENSORBOARD)
 
 
@@ -30,7 +36,8 @@ def run_of_file(path: Path) -> Path | None:
     place = real(path)
     for run in place.parents[:3]:
         inside = place.relative_to(run).parts
-        of_run = inside[0] in IN_RUN if len(inside) == 1 else inside[0] in IN_RUN and IN_CHECKPOINT.fullmatch(inside[-1])
+        made = MADE.get(inside[0], IN_CHECKPOINT)
+        of_run = inside[0] in IN_RUN and (len(inside) == 1 or made.fullmatch(inside[-1]))
         if of_run and looks_like_run(run):
             return run
     return None

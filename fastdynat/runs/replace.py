@@ -1,7 +1,6 @@
 """`--overwrite`: what an old run made is removed from its folder; what is not the run's stays."""
 
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,24 +16,15 @@ from fastdynat.runs.checkpoints import (
 )
 from fastdynat.runs.layout import (
     BEST,
-    BOUNDARY,
     CHECKPOINTS,
     ENVIRONMENT,
-    EVALUATIONS,
     LAST,
+    MADE,
     METRICS,
     TABLE,
-    TENSORBOARD,
     real,
 )
 from fastdynat.runs.manifest import read_manifest
-
-# Names that only this program gives, by folder.
-MADE = {
-    BOUNDARY: re.compile(r"epoch-[0-9]{4,}\.npz"),
-    EVALUATIONS: re.compile(r"[a-z0-9_-]+(\.[0-9]+of[0-9]+)?-[0-9a-f]{16}\.(json|state)"),
-    TENSORBOARD: re.compile(r"events\.out\.tfevents\.[0-9]+\..+"),
-}
 
 
 def remove_run(path: Path) -> list[Path]:

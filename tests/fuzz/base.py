@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fastdynat.cli import main
-from fuzz.cases import STARTS, TINY
+from fuzz.commands import BENCH, STARTS, TINY
 
 
 def make_base(folder: Path) -> Path:
@@ -18,21 +18,7 @@ def make_base(folder: Path) -> Path:
             ["train", *TINY, "--run-dir", "run", "--boundary-speed", "4"],
             ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
             ["report", "run", "--num-images", "8", "--out", "rep"],
-            [
-                "bench",
-                "--method",
-                "natural",
-                "--data",
-                "digits",
-                "--model",
-                "small",
-                "--batch-size",
-                "8",
-                "--repeats",
-                "1",
-                "--json",
-                "bench.json",
-            ],
+            [*BENCH, "--json", "bench.json"],
             STARTS["compare"],
         ):
             code = main(argv)

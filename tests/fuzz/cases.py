@@ -2,50 +2,20 @@
 
 import hashlib
 import json
-import os
-import pickle
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastdynat.config import GROUPS, TrainConfig, to_flat
 from fastdynat.methods import METHODS
 from fastdynat.runs.manifest import write_manifest
 from fuzz import odd
+from fuzz.commands import BENCH, COMMANDS, OWN_FLAGS, SLOW, STARTS, TINY
 from fuzz.harness import Case
-
-TINY = [
-    "--train-size",
-    "40",
-    "--val-size",
-    "20",
-    "--batch-size",
-    "20",
-    "--steps",
-    "1",
-    "--epochs",
-    "2",
-    "--quiet",
-    "--model",
-    "small",
-]
-Draw = st.DrawFn
-COMMANDS: list[list[str]] = [
-    ["train", "--resume", "run"],
-    ["train", "--resume", "run", "--epochs", "3"],
-    ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
-    ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20", "--checkpoints", "last", "--cache", "off"],
-    ["report", "run", "--no-attacks", "--out", "rep"],
-    ["export", "run", "--out", "Me2026Fast.pt"],
-    ["boundary", "run", "--chart", "s.svg"],
-    ["train", "--method", "rslad", "--guide-from", "run", *TINY],
-    ["eval", "run/best/model.safetensors"],
-    ["train", *TINY, "--run-dir", "run", "--overwrite"],
-]
+from fuzz.weights import Draw, weights
 
 
 def _entries(folder: Path) -> list[str]:
@@ -57,7 +27,7 @@ def _entries(folder: Path) -> list[str]:
 def damaged_runs(draw: Draw, base: Path) -> Case:
     """A run with one entry damaged, its digests made to fit or not, under one of the commands that read it."""
     name = draw(st.sampled_from(_entries(base)))
-    others = ("kind", "content", "cut", "flip")
+    others = ("kind", "content", "cut", "flip", "twice")
     how = draw(st.sampled_from((*others, *("json", "yaml") * (4 if Path(name).suffix in (".json", ".jsonl", ".yaml") else 0))))
     argv, fit = list(draw(st.sampled_from(COMMANDS))), draw(st.booleans())
     damage, label = draw(_damage(base / name, how))
@@ -91,6 +61,8 @@ def _damage(draw: Draw, path: Path, how: str) -> tuple[Callable[[Path], None], s
         value = draw(st.sampled_from(odd.YAML_VALUES))
         lines[line] = f"{lines[line].partition(':')[0]}: {value}"
         return (lambda p: _write(p, "\n".join(lines).encode())), f"line {lines[line][:60]!r}"
+    if how == "twice":
+        return (lambda p: _write(p, data + data)), "stands twice"
     if how == "cut":
         length = draw(st.integers(0, max(0, len(data) - 1)))
         return (lambda p: _write(p, data[:length])), f"cut to {length}"
@@ -157,6 +129,8 @@ def configurations(draw: Draw, base: Path) -> Case:
 FLAG_VALUES = [
     *("", "0", "-1", "1", "2", "0.5", "1e23", "1e400", "nan", "inf", "x", "é", "8/255", "8/0", "/", "//", "1,2", ",", "a\0b"),
     *(
+        *odd.NAMES,
+        *("bench.json", "cmp/ledger.json", "run/metrics.jsonl", "pictures/train/a/0.png", "rep/index.html"),
         "\udc80",
         "\ud800",
         "9" * 400,
@@ -182,28 +156,11 @@ FLAG_VALUES = [
         "wrn-10-1",
         "wrn-999999999-1",
         "wrn-10-99999999",
+        "wrn-100000-1000",
+        "wrn-994-100",
     ),
     *("10000000000000", "imagefolder", "digits", "natural", "dyart", "--help", "--", "-", "[bold]", "1/0", "2/1", "1/3"),
 ]
-STARTS: dict[str, list[str]] = {
-    "train": ["train", *TINY, "--run-dir", "new"],
-    "resume": ["train", "--resume", "run"],
-    "eval": ["eval", "run", "--attacks", "clean", "--num-images", "8"],
-    "report": ["report", "run", "--no-attacks"],
-    "export": ["export", "run", "--out", "Me2026Fast.pt"],
-    "boundary": ["boundary", "run"],
-    "compare": ["compare", "--methods", "natural", *TINY, "--attacks", "clean", "--out", "cmp"],
-    "recipes": ["recipes"],
-}
-OWN_FLAGS = {
-    "eval": "attacks eps step-size norm checkpoints weights source data data-dir image-size num-images shard batch-size device "
-    "amp kernels seed cache fresh checks per-class json list-attacks",
-    "report": "out num-images checkpoint batch-size data-dir device seed",
-    "export": "out format checkpoint dataset paper",
-    "boundary": "chart",
-    "compare": "methods seeds budget-seconds set attacks out json chart",
-}
-SLOW = {"--compile", "--awp", "--boundary-speed", "--check-fidelity"}  # what an accepted value of costs more than a moment
 
 
 @st.composite
@@ -223,138 +180,16 @@ def flags(draw: Draw, base: Path) -> Case:
     return Case("flags", "", lambda work: argv)
 
 
-NET = """
-from torch import nn
-def make():
-    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
-"""
-REAL = {"1.weight": torch.zeros(10, 1024), "1.bias": torch.zeros(10)}
-
-
-class Runs:
-    """Pickled, it writes a canary where it is opened without care."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch $FUZZ_CANARY",)
-
-
-def _objects() -> dict[str, Any]:
-    quantized = torch.quantize_per_tensor(torch.zeros(10), 0.1, 0, torch.qint8)
-    shared: Any = ()
-    for _ in range(40):
-        shared = (shared, shared)
-    return {
-        "good": REAL,
-        "code": Runs(),
-        "code inside": {"state_dict": REAL, "hook": Runs()},
-        "module": torch.nn.Linear(2, 2),
-        "list": [1, 2],
-        "text": "x",
-        "none": None,
-        "number": 10**400,
-        "empty": {},
-        "deep": json.loads("[" * 200 + "]" * 200),
-        "shared": [shared],
-        "integer keys": {1: torch.zeros(1)},
-        "holder is a list": {"state_dict": [1]},
-        "other shapes": {"1.weight": torch.zeros(3), "1.bias": torch.zeros(10)},
-        "expanded": {"1.weight": torch.zeros(1).expand(10**12), "1.bias": torch.zeros(10)},
-        "sparse": {"1.weight": torch.zeros(10, 1024).to_sparse(), "1.bias": torch.zeros(10)},
-        "quantized": {"1.weight": torch.zeros(10, 1024), "1.bias": quantized},
-        "meta": {"1.weight": torch.zeros(10, 1024, device="meta"), "1.bias": torch.zeros(10)},
-        "complex": {"1.weight": torch.zeros(10, 1024, dtype=torch.complex64), "1.bias": torch.zeros(10)},
-        "integers": {"1.weight": torch.zeros(10, 1024, dtype=torch.int8), "1.bias": torch.zeros(10)},
-        "nan": {"1.weight": torch.full((10, 1024), float("nan")), "1.bias": torch.zeros(10)},
-        "odd names": {"a\0b": torch.zeros(1), "\ud800": torch.zeros(1), "x" * 10_000: torch.zeros(1)},
-    }
-
-
-OBJECTS = list(_objects())
-HEADERS: list[Any] = [
-    *({}, [], None, "x", {"__metadata__": {"format": "pt"}}, {"__metadata__": 1}, {"1.bias": 1}, {"1.bias": {"dtype": "F32"}}),
-    *(
-        {"1.bias": {"dtype": kind, "shape": [10], "data_offsets": [0, 40]}}
-        for kind in ("F32", "F4", "X", "BF16", 1, None, "C64")
-    ),
-    *(
-        {"1.bias": {"dtype": "F32", "shape": shape, "data_offsets": [0, 40]}}
-        for shape in ([-1], [10**12], "x", [[10]], [], [2, 5])
-    ),
-    *(
-        {"1.bias": {"dtype": "F32", "shape": [10], "data_offsets": at}}
-        for at in ([0, 10**15], [40, 0], [0], [-4, 36], [0, 39], "x")
-    ),
-]
-
-
-@st.composite
-def weights(draw: Draw, base: Path) -> Case:
-    """A file for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no weights at all."""
-    how = draw(st.sampled_from(("object", "raw pickle", "flip", "cut", "header", "content", "kind")))
-    name = draw(st.sampled_from(OBJECTS))
-    legacy, place, bit = draw(st.booleans()), draw(st.floats(0, 1)), draw(st.integers(0, 7))
-    header, length = draw(st.sampled_from(HEADERS)), draw(st.sampled_from((None, None, 0, 2**63, 2**31)))
-    content, kind = draw(odd.contents), draw(st.sampled_from(odd.KINDS))
-    suffix = draw(st.sampled_from((".pt", ".pth", "", ".safetensors"))) if how in ("content", "kind") else ".pt"
-    suffix = ".safetensors" if how == "header" else suffix
-
-    def prepare(work: Path) -> list[str]:
-        path = work / f"w{suffix}"
-        (work / "net.py").write_text(NET)
-        if how == "raw pickle":
-            path.write_bytes(_raw(name))
-        elif how in ("object", "flip", "cut"):
-            value = _objects()[name if how == "object" else "good"]
-            torch.save(value, path, _use_new_zipfile_serialization=not legacy)
-            data = path.read_bytes()
-            # Where the pickle is, not in the tensors.
-            at = int(place * (min(len(data), 1200) - 1))
-            if how == "flip":
-                path.write_bytes(data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :])
-            if how == "cut":
-                path.write_bytes(data[: int(place * (len(data) - 1))])
-        elif how == "header":
-            text = json.dumps(header).encode()
-            path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(40))
-        else:
-            path.write_bytes(content)
-            if how == "kind":
-                odd.replace_kind(path, kind)
-        return [*["eval", "net.py:make", "--data", "digits", "--num-images", "8", "--attacks", "clean", "--weights"], path.name]
-
-    return Case(
-        "weights", f"{how} {name} legacy={legacy} {place} {bit} {str(header)[:80]} {length} {content[:40]!r} {kind}", prepare
-    )
-
-
-def _raw(name: str) -> bytes:
-    try:
-        return pickle.dumps(_objects()[name])
-    except (pickle.PicklingError, NotImplementedError, AttributeError, TypeError):
-        return pickle.dumps(name)
-
-
 @st.composite
 def caches(draw: Draw, base: Path) -> Case:
     """A damaged measurement, report cache, bench baseline or ledger under the command that reads it."""
+    page = ["report", "run", "--no-attacks", "--num-images", "8", "--out", "rep"]
     commands = {
         "run/evaluations": ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
-        "rep/findings.json": ["report", "run", "--no-attacks", "--num-images", "8", "--out", "rep"],
-        "bench.json": [
-            "bench",
-            "--method",
-            "natural",
-            "--data",
-            "digits",
-            "--model",
-            "small",
-            "--batch-size",
-            "8",
-            "--baseline",
-            "bench.json",
-            "--repeats",
-            "1",
-        ],
+        "rep/findings.json": page,
+        "rep/.fastdynat-report.json": page,
+        "rep/index.html": page,
+        "bench.json": [*BENCH, "--baseline", "bench.json"],
         "cmp/ledger.json": STARTS["compare"],
     }
     which = draw(st.sampled_from(sorted(commands)))
@@ -383,8 +218,9 @@ def folders(draw: Draw, base: Path) -> Case:
     at = draw(
         st.sampled_from(("train/a/0.png", "train/a/z.png", "test/b/0.png", "train/a", "test", "train", "test/c", "train/z.png"))
     )
-    how = draw(st.sampled_from(("content", "kind", "cut", "flip")))
+    how = draw(st.sampled_from(("content", "kind", "cut", "flip", "picture", "name")))
     content, kind = draw(odd.contents), draw(st.sampled_from(odd.KINDS))
+    size, mode, name = (draw(st.sampled_from(values)) for values in (odd.SIZES, odd.MODES, odd.NAMES))
     place, bit = draw(st.floats(0, 1)), draw(st.integers(0, 7))
     flags = ["--train-size", "8", "--val-size", "2", "--batch-size", "4", "--steps", "1", "--epochs", "1", "--quiet"]
     loader = draw(st.sampled_from(("auto", "resident", "torch")))
@@ -393,6 +229,10 @@ def folders(draw: Draw, base: Path) -> Case:
         path = work / "pictures" / at
         if how == "kind" or path.is_dir():
             odd.replace_kind(path, kind)
+        elif how == "picture" and path.parent.is_dir():
+            Image.new(mode, size).save(path, format="TIFF" if mode == "F" else "PNG")
+        elif how == "name" and path.exists():
+            path.rename(path.with_name(f"{name}{path.suffix}"))
         elif how == "content" or not path.exists():
             path.write_bytes(content) if path.parent.is_dir() else path.parent.mkdir(parents=True)
         else:
@@ -403,7 +243,43 @@ def folders(draw: Draw, base: Path) -> Case:
         data_flags = ["--data", "imagefolder", "--data-dir", "pictures", "--loader", loader, "--workers", "0"]
         return ["train", *data_flags, "--model", "small", "--method", "natural", "--run-dir", "new", *flags]
 
-    return Case("folders", f"{at} {how} {kind} {content[:40]!r} {place} {bit}", prepare)
+    return Case("folders", f"{at} {how} {kind} {size} {mode} {name!r} {content[:40]!r} {place} {bit}", prepare)
+
+
+@st.composite
+def names(draw: Draw, base: Path) -> Case:
+    """A run directory of an odd name, where a command reads and where one writes."""
+    name, start = draw(st.sampled_from(odd.NAMES)), draw(st.sampled_from(COMMANDS))
+    new = draw(st.booleans())
+
+    def prepare(work: Path) -> list[str]:
+        if new:
+            return ["train", *TINY, "--method", "natural", "--run-dir", name]
+        (work / "run").rename(work / name)
+        return [word.replace("run", name, 1) if word == "run" or word.startswith("run/") else word for word in start]
+
+    return Case("names", f"{name!r}", prepare)
+
+
+ENVIRONMENTS: list[dict[str, str | None]] = [
+    *(
+        {name: value}
+        for name in ("XDG_CACHE_HOME", "HOME", "TMPDIR", "MPLCONFIGDIR")
+        for value in ("/proc/x", "/etc/passwd", "")
+    ),
+    *({"COLUMNS": value} for value in ("1", "0", "-5", "x", "99999")),
+    *({"TERM": "dumb"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}, {"LC_ALL": "C", "LANG": "C"}, {"HOME": None}, {"PATH": None}),
+    *({"FASTDYNAT_KERNELS": value} for value in ("nosuch", "", "cuda")),
+    *({"OMP_NUM_THREADS": "x"}, {"CUDA_VISIBLE_DEVICES": "99"}, {"TZ": "x"}, {"MPLBACKEND": "nosuch"}),
+]
+
+
+@st.composite
+def surroundings(draw: Draw, base: Path) -> Case:
+    """A command in an odd environment."""
+    environment = draw(st.sampled_from(ENVIRONMENTS))
+    argv = draw(st.sampled_from([*COMMANDS, ["doctor"], ["train", *TINY, "--method", "natural", "--amp", "--run-dir", "new"]]))
+    return Case("surround", str(environment), lambda work: argv, environment)
 
 
 STRATEGIES = {
@@ -414,6 +290,8 @@ STRATEGIES = {
     "caches": caches,
     "set": settings_of,
     "folders": folders,
+    "names": names,
+    "surround": surroundings,
 }
 # How many of a hundred inputs are of a kind: the quick ones more often.
-SHARES = {"runs": 16, "yaml": 20, "flags": 20, "weights": 16, "caches": 12, "set": 10, "folders": 6}
+SHARES = {"runs": 15, "yaml": 18, "flags": 19, "weights": 15, "caches": 12, "set": 8, "folders": 6, "names": 4, "surround": 3}

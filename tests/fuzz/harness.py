@@ -41,11 +41,13 @@ class Case:
     """One input: `prepare` puts files into an empty folder that holds a copy of the base, and returns the command.
 
     label: everything that is needed to make it again, for the report of a failure.
+    environ: variables that are set, or with None unset, while the command runs.
     """
 
     kind: str
     label: str
     prepare: Callable[[Path], list[str]]
+    environ: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,7 +99,8 @@ def attempt(case: Case, base: Path, tally: Tally) -> None:
         os.environ["FUZZ_CANARY"] = str(canary)
         argv = case.prepare(work)
         before = digests(work)
-        code, problem = _command(argv)
+        with _environment(case.environ):
+            code, problem = _command(argv)
         if canary.exists():
             problem = "code of a file was executed"
         elif problem is None and code == 2:
@@ -110,6 +113,15 @@ def attempt(case: Case, base: Path, tally: Tally) -> None:
     finally:
         os.chdir(here)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str | None]) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {key: value for key, value in changes.items() if value is not None}):
+        for key, value in changes.items():
+            if value is None:
+                os.environ.pop(key, None)
+        yield
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> str | None:

@@ -14,7 +14,22 @@ DEEP_JSON, DEEP_YAML = "[" * 100_000, "lr: " + "[" * 1000
 JSON_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 7, 10**6, 10**12, 10**30, -(2**63), 0.5, -0.5, 1e308, float("nan"), float("inf")),
     *("", "x", "a" * 300, "../../etc/passwd", "a\0b", "\ud800", "0" * 64, "é", "8/255", "nan", "[bold]x[/]"),
-    *([], [1], [[1]], ["x"], [None], [1e400, 1], {}, {"a": 1}, {"": {}}, [0] * 3, [1, 32, 32], [3, 10**6, 10**6], [-1, 2, 3]),
+    *(
+        [],
+        [1],
+        [[1]],
+        ["x"],
+        [None],
+        [1e400, 1],
+        {},
+        {"a": 1},
+        {"": {}},
+        [0] * 3,
+        [1, 32, 32],
+        [3, 10**6, 10**6],
+        [1, 4096, 4096],
+        [-1, 2, 3],
+    ),
     json.loads("[" * 90 + "]" * 90),
 ]
 
@@ -103,6 +118,15 @@ contents = st.one_of(
     st.sampled_from(BYTES),
     st.binary(max_size=64),
 )
+
+
+# What a file or folder may be called.
+NAMES = [
+    *("a\nb", "a\x1b[31mb", "caf\udce9", "$x_{$", "[bold]x", "<b>&amp", "{{x}}", "%s", "a b", "'\"", "\u202eb", "😀", "x:y"),
+    *("-x", "~", "a\\b", "é" * 120, "#", "CON"),
+]
+SIZES = [(1, 1), (1, 3000), (3000, 1), (32, 32), (31, 32), (9000, 9000)]
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "F"]
 
 
 def replace_kind(path: Path, kind: str) -> None:
