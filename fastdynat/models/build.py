@@ -16,7 +16,7 @@ from fastdynat.models.external import build_timm, build_torchvision, torchvision
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.style import split_style
-from fastdynat.models.wide_resnet import WideResNet
+from fastdynat.models.wide_resnet import WideResNet, check_size
 from fastdynat.room import check_room
 
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
@@ -105,6 +105,8 @@ def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, in
     if rest and source.lower() == "timm":
         return build_timm(rest, num_classes=num_classes, image_shape=image_shape)
     if make := our_network(name):
+        if isinstance(make, partial) and make.func is WideResNet:
+            check_size(**make.keywords, num_classes=num_classes)
         return make(num_classes=num_classes, in_channels=image_shape[0], style=split_style(name)[1])
     if name.lower() in torchvision_names():
         return build_torchvision(name.lower(), num_classes=num_classes, image_shape=image_shape)

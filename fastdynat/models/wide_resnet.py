@@ -18,6 +18,17 @@ from fastdynat.room import check_room
 MAX_DEPTH = 1000
 
 
+def check_size(depth: int, width: int, num_classes: int) -> None:
+    """Raise UserError for a network that no memory holds: depth and width may be any numbers of a file or a flag."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70")
+    blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
+    weights = num_classes * widths[-1]
+    for before, after in pairwise(widths):
+        weights += 10 * before * after + 9 * (2 * blocks - 1) * after * after
+    check_room(4 * weights, f"wrn-{depth}-{width}: choose a smaller one; its weights alone take")
+
+
 class WideBlock(nn.Module):
     """BatchNorm, ReLU, 3x3 convolution, twice, plus the shortcut."""
 
@@ -75,7 +86,6 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise UserError(f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28, 34, ... (6n + 4) and width at least 1")
         num_blocks = (depth - 4) // 6
-        self._check_size(depth, width, num_classes)
         self.conv1 = conv3x3(in_channels, 16)
         self.block1 = WideStage(num_blocks, 16, 16 * width, 1, style)
         self.block2 = WideStage(num_blocks, 16 * width, 32 * width, 2, style)
@@ -83,17 +93,6 @@ class WideResNet(nn.Module):
         self.bn1 = style.norm(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         self._initialise()
-
-    @staticmethod
-    def _check_size(depth: int, width: int, num_classes: int) -> None:
-        """Raise UserError for a network that no memory holds: depth and width may be any numbers of a file or a flag."""
-        if depth > MAX_DEPTH:
-            raise UserError(f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70")
-        blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
-        weights = num_classes * widths[-1]
-        for before, after in pairwise(widths):
-            weights += 10 * before * after + 9 * (2 * blocks - 1) * after * after
-        check_room(4 * weights, f"wrn-{depth}-{width}: choose a smaller one; its weights alone take")
 
     def _initialise(self) -> None:
         for module in self.modules():
