@@ -2,6 +2,8 @@
 
     python sanitized_calls.py CPU_LIBRARY SIMULATED_CUDA_LIBRARY    the operators, in sanitized builds of csrc/
     python sanitized_calls.py --read-past-the-end LIBRARY           an error that has to be found
+    python sanitized_calls.py --on cuda cuda                        the operators of the built fastdynat._C on a GPU, for a
+                                                                    process under compute-sanitizer (bench/gpu_check.sh)
 
 An operator's entry in CALLS makes one call of the public function on given tensors; `batches` varies them. Besides, each
 registered operator is called with arguments drawn from its schema alone: they may be refused, but not crash.
@@ -286,6 +288,23 @@ def main(cpu_library: str, cuda_library: str) -> None:
     print("clean" if not missing else f"no entry in CALLS of {Path(__file__).name} for: {', '.join(sorted(missing))}")
 
 
+def on_device(device: str, backend: str) -> None:
+    """The calls in CALLS on tensors of `device`, each operator's first shapes first: a limit may cut the end off."""
+    import cuda_sim
+    import fastdynat._C
+
+    assert backend != "cuda" or fastdynat._C.WITH_CUDA, "fastdynat._C has no CUDA half"
+    names = cuda_sim.cuda_operators() if backend == "cuda" else cuda_sim.operators()
+    with torch.device(device):
+        for number, (make, shape) in enumerate(batches()):
+            for name in names:
+                CALLS[name](make, shape, backend)
+            if device == "cuda":
+                torch.cuda.synchronize()  # an error shows here, not in a later call
+            print(f"{number + 1} of {len(list(batches()))}: {len(names)} operators on {shape}", flush=True)
+    print("clean")
+
+
 def read_past_the_end(library: str) -> None:
     values = torch.arange(64, dtype=torch.int32)
     read = ctypes.CDLL(library).read
@@ -298,5 +317,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     if sys.argv[1] == "--read-past-the-end":
         read_past_the_end(sys.argv[2])
+    elif sys.argv[1] == "--on":
+        on_device(sys.argv[2], sys.argv[3])
     else:
         main(*sys.argv[1:])

@@ -49,8 +49,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """The commit of the checkout that this package is in, marked if tracked files differ from it; "unknown" for an installed
-    copy."""
+    """The commit of the checkout that this package is in, marked if tracked files differ from it; without git what
+    FASTDYNAT_COMMIT says, else "unknown"."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -61,7 +61,7 @@ def source_commit() -> str:
         git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie inside a checkout
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (subprocess.CalledProcessError, FileNotFoundError):
-        return "unknown"
+        return os.environ.get("FASTDYNAT_COMMIT", "unknown")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:

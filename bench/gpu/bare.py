@@ -1,0 +1,176 @@
+"""A bare machine made usable: the environment of what is started, and what of the pack is needed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gpu.machine import EXTENSION, PACK, ROOT, commit, graphics_card, probe, python_path, read_manifest, take_extension
+from gpu.parts import Part, finish
+
+# Modules that the parts import and that a machine may lack.
+WANTED = ("tyro", "docstring_parser", "typeguard", "msgspec", "yaml", "rich", "safetensors", "sklearn", "timm")
+WANTED += ("torchattacks", "pyautoattack", "pytest", "pytest_benchmark", "hypothesis", "filelock")
+NOTHING_STARTS = {"tyro", "docstring_parser", "typeguard", "msgspec", "yaml", "rich", "safetensors", "sklearn"}
+FEW = 2000  # images that a test of the script on a CPU can decode
+
+
+class Bare:
+    """The machine, while a script runs on it.
+
+    Attributes:
+        env: of everything that is started.
+        about: machine, versions and commit, for the results.
+        words: what was found, for the user.
+        missing: modules of WANTED that are nowhere.
+        capability: of the GPU ("9.0"), "" without one.
+    """
+
+    def __init__(self, device: str, temporary: Path) -> None:
+        self.device, self.temporary = device, temporary
+        self.pack = Path(os.environ.get("FASTDYNAT_GPU_PACK", ROOT / PACK)).resolve()
+        self.env = dict(os.environ) | {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
+        self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        self.about: dict[str, Any] = {}
+        self.words: list[str] = []
+        self.missing: list[str] = []
+        self.capability = ""
+        self._manifest: dict[str, Any] | None = None
+        self._extension: dict[str, Any] | None = None
+        self._unpacking: subprocess.Popen[bytes] | None = None
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> "Bare":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._unpacking is not None:
+            finish(self._unpacking, 0)
+
+    def seconds(self) -> float:
+        """Since this object was made."""
+        return time.monotonic() - self._begin
+
+    def prepare(self, limit: float) -> None:
+        """Look at the machine and take from the pack what it lacks; about `limit` seconds at most."""
+        try:
+            self._manifest = read_manifest(self.pack)
+        except ValueError as error:
+            self.words.append(f"no pack: {error}")
+        self._unpack_data()
+        packed = [] if self._manifest is None else [name for entry in self._manifest["packages"] for name in entry["imports"]]
+        found = probe(self.env, list(dict.fromkeys([*WANTED, *packed])), limit / 2)
+        if self._manifest is not None:
+            found = self._use_pack(found, self._manifest, limit)
+        self.missing, self._extension = [name for name in found["missing"] if name in WANTED], found.get("extension")
+        if (fatal := sorted(NOTHING_STARTS & set(self.missing))) != []:
+            self.words.append(
+                f"missing: {', '.join(fatal)}: fastdynat does not start; bench/gpu_check.sh --pack takes them along"
+            )
+        elif self.missing:
+            self.words.append(f"missing: {', '.join(self.missing)}: what needs them is left out")
+        if error := found.get("torch_error"):
+            self.words.append(f"torch: {error}")
+        gpu = found.get("gpu")
+        if gpu is None and self.device != "cpu":
+            self.words.append("torch sees no GPU here: the parts that need one will fail")
+        self.capability = "" if gpu is None else gpu["capability"]
+        self._describe(found, gpu)
+
+    def _use_pack(self, found: dict[str, Any], manifest: dict[str, Any], limit: float) -> dict[str, Any]:
+        python, ours = manifest["python"], f"{sys.version_info.major}.{sys.version_info.minor}"
+        lacking = set(found["missing"])
+        usable = []
+        for entry in manifest["packages"]:
+            if entry["imports"] and not lacking.intersection(entry["imports"]):
+                continue
+            if entry["native"] and python != ours:
+                self.words.append(f"{entry['name']} was packed for Python {python} and is compiled; this is {ours}: pack again")
+                continue
+            usable.append(entry)
+        folders = [self.pack / "packages" / entry["folder"] for entry in usable]
+        self.env["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH"), folders)
+        if usable:
+            self.words.append(f"from {self.pack.name}: {', '.join(entry['name'] for entry in usable)}")
+        took, word = take_extension(self.pack, manifest, found, cuda=self.device != "cpu")
+        self.words.append(word)
+        return probe(self.env, WANTED, limit / 2) if took or usable else found
+
+    def _describe(self, found: dict[str, Any], gpu: dict[str, Any] | None) -> None:
+        torch = found["versions"].get("torch")
+        self.env["FASTDYNAT_COMMIT"] = commit(self._manifest)
+        name = "CPU only" if gpu is None else gpu["name"]
+        self.about = {
+            "commit": self.env["FASTDYNAT_COMMIT"],
+            "device": f"{name} ({self.device} asked for), {os.cpu_count()} cores",
+            "card": graphics_card() if self.device != "cpu" else "not asked",
+            "software": f"Python {found.get('python')}, torch {torch}, triton {found['versions'].get('triton')}",
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": found,
+        }
+
+    def why_no_build(self) -> str:
+        """Why the extension is not built here, "" where it is."""
+        if self._extension is not None and (self._extension["with_cuda"] or self.device == "cpu"):
+            return f"a built {EXTENSION} loads"
+        if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+            return "no C++ compiler: eager and Triton operators only"
+        if self.device != "cpu" and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+            return "no nvcc: no CUDA operators"
+        return ""
+
+    def build_part(self, seconds: float) -> Part:
+        """Build the extension, where none loads: many processors need half a minute, and nothing waits for it longer."""
+        env = {
+            "FASTDYNAT_EXT": "1",
+            "FASTDYNAT_CUDA": "0" if self.device == "cpu" else "1",
+            "MAX_JOBS": str(os.cpu_count() or 1),
+        }
+        env |= {"TORCH_CUDA_ARCH_LIST": self.capability} if self.capability else {}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        return Part(name="build", seconds=seconds, command=command, env=env, why_not=self.why_no_build())
+
+    def why_no_calls(self) -> str:
+        """Why the extension's operators cannot be called before a build; a build may still bring them."""
+        return "" if self._extension is not None or not self.why_no_build() else "no fastdynat._C"
+
+    def lacks(self, module: str) -> str:
+        """A reason to leave out what imports `module`, "" where it is there."""
+        return f"no {module} here" if module in self.missing else ""
+
+    def gpu_tests(self) -> list[str]:
+        """The files of tests that speak of a GPU; pytest's -m chooses in them."""
+        files = sorted((ROOT / "tests").glob("test_*.py"))
+        return [f"tests/{path.name}" for path in files if re.search(r"\bgpu\b|ON_GPU", path.read_text(), re.IGNORECASE)]
+
+    def _unpack_data(self) -> None:
+        named = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
+        packed = None if self._manifest is None else self._manifest["data"]
+        if named or packed is None or (self.device == "cpu" and packed["images"]["train"] > FEW):
+            return
+        command = [sys.executable, "-m", "gpu.unpack", str(self.pack / packed["file"]), str(self.temporary / "cifar10-jpeg")]
+        self._unpacking = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=ROOT / "bench", start_new_session=True)
+
+    def data(self) -> Path | None:
+        """CIFAR-10 as an image folder, where there is any: what the user names, else the pack's, which is waited for."""
+        if named := os.environ.get("FASTDYNAT_CIFAR10_JPEG"):
+            return Path(named).resolve()
+        if self._unpacking is None:
+            return None
+        with suppress(subprocess.TimeoutExpired):
+            self._unpacking.wait(20)
+        folder = self.temporary / "cifar10-jpeg"
+        return folder if folder.is_dir() else None
+
+    def data_flags(self, model: str) -> list[str]:
+        """Flags of a training: on CIFAR-10 where it is at hand, else on the embedded digits."""
+        folder = self.data()
+        if folder is None:
+            return []
+        return ["--data", "imagefolder", "--data-dir", str(folder), "--model", model, "--guide", model, "--eps", "8/255"]

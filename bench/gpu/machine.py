@@ -1,0 +1,156 @@
+"""The machine that a script runs on: versions, commit, packages that it lacks, the prebuilt extension, the data."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACK = "gpu-pack"  # in the checkout: what --pack made
+MANIFEST = "manifest.json"
+FORMAT = "fastdynat-gpu-pack/1"
+EXTENSION = "_C.abi3.so"
+
+# Run by the Python that runs everything: a process of its own, so that nothing here imports torch or holds the GPU.
+PROBE = """
+import importlib.util, json, platform, sys
+from importlib.metadata import PackageNotFoundError, version
+def about(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+def found(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+out = {"python": platform.python_version(), "executable": sys.executable}
+out["missing"] = [name for name in sys.argv[1:] if not found(name)]
+out["versions"] = {name: about(name) for name in ("torch", "torchvision", "triton", "numpy", "pytest", "timm")}
+try:
+    import torch
+    out["versions"]["torch"] = torch.__version__
+    out["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        out["gpu"] = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory,
+                      "multiprocessors": p.multi_processor_count}
+    import importlib
+    sys.path.insert(0, ".")
+    try:
+        extension = importlib.import_module("fastdynat._C")
+        out["extension"] = {"with_cuda": bool(extension.WITH_CUDA)}
+    except Exception as error:
+        out["extension_error"] = f"{type(error).__name__}: {str(error)[:200]}"
+except Exception as error:
+    out["torch_error"] = f"{type(error).__name__}: {str(error)[:200]}"
+print(json.dumps(out))
+"""
+
+
+def python_path(caller: str | None, packages: Sequence[Path] = ()) -> str:
+    """PYTHONPATH for everything that is started: this checkout, what the caller had, and packages taken along."""
+    kept = [os.path.abspath(entry) for entry in (caller or "").split(os.pathsep) if entry]
+    return os.pathsep.join(dict.fromkeys([str(ROOT), *kept, *map(str, packages)]))
+
+
+def probe(env: Mapping[str, str], wanted: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What Python, torch and the GPU are, and which of the modules `wanted` are missing."""
+    command = [sys.executable, "-c", PROBE, *wanted]
+    try:
+        done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
+        return {"torch_error": f"the probe failed: {type(error).__name__}: {str(error)[:200]}", "missing": [], "versions": {}}
+
+
+def read_manifest(pack: Path) -> dict[str, Any] | None:
+    """The manifest of what was taken along, None where there is none.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    path = pack / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is no manifest of format {FORMAT}: make another with bench/gpu_check.sh --pack")
+    return manifest
+
+
+def digest(*patterns: str, root: Path = ROOT) -> str:
+    """sha256 over names and contents of the files that match `patterns`."""
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def extension_sources() -> str:
+    """What decides how fastdynat._C comes out."""
+    return digest("csrc/**/*", "setup.py")
+
+
+def tree() -> str:
+    """What decides what a check measures."""
+    return digest(
+        "fastdynat/**/*.py", "kernels/**/*.py", "csrc/**/*", "bench/**/*.py", "bench/*.sh", "tests/**/*.py", "pyproject.toml"
+    )
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def commit(manifest: Mapping[str, Any] | None) -> str:
+    """The commit of this checkout; without git, that of the manifest, marked where files differ from what was packed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-toplevel") == str(ROOT.resolve()):
+            return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (subprocess.CalledProcessError, OSError):
+        pass
+    if not manifest:
+        return "unknown"
+    return str(manifest["commit"]) + ("" if manifest["tree"] == tree() else "-dirty")
+
+
+def take_extension(pack: Path, manifest: Mapping[str, Any], found: Mapping[str, Any], *, cuda: bool) -> tuple[bool, str]:
+    """Put the prebuilt extension into the checkout where its own is missing, does not load or lacks the CUDA half.
+
+    Returns whether it was, and a word.
+    """
+    own = found.get("extension")
+    if own is not None and (own["with_cuda"] or not cuda):
+        return False, "the checkout's own fastdynat._C loads" + (", with its CUDA half" if own["with_cuda"] else "")
+    why = "lacks its CUDA half" if own is not None else f"does not load ({found.get('extension_error', 'unknown')})"
+    packed = manifest.get("extension")
+    if packed is None or not (pack / EXTENSION).is_file():
+        return False, f"fastdynat._C {why}, and no prebuilt one was taken along"
+    if packed["sources"] != extension_sources():
+        return False, f"fastdynat._C {why}, and the prebuilt one is of other sources: pack again"
+    target = ROOT / "fastdynat" / EXTENSION
+    temporary = target.with_name(target.name + ".new")
+    shutil.copyfile(pack / EXTENSION, temporary)
+    os.replace(temporary, target)
+    return True, f"fastdynat._C {why}: the prebuilt one was taken"
+
+
+def graphics_card() -> str:
+    """Name, driver, clocks and temperature as nvidia-smi tells; its settings are left alone."""
+    query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=15).stdout.strip() or "nvidia-smi says nothing"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no nvidia-smi: {error}"

@@ -1,0 +1,252 @@
+"""Everything that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a training.
+
+    bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default bench/results)
+    bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what is missing in it
+    bench/gpu_check.sh --check-pack [PACK]       only say what is missing
+
+FOLDER gets gpu_check.txt and gpu_check.json, up to date after every part, and gpu_check.tar.gz (under 16 MiB) with logs and
+results of the parts. Each part has a limit, and what one leaves goes to the next, never the other way; a part that fails or
+hangs does not keep the next from running; the exit status is 1 if one failed, hung or found no time.
+
+The caller's PYTHONPATH is kept. Where PACK lies in the checkout, packages that this Python lacks, a fastdynat._C that the
+checkout lacks, and CIFAR-10 come from it. FASTDYNAT_CIFAR10_JPEG names CIFAR-10 as an image folder, FASTDYNAT_GPU_PACK another
+PACK. FASTDYNAT_GPU_CHECK_DEVICE=cpu runs the same parts at tiny sizes, to test this script.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu import keys
+from gpu.archive import write_archive
+from gpu.bare import Bare
+from gpu.machine import PACK, ROOT
+from gpu.parts import Check, Part, Stopped, stop_at_signals
+
+TOTAL = 535.0  # seconds, of a call that may take 540
+PREPARE = 30.0  # of these, before the parts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a GPU and a test on a CPU differ in."""
+
+    resnet18: str = "resnet18"
+    guide: str = "resnet18_s1122"
+    wrn: str = "wrn-34-10"
+    amp: tuple[str, ...] = ("--amp", "--compile")
+    bench: tuple[str, ...] = ("--batch-size", "128", "--seconds", "1")
+    processes: int = 8
+    expression: str = "gpu"
+    operators: tuple[str, ...] = ()
+    operator_seconds: str = "0.1"
+    evaluated: str = "1000"
+    trained: tuple[str, ...] = ("--train-size", "10000", "--epochs", "2", "--check-fidelity", "512")
+    loaders: tuple[str, ...] = ("--rounds", "3")
+
+
+TINY = Sizes(
+    resnet18="small",
+    guide="small",
+    wrn="small",
+    amp=("--amp", "bf16"),
+    bench=("--batch-size", "8", "--steps", "2", "--repeats", "1"),
+    processes=2,
+    expression="not slow and not simulated and not peer",
+    operators=("--only", "soft_margin"),
+    operator_seconds="0.05",
+    evaluated="20",
+    trained=(
+        "--train-size",
+        "60",
+        "--val-size",
+        "20",
+        "--batch-size",
+        "20",
+        "--steps",
+        "1",
+        "--epochs",
+        "1",
+        "--check-fidelity",
+        "20",
+    ),
+    loaders=("--rounds", "1", "--num-images", "1000"),
+)
+TINY_TESTS = ("test_units.py", "test_update.py", "test_rebatch.py")  # in place of those that need a GPU
+
+
+def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
+    """Most important first; seconds are limits, of which a GPU needs a part."""
+    python, device = sys.executable, bare.device
+    fastdynat = [python, "-m", "fastdynat"]
+
+    def bench(name: str, seconds: float, budget: float, model: str, guide: str, *flags: str) -> Part:
+        command = [*fastdynat, "bench", "--device", device, "--model", model, "--guide", guide, *sizes.amp, *sizes.bench]
+        command += ["--budget", str(budget), "--json", str(work / f"{name}.json"), *flags]
+        return Part(name=name, seconds=seconds, command=command, key=lambda folder: keys.bench(folder / f"{name}.json"))
+
+    files = [f"tests/{name}" for name in TINY_TESTS] if device == "cpu" else bare.gpu_tests()
+    shards = [python, "bench/gpu/shards.py", "--processes", str(sizes.processes), "--out", str(work / "tests")]
+    shards += ["--expression", sizes.expression, "--test-limit", "45", *files]
+    run = bare.temporary / "run"
+
+    def train() -> Sequence[str]:
+        data = bare.data_flags(sizes.resnet18)
+        return [*fastdynat, "train", "--device", device, "--run-dir", str(run), *data, *sizes.amp, *sizes.trained]
+
+    evaluated = ["--attacks", "clean,pgd20", "--num-images", sizes.evaluated, "--json", str(work / "eval.json")]
+    timing = {"FASTDYNAT_BENCH_SECONDS": sizes.operator_seconds, "FASTDYNAT_BENCH_DEVICE": device}
+    return [
+        bare.build_part(45),
+        Part(
+            name="doctor",
+            seconds=40,
+            command=[*fastdynat, "doctor", "--check"],
+            otherwise=[*fastdynat, "doctor"],
+            key=lambda folder: keys.doctor(folder / "doctor.log"),
+        ),
+        Part(name="tests", seconds=90, command=shards, key=lambda folder: keys.tests(folder / "tests" / "tests.json")),
+        bench("resnet18-full", 80, 45, sizes.resnet18, sizes.guide, "--peers"),
+        bench("resnet18-switches", 60, 30, sizes.resnet18, sizes.resnet18, "--switches"),
+        bench("wrn-34-10", 50, 20, sizes.wrn, sizes.guide),
+        Part(
+            name="operators",
+            seconds=35,
+            command=[python, "bench/operators.py", *sizes.operators, "--json", str(work / "operators.json")],
+            env=timing,
+            key=lambda folder: keys.operators(folder / "operators.json"),
+            why_not=bare.lacks("pytest_benchmark"),
+        ),
+        sanitizer(bare, "memcheck", 25),
+        Part(
+            name="train",
+            seconds=50,
+            command=train,
+            key=lambda folder: keys.train(folder / "train.jsonl"),
+            tick=lambda: keep(run / "metrics.jsonl", work / "train.jsonl"),
+        ),
+        Part(
+            name="eval",
+            seconds=15,
+            command=[*fastdynat, "eval", str(run), "--device", device, "--checkpoints", "last", *evaluated],
+            key=lambda folder: keys.evaluation(folder / "eval.json"),
+        ),
+        # In what the others left:
+        sanitizer(bare, "racecheck", 0),
+        Part(
+            name="loaders",
+            seconds=0,
+            command=lambda: [
+                *(python, "bench/loaders.py", *sizes.loaders, "--json", str(work / "loaders.json")),
+                *(["--data-dir", str(folder)] if (folder := bare.data()) is not None else []),
+            ],
+        ),
+        Part(
+            name="dyart-cost",
+            seconds=0,
+            command=[python, "bench/dyart_cost.py", "--rounds", "3", "--json", str(work / "dyart_cost.json")],
+            why_not="minutes on a CPU" if device == "cpu" else "",
+        ),
+    ]
+
+
+def sanitizer(bare: Bare, tool: str, seconds: float) -> Part:
+    """The operators' calls under compute-sanitizer; on a CPU the calls alone."""
+    calls = [sys.executable, "tests/sanitized_calls.py", "--on"]
+    calls += ["cpu", "cpp"] if bare.device == "cpu" else ["cuda", "cuda"]
+    program = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    watched = [program, "--tool", tool, "--error-exitcode", "9", *calls]
+    missing = "" if shutil.which("compute-sanitizer") or bare.device == "cpu" else "no compute-sanitizer on this machine"
+    return Part(
+        name=tool,
+        seconds=seconds,
+        command=calls if bare.device == "cpu" else watched,
+        # torch's allocator hands out parts of one large block, inside of which no tool sees an overrun.
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        key=lambda folder: keys.sanitizer(folder / f"{tool}.log"),
+        unable=("Device not supported", "Unable to find injection library", "Failed to initialize"),
+        why_not=missing or bare.why_no_calls(),
+    )
+
+
+def keep(source: Path, target: Path) -> None:
+    """Copy a small file where there is one."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+
+
+def check(ours: argparse.Namespace) -> int:
+    out = Path(ours.folder or ROOT / "bench" / "results").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    stop_at_signals()
+    device = os.environ.get("FASTDYNAT_GPU_CHECK_DEVICE", "cuda")
+    with tempfile.TemporaryDirectory(prefix="fastdynat-gpu-check-") as temporary:
+        work = Path(temporary) / "parts"
+        work.mkdir()
+        with Bare(device, Path(temporary)) as bare:
+            return _check(bare, TINY if device == "cpu" else Sizes(), work, out, ours.total)
+
+
+def _check(bare: Bare, sizes: Sizes, work: Path, out: Path, total: float) -> int:
+    try:
+        bare.prepare(PREPARE)
+        listed = parts(bare, sizes, work)
+        run = Check("gpu_check", listed, total=total - bare.seconds(), work=work, out=out, cwd=ROOT, env=bare.env)
+        run.about = bare.about
+        for word in bare.words:
+            run.say(word)
+
+        def store() -> None:
+            try:
+                for word in write_archive(work, out / "gpu_check.tar.gz"):
+                    print(f"gpu_check: {word}")
+            except (OSError, ValueError) as error:
+                run.say(f"no archive: {error}")
+
+        good = run.run(store)
+    except Stopped as stopped:
+        print(f"gpu_check: stopped by {stopped}", file=sys.stderr)
+        return 130
+    print(f"\n{run.table()}\n{out / 'gpu_check.tar.gz'}: {(out / 'gpu_check.tar.gz').stat().st_size:,} bytes")
+    return 0 if good else 1
+
+
+def pack(ours: argparse.Namespace) -> int:
+    from gpu.pack import check_pack, describe, find_data, make_pack
+
+    folder = Path(ours.folder or ROOT / PACK).resolve()
+    try:
+        limit = int(ours.limit_mib * 2**20)
+        if ours.pack:
+            make_pack(folder, python=ours.python_version, data=find_data(ours.data), limit=limit)
+        missing = check_pack(folder, limit)
+        print(describe(folder))
+    except (ValueError, OSError) as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
+    for each in missing:
+        print(f"  missing: {each}")
+    print("complete" if not missing else f"{len(missing)} missing")
+    return 1 if missing else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="of results, or of the pack")
+    parser.add_argument("--pack", action="store_true", help="make the folder to take along")
+    parser.add_argument("--check-pack", action="store_true", help="say what is missing in it")
+    parser.add_argument("--python-version", default="3.12", help="of the machine that the pack is for")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as JPEG, an archive or a folder, for the pack")
+    parser.add_argument("--limit-mib", type=float, default=64, help="of the pack and the checkout's files together")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds that a check may take")
+    ours = parser.parse_args()
+    return pack(ours) if ours.pack or ours.check_pack else check(ours)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
