@@ -41,6 +41,7 @@ class Sizes:
     wrn: str = "wrn-34-10"
     amp: tuple[str, ...] = ("--amp", "--compile")
     bench: tuple[str, ...] = ("--batch-size", "128", "--seconds", "1")
+    budget: float = 1.0  # of what rows of bench may be prepared in
     processes: int = 8
     expression: str = "gpu"
     operators: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ TINY = Sizes(
     wrn="small",
     amp=("--amp", "bf16"),
     bench=("--batch-size", "8", "--steps", "2", "--repeats", "1"),
+    budget=0.1,
     processes=2,
     expression="not slow and not simulated and not peer",
     operators=("--only", "soft_margin"),
@@ -87,7 +89,7 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
 
     def bench(name: str, seconds: float, budget: float, model: str, guide: str, *flags: str) -> Part:
         command = [*fastdynat, "bench", "--device", device, "--model", model, "--guide", guide, *sizes.amp, *sizes.bench]
-        command += ["--budget", str(budget), "--json", str(work / f"{name}.json"), *flags]
+        command += ["--budget", f"{budget * sizes.budget:g}", "--json", str(work / f"{name}.json"), *flags]
         return Part(name=name, seconds=seconds, command=command, key=lambda folder: keys.bench(folder / f"{name}.json"))
 
     files = [f"tests/{name}" for name in TINY_TESTS] if device == "cpu" else bare.gpu_tests()
@@ -117,7 +119,15 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
         Part(
             name="operators",
             seconds=35,
-            command=[python, "bench/operators.py", *sizes.operators, "--json", str(work / "operators.json")],
+            command=[
+                python,
+                "bench/operators.py",
+                "--without",
+                "compiled",
+                *sizes.operators,
+                "--json",
+                str(work / "operators.json"),
+            ],
             env=timing,
             key=lambda folder: keys.operators(folder / "operators.json"),
             why_not=bare.lacks("pytest_benchmark"),
@@ -193,26 +203,26 @@ def check(ours: argparse.Namespace) -> int:
 
 
 def _check(bare: Bare, sizes: Sizes, work: Path, out: Path, total: float) -> int:
-    try:
-        bare.prepare(PREPARE)
-        listed = parts(bare, sizes, work)
-        run = Check("gpu_check", listed, total=total - bare.seconds(), work=work, out=out, cwd=ROOT, env=bare.env)
-        run.about = bare.about
-        for word in bare.words:
-            run.say(word)
+    bare.prepare(PREPARE)
+    listed = parts(bare, sizes, work)
+    run = Check("gpu_check", listed, total=total, work=work, out=out, cwd=ROOT, env=bare.env)
+    run.begin = bare.begin  # what was prepared counts
+    run.about = bare.about
+    for word in bare.words:
+        run.say(word)
+    archive = out / "gpu_check.tar.gz"
 
-        def store() -> None:
-            try:
-                for word in write_archive(work, out / "gpu_check.tar.gz"):
-                    print(f"gpu_check: {word}")
-            except (OSError, ValueError) as error:
-                run.say(f"no archive: {error}")
+    def store() -> None:
+        try:
+            for word in write_archive(work, archive):
+                print(f"gpu_check: {word}")
+        except (OSError, ValueError) as error:
+            run.say(f"no archive: {error}")
 
-        good = run.run(store)
-    except Stopped as stopped:
-        print(f"gpu_check: stopped by {stopped}", file=sys.stderr)
-        return 130
-    print(f"\n{run.table()}\n{out / 'gpu_check.tar.gz'}: {(out / 'gpu_check.tar.gz').stat().st_size:,} bytes")
+    good = run.run(store)
+    print(f"\n{run.table()}")
+    if archive.is_file():
+        print(f"{archive}: {archive.stat().st_size:,} bytes")
     return 0 if good else 1
 
 
@@ -245,7 +255,11 @@ def main() -> int:
     parser.add_argument("--limit-mib", type=float, default=64, help="of the pack and the checkout's files together")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds that a check may take")
     ours = parser.parse_args()
-    return pack(ours) if ours.pack or ours.check_pack else check(ours)
+    try:
+        return pack(ours) if ours.pack or ours.check_pack else check(ours)
+    except Stopped as stopped:  # also while something was tidied up
+        print(f"gpu_check: stopped by {stopped}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def parts(bare: Bare, training: Training, most: float) -> list[Part]:
     def attack(name: str, seconds: float, attacks: str, images: int) -> Part:
         few = 20 if bare.device == "cpu" else images
         command = [*evaluate, "--attacks", attacks, "--num-images", str(few), "--json", str(work / f"{name}.json")]
-        return Part(name=name, seconds=seconds, command=command, key=lambda folder: keys.evaluation(folder / f"{name}.json"))
+        why_not = "minutes on a CPU" if bare.device == "cpu" and not seconds else ""
+        key = partial(keys.evaluation, work / f"{name}.json")
+        return Part(name=name, seconds=seconds, command=command, key=lambda folder: key(), why_not=why_not)
 
     return [
         bare.build_part(45),
@@ -129,6 +132,14 @@ def parts(bare: Bare, training: Training, most: float) -> list[Part]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    try:
+        return start(arguments)
+    except Stopped as stopped:  # what had been stored stands
+        print(f"gpu_train: stopped by {stopped}", file=sys.stderr)
+        return 130
+
+
+def start(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -149,22 +160,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(bare: Bare, training: Training) -> int:
     total, most = float(os.environ.get("FASTDYNAT_TRAIN_TOTAL", TOTAL)), float(os.environ.get("FASTDYNAT_TRAIN_SECONDS", "inf"))
-    try:
-        bare.prepare(PREPARE)
-        listed, left = parts(bare, training, most), total - bare.seconds()
-        check = Check("gpu_train", listed, total=left, work=training.work, out=training.out, cwd=ROOT, env=bare.env)
-        training.check, check.about = check, bare.about
-        for word in bare.words:
-            check.say(word)
-        check.run()
-        training.keep()
-        training.bring()
-        for word in write_archive(training.work, training.out / "gpu_train.tar.gz"):
-            check.say(word)
-        check.store()
-    except Stopped as stopped:
-        print(f"gpu_train: stopped by {stopped}", file=sys.stderr)
-        return 130
+    bare.prepare(PREPARE)
+    listed = parts(bare, training, most)
+    check = Check("gpu_train", listed, total=total, work=training.work, out=training.out, cwd=ROOT, env=bare.env)
+    check.begin = bare.begin  # what was prepared counts
+    training.check, check.about = check, bare.about
+    for word in bare.words:
+        check.say(word)
+    check.run(training.keep)
+    training.bring()
+    for word in write_archive(training.work, training.out / "gpu_train.tar.gz"):
+        check.say(word)
+    check.store()
     print(f"\n{check.table()}")
     return 0 if reached(training.out / "time_to_accuracy.json") and bad(check) <= {"time-to-accuracy"} else 1
 

@@ -3,12 +3,14 @@
     python bench/operators.py --json bench/results/operators_cpu.json
 
 Runs bench/test_operators.py (pytest-benchmark) on the GPU if there is one, else on the CPU; medians. --only NAME takes the
-operators whose name contains NAME.
+operators whose name contains NAME, --without compiled leaves out what takes longest to prepare. Ctrl-C (and a time limit that
+sends SIGINT) ends the measuring; the table and the file then hold what was measured, and the exit status is not 0.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,15 +26,29 @@ from fastdynat.runs import describe_environment, source_commit
 HERE = Path(__file__).parent
 
 
-def measure(only: str) -> tuple[list[dict[str, Any]], int]:
+def run_to_its_end(command: list[str], env: dict[str, str]) -> int:
+    """The exit status of `command`, which takes SIGINT itself and still writes its file."""
+    process = subprocess.Popen(command, env=env, stdout=sys.stderr)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        print("operators: stopped; what was measured follows", file=sys.stderr)
+    try:
+        return process.wait(4)  # a terminal and a time limit interrupt both
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        return process.wait()
+
+
+def measure(only: str, without: str) -> tuple[list[dict[str, Any]], int]:
     """Run the benchmarks. Returns a row per implementation of a case, microseconds per call, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", str(HERE / "test_operators.py"), "-q", f"--benchmark-json={out}"]
         command += ["--benchmark-columns=median", "-p", "no:cacheprovider", f"--rootdir={HERE}", "-W", "default"]
-        done = subprocess.run(command, env=os.environ | {"FASTDYNAT_BENCH_ONLY": only}, stdout=sys.stderr)
-        if not out.exists():
-            raise SystemExit(done.returncode or 1)
+        status = run_to_its_end(command, os.environ | {"FASTDYNAT_BENCH_ONLY": only, "FASTDYNAT_BENCH_WITHOUT": without})
+        if not out.exists() or not out.stat().st_size:
+            raise SystemExit(status or 1)
         measured = json.loads(out.read_text())["benchmarks"]
     rows = []
     for entry in measured:
@@ -48,7 +64,7 @@ def measure(only: str) -> tuple[list[dict[str, Any]], int]:
                 "cuda_graph": extra["cuda_graph"],
             }
         )
-    return rows, done.returncode
+    return rows, status
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -76,8 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--only", default="", help="part of an operator's name")
+    parser.add_argument("--without", default="", choices=["", "compiled", "plain"], help="an implementation")
     ours = parser.parse_args()
-    rows, status = measure(ours.only)
+    rows, status = measure(ours.only, ours.without)
     print_table(rows)
     if ours.json:
         ours.json.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ BACKENDS = [
     name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
 ]
 SELECTED = os.environ.get("FASTDYNAT_BENCH_ONLY", "")
+WITHOUT = os.environ.get("FASTDYNAT_BENCH_WITHOUT", "")
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -83,7 +84,7 @@ def repeated(thunk: Thunk) -> tuple[Callable[[], object], bool]:
     return run, captured
 
 
-@pytest.mark.parametrize("name", ["plain", "compiled", "copy", *BACKENDS])
+@pytest.mark.parametrize("name", [name for name in ("plain", "compiled", "copy", *BACKENDS) if name != WITHOUT])
 @pytest.mark.parametrize(
     "case", [c for c in cases(DEVICE) if SELECTED in c.name], ids=lambda case: f"{case.name} {case.size}".replace(" ", "_")
 )

@@ -36,12 +36,6 @@ def test_loaders_measures_arrays_and_a_folder(tmp_path: Path) -> None:
     assert document["environment"]["cpu"]
 
 
-def on_cpu(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"FASTDYNAT_GPU_CHECK_DEVICE": "cpu", "MAX_JOBS": "1"}
-    command = ["bash", str(ROOT / "bench" / script), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "bench").glob("*.sh")))
 def test_scripts_parse(script: str) -> None:
     path = str(ROOT / "bench" / script)
@@ -49,28 +43,6 @@ def test_scripts_parse(script: str) -> None:
         if shutil.which(command[0]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(("target", "code"), [("0.01", 0), ("1", 1)])
-def test_gpu_train_says_how_long_a_target_took(tmp_path: Path, target: str, code: int) -> None:
-    done = on_cpu("gpu_train.sh", tmp_path, target, "--epochs", "2")
-    assert done.returncode == code, done.stdout + done.stderr
-    found = json.loads((tmp_path / "time_to_accuracy.json").read_text())
-    assert (found["reached"], found["target"]) == (code == 0, float(target))
-    assert found["epochs"] == len(found["rows"]) == (1 if code == 0 else 2)
-    assert found["train_seconds"] == pytest.approx(sum(row["train_seconds"] for row in found["rows"]), abs=1e-3)
-    assert found["wall_seconds"] > found["train_seconds"] > 0
-
-
-@pytest.mark.slow
-@needs("cxx", "torchattacks")
-def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
-    done = on_cpu("gpu_check.sh", tmp_path)
-    assert done.returncode == 0, done.stdout
-    for name in ("bench-resnet18-guide-s1122", "bench-resnet18-guide-resnet18", "bench-wrn-34-10", "train"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())["format"].startswith("fastdynat-")
-    switches = json.loads((tmp_path / "bench-resnet18-guide-s1122.json").read_text())["switches"]
-    assert {s["switch"] for s in switches} >= {"amp", "channels_last", "compile", "fold", "closed_form", "kernels"}
 
 
 @pytest.mark.slow

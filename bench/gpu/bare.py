@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpu.machine import EXTENSION, PACK, ROOT, commit, graphics_card, probe, python_path, read_manifest, take_extension
+from gpu.machine import EXTENSION, PACK, ROOT, commit, graphics_card, look, missing, python_path, read_manifest, take_extension
 from gpu.parts import Part, finish
 
 # Modules that the parts import and that a machine may lack.
@@ -43,8 +43,9 @@ class Bare:
         self.capability = ""
         self._manifest: dict[str, Any] | None = None
         self._extension: dict[str, Any] | None = None
+        self._known = False
         self._unpacking: subprocess.Popen[bytes] | None = None
-        self._begin = time.monotonic()
+        self.begin = time.monotonic()
 
     def __enter__(self) -> "Bare":
         return self
@@ -55,26 +56,23 @@ class Bare:
 
     def seconds(self) -> float:
         """Since this object was made."""
-        return time.monotonic() - self._begin
+        return time.monotonic() - self.begin
 
     def prepare(self, limit: float) -> None:
-        """Look at the machine and take from the pack what it lacks; about `limit` seconds at most."""
+        """Look at the machine and take from the pack what it lacks. `limit`: seconds that this should take; a machine that has
+        just started may need twice as many."""
         try:
             self._manifest = read_manifest(self.pack)
         except ValueError as error:
             self.words.append(f"no pack: {error}")
         self._unpack_data()
-        packed = [] if self._manifest is None else [name for entry in self._manifest["packages"] for name in entry["imports"]]
-        found = probe(self.env, list(dict.fromkeys([*WANTED, *packed])), limit / 2)
+        self._take_packages()
+        found = look(self.env, 2 * limit)
         if self._manifest is not None:
-            found = self._use_pack(found, self._manifest, limit)
-        self.missing, self._extension = [name for name in found["missing"] if name in WANTED], found.get("extension")
-        if (fatal := sorted(NOTHING_STARTS & set(self.missing))) != []:
-            self.words.append(
-                f"missing: {', '.join(fatal)}: fastdynat does not start; bench/gpu_check.sh --pack takes them along"
-            )
-        elif self.missing:
-            self.words.append(f"missing: {', '.join(self.missing)}: what needs them is left out")
+            took, word = take_extension(self.pack, self._manifest, found, cuda=self.device != "cpu")
+            self.words.append(word)
+            found = found | look(self.env, max(10.0, limit - self.seconds())) if took else found
+        self._extension, self._known = found.get("extension"), "torch_error" not in found
         if error := found.get("torch_error"):
             self.words.append(f"torch: {error}")
         gpu = found.get("gpu")
@@ -83,11 +81,13 @@ class Bare:
         self.capability = "" if gpu is None else gpu["capability"]
         self._describe(found, gpu)
 
-    def _use_pack(self, found: dict[str, Any], manifest: dict[str, Any], limit: float) -> dict[str, Any]:
-        python, ours = manifest["python"], f"{sys.version_info.major}.{sys.version_info.minor}"
-        lacking = set(found["missing"])
+    def _take_packages(self) -> None:
+        """Put those of the pack's packages that this Python lacks behind what is on the path."""
+        entries = [] if self._manifest is None else self._manifest["packages"]
+        python, ours = (self._manifest or {}).get("python"), f"{sys.version_info.major}.{sys.version_info.minor}"
+        lacking = set(missing(self.env, list(dict.fromkeys([*WANTED, *(name for e in entries for name in e["imports"])]))))
         usable = []
-        for entry in manifest["packages"]:
+        for entry in entries:
             if entry["imports"] and not lacking.intersection(entry["imports"]):
                 continue
             if entry["native"] and python != ours:
@@ -98,9 +98,13 @@ class Bare:
         self.env["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH"), folders)
         if usable:
             self.words.append(f"from {self.pack.name}: {', '.join(entry['name'] for entry in usable)}")
-        took, word = take_extension(self.pack, manifest, found, cuda=self.device != "cpu")
-        self.words.append(word)
-        return probe(self.env, WANTED, limit / 2) if took or usable else found
+        self.missing = missing(self.env, WANTED)
+        if (fatal := sorted(NOTHING_STARTS & set(self.missing))) != []:
+            self.words.append(
+                f"missing: {', '.join(fatal)}: fastdynat does not start; bench/gpu_check.sh --pack takes them along"
+            )
+        elif self.missing:
+            self.words.append(f"missing: {', '.join(self.missing)}: what needs them is left out")
 
     def _describe(self, found: dict[str, Any], gpu: dict[str, Any] | None) -> None:
         torch = found["versions"].get("torch")
@@ -119,6 +123,8 @@ class Bare:
         """Why the extension is not built here, "" where it is."""
         if self._extension is not None and (self._extension["with_cuda"] or self.device == "cpu"):
             return f"a built {EXTENSION} loads"
+        if not self._known and (ROOT / "fastdynat" / EXTENSION).is_file():
+            return f"a built {EXTENSION} is there"
         if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
             return "no C++ compiler: eager and Triton operators only"
         if self.device != "cpu" and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
@@ -138,7 +144,7 @@ class Bare:
 
     def why_no_calls(self) -> str:
         """Why the extension's operators cannot be called before a build; a build may still bring them."""
-        return "" if self._extension is not None or not self.why_no_build() else "no fastdynat._C"
+        return "" if self._extension is not None or not self._known or not self.why_no_build() else "no fastdynat._C"
 
     def lacks(self, module: str) -> str:
         """A reason to leave out what imports `module`, "" where it is there."""

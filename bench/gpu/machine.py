@@ -16,36 +16,37 @@ MANIFEST = "manifest.json"
 FORMAT = "fastdynat-gpu-pack/1"
 EXTENSION = "_C.abi3.so"
 
-# Run by the Python that runs everything: a process of its own, so that nothing here imports torch or holds the GPU.
-PROBE = """
-import importlib.util, json, platform, sys
+# Run by the Python that runs everything, in processes of their own: nothing here imports torch or holds the GPU. The first one
+# takes no time; the second imports torch, which may take half a minute on a machine that has just started.
+FIND = """
+import importlib.util, json, sys
+def found(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+print(json.dumps({"missing": [name for name in sys.argv[1:] if not found(name)]}))
+"""
+LOOK = """
+import importlib, json, platform, sys
 from importlib.metadata import PackageNotFoundError, version
 def about(name):
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-def found(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
 out = {"python": platform.python_version(), "executable": sys.executable}
-out["missing"] = [name for name in sys.argv[1:] if not found(name)]
 out["versions"] = {name: about(name) for name in ("torch", "torchvision", "triton", "numpy", "pytest", "timm")}
 try:
     import torch
-    out["versions"]["torch"] = torch.__version__
-    out["cuda"] = torch.version.cuda
+    out["versions"]["torch"], out["cuda"] = torch.__version__, torch.version.cuda
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         out["gpu"] = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory,
                       "multiprocessors": p.multi_processor_count}
-    import importlib
     sys.path.insert(0, ".")
     try:
-        extension = importlib.import_module("fastdynat._C")
-        out["extension"] = {"with_cuda": bool(extension.WITH_CUDA)}
+        out["extension"] = {"with_cuda": bool(importlib.import_module("fastdynat._C").WITH_CUDA)}
     except Exception as error:
         out["extension_error"] = f"{type(error).__name__}: {str(error)[:200]}"
 except Exception as error:
@@ -60,14 +61,25 @@ def python_path(caller: str | None, packages: Sequence[Path] = ()) -> str:
     return os.pathsep.join(dict.fromkeys([str(ROOT), *kept, *map(str, packages)]))
 
 
-def probe(env: Mapping[str, str], wanted: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What Python, torch and the GPU are, and which of the modules `wanted` are missing."""
-    command = [sys.executable, "-c", PROBE, *wanted]
+def missing(env: Mapping[str, str], modules: Sequence[str]) -> list[str]:
+    """Those of `modules` that the Python of `env` does not find."""
+    return _run(FIND, env, 60, *modules)["missing"]
+
+
+def look(env: Mapping[str, str], seconds: float) -> dict[str, Any]:
+    """What Python, torch, the GPU and fastdynat._C are; `torch_error` says why torch was not to be seen."""
     try:
-        done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        return json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
-        return {"torch_error": f"the probe failed: {type(error).__name__}: {str(error)[:200]}", "missing": [], "versions": {}}
+        return _run(LOOK, env, seconds)
+    except subprocess.TimeoutExpired:
+        return {"torch_error": f"importing it took longer than {seconds:.0f} s", "versions": {}}
+    except (OSError, ValueError, IndexError) as error:
+        return {"torch_error": f"{type(error).__name__}: {str(error)[:200]}", "versions": {}}
+
+
+def _run(program: str, env: Mapping[str, str], seconds: float, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_manifest(pack: Path) -> dict[str, Any] | None:
@@ -130,16 +142,17 @@ def take_extension(pack: Path, manifest: Mapping[str, Any], found: Mapping[str, 
 
     Returns whether it was, and a word.
     """
-    own = found.get("extension")
+    own, target = found.get("extension"), ROOT / "fastdynat" / EXTENSION
     if own is not None and (own["with_cuda"] or not cuda):
         return False, "the checkout's own fastdynat._C loads" + (", with its CUDA half" if own["with_cuda"] else "")
-    why = "lacks its CUDA half" if own is not None else f"does not load ({found.get('extension_error', 'unknown')})"
+    if own is None and "extension_error" not in found and target.is_file():
+        return False, "whether the checkout's own fastdynat._C loads is not known"
+    why = "lacks its CUDA half" if own is not None else f"does not load ({found.get('extension_error', 'there is none')})"
     packed = manifest.get("extension")
     if packed is None or not (pack / EXTENSION).is_file():
         return False, f"fastdynat._C {why}, and no prebuilt one was taken along"
     if packed["sources"] != extension_sources():
         return False, f"fastdynat._C {why}, and the prebuilt one is of other sources: pack again"
-    target = ROOT / "fastdynat" / EXTENSION
     temporary = target.with_name(target.name + ".new")
     shutil.copyfile(pack / EXTENSION, temporary)
     os.replace(temporary, target)

@@ -134,7 +134,8 @@ class Check:
             print("\n".join(text.splitlines()[-TAIL:]), flush=True)
             outcome.key = self._key(part)
         outcome.code = code
-        line = next((line.strip() for line in text.splitlines() if any(mark in line for mark in part.unable)), None)
+        said = [line.strip() for line in text.splitlines() if not line.startswith("$ ")]
+        line = next((line for line in said if any(mark in line for mark in part.unable)), None)
         if line is not None and outcome.status != "ok":
             outcome.status, outcome.key = "skipped", f"this machine cannot: {line[:120]}"
 
