@@ -1,6 +1,6 @@
 """Everything that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a training.
 
-    bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default bench/results)
+    bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default gpu-results)
     bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what is missing in it
     bench/gpu_check.sh --check-pack [PACK]       only say what is missing
 
@@ -169,6 +169,7 @@ def sanitizer(bare: Bare, tool: str, seconds: float) -> Part:
     """The operators' calls under compute-sanitizer; on a CPU the calls alone."""
     calls = [sys.executable, "tests/sanitized_calls.py", "--on"]
     calls += ["cpu", "cpp"] if bare.device == "cpu" else ["cuda", "cuda"]
+    calls += ["10"]  # seconds of calls: what they are watched by makes them many times slower
     program = shutil.which("compute-sanitizer") or "compute-sanitizer"
     watched = [program, "--tool", tool, "--error-exitcode", "9", *calls]
     missing = "" if shutil.which("compute-sanitizer") or bare.device == "cpu" else "no compute-sanitizer on this machine"
@@ -180,6 +181,7 @@ def sanitizer(bare: Bare, tool: str, seconds: float) -> Part:
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         key=lambda folder: keys.sanitizer(folder / f"{tool}.log"),
         unable=("Device not supported", "Unable to find injection library", "Failed to initialize"),
+        ends_by_time=True,
         why_not=missing or bare.why_no_calls(),
     )
 
@@ -191,7 +193,7 @@ def keep(source: Path, target: Path) -> None:
 
 
 def check(ours: argparse.Namespace) -> int:
-    out = Path(ours.folder or ROOT / "bench" / "results").resolve()
+    out = Path(ours.folder or ROOT / "gpu-results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     stop_at_signals()
     device = os.environ.get("FASTDYNAT_GPU_CHECK_DEVICE", "cuda")

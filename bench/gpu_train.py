@@ -47,7 +47,7 @@ class Training:
         """Begin the run, or go on with it."""
         bare, gpu = self.bare, self.bare.device != "cpu"
         command = [sys.executable, "-m", "fastdynat", "train", "--device", bare.device, "--stop-at", self.target]
-        data = bare.data_flags("resnet18")
+        data = bare.data_flags("resnet18") if gpu else []
         if gpu and not data:
             raise ValueError("no images: FASTDYNAT_CIFAR10_JPEG names no folder, and bench/gpu_check.sh --pack made none")
         if (self.run / "config.yaml").is_file():
@@ -148,6 +148,7 @@ def start(arguments: Sequence[str]) -> int:
     stop_at_signals()
     with tempfile.TemporaryDirectory(prefix="fastdynat-gpu-train-") as temporary:
         run = Path(temporary) / "run"
+        flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--run-dir=") else [flag])]
         if "--run-dir" in flags[:-1]:
             place = flags.index("--run-dir")
             run = Path(flags[place + 1]).resolve()

@@ -2,8 +2,8 @@
 
     python sanitized_calls.py CPU_LIBRARY SIMULATED_CUDA_LIBRARY    the operators, in sanitized builds of csrc/
     python sanitized_calls.py --read-past-the-end LIBRARY           an error that has to be found
-    python sanitized_calls.py --on cuda cuda                        the operators of the built fastdynat._C on a GPU, for a
-                                                                    process under compute-sanitizer (bench/gpu_check.sh)
+    python sanitized_calls.py --on cuda cuda 10                     the operators of the built fastdynat._C on a GPU, for 10
+                                                                    seconds and under compute-sanitizer (bench/gpu_check.sh)
 
 An operator's entry in CALLS makes one call of the public function on given tensors; `batches` varies them. Besides, each
 registered operator is called with arguments drawn from its schema alone: they may be refused, but not crash.
@@ -15,6 +15,7 @@ import importlib.machinery
 import itertools
 import random
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -288,20 +289,23 @@ def main(cpu_library: str, cuda_library: str) -> None:
     print("clean" if not missing else f"no entry in CALLS of {Path(__file__).name} for: {', '.join(sorted(missing))}")
 
 
-def on_device(device: str, backend: str) -> None:
-    """The calls in CALLS on tensors of `device`, each operator's first shapes first: a limit may cut the end off."""
+def on_device(device: str, backend: str, seconds: float) -> None:
+    """The calls in CALLS on tensors of `device`, all operators on a shape before the next one, until `seconds` have passed."""
     import cuda_sim
     import fastdynat._C
 
     assert backend != "cuda" or fastdynat._C.WITH_CUDA, "fastdynat._C has no CUDA half"
     names = cuda_sim.cuda_operators() if backend == "cuda" else cuda_sim.operators()
+    shapes, begin = list(batches()), time.monotonic()
     with torch.device(device):
-        for number, (make, shape) in enumerate(batches()):
+        for number, (make, shape) in enumerate(shapes):
+            if time.monotonic() - begin > seconds:
+                break
             for name in names:
                 CALLS[name](make, shape, backend)
             if device == "cuda":
                 torch.cuda.synchronize()  # an error shows here, not in a later call
-            print(f"{number + 1} of {len(list(batches()))}: {len(names)} operators on {shape}", flush=True)
+            print(f"{number + 1} of {len(shapes)}: {len(names)} operators on {shape}", flush=True)
     print("clean")
 
 
@@ -318,6 +322,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "--read-past-the-end":
         read_past_the_end(sys.argv[2])
     elif sys.argv[1] == "--on":
-        on_device(sys.argv[2], sys.argv[3])
+        on_device(sys.argv[2], sys.argv[3], float(sys.argv[4]))
     else:
         main(*sys.argv[1:])

@@ -491,6 +491,11 @@ def test_figures_are_those_of_the_files(gpu: SimpleNamespace, tmp_path: Path) ->
     assert "3.0x released loop in plain PyTorch" in text
     assert "2.1x torchattacks.PGD" in text
     assert "amp 1.68" in text
+    document = json.loads((results / "engine_cpu.json").read_text())
+    asked = next(row for row in reversed(document["rows"]) if row["kind"] == "step" and row["ours"] and not row["switch"])
+    document["roofline"] = {"here": {"floor_seconds": {"step": asked["seconds"]["median"] / 4}}}
+    (tmp_path / "floor.json").write_text(json.dumps(document))
+    assert "25% of the counted floor's rate" in gpu.keys.bench(tmp_path / "floor.json")
     shutil.copy(results / "engine_cpu.json", tmp_path / "stopped.json.partial")
     assert gpu.keys.bench(tmp_path / "stopped.json").startswith("stopped; so far; step bf16 compiled")
     assert gpu.keys.bench(tmp_path / "nothing.json") == "no row"
@@ -509,7 +514,7 @@ def on_cpu(script: str, *arguments: object, **env: str) -> subprocess.CompletedP
 
 @needs("ext")
 def test_the_sanitized_calls_run() -> None:
-    script = [sys.executable, str(ROOT / "tests" / "sanitized_calls.py"), "--on", "cpu", "cpp"]
+    script = [sys.executable, str(ROOT / "tests" / "sanitized_calls.py"), "--on", "cpu", "cpp", "1e9"]
     done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "clean", done.stderr[-3000:]
 

@@ -33,7 +33,9 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
     text = f"{kind} {ours['name']} {rate:,.0f} images/s, {ours['share_of_matmul']:.0%} of the matrix rate"
     seconds = document.get("epoch", {}).get("extrapolated_seconds")
     text += f", {seconds:,.1f} s for 50,000" if kind == "step" and seconds else ""
-    peer = next((row for row in rows if row["name"] == PEERS[kind]), None)
+    if kind == "step" and (here := (document.get("roofline") or {}).get("here")) and not ours["invalid"]:
+        text += f", {here['floor_seconds']['step'] / ours['seconds']['median']:.0%} of the counted floor's rate"
+    peer = next((row for row in rows if row["name"].partition(", ")[0] == PEERS[kind]), None)
     return [text + (f", {rate / peer['images_per_s']['median']:.1f}x {PEERS[kind]}" if peer else "")]
 
 
@@ -73,7 +75,8 @@ def sanitizer(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     summary = [line.strip("= ") for line in lines if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
     reached = [line for line in lines if re.match(r"\d+ of \d+: ", line)]
-    clean = "clean" if "clean" in lines else f"reached {reached[-1]}" if reached else "reached nothing"
+    how = "clean" if "clean" in lines else "stopped"
+    clean = f"{how}, {reached[-1]}" if reached else f"{how}, reached nothing"
     return "; ".join([*summary[-1:], clean])
 
 
