@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 
 from fastdynat.measured import race
+from fastdynat.uncompiled import is_uncompiled
 
 # torch.compile's own modes capture CUDA graphs whose outputs the next call overwrites, while an attack chains its calls; graphs
 # are `fastdynat.graphs`' business. Convolutions stay cuDNN's: Inductor's own templates gave wrong results (pytorch#173068).
@@ -68,7 +69,7 @@ class _Compiled:
         self._full = self._told = False
 
     def __call__(self, *args: Any) -> Any:
-        if not self._compiles:
+        if not self._compiles or is_uncompiled():
             return self._plain(*args)
         signature = _signature(args)
         if signature not in self._known and (self._full or len(self._known) >= MAX_SIGNATURES):

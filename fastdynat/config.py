@@ -54,6 +54,9 @@ class DataConfig:
     """Updates in an epoch; None is one pass. More go on with the images in another order, fewer end the epoch early."""
     batch_size: int | None = None
     """Images per step; None is 128, or 64 for digits."""
+    drop_last: bool = False
+    """Leave out the images that an epoch has beyond whole batches; other ones in each epoch. Else they make a smaller batch,
+    which runs without torch.compile and CUDA graphs: both are made anew for each size."""
     eval_batch_size: int = 500
     """Images per evaluation batch."""
     loader: Loader = "auto"

@@ -115,7 +115,7 @@ class Ascent:
 
     @property
     def shapes(self) -> int:
-        """How often a batch may halve (`rebatch.iterate`): 0, to any size, where nothing is compiled per shape."""
+        """How often a batch may halve for compiled code (`rebatch.halvings`): 0, to any size, where none is."""
         return 0
 
     def reads(self, x_adv: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import margin, wide
-from fastdynat.attacks.rebatch import Tick, no_tick, part
+from fastdynat.attacks.rebatch import Tick, halvings, no_tick, part, rungs
 from fastdynat.attacks.search import AttackResult
 
 # (rows of the batch (n,) int64, told the share that is done) -> the attack on these images
@@ -23,6 +23,7 @@ def until_broken(
 ) -> AttackResult:
     """The first attempt is on all images `x` (N, C, H, W), each further one on those that still stand.
 
+    Where each size of a batch costs (`rebatch.halvings`), images that are given up fill the batch up; they keep what they have.
     An image keeps what the attacked network misclassifies by most, or else is nearest to: the largest margin over its class
     of `labels` (N,). Every attempt returns its last iterate; whether one before it was misclassified is not looked at.
     """
@@ -33,15 +34,24 @@ def until_broken(
     x_adv, zero_grads, gradients = first.x_adv.clone(), first.zero_grads, first.gradients
     best = _by_how_much(ascent, x_adv, labels)
     for i, attempt in enumerate(attempts[1:], 1):
-        rows = (best <= CLEAR).nonzero().squeeze(1)
+        stands = best <= CLEAR
+        rows = _standing(stands, rungs(len(x), halvings(ascent.shapes, x)))
         if len(rows) == 0:
             break
         result = attempt(rows, part(tick, i, len(attempts)))
         reached = _by_how_much(ascent, result.x_adv, labels[rows])
-        better = reached > best[rows]
+        better = stands[rows] & (reached > best[rows])
         x_adv[rows[better]], best[rows[better]] = result.x_adv[better], reached[better]
         zero_grads, gradients = zero_grads + result.zero_grads, gradients + result.gradients
     return AttackResult(x_adv, zero_grads, gradients)
+
+
+def _standing(stands: Tensor, sizes: list[int]) -> Tensor:
+    """The rows that stand, in order; with several `sizes`, filled up to the nearest of them."""
+    count = int(stands.sum())
+    if count == 0 or len(sizes) == 1:
+        return stands.nonzero().squeeze(1)
+    return (~stands).int().argsort(stable=True)[: min(size for size in sizes if size >= count)]
 
 
 def _by_how_much(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S")
+# How often a batch may halve on devices where each size costs: cuDNN looks for its algorithms, and memory is not used again.
+HALVINGS = {"cuda": 4}
 # Told the share of the work that is done, in [0, 1], several times a second to several times a minute; may raise to stop it.
 Tick = Callable[[float], None]
 
@@ -19,6 +21,16 @@ def no_tick(share: float) -> None:
 def part(tick: Tick, k: int, of: int) -> Tick:
     """The `Tick` of the k-th of `of` parts of equal size."""
     return lambda share: tick((k + share) / of)
+
+
+def halvings(compiled: int, x: Tensor) -> int:
+    """The `shapes` of `iterate` for images `x` on their device; `compiled` is that of compiled code, 0 where there is none."""
+    return compiled or HALVINGS.get(x.device.type, 0)
+
+
+def rungs(most: int, halvings: int) -> list[int]:
+    """The sizes that a batch of at most `most` images has then: `most` divided by 1, 2, 4, ..., rounded up."""
+    return [-(-most // 2**k) for k in range(halvings + 1)]
 
 
 def iterate(
@@ -46,7 +58,7 @@ def iterate(
         tick: told the share of steps done.
     """
     whole, rows = state, torch.arange(_images(state), device=_some(state).device)
-    sizes = [-(-len(rows) // 2**k) for k in range(shapes + 1)]
+    sizes = rungs(len(rows), shapes)
     for i in range(steps):
         tick(i / steps)
         if i % every == 0:

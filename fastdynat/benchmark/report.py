@@ -18,7 +18,7 @@ from fastdynat.runs import describe_environment, source_commit
 FORMAT = "fastdynat-bench/1"
 EPOCH_IMAGES = 50_000  # of CIFAR-10
 # What a timing depends on, beside the machine. A baseline must agree in all of it.
-NOT_COMPARED = {"data_dir", "download", "epochs", "eval_batch_size", "eval_eps", "seed", "val_size"}
+NOT_COMPARED = {"data_dir", "download", "drop_last", "epochs", "eval_batch_size", "eval_eps", "seed", "val_size"}
 LATER = {"fused_conv": "off"}
 RUN_ONLY = {"run_dir", "overwrite", "stop_after", "stop_at", "save_every", "val_every", "tensorboard", "quiet"}
 REFERENCES = {"attack": "torchattacks.PGD", "step": "released loop in plain PyTorch"}

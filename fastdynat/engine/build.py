@@ -84,6 +84,7 @@ def build_parts(
         momentum=momentum_at(config.optim, loader.steps_per_epoch) if config.optim.cycle_momentum else None,
         statistics_resets=_statistics_resets(config, networks, loader.steps_per_epoch),
         guide_stream=torch.cuda.Stream(device) if use_guide_stream(engine, method) else None,
+        whole=config.data.batch_size,
         say=say,
     )
     # Building a guide drew random numbers; the attacks of two methods under one seed should still start alike.
@@ -103,6 +104,7 @@ def _loader(config: TrainConfig[Any], split: TrainSplit, device: torch.device) -
         augment=data.augment,
         pad_mode=data.pad_mode,
         epoch_steps=data.epoch_steps,
+        drop_last=data.drop_last,
         seed=engine.seed,
         device=device,
         channels_last=engine.channels_last == "on",
@@ -173,6 +175,7 @@ def burn_in_step(config: TrainConfig[Any], step: TrainStep, say: Say) -> TrainSt
         step.lr_factor,
         recorder=recorder,
         statistics_resets=step.statistics_resets,
+        whole=config.data.batch_size,
         say=say,
     )
 

@@ -22,6 +22,7 @@ from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.precision import Precision
 from fastdynat.graphs import GraphedCall, Recorder
 from fastdynat.methods import Inner, Method
+from fastdynat.uncompiled import uncompiled
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
 
@@ -104,6 +105,7 @@ class TrainStep:
         awp: WeightPerturbation | None = None,
         momentum: Callable[[int], float] | None = None,
         statistics_resets: Collection[int] = (),
+        whole: int | None = None,
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
         """
@@ -115,7 +117,9 @@ class TrainStep:
             awp: perturbs the model's weights around its loss; None does not.
             momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
             statistics_resets: numbers of the updates whose passes replace the model's running statistics by the batch's.
-            say: told why graphs are off, where a capture fails or a replay is not the step.
+            whole: images of the batches that are compiled and captured; smaller ones run as they are, which is the same
+                mathematics without the minute that graphs of their own would take. None: batches of any size are.
+            say: told why graphs are off, where a capture fails or a replay is not the step, and of the first smaller batch.
         """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
@@ -136,6 +140,11 @@ class TrainStep:
         parts += ["one CUDA graph"] * (recorder is not None) + ["guide on its own stream"] * (guide_stream is not None)
         self.path = ", ".join(parts) or "eager"
         self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say, self._subject())
+        self._whole, self._say = whole, say
+        attack = networks.attack.switches
+        self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
+        self._by_shape += ["CUDA graphs"] * (recorder is not None or attack.graphs)
+        self._told = False
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Update on `batch`; returns detached scalars on the device, each a mean over the batch's images.
@@ -143,8 +152,12 @@ class TrainStep:
         They are overwritten by the next call where the step is a captured graph.
         """
         self._set_rates()
+        smaller = self._whole is not None and len(batch.labels) < self._whole
+        if smaller:
+            self._tell_of_smaller(len(batch.labels))
         resets = self.global_step in self.statistics_resets
-        with replaced_statistics(self.networks.raw["model"]) if resets else nullcontext():
+        aside = uncompiled() if smaller else nullcontext()
+        with aside, replaced_statistics(self.networks.raw["model"]) if resets else nullcontext():
             if self._graphed is None:
                 result = self._run(batch.x, batch.labels, batch.indices)
             else:
@@ -153,6 +166,14 @@ class TrainStep:
         self.networks.average()
         self.global_step += 1
         return result.metrics
+
+    def _tell_of_smaller(self, images: int) -> None:
+        if self._by_shape and not self._told:
+            self._told = True
+            how = " and ".join(self._by_shape)
+            self._say(
+                f"the last {images} images of an epoch are no whole batch and run without {how}; --drop-last leaves them out"
+            )
 
     def _set_rates(self) -> None:
         """Put this update's rate and cycled momentum where a captured step reads them."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.float32 import full_float32
 from fastdynat.models.answers import half_of, logits_of, own_dtype
+from fastdynat.uncompiled import uncompiled
 
 NO_CLASS = -1  # nobody's label
 
@@ -78,7 +79,8 @@ def measure(
         source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
             distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
-        compile_mode: of the attack's gradients (`AttackSwitches.compile`); `say` is told what could not be compiled.
+        compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`); `say` is told what could not be
+            compiled.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -102,7 +104,8 @@ def measure(
                 ascent = ascent or attacked(
                     victim, batch.x, amp_dtype, channels_last, winograd, compile_mode=compile_mode, say=say
                 )
-                result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
+                with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
+                    result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(result.distance if source is None else _transferred(model, batch.labels, right, result))

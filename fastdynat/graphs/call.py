@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdynat.graphs.check import Check, Pure, Subject
 from fastdynat.graphs.recorder import CaptureFailed, Recorder, first_line
+from fastdynat.uncompiled import is_uncompiled
 
 # cuDNN's search for algorithms, compilation and lazy allocations must be over before a capture.
 WARM_UP_CALLS = 3
@@ -45,7 +46,7 @@ class GraphedCall:
 
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> Any:
         """`constants`: values of Python that `fn` reads from elsewhere; another set of them is another graph."""
-        if self.failed:
+        if self.failed or is_uncompiled():
             return self._fn(*inputs)
         signature = (*constants, *((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs))
         entry = self._captured.setdefault(signature, _Captured())

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import Ascent, Pull
 from fastdynat.attacks.autoattack import moves
 from fastdynat.attacks.goal import wide
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick, part, put_rows
+from fastdynat.attacks.rebatch import Tick, halvings, iterate, no_tick, part, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import attack_logit_grad
@@ -21,6 +21,7 @@ from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 APGDLoss = Literal["ce", "dlr", "dlr-t"]
 Found = tuple[Tensor, Tensor]  # losses, and which images were misclassified
+Weighed = tuple[Tensor, Found]  # with the weights of the logits; named here, because Dynamo traces no alias of an alias
 LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share of the steps
 
 
@@ -230,8 +231,8 @@ def _one_run(
     for eps, steps in phases:
         z = moves.project_l1(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
         state = _begin(x, labels, target, z, spec, eps, over)
-        # On a GPU every look at what is finished waits for it, and few batch sizes let memory be reused.
-        pace = {"every": 10, "shapes": 4} if x.is_cuda else {"every": 1}
+        # On a GPU every look at what is finished waits for it.
+        pace = {"every": 10 if x.is_cuda else 1, "shapes": halvings(ascent.shapes, x)}
 
         def told(share: float, done: int = done, steps: int = steps) -> None:
             tick((done + share * steps) / spec.steps)
@@ -346,7 +347,7 @@ def _look(
     # Draws of one image that were rescaled apart would not add up; in half precision they would be lost without.
     rescale = ascent.underflow.rescale and (spec.eot == 1 or ascent.dtype is not None)
 
-    def weigh(logits: Tensor) -> tuple[Tensor, Found]:
+    def weigh(logits: Tensor) -> Weighed:
         loss, weights = _loss(spec, wide(logits), labels, target, rescale)
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
 

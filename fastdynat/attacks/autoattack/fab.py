@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdynat.attacks.ascent import FP16_LOSS_SCALE, Ascent
 from fastdynat.attacks.goal import wide
 from fastdynat.attacks.planes import DUAL, NORMS, length, move, per_image, start_away
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick, part
+from fastdynat.attacks.rebatch import Tick, halvings, iterate, no_tick, part
 from fastdynat.attacks.search import AttackResult, Nearest, Radii
 from fastdynat.errors import UserError, unknown_name
 
@@ -30,14 +30,13 @@ class _Walk:
     rivals: Tensor  # (N, M) int64: the classes whose boundaries with the image's own are linearised
     z: Tensor  # the iterates
     nearest: Tensor  # the nearest adversarial iterates, the image itself while there is none
-    distance: Tensor  # theirs; infinite while there is none
+    distance: Tensor  # theirs; infinite while there is none, 0 of images that are misclassified as they are
     gradients: Tensor  # (N,) int64: image gradients taken, one per rival
     zeros: Tensor  # (N,) int64: how many of them were 0
 
-    @classmethod
-    def begin(cls, x: Tensor, labels: Tensor, rivals: Tensor, z: Tensor) -> "_Walk":
-        none = torch.zeros_like(labels)
-        return cls(x, labels, rivals, z, x, torch.full_like(none, float("inf"), dtype=x.dtype), none, none)
+    def again(self, rivals: Tensor, z: Tensor) -> "_Walk":
+        """Another walk of the same images: what has been found stays unless something nearer is."""
+        return replace(self, rivals=rivals, z=z)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +88,14 @@ class FAB:
         with torch.no_grad():
             logits = ascent.logits(ascent.reads(x))
         right = logits.argmax(1) == labels
-        x_adv, distance = x.clone(), torch.where(right, float("inf"), 0.0).to(x.dtype)
-        zeros, gradients = torch.zeros_like(labels).sum(), 0
-        legs = list(self._legs(logits, labels))
+        legs, none = list(self._legs(logits, labels)), torch.zeros_like(labels)
+        distance = torch.where(right, float("inf"), 0.0).to(x.dtype)
+        walk = _Walk(x, labels, none[:, None], x, x, distance, gradients=none, zeros=none)
         for k, rivals in enumerate(legs):
             first = k % self.restarts == 0
             z = x if first else start_away(x, self.eps / 2, self.norm, generator=generator)
-            rows = self._open(distance).logical_and_(right).nonzero().squeeze(1)
-            begin = _Walk.begin(x[rows], labels[rows], rivals[rows], z[rows])
-            end = self._walk(ascent, begin, part(tick, k, len(legs)))
-            closer = end.distance < distance[rows]
-            x_adv[rows] = torch.where(per_image(closer, x), end.nearest, x_adv[rows])
-            distance[rows] = torch.minimum(end.distance, distance[rows])
-            zeros, gradients = zeros + end.zeros.sum(), gradients + int(end.gradients.sum())
+            walk = self._walk(ascent, walk.again(rivals, z), part(tick, k, len(legs)))
+        x_adv, distance, zeros, gradients = walk.nearest, walk.distance, walk.zeros.sum(), int(walk.gradients.sum())
         if self.nearest:
             return Nearest(x_adv, zeros, gradients, found=distance.isfinite(), distance=distance, eps=self.eps)
         return AttackResult(x_adv.where(per_image(distance <= self.eps, x), x), zeros, gradients)
@@ -120,7 +114,16 @@ class FAB:
         def step(walk: _Walk, i: int) -> _Walk:
             return self._step(ascent, walk)
 
-        return iterate(begin, step, self.steps, done=lambda walk: ~self._open(walk.distance), every=EVERY, tick=tick)
+        # Images that are finished, or were never right, leave the batch or fill it up to a size that it had before.
+        return iterate(
+            begin,
+            step,
+            self.steps,
+            done=lambda walk: ~self._open(walk.distance),
+            every=EVERY,
+            shapes=halvings(ascent.shapes, begin.x),
+            tick=tick,
+        )
 
     def _step(self, ascent: Ascent, walk: _Walk) -> _Walk:
         x, z, read = walk.x, walk.z, ascent.reads(walk.z)

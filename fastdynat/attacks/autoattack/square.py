@@ -16,7 +16,7 @@ from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.autoattack.squares import Draws, Proposal, proposal
 from fastdynat.attacks.goal import margin, wide
 from fastdynat.attacks.planes import NORMS, per_image
-from fastdynat.attacks.rebatch import Tick, no_tick, put_rows
+from fastdynat.attacks.rebatch import HALVINGS, Tick, no_tick, put_rows
 from fastdynat.attacks.search import AttackResult, Radii
 from fastdynat.errors import UserError, unknown_name
 
@@ -24,6 +24,8 @@ from fastdynat.errors import UserError, unknown_name
 MOST_ABREAST = 64
 # On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
 FULL_BATCH = {"cpu": 64}
+# Forward passes have a multiple of this share of the images that they have room for, where each size costs (`HALVINGS`).
+GRAINS = 16
 # Where the acceptance rate is not known yet, and how much of what is known a round leaves.
 FIRST_RATE, MEMORY = 0.2, 0.9
 
@@ -67,15 +69,17 @@ class Square:
         """The search with given `draws`, whose rows are those of `x`."""
         x = x.contiguous()
         propose = proposal(self.norm, x, self.eps, draws)
+        places = self.places or FULL_BATCH.get(x.device.type, len(x))
+        judge = _Judge(ascent, max(places, len(x)))
         # A tie may be the label's: it is attacked as well.
-        right = _margins(ascent, x, labels) >= 0
+        right = judge(x, labels) >= 0
         rows = right.nonzero().squeeze(1)
         if len(rows) == 0:  # not every network takes a batch without images
             return _result(x.clone())
         x_adv = torch.where(per_image(right, x), propose.start(), x)
         begin = x_adv[rows]
-        search = _Search(rows, labels[rows], begin, _margins(ascent, begin, labels[rows]), torch.zeros_like(rows))
-        places, rate = self.places or FULL_BATCH.get(x.device.type, len(x)), FIRST_RATE
+        search = _Search(rows, labels[rows], begin, judge(begin, labels[rows]), torch.zeros_like(rows))
+        rate = FIRST_RATE
         while True:
             standing = (search.margin >= 0) & (search.asked < self.queries)
             left, first = torch.stack([standing.sum(), search.asked.amin()]).tolist()  # waits for the device once
@@ -85,12 +89,12 @@ class Square:
             if left == 0:
                 break
             tick(first / self.queries)
-            search, rate = self._round(ascent, search, propose, _abreast(places, left, rate), rate, first)
+            search, rate = self._round(judge, search, propose, _abreast(places, left, rate), rate, first)
         tick(1.0)
         return _result(x_adv)
 
     def _round(
-        self, ascent: Ascent, search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
+        self, judge: "_Judge", search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
     ) -> tuple["_Search", float]:
         """The next `abreast` queries of each image, up to and with the first that is kept. `first`: the lowest number asked."""
         n, position = len(search.rows), torch.arange(len(search.rows), device=search.rows.device)
@@ -99,7 +103,7 @@ class Square:
         row = position.repeat_interleave(abreast) if abreast > 1 else position
         best = search.best[row] if abreast > 1 else search.best
         asked = propose.query(best, search.rows[row], query, first)
-        found = _margins(ascent, asked, search.labels[row]).view(n, abreast)
+        found = judge(asked, search.labels[row]).view(n, abreast)
         kept = (found < search.margin[:, None]) & exists
         some, chosen = kept.any(1), kept.int().argmax(1)
         if abreast > 1:
@@ -131,8 +135,25 @@ def _result(x_adv: Tensor) -> AttackResult:
     return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
 
 
-def _margins(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
-    return -margin(wide(ascent.logits(ascent.reads(x))), labels)
+@dataclass(frozen=True)
+class _Judge:
+    """Margins z_y - max_{k != y} z_k of images, at most `most` at a time.
+
+    Where each size of a batch costs, the network is given few of them: filled up with the last image, again and again, whose
+    answers are dropped.
+    """
+
+    ascent: Ascent
+    most: int
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x: (n, C, H, W). labels: (n,)."""
+        n = len(x)
+        if HALVINGS.get(x.device.type):
+            grain = -(-self.most // GRAINS)
+            size = max(n, min(-(-n // grain) * grain, self.most))
+            x = torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if size > n else x
+        return -margin(wide(self.ascent.logits(self.ascent.reads(x))[:n]), labels)
 
 
 def _abreast(places: int, images: int, rate: float) -> int:

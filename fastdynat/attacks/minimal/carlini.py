@@ -12,7 +12,7 @@ from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
 from fastdynat.attacks.minimal.common import logit_unit, margin_goal, pull_hinge, result, score
 from fastdynat.attacks.planes import length, per_image
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick
+from fastdynat.attacks.rebatch import Tick, halvings, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError
 
@@ -112,7 +112,7 @@ class CarliniL2:
             self.binary_steps * self.steps,
             done=lambda s: s.left == 0,
             every=every,
-            shapes=ascent.shapes,
+            shapes=halvings(ascent.shapes, x),
             tick=tick,
         )
         distance = length(end.nearest - x, "l2")

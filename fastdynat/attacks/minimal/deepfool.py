@@ -9,7 +9,7 @@ from fastdynat.attacks.ascent import Ascent
 from fastdynat.attacks.goal import wide
 from fastdynat.attacks.minimal.common import margin_goal, result, score
 from fastdynat.attacks.planes import DUAL, length, per_image
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick
+from fastdynat.attacks.rebatch import Tick, halvings, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError, unknown_name
 
@@ -75,7 +75,7 @@ class DeepFool:
             self.steps,
             done=lambda s: s.fooled,
             every=1,
-            shapes=ascent.shapes,
+            shapes=halvings(ascent.shapes, x),
             tick=tick,
         )
         distance = length(end.x_adv - x, self.norm)

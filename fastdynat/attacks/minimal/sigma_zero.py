@@ -13,7 +13,7 @@ from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.minimal.adam import adam_
 from fastdynat.attacks.minimal.common import logit_unit, margin_goal, pull_hinge, result, score
 from fastdynat.attacks.planes import length, per_image
-from fastdynat.attacks.rebatch import Tick, iterate, no_tick
+from fastdynat.attacks.rebatch import Tick, halvings, iterate, no_tick
 from fastdynat.attacks.search import Nearest
 from fastdynat.errors import UserError
 
@@ -105,7 +105,7 @@ class SigmaZero:
             lambda s, i: self._step(s, i, ascent, hinge),
             self.steps,
             done=lambda s: s.changed <= 1,  # no other image is nearer
-            shapes=ascent.shapes,
+            shapes=halvings(ascent.shapes, x),
             tick=tick,
         )
         found = end.changed <= pixels
