@@ -99,6 +99,15 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **state}, file)
 
 
+def snapshot(value: Any) -> Any:
+    """A nest of mappings and sequences with copies of its tensors on the CPU: nothing that goes on changes it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    return type(value)(snapshot(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
 def bytes_of(value: Any) -> int:
     """Bytes of all tensors in a nest of mappings and sequences."""
     if isinstance(value, torch.Tensor):

@@ -13,19 +13,20 @@ from fastdynat.attacks import parse_attack, usual_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import DatasetInfo, ImageSet, TrainLoader
 from fastdynat.engine.average_share import MOSTLY, average_note, first_share
+from fastdynat.engine.background import BackgroundWriter
 from fastdynat.engine.epoch_checks import boundary_columns, fidelity_columns
 from fastdynat.engine.metrics import Averages, MetricsLog
 from fastdynat.engine.networks import NetworkSet
 from fastdynat.engine.progress import Display
 from fastdynat.engine.rng import rng_state, set_rng_state
 from fastdynat.engine.schedules import average_warmup, epochs_of_method
-from fastdynat.engine.state import identity, write_state
+from fastdynat.engine.state import identity, snapshot, write_state
 from fastdynat.engine.step import TrainStep
 from fastdynat.engine.stopping import StopRequest
 from fastdynat.engine.watch import Watch
-from fastdynat.engine.weight_files import write_weights
+from fastdynat.engine.weight_files import weights_now, write_weights
 from fastdynat.errors import UserError
-from fastdynat.evaluation import Stopped, measure
+from fastdynat.evaluation import KeptReplica, Stopped, measure
 from fastdynat.models.finite import not_numbers
 from fastdynat.runs import STATE, RunDir
 
@@ -69,6 +70,7 @@ class Trainer:
         self.averages, self.seconds = Averages(), 0.0
         near = float(config.attack.eval_eps) <= 1.5 * float(config.attack.eps)
         self.watch = Watch(config.run, step.method.select_by, comparable=near)
+        self._writer, self._validated = BackgroundWriter(), KeptReplica()
         self.last_validation: dict[str, float] = {}
         self.row: dict[str, Any] | None = None  # of the last finished epoch
 
@@ -83,6 +85,7 @@ class Trainer:
 
         Raises:
             Diverged: the loss is not finite; the last checkpoint is from before.
+            WriteError: a checkpoint or the metrics could not be written; the checkpoints before are untouched.
         """
         epochs = self.config.optim.epochs
         assert epochs is not None
@@ -92,6 +95,7 @@ class Trainer:
         with (
             StopRequest() as stop,
             Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
+            self._writer,
         ):
             self._say_average(display)
             while self.epoch < until and not self.watch.ended():
@@ -145,6 +149,8 @@ class Trainer:
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
         self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
+        if self.config.data.loader == "torch":
+            self._writer.wait()  # its workers are forked, which another thread had better not be in the middle of
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)
@@ -156,6 +162,7 @@ class Trainer:
                 rate = images / (now - begin)
                 display.note(self._finite_means(), rate)
             self.seconds = seconds_before + now - begin
+            self._writer.check()
             if stop.requested():
                 raise Stopped
             if now - saved > 60 * self.config.run.save_every and self.epoch_step < self.loader.steps_per_epoch:
@@ -188,9 +195,7 @@ class Trainer:
         # Until the method has weights to choose from, best follows last: naturally trained ones are never chosen by a score.
         follows = self._burning_in()
         self._end_burn_in(display)
-        self._save(best=row["best"] or follows)
-        # After the checkpoint, which holds the row too: metrics that are ahead of all checkpoints mean that one is missing.
-        self.metrics.append(row)
+        self._save(best=row["best"] or follows, row=dict(row))
 
     def _validate(self, stop: StopRequest, display: Display, *, due: bool, trained: float | None) -> dict[str, Any]:
         """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images, if it has one."""
@@ -212,6 +217,7 @@ class Trainer:
                 seed=self.config.engine.seed,
                 channels_last=self.config.engine.channels_last == "on",
                 winograd=self.config.engine.winograd != "off",
+                kept=self._validated,
                 should_stop=stop.requested,
             ).accuracy
         self.last_validation = {"val_clean_acc": accuracies["clean"], "val_pgd10_acc": accuracies["pgd10"]}
@@ -235,18 +241,28 @@ class Trainer:
         fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val, display.say)
         return {**fidelity, **boundary_columns(self.config, self.step, self.val, self.run.path, self.epoch + 1)}
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, *, best: bool, row: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this moment, and the `row` of the epoch that has ended, beside the training that goes on."""
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers
         for module in self.networks.raw.values():
             if problem := not_numbers(module):  # the last update may have made them so, after its loss
                 raise Diverged(f"{problem} after epoch {self.epoch}")
-        self.run.commit(self._write_checkpoint, best=best, epoch=self.epoch, epoch_step=self.epoch_step)
-
-    def _write_checkpoint(self, folder: Path) -> None:
         # Inside an epoch the weights are no longer those that were validated.
         validated = self.last_validation if self.epoch_step == 0 else {}
-        write_weights(folder, self.networks, self.config, self.info, epoch=self.epoch, validated=validated)
-        write_state(folder / STATE, self.state_dict())
+        weights = weights_now(self.networks, self.config, self.info, epoch=self.epoch, validated=validated)
+        state, epoch, epoch_step = snapshot(self.state_dict()), self.epoch, self.epoch_step
+
+        def write_checkpoint(folder: Path) -> None:
+            write_weights(folder, weights)
+            write_state(folder / STATE, state)
+
+        def write() -> None:
+            self.run.commit(write_checkpoint, best=best, epoch=epoch, epoch_step=epoch_step)
+            # After the checkpoint, which holds the row too: metrics that are ahead of all checkpoints mean that one is missing.
+            if row is not None:
+                self.metrics.append(row)
+
+        self._writer.submit(write)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed beside the weights to go on bit for bit; tensors and plain values only."""

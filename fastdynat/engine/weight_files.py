@@ -1,14 +1,16 @@
 """The weight files of a checkpoint: written from a run's networks, and put back into them."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdynat.config import TrainConfig
 from fastdynat.data import DatasetInfo
 from fastdynat.engine.networks import NetworkSet, pixel_statistics
+from fastdynat.engine.state import snapshot
 from fastdynat.errors import UserError
 from fastdynat.models.finite import check_numbers
 from fastdynat.runs import Sidecar, load_state, put_state, save_weights
@@ -23,29 +25,37 @@ def _files(networks: NetworkSet, config: TrainConfig[Any]) -> Iterator[tuple[str
         yield "guide", networks.raw["guide"], config.model.guide
 
 
-def write_weights(
-    folder: Path,
-    networks: NetworkSet,
-    config: TrainConfig[Any],
-    info: DatasetInfo,
-    *,
-    epoch: int,
-    validated: Mapping[str, float],
-) -> None:
-    """Write the networks of a run into the checkpoint `folder`.
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint, as the network was when `weights_now` was called: tensors on the CPU that nothing else has."""
+
+    name: str
+    state: dict[str, Tensor]
+    about: Sidecar
+
+
+def weights_now(
+    networks: NetworkSet, config: TrainConfig[Any], info: DatasetInfo, *, epoch: int, validated: Mapping[str, float]
+) -> list[WeightFile]:
+    """The networks of a run as files to be written.
 
     Args:
         epoch: completed ones.
         validated: val_clean_acc and val_pgd10_acc of the deployed network with these very weights, or empty.
-
-    Raises:
-        WriteError: no room, or another failure of the disk.
     """
+    files = []
     for name, network, architecture in _files(networks, config):
         role = "guide" if name == "guide" else "model"
         found = validated if name == "model" else {}
         about = describe_weights(config, info, role=role, architecture=architecture, epoch=epoch, validated=found)
-        save_weights(folder / f"{name}.safetensors", network.state_dict(), about)
+        files.append(WeightFile(name, snapshot(network.state_dict()), about))
+    return files
+
+
+def write_weights(folder: Path, files: list[WeightFile]) -> None:
+    """Write them into the checkpoint `folder`. Raises WriteError: no room, or another failure of the disk."""
+    for file in files:
+        save_weights(folder / f"{file.name}.safetensors", file.state, file.about)
 
 
 def describe_weights(
@@ -57,7 +67,7 @@ def describe_weights(
     epoch: int,
     validated: Mapping[str, float],
 ) -> Sidecar:
-    """What stands beside the weights of a run; arguments as for `write_weights`, role is model or guide."""
+    """What stands beside the weights of a run; arguments as for `weights_now`, role is model or guide."""
     attack = config.attack
     mean, std = pixel_statistics(config.model, info)
     return Sidecar(

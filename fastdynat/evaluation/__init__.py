@@ -6,7 +6,7 @@ from fastdynat.evaluation.config import EvalConfig
 from fastdynat.evaluation.curves import EpsCurve, accuracy_over_eps, curve_of_distances
 from fastdynat.evaluation.margins import Margins, margins
 from fastdynat.evaluation.masking import MaskingReport, check_masking
-from fastdynat.evaluation.measure import Stopped, measure
+from fastdynat.evaluation.measure import KeptReplica, Stopped, measure
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.evaluation.plan import TestSets
 from fastdynat.evaluation.reference import run_reference
@@ -21,6 +21,7 @@ __all__ = [
     "EpsCurve",
     "EvalConfig",
     "Explanation",
+    "KeptReplica",
     "Margins",
     "MaskingReport",
     "Measurement",

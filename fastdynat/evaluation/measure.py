@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,14 @@ class Stopped(Exception):
     """The caller asked to stop; nothing was measured."""
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """What attacks work with; `refresh` takes over the weights of now."""
+
+    ascent: Ascent
+    refresh: Callable[[], None]
+
+
 @dataclass
 class BatchTick:
     """A `Tick` of one batch: tells `advance` how many images were done since the last time, and raises Stopped if asked to."""
@@ -37,6 +47,24 @@ class BatchTick:
         if share * self.images > self.told:
             self.advance(share * self.images - self.told)
             self.told = share * self.images
+
+
+class KeptReplica:
+    """What attacks on a network work with, made at its first measurement and brought up to date for each later one.
+
+    For a caller whose networks change by their weights alone, as training changes them: nothing is traced and checked again.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[nn.Module, tuple[Any, ...], Attacked] | None = None
+
+    def of(self, model: nn.Module, how: tuple[Any, ...], make: Callable[[], "Attacked"]) -> Ascent:
+        """`make()`, or what it made for the same `model` and `how` before, with the weights of now."""
+        if self._made is None or self._made[0] is not model or self._made[1] != how:
+            self._made = model, how, make()
+        else:
+            self._made[2].refresh()
+        return self._made[2].ascent
 
 
 @contextmanager
@@ -61,6 +89,7 @@ def measure(
     source: nn.Module | None = None,
     standing: Tensor | None = None,
     compile_mode: str = "off",
+    kept: KeptReplica | None = None,
     say: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
@@ -81,6 +110,7 @@ def measure(
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
         compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`); `say` is told what could not be
             compiled.
+        kept: where the replica is kept for the next measurement of the same network; None makes it for this one.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -101,9 +131,10 @@ def measure(
             tick(0)
             right = predict(model, batch.x) == batch.labels
             if attack.search is not None:
-                ascent = ascent or attacked(
-                    victim, batch.x, amp_dtype, channels_last, winograd, compile_mode=compile_mode, say=say
-                )
+                if ascent is None:
+                    how = (amp_dtype, channels_last, winograd, compile_mode, batch.x.shape[1:])
+                    make = partial(_attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, say=say)
+                    ascent = make().ascent if kept is None else kept.of(victim, how, make)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
@@ -149,6 +180,20 @@ def attacked(
 
     x: images that it can take, on its device; a model in half precision reads them rounded.
     """
+    return _attacked(model, x, amp_dtype, channels_last, winograd, rescale=rescale, compile_mode=compile_mode, say=say).ascent
+
+
+def _attacked(
+    model: nn.Module,
+    x: Tensor,
+    amp_dtype: torch.dtype | None,
+    channels_last: bool,
+    winograd: bool,
+    *,
+    rescale: bool = True,
+    compile_mode: str = "off",
+    say: Callable[[str], None] = lambda text: None,
+) -> Attacked:
     dtype = half_of(model, x.dtype) or amp_dtype
     example = x[:2].to(own_dtype(model) or x.dtype)
     try:
@@ -158,9 +203,9 @@ def attacked(
         say = say if compile_mode != "off" else lambda text: None
         engine = AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say)
     except NotCopyable:
-        return Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True)
+        return Attacked(Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True), lambda: None)
     engine.expect(x.to(example.dtype))
-    return engine.ascent
+    return Attacked(engine.ascent, engine.refresh)
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
