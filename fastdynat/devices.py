@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastdynat.errors import UserError
-from fastdynat.measured import MARGIN, choose, half_types, slower_than_float32
+from fastdynat.measured import ANY, MARGIN, Workload, choose, half_types, slower_than_float32
 from fastdynat.ops import available_backends, selected_backend
 
 # What a sentence about a flag says to a caller from Python.
@@ -40,7 +40,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_amp(mode: str, device: torch.device, say: Callable[[str], None], *, winograd: bool = True) -> str:
+def pick_amp(
+    mode: str, device: torch.device, say: Callable[[str], None], *, winograd: bool = True, work: Workload = ANY
+) -> str:
     """The precision that `mode` means on `device`: "off", "bf16" or "fp16".
 
     Args:
@@ -48,6 +50,7 @@ def pick_amp(mode: str, device: torch.device, say: Callable[[str], None], *, win
             is the fastest, known or measured (`fastdynat.measured`); any other is itself.
         say: told what was chosen and why, or that what is insisted on is slower than float32.
         winograd: float32 may use Winograd's algorithm.
+        work: the convolutions in hand.
     """
     if mode == "default":
         amp = "bf16" if device.type == "cuda" and not half_types(device)["bf16"] else "off"
@@ -55,7 +58,7 @@ def pick_amp(mode: str, device: torch.device, say: Callable[[str], None], *, win
             say(f"precision: {amp}, which this GPU has; --amp off for float32")
         return amp
     if mode == "auto":
-        found = choose(device, winograd=winograd)
+        found = choose(device, winograd=winograd, work=work)
         say(f"--amp: {found.why}; computing in {'float32' if found.amp == 'off' else found.amp}")
         return found.amp
     if mode != "off" and (slower := _slower(mode, device)):
@@ -90,14 +93,16 @@ def pick_half(amp: bool | torch.dtype, device: torch.device, say: Callable[[str]
     return picked
 
 
-def pick_channels_last(amp: str, device: torch.device, *, winograd: bool = True) -> bool:
-    """Whether the channels-last memory format is the faster one on `device` in precision `amp`."""
-    return choose(device, amps=(amp,), winograd=winograd).channels_last
+def pick_channels_last(amp: str, device: torch.device, *, winograd: bool = True, work: Workload = ANY) -> bool:
+    """Whether the channels-last memory format is the faster one on `device`, in precision `amp`, for `work`."""
+    return choose(device, amps=(amp,), winograd=winograd, work=work).channels_last
 
 
-def winograd_pays(device: torch.device, amp: str, *, channels_last: bool) -> bool:
+def winograd_pays(device: torch.device, amp: str, *, channels_last: bool, work: Workload = ANY) -> bool:
     """Whether Winograd's algorithm is faster than the direct one on `device`; which layers it suits is for `WinogradConv2d`."""
-    return device.type == "cpu" and amp == "off" and choose(device, amps=("off",), channels_last=channels_last).winograd
+    if device.type != "cpu" or amp != "off":
+        return False
+    return choose(device, amps=("off",), channels_last=channels_last, work=work).winograd
 
 
 def check_compile(mode: str, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from fastdynat.engine.resolve import adopted, resolve
 from fastdynat.eval_config import EvalConfig
 from fastdynat.evaluation.config import settled
 from fastdynat.measured import capability, choices, choose, processor, quiet_clock, race, slower_than_float32, store, table
-from fastdynat.measured.proxy import Setting, passes, settings
+from fastdynat.measured.proxy import Layer, Setting, passes, settings
 
 CPU = torch.device("cpu")
 BOTH, NEITHER = {"bf16": "", "fp16": ""}, {name: f"{name} has no instructions on this CPU" for name in ("bf16", "fp16")}
@@ -42,11 +42,12 @@ class Machine:
         monkeypatch.setattr(choices, "half_types", lambda device: self.lacking)
         monkeypatch.setattr("fastdynat.devices.half_types", lambda device: self.lacking)
         monkeypatch.setattr(choices, "passes", self._passes)
+        monkeypatch.setattr(Layer, "scale", lambda *_: 1.0)
         monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: self.now)
         monkeypatch.setattr(choices, "_known", {})
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def _passes(self, setting: Setting, *, tiny: bool = False) -> Callable[[], None]:
+    def _passes(self, setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
             self.timed.append(setting.name)
             self.now += self.milliseconds.get(setting.name, 10.0) / 1000

@@ -1,5 +1,6 @@
 """From what the user wrote to what is run: fills every "auto", applies the unit rule, refuses what cannot work."""
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from fastdynat.devices import (
 from fastdynat.engine.resolve_cycle import resolved_cycle
 from fastdynat.engine.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.errors import UserError
+from fastdynat.measured import ANY, Workload
 from fastdynat.methods import AttackDefaults, Method, method_class
-from fastdynat.models import split_style
+from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.units import describe, parse_size
 
@@ -51,16 +53,16 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on
     """
     check_config(config)
     method = method_class(config.method)(config.options)
-    return replace(
+    config = replace(
         config,
         method=method.name,
         data=_data(config.data, info, method, say),
         model=_model(config.model, info, method),
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config, info),
-        engine=_engine(config, method, say, carried_on=carried_on),
-        run=_run(config, method),
     )
+    engine = _engine(config, method, say, functools.partial(_work, config, info), carried_on=carried_on)
+    return replace(config, engine=engine, run=_run(config, method))
 
 
 def resolve_loader(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
@@ -204,7 +206,16 @@ def _optim(config: TrainConfig[Any], info: DatasetInfo) -> OptimConfig:
     return replace(optim, warmup=WARMUP.get(optim.schedule) if optim.warmup is None else optim.warmup)
 
 
-def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_on: bool = False) -> EngineConfig:
+def _work(config: TrainConfig[Any], info: DatasetInfo) -> Workload:
+    """The convolutions of a step, with all but the engine resolved."""
+    layers = convolutions(config.model.model, num_classes=info.num_classes, image_shape=info.image_shape)
+    assert config.data.batch_size is not None
+    return Workload.of(layers, config.data.batch_size, config.attack.steps or 0)
+
+
+def _engine(
+    config: TrainConfig[Any], method: Method[Any], say: Say, in_hand: Callable[[], Workload], *, carried_on: bool = False
+) -> EngineConfig:
     engine = config.engine
     device = pick_device(engine.device)
     check_compile(engine.compile, device)
@@ -215,7 +226,8 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_
         )
     gpu = device.type == "cuda"
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
-    amp = pick_amp(engine.amp, device, say, winograd=not direct)
+    work = ANY if gpu or carried_on else in_hand()
+    amp = pick_amp(engine.amp, device, say, winograd=not direct, work=work)
     # Graphs and streams stay as they were asked for: a run may go on on another device.
     for name in ("graphs", "guide_stream", "fused_conv"):
         if getattr(engine, name) == "on" and not gpu:
@@ -230,8 +242,13 @@ def _engine(config: TrainConfig[Any], method: Method[Any], say: Say, *, carried_
         check_winograd(device, amp)
     last, winograd = engine.channels_last, engine.winograd
     if last == "auto":
-        last = "on" if pick_channels_last(amp, device, winograd=not direct) else "off"
-    if winograd == "auto" and not carried_on and not gpu and not winograd_pays(device, amp, channels_last=last == "on"):
+        last = "on" if pick_channels_last(amp, device, winograd=not direct, work=work) else "off"
+    if (
+        winograd == "auto"
+        and not carried_on
+        and not gpu
+        and not winograd_pays(device, amp, channels_last=last == "on", work=work)
+    ):
         winograd = "off"
     return replace(
         engine,

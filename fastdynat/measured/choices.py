@@ -9,7 +9,7 @@ import torch
 
 from fastdynat.machine import Clock, half_types, one_thread, processor, race
 from fastdynat.measured import store
-from fastdynat.measured.proxy import Setting, passes, settings
+from fastdynat.measured.proxy import ANY, TINY, Layer, Setting, Workload, passes, settings
 
 # The surer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input gradients need)
 # wins unless another one is faster by so much: timings repeat to a few percent.
@@ -41,21 +41,23 @@ def choose(
     amps: Collection[str] = ("off", "bf16", "fp16"),
     channels_last: bool | None = None,
     winograd: bool = True,
+    work: Workload = ANY,
     clock: Clock | None = None,
 ) -> Choice:
     """The fastest setting on `device` among those whose precision is in `amps`.
 
     On a GPU it is known. On the CPU a precision without instructions is out of the question, and the others are timed, once per
-    machine, number of threads and version of torch (`store`); nothing is timed where nothing is left to choose.
+    machine, number of threads, version of torch and shapes of `work` (`store`).
 
     channels_last: the memory format, where it is not to be chosen.
     winograd: whether Winograd's algorithm may be used at all.
+    work: the convolutions in hand.
     """
     lacking = half_types(device)
     types = [name for name in ("bf16", "fp16") if name in amps and not lacking[name]]
     if device.type == "cuda":
         return _on_gpu(types, lacking, device)
-    timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock)
+    timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock, work)
     allowed = [s for s in settings(types) if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)]
     allowed = [s for s in allowed if channels_last in (None, s.channels_last)]
     if not allowed:  # a half type without instructions is insisted on: oneDNN's emulation is the least slow
@@ -96,9 +98,9 @@ def _reason(
     return "; ".join(measured or [f"{lacking[wanted[0]]} and is emulated, many times slower than float32"])
 
 
-def _timed(device: torch.device, types: list[str], clock: Clock | None) -> dict[str, float]:
-    """Seconds of every setting of the CPU, by name: of this process, of an earlier one, or measured now."""
-    return _remembered("convolutions", device, {s.name: s for s in settings(types)}, clock, tiny=False)
+def _timed(device: torch.device, types: list[str], clock: Clock | None, work: Workload = ANY) -> dict[str, float]:
+    """Seconds per image of every setting of the CPU, by name: of this process, of an earlier one, or measured now."""
+    return _remembered("convolutions", device, settings(types), clock, work)
 
 
 def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = None) -> float:
@@ -111,21 +113,46 @@ def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = No
         timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock)
     else:
         pair = [Setting("off", True), Setting(amp, True)]
-        timed = _remembered(f"{amp} emulated", device, {s.name: s for s in pair}, clock, tiny=True)
+        timed = _remembered(f"{amp} emulated", device, pair, clock, TINY)
     best = {name: min(t for setting, t in timed.items() if setting.startswith(name)) for name in ("float32", amp)}
     return best[amp] / best["float32"]
 
 
 def _remembered(
-    what: str, device: torch.device, wanted: dict[str, Setting], clock: Clock | None, *, tiny: bool
+    what: str, device: torch.device, wanted: list[Setting], clock: Clock | None, work: Workload
 ) -> dict[str, float]:
+    shapes = [[*vars(layer).values(), layer.timed_images(work.batch), *_winograd(layer, work)] for layer in work.layers]
+
     def measure() -> dict[str, float]:
         # On one thread, whose computing time other processes do not touch: a busy machine would be remembered as a slow type.
         # Convolutions share their work evenly, so several threads leave the order as it is.
         with one_thread():
-            return race({name: passes(setting, tiny=tiny) for name, setting in wanted.items()}, seconds=SECONDS, clock=clock)
+            return _race_layers(wanted, work, clock)
 
-    return remembered({"what": f"{what} on one thread", "settings": sorted(wanted)}, device, set(wanted), measure)
+    names = {setting.name for setting in wanted}
+    key = {"what": f"{what} on one thread", "settings": sorted(names), "layers": shapes}
+    return remembered(key, device, names, measure)
+
+
+def _winograd(layer: Layer, work: Workload) -> list[float | None]:
+    """By memory format, the scale of Winograd's time where it would compute `layer`; all that the batch decides beside how many
+    images are timed."""
+    layouts = (False, True)
+    return [layer.scale(work.batch, o) if layer.repays(work.batch, work.passes, o) else None for o in layouts]
+
+
+def _race_layers(wanted: list[Setting], work: Workload, clock: Clock | None) -> dict[str, float]:
+    """Seconds per image of all of `work`'s layers together."""
+    total = dict.fromkeys((setting.name for setting in wanted), 0.0)
+    for layer in work.layers:
+        images, scales = layer.timed_images(work.batch), _winograd(layer, work)
+        tried = [s for s in wanted if not s.winograd or scales[s.channels_last] is not None]
+        calls = {s.name: passes(s, layer, images) for s in tried}
+        least = race(calls, seconds=SECONDS / len(work.layers), clock=clock)
+        for setting in wanted:
+            scale = (scales[setting.channels_last] if setting.winograd else None) or 1.0
+            total[setting.name] += scale * least.get(setting.name, least[setting.direct.name]) * layer.count / images
+    return total
 
 
 def remembered(

@@ -2,6 +2,7 @@
 
 from fastdynat.models.build import Normalize, build_model, known_models
 from fastdynat.models.foreign import ForeignModel, load_foreign
+from fastdynat.models.shapes import convolutions
 from fastdynat.models.style import split_style
 
-__all__ = ["ForeignModel", "Normalize", "build_model", "known_models", "load_foreign", "split_style"]
+__all__ = ["ForeignModel", "Normalize", "build_model", "convolutions", "known_models", "load_foreign", "split_style"]
