@@ -194,7 +194,8 @@ class EngineConfig:
     fold: Switch = "auto"
     """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in eval mode."""
     fused_conv: Switch = "auto"
-    """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto is off."""
+    """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto is on for a GPU,
+    for the layers where it was found right and faster there."""
     winograd: Switch = "auto"
     """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU, where it pays."""
     closed_form: bool = True

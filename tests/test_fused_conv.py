@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +13,15 @@ from graph_sim import SimulatedRecorder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdynat.attacks import AttackEngine, AttackGoal, AttackSwitches, PGDSpec
+from fastdynat import verified
+from fastdynat.attacks import AttackEngine, AttackGoal, AttackSwitches, PGDSpec, fused_choice
 from fastdynat.attacks.epilogue import ConvReLU2d
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.graphs import WARM_UP_CALLS
 from fastdynat.models import build_model
+from fastdynat.ops.checks import conv_relu as checks
 from fastdynat.ops.conv_relu import conv_relu
+from fastdynat.verified.examine import Prepared
 
 SPEC = PGDSpec(0.1, 0.03, 3)
 OPERATOR = "fastdynat_cudnn.conv_relu"
@@ -373,6 +378,94 @@ def test_sums_that_would_be_broadcast_at_another_size_are_done_apart() -> None:
         got = fused(x, residual)
     assert operators.seen[OPERATOR] == 0
     assert torch.equal(got, F.relu(F.conv2d(x, layer.weight, layer.bias, padding=1) + residual))
+
+
+# What a GPU is asked at first contact, here on the CPU: the tables, and what follows from verdicts and timings.
+
+
+def faulty(change: Callable[[Tensor, Any, Any], tuple[Any, Any]], finish: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
+    def run(x: Tensor, weight: Tensor, bias: Any, residual: Any, **geometry: Any) -> Tensor:
+        bias, residual = change(x, bias, residual)
+        return finish(conv_relu(x, weight, bias, residual, **geometry))
+
+    return run
+
+
+FAULTS: dict[str, Any] = {
+    "no bias": faulty(lambda x, bias, residual: (None, residual)),
+    "residual halved": faulty(lambda x, bias, residual: (bias, None if residual is None else residual / 2)),
+    "no ReLU": lambda x, weight, bias, residual, **geometry: (
+        F.conv2d(x, weight, bias, **geometry) + (0 if residual is None else residual)
+    ),
+    "one channel short": faulty(lambda x, *others: others, lambda t: t * (torch.arange(t.shape[1]) > 0)[:, None, None]),
+    "another layout": faulty(lambda x, bias, residual: (bias, residual), lambda t: t.contiguous()),
+    "no gradient where it is 1": faulty(
+        lambda x, bias, residual: (bias, residual), lambda t: torch.where(t > 1, t.detach(), t)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", list(checks.TOLERANCES), ids=str)
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_the_table_finds_planted_faults(fault: str, dtype: torch.dtype) -> None:
+    check = checks.check_of(dtype)
+    candidate = partial(checks.run, FAULTS[fault]) if fault else check.candidates["cudnn"]
+    check = replace(check, candidates={"cudnn": candidate}, why_not=lambda name, device: None)
+    with check.within():
+        verdict = Prepared(check, torch.device("cpu")).examine("cudnn", lambda case: None)
+    assert verdict.right == (not fault), verdict
+
+
+def test_on_a_gpu_it_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdynat.ops.conv_relu import runs_right
+
+    asked: list[Any] = []
+
+    def right(name: str, device: torch.device) -> tuple[str, ...]:
+        asked.append((name, device.type))
+        return ("cudnn", "eager") if name == "conv_relu_bfloat16" else ("eager",)
+
+    monkeypatch.setattr(verified, "right", right)
+    gpu = torch.device("cuda:0")
+    assert [runs_right(dtype, gpu) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [True, False, False]
+    assert asked == [("conv_relu_bfloat16", "cuda"), ("conv_relu_float32", "cuda")]  # of float64 there is no table
+    assert runs_right(torch.float64, torch.device("cpu"))
+
+
+def test_layers_that_may_not_be_fused_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_choice, "runs_right", lambda dtype, device: dtype is not torch.float32)
+    model, total, _, x = made("small")
+    refused, allowed = (
+        AttackReplica(model, x, fused_conv=True, dtype=dtype, winograd=False) for dtype in (None, torch.bfloat16)
+    )
+    assert (refused.num_fused, allowed.num_fused) == (0, total)
+    with Operators() as operators, torch.no_grad():
+        got = refused.network(x)
+    assert operators.seen[OPERATOR] == 0
+    with torch.no_grad():
+        assert torch.equal(got, AttackReplica(model, x, winograd=False).network(x))
+
+
+def test_layers_that_are_slower_fused_go_back() -> None:
+    """By a clock that charges for each operator: the fused one costs more than three from 128 channels on."""
+    model, _, _, x = made("resnet18")
+    replica = AttackReplica(model, x, fused_conv=True, winograd=False)
+    with torch.no_grad():
+        want = replica.network(x)
+    calls: list[int] = []
+
+    def seconds(call: Callable[[], Any]) -> float:
+        with Operators() as operators:
+            out = call()
+        calls.append(operators.seen["aten.convolution"])
+        return operators.seen.total() if not operators.seen[OPERATOR] else 2.0 if out.shape[1] < 128 else 9.0
+
+    fused_choice.keep_where_faster(replica.network, replica._fused, x, seconds)
+    assert [layer.fused for layer in replica._fused] == [layer.out_channels < 128 for layer in replica._fused]
+    assert len(calls) == 2 * 17
+    assert not any(layer._forward_pre_hooks for layer in replica._fused)
+    with torch.no_grad():
+        assert torch.equal(replica.network(x), want)
 
 
 @pytest.mark.slow

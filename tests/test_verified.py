@@ -276,7 +276,8 @@ def test_who_insists_is_refused_and_who_names_it_in_the_call_is_not(monkeypatch:
 
 
 def test_every_operator_has_a_table_and_every_table_an_operator() -> None:
-    assert set(_select.OPERATORS) == {name for name in verified.registered() if name != "doubling"}
+    own = {name for name in verified.registered() if name != "doubling" and not name.startswith("conv_relu_")}  # cuDNN's
+    assert set(_select.OPERATORS) == own
     assert len(_select.OPERATORS) == 12
 
 

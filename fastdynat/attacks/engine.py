@@ -64,6 +64,7 @@ class AttackSwitches:
         if last is None:
             last = pick_channels_last(amp, device, winograd=others.get("winograd", True))
         winograd = others.pop("winograd", True) and winograd_pays(device, amp, channels_last=last)
+        others.setdefault("fused_conv", device.type == "cuda")
         return cls(dtype=dtype, channels_last=last, winograd=winograd, **others)
 
 
@@ -163,7 +164,9 @@ class AttackEngine:
 
     def expect(self, x: Tensor, passes: float = math.inf) -> None:
         """Images `x` are about to be attacked by `ascent` with so many pairs of passes (`WinogradLayers.expect`)."""
-        self.replica.expect(self.laid_out(x), passes)
+        x = self.laid_out(x)
+        self.replica.expect(x, passes)
+        self._settle(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """What the attacked network answers, in the attack's precision."""
@@ -186,6 +189,7 @@ class AttackEngine:
         x = self.laid_out(x)
         x_start = None if x_start is None else self.laid_out(x_start)
         self.replica.expect(x, spec.steps * spec.restarts)
+        self._settle(x)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
             return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
         kind, ascent = (goal.kind, spec), self.ascent
@@ -219,6 +223,7 @@ class AttackEngine:
         """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in `run`."""
         x = self.laid_out(x)
         self.replica.expect(x, spec.steps)
+        self._settle(x)
         starts, ascent = () if x_start is None else (self.laid_out(x_start),), self.ascent
 
         def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
@@ -229,6 +234,12 @@ class AttackEngine:
         if spec not in self._graphed:
             self._graphed[spec] = GraphedCall(whole, self._recorder, self._note, self._state)
         return self._graphed[spec](x, labels, *starts).clone()
+
+    def _settle(self, x: Tensor) -> None:
+        with self.ascent.autocast(x):
+            slower = self.replica.settle(self.ascent.reads(x))
+        if slower:
+            self._note(f"{slower} convolutions of the attack are not fused with their ReLU: measured slower so on this GPU")
 
     def laid_out(self, x: Tensor) -> Tensor:
         """`x` in the memory format of the replica."""

@@ -7,6 +7,7 @@ from fastdynat.attacks.answers import ROUNDING, answer, answer_and_gradient, dis
 from fastdynat.attacks.epilogue import ConvReLU2d
 from fastdynat.attacks.faithful import check_twin
 from fastdynat.attacks.fold import Fold, fold_batch_norm, put_tensors, relu_in_place
+from fastdynat.attacks.fused_choice import keep_where_faster, use_where_right
 from fastdynat.attacks.modes import frozen_twin
 from fastdynat.attacks.rehearsal import rehearse
 from fastdynat.attacks.traced import NotFoldable
@@ -79,8 +80,8 @@ class AttackReplica:
         if not self.channels_last:
             self._own_weights(dtype, torch.preserve_format)
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
-        for layer in self._fused:
-            layer.fused = True
+        use_where_right(self._fused, example.device)
+        self._settled = False
         self._winograd = None
         if winograd and dtype is None:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
@@ -93,7 +94,7 @@ class AttackReplica:
 
     @property
     def num_fused(self) -> int:
-        return len(self._fused)
+        return sum(layer.fused for layer in self._fused)
 
     @property
     def num_winograd(self) -> int:
@@ -155,6 +156,23 @@ class AttackReplica:
         found = [*self._copies]
         found += [t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias) if isinstance(t, Tensor)]
         return {str(i): tensor.detach() for i, tensor in enumerate(found)}
+
+    def settle(self, x: Tensor) -> int:
+        """On a GPU, at the first call: leave to cuDNN's fused convolutions what they are the faster for, at the size of `x`.
+
+        Not in deterministic runs, whose numbers must not depend on timings.
+
+        x: images as the network reads them, in the region in which it runs.
+
+        Returns:
+            How many convolutions were found to be slower fused.
+        """
+        before, first = self.num_fused, not self._settled
+        self._settled = True
+        if not first or not before or x.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+            return 0
+        keep_where_faster(self.network, self._fused, x)
+        return before - self.num_fused
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -273,7 +273,7 @@ def _switch(value: Switch, automatic: bool) -> Switch:
 
 def use_fused_conv(engine: EngineConfig) -> bool:
     """Whether a resolved configuration asks for cuDNN's convolutions with bias, residual and ReLU in the attack."""
-    return _switch(engine.fused_conv, False) == "on"
+    return _switch(engine.fused_conv, engine.device.startswith("cuda") and engine.fold == "on") == "on"
 
 
 def use_graphs(engine: EngineConfig) -> bool:

@@ -4,12 +4,15 @@ Without it eager PyTorch passes over the result up to four times (convolution, b
 a convolution as a kernel of others, twice.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdynat import verified
 
 NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: torch itself has the kernel
 SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups)"
@@ -34,6 +37,16 @@ torch.library.define(NAME, f"{SIGNATURE} -> Tensor", tags=(torch.Tag.pt2_complia
 torch.library.impl(NAME, "default", reference)
 torch.library.impl(NAME, "cuda", cudnn)
 torch.library.register_fake(NAME, reference)
+
+
+def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the operator may be used on `device` for `dtype`: on a GPU where cuDNN's kernel was found right, which is
+    verified at the first question; elsewhere it is its definition. Not while a graph is captured or compiled."""
+    if device.type != "cuda":
+        return True
+    importlib.import_module("fastdynat.ops.checks")  # registers the tables, which import this file
+    name = f"conv_relu_{str(dtype).removeprefix('torch.')}"
+    return name in verified.registered() and "cudnn" in verified.right(name, device)
 
 
 class _ConvReLU(torch.autograd.Function):

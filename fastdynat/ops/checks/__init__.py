@@ -3,6 +3,6 @@
 Imported at the first check only, and registers all of them.
 """
 
-from fastdynat.ops.checks import batches, projections, rows, starts, steps, winograd
+from fastdynat.ops.checks import batches, conv_relu, projections, rows, starts, steps, winograd
 
-__all__ = ["batches", "projections", "rows", "starts", "steps", "winograd"]
+__all__ = ["batches", "conv_relu", "projections", "rows", "starts", "steps", "winograd"]
