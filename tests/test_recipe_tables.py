@@ -32,7 +32,7 @@ from fastdynat.runs import RunDir
 from fastdynat.runs.weights import Sidecar, save_weights
 
 SIDE, BATCH = 8, 16
-OURS = {"fast"}  # no published protocol
+OURS = {"fast", "dynat-256", "dynat-512"}  # no published protocol
 FOLDER = DatasetInfo("imagefolder", 200, (3, SIDE, SIDE), tuple(map(str, range(200))), (0.5,) * 3, (0.25,) * 3, "crop-flip")
 
 

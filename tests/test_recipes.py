@@ -61,6 +61,36 @@ def test_milestones_fall_between_the_published_epochs() -> None:
         assert found == drops, name
 
 
+@pytest.mark.parametrize("images", [256, 512])
+def test_larger_batches_follow_the_linear_rule(images: int) -> None:
+    """k times the images, k times the rate; nothing else differs, but how the rate rises and falls."""
+    base, ours = (read_recipe(name)[0] for name in ("dynat", f"dynat-{images}"))
+    assert ours["batch_size"] == images
+    assert ours["lr"] == pytest.approx(base["lr"] * images / base["batch_size"])
+    differing = {key for key in {*base, *ours} if base.get(key) != ours.get(key)}
+    assert differing == {"batch_size", "lr"} | ({"schedule", "warmup"} if images == 512 else set())
+
+    def rates(values: dict[str, object], steps: int) -> list[float]:
+        config = update(default_config("dynat"), values, "recipe").optim
+        assert config.lr is not None
+        assert config.epochs is not None
+        factor = schedule_factor(config, steps)
+        return [config.lr * factor(n) for n in range(steps * config.epochs)]
+
+    steps = 49_000 // images
+    found = rates(ours, steps)
+    assert found[0] <= base["lr"]  # what fresh weights take at batch 128
+    assert max(found) == pytest.approx(ours["lr"], rel=1e-6)
+    if images == 256:
+        per_epoch = [rate / 2 for rate in found[::steps]]
+        assert per_epoch == pytest.approx(rates(base, 10)[::10])
+    else:
+        peak = found.index(max(found))
+        assert peak == pytest.approx(5 * steps, abs=2)
+        assert found[:peak] == sorted(found[:peak])
+        assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
 def test_flags_and_config_win_over_a_recipe(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("lr: 0.02\nmodel: small\n")

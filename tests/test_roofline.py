@@ -1,14 +1,18 @@
 """Count, floor and expectation of a training step: the count by hand, the floors by definition, all of it in table and file."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fastdynat.benchmark.flops import StepFlops, count_step, total
+from fastdynat.benchmark.predictions import LEVERS, UNMEASURED, print_predictions
 from fastdynat.benchmark.roofline import EXPECTED, REFERENCE, Peak, floors, roofline_values, sum_of
+from fastdynat.benchmark.settings import SWITCHES
 from fastdynat.cli import main
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, TrainConfig
 from fastdynat.methods import MadryOptions, method_class
@@ -159,3 +163,16 @@ def test_the_table_and_the_file_have_it(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "one training step, batch 8" in printed
     assert "reference: 798 TFLOP/s, 4.3 TB/s (H200, bf16)" in printed
+
+
+def test_every_switch_has_a_prediction_and_nothing_is_measured_that_was_not() -> None:
+    names = {lever.name for lever in LEVERS}
+    assert {switch.name for switch in SWITCHES} - names == {"winograd"}  # for the CPU
+    gains = [{"switch": "graphs", "kind": "step", "turned": "graphs off", "gain": 1.5}]
+    for gpu in (False, True):
+        console = Console(width=400, record=True, file=io.StringIO())
+        print_predictions(gains, gpu, console)
+        text = console.export_text()
+        assert text.count(UNMEASURED) == len(LEVERS) - gpu
+        assert ("1.50 (graphs off)" in text) == gpu
+        assert all(lever.name.replace("_", "-") in text for lever in LEVERS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastdynat.benchmark.predictions import prediction_values, print_predictions
 from fastdynat.benchmark.roofline import print_roofline
 from fastdynat.benchmark.rows import Row
 from fastdynat.benchmark.timing import Samples
@@ -72,6 +73,7 @@ def document(config: TrainConfig[Any], rows: list[Row], skipped: list[dict[str, 
         "rows": values,
         "skipped": skipped,
         "switches": gains(values),
+        "predicted": prediction_values(),
         **more,
     }
 
@@ -129,6 +131,7 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     print_roofline(doc["roofline"], console)
     if doc["switches"]:
         _print_gains(doc["switches"], console)
+        print_predictions(doc["switches"], bool(env["gpus"]) and s["device"].startswith("cuda"), console)
     if doc["phases"]:
         seconds = {name: values["median"] for name, values in doc["phases"].items()}
         print_parts(f"phases of a training step, {doc['phases_of']}", seconds, console)
