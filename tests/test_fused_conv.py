@@ -1,5 +1,6 @@
 """Convolution, bias, residual and ReLU as one operator: the definition's values and gradients, and found where they may be."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fastdynat.attacks.epilogue import ConvReLU2d
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.graphs import WARM_UP_CALLS
 from fastdynat.models import build_model
+from fastdynat.models.resnet import BasicBlock
 from fastdynat.ops.checks import conv_relu as checks
 from fastdynat.ops.conv_relu import conv_relu
 from fastdynat.verified.examine import Prepared
@@ -480,3 +482,26 @@ def test_compiled_it_is_still_one_operator(dtype: torch.dtype | None) -> None:
         found.append(engine.run(x, AttackGoal("ce", y), SPEC).x_adv)
     assert not said
     assert (found[0] != found[1]).float().mean() < 0.05  # sums are rounded in another order
+
+
+@pytest.mark.slow
+def test_inductor_makes_one_kernel_of_mask_and_residual_sum() -> None:
+    """In the compiled attack one pointwise kernel at most is between two convolutions, forward and back: no switch needed."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), BasicBlock(8, 8, 1), BasicBlock(8, 8, 1), nn.Flatten()).eval()
+    x = torch.rand(2, 3, 8, 8)
+    network = AttackReplica(model, x, winograd=False).network
+
+    def gradient(x: Tensor) -> Tensor:
+        out, pull = torch.func.vjp(lambda leaf: network(leaf.view_as(leaf)), x)
+        return pull(torch.ones_like(out))[0]
+
+    _, codes = run_and_get_code(torch.compile(gradient, fullgraph=True), x)
+    body = codes[-1][codes[-1].index("def call(") :]
+    calls = re.findall(r"(cpp_fused\w*)\(|= (?:extern_kernels\.|torch\.ops\.aten\.)(convolution)\w*[.(]", body)
+    kinds = "".join("c" if convolution else "p" for _, convolution in calls)
+    assert kinds.count("c") == 10  # five convolutions, each forward and back
+    assert "pp" not in kinds
+    assert any("add" in name and "threshold_backward" in name for name, _ in calls)

@@ -44,6 +44,12 @@ LEVERS = (
         "first gradients compared with eager's",
     ),
     Lever(
+        "mask and residual sum of the gradient",
+        "in compile",
+        "Inductor already makes one kernel of both between two convolutions' gradients (its code for two residual blocks)",
+        "test: pointwise kernels between convolutions",
+    ),
+    Lever(
         "fold",
         "1.00 to 1.02",
         "bias and ReLU move the bytes that batch norm and ReLU do; needed by fused_conv",
