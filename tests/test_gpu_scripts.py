@@ -429,6 +429,27 @@ def test_the_callers_path_is_kept_and_only_what_lacks_is_added(
     assert bare.missing == []
 
 
+def test_a_slow_moment_does_not_hide_what_was_seen(
+    gpu: SimpleNamespace, tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch is looked at again after the prebuilt extension was taken; where that takes too long, the first look counts."""
+    seen = {"versions": {"torch": "2.11.0", "triton": "3.6.0"}, "python": "3.12.3", "extension_error": "none"}
+    looks = iter([seen, {"versions": {}, "torch_error": "importing it took longer than 30 s"}])
+    monkeypatch.setenv("FASTDYNAT_GPU_PACK", str(packed))
+    monkeypatch.setattr(gpu.bare, "missing", lambda env, modules: [])
+    monkeypatch.setattr(gpu.bare, "look", lambda env, seconds: next(looks))
+    monkeypatch.setattr(gpu.bare, "take_extension", lambda *a, **k: (True, "taken"))
+    (tmp_path / "fastdynat").mkdir()
+    (tmp_path / "fastdynat" / "_C.abi3.so").touch()
+    monkeypatch.setattr(gpu.bare, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.bare.Bare, "_unpack_data", lambda self: None)
+    with gpu.bare.Bare("cpu", tmp_path) as bare:
+        bare.prepare(10)
+        assert bare.about["software"] == "Python 3.12.3, torch 2.11.0, triton 3.6.0"
+        assert bare.why_no_build() == "a built _C.abi3.so is there"  # and no minutes are spent on another
+        assert bare.why_no_calls() == ""
+
+
 def test_compiled_packages_of_another_python_are_not_used(
     gpu: SimpleNamespace, tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +500,7 @@ def test_results_name_the_commit_that_was_taken_along(
     assert gpu.machine.commit(None) == "unknown"
     assert gpu.machine.commit({"commit": "abc", "tree": gpu.machine.tree()}) == "abc"
     assert gpu.machine.commit({"commit": "abc", "tree": "other"}) == "abc-dirty"
+    assert gpu.machine.commit({"commit": "abc-dirty", "tree": "other"}) == "abc-dirty"
 
 
 # Figures

@@ -68,11 +68,15 @@ class Bare:
         self._unpack_data()
         self._take_packages()
         found = look(self.env, 2 * limit)
+        took, word = False, ""
         if self._manifest is not None:
             took, word = take_extension(self.pack, self._manifest, found, cuda=self.device != "cpu")
             self.words.append(word)
-            found = found | look(self.env, max(10.0, limit - self.seconds())) if took else found
-        self._extension, self._known = found.get("extension"), "torch_error" not in found
+        again = look(self.env, limit) if took else found
+        if "torch_error" not in again:  # torch was seen before: a slow moment hides nothing of that
+            found = again
+        self._known = "torch_error" not in again
+        self._extension = found.get("extension")
         if error := found.get("torch_error"):
             self.words.append(f"torch: {error}")
         gpu = found.get("gpu")

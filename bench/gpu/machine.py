@@ -134,7 +134,9 @@ def commit(manifest: Mapping[str, Any] | None) -> str:
         pass
     if not manifest:
         return "unknown"
-    return str(manifest["commit"]) + ("" if manifest["tree"] == tree() else "-dirty")
+    packed = str(manifest["commit"]).removesuffix("-dirty")
+    same = manifest["tree"] == tree()
+    return str(manifest["commit"]) if same else f"{packed}-dirty"
 
 
 def take_extension(pack: Path, manifest: Mapping[str, Any], found: Mapping[str, Any], *, cuda: bool) -> tuple[bool, str]:

@@ -241,9 +241,6 @@ def describe(folder: Path) -> str:
         )
     if (data := manifest["data"]) is not None:
         lines.append(f"  {data['file']:<33} {data['images']} of {data['of']} images")
-    own = checkout_bytes()
     lines.append(f"  left out: {TOO_LARGE}")
-    lines.append(
-        f"  {folder_bytes(folder) / 2**20:.1f} MiB, with the checkout's {own / 2**20:.1f} MiB of {LIMIT / 2**20:.0f} MiB"
-    )
+    lines.append(f"  {folder_bytes(folder) / 2**20:.1f} MiB, and the checkout's own files {checkout_bytes() / 2**20:.1f} MiB")
     return "\n".join(lines)
