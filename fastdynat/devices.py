@@ -8,7 +8,8 @@ import torch
 
 from fastdynat.errors import UserError
 from fastdynat.measured import ANY, MARGIN, Workload, choose, half_types, slower_than_float32
-from fastdynat.ops import available_backends, selected_backend
+from fastdynat.ops import available_backends, prepare, selected_backend, use_backend
+from fastdynat.verified import WrongImplementation
 
 # What a sentence about a flag says to a caller from Python.
 KEYWORDS = (
@@ -114,12 +115,19 @@ def check_compile(mode: str, device: torch.device) -> None:
 
 
 def check_kernels(name: str, device: torch.device) -> None:
-    """Raise UserError where the operators cannot run as `name` asks on `device`."""
+    """Raise UserError where the operators cannot run as `name` asks on `device`, or are wrong there.
+
+    Verifies those that this machine has not verified yet, before graphs are captured and networks compiled.
+    """
+    remedy = "leave --kernels out for the best that this machine has"
     try:
         selected_backend(device.type, name)
+        with use_backend(name):
+            prepare(device)
+    except WrongImplementation as error:
+        raise UserError(f"{error}; {remedy}") from None
     except RuntimeError as error:
-        reason = str(error).partition(": ")[2]
-        raise UserError(f"--kernels {name}: {reason}; leave --kernels out for the best that this machine has") from None
+        raise UserError(f"--kernels {name}: {str(error).partition(': ')[2]}; {remedy}") from None
 
 
 def check_winograd(device: torch.device, amp: str) -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     {"attacks", "runs"},
     {"methods", "compat"},
     {"evaluation"},
-    {"engine", "doctor"},
+    {"engine", "doctor", "verification"},
     {"benchmark", "compare", "export", "report"},
     {"commandline"},
     {"cli"},

@@ -1,5 +1,6 @@
 """Implementations are verified where they run: planted faults are found, named and left out, and nothing else changes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import torch
 from conftest import SIMULATED_CUDA, needs
 from torch import Tensor
 
-from fastdynat import ops, verified
+from fastdynat import ops, verification, verified
+from fastdynat.cli import main
 from fastdynat.ops import _select
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
-from fastdynat.verified import Case, Check, judge, store
+from fastdynat.verified import Case, Check, check, judge, speed, store
 from fastdynat.verified.compare import difference
 from fastdynat.verified.examine import Prepared, apart
 
@@ -40,6 +42,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what this process knows, not what it stored."""
     for name in ("_known", "_lost", "_warned"):
         monkeypatch.setattr(judge, name, type(getattr(judge, name))())
+    monkeypatch.setattr(speed, "_winners", {})
 
 
 def cached() -> list[Path]:
@@ -71,7 +74,6 @@ def doubling(candidate: Callable[..., Any], **changes: Any) -> Check:
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastdynat.ops.checks  # noqa: F401
-    from fastdynat.verified import check
 
     monkeypatch.setattr(check, "_registry", dict(check._registry))
 
@@ -337,6 +339,40 @@ def test_the_caller_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, mode: str)
     assert wrong == ["pgd_step_linf"]
 
 
+TABLES = {
+    name: importlib.import_module(f"fastdynat.ops.{name}").IMPLEMENTATIONS
+    for name in _select.OPERATORS
+    if not name.startswith("winograd")
+}
+TINY = ["--train-size", "40", "--val-size", "20", "--batch-size", "20", "--steps", "2", "--epochs", "2", "--quiet"]
+
+
+def trained(folder: Path, *flags: str) -> tuple[bytes, list[Any]]:
+    """The weights of a run and the state of the process after it."""
+    torch.manual_seed(3)
+    assert main(["train", "--run-dir", str(folder), "--model", "small", *TINY, *flags]) == 0
+    return (folder / "last" / "model.safetensors").read_bytes(), state()
+
+
+@needs("ext")
+def test_a_run_with_wrong_kernels_is_the_run_on_eager_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    eager = trained(tmp_path / "eager", "--kernels", "eager")
+    for table in TABLES.values():
+        monkeypatch.setitem(table, "cpp", no_kernel)
+    new_process(monkeypatch)
+    with pytest.warns(RuntimeWarning) as heard:
+        found = trained(tmp_path / "wrong")
+    assert {str(w.message).partition(":")[0] for w in heard} == set(TABLES)
+    assert len(heard) == len(TABLES)
+    assert found == eager
+    starts = json.loads((tmp_path / "wrong" / "environment.json").read_text())
+    assert starts[0]["operators"].startswith("cpp, but eager for ")
+    # Refused before any work, and the state is that of never having tried.
+    with pytest.warns(RuntimeWarning) if not judge._warned else warnings.catch_warnings():
+        assert main(["train", "--run-dir", str(tmp_path / "insisted"), *TINY, "--kernels", "cpp"]) == 2
+    assert not (tmp_path / "insisted").exists()
+
+
 def test_no_check_at_import() -> None:
     code = """
 import sys, fastdynat.ops, fastdynat.attacks, fastdynat.evaluation
@@ -374,8 +410,8 @@ def test_another_version_or_processor_is_checked_again(monkeypatch: pytest.Monke
     elif change == "sources":
         source = tmp_path / "kernel.cpp"
         source.write_text("a kernel")
-        check = verified.registered()["pgd_step_linf"]
-        verified.register(replace(check, sources=(*check.sources, source)))
+        found = verified.registered()["pgd_step_linf"]
+        verified.register(replace(found, sources=(*found.sources, source)))
     else:
         now = store.versions(CPU)
         monkeypatch.setattr(store, "versions", lambda device: now | {change: "9.9"})
@@ -580,6 +616,40 @@ def test_nothing_runs_while_torch_compile_traces(monkeypatch: pytest.MonkeyPatch
     compiled = torch.compile(both, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), both.__wrapped__(x) if hasattr(both, "__wrapped__") else compiled(x))
     assert judge._known == {}
+
+
+# fastdynat doctor --check
+
+
+@needs("ext")
+def test_the_doctor_checks_afresh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(verification, "SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in [name for name in verified.registered() if name not in ("pgd_step_linf", "soft_margin")]:
+        del check._registry[name]
+    right = IMPLEMENTATIONS["cpp"]
+    planted(monkeypatch, wrong_when_half)
+    assert main(["doctor", "--check", "--json"]) == 1
+    rows = {(row["operator"], row["implementation"]): row for row in json.loads(capsys.readouterr().out)}
+    wrong = rows["pgd_step_linf", "cpp"]
+    assert wrong["status"] == "wrong"
+    assert "float16" in wrong["detail"]
+    assert "off by 0.001" in wrong["detail"]
+    assert wrong["milliseconds"] is None
+    assert rows["soft_margin", "cpp"]["status"] == "right"
+    for name in ("cpp", "eager"):
+        assert rows["soft_margin", name]["milliseconds"] > 0
+        assert rows["soft_margin", name]["share"] is None
+    assert rows["soft_margin", "cuda"]["status"] == "missing"
+    assert rows["soft_margin", "cuda"]["detail"]
+    assert main(["doctor", "--check"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Wrong and left out: pgd_step_linf (cpp, cpu)." in text
+    # Mended, it is found right again, and used again.
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpp", right)
+    assert main(["doctor", "--check"]) == 0
+    assert "All 2 implementations are right." in capsys.readouterr().out
+    assert verified.right("pgd_step_linf", CPU) == ("cpp", "eager")
 
 
 # The tables, on what stands for a GPU here.

@@ -24,6 +24,7 @@ from fastdynat.devices import AMP_DTYPES, pick_channels_last, winograd_pays
 from fastdynat.float32 import float32_name
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 from fastdynat.models.answers import NoGradient
+from fastdynat.ops import prepare
 
 Say = Callable[[str], None]
 
@@ -120,6 +121,8 @@ class AttackEngine:
         if not gradient_reaches(model, example) and not blind:
             raise NoGradient
         s = switches or AttackSwitches()
+        if s.compile != "off" or s.graphs or recorder is not None:
+            prepare(example.device)  # neither a compiler nor a capture can wait for a check
         self._recorder, self._note = recorder, Notes(say)
         self.replica = AttackReplica(
             model,

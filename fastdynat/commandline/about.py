@@ -19,6 +19,8 @@ class DoctorCommand:
     """Print JSON instead of a table."""
     try_compile: bool = False
     """Also compile a tiny function with torch.compile (takes a while the first time)."""
+    check: bool = False
+    """Compare every implementation of the operators with eager PyTorch instead, and time it; exit code 1 if one is wrong."""
 
 
 def recipes(argv: list[str]) -> int:
@@ -37,6 +39,10 @@ def recipes(argv: list[str]) -> int:
 def doctor(argv: list[str]) -> int:
     """Say what this machine can use."""
     command = parse(DoctorCommand, argv, "doctor").command
+    if command.check:
+        from fastdynat import verification
+
+        return verification.run(json=command.json)
     from fastdynat import doctor as machine
 
     return machine.run(json=command.json, try_compile=command.try_compile)

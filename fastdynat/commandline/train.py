@@ -95,12 +95,12 @@ def _fit(trainer: "Trainer", say: Any) -> int:
     import torch
 
     from fastdynat.engine import Diverged
-    from fastdynat.ops import selected_backend
+    from fastdynat.ops import operators_in_use
 
     path, c = trainer.run.path, trainer.config
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
     say(f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}")
-    say(f"run directory {path}, operators: {selected_backend(torch.device(c.engine.device).type)}")
+    say(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
     say(f"{attack}step: {trainer.step.path}")
     try:

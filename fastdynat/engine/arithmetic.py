@@ -6,14 +6,14 @@ import torch
 
 from fastdynat.config import EngineConfig
 from fastdynat.float32 import float32_name
-from fastdynat.ops import selected_backend
+from fastdynat.ops import operators_in_use
 
 
 def arithmetic(engine: EngineConfig) -> dict[str, Any]:
     """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
     device = torch.device(engine.device)
     precision = float32_name(device) if engine.amp == "off" else engine.amp
-    return {"operators": selected_backend(device.type), "on_cpu": device.type == "cpu", "precision": precision}
+    return {"operators": operators_in_use(device), "on_cpu": device.type == "cpu", "precision": precision}
 
 
 def rounding_of_resume(engine: EngineConfig) -> str | None:

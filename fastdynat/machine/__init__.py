@@ -3,17 +3,20 @@
 from fastdynat.machine import capability, racing
 from fastdynat.machine.cache import folder, replace_text
 from fastdynat.machine.capability import half_types, processor, vector_bits, versions
+from fastdynat.machine.gpu_racing import copy_bandwidth, race_on_gpu
 from fastdynat.machine.racing import Clock, one_thread, quiet_clock, race
 
 __all__ = [
     "Clock",
     "capability",
+    "copy_bandwidth",
     "folder",
     "half_types",
     "one_thread",
     "processor",
     "quiet_clock",
     "race",
+    "race_on_gpu",
     "racing",
     "replace_text",
     "vector_bits",

@@ -80,14 +80,20 @@ def processor(device: torch.device) -> dict[str, Any]:
 
 def versions(device: torch.device) -> dict[str, Any]:
     """Of the software that makes and runs kernels on `device`: fastdynat, torch, Triton, and on a GPU CUDA and its driver."""
-    found: dict[str, Any] = {"fastdynat": __version__, "torch": torch.__version__, "triton": None}
-    with suppress(PackageNotFoundError):
-        found["triton"] = version("triton")
+    found: dict[str, Any] = {"fastdynat": __version__, "torch": torch.__version__, "triton": _triton()}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": list(torch.cuda.get_device_capability(device))}
     return found
 
 
+@functools.lru_cache
+def _triton() -> str | None:
+    with suppress(PackageNotFoundError):
+        return version("triton")
+    return None
+
+
+@functools.lru_cache
 def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
     """The driver's own line with its version; empty on systems without the file."""
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdynat import verified
 from fastdynat.errors import unknown_name
 from fastdynat.ops import _extension
+from fastdynat.ops._timed import fastest_of
 
 BACKENDS = ("triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "FASTDYNAT_KERNELS"
@@ -120,7 +121,10 @@ def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor
     """
     asked = _asked(backend)
     if asked == "auto":
-        return implementations[_best(op, implementations, like.device)]
+        names = _usable(op, implementations, like.device)
+        if len(names) == 1 or torch.compiler.is_compiling():
+            return implementations[names[0]]
+        return fastest_of(op, implementations, names, like, capturing=capturing)
     _check_possible(op, implementations, asked, like.device.type)
     if backend == "auto" and is_native(asked, like.device.type):
         _insist(op, asked, like.device)
@@ -132,7 +136,7 @@ def is_native(name: str, device_type: str) -> bool:
     return name in _PREFERENCE.get(device_type, ()) and name != verified.REFERENCE
 
 
-def prepare(device: torch.device, *, say: Callable[[str], None] | None = None) -> None:
+def prepare(device: torch.device) -> None:
     """Verify now, on `device`, the implementations of all operators that would be verified at their first use.
 
     For whoever captures CUDA graphs or compiles. Where the override or the environment insist on one, it is verified alone.
@@ -144,7 +148,7 @@ def prepare(device: torch.device, *, say: Callable[[str], None] | None = None) -
         device = torch.device("cuda", torch.cuda.current_device())
     asked = _asked("auto")
     if asked == "auto":
-        verified.prepare(device, OPERATORS, say=say)
+        verified.prepare(device, OPERATORS)
     elif is_native(asked, device.type) and why_not(asked, device.type) is None:
         for op in OPERATORS:
             verified.insist(op, asked, device)
@@ -186,24 +190,24 @@ def _candidates(offered: Collection[str], device_type: str) -> list[str]:
     return [n for n in order if n in offered and n != verified.REFERENCE and why_not(n, device_type) is None]
 
 
-def _best(op: str, offered: Collection[str], device: torch.device) -> str:
-    """The preferred implementation among those that are right on `device`."""
+def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[str, ...]:
+    """The implementations that are right on `device`, the preferred one first; the preferred one alone while compiling."""
     names = _candidates(offered, device.type)
     if not names or verified.checking():
-        return names[0] if names else verified.REFERENCE
+        return (*names[:1], verified.REFERENCE)[:1]
     if torch.compiler.is_compiling():
-        return _best_known(op, tuple(names), device.type, device.index)
+        return (_best_known(op, tuple(names), device.type, device.index),)
     found: Mapping[str, verified.Verdict] | None = verified.peek(op, device)
     if found is None or any(name not in found for name in names):
-        if _capturing(device):
-            return _best_known(op, tuple(names), device.type, device.index)
+        if capturing(device):
+            return (_best_known(op, tuple(names), device.type, device.index),)
         found = _verdicts(op, device)
-    return next((name for name in names if name not in found or found[name].right), verified.REFERENCE)
+    return (*(name for name in names if name not in found or found[name].right), verified.REFERENCE)
 
 
 @torch.compiler.assume_constant_result
 def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | None) -> str:
-    """`_best` where nothing can be run: the verdict of this process or of an earlier one, and eager where there is none."""
+    """The best where nothing can be run: the verdict of this process or of an earlier one, and eager where there is none."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     _load_checks()
     if op not in verified.registered():
@@ -223,7 +227,7 @@ def _insist(op: str, name: str, device: torch.device) -> None:
         return
     found = verified.peek(op, device)
     if found is None or name not in found:
-        if _capturing(device):
+        if capturing(device):
             return
         _load_checks()
         if op not in verified.registered():
@@ -231,7 +235,8 @@ def _insist(op: str, name: str, device: torch.device) -> None:
     verified.insist(op, name, device)
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -90,7 +90,9 @@ def record_start(path: Path, *, operators: str, on_cpu: bool = True, precision: 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -> list[str]:
     """What is another in two records of starts, with the remedy where there is one; a missing entry is unknown, not another."""
-    remedies = {"operators": " (--kernels {} keeps them)", "torch": ""}
+    # Where one was wrong, nothing keeps "cpp, but eager for this one".
+    mixed = "," in str(before.get("operators"))
+    remedies = {"operators": "" if mixed else " (--kernels {} keeps them)", "torch": ""}
     remedies |= {"threads": " (OMP_NUM_THREADS={} keeps them)", "processor": ""} if on_cpu else {"gpus": ""}
     names = {"torch": "PyTorch changes", "processor": "the processor changes", "gpus": "the GPUs change"}
     # The number of cores beside the processor's name is not part of it.

@@ -15,6 +15,7 @@ To add one: describe the computation once, where its implementations are, and as
 
     if "cudnn" in verified.right("convolution_relu", x.device):
         ...
+    verified.fastest("convolution_relu", x.device, "128x64x32x32", {"cudnn": call, "eager": other})   # of right ones
 
 The first question on a device runs the table, on a thread of its own: the caller's generators, grad mode, autocast, default
 device and current stream are not touched; the allocator's peak statistics on a GPU include the few MiB of the cases. An
@@ -27,6 +28,7 @@ torch.compile traces or a CUDA graph is captured: `prepare` before. ``fastdynat 
 from fastdynat.verified.check import REFERENCE, RIGHT, Case, Check, Timing, Verdict, register, registered
 from fastdynat.verified.examine import DeviceLost, checking
 from fastdynat.verified.judge import WrongImplementation, describe, insist, known, peek, prepare, right, verdicts
+from fastdynat.verified.speed import fastest, timed, winner
 
 __all__ = [
     "REFERENCE",
@@ -39,6 +41,7 @@ __all__ = [
     "WrongImplementation",
     "checking",
     "describe",
+    "fastest",
     "insist",
     "known",
     "peek",
@@ -46,5 +49,7 @@ __all__ = [
     "register",
     "registered",
     "right",
+    "timed",
     "verdicts",
+    "winner",
 ]

@@ -2,7 +2,8 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,9 @@ from fastdynat.verified.compare import difference
 
 Value = TypeVar("Value")
 CALLS = 2  # of each case: a race between threads may show in the second one only
+PATIENCE = 5.0  # seconds after Ctrl-C
 _here = threading.local()
+_stop = threading.Event()
 
 
 class DeviceLost(UserError):
@@ -35,11 +38,13 @@ def apart(run: Callable[[], Value]) -> Value:
     """
     result: list[Value] = []
     errors: list[BaseException] = []
+    _stop.clear()
 
     def body() -> None:
         _here.checking = True
         try:
-            result.append(run())
+            with _without_sync_debugging():
+                result.append(run())
         except BaseException as error:  # goes on in the caller's thread
             errors.append(error)
 
@@ -47,10 +52,33 @@ def apart(run: Callable[[], Value]) -> Value:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         thread.start()
-        thread.join()
+        try:
+            thread.join()
+        except BaseException:  # Ctrl-C: a kernel that hangs keeps its mark, and any other case is soon over
+            _stop.set()
+            thread.join(PATIENCE)
+            raise
     if errors:
         raise errors[0]
     return result[0]
+
+
+@contextmanager
+def _without_sync_debugging() -> Iterator[None]:
+    """Comparing waits for the device, on purpose."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch._C._cuda_get_sync_debug_mode()
+    torch._C._cuda_set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch._C._cuda_set_sync_debug_mode(before)
+
+
+class Stopped(Exception):
+    """The caller was interrupted."""
 
 
 class Prepared:
@@ -71,6 +99,8 @@ class Prepared:
         run = self.check.candidates[candidate]
         for number, (case, args, expected) in enumerate(self.calls):
             note(case.name)
+            if _stop.is_set():
+                raise Stopped
             try:
                 found = self._of_case(run, case, args, expected)
             except torch.OutOfMemoryError:  # says nothing about the candidate

@@ -38,7 +38,7 @@ def key_of(check: Check, device: torch.device) -> dict[str, Any]:
     for path in check.sources:
         with suppress(OSError):
             about = path.stat()
-            sources[path.name] = [about.st_size, about.st_mtime_ns]
+            sources[f"{path.parent.name}/{path.name}"] = [about.st_size, about.st_mtime_ns]
     found = {"check": check.name, "device": device.type, "processor": processor(device), "sources": sources}
     return found | {"versions": versions(device)}
 
@@ -58,6 +58,16 @@ def load(key: Mapping[str, Any]) -> Stored:
             found = parse_json(text, Stored, origin=str(path), what="a list of verdicts", format=FORMAT)
             return found if found.key == json.loads(json.dumps(key)) else nothing
     return nothing
+
+
+def writable() -> bool:
+    """Whether verdicts can be kept, as far as that can be known without writing one."""
+    base = folder("verified")
+    with suppress(OSError):
+        if base is not None:
+            base.mkdir(parents=True, exist_ok=True)
+            return os.access(base, os.W_OK | os.X_OK)
+    return False
 
 
 def save(stored: Stored) -> bool:
