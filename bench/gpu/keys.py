@@ -50,7 +50,7 @@ def tests(path: Path) -> str:
 def doctor(log: Path) -> str:
     """The operators that it dropped or found wrong, where it says so."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    wrong = [line for line in lines if re.search(r"\b(wrong|dropped|FAILED)\b", line)]
+    wrong = [line for line in lines if re.search(r"\b(wrong|left out|fails|failed)\b", line)]
     return wrong[0][:100] if wrong else f"{len(lines)} lines"
 
 
