@@ -54,7 +54,20 @@ def require_run(path: Path | str) -> None:
     if not os.path.exists(path):  # False, not an error, where a parent may not be entered
         raise UserError(f"no run at {path}")
     if not looks_like_run(path):
+        if _is_forbidden(path / CONFIG):
+            raise UserError(f"cannot read {path / CONFIG}: Permission denied")
         raise UserError(f"{path} is not a run directory: it has no {CONFIG} written by fastdynat")
+
+
+def _is_forbidden(path: Path) -> bool:
+    """Whether it is this user's rights that keep `path` from being read."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def run_id(path: Path) -> str | None:
