@@ -6,6 +6,7 @@ from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0, le=10**15)]
 Positive = Annotated[int, Meta(ge=1, le=10**15)]
+Whole = Annotated[int, Meta(ge=-(10**15), le=10**15)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 AboveZero = Annotated[float, Meta(gt=0, le=1e300)]

@@ -14,7 +14,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from fastdynat.documents import convert, read_json_lines
-from fastdynat.documents.numbers import Positive
+from fastdynat.documents.numbers import Positive, Whole
 from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
@@ -119,7 +119,7 @@ class _Row:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, one per epoch in their order. Raises UserError where it is damaged."""
     remedy = "move it away to go on without the rows of earlier epochs"
-    rows = read_json_lines(path, dict[str, bool | int | float | None], what="a run's metrics", remedy=remedy)
+    rows = read_json_lines(path, dict[str, bool | Whole | float | None], what="a run's metrics", remedy=remedy)
     origins = [f"{path}, line {number}" for number in range(1, len(rows) + 1)]
     why = f"it is damaged or was edited; {remedy}"
     epochs = [convert(row, _Row, origin=origin, why=why).epoch for row, origin in zip(rows, origins, strict=True)]

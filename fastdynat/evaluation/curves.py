@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attack, usual_step
 from fastdynat.data import ImageSet
+from fastdynat.documents.numbers import Radius, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits, wilson
@@ -27,9 +28,9 @@ class EpsCurve:
 
     norm: str
     attack: str
-    eps: list[float]
-    accuracy: list[float]
-    ci: list[tuple[float, float]]
+    eps: list[Radius]
+    accuracy: list[Share]
+    ci: list[tuple[Share, Share]]
 
     @classmethod
     def of(cls, norm: str, attack: str, correct: dict[float, int], images: int) -> "EpsCurve":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdynat.attacks import Ascent, NamedAttack, attack_mode
 from fastdynat.data import ImageSet, eval_batches
+from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, predict
 
@@ -26,8 +27,8 @@ class TransferMatrix:
 
     names: list[str]
     attack: str
-    clean: list[float]
-    accuracy: list[list[float]]
+    clean: list[Share]
+    accuracy: list[list[Share]]
 
 
 @exact_float32()

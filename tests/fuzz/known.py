@@ -14,6 +14,7 @@ from fuzz.harness import Case
 from fuzz.weights import NET, REAL
 
 RESUME, EVAL, REPORT, OVERWRITE = COMMANDS[1], COMMANDS[2], COMMANDS[4], COMMANDS[-1]
+CACHED_REPORT = ["report", "run", "--no-attacks", "--num-images", "8", "--out", "rep"]
 NAMED_EVAL = ["eval", "caf\udce9", "--attacks", "clean", "--num-images", "8"]
 NAMED_REPORT = ["report", "caf\udce9", "--no-attacks", "--out", "rep2"]
 Prepare = Callable[[Path], object]
@@ -45,6 +46,19 @@ def _large_images(architecture: str) -> Prepare:
             write_manifest(folder, read_manifest(folder).origin)
 
     return prepare
+
+
+def _curve(work: Path) -> None:
+    path = work / "rep" / "findings.json"
+    stored = json.loads(path.read_text())
+    stored["findings"][0]["value"]["ci"][1][0] = -(2**63)
+    path.write_text(json.dumps(stored))
+
+
+def _long_loss(work: Path) -> None:
+    path = work / "run" / "metrics.jsonl"
+    rows = [json.loads(line) | {"loss": 10**400} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _nothing(work: Path) -> None:
@@ -79,6 +93,8 @@ KNOWN: dict[str, tuple[Prepare, list[str], int]] = {
     "deep network": (_nothing, [*STARTS["train"], "--model", "wrn-100000-1000"], 2),
     "deep guide": (_nothing, [*STARTS["train"], "--guide", "wrn-1000000-1"], 2),
     "newline in a teacher": (_nothing, ["train", "--method", "rslad", "--guide-from", "a\nb", *TINY], 2),
+    "an interval beyond any share": (_curve, CACHED_REPORT, 2),
+    "a loss of 400 digits": (_long_loss, CACHED_REPORT, 2),
     "results onto the weights": (_net, [*NET_EVAL, "w.pt"], 2),
     "results onto the network's source": (_net, [*NET_EVAL, "net.py"], 2),
     "results onto a picture": (_net, [*NET_EVAL, "pictures/train/a/0.png"], 2),
