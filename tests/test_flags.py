@@ -198,6 +198,35 @@ def test_bare_flags() -> None:
         words_of("eval", "--amp", "bf61", "RUN")
 
 
+def test_a_word_after_a_bare_flag_is_a_run_only_where_it_can_be_one(tmp_path: Path) -> None:
+    auto = f"--amp={BARE['--amp'][0]}"
+    for place in (str(tmp_path), "runs/nowhere", "timm:resnet18"):
+        assert words_of("eval", "RUN", "--amp", place) == ["RUN", place, auto]
+    with pytest.raises(UserError, match="--amp must be off, bf16, fp16 or auto, got 'nosuch'"):
+        words_of("eval", "RUN", "--amp", "nosuch")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "no run at nowhere"),
+        ([".", "--data", "digits"], "is not a run directory"),
+        (["timm:resnet18"], "comes without data: give --data"),
+        ([".", "--weights", "w.pt"], "--weights w.pt is for models"),
+    ],
+)
+def test_eval_measures_no_precision_for_what_is_not_there(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdynat.devices.choose", lambda *args, **kwargs: pytest.fail("measured"))
+    assert message in one_line(["eval", *argv, "--amp"], capsys)
+
+
 def test_values_that_begin_with_a_dash_and_several_values() -> None:
     assert words_of("train gairat", "--lam", "-1", "--weight-decay", "-.5") == ["--lam=-1", "--weight-decay=-.5"]
     assert words_of("train dynat", "--milestones", "0.1", "0.2", "--quiet") == ["--milestones", "0.1", "0.2", "--quiet"]

@@ -1,9 +1,9 @@
 """Reading a command's words: every refusal is one line that names the flag and the nearest right one."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastdynat.commandline.flags import Flag
 from fastdynat.errors import UserError, nearest, shown
@@ -62,7 +62,8 @@ def read_words(argv: Sequence[str], flags: Mapping[str, Flag], command: str, els
             continue
         name, equals, value = word.partition("=")
         flag, on = _lookup(name, flags, command, elsewhere)
-        values = [value] if equals else _following(words[i:], flag, places is not None)
+        missing = places is not None and not found.positional
+        values = [value] if equals else _following(words[i:], flag, places is not None, missing)
         i += 0 if equals else len(values)
         _put(found, flag, _values(flag, on, values, bool(equals)))
     _check_places(found.positional, places, command)
@@ -94,14 +95,17 @@ def _lookup(name: str, flags: Mapping[str, Flag], command: str, elsewhere: Mappi
     )
 
 
-def _following(rest: Sequence[str], flag: Flag, places: bool) -> list[str]:
-    """The words after `flag` that are its values."""
+def _following(rest: Sequence[str], flag: Flag, places: bool, missing: bool) -> list[str]:
+    """The words after `flag` that are its values.
+
+    places: the command takes positional words; `missing`: and none has been given yet.
+    """
     if flag.values == "none" or not rest or _is_flag(rest[0]):
         return []
     if flag.values == "many":
         return list(_until_flag(rest))
     # A bare flag before a run's directory: `eval --compile RUN`.
-    if flag.bare is not None and places and (not _fits(flag, rest[0])) and not _misspelt(flag, rest[0]):
+    if flag.bare is not None and places and not _fits(flag, rest[0]) and _is_place(flag, rest[0], missing):
         return []
     return [rest[0]]
 
@@ -121,8 +125,11 @@ def _fits(flag: Flag, text: str) -> bool:
     return True
 
 
-def _misspelt(flag: Flag, text: str) -> bool:
-    return not Path(text).exists() and ":" not in text and bool(nearest(text, flag.choices, n=1))
+def _is_place(flag: Flag, text: str, missing: bool) -> bool:
+    """Whether `text` after the bare `flag` was meant as a run directory or a model; else it is a misspelt value."""
+    if ":" in text or "/" in text or os.path.exists(text):
+        return True
+    return missing and not nearest(text, flag.choices, n=1)
 
 
 def _values(flag: Flag, on: bool, values: Sequence[str], equals: bool) -> tuple[str, ...]:

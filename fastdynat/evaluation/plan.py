@@ -99,6 +99,24 @@ class Target:
         return {**origin, **sizes, "images": len(self.images), "fastdynat": __version__}
 
 
+def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
+    """Refuse what cannot be evaluated by its name alone, before anything is measured or loaded.
+
+    Raises:
+        UserError: no run there, a model without --data, or --weights where there is no model to take them.
+    """
+    if config.weights is not None and not any(_is_model(str(name)) for name in names):
+        raise UserError(
+            f"--weights {config.weights} is for models such as torchvision:NAME or module:callable; {names[0]} is a "
+            "run, which brings its own: leave --weights out"
+        )
+    for name in names:
+        if not _is_model(str(name)):
+            require_run(name)
+        elif config.data == "auto":
+            raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
+
+
 class Planner:
     """Loads and checks everything that one evaluation needs, each test set once."""
 
@@ -110,11 +128,7 @@ class Planner:
     def plan(self, names: Sequence[str | Path]) -> list[Target]:
         """The targets that `names` stand for: an existing path is a run, another name with a colon in it a model."""
         targets = []
-        if self.config.weights is not None and not any(_is_model(str(name)) for name in names):
-            raise UserError(
-                f"--weights {self.config.weights} is for models such as torchvision:NAME or module:callable; {names[0]} is a "
-                "run, which brings its own: leave --weights out"
-            )
+        check_names(names, self.config)
         for name in names:
             if _is_model(str(name)):
                 targets.append(self._model(str(name)))
@@ -125,7 +139,6 @@ class Planner:
 
     def _run(self, path: Path) -> list[Target]:
         config = self.config
-        require_run(path)
         stored = read_yaml(path / CONFIG)
         if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
             raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
@@ -156,8 +169,6 @@ class Planner:
         return None
 
     def _model(self, name: str) -> Target:
-        if self.config.data == "auto":
-            raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
         info, images = self._test_set(self.config.data, DataConfig().data_dir, self.config.image_size, download=True)
         network, weights = _load_foreign(name, info, self.config.weights, self.say)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}

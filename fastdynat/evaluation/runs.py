@@ -16,7 +16,7 @@ from fastdynat.evaluation.config import EvalConfig, check_config, settled
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.evaluation.meter import Meter
-from fastdynat.evaluation.plan import Planner, Target, TestSets
+from fastdynat.evaluation.plan import Planner, Target, TestSets, check_names
 from fastdynat.evaluation.record import FORMAT, Values, make_record
 from fastdynat.evaluation.table import print_results
 from fastdynat.ops import use_backend
@@ -38,6 +38,8 @@ def evaluate_runs(
     # Of path/to/file.py:callable, the file.
     files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
     check_results((config.json,), inputs=(config.weights, *files))
+    check_config(config)
+    check_names(names, config)
     config = settled(config, lambda text: console.print(text, **AS_IS))
     records: list[Values] = []
     file = Path(config.json) if config.json else None
