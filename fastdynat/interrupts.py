@@ -3,9 +3,10 @@
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from signal import Signals
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,11 +20,11 @@ def in_child(pid: int, number: int) -> bool:
     return True
 
 
-class Interruption:
-    """While active, each of the signals raises KeyboardInterrupt, where nobody else has a handler for it.
+class Handlers(ABC):
+    """While active, SIGINT, SIGTERM and SIGHUP are this object's, but for those that are left to others.
 
     Attributes:
-        signal: the last one that came. What a library makes of the exception is still its work.
+        signal: the last one that came; None if none did.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,11 @@ class Interruption:
         self._previous: dict[Signals, Any] = {}
         self._pid = os.getpid()
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> Self:
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) the caller's stay in force.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                # An ignored one stays ignored: nohup.
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                if self.takes_over(number, signal.getsignal(number)):
                     self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -44,9 +45,29 @@ class Interruption:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if in_child(self._pid, number):
-            return
-        self.signal = Signals(number)
+        if not in_child(self._pid, number):
+            self.received(Signals(number))
+
+    @abstractmethod
+    def takes_over(self, number: Signals, handler: Any) -> bool:
+        """Whether `number`, whose present handler is `handler`, becomes this object's."""
+
+    @abstractmethod
+    def received(self, number: Signals) -> None:
+        """What `number` does."""
+
+
+class Interruption(Handlers):
+    """While active, each of the signals raises KeyboardInterrupt, where nobody else has a handler for it.
+
+    What a library makes of the exception is still its work.
+    """
+
+    def takes_over(self, number: Signals, handler: Any) -> bool:
+        return handler in (signal.SIG_DFL, signal.default_int_handler)  # an ignored one stays ignored: nohup
+
+    def received(self, number: Signals) -> None:
+        self.signal = number
         raise KeyboardInterrupt
 
     @property
