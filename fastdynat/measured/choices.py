@@ -54,10 +54,11 @@ def choose(
     work: the convolutions in hand.
     """
     lacking = half_types(device)
-    types = [name for name in ("bf16", "fp16") if name in amps and not lacking[name]]
+    fast = faster_types(device)
+    types = [name for name in fast if name in amps]
     if device.type == "cuda":
         return _on_gpu(types, lacking, device)
-    timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock, work)
+    timed = _timed(device, fast, clock, work)
     allowed = [s for s in settings(types) if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)]
     allowed = [s for s in allowed if channels_last in (None, s.channels_last)]
     if not allowed:  # a half type without instructions is insisted on: oneDNN's emulation is the least slow
@@ -108,9 +109,9 @@ def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = No
 
     Where the type has no instructions, this times a single small layer.
     """
-    lacking = half_types(device)
-    if not lacking[amp]:
-        timed = _timed(device, [name for name in ("bf16", "fp16") if not lacking[name]], clock)
+    fast = faster_types(device)
+    if amp in fast:
+        timed = _timed(device, fast, clock)
     else:
         pair = [Setting("off", True), Setting(amp, True)]
         timed = _remembered(f"{amp} emulated", device, pair, clock, TINY)
