@@ -26,7 +26,8 @@ class Limit:
     """The values that a number may have.
 
     Attributes:
-        least, most: the ends of the range, which belong to it unless they are `open_least`, `open_most`.
+        least, most: the ends of the range, which belong to it unless they are `open_least`, `open_most`. Only shares have a
+            `most` here: where plain numbers end is in `fastdynat.limits`.
         text: what the number must be.
         remedy: what follows the number that was given.
     """
@@ -44,54 +45,52 @@ class Limit:
         below = value < self.most if self.open_most else value <= self.most
         if above and below and math.isfinite(value):
             return
-        beyond = above and math.isfinite(value) and not any(sign in self.text for sign in ("[", "(", "between"))
-        text = f"at most {self.most:g}" if beyond else self.text
         number = value if isinstance(value, int) and abs(value) < 1e18 else f"{float(value):g}"
-        raise UserError(f"{key} must be {text}, got {number}{self.remedy}")
+        raise UserError(f"{key} must be {self.text}, got {number}{self.remedy}")
 
 
-def _count(least: int, most: float, what: str = "") -> Limit:
-    return Limit(least, most, f"{what and what + ' '}>= {least}")
+def _from(least: int, text: str = "", remedy: str = "") -> Limit:
+    return Limit(least, math.inf, text or f">= {least}", remedy)
 
 
-def _above(least: float, most: float, what: str = "") -> Limit:
-    return Limit(least, most, f"above {least:g}{what and ' ' + what}", open_least=True)
+def _above(least: float, what: str = "") -> Limit:
+    return Limit(least, math.inf, f"above {least:g}{what and ' ' + what}", open_least=True)
 
 
 SHARE = Limit(0, 1, "in [0, 1]")
 KEEP = Limit(0, 1, "in [0, 1)", open_most=True)
 OF_RUN = Limit(0, 1, "a share of the run in [0, 1)", open_most=True)
-IMAGES = Limit(0, 1e9, "a number of validation images, 0 for none")
+IMAGES = _from(0, "a number of validation images, 0 for none")
+SIZE = limits.MAX_IMAGE_SIZE
 # By key: groups and commands that have a key mean the same by it.
 LIMITS = {
-    **dict.fromkeys(("batch_size", "eval_batch_size", "num_images"), _count(1, 1e7)),
-    **dict.fromkeys(("train_size", "labelled"), _count(1, 1e9)),
-    "val_size": Limit(0, 1e9, "a number of images or a share below 1"),
-    "image_size": Limit(1, 4096, "between 1 and 4096 pixels"),
-    "workers": _count(0, 1024),
-    "epoch_steps": Limit(1, 1e9, "a number of updates >= 1", "; leave it out for one pass"),
+    **dict.fromkeys(("batch_size", "eval_batch_size", "num_images"), _from(1)),
+    **dict.fromkeys(("train_size", "labelled"), _from(1)),
+    "val_size": _from(0, "a number of images or a share below 1"),
+    "image_size": Limit(1, SIZE, f"between 1 and {SIZE} pixels"),
+    "workers": _from(0),
+    "epoch_steps": _from(1, "a number of updates >= 1", "; leave it out for one pass"),
     "bn_momentum": Limit(0, 1, "a share in (0, 1]", "; 0.1 is usual", open_least=True),
-    "bn_reset_epoch": Limit(0, 1e6, "an epoch counted from 0"),
-    "steps": _count(0, 1e6),
+    "bn_reset_epoch": _from(0, "an epoch counted from 0"),
+    "steps": _from(0),
     "early_share": SHARE,
-    "awp": Limit(0, 1, "in [0, 1], a share of each tensor's norm", " (the published sizes are 0.005 and 0.01)"),
-    "awp_warmup": Limit(0, 1e6, "a number of epochs"),
-    "epochs": _count(1, 1e6),
-    **dict.fromkeys(("lr", "burn_in_lr"), _above(0, 1e38)),  # a rate that diverges says so
+    "awp": _from(0, "in [0, 1], a share of each tensor's norm", " (the published sizes are 0.005 and 0.01)"),
+    "awp_warmup": _from(0, "a number of epochs"),
+    "epochs": _from(1),
+    **dict.fromkeys(("lr", "burn_in_lr"), _above(0)),  # a rate that diverges says so
     **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "ema"), KEEP),
-    **dict.fromkeys(("weight_decay", "gamma"), Limit(0, 1e3, ">= 0")),
-    "clip_grad": Limit(0, 1e9, ">= 0"),
-    "schedule_ahead": Limit(0, 1e6, "a number of updates >= 0"),
+    **dict.fromkeys(("weight_decay", "gamma", "clip_grad"), _from(0)),
+    "schedule_ahead": _from(0, "a number of updates >= 0"),
     "ema_warmup": OF_RUN,
     "warmup": OF_RUN,
     **dict.fromkeys(("check_fidelity", "boundary_speed"), IMAGES),
     "stop_at": Limit(0, 1, "a share in (0, 1]", "; write 45 % as 0.45", open_least=True),
-    "patience": _count(1, 1e6, "a number of validations"),
-    "save_every": _above(0, 1e6, "minutes"),
-    **dict.fromkeys(("val_every", "stop_after"), _count(1, 1e6)),
-    "seconds": _above(0, 1e6),
-    "repeats": _count(1, 1e6),
-    **dict.fromkeys(("budget", "budget_seconds"), _above(0, 1e8, "seconds")),
+    "patience": _from(1, "a number of validations >= 1"),
+    "save_every": _above(0, "minutes"),
+    **dict.fromkeys(("val_every", "stop_after"), _from(1)),
+    "seconds": _above(0),
+    "repeats": _from(1),
+    **dict.fromkeys(("budget", "budget_seconds"), _above(0, "seconds")),
     "tolerance": Limit(0, 1, "a share in [0, 1)", open_most=True),
 }
 

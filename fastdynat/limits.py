@@ -1,6 +1,6 @@
 """The largest value of each number of a configuration: beyond it a typing error is certain, and memory or a lifetime at stake.
 
-The smallest values, which depend on other flags, are checked where the flags are resolved.
+The smallest values and shares are in `fastdynat.checks`; what depends on other flags is checked where these are resolved.
 """
 
 from dataclasses import fields
@@ -10,7 +10,7 @@ from fastdynat.documents import shown
 from fastdynat.errors import UserError
 
 MAX_IMAGE_SIZE = 4096  # pixels on a side
-IMAGES, BATCH, EPOCHS, SECONDS = 10**9, 10**6, 10**6, 10**9
+IMAGES, BATCH, EPOCHS = 10**9, 10**6, 10**6
 MOST: dict[str, float] = {
     # images
     "train_size": IMAGES,
@@ -30,20 +30,20 @@ MOST: dict[str, float] = {
     "epochs": EPOCHS,
     "burn_in": EPOCHS,
     "bn_reset_epoch": EPOCHS,
-    "schedule_ahead": 10**9,
+    "schedule_ahead": 10**6,
     "lr": 1e30,
     "burn_in_lr": 1e30,
-    "weight_decay": 1e9,
-    "gamma": 1e9,
-    "clip_grad": 1e30,
+    "weight_decay": 1e3,
+    "gamma": 1e3,
+    "clip_grad": 1e9,
     # run and measurement
     "patience": EPOCHS,
     "val_every": EPOCHS,
     "stop_after": EPOCHS,
-    "save_every": SECONDS,
-    "seconds": SECONDS,
-    "budget": SECONDS,
-    "budget_seconds": SECONDS,
+    "save_every": 10**6,  # minutes
+    "seconds": 10**6,
+    "budget": 10**8,
+    "budget_seconds": 10**8,
     "repeats": 10**6,
 }
 

@@ -1,11 +1,14 @@
 """Every number of a configuration has a largest value."""
 
 import dataclasses
+import math
 import typing
 
 import pytest
 
 from fastdynat.benchmark import BenchConfig
+from fastdynat.checks import LIMITS
+from fastdynat.checks import check_limits as check_all_limits
 from fastdynat.compare import CompareConfig
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from fastdynat.errors import UserError
@@ -51,3 +54,26 @@ def test_every_number_has_a_largest_value(config: type) -> None:
         for beyond in (2 * MOST[name], 10**400, float("inf")):
             with pytest.raises(UserError, match=f"^{name} must be at most "):
                 check_limits(dataclasses.replace(config(), **{name: beyond}))
+
+
+def test_every_upper_bound_has_one_owner() -> None:
+    """What ends in `limits.MOST` has no other end in `checks.LIMITS`, and what has none there ends in `limits.MOST`."""
+    assert {key for key, limit in LIMITS.items() if limit.most == math.inf} == LIMITS.keys() & MOST.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weight_decay", 1001.0, "weight_decay must be at most 1000, got 1001"),
+        ("weight_decay", float("nan"), "weight_decay must be >= 0, got nan"),
+        ("clip_grad", 1.1e9, "clip_grad must be at most 1e\\+09, got 1"),
+        ("schedule_ahead", 10**6 + 1, "schedule_ahead must be at most 1e\\+06, got 1000001"),
+        ("epochs", 0, "epochs must be >= 1, got 0"),
+        ("lr", 0.0, "lr must be above 0, got 0"),
+        ("lr", float("inf"), "lr must be at most 1e\\+30, got inf"),
+        ("momentum", 1.0, r"momentum must be in \[0, 1\), got 1"),
+    ],
+)
+def test_the_ends_of_the_optimisers_numbers(key: str, value: float, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_all_limits(dataclasses.replace(OptimConfig(), **{key: value}))
