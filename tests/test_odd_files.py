@@ -21,8 +21,8 @@ from fastdynat.models import build, build_model
 from fastdynat.report import records
 from fastdynat.report.files import RECORD, ReportFiles
 from fastdynat.runs import RunDir, check_new, find_checkpoint, looks_like_run
-from fastdynat.runs.checkpoints import identity_of
 from fastdynat.runs.files import check_results, write_text
+from fastdynat.runs.find import identity_of
 from fastdynat.runs.layout import BEST, LAST
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.tensorfiles import read_safetensors

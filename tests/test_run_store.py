@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastdynat.cli import main
 from fastdynat.errors import UserError
 from fastdynat.runs import BEST, LAST, RunDir, find_checkpoint, newest_checkpoint
-from fastdynat.runs.checkpoints import own_checkpoints
+from fastdynat.runs.find import own_checkpoints
 from fastdynat.runs.layout import OWNED
 from fastdynat.runs.manifest import check_manifest, read_manifest
 

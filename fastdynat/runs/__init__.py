@@ -5,10 +5,6 @@ from typing import TYPE_CHECKING
 from fastdynat.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastdynat.runs.checkpoints import (
-        find_checkpoint,
-        newest_checkpoint,
-    )
     from fastdynat.runs.environment import (
         describe_environment,
         record_start,
@@ -21,6 +17,10 @@ if TYPE_CHECKING:
         check_output,
         check_results,
         check_writable,
+    )
+    from fastdynat.runs.find import (
+        find_checkpoint,
+        newest_checkpoint,
     )
     from fastdynat.runs.layout import (
         BEST,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checkpoints": (
+        "find": (
             "find_checkpoint",
             "newest_checkpoint",
         ),

@@ -6,14 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastdynat.runs.checkpoints import (
-    Checkpoint,
     CheckpointStore,
-    identity_of,
     is_copied,
     is_replaceable,
-    own_checkpoints,
     remove_checkpoint,
 )
+from fastdynat.runs.find import Checkpoint, identity_of, own_checkpoints
 from fastdynat.runs.layout import (
     BEST,
     CHECKPOINTS,

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import IO
 
 from fastdynat.errors import UserError
-from fastdynat.runs.checkpoints import CheckpointStore, identity_of
+from fastdynat.runs.checkpoints import CheckpointStore
 from fastdynat.runs.failures import explained
 from fastdynat.runs.files import TEMPORARY, drop_leftovers, write_text
+from fastdynat.runs.find import identity_of
 from fastdynat.runs.layout import (
     BOUNDARY,
     CHECKPOINTS,

@@ -18,8 +18,8 @@ from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.models.finite import check_numbers
 from fastdynat.process_state import process_state_kept
-from fastdynat.runs.checkpoints import find_checkpoint
 from fastdynat.runs.files import replacing, write_text
+from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.tensorfiles import check_safetensors, read_safetensors

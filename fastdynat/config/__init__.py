@@ -1,0 +1,46 @@
+"""The configuration of a run: typed, frozen, flat."""
+
+from fastdynat.config.flat import read_yaml, to_flat, to_yaml, update
+from fastdynat.config.groups import (
+    GROUPS,
+    AttackConfig,
+    AutoAmp,
+    CompileMode,
+    DataConfig,
+    EngineConfig,
+    EvalAmp,
+    Kernels,
+    Loader,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    OptionsT,
+    RunConfig,
+    Switch,
+    TrainConfig,
+    check_seed,
+)
+
+__all__ = [
+    "GROUPS",
+    "AttackConfig",
+    "AutoAmp",
+    "CompileMode",
+    "DataConfig",
+    "EngineConfig",
+    "EvalAmp",
+    "Kernels",
+    "Loader",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OptionsT",
+    "RunConfig",
+    "Switch",
+    "TrainConfig",
+    "check_seed",
+    "read_yaml",
+    "to_flat",
+    "to_yaml",
+    "update",
+]

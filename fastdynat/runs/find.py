@@ -1,0 +1,172 @@
+"""RUN/checkpoints: which folders in it are the run's own, and which of them is the newest and the best.
+
+A folder is the run's own if its manifest names the run and the folder. The newest and the best are found by what manifests say;
+RUN/last and RUN/best are links for people, and a run that was copied without them lacks nothing.
+"""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdynat.documents import read_json, read_json_lines
+from fastdynat.documents.numbers import Count
+from fastdynat.errors import UserError
+from fastdynat.runs.layout import BEST, CHECKPOINTS, LAST, METRICS, STATE, real, run_id
+from fastdynat.runs.manifest import MANIFEST, Manifest, Origin, read_manifest
+
+NUMBERED = re.compile(r"[0-9]{6,12}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of the run's own; `best`: the best one when it was written."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Increases with time."""
+        number = int(self.folder.name) if NUMBERED.fullmatch(self.folder.name) else 0
+        return (0 if self.manifest.origin is None else self.manifest.origin.order), number
+
+    @property
+    def best(self) -> bool:
+        return self.manifest.origin is not None and self.manifest.origin.best
+
+
+def own_checkpoints(run: Path) -> list[Checkpoint]:
+    """The run's own checkpoints, the newest last; their files are not looked at."""
+    found, identity = _with_manifests(run), identity_of(run)
+    own = (checkpoint for checkpoint in found if is_own(checkpoint.folder, checkpoint.manifest.origin, identity))
+    return sorted(own, key=lambda checkpoint: checkpoint.order)
+
+
+def identity_of(run: Path) -> str | None:
+    """The run's id, as its configuration says; where that does not, the one that all its checkpoints name, if they do.
+
+    None of a run from before there was one.
+    """
+    if (written := run_id(run)) is not None:
+        return written
+    origins = [(c.manifest.origin, c.folder.name) for c in _with_manifests(run)]
+    named = {origin.run for origin, name in origins if origin is not None and origin.folder == name}
+    return named.pop() if len(named) == 1 else None
+
+
+def _with_manifests(run: Path) -> list[Checkpoint]:
+    """All folders in RUN/checkpoints with a manifest, whosever they are."""
+    found = []
+    for folder in real_folders(run / CHECKPOINTS):
+        with suppress(UserError):
+            found.append(Checkpoint(folder, read_manifest(folder)))
+    return found
+
+
+def real_folders(store: Path) -> list[Path]:
+    """The folders in `store` that are no links."""
+    try:
+        return sorted(path for path in store.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:
+        return []
+
+
+def is_own(folder: Path, origin: Origin | None, identity: str | None) -> bool:
+    """Whether the manifest in `folder` is of the run with the id `identity`."""
+    if origin is None:  # from before manifests said it
+        return identity is None and NUMBERED.fullmatch(folder.name) is not None
+    return origin.folder == folder.name and identity in (origin.run, None)
+
+
+def find_checkpoint(run: Path, role: str) -> Path | None:
+    """The folder of the newest (`role` last) or the best (`role` best) checkpoint of `run`; None where there is none.
+
+    What the link says counts where manifests do not: in a run from before they did, and where the link is, instead, a folder
+    that a copy put there.
+    """
+    own, named = own_checkpoints(run), _named(run, role)
+    if identity_of(run) is None:
+        return named or _unnamed(run, own, role)
+    wanted = [checkpoint for checkpoint in own if role == LAST or checkpoint.best]
+    found = wanted[-1] if wanted else None
+    if named is None or any(named == real(checkpoint.folder) for checkpoint in own):
+        return None if found is None else found.folder
+    if found is None:
+        return named
+    try:
+        origin = read_manifest(named).origin
+    except UserError:
+        # A damaged checkpoint of the run is not passed over for an older one; a folder of the user's is.
+        ours = (run / role).is_symlink() or os.path.lexists(named / MANIFEST)
+        return named if ours and named.is_relative_to(real(run)) else found.folder
+    copied = origin is not None and origin.run == identity_of(run) and origin.order > found.order[0]
+    foreign = named.is_relative_to(real(run)) and (origin is None or origin.run != identity_of(run))
+    return named if copied or foreign else found.folder
+
+
+def _named(run: Path, role: str) -> Path | None:
+    """The folder that RUN/ROLE is, links followed."""
+    path = run / role
+    return real(path) if path.is_dir() else None
+
+
+def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
+    """The newest or best checkpoint of a run whose manifests do not say it and whose links are gone."""
+    resumable = [checkpoint.folder for checkpoint in own if (checkpoint.folder / STATE).is_file()]
+    others = [checkpoint.folder for checkpoint in own if checkpoint.folder not in resumable]
+    if role == LAST:
+        return resumable[-1] if resumable else None
+    if others:  # only the newest keeps its state
+        return others[-1]
+    return resumable[-1] if resumable and completed_epochs(resumable[-1]) == _best_epoch(run) else None
+
+
+def _best_epoch(run: Path) -> int | None:
+    """The last epoch that the metrics call the best."""
+    with suppress(UserError):
+        rows = read_json_lines(run / METRICS, _Row, what="a run's metrics")
+        return max((row.epoch for row in rows if row.best), default=None)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """Of the metrics."""
+
+    epoch: Count
+    best: bool | None = None
+
+
+def completed_epochs(folder: Path) -> int:
+    """Completed epochs of the checkpoint, as its sidecar says; 0 where that is damaged."""
+    with suppress(UserError):
+        return read_json(folder / "model.json", _Epoch, what="a sidecar").epoch
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """Of a sidecar."""
+
+    epoch: Count
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that `run` goes on from; None where there is none.
+
+    Raises:
+        UserError: there is one, but it is in doubt whether it is the newest.
+    """
+    found = find_checkpoint(run, LAST)
+    if found is None and (best := find_checkpoint(run, BEST)) is not None:
+        raise UserError(f"{run} has a best checkpoint ({best.name}) but none to resume from: bring its last checkpoint back")
+    if found is not None and not NUMBERED.fullmatch(found.name):
+        return found
+    for folder in real_folders(run / CHECKPOINTS):
+        newer = NUMBERED.fullmatch(folder.name) and (found is None or int(folder.name) > int(found.name))
+        if not newer or not os.path.lexists(folder / MANIFEST):
+            continue
+        read_manifest(folder)  # says what is wrong with it, where something is
+    return found
