@@ -10,6 +10,11 @@ that are not attacked; grey ones become RGB for it.
 Both attack the same images with the same radius, seed and batch size in one process, in turn. Each stage runs on the images
 that the stages before it left standing, as AutoAttack does, so that a stage's time depends on both; `--alone` runs each stage
 on all images that are classified correctly.
+
+In autoattack_resnet18_tv_cpu.json one image falls to our APGD-CE and stands until APGD-T in the reference's. It lies on the
+edge of the ball's reach (loss 0.706 where it falls, ln 2 is 0.693). From the reference's own start both take the same 92 points
+in float64, within 3e-9, and both break it; in float32 rounding moves the signs of small gradients, of the reference's from its
+first step on, and its best loss stays at 0.682.
 """
 
 import argparse
