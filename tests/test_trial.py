@@ -12,7 +12,7 @@ from fastdynat.cli import main
 from fastdynat.config import TrainConfig
 from fastdynat.data import dataset_info
 from fastdynat.data.random_images import random_split
-from fastdynat.engine import build_parts, default_config, stored_config, trial
+from fastdynat.engine import default_config, stored_config, trial
 from fastdynat.engine.resolve import resolve
 from fastdynat.engine.trial import settle_compile
 from fastdynat.measured import choices
@@ -50,7 +50,7 @@ def resolved(compile: Any = "auto", **data: Any) -> TrainConfig[Any]:
 def faking(monkeypatch: pytest.MonkeyPatch, off: float, default: float) -> list[str]:
     timed: list[str] = []
 
-    def fake(config: Any, split: Any, build: Any) -> dict[str, float]:
+    def fake(config: Any, split: Any) -> dict[str, float]:
         timed.append(config.model.model)
         return {"off": off, "default": default}
 
@@ -64,7 +64,7 @@ def test_the_faster_one_is_taken_said_and_remembered(
 ) -> None:
     timed, said = faking(monkeypatch, off, default), list[str]()
     for _ in range(2):
-        assert settle_compile(resolved(), SPLIT, said.append, build_parts).engine.compile == mode
+        assert settle_compile(resolved(), SPLIT, said.append).engine.compile == mode
         choices._known.clear()
     assert len(timed) == 1, "the second process reads it"
     assert f"--compile: {mode}; a compiled step is {off / default:.2f}x as fast as one without (measured)" in said
@@ -73,16 +73,16 @@ def test_the_faster_one_is_taken_said_and_remembered(
 def test_another_setting_is_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = faking(monkeypatch, 1.0, 2.0)
     config = resolved()
-    settle_compile(config, SPLIT, lambda text: None, build_parts)
-    settle_compile(replace(config, data=replace(config.data, batch_size=16)), SPLIT, lambda text: None, build_parts)
-    settle_compile(replace(config, model=replace(config.model, model="resnet18")), SPLIT, lambda text: None, build_parts)
+    settle_compile(config, SPLIT, lambda text: None)
+    settle_compile(replace(config, data=replace(config.data, batch_size=16)), SPLIT, lambda text: None)
+    settle_compile(replace(config, model=replace(config.model, model="resnet18")), SPLIT, lambda text: None)
     assert timed == ["small", "small", "resnet18"]
 
 
 @pytest.mark.parametrize("mode", ["off", "default", "max-autotune"])
 def test_what_was_decided_is_not_timed(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     timed = faking(monkeypatch, 1.0, 2.0)
-    assert settle_compile(resolved(mode), SPLIT, pytest.fail, build_parts).engine.compile == mode
+    assert settle_compile(resolved(mode), SPLIT, pytest.fail).engine.compile == mode
     assert timed == []
 
 
@@ -90,7 +90,7 @@ def test_without_a_compiler_a_bare_compile_runs_uncompiled_and_says_so(monkeypat
     monkeypatch.setattr("fastdynat.devices.shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     timed, said = faking(monkeypatch, 2.0, 1.0), list[str]()
-    assert settle_compile(resolved(), SPLIT, said.append, build_parts).engine.compile == "off"
+    assert settle_compile(resolved(), SPLIT, said.append).engine.compile == "off"
     assert (timed, len(said)) == ([], 1)
     assert "no C++ compiler" in said[0]
 
@@ -98,7 +98,7 @@ def test_without_a_compiler_a_bare_compile_runs_uncompiled_and_says_so(monkeypat
 @pytest.mark.usefixtures("traced_only")
 def test_the_trial_times_the_runs_own_step_and_draws_nothing() -> None:
     state = torch.get_rng_state()
-    seconds = trial._timed(resolved(), SPLIT, build_parts)
+    seconds = trial._timed(resolved(), SPLIT)
     assert set(seconds) == {"off", "default"}
     assert all(0 < t < 60 for t in seconds.values())
     assert torch.equal(torch.get_rng_state(), state)

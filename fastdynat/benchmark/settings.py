@@ -9,7 +9,6 @@ import torch
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.devices import check_compile
-from fastdynat.engine import build_parts
 from fastdynat.engine.resolve import resolve, resolve_loader, use_fused_conv, use_graphs, use_guide_stream
 from fastdynat.engine.trial import settle_compile
 from fastdynat.errors import UserError
@@ -66,7 +65,7 @@ SWITCHES = (
 
 def settled(asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None) -> TrainConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream, as on or off."""
-    config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say, build_parts)
+    config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say)
     fused = use_fused_conv(config.engine)
     graphs, stream = use_graphs(config.engine), use_guide_stream(config.engine, method_class(config.method)(config.options))
     engine = replace(

@@ -90,7 +90,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
             with _naming(name):
                 open_split(config)
     resolved = {name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()}
-    resolved = {name: settle_compile(c, split, say, build_parts) for name, c in resolved.items()}
+    resolved = {name: settle_compile(c, split, say) for name, c in resolved.items()}
     tests = _test_set(next(iter(resolved.values())))
     runs = _runs(configs, resolved, seeds, out, ledger)
     if compare.out:

@@ -45,7 +45,7 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     if why := rounding_of_resume(config.engine):
         say(f"resuming this run will go on within rounding, not bit for bit: {why}")
     val = split.val_images()
-    config = settle_compile(config, split, say, build_parts)
+    config = settle_compile(config, split, say)
     parts = build_parts(config, split, say)
     burn_in = burn_in_step(config, parts[1], say)
     claimed = not config.run.run_dir

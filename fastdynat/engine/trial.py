@@ -1,6 +1,5 @@
 """Whether torch.compile pays for a run: its own training step, timed compiled and not, before the run begins."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,17 +7,15 @@ import torch
 
 import fastdynat
 from fastdynat.config import TrainConfig, to_flat
-from fastdynat.data import TrainLoader, TrainSplit
+from fastdynat.data import TrainSplit
 from fastdynat.data.random_images import random_split
 from fastdynat.devices import check_compile
+from fastdynat.engine.build import build_parts
 from fastdynat.engine.resolve import Say
-from fastdynat.engine.step import TrainStep
 from fastdynat.errors import UserError
 from fastdynat.measured import race, remembered
 from fastdynat.ops import use_backend
 
-# (a resolved configuration, images, who is told) -> networks, step and loader
-Build = Callable[[TrainConfig[Any], TrainSplit, Say], tuple[Any, TrainStep, TrainLoader]]
 # Enough to weigh the attack's gradients against the update.
 TRIAL_STEPS = 2
 # Of a configuration: all that the time of a step depends on, beside the method's options and the images' size.
@@ -39,13 +36,11 @@ DECIDING = (
 )
 
 
-def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say, build: Build) -> TrainConfig[Any]:
+def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
     """The resolved `config` with "off" or "default" for ``compile: auto``, which `say` is told with the reason.
 
     On a GPU compiled code is faster. On the CPU the run's own step, with few attack steps, is timed on random images of the
     size of `split`'s, once per machine and setting; that takes as long as compiling and ten such steps.
-
-    build: `build_parts`, which is in a module that imports this one.
     """
     if config.engine.compile != "auto":
         return config
@@ -61,7 +56,7 @@ def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say, build:
 
     def measure() -> dict[str, float]:
         say("--compile: timing this run's step with and without torch.compile, once on this machine")
-        return _timed(config, split, build)
+        return _timed(config, split)
 
     seconds = remembered(key, device, {"off", "default"}, measure)
     gain = seconds["off"] / seconds["default"]
@@ -81,7 +76,7 @@ def _deciding(config: TrainConfig[Any]) -> dict[str, Any]:
     return {name: flat[name] for name in DECIDING} | steps | {"options": options, "fastdynat": fastdynat.__version__}
 
 
-def _timed(config: TrainConfig[Any], split: TrainSplit, build: Build) -> dict[str, float]:
+def _timed(config: TrainConfig[Any], split: TrainSplit) -> dict[str, float]:
     """Seconds of a step by compile mode."""
     assert config.data.batch_size is not None
     images = random_split(split.info, config.data.batch_size, config.engine.seed, batches=2)
@@ -95,7 +90,7 @@ def _timed(config: TrainConfig[Any], split: TrainSplit, build: Build) -> dict[st
     with torch.random.fork_rng(devices=[]), use_backend(config.engine.kernels):
         calls = {}
         for mode in ("off", "default"):
-            _, step, loader = build(_with(plain, mode), images, lambda text: None)
+            _, step, loader = build_parts(_with(plain, mode), images, lambda text: None)
             batch = next(iter(loader.epoch(0)))
             step(batch)  # compiles
             calls[mode] = lambda step=step, batch=batch: step(batch)
