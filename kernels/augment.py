@@ -56,7 +56,9 @@ def augment_kernel(
         fits = fits & (top >= 0) & (top <= 2 * pad) & (left >= 0) & (left <= 2 * pad)
         y = y + (top - pad)
         x = x + (left - pad)
-    inside = fits & (at < row) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    inside = (at < row) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    # Not `fits & inside`: the interpreter of Triton 3.9 makes int64 of one truth value that is spread over a block.
+    inside = tl.where(fits, inside, False)
     pixel = tl.load(store_ptr + index * row + (c * HEIGHT + y) * WIDTH + x, mask=inside, other=0)
 
     dtype = out_ptr.dtype.element_ty
