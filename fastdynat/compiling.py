@@ -9,9 +9,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 
+from fastdynat.compile_check import CompileCheck
 from fastdynat.measured import race
 from fastdynat.uncompiled import is_uncompiled
 
@@ -35,6 +36,7 @@ def compile_whole(
     what: str,
     say: Callable[[str], None],
     otherwise: Callable[..., Any] | None = None,
+    check: CompileCheck | None = None,
 ) -> Callable[..., Any]:
     """`fn` compiled as one graph, for each input signature anew; shapes are never made symbolic.
 
@@ -46,15 +48,23 @@ def compile_whole(
         mode: a key of `MODES`, or "auto": on the CPU, the first call times compiled and uncompiled against each other and the
             slower one is given up. `fn` must have no side effects then.
         what: names `fn` in the message.
+        check: compares compiled code with what `otherwise` computes before its results are used; where they differ by more than
+            rounding, `say` is told and `otherwise` runs. None is one of `fn` itself, with the parameters of a network.
     """
-    return _Compiled(fn, mode, what, say, otherwise)
+    return _Compiled(fn, mode, what, say, otherwise, check or CompileCheck(fn if isinstance(fn, nn.Module) else None))
 
 
 class _Compiled:
     """What `compile_whole` returns."""
 
     def __init__(
-        self, fn: Callable[..., Any], mode: str, what: str, say: Callable[[str], None], otherwise: Callable[..., Any] | None
+        self,
+        fn: Callable[..., Any],
+        mode: str,
+        what: str,
+        say: Callable[[str], None],
+        otherwise: Callable[..., Any] | None,
+        check: CompileCheck,
     ) -> None:
         quiet_about_cuda()
         self._options = dict(MODES["default" if mode == AUTO else mode])
@@ -64,7 +74,7 @@ class _Compiled:
         self._run = torch.compile(self._own, fullgraph=True, dynamic=False, options=self._options)
         self._whole, self._in_parts = True, otherwise is None
         self._compiles, self._to_be_timed = True, mode == AUTO
-        self._what, self._say = what, say
+        self._what, self._say, self._check = what, say, check
         self._known: set[Any] = set()
         self._full = self._told = False
 
@@ -76,6 +86,8 @@ class _Compiled:
             return self._beyond(args)
         try:
             with nullcontext() if signature in self._known else _no_advice_on_tf32():
+                if self._check.due(signature) and not self._agrees(signature, args):
+                    return self._plain(*args)
                 result = self._run(*args)
         except FailOnRecompileLimitHit:  # torch._dynamo.config has a lower limit
             self._full = True
@@ -87,6 +99,17 @@ class _Compiled:
         if self._whole and self._to_be_timed:
             self._time(args)
         return result
+
+    def _agrees(self, signature: Any, args: tuple[Any, ...]) -> bool:
+        try:
+            difference = self._check(signature, self._run, self._plain, args)
+        except torch.OutOfMemoryError:  # what is uncompiled may need more, so that it is no way out
+            self._say(f"{self._what} is compiled, but there is no memory for comparing it with the uncompiled one")
+            return True
+        if difference is not None:
+            self._say(f"{self._what} runs without torch.compile: compiled, its {difference}")
+            self._stop()
+        return difference is None
 
     def _beyond(self, args: tuple[Any, ...]) -> Any:
         if not self._told:

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
 LAYERS = [
-    {"consoles", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names", "uncompiled"},
-    {"documents", "machine"},
+    {"consoles", "deviation", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names", "uncompiled"},
+    {"compile_check", "documents", "machine"},
     {"verified"},
     {"ops"},
     {"measured"},

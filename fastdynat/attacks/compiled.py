@@ -6,14 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdynat.attacks.ascent import Ascent, Look, Pull, T
 from fastdynat.attacks.goal import AttackGoal, Kind
+from fastdynat.compile_check import CompileCheck
 from fastdynat.compiling import compile_whole
 
 # Goals and searches that are compiled per network; further ones, such as a new kappa for every call, run uncompiled.
 MAX_KINDS = 16
+FEW_IMAGES = 8  # that are attacked uncompiled too, for comparison; in eval mode they do not mix
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,16 @@ class CompiledAscent(Ascent):
     def shapes(self) -> int:
         return 3
 
+    def eager(self) -> Ascent:
+        """The same without compilation."""
+        return Ascent(self.network, self.underflow, self.dtype, self.closed_form, blind=self.blind)
+
     def look(self, kind: Kind) -> Look:
         def make() -> Callable[..., Any]:
             bare = replace(self, _graphs={})  # what is kept must not hold who keeps it: a cycle with all weights in it
             plain, whole = Ascent.look(bare, kind), bare._look(kind, bare._functional_linearize)
-            return compile_whole(whole, mode=self.mode, what="the attack", say=self.say, otherwise=plain)
+            check = CompileCheck(self._module, FEW_IMAGES, ("gradient", "satisfied", "kept"))
+            return compile_whole(whole, mode=self.mode, what="the attack", say=self.say, otherwise=plain, check=check)
 
         return self._kept(kind, make) or super().look(kind)
 
@@ -45,9 +52,14 @@ class CompiledAscent(Ascent):
         def compiled() -> Callable[..., Any]:
             bare = replace(self, _graphs={})
             plain, whole = Ascent.one_graph(bare, kind, make), make(bare._functional_pull)
-            return compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain)
+            check = CompileCheck(self._module)
+            return compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain, check=check)
 
         return self._kept(kind, compiled) or super().one_graph(kind, make)
+
+    @property
+    def _module(self) -> nn.Module | None:
+        return self.network if isinstance(self.network, nn.Module) else None
 
     def _kept(self, kind: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
         """The graph of `kind`, made where there is room for it; None where there is none."""

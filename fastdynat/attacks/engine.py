@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attacks.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attacks.compiled import CompiledAscent
+from fastdynat.attacks.compiled_check import disagreement
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.graph_state import ReplicaState
 from fastdynat.attacks.modes import has_batch_norm
@@ -19,7 +20,7 @@ from fastdynat.attacks.pgd import run_pgd
 from fastdynat.attacks.probe import gradient_reaches
 from fastdynat.attacks.replica import AttackReplica
 from fastdynat.attacks.search import AttackResult
-from fastdynat.compiling import AUTO, compile_whole
+from fastdynat.compiling import AUTO, MAX_SIGNATURES, compile_whole
 from fastdynat.devices import AMP_DTYPES, pick_channels_last, winograd_pays
 from fastdynat.float32 import float32_name
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
@@ -153,6 +154,7 @@ class AttackEngine:
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
+        self._settled: set[Any] = set()
         self._state = ReplicaState(self.replica, moves=bn == "train")
         self._planned = _path(self.replica, s, bn, example.device)
 
@@ -193,6 +195,7 @@ class AttackEngine:
         x_start = None if x_start is None else self.laid_out(x_start)
         self.replica.expect(x, spec.steps * spec.restarts)
         self._settle(x)
+        self._settle_compiled(x, goal, spec)
         if self._recorder is None or generator is not None:  # a graph draws from the device's default generator
             return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
         kind, ascent = (goal.kind, spec), self.ascent
@@ -209,6 +212,19 @@ class AttackEngine:
         x_adv, zero_grads, kept = outputs
         kept = None if kept is None else kept.clone()
         return AttackResult(x_adv.clone(), zero_grads.clone(), x.shape[0] * spec.steps * spec.restarts, kept)
+
+    def _settle_compiled(self, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> None:
+        """Before the first attack of each kind and shape that is compiled: give compilation up where it weakens the attack."""
+        seen = (goal.kind, spec.norm, tuple(x.shape), x.dtype)
+        if not isinstance(self.ascent, CompiledAscent) or seen in self._settled or len(self._settled) >= MAX_SIGNATURES:
+            return
+        if len(x) == 0 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        self._settled.add(seen)
+        eager = self.ascent.eager()
+        if why := disagreement(self.ascent, eager, x, goal, spec):
+            self._note(f"the attack runs without torch.compile: compiled, {why}")
+            self.ascent = eager
 
     def margin_gradient(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Soft margins of images `x` and their gradients, as `Ascent.margin_gradient`; never compiled."""

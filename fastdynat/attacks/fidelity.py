@@ -12,15 +12,11 @@ from fastdynat.attacks.engine import AttackEngine
 from fastdynat.attacks.goal import AttackGoal
 from fastdynat.attacks.modes import attack_mode
 from fastdynat.attacks.pgd import pgd
+from fastdynat.attacks.shortfall import SIGMAS, falls_short
 from fastdynat.attacks.steps import start_point
 from fastdynat.errors import UserError
 from fastdynat.float32 import full_float32
 from fastdynat.uncompiled import uncompiled
-
-# What `Fidelity.weaker` allows.
-LOSS_SHORTFALL = 0.01
-SIGMAS = 2.0
-NO_RISE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +63,9 @@ class Fidelity:
 
         Two deviations one-sided are a false alarm in 2 % of the checks at the margin, few enough to look after.
         """
-        shortfall = self.loss_reference - self.loss_fast
-        allowed = LOSS_SHORTFALL * max(self.loss_reference - self.loss_clean, NO_RISE)
+        short = falls_short(self.loss_fast, reference=self.loss_reference, clean=self.loss_clean, error=self.loss_error)
         surplus, discordant = self.only_fast_right - self.only_reference_right, self.only_fast_right + self.only_reference_right
-        return not shortfall <= max(allowed, SIGMAS * self.loss_error) or surplus > SIGMAS * discordant**0.5
+        return short or surplus > SIGMAS * discordant**0.5
 
     def columns(self) -> dict[str, float | bool]:
         """What a log keeps."""

@@ -10,13 +10,13 @@ the capture, when the graph's memory is not taken yet.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, is_dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastdynat.deviation import Comparison, Difference, Results, draws, on_host, outputs, set_draws
 from fastdynat.graphs.recorder import Recorder
 
 # The largest deviation, as a share of how far the function moves a tensor: of weights, optimiser state, buffers and gradients.
@@ -28,10 +28,6 @@ CHANGES = 0.05
 IMAGES = 0.2
 # Where the function itself does not repeat so well, four times what it deviates from itself, but never more than this.
 REPEATS, MOST = 4.0, 0.5
-# Tensors that hardly move are mostly rounding, such as the gradient of a bias before a batch norm: a deviation of this share of
-# what other tensors of the kind move by per element is none.
-STILL = 1e-3
-NUMBER, COUNT = 0.5, 20  # metrics and counts below these are taken for as large: accuracies near 0, images without gradient
 
 
 class Subject(Protocol):
@@ -76,23 +72,6 @@ class Pure:
         return nullcontext()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far a replay is from the function: `share` of what `where` changes by, of which `allowed` would be rounding."""
-
-    share: float
-    where: str
-    allowed: float
-
-    def __str__(self) -> str:
-        if self.share == float("inf"):
-            return f"{self.where} are others"
-        return f"{self.where} differs by {self.share:.2g} of its change ({self.allowed:.2g} would be rounding)"
-
-
-Results = dict[str, Tensor]
-
-
 class Check:
     """One comparison of a function with its graph. Use: `reference`, capture within `capturing`, `compare`, `put_back`."""
 
@@ -100,43 +79,44 @@ class Check:
         self._fn, self._recorder, self._subject = fn, recorder, subject
         self._device = inputs[0].device
         self._inputs = tuple(_others(t) for t in inputs)
-        self._before, self._draws = _on_host(subject.state()), _draws(self._device)
+        self._before, self._draws = on_host(subject.state()), draws(self._device)
         self._start: Results = {}
         self._want: Results = {}
 
     def reference(self) -> None:
         """Run the function."""
         self._begin()
-        self._start = _on_host(self._subject.state())
+        self._start = on_host(self._subject.state())
         self._want = self._run()
         self.put_back()
 
     def capturing(self) -> AbstractContextManager[None]:
         return self._subject.disguised()
 
-    def compare(self, inputs: tuple[Tensor, ...], outputs: Any, replay: Callable[[], None]) -> Difference | None:
-        """Replay the graph, which reads `inputs` and fills `outputs`, once; the largest difference where it is no rounding."""
+    def compare(self, inputs: tuple[Tensor, ...], returned: Any, replay: Callable[[], None]) -> Difference | None:
+        """Replay the graph, which reads `inputs` and fills `returned`, once; the largest difference where it is no rounding."""
         left = self._subject.left()
         self._begin()
         self._subject.spoil()
         for static, value in zip(inputs, self._inputs, strict=True):
             static.copy_(value)
         replay()
-        got = self._results(outputs, left)
+        compared, got = self._compared(), self._results(returned, left)
         exact = torch.are_deterministic_algorithms_enabled()
-        worst = self._worst(got, exact=exact, noise={})
-        if worst is None or exact:
-            return worst
-        self._begin()
-        noise = {name: share for name, share, _ in self._shares(self._run())}
-        return self._worst(got, exact=False, noise=noise)
+        found = [Difference(share, name, 0.0 if exact else self._allowed(name)) for name, share in compared.shares(got)]
+        found = [d for d in found if d.share > d.allowed]
+        if found and not exact:
+            self._begin()
+            noise = dict(compared.shares(self._run()))
+            found = [replace(d, allowed=max(d.allowed, min(REPEATS * noise.get(d.where, 0.0), MOST))) for d in found]
+        return max((d for d in found if d.share > d.allowed), key=lambda d: d.share, default=None)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """State and random numbers as they were before the check."""
         for name, tensor in self._subject.state().items():
             tensor.copy_(self._before[name])
-        _set_draws(self._device, self._draws)
+        set_draws(self._device, self._draws)
         self._subject.restored()
 
     def _begin(self) -> None:
@@ -147,97 +127,28 @@ class Check:
         torch.rand(1, device=self._device)
 
     def _run(self) -> Results:
-        outputs = self._recorder.warm(lambda: self._fn(*self._inputs))
-        return self._results(outputs, self._subject.left())
+        returned = self._recorder.warm(lambda: self._fn(*self._inputs))
+        return self._results(returned, self._subject.left())
 
-    def _results(self, outputs: Any, left: Mapping[str, Tensor]) -> Results:
+    def _results(self, returned: Any, left: Mapping[str, Tensor]) -> Results:
         """All that can be compared, on the host."""
-        found = {f"output {name}".rstrip(): tensor for name, tensor in _tensors(outputs)}
-        draws = {"random numbers": torch.cat([t.flatten() for t in _draws(self._device)])}
-        return _on_host({**found, **left, **self._subject.state(), **draws})
+        drawn = torch.cat([state.flatten() for state in draws(self._device)])
+        return on_host({**outputs(returned), **left, **self._subject.state(), "random numbers": drawn})
 
-    def _worst(self, got: Results, *, exact: bool, noise: Mapping[str, float]) -> Difference | None:
-        found = []
-        if missing := got.keys() ^ self._want.keys():
-            return Difference(float("inf"), min(missing), 0.0)
-        for name, share, allowed in self._shares(got):
-            limit = 0.0 if exact else min(max(allowed, REPEATS * noise.get(name, 0.0)), max(allowed, MOST))
-            if not share <= limit:
-                found.append(Difference(share, name, limit))
-        return max(found, key=lambda d: d.share, default=None)
+    def _compared(self) -> Comparison:
+        """With what the function did: to its state, to its images."""
+        images = [t for t in self._inputs if t.dim() == 4]
+        attacked = {
+            name: x.to("cpu", want.dtype)
+            for name, want in self._want.items()
+            for x in images
+            if name.startswith("output") and want.shape == x.shape
+        }
+        return Comparison(self._want, {**self._start, **attacked})
 
-    def _shares(self, got: Results) -> Iterator[tuple[str, float, float]]:
-        """Of each result: its name, by what share it deviates, and what share is allowed."""
-        for name, want in self._want.items():
-            value, output = got[name], name.startswith("output")
-            if want.shape != value.shape or want.dtype != value.dtype:
-                yield name, float("inf"), 0.0
-            elif _equal(want, value):
-                yield name, 0.0, CHANGES
-            elif output and want.dim() == 0:
-                least = NUMBER if want.is_floating_point() else COUNT
-                yield name, _norm(value.double() - want) / max(_norm(want), least), CHANGES
-            elif output and not want.is_floating_point():
-                yield name, float((want != value).double().mean()), IMAGES
-            elif not want.is_floating_point():
-                yield name, float("inf"), 0.0
-            else:
-                yield name, self._share(name, want, value), IMAGES if output and want.dim() == 4 else CHANGES
-
-    def _share(self, name: str, want: Tensor, value: Tensor) -> float:
-        least = STILL * self._usual_changes.get(_kind(name), 0.0) * want.numel() ** 0.5
-        scale = max(_norm(want - self._base(name, want)), least)
-        share = _norm(value - want) / scale if scale > 0 else float("inf")
-        return float("inf") if share != share else share  # NaN where one alone is none
-
-    def _base(self, name: str, want: Tensor) -> Tensor:
-        """What a result is a change of."""
-        if name in self._start:
-            return self._start[name]
-        attacked = name.startswith("output") and want.dim() == 4
-        images = (t.to("cpu", want.dtype) for t in self._inputs if attacked and t.shape == want.shape)
-        return next(images, torch.zeros_like(want))
-
-    @cached_property
-    def _usual_changes(self) -> dict[str, float]:
-        """Of each kind of tensors: the root mean square of what an element changes by."""
-        squares: dict[str, tuple[float, int]] = {}
-        for name, want in self._want.items():
-            if want.is_floating_point() and not name.startswith("output"):
-                total, count = squares.get(_kind(name), (0.0, 0))
-                change = _norm((want - self._base(name, want)).nan_to_num(0.0, 0.0, 0.0))
-                squares[_kind(name)] = (total + change**2, count + want.numel())
-        return {kind: (total / max(count, 1)) ** 0.5 for kind, (total, count) in squares.items()}
-
-
-def _kind(name: str) -> str:
-    return name.partition(" ")[0]
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nest of mappings, sequences and dataclasses, by their way there."""
-    if isinstance(value, Tensor):
-        yield name, value
-        return
-    items: Any = vars(value).items() if is_dataclass(value) else ()
-    items = value.items() if isinstance(value, Mapping) else items
-    items = value._asdict().items() if hasattr(value, "_asdict") else items
-    items = enumerate(value) if isinstance(value, (list, tuple)) and not items else items
-    for key, item in items:
-        yield from _tensors(item, f"{name}.{key}" if name else str(key))
-
-
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.double()))
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, but that any NaN is as good as another."""
-    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> Results:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    def _allowed(self, name: str) -> float:
+        want = self._want.get(name)
+        return IMAGES if name.startswith("output") and want is not None and want.dim() > 0 else CHANGES
 
 
 def _others(t: Tensor) -> Tensor:
@@ -251,17 +162,6 @@ def _move(weight: Tensor) -> None:
     """By a tenth of each value at most, as differently as no normalisation would take back."""
     wave = torch.arange(weight.numel(), device=weight.device).mul(12.9898).sin().view(weight.shape).to(weight.dtype)
     weight.add_((weight.abs() + 1e-3) * wave, alpha=0.1)
-
-
-def _draws(device: torch.device) -> list[Tensor]:
-    """The random streams that a function on `device` may draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def _set_draws(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextmanager
