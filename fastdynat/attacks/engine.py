@@ -26,6 +26,7 @@ from fastdynat.float32 import float32_name
 from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 from fastdynat.models.answers import NoGradient
 from fastdynat.ops import prepare
+from fastdynat.uncompiled import is_uncompiled
 
 Say = Callable[[str], None]
 
@@ -218,7 +219,7 @@ class AttackEngine:
         seen = (goal.kind, spec.norm, tuple(x.shape), x.dtype)
         if not isinstance(self.ascent, CompiledAscent) or seen in self._settled or len(self._settled) >= MAX_SIGNATURES:
             return
-        if len(x) == 0 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if len(x) == 0 or is_uncompiled() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return
         self._settled.add(seen)
         eager = self.ascent.eager()
