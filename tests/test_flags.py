@@ -53,7 +53,7 @@ def wrong_values(flag: Flag) -> list[list[str]]:
     if flag.bare is None:
         bad += [[name], [name, "--quiet-not"]] if name != "--set" else [[name]]
     if flag.choices:
-        bad += [[name, "nosuch"], [f"{name}={flag.choices[0]}{flag.choices[0]}"]]
+        bad += [[name, "nosuch"], [f"{name}={flag.choices[0]}{flag.choices[0]}x"]]  # twice "I" would be a choice of iad
     numbers = {int, float} & set(flag.kinds)
     if numbers and str not in flag.kinds:
         bad += [[name, "x"], [f"{name}=1,5"], [f"{name}=0x10"], [f"{name}=nan"], [f"{name}=1e400"], [f"{name}=-1e30"]]
