@@ -23,7 +23,7 @@ from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement, cells, measure, meter
 from fastdynat.evaluation.columns import Column, parse_columns
-from fastdynat.evaluation.config import Shard, parse_shard
+from fastdynat.evaluation.config import EvalConfig, Shard, parse_shard, settled
 from fastdynat.evaluation.halving import out_of_memory, with_halving
 from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.evaluation.record import counts_in_ball, median_distance, worst_case
@@ -366,6 +366,23 @@ def test_only_attacks_that_half_precision_does_not_weaken_take_it(monkeypatch: p
     assert parse_columns("near", **sizes, amp="off")[0].attack == NamedAttack("near", Step(0.1))
     with pytest.raises(UserError, match="near in half precision"):
         parse_columns("near", **sizes, amp="bf16")
+
+
+@pytest.mark.parametrize(
+    ("attacks", "amp"),
+    [
+        ("clean,pgd2", "bf16"),
+        ("clean,fast-autoattack", "off"),
+        ("AutoAttack", "off"),
+        ("clean,apgd-ce", "off"),
+        ("nosuch", "bf16"),
+    ],
+)
+def test_a_bare_amp_is_float32_where_an_attack_needs_it(attacks: str, amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdynat.evaluation.config.pick_amp", lambda mode, *rest: "bf16" if mode == "auto" else mode)
+    said: list[str] = []
+    assert settled(EvalConfig(amp="auto", attacks=attacks), said.append).amp == amp
+    assert [("not shown to be as strong" in line) for line in said] == [True] * (amp == "off")
 
 
 @pytest.mark.parametrize("text", ["", "1", "3/2", "0/1", "a/b", "1/2/3", "-1/2"])

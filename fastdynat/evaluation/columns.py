@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastdynat.attack_names import AUTOATTACK, FAST_AUTOATTACK, KNOWN, TRANSFER
-from fastdynat.attacks import APGD, PGD, NamedAttack, Search, parse_attack, stages
+from fastdynat.attacks import APGD, PGD, NamedAttack, parse_attack, stages
 from fastdynat.errors import UserError
 from fastdynat.evaluation.reference import require_reference
 
@@ -80,8 +80,29 @@ def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
     return Column(name, NamedAttack(name, attack.search), transfer=True)
 
 
+def needs_float32(names: str, norm: str) -> str:
+    """The first of the comma-separated attack names that half precision might weaken; "" where there is none.
+
+    Names that cannot be read are left to `parse_columns`.
+    """
+    for name in filter(None, (part.strip().lower() for part in names.split(","))):
+        if name in (AUTOATTACK, FAST_AUTOATTACK):
+            return name
+        try:
+            column = _column(name, eps=0.1, step_size=0.1, norm=norm)
+        except UserError:
+            continue
+        if not _proven_in_half(column):
+            return name
+    return ""
+
+
+def _proven_in_half(column: Column) -> bool:
+    if column.stages or column.reference is not None:
+        return False
+    return column.attack is None or column.attack.search is None or isinstance(column.attack.search, AMP_PROVEN)
+
+
 def _check_amp(column: Column, amp: str) -> None:
-    searches: list[Search | None] = [a.search for a in (column.attack, *column.stages) if a is not None]
-    proven = all(search is None or isinstance(search, AMP_PROVEN) for search in searches)
-    if amp != "off" and (column.stages or column.reference is not None or not proven):
+    if amp != "off" and not _proven_in_half(column):
         raise UserError(f"{column.name} in half precision is not shown to be as strong: leave --amp {amp} out, or the attack")

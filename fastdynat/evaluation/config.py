@@ -8,6 +8,7 @@ import torch
 
 from fastdynat.devices import check_compile, check_kernels, pick_amp, pick_device
 from fastdynat.eval_config import EvalConfig, Shard, check_eval, parse_shard
+from fastdynat.evaluation.columns import needs_float32
 
 
 def check_config(config: EvalConfig) -> torch.device:
@@ -26,9 +27,16 @@ def check_config(config: EvalConfig) -> torch.device:
 def settled(config: EvalConfig, say: Callable[[str], None]) -> EvalConfig:
     """`config` with the precision that "auto" is on this machine, which `say` is told.
 
+    "auto" is float32 where an attack is asked for that half precision might weaken.
+
     Raises:
         UserError: as `check_config`.
     """
+    slow = needs_float32(config.attacks, "linf" if config.norm == "auto" else config.norm) if config.amp == "auto" else ""
+    if slow:
+        check_config(config)
+        say(f"--amp: {slow} in half precision is not shown to be as strong; computing in float32")
+        return replace(config, amp="off")
     return replace(config, amp=cast(Any, pick_amp(config.amp, check_config(config), say)))
 
 
