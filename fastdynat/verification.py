@@ -120,12 +120,11 @@ def as_json(rows: list[Row]) -> str:
 def print_table(rows: list[Row]) -> None:
     """Print the rows, an operator after the other."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    from fastdynat.consoles import output_console
+    from fastdynat.consoles import AS_IS, PlainTable, output_console
 
-    table = Table(box=box.SIMPLE)
+    table = PlainTable(box=box.SIMPLE)
     for column in ("operator", "implementation", "on", "", "ms", "of a copy"):
         table.add_column(column, justify="right" if column in ("ms", "of a copy") else "left", no_wrap=True)
     table.add_column("call that was timed; or what is wrong, or why it is missing", overflow="fold")
@@ -141,7 +140,7 @@ def print_table(rows: list[Row]) -> None:
     console.print(table)
     wrong = [f"{row.operator} ({row.implementation}, {row.device})" for row in rows if row.status == "wrong"]
     built = sum(row.status in ("right", "wrong") for row in rows)
-    console.print(Text(f"Wrong and left out: {', '.join(wrong)}." if wrong else f"All {built} implementations are right."))
+    console.print(f"Wrong and left out: {', '.join(wrong)}." if wrong else f"All {built} implementations are right.", **AS_IS)
 
 
 def run(json: bool) -> int:

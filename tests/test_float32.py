@@ -225,9 +225,9 @@ def test_waiting_is_refused_and_the_mode_put_back_under_strict_warnings(monkeypa
     [
         lambda: torch.set_default_dtype(torch.float64),
         lambda: torch.set_float32_matmul_precision("medium"),
-        lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+        lambda: setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
         lambda: torch.use_deterministic_algorithms(True, warn_only=True),
-        lambda: setattr(torch.backends.cudnn, "benchmark", True),
+        lambda: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
         lambda: os.environ.update(CUBLAS_WORKSPACE_CONFIG=":16:8"),
         lambda: os.chdir("/"),
     ],

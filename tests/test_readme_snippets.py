@@ -35,6 +35,7 @@ RUN: dict[str, str] = {
     "compare --methods madry,dynat,trades --seeds 1,2 --budget-seconds 600 --chart c.svg": f"{DIGITS} --budget-seconds 1 slow",
     "boundary RUN --chart speed.svg": "",
     "doctor": "",
+    "doctor --check": "",
     "compare --methods natural,madry,dynat --data imagefolder --data-dir cifar10-jpeg --model small --eps 8/255 --epochs 8 "
     "--lr 0.1 --schedule onecycle --amp --seed 1 --attacks clean,pgd20 --json results.json --chart results.svg": (
         f"{FOLDER} slow"

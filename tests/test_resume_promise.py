@@ -47,6 +47,7 @@ def test_a_run_and_its_resume_say_so(
 
 def test_the_record_names_what_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("fastdynat.engine.arithmetic.operators_in_use", lambda device: "eager")
     found = {amp: arithmetic(EngineConfig(device="cuda", amp=amp))["precision"] for amp in ("off", "bf16")}
     assert found == {"off": "float32 (TF32 convolutions)", "bf16": "bf16"}
 
