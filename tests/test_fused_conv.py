@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fastdynat.models import build_model
 from fastdynat.models.resnet import BasicBlock
 from fastdynat.ops.checks import conv_relu as checks
 from fastdynat.ops.conv_relu import conv_relu
+from fastdynat.verified import speed
 from fastdynat.verified.examine import Prepared
 
 SPEC = PGDSpec(0.1, 0.03, 3)
@@ -454,20 +456,54 @@ def test_layers_that_are_slower_fused_go_back() -> None:
     replica = AttackReplica(model, x, fused_conv=True, winograd=False)
     with torch.no_grad():
         want = replica.network(x)
-    calls: list[int] = []
+    convolutions: list[int] = []
+    sizes: list[str] = []
 
     def seconds(call: Callable[[], Any]) -> float:
         with Operators() as operators:
             out = call()
-        calls.append(operators.seen["aten.convolution"])
+        convolutions.append(operators.seen["aten.convolution"])
         return operators.seen.total() if not operators.seen[OPERATOR] else 2.0 if out.shape[1] < 128 else 9.0
 
-    fused_choice.keep_where_faster(replica.network, replica._fused, x, seconds)
+    def choose(name: str, device: torch.device, size: str, calls: dict[str, Callable[[], Any]]) -> str:
+        assert name in verified.registered()
+        assert device == x.device
+        sizes.append(size)
+        return min(calls, key=lambda each: seconds(calls[each]))
+
+    fused_choice.keep_where_faster(replica.network, replica._fused, x, choose)
     assert [layer.fused for layer in replica._fused] == [layer.out_channels < 128 for layer in replica._fused]
-    assert len(calls) == 2 * 17
+    assert len(convolutions) == 2 * 17
+    # The stem, and in each of four stages: with and without residual, and, but in the first, the one that strides.
+    assert len(set(sizes)) == 1 + 2 + 3 * 3
     assert not any(layer._forward_pre_hooks for layer in replica._fused)
     with torch.no_grad():
         assert torch.equal(replica.network(x), want)
+
+
+def test_the_next_process_chooses_the_same_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured is kept: a resumed run goes on with the same kernels, whatever its own timings would be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, _, _, x = made("small")
+    races: list[str] = []
+
+    def timed(calls: dict[str, Any], device: torch.device, seconds: float) -> dict[str, float]:
+        races.append("".join(calls))
+        slower = len(races) < 4  # of which each needs a second race to confirm it
+        return {"cudnn": 1.0 + 2 * slower, "apart": 1.0}
+
+    monkeypatch.setattr(speed, "timed", timed)
+    chosen = []
+    for _ in range(3):
+        monkeypatch.setattr(speed, "_winners", {})
+        replica = AttackReplica(model, x, fused_conv=True, winograd=False)
+        fused_choice.keep_where_faster(replica.network, replica._fused, x)
+        chosen.append([layer.fused for layer in replica._fused])
+        if len(chosen) == 1:
+            first = len(races)
+    assert len(races) == first
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert set(chosen[0]) == {True, False}
 
 
 @pytest.mark.slow

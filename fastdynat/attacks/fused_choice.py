@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdynat import verified
 from fastdynat.attacks.epilogue import ConvReLU2d
-from fastdynat.ops.conv_relu import runs_right
+from fastdynat.float32 import tf32_convolutions
+from fastdynat.ops.conv_relu import check_name, runs_right
 
-Seconds = Callable[[Callable[[], object]], float]  # of one call
-CALLS = 5
+FUSED, APART = "cudnn", "apart"
+# Which of these calls is the fastest for check `name` on a device at a size, as `verified.fastest`.
+Choose = Callable[[str, torch.device, str, dict[str, Callable[[], object]]], str]
 
 
 def use_where_right(layers: Sequence[ConvReLU2d], device: torch.device) -> None:
@@ -21,14 +24,14 @@ def use_where_right(layers: Sequence[ConvReLU2d], device: torch.device) -> None:
 
 
 def keep_where_faster(
-    network: Callable[[Tensor], Tensor], layers: Sequence[ConvReLU2d], x: Tensor, seconds: Seconds | None = None
+    network: Callable[[Tensor], Tensor], layers: Sequence[ConvReLU2d], x: Tensor, choose: Choose = verified.fastest
 ) -> None:
-    """Time each layer on what it reads of `x` in `network`, and let those go back that are slower fused.
+    """Time each layer on what it reads of `x` in `network`, and let those go back that are clearly slower fused.
 
     The other way is the convolution without bias and one pass over its result, which is what a compiler makes of the rest;
     without one it takes up to three passes. cuDNN has had engines for the fused form that were much slower (pytorch#68506).
+    Timings are kept for this device, so that another process, such as one that resumes a run, chooses alike.
     """
-    seconds = seconds or _on_gpu
 
     def time(layer: Any, args: tuple[Tensor, ...]) -> None:
         read, *rest = (arg.detach() for arg in args)
@@ -40,8 +43,9 @@ def keep_where_faster(
             out = nn.functional.conv2d(read, layer.weight, None, *geometry)
             return torch.add(out, rest[0], out=out) if rest else out.relu_()
 
+        calls = {FUSED: lambda: layer(read, *rest), APART: apart}
         with torch.no_grad():
-            layer.fused = seconds(lambda: layer(read, *rest)) <= seconds(apart)
+            layer.fused = choose(check_name(layer.weight.dtype), x.device, _size(layer, read, rest), calls) == FUSED
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         handles.pop(layer).remove()  # not at the calls that are timed
@@ -56,14 +60,13 @@ def keep_where_faster(
             handle.remove()
 
 
-def _on_gpu(call: Callable[[], object]) -> float:
-    """The least of a few calls, after one that finds cuDNN's plan."""
-    times = []
-    for _ in range(1 + CALLS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times[1:]) / 1000
+def _size(layer: ConvReLU2d, read: Tensor, rest: Sequence[Tensor]) -> str:
+    """All that the times of a layer depend on: shapes, memory formats, geometry, and what it adds."""
+    tensors = ["x".join(map(str, t.shape)) + _layout(t) for t in (read, layer.weight, *rest)]
+    geometry = f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation} groups {layer.groups}"
+    tf32 = read.dtype == torch.float32 and tf32_convolutions(read.device)
+    return " ".join([*tensors, geometry, *["bias"] * (layer.bias is not None), *["TF32"] * tf32])
+
+
+def _layout(t: Tensor) -> str:
+    return "" if t.is_contiguous() else " last" if t.is_contiguous(memory_format=torch.channels_last) else f" {t.stride()}"

@@ -39,13 +39,18 @@ torch.library.impl(NAME, "cuda", cudnn)
 torch.library.register_fake(NAME, reference)
 
 
+def check_name(dtype: torch.dtype) -> str:
+    """The name of the operator's check for `dtype`."""
+    return f"conv_relu_{str(dtype).removeprefix('torch.')}"
+
+
 def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the operator may be used on `device` for `dtype`: on a GPU where cuDNN's kernel was found right, which is
     verified at the first question; elsewhere it is its definition. Not while a graph is captured or compiled."""
     if device.type != "cuda":
         return True
     importlib.import_module("fastdynat.ops.checks")  # registers the tables, which import this file
-    name = f"conv_relu_{str(dtype).removeprefix('torch.')}"
+    name = check_name(dtype)
     return name in verified.registered() and "cudnn" in verified.right(name, device)
 
 

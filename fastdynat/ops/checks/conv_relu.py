@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdynat import verified
 from fastdynat.float32 import full_float32
 from fastdynat.ops import conv_relu as operator
-from fastdynat.ops.checks.common import PACKAGE, Layout, channels_last, contiguous, named, normal, shaped
+from fastdynat.ops.checks.common import PACKAGE, Layout, channels_last, contiguous, normal, shaped
 from fastdynat.verified import Case, Timing
 
 # (relative, absolute). Results are around 1 and summed in float32; an engine may round them before the sum with the residual.
@@ -27,11 +27,6 @@ SIZES: tuple[Size, ...] = (
     (2, 32, 32, 7, 3, 1, 4),
 )
 LARGE: Size = (128, 64, 64, 32, 3, 1, 1)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name of the check for `dtype`."""
-    return f"conv_relu_{named(dtype)}"
 
 
 def problem(
@@ -101,7 +96,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
 def check_of(dtype: torch.dtype) -> verified.Check:
     """The check for `dtype`."""
     return verified.Check(
-        name=name_of(dtype),
+        name=operator.check_name(dtype),
         candidates={"cudnn": partial(run, operator.conv_relu)},
         reference=defined,
         cases=partial(table, dtype),
