@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdynat.deviation import Comparison, Difference, Results, draws, on_host, outputs, set_draws
 from fastdynat.float32 import tf32_convolutions
+from fastdynat.waiting import waits_on_purpose
 
 # The largest deviation of a result, as a share of its L2 norm, by the lowest precision that it is computed in. Compiled code
 # adds in another order and rounds to half precision less often, and a rectifier may switch for one unit. A wrong gradient or a
@@ -46,6 +47,7 @@ class CompileCheck:
         first = self._seen[signature]
         return first is not None and first != self._version()
 
+    @waits_on_purpose()
     def __call__(
         self, signature: Any, compiled: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...]
     ) -> Difference | None:

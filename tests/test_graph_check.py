@@ -15,7 +15,7 @@ from fastdynat.attacks import AttackEngine, AttackGoal, AttackSwitches, PGDSpec
 from fastdynat.data import Batch
 from fastdynat.engine.awp import WeightPerturbation
 from fastdynat.engine.step import TrainStep
-from fastdynat.graphs import WARM_UP_CALLS, GraphedCall
+from fastdynat.graphs import WARM_UP_CALLS, GraphedCall, check
 from fastdynat.methods import BurnIn, Dynat, DynatOptions, Free, FreeOptions, Madry, MadryOptions, Trades, TradesOptions
 
 Fault = Callable[[Tape], None]
@@ -269,6 +269,28 @@ def test_an_interrupted_check_puts_everything_back() -> None:
     after = step._subject().state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(draws, torch.get_rng_state())
+
+
+def test_a_check_waits_where_the_caller_forbids_it_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, waited = [2], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch._C, "_cuda_set_sync_debug_mode", modes.append)
+    on_host = check.on_host
+
+    def copy(tensors: Any) -> Any:
+        waited.append(modes[-1])
+        return on_host(tensors)
+
+    monkeypatch.setattr(check, "on_host", copy)
+    said: list[str] = []
+    call = GraphedCall(lambda x: 2 * x, SimulatedRecorder(), said.append)
+    for _ in range(WARM_UP_CALLS + 2):
+        call(torch.rand(5, 7))
+        assert modes[-1] == 2
+    assert waited
+    assert set(waited) == {0}
+    assert not said
 
 
 def test_other_batches_than_the_one_at_hand_are_compared_in_its_layout() -> None:

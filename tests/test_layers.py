@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
 LAYERS = [
-    {"consoles", "deviation", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names", "uncompiled"},
+    {"consoles", "deviation", "errors", "float32", "interrupts", "kernels", "lazy", "attack_names", "uncompiled", "waiting"},
     {"compile_check", "documents", "machine"},
     {"verified"},
     {"ops"},

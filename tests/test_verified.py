@@ -1,8 +1,10 @@
 """Implementations are verified where they run: planted faults are found, named and left out, and nothing else changes."""
 
+import faulthandler
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
 from fastdynat.verified import Case, Check, check, judge, speed, store
 from fastdynat.verified.compare import difference
 from fastdynat.verified.examine import Prepared, apart
+from fastdynat.verified.marks import mark
 
 CPU = torch.device("cpu")
 STEP = {"step_size": 2 / 255, "eps": 8 / 255}
@@ -490,31 +493,64 @@ def run(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options)
 
 
-def test_what_ends_the_process_is_not_tried_again() -> None:
-    assert run(CRASH).returncode < 0
+CUT_OFF = CRASH.replace("signal.SIGSEGV", "signal.SIGKILL")
+
+
+def test_what_crashes_the_process_is_not_tried_again() -> None:
+    assert run(CRASH).returncode == -signal.SIGSEGV
     again = run(CRASH)
     assert again.stdout == "('good', 'eager')\n", again.stderr
-    assert "'crash' is left out: wrong in case '9 numbers': the process that checked it ended there" in again.stderr
+    assert "'crash' is left out: wrong in case '9 numbers': the process that checked it crashed there" in again.stderr
+    assert "(Segmentation fault)" in again.stderr
     third = run(CRASH)
     assert third.stdout == "('good', 'eager')\n", third.stderr
 
 
+def test_a_check_that_was_cut_off_says_nothing_until_it_happens_twice() -> None:
+    """kill -9 and a lack of memory meet good implementations as well."""
+    assert run(CUT_OFF).returncode == -signal.SIGKILL
+    harmless = CRASH.replace("len(x) == 9", "False")
+    assert run(harmless).stdout == "('crash', 'good', 'eager')\n"
+    for path in cached():
+        path.unlink()
+    assert [run(CUT_OFF).returncode for _ in range(2)] == [-signal.SIGKILL] * 2
+    third = run(CUT_OFF)
+    assert third.stdout == "('good', 'eager')\n", third.stderr
+    assert "wrong in case '9 numbers': two processes that checked it ended there" in third.stderr
+
+
+def test_a_mark_of_an_earlier_version_and_one_of_rubbish(tmp_path: Path) -> None:
+    key = store.key_of(doubling(double), CPU)
+    path = store.path_of(key)
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    for text, ends in (("float32, 8", 1), ("float32, 8\n1\n", 2), ("float32, 8\nx\xb2\n", 1), ("\0\n\n", 1), ("", 0)):
+        path.with_name(f"{path.stem}-planted.checking").write_text(text, encoding="utf-8")
+        with mark(key, "planted") as (left, _):
+            assert left.ends == ends
+        assert not list(path.parent.iterdir())
+
+
+def test_faulthandler_is_left_as_it_was() -> None:
+    key, before = store.key_of(doubling(double), CPU), faulthandler.is_enabled()
+    with mark(key, "planted"):
+        assert faulthandler.is_enabled()
+    assert faulthandler.is_enabled() == before
+
+
 def test_a_check_that_another_process_runs_is_no_crash() -> None:
     check = doubling(double)
-    with store.mark(store.key_of(check, CPU), "planted") as (left, note):
-        assert left is None
+    with mark(store.key_of(check, CPU), "planted") as (left, note):
+        assert not str(left)
         note("float32, 8")
         code = f"""
-import torch, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from fastdynat.verified import store
-key = {store.key_of(check, CPU)!r}
-with store.mark(key, "planted") as (left, note):
-    print(left)
+from fastdynat.verified.marks import mark
+with mark({store.key_of(check, CPU)!r}, "planted") as (left, note):
+    print(left.ends)
 """
-        assert run(code).stdout == "None\n"
-    with store.mark(store.key_of(check, CPU), "planted") as (left, note):
-        assert left is None
+        assert run(code).stdout == "0\n"
+    with mark(store.key_of(check, CPU), "planted") as (left, note):
+        assert left.ends == 0
 
 
 def test_a_broken_cuda_context_is_remembered_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,14 +568,36 @@ def test_a_broken_cuda_context_is_remembered_and_said(monkeypatch: pytest.Monkey
         assert verified.right("doubling", CPU) == ("triton", "eager")
 
 
-def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hungry(x: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+        OSError(28, "No space left on device"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:40],
+)
+def test_what_says_nothing_of_a_candidate_is_no_verdict(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It is left out now, what was found of others is kept, and the next process checks it again."""
 
-    doubling(hungry)
-    with pytest.warns(RuntimeWarning, match="cannot be checked now: OutOfMemoryError"):
-        assert verified.right("doubling", CPU) == ("eager",)
-    assert cached() == []
+    def hungry(x: Tensor) -> Tensor:
+        raise error
+
+    doubling(hungry, candidates={"hungry": hungry, "good": lambda x: x + x, "bad": torch.neg})
+    with pytest.warns(RuntimeWarning) as warned:
+        assert verified.right("doubling", CPU) == ("good", "eager")
+    said = [str(w.message) for w in warned]
+    assert len(said) == 2
+    assert any("'hungry' is left out: wrong in case 'float32, 8': cannot be checked now: " in text for text in said)
+    new_process(monkeypatch)
+    doubling(double, candidates={"hungry": double, "good": raises, "bad": raises})
+    with pytest.warns(RuntimeWarning, match="'bad' is left out"):
+        assert verified.right("doubling", CPU) == ("hungry", "good", "eager")
 
 
 def test_a_candidate_that_writes_to_its_arguments_harms_no_other() -> None:

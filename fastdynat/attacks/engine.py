@@ -27,6 +27,7 @@ from fastdynat.graphs import CudaRecorder, GraphedCall, Recorder
 from fastdynat.models.answers import NoGradient
 from fastdynat.ops import prepare
 from fastdynat.uncompiled import is_uncompiled
+from fastdynat.waiting import waits_on_purpose
 
 Say = Callable[[str], None]
 
@@ -95,6 +96,7 @@ class AttackEngine:
 
     compares = False
 
+    @waits_on_purpose()
     def __init__(
         self,
         model: nn.Module,
@@ -255,6 +257,7 @@ class AttackEngine:
             self._graphed[spec] = GraphedCall(whole, self._recorder, self._note, self._state)
         return self._graphed[spec](x, labels, *starts).clone()
 
+    @waits_on_purpose()
     def _settle(self, x: Tensor) -> None:
         with self.ascent.autocast(x):
             slower = self.replica.settle(self.ascent.reads(x))

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdynat.graphs.check import Check, Pure, Subject
 from fastdynat.graphs.recorder import CaptureFailed, Recorder, first_line
 from fastdynat.uncompiled import is_uncompiled
+from fastdynat.waiting import waits_on_purpose
 
 # cuDNN's search for algorithms, compilation and lazy allocations must be over before a capture.
 WARM_UP_CALLS = 3
@@ -57,6 +58,7 @@ class GraphedCall:
             self._capture(entry, inputs)
         return self._fn(*inputs) if self.failed else self._replay(entry, inputs)
 
+    @waits_on_purpose()
     def _capture(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> None:
         check = Check(self._fn, self._recorder, self._subject, inputs)
         try:

@@ -20,8 +20,9 @@ To add one: describe the computation once, where its implementations are, and as
 The first question on a device runs the table, on a thread of its own: the caller's generators, grad mode, autocast, default
 device and current stream are not touched; the allocator's peak statistics on a GPU include the few MiB of the cases. An
 implementation with a wrong value, an exception or a result that changes from call to call is left out, with one warning. One
-that ends the process is recognised by the mark that its check left and not tried again. Verdicts are kept in the user's cache
-folder for this processor or GPU, driver, version of torch, Triton and fastdynat, and these sources. Nothing is run while
+that crashes the process is recognised by the mark that its check left and not tried again (`marks`). What says nothing about an
+implementation, such as no memory or no compiler for Triton, leaves it out in this process only. Verdicts are kept in the user's
+cache folder for this processor or GPU, driver, version of torch, Triton and fastdynat, and these sources. Nothing is run while
 torch.compile traces or a CUDA graph is captured: `prepare` before. ``fastdynat doctor --check`` shows all that is registered.
 """
 

@@ -1,17 +1,18 @@
 """One candidate through the table of cases, on a thread of its own that shares nothing with the caller's."""
 
+import subprocess
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdynat.errors import UserError, first_line
+from fastdynat.errors import UserError, first_line, shortage
 from fastdynat.verified.check import RIGHT, Case, Check, Verdict
 from fastdynat.verified.compare import difference
+from fastdynat.waiting import waits_on_purpose
 
 Value = TypeVar("Value")
 CALLS = 2  # of each case: a race between threads may show in the second one only
@@ -43,7 +44,7 @@ def apart(run: Callable[[], Value]) -> Value:
     def body() -> None:
         _here.checking = True
         try:
-            with _without_sync_debugging():
+            with waits_on_purpose():
                 result.append(run())
         except BaseException as error:  # goes on in the caller's thread
             errors.append(error)
@@ -63,22 +64,17 @@ def apart(run: Callable[[], Value]) -> Value:
     return result[0]
 
 
-@contextmanager
-def _without_sync_debugging() -> Iterator[None]:
-    """Comparing waits for the device, on purpose."""
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    before = torch._C._cuda_get_sync_debug_mode()
-    torch._C._cuda_set_sync_debug_mode(0)
-    try:
-        yield
-    finally:
-        torch._C._cuda_set_sync_debug_mode(before)
-
-
 class Stopped(Exception):
     """The caller was interrupted."""
+
+
+class NotNow(Exception):
+    """A candidate could not be checked: at which case, and why."""
+
+
+def not_now(error: Exception) -> str:
+    """Why there is no verdict."""
+    return f"cannot be checked now: {type(error).__name__}: {first_line(error)}"
 
 
 class Prepared:
@@ -94,7 +90,9 @@ class Prepared:
     def examine(self, candidate: str, note: Callable[[str], None]) -> Verdict:
         """Run `candidate` on every case. `note` is told which case comes next, before it can do any harm.
 
-        Raises DeviceLost, with the verdict as its second argument, where nothing can run on the device any more.
+        Raises:
+            NotNow: there is no verdict, for want of memory or a compiler.
+            DeviceLost: nothing can run on the device any more. Its second argument is the verdict.
         """
         run = self.check.candidates[candidate]
         for number, (case, args, expected) in enumerate(self.calls):
@@ -103,9 +101,9 @@ class Prepared:
                 raise Stopped
             try:
                 found = self._of_case(run, case, args, expected)
-            except torch.OutOfMemoryError:  # says nothing about the candidate
-                raise
             except Exception as error:  # whatever goes wrong in there is the finding
+                if _of_the_moment(error) and not lost(self.device):
+                    raise NotNow(case.name, not_now(error)) from None
                 found = f"failed: {type(error).__name__}: {first_line(error)}"
                 if lost(self.device):
                     verdict = Verdict(False, case.name, found)
@@ -143,6 +141,16 @@ def _changed(args: tuple[Any, ...], before: list[Any]) -> str:
         if isinstance(now, Tensor) and (found := difference(now.contiguous(), then.contiguous(), {})):
             return f"argument {number} was changed: {found}"
     return ""
+
+
+def _of_the_moment(error: Exception) -> bool:
+    """Whether `error` says nothing about a candidate: no memory, no room on a disk, no compiler that Triton needs."""
+    missing = ("Failed to find C compiler", "Cannot find ptxas")
+    return (
+        shortage(error) is not None
+        or isinstance(error, (OSError, subprocess.SubprocessError))
+        or any(text in str(error) for text in missing)
+    )
 
 
 def lost(device: torch.device) -> bool:

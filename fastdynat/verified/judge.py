@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 import torch
 
-from fastdynat.errors import UserError, first_line
+from fastdynat.errors import UserError
 from fastdynat.verified import store
 from fastdynat.verified.check import REFERENCE, Check, Verdict, registered
-from fastdynat.verified.examine import DeviceLost, Prepared, apart, lost
+from fastdynat.verified.examine import DeviceLost, NotNow, Prepared, apart, lost, not_now
+from fastdynat.verified.marks import mark
 
 Verdicts = dict[str, Verdict]
 AGAIN = "`fastdynat doctor --check` checks it again"
@@ -89,18 +90,20 @@ def _examine(
     check: Check, device: torch.device, candidates: list[str], key: dict[str, object], stored: store.Stored
 ) -> Verdicts:
     """Verdicts on `candidates`, made on a thread apart and stored."""
-    found = dict(stored.verdicts)
+    found, unsure = dict(stored.verdicts), Verdicts()
 
     def run() -> None:
         with check.within():
             prepared = Prepared(check, device)
             for candidate in candidates:
-                with store.mark(key, candidate) as (left, note):
-                    if left is not None:
-                        found[candidate] = Verdict(False, left, "the process that checked it ended there")
+                with mark(key, candidate) as (left, note):
+                    if why := str(left):
+                        found[candidate] = Verdict(False, left.case, why)
                         continue
                     try:
                         found[candidate] = prepared.examine(candidate, note)
+                    except NotNow as error:
+                        unsure[candidate] = Verdict(False, *error.args)
                     except DeviceLost as error:
                         found[candidate] = error.args[1]
                         _lost[device] = error.args[0]
@@ -111,13 +114,14 @@ def _examine(
     except DeviceLost as error:
         store.save(store.Stored(stored.key, found, stored.fastest))
         raise DeviceLost(error.args[0]) from None
-    except Exception as error:  # the reference itself, or no memory: no verdict, and none to keep
+    except Exception as error:  # the reference itself, or no memory for the cases
         if lost(device):
             raise
-        why = f"cannot be checked now: {type(error).__name__}: {first_line(error)}"
-        return found | {c: Verdict(False, "before the first case", why) for c in candidates if c not in found}
-    store.save(store.Stored(stored.key, found, stored.fastest))
-    return found
+        nothing = Verdict(False, "before the first case", not_now(error))
+        unsure |= {c: nothing for c in candidates if c not in found and c not in unsure}
+    if found:
+        store.save(store.Stored(stored.key, found, stored.fastest))
+    return found | unsure
 
 
 _warned: set[tuple[str, str, Verdict]] = set()

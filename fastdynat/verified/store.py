@@ -1,12 +1,11 @@
-"""Verdicts kept from one process to the next, and the marks by which a check that ended its process is recognised."""
+"""Verdicts kept from one process to the next."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,8 @@ def key_of(check: Check, device: torch.device) -> dict[str, Any]:
     return found | {"versions": versions(device)}
 
 
-def _path(key: Mapping[str, Any]) -> Path | None:
+def path_of(key: Mapping[str, Any]) -> Path | None:
+    """The file of what is stored under `key`; None where there is no home."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     return None if (base := folder("verified")) is None else base / f"{key['check']}-{digest}.json"
 
@@ -51,7 +51,7 @@ def _path(key: Mapping[str, Any]) -> Path | None:
 def load(key: Mapping[str, Any]) -> Stored:
     """What was stored under `key`; nothing where the file is missing, damaged or of something else."""
     nothing = Stored(dict(key), {})
-    path = _path(key)
+    path = path_of(key)
     with suppress(DocumentError, OSError):
         if path is not None and path.is_file():
             text = read_text(path, limit=LIMIT)
@@ -72,7 +72,7 @@ def writable() -> bool:
 
 def save(stored: Stored) -> bool:
     """Keep `stored`. False, and a word at the first time, where that is impossible."""
-    path = _path(stored.key)
+    path = path_of(stored.key)
     try:
         if path is None:
             raise OSError("there is no home folder")
@@ -89,45 +89,3 @@ def _say_once(why: str, path: Path | None) -> None:
         _said = True
         place = "anywhere" if path is None else f"in {path.parent}"
         log.warning("operators are checked anew at every start: verdicts cannot be kept %s (%s)", place, why)
-
-
-@contextmanager
-def mark(key: Mapping[str, Any], candidate: str) -> Iterator[tuple[str | None, Callable[[str], None]]]:
-    """Leave a mark for as long as `candidate` is being checked, which outlives this process where the check ends it.
-
-    Yields the case at which an earlier process ended so (None: no such mark) and a function that writes the case into ours.
-    A mark that its process still holds says nothing.
-    """
-    path = _path(key)
-    if path is None:
-        yield None, _write_nothing
-        return
-    path = path.with_name(f"{path.stem}-{candidate}.checking")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        yield None, _write_nothing
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process checks the same right now
-        os.close(handle)
-        yield None, _write_nothing
-        return
-    try:
-        left = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
-
-        def note(case: str) -> None:
-            with suppress(OSError):
-                os.truncate(handle, os.pwrite(handle, case.encode()[:999], 0))
-
-        yield left or None, note
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(handle)
-
-
-def _write_nothing(case: str) -> None:
-    pass
