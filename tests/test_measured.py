@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastdynat.engine import default_config
 from fastdynat.engine.resolve import adopted, resolve
 from fastdynat.eval_config import EvalConfig
 from fastdynat.evaluation.config import settled
+from fastdynat.machine import OtherLoad, free_cores
 from fastdynat.measured import capability, choices, choose, processor, quiet_clock, race, slower_than_float32, store, table
 from fastdynat.measured.proxy import Layer, Setting, passes, settings
 
@@ -45,7 +46,15 @@ class Machine:
         monkeypatch.setattr(Layer, "scale", lambda *_: 1.0)
         monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: self.now)
         monkeypatch.setattr(choices, "_known", {})
+        self.load(monkeypatch, free=64, share=0.0)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    @staticmethod
+    def load(monkeypatch: pytest.MonkeyPatch, *, free: int, share: float) -> None:
+        """So many cores are free, and others take such a share of them."""
+        monkeypatch.setattr(choices, "free_cores", lambda: free)
+        monkeypatch.setattr(choices.OtherLoad, "share", lambda self: share)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
 
     def _passes(self, setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
@@ -265,6 +274,61 @@ def test_another_number_of_threads_is_measured_anew(machine: Machine) -> None:
         assert machine.timed
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Uneven(Machine):
+    """One thread is faster channels-last, two are faster contiguous: as with ResNet-18 at batch 8."""
+
+    def _passes(self, setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+        def call() -> None:
+            self.timed.append(f"{torch.get_num_threads()} {setting.name}")
+            self.now += 0.013 if setting.channels_last == (torch.get_num_threads() == 2) else 0.010
+
+        return call
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("free", "share"), [(1, 0.0), (2, 0.2)], ids=["before", "meanwhile"])
+def test_threads_that_are_used_are_timed_where_nothing_else_computes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, share: float
+) -> None:
+    machine = Uneven(monkeypatch, tmp_path)
+    assert choose(CPU, winograd=False).channels_last is False
+    assert {name[0] for name in machine.timed} == {"2"}
+    # Beside other processes one thread tells the order; it is believed until the process ends, and no longer.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    machine.forget()
+    machine.load(monkeypatch, free=free, share=share)
+    for _ in range(2):
+        assert choose(CPU, winograd=False).channels_last is True
+        assert torch.get_num_threads() == 2
+    assert sum(name.startswith("1 float32, contiguous") for name in machine.timed) > 0
+    machine.forget()
+    machine.load(monkeypatch, free=2, share=0.01)
+    assert choose(CPU, winograd=False).channels_last is False
+    machine.load(monkeypatch, free=free, share=share)
+    machine.forget()
+    assert choose(CPU, winograd=False).channels_last is False, "what was measured undisturbed is kept"
+    assert machine.timed == []
+
+
+def test_free_cores_and_other_load_are_those_of_this_machine() -> None:
+    cores = os.cpu_count() or 1
+    assert free_cores() <= cores
+    load = OtherLoad()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 0.1:
+        pass
+    share = load.share()
+    assert share is None or 0.0 <= share <= 1.0
 
 
 def test_another_instruction_set_is_measured_anew(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     monkeypatch.setattr(choices, "half_types", lambda device: {"bf16": "none", "fp16": "none"})
     monkeypatch.setattr(choices, "_known", {})
     monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: now[0])
+    monkeypatch.setattr(choices, "free_cores", lambda: 64)
+    monkeypatch.setattr(choices.OtherLoad, "share", lambda self: 0.0)
     monkeypatch.setattr("fastdynat.measured.proxy.vector_bits", lambda: 512)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return timed

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from fastdynat.benchmark.report import machine, settings
 from fastdynat.benchmark.settings import shown
-from fastdynat.benchmark.timing import OtherLoad, Samples, rounds
+from fastdynat.benchmark.timing import Samples, rounds
 from fastdynat.benchmark.work import Say, engine_step
 from fastdynat.config import EngineConfig, TrainConfig
 from fastdynat.consoles import AS_IS, PlainTable
 from fastdynat.data import TrainSplit
 from fastdynat.errors import UserError
+from fastdynat.machine import OtherLoad
 from fastdynat.measured import processor, quiet_clock, table
 from fastdynat.runs import source_commit
 

@@ -20,7 +20,7 @@ from fastdynat.benchmark.report import document, epoch_values, first_looks, phas
 from fastdynat.benchmark.roofline import copy_rate, measured_parts, peak_of, roofline_values
 from fastdynat.benchmark.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
 from fastdynat.benchmark.settings import label, settled
-from fastdynat.benchmark.timing import MIN_ROUNDS, OtherLoad, Samples, Stopwatch
+from fastdynat.benchmark.timing import MIN_ROUNDS, Samples, Stopwatch
 from fastdynat.benchmark.work import Say, Work, engine_step
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
@@ -29,6 +29,7 @@ from fastdynat.devices import AMP_DTYPES
 from fastdynat.engine import build_parts, open_split
 from fastdynat.engine.resolve import resolve
 from fastdynat.errors import UserError
+from fastdynat.machine import OtherLoad
 from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend

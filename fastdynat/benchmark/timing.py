@@ -1,12 +1,9 @@
 """Clocks: CUDA events on a GPU, the processor's clock elsewhere; rounds in which all rows take turns."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,27 +91,3 @@ def take_turns(
         for call, n, taken in zip(calls, in_a_row, samples, strict=True):
             taken.append(watch.time(call, n))
     return [Samples(tuple(taken)) for taken in samples]
-
-
-class OtherLoad:
-    """How busy other processes kept the CPU since `__init__`: timings beside much of it say little."""
-
-    def __init__(self) -> None:
-        self._begin = _busy_seconds()
-
-    def share(self) -> float | None:
-        """Of all cores' time; None where the system does not tell."""
-        end = _busy_seconds()
-        if self._begin is None or end is None:
-            return None
-        busy, own, total = (b - a for a, b in zip(self._begin, end, strict=True))
-        return round(max(0.0, busy - own) / total, 3) if total > 0 else 0.0
-
-
-def _busy_seconds() -> tuple[float, float, float] | None:
-    """(busy, this process's, all) seconds of the cores so far."""
-    with suppress(OSError, ValueError):
-        ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        second = os.sysconf("SC_CLK_TCK")
-        return (sum(ticks) - ticks[3] - ticks[4]) / second, sum(os.times()[:4]), sum(ticks) / second
-    return None

@@ -4,13 +4,16 @@ from fastdynat.machine import capability, racing
 from fastdynat.machine.cache import folder, replace_text
 from fastdynat.machine.capability import half_types, processor, vector_bits, versions
 from fastdynat.machine.gpu_racing import copy_bandwidth, race_on_gpu
+from fastdynat.machine.load import OtherLoad, free_cores
 from fastdynat.machine.racing import Clock, one_thread, quiet_clock, race
 
 __all__ = [
     "Clock",
+    "OtherLoad",
     "capability",
     "copy_bandwidth",
     "folder",
+    "free_cores",
     "half_types",
     "one_thread",
     "processor",

@@ -1,13 +1,14 @@
 """From capabilities and measurements to decisions, each with its reason in one sentence."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastdynat.machine import Clock, half_types, one_thread, processor, race
+from fastdynat.machine import Clock, OtherLoad, free_cores, half_types, one_thread, processor, race
 from fastdynat.measured import store
 from fastdynat.measured.proxy import ANY, TINY, Layer, Setting, Workload, passes, settings
 
@@ -15,6 +16,7 @@ from fastdynat.measured.proxy import ANY, TINY, Layer, Setting, Workload, passes
 # wins unless another one is faster by so much: timings repeat to a few percent.
 MARGIN = 0.03
 SECONDS = 1.0  # of all settings together, once per machine
+QUIET = 0.05  # share of the cores' time that other processes may take beside a timing on all threads
 _known: dict[str, dict[str, float]] = {}  # by key, of this process
 
 
@@ -124,15 +126,39 @@ def _remembered(
 ) -> dict[str, float]:
     shapes = [[*vars(layer).values(), layer.timed_images(work.batch), *_winograd(layer, work)] for layer in work.layers]
 
-    def measure() -> dict[str, float]:
-        # On one thread, whose computing time other processes do not touch: a busy machine would be remembered as a slow type.
-        # Convolutions share their work evenly, so several threads leave the order as it is.
+    def alone() -> dict[str, float]:
         with one_thread():
             return _race_layers(wanted, work, clock)
 
     names = {setting.name for setting in wanted}
     key = {"what": f"{what} on one thread", "settings": sorted(names), "layers": shapes}
-    return remembered(key, device, names, measure)
+    if torch.get_num_threads() == 1:
+        return remembered(key, device, names, alone)
+    # Memory formats differ in how well threads share the work: ResNet-18 at batch 8 is faster channels-last on one thread and
+    # contiguous on two. Beside other processes only one thread tells anything, by the time that it computed itself.
+    key_of_all = key | {"what": f"{what} on all threads"}
+    try:
+        return remembered(key_of_all, device, names, lambda: _undisturbed(wanted, work, clock))
+    except _DisturbedError:
+        found = remembered(key, device, names, alone)
+        _known[_text(key_of_all, device)] = found  # in this process the question is settled
+        return found
+
+
+class _DisturbedError(Exception):
+    """Other processes computed beside a timing on all threads."""
+
+
+def _undisturbed(wanted: list[Setting], work: Workload, clock: Clock | None) -> dict[str, float]:
+    """`_race_layers` on all threads."""
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if free_cores() < threads:
+        raise _DisturbedError
+    load = OtherLoad()
+    found = _race_layers(wanted, work, clock)
+    if (load.share() or 0.0) > QUIET + max(0, cores - threads) / cores:
+        raise _DisturbedError
+    return found
 
 
 def _winograd(layer: Layer, work: Workload) -> list[float | None]:
@@ -160,15 +186,19 @@ def remembered(
     key: Mapping[str, Any], device: torch.device, names: set[str], measure: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
     """Seconds of `names` under `key` on this machine: those known already, here or in `store`, or what `measure` returns."""
-    key = {"measured": dict(key), "processor": processor(device)}
-    text = json.dumps(key, sort_keys=True)
+    text = _text(key, device)
     if text not in _known:
+        key = json.loads(text)
         seconds = store.load(key, names)
         if seconds is None:
             seconds = measure()
             store.save(key, seconds)
         _known[text] = seconds
     return _known[text]
+
+
+def _text(key: Mapping[str, Any], device: torch.device) -> str:
+    return json.dumps({"measured": dict(key), "processor": processor(device)}, sort_keys=True)
 
 
 def faster_types(device: torch.device) -> list[str]:
