@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from networks import tiny_cnn
 from fastdynat.attacks import parse_attack, replica
 from fastdynat.cli import main
 from fastdynat.data import ImageSet
-from fastdynat.engine import trainer
+from fastdynat.engine import background, trainer
 from fastdynat.engine.background import BackgroundWriter
 from fastdynat.engine.metrics import read_rows
 from fastdynat.engine.state import snapshot
@@ -189,3 +190,61 @@ def test_writes_follow_each_other_and_failures_reach_the_caller() -> None:
     with pytest.raises(ZeroDivisionError), other:
         _ = 1 / 0
     assert threading.active_count() >= 1
+
+
+class LazyDisk:
+    """In the place of the writer's thread: it begins each write only when the training waits for it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.to_be_written = 0
+        self.clock = 0.0  # seconds that the training has waited
+
+    def submit(self, write: Any) -> "LazyDisk":
+        self.write, self.to_be_written = write, self.to_be_written + 1
+        return self
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> None:
+        self.clock += 40
+        self.to_be_written -= 1
+        self.write()
+
+    def shutdown(self) -> None:
+        assert self.to_be_written == 0
+
+    def perf_counter(self) -> float:
+        return self.clock + time.perf_counter()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> LazyDisk:
+    disk = LazyDisk()
+    monkeypatch.setattr(background, "ThreadPoolExecutor", lambda *args, **options: disk)
+    return disk
+
+
+def test_one_snapshot_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk) -> None:
+    """A disk that is slower than an epoch is waited for before the next copies are made, not after."""
+    beside, weights_now = [], trainer.weights_now
+
+    def copied(*args: Any, **options: Any) -> Any:
+        beside.append(disk.to_be_written)
+        return weights_now(*args, **options)
+
+    monkeypatch.setattr(trainer, "weights_now", copied)
+    assert main(["train", "--run-dir", str(tmp_path / "r"), *TINY, "--epochs", "3"]) == 0
+    assert beside == [0, 0, 0]
+
+
+def test_waiting_for_the_disk_is_no_time_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk
+) -> None:
+    """Workers of the torch loader are forked when nothing is being written; images per second do not pay for it."""
+    monkeypatch.setattr(trainer, "time", disk)
+    run = tmp_path / "r"
+    command = ["train", "--run-dir", str(run), *TINY, "--epochs", "3", "--loader", "torch", "--workers", "1"]
+    assert main(command) == 0
+    assert disk.clock == 3 * 40
+    assert max(row["train_seconds"] for row in read_rows(run / "metrics.jsonl")) < 40

@@ -146,11 +146,11 @@ class Trainer:
         display.say(f"burn-in is over after {self.epoch} epochs: {begun}")
 
     def _train_epoch(self, stop: StopRequest, display: Display) -> None:
+        if self.config.data.loader == "torch":
+            self._writer.wait()  # its workers are forked, which another thread had better not be in the middle of
         saved = refreshed = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
         self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
-        if self.config.data.loader == "torch":
-            self._writer.wait()  # its workers are forked, which another thread had better not be in the middle of
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), len(batch.labels))
             images += len(batch.labels)
@@ -247,6 +247,7 @@ class Trainer:
         for module in self.networks.raw.values():
             if problem := not_numbers(module):  # the last update may have made them so, after its loss
                 raise Diverged(f"{problem} after epoch {self.epoch}")
+        self._writer.wait()  # before the copies are made: a slow disk holds one set of them in memory, not two
         # Inside an epoch the weights are no longer those that were validated.
         validated = self.last_validation if self.epoch_step == 0 else {}
         weights = weights_now(self.networks, self.config, self.info, epoch=self.epoch, validated=validated)
