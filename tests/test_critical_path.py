@@ -238,9 +238,7 @@ def test_one_snapshot_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest
     assert beside == [0, 0, 0]
 
 
-def test_waiting_for_the_disk_is_no_time_of_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk
-) -> None:
+def test_waiting_for_the_disk_is_no_time_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk) -> None:
     """Workers of the torch loader are forked when nothing is being written; images per second do not pay for it."""
     monkeypatch.setattr(trainer, "time", disk)
     run = tmp_path / "r"

@@ -1,5 +1,6 @@
 """How exactly a run can be resumed, where that is said, and what `--deterministic` switches for it."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,27 @@ def test_a_run_and_its_resume_say_so(
     assert [s["precision"] for s in read_starts(run / "environment.json")] == [
         {"training": "float32", "validation": "float32"}
     ] * 2
+
+
+@pytest.mark.parametrize(("switch", "said"), [("auto", True), ("off", False)])
+def test_a_run_from_before_winograd_was_chosen_by_layer_is_told_that_it_rounds_otherwise(
+    switch: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastdynat.engine import resolve
+
+    monkeypatch.setattr(resolve, "winograd_pays", lambda *args, **options: True)
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "3", "--stop-after", "1", "--winograd", switch]) == 0
+    record = run / "environment.json"
+    starts = json.loads(record.read_text())
+    del starts[0]["winograd"]
+    record.write_text(json.dumps(starts))
+    told = []
+    for _ in range(2):  # told once: the second resume is of a run that this version has gone on with
+        capsys.readouterr()
+        assert main(["train", "--resume", str(run), "--stop-after", str(2 + len(told)), "--quiet"]) == 0
+        told.append("which layers Winograd's algorithm computes: the run goes on, not bit for bit" in capsys.readouterr().err)
+    assert told == [said, False]
 
 
 def test_the_record_names_what_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,24 @@ from typing import Any
 
 import torch
 
+from fastdynat.attacks.winograd import RULE
 from fastdynat.config import EngineConfig
 from fastdynat.float32 import float32_name
 from fastdynat.ops import operators_in_use
+from fastdynat.runs.environment import UNUSED
 
 
 def arithmetic(engine: EngineConfig) -> dict[str, Any]:
     """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
     device = torch.device(engine.device)
     precision = float32_name(device) if engine.amp == "off" else engine.amp
-    return {"operators": operators_in_use(device), "on_cpu": device.type == "cpu", "precision": precision}
+    may_be = device.type == "cpu" and engine.amp == "off" and engine.winograd != "off"
+    return {
+        "operators": operators_in_use(device),
+        "on_cpu": device.type == "cpu",
+        "precision": precision,
+        "winograd": RULE if may_be else UNUSED,
+    }
 
 
 def rounding_of_resume(engine: EngineConfig) -> str | None:

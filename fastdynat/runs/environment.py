@@ -19,6 +19,8 @@ from fastdynat.documents import read_json
 from fastdynat.errors import UserError
 from fastdynat.runs.files import write_text
 
+UNUSED = "unused"
+
 
 def cpu_name() -> str:
     """The processor's public name."""
@@ -69,7 +71,9 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
 
 
-def record_start(path: Path, *, operators: str, on_cpu: bool = True, precision: str = "float32") -> list[str]:
+def record_start(
+    path: Path, *, operators: str, on_cpu: bool = True, precision: str = "float32", winograd: str = UNUSED
+) -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
     Returns, in words, what differs from the last start so that sums are rounded in another order.
@@ -78,12 +82,14 @@ def record_start(path: Path, *, operators: str, on_cpu: bool = True, precision: 
         operators: the implementation of the fused operators in this process.
         on_cpu: whether the run computes on the CPU, where threads and processor count.
         precision: what the networks are trained in; they are validated in float32 without TF32.
+        winograd: the rule by which layers are computed by Winograd's algorithm; `UNUSED` where none may be.
     """
     starts: list[dict[str, Any]] = []
     with suppress(UserError):  # the first start, or a list that nobody needs for resuming
         starts = read_starts(path)
     precisions = {"training": precision, "validation": "float32"}
-    starts.append({**describe_environment(), "operators": operators, "precision": precisions, "command": sys.argv[1:]})
+    starts.append({**describe_environment(), "operators": operators, "precision": precisions})
+    starts[-1] |= {"winograd": winograd, "command": sys.argv[1:]}
     write_text(path, json.dumps(starts, indent=2) + "\n")
     return _differences(*starts[-2:], on_cpu=on_cpu) if len(starts) > 1 else []
 
@@ -97,8 +103,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -
     names = {"torch": "PyTorch changes", "processor": "the processor changes", "gpus": "the GPUs change"}
     # The number of cores beside the processor's name is not part of it.
     old, new = ({**start, "processor": str(start.get("cpu", "")).partition("-core ")[2]} for start in (before, now))
-    return [
+    found = [
         f"{names.get(key, key + ' change')} from {old[key]} to {new[key]}{remedy.format(old[key])}"
         for key, remedy in remedies.items()
         if old.get(key) and old[key] != new[key]
     ]
+    # A start without this entry was made by a version that had another rule, and used it wherever this one is used.
+    rules = now["winograd"], before.get("winograd")
+    if UNUSED not in rules and rules[0] != rules[1]:
+        found.append("another rule than before says which layers Winograd's algorithm computes")
+    return found
