@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a training.
+"""Every check that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a training.
 
     bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default gpu-results)
     bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what is missing in it
@@ -249,13 +249,13 @@ def pack(ours: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="of results, or of the pack")
-    parser.add_argument("--pack", action="store_true", help="make the folder to take along")
-    parser.add_argument("--check-pack", action="store_true", help="say what is missing in it")
-    parser.add_argument("--python-version", default="3.12", help="of the machine that the pack is for")
+    parser.add_argument("folder", nargs="?", help="folder of the results, or of the pack")
+    parser.add_argument("--pack", action="store_true", help="make the folder that a bare machine needs")
+    parser.add_argument("--check-pack", action="store_true", help="only say what is missing in the pack")
+    parser.add_argument("--python-version", default="3.12", help="Python version of the machine that the pack is for")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as JPEG, an archive or a folder, for the pack")
-    parser.add_argument("--limit-mib", type=float, default=64, help="of the pack and the checkout's files together")
-    parser.add_argument("--total", type=float, default=TOTAL, help="seconds that a check may take")
+    parser.add_argument("--limit-mib", type=float, default=64, help="limit on the pack and the checkout's files together")
+    parser.add_argument("--total", type=float, default=TOTAL, help="time limit of the whole check in seconds")
     ours = parser.parse_args()
     try:
         return pack(ours) if ours.pack or ours.check_pack else check(ours)

@@ -104,10 +104,10 @@ class _Compiled:
         try:
             difference = self._check(signature, self._run, self._plain, args)
         except torch.OutOfMemoryError:  # what is uncompiled may need more, so that it is no way out
-            self._say(f"{self._what} is compiled, but there is no memory for comparing it with the uncompiled one")
+            self._say(f"{self._what} is compiled, but there is not enough memory to compare it with the uncompiled one")
             return True
         if difference is not None:
-            self._say(f"{self._what} runs without torch.compile: compiled, its {difference}")
+            self._say(f"{self._what} runs without torch.compile: when compiled, its {difference}")
             self._stop()
         return difference is None
 

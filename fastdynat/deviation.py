@@ -1,4 +1,4 @@
-"""By how much what a fast form of a function leaves behind differs from what the function itself does.
+"""Deviation of a fast form of a function (compiled, captured) from the function: outputs, weights, buffers, gradients.
 
 Results are tensors on the host by kind and name: "weight model.0.bias", "gradient ...", "output ...".
 """
@@ -29,7 +29,7 @@ class Difference:
         where = self.where.removeprefix("output ")
         if self.share == float("inf"):
             return f"{where} are others"
-        return f"{where} differs by {self.share:.2g} of its change ({self.allowed:.2g} would be rounding)"
+        return f"{where} differs by {self.share:.2g} of its change (rounding explains at most {self.allowed:.2g})"
 
 
 class Comparison:

@@ -119,7 +119,7 @@ def check_kernels(name: str, device: torch.device) -> None:
 
     Verifies those that this machine has not verified yet, before graphs are captured and networks compiled.
     """
-    remedy = "leave --kernels out for the best that this machine has"
+    remedy = "leave --kernels out to use the fastest one that is correct here"
     try:
         selected_backend(device.type, name)
         with use_backend(name):

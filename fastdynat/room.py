@@ -1,4 +1,4 @@
-"""How much memory there is for what a flag, a file or a name asks for, known before it is taken."""
+"""Checks of available memory before an allocation that a flag, a file or a name asks for."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Where compiled code and captured graphs step aside: they are made per shape of input, and some shapes are not worth it."""
+"""A context without compiled code and captured graphs, for input shapes that do not repay making them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

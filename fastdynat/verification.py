@@ -1,4 +1,4 @@
-"""What `fastdynat doctor --check` does: every implementation compared with eager afresh, and timed."""
+"""`fastdynat doctor --check`: every operator implementation compared with eager again, and timed."""
 
 import importlib
 import json
@@ -127,7 +127,7 @@ def print_table(rows: list[Row]) -> None:
     table = PlainTable(box=box.SIMPLE)
     for column in ("operator", "implementation", "on", "", "ms", "of a copy"):
         table.add_column(column, justify="right" if column in ("ms", "of a copy") else "left", no_wrap=True)
-    table.add_column("call that was timed; or what is wrong, or why it is missing", overflow="fold")
+    table.add_column("call that was timed, or the deviation, or why it is missing", overflow="fold")
     previous = ""
     for row in rows:
         time = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"

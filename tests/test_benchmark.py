@@ -366,7 +366,7 @@ def test_rows_are_kept_as_they_come_the_asked_setting_and_its_peer_first(
     assert doc["epoch"]["extrapolated_seconds"] > 0
     capsys.readouterr()
     bench("--amp", "bf16", "--baseline", str(partial), code=2)
-    assert "did not end" in capsys.readouterr().err
+    assert "unfinished measurement" in capsys.readouterr().err
 
     monkeypatch.setattr(work, "engine_attack", build)
     bench("--json", str(out))

@@ -471,7 +471,10 @@ def test_a_resumed_run_keeps_the_epoch_at_which_weights_begin(tmp_path: Path, ca
     run = str(tmp_path / "run")
     assert main(["train", "--run-dir", run, *flags, "--epochs", "2"]) == 0
     assert main(["train", "--resume", run, "--epochs", "4"]) == 2
-    assert "method gairat changes its loss at shares of the epochs (2 in this run, 4 asked)" in capsys.readouterr().err
+    assert (
+        "method gairat changes its loss at fractions of the number of epochs (2 in this run, 4 asked)"
+        in capsys.readouterr().err
+    )
 
 
 BAD = [

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fastdynat.cli import main
 from fastdynat.data import ImageSet, TrainSplit
+from fastdynat.engine import resolve
 from fastdynat.engine.state import read_state
 from fastdynat.errors import UserError
 from fastdynat.runs import RunDir, load_network
@@ -53,6 +54,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--graphs", "on"],
+        ["--guide-stream", "on"],
+        ["--fused-conv", "on"],
+        ["--fold", "on", "--attack-bn", "train"],
+        ["--boundary-speed", "5", "--norm", "l2"],
+        ["--method", "natural", "--on-collapse", "stop"],
+    ],
+    ids=" ".join,
+)
+def test_combinations_are_refused_before_anything_is_measured(
+    flags: list[str], refused: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Verifying operators and timing convolutions takes up to minutes on a busy machine at the first start."""
+
+    def too_early(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured before the refusal")
+
+    for name in ("check_kernels", "pick_amp", "pick_channels_last"):
+        monkeypatch.setattr(resolve, name, too_early)
+    refused("train", "--device", "cpu", "--run-dir", tmp_path / "run", *TINY, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_wrong_network_is_found(monkeypatch: pytest.MonkeyPatch, fault: str) -
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), twin.parameters(), strict=True))  # type: ignore[arg-type]
     assert all(map(torch.equal, module.state_dict().values(), twin.state_dict().values())), "one pass's statistics, not two"
     assert len(said) == 1
-    assert said[0].startswith("the model runs without torch.compile: compiled, its ")
+    assert said[0].startswith("the model runs without torch.compile: when compiled, its ")
     assert torch.equal(torch.get_rng_state(), draws)
 
 
@@ -226,5 +226,5 @@ def test_the_drop_in_attack_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> N
     planted(monkeypatch, FAULTS["reversed"])
     model, x, y = tiny_cnn().eval(), torch.rand(5, 3, 8, 8), torch.arange(5)
     compiled, plain = (PGD(model, eps=0.1, steps=3, random_start=False, compile=on) for on in (True, False))
-    with pytest.warns(UserWarning, match="the attack runs without torch.compile: compiled, its gradient differs by 2 of"):
+    with pytest.warns(UserWarning, match="the attack runs without torch.compile: when compiled, its gradient differs by 2 of"):
         assert torch.equal(compiled(x, y), plain(x, y))

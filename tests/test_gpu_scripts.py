@@ -140,7 +140,7 @@ def test_all_good_parts_are_a_success(gpu: SimpleNamespace, tmp_path: Path) -> N
     unable = gpu.parts.Part(name="unable", seconds=8, command=program, unable=("Device not supported",))
     assert check(gpu, tmp_path, good, refused, unable).run() is True
     found = stored(tmp_path)
-    assert found["unable"] == found["unable"] | {"status": "skipped", "key": "this machine cannot: Device not supported"}
+    assert found["unable"] == found["unable"] | {"status": "skipped", "key": "this machine cannot run it: Device not supported"}
     assert found["refused"]["status"] == "ok"
     assert "was refused" in json.loads((tmp_path / "gpu_check.json").read_text())["remarks"][0]
 
@@ -377,7 +377,7 @@ def test_what_is_missing_is_said(gpu: SimpleNamespace, packed: Path, monkeypatch
 def test_nobody_elses_folder_is_replaced(gpu: SimpleNamespace, tmp_path: Path, packed: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(ValueError, match="none of ours"):
+    with pytest.raises(ValueError, match="not made by --pack"):
         gpu.pack.make_pack(tmp_path / "mine", python="3.12", data=None)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     gpu.pack.make_pack(packed, python="3.12", data=None)

@@ -129,7 +129,7 @@ def test_a_planted_fault_is_found_and_the_run_is_the_one_without_graphs(make: Ca
     want = train(make())
     assert (recorder.captured, recorder.replayed) == (1, 0)
     assert len(said) == 1
-    assert said[0].startswith("CUDA graphs are off: a replay does not do what it was captured from: ")
+    assert said[0].startswith("CUDA graphs are off: a replay differs from the function it was captured from: ")
     assert "\n" not in said[0]
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])

@@ -179,7 +179,7 @@ def test_a_teacher_of_the_same_number_of_other_classes_is_refused(
 def test_a_teacher_is_not_overwritten_by_its_pupil(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--method", "hat", "--guide-from", str(teacher), "--run-dir", str(teacher), "--overwrite", *TINY]
     assert main(argv) == 2
-    assert "is in the run that --overwrite would replace" in capsys.readouterr().err
+    assert "belongs to the run that --overwrite would replace" in capsys.readouterr().err
     assert (teacher / "best" / "model.safetensors").exists()
 
 

@@ -51,7 +51,7 @@ def test_two_epochs_with_a_smaller_last_batch_compile_what_whole_batches_do(
         command = ["train", "--run-dir", str(run), *DYNAT, "--epochs", "2", "--compile", "default", "--check-fidelity", "20"]
         assert main([*command, "--train-size", str(images)]) == 0
         made[images], updates[images] = traced(), rows(run)[-1]["global_step"]
-        said[images] = capsys.readouterr().err.count("the last 16 images of an epoch are no whole batch and run without")
+        said[images] = capsys.readouterr().err.count("the last 16 images of an epoch are a partial batch and run without")
     assert made[80] == made[64] > 0
     assert updates == {64: 4, 80: 6}
     assert said == {64: 0, 80: 1}

@@ -106,7 +106,7 @@ def test_best_and_last_without_links_and_without_the_id(tmp_path: Path) -> None:
 def test_rows_that_are_twice_or_out_of_order(epochs: tuple[int, ...], tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"epoch": epoch, "train_seconds": 1.0}) + "\n" for epoch in epochs))
-    with pytest.raises(UserError, match=r"line \d: epoch 1 stands behind epoch \d: .*move it away"):
+    with pytest.raises(UserError, match=r"line \d: epoch 1 follows epoch \d: .*move it away"):
         read_rows(path)
     path.write_text("".join(json.dumps({"epoch": epoch, "train_seconds": 1.0}) + "\n" for epoch in (1, 2, 4)))
     assert [row["epoch"] for row in read_rows(path)] == [1, 2, 4]
@@ -115,7 +115,7 @@ def test_rows_that_are_twice_or_out_of_order(epochs: tuple[int, ...], tmp_path: 
 @pytest.mark.parametrize("how", OUTSIDE)
 def test_a_report_does_not_wait_for_its_record(how: str, tmp_path: Path) -> None:
     spoil(tmp_path / RECORD, how, is_folder=False)
-    with pytest.raises(UserError, match="is no file, as a report's record is"):
+    with pytest.raises(UserError, match="is not a file, as a report's record must be"):
         ReportFiles(tmp_path, "findings.json").check(["index.html"])
 
 
@@ -256,7 +256,7 @@ def test_what_results_may_replace(name: str, content: str | bytes | None, kind: 
     if good:
         check_results(**given)
     else:
-        with pytest.raises(UserError, match="is there and holds no results: choose another place"):
+        with pytest.raises(UserError, match="exists and does not hold results: choose another place"):
             check_results(**given)
     assert not path.exists() if content is None else path.read_bytes() in (content, str(content).encode())
 
@@ -264,7 +264,7 @@ def test_what_results_may_replace(name: str, content: str | bytes | None, kind: 
 def test_results_that_would_replace_what_is_read_or_each_other(tmp_path: Path) -> None:
     (tmp_path / "w").write_text("weights")
     (tmp_path / "link").symlink_to("w")
-    with pytest.raises(UserError, match="link is read by this command, which would destroy it"):
+    with pytest.raises(UserError, match="link is an input of this command, which would overwrite it"):
         check_results((str(tmp_path / "link"),), inputs=(None, tmp_path / "w"))
     with pytest.raises(UserError, match="is given for two results"):
         check_results((str(tmp_path / "a.json"), None, f"{tmp_path}/./a.json"))

@@ -55,7 +55,7 @@ def test_what_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "w.pt"
     path.write_bytes(BAD[what])
     begin = time.process_time()
-    with pytest.raises(DocumentError, match=r"no such file (needs|is)$"):
+    with pytest.raises(DocumentError, match=r"any such file (needs|is)$|no such file does$"):
         read_pickle(path, what="weights")
     assert time.process_time() - begin < 10
 

@@ -38,9 +38,9 @@ def test_a_run_and_its_resume_say_so(
         monkeypatch.setattr(module, "rounding_of_resume", lambda engine: rounding_of_resume(EngineConfig(device="cuda")))
     run = tmp_path / "run"
     assert main(["train", "--run-dir", str(run), *TINY, "--stop-after", "1"]) == 0
-    assert "resuming this run will go on within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
+    assert "resuming this run will continue within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 0
-    assert "it goes on within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
+    assert "it continues within rounding, not bit for bit: cuDNN" in capsys.readouterr().err
     assert [s["precision"] for s in read_starts(run / "environment.json")] == [
         {"training": "float32", "validation": "float32"}
     ] * 2

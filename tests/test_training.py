@@ -195,10 +195,10 @@ def test_more_epochs_where_the_schedule_allows_it(tmp_path: Path, capsys: pytest
     assert "start with --epochs 3 --stop-after 2" in capsys.readouterr().err
     average = train(tmp_path / "average", "--schedule", "constant", "--epochs", "2", "--ema", "0.9", "--ema-warmup", "0.5")
     resume(average, "--epochs", "4", code=2)
-    assert "--ema-warmup is of the number of epochs" in capsys.readouterr().err
+    assert "--ema-warmup depends on the number of epochs" in capsys.readouterr().err
     early = train(tmp_path / "early", "--schedule", "constant", "--epochs", "2", "--early-steps", "1")
     resume(early, "--epochs", "4", code=2)
-    assert "--early-share is of the number of epochs" in capsys.readouterr().err
+    assert "--early-share depends on the number of epochs" in capsys.readouterr().err
 
 
 def test_fewer_steps_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

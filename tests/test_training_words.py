@@ -199,10 +199,10 @@ def edited(run: Path, **changes: Any) -> None:
 CHANGES = {
     "threads": (
         {"threads": 77},
-        "threads change from 77 to {} (OMP_NUM_THREADS=77 keeps them): the run goes on, not bit for bit",
+        "threads change from 77 to {} (OMP_NUM_THREADS=77 keeps them): the run continues, but not bit for bit",
     ),
-    "torch": ({"torch": "1.0"}, "PyTorch changes from 1.0 to {}: the run goes on, not bit for bit"),
-    "processor": ({"cpu": "8-core Z80"}, "the processor changes from Z80 to {}: the run goes on, not bit for bit"),
+    "torch": ({"torch": "1.0"}, "PyTorch changes from 1.0 to {}: the run continues, but not bit for bit"),
+    "processor": ({"cpu": "8-core Z80"}, "the processor changes from Z80 to {}: the run continues, but not bit for bit"),
     "cores": ({"cpu": "99-core {}"}, None),
     "unknown": ({"threads": None}, None),
 }

@@ -1,4 +1,4 @@
-"""The one file of results that is taken home: everything in a folder, cut with a word where it would not fit."""
+"""The archive of results: everything in a folder, with long files cut, and marked as cut, to fit a size limit."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ def write_archive(folder: Path, target: Path, limit: int = LIMIT) -> list[str]:
         shrink = [n for n in files if n not in cut and Path(n).suffix in LOGS and sizes[n] > 3 * KEPT]
         if shrink:
             name = max(shrink, key=lambda n: (sizes[n], -files[n].stat().st_mtime))
-            cut[name] = f"{name}: {sizes[name] - 2 * KEPT:,} bytes in its middle left out"
+            cut[name] = f"{name}: {sizes[name] - 2 * KEPT:,} bytes cut from its middle"
             continue
         whole = [n for n in files if "not taken" not in cut.get(n, "")]
         if not whole:

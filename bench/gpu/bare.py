@@ -1,4 +1,4 @@
-"""A bare machine made usable: the environment of what is started, and what of the pack is needed."""
+"""Preparing a bare machine: the environment of child processes, and what is used of the pack."""
 
 import os
 import re
@@ -108,7 +108,7 @@ class Bare:
                 f"missing: {', '.join(fatal)}: fastdynat does not start; bench/gpu_check.sh --pack takes them along"
             )
         elif self.missing:
-            self.words.append(f"missing: {', '.join(self.missing)}: what needs them is left out")
+            self.words.append(f"missing: {', '.join(self.missing)}: parts that need them are skipped")
 
     def _describe(self, found: dict[str, Any], gpu: dict[str, Any] | None) -> None:
         torch = found["versions"].get("torch")

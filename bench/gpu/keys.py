@@ -1,4 +1,4 @@
-"""The result of a part in a few words, from what it wrote. Figures are read, never made up: what is not there is not said."""
+"""Key figures of a part, read from the files that it wrote; a missing figure is omitted."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The machine that a script runs on: versions, commit, packages that it lacks, the prebuilt extension, the data."""
+"""The machine that a script runs on: versions, commit, missing packages, the prebuilt extension, the data."""
 
 import hashlib
 import json
@@ -93,7 +93,7 @@ def read_manifest(pack: Path) -> dict[str, Any] | None:
         return None
     manifest = json.loads(path.read_text())
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is no manifest of format {FORMAT}: make another with bench/gpu_check.sh --pack")
+        raise ValueError(f"{path} is not a manifest of format {FORMAT}: make another with bench/gpu_check.sh --pack")
     return manifest
 
 
@@ -152,7 +152,7 @@ def take_extension(pack: Path, manifest: Mapping[str, Any], found: Mapping[str, 
     why = "lacks its CUDA half" if own is not None else f"does not load ({found.get('extension_error', 'there is none')})"
     packed = manifest.get("extension")
     if packed is None or not (pack / EXTENSION).is_file():
-        return False, f"fastdynat._C {why}, and no prebuilt one was taken along"
+        return False, f"fastdynat._C {why}, and no prebuilt one was packed"
     if packed["sources"] != extension_sources():
         return False, f"fastdynat._C {why}, and the prebuilt one is of other sources: pack again"
     temporary = target.with_name(target.name + ".new")

@@ -1,4 +1,4 @@
-"""What a bare machine lacks, in one folder to take along: packages, CIFAR-10 as JPEG, the built extension, a manifest."""
+"""The pack for a bare machine: a folder with packages, CIFAR-10 as JPEG, the built extension and a manifest."""
 
 import importlib.util
 import io
@@ -54,7 +54,7 @@ def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMI
         OSError: something cannot be read or written.
     """
     if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:
-        raise ValueError(f"{folder} has files and no {MANIFEST}: it is none of ours, name another folder")
+        raise ValueError(f"{folder} has files and no {MANIFEST}: it was not made by --pack; name another folder")
     with tempfile.TemporaryDirectory(prefix=".pack-", dir=folder.parent) as temporary:
         made = Path(temporary) / "pack"
         made.mkdir()
@@ -186,7 +186,7 @@ def check_pack(folder: Path, limit: int = LIMIT) -> list[str]:
     if manifest is None:
         return [f"{folder} has no {MANIFEST}"]
     have = {entry["name"]: entry for entry in manifest["packages"]}
-    missing = [f"{name} ({what}), without which nothing starts" for name, what in NEEDED.items() if name not in have]
+    missing = [f"{name} ({what}), without which nothing can start" for name, what in NEEDED.items() if name not in have]
     missing += [f"{name} ({what})" for name, what in WANTED.items() if name not in have and name not in THERE]
     for entry in have.values():
         package = folder / "packages" / entry["folder"]

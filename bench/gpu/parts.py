@@ -1,4 +1,4 @@
-"""Parts of a check, one after the other, each under a limit, with results that are on the disk at every moment."""
+"""Running the parts of a check in turn, each under a time limit, with results kept up to date on disk."""
 
 import json
 import os
@@ -137,7 +137,7 @@ class Check:
         said = [line.strip() for line in text.splitlines() if not line.startswith("$ ")]
         line = next((line for line in said if any(mark in line for mark in part.unable)), None)
         if line is not None and outcome.status != "ok":
-            outcome.status, outcome.key = "skipped", f"this machine cannot: {line[:120]}"
+            outcome.status, outcome.key = "skipped", f"this machine cannot run it: {line[:120]}"
 
     def _attempt(self, part: Part, log: Path, end: float) -> tuple[int | None, str]:
         try:

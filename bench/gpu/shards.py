@@ -1,4 +1,4 @@
-"""Tests in several processes, with a summary that stands whatever happens to them.
+"""Running tests in several processes, with a summary that survives hangs and crashes.
 
     python3 bench/gpu/shards.py --processes 8 --out FOLDER [--test-limit 60] [--expression gpu] tests/test_a.py ...
 
@@ -85,7 +85,7 @@ class Shard:
 
     def _again(self, why: str) -> None:
         if self.starts >= STARTS:
-            self.ended = f"{why}, and it was started {STARTS} times"
+            self.ended = f"{why}, and it has been started {STARTS} times"
         else:
             self.start()
 
@@ -169,8 +169,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--test-limit", type=float, default=60.0, help="seconds for one test")
-    parser.add_argument("--expression", default="gpu", help="which tests: a -m expression of pytest")
+    parser.add_argument("--test-limit", type=float, default=60.0, help="time limit of one test in seconds")
+    parser.add_argument("--expression", default="gpu", help="pytest's -m expression that selects the tests")
     parser.add_argument("files", nargs="+")
     ours = parser.parse_args()
     ours.out = ours.out.resolve()

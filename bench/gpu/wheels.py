@@ -1,4 +1,4 @@
-"""The packages of a pack: wheels for another machine's Python, each unpacked into a folder of its own."""
+"""The packages of a pack: wheels for the target machine's Python, each unpacked into its own folder."""
 
 import importlib.metadata
 import re
@@ -76,7 +76,7 @@ def _unpack(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
         target = folder / f"{name}-{version}"
         members = [m for m in archive.namelist() if not m.startswith(PRUNED.get(name, ("\0",))) and not m.endswith(".pyi")]
         if any(Path(m).is_absolute() or ".." in Path(m).parts for m in members):
-            raise ValueError(f"{wheel.name} has members outside of its folder")
+            raise ValueError(f"{wheel.name} has members outside its own folder")
         archive.extractall(target, members)
     tops = {path.name.partition(".")[0] for path in target.iterdir() if not path.name.endswith((".dist-info", ".data"))}
     native = any(target.rglob("*.so"))

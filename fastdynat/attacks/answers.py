@@ -1,4 +1,4 @@
-"""What two networks answer to the same images, and by how much that differs, both in full float32 (no TF32)."""
+"""Outputs of two networks on the same images and how far they differ, both in full float32 (no TF32)."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""Whether a compiled attack is the eager one: loss reached and first gradient, on a few images, from the same starts."""
+"""Comparison of a compiled attack with the eager one, by loss reached and first gradient on a few images, same starts."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def disagreement(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, s
     mass = want.abs().sum()
     same = float(torch.where(got.sign() == want.sign(), want.abs(), 0).sum() / mass) if mass > 0 else 1.0
     if not same >= SIGNS[compiled.dtype]:
-        return f"{100 * same:.0f} % of its first gradient have the sign that the uncompiled attack's have"
+        return f"{100 * same:.0f} % of its first gradient (by L1 norm) has the uncompiled attack's sign"
     fast = run_pgd(compiled, x, goal, spec, x_start=start).x_adv[:few]
     slow = run_pgd(eager, x[:few], own, spec, x_start=start[:few]).x_adv
     with torch.no_grad():

@@ -226,7 +226,7 @@ class AttackEngine:
         self._settled.add(seen)
         eager = self.ascent.eager()
         if why := disagreement(self.ascent, eager, x, goal, spec):
-            self._note(f"the attack runs without torch.compile: compiled, {why}")
+            self._note(f"the attack runs without torch.compile: when compiled, {why}")
             self.ascent = eager
 
     def margin_gradient(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ class AttackEngine:
         with self.ascent.autocast(x):
             slower = self.replica.settle(self.ascent.reads(x))
         if slower:
-            self._note(f"{slower} convolutions of the attack are not fused with their ReLU: measured slower so on this GPU")
+            self._note(f"{slower} convolutions of the attack are not fused with their ReLU: fusion measured slower on this GPU")
 
     def laid_out(self, x: Tensor) -> Tensor:
         """`x` in the memory format of the replica."""

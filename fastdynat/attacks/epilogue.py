@@ -1,4 +1,4 @@
-"""Convolutions of the folded replica that add the residual and take the ReLU after them: found in the traced graph, joined."""
+"""Epilogue fusion in the folded replica: a convolution with the residual sum and ReLU that follow it in the traced graph."""
 
 import copy
 import operator

@@ -1,4 +1,4 @@
-"""What a captured attack reads and changes beside its images: what its graph is checked on."""
+"""The state that a captured attack reads and changes besides its images, on which its graph is checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""When an attack counts as weaker than another from the same starting points."""
+"""The criterion by which an attack counts as weaker than another from the same starting points."""
 
 # What `falls_short` allows.
 LOSS_SHORTFALL = 0.01

@@ -1,4 +1,4 @@
-"""A network as a graph of calls (torch.fx): traced, without what does nothing in eval mode, with the shapes of all results."""
+"""Tracing a network with torch.fx: without layers that do nothing in eval mode, with the shapes of all results."""
 
 import threading
 from collections import Counter
@@ -13,7 +13,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 class NotFoldable(Exception):
-    """Why a network cannot be folded, in words for the user."""
+    """The network cannot be folded; the message, written for the user, says why."""
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -43,7 +43,7 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         if any(getattr(m, name) for name in HOOKS) and not self.is_leaf_module(m, self.path_of_module(m)):
-            raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing takes apart")
+            raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing would bypass")
         return super().call_module(m, forward, args, kwargs)
 
 

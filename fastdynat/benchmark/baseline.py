@@ -61,7 +61,7 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
     )
     found = convert(doc, _Result, origin=str(path), why=f"it was damaged or edited; write another with --json {path}")
     if not found.complete:
-        raise UserError(f"{path} is of a measurement that did not end, each row timed once; measure again with --json {path}")
+        raise UserError(f"{path} is from an unfinished measurement, with each row timed once; measure again with --json {path}")
     _agree(path, "setting", doc["settings"], json.loads(json.dumps(settings(config))))
     _agree(path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine())))
     return doc

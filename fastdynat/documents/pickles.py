@@ -36,7 +36,7 @@ class _Limited:
     def _count(self, data: bytes) -> bytes:
         self._left -= len(data)
         if self._left < 0:
-            raise DocumentError(f"{self._name} has more than {MAX_BYTES // MIB} MiB beside tensors, which no such file needs")
+            raise DocumentError(f"{self._name} has over {MAX_BYTES // MIB} MiB besides tensors, more than any such file needs")
         return data
 
 
@@ -117,7 +117,7 @@ class _Graph:
         return len(self.children) - 1
 
     def _too_much(self) -> DocumentError:
-        return DocumentError(f"{self.name} stands for more than {VALUES:,} values, which no such file needs")
+        return DocumentError(f"{self.name} expands to more than {VALUES:,} values, more than any such file needs")
 
     def check(self) -> None:
         """Raise DocumentError where a node stands for too much."""
@@ -132,7 +132,7 @@ class _Graph:
                     entered.add(node)
                     open_ones = {child for child in inner if child not in sizes}
                     if open_ones & entered:
-                        raise DocumentError(f"{self.name} has a value that holds itself, which no such file needs")
+                        raise DocumentError(f"{self.name} has a value that contains itself, which no such file does")
                     path += open_ones
                 else:
                     sizes[node] = 1 + sum(sizes[child] for child in inner)
@@ -140,4 +140,4 @@ class _Graph:
                     if sizes[node] > VALUES:
                         raise self._too_much()
                     if depths[node] > DEPTH:
-                        raise DocumentError(f"{self.name} is nested more than {DEPTH} deep, which no such file is")
+                        raise DocumentError(f"{self.name} is nested more than {DEPTH} levels deep, more than any such file is")

@@ -1,4 +1,4 @@
-"""What a run computes with, for its record, and how exactly it can therefore be resumed."""
+"""The arithmetic of a run (precision, operators, device) for its record, and how exactly it can be resumed."""
 
 from typing import Any
 
@@ -31,4 +31,4 @@ def rounding_of_resume(engine: EngineConfig) -> str | None:
     """
     if torch.device(engine.device).type != "cuda" or engine.deterministic:
         return None
-    return "cuDNN chooses its algorithms anew in each process; --deterministic makes resuming exact, and training slower"
+    return "cuDNN chooses its algorithms anew in each process; --deterministic makes resuming exact but training slower"

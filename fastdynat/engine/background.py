@@ -1,4 +1,4 @@
-"""Writing beside the training: the disk is waited for by a thread of its own."""
+"""Background writing: a thread of its own waits for the disk while training goes on."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What a run measures on request at each validation; nothing of the run changes."""
+"""Measurements that a run makes on request at each validation, without changing the run."""
 
 from collections.abc import Iterator
 from pathlib import Path

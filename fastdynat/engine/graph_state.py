@@ -1,4 +1,4 @@
-"""What a training step reads and changes beside its batch: what a graph of it is checked on."""
+"""The state that a training step reads and changes besides its batch, on which its graph is checked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager

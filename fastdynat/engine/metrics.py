@@ -125,5 +125,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     epochs = [convert(row, _Row, origin=origin, why=why).epoch for row, origin in zip(rows, origins, strict=True)]
     for origin, (before, epoch) in zip(origins[1:], pairwise(epochs), strict=True):
         if epoch <= before:
-            raise UserError(f"{origin}: epoch {epoch} stands behind epoch {before}: {why}")
+            raise UserError(f"{origin}: epoch {epoch} follows epoch {before}: {why}")
     return rows

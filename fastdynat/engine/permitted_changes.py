@@ -1,4 +1,4 @@
-"""Which changes of its configuration a resumed run may take: those under which its course so far would have been the same."""
+"""Configuration changes permitted on resume: those under which the run so far would have been identical."""
 
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,17 @@ def check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_ep
     early = attack_steps(stored), attack_steps(asked)
     if any(early[0](epoch) != early[1](epoch) for epoch in epochs):
         raise UserError(
-            f"--early-share is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), and "
-            "other epochs would have had fewer attack steps; keep --epochs"
+            f"--early-share depends on the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), "
+            "and other epochs would have had fewer attack steps; keep --epochs"
         )
     if stored.optim.ema_warmup > 0:
         raise UserError(
-            f"--ema-warmup is of the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
+            f"--ema-warmup depends on the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
             "keep --epochs"
         )
     if any(_constants(stored, epoch) != _constants(asked, epoch) for epoch in epochs):
         raise UserError(
-            f"method {stored.method} changes its loss at shares of the epochs ({stored.optim.epochs} in this run, "
+            f"method {stored.method} changes its loss at fractions of the number of epochs ({stored.optim.epochs} in this run, "
             f"{asked.optim.epochs} asked); keep --epochs"
         )
     if any(before(s) != after(s) for s in steps):

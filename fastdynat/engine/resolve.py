@@ -61,8 +61,9 @@ def resolve(config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on
         attack=_attack(config.attack, info, method, say),
         optim=_optim(config, info),
     )
+    run = _run(config, method)  # refused before anything is measured
     engine = _engine(config, method, say, functools.partial(_work, config, info), carried_on=carried_on)
-    return replace(config, engine=engine, run=_run(config, method))
+    return replace(config, engine=engine, run=run)
 
 
 def resolve_loader(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
@@ -218,26 +219,12 @@ def _engine(
 ) -> EngineConfig:
     engine = config.engine
     device = pick_device(engine.device)
-    check_compile(engine.compile, device)
+    _check_engine(config, method, device)
     check_kernels(engine.kernels, device)
-    if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
-        raise UserError(
-            "--boundary-speed measures L-inf margins along SGD's momentum: use it with --norm linf and momentum above 0"
-        )
     gpu = device.type == "cuda"
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
     work = ANY if gpu or carried_on else in_hand()
     amp = pick_amp(engine.amp, device, say, winograd=not direct, work=work)
-    # Graphs and streams stay as they were asked for: a run may go on on another device.
-    for name in ("graphs", "guide_stream", "fused_conv"):
-        if getattr(engine, name) == "on" and not gpu:
-            raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
-    if engine.guide_stream == "on" and not method.uses_guide:
-        raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
-    if engine.fold == "on" and config.attack.attack_bn != "eval":
-        raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
-    if engine.fused_conv == "on" and (engine.fold == "off" or config.attack.attack_bn != "eval"):
-        raise UserError("--fused-conv on is for convolutions into which batch norm is folded: leave it, or --fold off, out")
     if engine.winograd == "on":
         check_winograd(device, amp)
     last, winograd = engine.channels_last, engine.winograd
@@ -258,6 +245,24 @@ def _engine(
         winograd=winograd,
         fold=_switch(engine.fold, config.attack.attack_bn == "eval"),
     )
+
+
+def _check_engine(config: TrainConfig[Any], method: Method[Any], device: torch.device) -> None:
+    """Raise UserError for every combination that can be refused before operators are verified and convolutions timed."""
+    engine = config.engine
+    check_compile(engine.compile, device)
+    if engine.boundary_speed > 0 and (config.attack.norm != "linf" or config.optim.momentum == 0):
+        raise UserError("--boundary-speed measures L-inf margins along SGD's momentum: use --norm linf and momentum above 0")
+    # Graphs and streams stay as they were asked for: a run may go on on another device.
+    for name in ("graphs", "guide_stream", "fused_conv"):
+        if getattr(engine, name) == "on" and device.type != "cuda":
+            raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
+    if engine.guide_stream == "on" and not method.uses_guide:
+        raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
+    if engine.fold == "on" and config.attack.attack_bn != "eval":
+        raise UserError(f"--fold on needs --attack-bn eval, got {config.attack.attack_bn}: batch statistics cannot be folded")
+    if engine.fused_conv == "on" and (engine.fold == "off" or config.attack.attack_bn != "eval"):
+        raise UserError("--fused-conv on needs batch norm folded into the convolutions: leave out --fused-conv or --fold off")
 
 
 def adopted(asked: EngineConfig, stored: EngineConfig) -> EngineConfig:

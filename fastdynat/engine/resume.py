@@ -58,16 +58,16 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
                 return
             say(f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}")
         if config.engine.device != stored.engine.device:
-            say(f"the run moves from {stored.engine.device} to {config.engine.device}: it goes on, but not bit for bit")
+            say(f"the run moves from {stored.engine.device} to {config.engine.device}: it continues, but not bit for bit")
         elif why := rounding_of_resume(config.engine):
-            say(f"it goes on within rounding, not bit for bit: {why}")
+            say(f"it continues within rounding, not bit for bit: {why}")
         # Only now, when nothing can be refused any more, does the run's own record change.
         run.adopt()
         run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
         run.checkpoints.link()
         with use_backend(config.engine.kernels):
             for change in record_start(path / ENVIRONMENT, **arithmetic(config.engine)):
-                say(f"{change}: the run goes on, not bit for bit")
+                say(f"{change}: the run continues, but not bit for bit")
             yield trainer
     finally:
         run.close()

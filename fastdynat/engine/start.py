@@ -37,13 +37,13 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     overwrite = config.run.overwrite
     teacher = config.model.guide_from
     if overwrite and teacher is not None and real(Path(teacher)).is_relative_to(real(path)):
-        raise UserError(f"--guide-from {teacher} is in the run that --overwrite would replace; choose another --run-dir")
+        raise UserError(f"--guide-from {teacher} belongs to the run that --overwrite would replace; choose another --run-dir")
     split = open_split(config, say)
     check_sizes(config, split)
     config = resolve_loader(resolve(config, split.info, say), split, say)
     say_first_epoch(config, say)
     if why := rounding_of_resume(config.engine):
-        say(f"resuming this run will go on within rounding, not bit for bit: {why}")
+        say(f"resuming this run will continue within rounding, not bit for bit: {why}")
     val = split.val_images()
     config = settle_compile(config, split, say)
     parts = build_parts(config, split, say)

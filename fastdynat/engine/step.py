@@ -172,7 +172,7 @@ class TrainStep:
             self._told = True
             how = " and ".join(self._by_shape)
             self._say(
-                f"the last {images} images of an epoch are no whole batch and run without {how}; --drop-last leaves them out"
+                f"the last {images} images of an epoch are a partial batch and run without {how}; --drop-last leaves them out"
             )
 
     def _set_rates(self) -> None:

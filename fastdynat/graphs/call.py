@@ -1,4 +1,4 @@
-"""A function that becomes a graph per input signature, once it is warm, and a function again where that does not work."""
+"""A function captured as one graph per input signature after warm-up, with the function itself as the fallback."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ class GraphedCall:
                 entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
             difference = check.compare(entry.inputs, entry.outputs, entry.replay)
             if difference is not None:
-                self._stop(f"a replay does not do what it was captured from: {difference}")
+                self._stop(f"a replay differs from the function it was captured from: {difference}")
         except CaptureFailed as error:
             self._stop(f"the capture failed: {error}")
         except RuntimeError as error:  # out of memory, for one

@@ -1,4 +1,4 @@
-"""Whether a replay does what the function does: both run from the same state, on the same inputs, with the same random numbers.
+"""Comparison of a replay with its function: both run from the same state, on the same inputs, with the same random numbers.
 
 Everything that tells a right graph from a wrong one is made to differ between capture and check: the inputs are other images
 than those at hand, the weights are moved, the generator stands elsewhere, what the function has to renew is spoilt, and rates

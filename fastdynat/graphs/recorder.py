@@ -1,4 +1,4 @@
-"""Where graphs come from. A capture that fails leaves nothing behind: not in streams, generators, allocators or threads."""
+"""Capturing CUDA graphs. A failed capture leaves no trace in streams, generators, allocators or threads."""
 
 import gc
 import warnings

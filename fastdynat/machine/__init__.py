@@ -1,4 +1,4 @@
-"""Which machine this is, what it has instructions for, a clock to time it by, and where to remember what was found."""
+"""The machine: its identity, instruction sets, timing, and the cache of what was measured."""
 
 from fastdynat.machine import capability, racing
 from fastdynat.machine.cache import folder, replace_text

@@ -1,4 +1,4 @@
-"""Which processor this is, which types it has instructions for, and whose code runs on it."""
+"""The processor, the dtypes it has instructions for, and the versions of the software that runs on it."""
 
 import functools
 import os

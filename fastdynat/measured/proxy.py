@@ -1,4 +1,4 @@
-"""What is timed for the choice: forward pass and input gradient of the convolutions that a network spends its time in."""
+"""The workload timed for the choice: forward pass and input gradient of a network's most expensive convolutions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

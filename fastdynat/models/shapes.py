@@ -1,4 +1,4 @@
-"""Which convolutions a network computes, found without its weights."""
+"""The convolutions of a network and their shapes, found without allocating its weights."""
 
 import functools
 from typing import Any

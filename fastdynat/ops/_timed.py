@@ -1,4 +1,4 @@
-"""The fastest of an operator's right implementations at the size in hand: timed on the first call's own arguments."""
+"""The fastest of an operator's correct implementations at the current size, timed on the first call's arguments."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast

@@ -115,7 +115,7 @@ def conv_relu(
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"conv_relu: no gradient of {name} is computed; use {name}.detach(), or conv2d to train it")
+            raise ValueError(f"conv_relu computes no gradient for {name}: pass {name}.detach(), or use conv2d to train it")
     return _ConvReLU.apply(x, weight, bias, residual, geometry)
 
 

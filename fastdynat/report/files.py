@@ -43,7 +43,7 @@ class ReportFiles:
         """Raise UserError where one of `names` is a file that no report wrote, or that was changed since."""
         record = self.folder / RECORD
         if os.path.lexists(record) and not record.is_file():
-            raise UserError(f"{record} is no file, as a report's record is: choose another --out, or move it away")
+            raise UserError(f"{record} is not a file, as a report's record must be: choose another --out, or move it away")
         for name in names:
             path = self.folder / name
             if path.exists() and not self._old and not self._is_ours(name):

@@ -94,11 +94,11 @@ def check_results(
             continue
         place = os.path.realpath(path)
         if place in read:
-            raise UserError(f"{path} is read by this command, which would destroy it: choose another place")
+            raise UserError(f"{path} is an input of this command, which would overwrite it: choose another place")
         if place in written:
             raise UserError(f"{path} is given for two results: choose another place for one of them")
         if os.path.exists(place) and not _may_be_results(Path(place), path in drawn):
-            raise UserError(f"{path} is there and holds no results: choose another place, or move it away")
+            raise UserError(f"{path} exists and does not hold results: choose another place, or move it away")
         written.add(place)
 
 

@@ -1,4 +1,4 @@
-"""What is verified: one computation, the implementations that may stand in for each other, and what they must agree on."""
+"""`Check`: one computation, its interchangeable implementations, and the cases on which they must agree."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -91,7 +91,7 @@ _registry: dict[str, Check] = {}
 def register(check: Check) -> Check:
     """Make `check` known to `prepare` and to ``fastdynat doctor --check``; a later one of the same name takes its place."""
     if REFERENCE in check.candidates:
-        raise ValueError(f"{check.name}: {REFERENCE!r} is the reference, which is no candidate")
+        raise ValueError(f"{check.name}: {REFERENCE!r} is the reference and cannot be a candidate")
     _registry[check.name] = check
     return check
 

@@ -1,4 +1,4 @@
-"""How far outputs are from the reference's, in words."""
+"""Comparison of outputs with the reference's, reported in words."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""One candidate through the table of cases, on a thread of its own that shares nothing with the caller's."""
+"""Running one candidate on the table of cases, on a thread that shares no state with the caller's."""
 
 import subprocess
 import threading

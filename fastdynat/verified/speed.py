@@ -1,4 +1,4 @@
-"""Which of the right implementations is the fastest at the size in hand: measured once for each size, and remembered."""
+"""The fastest correct implementation at a given size: measured once per size, and stored."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""The table by which every operator is verified where it runs: its implementations against its eager form.
+"""The table by which every operator is verified on the machine at hand: its implementations against its eager form.
 
 Imported at the first check only, and registers all of them.
 """

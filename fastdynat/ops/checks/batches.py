@@ -1,4 +1,4 @@
-"""Augmented batches: bit by bit, every dtype and layout, crops and flips with and without, slices of a plan."""
+"""Cases of `augment`, compared bit for bit: every dtype and layout, with and without crops and flips, slices of a plan."""
 
 import math
 from functools import partial

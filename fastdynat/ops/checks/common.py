@@ -1,4 +1,4 @@
-"""What the tables of cases share: registration, arguments that are the same at every call, odd layouts."""
+"""Shared parts of the case tables: registration, reproducible arguments, unusual memory layouts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

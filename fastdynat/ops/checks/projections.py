@@ -1,4 +1,4 @@
-"""The projection on a hyperplane: near, far and out of reach, both norms, planes without meaning, every dtype and layout."""
+"""Cases of `project_on_hyperplane`: near, far and out of reach, both norms, degenerate planes, every dtype and layout."""
 
 import math
 from functools import partial

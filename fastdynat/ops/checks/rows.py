@@ -1,4 +1,4 @@
-"""The operators on logits: every walk over classes, every dtype, gaps of 1e4, ties, rows that mean nothing, no rows."""
+"""Cases of the operators on logits: every loop over classes, every dtype, gaps of 1e4, ties, non-finite rows, no rows."""
 
 import math
 from collections.abc import Sequence

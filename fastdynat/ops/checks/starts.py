@@ -1,4 +1,4 @@
-"""The random start: every kind bit by bit from its counters, "l2" up to the rounding of the direction's length."""
+"""Cases of `random_start`: every kind bit for bit, "l2" up to the rounding of the direction's length."""
 
 import math
 from functools import partial

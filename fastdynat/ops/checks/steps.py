@@ -1,4 +1,4 @@
-"""The PGD steps: odd sizes, every dtype of images and gradients, layouts, zeros, NaN, ties, no images."""
+"""Cases of the PGD steps: odd sizes, every dtype of images and gradients, layouts, zeros, NaN, ties, no images."""
 
 import math
 from collections.abc import Callable, Sequence

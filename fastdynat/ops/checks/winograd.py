@@ -1,4 +1,4 @@
-"""Winograd's convolution and its filters, for the CPU: tiles that overhang, channels around the vector's width, layouts."""
+"""Cases of the Winograd convolution and its filters on the CPU: partial tiles, channels around the vector width, layouts."""
 
 import math
 from functools import partial
