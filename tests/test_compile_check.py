@@ -216,7 +216,7 @@ def test_a_wrong_attack_is_found(monkeypatch: pytest.MonkeyPatch, fault: str) ->
         torch.manual_seed(0)
         assert torch.equal(got, plain.run(x, AttackGoal("ce", y), spec).x_adv)
     assert len(said) == 1
-    assert said[0].startswith("the attack runs without torch.compile: compiled, it")
+    assert said[0].startswith("the attack runs without torch.compile: when compiled, it")
     assert said[0] in engine.path
     assert ("reaches loss" in said[0]) == (fault == "later")
 
