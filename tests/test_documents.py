@@ -83,7 +83,7 @@ def test_other_documents(tmp_path: Path) -> None:
     assert refusal("[]") == " is not a thing (its format is not thing/1); make another"
     assert refusal('{"format": "thing/1", "count": 1}') == " lacks 'shape': it was damaged or edited; make another"
     deep = json.dumps(GOOD)[:-1] + ', "more": ' + "[" * 200 + "]" * 200 + "}"
-    assert refusal(deep) == " is nested more than 64 levels deep, more than any such file is; make another"
+    assert refusal(deep) == " is nested more than 64 deep, more than any such file is; make another"
     assert refusal('{"count": ' + "9" * 5000) == " is not JSON: it is truncated or not a thing; make another"
 
 

@@ -140,4 +140,4 @@ class _Graph:
                     if sizes[node] > VALUES:
                         raise self._too_much()
                     if depths[node] > DEPTH:
-                        raise DocumentError(f"{self.name} is nested more than {DEPTH} levels deep, more than any such file is")
+                        raise DocumentError(f"{self.name} is nested more than {DEPTH} deep, more than any such file is")

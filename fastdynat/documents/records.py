@@ -88,7 +88,7 @@ def check_depth(value: Any, origin: str) -> None:
     ]:
         depth += 1
         if depth > DEPTH:
-            raise DocumentError(f"{origin} is nested more than {DEPTH} levels deep, more than any such file is")
+            raise DocumentError(f"{origin} is nested more than {DEPTH} deep, more than any such file is")
 
 
 def _in_words(message: str, origin: str, why: str) -> str:
