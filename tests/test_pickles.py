@@ -63,7 +63,7 @@ def test_what_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("archive", ARCHIVE)
 def test_shared_values_in_a_file_of_torch_save(archive: str, tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.zeros(2)}, "extra": [shared(40)]}, tmp_path / "w.pt", **ARCHIVE[archive])
-    with pytest.raises(DocumentError, match="stands for more than 1,000,000 values"):
+    with pytest.raises(DocumentError, match="expands to more than 1,000,000 values"):
         read_pickle(tmp_path / "w.pt", what="weights")
 
 
