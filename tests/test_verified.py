@@ -710,6 +710,36 @@ def test_the_doctor_checks_afresh(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert verified.right("pgd_step_linf", CPU) == ("cpp", "eager")
 
 
+def wrong_when_large(x_adv: Tensor, *rest: Any) -> Any:
+    x, low, moved = eager_step(x_adv, *rest)
+    if x.numel() > 1 << 17:
+        x.view(-1)[1 << 17] += 1e-3
+    return x, low, moved
+
+
+@needs("ext")
+def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = verified.registered()["pgd_step_linf"]
+    found = {}
+    for name, fault in (("right", IMPLEMENTATIONS["cpp"]), ("wrong", wrong_when_large)):
+        planted(monkeypatch, fault)
+        small, full = Prepared(check, CPU), Prepared(check, CPU, full_size=True)
+        found[name] = [apart(lambda: prepared.examine("cpp", lambda case: None)) for prepared in (small, full)]  # noqa: B023
+    assert found["right"] == [verified.RIGHT, verified.RIGHT]
+    assert found["wrong"][0] == verified.RIGHT
+    assert "256x3x32x32" in found["wrong"][1].case
+    assert "off by 0.001" in found["wrong"][1].detail
+
+
+@needs("ext")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["augment", "pgd_step_l0", "pgd_step_l1", "pgd_step_l2", "random_start"])
+def test_right_implementations_pass_at_full_size(name: str) -> None:
+    prepared = Prepared(verified.registered()[name], CPU, full_size=True)
+    assert any(case.gpu_only for case, *_ in prepared.calls)
+    assert apart(lambda: prepared.examine("cpp", lambda case: None)) == verified.RIGHT
+
+
 # The tables, on what stands for a GPU here.
 
 QUICK = ("augment", "pgd_step_linf", "pgd_step_l2", "random_start", "soft_margin")  # in the simulator

@@ -20,11 +20,13 @@ class Case:
         name: as messages and tables name it: dtypes, shape, what is odd about it.
         make: the arguments on a device, the same ones at every call. Draws from a generator of its own, states every dtype.
         scale: factor of the absolute tolerances, where values are larger than 1.
+        gpu_only: skipped on the CPU, where it takes too long.
     """
 
     name: str
     make: Callable[[torch.device], tuple[Any, ...]]
     scale: float = 1.0
+    gpu_only: bool = False
 
 
 @dataclass(frozen=True)

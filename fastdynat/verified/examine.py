@@ -80,10 +80,13 @@ def not_now(error: Exception) -> str:
 class Prepared:
     """A check's cases with their arguments and the reference's outputs on `device`, for all of its candidates."""
 
-    def __init__(self, check: Check, device: torch.device) -> None:
+    def __init__(self, check: Check, device: torch.device, *, full_size: bool | None = None) -> None:
+        """`full_size`: with the cases that are for GPUs only; None: where `device` is one."""
         self.check, self.device = check, device
         self.calls: list[tuple[Case, tuple[Any, ...], Any]] = []
         for case in check.cases():
+            if case.gpu_only and not (device.type == "cuda" if full_size is None else full_size):
+                continue
             args = case.make(device)
             self.calls.append((case, args, check.reference(*args)))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops.augment import DTYPES, augment
-from fastdynat.ops.checks.common import generator, named, register, shaped
+from fastdynat.ops.checks.common import at_full_size, generator, named, register, shaped
 from fastdynat.verified import Case, Timing
 
 LARGE = (256, 3, 32, 32)
@@ -67,7 +67,8 @@ def table() -> list[Case]:
         ("float32, one pixel", {"size": (2, 3, 4, 1, 1), "pad": 2}),
         ("float32, no images", {"size": (5, 0, 3, 8, 8)}),
     ]
-    return [Case(f"{name}, {shaped(options['size'][1:])}", partial(stored, **{**plain, **options})) for name, options in calls]
+    cases = [Case(f"{name}, {shaped(options['size'][1:])}", partial(stored, **{**plain, **options})) for name, options in calls]
+    return [*cases, at_full_size(timing())]
 
 
 def timing() -> Timing:

@@ -55,6 +55,11 @@ def why_not(candidate: str, device: torch.device) -> str | None:
     return reason
 
 
+def at_full_size(timing: Timing, scale: float = 1.0) -> Case:
+    """The timed call as a case on GPUs: some faults, of grids and index types, show at the sizes of training only."""
+    return Case(timing.name, timing.make, scale, gpu_only=True)
+
+
 def generator(seed: int) -> torch.Generator:
     """Of the CPU whatever the device is, so that a case is the same everywhere."""
     return torch.Generator("cpu").manual_seed(seed)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdynat.ops.checks.common import (
     WIDE,
     Layout,
+    at_full_size,
     channels_last,
     contiguous,
     named,
@@ -53,7 +54,7 @@ def table() -> list[Case]:
         name = f"{kind}, {named(dtype)}, {shaped(shape)}" + f", {layout}" * (layout != "contiguous")
         make = partial(images, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
         cases.append(Case(name, make, scale=float(kind == "l2")))
-    return cases
+    return [*cases, at_full_size(timing(), scale=0.0)]
 
 
 def timing() -> Timing:

@@ -12,6 +12,7 @@ from fastdynat.ops.checks.common import (
     FLOATS,
     WIDE,
     Layout,
+    at_full_size,
     channels_last,
     contiguous,
     named,
@@ -80,7 +81,7 @@ def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]]
         name += f", {layout}" * (layout != "contiguous") + (f", copy in {named(low)}" if low else "")
         options: Any = {"shape": shape, "dtype": dtype, "grad_dtype": grad, "low": low, "move": move}
         cases.append(Case(name, partial(batch, layouts=LAYOUTS.get(layout, same), **options)))
-    return cases
+    return [*cases, at_full_size(timing(move))]
 
 
 def timing(move: float, *, low: torch.dtype | None = None) -> Timing:
