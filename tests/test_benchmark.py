@@ -556,6 +556,27 @@ def test_auto_prints_stores_and_exits_by_the_worst_choice(
     assert calls.count("default") > 0
 
 
+def test_auto_times_compiled_code_after_both_of_its_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is compared with the uncompiled at its first call, and once more when that has changed the weights."""
+    monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
+    now = [0.0]
+
+    def fake(config: Any, split: Any, say: Any) -> Any:
+        slow = iter([10.0, 10.0] if config.engine.compile != "off" else [10.0])
+
+        def call() -> None:
+            now[0] += next(slow, 1.0)
+
+        return work.Work(call)
+
+    monkeypatch.setattr(auto, "engine_step", fake)
+    monkeypatch.setattr(auto, "quiet_clock", lambda: lambda: now[0])
+    bench("--auto", "--method", "madry", "--json", str(tmp_path / "a.json"))
+    rows = stored(tmp_path / "a.json")["rows"]
+    assert {row["ratio_to_best"] for row in rows} == {1.0}
+    assert any("compiled" in row["name"] for row in rows)
+
+
 def settled_before(config: TrainConfig[Any], split: TrainSplit) -> TrainConfig[Any]:
     """`settled` without a trial of torch.compile, which takes a compiler's minute."""
     engine = replace(config.engine, compile="off" if config.engine.compile == "auto" else config.engine.compile)

@@ -147,6 +147,8 @@ def time_settings(all_settings: Sequence[Setting], split: TrainSplit, seconds: f
         say(f"preparing: {setting.name}")
         call = engine_step(setting.config, split, lambda text: None).call
         call()
+        if setting.config.engine.compile != "off":
+            call()  # compiled code is checked once more when the weights have changed
         setting.once = time_once(call)
         best = min(best, setting.once)
         if setting.once <= HOPELESS * best:
@@ -175,6 +177,7 @@ def run_auto(
     if device.type != "cpu":
         raise UserError(f"--auto times the decisions of the CPU; on {device} they are known: use --switches, or --device cpu")
     load = OtherLoad()
+    say("choosing settings: timing convolutions and, where torch.compile is open, a compiled step")
     all_settings, found = decisions(asked, settle)
     time_settings(all_settings, split, seconds, repeats, say)
     plain = all_settings[0].config
