@@ -49,4 +49,7 @@ def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
     # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
     block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(triton.cdiv(max(n, 1), PROGRAMS)))
     warps = min(16, max(1, block_rows * block_k // 256))
-    return triton.cdiv(n, block_rows), {"BLOCK_ROWS": block_rows, "BLOCK_K": block_k, "num_warps": warps}
+    sizes = {"BLOCK_ROWS": block_rows, "BLOCK_K": block_k, "num_warps": warps}
+    if block_k > 16384:  # beyond what 16 warps hold: as many threads as there are, with all of the registers
+        sizes |= {"num_warps": 32, "maxnreg": 64}
+    return triton.cdiv(n, block_rows), sizes

@@ -133,6 +133,7 @@ def pgd_step_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixel
     channels, count = x_adv.shape[1], x_adv.shape[2] * x_adv.shape[3]
     channel_stride, pixel_stride = (count, 1) if x_adv.is_contiguous() else (1, channels)
     block = triton.next_power_of_2(count) if count <= LARGEST_IN_REGISTERS else BLOCK
+    num_warps = max(1, min(16, block // 256))
     with on_device_of(x_adv):
         pgd_step_l0_kernel[(out.shape[0],)](
             x_adv,
@@ -149,8 +150,8 @@ def pgd_step_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixel
             CHANNELS=channels,
             PARTS=triton.cdiv(count, block),
             BLOCK=block,
-            num_warps=max(1, min(16, block // 256)),
+            num_warps=num_warps,
             enable_fp_fusion=False,
-            **registers_for(x_adv.dtype),
+            **registers_for(x_adv.dtype, num_warps),
         )
     return out

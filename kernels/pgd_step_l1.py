@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._launch import on_device_of, registers_for
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
 BLOCK = 4096  # elements at a time of a larger one, which is read again in every pass
@@ -160,6 +160,10 @@ def pgd_step_l1(
         return out
     row = out.numel() // out.shape[0]
     block = triton.next_power_of_2(row) if row <= LARGEST_IN_REGISTERS else BLOCK
+    parts = triton.cdiv(row, block)
+    # In float64 16 elements a thread, with what the loops over parts keep, take more than 128 registers.
+    spread = parts > 1 and x_adv.dtype == torch.float64
+    num_warps = 16 if spread else max(1, min(16, block // 512))
     with on_device_of(x_adv):
         pgd_step_l1_kernel[(out.shape[0],)](
             x_adv,
@@ -172,9 +176,10 @@ def pgd_step_l1(
             count,
             lo,
             hi,
-            PARTS=triton.cdiv(row, block),
+            PARTS=parts,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=num_warps,
             enable_fp_fusion=False,
+            **(registers_for(x_adv.dtype) if spread else {}),
         )
     return out
