@@ -29,7 +29,7 @@ class CompileCheck:
     Attributes:
         module: whose parameters and buffers the function reads; a parameter's gradients and the buffers are compared too.
         rows: the function's own run gets so many images only, where they do not mix; None is all.
-        names: of the results of a function that returns a tuple.
+        names: of the results of a function that returns a tuple; "" for one that is not compared.
     """
 
     def __init__(self, module: nn.Module | None, rows: int | None = None, names: Sequence[str] = ()) -> None:
@@ -81,7 +81,9 @@ class CompileCheck:
 
     def _results(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Results:
         returned = fn(*args)
-        named = dict(zip(self._names, returned, strict=True)) if self._names else returned
+        named = returned
+        if self._names:
+            named = {name: value for name, value in zip(self._names, returned, strict=True) if name}
         found = outputs(named)
         ends = [value for value in found.values() if value.requires_grad]
         leaves: dict[str, Any] = {**self._parameters, **{f"argument {i}": a for i, a in enumerate(args)}}

@@ -63,7 +63,9 @@ def test_a_run_from_before_winograd_was_chosen_by_layer_is_told_that_it_rounds_o
     for _ in range(2):  # told once: the second resume is of a run that this version has gone on with
         capsys.readouterr()
         assert main(["train", "--resume", str(run), "--stop-after", str(2 + len(told)), "--quiet"]) == 0
-        told.append("which layers Winograd's algorithm computes: the run goes on, not bit for bit" in capsys.readouterr().err)
+        told.append(
+            "which layers Winograd's algorithm computes: the run continues, but not bit for bit" in capsys.readouterr().err
+        )
     assert told == [said, False]
 
 

@@ -1,7 +1,7 @@
 """One step of projected ascent: forward, gradient at the image, projected step."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -219,6 +219,11 @@ class Ascent:
     def _margin_scale(self) -> float:
         return FP16_LOSS_SCALE if self.dtype is torch.float16 else 1.0
 
-    def one_graph(self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]]) -> Callable[..., Any]:
-        """What `make` makes of `pull`; compiled as one graph where this ascent compiles, once per `kind`."""
+    def one_graph(
+        self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]], names: Sequence[str] = ()
+    ) -> Callable[..., Any]:
+        """What `make` makes of `pull`; compiled as one graph where this ascent compiles, once per `kind`.
+
+        names: of the results, for whoever compares compiled ones with others; "" for a result that rounding decides.
+        """
         return make(self.pull)

@@ -110,7 +110,9 @@ def run_boundary(
     x_start: begin exactly here instead of drawing a start.
     """
     z = boundary_start(x, spec.eps_start, generator=generator) if x_start is None else x_start.detach()
-    iterate = ascent.one_graph(replace(spec, steps=1, eps_start=0.0), lambda pull: _iteration(ascent, spec, pull))
+    # Distances jump from infinity where a point has crossed the boundary, which rounding decides; the nearest points tell them.
+    names = ("point", "point as read", "nearest point", "", "count of zero gradients")
+    iterate = ascent.one_graph(replace(spec, steps=1, eps_start=0.0), lambda pull: _iteration(ascent, spec, pull), names)
     # What no distance is below can never be improved: this alone keeps an image out of the search.
     distance = torch.where(_margin(ascent, x, labels, spec) > LEAST_MARGIN, float("inf"), float("-inf")).to(x.dtype)
     nearest, read = x.clone(), ascent.reads(z)  # not x itself: aliases would be compiled apart

@@ -1,7 +1,7 @@
 """Gradients of the attacked network as compiled graphs."""
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,11 +48,13 @@ class CompiledAscent(Ascent):
 
         return self._kept(kind, make) or super().look(kind)
 
-    def one_graph(self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]]) -> Callable[..., Any]:
+    def one_graph(
+        self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]], names: Sequence[str] = ()
+    ) -> Callable[..., Any]:
         def compiled() -> Callable[..., Any]:
             bare = replace(self, _graphs={})
             plain, whole = Ascent.one_graph(bare, kind, make), make(bare._functional_pull)
-            check = CompileCheck(self._module)
+            check = CompileCheck(self._module, names=names)
             return compile_whole(whole, mode=self.mode, what="the search", say=self.say, otherwise=plain, check=check)
 
         return self._kept(kind, compiled) or super().one_graph(kind, make)
