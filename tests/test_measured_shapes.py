@@ -16,7 +16,7 @@ from fastdynat.data import dataset_info
 from fastdynat.engine import default_config
 from fastdynat.engine.resolve import resolve
 from fastdynat.measured import ANY, Layer, Workload, choices, choose
-from fastdynat.measured.proxy import Setting, passes, settings
+from fastdynat.measured.proxy import Setting, passes, settings, update
 from fastdynat.models import build_model, convolutions
 
 CPU = torch.device("cpu")
@@ -101,6 +101,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         return call
 
     monkeypatch.setattr(choices, "passes", fake)
+    monkeypatch.setattr(choices, "update", lambda *_: lambda: None)
     monkeypatch.setattr(choices, "half_types", lambda device: {"bf16": "none", "fp16": "none"})
     monkeypatch.setattr(choices, "_known", {})
     monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: now[0])
@@ -123,6 +124,39 @@ def test_the_layers_in_hand_decide_the_memory_format(clocked: list[tuple[str, La
     assert not last(EARLY, WIDE)
     assert last(replace(EARLY, count=20), WIDE), "each as often as the network has it"
     assert last(WIDE, batch=1)
+
+
+def test_an_update_counts_as_often_as_there_is_one(
+    clocked: list[tuple[str, Layer, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the weights are slower channels-last, by more than two attack steps gain."""
+    taken = 0.0
+
+    def fake(setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal taken
+            taken += 0.025 if setting.channels_last else 0.02
+
+        return call
+
+    monkeypatch.setattr(choices, "update", fake)
+    monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: taken + 0.01 * sum(map(last_gain, clocked)))
+    assert not choose(CPU, winograd=False, work=Workload((EARLY,), 8, 2)).channels_last
+    assert choose(CPU, winograd=False, work=Workload((EARLY,), 8, 20)).channels_last
+    assert choose(CPU, winograd=False, work=Workload((EARLY,), 8)).channels_last, "nothing is trained"
+
+
+def last_gain(call: tuple[str, Layer, int]) -> float:
+    return 0.9 if "channels-last" in call[0] else 1.0
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("last", [False, True])
+def test_an_update_has_the_gradients_of_image_and_weight(amp: str, last: bool) -> None:
+    found = update(Setting(amp, last), Layer(6, 8, 5, 5, stride=2, groups=2), 3)()
+    assert isinstance(found, tuple)
+    assert [(tuple(t.shape), t.dtype) for t in found] == [((3, 6, 5, 5), torch.float32), ((8, 3, 3, 3), torch.float32)]
+    assert all(bool(t.abs().sum() > 0) for t in found)
 
 
 def test_a_measurement_stands_for_all_batches_that_are_timed_alike(clocked: list[tuple[str, Layer, int]]) -> None:

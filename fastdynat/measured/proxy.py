@@ -73,7 +73,7 @@ class Workload:
     """The layers that take most of a network's time, at a batch of so many images.
 
     Attributes:
-        passes: pairs of passes between two changes of the weights.
+        passes: pairs of passes between two changes of the weights; infinite where nothing is trained.
     """
 
     layers: tuple[Layer, ...]
@@ -155,6 +155,25 @@ def passes(setting: Setting, layer: Layer = ANY.layers[0], images: int = LEAST_I
             leaf = x.detach().requires_grad_()
             y = step(leaf)
             return torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
+
+    return call
+
+
+def update(setting: Setting, layer: Layer, images: int) -> Callable[[], object]:
+    """As `passes`, with the gradient of the weights, which are float32 and trained: a layer's share of an update."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    shape = (layer.channels_out, layer.channels_in // layer.groups, layer.kernel, layer.kernel)
+    weight = torch.randn(shape, generator=generator).contiguous(memory_format=layout)
+    x = torch.randn(images, layer.channels_in, layer.height, layer.width, generator=generator).contiguous(memory_format=layout)
+    half = setting.amp != "off"
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            with torch.autocast("cpu", dtype=TYPES[setting.amp] if half else torch.bfloat16, enabled=half):
+                y = F.conv2d(*leaves, stride=layer.stride, padding=layer.padding, groups=layer.groups).relu()
+            return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     return call
 
