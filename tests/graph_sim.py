@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
             self.broken = True
             raise RuntimeError(f"{func} waits for the device: not permitted while capturing")
         kwargs = kwargs or {}
-        written = _written(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         for value in written:
             address = value.untyped_storage().data_ptr()
             if address not in self._own and address not in self._before:
@@ -64,7 +64,7 @@ class Tape(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def written_tensors(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that `func` writes to, by its schema (that of batch norm keeps silent about the running statistics)."""
     found: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):

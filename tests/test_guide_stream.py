@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_sim import written_tensors
 from networks import tiny_cnn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +86,7 @@ class Watch(TorchDispatchMode):
         stream.clock[stream.number] += 1
         now = stream.clock[stream.number]
         self.side_work += stream is self.side
-        written = {id(t) for t in _written(func, args, kwargs)}
+        written = {id(t) for t in written_tensors(func, args, kwargs)}
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             self._access(func, tensor, now, write=id(tensor) in written)
         for tensor in (t for t in tree_leaves(results) if isinstance(t, Tensor)):
@@ -118,16 +119,6 @@ class Watch(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self._writes.pop(key, None)
         self._reads.pop(key, None)
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        silent = func._opname == "native_batch_norm" and argument.name.startswith("running_")
-        if silent or (argument.alias_info is not None and argument.alias_info.is_write):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return found
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, name: str, without: str = "") -> Watch:
