@@ -257,9 +257,10 @@ class AttackEngine:
             self._graphed[spec] = GraphedCall(whole, self._recorder, self._note, self._state)
         return self._graphed[spec](x, labels, *starts).clone()
 
-    @waits_on_purpose()
     def _settle(self, x: Tensor) -> None:
-        with self.ascent.autocast(x):
+        if self.replica.settled:  # before `x` is rounded for the network, at every attack
+            return
+        with waits_on_purpose(), self.ascent.autocast(x):
             slower = self.replica.settle(self.ascent.reads(x))
         if slower:
             self._note(f"{slower} convolutions of the attack are not fused with their ReLU: fusion measured slower on this GPU")

@@ -32,6 +32,7 @@ class AttackReplica:
         num_fused: convolutions that add the residual and take the ReLU after them as one operator.
         num_winograd: convolutions that Winograd's algorithm computes where that pays.
         channels_last: whether the network runs in that memory format; not where it takes views that only contiguous ones have.
+        settled: whether `settle` has been called.
         note: why nothing was folded although `fold` asked for it; else "".
     """
 
@@ -81,7 +82,7 @@ class AttackReplica:
             self._own_weights(dtype, torch.preserve_format)
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
         use_where_right(self._fused, example.device)
-        self._settled = False
+        self.settled = False
         self._winograd = None
         if winograd and dtype is None:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
@@ -167,8 +168,8 @@ class AttackReplica:
         Returns:
             How many convolutions were found to be slower fused.
         """
-        before, first = self.num_fused, not self._settled
-        self._settled = True
+        before, first = self.num_fused, not self.settled
+        self.settled = True
         if not first or not before or x.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
             return 0
         keep_where_faster(self.network, self._fused, x)
