@@ -40,12 +40,11 @@ class CompileCheck:
 
     def due(self, signature: Any) -> bool:
         """Whether this call is to be checked: never within a CUDA graph's capture, which nothing may wait in."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False
-        if signature not in self._seen:
-            return True
-        first = self._seen[signature]
-        return first is not None and first != self._version()
+        if signature in self._seen:
+            first = self._seen[signature]
+            if first is None or first == self._version():
+                return False
+        return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     @waits_on_purpose()
     def __call__(

@@ -144,8 +144,7 @@ def prepare(device: torch.device) -> None:
     Raises WrongImplementation where it is wrong.
     """
     _load_checks()
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _with_index(device)
     asked = _asked("auto")
     if asked == "auto":
         verified.prepare(device, OPERATORS)
@@ -159,8 +158,7 @@ def operators_in_use(device: torch.device) -> str:
     name = selected_backend(device.type)
     if _asked("auto") != "auto":
         return name
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _with_index(device)
     others: dict[str, list[str]] = {}
     for op in OPERATORS:
         found = verified.peek(op, device) or {}
@@ -169,6 +167,13 @@ def operators_in_use(device: torch.device) -> str:
         instead = next((n for n in _candidates(found, device.type) if found[n].right), verified.REFERENCE)
         others.setdefault(instead, []).append(op)
     return ", but ".join([name, *(f"{instead} for {', '.join(ops)}" for instead, ops in others.items())])
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`device` as tensors on it name it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _asked(backend: str) -> str:
