@@ -109,7 +109,6 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
             name="doctor",
             seconds=40,
             command=[*fastdynat, "doctor", "--check"],
-            otherwise=[*fastdynat, "doctor"],
             key=lambda folder: keys.doctor(folder / "doctor.log"),
         ),
         Part(name="tests", seconds=90, command=shards, key=lambda folder: keys.tests(folder / "tests" / "tests.json")),

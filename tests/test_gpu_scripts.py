@@ -134,15 +134,18 @@ def test_a_hanging_part_is_ended_and_the_rest_runs(gpu: SimpleNamespace, tmp_pat
 
 def test_all_good_parts_are_a_success(gpu: SimpleNamespace, tmp_path: Path) -> None:
     good = gpu.parts.Part(name="good", seconds=8, command=[*SAY, ""])
-    old = [*SAY, "print('unknown flag --check'); raise SystemExit(2)"]
-    refused = gpu.parts.Part(name="refused", seconds=8, command=old, otherwise=[*SAY, "print('plain')"])
     program = [*SAY, "print('Device not supported'); raise SystemExit(1)"]
     unable = gpu.parts.Part(name="unable", seconds=8, command=program, unable=("Device not supported",))
-    assert check(gpu, tmp_path, good, refused, unable).run() is True
+    assert check(gpu, tmp_path, good, unable).run() is True
     found = stored(tmp_path)
     assert found["unable"] == found["unable"] | {"status": "skipped", "key": "this machine cannot run it: Device not supported"}
-    assert found["refused"]["status"] == "ok"
-    assert "was refused" in json.loads((tmp_path / "gpu_check.json").read_text())["remarks"][0]
+
+
+def test_a_check_that_ends_with_a_lost_device_is_a_failure(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    """`fastdynat doctor --check` says so with exit status 2; nothing milder runs in its place."""
+    lost = gpu.parts.Part(name="doctor", seconds=8, command=[*SAY, "print('broke the CUDA context'); raise SystemExit(2)"])
+    assert check(gpu, tmp_path, lost).run() is False
+    assert stored(tmp_path)["doctor"] == stored(tmp_path)["doctor"] | {"status": "failed", "code": 2}
 
 
 def test_parts_for_which_no_time_is_left(gpu: SimpleNamespace, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ class Part:
     Attributes:
         seconds: it may always take so long, GRACE included; 0: it runs only in what the parts before it left.
         command: or a function that returns it, called when the part begins.
-        otherwise: run instead where `command` refuses its flags (exit status 2).
         key: its result in a few words, read from the folder of results.
         unable: of the line in its log that says that this machine cannot run it, which is no failure.
         why_not: why it is left out, "" where it is not.
@@ -40,7 +39,6 @@ class Part:
     name: str
     seconds: float
     command: Sequence[str] | Callable[[], Sequence[str]]
-    otherwise: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     key: Callable[[Path], str] = lambda folder: ""
     unable: tuple[str, ...] = ()
@@ -142,15 +140,11 @@ class Check:
     def _attempt(self, part: Part, log: Path, end: float) -> tuple[int | None, str]:
         try:
             command = part.command() if callable(part.command) else part.command
-            code, status = self._command(command, part, log, end)
-            if code == 2 and part.otherwise:
-                self.say(f"{part.name}: {' '.join(command[-2:])} was refused; runs {' '.join(part.otherwise[-2:])}")
-                code, status = self._command(part.otherwise, part, log, end)
+            return self._command(command, part, log, end)
         except (OSError, ValueError) as error:  # a program that is not there
             with log.open("a") as file:
                 file.write(f"{error}\n")
             return None, "failed"
-        return code, status
 
     def _command(self, command: Sequence[str], part: Part, log: Path, end: float) -> tuple[int, str]:
         env = self.env | dict(part.env)
