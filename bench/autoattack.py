@@ -1,20 +1,22 @@
-"""AutoAttack beside the reference package (extra `autoattack`): seconds and robust accuracy, stage by stage, image by image.
+"""AutoAttack beside the reference package (extra `autoattack`): seconds and robust accuracy, stage by stage,
+image by image.
 
-    python bench/autoattack.py RUN --data-dir CIFAR --num-images 200 --json bench/results/autoattack_small_cpu.json
-    python bench/autoattack.py torchvision:resnet18 --train-steps 60 --data digits --num-images 64 --batch-size 64 --eps 0.01 \
+    python bench/autoattack.py RUN --data-dir CIFAR --num-images 200 --json
+    bench/results/autoattack_small_cpu.json python bench/autoattack.py torchvision:resnet18 --train-steps 60
+    --data digits --num-images 64 --batch-size 64 --eps 0.01 \
         --json bench/results/autoattack_resnet18_tv_cpu.json
 
-RUN is a run directory, or the name of a network, which is made from the seed and trained for a few steps on the test images
-that are not attacked; grey ones become RGB for it.
+RUN is a run directory, or the name of a network, which is made from the seed and trained for a few steps on
+the test images that are not attacked; grey ones become RGB for it.
 
-Both attack the same images with the same radius, seed and batch size in one process, in turn. Each stage runs on the images
-that the stages before it left standing, as AutoAttack does, so that a stage's time depends on both; `--alone` runs each stage
-on all images that are classified correctly.
+Both attack the same images with the same radius, seed and batch size in one process, in turn. Each stage runs
+on the images that the stages before it left standing, as AutoAttack does, so that a stage's time depends on
+both; `--alone` runs each stage on all images that are classified correctly.
 
-In autoattack_resnet18_tv_cpu.json one image falls to our APGD-CE and stands until APGD-T in the reference's. It lies on the
-edge of the ball's reach (loss 0.706 where it falls, ln 2 is 0.693). From the reference's own start both take the same 92 points
-in float64, within 3e-9, and both break it; in float32 rounding moves the signs of small gradients, of the reference's from its
-first step on, and its best loss stays at 0.682.
+In autoattack_resnet18_tv_cpu.json one image falls to our APGD-CE and stands until APGD-T in the reference's.
+It lies on the edge of the ball's reach (loss 0.706 where it falls, ln 2 is 0.693). From the reference's own
+start both take the same 92 points in float64, within 3e-9, and both break it; in float32 rounding moves the
+signs of small gradients, of the reference's from its first step on, and its best loss stays at 0.682.
 """
 
 import argparse
@@ -42,19 +44,29 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 def by_ours(model: nn.Module, x: Tensor, y: Tensor, stages: list[str], ours: argparse.Namespace) -> Tensor:
     """Which images stay correctly classified, (N,) bool."""
-    attack = AutoAttack(model, norm=ours.norm, eps=ours.eps, seed=ours.seed, device=str(x.device), verbose=False)
+    attack = AutoAttack(
+        model, norm=ours.norm, eps=ours.eps, seed=ours.seed, device=str(x.device), verbose=False
+    )
     attack.stages = [stage for stage in attack.stages if stage.name in stages]
     adversarial = attack.run_standard_evaluation(x, y, bs=ours.batch_size)
     return still_right(model, adversarial, y, ours.batch_size)
 
 
-def by_reference(model: nn.Module, x: Tensor, y: Tensor, stages: list[str], ours: argparse.Namespace) -> Tensor:
+def by_reference(
+    model: nn.Module, x: Tensor, y: Tensor, stages: list[str], ours: argparse.Namespace
+) -> Tensor:
     """The same by pyautoattack, with the restarts of its standard version, which `custom` leaves at 5."""
     from pyautoattack import AutoAttack as Reference
 
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     attack = Reference(
-        model, norm=ours.norm, eps=ours.eps, seed=ours.seed, version="custom", attacks=stages, device=str(x.device)
+        model,
+        norm=ours.norm,
+        eps=ours.eps,
+        seed=ours.seed,
+        version="custom",
+        attacks=stages,
+        device=str(x.device),
     )
     attack.apgd.n_restarts = attack.fab.n_restarts = 1
     adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=ours.batch_size)
@@ -70,7 +82,9 @@ def still_right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tens
 def measure(model: nn.Module, x: Tensor, y: Tensor, ours: argparse.Namespace) -> list[dict[str, Any]]:
     clean = still_right(model, x, y, ours.batch_size)
     rows: list[dict[str, Any]] = []
-    sets = [[stage] for stage in STAGES] if ours.alone else [list(STAGES[: n + 1]) for n in range(len(STAGES))]
+    sets = (
+        [[stage] for stage in STAGES] if ours.alone else [list(STAGES[: n + 1]) for n in range(len(STAGES))]
+    )
     standing = {"ours": clean, "reference": clean}
     for stages in sets:
         row: dict[str, Any] = {"stage": stages[-1], "alone": ours.alone}
@@ -79,7 +93,9 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, ours: argparse.Namespace) ->
             sync(x)
             start = time.perf_counter()
             kept = (
-                run(model, x[before], y[before], stages[-1:], ours) if bool(before.any()) else torch.zeros(0, dtype=torch.bool)
+                run(model, x[before], y[before], stages[-1:], ours)
+                if bool(before.any())
+                else torch.zeros(0, dtype=torch.bool)
             )
             sync(x)
             seconds = time.perf_counter() - start
@@ -91,14 +107,18 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, ours: argparse.Namespace) ->
                 "robust_bits": pack_bits(standing[name]),  # which images
             }
         spent = row["ours"]["seconds"]
-        row["ratio"] = round(row["reference"]["seconds"] / spent, 2) if spent else None  # nothing was left to attack
+        row["ratio"] = (
+            round(row["reference"]["seconds"] / spent, 2) if spent else None
+        )  # nothing was left to attack
         row["images_that_differ"] = int((standing["ours"] != standing["reference"]).sum())
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
 
 
-def briefly_trained(name: str, images: Tensor, labels: Tensor, classes: int, steps: int, seed: int) -> nn.Module:
+def briefly_trained(
+    name: str, images: Tensor, labels: Tensor, classes: int, steps: int, seed: int
+) -> nn.Module:
     """The network called `name` after `steps` of Adam on `images` (N, 3, H, W) in [0, 1]."""
     torch.manual_seed(seed)
     model = build_model(name, num_classes=classes, image_shape=tuple(images.shape[1:])).to(images.device)
@@ -121,7 +141,9 @@ def subject(ours: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Tensor
         about = {"architecture": sidecar.architecture, "method": sidecar.method}
         return model.to(ours.device), about, x[:count], y[:count]
     x = x.expand(-1, 3, -1, -1).contiguous()
-    model = briefly_trained(ours.run, x[count:], y[count:], len(info.class_names), ours.train_steps, ours.seed)
+    model = briefly_trained(
+        ours.run, x[count:], y[count:], len(info.class_names), ours.train_steps, ours.seed
+    )
     about = {"architecture": ours.run, "method": f"natural, {ours.train_steps} steps", "data": info.name}
     return model, about, x[:count], y[:count]
 
@@ -132,19 +154,43 @@ def sync(x: Tensor) -> None:
 
 
 def show(case: dict[str, Any]) -> None:
-    table = Table(title=f"{case['architecture']}, {case['images']} images, {case['clean']} correct", title_justify="left")
-    for column in ("stage", "attacked", "ours s", "reference s", "ratio", "robust, ours", "reference", "images that differ"):
+    table = Table(
+        title=f"{case['architecture']}, {case['images']} images, {case['clean']} correct",
+        title_justify="left",
+    )
+    for column in (
+        "stage",
+        "attacked",
+        "ours s",
+        "reference s",
+        "ratio",
+        "robust, ours",
+        "reference",
+        "images that differ",
+    ):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for row in case["rows"]:
         a, b = row["ours"], row["reference"]
-        numbers = (a["attacked"], a["seconds"], b["seconds"], row["ratio"], a["robust"], b["robust"], row["images_that_differ"])
+        numbers = (
+            a["attacked"],
+            a["seconds"],
+            b["seconds"],
+            row["ratio"],
+            a["robust"],
+            b["robust"],
+            row["images_that_differ"],
+        )
         table.add_row(row["stage"], *map(str, numbers))
     Console(width=130).print(table)
-    print(f"all stages: {case['seconds']['ours']:.1f} s and {case['seconds']['reference']:.1f} s, {case['ratio']:.2f}x")
+    print(
+        f"all stages: {case['seconds']['ours']:.1f} s and {case['seconds']['reference']:.1f} s, {case['ratio']:.2f}x"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="run directory, torchvision:NAME or timm:NAME")
     parser.add_argument("--train-steps", type=int, default=60, help="of a network by name")
     parser.add_argument("--checkpoint", default="last", choices=["best", "last"])
@@ -174,7 +220,8 @@ def main() -> None:
             "format": "fastdynat-autoattack/1",
             "command": " ".join(["python", *sys.argv]),
             "commit": source_commit(),
-            "environment": describe_environment() | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
+            "environment": describe_environment()
+            | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()},
             "norm": ours.norm,
             "eps": ours.eps,
             "seed": ours.seed,

@@ -1,7 +1,8 @@
 """What is timed: each operator at the sizes that matter, beside the plain torch that it replaces.
 
-A case builds its tensors once and hands out thunks. `plain` is the usual way to write the operation in torch, which is also
-what `torch.compile` gets; `operator(backend)` is ours. `bytes` is what a perfect single pass moves, for comparison with a copy.
+A case builds its tensors once and hands out thunks. `plain` is the usual way to write the operation in torch,
+which is also what `torch.compile` gets; `operator(backend)` is ours. `bytes` is what a perfect single pass
+moves, for comparison with a copy.
 """
 
 from collections.abc import Callable
@@ -68,7 +69,9 @@ def plain_start(x: Tensor) -> Tensor:
     return (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
 
 
-def plain_dynamic_label(logits: Tensor, guide: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plain_dynamic_label(
+    logits: Tensor, guide: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dynamic = guide.argmax(1)
     loss = F.cross_entropy(logits, dynamic)
     (grad,) = torch.autograd.grad(loss, logits)
@@ -184,7 +187,9 @@ def cases(device: str) -> list[Case]:
                 size,
                 plain_projection,
                 (x_adv, grad, value, x0),
-                lambda b, a=(x_adv, grad, value, x0): lambda: ops.project_on_hyperplane(*a, norm="linf", backend=b),
+                lambda b, a=(x_adv, grad, value, x0): (
+                    lambda: ops.project_on_hyperplane(*a, norm="linf", backend=b)
+                ),
                 4 * one,
                 tolerance=1e-5,
             )
@@ -195,7 +200,9 @@ def cases(device: str) -> list[Case]:
         labels = torch.randint(shape[1], shape[:1], generator=generator).to(device)
         leaf = logits.clone().requires_grad_()
 
-        def dynamic_label(backend: str, leaf: Tensor = leaf, guide: Tensor = guide, labels: Tensor = labels) -> Thunk:
+        def dynamic_label(
+            backend: str, leaf: Tensor = leaf, guide: Tensor = guide, labels: Tensor = labels
+        ) -> Thunk:
             def run() -> tuple[Tensor, ...]:
                 out = ops.dynamic_label_cross_entropy(leaf, guide, labels=labels, backend=backend)
                 (grad,) = torch.autograd.grad(out.loss, leaf)

@@ -1,9 +1,11 @@
-"""What DyART costs beside PGD training, and its boundary search beside the released one's method, as a table and as JSON.
+"""What DyART costs beside PGD training, and its boundary search beside the released one's method, as a table
+and as JSON.
 
     python bench/dyart_cost.py --json bench/results/dyart_cost_cpu.json
 
-CIFAR-shaped random images on the GPU if there is one, else on the CPU. All rows of a network take turns, so that a slow spell
-of the machine meets all of them; medians. Work is counted in forward passes: F = 1, image gradient = 1, weight gradient = 2.
+CIFAR-shaped random images on the GPU if there is one, else on the CPU. All rows of a network take turns, so
+that a slow spell of the machine meets all of them; medians. Work is counted in forward passes: F = 1, image
+gradient = 1, weight gradient = 2.
 """
 
 import argparse
@@ -21,22 +23,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, AttackSwitches, BoundarySpec, PGDSpec
-from fastdynat.attacks.ascent import Pull
-from fastdynat.attacks.boundary import boundary_start
-from fastdynat.attacks.engine import CompiledAscent
-from fastdynat.benchmark.timing import Samples, Stopwatch
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Pull
+from fastdynat.attack_engine.boundary import BoundarySpec, boundary_start
+from fastdynat.attack_engine.engine import AttackSwitches, CompiledAscent
+from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
-from fastdynat.devices import AMP_DTYPES
-from fastdynat.engine.networks import NetworkSet
-from fastdynat.engine.precision import Precision
-from fastdynat.engine.step import TrainStep
-from fastdynat.graphs import CudaRecorder
+from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Dyart, DyartOptions, Madry, MadryOptions, Method
 from fastdynat.models import build_model
 from fastdynat.ops import project_on_hyperplane, soft_margin
 from fastdynat.runs import describe_environment, source_commit
+from fastdynat.training.networks import NetworkSet
+from fastdynat.training.precision import Precision
+from fastdynat.training.step import TrainStep
+from fastdynat.tuning.devices import AMP_DTYPES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -49,8 +50,9 @@ Work = dict[str, tuple[Callable[[], object], int]]  # by name: the call, and the
 
 
 def project_by_sorting(points: Tensor, w: Tensor, offset: Tensor) -> Tensor:
-    """Moves to the planes w . z = offset inside [0, 1], flat rows, as the released code finds them: a sort of each row, sums
-    along it, and a bisection over the sorted list that waits for the device in every round."""
+    """Moves to the planes w . z = offset inside [0, 1], flat rows, as the released code finds them: a sort of
+    each row, sums along it, and a bisection over the sorted list that waits for the device in every round.
+    """
     gap = (w * points).sum(1) - offset
     towards = -gap.sign()[:, None] * w.sign()
     room = torch.where(towards > 0, 1 - points, points) * (w != 0)
@@ -86,12 +88,18 @@ def search_as_released(net: nn.Module, x: Tensor, labels: Tensor, steps: int) ->
         w = torch.autograd.grad(margin.sum(), leaf)[0].flatten(1)
         with torch.no_grad():
             offset = (w * z.flatten(1)).sum(1) - margin
-            moves = project_by_sorting(torch.cat((z.flatten(1), flat)), torch.cat((w, w)), torch.cat((offset, offset)))
+            moves = project_by_sorting(
+                torch.cat((z.flatten(1), flat)), torch.cat((w, w)), torch.cat((offset, offset))
+            )
             d1, d2 = moves[: len(x)].view_as(x), moves[len(x) :].view_as(x)
             lengths = moves.abs().amax(1).clamp_min(1e-8)
-            a = (lengths[: len(x)] / (lengths[: len(x)] + lengths[len(x) :])).clamp_max(0.1)[:, None, None, None]
+            a = (lengths[: len(x)] / (lengths[: len(x)] + lengths[len(x) :])).clamp_max(0.1)[
+                :, None, None, None
+            ]
             z = ((z + 1.05 * d1) * (1 - a) + (x + 1.05 * d2) * a).clamp(0, 1)
-            crossed = (soft_margin(net(z), labels, temperature=TEMPERATURE, backend="eager") < 0).nonzero()[:, 0]
+            crossed = (soft_margin(net(z), labels, temperature=TEMPERATURE, backend="eager") < 0).nonzero()[
+                :, 0
+            ]
             if len(crossed):
                 away = (z[crossed] - x[crossed]).flatten(1).abs().amax(1)
                 closer = crossed[away < nearest[crossed]]
@@ -132,14 +140,25 @@ def make_step(method: Method[Any], net: nn.Module, steps: int, ours: argparse.Na
     recorder = CudaRecorder(DEVICE) if GPU else None
     # Rate 0: every round meets the same network.
     optim = OptimConfig(lr=0.0, epochs=1)
-    return TrainStep(method, networks, spec, optim, Precision(ours.amp, DEVICE), lambda n: 1.0, recorder=recorder, say=print)
+    return TrainStep(
+        method,
+        networks,
+        spec,
+        optim,
+        Precision(ours.amp, DEVICE),
+        lambda n: 1.0,
+        recorder=recorder,
+        say=print,
+    )
 
 
 def passes_alone(step: TrainStep, x: Tensor, labels: Tensor, ours: argparse.Namespace) -> Callable[[], None]:
     """The forward and backward passes of a published search, computed as there, and nothing between them."""
     network, dtype = step.networks.attack.replica.network, AMP_DTYPES[ours.amp]
     compiled = ours.compile != "off"
-    ascent = CompiledAscent(network, dtype=dtype, mode=ours.compile) if compiled else Ascent(network, dtype=dtype)
+    ascent = (
+        CompiledAscent(network, dtype=dtype, mode=ours.compile) if compiled else Ascent(network, dtype=dtype)
+    )
     read = ascent.reads(x)
 
     def test(read: Tensor) -> Tensor:
@@ -181,17 +200,25 @@ def work_of(name: str, batch_size: int, ours: argparse.Namespace) -> tuple[Work,
     passes = 3 * PUBLISHED + 3
     work["search: ours"] = (lambda: engine.boundary(x, labels, spec), passes)
     work["search: its passes alone"] = (passes_alone(step, x, labels, ours), passes)
-    work["search: as released, float32"] = (lambda: search_as_released(plain, x, labels, PUBLISHED), passes + 1)
+    work["search: as released, float32"] = (
+        lambda: search_as_released(plain, x, labels, PUBLISHED),
+        passes + 1,
+    )
 
     margin, w = engine.margin_gradient(x, labels, TEMPERATURE)
     at, flat = boundary_start(x, EPS), w.flatten(1)
     offset = (flat * at.flatten(1)).sum(1) - margin
-    work["projections of an iteration: ours"] = (lambda: [project_on_hyperplane(p, w, margin, at) for p in (at, x)], 0)
+    work["projections of an iteration: ours"] = (
+        lambda: [project_on_hyperplane(p, w, margin, at) for p in (at, x)],
+        0,
+    )
     pairs = (torch.cat((at.flatten(1), x.flatten(1))), torch.cat((flat, flat)), torch.cat((offset, offset)))
     work["projections of an iteration: by sorting"] = (lambda: project_by_sorting(*pairs), 0)
 
     sorted_move = project_by_sorting(*pairs)[batch_size:].view_as(x)
-    assert float((project_on_hyperplane(x, w, margin, at) - x - sorted_move).abs().max()) < 1e-4, "the projections differ"
+    assert float((project_on_hyperplane(x, w, margin, at) - x - sorted_move).abs().max()) < 1e-4, (
+        "the projections differ"
+    )
     found, released = engine.boundary(x, labels, spec), search_as_released(plain, x, labels, PUBLISHED)
     distances = {"ours": found.distance[found.found], "as released": released[released < 1e9]}
     return work, {key: round(float(value.mean()), 5) for key, value in distances.items()} | {
@@ -217,7 +244,12 @@ def measure(name: str, batch_size: int, ours: argparse.Namespace) -> dict[str, A
         if passes:
             rows[-1]["ms_per_pass"] = float(f"{1000 * seconds.median / passes:.4g}")
     # Round by round, so that a slow spell is in both.
-    other = Samples(tuple(1 - p / s for p, s in zip(samples["search: its passes alone"], samples["search: ours"], strict=True)))
+    other = Samples(
+        tuple(
+            1 - p / s
+            for p, s in zip(samples["search: its passes alone"], samples["search: ours"], strict=True)
+        )
+    )
     return {
         "network": name,
         "batch_size": batch_size,
@@ -233,7 +265,10 @@ def show(case: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in case["rows"]:
         table.add_row(
-            row["name"], f"{1000 * row['seconds']['median']:,.2f}", str(row["passes"]), str(row.get("ms_per_pass", ""))
+            row["name"],
+            f"{1000 * row['seconds']['median']:,.2f}",
+            str(row["passes"]),
+            str(row.get("ms_per_pass", "")),
         )
     console = Console(width=120)
     console.print(table)
@@ -241,7 +276,9 @@ def show(case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--only", choices=CASES, help="one network")
     parser.add_argument("--batch-size", type=int, help="instead of the usual")

@@ -1,16 +1,19 @@
-"""Every check that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a training.
+"""Every check that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a
+training.
 
     bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default gpu-results)
-    bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what is missing in it
-    bench/gpu_check.sh --check-pack [PACK]       only say what is missing
+    bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what
+    is missing in it bench/gpu_check.sh --check-pack [PACK]       only say what is missing
 
-FOLDER gets gpu_check.txt and gpu_check.json, up to date after every part, and gpu_check.tar.gz (under 16 MiB) with logs and
-results of the parts. Each part has a limit, and what one leaves goes to the next, never the other way; a part that fails or
-hangs does not keep the next from running; the exit status is 1 if one failed, hung or found no time.
+FOLDER gets gpu_check.txt and gpu_check.json, up to date after every part, and gpu_check.tar.gz (under 16 MiB)
+with logs and results of the parts. Each part has a limit, and what one leaves goes to the next, never the
+other way; a part that fails or hangs does not keep the next from running; the exit status is 1 if one failed,
+hung or found no time.
 
-The caller's PYTHONPATH is kept. Where PACK lies in the checkout, packages that this Python lacks, a fastdynat._C that the
-checkout lacks, and CIFAR-10 come from it. FASTDYNAT_CIFAR10_JPEG names CIFAR-10 as an image folder, FASTDYNAT_GPU_PACK another
-PACK. FASTDYNAT_GPU_CHECK_DEVICE=cpu runs the same parts at tiny sizes, to test this script.
+The caller's PYTHONPATH is kept. Where PACK lies in the checkout, packages that this Python lacks, a
+fastdynat._C that the checkout lacks, and CIFAR-10 come from it. FASTDYNAT_CIFAR10_JPEG names CIFAR-10 as an
+image folder, FASTDYNAT_GPU_PACK another PACK. FASTDYNAT_GPU_CHECK_DEVICE=cpu runs the same parts at tiny
+sizes, to test this script.
 """
 
 import argparse
@@ -79,7 +82,11 @@ TINY = Sizes(
     ),
     loaders=("--rounds", "1", "--num-images", "1000"),
 )
-TINY_TESTS = ("test_units.py", "test_update.py", "test_rebatch.py")  # in place of those that need a GPU
+TINY_TESTS = (
+    "config/test_units.py",
+    "training/test_update.py",
+    "attack_engine/test_shrinking_batch.py",
+)  # in place of those that need a GPU
 
 
 def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
@@ -88,20 +95,60 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
     fastdynat = [python, "-m", "fastdynat"]
 
     def bench(name: str, seconds: float, budget: float, model: str, guide: str, *flags: str) -> Part:
-        command = [*fastdynat, "bench", "--device", device, "--model", model, "--guide", guide, *sizes.amp, *sizes.bench]
+        command = [
+            *fastdynat,
+            "bench",
+            "--device",
+            device,
+            "--model",
+            model,
+            "--guide",
+            guide,
+            *sizes.amp,
+            *sizes.bench,
+        ]
         command += ["--budget", f"{budget * sizes.budget:g}", "--json", str(work / f"{name}.json"), *flags]
-        return Part(name=name, seconds=seconds, command=command, key=lambda folder: keys.bench(folder / f"{name}.json"))
+        return Part(
+            name=name,
+            seconds=seconds,
+            command=command,
+            key=lambda folder: keys.bench(folder / f"{name}.json"),
+        )
 
     files = [f"tests/{name}" for name in TINY_TESTS] if device == "cpu" else bare.gpu_tests()
-    shards = [python, "bench/gpu/shards.py", "--processes", str(sizes.processes), "--out", str(work / "tests")]
+    shards = [
+        python,
+        "bench/gpu/shards.py",
+        "--processes",
+        str(sizes.processes),
+        "--out",
+        str(work / "tests"),
+    ]
     shards += ["--expression", sizes.expression, "--test-limit", "45", *files]
     run = bare.temporary / "run"
 
     def train() -> Sequence[str]:
         data = bare.data_flags(sizes.resnet18)
-        return [*fastdynat, "train", "--device", device, "--run-dir", str(run), *data, *sizes.amp, *sizes.trained]
+        return [
+            *fastdynat,
+            "train",
+            "--device",
+            device,
+            "--run-dir",
+            str(run),
+            *data,
+            *sizes.amp,
+            *sizes.trained,
+        ]
 
-    evaluated = ["--attacks", "clean,pgd20", "--num-images", sizes.evaluated, "--json", str(work / "eval.json")]
+    evaluated = [
+        "--attacks",
+        "clean,pgd20",
+        "--num-images",
+        sizes.evaluated,
+        "--json",
+        str(work / "eval.json"),
+    ]
     timing = {"FASTDYNAT_BENCH_SECONDS": sizes.operator_seconds, "FASTDYNAT_BENCH_DEVICE": device}
     return [
         bare.build_part(45),
@@ -111,7 +158,12 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
             command=[*fastdynat, "doctor", "--check"],
             key=lambda folder: keys.doctor(folder / "doctor.log"),
         ),
-        Part(name="tests", seconds=90, command=shards, key=lambda folder: keys.tests(folder / "tests" / "tests.json")),
+        Part(
+            name="tests",
+            seconds=90,
+            command=shards,
+            key=lambda folder: keys.tests(folder / "tests" / "tests.json"),
+        ),
         bench("resnet18-full", 80, 45, sizes.resnet18, sizes.guide, "--peers"),
         bench("resnet18-switches", 60, 30, sizes.resnet18, sizes.resnet18, "--switches"),
         bench("wrn-34-10", 50, 20, sizes.wrn, sizes.guide),
@@ -166,12 +218,16 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
 
 def sanitizer(bare: Bare, tool: str, seconds: float) -> Part:
     """The operators' calls under compute-sanitizer; on a CPU the calls alone."""
-    calls = [sys.executable, "tests/sanitized_calls.py", "--on"]
+    calls = [sys.executable, "tests/support/sanitized_calls.py", "--on"]
     calls += ["cpu", "cpp"] if bare.device == "cpu" else ["cuda", "cuda"]
     calls += ["10"]  # seconds of calls: what they are watched by makes them many times slower
     program = shutil.which("compute-sanitizer") or "compute-sanitizer"
     watched = [program, "--tool", tool, "--error-exitcode", "9", *calls]
-    missing = "" if shutil.which("compute-sanitizer") or bare.device == "cpu" else "no compute-sanitizer on this machine"
+    missing = (
+        ""
+        if shutil.which("compute-sanitizer") or bare.device == "cpu"
+        else "no compute-sanitizer on this machine"
+    )
     return Part(
         name=tool,
         seconds=seconds,
@@ -247,13 +303,19 @@ def pack(ours: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", help="folder of the results, or of the pack")
     parser.add_argument("--pack", action="store_true", help="make the folder that a bare machine needs")
     parser.add_argument("--check-pack", action="store_true", help="only say what is missing in the pack")
-    parser.add_argument("--python-version", default="3.12", help="Python version of the machine that the pack is for")
+    parser.add_argument(
+        "--python-version", default="3.12", help="Python version of the machine that the pack is for"
+    )
     parser.add_argument("--data", type=Path, help="CIFAR-10 as JPEG, an archive or a folder, for the pack")
-    parser.add_argument("--limit-mib", type=float, default=64, help="limit on the pack and the checkout's files together")
+    parser.add_argument(
+        "--limit-mib", type=float, default=64, help="limit on the pack and the checkout's files together"
+    )
     parser.add_argument("--total", type=float, default=TOTAL, help="time limit of the whole check in seconds")
     ours = parser.parse_args()
     try:

@@ -1,17 +1,20 @@
-"""A real training on one bare machine without a network, in under 9 minutes: seconds per epoch, time to a robust accuracy.
+"""A real training on one bare machine without a network, in under 9 minutes: seconds per epoch, time to a
+robust accuracy.
 
     bench/gpu_train.sh FOLDER [TARGET [FLAGS...]]
 
-Trains CIFAR-10 (JPEG) until the validation PGD-10 accuracy reaches TARGET (a share, default 0.45), or until time is up; FLAGS
-go to `fastdynat train`. Then the best checkpoint is attacked on the spot, because its weights are larger than what is easily
-taken home. The images are those of FASTDYNAT_CIFAR10_JPEG (an image folder) or of what bench/gpu_check.sh --pack made.
+Trains CIFAR-10 (JPEG) until the validation PGD-10 accuracy reaches TARGET (a share, default 0.45), or until
+time is up; FLAGS go to `fastdynat train`. Then the best checkpoint is attacked on the spot, because its
+weights are larger than what is easily taken home. The images are those of FASTDYNAT_CIFAR10_JPEG (an image
+folder) or of what bench/gpu_check.sh --pack made.
 
-FOLDER gets, after every epoch, gpu_train.json and gpu_train.txt with the rows of metrics.jsonl; in the end also
-time_to_accuracy.json, gpu_train.tar.gz (logs, metrics, evaluation, and the best weights where they fit below 16 MiB) or else
-the weights in pieces, best.model.safetensors.0 and so on, for `cat` to join. The exit status is 0 if the target was reached.
+FOLDER gets, after every epoch, gpu_train.json and gpu_train.txt with the rows of metrics.jsonl; in the end
+also time_to_accuracy.json, gpu_train.tar.gz (logs, metrics, evaluation, and the best weights where they fit
+below 16 MiB) or else the weights in pieces, best.model.safetensors.0 and so on, for `cat` to join. The exit
+status is 0 if the target was reached.
 
-With --run-dir DIR among FLAGS the run stays there, and a second call with the same DIR goes on where the first was stopped.
-FASTDYNAT_TRAIN_SECONDS bounds the training, FASTDYNAT_TRAIN_TOTAL (default 535) the whole.
+With --run-dir DIR among FLAGS the run stays there, and a second call with the same DIR goes on where the
+first was stopped. FASTDYNAT_TRAIN_SECONDS bounds the training, FASTDYNAT_TRAIN_TOTAL (default 535) the whole.
 FASTDYNAT_GPU_CHECK_DEVICE=cpu trains a tiny network on digits, to test this script.
 """
 
@@ -39,17 +42,37 @@ SAVE = 25.0  # seconds in which a stopped training writes its checkpoint
 class Training:
     """The run directory, and what is brought out of it."""
 
-    def __init__(self, bare: Bare, run: Path, work: Path, out: Path, target: str, flags: Sequence[str]) -> None:
-        self.bare, self.run, self.work, self.out, self.target, self.flags = bare, run, work, out, target, list(flags)
+    def __init__(
+        self, bare: Bare, run: Path, work: Path, out: Path, target: str, flags: Sequence[str]
+    ) -> None:
+        self.bare, self.run, self.work, self.out, self.target, self.flags = (
+            bare,
+            run,
+            work,
+            out,
+            target,
+            list(flags),
+        )
         self.check: Check | None = None
 
     def command(self) -> list[str]:
         """Begin the run, or go on with it."""
         bare, gpu = self.bare, self.bare.device != "cpu"
-        command = [sys.executable, "-m", "fastdynat", "train", "--device", bare.device, "--stop-at", self.target]
+        command = [
+            sys.executable,
+            "-m",
+            "fastdynat",
+            "train",
+            "--device",
+            bare.device,
+            "--stop-at",
+            self.target,
+        ]
         data = bare.data_flags("resnet18") if gpu else []
         if gpu and not data:
-            raise ValueError("no images: FASTDYNAT_CIFAR10_JPEG names no folder, and bench/gpu_check.sh --pack made none")
+            raise ValueError(
+                "no images: FASTDYNAT_CIFAR10_JPEG names no folder, and bench/gpu_check.sh --pack made none"
+            )
         if (self.run / "config.yaml").is_file():
             folder = data[data.index("--data-dir") : data.index("--data-dir") + 2] if data else []
             return [*command, "--resume", str(self.run), *folder]
@@ -103,7 +126,15 @@ def parts(bare: Bare, training: Training, most: float) -> list[Part]:
 
     def attack(name: str, seconds: float, attacks: str, images: int) -> Part:
         few = 20 if bare.device == "cpu" else images
-        command = [*evaluate, "--attacks", attacks, "--num-images", str(few), "--json", str(work / f"{name}.json")]
+        command = [
+            *evaluate,
+            "--attacks",
+            attacks,
+            "--num-images",
+            str(few),
+            "--json",
+            str(work / f"{name}.json"),
+        ]
         why_not = "minutes on a CPU" if bare.device == "cpu" and not seconds else ""
         key = partial(keys.evaluation, work / f"{name}.json")
         return Part(name=name, seconds=seconds, command=command, key=lambda folder: key(), why_not=why_not)
@@ -148,7 +179,11 @@ def start(arguments: Sequence[str]) -> int:
     stop_at_signals()
     with tempfile.TemporaryDirectory(prefix="fastdynat-gpu-train-") as temporary:
         run = Path(temporary) / "run"
-        flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--run-dir=") else [flag])]
+        flags = [
+            part
+            for flag in flags
+            for part in (flag.split("=", 1) if flag.startswith("--run-dir=") else [flag])
+        ]
         if "--run-dir" in flags[:-1]:
             place = flags.index("--run-dir")
             run = Path(flags[place + 1]).resolve()
@@ -160,10 +195,15 @@ def start(arguments: Sequence[str]) -> int:
 
 
 def train(bare: Bare, training: Training) -> int:
-    total, most = float(os.environ.get("FASTDYNAT_TRAIN_TOTAL", TOTAL)), float(os.environ.get("FASTDYNAT_TRAIN_SECONDS", "inf"))
+    total, most = (
+        float(os.environ.get("FASTDYNAT_TRAIN_TOTAL", TOTAL)),
+        float(os.environ.get("FASTDYNAT_TRAIN_SECONDS", "inf")),
+    )
     bare.prepare(PREPARE)
     listed = parts(bare, training, most)
-    check = Check("gpu_train", listed, total=total, work=training.work, out=training.out, cwd=ROOT, env=bare.env)
+    check = Check(
+        "gpu_train", listed, total=total, work=training.work, out=training.out, cwd=ROOT, env=bare.env
+    )
     check.begin = bare.begin  # what was prepared counts
     training.check, check.about = check, bare.about
     for word in bare.words:

@@ -1,10 +1,12 @@
-"""Images per second of the loaders, as a table and as JSON: images in memory, and an image folder for those that stream it.
+"""Images per second of the loaders, as a table and as JSON: images in memory, and an image folder for those
+that stream it.
 
     python bench/loaders.py --json bench/results/loaders_cpu.json --data-dir cifar10-jpeg
 
-Whole epochs of crops and flips into float batches on the GPU if there is one, else on the CPU, with nobody using the batches.
-Loaders take turns epoch by epoch, so that a slow spell of the machine meets all of them; medians. A loader is timed only if its
-first epoch gave the resident loader's images, labels and (but for what a decoder rounds) pixels.
+Whole epochs of crops and flips into float batches on the GPU if there is one, else on the CPU, with nobody
+using the batches. Loaders take turns epoch by epoch, so that a slow spell of the machine meets all of them;
+medians. A loader is timed only if its first epoch gave the resident loader's images, labels and (but for what
+a decoder rounds) pixels.
 """
 
 import argparse
@@ -74,15 +76,25 @@ def measure(case: str, loaders: dict[str, TrainLoader], rounds: int) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--data-dir", type=Path, help="folder that holds train/CLASS/*.jpg")
     parser.add_argument("--num-images", type=int, default=50_000, help="images in memory")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="timed epochs of each loader")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes of torch, threads of dali")
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="processes of torch, threads of dali"
+    )
     ours = parser.parse_args()
-    options = {"batch_size": ours.batch_size, "augment": "crop-flip", "seed": 1, "device": DEVICE, "workers": ours.workers}
+    options = {
+        "batch_size": ours.batch_size,
+        "augment": "crop-flip",
+        "seed": 1,
+        "device": DEVICE,
+        "workers": ours.workers,
+    }
 
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (ours.num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -95,7 +107,9 @@ def main() -> None:
         decoded = split.train_images()
         decoding = time.perf_counter() - begin
         made = {"resident, decoded before": make_loader("resident", decoded, **options)}
-        made |= {name: make_loader(name, split.train_files(), **options) for name in LOADERS if name != "resident"}
+        made |= {
+            name: make_loader(name, split.train_files(), **options) for name in LOADERS if name != "resident"
+        }
         height, width = split.info.image_shape[1:]
         found = measure(f"folder, {len(split.train):,} of {height}x{width}", made, ours.rounds)
         found[0]["decoding_before_s"] = round(decoding, 2)
@@ -113,7 +127,8 @@ def main() -> None:
             "format": "fastdynat-loaders/1",
             "command": " ".join(["python", *sys.argv]),
             "commit": source_commit(),
-            "environment": describe_environment() | {"dali": dali_version(), "load_average_at_end": os.getloadavg()},
+            "environment": describe_environment()
+            | {"dali": dali_version(), "load_average_at_end": os.getloadavg()},
             "workers": ours.workers,
             "rows": rows,
         }

@@ -2,9 +2,10 @@
 
     python bench/minimal_attacks.py --checkpoint RUN/last/model.safetensors --images images.pt --json out.json
 
-The images are a saved pair of (N, C, H, W) floats in [0, 1] and labels (N,). All rows take turns, so that a slow spell of the
-machine meets all of them; medians, and ratios within a round. What an attack found is judged by the network itself, not by the
-replica. Distances are of the images that both found, misclassified ones, at distance 0, left out: they would hide differences.
+The images are a saved pair of (N, C, H, W) floats in [0, 1] and labels (N,). All rows take turns, so that a
+slow spell of the machine meets all of them; medians, and ratios within a round. What an attack found is
+judged by the network itself, not by the replica. Distances are of the images that both found, misclassified
+ones, at distance 0, left out: they would hide differences.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackEngine, CarliniL2, DeepFool, Search
-from fastdynat.benchmark.timing import Samples, Stopwatch
+from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attacks import CarliniL2, DeepFool, Search
+from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.runs import describe_environment, load_network, source_commit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +89,12 @@ def measure(net: nn.Module, x: Tensor, labels: Tensor, rounds: int) -> list[dict
     for name, (peer, mine) in work.items():
         theirs, own = (Samples(tuple(samples)) for samples in seconds[name])
         ratio = Samples(tuple(t / o for t, o in zip(theirs.seconds, own.seconds, strict=True)))
-        row = {"name": name, "torchattacks_s": theirs.summary(), "fastdynat_s": own.summary(), "times_faster": ratio.summary()}
+        row = {
+            "name": name,
+            "torchattacks_s": theirs.summary(),
+            "fastdynat_s": own.summary(),
+            "times_faster": ratio.summary(),
+        }
         rows.append(row | compare(net, x, labels, (peer(), mine())))
     return rows
 
@@ -110,7 +117,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.safetensors of a run")
     parser.add_argument("--images", type=Path, required=True, help="torch.save of (images, labels)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -133,7 +142,11 @@ def main() -> None:
             "environment": describe_environment()
             | {"load_average_at_end": os.getloadavg(), "threads": torch.get_num_threads()},
             "torchattacks": version("torchattacks"),
-            "network": {"architecture": sidecar.architecture, "method": sidecar.method, "dataset": sidecar.dataset},
+            "network": {
+                "architecture": sidecar.architecture,
+                "method": sidecar.method,
+                "dataset": sidecar.dataset,
+            },
             "images": len(x),
             "rows": rows,
         }

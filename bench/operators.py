@@ -2,9 +2,10 @@
 
     python bench/operators.py --json bench/results/operators_cpu.json
 
-Runs bench/test_operators.py (pytest-benchmark) on the GPU if there is one, else on the CPU; medians. --only NAME takes the
-operators whose name contains NAME, --without compiled leaves out what takes longest to prepare. Ctrl-C (and a time limit that
-sends SIGINT) ends the measuring; the table and the file then hold what was measured, and the exit status is not 0.
+Runs bench/test_operators.py (pytest-benchmark) on the GPU if there is one, else on the CPU; medians. --only
+NAME takes the operators whose name contains NAME, --without compiled leaves out what takes longest to
+prepare. Ctrl-C (and a time limit that sends SIGINT) ends the measuring; the table and the file then hold what
+was measured, and the exit status is not 0.
 """
 
 import argparse
@@ -41,12 +42,30 @@ def run_to_its_end(command: list[str], env: dict[str, str]) -> int:
 
 
 def measure(only: str, without: str) -> tuple[list[dict[str, Any]], int]:
-    """Run the benchmarks. Returns a row per implementation of a case, microseconds per call, and pytest's exit status."""
+    """Run the benchmarks. Returns a row per implementation of a case, microseconds per call, and pytest's
+    exit status.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", str(HERE / "test_operators.py"), "-q", f"--benchmark-json={out}"]
-        command += ["--benchmark-columns=median", "-p", "no:cacheprovider", f"--rootdir={HERE}", "-W", "default"]
-        status = run_to_its_end(command, os.environ | {"FASTDYNAT_BENCH_ONLY": only, "FASTDYNAT_BENCH_WITHOUT": without})
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(HERE / "test_operators.py"),
+            "-q",
+            f"--benchmark-json={out}",
+        ]
+        command += [
+            "--benchmark-columns=median",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={HERE}",
+            "-W",
+            "default",
+        ]
+        status = run_to_its_end(
+            command, os.environ | {"FASTDYNAT_BENCH_ONLY": only, "FASTDYNAT_BENCH_WITHOUT": without}
+        )
         if not out.exists() or not out.stat().st_size:
             raise SystemExit(status or 1)
         measured = json.loads(out.read_text())["benchmarks"]
@@ -73,7 +92,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         by_case[row["case"]][row["implementation"]] = row["us"]
     ours = sorted({row["implementation"] for row in rows} - {"plain", "compiled", "copy"})
-    table = Table(title="microseconds per call (plain / ours, compiled / ours, copy / ours)", title_justify="left")
+    table = Table(
+        title="microseconds per call (plain / ours, compiled / ours, copy / ours)", title_justify="left"
+    )
     for column in ("operator", "plain", "compiled", "copy", *ours):
         table.add_column(column, justify="left" if column == "operator" else "right", no_wrap=True)
     for case, times in by_case.items():
@@ -82,14 +103,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             if name not in times:
                 cells.append("-")
                 continue
-            ratios = [f"{times[n] / times[name]:.2f}" if n in times else "-" for n in ("plain", "compiled", "copy")]
+            ratios = [
+                f"{times[n] / times[name]:.2f}" if n in times else "-" for n in ("plain", "compiled", "copy")
+            ]
             cells.append(f"{times[name]:,.1f} ({', '.join(ratios)})")
         table.add_row(case, *cells)
     Console(width=180).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--only", default="", help="part of an operator's name")
     parser.add_argument("--without", default="", choices=["", "compiled", "plain"], help="an implementation")

@@ -1,8 +1,9 @@
 """Timings of every operator by pytest-benchmark; `bench/operators.py` runs this file and makes a table of it.
 
-In one group, one after the other: the plain torch form, `torch.compile`'s fusion of it, a copy of the bytes that an ideal pass
-moves, and our implementations. A timing counts only if the result was right first: each implementation is compared with the
-plain form before it is timed. On a GPU a round is one replay of a CUDA graph of CALLS calls, so launches are not in it.
+In one group, one after the other: the plain torch form, `torch.compile`'s fusion of it, a copy of the bytes
+that an ideal pass moves, and our implementations. A timing counts only if the result was right first: each
+implementation is compared with the plain form before it is timed. On a GPU a round is one replay of a CUDA
+graph of CALLS calls, so launches are not in it.
 """
 
 import os
@@ -16,7 +17,7 @@ from cases import Case, Thunk, cases
 from torch import Tensor
 
 from fastdynat import ops
-from fastdynat.graphs import CaptureFailed, CudaRecorder
+from fastdynat.execution.graph_capture import CaptureFailed, CudaRecorder
 from fastdynat.ops._select import why_not
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +26,9 @@ SECONDS = float(
 )  # of measuring for each implementation of a case, but 5 to 31 rounds
 CALLS = 50 if DEVICE == "cuda" else 1
 BACKENDS = [
-    name for name in ops.BACKENDS if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
+    name
+    for name in ops.BACKENDS
+    if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
 ]
 SELECTED = os.environ.get("FASTDYNAT_BENCH_ONLY", "")
 WITHOUT = os.environ.get("FASTDYNAT_BENCH_WITHOUT", "")
@@ -38,7 +41,9 @@ def tensors(result: Any) -> list[Tensor]:
 def check(case: Case, thunk: Thunk) -> None:
     for ours, plain in zip(tensors(thunk()), tensors(case.plain(*case.args)), strict=True):
         worst = float((ours.double() - plain.double()).abs().max())
-        assert worst <= case.tolerance, f"{case.name}: differs by {worst} from the plain form, so its timing says nothing"
+        assert worst <= case.tolerance, (
+            f"{case.name}: differs by {worst} from the plain form, so its timing says nothing"
+        )
 
 
 def copy_of(num_bytes: int) -> Thunk:
@@ -84,9 +89,13 @@ def repeated(thunk: Thunk) -> tuple[Callable[[], object], bool]:
     return run, captured
 
 
-@pytest.mark.parametrize("name", [name for name in ("plain", "compiled", "copy", *BACKENDS) if name != WITHOUT])
 @pytest.mark.parametrize(
-    "case", [c for c in cases(DEVICE) if SELECTED in c.name], ids=lambda case: f"{case.name} {case.size}".replace(" ", "_")
+    "name", [name for name in ("plain", "compiled", "copy", *BACKENDS) if name != WITHOUT]
+)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases(DEVICE) if SELECTED in c.name],
+    ids=lambda case: f"{case.name} {case.size}".replace(" ", "_"),
 )
 @pytest.mark.filterwarnings("default")  # torch.compile's advice must not stop a measurement
 def test_operator(benchmark: Any, case: Case, name: str) -> None:

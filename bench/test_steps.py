@@ -1,6 +1,8 @@
-"""Attack and training step by pytest-benchmark, in float32 and bfloat16: for tracking one over time beside the operators.
+"""Attack and training step by pytest-benchmark, in float32 and bfloat16: for tracking one over time beside
+the operators.
 
-`fastdynat bench` compares them with peers and switch by switch. FASTDYNAT_BENCH_MODEL and FASTDYNAT_BENCH_DEVICE choose.
+`fastdynat bench` compares them with peers and switch by switch. FASTDYNAT_BENCH_MODEL and
+FASTDYNAT_BENCH_DEVICE choose.
 """
 
 import os
@@ -9,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdynat.benchmark.settings import settled
-from fastdynat.benchmark.work import Work, engine_attack, engine_step
+from fastdynat.commands.bench.settings import settled
+from fastdynat.commands.bench.work import Work, engine_attack, engine_step
 from fastdynat.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from fastdynat.data import dataset_info
 from fastdynat.data.random_images import random_split

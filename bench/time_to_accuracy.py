@@ -2,8 +2,8 @@
 
     python bench/time_to_accuracy.py RUN --wall 123.4 --json time_to_accuracy.json
 
-Training time is that of the epochs, without validation and start; wall time is the whole command's, as the caller measured it.
-Exits with 1 if the accuracy was not reached.
+Training time is that of the epochs, without validation and start; wall time is the whole command's, as the
+caller measured it. Exits with 1 if the accuracy was not reached.
 """
 
 import argparse
@@ -24,7 +24,9 @@ def describe(run: Path, wall: float) -> dict[str, Any]:
     score, target = method_class(config["method"]).select_by, config["stop_at"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     elapsed = list(accumulate(row["train_seconds"] for row in rows))
-    reached = next((i for i, row in enumerate(rows) if row.get(score) is not None and row[score] >= target), None)
+    reached = next(
+        (i for i, row in enumerate(rows) if row.get(score) is not None and row[score] >= target), None
+    )
     return {
         "format": "fastdynat-time-to-accuracy/1",
         "commit": source_commit(),
@@ -42,7 +44,9 @@ def describe(run: Path, wall: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--wall", type=float, required=True, help="seconds of the whole command")
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")

@@ -24,13 +24,27 @@ __version__ = "0.1.0"
 
 # What `import fastdynat` is enough for; the command line is no library.
 _PARTS = (
-    *("attacks", "compat", "config", "data", "engine", "errors", "evaluation", "export", "methods", "models", "ops"),
+    *(
+        "attacks",
+        "compat",
+        "config",
+        "data",
+        "engine",
+        "errors",
+        "evaluation",
+        "export",
+        "methods",
+        "models",
+        "ops",
+    ),
     *("recipes", "report", "runs", "units"),
 )
 
 
 def __getattr__(name: str) -> Any:
-    """The attacks, losses and sub-packages, imported at their first use: `import fastdynat` takes no torch."""
+    """The attacks, losses and sub-packages, imported at their first use: `import fastdynat` takes no
+    torch.
+    """
     if name in _PARTS:
         return importlib.import_module(f"fastdynat.{name}")
     if name not in __all__:

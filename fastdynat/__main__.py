@@ -2,6 +2,6 @@
 
 import sys
 
-from fastdynat.cli import main
+from fastdynat.commands.main import main
 
 sys.exit(main())

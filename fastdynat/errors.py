@@ -26,7 +26,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def nearest(name: str, known: Iterable[str], n: int) -> str:
-    """Up to `n` of the names `known` that are most like `name`, best first, joined by "or"; empty where none is.
+    """Up to `n` of the names `known` that are most like `name`, best first, joined by "or"; empty where none
+    is.
 
     >>> nearest("--ep-silon", ["--eps", "--epochs", "--lr"], n=1)
     '--epochs'
@@ -74,11 +75,15 @@ def one_line(text: str) -> str:
     >>> one_line("no run at a\\nb")
     'no run at a\\\\nb'
     """
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") else repr(c)[1:-1] for c in text)
+    return "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") else repr(c)[1:-1] for c in text
+    )
 
 
 def shortage(error: BaseException) -> str | None:
-    """Which of memory and threads `error` is the lack of, in words with a remedy; None where it is something else."""
+    """Which of memory and threads `error` is the lack of, in words with a remedy; None where it is something
+    else.
+    """
     said = str(error)
     if isinstance(error, RuntimeError) and "start new thread" in said:
         return "the system lets this process start no more threads: end other programs, or raise ulimit -u"
@@ -86,7 +91,9 @@ def shortage(error: BaseException) -> str | None:
         return None
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
     how_much = f" ({asked[1]} more were asked for)" if asked else ""
-    return f"out of memory{how_much}: use a smaller --batch-size, model or --image-size, or end other programs"
+    return (
+        f"out of memory{how_much}: use a smaller --batch-size, model or --image-size, or end other programs"
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,6 @@
-"""Public names of a package that are imported at their first use (PEP 562), so that the command line starts without torch."""
+"""Public names of a package that are imported at their first use (PEP 562), so that the command line starts
+without torch.
+"""
 
 import importlib
 import sys
@@ -6,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def lazy_names(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_names(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` for `package`.
 
     Args:
         package: its ``__name__``.
-        names: the public names by the module under `package` that has them. None may be called like a submodule, which Python
-            would put in its place.
+        names: the public names by the module under `package` that has them. None may be called like a
+            submodule, which Python would put in its place.
     """
     origin = {name: module for module, own in names.items() for name in own}
 

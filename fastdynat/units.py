@@ -1,7 +1,8 @@
 """The unit rule of perturbation sizes: everything inside the package is in [0, 1] pixel units.
 
-Published scripts write the same radius as ``8/255``, ``0.031`` or ``8``; a silent mix-up of the three is the most common reason
-for robust accuracies that do not compare. So one parser reads them all, and what it read is printed and stored.
+Published scripts write the same radius as ``8/255``, ``0.031`` or ``8``; a silent mix-up of the three is the
+most common reason for robust accuracies that do not compare. So one parser reads them all, and what it read
+is printed and stored.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ def parse_number(text: float | str, what: str) -> float:
 def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float = 1.0) -> Size:
     """Read a radius or step size by the unit rule.
 
-    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. Under L2 every value is taken as it stands, because radii
-    above 1 are ordinary there.
+    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. Under L2 every value is taken as it
+    stands, because radii above 1 are ordinary there.
 
     Args:
         text: ``8/255``, ``0.031`` or ``8``.
@@ -58,7 +59,9 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     if value <= 0:
         raise UserError(f"{what} must be above 0 (pixel range [0, 1]), got {text}")
     if value > limit:
-        raise UserError(f"{what} must be at most {limit:g} in [0, 1] pixel units, got {text} = {value:g}; write it as 8/255")
+        raise UserError(
+            f"{what} must be at most {limit:g} in [0, 1] pixel units, got {text} = {value:g}; write it as 8/255"
+        )
     return Size(value, notice)
 
 

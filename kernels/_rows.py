@@ -13,7 +13,9 @@ PROGRAMS = 256  # that keep every multiprocessor of a large GPU busy
 
 @triton.jit
 def argmax_rows(values, cols):
-    """(R, K) values -> (R, 1) largest, NaN where there is one, and (R, 1) its first column. Padding must be -inf."""
+    """(R, K) values -> (R, 1) largest, NaN where there is one, and (R, 1) its first column. Padding must be
+    -inf.
+    """
     none = 2147483647
     is_nan = values != values
     top = tl.max(tl.where(is_nan, float("-inf"), values), axis=1, keep_dims=True)
@@ -39,12 +41,16 @@ def wide_dtype(logits: Tensor) -> torch.dtype:
 def block_of(k: int) -> int:
     """The block that holds a row of k classes. Raises ValueError for more than Triton can hold."""
     if k > MAX_CLASSES:
-        raise ValueError(f'Triton kernels take up to {MAX_CLASSES} classes, got {k}: use backend="cuda" or "eager"')
+        raise ValueError(
+            f'Triton kernels take up to {MAX_CLASSES} classes, got {k}: use backend="cuda" or "eager"'
+        )
     return triton.next_power_of_2(k)
 
 
 def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
-    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is longer."""
+    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is
+    longer.
+    """
     block_k = block_of(k)
     # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
     block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(triton.cdiv(max(n, 1), PROGRAMS)))

@@ -1,4 +1,6 @@
-"""The gradient of an attack's loss at the logits as one kernel: each row is read once and stays in registers."""
+"""The gradient of an attack's loss at the logits as one kernel: each row is read once and stays in
+registers.
+"""
 
 import torch
 import triton
@@ -14,7 +16,9 @@ CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
 
 @triton.jit
 def inverse_power_of_two(x):
-    """2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it; 1 for 0, NaN and infinity."""
+    """2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it; 1 for 0, NaN and
+    infinity.
+    """
     usable = (x > 0) & (x < float("inf"))
     if x.dtype == tl.float64:
         exponent = (x.to(tl.int64, bitcast=True) >> 52) & 0x7FF
@@ -29,7 +33,9 @@ def inverse_power_of_two(x):
 
 @triton.jit
 def first_largest(z, k, candidates):
-    """The largest of the candidates in each row and the first class that has it; (-inf, large) without any."""
+    """The largest of the candidates in each row and the first class that has it; (-inf, large) without
+    any.
+    """
     best = tl.max(tl.where(candidates, z, float("-inf")), axis=1)
     at = tl.min(tl.where(candidates & (z == best[:, None]), k, 2147483647), axis=1)
     return best, at
@@ -63,7 +69,9 @@ def attack_logit_grad_kernel(
     shifted = z - top[:, None]
 
     if (LOSS == 1) or (LOSS == 4):
-        target = tl.load(labels_ptr + offsets, mask=known, other=float("-inf") if LOSS == 1 else 0.0).to(z.dtype)
+        target = tl.load(labels_ptr + offsets, mask=known, other=float("-inf") if LOSS == 1 else 0.0).to(
+            z.dtype
+        )
         if LOSS == 1:
             target = tl.where(target > 0, 0.0, target)
         q = tl.exp(target) if LOSS == 1 else target
@@ -87,13 +95,19 @@ def attack_logit_grad_kernel(
             inverse = 1.0 / tl.sum(e, axis=1)
             rest = tl.sum(tl.where(is_label, 0.0, e), axis=1) * inverse
             grad = tl.where(is_label, -rest[:, None], e * inverse[:, None])
-            # The logits of the others against the label's: a small loss is not the difference of two large numbers.
+            # The logits of the others against the label's: a small loss is not the difference of two large
+            # numbers.
             lead = best - ours
             reach = tl.maximum(best, ours)
-            faint = tl.where(known & (k != label[:, None]), tl.exp(z - tl.where(best > float("-inf"), best, 0.0)[:, None]), 0.0)
+            faint = tl.where(
+                known & (k != label[:, None]),
+                tl.exp(z - tl.where(best > float("-inf"), best, 0.0)[:, None]),
+                0.0,
+            )
             spread = tl.sum(faint, axis=1)
             small = spread * tl.exp(best - reach)
-            # log(small + exp(ours - reach)), relative to ours; log1p by hand, since small may be below one ulp of 1
+            # log(small + exp(ours - reach)), relative to ours; log1p by hand, since small may be below one
+            # ulp of 1
             base = tl.exp(ours - reach)
             plus = small / base
             u = 1.0 + plus
@@ -117,7 +131,11 @@ def attack_logit_grad_kernel(
                 gap = tl.where(flat, 1.0, gap)
                 value = tl.where(flat, 0.0, value / gap)
                 slope = tl.where(k == third[:, None], 1.0, 0.0) - tl.where(k == first[:, None], 1.0, 0.0)
-                grad = tl.where(flat[:, None], 0.0, (grad + tl.where(slope != 0, value[:, None] * slope, 0.0)) / gap[:, None])
+                grad = tl.where(
+                    flat[:, None],
+                    0.0,
+                    (grad + tl.where(slope != 0, value[:, None] * slope, 0.0)) / gap[:, None],
+                )
             if RESCALE:
                 grad = grad * inverse_power_of_two(tl.max(tl.abs(grad), axis=1))[:, None]
     grad = (grad + bad[:, None]) * sign
@@ -125,7 +143,9 @@ def attack_logit_grad_kernel(
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=known)
 
 
-def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: bool) -> tuple[Tensor, Tensor]:
+def attack_logit_grad(
+    logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: bool
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream; returns (grad, value)."""
     logits, labels = logits.contiguous(), labels.contiguous()
     n, classes = logits.shape
@@ -135,7 +155,9 @@ def attack_logit_grad(logits: Tensor, labels: Tensor, loss: int, rescale: bool, 
         return grad, value
     block = block_of(classes)
     # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
-    rows = max(1, min(TILE // (block * value.element_size()), triton.next_power_of_2(triton.cdiv(n, PROGRAMS))))
+    rows = max(
+        1, min(TILE // (block * value.element_size()), triton.next_power_of_2(triton.cdiv(n, PROGRAMS)))
+    )
     with on_device_of(logits):
         attack_logit_grad_kernel[(triton.cdiv(n, rows),)](
             logits,

@@ -1,4 +1,6 @@
-"""Gather, crop, flip and conversion of a batch as one kernel: one byte read and one number written per pixel."""
+"""Gather, crop, flip and conversion of a batch as one kernel: one byte read and one number written per
+pixel.
+"""
 
 import torch
 import triton
@@ -30,8 +32,8 @@ def augment_kernel(
 ):
     """Write image indices[n] of the store, zero-padded, cropped, mirrored and divided by 255.
 
-    Grid: (blocks per image, N), flattened with the blocks of an image side by side. An image whose index or shift is out
-    of range is NaN, and nothing is read for it.
+    Grid: (blocks per image, N), flattened with the blocks of an image side by side. An image whose index or
+    shift is out of range is NaN, and nothing is read for it.
     """
     row: tl.constexpr = CHANNELS * HEIGHT * WIDTH
     blocks: tl.constexpr = (row + BLOCK - 1) // BLOCK
@@ -57,7 +59,8 @@ def augment_kernel(
         y = y + (top - pad)
         x = x + (left - pad)
     inside = (at < row) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    # Not `fits & inside`: the interpreter of Triton 3.9 makes int64 of one truth value that is spread over a block.
+    # Not `fits & inside`: the interpreter of Triton 3.9 makes int64 of one truth value that is spread over a
+    # block.
     inside = tl.where(fits, inside, False)
     pixel = tl.load(store_ptr + index * row + (c * HEIGHT + y) * WIDTH + x, mask=inside, other=0)
 

@@ -1,4 +1,6 @@
-"""Cross-entropy with dynamic labels: each row of logits is read once, its gradient written once, then one block reduces."""
+"""Cross-entropy with dynamic labels: each row of logits is read once, its gradient written once, then one
+block reduces.
+"""
 
 import torch
 import triton
@@ -102,7 +104,9 @@ def reduce_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """factor * the sum of the losses, and how many classes are right; one program, so the order of the sum is fixed."""
+    """factor * the sum of the losses, and how many classes are right; one program, so the order of the sum is
+    fixed.
+    """
     total = tl.zeros((BLOCK,), tl.float64)
     target_correct = tl.zeros((BLOCK,), tl.int64)
     guide_correct = tl.zeros((BLOCK,), tl.int64)
@@ -114,8 +118,12 @@ def reduce_kernel(
             total += tl.load(row_loss_ptr + at, mask=mask, other=0.0).to(tl.float64)
         if COUNT:
             labels = tl.load(labels_ptr + at, mask=mask, other=0)
-            target_correct += (mask & (tl.load(predictions_ptr + at, mask=mask, other=0) == labels)).to(tl.int64)
-            guide_correct += (mask & (tl.load(dynamic_labels_ptr + at, mask=mask, other=0) == labels)).to(tl.int64)
+            target_correct += (mask & (tl.load(predictions_ptr + at, mask=mask, other=0) == labels)).to(
+                tl.int64
+            )
+            guide_correct += (mask & (tl.load(dynamic_labels_ptr + at, mask=mask, other=0) == labels)).to(
+                tl.int64
+            )
         start += BLOCK
     if REDUCE:
         tl.store(loss_ptr, (tl.sum(total) * factor).to(loss_ptr.dtype.element_ty))
@@ -135,7 +143,9 @@ def dynamic_label_cross_entropy(
     reduction: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch on the current stream; returns (loss, counts, predictions, dynamic_labels, grad), see fastdynat.ops."""
+    """Launch on the current stream; returns (loss, counts, predictions, dynamic_labels, grad), see
+    fastdynat.ops.
+    """
     logits, guide = target_logits.contiguous(), guide.contiguous()
     n, k = logits.shape
     wide = wide_dtype(logits)

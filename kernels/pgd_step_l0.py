@@ -1,4 +1,6 @@
-"""One L0 PGD step: one program per image, the pixels to keep found by bisection on the bits of their distances."""
+"""One L0 PGD step: one program per image, the pixels to keep found by bisection on the bits of their
+distances.
+"""
 
 import torch
 import triton
@@ -28,7 +30,9 @@ def score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, mask, scale, lo, hi, CHANN
     total = tl.zeros(at.shape, x_adv_ptr.dtype.element_ty)
     for channel in range(CHANNELS):
         here = at + channel * stride
-        d = moved(x_adv_ptr, grad_ptr, here, mask, scale, lo, hi) - tl.load(x0_ptr + here, mask=mask, other=0.0)
+        d = moved(x_adv_ptr, grad_ptr, here, mask, scale, lo, hi) - tl.load(
+            x0_ptr + here, mask=mask, other=0.0
+        )
         total += d * d
     return tl.where(mask, tl.where(total == total, total, 0.0), -1.0)
 
@@ -66,7 +70,9 @@ def pgd_step_l0_kernel(
     length = tl.full((), 0.0, tl.float64)
     for part in range(PARTS * CHANNELS):
         at = part * BLOCK + block
-        length += tl.sum(tl.abs(load_gradient(grad_ptr, at, at < pixels * CHANNELS, dtype)).to(tl.float64), axis=0)
+        length += tl.sum(
+            tl.abs(load_gradient(grad_ptr, at, at < pixels * CHANNELS, dtype)).to(tl.float64), axis=0
+        )
     scale = tl.where(length > 0, step_size / tl.where(length > 0, length, 1.0), 0.0)
 
     # Each loop over parts below computes the scores again, but for a single part.
@@ -87,13 +93,16 @@ def pgd_step_l0_kernel(
             if PARTS > 1:
                 pixel = part * BLOCK + block
                 at = pixel * pixel_stride
-                score = score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, pixel < pixels, scale, lo, hi, CHANNELS)
+                score = score_of(
+                    x_adv_ptr, grad_ptr, x0_ptr, at, stride, pixel < pixels, scale, lo, hi, CHANNELS
+                )
             reached = tl.where(step <= top, score >= threshold, score > threshold)
             found += tl.sum(reached.to(tl.int32), axis=0)
         threshold_bits = tl.where((found >= wanted) & (step <= top), candidate, threshold_bits)
     threshold = as_float(threshold_bits, dtype)
 
-    # Of the pixels on the threshold the first: those up to the last index that has fewer than are left before it.
+    # Of the pixels on the threshold the first: those up to the last index that has fewer than are left before
+    # it.
     left = wanted - found
     last = tl.zeros((1,), tl.int32)
     for step in range(31):
@@ -103,7 +112,9 @@ def pgd_step_l0_kernel(
             if PARTS > 1:
                 pixel = part * BLOCK + block
                 at = pixel * pixel_stride
-                score = score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, pixel < pixels, scale, lo, hi, CHANNELS)
+                score = score_of(
+                    x_adv_ptr, grad_ptr, x0_ptr, at, stride, pixel < pixels, scale, lo, hi, CHANNELS
+                )
             before += tl.sum(((score == threshold) & (pixel < candidate)).to(tl.int32), axis=0)
         last = tl.where(before < left, candidate, last)
     last = tl.where(left > 0, last, -1)
@@ -122,7 +133,9 @@ def pgd_step_l0_kernel(
             tl.store(out_ptr + here, tl.where(kept | (x != x), x, x0), mask=mask)
 
 
-def pgd_step_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixels: int, lo: float, hi: float) -> Tensor:
+def pgd_step_l0(
+    x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixels: int, lo: float, hi: float
+) -> Tensor:
     """Launch the kernel on the current stream; returns the new point, laid out as `x_adv`.
 
     All three tensors (N, C, H, W) must be contiguous, or all channels-last.

@@ -1,4 +1,6 @@
-"""One L2 PGD step: one kernel that reads each image once, or two where an image is too large for one program's registers."""
+"""One L2 PGD step: one kernel that reads each image once, or two where an image is too large for one
+program's registers.
+"""
 
 import torch
 import triton
@@ -13,7 +15,9 @@ SPLIT_BLOCK = 4096  # elements per program of a larger one
 
 @triton.jit
 def load_pixels(x_adv_ptr, grad_ptr, x0_ptr, offsets, mask):
-    """(delta float64, gradient float64, x0 in its own dtype); the gradient as `finite_gradient` in fastdynat.ops."""
+    """(delta float64, gradient float64, x0 in its own dtype); the gradient as `finite_gradient` in
+    fastdynat.ops.
+    """
     x_adv = tl.load(x_adv_ptr + offsets, mask=mask, other=0.0)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0)
@@ -32,7 +36,23 @@ def load_pixels(x_adv_ptr, grad_ptr, x0_ptr, offsets, mask):
 
 
 @triton.jit
-def store_step(delta, grad, x0, gg, dg, dd, out_ptr, low_ptr, offsets, mask, step_size, eps, lo, hi, HAS_LOW: tl.constexpr):
+def store_step(
+    delta,
+    grad,
+    x0,
+    gg,
+    dg,
+    dd,
+    out_ptr,
+    low_ptr,
+    offsets,
+    mask,
+    step_size,
+    eps,
+    lo,
+    hi,
+    HAS_LOW: tl.constexpr,
+):
     """Finish the step from the sums over the image: as L2Step in csrc/."""
     a = tl.where(gg > 0, step_size / tl.sqrt(tl.where(gg > 0, gg, 1.0)), 0.0)
     squared = dd + a * (2 * dg + a * gg)
@@ -88,7 +108,9 @@ def pgd_step_l2_sums_kernel(
     parts,
     BLOCK: tl.constexpr,
 ):
-    """The three sums over one part of an image. Grid: (rows * parts,). No atomics: the same input gives the same bits."""
+    """The three sums over one part of an image. Grid: (rows * parts,). No atomics: the same input gives the
+    same bits.
+    """
     program = tl.program_id(0)
     image = program // parts
     within = (program % parts) * BLOCK + tl.arange(0, BLOCK)
@@ -175,7 +197,9 @@ def pgd_step_l2(
         parts = triton.cdiv(row, SPLIT_BLOCK)
         grid = (rows * parts,)
         partial = x_adv.new_empty(rows * parts, 3, dtype=torch.float64)
-        pgd_step_l2_sums_kernel[grid](*inputs, partial, row, parts, BLOCK=SPLIT_BLOCK, num_warps=8, enable_fp_fusion=False)
+        pgd_step_l2_sums_kernel[grid](
+            *inputs, partial, row, parts, BLOCK=SPLIT_BLOCK, num_warps=8, enable_fp_fusion=False
+        )
         pgd_step_l2_apply_kernel[grid](
             *inputs,
             *outputs,

@@ -1,4 +1,6 @@
-"""One L-inf PGD step as one kernel: three reads and one write per pixel, one more of half the width on request."""
+"""One L-inf PGD step as one kernel: three reads and one write per pixel, one more of half the width on
+request.
+"""
 
 import torch
 import triton
@@ -48,7 +50,8 @@ def pgd_step_linf_kernel(
 
     if grad.dtype.primitive_bitwidth == 16:
         grad = grad.to(tl.float32)  # exact; the interpreter of Triton 3.9 cannot compare bfloat16
-    # Comparisons with NaN are false: a NaN gradient does not move the pixel. The product is exact, FMA or not.
+    # Comparisons with NaN are false: a NaN gradient does not move the pixel. The product is exact, FMA or
+    # not.
     sign = (grad > 0).to(dtype) - (grad < 0).to(dtype)
     x = x_adv + step_size * sign
     lower = x0 - eps

@@ -52,7 +52,9 @@ def add_reached(x, direction, t, lo, hi, L2: tl.constexpr):
         move = t * size
         rate = size * size
     free = move < room
-    way = tl.where(direction == 0, 0.0, size * tl.where(free, move, room))  # 0 * infinity in a box without bounds
+    way = tl.where(
+        direction == 0, 0.0, size * tl.where(free, move, room)
+    )  # 0 * infinity in a box without bounds
     reached = tl.sum(way.to(tl.float64), axis=0)
     slope = tl.sum(tl.where(free, rate, 0.0).to(tl.float64), axis=0)
     return reached, slope
@@ -61,12 +63,15 @@ def add_reached(x, direction, t, lo, hi, L2: tl.constexpr):
 @triton.jit
 def store_moved(x, direction, t, out_ptr, offsets, mask, lo, hi, L2: tl.constexpr):
     """Where the entries end."""
-    # Not multiplied: t may be infinite, or 0 because of a direction that is NaN. The interpreter wants a block to compare with.
+    # Not multiplied: t may be infinite, or 0 because of a direction that is NaN. The interpreter wants a
+    # block to compare with.
     still = (direction == 0) | (tl.zeros_like(direction) == t)
     by = t * tl.where(direction > 0, 1.0, -1.0).to(tl.float64)
     if L2:
         by = t * tl.where(still, 1.0, direction.to(tl.float64))
-    tl.store(out_ptr + offsets, tl.where(still, x, clip((x.to(tl.float64) - by).to(x.dtype), lo, hi)), mask=mask)
+    tl.store(
+        out_ptr + offsets, tl.where(still, x, clip((x.to(tl.float64) - by).to(x.dtype), lo, hi)), mask=mask
+    )
 
 
 @triton.jit
@@ -98,7 +103,8 @@ def project_on_hyperplane_kernel(
         mask = within < row
         x, w = load_entries(x_ptr, w_ptr, base + within, mask, lo, hi)
         at = tl.load(at_ptr + base + within, mask=mask, other=0.0)
-        # Where there is no pixel w is 0, but x is in the box, which need not hold a number that 0 can be multiplied by.
+        # Where there is no pixel w is 0, but x is in the box, which need not hold a number that 0 can be
+        # multiplied by.
         terms = tl.where(mask, w.to(tl.float64) * (x.to(tl.float64) - at.to(tl.float64)), 0.0)
         product += tl.sum(terms, axis=0)
         largest = tl.max(tl.abs(w), axis=0)
@@ -153,7 +159,9 @@ def project_on_hyperplane_kernel(
             store_moved(x, w * factor, t, out_ptr, base + part * BLOCK + within, mask, lo, hi, L2)
 
 
-def project_on_hyperplane(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float, hi: float) -> Tensor:
+def project_on_hyperplane(
+    x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float, hi: float
+) -> Tensor:
     """Launch the kernel on the current stream; returns the projection, laid out as `x`.
 
     x, w and at must be dense and of one memory order, with each image one block of memory.

@@ -1,4 +1,6 @@
-"""The random start of an attack as one kernel: one read and one write per pixel, the random numbers never in memory."""
+"""The random start of an attack as one kernel: one read and one write per pixel, the random numbers never in
+memory.
+"""
 
 import torch
 import triton
@@ -35,7 +37,9 @@ def unit_uniform(word):
 
 @triton.jit
 def log_normal_range(u):
-    """log(u) for normal u > 0 by Cephes' polynomial: the math library's last bits are not those of the CPU."""
+    """log(u) for normal u > 0 by Cephes' polynomial: the math library's last bits are not those of the
+    CPU.
+    """
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa is in [sqrt(1/2), sqrt(2))
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -59,12 +63,15 @@ def normal_pair(word0, word1):
     # Multiples of 2^-31, moved off zero: the tail reaches 6.6 standard deviations.
     u = (word0 >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
     radius = tl.sqrt_rn(-2.0 * log_normal_range(u))
-    # The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are made.
+    # The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are
+    # made.
     quarter = (word1 + 0x20000000) >> 30
     t = (word1 - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
     z = t * t
     sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * t + t
-    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    cosine = (
+        ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    )
     odd = (quarter & 1) != 0
     c = tl.where(odd, sine, cosine)
     s = tl.where(odd, cosine, sine)
@@ -75,7 +82,8 @@ def normal_pair(word0, word1):
 def group_of(item, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr):
     """The group of four elements in the C order that is the item-th to be worked on.
 
-    Channels-last images are walked four pixels at a time through all channels, so that neighbours are near in memory.
+    Channels-last images are walked four pixels at a time through all channels, so that neighbours are near in
+    memory.
     """
     if CHANNELS > 1 and FOURS:
         return (item % CHANNELS) * (pixels // 4) + item // CHANNELS
@@ -84,7 +92,14 @@ def group_of(item, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr):
 
 @triton.jit
 def draw(
-    first, image, state_ptr, pixels, KIND: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr
+    first,
+    image,
+    state_ptr,
+    pixels,
+    KIND: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FOURS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """The noise of the elements of GROUPS groups from the item `first` on: (4 * GROUPS,) float32."""
     seed = tl.load(state_ptr).to(tl.uint64, bitcast=True)
@@ -140,8 +155,8 @@ def random_start_kernel(
 ):
     """Write clamp(x + scale * noise, lo, hi), as fastdynat.ops.random_start defines it.
 
-    Grid: (tiles per image, images), flattened with the tiles of an image side by side; (images,) if KIND is "l2", whose
-    programs draw an image's numbers twice: for its length and for its move.
+    Grid: (tiles per image, images), flattened with the tiles of an image side by side; (images,) if KIND is
+    "l2", whose programs draw an image's numbers twice: for its length and for its move.
     """
     dtype = x_ptr.dtype.element_ty
     scale = tl.full((1,), scale, dtype)

@@ -1,4 +1,6 @@
-"""The soft margin and its gradient: several rows per program where rows are short, a program per row in chunks where not."""
+"""The soft margin and its gradient: several rows per program where rows are short, a program per row in
+chunks where not.
+"""
 
 import torch
 import triton
@@ -33,7 +35,8 @@ def load_others(logits_ptr, row, k, classes, label, WIDE: tl.constexpr):
 @triton.jit
 def store_margin(margin_ptr, row, own, top, total, temperature):
     """Store the margins; returns the sums, NaN for rows that mean nothing."""
-    # `top` is infinite or NaN where one of the others is +inf or NaN (which the sum holds too), or all of them are -inf.
+    # `top` is infinite or NaN where one of the others is +inf or NaN (which the sum holds too), or all of
+    # them are -inf.
     total = tl.where((own < float("inf")) & (tl.abs(top) < float("inf")), total, float("nan"))
     tl.store(margin_ptr + row, (own - top) - tl.log(total) / temperature)
     return total

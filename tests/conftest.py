@@ -18,19 +18,26 @@ ROOT = Path(__file__).parents[1]
 
 if importlib.util.find_spec("fastdynat") is None:
     sys.path.insert(0, str(ROOT))
-# Under nohup, or in the background of a script, these are ignored, and so they would be in what the tests start.
+# Under nohup, or in the background of a script, these are ignored, and so they would be in what the tests
+# start.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of `pytest -n` share the cores, as do the processes that tests start
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # the workers of `pytest -n` share the cores, as do the processes that tests start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by @triton.jit, so set before fastdynat.kernels is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read by @triton.jit, so set before fastdynat.kernels is imported
 
 
 def available(what: str) -> bool:
-    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, chromium, or an importable module."""
+    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, chromium, or an importable
+    module.
+    """
     if what == "gpu":
         return torch.cuda.is_available()
     if what == "nvcc":
@@ -104,13 +111,13 @@ def nothing_waits() -> Iterator[None]:
 
 
 def _float32() -> Any:
-    from fastdynat.float32 import float32_flags
+    from fastdynat.execution.float32 import float32_flags
 
     return float32_flags()
 
 
 def _put_float32(flags: Any) -> None:
-    from fastdynat.float32 import put_float32_flags
+    from fastdynat.execution.float32 import put_float32_flags
 
     put_float32_flags(flags)
 
@@ -124,20 +131,34 @@ CUDNN: Any = torch.backends.cudnn
 PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "threads": (torch.get_num_threads, torch.set_num_threads),
-    "determinism": (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    "determinism": (
+        _determinism,
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "cudnn.enabled": (lambda: CUDNN.enabled, lambda value: setattr(CUDNN, "enabled", value)),
     "cudnn.benchmark": (lambda: CUDNN.benchmark, lambda value: setattr(CUDNN, "benchmark", value)),
-    "cudnn.deterministic": (lambda: CUDNN.deterministic, lambda value: setattr(CUDNN, "deterministic", value)),
+    "cudnn.deterministic": (
+        lambda: CUDNN.deterministic,
+        lambda value: setattr(CUDNN, "deterministic", value),
+    ),
     "float32 precision": (_float32, _put_float32),
     "working directory": (os.getcwd, os.chdir),
 }
-VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "FASTDYNAT_KERNELS", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA")
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "FASTDYNAT_KERNELS",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 @contextmanager
 def process_state_restored() -> Iterator[None]:
-    """Puts back what the block changes for the whole process, however it ends: the next test is the one that it is alone."""
+    """Puts back what the block changes for the whole process, however it ends: the next test is the one that
+    it is alone.
+    """
     kept = dict(PROCESS_WIDE)
     if torch.cuda.is_initialized():
         kept["sync debug mode"] = (torch.cuda.get_sync_debug_mode, torch._C._cuda_set_sync_debug_mode)
@@ -161,7 +182,9 @@ def _process_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where tests compile C++: pytest's cache, so that the next session finds what has not changed."""
+    """The folder where tests compile C++: pytest's cache, so that the next session finds what has not
+    changed.
+    """
     cache = getattr(request.config, "cache", None)
     return tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
 
@@ -171,7 +194,7 @@ def _simulation(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("simulated") is None:
         yield
         return
-    import cuda_sim
+    from support import cuda_sim
 
     with cuda_sim.simulated_cuda(cuda_sim.build_kernels(request.getfixturevalue("compiled"))):
         yield

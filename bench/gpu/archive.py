@@ -1,4 +1,6 @@
-"""The archive of results: everything in a folder, with long files cut, and marked as cut, to fit a size limit."""
+"""The archive of results: everything in a folder, with long files cut, and marked as cut, to fit a size
+limit.
+"""
 
 import gzip
 import io
@@ -13,12 +15,20 @@ CUT = "cut.txt"
 
 
 def write_archive(folder: Path, target: Path, limit: int = LIMIT) -> list[str]:
-    """Write `target`, a .tar.gz of the files in `folder`, of at most `limit` bytes. Returns what was cut, in words.
+    """Write `target`, a .tar.gz of the files in `folder`, of at most `limit` bytes. Returns what was cut, in
+    words.
 
-    The biggest log is cut first (the oldest of equal ones), then the next; when all are cut, the biggest files are left out.
+    The biggest log is cut first (the oldest of equal ones), then the next; when all are cut, the biggest
+    files are left out.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not path.is_symlink() and path.resolve() != target.resolve()}
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    files = {
+        name: path
+        for name, path in files.items()
+        if not path.is_symlink() and path.resolve() != target.resolve()
+    }
     sizes = {name: path.stat().st_size for name, path in files.items()}
     cut: dict[str, str] = {}
     while True:
@@ -71,7 +81,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def split_file(path: Path, folder: Path, limit: int = LIMIT) -> list[Path]:
-    """Copy `path` into `folder` as NAME.0, NAME.1, ... of at most `limit` bytes each; `cat NAME.*` joins them (under ten)."""
+    """Copy `path` into `folder` as NAME.0, NAME.1, ... of at most `limit` bytes each; `cat NAME.*` joins them
+    (under ten).
+    """
     pieces = []
     with path.open("rb") as file:
         while data := file.read(limit):

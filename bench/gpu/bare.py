@@ -11,13 +11,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpu.machine import EXTENSION, PACK, ROOT, commit, graphics_card, look, missing, python_path, read_manifest, take_extension
+from gpu.machine import (
+    EXTENSION,
+    PACK,
+    ROOT,
+    commit,
+    graphics_card,
+    look,
+    missing,
+    python_path,
+    read_manifest,
+    take_extension,
+)
 from gpu.parts import Part, finish
 
 # Modules that the parts import and that a machine may lack.
-WANTED = ("tyro", "docstring_parser", "typeguard", "msgspec", "yaml", "rich", "safetensors", "sklearn", "timm")
+WANTED = (
+    "tyro",
+    "docstring_parser",
+    "typeguard",
+    "msgspec",
+    "yaml",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "timm",
+)
 WANTED += ("torchattacks", "pyautoattack", "pytest", "pytest_benchmark", "hypothesis", "filelock")
-NOTHING_STARTS = {"tyro", "docstring_parser", "typeguard", "msgspec", "yaml", "rich", "safetensors", "sklearn"}
+NOTHING_STARTS = {
+    "tyro",
+    "docstring_parser",
+    "typeguard",
+    "msgspec",
+    "yaml",
+    "rich",
+    "safetensors",
+    "sklearn",
+}
 FEW = 2000  # images that a test of the script on a CPU can decode
 
 
@@ -35,8 +65,13 @@ class Bare:
     def __init__(self, device: str, temporary: Path) -> None:
         self.device, self.temporary = device, temporary
         self.pack = Path(os.environ.get("FASTDYNAT_GPU_PACK", ROOT / PACK)).resolve()
-        self.env = dict(os.environ) | {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
-        self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        self.env = dict(os.environ) | {
+            "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.env["PATH"] = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        )
         self.about: dict[str, Any] = {}
         self.words: list[str] = []
         self.missing: list[str] = []
@@ -50,7 +85,9 @@ class Bare:
     def __enter__(self) -> "Bare":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._unpacking is not None:
             finish(self._unpacking, 0)
 
@@ -59,8 +96,9 @@ class Bare:
         return time.monotonic() - self.begin
 
     def prepare(self, limit: float) -> None:
-        """Look at the machine and take from the pack what it lacks. `limit`: seconds that this should take; a machine that has
-        just started may need twice as many."""
+        """Look at the machine and take from the pack what it lacks. `limit`: seconds that this should take; a
+        machine that has just started may need twice as many.
+        """
         try:
             self._manifest = read_manifest(self.pack)
         except ValueError as error:
@@ -88,14 +126,23 @@ class Bare:
     def _take_packages(self) -> None:
         """Put those of the pack's packages that this Python lacks behind what is on the path."""
         entries = [] if self._manifest is None else self._manifest["packages"]
-        python, ours = (self._manifest or {}).get("python"), f"{sys.version_info.major}.{sys.version_info.minor}"
-        lacking = set(missing(self.env, list(dict.fromkeys([*WANTED, *(name for e in entries for name in e["imports"])]))))
+        python, ours = (
+            (self._manifest or {}).get("python"),
+            f"{sys.version_info.major}.{sys.version_info.minor}",
+        )
+        lacking = set(
+            missing(
+                self.env, list(dict.fromkeys([*WANTED, *(name for e in entries for name in e["imports"])]))
+            )
+        )
         usable = []
         for entry in entries:
             if entry["imports"] and not lacking.intersection(entry["imports"]):
                 continue
             if entry["native"] and python != ours:
-                self.words.append(f"{entry['name']} was packed for Python {python} and is compiled; this is {ours}: pack again")
+                self.words.append(
+                    f"{entry['name']} was packed for Python {python} and is compiled; this is {ours}: pack again"
+                )
                 continue
             usable.append(entry)
         folders = [self.pack / "packages" / entry["folder"] for entry in usable]
@@ -136,7 +183,9 @@ class Bare:
         return ""
 
     def build_part(self, seconds: float) -> Part:
-        """Build the extension, where none loads: many processors need half a minute, and nothing waits for it longer."""
+        """Build the extension, where none loads: many processors need half a minute, and nothing waits for it
+        longer.
+        """
         env = {
             "FASTDYNAT_EXT": "1",
             "FASTDYNAT_CUDA": "0" if self.device == "cpu" else "1",
@@ -148,7 +197,11 @@ class Bare:
 
     def why_no_calls(self) -> str:
         """Why the extension's operators cannot be called before a build; a build may still bring them."""
-        return "" if self._extension is not None or not self._known or not self.why_no_build() else "no fastdynat._C"
+        return (
+            ""
+            if self._extension is not None or not self._known or not self.why_no_build()
+            else "no fastdynat._C"
+        )
 
     def lacks(self, module: str) -> str:
         """A reason to leave out what imports `module`, "" where it is there."""
@@ -156,20 +209,34 @@ class Bare:
 
     def gpu_tests(self) -> list[str]:
         """The files of tests that speak of a GPU; pytest's -m chooses in them."""
-        files = sorted((ROOT / "tests").glob("test_*.py"))
-        return [f"tests/{path.name}" for path in files if re.search(r"\bgpu\b|ON_GPU", path.read_text(), re.IGNORECASE)]
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        return [
+            str(path.relative_to(ROOT))
+            for path in files
+            if re.search(r"\bgpu\b|ON_GPU", path.read_text(), re.IGNORECASE)
+        ]
 
     def _unpack_data(self) -> None:
         named = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
         packed = None if self._manifest is None else self._manifest["data"]
         if packed is None or (packed["images"]["train"] > FEW if self.device == "cpu" else named):
             return
-        command = [sys.executable, "-m", "gpu.unpack", str(self.pack / packed["file"]), str(self.temporary / "cifar10-jpeg")]
-        self._unpacking = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=ROOT / "bench", start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "gpu.unpack",
+            str(self.pack / packed["file"]),
+            str(self.temporary / "cifar10-jpeg"),
+        ]
+        self._unpacking = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, cwd=ROOT / "bench", start_new_session=True
+        )
 
     def data(self) -> Path | None:
-        """CIFAR-10 as an image folder, where there is any: what the user names, else the pack's, which is waited for. In a test
-        on a CPU only that of a small pack: even looking at 60,000 files takes too long."""
+        """CIFAR-10 as an image folder, where there is any: what the user names, else the pack's, which is
+        waited for. In a test on a CPU only that of a small pack: even looking at 60,000 files takes too
+        long.
+        """
         if (named := os.environ.get("FASTDYNAT_CIFAR10_JPEG")) and self.device != "cpu":
             return Path(named).resolve()
         if self._unpacking is None:
@@ -184,4 +251,15 @@ class Bare:
         folder = self.data()
         if folder is None:
             return []
-        return ["--data", "imagefolder", "--data-dir", str(folder), "--model", model, "--guide", model, "--eps", "8/255"]
+        return [
+            "--data",
+            "imagefolder",
+            "--data-dir",
+            str(folder),
+            "--model",
+            model,
+            "--guide",
+            model,
+            "--eps",
+            "8/255",
+        ]

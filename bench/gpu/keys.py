@@ -34,7 +34,9 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
     seconds = document.get("epoch", {}).get("extrapolated_seconds")
     text += f", {seconds:,.1f} s for 50,000" if kind == "step" and seconds else ""
     if kind == "step" and (here := (document.get("roofline") or {}).get("here")) and not ours["invalid"]:
-        text += f", {here['floor_seconds']['step'] / ours['seconds']['median']:.0%} of the counted floor's rate"
+        text += (
+            f", {here['floor_seconds']['step'] / ours['seconds']['median']:.0%} of the counted floor's rate"
+        )
     peer = next((row for row in rows if row["name"].partition(", ")[0] == PEERS[kind]), None)
     return [text + (f", {rate / peer['images_per_s']['median']:.1f}x {PEERS[kind]}" if peer else "")]
 
@@ -58,7 +60,11 @@ def operators(path: Path) -> str:
     """The fused L-inf step beside a copy of the same bytes, and the slowest operator beside its copy."""
     rows = json.loads(path.read_text())["rows"]
     copies = {row["case"]: row["us"] for row in rows if row["implementation"] == "copy"}
-    ours = [r for r in rows if r["implementation"] not in ("plain", "compiled", "copy") and r["case"] in copies and r["us"]]
+    ours = [
+        r
+        for r in rows
+        if r["implementation"] not in ("plain", "compiled", "copy") and r["case"] in copies and r["us"]
+    ]
     best: dict[str, tuple[float, str]] = {}
     for row in ours:
         share = copies[row["case"]] / row["us"]
@@ -67,7 +73,10 @@ def operators(path: Path) -> str:
         return f"{len(rows)} rows"
     named = next((case for case in best if case.startswith("pgd_step_linf")), next(iter(best)))
     least = min(best, key=lambda case: best[case][0])
-    shown = [f"{case} {best[case][1]} {best[case][0]:.2f} of a copy's rate" for case in dict.fromkeys([named, least])]
+    shown = [
+        f"{case} {best[case][1]} {best[case][0]:.2f} of a copy's rate"
+        for case in dict.fromkeys([named, least])
+    ]
     return f"{len(best)} cases; " + "; slowest ".join(shown)
 
 
@@ -86,15 +95,25 @@ def train(path: Path) -> str:
     if not rows:
         return "no epoch ended"
     last = rows[-1]
-    words = [f"epoch {last['epoch']}", f"{last['train_seconds']:.2f} s/epoch ({last['images_per_s']:,.0f} images/s)"]
-    robust = [(name, value) for name, value in last.items() if re.fullmatch(r"val_pgd\d+_acc|val_clean_acc", name)]
+    words = [
+        f"epoch {last['epoch']}",
+        f"{last['train_seconds']:.2f} s/epoch ({last['images_per_s']:,.0f} images/s)",
+    ]
+    robust = [
+        (name, value) for name, value in last.items() if re.fullmatch(r"val_pgd\d+_acc|val_clean_acc", name)
+    ]
     words += [f"{name} {value:.1%}" for name, value in robust if value is not None]
     if "fidelity_loss_fast" in last:
-        words.append(f"attack loss {last['fidelity_loss_fast']:.4f}, reference {last['fidelity_loss_reference']:.4f}")
+        words.append(
+            f"attack loss {last['fidelity_loss_fast']:.4f}, reference {last['fidelity_loss_reference']:.4f}"
+        )
         words += ["WEAKER"] if last["fidelity_weaker"] else []
     return ", ".join(words)
 
 
 def evaluation(path: Path) -> str:
     result = json.loads(path.read_text())["results"][0]
-    return ", ".join(f"{a['attack']} {a['accuracy']:.1%}" for a in result["attacks"]) + f" of {result['images']} images"
+    return (
+        ", ".join(f"{a['attack']} {a['accuracy']:.1%}" for a in result["attacks"])
+        + f" of {result['images']} images"
+    )

@@ -16,8 +16,9 @@ MANIFEST = "manifest.json"
 FORMAT = "fastdynat-gpu-pack/1"
 EXTENSION = "_C.abi3.so"
 
-# Run by the Python that runs everything, in processes of their own: nothing here imports torch or holds the GPU. The first one
-# takes no time; the second imports torch, which may take half a minute on a machine that has just started.
+# Run by the Python that runs everything, in processes of their own: nothing here imports torch or holds the
+# GPU. The first one takes no time; the second imports torch, which may take half a minute on a machine that
+# has just started.
 FIND = """
 import importlib.util, json, sys
 def found(name):
@@ -56,7 +57,9 @@ print(json.dumps(out))
 
 
 def python_path(caller: str | None, packages: Sequence[Path] = ()) -> str:
-    """PYTHONPATH for everything that is started: this checkout, what the caller had, and packages taken along."""
+    """PYTHONPATH for everything that is started: this checkout, what the caller had, and packages taken
+    along.
+    """
     kept = [os.path.abspath(entry) for entry in (caller or "").split(os.pathsep) if entry]
     return os.pathsep.join(dict.fromkeys([str(ROOT), *kept, *map(str, packages)]))
 
@@ -93,7 +96,9 @@ def read_manifest(pack: Path) -> dict[str, Any] | None:
         return None
     manifest = json.loads(path.read_text())
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT}: make another with bench/gpu_check.sh --pack")
+        raise ValueError(
+            f"{path} is not a manifest of format {FORMAT}: make another with bench/gpu_check.sh --pack"
+        )
     return manifest
 
 
@@ -101,7 +106,9 @@ def digest(*patterns: str, root: Path = ROOT) -> str:
     """sha256 over names and contents of the files that match `patterns`."""
     total = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        total.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest()
+        )
     return total.hexdigest()
 
 
@@ -113,7 +120,13 @@ def extension_sources() -> str:
 def tree() -> str:
     """What decides what a check measures."""
     return digest(
-        "fastdynat/**/*.py", "kernels/**/*.py", "csrc/**/*", "bench/**/*.py", "bench/*.sh", "tests/**/*.py", "pyproject.toml"
+        "fastdynat/**/*.py",
+        "kernels/**/*.py",
+        "csrc/**/*",
+        "bench/**/*.py",
+        "bench/*.sh",
+        "tests/**/*.py",
+        "pyproject.toml",
     )
 
 
@@ -122,14 +135,20 @@ def file_digest(path: Path) -> str:
 
 
 def commit(manifest: Mapping[str, Any] | None) -> str:
-    """The commit of this checkout; without git, that of the manifest, marked where files differ from what was packed."""
+    """The commit of this checkout; without git, that of the manifest, marked where files differ from what was
+    packed.
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         if git("rev-parse", "--show-toplevel") == str(ROOT.resolve()):
-            return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+            return git("rev-parse", "HEAD") + (
+                "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+            )
     except (subprocess.CalledProcessError, OSError):
         pass
     if not manifest:
@@ -139,17 +158,26 @@ def commit(manifest: Mapping[str, Any] | None) -> str:
     return str(manifest["commit"]) if same else f"{packed}-dirty"
 
 
-def take_extension(pack: Path, manifest: Mapping[str, Any], found: Mapping[str, Any], *, cuda: bool) -> tuple[bool, str]:
-    """Put the prebuilt extension into the checkout where its own is missing, does not load or lacks the CUDA half.
+def take_extension(
+    pack: Path, manifest: Mapping[str, Any], found: Mapping[str, Any], *, cuda: bool
+) -> tuple[bool, str]:
+    """Put the prebuilt extension into the checkout where its own is missing, does not load or lacks the CUDA
+    half.
 
     Returns whether it was, and a word.
     """
     own, target = found.get("extension"), ROOT / "fastdynat" / EXTENSION
     if own is not None and (own["with_cuda"] or not cuda):
-        return False, "the checkout's own fastdynat._C loads" + (", with its CUDA half" if own["with_cuda"] else "")
+        return False, "the checkout's own fastdynat._C loads" + (
+            ", with its CUDA half" if own["with_cuda"] else ""
+        )
     if own is None and "extension_error" not in found and target.is_file():
         return False, "whether the checkout's own fastdynat._C loads is not known"
-    why = "lacks its CUDA half" if own is not None else f"does not load ({found.get('extension_error', 'there is none')})"
+    why = (
+        "lacks its CUDA half"
+        if own is not None
+        else f"does not load ({found.get('extension_error', 'there is none')})"
+    )
     packed = manifest.get("extension")
     if packed is None or not (pack / EXTENSION).is_file():
         return False, f"fastdynat._C {why}, and no prebuilt one was packed"
@@ -166,6 +194,9 @@ def graphics_card() -> str:
     query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=15).stdout.strip() or "nvidia-smi says nothing"
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=15).stdout.strip()
+            or "nvidia-smi says nothing"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"no nvidia-smi: {error}"

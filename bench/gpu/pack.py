@@ -1,4 +1,6 @@
-"""The pack for a bare machine: a folder with packages, CIFAR-10 as JPEG, the built extension and a manifest."""
+"""The pack for a bare machine: a folder with packages, CIFAR-10 as JPEG, the built extension and a
+manifest.
+"""
 
 import importlib.util
 import io
@@ -36,16 +38,21 @@ DATA = "cifar10-jpeg.tar.xz"
 
 
 def find_data(named: Path | None) -> Path | None:
-    """CIFAR-10 as JPEG: what the user names, else the environment's folder, else the archive beside the checkout."""
+    """CIFAR-10 as JPEG: what the user names, else the environment's folder, else the archive beside the
+    checkout.
+    """
     places = [os.environ.get("FASTDYNAT_CIFAR10_JPEG"), ROOT.parent / "shared" / "data" / DATA]
-    found = [named] if named is not None else [Path(place) for place in places if place and Path(place).exists()]
+    found = (
+        [named] if named is not None else [Path(place) for place in places if place and Path(place).exists()]
+    )
     if named is not None and not named.exists():
         raise ValueError(f"{named} does not exist")
     return found[0] if found else None
 
 
 def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMIT) -> None:
-    """Fill `folder` for a machine with Python `python` ("3.12"), below `limit` bytes with the checkout's own files.
+    """Fill `folder` for a machine with Python `python` ("3.12"), below `limit` bytes with the checkout's own
+    files.
 
     data: CIFAR-10 as JPEG: an archive or a folder with train/CLASS/* and test/CLASS/*.
 
@@ -54,11 +61,18 @@ def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMI
         OSError: something cannot be read or written.
     """
     if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:
-        raise ValueError(f"{folder} has files and no {MANIFEST}: it was not made by --pack; name another folder")
+        raise ValueError(
+            f"{folder} has files and no {MANIFEST}: it was not made by --pack; name another folder"
+        )
     with tempfile.TemporaryDirectory(prefix=".pack-", dir=folder.parent) as temporary:
         made = Path(temporary) / "pack"
         made.mkdir()
-        manifest: dict[str, Any] = {"format": FORMAT, "python": python, "commit": commit(None), "tree": tree()}
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "python": python,
+            "commit": commit(None),
+            "tree": tree(),
+        }
         manifest["made"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifest["packages"] = fetch_packages(made / "packages", python)
         manifest["extension"] = _extension(made)
@@ -101,7 +115,9 @@ def sources_newer_than(built: Path) -> str | None:
     """A source that was changed after `built`, by the files' times."""
     sources = [path for path in (*(ROOT / "csrc").rglob("*"), ROOT / "setup.py") if path.is_file()]
     newest = max(sources, key=lambda path: path.stat().st_mtime)
-    return newest.relative_to(ROOT).as_posix() if newest.stat().st_mtime > built.stat().st_mtime + 60 else None
+    return (
+        newest.relative_to(ROOT).as_posix() if newest.stat().st_mtime > built.stat().st_mtime + 60 else None
+    )
 
 
 def architectures(binary: Path) -> list[str] | None:
@@ -118,7 +134,10 @@ def architectures(binary: Path) -> list[str] | None:
 
 def newest_glibc(binary: Path) -> str | None:
     """The newest version of the C library that `binary` asks for."""
-    found = {tuple(map(int, v.split(b"."))) for v in re.findall(rb"GLIBC_(2\.\d+(?:\.\d+)?)\0", binary.read_bytes())}
+    found = {
+        tuple(map(int, v.split(b".")))
+        for v in re.findall(rb"GLIBC_(2\.\d+(?:\.\d+)?)\0", binary.read_bytes())
+    }
     return ".".join(map(str, max(found))) if found else None
 
 
@@ -137,13 +156,18 @@ def _members(data: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _data(data: Path, target: Path, room: int) -> dict[str, Any]:
-    """Store as many images as fit into `room` bytes: all of them, or equally many of each class of either split."""
+    """Store as many images as fit into `room` bytes: all of them, or equally many of each class of either
+    split.
+    """
     classes: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
     for name, image in _members(data):
         classes[name.rpartition("/")[0]].append((name, image))
     if not classes:
         raise ValueError(f"{data} has no train/CLASS/*.jpg and test/CLASS/*.jpg")
-    whole = {split: sum(len(i) for key, i in classes.items() if key.startswith(split)) for split in ("train", "test")}
+    whole = {
+        split: sum(len(i) for key, i in classes.items() if key.startswith(split))
+        for split in ("train", "test")
+    }
     about = {"file": target.name, "classes": len({key.partition("/")[2] for key in classes}), "of": whole}
     if data.is_file() and data.suffix == ".xz" and data.stat().st_size <= room:
         shutil.copyfile(data, target)
@@ -160,7 +184,10 @@ def _data(data: Path, target: Path, room: int) -> dict[str, Any]:
             raise ValueError(f"{room:,} bytes are left for the data, which is too little")
         share *= 0.95 * room / len(packed)
     target.write_bytes(packed)
-    counts = {split: sum(len(i) for key, i in chosen.items() if key.startswith(split)) for split in ("train", "test")}
+    counts = {
+        split: sum(len(i) for key, i in chosen.items() if key.startswith(split))
+        for split in ("train", "test")
+    }
     return about | {"images": counts, "sha256": file_digest(target)}
 
 
@@ -186,7 +213,11 @@ def check_pack(folder: Path, limit: int = LIMIT) -> list[str]:
     if manifest is None:
         return [f"{folder} has no {MANIFEST}"]
     have = {entry["name"]: entry for entry in manifest["packages"]}
-    missing = [f"{name} ({what}), without which nothing can start" for name, what in NEEDED.items() if name not in have]
+    missing = [
+        f"{name} ({what}), without which nothing can start"
+        for name, what in NEEDED.items()
+        if name not in have
+    ]
     missing += [f"{name} ({what})" for name, what in WANTED.items() if name not in have and name not in THERE]
     for entry in have.values():
         package = folder / "packages" / entry["folder"]
@@ -197,7 +228,9 @@ def check_pack(folder: Path, limit: int = LIMIT) -> list[str]:
         missing += [f"{r}, which {entry['name']} requires" for r in lacking]
     missing += _about_extension(folder, manifest) + _about_data(folder, manifest)
     if (size := folder_bytes(folder) + checkout_bytes()) > limit:
-        missing.append(f"{size - limit:,} bytes of room: pack and checkout are {size:,} bytes, more than {limit:,}")
+        missing.append(
+            f"{size - limit:,} bytes of room: pack and checkout are {size:,} bytes, more than {limit:,}"
+        )
     return missing
 
 
@@ -242,5 +275,7 @@ def describe(folder: Path) -> str:
     if (data := manifest["data"]) is not None:
         lines.append(f"  {data['file']:<33} {data['images']} of {data['of']} images")
     lines.append(f"  left out: {TOO_LARGE}")
-    lines.append(f"  {folder_bytes(folder) / 2**20:.1f} MiB, and the checkout's own files {checkout_bytes() / 2**20:.1f} MiB")
+    lines.append(
+        f"  {folder_bytes(folder) / 2**20:.1f} MiB, and the checkout's own files {checkout_bytes() / 2**20:.1f} MiB"
+    )
     return "\n".join(lines)

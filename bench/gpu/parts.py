@@ -51,7 +51,9 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What came of a part. `status`: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or not run."""
+    """What came of a part. `status`: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or
+    not run.
+    """
 
     name: str
     status: str = "not run"
@@ -69,7 +71,15 @@ class Check:
     """Runs parts and keeps `NAME.json` and `NAME.txt` in `out` up to date."""
 
     def __init__(
-        self, name: str, parts: Sequence[Part], *, total: float, work: Path, out: Path, cwd: Path, env: Mapping[str, str]
+        self,
+        name: str,
+        parts: Sequence[Part],
+        *,
+        total: float,
+        work: Path,
+        out: Path,
+        cwd: Path,
+        env: Mapping[str, str],
     ) -> None:
         if (least := sum(part.seconds for part in parts)) >= total:
             raise ValueError(f"the parts' limits add up to {least:g} s, which is not less than {total:g} s")
@@ -89,8 +99,12 @@ class Check:
         return self.total - (time.monotonic() - self.begin)
 
     def limit(self, index: int) -> float:
-        """Seconds for a part that begins now: its own and what the parts before it left, never those of the parts after it."""
-        return min(self.parts[index].most, self.left() - sum(part.seconds for part in self.parts[index + 1 :]))
+        """Seconds for a part that begins now: its own and what the parts before it left, never those of the
+        parts after it.
+        """
+        return min(
+            self.parts[index].most, self.left() - sum(part.seconds for part in self.parts[index + 1 :])
+        )
 
     def run(self, after: Callable[[], object] = lambda: None) -> bool:
         """Run all parts; `after` each one, results are stored. Returns whether all are good.
@@ -152,7 +166,13 @@ class Check:
             file.write(f"$ {' '.join(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=self.cwd, env=env, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                cwd=self.cwd,
+                env=env,
+                start_new_session=True,
             )
         late = False
         try:
@@ -190,8 +210,15 @@ class Check:
         rows = [("part", "status", "seconds", "limit", "key figure")]
         rows += [(o.name, o.status, f"{o.seconds:g}", f"{o.limit:g}", o.key) for o in self.outcomes]
         wide = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
-        counts = [f"{n} {what}" for what in dict.fromkeys(o.status for o in self.outcomes) if (n := self._count(what))]
+        lines = [
+            f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}  {e}".rstrip()
+            for a, b, c, d, e in rows
+        ]
+        counts = [
+            f"{n} {what}"
+            for what in dict.fromkeys(o.status for o in self.outcomes)
+            if (n := self._count(what))
+        ]
         about = [f"{key}: {value}" for key, value in self.about.items() if isinstance(value, str)]
         done = f"{len(self.parts)} parts: {', '.join(counts)}; {self.total - self.left():.0f} of {self.total:g} s"
         return "\n".join([*about, *(f"remark: {word}" for word in self.words), "", *lines, done])
@@ -209,7 +236,9 @@ class Check:
 
 
 def finish(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process and all that it started in its session: SIGINT, so that it writes what it has, then SIGKILL."""
+    """End a process and all that it started in its session: SIGINT, so that it writes what it has, then
+    SIGKILL.
+    """
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
@@ -228,8 +257,9 @@ def write(path: Path, data: bytes) -> None:
 
 
 def stop_at_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped. They are taken even where they were ignored (nohup, a script's background),
-    or every program that this one starts would ignore them too."""
+    """SIGINT, SIGTERM and SIGHUP raise Stopped. They are taken even where they were ignored (nohup, a
+    script's background), or every program that this one starts would ignore them too.
+    """
 
     def stop(number: int, frame: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,10 +1,12 @@
 """Running tests in several processes, with a summary that survives hangs and crashes.
 
-    python3 bench/gpu/shards.py --processes 8 --out FOLDER [--test-limit 60] [--expression gpu] tests/test_a.py ...
+    python3 bench/gpu/shards.py --processes 8 --out FOLDER [--test-limit 60] [--expression gpu]
+    tests/test_a.py ...
 
-Every process takes each N-th test of the files (tests/outcome_lines.py) and writes a line when a test begins and when it ends.
-One that hangs is ended after --test-limit seconds; a process that crashed, or whose GPU context broke, goes on with the tests
-after the one that did it. SIGINT ends all and prints the summary. Exit status 0: tests passed, none failed and none is left.
+Every process takes each N-th test of the files (tests/support/outcome_lines.py) and writes a line when a test
+begins and when it ends. One that hangs is ended after --test-limit seconds; a process that crashed, or whose
+GPU context broke, goes on with the tests after the one that did it. SIGINT ends all and prints the summary.
+Exit status 0: tests passed, none failed and none is left.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 STARTS = 30  # of one process, at most
-BROKEN = 75  # exit status of a process whose device is lost, see outcome_lines.py
+BROKEN = 75  # exit status of a process whose device is lost, see tests/support/outcome_lines.py
 DONE = (0, 1, 5)  # pytest: passed, failed, none collected
 
 
@@ -69,7 +71,12 @@ class Shard:
         if code is None:
             if test is not None and time.time() - test["at"] > test_limit:
                 end([self.process], 3)
-                self.note(event="outcome", test=test["test"], outcome="hung", seconds=round(time.time() - test["at"], 1))
+                self.note(
+                    event="outcome",
+                    test=test["test"],
+                    outcome="hung",
+                    seconds=round(time.time() - test["at"], 1),
+                )
                 self._again("a test hung")
             return
         if code in DONE:
@@ -104,7 +111,10 @@ class Summary:
         return not self.bad and not self.left and not self.ended and self.counts.get("passed", 0) > 0
 
     def line(self) -> str:
-        parts = [f"{count} {what}" for what, count in sorted(self.counts.items(), key=lambda item: item[0] != "passed")]
+        parts = [
+            f"{count} {what}"
+            for what, count in sorted(self.counts.items(), key=lambda item: item[0] != "passed")
+        ]
         parts += [f"{self.left} not reached"] if self.left else []
         return ", ".join(parts) or "no test ran"
 
@@ -117,13 +127,17 @@ def summarize(shards: list[Shard]) -> Summary:
         for e in outcomes:
             summary.counts[e["outcome"]] = summary.counts.get(e["outcome"], 0) + 1
         summary.bad += [e for e in outcomes if e["outcome"] not in ("passed", "skipped", "xfailed")]
-        broken = {e["test"]: e for e in events if e["event"] == "not collected"}  # once, however often it was started
+        broken = {
+            e["test"]: e for e in events if e["event"] == "not collected"
+        }  # once, however often it was started
         summary.bad += broken.values()
         if broken:
             summary.counts["files not collected"] = summary.counts.get("files not collected", 0) + len(broken)
         collected = next((e["count"] for e in events if e["event"] == "collected"), None)
         if shard.ended not in ("done", "") or collected is None:
-            summary.ended.append(f"process {shard.index}: {shard.ended or 'no tests collected'}; see {shard.log.name}")
+            summary.ended.append(
+                f"process {shard.index}: {shard.ended or 'no tests collected'}; see {shard.log.name}"
+            )
         summary.left += max(0, (collected or 0) - len(outcomes))
         if (test := shard.running(events)) is not None:
             summary.bad.append({"test": test["test"], "outcome": "running when time was up"})
@@ -145,7 +159,12 @@ def end(processes: list["subprocess.Popen[bytes]"], grace: float) -> None:
 
 
 def show(summary: Summary, out: Path) -> None:
-    document = {"counts": summary.counts, "not_reached": summary.left, "bad": summary.bad, "ended": summary.ended}
+    document = {
+        "counts": summary.counts,
+        "not_reached": summary.left,
+        "bad": summary.bad,
+        "ended": summary.ended,
+    }
     (out / "tests.json").write_text(json.dumps(document | {"line": summary.line()}, indent=1) + "\n")
     for bad in summary.bad:
         print(f"{bad['outcome'].upper()} {bad['test']}: {bad.get('why', '')}".rstrip(": "))
@@ -155,10 +174,23 @@ def show(summary: Summary, out: Path) -> None:
 
 
 def shard(index: int, ours: argparse.Namespace) -> Shard:
-    command = [sys.executable, "-m", "pytest", "-p", "outcome_lines", "-p", "no:cacheprovider", "-m", ours.expression]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "support.outcome_lines",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        ours.expression,
+    ]
     command += ["-q", "-rA", "--tb=short", "--continue-on-collection-errors", *ours.files]
     lines, log = ours.out / f"tests-{index}.jsonl", ours.out / f"tests-{index}.log"
-    env = dict(os.environ) | {"FASTDYNAT_SHARD": f"{index}/{ours.processes}", "FASTDYNAT_OUTCOMES": str(lines)}
+    env = dict(os.environ) | {
+        "FASTDYNAT_SHARD": f"{index}/{ours.processes}",
+        "FASTDYNAT_OUTCOMES": str(lines),
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ours.processes)))
     lines.unlink(missing_ok=True)
@@ -166,7 +198,9 @@ def shard(index: int, ours: argparse.Namespace) -> Shard:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--test-limit", type=float, default=60.0, help="time limit of one test in seconds")

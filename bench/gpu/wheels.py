@@ -22,12 +22,38 @@ WANTED = {
 }
 # What the bare machine has: never taken along, so that its own builds are used.
 THERE = {
-    *("torch", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "timm", "rich", "safetensors", "pyyaml", "pytest"),
-    *("typing-extensions", "tqdm", "requests", "setuptools", "packaging", "pillow", "sympy", "jinja2", "networkx", "fsspec"),
+    *(
+        "torch",
+        "torchvision",
+        "triton",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "timm",
+        "rich",
+        "safetensors",
+        "pyyaml",
+        "pytest",
+    ),
+    *(
+        "typing-extensions",
+        "tqdm",
+        "requests",
+        "setuptools",
+        "packaging",
+        "pillow",
+        "sympy",
+        "jinja2",
+        "networkx",
+        "fsspec",
+    ),
 }
 TOO_LARGE = "nvidia-dali-cuda130 (over 100 MiB): its loader is not checked; images decode with torchvision"
 PRUNED = {"pyautoattack": ("pyautoattack/examples/",)}  # 44 MB of weights for its demonstrations
-PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 17, 12, 5)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 17, 12, 5)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 
 
 def canonical(name: str) -> str:
@@ -35,7 +61,9 @@ def canonical(name: str) -> str:
 
 
 def fetch_packages(folder: Path, python: str) -> list[dict[str, Any]]:
-    """Download and unpack wheels for `python` on Linux, with what they require, each into a folder of its own."""
+    """Download and unpack wheels for `python` on Linux, with what they require, each into a folder of its
+    own.
+    """
     asked, found, entries = [*NEEDED, *WANTED], set(), []
     with tempfile.TemporaryDirectory() as temporary:
         while asked:
@@ -53,14 +81,22 @@ def fetch_packages(folder: Path, python: str) -> list[dict[str, Any]]:
 
 
 def download(name: str, python: str, folder: Path) -> Path | None:
-    """The wheel of the version that is installed here, else of the newest; None (and pip's words) where there is none."""
+    """The wheel of the version that is installed here, else of the newest; None (and pip's words) where there
+    is none.
+    """
     try:
         pinned = f"{name}=={importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
         pinned = name
     abi = "cp" + python.replace(".", "")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", python, "--implementation", "cp", *(f"--abi={a}" for a in (abi, "abi3", "none"))]
+    command += [
+        "--python-version",
+        python,
+        "--implementation",
+        "cp",
+        *(f"--abi={a}" for a in (abi, "abi3", "none")),
+    ]
     command += [*(f"--platform={p}" for p in PLATFORMS), "--dest", str(folder)]
     for asked in dict.fromkeys([pinned, name]):
         done = subprocess.run([*command, asked], capture_output=True, text=True)
@@ -74,11 +110,19 @@ def _unpack(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheel) as archive:
         version = wheel.name.split("-")[1]
         target = folder / f"{name}-{version}"
-        members = [m for m in archive.namelist() if not m.startswith(PRUNED.get(name, ("\0",))) and not m.endswith(".pyi")]
+        members = [
+            m
+            for m in archive.namelist()
+            if not m.startswith(PRUNED.get(name, ("\0",))) and not m.endswith(".pyi")
+        ]
         if any(Path(m).is_absolute() or ".." in Path(m).parts for m in members):
             raise ValueError(f"{wheel.name} has members outside its own folder")
         archive.extractall(target, members)
-    tops = {path.name.partition(".")[0] for path in target.iterdir() if not path.name.endswith((".dist-info", ".data"))}
+    tops = {
+        path.name.partition(".")[0]
+        for path in target.iterdir()
+        if not path.name.endswith((".dist-info", ".data"))
+    }
     native = any(target.rglob("*.so"))
     return {
         "name": name,
@@ -87,7 +131,9 @@ def _unpack(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
         "imports": sorted(top for top in tops if top.isidentifier()),
         "native": native,
         "wheel": wheel.name,
-        "files": {p.relative_to(target).as_posix(): file_digest(p) for p in sorted(target.rglob("*")) if p.is_file()},
+        "files": {
+            p.relative_to(target).as_posix(): file_digest(p) for p in sorted(target.rglob("*")) if p.is_file()
+        },
         "for": NEEDED.get(name) or WANTED.get(name) or "required by another",
     }
 
@@ -96,8 +142,18 @@ def requirements(package: Path, python: str) -> list[str]:
     """The distributions that an unpacked one requires under `python` on Linux, extras aside."""
     from packaging.requirements import Requirement
 
-    here = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": ""}
-    here |= {"platform_system": "Linux", "os_name": "posix", "implementation_name": "cpython", "platform_machine": "x86_64"}
+    here = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "extra": "",
+    }
+    here |= {
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_machine": "x86_64",
+    }
     metadata = next(package.glob("*.dist-info/METADATA")).read_text(errors="replace")
     found = []
     for line in metadata.partition("\n\n")[0].splitlines():

@@ -15,7 +15,7 @@ namespace fastdynat {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // loops in the kernels cover the rest
 
-// The library and dispatch key under which a .cu file registers. tests/cuda_sim compiles the same files for the CPU, where
+// The library and dispatch key under which a .cu file registers. tests/support/cuda_sim compiles the same files for the CPU, where
 // a simulation runs them, and registers them elsewhere.
 #ifndef FASTDYNAT_LIBRARY
 #define FASTDYNAT_LIBRARY fastdynat

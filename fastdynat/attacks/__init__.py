@@ -1,21 +1,36 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
-from fastdynat.attacks.ascent import Ascent, PGDSpec, Underflow
-from fastdynat.attacks.autoattack.apgd import APGD, APGDResult, run_apgd
-from fastdynat.attacks.autoattack.standard import VERSIONS, stages
-from fastdynat.attacks.boundary import Boundary, BoundarySpec, boundary
-from fastdynat.attacks.engine import AttackEngine, Attacker, AttackSwitches
-from fastdynat.attacks.fidelity import Fidelity, check_fidelity
-from fastdynat.attacks.goal import AttackGoal, kl_from_log_probs, margin, rival_loss, soft_cross_entropy, wide
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary
+from fastdynat.attack_engine.engine import AttackEngine, Attacker, AttackSwitches
+from fastdynat.attack_engine.goal import (
+    AttackGoal,
+    kl_from_log_probs,
+    margin,
+    rival_loss,
+    soft_cross_entropy,
+    wide,
+)
+from fastdynat.attack_engine.network_modes import (
+    NotCopyable,
+    attack_mode,
+    frozen_twin,
+    set_attack_mode,
+    unmoved_twin,
+)
+from fastdynat.attack_engine.pgd import pgd, run_pgd
+from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
+from fastdynat.attack_engine.steps import diameter, pgd_step, start_point, usual_step
+from fastdynat.attacks.apgd import APGD, APGDResult, run_apgd
+from fastdynat.attacks.autoattack_versions import VERSIONS, stages
+from fastdynat.attacks.ball_attacks import PGD
+from fastdynat.attacks.base import Nearest, Radii, Search
+from fastdynat.attacks.carlini_wagner import CarliniL2
+from fastdynat.attacks.deepfool import DeepFool
 from fastdynat.attacks.mim import MIM
-from fastdynat.attacks.minimal import CarliniL2, DeepFool, SigmaZero
-from fastdynat.attacks.modes import NotCopyable, attack_mode, frozen_twin, set_attack_mode, unmoved_twin
-from fastdynat.attacks.named import NamedAttack, parse_attack, parse_attacks
-from fastdynat.attacks.normball import PGD
-from fastdynat.attacks.pgd import pgd, run_pgd
-from fastdynat.attacks.rebatch import Tick, no_tick
-from fastdynat.attacks.search import AttackResult, Nearest, Radii, Search
-from fastdynat.attacks.steps import diameter, pgd_step, start_point, usual_step
+from fastdynat.attacks.names import NamedAttack, parse_attack, parse_attacks
+from fastdynat.attacks.sigma_zero import SigmaZero
 
 __all__ = [
     "APGD",
@@ -33,7 +48,6 @@ __all__ = [
     "BoundarySpec",
     "CarliniL2",
     "DeepFool",
-    "Fidelity",
     "NamedAttack",
     "Nearest",
     "NotCopyable",
@@ -45,7 +59,6 @@ __all__ = [
     "Underflow",
     "attack_mode",
     "boundary",
-    "check_fidelity",
     "diameter",
     "frozen_twin",
     "kl_from_log_probs",

@@ -6,21 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.ascent import Ascent, PGDSpec
-from fastdynat.attacks.goal import AttackGoal, Kind
-from fastdynat.attacks.normball import PGD
-from fastdynat.attacks.rebatch import Tick
-from fastdynat.attacks.search import AttackResult
-from fastdynat.attacks.steps import pgd_step
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.goal import AttackGoal, Kind
+from fastdynat.attack_engine.shrinking_batch import Tick
+from fastdynat.attack_engine.steps import pgd_step
+from fastdynat.attacks.ball_attacks import PGD
 
 NORMS = ("linf", "l2")  # those of the paper
 
 
 @dataclass(frozen=True)
 class MIM(PGD):
-    """PGD whose steps follow ``v <- decay v + g / mean|g|`` in place of the gradient g, v = 0 before the first.
+    """PGD whose steps follow ``v <- decay v + g / mean|g|`` in place of the gradient g, v = 0 before the
+    first.
 
-    The mean is over an image's entries; the paper's sum gives the same steps, because v is only followed in direction.
+    The mean is over an image's entries; the paper's sum gives the same steps, because v is only followed in
+    direction.
     """
 
     decay: float = 1.0
@@ -44,7 +46,9 @@ def _step(ascent: Ascent, kind: Kind, spec: PGDSpec, decay: float) -> Callable[.
         g = grad.to(x.dtype).nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would stay in the velocity
         mean = g.abs().mean((1, 2, 3), keepdim=True)
         velocity = decay * velocity + g / torch.where(mean > 0, mean, 1.0)
-        new = pgd_step(x_adv, velocity, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=ascent.dtype)
+        new = pgd_step(
+            x_adv, velocity, x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps, low_dtype=ascent.dtype
+        )
         return new.x_adv, new.x_adv if new.low is None else new.low, velocity, (mean == 0).sum()
 
     return step

@@ -15,12 +15,15 @@ def check_rule(rule: str) -> str:
     return rule
 
 
-def target_classes(rule: str, logits: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def target_classes(
+    rule: str, logits: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
     """(N, T) int64, never the label: the classes to be tried on each image, in this order.
 
     Args:
-        rule: "second" and "least": the most and the least likely class but the label; "random": uniform over the others;
-            "next": ``label + 1 mod K`` (the convention of JSMA and C&W); "all": the T = K - 1 others, the likeliest first.
+        rule: "second" and "least": the most and the least likely class but the label; "random": uniform over
+            the others; "next": ``label + 1 mod K`` (the convention of JSMA and C&W); "all": the T = K - 1
+            others, the likeliest first.
         logits: (N, K) of the network on the images.
         labels: (N,) int64.
     """

@@ -1,5 +1,5 @@
 """Other libraries' interfaces over fastdynat's attacks."""
 
-from fastdynat.compat.search import refresh
+from fastdynat.compat.inner_attack import refresh
 
 __all__ = ["refresh"]

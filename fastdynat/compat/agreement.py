@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.answers import HALF, LOGITS, ROUNDING, answer, differs, share
+from fastdynat.attack_engine.network_comparison import HALF, LOGITS, ROUNDING, answer, differs, share
 from fastdynat.compat.runner import OnModel, OnReplica
 
 SOME = 2  # images of each batch that are looked at
@@ -13,10 +13,11 @@ MOST_SHAPES = 64
 class Agreement:
     """Compares the answers of a replica and of its model to the caller's own images.
 
-    To the first batch of each shape whole, since a network may take another way for it; then to the first two images of every
-    batch: one forward pass of two images beside an attack of tens of passes of all. What cannot be seen in a model, such as the
-    contents of a file or a value in a compiled extension, is noticed here. Random streams are left as they were; a model that
-    draws in eval mode draws the same numbers as its replica.
+    To the first batch of each shape whole, since a network may take another way for it; then to the first two
+    images of every batch: one forward pass of two images beside an attack of tens of passes of all. What
+    cannot be seen in a model, such as the contents of a file or a value in a compiled extension, is noticed
+    here. Random streams are left as they were; a model that draws in eval mode draws the same numbers as its
+    replica.
     """
 
     def __init__(self) -> None:
@@ -45,13 +46,18 @@ class Agreement:
         want = answer(on_model.eval_logits, x)
         try:
             got = answer(replica.eval_logits, x)
-        except Exception:  # the model takes these images: its code has changed, or a view needs another layout at this size
+        except (
+            Exception
+        ):  # the model takes these images: its code has changed, or a view needs another layout at this size
             return False
         dtype = on_model.dtype or want.dtype
         most = HALF[dtype][0] if dtype in HALF else self._most
         if not _read(differs(want, got, most)):
             return True
-        if on_model.dtype is not None and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF:
+        if (
+            on_model.dtype is not None
+            and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF
+        ):
             # Half precision itself may cost this network more than that.
             exact = answer(OnModel(on_model.model, on_model.modes, None).eval_logits, x)
             return share(exact, got, torch.max) <= most + 3 * share(exact, want, torch.max)

@@ -8,12 +8,21 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, PGDSpec
-from fastdynat.attacks.inputs import InputCheck, as_labels, check_classes, check_model, check_number, check_targets, slack
-from fastdynat.compat.following import Following, Speed
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.input_checks import (
+    InputCheck,
+    as_labels,
+    check_classes,
+    check_model,
+    check_number,
+    check_targets,
+    slack,
+)
+from fastdynat.compat.replica_cache import Following, Speed
 from fastdynat.compat.runner import Runner, TrainingModes
 from fastdynat.errors import UserError
-from fastdynat.models.answers import with_output
+from fastdynat.models.logits import with_output
 
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -21,10 +30,12 @@ TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 class Attack(ABC):
     """What the attacks have in common; `Speed` lists the arguments that torchattacks does not have.
 
-    A replica of the model is attacked where that is possible (`Following`); call `refresh` after a change that it cannot see.
+    A replica of the model is attacked where that is possible (`Following`); call `refresh` after a change
+    that it cannot see.
 
     Attributes:
-        model: the attacked network; with eps, alpha, steps and the like, to be changed between calls as one likes.
+        model: the attacked network; with eps, alpha, steps and the like, to be changed between calls as one
+            likes.
         attack_mode: "default" or "targeted(...)"; see the ``set_mode`` functions.
         targeted: the attack goes towards a class.
         supported_mode: "default", and "targeted" where that is possible.
@@ -44,7 +55,10 @@ class Attack(ABC):
         self._device: torch.device | None = None
         self._check = InputCheck("tell the attack how: set_normalization_used(mean, std)")
         if self.model_name == "RobModel":  # MAIR's, which says how its images are normalised
-            mean, std = (torch.as_tensor(getattr(model, key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
+            mean, std = (
+                torch.as_tensor(getattr(model, key, default))
+                for key, default in (("mean", 0.0), ("std", 1.0))
+            )
             if bool((mean != 0).any() or (std != 1).any()):
                 self.set_normalization_used(mean.flatten(), std.flatten())
 
@@ -74,9 +88,15 @@ class Attack(ABC):
         self.model, self.model_name = model, type(model).__name__
 
     def set_normalization_used(self, mean: Any, std: Any) -> None:
-        """Images come and go normalised as ``(x - mean) / std``, C numbers each; eps and alpha stay in pixel units."""
+        """Images come and go normalised as ``(x - mean) / std``, C numbers each; eps and alpha stay in pixel
+        units.
+        """
         pair = {"mean": torch.as_tensor(mean), "std": torch.as_tensor(std)}
-        if pair["mean"].dim() != 1 or pair["mean"].shape != pair["std"].shape or not bool((pair["std"] > 0).all()):
+        if (
+            pair["mean"].dim() != 1
+            or pair["mean"].shape != pair["std"].shape
+            or not bool((pair["std"] > 0).all())
+        ):
             raise UserError(f"mean and std must be one number per channel, std above 0, got {mean} and {std}")
         self.normalization_used = {key: value.float().view(1, -1, 1, 1) for key, value in pair.items()}
         self.refresh()
@@ -84,9 +104,11 @@ class Attack(ABC):
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
-        """Attack the model in train mode; without the other two its batch norms and dropouts stay in eval mode.
+        """Attack the model in train mode; without the other two its batch norms and dropouts stay in eval
+        mode.
 
-        The attack then runs on the model itself, eagerly. Batch norm in train mode moves the running statistics.
+        The attack then runs on the model itself, eagerly. Batch norm in train mode moves the running
+        statistics.
         """
         if (batchnorm_training or dropout_training) and not model_training:
             self._following.warn(
@@ -101,9 +123,13 @@ class Attack(ABC):
         self.attack_mode, self.targeted = "default", False
 
     def set_mode_targeted_by_function(self, target_map_function: TargetMap, quiet: bool = False) -> None:
-        """Towards ``target_map_function(images, labels)``; it gets images in [0, 1] on the attack's device."""
+        """Towards ``target_map_function(images, labels)``; it gets images in [0, 1] on the attack's
+        device.
+        """
         if not callable(target_map_function):
-            raise UserError("target_map_function must be callable; set_mode_targeted_by_label takes the labels themselves")
+            raise UserError(
+                "target_map_function must be callable; set_mode_targeted_by_label takes the labels themselves"
+            )
         self._set_mode_targeted("targeted(custom)", target_map_function)
 
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
@@ -123,7 +149,9 @@ class Attack(ABC):
 
     def _set_mode_targeted(self, mode: str, target_map: TargetMap) -> None:
         if "targeted" not in self.supported_mode:
-            raise UserError(f"{self.attack} has no targeted mode; supported: {', '.join(self.supported_mode)}")
+            raise UserError(
+                f"{self.attack} has no targeted mode; supported: {', '.join(self.supported_mode)}"
+            )
         self.attack_mode, self.targeted, self._target_map = mode, True, target_map
 
     def get_logits(self, inputs: Tensor) -> Tensor:
@@ -134,7 +162,8 @@ class Attack(ABC):
         """Attack a batch.
 
         Args:
-            inputs: (N, C, H, W) float images in [0, 1], or normalised as `set_normalization_used` says; moved to `device`.
+            inputs: (N, C, H, W) float images in [0, 1], or normalised as `set_normalization_used` says; moved
+                to `device`.
             labels: (N,) classes, or (N, K) probabilities; also as a list or a numpy array.
 
         Returns:
@@ -147,7 +176,9 @@ class Attack(ABC):
         spec = self._spec() if self.eps != 0 else None
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
-            runner = self._runner = self._following.runner(self.model, x, self._modes, self.normalization_used)
+            runner = self._runner = self._following.runner(
+                self.model, x, self._modes, self.normalization_used
+            )
             check_classes(labels, self._following.classes)
             self._check(x, labels, self._following.classes, within=slack(inputs.dtype))
             x.clamp_(0, 1)
@@ -159,10 +190,16 @@ class Attack(ABC):
             return self._give(x, inputs)
 
     def __repr__(self) -> str:
-        shown: dict[str, Any] = {"model_name": self.model_name, "device": self.device, "attack_mode": self.attack_mode}
+        shown: dict[str, Any] = {
+            "model_name": self.model_name,
+            "device": self.device,
+            "attack_mode": self.attack_mode,
+        }
         shown |= {"targeted": self.targeted, "normalization_used": self.normalization_used is not None}
         hidden = {"attack", "model", *shown}
-        shown |= {key: value for key, value in vars(self).items() if key not in hidden and not key.startswith("_")}
+        shown |= {
+            key: value for key, value in vars(self).items() if key not in hidden and not key.startswith("_")
+        }
         shown |= {"amp": self._following.amp} if self._following.amp else {}
         return f"{self.attack}({', '.join(f'{key}={value}' for key, value in shown.items())})"
 
@@ -191,10 +228,14 @@ class Attack(ABC):
     def _take(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Copies of both on the device, the images in [0, 1] and in at least float32."""
         if not isinstance(inputs, Tensor):
-            raise UserError(f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; use torch.as_tensor")
+            raise UserError(
+                f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; use torch.as_tensor"
+            )
         if not inputs.is_floating_point() or inputs.dim() != 4:
             remedy = "; images.float() / 255" if inputs.dtype == torch.uint8 else ""
-            raise UserError(f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} {tuple(inputs.shape)}{remedy}")
+            raise UserError(
+                f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} {tuple(inputs.shape)}{remedy}"
+            )
         device = self.device or inputs.device
         wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         x = inputs.detach().to(device, wide, copy=True)
@@ -204,7 +245,9 @@ class Attack(ABC):
 
     def _give(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.normalization_used is not None:
-            x = (x - self.normalization_used["mean"].to(x.device)) / self.normalization_used["std"].to(x.device)
+            x = (x - self.normalization_used["mean"].to(x.device)) / self.normalization_used["std"].to(
+                x.device
+            )
         return torch.empty_like(inputs, device=x.device, requires_grad=False).copy_(x)
 
     def _other_logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -223,7 +266,9 @@ class Attack(ABC):
     def _least_likely_target(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits = self._other_logits(x, labels)
         if self._kth_min >= logits.shape[1]:
-            raise UserError(f"kth_min must be below the number of classes, {logits.shape[1]}, got {self._kth_min}")
+            raise UserError(
+                f"kth_min must be below the number of classes, {logits.shape[1]}, got {self._kth_min}"
+            )
         return logits.kthvalue(self._kth_min, dim=1).indices
 
 

@@ -1,28 +1,32 @@
-"""Published training losses by the names and calls of their releases, the inner attack on fastdynat's attack engine.
+"""Published training losses by the names and calls of their releases, the inner attack on fastdynat's attack
+engine.
 
-Change one import line: ``from fastdynat import trades_loss``. Losses, gradients, running statistics and the train mode that
-the model ends in are the release's own. What differs, on purpose, in all of them:
+Change one import line: ``from fastdynat import trades_loss``. Losses, gradients, running statistics and the
+train mode that the model ends in are the release's own. What differs, on purpose, in all of them:
 
-- the attack runs on a replica of the model (`Following`), and what is constant in it (the clean prediction, the guide's label)
-  is computed once;
+- the attack runs on a replica of the model (`Following`), and what is constant in it (the clean prediction,
+  the guide's label) is computed once;
 - losses are computed from log-probabilities in at least float32, with nothing added inside a logarithm;
 - the start's noise comes from another random stream of the same distribution;
-- images outside [0, 1], labels that are no class of the model, and a `distance` that the release has no attack for are refused.
+- images outside [0, 1], labels that are no class of the model, and a `distance` that the release has no
+  attack for are refused.
 
-Common arguments:
-    model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or DistributedDataParallel. The last
-        with broadcast_buffers=False (forward_sync_buffers=False from torch 2.14), as for the releases: two passes in train mode
-        come before ``backward()``.
+Common arguments: model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or
+    DistributedDataParallel. The last
+        with broadcast_buffers=False (forward_sync_buffers=False from torch 2.14), as for the releases: two
+        passes in train mode come before ``backward()``.
     x_natural: (N, C, H, W) float32 or float64 images in [0, 1], of the model's dtype.
     y: (N,) integer classes; also a list or a numpy array.
-    optimizer: its ``zero_grad`` is called, between the attack and the losses, unless ``zero_grad=False``; None then.
+    optimizer: its ``zero_grad`` is called, between the attack and the losses, unless ``zero_grad=False``;
+        None then.
     zero_grad: False leaves gradients alone, so that those of several calls can be added up.
-    step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and another
-        compilation: where it changes at each call, ``graphs=False``.
+    step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and
+        another compilation: where it changes at each call, ``graphs=False``.
     beta: weight of the second term.
-    distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no step_size.
-    speed: `Speed`, whose ``output`` is about model and guide alike; without ``amp`` the attack is as precise as the caller's
-        autocast region.
+    distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no
+        step_size.
+    speed: `Speed`, whose ``output`` is about model and guide alike; without ``amp`` the attack is as precise
+        as the caller's autocast region.
 
 All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
 """
@@ -38,11 +42,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fastdynat.attacks import kl_from_log_probs, rival_loss, wide
-from fastdynat.compat.following import Speed
-from fastdynat.compat.search import Search
+from fastdynat.attack_engine.goal import kl_from_log_probs, rival_loss, wide
+from fastdynat.compat.inner_attack import Search
+from fastdynat.compat.replica_cache import Speed
 from fastdynat.errors import UserError
-from fastdynat.models.answers import logits_of, with_output
+from fastdynat.models.logits import logits_of, with_output
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -61,12 +65,14 @@ def trades_loss(
     zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
-    """``CE(f(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (Zhang et al. 2019, arXiv 1901.08573).
+    """``CE(f(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (Zhang et al. 2019, arXiv
+    1901.08573).
 
-    y may also be (N, K) probabilities. bn_third_pass: the release computes ``f(x)`` again for the KL, so running statistics see
-    the clean images before and after the attacked ones: they are 67 % clean, at batch norm's default momentum. Here that pass
-    has no graph, since gradients add up to the same (but for dropout, whose mask the KL's clean term shares with the CE here).
-    False leaves it out; the statistics are then 47 % clean.
+    y may also be (N, K) probabilities. bn_third_pass: the release computes ``f(x)`` again for the KL, so
+    running statistics see the clean images before and after the attacked ones: they are 67 % clean, at batch
+    norm's default momentum. Here that pass has no graph, since gradients add up to the same (but for dropout,
+    whose mask the KL's clean term shares with the CE here). False leaves it out; the statistics are then 47 %
+    clean.
     """
     _check_optimizer(optimizer, zero_grad)
     search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
@@ -75,7 +81,10 @@ def trades_loss(
     clean, attacked = wide(answer(x_natural)), wide(answer(x_adv))
     if bn_third_pass:
         _move_statistics(model, x_natural)
-    return F.cross_entropy(clean, search.labels) + beta * kl_from_log_probs(clean.log_softmax(1), attacked).mean()
+    return (
+        F.cross_entropy(clean, search.labels)
+        + beta * kl_from_log_probs(clean.log_softmax(1), attacked).mean()
+    )
 
 
 def mart_loss(
@@ -93,16 +102,19 @@ def mart_loss(
     zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
-    """``BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))``, the attack maximising ``CE(f(x'), y)`` (Wang et al. 2020,
-    "Improving Adversarial Robustness Requires Revisiting Misclassified Examples").
+    """``BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))``, the attack maximising ``CE(f(x'), y)`` (Wang
+    et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples").
 
-    ``BCE = -log p_y(x') - log(floor + 1 - max_{k != y} p_k(x'))``. The release has the floor 0.0001, so that it ends at 9.2 and
-    has no gradient there. Without one it is exact: 150, with its gradient, at a logit gap of 150.
+    ``BCE = -log p_y(x') - log(floor + 1 - max_{k != y} p_k(x'))``. The release has the floor 0.0001, so that
+    it ends at 9.2 and has no gradient there. Without one it is exact: 150, with its gradient, at a logit gap
+    of 150.
     """
     if not 0 <= floor < 1:
         raise UserError(f"floor must be in [0, 1), got {floor:g}; MART's release has 0.0001")
     _check("mart_loss", distance, optimizer, zero_grad)
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="mart_loss")
+    search = Search(
+        model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="mart_loss"
+    )
     x_adv = search.from_classes(search.labels)
     answer = _begin(model, optimizer, zero_grad, speed)
     clean, attacked = wide(answer(x_natural)).log_softmax(1), wide(answer(x_adv))
@@ -127,19 +139,22 @@ def dynat_loss(
     zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
-    """``CE(g(x), y) + beta CE(f(x'), l)`` with the label ``l = argmax g(x)`` of the guide g, the attack maximising
-    ``CE(f(x'), l)`` (DYNAT, arXiv 2408.13102; `fastdynat.methods.dynat`).
+    """``CE(g(x), y) + beta CE(f(x'), l)`` with the label ``l = argmax g(x)`` of the guide g, the attack
+    maximising ``CE(f(x'), l)`` (DYNAT, arXiv 2408.13102; `fastdynat.methods.dynat`).
 
-    The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward: after the attacked
-    images, let the clean ones move the model's running statistics, as the release's unused pass does.
+    The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward:
+    after the attacked images, let the clean ones move the model's running statistics, as the release's unused
+    pass does.
 
-    beta: the release accepts one and ignores it, and its script passes 6; what it minimises is beta = 1, the default. Another
-    value is used here, with a warning.
+    beta: the release accepts one and ignores it, and its script passes 6; what it minimises is beta = 1, the
+    default. Another value is used here, with a warning.
     """
     _check("dynat_loss", distance, optimizer, zero_grad)
     if beta != 1:
         _warn_of_beta(float(beta))
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="dynat_loss")
+    search = Search(
+        model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="dynat_loss"
+    )
     guided = dynamic_label_cross_entropy(_answers(guide.train(), speed)(x_natural), search.labels)
     x_adv = search.from_classes(guided.predictions)
     answer = _begin(model, optimizer, zero_grad, speed)
@@ -164,11 +179,13 @@ def lbgat_loss(
     zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
-    """``MSE(f(x'), g(x)) + CE(g(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (LBGAT, Cui et al. 2021, arXiv
-    2011.11164). The teacher g is run once, in the mode it is in.
+    """``MSE(f(x'), g(x)) + CE(g(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (LBGAT, Cui
+    et al. 2021, arXiv 2011.11164). The teacher g is run once, in the mode it is in.
     """
     _check("lbgat_loss", distance, optimizer, zero_grad)
-    search = Search(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="lbgat_loss")
+    search = Search(
+        model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed, one_class="lbgat_loss"
+    )
     x_adv = search.from_own_prediction()
     answer, teach = _begin(model, optimizer, zero_grad, speed), _answers(model_teacher, speed)
     attacked, clean, taught = wide(answer(x_adv)), wide(answer(x_natural)), wide(teach(x_natural))
@@ -178,16 +195,22 @@ def lbgat_loss(
 
 def _check(name: str, distance: str, optimizer: Optimizer | None, zero_grad: bool) -> None:
     if distance == "l_2":
-        raise UserError(f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'")
+        raise UserError(
+            f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'"
+        )
     _check_optimizer(optimizer, zero_grad)
 
 
 def _check_optimizer(optimizer: Optimizer | None, zero_grad: bool) -> None:
     if optimizer is None and zero_grad:
-        raise UserError("optimizer=None: nothing can have its gradients set to zero; pass zero_grad=False, or the optimizer")
+        raise UserError(
+            "optimizer=None: nothing can have its gradients set to zero; pass zero_grad=False, or the optimizer"
+        )
 
 
-def _begin(model: nn.Module, optimizer: Optimizer | None, zero_grad: bool, speed: Speed) -> Callable[[Tensor], Tensor]:
+def _begin(
+    model: nn.Module, optimizer: Optimizer | None, zero_grad: bool, speed: Speed
+) -> Callable[[Tensor], Tensor]:
     """Train mode and no old gradients, in the releases' order; returns what answers images with logits."""
     model.train()
     if optimizer is not None and zero_grad:

@@ -1,4 +1,6 @@
-"""What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model itself."""
+"""What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model
+itself.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, AttackEngine, AttackGoal, AttackResult, PGDSpec, Underflow, attack_mode, run_pgd
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attacks import AttackResult
 
 
 class Runner(Protocol):
@@ -31,12 +38,16 @@ class Runner(Protocol):
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
         """Of the goal at images in [0, 1], per image up to a positive factor, in the attack's precision."""
 
-    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
+    def run(
+        self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None
+    ) -> AttackResult:
         """`run_pgd`."""
 
 
 class OnReplica(AttackEngine):
-    """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its backward pass."""
+    """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its
+    backward pass.
+    """
 
     compares = True  # an evaluation calls for every batch, with the weights of the last
 
@@ -79,7 +90,9 @@ class TrainingModes:
                 model.train()
                 for module in model.modules():
                     name = type(module).__name__
-                    if ("BatchNorm" in name and not self.batchnorm) or ("Dropout" in name and not self.dropout):
+                    if ("BatchNorm" in name and not self.batchnorm) or (
+                        "Dropout" in name and not self.dropout
+                    ):
                         module.eval()
             yield
 
@@ -88,7 +101,8 @@ class TrainingModes:
 class OnModel:
     """The model itself, eagerly, in any modes: for what a replica in eval mode is not.
 
-    Batch norm in train mode moves the model's running statistics at every forward pass, as it does under torchattacks.
+    Batch norm in train mode moves the model's running statistics at every forward pass, as it does under
+    torchattacks.
     """
 
     model: nn.Module
@@ -99,7 +113,9 @@ class OnModel:
     @property
     def path(self) -> str:
         state = "train" if self.modes.model else "eval"
-        return f"{str(self.dtype or 'eager').removeprefix('torch.')} attack on the model itself in {state} mode"
+        return (
+            f"{str(self.dtype or 'eager').removeprefix('torch.')} attack on the model itself in {state} mode"
+        )
 
     def refresh(self) -> None:
         """Nothing: there is no copy."""
@@ -116,7 +132,9 @@ class OnModel:
         with self.modes(self.model):
             return self._ascent.gradient(self._ascent.reads(x), goal)
 
-    def run(self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None) -> AttackResult:
+    def run(
+        self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None
+    ) -> AttackResult:
         with self.modes(self.model):
             return run_pgd(self._ascent, x, goal, spec, x_start=x_start)
 

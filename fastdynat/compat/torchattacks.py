@@ -1,12 +1,16 @@
-"""torchattacks' attacks, by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on fastdynat's attack engine.
+"""torchattacks' attacks, by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on fastdynat's
+attack engine.
 
-Change one import line: ``from fastdynat import PGD``. Constructors, modes, normalisation, attributes and results are
-torchattacks' own; in float32 the images agree with its images to rounding. What differs, on purpose:
+Change one import line: ``from fastdynat import PGD``. Constructors, modes, normalisation, attributes and
+results are torchattacks' own; in float32 the images agree with its images to rounding. What differs, on
+purpose:
 
 - the attack runs on a replica of the model (`AttackEngine`), in half precision with ``amp=True``;
-- gradients are computed also under ``no_grad`` and ``inference_mode``; the caller's autocast is not inherited;
+- gradients are computed also under ``no_grad`` and ``inference_mode``; the caller's autocast is not
+  inherited;
 - each module's own train/eval flag is put back, so a frozen batch norm stays frozen;
-- `PGDL2` takes a full step however small the gradient is, where torchattacks adds ``eps_for_division`` to its norm;
+- `PGDL2` takes a full step however small the gradient is, where torchattacks adds ``eps_for_division`` to its
+  norm;
 - images outside [0, 1] and labels that are no class of the model are refused;
 - nothing is printed, so ``quiet`` has no effect.
 
@@ -18,10 +22,11 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, PGDSpec
-from fastdynat.attacks.steps import start_point
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.steps import start_point
 from fastdynat.compat.attack import Attack
-from fastdynat.compat.following import Speed
+from fastdynat.compat.replica_cache import Speed
 from fastdynat.compat.runner import Runner
 
 
@@ -62,7 +67,9 @@ class PGDL2(Attack):
         self.eps_for_division = eps_for_division
 
     def _spec(self) -> PGDSpec:
-        return PGDSpec(self.eps, self.alpha, self.steps, norm="l2", start="uniform" if self.random_start else "none")
+        return PGDSpec(
+            self.eps, self.alpha, self.steps, norm="l2", start="uniform" if self.random_start else "none"
+        )
 
 
 class FGSM(Attack):
@@ -79,7 +86,9 @@ class FGSM(Attack):
 class FFGSM(Attack):
     """One step of size alpha from a uniformly random start (Wong et al. 2020, arXiv 2001.03994)."""
 
-    def __init__(self, model: nn.Module, eps: float = 8 / 255, alpha: float = 10 / 255, **speed: Unpack[Speed]) -> None:
+    def __init__(
+        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 10 / 255, **speed: Unpack[Speed]
+    ) -> None:
         super().__init__("FFGSM", model, **speed)
         self.eps, self.alpha = eps, alpha
 
@@ -88,10 +97,17 @@ class FFGSM(Attack):
 
 
 class BIM(Attack):
-    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533); 0 steps is the paper's number."""
+    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533); 0 steps is the
+    paper's number.
+    """
 
     def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **speed: Unpack[Speed]
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        **speed: Unpack[Speed],
     ) -> None:
         super().__init__("BIM", model, **speed)
         self.eps, self.alpha = eps, alpha
@@ -102,12 +118,19 @@ class BIM(Attack):
 
 
 class TPGD(Attack):
-    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573); takes no labels."""
+    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573);
+    takes no labels.
+    """
 
     supported_mode = ("default",)
 
     def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **speed: Unpack[Speed]
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        **speed: Unpack[Speed],
     ) -> None:
         super().__init__("TPGD", model, **speed)
         self.eps, self.alpha, self.steps = eps, alpha, steps

@@ -1,4 +1,6 @@
-"""Configurations as flat dictionaries and as YAML: values from outside get the type of their field, or are refused by name."""
+"""Configurations as flat dictionaries and as YAML: values from outside get the type of their field, or are
+refused by name.
+"""
 
 import dataclasses
 import typing
@@ -35,8 +37,8 @@ def update(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> 
     """`config` with the flat `values` put in.
 
     Raises:
-        UserError: a key that no group or option has (the nearest are suggested), or a value of the wrong type. `origin` says
-            where the value came from.
+        UserError: a key that no group or option has (the nearest are suggested), or a value of the wrong
+            type. `origin` says where the value came from.
     """
     known = to_flat(config)
     for key in values:
@@ -49,7 +51,9 @@ def update(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> 
         hints = typing.get_type_hints(type(part))
         own = {f.name for f in dataclasses.fields(part)} & values.keys()
         parts[name] = dataclasses.replace(part, **{k: _coerce(k, values[k], hints[k], origin) for k in own})
-    return dataclasses.replace(config, method=_coerce("method", values.get("method", config.method), str, origin), **parts)
+    return dataclasses.replace(
+        config, method=_coerce("method", values.get("method", config.method), str, origin), **parts
+    )
 
 
 def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
@@ -60,7 +64,9 @@ def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
             # YAML reads a bare `off` as False, and `on` as True.
             if isinstance(value, bool) and ("on" if value else "off") in options:
                 return "on" if value else "off"
-            raise UserError(f"{origin}: {unknown_name(key, value if isinstance(value, str) else shown(value), options)}")
+            raise UserError(
+                f"{origin}: {unknown_name(key, value if isinstance(value, str) else shown(value), options)}"
+            )
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
@@ -72,7 +78,11 @@ def _coerce(key: str, value: Any, hint: Any, origin: str) -> Any:
             return check_text(value, f"{origin}: {key}") if kind is str else value
     if bool in kinds and isinstance(value, str) and value.lower() in SWITCHES:
         return SWITCHES[value.lower()]
-    if float in kinds and not isinstance(value, bool) and isinstance(value, int if str in kinds else (int, str)):
+    if (
+        float in kinds
+        and not isinstance(value, bool)
+        and isinstance(value, int if str in kinds else (int, str))
+    ):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a string
         except (ValueError, OverflowError):

@@ -1,8 +1,9 @@
 """The configuration of a run: typed, frozen, flat.
 
-Every field is one command-line flag and one key of a configuration file, both of the field's name, so names are unique across
-groups. Fields whose default depends on data, model or method are "auto" or None until `fastdynat.engine.resolve` fills them;
-the resolved configuration is what a run stores. The string under a field is its help text.
+Every field is one command-line flag and one key of a configuration file, both of the field's name, so names
+are unique across groups. Fields whose default depends on data, model or method are "auto" or None until
+`fastdynat.training.resolve` fills them; the resolved configuration is what a run stores. The string under a
+field is its help text.
 """
 
 from dataclasses import dataclass, field
@@ -34,25 +35,30 @@ class DataConfig:
     train_size: int | None = None
     """Train on a class-stratified subset of this many images; None is all."""
     labelled: int | None = None
-    """Use the labels of only this many training images, class-stratified, the others without (vat); None is all."""
+    """Use the labels of only this many training images, class-stratified, the others without (vat); None is
+    all."""
     val_size: float | None = None
-    """Images held out of training for model selection: a number, or a share below 1; None is 1000, or 10 % of small data."""
+    """Images held out of training for model selection: a number, or a share below 1; None is 1000, or 10 % of
+    small data."""
     augment: Literal["auto", "none", "flip", "crop", "crop-flip"] = "auto"
     """Augmentation; auto is the dataset's usual one (crop-flip for CIFAR)."""
     pad_mode: Literal["zeros", "reflect"] = "zeros"
-    """What crops see beyond the image's border: zeros, or the image mirrored at it (Rice et al., AWP, Bag of Tricks)."""
+    """What crops see beyond the image's border: zeros, or the image mirrored at it (Rice et al., AWP, Bag of
+    Tricks)."""
     epoch_steps: int | None = None
-    """Updates in an epoch; None is one pass. More go on with the images in another order, fewer end the epoch early."""
+    """Updates in an epoch; None is one pass. More go on with the images in another order, fewer end the epoch
+    early."""
     batch_size: int | None = None
     """Images per step; None is 128, or 64 for digits."""
     drop_last: bool = False
-    """Leave out the images that an epoch has beyond whole batches; other ones in each epoch. Else they make a smaller batch,
-    which runs without torch.compile and CUDA graphs: both are made anew for each size."""
+    """Leave out the images that an epoch has beyond whole batches; other ones in each epoch. Else they make a
+    smaller batch, which runs without torch.compile and CUDA graphs: both are made anew for each size."""
     eval_batch_size: int = 500
     """Images per evaluation batch."""
     loader: Loader = "auto"
-    """Who makes training batches: resident (images in device memory), dali (extra `dali`), torch (worker processes); auto is
-    resident where the images take at most a quarter of the memory, else dali where it is installed, else torch."""
+    """Who makes training batches: resident (images in device memory), dali (extra `dali`), torch (worker
+    processes); auto is resident where the images take at most a quarter of the memory, else dali where it is
+    installed, else torch."""
     workers: int | None = None
     """Worker processes of the torch loader, threads of dali; None is one per core but one, at most 8."""
 
@@ -62,23 +68,24 @@ class ModelConfig:
     """Networks."""
 
     model: str = "auto"
-    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn or -silu-gn for
-    SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's code), torchvision:NAME, timm:NAME;
-    auto is small for digits, else resnet18."""
+    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn
+    or -silu-gn for SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's
+    code), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
     guide: str = "auto"
-    """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122 (the released
-    code's), or small beside small."""
+    """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122
+    (the released code's), or small beside small."""
     guide_from: str | None = None
-    """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher of hat, ard, rslad,
-    iad and distillation, or where a guide's own training starts."""
+    """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher
+    of hat, ard, rslad, iad and distillation, or where a guide's own training starts."""
     bn_momentum: float | None = None
     """Share of a new batch in batch norm's running statistics; None is the network's own, 0.1 in ours."""
     bn_reset_epoch: int | None = None
-    """Epoch, counted from 0 in the burn-in and again after it, at whose first step the model's running statistics become those
-    of the batch, whatever they were; None is never (DyART's release: 1)."""
+    """Epoch, counted from 0 in the burn-in and again after it, at whose first step the model's running
+    statistics become those of the batch, whatever they were; None is never (DyART's release: 1)."""
     normalize: Literal["none", "dataset", "released"] = "none"
-    """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released: with the numbers
-    that released code has for the data set (CIFAR-10: red's standard deviation 0.2471, not 0.2470), else the data set's own."""
+    """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released:
+    with the numbers that released code has for the data set (CIFAR-10: red's standard deviation 0.2471, not
+    0.2470), else the data set's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +97,26 @@ class AttackConfig:
     eps: float | str = "auto"
     """Radius in training; auto is the dataset's (0.031 for colour images)."""
     step_size: float | str = "auto"
-    """Step of the attack; auto is the method's: eps / 4 (0.007 beside the published 0.031), more for single-step methods."""
+    """Step of the attack; auto is the method's: eps / 4 (0.007 beside the published 0.031), more for
+    single-step methods."""
     steps: int | None = None
     """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
-    """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same as later. Faster;
-    what it costs in robust accuracy is in README.md."""
+    """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same
+    as later. Faster; what it costs in robust accuracy is in README.md."""
     early_share: float = 0.5
     """Share of the epochs in which --early-steps counts."""
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
     """Where the attack starts; auto is the method's published choice."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
-    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without updating. With train,
-    every pass of the attacked network moves the running ones, a method's look at its own clean prediction included."""
+    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without
+    updating. With train, every pass of the attacked network moves the running ones, a method's look at its
+    own clean prediction included."""
     eval_eps: float | str = "auto"
     """Radius in validation and evaluation; auto is eps, or 8/255 beside the published 0.031."""
     awp: float = 0.0
-    """Adversarial weight perturbation around each update, relative to each tensor's norm (usual: 0.005, 0.01); 0 is off."""
+    """Adversarial weight perturbation around each update, relative to each tensor's norm (usual: 0.005,
+    0.01); 0 is off."""
     awp_warmup: int = 0
     """Epochs without weight perturbation at the start."""
 
@@ -122,8 +132,9 @@ class OptimConfig:
     momentum: float = 0.9
     """SGD momentum."""
     cycle_momentum: bool = False
-    """onecycle, triangular: let the momentum fall from --max-momentum to --base-momentum while the rate rises, and rise again,
-    in place of --momentum: what torch's OneCycleLR and CyclicLR do unless told not to, and so most releases that use them."""
+    """onecycle, triangular: let the momentum fall from --max-momentum to --base-momentum while the rate
+    rises, and rise again, in place of --momentum: what torch's OneCycleLR and CyclicLR do unless told not to,
+    and so most releases that use them."""
     base_momentum: float | None = None
     """Momentum at the peak rate; None is torch's, 0.85 for onecycle and 0.8 for triangular."""
     max_momentum: float | None = None
@@ -133,35 +144,41 @@ class OptimConfig:
     weight_decay: float = 2e-4
     """L2 weight decay."""
     decay_norms: bool = True
-    """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et al.)."""
+    """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et
+    al.)."""
     burn_in: int = 0
-    """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method starts, from the
-    weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps count the epochs after them. Without
-    --clip-grad."""
+    """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method
+    starts, from the weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps
+    count the epochs after them. Without --clip-grad."""
     burn_in_lr: float | None = None
     """Learning rate of the burn-in; None is --lr."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
-    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr -> 0."""
+    """release is the DYNAT code's (one epoch at lr/5, then /10 after 75 % and 90 %); triangular goes 0 -> lr
+    -> 0."""
     warmup: float | None = None
-    """onecycle, triangular: where the peak is, as a share of the run; None is 0.3 for onecycle, 0.5 for triangular."""
+    """onecycle, triangular: where the peak is, as a share of the run; None is 0.3 for onecycle, 0.5 for
+    triangular."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """multistep: where the rate drops, as shares of the run."""
     gamma: float = 0.1
     """multistep: factor of each drop."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """cosine, onecycle, triangular: change rate and cycled momentum at every step, or once per epoch as many releases do."""
+    """cosine, onecycle, triangular: change rate and cycled momentum at every step, or once per epoch as many
+    releases do."""
     schedule_ahead: int = 0
-    """Take rate and cycled momentum of this many updates later: with 1 a rate drops one update early (Rice et al.)."""
+    """Take rate and cycled momentum of this many updates later: with 1 a rate drops one update early (Rice et
+    al.)."""
     optimizers: Literal["separate", "joint"] = "separate"
-    """One SGD per network, or one over both (equal but for gradient clipping, which then uses the joint norm)."""
+    """One SGD per network, or one over both (equal but for gradient clipping, which then uses the joint
+    norm)."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
-    """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off. Moves once per
-    batch."""
+    """Keep-rate of a weight average that is validated and saved as the model, such as 0.999; 0 is off. Moves
+    once per batch."""
     ema_warmup: float = 0.0
-    """Share of the run in which the average is a plain copy; from then on it keeps min(ema, (1 + s) / (10 + s)), s steps later.
-    0 keeps ema from the first step on."""
+    """Share of the run in which the average is a plain copy; from then on it keeps min(ema, (1 + s) / (10 +
+    s)), s steps later. 0 keeps ema from the first step on."""
     ema_buffers: Literal["average", "copy"] = "average"
     """Running statistics of the average: averaged like the weights, or the model's own."""
 
@@ -173,22 +190,25 @@ class EngineConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
     amp: AutoAmp = "default"
-    """Mixed precision, in the attack and in the update; auto, or a bare --amp, is the fastest precision on this machine; bf16
-    and fp16 insist; default is bf16 on a GPU that has it, else float32."""
+    """Mixed precision, in the attack and in the update; auto, or a bare --amp, is the fastest precision on
+    this machine; bf16 and fp16 insist; default is bf16 on a GPU that has it, else float32."""
     compile: CompileMode = "off"
-    """torch.compile of the attack's step and of the trained networks; auto, or a bare --compile, is default where that is
-    faster for this run on this machine, else off."""
+    """torch.compile of the attack's step and of the trained networks; auto, or a bare --compile, is default
+    where that is faster for this run on this machine, else off."""
     kernels: Kernels = "auto"
-    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is there."""
+    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is
+    there."""
     channels_last: Switch = "auto"
     """Channels-last memory format; auto is the faster on this machine, a bare --channels-last is on."""
     fold: Switch = "auto"
-    """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in eval mode."""
+    """Fold batch norm into the convolutions of the attacked network; auto is on where the attack has it in
+    eval mode."""
     fused_conv: Switch = "auto"
-    """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto is on for a GPU,
-    for the layers where it was found right and faster there."""
+    """Convolutions of the folded network add bias and residual and take the ReLU in one kernel of cuDNN; auto
+    is on for a GPU, for the layers where it was found right and faster there."""
     winograd: Switch = "auto"
-    """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU, where it pays."""
+    """Winograd's algorithm for the attacked network's 3x3 convolutions, for float32 on the CPU, where it
+    pays."""
     closed_form: bool = True
     """Take the attack's gradient at the logits from its formula instead of from autograd."""
     graphs: Switch = "auto"
@@ -196,16 +216,18 @@ class EngineConfig:
     guide_stream: Switch = "auto"
     """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
     check_fidelity: int = 0
-    """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is off."""
+    """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is
+    off."""
     boundary_speed: int = 0
-    """At each validation, measure margins of this many validation images and how fast the updates move the decision boundary
-    towards or away from them (L-inf); 0 is off. `fastdynat boundary RUN` draws them."""
+    """At each validation, measure margins of this many validation images and how fast the updates move the
+    decision boundary towards or away from them (L-inf); 0 is off. `fastdynat boundary RUN` draws them."""
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False
-    """On a GPU: the same algorithms in every process and no operation that adds in another order each time (slower), so that a
-    resumed run equals an uninterrupted one bit for bit on the same kind of GPU with the same versions; without it, within
-    rounding. On the CPU it is exact either way, with the same processor, threads and versions."""
+    """On a GPU: the same algorithms in every process and no operation that adds in another order each time
+    (slower), so that a resumed run equals an uninterrupted one bit for bit on the same kind of GPU with the
+    same versions; without it, within rounding. On the CPU it is exact either way, with the same processor,
+    threads and versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,12 +235,14 @@ class LogConfig:
     """Validation, checkpoints and log."""
 
     stop_at: float | None = None
-    """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least this share."""
+    """Stop after the epoch whose validation score, the one that the best checkpoint is chosen by, is at least
+    this share."""
     patience: int | None = None
     """Stop after this many validations without a better score (robust early stopping); None is never."""
     on_collapse: Literal["off", "warn", "stop"] = "warn"
-    """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on attacked training
-    images does not (catastrophic overfitting of single-step attacks). Only for methods that log that accuracy."""
+    """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on
+    attacked training images does not (catastrophic overfitting of single-step attacks). Only for methods that
+    log that accuracy."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1
@@ -249,8 +273,9 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: natural, madry, dynat, dyart, trades, mart, alp, vat, arda, fgsm_rs, n_fgsm, free, gairat, mail, lbgat,
-    adagat, hat, ard, rslad, iad, distillation. Its options are listed by --method NAME --help."""
+    """Training method: natural, madry, dynat, dyart, trades, mart, alp, vat, arda, fgsm_rs, n_fgsm, free,
+    gairat, mail, lbgat, adagat, hat, ard, rslad, iad, distillation. Its options are listed by --method NAME
+    --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,9 +1,11 @@
-"""Image data: named data sets, held-out splits, and loaders that turn stored uint8 images into batches in [0, 1]."""
+"""Image data: named data sets, held-out splits, and loaders that turn stored uint8 images into batches in [0,
+1].
+"""
 
-from fastdynat.data.choose import check_dali, choose_loader, dali_problem, default_workers, make_loader
+from fastdynat.data.choose_loader import check_dali, choose_loader, dali_problem, default_workers, make_loader
+from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, ImageSet, Splits, check_labels
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
 from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, load_train, open_train
-from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Splits, check_labels
 from fastdynat.data.torchvision_sets import RELEASED_STD
 
 __all__ = [

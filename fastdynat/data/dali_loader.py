@@ -1,4 +1,6 @@
-"""Batches made by NVIDIA DALI: images in memory, or files that its threads (and on a GPU its decoder) read and decode."""
+"""Batches made by NVIDIA DALI: images in memory, or files that its threads (and on a GPU its decoder) read
+and decode.
+"""
 
 import os
 from collections.abc import Generator, Iterator
@@ -16,16 +18,17 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastdynat.data.decode import fit_square
+from fastdynat.data.epoch_plan import EpochPlan
+from fastdynat.data.image_sets import ImageSet
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import Draws, PlannedLoader
-from fastdynat.data.plan import EpochPlan
-from fastdynat.data.store import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import crop, flip, to_unit
 
 PREFETCH = 2  # batches that DALI works on ahead
 
-# A forked process has none of DALI's threads, and destroying a pipeline there would wait for them forever: it keeps them all.
+# A forked process has none of DALI's threads, and destroying a pipeline there would wait for them forever: it
+# keeps them all.
 _alive: WeakSet[Pipeline] = WeakSet()
 _kept: list[Pipeline] = []
 os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.clear)
@@ -46,17 +49,19 @@ class DaliLoader(PlannedLoader):
 
     DALI has no reflected crops: with them it reads and decodes, and torch crops and flips.
 
-    DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images in memory give
-    the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that DALI does not read as Pillow does
-    are refused. With `FileSet.image_size` the CPU pipeline only decodes, and threads of our own resize as the other loaders
-    do. On a GPU decoder and resizing round differently: values are within a few of 255, more at the image's border.
+    DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images
+    in memory give the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that
+    DALI does not read as Pillow does are refused. With `FileSet.image_size` the CPU pipeline only decodes,
+    and threads of our own resize as the other loaders do. On a GPU decoder and resizing round differently:
+    values are within a few of 255, more at the image's border.
 
     Args:
         images: The training set, in memory or as files.
         workers: Threads of DALI, at least 1.
         options: As for `PlannedLoader`.
 
-    Raises: UserError where DALI cannot work on the device or would read a file differently (`FileSet.dali_problem`).
+    Raises: UserError where DALI cannot work on the device or would read a file differently
+    (`FileSet.dali_problem`).
     """
 
     def __init__(self, images: ImageSet | FileSet, *, workers: int, **options: Any) -> None:
@@ -91,11 +96,15 @@ class DaliLoader(PlannedLoader):
                 pipeline.set_outputs(*self._graph())
             pipeline.build()
         except RuntimeError as error:
-            raise UserError(f"--loader dali cannot work on {self.device} ({_reason(error)}); use --loader torch") from error
+            raise UserError(
+                f"--loader dali cannot work on {self.device} ({_reason(error)}); use --loader torch"
+            ) from error
         return pipeline
 
     def _graph(self) -> tuple[DataNode, ...]:
-        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped unless done here."""
+        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped
+        unless done here.
+        """
         in_files = isinstance(self._images, FileSet)
         data, corners, flips = fn.external_source(
             source=self._feed,
@@ -113,7 +122,9 @@ class DaliLoader(PlannedLoader):
             axes, sides = (1, 2), (self._images.images.shape[2], self._images.images.shape[3])
         if self._resized or self._reflects:
             return images, shape, corners, flips  # which DALI would warn of if nothing used them
-        images = fn.slice(images, start=corners, shape=sides, axes=axes, out_of_bounds_policy="pad", fill_values=0)
+        images = fn.slice(
+            images, start=corners, shape=sides, axes=axes, out_of_bounds_policy="pad", fill_values=0
+        )
         return fn.flip(images, horizontal=flips), shape
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
@@ -126,7 +137,10 @@ class DaliLoader(PlannedLoader):
             ahead: tuple[int, list[Future[np.ndarray]]] | None = None
             try:
                 for step, outputs in zip(steps, self._outputs(plan, steps), strict=True):
-                    now, ahead = ahead, (step, [threads.submit(self._square, image) for image in _copies(outputs)])
+                    now, ahead = (
+                        ahead,
+                        (step, [threads.submit(self._square, image) for image in _copies(outputs)]),
+                    )
                     if now is not None:
                         yield self._augmented(plan, *now)
                 if ahead is not None:
@@ -161,7 +175,9 @@ class DaliLoader(PlannedLoader):
             yield images
 
     def _restart(self) -> None:
-        """Leave the pipeline with nothing under way: what an epoch that was given up had ordered is dropped."""
+        """Leave the pipeline with nothing under way: what an epoch that was given up had ordered is
+        dropped.
+        """
         self._feed.requests = iter(())
         if self._pipeline is None:
             self._pipeline = self._build()
@@ -176,12 +192,15 @@ class DaliLoader(PlannedLoader):
             return self._pipeline.run()
         except RuntimeError as error:
             reason = _reason(error)
-        # DALI cannot go on with it; outside of the handler, so that no traceback keeps it and its threads alive.
+        # DALI cannot go on with it; outside of the handler, so that no traceback keeps it and its threads
+        # alive.
         self._pipeline = None
         raise self._explained(reason, plan, step)
 
     def _request(self, plan: EpochPlan, step: int) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Pixels or file names, top left corners in the image itself, flips: one batch of what the pipeline is fed."""
+        """Pixels or file names, top left corners in the image itself, flips: one batch of what the pipeline
+        is fed.
+        """
         indices, shifts, flips = self._draws(plan, step)
         none = torch.zeros(len(indices))
         corners = torch.stack([none, none]) if shifts is None else shifts - self.pad
@@ -195,7 +214,8 @@ class DaliLoader(PlannedLoader):
         """DALI's images as a batch of our own: DALI takes its buffers back at the next `run`."""
         if self._side is None:
             return to_unit(self._finished(outputs, draws), channels_last=self.channels_last)
-        # On a stream beside that of the training, so that the host waits for this copy and not for the steps before it.
+        # On a stream beside that of the training, so that the host waits for this copy and not for the steps
+        # before it.
         with torch.cuda.stream(self._side):
             x = to_unit(self._finished(outputs, draws), channels_last=self.channels_last)
         self._side.synchronize()
@@ -220,7 +240,9 @@ class DaliLoader(PlannedLoader):
             self._images.read(self._draws(plan, step)[0])  # says which
 
     def _explained(self, reason: str, plan: EpochPlan, step: int) -> UserError:
-        """What is wrong with the data where DALI failed: it may have been at work on the batches after `step`."""
+        """What is wrong with the data where DALI failed: it may have been at work on the batches after
+        `step`.
+        """
         if isinstance(self._images, FileSet):
             for ahead in range(step, min(step + PREFETCH + 1, self.steps_per_epoch)):
                 try:
@@ -238,8 +260,8 @@ def _copies(outputs: Any) -> list[np.ndarray]:
 def _decode(names: DataNode, image_size: int | None, *, mixed: bool) -> tuple[DataNode, DataNode]:
     """Images (H, W, C) in files as Pillow decodes them, and the shapes they had there.
 
-    Fancy upsampling is what Pillow's libjpeg-turbo does, and the CPU decoder here does anyway; fast IDCT (off by default)
-    would change two thirds of the values.
+    Fancy upsampling is what Pillow's libjpeg-turbo does, and the CPU decoder here does anyway; fast IDCT (off
+    by default) would change two thirds of the values.
     """
     images = fn.decoders.image(
         fn.io.file.read(names),
@@ -263,7 +285,9 @@ def _square(images: DataNode, shape: DataNode, image_size: int) -> DataNode:
     up = (exact - below > 0.5) | ((exact - below == 0.5) & odd)
     sides = math.max(below + fn.cast(up, dtype=types.FLOAT64), target)
     corner = fn.cast(math.floor((sides - target) / 2), dtype=types.INT32)
-    images = fn.resize(images, size=fn.cast(sides, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
+    images = fn.resize(
+        images, size=fn.cast(sides, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
+    )
     return fn.slice(images, start=corner, shape=(image_size, image_size), axes=(0, 1))
 
 

@@ -1,4 +1,6 @@
-"""One image file as 8-bit RGB: the one decoder that every loader's values come from, and what a header says."""
+"""One image file as 8-bit RGB: the one decoder that every loader's values come from, and what a header
+says.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,8 @@ from torchvision.io import ImageReadMode, decode_png
 
 from fastdynat.errors import UserError
 
-# The formats that are read, whatever the file's suffix says. Pillow's other readers (EPS starts a program) are never asked.
+# The formats that are read, whatever the file's suffix says. Pillow's other readers (EPS starts a program)
+# are never asked.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # more than 8 bits per channel
 DEEP_TO_EIGHT = 257  # 65535 / 255
@@ -36,7 +39,9 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header. Raises: UserError naming a file that cannot be opened, is no image, or cannot become 8-bit RGB."""
+    """Read a file's header. Raises: UserError naming a file that cannot be opened, is no image, or cannot
+    become 8-bit RGB.
+    """
     with _opened(path) as (image, file):
         deep, frames = _is_deep(image), _has_frames(image)
         _refuse_unknown_range(image, path)
@@ -48,11 +53,12 @@ def read_header(path: Path) -> Header:
 
 
 def read_rgb(path: Path, image_size: int | None) -> np.ndarray:
-    """Decode a file to uint8 (3, H, W); with `image_size` the shorter side is resized to it and the centre cut out.
+    """Decode a file to uint8 (3, H, W); with `image_size` the shorter side is resized to it and the centre
+    cut out.
 
-    The rules are those of torchvision's ImageFolder: grey becomes three equal channels, palettes and CMYK become RGB,
-    transparency is dropped, an EXIF rotation is not applied, of several frames the first is read. But 16 bits become 8 by
-    ``round(value / 257)``, where Pillow's conversion clips.
+    The rules are those of torchvision's ImageFolder: grey becomes three equal channels, palettes and CMYK
+    become RGB, transparency is dropped, an EXIF rotation is not applied, of several frames the first is read.
+    But 16 bits become 8 by ``round(value / 257)``, where Pillow's conversion clips.
 
     Raises: UserError naming a file that cannot be decoded or whose values have no known range.
     """
@@ -71,7 +77,9 @@ def read_rgb(path: Path, image_size: int | None) -> np.ndarray:
 
 
 def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
-    """Resize the shorter side to `image_size` (bilinear, antialiased) and cut the centre; None leaves the image as it is."""
+    """Resize the shorter side to `image_size` (bilinear, antialiased) and cut the centre; None leaves the
+    image as it is.
+    """
     if image_size is None or rgb.size == (image_size, image_size):
         return rgb
     scale = image_size / min(rgb.size)
@@ -100,11 +108,15 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     except Exception as error:  # decoders raise many kinds on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot decode image {str(path)!r} ({reason}); replace or remove the file") from error
+        raise UserError(
+            f"cannot decode image {str(path)!r} ({reason}); replace or remove the file"
+        ) from error
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits per channel. Pillow shows 16-bit colour only in how it would unpack it."""
+    """Whether the file has more than 8 bits per channel. Pillow shows 16-bit colour only in how it would
+    unpack it.
+    """
     return image.mode in DEEP_MODES or (image.format in ("PNG", "TIFF") and ";16" in _coding(image)[1])
 
 
@@ -154,7 +166,9 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _ends_well(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether the file ends with its format's end mark; where the format has none that is easily seen, False."""
+    """Whether the file ends with its format's end mark; where the format has none that is easily seen,
+    False.
+    """
     mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(cast(str, image.format))
     if mark is None:
         return False
@@ -164,7 +178,9 @@ def _ends_well(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _beyond_dali(image: Image.Image, file: BinaryIO, *, deep: bool, frames: bool) -> str:
-    """Why DALI (2.4, measured) does not give Pillow's values for this kind of file; "" for the kinds where it does."""
+    """Why DALI (2.4, measured) does not give Pillow's values for this kind of file; "" for the kinds where it
+    does.
+    """
     kind = cast(str, image.format)
     if deep:
         return f"{image.mode} with more than 8 bits per channel"

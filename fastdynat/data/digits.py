@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from sklearn.datasets import load_digits
 
+from fastdynat.data.image_sets import DatasetInfo, ImageSet, Source, resize_square
 from fastdynat.data.split import stratified_split
-from fastdynat.data.store import DatasetInfo, ImageSet, Source, resize_square
 
 IMAGE_SIZE = 32
 MAX_VALUE = 16  # of a stored pixel: how many of a 4x4 block of the scan are ink
@@ -19,7 +19,8 @@ INFO = DatasetInfo(
     class_names=tuple("0123456789"),
     mean=(0.3059,),
     std=(0.3237,),
-    # Measured in the default DYNAT run (one seed, 144 validation images): PGD-10 85.4 % without, 61.1 % with random crops.
+    # Measured in the default DYNAT run (one seed, 144 validation images): PGD-10 85.4 % without, 61.1 % with
+    # random crops.
     augment="none",
 )
 
@@ -33,7 +34,9 @@ def _all_digits() -> ImageSet:
 
 
 def open_digits(split: str) -> Source:
-    """Return the "train" (1,438 images) or "test" (359) split of 1x32x32 digits; the cut is fixed and stratified."""
+    """Return the "train" (1,438 images) or "test" (359) split of 1x32x32 digits; the cut is fixed and
+    stratified.
+    """
     everything = _all_digits()
     train, test = stratified_split(everything.labels, val_size=TEST_SHARE, limit=None, seed=0)
     chosen = train if split == "train" else test

@@ -1,4 +1,6 @@
-"""Folders of image files, DIR/train/CLASS/* and DIR/test/CLASS/*: looked at first, then decoded once or batch by batch."""
+"""Folders of image files, DIR/train/CLASS/* and DIR/test/CLASS/*: looked at first, then decoded once or batch
+by batch.
+"""
 
 import os
 import unicodedata
@@ -14,14 +16,29 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import read_rgb
+from fastdynat.data.image_sets import DatasetInfo, Source, channel_stats
 from fastdynat.data.split import stratified_split
-from fastdynat.data.store import DatasetInfo, Source, channel_stats
 from fastdynat.data.survey import left_out, other_size, pool, survey
 from fastdynat.errors import UserError
-from fastdynat.room import available_memory
+from fastdynat.machine.free_memory import available_memory
 
 # What a file is, its content says; the suffix says whether it is meant as an image.
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 DROPPINGS = frozenset({"thumbs.db", "desktop.ini"})  # of file managers; not worth a word, like hidden files
 TEST_NAMES = ("test", "val", "valid")
 DECODE_CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
@@ -32,8 +49,8 @@ STATS_IMAGES = 2048
 class Files:
     """One split on disk: class names in alphabetical order; one path and one int64 label per image.
 
-    The images take turns by class (the first of each, the second of each, ...), so that any prefix is balanced.
-    left_out: in words, what lies beside them and is not taken; "" if nothing.
+    The images take turns by class (the first of each, the second of each, ...), so that any prefix is
+    balanced. left_out: in words, what lies beside them and is not taken; "" if nothing.
     """
 
     class_names: tuple[str, ...]
@@ -46,8 +63,9 @@ class Files:
 class FileSet:
     """Images that stay in their files until they are read.
 
-    paths: (N,) file names as bytes, in one array, because the reference counts of N objects would have every worker process
-    copy them. labels: int64 (N,). shape: (C, H, W) of the images, after resizing to `image_size` if that is given.
+    paths: (N,) file names as bytes, in one array, because the reference counts of N objects would have every
+    worker process copy them. labels: int64 (N,). shape: (C, H, W) of the images, after resizing to
+    `image_size` if that is given.
     dali_problem: the first file that DALI would read differently, and why; "" where there is none.
     """
 
@@ -71,7 +89,9 @@ class FileSet:
         return torch.from_numpy(batch)
 
     def checksum(self) -> int:
-        """Of labels, class and file names and file sizes: the folder may move, and nothing is decoded for it."""
+        """Of labels, class and file names and file sizes: the folder may move, and nothing is decoded for
+        it.
+        """
         total = zlib.crc32(self.labels.contiguous().numpy().data)
         for name in self.paths:
             folder, file = os.path.split(name)
@@ -87,20 +107,30 @@ class FileSource(Source):
 
 
 def open_imagefolder(
-    data_dir: str | Path | None, split: str, *, image_size: int | None, say: Callable[[str], None] = lambda text: None
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    image_size: int | None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[DatasetInfo, FileSource]:
-    """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or valid.
+    """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or
+    valid.
 
-    Every file of the split is looked at (`survey`), and with the training split also those of the test split, so that an
-    evaluation does not fail after the training. `say` is told what is left out, dropped or missing.
+    Every file of the split is looked at (`survey`), and with the training split also those of the test split,
+    so that an evaluation does not fail after the training. `say` is told what is left out, dropped or
+    missing.
 
-    The mean and standard deviation are those of 2,048 training images (of all, if fewer), drawn alike from every class;
-    so both splits report the same, whatever is later held out and however it is loaded. Only these are decoded here.
+    The mean and standard deviation are those of 2,048 training images (of all, if fewer), drawn alike from
+    every class; so both splits report the same, whatever is later held out and however it is loaded. Only
+    these are decoded here.
 
-    Raises: UserError for missing, empty or differing folders and for a file that cannot be decoded or has another size.
+    Raises: UserError for missing, empty or differing folders and for a file that cannot be decoded or has
+    another size.
     """
     if data_dir is None or not Path(data_dir).is_dir():
-        raise UserError(f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is none")
+        raise UserError(
+            f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is none"
+        )
     root = Path(data_dir)
     train = list_files(root / "train")
     shape = _image_shape(train.paths[0], image_size)
@@ -130,7 +160,9 @@ def _facts(train: Files, shape: tuple[int, int, int], image_size: int | None) ->
     )
 
 
-def _source(files: Files, shape: tuple[int, int, int], image_size: int | None, dali: Sequence[str]) -> FileSource:
+def _source(
+    files: Files, shape: tuple[int, int, int], image_size: int | None, dali: Sequence[str]
+) -> FileSource:
     def chosen(indices: Tensor) -> list[Path]:
         return [files.paths[i] for i in indices.tolist()]
 
@@ -144,28 +176,40 @@ def _source(files: Files, shape: tuple[int, int, int], image_size: int | None, d
 
 
 def list_files(folder: Path) -> Files:
-    """List the images of a split folder without opening them; hidden names and other file types are passed over.
+    """List the images of a split folder without opening them; hidden names and other file types are passed
+    over.
 
     Raises: UserError where the folder, its class folders or their images are missing or cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r}; --data-dir DIR must hold train/CLASS/*.jpg and test/CLASS/*.jpg")
+        raise UserError(
+            f"no folder {str(folder)!r}; --data-dir DIR must hold train/CLASS/*.jpg and test/CLASS/*.jpg"
+        )
     entries = _entries(folder)
     classes = [entry for entry in entries if entry.is_dir()]
     odd = Counter(_kind(entry) for entry in entries if not entry.is_dir())
     if len(classes) < 2:
-        raise UserError(f"{str(folder)!r} holds {len(classes)} class folder(s); classification needs at least 2")
+        raise UserError(
+            f"{str(folder)!r} holds {len(classes)} class folder(s); classification needs at least 2"
+        )
     by_class = []
     for entry in classes:
         _check_name(entry)
         inside = _entries(entry)
         images = [path for path in inside if path.suffix.lower() in SUFFIXES and not path.is_dir()]
         if not images:
-            raise UserError(f"class folder {str(entry)!r} holds no image ({', '.join(SUFFIXES)}); add some or remove it")
+            raise UserError(
+                f"class folder {str(entry)!r} holds no image ({', '.join(SUFFIXES)}); add some or remove it"
+            )
         taken = set(images)
         odd.update(_kind(path) for path in inside if path not in taken)
         by_class.append(images)
-    turns = [(path, label) for turn in zip_longest(*by_class) for label, path in enumerate(turn) if path is not None]
+    turns = [
+        (path, label)
+        for turn in zip_longest(*by_class)
+        for label, path in enumerate(turn)
+        if path is not None
+    ]
     paths, labels = zip(*turns, strict=True)
     names = tuple(entry.name for entry in classes)
     return Files(names, paths, torch.tensor(labels), left_out(folder, odd, SUFFIXES) if odd else "")
@@ -174,9 +218,13 @@ def list_files(folder: Path) -> Files:
 def _entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted, but for hidden names and what file managers leave."""
     try:
-        return sorted(e for e in folder.iterdir() if not e.name.startswith(".") and e.name.lower() not in DROPPINGS)
+        return sorted(
+            e for e in folder.iterdir() if not e.name.startswith(".") and e.name.lower() not in DROPPINGS
+        )
     except OSError as error:
-        raise UserError(f"cannot read the folder {str(folder)!r} ({error.strerror}); change its permissions") from None
+        raise UserError(
+            f"cannot read the folder {str(folder)!r} ({error.strerror}); change its permissions"
+        ) from None
 
 
 def _kind(path: Path) -> str:
@@ -187,7 +235,9 @@ def _kind(path: Path) -> str:
 def _check_name(entry: Path) -> None:
     """Class names go into documents and tables, which are UTF-8."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in entry.name):
-        raise UserError(f"class folder {str(entry)!r} has a name that cannot be printed; rename it (in UTF-8)")
+        raise UserError(
+            f"class folder {str(entry)!r} has a name that cannot be printed; rename it (in UTF-8)"
+        )
 
 
 def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed: bool) -> Files | None:
@@ -197,7 +247,9 @@ def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed:
     """
     folder = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
     if folder is None:
-        missing = f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}"
+        missing = (
+            f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}"
+        )
         if needed:
             raise UserError(missing)
         say(f"warning: {missing} for fastdynat eval; training goes on without")
@@ -214,10 +266,11 @@ def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed:
 
 
 def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int | None) -> Tensor:
-    """Decode files to RGB, uint8 (N, 3, H, W), on a pool of threads (Pillow decodes without the interpreter lock).
+    """Decode files to RGB, uint8 (N, 3, H, W), on a pool of threads (Pillow decodes without the interpreter
+    lock).
 
-    Raises: UserError naming the first file that cannot be decoded or has another size; or where the images would take
-    more than half of the memory that is available.
+    Raises: UserError naming the first file that cannot be decoded or has another size; or where the images
+    would take more than half of the memory that is available.
     """
     needed, available = len(paths) * shape[0] * shape[1] * shape[2], available_memory()
     if available is not None and needed > available / 2:
@@ -233,7 +286,8 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
             store[index] = _decode_one(paths[index], shape, image_size)
 
     with pool() as threads:
-        # Results come in order, so the first error raised is that of the first bad file; the rest is cancelled.
+        # Results come in order, so the first error raised is that of the first bad file; the rest is
+        # cancelled.
         for _ in threads.map(fill, range(0, len(paths), DECODE_CHUNK)):
             pass
     return torch.from_numpy(store)

@@ -1,4 +1,6 @@
-"""Loaders: uint8 images to float batches in [0, 1]; shuffling and augmentation depend on (seed, epoch) only."""
+"""Loaders: uint8 images to float batches in [0, 1]; shuffling and augmentation depend on (seed, epoch)
+only.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -11,19 +13,23 @@ import torch
 from torch import Tensor
 
 from fastdynat import ops
-from fastdynat.data.plan import EpochPlan, EpochSteps, plan_epoch
-from fastdynat.data.store import ImageSet, TrainImages
+from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
+from fastdynat.data.image_sets import ImageSet, TrainImages
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.augment import reflect, to_unit
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
 PAD_MODES = ("zeros", "reflect")
-Draws = tuple[Tensor, Tensor | None, Tensor | None]  # indices, shifts and flips of a step; None for what is not used
+Draws = tuple[
+    Tensor, Tensor | None, Tensor | None
+]  # indices, shifts and flips of a step; None for what is not used
 
 
 @dataclass
 class Batch:
-    """x: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). indices: int64 (N,) into the set. All on one device."""
+    """x: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). indices: int64 (N,) into the set. All on one
+    device.
+    """
 
     x: Tensor
     labels: Tensor
@@ -42,7 +48,9 @@ class TrainLoader(Protocol):
         """Number of images in the set."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from `start_step` on, the same ones however often and wherever it starts."""
+        """Yield the batches of an epoch from `start_step` on, the same ones however often and wherever it
+        starts.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and tensors that identify the data and the order of the current epoch."""
@@ -52,7 +60,8 @@ class TrainLoader(Protocol):
 
 
 class PlannedLoader(ABC):
-    """What all loaders share: batches that follow `plan_epoch`, and a state that a resumed run is checked against.
+    """What all loaders share: batches that follow `plan_epoch`, and a state that a resumed run is checked
+    against.
 
     A loader for other data or another engine adds `_inputs` only. An epoch may be given up in the middle.
 
@@ -62,16 +71,19 @@ class PlannedLoader(ABC):
         augment: "crop-flip", "crop", "flip" or "none".
         pad: Pixels of padding for the crops.
         pad_mode: What the padding holds: "zeros", or "reflect", the image mirrored at its border.
-        epoch_steps: Steps of an epoch; None is one pass. More go on with another permutation, as the pass before was cut.
+        epoch_steps: Steps of an epoch; None is one pass. More go on with another permutation, as the pass
+            before was cut.
         seed: All orders and crops follow from this and the epoch number.
         device: Where the batches are made.
         channels_last: Give the batches in channels-last memory format.
-        drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see `EpochSteps`.)
+        drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see
+            `EpochSteps`.)
         num_shards: Processes that share each step.
         shard: Which of them this is.
 
-    Raises: UserError for a batch size outside [1, number of images] or not divisible by the shards, a negative pad, or an
-        unknown augmentation or padding; while reading also for a reflection wider than the image.
+    Raises: UserError for a batch size outside [1, number of images] or not divisible by the shards, a
+        negative pad, or an unknown augmentation or padding; while reading also for a reflection wider than
+        the image.
     """
 
     def __init__(
@@ -91,7 +103,12 @@ class PlannedLoader(ABC):
         shard: int = 0,
     ) -> None:
         steps = EpochSteps(
-            len(images), batch_size, drop_last=drop_last, num_shards=num_shards, shard=shard, epoch_steps=epoch_steps
+            len(images),
+            batch_size,
+            drop_last=drop_last,
+            num_shards=num_shards,
+            shard=shard,
+            epoch_steps=epoch_steps,
         )
         if augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", augment, AUGMENTATIONS)
@@ -118,10 +135,13 @@ class PlannedLoader(ABC):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `epoch` from `start_step` on: exactly the tail of what starting at 0 yields.
 
-        Raises: UserError for a start_step outside [0, steps_per_epoch], and for an image that cannot be decoded.
+        Raises: UserError for a start_step outside [0, steps_per_epoch], and for an image that cannot be
+        decoded.
         """
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise UserError(f"start_step {start_step} is outside [0, {self.steps_per_epoch}], the steps of an epoch")
+            raise UserError(
+                f"start_step {start_step} is outside [0, {self.steps_per_epoch}], the steps of an epoch"
+            )
         self._epoch = epoch
         return self._batches(self._plan(epoch), range(start_step, self.steps_per_epoch))
 
@@ -143,13 +163,15 @@ class PlannedLoader(ABC):
         return plan.order[now], shifts, plan.flips[now] if "flip" in self.augment else None
 
     def _plan(self, epoch: int) -> EpochPlan:
-        return plan_epoch(self.num_images, pad=self.pad, seed=self.seed, epoch=epoch, passes=self._steps.passes)
+        return plan_epoch(
+            self.num_images, pad=self.pad, seed=self.seed, epoch=epoch, passes=self._steps.passes
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
 
-        Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same for every
-        shard, and for every loader of the same `TrainImages`.
+        Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same
+        for every shard, and for every loader of the same `TrainImages`.
         """
         return {
             "seed": self.seed,
@@ -164,7 +186,8 @@ class PlannedLoader(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the epoch of `state`; call `epoch(state["epoch"], start_step)` to go on.
 
-        Raises: UserError where this loader would not continue the same batches: other data, batch size or seed.
+        Raises: UserError where this loader would not continue the same batches: other data, batch size or
+        seed.
         """
         compared = {
             "num_images": "training images",
@@ -178,7 +201,9 @@ class PlannedLoader(ABC):
                     f"the checkpoint has {what} {state[key]}, this run has {getattr(self, key)}; resume with the same"
                 )
         if state["checksum"] != self._checksum:
-            raise UserError("the checkpoint was made with other training data; resume with the same --data and --data-dir")
+            raise UserError(
+                "the checkpoint was made with other training data; resume with the same --data and --data-dir"
+            )
         if not torch.equal(state["permutation"].cpu(), self._plan(state["epoch"]).order):
             raise UserError(
                 f"the checkpoint's order of epoch {state['epoch']} is not what seed {self.seed} gives here; "
@@ -194,9 +219,10 @@ class PlannedLoader(ABC):
 class ResidentLoader(PlannedLoader):
     """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
 
-    The images are copied to the device once; a batch is one pass of `ops.augment`. With crops of reflected images they are
-    kept with their reflection around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory: the operator pads those with zeros
-    once more, and no zero is in the middle of its crop. Arguments: `PlannedLoader`.
+    The images are copied to the device once; a batch is one pass of `ops.augment`. With crops of reflected
+    images they are kept with their reflection around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory:
+    the operator pads those with zeros once more, and no zero is in the middle of its crop. Arguments:
+    `PlannedLoader`.
     """
 
     def __init__(self, images: ImageSet, **options: Any) -> None:
@@ -225,7 +251,8 @@ def eval_batches(
     limit: int | None = None,
     channels_last: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the first `limit` images (all if None) in order and without augmentation; the last batch may be smaller.
+    """Yield the first `limit` images (all if None) in order and without augmentation; the last batch may be
+    smaller.
 
     Raises: UserError for a batch size or limit below 1.
     """
@@ -237,6 +264,8 @@ def eval_batches(
         stop = min(start + batch_size, count)
         pixels = images.images[start:stop].to(device, non_blocking=True)
         labels = images.labels[start:stop].to(device, non_blocking=True)
-        return Batch(to_unit(pixels, channels_last=channels_last), labels, torch.arange(start, stop, device=device))
+        return Batch(
+            to_unit(pixels, channels_last=channels_last), labels, torch.arange(start, stop, device=device)
+        )
 
     return (batch(start) for start in range(0, count, batch_size))

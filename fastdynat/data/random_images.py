@@ -1,16 +1,20 @@
-"""Random images that look like photographs to a processor: smooth shapes, noise, all 256 values, no zeros in a row."""
+"""Random images that look like photographs to a processor: smooth shapes, noise, all 256 values, no zeros in
+a row.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from fastdynat.data import DatasetInfo, TrainSplit
-from fastdynat.data.store import Source
+from fastdynat.data.image_sets import Source
 
 NUM_BATCHES = 32
 
 
 def random_split(info: DatasetInfo, batch_size: int, seed: int, batches: int = NUM_BATCHES) -> TrainSplit:
-    """As many full `batches` of training images of the size of `info`'s, with random labels; nothing held out."""
+    """As many full `batches` of training images of the size of `info`'s, with random labels; nothing held
+    out.
+    """
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = info.image_shape
     number = batches * batch_size

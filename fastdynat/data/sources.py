@@ -1,4 +1,6 @@
-"""Data sets by name: training and validation images from the training split, test images from the test split."""
+"""Data sets by name: training and validation images from the training split, test images from the test
+split.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdynat.checks import DATASETS
+from fastdynat.config.rules import DATASETS
 from fastdynat.data import digits, torchvision_sets
+from fastdynat.data.image_sets import (
+    UNLABELLED,
+    DatasetInfo,
+    ImageSet,
+    Source,
+    Splits,
+    check_label_values,
+    resize_square,
+)
 from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.split import stratified_split
-from fastdynat.data.store import UNLABELLED, DatasetInfo, ImageSet, Source, Splits, check_label_values, resize_square
 from fastdynat.errors import UserError, unknown_name
 
 Say = Callable[[str], None]
@@ -80,7 +90,9 @@ class TrainSplit:
 
 
 def load_train(name: str, data_dir: str | Path | None, **options: Any) -> Splits:
-    """Read the training split with validation images held out of it: `open_train`, of which this takes the arguments."""
+    """Read the training split with validation images held out of it: `open_train`, of which this takes the
+    arguments.
+    """
     split = open_train(name, data_dir, **options)
     return Splits(split.info, split.train_images(), split.val_images())
 
@@ -97,7 +109,8 @@ def open_train(
     labelled: int | None = None,
     say: Say = lambda text: None,
 ) -> TrainSplit:
-    """Open the training split and hold validation images out of it; of the test set only image files are looked at.
+    """Open the training split and hold validation images out of it; of the test set only image files are
+    looked at.
 
     Args:
         name: One of `known_datasets()`.
@@ -108,16 +121,19 @@ def open_train(
         image_size: Resize all images to this square.
         download: Allow torchvision to fetch missing data.
         limit: Keep at most this many training images, in proportion to the classes.
-        labelled: Let this many of them keep their label, in proportion to the classes; the others are UNLABELLED.
+        labelled: Let this many of them keep their label, in proportion to the classes; the others are
+            UNLABELLED.
         say: Told what is unusual about image files.
 
-    Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that leaves a
-        class without a training image.
+    Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that
+        leaves a class without a training image.
     """
     info, source = _open(name, data_dir, "train", image_size=image_size, download=download, say=say)
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
-    return TrainSplit(info, source, train, val, None if labelled is None else _hide(source.labels[train], labelled, seed))
+    return TrainSplit(
+        info, source, train, val, None if labelled is None else _hide(source.labels[train], labelled, seed)
+    )
 
 
 def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
@@ -129,7 +145,9 @@ def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
         )
     classes = int(labels.unique().numel())
     if labelled < classes:
-        raise UserError(f"labelled {labelled} is less than one label for each of the {classes} classes; use more")
+        raise UserError(
+            f"labelled {labelled} is less than one label for each of the {classes} classes; use more"
+        )
     kept, _ = stratified_split(labels, val_size=0, limit=labelled, seed=seed)
     return torch.ones(len(labels), dtype=torch.bool).index_fill_(0, kept, False)
 
@@ -142,7 +160,8 @@ def load_test(
     download: bool = True,
     say: Say = lambda text: None,
 ) -> tuple[DatasetInfo, ImageSet]:
-    """Load the whole test split. The facts that come with it are those `load_train` gives; `say` as for `open_train`.
+    """Load the whole test split. The facts that come with it are those `load_train` gives; `say` as for
+    `open_train`.
 
     Raises: UserError as `load_train`.
     """
@@ -162,5 +181,9 @@ def _open(
         info = replace(info, image_shape=(info.image_shape[0], image_size, image_size))
     if name == "digits":
         source = digits.open_digits(split)
-        return info, Source(source.labels, lambda indices: resize_square(source.read(indices), info.image_shape[1]))
-    return info, torchvision_sets.open_torchvision(name, data_dir, split, image_size=image_size, download=download)
+        return info, Source(
+            source.labels, lambda indices: resize_square(source.read(indices), info.image_shape[1])
+        )
+    return info, torchvision_sets.open_torchvision(
+        name, data_dir, split, image_size=image_size, download=download
+    )

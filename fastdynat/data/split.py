@@ -13,22 +13,26 @@ DEFAULT_VAL_IMAGES = 1000  # what Rice et al. 2020 and its successors hold out o
 def seeded_generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator whose stream depends on the whole key; the global random state is not involved.
 
-    The key is hashed because PyTorch's CPU generator uses 32 bits of its seed, and because neighbouring seeds must not
-    give related streams.
+    The key is hashed because PyTorch's CPU generator uses 32 bits of its seed, and because neighbouring seeds
+    must not give related streams.
     """
     digest = hashlib.blake2s(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def stratified_split(labels: Tensor, *, val_size: int | float | None, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (train, val) indices, int64 and ascending, disjoint, every class in proportion (to within one image).
+def stratified_split(
+    labels: Tensor, *, val_size: int | float | None, limit: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return (train, val) indices, int64 and ascending, disjoint, every class in proportion (to within one
+    image).
 
     Args:
         labels: int64 (N,) classes of the whole training split.
-        val_size: Number of validation images, or a float in (0, 1) as their share. 0 means none. None means 1,000, or
-            10 % of fewer than 10,000 images.
-        limit: Keep at most this many of the remaining images for training; the choice of validation images does not
-            depend on it, and a smaller limit keeps a subset of what a larger one keeps, up to rounding. None keeps all.
+        val_size: Number of validation images, or a float in (0, 1) as their share. 0 means none. None means
+            1,000, or 10 % of fewer than 10,000 images.
+        limit: Keep at most this many of the remaining images for training; the choice of validation images
+            does not depend on it, and a smaller limit keeps a subset of what a larger one keeps, up to
+            rounding. None keeps all.
         seed: The choice depends on the labels and this number only.
 
     Raises: UserError where some class would have no training image left.
@@ -36,12 +40,16 @@ def stratified_split(labels: Tensor, *, val_size: int | float | None, limit: int
     counts = torch.bincount(labels).tolist()
     present = sum(count > 0 for count in counts)
     num_val = _num_val(val_size, len(labels), present)
-    val_counts = _apportion(num_val, counts, low=[0] * len(counts), high=[max(count - 1, 0) for count in counts])
+    val_counts = _apportion(
+        num_val, counts, low=[0] * len(counts), high=[max(count - 1, 0) for count in counts]
+    )
     left = [count - taken for count, taken in zip(counts, val_counts, strict=True)]
     keep_counts = left
     if limit is not None and limit < sum(left):
         if limit < present:
-            raise UserError(f"limit {limit} leaves some of the {present} classes without a training image; use more")
+            raise UserError(
+                f"limit {limit} leaves some of the {present} classes without a training image; use more"
+            )
         keep_counts = _apportion(limit, left, low=[min(count, 1) for count in left], high=left)
 
     generator = seeded_generator("split", seed)
@@ -71,7 +79,9 @@ def _num_val(val_size: int | float | None, num_images: int, present: int) -> int
 
 
 def _apportion(total: int, counts: list[int], *, low: list[int], high: list[int]) -> list[int]:
-    """Share `total` among classes in proportion to `counts`, each within [low, high]; low and high must allow it."""
+    """Share `total` among classes in proportion to `counts`, each within [low, high]; low and high must allow
+    it.
+    """
     everything = max(sum(counts), 1)
     ideal = [total * count / everything for count in counts]
     shares = [min(max(int(want), lo), hi) for want, lo, hi in zip(ideal, low, high, strict=True)]

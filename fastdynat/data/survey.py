@@ -1,4 +1,6 @@
-"""A look at every file of a split before any work: what is wrong is refused by name, what is unusual is counted and said."""
+"""A look at every file of a split before any work: what is wrong is refused by name, what is unusual is
+counted and said.
+"""
 
 import os
 from collections import Counter
@@ -11,12 +13,16 @@ from fastdynat.data.decode import Header, read_header, read_rgb
 from fastdynat.errors import UserError
 
 CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
-DECODED_BYTES = 2**26  # of files that are all decoded to see that they can be; of more only the suspicious ones
+DECODED_BYTES = (
+    2**26
+)  # of files that are all decoded to see that they can be; of more only the suspicious ones
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the files of a split have in common. dali: by file, why DALI cannot read it as the other loaders do; or ""."""
+    """What the files of a split have in common. dali: by file, why DALI cannot read it as the other loaders
+    do; or "".
+    """
 
     notices: tuple[str, ...]
     dali: tuple[str, ...]
@@ -27,12 +33,15 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
 
 
-def survey(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int | None, *, decode: bool) -> Survey:
+def survey(
+    paths: Sequence[Path], shape: tuple[int, int, int], image_size: int | None, *, decode: bool
+) -> Survey:
     """Read the header of every file, and decode those that look truncated.
 
     Args:
         shape: (C, H, W) that the images must have, unless `image_size` makes them so.
-        decode: also decode every file where they take at most 64 MiB. For a split that is not read at once anyway.
+        decode: also decode every file where they take at most 64 MiB. For a split that is not read at once
+            anyway.
 
     Raises: UserError naming the first file that cannot be read or has another size.
     """
@@ -71,9 +80,13 @@ def _small(paths: Sequence[Path]) -> bool:
 
 
 def _each(look: Callable[[Path], Header], paths: Sequence[Path]) -> Iterator[Header]:
-    """`look` at each of the paths, in their order, so that the first error raised is that of the first bad file."""
+    """`look` at each of the paths, in their order, so that the first error raised is that of the first bad
+    file.
+    """
     with pool() as threads:
-        for found in threads.map(lambda start: [*map(look, paths[start : start + CHUNK])], range(0, len(paths), CHUNK)):
+        for found in threads.map(
+            lambda start: [*map(look, paths[start : start + CHUNK])], range(0, len(paths), CHUNK)
+        ):
             yield from found
 
 
@@ -98,4 +111,6 @@ def _short(path: Path) -> str:
 def left_out(folder: Path, names: Counter[str], suffixes: Sequence[str]) -> str:
     """What to say of files that are not taken, counted by suffix."""
     counts = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
-    return f"left out of {str(folder)!r}: {counts}; images are {', '.join(suffixes)} directly in a class folder"
+    return (
+        f"left out of {str(folder)!r}: {counts}; images are {', '.join(suffixes)} directly in a class folder"
+    )

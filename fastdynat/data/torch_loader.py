@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastdynat.data.epoch_plan import EpochPlan
+from fastdynat.data.image_sets import TrainImages
 from fastdynat.data.loader import Draws, PlannedLoader
-from fastdynat.data.plan import EpochPlan
-from fastdynat.data.store import TrainImages
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import crop, flip, to_unit
 
@@ -37,10 +37,11 @@ class _Steps(Dataset[Tensor | UserError]):
 
 
 class TorchLoader(PlannedLoader):
-    """Worker processes read, crop and flip uint8 batches; the device converts them. Works for every kind of images.
+    """Worker processes read, crop and flip uint8 batches; the device converts them. Works for every kind of
+    images.
 
-    The workers are forked when an epoch begins and end with it, also with one that is given up. The values, and for image
-    files the decoder (Pillow), are those of the resident loader.
+    The workers are forked when an epoch begins and end with it, also with one that is given up. The values,
+    and for image files the decoder (Pillow), are those of the resident loader.
 
     Args:
         images: The training set, in memory or as files.

@@ -1,4 +1,6 @@
-"""CIFAR-10, CIFAR-100, SVHN and MNIST through torchvision, which downloads them and verifies their checksums."""
+"""CIFAR-10, CIFAR-100, SVHN and MNIST through torchvision, which downloads them and verifies their
+checksums.
+"""
 
 import warnings
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 import torchvision.datasets as tv
 from torch import Tensor
 
-from fastdynat.data.store import DatasetInfo, Source, resize_square
+from fastdynat.data.image_sets import DatasetInfo, Source, resize_square
 from fastdynat.errors import UserError
 
 CIFAR10_WORDS = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -73,7 +75,9 @@ HELD_AS = {
 }
 
 
-def open_torchvision(name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool) -> Source:
+def open_torchvision(
+    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool
+) -> Source:
     """Return the "train" or "test" split of one of `INFOS`, resized to a square if image_size is given.
 
     Raises: UserError where the data are missing or corrupt and cannot be downloaded.
@@ -82,7 +86,9 @@ def open_torchvision(name: str, data_dir: str | Path | None, split: str, *, imag
         raise UserError(f"data set {name!r} needs --data-dir DIR, the folder that holds {HELD_AS[name]}")
     try:
         images, labels = _read(name, data_dir, split, download)
-    except Exception as error:  # the network, the file system, unpickling: every kind is the same news to the user
+    except (
+        Exception
+    ) as error:  # the network, the file system, unpickling: every kind is the same news to the user
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
             f"cannot load {name} from {str(data_dir)!r} ({type(error).__name__}: {reason}); --data-dir DIR must "

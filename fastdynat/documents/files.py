@@ -1,4 +1,6 @@
-"""Bytes and text of a file that a user can touch: no folder, no pipe that never ends, no more than a limit."""
+"""Bytes and text of a file that a user can touch: no folder, no pipe that never ends, no more than a
+limit.
+"""
 
 import os
 import select
@@ -53,7 +55,9 @@ def regular_file(path: Path, *, remedy: str = "") -> int:
 
 
 def open_file(path: Path, *, remedy: str = "") -> BufferedReader:
-    """The file at `path`, open for reading. Raises DocumentError as `regular_file` does; opening never waits."""
+    """The file at `path`, open for reading. Raises DocumentError as `regular_file` does; opening never
+    waits.
+    """
     descriptor, _ = _open(path, remedy, stream=False)
     return os.fdopen(descriptor, "rb")
 
@@ -67,8 +71,8 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
         stream: take a pipe too, such as ``/dev/stdin`` or the shell's ``<(command)``.
 
     Raises:
-        DocumentError: it cannot be read, is a folder or a device, or has more than `limit` bytes; a pipe was silent for 10
-            seconds.
+        DocumentError: it cannot be read, is a folder or a device, or has more than `limit` bytes; a pipe was
+            silent for 10 seconds.
     """
     descriptor, size = _open(path, remedy, stream=stream)
     try:
@@ -80,7 +84,9 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
         while len(data) <= limit:
             # A regular file is always ready.
             if not poll.poll(1000 * PATIENCE):
-                raise DocumentError(_and(f"{path}: nothing came through this pipe for {PATIENCE:g} seconds", remedy))
+                raise DocumentError(
+                    _and(f"{path}: nothing came through this pipe for {PATIENCE:g} seconds", remedy)
+                )
             chunk = os.read(descriptor, min(MIB, limit + 1 - len(data)))
             if not chunk:
                 return bytes(data)
@@ -93,15 +99,21 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
 
 
 def read_text(path: Path, *, limit: int, remedy: str = "", stream: bool = False) -> str:
-    """`read_bytes` as UTF-8, with or without a byte order mark. Raises DocumentError as it does, and for other encodings."""
+    """`read_bytes` as UTF-8, with or without a byte order mark. Raises DocumentError as it does, and for
+    other encodings.
+    """
     try:
         return read_bytes(path, limit=limit, remedy=remedy, stream=stream).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(_and(f"{path} is not a text file in UTF-8 (byte {error.start})", remedy)) from None
+        raise DocumentError(
+            _and(f"{path} is not a text file in UTF-8 (byte {error.start})", remedy)
+        ) from None
 
 
 def _open(path: Path, remedy: str, *, stream: bool) -> tuple[int, int | None]:
-    """A descriptor of `path` and its size; None for a pipe. Never waits: a pipe without a writer is opened too."""
+    """A descriptor of `path` and its size; None for a pipe. Never waits: a pipe without a writer is opened
+    too.
+    """
     check_text(str(path), "the path")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -123,7 +135,9 @@ def _cannot(path: Path, error: OSError, remedy: str) -> DocumentError:
 
 def _too_long(path: Path, limit: int, remedy: str) -> DocumentError:
     size = f"{limit // MIB} MiB" if limit >= MIB else f"{limit // KIB} KiB"
-    return DocumentError(_and(f"{path} has more than {size}, which no such file needs: it is something else", remedy))
+    return DocumentError(
+        _and(f"{path} has more than {size}, which no such file needs: it is something else", remedy)
+    )
 
 
 def _and(text: str, remedy: str) -> str:

@@ -1,7 +1,7 @@
 """What a pickle would become, found out from its opcodes before anything is made of it.
 
-Few bytes can stand for endless work: a tuple of two references to a tuple of two references, forty deep, takes 2**40 steps to
-hash, as a key of a dictionary, or to print, in an error message.
+Few bytes can stand for endless work: a tuple of two references to a tuple of two references, forty deep,
+takes 2**40 steps to hash, as a key of a dictionary, or to print, in an error message.
 """
 
 import pickletools
@@ -11,7 +11,10 @@ from typing import IO
 from fastdynat.documents.files import MIB, DocumentError
 
 MAX_BYTES = 256 * MIB  # of the part of a torch.save file that is not tensors
-VALUES, DEPTH = 1_000_000, 200  # shared ones counted wherever they are referred to; a large training state has 10**5
+VALUES, DEPTH = (
+    1_000_000,
+    200,
+)  # shared ones counted wherever they are referred to; a large training state has 10**5
 PARTS = 5  # pickles at the beginning of a file in torch's format from before 1.6
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 _MUTATORS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
@@ -36,7 +39,9 @@ class _Limited:
     def _count(self, data: bytes) -> bytes:
         self._left -= len(data)
         if self._left < 0:
-            raise DocumentError(f"{self._name} has over {MAX_BYTES // MIB} MiB besides tensors, more than any such file needs")
+            raise DocumentError(
+                f"{self._name} has over {MAX_BYTES // MIB} MiB besides tensors, more than any such file needs"
+            )
         return data
 
 
@@ -50,8 +55,8 @@ def check_pickle(file: IO[bytes], name: str, parts: int = PARTS) -> None:
         parts: how many pickles may follow each other.
 
     Raises:
-        DocumentError: more than 1,000,000 values, shared ones counted in full; nested more than 200 deep; a value that
-            holds itself.
+        DocumentError: more than 1,000,000 values, shared ones counted in full; nested more than 200 deep; a
+            value that holds itself.
     """
     limited = _Limited(file, name)
     for _ in range(parts):
@@ -117,7 +122,9 @@ class _Graph:
         return len(self.children) - 1
 
     def _too_much(self) -> DocumentError:
-        return DocumentError(f"{self.name} expands to more than {VALUES:,} values, more than any such file needs")
+        return DocumentError(
+            f"{self.name} expands to more than {VALUES:,} values, more than any such file needs"
+        )
 
     def check(self) -> None:
         """Raise DocumentError where a node stands for too much."""
@@ -132,7 +139,9 @@ class _Graph:
                     entered.add(node)
                     open_ones = {child for child in inner if child not in sizes}
                     if open_ones & entered:
-                        raise DocumentError(f"{self.name} has a value that contains itself, which no such file does")
+                        raise DocumentError(
+                            f"{self.name} has a value that contains itself, which no such file does"
+                        )
                     path += open_ones
                 else:
                     sizes[node] = 1 + sum(sizes[child] for child in inner)
@@ -140,4 +149,6 @@ class _Graph:
                     if sizes[node] > VALUES:
                         raise self._too_much()
                     if depths[node] > DEPTH:
-                        raise DocumentError(f"{self.name} is nested more than {DEPTH} deep, more than any such file is")
+                        raise DocumentError(
+                            f"{self.name} is nested more than {DEPTH} deep, more than any such file is"
+                        )

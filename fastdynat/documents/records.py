@@ -16,12 +16,20 @@ _MISSING = re.compile(r"Object missing required field `([^`]*)`(?: - at `\$\.?([
 _WRONG = re.compile(r"(.*?) - at `(key` in `)?\$\.?([^`]*)`$")
 
 
-def read_json(path: Path, kind: type[T], *, what: str, format: str | None = None, remedy: str = "", limit: int = 64 * MIB) -> T:
+def read_json(
+    path: Path,
+    kind: type[T],
+    *,
+    what: str,
+    format: str | None = None,
+    remedy: str = "",
+    limit: int = 64 * MIB,
+) -> T:
     """The JSON document at `path` as a `kind`.
 
     Args:
-        kind: a dataclass, a msgspec.Struct or a type such as ``dict[str, int]``; ranges are `msgspec.Meta`. Keys that it does
-            not have are left out.
+        kind: a dataclass, a msgspec.Struct or a type such as ``dict[str, int]``; ranges are `msgspec.Meta`.
+            Keys that it does not have are left out.
         what: the document in words with its article, for messages.
         format: what the document says under "format", if it says something.
         remedy: what to do where it cannot be used, for messages.
@@ -36,7 +44,9 @@ def read_json(path: Path, kind: type[T], *, what: str, format: str | None = None
         raise DocumentError(f"{error}; {remedy}" if remedy else str(error)) from None
 
 
-def read_json_lines(path: Path, kind: type[T], *, what: str, remedy: str = "", limit: int = 256 * MIB) -> list[T]:
+def read_json_lines(
+    path: Path, kind: type[T], *, what: str, remedy: str = "", limit: int = 256 * MIB
+) -> list[T]:
     """The lines of the file at `path`, a JSON document each; see `read_json`."""
     try:
         lines = read_text(path, limit=limit).split("\n")
@@ -65,8 +75,8 @@ def convert(value: Any, kind: type[T], *, origin: str, why: str = DAMAGED) -> T:
     """The plain `value`, as a parser or torch made it, as a `kind`; lists become tuples where `kind` says so.
 
     Raises:
-        DocumentError: a value is missing, of another type or out of range, or nested more than 64 deep; says which. `why` is
-            what that says about `origin`.
+        DocumentError: a value is missing, of another type or out of range, or nested more than 64 deep; says
+            which. `why` is what that says about `origin`.
     """
     check_depth(value, origin)
     try:
@@ -99,5 +109,10 @@ def _in_words(message: str, origin: str, why: str) -> str:
     if wrong := _WRONG.match(message):
         name = wrong[3].replace("[...]", ", a value" if wrong[3] != "[...]" else "a value")
         text, key = wrong[1], f"{'a key of ' if wrong[2] else ''}{name} "
-    text = text.replace("`", "").replace("Expected ", "must be ", 1).replace("object", "a mapping").replace("array", "a list")
+    text = (
+        text.replace("`", "")
+        .replace("Expected ", "must be ", 1)
+        .replace("object", "a mapping")
+        .replace("array", "a list")
+    )
     return f"{origin}: {key}{text}: {why}"

@@ -1,7 +1,8 @@
 """YAML as configuration files need it: a safe loader without surprises and with limits.
 
-Read differently from YAML 1.1, so that what is written is what is meant: ``no``, ``off``, dates, ``010`` and ``1:30`` are
-text; a key may stand only once. Whether text is a switch or a number is for the key's type to say.
+Read differently from YAML 1.1, so that what is written is what is meant: ``no``, ``off``, dates, ``010`` and
+``1:30`` are text; a key may stand only once. Whether text is a switch or a number is for the key's type to
+say.
 """
 
 import re
@@ -63,7 +64,9 @@ class _Loader(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, (key.tag, key.value)
             if name in lines:
                 where = f"on lines {lines[name]} and {line}" if lines[name] != line else "on one line"
-                raise ConstructorError(None, None, f"{shown(key.value)} is given twice, {where}", key.start_mark)
+                raise ConstructorError(
+                    None, None, f"{shown(key.value)} is given twice, {where}", key.start_mark
+                )
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -75,7 +78,11 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"this is no {tag}", node.start_mark) from None
 
 
-for _name, _pattern, _first in (("bool", _BOOL, "tTfF"), ("int", _INT, "-+0123456789"), ("float", _FLOAT, "-+.0123456789")):
+for _name, _pattern, _first in (
+    ("bool", _BOOL, "tTfF"),
+    ("int", _INT, "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+):
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
 
 
@@ -89,7 +96,9 @@ def read_yaml(path: Path, *, remedy: str = "") -> Any:
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """The plain value of the YAML `text`; `origin` stands for a file's name in messages. Raises DocumentError."""
+    """The plain value of the YAML `text`; `origin` stands for a file's name in messages. Raises
+    DocumentError.
+    """
     try:
         return yaml.load(text, _Loader)  # a safe loader
     except yaml.MarkedYAMLError as error:

@@ -1,4 +1,6 @@
-"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the fast attack engine, with the constructor of the authors' package."""
+"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the fast attack engine, with the constructor of the
+authors' package.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -10,29 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import APGD, Ascent, NamedAttack, Underflow, attack_mode, stages
-from fastdynat.attacks.inputs import as_labels, check_range
-from fastdynat.devices import pick_device
+from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.input_checks import as_labels, check_range
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attacks import APGD, NamedAttack, stages
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.defences import check_answers, check_finite, check_gradients, check_square, warn
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
-from fastdynat.models.answers import Output, with_output
-from fastdynat.runs.files import check_output
+from fastdynat.models.logits import Output, with_output
+from fastdynat.runs.atomic_files import check_output
+from fastdynat.tuning.devices import pick_device
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
-BEYOND = 1e-5  # a perturbation may be longer than eps by this share of it, beside the rounding of pixels near 1
+BEYOND = (
+    1e-5  # a perturbation may be longer than eps by this share of it, beside the rounding of pixels near 1
+)
 
 
 class AutoAttack:
     """Worst case over the attacks of a version, each on the images that those before it left standing.
 
-    The attacks work on a fast replica of the network; every verdict is the network's own, in its precision and, for an
-    ``nn.Module``, in eval mode, on a point that is in the ball and in [0, 1]. Its modes and gradients stay as they were, and
-    the caller may be under ``no_grad``. What is no ``nn.Module`` runs as it is: a defence that needs its train mode is given
-    as a function that calls it.
+    The attacks work on a fast replica of the network; every verdict is the network's own, in its precision
+    and, for an ``nn.Module``, in eval mode, on a point that is in the ball and in [0, 1]. Its modes and
+    gradients stay as they were, and the caller may be under ``no_grad``. What is no ``nn.Module`` runs as it
+    is: a defence that needs its train mode is given as a function that calls it.
 
     Attributes:
         stages: the attacks with their numbers, in order; a list that may be changed.
@@ -57,34 +63,45 @@ class AutoAttack:
     ) -> None:
         """
         Args:
-            model: images in [0, 1] -> logits (N, K), K >= 2; on `device`, in the images' dtype or in half precision.
+            model: images in [0, 1] -> logits (N, K), K >= 2; on `device`, in the images' dtype or in half
+                precision.
             norm: Linf, L2 or L1.
             eps: radius in [0, 1] pixel units.
             seed: of every batch of every stage; None draws one for each evaluation.
             verbose: print a line per stage.
-            attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
+            attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
+                square.
             version: standard, plus, rand or custom.
             is_tf_model: must be False.
             device: where images are attacked; None is where the model is, or for a function the images.
             log_path: append the lines to this file.
-            output: where the model returns more than logits, which part they are: a key, an index or a function (`picked`).
+            output: where the model returns more than logits, which part they are: a key, an index or a
+                function (`picked`).
 
         Raises:
             UserError: arguments that do not fit.
         """
         if is_tf_model:
-            raise UserError("is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes them")
+            raise UserError(
+                "is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes them"
+            )
         if norm.lower() not in NORMS:
             raise UserError(f"norm must be Linf, L2 or L1, got {norm!r}")
         if not 0 < eps < float("inf"):
             raise UserError(f"eps must be above 0, in [0, 1] pixel units, got {eps!r}; write 8/255")
         self.model, self.norm, self.eps, self.seed = model, norm.lower(), float(eps), seed
-        self.verbose, self.version, self.log_path = verbose, version, None if log_path is None else Path(log_path)
+        self.verbose, self.version, self.log_path = (
+            verbose,
+            version,
+            None if log_path is None else Path(log_path),
+        )
         if self.log_path is not None:
             check_output(self.log_path)
         self._network = with_output(model, output)
         weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.device = pick_device(str(device)) if device is not None else None if weight is None else weight.device
+        self.device = (
+            pick_device(str(device)) if device is not None else None if weight is None else weight.device
+        )
         self.stages = stages(self.norm, self.eps, version, attacks_to_run if attacks is None else attacks)
         self.seconds: dict[str, float] = {}
 
@@ -110,26 +127,44 @@ class AutoAttack:
             y: (N,) integer classes.
             bs, batch_size: images per batch; halved, with a note, where memory runs out.
             return_labels: also return the classes that the network gives to the result.
-            state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there, with the
-                same verdicts. Images that fell before are then returned as they are.
+            state_path: a JSON file, written after every batch; where it exists the evaluation goes on from
+                there, with the same verdicts. Images that fell before are then returned as they are.
 
         Returns:
-            (N, C, H, W), detached, where `x` is, the image itself where it stands; with `return_labels` also (N,) int64.
+            (N, C, H, W), detached, where `x` is, the image itself where it stands; with `return_labels` also
+            (N,) int64.
 
         Raises:
-            UserError: images or labels do not fit, too few classes, logits that are NaN, or the state is of another evaluation.
+            UserError: images or labels do not fit, too few classes, logits that are NaN, or the state is of
+                another evaluation.
         """
         return self._evaluate(
-            self.stages, x, y, batch_size or bs, return_labels, None if state_path is None else Path(state_path)
+            self.stages,
+            x,
+            y,
+            batch_size or bs,
+            return_labels,
+            None if state_path is None else Path(state_path),
         )
 
     def run_standard_evaluation_individual(
-        self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, return_labels: bool = False, *, batch_size: int | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        bs: int = BATCH_SIZE,
+        return_labels: bool = False,
+        *,
+        batch_size: int | None = None,
     ) -> dict[str, Any]:
         """By name of the stage, what `run_standard_evaluation` returns for this stage alone."""
-        return {stage.name: self._evaluate([stage], x, y, batch_size or bs, return_labels, None) for stage in self.stages}
+        return {
+            stage.name: self._evaluate([stage], x, y, batch_size or bs, return_labels, None)
+            for stage in self.stages
+        }
 
-    def clean_accuracy(self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None) -> float:
+    def clean_accuracy(
+        self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None
+    ) -> float:
         """The share of images that the network classifies as labelled."""
         with self._settled():
             x, y = check_images(x, y, batch_size or bs)
@@ -138,17 +173,27 @@ class AutoAttack:
         return accuracy
 
     def _evaluate(
-        self, chosen: Sequence[NamedAttack], x: Tensor, y: Tensor, bs: int, return_labels: bool, path: Path | None
+        self,
+        chosen: Sequence[NamedAttack],
+        x: Tensor,
+        y: Tensor,
+        bs: int,
+        return_labels: bool,
+        path: Path | None,
     ) -> Any:
         with self._settled():
             x, y = check_images(x, y, bs)
             first = x[:bs].to(self._place(x))
             clean = self._clean(x, bs)
-            classes = check_answers(self._network, first, y[:bs].to(first.device), randomised=self.version == "rand")
+            classes = check_answers(
+                self._network, first, y[:bs].to(first.device), randomised=self.version == "rand"
+            )
             check_labels(y, classes)
             fitted = [self._fitted(stage, classes) for stage in chosen]
             attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
-            own = staged.identity(self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs})
+            own = staged.identity(
+                self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs}
+            )
             progress = staged.restore(path, own)
             if progress is None:
                 seed = random.SystemRandom().getrandbits(31) if self.seed is None else self.seed
@@ -170,7 +215,9 @@ class AutoAttack:
             search.check_classes(classes)
         if getattr(search, "targets", 0) < classes:
             return stage
-        self._say(f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more")
+        self._say(
+            f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more"
+        )
         return NamedAttack(stage.name, replace(search, targets=classes - 1))
 
     def _classes(self, x: Tensor, bs: int) -> Tensor:
@@ -230,7 +277,12 @@ class _Batches:
         def pieces(size: int) -> Tensor:
             self.size = size
             generator = torch.Generator(self.device).manual_seed(self.seed)
-            return torch.cat([self._piece(name, *part, generator) for part in zip(x.split(size), y.split(size), strict=True)])
+            return torch.cat(
+                [
+                    self._piece(name, *part, generator)
+                    for part in zip(x.split(size), y.split(size), strict=True)
+                ]
+            )
 
         return with_halving(pieces, self.size, self.say)
 
@@ -271,7 +323,9 @@ def check_place(model: object, device: torch.device) -> None:
         return
     other = device.index is not None and weight.device.index != device.index
     if weight.device.type != device.type or other:
-        raise UserError(f"the model is on {weight.device}, images are attacked on {device}; use device={str(weight.device)!r}")
+        raise UserError(
+            f"the model is on {weight.device}, images are attacked on {device}; use device={str(weight.device)!r}"
+        )
 
 
 def check_labels(y: Tensor, classes: int) -> None:
@@ -287,14 +341,23 @@ def check_images(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]
     Raises:
         UserError: `x` are no images in [0, 1], `y` no classes of as many, or there are none.
     """
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or len(x) == 0:
+    if (
+        not isinstance(x, Tensor)
+        or x.dtype not in (torch.float32, torch.float64)
+        or x.dim() != 4
+        or len(x) == 0
+    ):
         given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(f"x must be float32 or float64 images (N, C, H, W) in [0, 1], got {given}; use x.float()")
+        raise UserError(
+            f"x must be float32 or float64 images (N, C, H, W) in [0, 1], got {given}; use x.float()"
+        )
     x = x.detach()
     check_range(float(x.min()), float(x.max()))
     labels = as_labels(y, x)
     if labels.dim() != 1:
-        raise UserError(f"y must be {len(x)} integer classes, got shape {tuple(labels.shape)}; use y.argmax(1)")
+        raise UserError(
+            f"y must be {len(x)} integer classes, got shape {tuple(labels.shape)}; use y.argmax(1)"
+        )
     if batch_size < 1:
         raise UserError(f"bs must be >= 1, got {batch_size}")
     return x.clamp(0, 1), labels

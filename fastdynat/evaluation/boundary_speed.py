@@ -1,7 +1,8 @@
-"""How fast the decision boundary moves towards or away from images while the weights move (arXiv 2302.03015, section 4).
+"""How fast the decision boundary moves towards or away from images while the weights move (arXiv 2302.03015,
+section 4).
 
-By the envelope theorem the margin R of an image changes under a move of the weights as the soft margin at the nearest boundary
-point does, over the L1 norm of its gradient there::
+By the envelope theorem the margin R of an image changes under a move of the weights as the soft margin at the
+nearest boundary point does, over the L1 norm of its gradient there::
 
     s = <grad_theta Phi(x^), d theta> / ||grad_x Phi(x^)||_1
 
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from fastdynat.attacks import BoundarySpec, attack_mode, boundary
+from fastdynat.attack_engine.boundary import BoundarySpec, boundary
+from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import soft_margin_grad
-from fastdynat.runs.files import make_folder, write_bytes
+from fastdynat.runs.atomic_files import make_folder, write_bytes
 
 FOLDER = "boundary"  # of a run: one file per validation
 
@@ -33,8 +35,10 @@ class BoundarySpeed:
     """Margins of images and how they change.
 
     Attributes:
-        margin: (N,) L-inf distance to the boundary of the soft margin, in [0, 1] pixel units; NaN where no point was found.
-        speed: (N,) what the move of the weights adds to the margin; above 0 where the boundary moves away; NaN likewise.
+        margin: (N,) L-inf distance to the boundary of the soft margin, in [0, 1] pixel units; NaN where no
+            point was found.
+        speed: (N,) what the move of the weights adds to the margin; above 0 where the boundary moves away;
+            NaN likewise.
         correct: (N,) bool: the image itself is classified as labelled.
     """
 
@@ -43,7 +47,9 @@ class BoundarySpeed:
     correct: Tensor
 
     def columns(self, near: float) -> dict[str, float | None]:
-        """What a log keeps, with the images whose margin is below `near` apart; None where there are no such images."""
+        """What a log keeps, with the images whose margin is below `near` apart; None where there are no such
+        images.
+        """
         found = self.margin.isfinite()
         close = found & (self.margin < near)
         columns = {"margin_found": float(found.double().mean()), "margin": _mean(self.margin, found)}
@@ -79,14 +85,15 @@ def boundary_speed(
 ) -> BoundarySpeed:
     """Margins at `x`, and what a small move of the weights does to them, in eval mode and full float32.
 
-    Leaves the model's modes, buffers and gradients, and with a `generator` the global random stream, as they were.
+    Leaves the model's modes, buffers and gradients, and with a `generator` the global random stream, as they
+    were.
 
     Args:
         model: images in [0, 1] -> logits (N, K).
         x: (N, C, H, W), float32 or float64, in [0, 1].
         labels: (N,) int64.
-        move: by name of the parameters; those that are not there stay where they are. Its length sets the speed's unit: a
-            whole update makes it the change per update.
+        move: by name of the parameters; those that are not there stay where they are. Its length sets the
+            speed's unit: a whole update makes it the change per update.
         x_start, generator: of the search, as in `boundary`.
 
     Raises:
@@ -113,4 +120,6 @@ def boundary_speed(
     speed = (upstream * change).sum(1) / points.grad_norm
     nothing = torch.full_like(points.distance, float("nan"))
     known = points.found & (points.grad_norm > 0)
-    return BoundarySpeed(torch.where(known, points.distance, nothing), torch.where(known, speed, nothing), correct)
+    return BoundarySpeed(
+        torch.where(known, points.distance, nothing), torch.where(known, speed, nothing), correct
+    )

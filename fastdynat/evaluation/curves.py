@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastdynat.attacks import NamedAttack, parse_attack, usual_step
+from fastdynat.attack_engine.steps import usual_step
+from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.data import ImageSet
 from fastdynat.documents.numbers import Radius, Share
 from fastdynat.errors import UserError
@@ -49,8 +50,8 @@ def curve_of_distances(measurement: Measurement, norm: str, eps: Sequence[float]
     """The share of images whose nearest adversarial image lies beyond each radius.
 
     Args:
-        measurement: of an attack that looks for the nearest adversarial image. Where it found none the image is right at
-            every radius; where the image is misclassified as it is, at none, not even at 0.
+        measurement: of an attack that looks for the nearest adversarial image. Where it found none the image
+            is right at every radius; where the image is misclassified as it is, at none, not even at 0.
         norm: in which the distances were measured.
         eps: radii >= 0.
 
@@ -66,7 +67,9 @@ def curve_of_distances(measurement: Measurement, norm: str, eps: Sequence[float]
 def distances_of(measurement: Measurement) -> list[float | None]:
     """The measurement's distances, or a UserError where its attack gives none."""
     if measurement.distances is None:
-        raise UserError(f"{measurement.attack} stays in one ball and gives no distances; use an attack such as deepfool")
+        raise UserError(
+            f"{measurement.attack} stays in one ball and gives no distances; use an attack such as deepfool"
+        )
     return measurement.distances
 
 
@@ -85,8 +88,8 @@ def accuracy_over_eps(
 ) -> EpsCurve:
     """Run `attack` at every radius, smallest first, with the steps that go with it (`usual_step`).
 
-    An image that fell at one radius is not attacked at larger ones, whose balls hold what broke it; so the curve never rises.
-    The radius 0 is clean accuracy.
+    An image that fell at one radius is not attacked at larger ones, whose balls hold what broke it; so the
+    curve never rises. The radius 0 is clean accuracy.
 
     Args:
         attack: a name of `parse_attack`.
@@ -130,7 +133,11 @@ def _at(attack: str, eps: float, norm: str) -> NamedAttack:
         return NamedAttack("clean")
     # Another radius, to see whether the attack has one; under L0 it is a whole number.
     other = eps + 1 if norm == "l0" else eps / 2
-    here, there = (parse_attack(attack, eps=e, step_size=usual_step(norm, e), norm=norm) for e in (eps, other))
+    here, there = (
+        parse_attack(attack, eps=e, step_size=usual_step(norm, e), norm=norm) for e in (eps, other)
+    )
     if here == there:
-        raise UserError(f"{attack} does not depend on the radius; its curve comes from its distances (curve_of_distances)")
+        raise UserError(
+            f"{attack} does not depend on the radius; its curve comes from its distances (curve_of_distances)"
+        )
     return here

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import wide
-from fastdynat.attacks.vanished import vanished
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.zero_gradients import vanished
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import NO_CLASS, answers
 
@@ -17,7 +17,8 @@ SQUARE_GAIN = 0.002
 
 
 def check_answers(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, randomised: bool) -> int:
-    """Warn of a network that answers at random (unless `randomised` says so) or with probabilities; returns its classes.
+    """Warn of a network that answers at random (unless `randomised` says so) or with probabilities; returns
+    its classes.
 
     x: (n, C, H, W), one batch is enough.
     """
@@ -29,7 +30,11 @@ def check_answers(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, ra
     if len(correct) > 1 or float(moved) > MOVES:
         warn("the network answers at random: equal images get different logits; use version='rand'")
     first = passes[0]
-    if first.min() > -NEAR_ONE and first.max() < 1 + NEAR_ONE and bool(((first.sum(1) - 1).abs() < NEAR_ONE).all()):
+    if (
+        first.min() > -NEAR_ONE
+        and first.max() < 1 + NEAR_ONE
+        and bool(((first.sum(1) - 1).abs() < NEAR_ONE).all())
+    ):
         warn("the network's outputs look like probabilities: attacks need logits; leave its softmax out")
     return first.shape[1]
 

@@ -14,7 +14,8 @@ T = TypeVar("T")
 def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], None]) -> T:
     """``run(batch_size)``, from its beginning with half as many images as often as memory runs out.
 
-    Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the start.
+    Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the
+    start.
 
     Raises:
         UserError: not even one image at a time fits.
@@ -28,9 +29,13 @@ def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], 
             reason = str(error).splitlines()[0]
         # Outside the except block: until its end the traceback keeps the tensors of the failed run alive.
         if batch_size == 1:
-            raise UserError(f"memory does not suffice for one image at a time ({reason[:160]}); use another --device")
+            raise UserError(
+                f"memory does not suffice for one image at a time ({reason[:160]}); use another --device"
+            )
         batch_size = (batch_size + 1) // 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(f"out of memory: begun again with {batch_size} images per batch; that as the batch size avoids the first try")
+        say(
+            f"out of memory: begun again with {batch_size} images per batch; that as the batch size avoids the first try"
+        )

@@ -6,10 +6,11 @@ SURE = 0.05  # of seeing so few hits by chance
 
 
 def clean_hint(record: dict[str, Any]) -> str | None:
-    """In words, why `record`'s network may be wrong about nearly all images as they are; None where nothing is odd.
+    """In words, why `record`'s network may be wrong about nearly all images as they are; None where nothing
+    is odd.
 
-    Below chance is odd for every network: one that has learnt nothing guesses. At chance is odd for one that was not trained
-    here, whose classes nobody has compared with the data's.
+    Below chance is odd for every network: one that has learnt nothing guesses. At chance is odd for one that
+    was not trained here, whose classes nobody has compared with the data's.
     """
     clean = next((a for a in record["attacks"] if a["attack"] == "clean"), None)
     classes = len(record["class_names"])

@@ -18,8 +18,8 @@ class Margins:
     Attributes:
         norm: in which they were measured.
         attack: its name.
-        median: over all images; a misclassified one has distance 0, one where nothing was found an infinite one. None where
-            the median is infinite.
+        median: over all images; a misclassified one has distance 0, one where nothing was found an infinite
+            one. None where the median is infinite.
         found: share of images for which there is a distance, in [0, 1].
         edges: ends of the histogram's bins, from 0 to the largest distance; one more than bins.
         counts: images per bin, misclassified ones in the first, ones without a distance in none.

@@ -1,11 +1,13 @@
 """Signs that a robust accuracy is not one: gradients that are masked, not absent.
 
-The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and Carlini et al. 2019 (arXiv 1902.06705). A robust
-network trained as it should be shows none of them; a network that shows one may still be robust, but not by these numbers.
+The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and Carlini et al. 2019 (arXiv
+1902.06705). A robust network trained as it should be shows none of them; a network that shows one may still
+be robust, but not by these numbers.
 
-Two attacks are compared image by image. A difference counts only where it exceeds what sound networks show (`Check` says how
-much) by more than the choice of the images explains: `at_least` is its lower 99 % bound, so that of a hundred sound networks,
-each at the edge of what is usual, one would be suspected; most are far from the edge.
+Two attacks are compared image by image. A difference counts only where it exceeds what sound networks show
+(`Check` says how much) by more than the choice of the images explains: `at_least` is its lower 99 % bound, so
+that of a hundred sound networks, each at the edge of what is usual, one would be suspected; most are far from
+the edge.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from math import isnan, sqrt
 import torch
 from torch import nn
 
-from fastdynat.attacks import PGD, NamedAttack, PGDSpec, parse_attack, usual_step
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.steps import usual_step
+from fastdynat.attacks import PGD, NamedAttack, parse_attack
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
@@ -24,14 +28,18 @@ from fastdynat.evaluation.outcome import Measurement, wilson
 from fastdynat.evaluation.probes import ScaledLogits, Subject, Verdict
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
-# What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and LBGAT, on 2,000
-# images, it was 0, 0.001, 0.027 and 0 (net of images that fall to the other attack only).
-USUAL_FGSM = 0.01  # fall to FGSM, not to PGD-20: the largest cross-entropy need not be the largest of a wrong class
+# What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and
+# LBGAT, on 2,000 images, it was 0, 0.001, 0.027 and 0 (net of images that fall to the other attack only).
+USUAL_FGSM = (
+    0.01  # fall to FGSM, not to PGD-20: the largest cross-entropy need not be the largest of a wrong class
+)
 USUAL_STEPS = 0.01  # fall to PGD-50 with two starts, not to PGD-20
 USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy
 USUAL_BLACK_BOX = 0.01  # fall to a black-box attack, to no white-box one
 UNBOUNDED = 0.01  # stand in a ball that holds a grey image, the same one for all classes
-NO_GRADIENT = 0.01  # have no gradient although the network is right: images that the attack does not attack at all
+NO_GRADIENT = (
+    0.01  # have no gradient although the network is right: images that the attack does not attack at all
+)
 WHITE_BOX = ("fgsm", "pgd20", "cw20", "pgd50-2")
 RANDOM = 1e-4  # of the largest logit, between passes over the same images: AutoAttack's own limit; rounding is below 1e-5
 BLACK_BOX = "square1000"
@@ -68,8 +76,9 @@ class MaskingReport:
 
 
 def at_least(more: int, less: int, images: int) -> float:
-    """The lower 99 % bound of a difference of two shares of the same images, of which `more` count for the first only and
-    `less` for the second only (Agresti & Min 2005, Statistics in Medicine 24:729: half an image added to each of four cells).
+    """The lower 99 % bound of a difference of two shares of the same images, of which `more` count for the
+    first only and `less` for the second only (Agresti & Min 2005, Statistics in Medicine 24:729: half an
+    image added to each of four cells).
     """
     more_, less_, total = more + 0.5, less + 0.5, images + 2
     difference = (more_ - less_) / total
@@ -90,7 +99,8 @@ def check_masking(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> MaskingReport:
-    """Attack `model` in ways whose order is known for a network that masks nothing, and say where it is another.
+    """Attack `model` in ways whose order is known for a network that masks nothing, and say where it is
+    another.
 
     Args:
         model: images in [0, 1] -> logits, on `device`.
@@ -106,7 +116,9 @@ def check_masking(
     """
     grey = radius_of_grey(norm, images)
     step_size = usual_step(norm, eps)
-    fgsm, pgd, margin, longer = (parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX)
+    fgsm, pgd, margin, longer = (
+        parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX
+    )
     boxes = _black_boxes(norm, eps, source, pgd)
     subject = Subject(model, images, device, batch_size, seed, should_stop, advance)
     # The label's logit then leads by at most 1 in half of the images: far from where the softmax saturates.
@@ -126,7 +138,9 @@ def check_masking(
     spec = PGDSpec(grey, grey / 10, 50, norm=norm)
     checks.append(_unbounded(subject.run(NamedAttack(f"pgd50 at eps {grey:.3g}", PGD("ce", spec)))))
 
-    white = Verdict("every white-box attack", torch.stack([v.stands for v in (base, *(r[1] for r in rivals))]).all(0))
+    white = Verdict(
+        "every white-box attack", torch.stack([v.stands for v in (base, *(r[1] for r in rivals))]).all(0)
+    )
     for box, maker in boxes:
         found = subject.run(box, source=maker, standing=white.stands)
         checks.append(_compare("black box", white, found, USUAL_BLACK_BOX, "apgd-t,square"))
@@ -168,7 +182,12 @@ def _on_small_logits(subject: Subject, pgd: NamedAttack, base: Verdict, scale: f
 def _repeats(instability: float) -> Check:
     if isnan(instability):
         remedy = "look for a division by zero or an overflow in the network: what it computes is no number"
-        return _check("repeated answers", False, "logits are NaN or infinite, which no attack or accuracy can rest on", remedy)
+        return _check(
+            "repeated answers",
+            False,
+            "logits are NaN or infinite, which no attack or accuracy can rest on",
+            remedy,
+        )
     evidence = f"logits of equal images differ by up to {instability:.2g} of the largest, rounding by less than {RANDOM:g}"
     remedy = "switch the randomness off, or attack its mean: AutoAttack's version 'rand' averages 20 draws"
     return _check("repeated answers", instability <= RANDOM, evidence, remedy)
@@ -189,7 +208,9 @@ def _has_gradients(subject: Subject, norm: str, eps: float) -> Check:
 def _unbounded(far: Verdict) -> Check:
     share = float(far.stands.float().mean())
     evidence = f"{_share(far)}, although its ball holds a grey image; a sound attack leaves at most {100 * UNBOUNDED:g} %"
-    return _check("unbounded attack", share <= UNBOUNDED, evidence, "fastdynat eval RUN --attacks cw50-10,apgd-t,square")
+    return _check(
+        "unbounded attack", share <= UNBOUNDED, evidence, "fastdynat eval RUN --attacks cw50-10,apgd-t,square"
+    )
 
 
 def _compare(name: str, base: Verdict, rival: Verdict, usual: float, attacks: str) -> Check:

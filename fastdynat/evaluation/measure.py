@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, AttackEngine, AttackSwitches, NamedAttack, Nearest, NotCopyable, Underflow, attack_mode
+from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
+from fastdynat.attacks import NamedAttack, Nearest
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
-from fastdynat.float32 import full_float32
-from fastdynat.models.answers import half_of, logits_of, own_dtype
-from fastdynat.uncompiled import uncompiled
+from fastdynat.execution.float32 import full_float32
+from fastdynat.execution.uncompiled import uncompiled
+from fastdynat.models.logits import half_of, logits_of, own_dtype
 
 NO_CLASS = -1  # nobody's label
 
@@ -34,7 +37,9 @@ class Attacked:
 
 @dataclass
 class BatchTick:
-    """A `Tick` of one batch: tells `advance` how many images were done since the last time, and raises Stopped if asked to."""
+    """A `Tick` of one batch: tells `advance` how many images were done since the last time, and raises
+    Stopped if asked to.
+    """
 
     images: int
     should_stop: Callable[[], bool]
@@ -50,9 +55,11 @@ class BatchTick:
 
 
 class KeptReplica:
-    """What attacks on a network work with, made at its first measurement and brought up to date for each later one.
+    """What attacks on a network work with, made at its first measurement and brought up to date for each
+    later one.
 
-    For a caller whose networks change by their weights alone, as training changes them: nothing is traced and checked again.
+    For a caller whose networks change by their weights alone, as training changes them: nothing is traced and
+    checked again.
     """
 
     def __init__(self) -> None:
@@ -69,7 +76,9 @@ class KeptReplica:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Full float32, without TF32 and outside the caller's autocast: what all that is evaluated or validated is computed in."""
+    """Full float32, without TF32 and outside the caller's autocast: what all that is evaluated or validated
+    is computed in.
+    """
     with full_float32(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
@@ -94,23 +103,27 @@ def measure(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
-    """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets right.
+    """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets
+    right.
 
-    Every image counts; one that is misclassified without an attack stays so, whatever the attack makes of it. The attack works
-    on a fast replica of the network; the prediction that is counted is `model`'s own, in eval mode and full float32, on what
-    the attack returns; an adversarial image farther away than the attack's ball (`Nearest.eps`) does not count against it. The
-    random start comes from a generator of its own, so equal seeds give equal numbers and the global generator is left alone.
+    Every image counts; one that is misclassified without an attack stays so, whatever the attack makes of it.
+    The attack works on a fast replica of the network; the prediction that is counted is `model`'s own, in
+    eval mode and full float32, on what the attack returns; an adversarial image farther away than the
+    attack's ball (`Nearest.eps`) does not count against it. The random start comes from a generator of its
+    own, so equal seeds give equal numbers and the global generator is left alone.
 
     Args:
         batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
         amp_dtype: autocast for the attack; None is the images' float32, without TF32 like everything here.
         winograd: let the attack use Winograd's algorithm where that is faster.
-        source: another network, on which the attack is made (a transfer attack); the prediction stays `model`'s, and a
-            distance is that of an image that fools `model`.
-        standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that came before.
-        compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`); `say` is told what could not be
-            compiled.
-        kept: where the replica is kept for the next measurement of the same network; None makes it for this one.
+        source: another network, on which the attack is made (a transfer attack); the prediction stays
+            `model`'s, and a distance is that of an image that fools `model`.
+        standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that
+            came before.
+        compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`); `say` is told
+            what could not be compiled.
+        kept: where the replica is kept for the next measurement of the same network; None makes it for this
+            one.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -124,7 +137,12 @@ def measure(
     robust, distances = [], []
     zero, gradients = torch.zeros((), dtype=torch.int64, device=device), 0
     start = time.perf_counter()
-    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"), attack_mode(victim, "eval"):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        attack_mode(model, "eval"),
+        attack_mode(victim, "eval"),
+    ):
         ascent: Ascent | None = None
         for batch in eval_batches(chosen, batch_size=batch_size, device=device, channels_last=channels_last):
             tick = BatchTick(len(batch.x), should_stop, advance)
@@ -139,7 +157,11 @@ def measure(
                     result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
-                    distances.append(result.distance if source is None else _transferred(model, batch.labels, right, result))
+                    distances.append(
+                        result.distance
+                        if source is None
+                        else _transferred(model, batch.labels, right, result)
+                    )
                     # What was found outside the ball says nothing about it: the image itself counts.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
                 # What is wrong as it is stays so: a targeted attack may lead it to its label.
@@ -173,14 +195,18 @@ def attacked(
     compile_mode: str = "off",
     say: Callable[[str], None] = lambda text: None,
 ) -> Ascent:
-    """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be made.
+    """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be
+    made.
 
-    Each image's gradient is rescaled unless told otherwise, so that a confident network is attacked. One without gradients is
-    no error: what attacks that need none break, and how many gradients were zero, is what an evaluation is to find.
+    Each image's gradient is rescaled unless told otherwise, so that a confident network is attacked. One
+    without gradients is no error: what attacks that need none break, and how many gradients were zero, is
+    what an evaluation is to find.
 
     x: images that it can take, on its device; a model in half precision reads them rounded.
     """
-    return _attacked(model, x, amp_dtype, channels_last, winograd, rescale=rescale, compile_mode=compile_mode, say=say).ascent
+    return _attacked(
+        model, x, amp_dtype, channels_last, winograd, rescale=rescale, compile_mode=compile_mode, say=say
+    ).ascent
 
 
 def _attacked(
@@ -203,20 +229,24 @@ def _attacked(
         say = say if compile_mode != "off" else lambda text: None
         engine = AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say)
     except NotCopyable:
-        return Attacked(Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True), lambda: None)
+        return Attacked(
+            Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True), lambda: None
+        )
     engine.expect(x.to(example.dtype))
     return Attacked(engine.ascent, engine.refresh)
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
-    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is not `right` (N,) about the
-    image itself, infinite where it is not fooled."""
+    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is not `right`
+    (N,) about the image itself, infinite where it is not fooled.
+    """
     fooled = predict(model, result.x_adv) != labels
     return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 
 def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The logits (N, K) that `model` gives to `x`, which it reads rounded to its dtype where that is a half precision.
+    """The logits (N, K) that `model` gives to `x`, which it reads rounded to its dtype where that is a half
+    precision.
 
     Raises:
         UserError: it returns no logits, or is in float32 at float64 images or the other way round.
@@ -232,6 +262,8 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), NO_CLASS)
 
 
-def predict_in_batches(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def predict_in_batches(
+    model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
     """`predict` for images of any number, moved to `device` batch by batch; (N,) where `x` is."""
     return torch.cat([predict(model, part.to(device)).to(x.device) for part in x.split(batch_size)])

@@ -24,10 +24,13 @@ class Measurement:
         accuracy: share of all images classified correctly after the attack, in [0, 1].
         ci: its 95 % confidence interval (`wilson`): what other images of the same kind would have given.
         per_class: the accuracy of each class's images; None where there are none.
-        robust_bits: which images are classified correctly after the attack (`unpack_bits`), in the test set's order.
-        zero_grad_share: share of the attack's image gradients that were zero in every pixel; None for clean accuracy.
-        distances: of an attack that looks for the nearest adversarial image: each image's distance in the attack's norm, 0
-            where it is misclassified as it is, None where nothing was found. None for other attacks.
+        robust_bits: which images are classified correctly after the attack (`unpack_bits`), in the test set's
+            order.
+        zero_grad_share: share of the attack's image gradients that were zero in every pixel; None for clean
+            accuracy.
+        distances: of an attack that looks for the nearest adversarial image: each image's distance in the
+            attack's norm, 0 where it is misclassified as it is, None where nothing was found. None for other
+            attacks.
         batch_size: images per batch, after halvings for want of memory.
     """
 
@@ -45,14 +48,22 @@ class Measurement:
     batch_size: Positive
 
     def check(self, origin: str) -> "Measurement":
-        """This measurement, if its numbers agree with each other; else DocumentError. `origin` names the file it is from."""
-        if len(self.robust_bits) != 2 * (-(-self.images // 8)) or set(self.robust_bits) - set("0123456789abcdef"):
-            raise DocumentError(f"{origin}: robust_bits are not those of {self.images} images: it was damaged or edited")
+        """This measurement, if its numbers agree with each other; else DocumentError. `origin` names the file
+        it is from.
+        """
+        if len(self.robust_bits) != 2 * (-(-self.images // 8)) or set(self.robust_bits) - set(
+            "0123456789abcdef"
+        ):
+            raise DocumentError(
+                f"{origin}: robust_bits are not those of {self.images} images: it was damaged or edited"
+            )
         correct = int(unpack_bits(self.robust_bits, self.images).sum())
         if correct != self.correct or self.accuracy != correct / self.images:
             raise DocumentError(f"{origin}: its accuracy is not that of its images: it was damaged or edited")
         if self.distances is not None and len(self.distances) != self.images:
-            raise DocumentError(f"{origin}: {len(self.distances)} distances of {self.images} images: it was damaged or edited")
+            raise DocumentError(
+                f"{origin}: {len(self.distances)} distances of {self.images} images: it was damaged or edited"
+            )
         return self
 
     @classmethod
@@ -68,7 +79,9 @@ class Measurement:
         zero_grad_share: float | None = None,
         distances: Tensor | None = None,
     ) -> "Measurement":
-        """From which images stay correct, `robust` (N,) bool, their `labels` and `distances` (N,), infinite: none found."""
+        """From which images stay correct, `robust` (N,) bool, their `labels` and `distances` (N,), infinite:
+        none found.
+        """
         correct, total = int(robust.sum()), len(robust)
         return cls(
             attack=attack,
@@ -109,4 +122,6 @@ def pack_bits(mask: Tensor) -> str:
 
 def unpack_bits(bits: str, images: int) -> Tensor:
     """The (N,) bool tensor that `pack_bits` was given."""
-    return torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images).astype(bool))
+    return torch.from_numpy(
+        np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images).astype(bool)
+    )

@@ -1,4 +1,6 @@
-"""What the masking checks ask a network beside its accuracy: does it answer twice alike, and does it have gradients?"""
+"""What the masking checks ask a network beside its accuracy: does it answer twice alike, and does it have
+gradients?
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import AttackGoal, NamedAttack, attack_mode, margin, start_point
-from fastdynat.attacks.goal import AttackLoss
+from fastdynat.attack_engine.goal import AttackGoal, AttackLoss, margin
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attack_engine.steps import start_point
+from fastdynat.attacks import NamedAttack
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.measure import Stopped, answers, attacked, measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
@@ -54,7 +58,9 @@ class Subject:
     runs: int = 1
     measurements: list[Measurement] = field(default_factory=list)
 
-    def run(self, attack: NamedAttack, *, source: nn.Module | None = None, standing: Tensor | None = None) -> Verdict:
+    def run(
+        self, attack: NamedAttack, *, source: nn.Module | None = None, standing: Tensor | None = None
+    ) -> Verdict:
         """`measure`; images that are not `standing` count as broken."""
         total, told = len(self.images), 0.0
 
@@ -80,8 +86,9 @@ class Subject:
         return Verdict(attack.name, unpack_bits(found.robust_bits, total))
 
     def instability(self) -> float:
-        """By how much logits differ between passes over the same images (the first batch), over the largest of them; NaN where
-        some are no numbers."""
+        """By how much logits differ between passes over the same images (the first batch), over the largest
+        of them; NaN where some are no numbers.
+        """
         with self._batches() as batches, torch.no_grad():
             x = next(batches)[0]
             passes = torch.stack([answers(self.model, x) for _ in range(PASSES)])
@@ -91,17 +98,20 @@ class Subject:
         return float((passes.amax(0) - passes.amin(0)).amax() / largest)
 
     def median_lead(self) -> float:
-        """The label's logit minus the largest other: the median over correctly classified images; 0 without any."""
+        """The label's logit minus the largest other: the median over correctly classified images; 0 without
+        any.
+        """
         with self._batches() as batches, torch.no_grad():
             leads = torch.cat([-margin(answers(self.model, x), labels) for x, labels in batches])
         right = leads[leads > 0]
         return float(right.median()) if len(right) else 0.0
 
     def without_gradient(self, norm: str, eps: float) -> tuple[dict[AttackLoss, int], int]:
-        """How many images that are classified correctly at a random start in the ball have no gradient there (zero or NaN).
+        """How many images that are classified correctly at a random start in the ball have no gradient there
+        (zero or NaN).
 
-        Only those: the ratio of logits is constant, and rightly so, once the label is third. The gradients are the plain ones,
-        as other libraries' attacks take them, and not rescaled as in our own.
+        Only those: the ratio of logits is constant, and rightly so, once the label is third. The gradients
+        are the plain ones, as other libraries' attacks take them, and not rescaled as in our own.
 
         Returns:
             Their number for each goal (dlr needs three classes), and how many are classified correctly.

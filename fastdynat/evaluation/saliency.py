@@ -1,8 +1,10 @@
-"""Interpretability: which pixels a network's answer hangs on, and how much that looks like the object's edges.
+"""Interpretability: which pixels a network's answer hangs on, and how much that looks like the object's
+edges.
 
-Saliency is the absolute gradient of the label's logit at the image, over channels the largest (Simonyan et al. 2014,
-arXiv 1312.6034). The logit and not the loss: a loss that is saturated has no gradient, although the network still looks at
-something. Robust networks have saliency that people can read (Tsipras et al. 2019, arXiv 1805.12152).
+Saliency is the absolute gradient of the label's logit at the image, over channels the largest (Simonyan et
+al. 2014, arXiv 1312.6034). The logit and not the loss: a loss that is saturated has no gradient, although the
+network still looks at something. Robust networks have saliency that people can read (Tsipras et al. 2019,
+arXiv 1805.12152).
 """
 
 from collections.abc import Iterator
@@ -12,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, attack_mode
-from fastdynat.attacks.goal import AttackGoal
-from fastdynat.attacks.pgd import check_batch
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attack_engine.pgd import check_batch
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import attacked, exact_float32
 
 CHUNK = 256  # images in one forward and backward pass, and maps ranked at one time; bounds the memory
-BRIGHTEST = 0.99  # quantile of a map that is shown as 1: single pixels would darken all others (Smilkov et al. 2017)
+BRIGHTEST = (
+    0.99  # quantile of a map that is shown as 1: single pixels would darken all others (Smilkov et al. 2017)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +32,18 @@ class Explanation:
     """What `explain` found about n images; tensors are float32 on the CPU.
 
     Attributes:
-        saliency: (n, H, W) in [0, 1], each map over its 99 % quantile: for looking at. All numbers are of the map itself.
+        saliency: (n, H, W) in [0, 1], each map over its 99 % quantile: for looking at. All numbers are of the
+            map itself.
         smooth_grad: (n, H, W), the same of the gradient averaged over noisy copies of the image (SmoothGrad).
-        edge_alignment: Spearman's rank correlation over pixels of the saliency and the image's edges (Sobel), mean over images,
-            in [-1, 1]. Adebayo et al. 2018 (arXiv 1810.03292) compare saliency maps by it. 0 for a map that is constant.
+        edge_alignment: Spearman's rank correlation over pixels of the saliency and the image's edges (Sobel),
+            mean over images, in [-1, 1]. Adebayo et al. 2018 (arXiv 1810.03292) compare saliency maps by it.
+            0 for a map that is constant.
         smooth_edge_alignment: the same of SmoothGrad.
         image_alignment: ``|<x, g>| / ||g||``, mean over images (Etmann et al. 2019, arXiv 1905.04172).
-        concentration: Gini index of the saliency, mean over images: 0 for a uniform map, close to 1 where one pixel has it all
-            (Chalasani et al. 2020, arXiv 1810.06583).
-        reference_alignment: Spearman's correlation with the saliency of the reference network; None without one.
+        concentration: Gini index of the saliency, mean over images: 0 for a uniform map, close to 1 where one
+            pixel has it all (Chalasani et al. 2020, arXiv 1810.06583).
+        reference_alignment: Spearman's correlation with the saliency of the reference network; None without
+            one.
     """
 
     saliency: Tensor
@@ -58,7 +66,8 @@ def explain(
     noise: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Explanation:
-    """Saliency of `model` at images `x`, SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), and numbers about them.
+    """Saliency of `model` at images `x`, SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), and numbers
+    about them.
 
     Args:
         model: images in [0, 1] -> logits, on the images' device; in eval mode during the call.
@@ -74,7 +83,9 @@ def explain(
     """
     check_batch(x, AttackGoal("ce", labels))
     if len(x) == 0 or samples < 1 or noise < 0:
-        raise UserError(f"explain needs images, samples >= 1 and noise >= 0, got {len(x)}, {samples} and {noise:g}")
+        raise UserError(
+            f"explain needs images, samples >= 1 and noise >= 0, got {len(x)}, {samples} and {noise:g}"
+        )
     gradient = _mean_gradient(model, x, labels)
     smooth = _mean_gradient(model, x, labels, samples, noise, generator)
     saliency, smooth_saliency, edges = flat(gradient), flat(smooth), sobel(x)
@@ -96,18 +107,28 @@ def flat(gradient: Tensor) -> Tensor:
 
 
 def sobel(x: Tensor) -> Tensor:
-    """The Sobel magnitude (n, H, W) of the grey images, the mean of the channels of `x` (n, C, H, W); borders are repeated."""
+    """The Sobel magnitude (n, H, W) of the grey images, the mean of the channels of `x` (n, C, H, W); borders
+    are repeated.
+    """
     across = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = torch.stack([across, across.T])[:, None]
-    return F.conv2d(F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate"), kernels).square().sum(1).sqrt()
+    return (
+        F.conv2d(F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate"), kernels)
+        .square()
+        .sum(1)
+        .sqrt()
+    )
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of each map of `a` (n, H, W) with that of `b`, (n,); ties share their mean rank.
+    """Spearman's rank correlation of each map of `a` (n, H, W) with that of `b`, (n,); ties share their mean
+    rank.
 
     0 where a map is constant.
     """
-    return torch.cat([_pearson(_ranks(i), _ranks(j)) for i, j in zip(a.split(CHUNK), b.split(CHUNK), strict=True)])
+    return torch.cat(
+        [_pearson(_ranks(i), _ranks(j)) for i, j in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
+    )
 
 
 def _ranks(maps: Tensor) -> Tensor:
@@ -136,7 +157,9 @@ def image_alignment(x: Tensor, gradient: Tensor) -> Tensor:
     """``|<x, g>| / ||g||`` per image, (n,); 0 where the gradient is."""
     x, gradient = x.flatten(1).double(), gradient.flatten(1).double()
     length = gradient.norm(dim=1)
-    return torch.where(length > 0, (x * gradient).sum(1).abs() / length.clamp_min(torch.finfo(torch.double).tiny), 0.0)
+    return torch.where(
+        length > 0, (x * gradient).sum(1).abs() / length.clamp_min(torch.finfo(torch.double).tiny), 0.0
+    )
 
 
 def _mean_gradient(
@@ -147,7 +170,9 @@ def _mean_gradient(
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The mean gradient of each label's logit at `samples` copies of its image, noisy and not clipped, (n, C, H, W)."""
+    """The mean gradient of each label's logit at `samples` copies of its image, noisy and not clipped, (n, C,
+    H, W).
+    """
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         total = torch.zeros_like(x)
         sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
@@ -155,7 +180,9 @@ def _mean_gradient(
         for rows in _chunks(len(x), samples, x.device):
             read = x[rows]
             if noise:
-                read = read + sigma[rows] * torch.randn(read.shape, dtype=x.dtype, device=x.device, generator=generator)
+                read = read + sigma[rows] * torch.randn(
+                    read.shape, dtype=x.dtype, device=x.device, generator=generator
+                )
             total.index_add_(0, rows, _pull(ascent, read, labels[rows]))
     return total / samples
 
@@ -174,4 +201,9 @@ def _shown(maps: Tensor) -> Tensor:
     top = maps.flatten(1).quantile(BRIGHTEST, dim=1)[:, None, None]
     # Where at most one pixel in a hundred has a gradient at all, the largest is what there is to divide by.
     top = torch.where(top > 0, top, maps.amax((1, 2), keepdim=True))
-    return torch.where(top > 0, maps / top.clamp_min(torch.finfo(maps.dtype).tiny), 0.0).clamp(0, 1).float().cpu()
+    return (
+        torch.where(top > 0, maps / top.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)
+        .clamp(0, 1)
+        .float()
+        .cpu()
+    )

@@ -1,4 +1,6 @@
-"""Attacks one after the other, each on the images that all before it left standing: the worst case, and where it stopped."""
+"""Attacks one after the other, each on the images that all before it left standing: the worst case, and where
+it stopped.
+"""
 
 import hashlib
 import json
@@ -16,7 +18,7 @@ from fastdynat.documents import read_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
-from fastdynat.runs.files import check_writable, write_text
+from fastdynat.runs.atomic_files import check_writable, write_text
 
 FORMAT = "fastdynat-autoattack/1"
 Bits = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*$")]
@@ -49,7 +51,9 @@ class Progress:
 
 
 def identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
-    """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean` where it has none."""
+    """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean`
+    where it has none.
+    """
     weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
     return {"model": digest(weights or [clean]), "images": digest([x, y]), **numbers}
 
@@ -80,11 +84,17 @@ def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
     if not path.exists():
         return None
     remedy = "name another file, or remove it"
-    known = read_json(path, Progress, what="the state of an AutoAttack evaluation", format=FORMAT, remedy=remedy)
+    known = read_json(
+        path, Progress, what="the state of an AutoAttack evaluation", format=FORMAT, remedy=remedy
+    )
     own = json.loads(json.dumps(own))
-    different = [name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)]
+    different = [
+        name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)
+    ]
     if different:
-        raise UserError(f"{path} is of another evaluation: {', '.join(sorted(different))} differ; name another state file")
+        raise UserError(
+            f"{path} is of another evaluation: {', '.join(sorted(different))} differ; name another state file"
+        )
     return known
 
 
@@ -99,7 +109,8 @@ def run_stages(
     path: Path | None,
     say: Say,
 ) -> Tensor:
-    """Run those of `stages` that are not finished; `progress` is kept up to date, and stored at `path` after every batch.
+    """Run those of `stages` that are not finished; `progress` is kept up to date, and stored at `path` after
+    every batch.
 
     Returns:
         The adversarial images (N, C, H, W), an image itself where it stands or fell before a resume.
@@ -124,7 +135,9 @@ def run_stages(
         progress.accuracies[name] = accuracy
         progress.entering, progress.batches = progress.robust, 0
         _store(progress, path)
-        say(f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {sum(progress.seconds.values()):.1f} s)")
+        say(
+            f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {sum(progress.seconds.values()):.1f} s)"
+        )
     return x_adv
 
 

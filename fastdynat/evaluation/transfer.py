@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks import Ascent, NamedAttack, attack_mode
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attacks import NamedAttack
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
@@ -43,7 +45,8 @@ def transfer_matrix(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> TransferMatrix:
-    """Attack every network once and let all of them classify what came out: as many attacks as networks, not pairs.
+    """Attack every network once and let all of them classify what came out: as many attacks as networks, not
+    pairs.
 
     Args:
         networks: images in [0, 1] -> logits, on `device`, by name.
@@ -55,7 +58,9 @@ def transfer_matrix(
         Stopped: `should_stop` said so.
     """
     if not networks or attack.search is None:
-        raise UserError(f"a transfer matrix needs networks and an attack, got {len(networks)} networks and {attack.name!r}")
+        raise UserError(
+            f"a transfer matrix needs networks and an attack, got {len(networks)} networks and {attack.name!r}"
+        )
     targets = list(networks.values())
     correct = torch.zeros(len(targets), len(targets), dtype=torch.int64, device=device)
     clean = torch.zeros(len(targets), dtype=torch.int64, device=device)

@@ -1,7 +1,7 @@
 """The machine: its identity, instruction sets, timing, and the cache of what was measured."""
 
 from fastdynat.machine import capability, racing
-from fastdynat.machine.cache import folder, replace_text
+from fastdynat.machine.cache_folder import folder, replace_text
 from fastdynat.machine.capability import half_types, processor, vector_bits, versions
 from fastdynat.machine.gpu_racing import copy_bandwidth, race_on_gpu
 from fastdynat.machine.load import OtherLoad, free_cores

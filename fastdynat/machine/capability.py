@@ -30,8 +30,15 @@ FLAGS = (
     "svebf16",
     "asimdhp",
 )
-# Of the environment; each makes oneDNN or ATen take other instructions or threads than the processor would suggest.
-VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY", "OMP_PROC_BIND")
+# Of the environment; each makes oneDNN or ATen take other instructions or threads than the processor would
+# suggest.
+VARIABLES = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ATEN_CPU_CAPABILITY",
+    "OMP_PROC_BIND",
+)
 QUESTIONS = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}
 
 
@@ -40,11 +47,16 @@ def half_types(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {
-            "bf16": "" if major >= 8 else f"bf16 has no tensor cores on this GPU (compute capability {major}.{minor})",
-            "fp16": "" if major >= 7 else f"fp16 has no tensor cores on this GPU (compute capability {major}.{minor})",
+            "bf16": ""
+            if major >= 8
+            else f"bf16 has no tensor cores on this GPU (compute capability {major}.{minor})",
+            "fp16": ""
+            if major >= 7
+            else f"fp16 has no tensor cores on this GPU (compute capability {major}.{minor})",
         }
     return {
-        name: "" if _on_cpu(question) else f"{name} has no instructions on this CPU" for name, question in QUESTIONS.items()
+        name: "" if _on_cpu(question) else f"{name} has no instructions on this CPU"
+        for name, question in QUESTIONS.items()
     }
 
 
@@ -59,9 +71,13 @@ def _on_cpu(question: str) -> bool:
 
 
 def vector_bits() -> int:
-    """Width of the vectors that oneDNN's float32 convolutions compute with on this CPU; 512 where that is not known."""
+    """Width of the vectors that oneDNN's float32 convolutions compute with on this CPU; 512 where that is not
+    known.
+    """
     _, flags = _cpu_info()
-    most = next((os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), "")
+    most = next(
+        (os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), ""
+    )
     narrow = most.upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
     return 256 if "avx2" in flags and (narrow or "avx512f" not in flags) else 512
 
@@ -72,17 +88,27 @@ def processor(device: torch.device) -> dict[str, Any]:
         found: dict[str, Any] = {"model": torch.cuda.get_device_name(device), "flags": []}
     else:
         model, flags = _cpu_info()
-        found = {"model": model, "flags": [flag for flag in FLAGS if flag in flags], "threads": torch.get_num_threads()}
+        found = {
+            "model": model,
+            "flags": [flag for flag in FLAGS if flag in flags],
+            "threads": torch.get_num_threads(),
+        }
         found["environment"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         found["onednn"] = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     return found | {"torch": torch.__version__}
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """Of the software that makes and runs kernels on `device`: fastdynat, torch, Triton, and on a GPU CUDA and its driver."""
+    """Of the software that makes and runs kernels on `device`: fastdynat, torch, Triton, and on a GPU CUDA
+    and its driver.
+    """
     found: dict[str, Any] = {"fastdynat": __version__, "torch": torch.__version__, "triton": _triton()}
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": list(torch.cuda.get_device_capability(device))}
+        found |= {
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+            "capability": list(torch.cuda.get_device_capability(device)),
+        }
     return found
 
 
@@ -113,5 +139,8 @@ def _cpu_info(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
     except OSError:
         pass
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part")
-    model = " ".join(lines[name] for name in names if name in lines) or f"{platform.machine()} {platform.processor()}".strip()
+    model = (
+        " ".join(lines[name] for name in names if name in lines)
+        or f"{platform.machine()} {platform.processor()}".strip()
+    )
     return model, set((lines.get("flags") or lines.get("Features") or "").split())

@@ -9,11 +9,13 @@ import torch
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 3, 5, 50
 
 
-def race_on_gpu(calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.2) -> dict[str, float]:
+def race_on_gpu(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.2
+) -> dict[str, float]:
     """The median seconds per call of each of `calls` on the current stream of `device`, timed in turns.
 
-    Before each call the second-level cache is overwritten, so that all find it the same; that also takes the GPU long enough
-    for the call's launches to be queued meanwhile. Waits for the device.
+    Before each call the second-level cache is overwritten, so that all find it the same; that also takes the
+    GPU long enough for the call's launches to be queued meanwhile. Waits for the device.
 
     seconds: stop after the round in which so much time has passed, but not before the fifth.
     """
@@ -40,7 +42,9 @@ def race_on_gpu(calls: Mapping[str, Callable[[], object]], device: torch.device,
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes per second, read and written together, of a copy of `size` bytes on `device`: what a single pass can reach."""
+    """Bytes per second, read and written together, of a copy of `size` bytes on `device`: what a single pass
+    can reach.
+    """
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / race_on_gpu({"copy": lambda: target.copy_(source)}, device)["copy"]

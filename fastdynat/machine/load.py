@@ -22,7 +22,8 @@ class OtherLoad:
 
 
 def free_cores() -> int:
-    """Cores on which nothing wants to run at this moment beside the thread that asks; all where the system does not tell.
+    """Cores on which nothing wants to run at this moment beside the thread that asks; all where the system
+    does not tell.
 
     Takes 10 ms: a thread that only looks after something runs in none or few of the moments.
     """

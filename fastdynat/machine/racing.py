@@ -17,10 +17,11 @@ def race(
     seconds: float = 0.5,
     clock: Clock | None = None,
 ) -> dict[str, float]:
-    """The least seconds per call of each of `calls` on the CPU, timed in turns: what disturbs the machine disturbs them all.
+    """The least seconds per call of each of `calls` on the CPU, timed in turns: what disturbs the machine
+    disturbs them all.
 
-    The first call of each only warms it up, unless it alone tells that the candidate is hopeless. After each round those
-    are left out that take more than twice the time of the best.
+    The first call of each only warms it up, unless it alone tells that the candidate is hopeless. After each
+    round those are left out that take more than twice the time of the best.
 
     Args:
         calls: by name, the surest first: what comes later is compared with it.
@@ -32,7 +33,8 @@ def race(
     running, begin = dict(calls), clock()
     for name, call in calls.items():
         took = _once(call, clock)
-        # A first call also makes its kernels, which takes milliseconds; a hundred times the best is no such thing.
+        # A first call also makes its kernels, which takes milliseconds; a hundred times the best is no such
+        # thing.
         if least and took > 100 * min(least.values()):
             least[name] = took
             del running[name]
@@ -62,7 +64,8 @@ def one_thread() -> Iterator[None]:
 def quiet_clock() -> Clock:
     """A clock that other processes do not advance, where there is one: the time that this thread computed.
 
-    With several threads there is none, as those that wait for others compute as well; rounds and the least of them must do.
+    With several threads there is none, as those that wait for others compute as well; rounds and the least of
+    them must do.
     """
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 

@@ -86,7 +86,9 @@ BUILT_IN = {
 
 
 class _Methods(MutableMapping[str, "type[Method[Any]]"]):
-    """The methods by name, each imported when it is looked up; a method of one's own is put in like in a dictionary."""
+    """The methods by name, each imported when it is looked up; a method of one's own is put in like in a
+    dictionary.
+    """
 
     def __init__(self) -> None:
         self.classes: dict[str, type[Method[Any]] | None] = dict.fromkeys(BUILT_IN)

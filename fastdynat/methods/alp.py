@@ -1,15 +1,18 @@
-"""Adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373), in the form that later work trains as a baseline.
+"""Adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373), in the form that later work trains as a
+baseline.
 
     min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing * MSE(f(x), f(x')),   x' = PGD on CE(f(.), y)
 
-The mean square is over images and classes, and its gradient flows into both arguments. The paper's code is for ImageNet and
-TensorFlow; start (x + 0.001 N(0, I)), halves and order of the passes are those of the code of Pang et al. 2020 (AT_HE), whose
-clean batch goes through the network before the attacked one, so that both move the running statistics.
+The mean square is over images and classes, and its gradient flows into both arguments. The paper's code is
+for ImageNet and TensorFlow; start (x + 0.001 N(0, I)), halves and order of the passes are those of the code
+of Pang et al. 2020 (AT_HE), whose clean batch goes through the network before the attacked one, so that both
+move the running statistics.
 """
 
 import torch.nn.functional as F
 
-from fastdynat.attacks import AttackGoal, AttackResult, wide
+from fastdynat.attack_engine.goal import AttackGoal, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
 from fastdynat.methods.options.regularised import AlpOptions
@@ -28,8 +31,13 @@ class Alp(Method[AlpOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
-        fits = [dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels) for logits in (clean, adv)]
+        fits = [
+            dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels) for logits in (clean, adv)
+        ]
         pairing = F.mse_loss(wide(clean), wide(adv))
         loss = 0.5 * fits[0].loss + 0.5 * fits[1].loss + self.options.logit_pairing * pairing
         accuracies = [share(fit.target_correct, batch) for fit in fits]
-        return Outer({"model": loss}, {"loss": loss.detach(), "train_acc": accuracies[0], "train_adv_acc": accuracies[1]})
+        return Outer(
+            {"model": loss},
+            {"loss": loss.detach(), "train_acc": accuracies[0], "train_adv_acc": accuracies[1]},
+        )

@@ -8,24 +8,18 @@ The student learns on attacked images what a frozen, robust teacher says of the 
 Silent effects of the released code, and what is done with them here:
 
 - its KL is torch's default mean over all N K entries, which is the divergence divided by K: `kl_mean`.
-- at alpha 1 it still runs the clean batch through the student in train mode, after the attacked one, which moves the running
-  statistics that evaluation uses. Kept: `bn_clean_forward`.
-- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train. The default here
-  is eval, as for every other method.
+- at alpha 1 it still runs the clean batch through the student in train mode, after the attacked one, which
+  moves the running statistics that evaluation uses. Kept: `bn_clean_forward`.
+- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train.
+  The default here is eval, as for every other method.
 - its learning rate falls once, not twice: the drop at 150 of 200 epochs starts again from the initial rate.
   --epochs 200 --schedule multistep --milestones 0.5 is what it does, --milestones 0.5 0.75 what it says.
 """
 
-from fastdynat.attacks import AttackGoal, AttackResult, wide
+from fastdynat.attack_engine.goal import AttackGoal, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
-    Inner,
-    Method,
-    Networks,
-    Outer,
-    accuracy,
-    clean_statistics_pass,
-)
+from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, clean_statistics_pass
 from fastdynat.methods.guidance import mean_kl, teacher_logits
 from fastdynat.methods.options.taught import ArdOptions
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -45,7 +39,8 @@ class Ard(Method[ArdOptions]):
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.dynamic_labels is not None
         alpha, temperature = self.options.alpha, self.options.temperature
-        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the
+        # order.
         logits = wide(nets.model(attacked.x_adv))
         distilled = mean_kl(inner.dynamic_labels, logits, temperature=temperature, mean=self.options.kl_mean)
         loss = alpha * temperature**2 * distilled

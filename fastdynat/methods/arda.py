@@ -1,14 +1,16 @@
-"""Adversarial data augmentation: batches of clean and attacked images (Goodfellow et al. 2015, Kurakin et al. 2017).
+"""Adversarial data augmentation: batches of clean and attacked images (Goodfellow et al. 2015, Kurakin et al.
+2017).
 
     min (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
 
-The first `adversarial_share` of each (shuffled) batch is attacked, the rest is clean, and both go through the network as one
-batch, so that batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of 0 is natural training, a share of 1 is
-Madry's, to the last bit. The published attacks are single steps, against which a network can learn to hide its gradient; the
-default is Madry's ten, and ``--steps 1 --start none --step-size EPS`` is Goodfellow's FGSM.
+The first `adversarial_share` of each (shuffled) batch is attacked, the rest is clean, and both go through the
+network as one batch, so that batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of 0 is
+natural training, a share of 1 is Madry's, to the last bit. The published attacks are single steps, against
+which a network can learn to hide its gradient; the default is Madry's ten, and ``--steps 1 --start none
+--step-size EPS`` is Goodfellow's FGSM.
 
-The form of this idea for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), needs an attack whose goal sees the image;
-it is not here.
+The form of this idea for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), needs an attack whose goal
+sees the image; it is not here.
 """
 
 import math
@@ -16,7 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import Attacker, AttackGoal, AttackResult
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, share, unattacked
 from fastdynat.methods.options.plain import ArdaOptions
@@ -47,11 +51,18 @@ class Arda(Method[ArdaOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = nets.model(attacked.x_adv)
-        fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels, weights=self.weights(batch))
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_mixed_acc": share(fit.target_correct, batch)})
+        fit = dynamic_label_cross_entropy(
+            logits, batch.labels, labels=batch.labels, weights=self.weights(batch)
+        )
+        return Outer(
+            {"model": fit.loss},
+            {"loss": fit.loss.detach(), "train_mixed_acc": share(fit.target_correct, batch)},
+        )
 
     def weights(self, batch: Batch) -> Tensor | None:
-        """Of mean 1, so that each kind of image has its share of the loss; None is 1, where there is one kind."""
+        """Of mean 1, so that each kind of image has its share of the loss; None is 1, where there is one
+        kind.
+        """
         images, attacked = len(batch.labels), self.num_attacked(batch)
         if attacked in (0, images):
             return None

@@ -12,7 +12,9 @@ from fastdynat.ops import dynamic_label_cross_entropy
 
 
 class BurnIn(Natural):
-    """``min CE(f(x), y)`` for the model and, where `method` trains one, for the guide. Not a method of its own."""
+    """``min CE(f(x), y)`` for the model and, where `method` trains one, for the guide. Not a method of its
+    own.
+    """
 
     def __init__(self, method: Method[Any]) -> None:
         super().__init__(NaturalOptions())
@@ -29,5 +31,8 @@ class BurnIn(Natural):
         outer = super().outer(nets, batch, inner, attacked)
         if inner.guide is None:
             return outer
-        guide = {"guide_loss": inner.guide.loss.detach(), "guide_acc": share(inner.guide.target_correct, batch)}
+        guide = {
+            "guide_loss": inner.guide.loss.detach(),
+            "guide_acc": share(inner.guide.target_correct, batch),
+        }
         return replace(outer, logs=outer.logs | guide)

@@ -29,4 +29,6 @@ def stored_config(path: Path) -> TrainConfig[Any]:
     if not isinstance(values.get("method"), str):
         raise UserError(f"{origin} names no method: it is truncated or was edited")
     config = default_config(values["method"])
-    return update(config, {key: old for key, old in BEFORE.items() if key in to_flat(config)} | values, origin)
+    return update(
+        config, {key: old for key, old in BEFORE.items() if key in to_flat(config)} | values, origin
+    )

@@ -2,16 +2,17 @@
 
     minimise CE(softmax(f_g(x) / T), softmax(f_s(x) / T))      on clean images; at test time T is 1
 
-The teacher is trained at the same temperature: --method natural --temperature T. There is no attack in training and, as in the
-paper, no factor T^2.
+The teacher is trained at the same temperature: --method natural --temperature T. There is no attack in
+training and, as in the paper, no factor T^2.
 
-Logits become about T times larger, so that at T = 1 the softmax saturates and the gradient of the cross-entropy underflows:
-PGD as most libraries have it goes nowhere and reports robust accuracy. That is masking (`fastdynat eval --checks` says so). An
-attack on the margin of the logits (--attacks cw) breaks it, as Carlini & Wagner 2017 did; so does our evaluation's PGD, which
-rescales each image's gradient.
+Logits become about T times larger, so that at T = 1 the softmax saturates and the gradient of the
+cross-entropy underflows: PGD as most libraries have it goes nowhere and reports robust accuracy. That is
+masking (`fastdynat eval --checks` says so). An attack on the margin of the logits (--attacks cw) breaks it,
+as Carlini & Wagner 2017 did; so does our evaluation's PGD, which rescales each image's gradient.
 """
 
-from fastdynat.attacks import AttackResult, wide
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.guidance import teacher_logits
@@ -42,7 +43,11 @@ class Distillation(Method[DistillationOptions]):
         assert inner.dynamic_labels is not None
         logits, temperature = wide(nets.model(batch.x)), self.options.temperature
         fit = dynamic_label_cross_entropy(
-            logits / temperature, inner.dynamic_labels, labels=batch.labels, soft=True, temperature=temperature
+            logits / temperature,
+            inner.dynamic_labels,
+            labels=batch.labels,
+            soft=True,
+            temperature=temperature,
         )
         logs = {
             "loss": fit.loss.detach(),

@@ -1,21 +1,24 @@
-"""DyART: dynamics-aware robust training, which moves the decision boundary away from the images (arXiv 2302.03015, ICLR 2023).
+"""DyART: dynamics-aware robust training, which moves the decision boundary away from the images (arXiv
+2302.03015, ICLR 2023).
 
 R(x) is the L-inf distance of an image to the zeros of its soft margin Phi, and the model minimises::
 
     CE(f(x), y) + margin_weight * h(R(x)),   h(R) = exp(-decay R) / decay below r0, constant from r0 on
 
-R has a gradient in closed form, that of Phi at the nearest boundary point x^ over ||grad_x Phi(x^)||_1, so that nothing is
-differentiated through the search. What is minimised here has that gradient, with w constant::
+R has a gradient in closed form, that of Phi at the nearest boundary point x^ over ||grad_x Phi(x^)||_1, so
+that nothing is differentiated through the search. What is minimised here has that gradient, with w constant::
 
     -(margin_weight / N) sum_i w_i Phi(x^_i),   w = exp(-decay R) / ||grad_x Phi(x^)||_1 where R < r0, else 0
 
-Images that the model gets wrong (Phi <= 0), for which no point is found, or whose point fails the quality filter have weight 0
-and contribute only their cross-entropy; N counts them all. The model sees the points first and then the images, in train mode,
-as two batches of batch norm; search, R and the gradient norm use eval mode.
+Images that the model gets wrong (Phi <= 0), for which no point is found, or whose point fails the quality
+filter have weight 0 and contribute only their cross-entropy; N counts them all. The model sees the points
+first and then the images, in train mode, as two batches of batch norm; search, R and the gradient norm use
+eval mode.
 
-One thing differs from the released code: it hands the model only the points that pass, a batch of another size at every step.
-Here the batch keeps its shape, and in the places of the others stand what the search ended with: the image itself where nothing
-was found. That shows in batch norm's statistics of this pass alone.
+One thing differs from the released code: it hands the model only the points that pass, a batch of another
+size at every step.
+Here the batch keeps its shape, and in the places of the others stand what the search ended with: the image
+itself where nothing was found. That shows in batch norm's statistics of this pass alone.
 """
 
 from dataclasses import replace
@@ -24,11 +27,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import Attacker, AttackGoal, AttackResult, Boundary, BoundarySpec, PGDSpec
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.boundary import Boundary, BoundarySpec
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
-from fastdynat.methods.options.dyart import DyartOptions
+from fastdynat.methods.options.dyart_options import DyartOptions
 from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
 from fastdynat.units import parse_size
 
@@ -49,9 +56,13 @@ class Dyart(Method[DyartOptions]):
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.norm != "linf":
-            raise UserError(f"method dyart searches the boundary under linf, got --norm {spec.norm}; leave it out")
+            raise UserError(
+                f"method dyart searches the boundary under linf, got --norm {spec.norm}; leave it out"
+            )
         if attack_bn != "eval":
-            raise UserError(f"method dyart searches the boundary with --attack-bn eval, got {attack_bn}; leave it out")
+            raise UserError(
+                f"method dyart searches the boundary with --attack-bn eval, got {attack_bn}; leave it out"
+            )
         self.search(spec)
 
     def search(self, spec: PGDSpec) -> BoundarySpec:

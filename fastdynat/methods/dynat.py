@@ -1,38 +1,41 @@
 """DYNAT: dynamic labels from a guide (arXiv 2408.13102).
 
-Guide and model are trained together from scratch. The guide learns the true labels on clean images; its prediction on the clean
-batch is the label against which the model is attacked and which it learns on the attacked images::
+Guide and model are trained together from scratch. The guide learns the true labels on clean images; its
+prediction on the clean batch is the label against which the model is attacked and which it learns on the
+attacked images::
 
-    l_nat = argmax f_g(x)                      from the guide's train-mode logits, no gradient
-    x'    = PGD on CE(f_t(.), l_nat)           model in eval mode, start x + 0.001 N(0, I), no projection of the start
-    guide minimises CE(f_g(x), y),   model minimises beta * CE(f_t(x'), l_nat)
+    l_nat = argmax f_g(x)                      from the guide's train-mode logits, no gradient x'    = PGD on
+    CE(f_t(.), l_nat)           model in eval mode, start x + 0.001 N(0, I), no projection of the start guide
+    minimises CE(f_g(x), y),   model minimises beta * CE(f_t(x'), l_nat)
 
-The two losses share no parameter and no gradient path, so under SGD beta scales the model's learning rate (and divides its
-weight decay) and trades nothing against the guide.
+The two losses share no parameter and no gradient path, so under SGD beta scales the model's learning rate
+(and divides its weight decay) and trades nothing against the guide.
 
 Silent effects of the released code, and what is done with them here:
 
-- it runs the clean batch through the model in train mode although the result is unused; that second pass gives the clean images
-  52.6 % of the running statistics that attack and evaluation use. Kept, after the attacked batch as there: `bn_clean_forward`.
-- it evaluates the guide again in every attack step. The label cannot change between steps (same batch, same weights, batch
-  statistics), so one pass serves label and guide loss. Only the guide's running statistics differ (1 update per batch, not
-  11), and nothing reads them during training unless `guide_mode` is "eval".
-- it accepts --beta, which its script sets to 6, and ignores it. Here `beta` weighs the model's loss; 1 is the release's active
-  line, 0.2 its commented one.
+- it runs the clean batch through the model in train mode although the result is unused; that second pass
+  gives the clean images 52.6 % of the running statistics that attack and evaluation use. Kept, after the
+  attacked batch as there: `bn_clean_forward`.
+- it evaluates the guide again in every attack step. The label cannot change between steps (same batch, same
+  weights, batch statistics), so one pass serves label and guide loss. Only the guide's running statistics
+  differ (1 update per batch, not 11), and nothing reads them during training unless `guide_mode` is "eval".
+- it accepts --beta, which its script sets to 6, and ignores it. Here `beta` weighs the model's loss; 1 is the
+  release's active line, 0.2 its commented one.
 
 Variants, each a set of options:
 
 - "no inner" is ``--inner-loss kl_self``.
 - DYNAT-AWP as released is
   ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 9 --awp-objective trades``.
-- `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight, computed with the dynamic labels. No such
-  hybrid is published; the rules and their sources are in `weighting.py`.
+- `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight, computed with the dynamic
+  labels. No such hybrid is published; the rules and their sources are in `weighting.py`.
 """
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import (
     AttackDefaults,
@@ -74,7 +77,8 @@ class Dynat(Method[DynatOptions]):
         assert nets.guide is not None
         assert nets.guide_eval is not None
         guide_logits = nets.guide(batch.x)
-        # One pass over the guide's logits: its own loss and gradient, its accuracy, and the labels for the model.
+        # One pass over the guide's logits: its own loss and gradient, its accuracy, and the labels for the
+        # model.
         guide = dynamic_label_cross_entropy(guide_logits, batch.labels, labels=batch.labels)
         label_logits, hard = guide_logits.detach(), guide.predictions
         if self.options.guide_mode == "eval":
@@ -108,12 +112,15 @@ class Dynat(Method[DynatOptions]):
             logits,
             inner.dynamic_labels if guided else batch.labels,
             labels=batch.labels,
-            weights=self.weights(logits, batch.labels if self.options.weight_labels == "true" else hard, attacked),
+            weights=self.weights(
+                logits, batch.labels if self.options.weight_labels == "true" else hard, attacked
+            ),
             soft=guided and self.options.label_type == "soft",
             temperature=self.options.temperature,
         )
         loss = self.options.beta * fit.loss
-        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the
+        # order.
         if self.options.extra_kl_weight > 0:
             log_p_clean = wide(nets.model(batch.x)).log_softmax(1)
             loss = loss + self.options.extra_kl_weight * kl_from_log_probs(log_p_clean, wide(logits)).mean()
@@ -130,7 +137,9 @@ class Dynat(Method[DynatOptions]):
         return Outer({"model": loss}, logs)
 
     def weights(self, logits: Tensor, labels: Tensor, attacked: AttackResult) -> Tensor | None:
-        """Of the images' losses, by the attacked images' `logits` and the `labels` that the weights are about; None is 1."""
+        """Of the images' losses, by the attacked images' `logits` and the `labels` that the weights are
+        about; None is 1.
+        """
         if not self.weighted():
             return None
         o = self.options

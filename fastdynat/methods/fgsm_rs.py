@@ -1,6 +1,8 @@
-"""FGSM adversarial training from a random start, "fast" adversarial training (Wong et al. 2020, arXiv 2001.03994)."""
+"""FGSM adversarial training from a random start, "fast" adversarial training (Wong et al. 2020, arXiv
+2001.03994).
+"""
 
-from fastdynat.attacks import PGDSpec
+from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults
 from fastdynat.methods.madry import Madry
@@ -8,9 +10,11 @@ from fastdynat.methods.options.plain import FgsmRsOptions
 
 
 class FgsmRs(Madry):
-    """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of the paper).
+    """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of
+    the paper).
 
-    The released code attacks with the batch's statistics (``--attack-bn train``). Watch it for catastrophic overfitting.
+    The released code attacks with the batch's statistics (``--attack-bn train``). Watch it for catastrophic
+    overfitting.
     """
 
     name = "fgsm_rs"

@@ -1,9 +1,14 @@
-"""Free adversarial training: weights and perturbation from one backward pass (Shafahi et al. 2019, arXiv 1904.12843)."""
+"""Free adversarial training: weights and perturbation from one backward pass (Shafahi et al. 2019, arXiv
+1904.12843).
+"""
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import Attacker, AttackResult, PGDSpec, pgd_step
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.steps import pgd_step
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
@@ -12,12 +17,13 @@ from fastdynat.ops import dynamic_label_cross_entropy
 
 
 class Free(Method[FreeOptions]):
-    """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign grad_d)`` (algorithm 1).
+    """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign
+    grad_d)`` (algorithm 1).
 
-    The perturbation goes on from one batch to the next, image by position, and from checkpoint to resumed run. As in the
-    re-implementation of Wong et al. it is clipped to the image range of the images it was made for; here also of those it is
-    then put on. The network is in train mode throughout: there is no other pass. The learning rate is that of the batch for
-    all of its replays.
+    The perturbation goes on from one batch to the next, image by position, and from checkpoint to resumed
+    run. As in the re-implementation of Wong et al. it is clipped to the image range of the images it was made
+    for; here also of those it is then put on. The network is in train mode throughout: there is no other
+    pass. The learning rate is that of the batch for all of its replays.
     """
 
     name = "free"
@@ -49,10 +55,15 @@ class Free(Method[FreeOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})
+        return Outer(
+            {"model": fit.loss},
+            {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)},
+        )
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
         grad, spec = attacked.x_adv.grad, attack.spec
         assert grad is not None
-        moved = pgd_step(attacked.x_adv.detach(), grad, batch.x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps)
+        moved = pgd_step(
+            attacked.x_adv.detach(), grad, batch.x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps
+        )
         self.buffers["delta"][: len(batch.x)].copy_(moved.x_adv - batch.x)

@@ -3,20 +3,24 @@
     min mean w_i CE(f(x'_i), y_i),   x' = PGD on CE(f(.), y) from a uniform start
     w_i ~ 1 + tanh(lam + 5 (1 - 2 kappa_i / S)), mean 1
 
-kappa_i counts the S attack steps at which the image was still classified correctly: images near the boundary weigh more.
+kappa_i counts the S attack steps at which the image was still classified correctly: images near the boundary
+weigh more.
 
 Silent effects of the released code, and what is done with them here:
 
-- all weights are 1 in the first half of the run: `weight_from`. (It counts epochs from 1 and begins with number 60 of 120, one
-  epoch before the half; 30 of 100 for ResNet-18.)
-- it halves S as an integer, so that its weights differ from the formula's where S is odd, and S = 1 divides by zero. Here the
-  formula holds for any S.
-- its schedule "piecewise" for lambda never reaches the second and third piece. There is one lambda here, as in its default.
+- all weights are 1 in the first half of the run: `weight_from`. (It counts epochs from 1 and begins with
+  number 60 of 120, one epoch before the half; 30 of 100 for ResNet-18.)
+- it halves S as an integer, so that its weights differ from the formula's where S is odd, and S = 1 divides
+  by zero. Here the formula holds for any S.
+- its schedule "piecewise" for lambda never reaches the second and third piece. There is one lambda here, as
+  in its default.
 
-Its authors concede that the robustness gained does not hold against other attacks than PGD: evaluate with cw beside pgd20.
+Its authors concede that the robustness gained does not hold against other attacks than PGD: evaluate with cw
+beside pgd20.
 """
 
-from fastdynat.attacks import AttackGoal, AttackResult
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import Inner, Method, Networks, Outer, share
 from fastdynat.methods.options.weighted import GairatOptions
@@ -44,4 +48,7 @@ class Gairat(Method[GairatOptions]):
         weights = gairat_weights(attacked, self.options.lam) if self.weighted() else None
         logits = nets.model(attacked.x_adv)
         fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels, weights=weights)
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)})
+        return Outer(
+            {"model": fit.loss},
+            {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)},
+        )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import kl_from_log_probs, wide
 from fastdynat.methods.base import Networks
 from fastdynat.methods.options.taught import KlMean
 
@@ -15,10 +15,14 @@ def teacher_logits(nets: Networks, x: Tensor) -> Tensor:
         return wide(nets.guide_eval(x))
 
 
-def mean_kl(from_logits: Tensor, logits: Tensor, *, temperature: float = 1.0, mean: KlMean = "batch") -> Tensor:
-    """KL(softmax(from_logits / T) || softmax(logits / T)), scalar, from log-probabilities; gradient through both arguments.
+def mean_kl(
+    from_logits: Tensor, logits: Tensor, *, temperature: float = 1.0, mean: KlMean = "batch"
+) -> Tensor:
+    """KL(softmax(from_logits / T) || softmax(logits / T)), scalar, from log-probabilities; gradient through
+    both arguments.
 
-    mean: "batch" is over the batch of the sum over classes; "entries" that divided by K (torch's `KLDivLoss`), "tenth" by 10.
+    mean: "batch" is over the batch of the sum over classes; "entries" that divided by K (torch's
+    `KLDivLoss`), "tenth" by 10.
     """
     over = {"batch": 1, "entries": logits.shape[1], "tenth": 10}[mean]
     log_p = (wide(from_logits) / temperature).log_softmax(1)

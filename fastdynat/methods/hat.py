@@ -1,6 +1,7 @@
 """HAT: helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022).
 
-TRADES with a third term: beyond the attacked image, the model shall answer what a naturally trained network is fooled into::
+TRADES with a third term: beyond the attacked image, the model shall answer what a naturally trained network
+is fooled into::
 
     x'   = PGD on KL(p(x) || p(.))            model in eval mode, start x + 0.001 N(0, I)
     y'   = argmax f_g(x')                     frozen guide in eval mode, asked at x'
@@ -11,15 +12,16 @@ KL is summed over classes, averaged over the batch, with gradient through both a
 Silent effects of the released code, reproduced here:
 
 - helper images are not clipped: they leave [0, 1] and, at helper_scale 2, lie up to 2 eps from x.
-- clean, attacked and helper batch each pass through the model in train mode, in this order, and each moves the running
-  statistics that attack and evaluation use. At helper_weight 0 the helper batch still does.
+- clean, attacked and helper batch each pass through the model in train mode, in this order, and each moves
+  the running statistics that attack and evaluation use. At helper_weight 0 the helper batch still does.
 - the guide's label is taken at x', not at the helper image.
 - `--gamma 1` and no beta are its parser's defaults; those below are the paper's and its README's.
 
 Published with 50 epochs of one-cycle to 0.21, its peak at a quarter, and Nesterov: --recipe hat.
 """
 
-from fastdynat.attacks import AttackResult, wide
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.guidance import mean_kl, teacher_logits
@@ -45,7 +47,9 @@ class Hat(Method[HatOptions]):
         clean, logits = wide(nets.model(batch.x)), wide(nets.model(attacked.x_adv))
         helper = dynamic_label_cross_entropy(nets.model(x_helper), fooled_into)
         fit = dynamic_label_cross_entropy(clean, batch.labels, labels=batch.labels)
-        loss = fit.loss + self.options.beta * mean_kl(clean, logits) + self.options.helper_weight * helper.loss
+        loss = (
+            fit.loss + self.options.beta * mean_kl(clean, logits) + self.options.helper_weight * helper.loss
+        )
         logs = {
             "loss": loss.detach(),
             "train_acc": share(fit.target_correct, batch),

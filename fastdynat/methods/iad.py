@@ -1,42 +1,39 @@
 """IAD: introspective adversarial distillation (Zhu et al., ICLR 2022, arXiv 2106.04928).
 
-A robust teacher is trusted as far as it is right on the student's own attacked images, and the student relies on itself for the
-rest, once it has had `begin` of the run to learn. Per image, with a = p_g(x')_y ^ beta (a = 1 before that)::
+A robust teacher is trusted as far as it is right on the student's own attacked images, and the student relies
+on itself for the rest, once it has had `begin` of the run to learn. Per image, with a = p_g(x')_y ^ beta (a =
+1 before that)::
 
     x'          = PGD on CE(f_s(.), y), uniform start
     KL_self     = KL(p_s(x) || p_s(x'))                                 gradient through both arguments
     variant I   : alpha [T^2 KL(g_T(x) || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x), y)
     variant II  : alpha T^2 [a KL(g_T(x') || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x'), y)
 
-g_T and s_T are the softmax of logits / T; KL is summed over classes and averaged over the batch. A run has one guide, so
-variant II is the released one without its second, naturally trained teacher (its alpha2 is 0).
+g_T and s_T are the softmax of logits / T; KL is summed over classes and averaged over the batch. A run has
+one guide, so variant II is the released one without its second, naturally trained teacher (its alpha2 is 0).
 
 Silent effects of the released code, and what is done with them here:
 
-- variant I does not multiply the teacher's term by a, and asks the teacher about x; II multiplies, and asks about x'. Kept.
+- variant I does not multiply the teacher's term by a, and asks the teacher about x; II multiplies, and asks
+  about x'. Kept.
 - T^2 multiplies KL_self in variant II only. Kept; both take it at T = 1.
-- variant I runs the clean batch through the student in train mode after the attacked one, even where no loss needs it, and a
-  second time from `begin` on: each moves the running statistics that evaluation uses. Kept: `bn_clean_passes`. Variant II has
-  one such pass from `begin` on.
-- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train. The default here
-  is eval, as for every other method.
+- variant I runs the clean batch through the student in train mode after the attacked one, even where no loss
+  needs it, and a second time from `begin` on: each moves the running statistics that evaluation uses. Kept:
+  `bn_clean_passes`. Variant II has one such pass from `begin` on.
+- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train.
+  The default here is eval, as for every other method.
 - its learning rate falls once, at half of the run, not twice: see ARD, whose loop it is.
-- variant II declares --beta twice and therefore does not start as shipped; the second declaration's 0.1 is used here.
+- variant II declares --beta twice and therefore does not start as shipped; the second declaration's 0.1 is
+used here.
 """
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
-    Inner,
-    Method,
-    Networks,
-    Outer,
-    accuracy,
-    clean_statistics_pass,
-)
+from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, clean_statistics_pass
 from fastdynat.methods.guidance import teacher_logits
 from fastdynat.methods.options.taught import IadOptions
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -70,13 +67,16 @@ class Iad(Method[IadOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         options, first, introspective = self.options, self.options.variant == "I", self.introspective()
-        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the
+        # order.
         logits = wide(nets.model(attacked.x_adv))
         clean = wide(nets.model(batch.x)) if introspective or (first and self.alpha < 1) else None
         if first and options.bn_clean_passes and (introspective or clean is None):
             clean_statistics_pass(nets, batch)
 
-        teacher = teacher_logits(nets, attacked.x_adv) if inner.dynamic_labels is None else inner.dynamic_labels
+        teacher = (
+            teacher_logits(nets, attacked.x_adv) if inner.dynamic_labels is None else inner.dynamic_labels
+        )
         log_p = (teacher / options.temperature).log_softmax(1)
         taught = options.temperature**2 * kl_from_log_probs(log_p, logits / options.temperature)
         trust = torch.ones_like(taught)

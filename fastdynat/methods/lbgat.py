@@ -1,20 +1,23 @@
 """LBGAT: learnable boundary guided adversarial training (Cui et al. 2021, arXiv 2011.11164).
 
-A guide learns the true labels on clean images, and the model's logits on attacked images shall be the guide's on clean ones::
+A guide learns the true labels on clean images, and the model's logits on attacked images shall be the guide's
+on clean ones::
 
     x'    = PGD on KL(p_t(x) || p_t(.))        model in eval mode, start x + 0.001 N(0, I)
     minimise CE(f_g(x), y) + MSE(f_t(x'), f_g(x)) + alpha KL(p_t(x) || p_t(x'))
 
-MSE is the mean over all N K logits; its gradient reaches the guide too (nothing is detached), which is what makes the boundary
-learnable. KL is summed over classes, averaged over the batch, with gradient through both arguments. No true label enters the
-model's own losses.
+MSE is the mean over all N K logits; its gradient reaches the guide too (nothing is detached), which is what
+makes the boundary learnable. KL is summed over classes, averaged over the batch, with gradient through both
+arguments. No true label enters the model's own losses.
 
 Silent effects of the released code, and what is done with them here:
 
-- at alpha 0 it still runs the clean batch through the model in train mode, which moves the running statistics that attack and
-  evaluation use (after the attacked batch's). Kept: `bn_clean_forward`.
-- its attack computes the clean prediction again in every step. It cannot change between steps: once is enough.
-- its script trains beside a ResNet-18 guide, while the manuscript's rows for alpha 0 and 6 had a ResNet-152: --guide.
+- at alpha 0 it still runs the clean batch through the model in train mode, which moves the running statistics
+  that attack and evaluation use (after the attacked batch's). Kept: `bn_clean_forward`.
+- its attack computes the clean prediction again in every step. It cannot change between steps: once is
+  enough.
+- its script trains beside a ResNet-18 guide, while the manuscript's rows for alpha 0 and 6 had a ResNet-152:
+--guide.
 """
 
 from typing import ClassVar
@@ -22,7 +25,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attacks import AttackResult, wide
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import (
     AttackDefaults,
@@ -57,7 +61,8 @@ class Lbgat(Method[LbgatOptions]):
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None
         guide_logits = wide(nets.guide(batch.x))
-        # The guide's own loss waits for `outer`: taking its gradient now would free the graph that the MSE goes through.
+        # The guide's own loss waits for `outer`: taking its gradient now would free the graph that the MSE
+        # goes through.
         guide = dynamic_label_cross_entropy(guide_logits, batch.labels, labels=batch.labels)
         return Inner(kl_to_self(nets, batch), guide, dynamic_labels=guide_logits)
 
@@ -65,7 +70,8 @@ class Lbgat(Method[LbgatOptions]):
         assert inner.guide is not None
         assert inner.dynamic_labels is not None
         options = self.options
-        # The clean batch comes after the attacked one, as in the release: running statistics depend on the order.
+        # The clean batch comes after the attacked one, as in the release: running statistics depend on the
+        # order.
         logits = wide(nets.model(attacked.x_adv))
         loss = self.match(logits, inner.dynamic_labels)
         if options.alpha > 0 or options.alp_weight > 0:

@@ -8,15 +8,16 @@ Both attacks start at x + 0.001 N(0, I). The base mart is not here.
 
 Silent effects of the released code, and what is done with them here:
 
-- it multiplies by 3, where the paper divides by the batch's mean: weights then have no mean of 1, and the loss changes its size
-  when they begin: `weight_scale`.
-- weights begin after epoch 75 of 120, by loading the unweighted run's weights and restarting the optimiser without its momentum
-  (and from a file of epoch 70): here at `weight_from` of one run, which keeps it.
+- it multiplies by 3, where the paper divides by the batch's mean: weights then have no mean of 1, and the
+  loss changes its size when they begin: `weight_scale`.
+- weights begin after epoch 75 of 120, by loading the unweighted run's weights and restarting the optimiser
+  without its momentum (and from a file of epoch 70): here at `weight_from` of one run, which keeps it.
 - the trades base has two passes in train mode, clean and attacked, and not the three of TRADES' own code.
 - it knows data of ten classes only.
 """
 
-from fastdynat.attacks import AttackGoal, AttackResult
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
 from fastdynat.methods.options.weighted import MailOptions
@@ -48,7 +49,9 @@ class Mail(Method[MailOptions]):
         return (self.weighted(),)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(kl_to_self(nets, batch) if self.options.base == "trades" else AttackGoal("ce", batch.labels))
+        return Inner(
+            kl_to_self(nets, batch) if self.options.base == "trades" else AttackGoal("ce", batch.labels)
+        )
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean = nets.model(batch.x) if self.options.base == "trades" else None
@@ -62,4 +65,6 @@ class Mail(Method[MailOptions]):
         else:
             loss = trades_loss(clean, adv, batch.labels, self.options.beta, weights)
         clean_log = {} if clean is None else {"train_acc": accuracy(clean, batch)}
-        return Outer({"model": loss}, {"loss": loss.detach(), **clean_log, "train_adv_acc": accuracy(adv, batch)})
+        return Outer(
+            {"model": loss}, {"loss": loss.detach(), **clean_log, "train_adv_acc": accuracy(adv, batch)}
+        )

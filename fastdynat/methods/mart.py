@@ -5,19 +5,24 @@
 
 Silent effects of the released code, and what is done with them here:
 
-- the weight 1 - p_y(x) is not a constant: its gradient makes the network more confident on clean images. Kept.
-- it takes -log(1.0001 - p): the second half of BCE never exceeds 9.21, and its gradient vanishes for images that the attack
-  turns with confidence, just where the exact term pulls hardest. Exact by default; `floor` 0.0001 is the release's.
-- it takes logarithms of probabilities, with 1e-12 added (which cuts the KL where p(x') is below that). Here everything comes
-  from logits: exact and with a finite gradient for any gap.
-- the clean batch goes through the network before the attacked one: running statistics depend on the order. Kept.
+- the weight 1 - p_y(x) is not a constant: its gradient makes the network more confident on clean images.
+  Kept.
+- it takes -log(1.0001 - p): the second half of BCE never exceeds 9.21, and its gradient vanishes for images
+  that the attack turns with confidence, just where the exact term pulls hardest. Exact by default; `floor`
+  0.0001 is the release's.
+- it takes logarithms of probabilities, with 1e-12 added (which cuts the KL where p(x') is below that). Here
+  everything comes from logits: exact and with a finite gradient for any gap.
+- the clean batch goes through the network before the attacked one: running statistics depend on the order.
+  Kept.
 
-Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4 (WRN-34-10).
+Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4
+(WRN-34-10).
 """
 
 import torch
 
-from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, rival_loss, wide
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, rival_loss, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
 from fastdynat.methods.options.regularised import MartOptions
@@ -40,6 +45,13 @@ class Mart(Method[MartOptions]):
         log_p = wide(clean).log_softmax(1)
         wrong = -torch.expm1(log_p.gather(1, batch.labels[:, None]).squeeze(1))  # 1 - p_y(x)
         robust = (kl_from_log_probs(log_p, wide(adv)) * wrong).mean()
-        loss = fit.loss + rival_loss(wide(adv), batch.labels, self.options.floor).mean() + self.options.beta * robust
+        loss = (
+            fit.loss
+            + rival_loss(wide(adv), batch.labels, self.options.floor).mean()
+            + self.options.beta * robust
+        )
         adv_acc = share(fit.target_correct, batch)
-        return Outer({"model": loss}, {"loss": loss.detach(), "train_acc": accuracy(clean, batch), "train_adv_acc": adv_acc})
+        return Outer(
+            {"model": loss},
+            {"loss": loss.detach(), "train_acc": accuracy(clean, batch), "train_adv_acc": adv_acc},
+        )

@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from fastdynat.attacks import Attacker, AttackResult, PGDSpec, start_point
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.steps import start_point
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults, Inner, Networks
@@ -11,7 +14,8 @@ from fastdynat.methods.options.plain import NFgsmOptions
 
 
 class NFgsm(Madry):
-    """``x' = x + n + eps sign grad CE(f(x + n), y)`` with n uniform in k times the ball (algorithm 1 of the paper).
+    """``x' = x + n + eps sign grad CE(f(x + n), y)`` with n uniform in k times the ball (algorithm 1 of the
+    paper).
 
     Nothing brings x' back into the ball: it is up to (k + 1) eps from x, clipped to the image range only.
     """

@@ -1,6 +1,7 @@
 """Natural training: the control without an attack."""
 
-from fastdynat.attacks import AttackResult, wide
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, share
 from fastdynat.methods.options.plain import NaturalOptions
@@ -25,4 +26,6 @@ class Natural(Method[NaturalOptions]):
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = wide(nets.model(attacked.x_adv)) / self.options.temperature
         fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels)
-        return Outer({"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": share(fit.target_correct, batch)})
+        return Outer(
+            {"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": share(fit.target_correct, batch)}
+        )

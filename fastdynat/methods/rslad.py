@@ -7,17 +7,18 @@ A frozen, robust teacher's prediction on clean images is the label for everythin
 
 Silent effects of the released code, and what is done with them here:
 
-- its KL is the mean over all N K entries on CIFAR-10, and ten times that on CIFAR-100: the sum over classes divided by 10 in
-  both. That is the default here for any K: `kl_mean`.
-- it adds 1e-5 inside the logarithm of the teacher's probabilities. That changes the value it prints by a constant and no
-  gradient; here the KL is exact.
+- its KL is the mean over all N K entries on CIFAR-10, and ten times that on CIFAR-100: the sum over classes
+  divided by 10 in both. That is the default here for any K: `kl_mean`.
+- it adds 1e-5 inside the logarithm of the teacher's probabilities. That changes the value it prints by a
+  constant and no gradient; here the KL is exact.
 - the student sees the attacked batch before the clean one, both in train mode; kept.
 
 Published with 300 epochs, the rate falling by 10 at 215, 260 and 285:
 --epochs 300 --schedule multistep --milestones 0.7166 0.8666 0.95.
 """
 
-from fastdynat.attacks import AttackGoal, AttackResult, wide
+from fastdynat.attack_engine.goal import AttackGoal, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
 from fastdynat.methods.guidance import mean_kl, teacher_logits

@@ -6,18 +6,22 @@ The KL is summed over classes, averaged over the batch, and differentiated throu
 
 Silent effects of the released code, and what is done with them here:
 
-- its outer loss calls the network three times in train mode: clean, attacked, clean again. The third call computes what the
-  first has computed, but moves the running statistics that attack and evaluation use, which end as 0.729 r + 0.181 clean +
-  0.09 attacked and not as 0.81 r + 0.09 clean + 0.1 attacked. Kept without its gradient: `bn_third_pass`.
-- it takes the KL from probabilities: NaN as soon as one underflows, at a logit gap of 104. Here it is taken from logits.
-- it computes p(x) again in each attack step. In eval mode that is the same each time; here it is computed once.
+- its outer loss calls the network three times in train mode: clean, attacked, clean again. The third call
+  computes what the first has computed, but moves the running statistics that attack and evaluation use, which
+  end as 0.729 r + 0.181 clean + 0.09 attacked and not as 0.81 r + 0.09 clean + 0.1 attacked. Kept without its
+  gradient: `bn_third_pass`.
+- it takes the KL from probabilities: NaN as soon as one underflows, at a logit gap of 104. Here it is taken
+  from logits.
+- it computes p(x) again in each attack step. In eval mode that is the same each time; here it is computed
+  once.
 - drop-out would draw another mask for the third call; here the KL sees the first call's.
 """
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import AttackGoal, AttackResult, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import (
     AttackDefaults,
@@ -47,7 +51,11 @@ class Trades(Method[TradesOptions]):
         loss = trades_loss(clean, adv, batch.labels, self.options.beta)
         if self.options.bn_third_pass:
             clean_statistics_pass(nets, batch)
-        logs = {"loss": loss.detach(), "train_acc": accuracy(clean, batch), "train_adv_acc": accuracy(adv, batch)}
+        logs = {
+            "loss": loss.detach(),
+            "train_acc": accuracy(clean, batch),
+            "train_adv_acc": accuracy(adv, batch),
+        }
         return Outer({"model": loss}, logs)
 
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
@@ -55,12 +63,16 @@ class Trades(Method[TradesOptions]):
 
 
 def kl_to_self(nets: Networks, batch: Batch) -> AttackGoal:
-    """Away from the model's own prediction on the clean images, which is a constant of the attack: KL(p(x) || p(.))."""
+    """Away from the model's own prediction on the clean images, which is a constant of the attack: KL(p(x) ||
+    p(.)).
+    """
     with torch.no_grad():
         return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
 
 
-def trades_loss(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None) -> Tensor:
+def trades_loss(
+    clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None
+) -> Tensor:
     """``CE(clean, labels) + beta mean(weights * KL(p_clean || p_attacked))``, a scalar.
 
     Args:

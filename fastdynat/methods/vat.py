@@ -3,13 +3,13 @@
     r    = radius * g / ||g||_2,   g = grad_d KL(p(x) || p(x + d)) at d = xi * (a random unit vector)
     loss = CE(f(x), y) + weight * KL(sg[p(x)] || p(x + r))
 
-Every pass is in train mode; those of perturbed images leave the running statistics alone, as in the released code. Images that
-are UNLABELLED take part in the second term only (``--labelled N``). As a defence under L-inf take ``--search pgd``: then x + r
-comes from the engine's PGD on the same divergence, which makes the second term TRADES' regulariser, without a gradient through
-p(x).
+Every pass is in train mode; those of perturbed images leave the running statistics alone, as in the released
+code. Images that are UNLABELLED take part in the second term only (``--labelled N``). As a defence under
+L-inf take ``--search pgd``: then x + r comes from the engine's PGD on the same divergence, which makes the
+second term TRADES' regulariser, without a gradient through p(x).
 
-Two sizes are not the released ones, for images in [0, 1]: its radius of 8 is in units of whitened images, and its xi of 1e-6
-moves each pixel by less than float32 resolves.
+Two sizes are not the released ones, for images in [0, 1]: its radius of 8 is in units of whitened images, and
+its xi of 1e-6 moves each pixel by less than float32 resolves.
 """
 
 import math
@@ -17,7 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastdynat.attacks import Attacker, AttackGoal, AttackResult, PGDSpec, kl_from_log_probs, wide
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import TRAINING_ATTACK, AttackDefaults, Inner, Method, Networks, Outer
 from fastdynat.methods.options.regularised import VatOptions
@@ -44,7 +47,8 @@ class Vat(Method[VatOptions]):
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         if inner.goal is not None:
             return attack(batch.x, inner.goal)
-        # All passes in full precision: what half precision rounds is of the size of the difference that is looked at.
+        # All passes in full precision: what half precision rounds is of the size of the difference that is
+        # looked at.
         with torch.no_grad():
             divergence = AttackGoal("kl", wide(nets.unmoved(batch.x)).log_softmax(1))
         direction = _unit(torch.randn_like(batch.x))
@@ -71,11 +75,15 @@ class Vat(Method[VatOptions]):
         divergence = kl_from_log_probs(log_probs.detach(), wide(nets.unmoved(attacked.x_adv))).mean()
         loss = cross_entropy + self.options.vat_weight * divergence
         right = ((log_probs.argmax(1) == batch.labels) & labelled).sum() / labelled.sum().clamp_min(1)
-        return Outer({"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right})
+        return Outer(
+            {"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right}
+        )
 
 
 def _unit(d: Tensor) -> Tensor:
     """`d` with L2 norm 1 per image; what is zero stays zero."""
     flat = d.flatten(1)
-    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)  # squares of tiny entries underflow
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(
+        torch.finfo(d.dtype).tiny
+    )  # squares of tiny entries underflow
     return (flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)).view_as(d)

@@ -1,4 +1,5 @@
-"""How much each image of a batch counts, by how near the attack brought it to the decision boundary: GAIRAT's and MAIL's rules.
+"""How much each image of a batch counts, by how near the attack brought it to the decision boundary: GAIRAT's
+and MAIL's rules.
 
 Weights are constants of the loss: no gradient flows into them.
 """
@@ -8,7 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attacks import AttackResult, margin, wide
+from fastdynat.attack_engine.goal import margin, wide
+from fastdynat.attacks import AttackResult
 from fastdynat.methods.base import Method
 from fastdynat.methods.options.weighted import MailScale
 
@@ -16,7 +18,8 @@ from fastdynat.methods.options.weighted import MailScale
 def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
     """``1 + tanh(lam + 5 (1 - 2 kappa / S))``, scaled to mean 1: (N,) float64 (arXiv 2010.01736).
 
-    kappa is at how many of the S attack steps the network still gave the image's class: few steps, high weight.
+    kappa is at how many of the S attack steps the network still gave the image's class: few steps, high
+    weight.
 
     Args:
         attacked: by a goal that is tracked, in one run.
@@ -29,8 +32,11 @@ def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
     return _mean_one(F.logsigmoid(2 * (lam + 5 * (1 - 2 * attacked.kept.double() / steps))))
 
 
-def mail_weights(logits: Tensor, labels: Tensor, *, slope: float, bias: float, scale: MailScale = "released") -> Tensor:
-    """``sigmoid(slope (m + bias))`` with the margin m = max_{k != y} p_k - p_y of the attacked images: (N,) (arXiv 2106.07904).
+def mail_weights(
+    logits: Tensor, labels: Tensor, *, slope: float, bias: float, scale: MailScale = "released"
+) -> Tensor:
+    """``sigmoid(slope (m + bias))`` with the margin m = max_{k != y} p_k - p_y of the attacked images: (N,)
+    (arXiv 2106.07904).
 
     Args:
         logits: (N, K) of the attacked images.

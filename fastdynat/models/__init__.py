@@ -1,8 +1,16 @@
 """Networks: ours, torchvision's and timm's, all behind one `build_model` that takes images in [0, 1]."""
 
 from fastdynat.models.build import Normalize, build_model, known_models
+from fastdynat.models.convolution_shapes import convolutions
 from fastdynat.models.foreign import ForeignModel, load_foreign
-from fastdynat.models.shapes import convolutions
-from fastdynat.models.style import split_style
+from fastdynat.models.layer_styles import split_style
 
-__all__ = ["ForeignModel", "Normalize", "build_model", "convolutions", "known_models", "load_foreign", "split_style"]
+__all__ = [
+    "ForeignModel",
+    "Normalize",
+    "build_model",
+    "convolutions",
+    "known_models",
+    "load_foreign",
+    "split_style",
+]

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdynat.errors import UserError, first_line, unknown_name
+from fastdynat.machine.free_memory import check_room
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
+from fastdynat.models.layer_styles import split_style
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
-from fastdynat.models.style import split_style
 from fastdynat.models.wide_resnet import WideResNet, check_size
-from fastdynat.room import check_room
 
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
@@ -31,7 +31,9 @@ OURS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Normalize(nn.Module):
-    """Subtract a per-channel mean and divide by a per-channel standard deviation, both in [0, 1] pixel units."""
+    """Subtract a per-channel mean and divide by a per-channel standard deviation, both in [0, 1] pixel
+    units.
+    """
 
     mean: Tensor
     std: Tensor
@@ -64,13 +66,14 @@ def build_model(
 ) -> nn.Module:
     """Build a network that takes float images (N, C, H, W) in [0, 1] and returns logits (N, num_classes).
 
-    The state dict has the keys `normalize.mean`, `normalize.std` and `net.*`. Weights are freshly drawn from the global
-    random state; the check that the images fit draws nothing from it.
+    The state dict has the keys `normalize.mean`, `normalize.std` and `net.*`. Weights are freshly drawn from
+    the global random state; the check that the images fit draws nothing from it.
 
     Args:
-        name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not matter, and
-            for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU for ReLU), `-gn` (group norm
-            for batch norm) or `-silu-gn` at its end, wide ones after that with `-same` (padding of Gowal et al. 2020).
+        name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not
+            matter, and for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU
+            for ReLU), `-gn` (group norm for batch norm) or `-silu-gn` at its end, wide ones after that with
+            `-same` (padding of Gowal et al. 2020).
         num_classes: Width of the last layer.
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
@@ -81,18 +84,24 @@ def build_model(
     channels = image_shape[0]
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2, got {num_classes}")
-    normalize = Normalize(_per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0))
+    normalize = Normalize(
+        _per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0)
+    )
     backbone = _build_backbone(name, num_classes, image_shape)
     model = nn.Sequential(OrderedDict(normalize=normalize, net=backbone))
     check_fit(model, name, num_classes=num_classes, image_shape=image_shape)
     return model
 
 
-def _per_channel(what: str, values: Sequence[float] | None, channels: int, *, default: float) -> tuple[float, ...]:
+def _per_channel(
+    what: str, values: Sequence[float] | None, channels: int, *, default: float
+) -> tuple[float, ...]:
     if values is None:
         return (default,) * channels
     if len(values) != channels:
-        raise UserError(f"{what} has {len(values)} numbers but the images have {channels} channels; give one per channel")
+        raise UserError(
+            f"{what} has {len(values)} numbers but the images have {channels} channels; give one per channel"
+        )
     if what == "std" and min(values) <= 0:
         raise UserError(f"std must be positive, got {tuple(values)}")
     return tuple(float(value) for value in values)
@@ -125,17 +134,19 @@ def our_network(name: str) -> Callable[..., nn.Module] | None:
 
 
 def _unknown_model(name: str) -> UserError:
-    # The suggestion may come from all of torchvision, but a line that lists all of it would hide our own names.
+    # The suggestion may come from all of torchvision, but a line that lists all of it would hide our own
+    # names.
     message = str(unknown_name("model", name, known_models())).partition("known:")[0]
     ours = f"{', '.join(OURS)}, wrn-D-W (each also with -silu, -gn or -silu-gn)"
     return UserError(f"{message}known: {ours}, timm:NAME and torchvision's classifiers")
 
 
 def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as they were.
+    """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as
+    they were.
 
-    Raises: UserError naming the image size where the forward fails, returns anything but (2, num_classes), or takes more
-        memory than there is.
+    Raises: UserError naming the image size where the forward fails, returns anything but (2, num_classes), or
+        takes more memory than there is.
     """
     channels, height, width = image_shape
     size = f"{channels}x{height}x{width} images"
@@ -146,12 +157,16 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"model {name!r} does not take {size} ({first_line(error)}); {remedy}") from error
     if shape_of(out) != (2, num_classes):
-        raise UserError(f"model {name!r} maps two {size} to {shape_of(out)}, not to logits (2, {num_classes}); {remedy}")
+        raise UserError(
+            f"model {name!r} maps two {size} to {shape_of(out)}, not to logits (2, {num_classes}); {remedy}"
+        )
 
 
 @torch.no_grad()
 def look(model: nn.Module, x: Tensor) -> object:
-    """What `model` returns in eval mode for `x`, which is brought to its device; mode, buffers and random state stay."""
+    """What `model` returns in eval mode for `x`, which is brought to its device; mode, buffers and random
+    state stay.
+    """
     was_training = model.training
     state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
     model.eval()
@@ -163,7 +178,8 @@ def look(model: nn.Module, x: Tensor) -> object:
 
 
 def _dry_run(model: nn.Module, name: str, image_shape: tuple[int, int, int]) -> object:
-    """What `model` would return for two images, without values or their memory; None where its code needs values.
+    """What `model` would return for two images, without values or their memory; None where its code needs
+    values.
 
     Raises: UserError where one operation reads and writes more than the memory that there is.
     """
@@ -186,7 +202,9 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        held = {id(t): t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor)}
+        held = {
+            id(t): t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor)
+        }
         self.bytes = max(self.bytes, sum(held.values()))
         return out
 

@@ -20,8 +20,8 @@ from fastdynat.errors import UserError, first_line
 def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]:
     """The network that `name` makes, and the bytes of the source file that it is in.
 
-    The current directory (and the file's own) can be imported from while this runs. What is offered is passed where the
-    callable has a parameter of that name. A network in place of a callable is taken as it is.
+    The current directory (and the file's own) can be imported from while this runs. What is offered is passed
+    where the callable has a parameter of that name. A network in place of a callable is taken as it is.
 
     Raises: UserError where there is no such module or callable, where it raises, or makes no nn.Module.
     """
@@ -43,7 +43,11 @@ def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]
 
 def where(error: BaseException) -> str:
     """Type, first line and place of an error in someone else's code."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen")
+    ]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
     if isinstance(error, SyntaxError):  # raised by the compiler, which has no frame in the file
         place = f"{error.filename}:{error.lineno}"
@@ -65,7 +69,11 @@ def _module(origin: str, name: str) -> ModuleType:
     try:
         return _run_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
     except (Exception, SystemExit) as error:  # a script may end itself where it is imported
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{origin}.".startswith(f"{error.name}."):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and f"{origin}.".startswith(f"{error.name}.")
+        ):
             hint = "a name with a colon is robustbench:, torchvision:, timm:, module:callable or path/to/file.py:callable"
             raise UserError(f"{name}: no module {error.name!r}, here or installed; {hint}") from None
         raise UserError(f"{name}: importing {origin} failed: {where(error)}") from error
@@ -84,11 +92,15 @@ def _run_file(path: Path) -> ModuleType:
 
 def _call(function: object, name: str, offered: dict[str, object]) -> object:
     if not callable(function):
-        raise UserError(f"{name} is a {type(function).__name__}, which can be neither called nor used as a network")
+        raise UserError(
+            f"{name} is a {type(function).__name__}, which can be neither called nor used as a network"
+        )
     given: dict[str, object] = {}
     try:
         parameters = inspect.signature(function).parameters
         given = {key: value for key, value in offered.items() if key in parameters}
         return function(**given)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{name} was called with {', '.join(given) or 'no arguments'} and failed: {where(error)}") from error
+        raise UserError(
+            f"{name} was called with {', '.join(given) or 'no arguments'} and failed: {where(error)}"
+        ) from error

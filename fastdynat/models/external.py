@@ -41,12 +41,15 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"torchvision:{name} cannot be built for {height}x{width} images: {first_line(error)}") from error
+        raise UserError(
+            f"torchvision:{name} cannot be built for {height}x{width} images: {first_line(error)}"
+        ) from error
     return model
 
 
 def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Build a timm model with its stem for these channels and, where the architecture asks for one, this image size.
+    """Build a timm model with its stem for these channels and, where the architecture asks for one, this
+    image size.
 
     Raises: UserError where timm is not installed, for an unknown name, or a size that the network refuses.
     """
@@ -62,13 +65,17 @@ def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]
                 raise
             return timm.create_model(name, **kwargs)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"timm:{name} cannot be built for {channels}x{height}x{width} images: {first_line(error)}") from error
+        raise UserError(
+            f"timm:{name} cannot be built for {channels}x{height}x{width} images: {first_line(error)}"
+        ) from error
 
 
 def require_torchvision(name: str) -> None:
     """Raise UserError unless torchvision has the classifier `name`."""
     if name not in torchvision_names():
-        raise unknown_of_many("torchvision model", name, torchvision_names(), "torchvision.models.list_models()")
+        raise unknown_of_many(
+            "torchvision model", name, torchvision_names(), "torchvision.models.list_models()"
+        )
 
 
 def require_timm(name: str) -> Any:
@@ -85,6 +92,8 @@ def require_timm(name: str) -> Any:
 
 
 def unknown_of_many(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
-    """`unknown_name` for libraries with hundreds of names, of which only the nearest are worth printing; `lister` gives all."""
+    """`unknown_name` for libraries with hundreds of names, of which only the nearest are worth printing;
+    `lister` gives all.
+    """
     message = str(unknown_name(kind, name, names)).partition("known:")[0].rstrip()
     return UserError(f"{message} {lister} gives all {len(names)}")

@@ -11,7 +11,8 @@ STATISTICS = ("running_mean", "running_var")
 def not_numbers(network: nn.Module) -> str:
     """In words, which of the network's tensors hold NaN or infinity and how many values; "" where none does.
 
-    An infinity in a buffer counts only in running statistics: other buffers hold it on purpose, as attention masks do.
+    An infinity in a buffer counts only in running statistics: other buffers hold it on purpose, as attention
+    masks do.
     """
     found: list[tuple[str, int, int]] = []
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
@@ -29,7 +30,9 @@ def not_numbers(network: nn.Module) -> str:
 
 
 def check_numbers(network: nn.Module, origin: object) -> None:
-    """Raise UserError naming `origin`, where the weights came from, unless all of the network's weights are numbers."""
+    """Raise UserError naming `origin`, where the weights came from, unless all of the network's weights are
+    numbers.
+    """
     if problem := not_numbers(network):
         raise UserError(
             f"{origin}: {problem}, so the network predicts nothing; it has diverged or is damaged: take other weights, or "

@@ -1,4 +1,6 @@
-"""Networks that this library did not train, for the evaluation: by the name they have elsewhere, or from the user's code."""
+"""Networks that this library did not train, for the evaluation: by the name they have elsewhere, or from the
+user's code.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,13 +14,11 @@ from fastdynat.models.build import look, shape_of
 from fastdynat.models.callables import network_of, where
 from fastdynat.models.external import build_timm, build_torchvision
 from fastdynat.models.finite import check_numbers
-from fastdynat.models.statefile import put_state, read_state
+from fastdynat.models.state_files import put_state, read_state
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
 
 Shape = tuple[int, int, int]
-PROBABILITIES = (
-    "its outputs look like probabilities: the loss's gradients vanish and attacks look weaker than they are; return logits"
-)
+PROBABILITIES = "its outputs look like probabilities: the loss's gradients vanish and attacks look weaker than they are; return logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class ForeignModel:
     Attributes:
         model: float images (N, C, H, W) in [0, 1] -> logits (N, num_classes).
         name: what it was asked for by.
-        sha256: of that name, of the user's source file where there is one, and of all parameters and buffers by their names:
-            what predicts something else has another digest. A change in a file that theirs imports is not seen.
+        sha256: of that name, of the user's source file where there is one, and of all parameters and buffers
+            by their names: what predicts something else has another digest. A change in a file that theirs
+            imports is not seen.
         note: what was put in front of it, and what is suspicious about it; "" if nothing.
     """
 
@@ -40,20 +41,27 @@ class ForeignModel:
 
 
 def load_foreign(
-    name: str, *, num_classes: int | None = None, image_shape: Shape | None = None, weights: Path | str | None = None
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_shape: Shape | None = None,
+    weights: Path | str | None = None,
 ) -> ForeignModel:
-    """The network called `name`, checked to map images of `image_shape` to `num_classes` logits, as far as these are given.
+    """The network called `name`, checked to map images of `image_shape` to `num_classes` logits, as far as
+    these are given.
 
     Args:
-        name: one of
-            ``robustbench:NAME[:DATASET[:THREAT]]`` (cifar10 and Linf unless given);
-            ``torchvision:NAME``, ``timm:NAME``: with their default weights, whose mean and std are put in front;
-            ``module:callable``, ``path/to/file.py:callable``: returns an nn.Module; called with num_classes and image_shape if
-            it has parameters of these names. It takes images in [0, 1] as they are.
-        weights: a state dict (.safetensors, or torch.save without code) to load instead of the published or made weights.
-            Images come in [0, 1] as they are, unless the file brings this library's normalisation.
+        name: one of ``robustbench:NAME[:DATASET[:THREAT]]`` (cifar10 and Linf unless given);
+            ``torchvision:NAME``, ``timm:NAME``: with their default weights, whose mean and std are put in
+            front; ``module:callable``, ``path/to/file.py:callable``: returns an nn.Module; called with
+            num_classes and image_shape if it has parameters of these names. It takes images in [0, 1] as they
+            are.
+        weights: a state dict (.safetensors, or torch.save without code) to load instead of the published or
+            made weights. Images come in [0, 1] as they are, unless the file brings this library's
+            normalisation.
 
-    Raises: UserError where the name, the file, the download or the user's code fails, or the network does not fit.
+    Raises: UserError where the name, the file, the download or the user's code fails, or the network does not
+    fit.
     """
     weights = None if weights is None else Path(weights)
     kind, _, rest = name.partition(":")
@@ -75,7 +83,10 @@ def load_foreign(
     check_numbers(model, name if weights is None else weights)
     suspicion = "" if image_shape is None else _check(model, name, num_classes, image_shape)
     return ForeignModel(
-        model=model, name=name, sha256=_digest(name, source, model), note="; ".join(filter(None, (note, suspicion)))
+        model=model,
+        name=name,
+        sha256=_digest(name, source, model),
+        note="; ".join(filter(None, (note, suspicion))),
     )
 
 
@@ -103,7 +114,12 @@ def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Sh
     except Exception as error:
         raise UserError(f"{name} does not take {size}: {where(error)}") from error
     got, wanted = shape_of(out), "(2, classes)" if num_classes is None else str((2, num_classes))
-    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 2 or out.shape[1] != (num_classes or out.shape[1]):
+    if (
+        not isinstance(out, Tensor)
+        or out.dim() != 2
+        or len(out) != 2
+        or out.shape[1] != (num_classes or out.shape[1])
+    ):
         raise UserError(
             f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
         )

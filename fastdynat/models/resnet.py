@@ -1,14 +1,15 @@
-"""ResNet-18 for small images: the usual one, the slower-striding guide of LBGAT/DYNAT, and the pre-activation form.
+"""ResNet-18 for small images: the usual one, the slower-striding guide of LBGAT/DYNAT, and the pre-activation
+form.
 
-Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those load by key.
-Convolutions keep PyTorch's default initialisation, as the published training runs do. A `Style` puts another normalisation and
-another activation in the places of batch norm and ReLU; the names stay.
+Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those
+load by key. Convolutions keep PyTorch's default initialisation, as the published training runs do. A `Style`
+puts another normalisation and another activation in the places of batch norm and ReLU; the names stay.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdynat.models.style import PLAIN, Style
+from fastdynat.models.layer_styles import PLAIN, Style
 
 WIDTHS = (64, 128, 256, 512)
 BLOCKS_PER_STAGE = 2
@@ -52,7 +53,9 @@ class PreActBlock(nn.Module):
         self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
@@ -73,9 +76,10 @@ def make_layer(
 class ResNet18(nn.Module):
     """ResNet-18 with a 3x3 stem and no max-pool (11.17 M parameters).
 
-    Strides (1, 2, 2, 2) are the usual CIFAR network, 0.56 GMAC at 32x32. Strides (1, 1, 2, 2) are the guide that LBGAT
-    and DYNAT ship as "ResNet18_cifar": the same parameters, but stage 2 stays at full resolution, so 1.76 GMAC, 3.2
-    times the arithmetic. The final pooling is adaptive, so any image size that survives the strides works.
+    Strides (1, 2, 2, 2) are the usual CIFAR network, 0.56 GMAC at 32x32. Strides (1, 1, 2, 2) are the guide
+    that LBGAT and DYNAT ship as "ResNet18_cifar": the same parameters, but stage 2 stays at full resolution,
+    so 1.76 GMAC, 3.2 times the arithmetic. The final pooling is adaptive, so any image size that survives the
+    strides works.
     """
 
     def __init__(
@@ -104,7 +108,9 @@ class ResNet18(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18 with a final BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56 GMAC)."""
+    """Pre-activation ResNet-18 with a final BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56
+    GMAC).
+    """
 
     def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()

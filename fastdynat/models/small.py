@@ -1,22 +1,28 @@
-"""A small convolutional network for laptops and tests: it learns CIFAR-size images on two CPU cores in minutes."""
+"""A small convolutional network for laptops and tests: it learns CIFAR-size images on two CPU cores in
+minutes.
+"""
 
 from torch import Tensor, nn
 
-from fastdynat.models.style import PLAIN, Style
+from fastdynat.models.layer_styles import PLAIN, Style
 
-# (channels, stride) of each 3x3 convolution. Measured against wider-early and shallower stacks on CIFAR-10 images: most
-# accuracy for its time, because the second half runs at 4x4.
+# (channels, stride) of each 3x3 convolution. Measured against wider-early and shallower stacks on CIFAR-10
+# images: most accuracy for its time, because the second half runs at 4x4.
 LAYERS = ((32, 2), (64, 2), (128, 2), (128, 1))
 
 
 class SmallNet(nn.Module):
-    """Four 3x3 convolutions with BatchNorm and ReLU, three of them striding: 0.24 M parameters, 4.9 MMAC at 3x32x32."""
+    """Four 3x3 convolutions with BatchNorm and ReLU, three of them striding: 0.24 M parameters, 4.9 MMAC at
+    3x32x32.
+    """
 
     def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for channels, stride in LAYERS:
-            layers.append(nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False))
+            layers.append(
+                nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+            )
             layers += [style.norm(channels), style.activation()]
             in_channels = channels
         self.features = nn.Sequential(*layers)

@@ -1,7 +1,8 @@
-"""WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels change.
+"""WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels
+change.
 
-With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), with `Style.same_padding` also their
-padding of strided convolutions.
+With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), with
+`Style.same_padding` also their padding of strided convolutions.
 """
 
 import math
@@ -11,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
+from fastdynat.machine.free_memory import check_room
+from fastdynat.models.layer_styles import PLAIN, Style
 from fastdynat.models.resnet import conv3x3
-from fastdynat.models.style import PLAIN, Style
-from fastdynat.room import check_room
 
 MAX_DEPTH = 1000
 
 
 def check_size(depth: int, width: int, num_classes: int) -> None:
-    """Raise UserError for a network that no memory holds: depth and width may be any numbers of a file or a flag."""
+    """Raise UserError for a network that no memory holds: depth and width may be any numbers of a file or a
+    flag.
+    """
     if depth > MAX_DEPTH:
-        raise UserError(f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70")
+        raise UserError(
+            f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70"
+        )
     blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
     weights = num_classes * widths[-1]
     for before, after in pairwise(widths):
@@ -59,7 +64,9 @@ class WideBlock(nn.Module):
 class WideStage(nn.Module):
     """A stack of wide blocks at one width; only the first strides."""
 
-    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
+    def __init__(
+        self, num_blocks: int, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN
+    ) -> None:
         super().__init__()
         blocks = [WideBlock(in_channels, out_channels, stride, style)]
         blocks += [WideBlock(out_channels, out_channels, 1, style) for _ in range(num_blocks - 1)]
@@ -71,20 +78,26 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width; WRN-34-10 has 46.16 M parameters and 6.66 GMAC at 32x32, WRN-28-10 36.48 M and 5.24 GMAC.
+    """WRN-depth-width; WRN-34-10 has 46.16 M parameters and 6.66 GMAC at 32x32, WRN-28-10 36.48 M and 5.24
+    GMAC.
 
-    Unlike the TRADES class it registers no second copy of the first stage (`sub_block1`), which never ran there but
-    grew the parameter count and every checkpoint. Initialisation is that code's: convolutions normal with standard
-    deviation sqrt(2 / (k * k * out_channels)), BatchNorm 1 and 0, the bias of the last layer 0.
+    Unlike the TRADES class it registers no second copy of the first stage (`sub_block1`), which never ran
+    there but grew the parameter count and every checkpoint. Initialisation is that code's: convolutions
+    normal with standard deviation sqrt(2 / (k * k * out_channels)), BatchNorm 1 and 0, the bias of the last
+    layer 0.
 
     Raises: UserError where depth is not 6n + 4 or width is below 1.
     """
 
-    def __init__(self, *, depth: int, width: int, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
+    def __init__(
+        self, *, depth: int, width: int, num_classes: int, in_channels: int, style: Style = PLAIN
+    ) -> None:
         super().__init__()
         self.activation = style.activation()
         if depth < 10 or (depth - 4) % 6 or width < 1:
-            raise UserError(f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28, 34, ... (6n + 4) and width at least 1")
+            raise UserError(
+                f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28, 34, ... (6n + 4) and width at least 1"
+            )
         num_blocks = (depth - 4) // 6
         self.conv1 = conv3x3(in_channels, 16)
         self.block1 = WideStage(num_blocks, 16, 16 * width, 1, style)

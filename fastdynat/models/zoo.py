@@ -1,4 +1,6 @@
-"""Networks of RobustBench, torchvision and timm with the weights that these publish, behind the normalisation those expect."""
+"""Networks of RobustBench, torchvision and timm with the weights that these publish, behind the normalisation
+those expect.
+"""
 
 import importlib
 import importlib.util
@@ -17,7 +19,7 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.build import Normalize
 from fastdynat.models.callables import where
 from fastdynat.models.external import require_timm, require_torchvision, unknown_of_many
-from fastdynat.models.statefile import put_state, read_state
+from fastdynat.models.state_files import put_state, read_state
 
 
 def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
@@ -31,15 +33,20 @@ def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
 
 
 def timm_pretrained(name: str) -> tuple[nn.Module, str]:
-    """timm's model `name`, with the tag of its weights or with the default ones, and a note on what stands in front of it."""
+    """timm's model `name`, with the tag of its weights or with the default ones, and a note on what stands in
+    front of it.
+    """
     timm = require_timm(name)
     net = _downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     config = net.pretrained_cfg
-    return _normalised(net, config["mean"], config["std"], f"weights {config['architecture']}.{config['tag']}")
+    return _normalised(
+        net, config["mean"], config["std"], f"weights {config['architecture']}.{config['tag']}"
+    )
 
 
 def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
-    """RobustBench's model NAME[:DATASET[:THREAT]] (cifar10, Linf), with its own weights or those in the file `weights`.
+    """RobustBench's model NAME[:DATASET[:THREAT]] (cifar10, Linf), with its own weights or those in the file
+    `weights`.
 
     Raises: UserError where robustbench is not installed, has no such model, or cannot download it.
     """
@@ -47,7 +54,9 @@ def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
     if rest.count(":") > 2:
         raise UserError(f"robustbench:{rest}: the form is robustbench:NAME[:DATASET[:THREAT]]")
     if importlib.util.find_spec("robustbench") is None:
-        raise UserError(f"robustbench:{rest} needs robustbench, which is not installed: pip install robustbench")
+        raise UserError(
+            f"robustbench:{rest} needs robustbench, which is not installed: pip install robustbench"
+        )
     zoo, utils = _import_robustbench()
     models = zoo.model_dicts
     for key, kind in ((dataset, "data set"), (threat, "threat model")):
@@ -56,24 +65,32 @@ def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
             raise unknown_name(f"RobustBench {kind}", key, known)
         models = models[known[key]]
     if name not in models:
-        raise unknown_of_many(f"RobustBench model for {dataset}, {threat}", name, list(models), "its leaderboard")
+        raise unknown_of_many(
+            f"RobustBench model for {dataset}, {threat}", name, list(models), "its leaderboard"
+        )
     if weights is not None:
         return put_state(models[name]["model"](), read_state(weights), weights), ""
     options = {"dataset": dataset, "threat_model": threat}
-    return _downloaded(f"robustbench:{rest}", lambda: utils.load_model(name, **options)), "weights of its zoo, kept in ./models"
+    return _downloaded(
+        f"robustbench:{rest}", lambda: utils.load_model(name, **options)
+    ), "weights of its zoo, kept in ./models"
 
 
 def _import_robustbench() -> tuple[Any, Any]:
     try:
         with _autoattack_by_its_name_on_pypi(), _pkg_resources():
-            return importlib.import_module("robustbench.model_zoo"), importlib.import_module("robustbench.utils")
+            return importlib.import_module("robustbench.model_zoo"), importlib.import_module(
+                "robustbench.utils"
+            )
     except Exception as error:
         raise UserError(f"robustbench is installed but cannot be imported: {where(error)}") from error
 
 
 @contextmanager
 def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
-    """robustbench imports `autoattack`, which on PyPI, where it requires it from, is called `pyautoattack`."""
+    """robustbench imports `autoattack`, which on PyPI, where it requires it from, is called
+    `pyautoattack`.
+    """
     lent = {"autoattack": "pyautoattack", "autoattack.state": "pyautoattack.state"}
     if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
         lent = {}
@@ -87,7 +104,9 @@ def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
 
 @contextmanager
 def _pkg_resources() -> Iterator[None]:
-    """robustbench imports `pkg_resources`, which setuptools 82 removed, for the one function `resource_filename`."""
+    """robustbench imports `pkg_resources`, which setuptools 82 removed, for the one function
+    `resource_filename`.
+    """
     name = "pkg_resources"
     if importlib.util.find_spec(name):
         yield
@@ -115,6 +134,8 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"cannot load {name}: {remedy} ({where(error)})") from error
 
 
-def _normalised(net: nn.Module, mean: Sequence[float], std: Sequence[float], note: str) -> tuple[nn.Module, str]:
+def _normalised(
+    net: nn.Module, mean: Sequence[float], std: Sequence[float], note: str
+) -> tuple[nn.Module, str]:
     model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
     return model, f"{note}; their normalisation is in front: mean {tuple(mean)}, std {tuple(std)}"

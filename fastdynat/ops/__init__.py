@@ -1,11 +1,11 @@
 """Operators: one function each, the same result whichever implementation runs.
 
-Implementations ("backends"): `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built), `triton`
-(kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the tensors allow and that is right
-on this machine, which is verified at the first use (`checks`).
+Implementations ("backends"): `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built),
+`triton` (kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the
+tensors allow and that is right on this machine, which is verified at the first use (`checks`).
 
-To add an operator: a file here with the public function, its schema, its fake and its table of implementations, and its table
-of cases in `checks`.
+To add an operator: a file here with the public function, its schema, its fake and its table of
+implementations, and its table of cases in `checks`.
 """
 
 from fastdynat.ops._select import (

@@ -1,8 +1,9 @@
-"""One operator in the dispatcher: a schema, a fake, an autograd formula, and the table of its implementations.
+"""One operator in the dispatcher: a schema, a fake, an autograd formula, and the table of its
+implementations.
 
-Two names are registered. ``fastdynat::NAME`` is csrc/'s: its CPU and CUDA kernels go first, and without them the eager form
-serves every device. ``fastdynat::NAME_triton`` is the launcher in kernels/. Registration is for compilers and autograd;
-which implementation runs is chosen in `_select`.
+Two names are registered. ``fastdynat::NAME`` is csrc/'s: its CPU and CUDA kernels go first, and without them
+the eager form serves every device. ``fastdynat::NAME_triton`` is the launcher in kernels/. Registration is
+for compilers and autograd; which implementation runs is chosen in `_select`.
 """
 
 import importlib
@@ -28,17 +29,19 @@ def register(
     setup_context: Callable[..., None] | None = None,
     reference: Callable[..., Any] | None = None,
 ) -> Implementations:
-    """Register operator `name` and return its implementations by backend, all called with the schema's arguments.
+    """Register operator `name` and return its implementations by backend, all called with the schema's
+    arguments.
 
     Args:
         name: of the operator, of the C++ registration and of the launcher function in `module`.
         signature: the schema after the name, "(Tensor x, ...) -> Tensor".
         eager: plain torch with the schema's inputs and outputs; serves devices without a kernel.
         fake: the same signature, returning empty tensors of the right shape, dtype and strides.
-        module: name of the file in kernels/ with the Triton launcher; None for an operator of the CPU, which has neither
-            Triton nor CUDA kernels.
+        module: name of the file in kernels/ with the Triton launcher; None for an operator of the CPU, which
+            has neither Triton nor CUDA kernels.
         backward, setup_context: as `torch.library.register_autograd` takes them; None: no gradient flows.
-        reference: what backend "eager" runs where it must be differentiable by autograd itself; default `eager`.
+        reference: what backend "eager" runs where it must be differentiable by autograd itself; default
+            `eager`.
     """
 
     def triton(*args: Any) -> Any:
@@ -62,8 +65,9 @@ def register(
     def registered_triton(*args: Any) -> Any:
         return getattr(torch.ops.fastdynat, f"{name}_triton")(*args)
 
-    # Only a compiler has to see one registered operator. Elsewhere a launcher is called as it is, and a formula goes into a
-    # plain autograd.Function: 30 microseconds less per forward and backward pass than by way of the dispatcher.
+    # Only a compiler has to see one registered operator. Elsewhere a launcher is called as it is, and a
+    # formula goes into a plain autograd.Function: 30 microseconds less per forward and backward pass than by
+    # way of the dispatcher.
     eager_native, eager_triton = native, triton
     if backward is not None and setup_context is not None:
         eager_native = _differentiable(native, backward, setup_context)
@@ -79,7 +83,9 @@ def register(
     return found | {"triton": call_triton, "cuda": call_native} if module else found
 
 
-def _differentiable(run: Callable[..., Any], formula: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:
+def _differentiable(
+    run: Callable[..., Any], formula: Callable[..., Any], save: Callable[..., None]
+) -> Callable[..., Any]:
     """`run` with the formula that the dispatcher has, for eager mode."""
 
     class Differentiable(torch.autograd.Function):

@@ -24,7 +24,9 @@ def check_logits(op: str, name: str, logits: Tensor, classes: int) -> None:
 def check_per_row(op: str, name: str, values: Tensor, logits: Tensor) -> None:
     """Raise ValueError unless `values` is (N,) for (N, K) `logits`, on their device."""
     if values.shape != logits.shape[:1]:
-        raise ValueError(f"{op}: {name} must have shape {tuple(logits.shape[:1])}, one per row, got {tuple(values.shape)}")
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(logits.shape[:1])}, one per row, got {tuple(values.shape)}"
+        )
     check_device(op, name, values, logits)
 
 
@@ -42,7 +44,9 @@ def check_classes(op: str, name: str, classes: Tensor, logits: Tensor) -> None:
 
 
 def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.dtype, op: str) -> None:
-    """Keep an operator's own output `grad` for `scale_grad`; `others` are its outputs that no gradient flows through."""
+    """Keep an operator's own output `grad` for `scale_grad`; `others` are its outputs that no gradient flows
+    through.
+    """
     ctx.save_for_backward(grad)
     ctx.mark_non_differentiable(grad, *others)
     ctx.set_materialize_grads(False)
@@ -50,11 +54,14 @@ def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.d
 
 
 def scale_grad(ctx: Any, upstream: Tensor | None) -> Tensor | None:
-    """The gradient saved by `save_grad` times `upstream`, scalar or (N,); rounded to the logits' dtype once."""
+    """The gradient saved by `save_grad` times `upstream`, scalar or (N,); rounded to the logits' dtype
+    once.
+    """
     if upstream is None:
         return None
     if torch.is_grad_enabled():
-        # The stored gradient is a constant to autograd, so a second derivative would silently lack its main part.
+        # The stored gradient is a constant to autograd, so a second derivative would silently lack its main
+        # part.
         raise RuntimeError(f'{ctx.op}: no second derivative (create_graph=True); backend="eager" has one')
     (grad,) = ctx.saved_tensors
     if grad.dim() != 2:
@@ -63,6 +70,8 @@ def scale_grad(ctx: Any, upstream: Tensor | None) -> Tensor | None:
 
 
 def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:
-    """(N,) zeros, NaN where a class does not exist. For the eager forms: gathers that never leave the row, and no waiting."""
+    """(N,) zeros, NaN where a class does not exist. For the eager forms: gathers that never leave the row,
+    and no waiting.
+    """
     known = (classes >= 0) & (classes < logits.shape[1])
     return torch.zeros_like(classes, dtype=wide_dtype(logits)).masked_fill(~known, float("nan"))

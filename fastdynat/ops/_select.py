@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat import verified
+from fastdynat import verification as verified
 from fastdynat.errors import unknown_name
 from fastdynat.ops import _extension
 from fastdynat.ops._timed import fastest_of
@@ -110,9 +110,11 @@ def selected_backend(device_type: str, backend: str = "auto") -> str:
 
 
 def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor) -> F:
-    """The implementation of `op` to call: `backend`, else the override, else FASTDYNAT_KERNELS, else the best that is right.
+    """The implementation of `op` to call: `backend`, else the override, else FASTDYNAT_KERNELS, else the best
+    that is right.
 
-    A call that names its backend runs it as it is; what the override or the environment insist on is verified first.
+    A call that names its backend runs it as it is; what the override or the environment insist on is verified
+    first.
 
     implementations: by backend name; "eager" must be there.
     like: the tensor whose device decides.
@@ -137,9 +139,11 @@ def is_native(name: str, device_type: str) -> bool:
 
 
 def prepare(device: torch.device) -> None:
-    """Verify now, on `device`, the implementations of all operators that would be verified at their first use.
+    """Verify now, on `device`, the implementations of all operators that would be verified at their first
+    use.
 
-    For whoever captures CUDA graphs or compiles. Where the override or the environment insist on one, it is verified alone.
+    For whoever captures CUDA graphs or compiles. Where the override or the environment insist on one, it is
+    verified alone.
 
     Raises WrongImplementation where it is wrong.
     """
@@ -196,7 +200,9 @@ def _candidates(offered: Collection[str], device_type: str) -> list[str]:
 
 
 def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[str, ...]:
-    """The implementations that are right on `device`, the preferred one first; the preferred one alone while compiling."""
+    """The implementations that are right on `device`, the preferred one first; the preferred one alone while
+    compiling.
+    """
     names = _candidates(offered, device.type)
     if not names or verified.checking():
         return (*names[:1], verified.REFERENCE)[:1]
@@ -212,7 +218,9 @@ def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[st
 
 @torch.compiler.assume_constant_result
 def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | None) -> str:
-    """The best where nothing can be run: the verdict of this process or of an earlier one, and eager where there is none."""
+    """The best where nothing can be run: the verdict of this process or of an earlier one, and eager where
+    there is none.
+    """
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     _load_checks()
     if op not in verified.registered():

@@ -17,7 +17,8 @@ class AttackStep(NamedTuple):
     Attributes:
         x_adv: the new point, detached.
         low: the same in the half precision asked for, else None.
-        moved: (N,) bool, False for images whose gradient was zero or NaN in every pixel: they are not attacked at all.
+        moved: (N,) bool, False for images whose gradient was zero or NaN in every pixel: they are not
+            attacked at all.
     """
 
     x_adv: Tensor
@@ -26,16 +27,22 @@ class AttackStep(NamedTuple):
 
 
 def empty_step(x_adv: Tensor, low_dtype: torch.dtype | None, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors like the outputs of a step: the new point, its copy in half precision, which images moved."""
+    """Empty tensors like the outputs of a step: the new point, its copy in half precision, which images
+    moved.
+    """
     low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
     return torch.empty_like(x_adv), low, x_adv.new_empty(x_adv.shape[0] if count else 0, dtype=torch.bool)
 
 
-def check_step(op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, lo: float, hi: float) -> None:
+def check_step(
+    op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, lo: float, hi: float
+) -> None:
     """Raise ValueError, naming argument and value, where a PGD step cannot mean anything."""
     for name, tensor in (("grad", grad), ("x0", x0)):
         if tensor.shape != x_adv.shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)} but x_adv has shape {tuple(x_adv.shape)}")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} but x_adv has shape {tuple(x_adv.shape)}"
+            )
         if tensor.device != x_adv.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but x_adv is on {x_adv.device}")
     if x_adv.dtype not in IMAGE_DTYPES:
@@ -61,4 +68,6 @@ def check_low(op: str, low_dtype: torch.dtype | None) -> None:
 def check_images(op: str, x_adv: Tensor) -> None:
     """Raise ValueError where there is no dimension of images to take norms over."""
     if x_adv.dim() == 0:
-        raise ValueError(f"{op}: x_adv needs a first dimension of images, got a scalar; use x_adv[None] for one image")
+        raise ValueError(
+            f"{op}: x_adv needs a first dimension of images, got a scalar; use x_adv[None] for one image"
+        )

@@ -1,4 +1,6 @@
-"""The fastest of an operator's correct implementations at the current size, timed on the first call's arguments."""
+"""The fastest of an operator's correct implementations at the current size, timed on the first call's
+arguments.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -6,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastdynat import verified
+from fastdynat import verification as verified
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Whether Winograd's algorithm pays is decided where it is chosen, against direct convolutions.
@@ -22,12 +24,18 @@ def size_of(like: Tensor) -> str:
 
 
 def fastest_of(
-    op: str, implementations: Mapping[str, F], names: tuple[str, ...], like: Tensor, *, capturing: Callable[..., bool]
+    op: str,
+    implementations: Mapping[str, F],
+    names: tuple[str, ...],
+    like: Tensor,
+    *,
+    capturing: Callable[..., bool],
 ) -> F:
-    """The fastest of `names` for tensors like `like`; where that is not known yet, what finds out when it is called.
+    """The fastest of `names` for tensors like `like`; where that is not known yet, what finds out when it is
+    called.
 
-    Nothing is timed in a captured graph, in deterministic mode, within modes and for tensors that are not plain: there the
-    first name, the preferred one, is taken.
+    Nothing is timed in a captured graph, in deterministic mode, within modes and for tensors that are not
+    plain: there the first name, the preferred one, is taken.
     """
     preferred = implementations[names[0]]
     if op in NOT_TIMED or torch.are_deterministic_algorithms_enabled():
@@ -47,7 +55,9 @@ def fastest_of(
     return cast(F, find_out)
 
 
-def _race(op: str, implementations: Mapping[str, F], device: torch.device, size: str, args: tuple[Any, ...]) -> str:
+def _race(
+    op: str, implementations: Mapping[str, F], device: torch.device, size: str, args: tuple[Any, ...]
+) -> str:
     global _racing
     before, _racing = _racing, True
     try:
@@ -60,7 +70,9 @@ def _race(op: str, implementations: Mapping[str, F], device: torch.device, size:
 def _call(run: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], object]:
     """A call with its backward pass, if the caller's has one."""
     given = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
-    leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
+    leaves = (
+        [a for a in given if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
+    )
 
     def call() -> None:
         outputs = run(*given)

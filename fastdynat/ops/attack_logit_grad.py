@@ -1,4 +1,6 @@
-"""The closed-form gradient of an attack's loss with respect to the logits: no loss graph, one pass over each row."""
+"""The closed-form gradient of an attack's loss with respect to the logits: no loss graph, one pass over each
+row.
+"""
 
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ from fastdynat.ops._select import select
 OP = "attack_logit_grad"
 LOSSES = ("ce", "kl", "margin", "dlr")
 SOFT_CE = len(LOSSES)  # the code of "ce" with probabilities
-FAINT = 2.0**-64  # rows whose largest entry is below are not rescaled but made anew from the logits' differences
+FAINT = (
+    2.0**-64
+)  # rows whose largest entry is below are not rescaled but made anew from the logits' differences
 
 
 class AttackGrad(NamedTuple):
@@ -29,7 +33,9 @@ class AttackGrad(NamedTuple):
 
 
 def inverse_power_of_two(values: Tensor) -> Tensor:
-    """2^-e for values = m 2^e with m in [0.5, 1), as near as normal numbers come to it; 1 for 0, NaN and infinity."""
+    """2^-e for values = m 2^e with m in [0.5, 1), as near as normal numbers come to it; 1 for 0, NaN and
+    infinity.
+    """
     usable = (values > 0) & values.isfinite()
     smallest = -126 if values.dtype == torch.float32 else -1022
     exponent = torch.frexp(torch.where(usable, values, 0.5))[1].clamp(smallest, -smallest)
@@ -80,7 +86,9 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
                 flat = gap == 0
                 divisor = torch.where(flat, one, gap)
                 ratio = (best - ours) / divisor
-                grad = (grad - torch.zeros_like(z).scatter_add(1, first, ratio).scatter_add(1, third, -ratio)) / divisor
+                grad = (
+                    grad - torch.zeros_like(z).scatter_add(1, first, ratio).scatter_add(1, third, -ratio)
+                ) / divisor
                 grad = torch.where(flat, 0, grad)
                 value = torch.where(flat, 0, ratio).squeeze(1)
             grad = torch.where(z.isnan(), z, grad)
@@ -116,24 +124,28 @@ def attack_logit_grad(
 ) -> AttackGrad:
     """The gradient of sum_i loss(z_i, label_i) with respect to the logits z, detached, and the losses.
 
-    - "ce": cross-entropy; gradient softmax(z) - t. For a class label its own entry is minus the sum of the others, never
-      p - 1, which vanishes in half precision from p = 0.998 on.
+    - "ce": cross-entropy; gradient softmax(z) - t. For a class label its own entry is minus the sum of the
+      others, never p - 1, which vanishes in half precision from p = 0.998 on.
     - "kl": KL(q || softmax(z)) with q = exp(labels); gradient softmax(z) - q.
     - "margin": max_{k != y} z_k - z_y (Carlini & Wagner 2017).
-    - "dlr": (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), the difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690,
-      eq. 6), its denominator differentiated too; 0 with gradient 0 where the denominator is 0.
+    - "dlr": (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), the difference of logits ratio (Croce & Hein 2020,
+      arXiv 2003.01690, eq. 6), its denominator differentiated too; 0 with gradient 0 where the denominator is
+      0.
 
-    A log-probability above 0 counts as 0. Of equal maxima the first counts. A row that holds NaN or +inf (or for class labels,
-    a class outside [0, K)) has a NaN loss and gradient; backend "cpp" raises for such a class. -inf means probability 0.
+    A log-probability above 0 counts as 0. Of equal maxima the first counts. A row that holds NaN or +inf (or
+    for class labels, a class outside [0, K)) has a NaN loss and gradient; backend "cpp" raises for such a
+    class. -inf means probability 0.
 
-    `rescale` multiplies each row by a power of two that brings its largest entry to [0.5, 1), if that is a normal number. The
-    gradients of an image then survive 16-bit arithmetic in the network's backward pass, and are otherwise the same up to that
-    factor, on which neither the sign step nor a normalised one depends. That holds only while images do not mix on their way
-    back: it is wrong for a network in batch norm's train mode. Where a class label's gradient is so faint (below 2^-64) that
-    float32 itself loses it, it is computed from the logits' differences instead, so that a gap of 1e4 still has its direction.
+    `rescale` multiplies each row by a power of two that brings its largest entry to [0.5, 1), if that is a
+    normal number. The gradients of an image then survive 16-bit arithmetic in the network's backward pass,
+    and are otherwise the same up to that factor, on which neither the sign step nor a normalised one depends.
+    That holds only while images do not mix on their way back: it is wrong for a network in batch norm's train
+    mode. Where a class label's gradient is so faint (below 2^-64) that float32 itself loses it, it is
+    computed from the logits' differences instead, so that a gap of 1e4 still has its direction.
 
     Args:
-        logits: (N, K), float32, float64, bfloat16 or float16; computed in float32 at least. K >= 2, for "dlr" K >= 3.
+        logits: (N, K), float32, float64, bfloat16 or float16; computed in float32 at least. K >= 2, for "dlr"
+            K >= 3.
         labels: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
         loss: one of the names above.
         rescale: see above; zero rows stay zero.

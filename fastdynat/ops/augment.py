@@ -12,13 +12,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def reflect(images: Tensor, pad: int) -> Tensor:
-    """Pad (N, C, H, W) images of any dtype by mirroring them at their outermost pixels: (N, C, H + 2 pad, W + 2 pad).
+    """Pad (N, C, H, W) images of any dtype by mirroring them at their outermost pixels: (N, C, H + 2 pad, W +
+    2 pad).
 
     As numpy's mode "reflect". Raises UserError unless pad is below H and W.
     """
     if pad >= min(images.shape[2:]):
         height, width = images.shape[2:]
-        raise UserError(f"{height}x{width} images cannot be padded by reflecting {pad} pixels; use --pad-mode zeros")
+        raise UserError(
+            f"{height}x{width} images cannot be padded by reflecting {pad} pixels; use --pad-mode zeros"
+        )
     for dim in (2, 3):
         size = images.shape[dim]
         at = torch.arange(-pad, size + pad, device=images.device).abs()
@@ -46,8 +49,11 @@ def flip(images: Tensor, flips: Tensor) -> Tensor:
 def to_unit(images: Tensor, *, channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Convert uint8 0..255 to `dtype` in [0, 1], in the memory format asked for."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    # A tensor on the device, because CUDA divides by a Python number as a product with its reciprocal: other last bits.
-    return images.to(dtype, memory_format=memory_format).div_(torch.full((), 255.0, dtype=dtype, device=images.device))
+    # A tensor on the device, because CUDA divides by a Python number as a product with its reciprocal: other
+    # last bits.
+    return images.to(dtype, memory_format=memory_format).div_(
+        torch.full((), 255.0, dtype=dtype, device=images.device)
+    )
 
 
 def _outside(values: Tensor, last: int) -> Tensor:
@@ -127,15 +133,16 @@ def augment(
     channels_last: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the batch images[indices], zero-padded, cropped back, mirrored and divided by 255: (N, C, H, W) in [0, 1].
+    """Return the batch images[indices], zero-padded, cropped back, mirrored and divided by 255: (N, C, H, W)
+    in [0, 1].
 
     Bitwise the same in every backend: the quotient is that of a true division, rounded to `dtype`.
 
     Args:
         images: the whole set, uint8 (M, C, H, W), contiguous.
         indices: int64 (N,), which images, in [0, M).
-        shifts: int64 (2, N), top and left corner of each crop in the image padded by `pad`, in [0, 2 * pad]. None: no
-            crop.
+        shifts: int64 (2, N), top and left corner of each crop in the image padded by `pad`, in [0, 2 * pad].
+            None: no crop.
         flips: bool (N,), which of the crops to mirror left to right. None: none.
         pad: pixels of zeros on each side.
         dtype: float32, float64, bfloat16 or float16.
@@ -144,22 +151,32 @@ def augment(
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit; UserError for an unknown backend.
-        RuntimeError: the backend asked for cannot run here; on the CPU also for an index or a shift out of range. On
-            the GPU, where a check would wait for the device, such an image is NaN throughout.
+        RuntimeError: the backend asked for cannot run here; on the CPU also for an index or a shift out of
+            range. On the GPU, where a check would wait for the device, such an image is NaN throughout.
     """
     if images.dim() != 4 or images.dtype != torch.uint8:
-        raise ValueError(f"augment: images must be uint8 of shape (M, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(
+            f"augment: images must be uint8 of shape (M, C, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
     if not images.is_contiguous():
-        raise ValueError("augment: images must be contiguous; call .contiguous() on the set once, not on every batch")
+        raise ValueError(
+            "augment: images must be contiguous; call .contiguous() on the set once, not on every batch"
+        )
     if images[:1].numel() >= 2**31:
-        raise ValueError(f"augment: an image has {images[:1].numel()} elements, at most 2^31 - 1 are possible")
+        raise ValueError(
+            f"augment: an image has {images[:1].numel()} elements, at most 2^31 - 1 are possible"
+        )
     num_images = indices.numel()
-    wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {"indices": (indices, torch.int64, (num_images,))}
+    wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
+        "indices": (indices, torch.int64, (num_images,))
+    }
     wanted |= {"shifts": (shifts, torch.int64, (2, num_images))} if shifts is not None else {}
     wanted |= {"flips": (flips, torch.bool, (num_images,))} if flips is not None else {}
     for name, (tensor, kind, shape) in wanted.items():
         if tensor.dtype != kind or tensor.shape != shape:
-            raise ValueError(f"augment: {name} must be {kind} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"augment: {name} must be {kind} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
         if tensor.device != images.device:
             raise ValueError(f"augment: {name} is on {tensor.device} but images is on {images.device}")
     if num_images > 0 and images.shape[0] == 0:

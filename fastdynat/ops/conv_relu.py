@@ -1,7 +1,8 @@
-"""ReLU(convolution + bias + residual) as one kernel, for networks whose weights are constants: cuDNN's, on a GPU.
+"""ReLU(convolution + bias + residual) as one kernel, for networks whose weights are constants: cuDNN's, on a
+GPU.
 
-Without it eager PyTorch passes over the result up to four times (convolution, bias, residual, ReLU), and a compiler, which sees
-a convolution as a kernel of others, twice.
+Without it eager PyTorch passes over the result up to four times (convolution, bias, residual, ReLU), and a
+compiler, which sees a convolution as a kernel of others, twice.
 """
 
 import importlib
@@ -12,27 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat import verified
+from fastdynat import verification as verified
 
 NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: torch itself has the kernel
 SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups)"
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any
+) -> Tensor:
     """The definition, in plain torch."""
     out = F.conv2d(x, weight, bias, *geometry)
     return (out if residual is None else out + residual).relu_()
 
 
 def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
-    """One call of cuDNN, which sums in float32 and rounds once, after the ReLU. CUDA tensors only; no gradient."""
+    """One call of cuDNN, which sums in float32 and rounds once, after the ReLU. CUDA tensors only; no
+    gradient.
+    """
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
 
-# Anywhere else the definition stands in, so that networks that were rewritten to use the operator are tested without a GPU.
+# Anywhere else the definition stands in, so that networks that were rewritten to use the operator are tested
+# without a GPU.
 torch.library.define(NAME, f"{SIGNATURE} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.impl(NAME, "default", reference)
 torch.library.impl(NAME, "cuda", cudnn)
@@ -45,8 +51,10 @@ def check_name(dtype: torch.dtype) -> str:
 
 
 def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the operator may be used on `device` for `dtype`: on a GPU where cuDNN's kernel was found right, which is
-    verified at the first question; elsewhere it is its definition. Not while a graph is captured or compiled."""
+    """Whether the operator may be used on `device` for `dtype`: on a GPU where cuDNN's kernel was found
+    right, which is verified at the first question; elsewhere it is its definition. Not while a graph is
+    captured or compiled.
+    """
     if device.type != "cuda":
         return True
     importlib.import_module("fastdynat.ops.checks")  # registers the tables, which import this file
@@ -58,7 +66,9 @@ class _ConvReLU(torch.autograd.Function):
     """Has its context set apart, which torch.func needs."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry
+    ) -> Tensor:
         return torch.ops.fastdynat_cudnn.conv_relu(x, weight, bias, residual, *geometry)
 
     @staticmethod
@@ -71,12 +81,23 @@ class _ConvReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, output = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        # ReLU passes a gradient where its result is above zero; what it passes is the residual's gradient too.
+        # ReLU passes a gradient where its result is above zero; what it passes is the residual's gradient
+        # too.
         passed = torch.ops.aten.threshold_backward(grad, output, 0)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x, _, _ = torch.ops.aten.convolution_backward(
-                passed, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+                passed,
+                x,
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [True, False, False],
             )
         return grad_x, None, None, passed if ctx.has_residual else None, None
 
@@ -103,7 +124,8 @@ def conv_relu(
         (N, K, H', W'), channels-last where `x` or `weight` is.
 
     Raises:
-        ValueError: the residual is of another shape or dtype than the result, or a gradient is wanted of weight or bias.
+        ValueError: the residual is of another shape or dtype than the result, or a gradient is wanted of
+            weight or bias.
         RuntimeError: cuDNN has no such kernel for the dtype.
     """
     geometry = (list(stride), list(padding), list(dilation), groups)
@@ -115,7 +137,9 @@ def conv_relu(
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"conv_relu computes no gradient for {name}: pass {name}.detach(), or use conv2d to train it")
+            raise ValueError(
+                f"conv_relu computes no gradient for {name}: pass {name}.detach(), or use conv2d to train it"
+            )
     return _ConvReLU.apply(x, weight, bias, residual, geometry)
 
 

@@ -1,4 +1,6 @@
-"""Cross-entropy against the label that a guide network gives: loss, gradient, predictions and counts from one pass."""
+"""Cross-entropy against the label that a guide network gives: loss, gradient, predictions and counts from one
+pass.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +31,8 @@ class DynamicLabelLoss(NamedTuple):
     """The loss against dynamic labels, and what a training loop wants to know of the same logits.
 
     Attributes:
-        loss: scalar, or (N,) with reduction "none"; float32, float64 for float64 logits. All else is detached.
+        loss: scalar, or (N,) with reduction "none"; float32, float64 for float64 logits. All else is
+            detached.
         predictions: (N,) int64, the target's arg-max.
         dynamic_labels: (N,) int64, the guide's arg-max, or the class it gave.
         target_correct: scalar int64, how many predictions equal `labels`; None without labels.
@@ -54,13 +57,17 @@ def _eager(
     reduction: int,
     with_grad: bool,
 ) -> Outputs:
-    """The reference: differentiable by autograd itself, and with its gradient in closed form if `with_grad`."""
+    """The reference: differentiable by autograd itself, and with its gradient in closed form if
+    `with_grad`.
+    """
     wide = wide_dtype(target_logits)
     n, k = target_logits.shape
     predictions = target_logits.detach().argmax(1)
     dynamic = guide.clone() if guide.dtype == torch.int64 else guide.argmax(1)
     top = target_logits.detach().amax(1).to(wide)
-    z = target_logits.to(wide) + (top - top + bad_classes(target_logits, dynamic))[:, None]  # NaN where a row means nothing
+    z = (
+        target_logits.to(wide) + (top - top + bad_classes(target_logits, dynamic))[:, None]
+    )  # NaN where a row means nothing
     log_q = F.log_softmax(z, 1)
     label = dynamic.clamp(0, k - 1)[:, None]
     if soft:
@@ -87,7 +94,9 @@ def _eager(
         q = log_q.exp()
         grad = q - (p * (1 - label_smoothing) + label_smoothing / k)
         if not soft:
-            grad = grad.scatter(1, label, label_smoothing / k * (k - 1) - q.scatter(1, label, 0).sum(1, keepdim=True))
+            grad = grad.scatter(
+                1, label, label_smoothing / k * (k - 1) - q.scatter(1, label, 0).sum(1, keepdim=True)
+            )
         grad = grad * scale[:, None]
     if reduction != 0:
         loss = loss.mean() if reduction == 1 else loss.sum()
@@ -157,22 +166,25 @@ def dynamic_label_cross_entropy(
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> DynamicLabelLoss:
-    """Cross-entropy of the target's logits z against the label that the guide gives, loss_i = -sum_k t_ik log softmax(z_i)_k.
+    """Cross-entropy of the target's logits z against the label that the guide gives, loss_i = -sum_k t_ik log
+    softmax(z_i)_k.
 
-    t is one at the guide's arg-max (the first of equal maxima; a NaN counts as the largest, as in torch.argmax), or with `soft`
-    the guide's softmax, in either case smoothed. The gradient with respect to z, softmax(z) - t, comes from the same pass; for
-    a hard label its entry is minus the sum of the others, so that it never vanishes before they do. Nothing flows into `guide`.
-    DYNAT (arXiv 2408.13102), the loss of the target network; weights as in GAIRAT (arXiv 2010.01736) and MAIL (2106.07904).
+    t is one at the guide's arg-max (the first of equal maxima; a NaN counts as the largest, as in
+    torch.argmax), or with `soft` the guide's softmax, in either case smoothed. The gradient with respect to
+    z, softmax(z) - t, comes from the same pass; for a hard label its entry is minus the sum of the others, so
+    that it never vanishes before they do. Nothing flows into `guide`. DYNAT (arXiv 2408.13102), the loss of
+    the target network; weights as in GAIRAT (arXiv 2010.01736) and MAIL (2106.07904).
 
-    Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class of logit -inf has probability 0, and costs
-    nothing where t is 0 there. A row with NaN, with +inf or with -inf only has a NaN loss and a NaN gradient, and so has one
-    whose soft label comes from such a row of `guide`; no other row is touched. There is no second
-    derivative, nor torch.func, except with backend "eager", which autograd differentiates itself.
+    Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class of logit -inf has
+    probability 0, and costs nothing where t is 0 there. A row with NaN, with +inf or with -inf only has a NaN
+    loss and a NaN gradient, and so has one whose soft label comes from such a row of `guide`; no other row is
+    touched. There is no second derivative, nor torch.func, except with backend "eager", which autograd
+    differentiates itself.
 
     Args:
         target_logits: (N, K), float32, float64, bfloat16 or float16. Computed in float32 at least.
-        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. A class outside [0, K) is an error in backend "cpp";
-            elsewhere nobody waits for the device to see it, and that row becomes NaN.
+        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. A class outside [0, K) is an error
+            in backend "cpp"; elsewhere nobody waits for the device to see it, and that row becomes NaN.
         labels: (N,) int64, the true classes, to count correct predictions; they do not enter the loss.
         weights: (N,) float32, factors of the rows' losses; constants, no gradient flows into them.
         soft: use softmax(guide / temperature) instead of its arg-max.

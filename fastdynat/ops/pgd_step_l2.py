@@ -8,7 +8,8 @@ from fastdynat.ops._register import register
 from fastdynat.ops._select import select
 from fastdynat.ops._step import AttackStep, check_images, check_low, check_step, empty_step
 
-# The squares of gradient entries in this range neither overflow nor vanish in float64. Every float32 lies in it.
+# The squares of gradient entries in this range neither overflow nor vanish in float64. Every float32 lies in
+# it.
 SMALLEST, LARGEST = 1e-150, 1e150
 
 
@@ -35,16 +36,21 @@ def _eager(
     hi: float,
     low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference. Kernels take the norm of the moved delta from three sums; here it is taken from the delta."""
+    """The reference. Kernels take the norm of the moved delta from three sums; here it is taken from the
+    delta.
+    """
     g = finite_gradient(grad, x_adv.dtype)
     pixels = (x_adv.shape[0], x_adv[:1].numel())
-    # Dividing by the largest entry keeps the squares in the range of float32. It is 0 only where all entries are.
+    # Dividing by the largest entry keeps the squares in the range of float32. It is 0 only where all entries
+    # are.
     largest = torch.cat([g.reshape(pixels).abs(), g.new_zeros(pixels[0], 1)], 1).amax(1)
     g = g / _per_image(torch.where(largest > 0, largest, 1.0), g)
     length = torch.linalg.vector_norm(g.reshape(pixels), dim=1).clamp_min(1.0)
     delta = x_adv - x0 + step_size * (g / _per_image(length, g))
     norm = torch.linalg.vector_norm(delta.reshape(pixels), dim=1)
-    delta = delta * _per_image(torch.where(norm <= eps, 1.0, eps / norm), delta)  # a norm that is NaN makes NaN
+    delta = delta * _per_image(
+        torch.where(norm <= eps, 1.0, eps / norm), delta
+    )  # a norm that is NaN makes NaN
     x = (x0 + delta).clamp(lo, hi)
     return x, x.to(low_dtype) if low_dtype is not None else x.new_empty(0), largest > 0
 
@@ -83,21 +89,23 @@ def pgd_step_l2(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return clamp(x0 + P(x_adv + step_size * grad / ||grad||_2 - x0), lo, hi) per image, out of place and detached.
+    """Return clamp(x0 + P(x_adv + step_size * grad / ||grad||_2 - x0), lo, hi) per image, out of place and
+    detached.
 
-    P scales what is longer than `eps` to that length. Kernels sum in float64 and round once, so that they differ from
-    each other by an ulp at most; "eager" computes in the dtype of `x_adv` (float32: within 1e-6 for pixels in [0, 1]).
-    The rounding of each pixel to that dtype is all that can leave the ball.
-    Madry et al. 2018 (arXiv 1706.06083), section 2.1, with the steepest ascent of the L2 norm.
+    P scales what is longer than `eps` to that length. Kernels sum in float64 and round once, so that they
+    differ from each other by an ulp at most; "eager" computes in the dtype of `x_adv` (float32: within 1e-6
+    for pixels in [0, 1]). The rounding of each pixel to that dtype is all that can leave the ball. Madry et
+    al. 2018 (arXiv 1706.06083), section 2.1, with the steepest ascent of the L2 norm.
 
-    Gradient entries that are NaN count as 0, infinite ones as the largest finite value of x_adv's dtype; for float64
-    images entries below 1e-150 count as 0 and those above 1e150 as 1e150. Where all are 0 the image makes no step, but
-    is projected and clipped. A NaN in `x_adv` or `x0` makes its whole image NaN. A negative `step_size` descends.
+    Gradient entries that are NaN count as 0, infinite ones as the largest finite value of x_adv's dtype; for
+    float64 images entries below 1e-150 count as 0 and those above 1e150 as 1e150. Where all are 0 the image
+    makes no step, but is projected and clipped. A NaN in `x_adv` or `x0` makes its whole image NaN. A
+    negative `step_size` descends.
 
     Args:
-        x_adv: the current points, (N, ...), float32 or float64, usually (N, C, H, W) in [lo, hi]. Its memory layout is
-            the result's where each image is one block of memory (contiguous, channels-last), else the result is
-            contiguous; grad and x0 are copied only where they are laid out differently.
+        x_adv: the current points, (N, ...), float32 or float64, usually (N, C, H, W) in [lo, hi]. Its memory
+            layout is the result's where each image is one block of memory (contiguous, channels-last), else
+            the result is contiguous; grad and x0 are copied only where they are laid out differently.
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
         step_size: length of the move, in units of the pixel range.

@@ -68,14 +68,16 @@ def pgd_step_linf(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return clamp(clamp(x_adv + step_size * sign(grad), x0 - eps, x0 + eps), lo, hi), out of place and detached.
+    """Return clamp(clamp(x_adv + step_size * sign(grad), x0 - eps, x0 + eps), lo, hi), out of place and
+    detached.
 
-    Bitwise the same in every backend. sign(0) = 0; where `grad` is NaN the pixel does not move. NaN in `x_adv` or
-    `x0` gives NaN. A negative `step_size` descends. Madry et al. 2018 (arXiv 1706.06083), section 2.1.
+    Bitwise the same in every backend. sign(0) = 0; where `grad` is NaN the pixel does not move. NaN in
+    `x_adv` or `x0` gives NaN. A negative `step_size` descends. Madry et al. 2018 (arXiv 1706.06083), section
+    2.1.
 
     Args:
-        x_adv: the current point, any shape, float32 or float64, usually (N, C, H, W) in [lo, hi]. Its memory layout
-            is the result's; grad and x0 are copied only where they are laid out differently.
+        x_adv: the current point, any shape, float32 or float64, usually (N, C, H, W) in [lo, hi]. Its memory
+            layout is the result's; grad and x0 are copied only where they are laid out differently.
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
         step_size: move per pixel, in units of the pixel range.
@@ -103,10 +105,12 @@ def attack_step_linf(
     low_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> AttackStep:
-    """`pgd_step_linf`, and from the same pass over memory what an attack loop would read the tensors again for.
+    """`pgd_step_linf`, and from the same pass over memory what an attack loop would read the tensors again
+    for.
 
     Args:
-        x_adv, grad, x0, step_size, eps, lo, hi, backend: as in `pgd_step_linf`; the first dimension is the image.
+        x_adv, grad, x0, step_size, eps, lo, hi, backend: as in `pgd_step_linf`; the first dimension is the
+            image.
         low_dtype: also return the new point in bfloat16 or float16, for a network that reads it so.
 
     Raises: as `pgd_step_linf`.

@@ -1,4 +1,6 @@
-"""The nearest point of a box on a hyperplane, per image: what the search for a decision boundary does in every step."""
+"""The nearest point of a box on a hyperplane, per image: what the search for a decision boundary does in
+every step.
+"""
 
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from fastdynat.ops._select import select
 from fastdynat.ops._step import GRAD_DTYPES, IMAGE_DTYPES
 
 NORMS = ("linf", "l2")
-# Newton's method leaves what is missing, times the slope, at a quarter or less in each step. Under L-inf that halves the
-# bound on what is missing, so that 64 steps are more than float64 can tell from 0. Images need 4 to 8.
+# Newton's method leaves what is missing, times the slope, at a quarter or less in each step. Under L-inf that
+# halves the bound on what is missing, so that 64 steps are more than float64 can tell from 0. Images need 4
+# to 8.
 STEPS = 64
 
 
@@ -69,25 +72,27 @@ def project_on_hyperplane(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return, per image, the point z of the box [lo, hi] on the plane value + w . (z - at) = 0 that is nearest to x.
+    """Return, per image, the point z of the box [lo, hi] on the plane value + w . (z - at) = 0 that is
+    nearest to x.
 
-    z = clamp(x - t * s * sign(w), lo, hi) under "linf" and clamp(x - t * s * w, lo, hi) under "l2", where s is the side of
-    the plane that x is on and t >= 0 the smallest multiplier that reaches it. What is reached is a concave, piecewise
-    linear function of t, so that Newton's method from t = 0 climbs to the root without passing it and is exact once no
-    further entry meets its bound: no sorting, no tolerance. Where the box ends before the plane, z is the point of the box
-    that comes closest to it: every entry with w != 0 at its bound. Croce & Hein 2020 (arXiv 1907.02044);
-    used by DyART, Xu et al. 2023 (arXiv 2302.03015).
+    z = clamp(x - t * s * sign(w), lo, hi) under "linf" and clamp(x - t * s * w, lo, hi) under "l2", where s
+    is the side of the plane that x is on and t >= 0 the smallest multiplier that reaches it. What is reached
+    is a concave, piecewise linear function of t, so that Newton's method from t = 0 climbs to the root
+    without passing it and is exact once no further entry meets its bound: no sorting, no tolerance. Where the
+    box ends before the plane, z is the point of the box that comes closest to it: every entry with w != 0 at
+    its bound. Croce & Hein 2020 (arXiv 1907.02044); used by DyART, Xu et al. 2023 (arXiv 2302.03015).
 
-    Entries of `x` outside the box are taken to lie on its border. Entries with w = 0 do not move. Where w is 0
-    throughout, x is NaN somewhere, w, value or at is NaN or infinite somewhere, or w . (x - at) overflows float64, the
-    image is returned as it is, clipped to the box; so is one that is on the plane already. Bounds may be infinite. Sums
-    are in float64; the terms that Newton's method sums are products in the dtype of `x`: in float32 what is left of
-    value + w . (z - at) is of the order of 1e-7 * sum|w| * (the largest move), as much as rounding z leaves.
+    Entries of `x` outside the box are taken to lie on its border. Entries with w = 0 do not move. Where w is
+    0 throughout, x is NaN somewhere, w, value or at is NaN or infinite somewhere, or w . (x - at) overflows
+    float64, the image is returned as it is, clipped to the box; so is one that is on the plane already.
+    Bounds may be infinite. Sums are in float64; the terms that Newton's method sums are products in the dtype
+    of `x`: in float32 what is left of value + w . (z - at) is of the order of 1e-7 * sum|w| * (the largest
+    move), as much as rounding z leaves.
 
     Args:
-        x: the points to project, (N, ...), float32 or float64. Its memory layout is the result's where each image is one
-            block of memory (contiguous, channels-last), else the result is contiguous; w and at are copied only where
-            they are laid out differently.
+        x: the points to project, (N, ...), float32 or float64. Its memory layout is the result's where each
+            image is one block of memory (contiguous, channels-last), else the result is contiguous; w and at
+            are copied only where they are laid out differently.
         w: normals of the planes, i.e. gradients at `at`, shape of `x`, float32, float64, bfloat16 or float16.
         value: (N,), dtype of `x`: the linearised function at `at`.
         at: where it was linearised, shape and dtype of `x`; `x` itself and other points are both used.
@@ -113,10 +118,14 @@ def _check(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str, lo: float
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     if x.dim() == 0:
-        raise ValueError(f"{op}: x needs a first dimension of images, got a scalar; use x[None] for one image")
+        raise ValueError(
+            f"{op}: x needs a first dimension of images, got a scalar; use x[None] for one image"
+        )
     for name, tensor, shape in (("w", w, x.shape), ("at", at, x.shape), ("value", value, x.shape[:1])):
         if tensor.shape != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} to go with x")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} to go with x"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}")
     if x.dtype not in IMAGE_DTYPES:

@@ -26,7 +26,8 @@ _LOG = (
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four random words from a counter of four and a key of two, all int64 tensors in [0, 2^32).
+    """Philox4x32-10: four random words from a counter of four and a key of two, all int64 tensors in [0,
+    2^32).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
@@ -46,7 +47,9 @@ def _unit_uniform(word: Tensor) -> Tensor:
 
 
 def _log(u: Tensor) -> Tensor:
-    """log(u) for normal float32 u > 0: Cephes' polynomial, because math libraries differ in their last bits."""
+    """log(u) for normal float32 u > 0: Cephes' polynomial, because math libraries differ in their last
+    bits.
+    """
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa is in [sqrt(1/2), sqrt(2))
     x = (bits - (exponent << 23)).view(torch.float32) - 1
@@ -61,20 +64,27 @@ def _log(u: Tensor) -> Tensor:
 
 
 def _normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals by Box-Muller: radius sqrt(-2 log u), angle 2 pi word1 / 2^32. float32."""
+    """Two independent standard normals by Box-Muller: radius sqrt(-2 log u), angle 2 pi word1 / 2^32.
+    float32.
+    """
     # Multiples of 2^-31, moved off zero: the tail reaches 6.6 standard deviations.
     u = (word0 >> 1).float() * 2**-31 + 2**-32
     # Through float64, because torch does not round the float32 square root correctly on the CPU.
     radius = torch.sqrt((-2 * _log(u)).double()).float()
-    # The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are made.
+    # The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are
+    # made.
     quarter = (word1 + 2**29) >> 30
     t = (word1 - (quarter << 30)).float() * 1.4629180792671596e-9
     z = t * t
     sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * t + t
-    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
+    cosine = (
+        ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
+    )
     odd = (quarter & 1) != 0
     c, s = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
-    return radius * torch.where(((quarter + 1) & 2) != 0, -c, c), radius * torch.where((quarter & 2) != 0, -s, s)
+    return radius * torch.where(((quarter + 1) & 2) != 0, -c, c), radius * torch.where(
+        (quarter & 2) != 0, -s, s
+    )
 
 
 def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
@@ -137,19 +147,20 @@ def random_start(
     "l2"       L2 radius               uniform direction, length uniform in [0, scale), clipped to [lo, hi]
     ========== ======================= ==================================================================
 
-    The noise of element e (in (C, H, W) order) of image n depends on `state`, n and e only: not on the batch size, the
-    memory layout, the device or the implementation. It is drawn in float32 (in steps of 2^-23 * scale if uniform) for
-    float64 images too. Bitwise the same in every backend; "l2" up to the rounding of the direction's length, a relative
-    1e-6 of the move. NaN pixels stay NaN.
+    The noise of element e (in (C, H, W) order) of image n depends on `state`, n and e only: not on the batch
+    size, the memory layout, the device or the implementation. It is drawn in float32 (in steps of 2^-23 *
+    scale if uniform) for float64 images too. Bitwise the same in every backend; "l2" up to the rounding of
+    the direction's length, a relative 1e-6 of the move. NaN pixels stay NaN.
 
-    Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: the seed. Counter: (e // 4, n, low word, high word of the
-    state's counter), word e % 4 for element e. Normal numbers by Box-Muller from pairs of words.
+    Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: the seed. Counter: (e // 4, n, low word, high word
+    of the state's counter), word e % 4 for element e. Normal numbers by Box-Muller from pairs of words.
 
     Args:
-        x: (N, ...) float32 or float64, usually (N, C, H, W) in [lo, hi]. The result has its layout where that is
-            contiguous or channels-last, else it is contiguous.
-        state: int64 (2,) on the device of x, [seed, counter], any values. Read on the device and not changed: add 1 to
-            state[1], or draw both anew, for the next start; a captured CUDA graph that does so draws anew at each replay.
+        x: (N, ...) float32 or float64, usually (N, C, H, W) in [lo, hi]. The result has its layout where that
+            is contiguous or channels-last, else it is contiguous.
+        state: int64 (2,) on the device of x, [seed, counter], any values. Read on the device and not changed:
+            add 1 to state[1], or draw both anew, for the next start; a captured CUDA graph that does so draws
+            anew at each replay.
         kind: one of the table's.
         scale: >= 0, in units of the pixel range.
         lo, hi: the pixel range, lo <= hi.
@@ -164,9 +175,13 @@ def random_start(
     if x.dtype not in IMAGE_DTYPES:
         raise ValueError(f"random_start: x must be float32 or float64, got {x.dtype}")
     if x[:1].numel() >= 2**31:
-        raise ValueError(f"random_start: an image has {x[:1].numel()} elements, at most 2^31 - 1 are possible")
+        raise ValueError(
+            f"random_start: an image has {x[:1].numel()} elements, at most 2^31 - 1 are possible"
+        )
     if state.shape != (2,) or state.dtype != torch.int64:
-        raise ValueError(f"random_start: state must be int64 of shape (2,), got {state.dtype} {tuple(state.shape)}")
+        raise ValueError(
+            f"random_start: state must be int64 of shape (2,), got {state.dtype} {tuple(state.shape)}"
+        )
     if state.device != x.device:
         raise ValueError(f"random_start: state is on {state.device} but x is on {x.device}")
     if kind not in KINDS:

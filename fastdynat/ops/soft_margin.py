@@ -1,4 +1,6 @@
-"""The soft logit margin: how far a label's logit is above a smooth maximum of the others, and its gradient, from one pass."""
+"""The soft logit margin: how far a label's logit is above a smooth maximum of the others, and its gradient,
+from one pass.
+"""
 
 from typing import Any, NamedTuple
 
@@ -26,15 +28,21 @@ class MarginGrad(NamedTuple):
 
 
 def _eager(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """The reference: differentiable by autograd itself, and with its gradient in closed form if `with_grad`."""
+    """The reference: differentiable by autograd itself, and with its gradient in closed form if
+    `with_grad`.
+    """
     z = logits.to(wide_dtype(logits))
     label = labels.clamp(0, logits.shape[1] - 1)[:, None]
     own = z.gather(1, label)[:, 0]
     others = z.scatter(1, label, float("-inf"))
-    top = others.detach().amax(1)  # a constant: what it adds to the margin and what it takes away have the same derivative
+    top = others.detach().amax(
+        1
+    )  # a constant: what it adds to the margin and what it takes away have the same derivative
     log_sum = ((others - top[:, None]) * temperature).logsumexp(1)
     # A factor that makes a row without meaning NaN as a whole: margin, and gradient in every entry.
-    valid = torch.ones_like(top).masked_fill(~(own < float("inf")) | ~log_sum.isfinite(), float("nan")).detach()
+    valid = (
+        torch.ones_like(top).masked_fill(~(own < float("inf")) | ~log_sum.isfinite(), float("nan")).detach()
+    )
     valid = valid + bad_classes(logits, labels)
     margin = ((own - top) - log_sum / temperature) * valid
     if not with_grad:
@@ -76,20 +84,21 @@ IMPLEMENTATIONS = register(
 def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto") -> Tensor:
     """The soft margin of each row z of the logits, with y its label: z_y - (1/T) log sum_{k != y} exp(T z_k).
 
-    Between the margin z_y - max_{k != y} z_k and log(K - 1) / T below it; the temperature T multiplies, so that a larger one is
-    closer to the margin. Positive only where y is the prediction. The gradient with respect to z, 1 at y and minus the softmax
-    of T z over the other classes, comes from the same pass. DyART (arXiv 2302.03015), where it is the function whose zeros are
-    the decision boundary.
+    Between the margin z_y - max_{k != y} z_k and log(K - 1) / T below it; the temperature T multiplies, so
+    that a larger one is closer to the margin. Positive only where y is the prediction. The gradient with
+    respect to z, 1 at y and minus the softmax of T z over the other classes, comes from the same pass. DyART
+    (arXiv 2302.03015), where it is the function whose zeros are the decision boundary.
 
-    Never overflows for finite logits whose difference is finite: gaps of 1e4 are as exact as the logits' dtype. A class of
-    logit -inf counts for nothing; at the label it makes the margin -inf, with the gradient as it is otherwise. A row with NaN
-    or +inf, or with -inf in all classes but the label, has a NaN margin and a NaN gradient; no other row is touched. There is
-    no second derivative, nor torch.func, except with backend "eager", which autograd differentiates itself.
+    Never overflows for finite logits whose difference is finite: gaps of 1e4 are as exact as the logits'
+    dtype. A class of logit -inf counts for nothing; at the label it makes the margin -inf, with the gradient
+    as it is otherwise. A row with NaN or +inf, or with -inf in all classes but the label, has a NaN margin
+    and a NaN gradient; no other row is touched. There is no second derivative, nor torch.func, except with
+    backend "eager", which autograd differentiates itself.
 
     Args:
         logits: (N, K) with K >= 2, float32, float64, bfloat16 or float16. Computed in float32 at least.
-        labels: (N,) int64 classes. One outside [0, K) is an error in backend "cpp"; elsewhere nobody waits for the device
-            to see it, and that row becomes NaN.
+        labels: (N,) int64 classes. One outside [0, K) is an error in backend "cpp"; elsewhere nobody waits
+            for the device to see it, and that row becomes NaN.
         temperature: T, in units of 1 / logit; from 1e-30 to 1e30.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
@@ -104,19 +113,26 @@ def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, bac
     return margin
 
 
-def soft_margin_grad(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto") -> MarginGrad:
-    """`soft_margin` and its gradient with respect to the logits, both detached: what a search sends back through a network.
+def soft_margin_grad(
+    logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto"
+) -> MarginGrad:
+    """`soft_margin` and its gradient with respect to the logits, both detached: what a search sends back
+    through a network.
 
     Arguments and errors as `soft_margin`.
     """
     return MarginGrad(*_run(logits.detach(), labels, temperature, True, backend))
 
 
-def _run(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _run(
+    logits: Tensor, labels: Tensor, temperature: float, with_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     check_logits(OP, "logits", logits, 2)
     check_classes(OP, "labels", labels, logits)
     if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
-        raise ValueError(f"{OP}: temperature must be positive, from 1e-30 to 1e30, got {temperature}; DyART takes 5")
+        raise ValueError(
+            f"{OP}: temperature must be positive, from 1e-30 to 1e30, got {temperature}; DyART takes 5"
+        )
     run = select(OP, IMPLEMENTATIONS, backend, logits)
     margin, grad = run(logits, labels, float(temperature), with_grad)
     return margin, grad

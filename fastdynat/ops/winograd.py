@@ -1,7 +1,9 @@
-"""3x3 convolutions with four times fewer multiplications, for the CPU: Winograd's F(4x4, 3x3), and its input gradient.
+"""3x3 convolutions with four times fewer multiplications, for the CPU: Winograd's F(4x4, 3x3), and its input
+gradient.
 
-Y = A^T [sum_c (G w G^T) * (B^T d B)] A for tiles of 4x4 outputs, which read windows d of 6x6 inputs: 36 multiplications for
-each channel where the sum over taps takes 144. Lavin & Gray 2015 (arXiv 1509.09308), from whom the matrices are.
+Y = A^T [sum_c (G w G^T) * (B^T d B)] A for tiles of 4x4 outputs, which read windows d of 6x6 inputs: 36
+multiplications for each channel where the sum over taps takes 144. Lavin & Gray 2015 (arXiv 1509.09308), from
+whom the matrices are.
 """
 
 from typing import Any
@@ -48,7 +50,9 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b_t, a_t = x.new_tensor(B_T), x.new_tensor(A_T)
     v = torch.einsum("pi,nctsij,qj->pqntsc", b_t, windows, b_t).reshape(POINTS, n * down * across, c)
     m = torch.bmm(v, weight).view(TILE + 2, TILE + 2, n, down, across, k)
-    y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)[:, :height, :width]
+    y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)[
+        :, :height, :width
+    ]
     y = y if bias is None else y + bias
     return y.contiguous().permute(0, 3, 1, 2)
 
@@ -104,9 +108,9 @@ class _Conv(torch.autograd.Function):
 def _owned(y: Tensor) -> Tensor:
     """`y`, which is a permuted view, as a tensor of its own over the same memory.
 
-    Autograd refuses to overwrite a view that a custom function made, and networks do overwrite the result of a convolution:
-    ReLU in place, ``x += shortcut``. Nothing of the result is saved for the backward pass, so overwriting it is safe. A
-    compiler makes its operations functional and needs no help.
+    Autograd refuses to overwrite a view that a custom function made, and networks do overwrite the result of
+    a convolution: ReLU in place, ``x += shortcut``. Nothing of the result is saved for the backward pass, so
+    overwriting it is safe. A compiler makes its operations functional and needs no help.
     """
     return y if torch.compiler.is_compiling() else y.new_empty(0).set_(y)  # type: ignore[call-overload]
 
@@ -116,13 +120,14 @@ def winograd_conv3x3(
 ) -> Tensor:
     """``conv2d(x, weight, bias, padding=1)`` for the 3x3 `weight` that `winograd_weights` transformed.
 
-    Differentiable in `x` alone, to any order, by autograd and torch.func: the gradient of a convolution is the convolution
-    with the filters turned by 180 degrees and channels exchanged, which `backward` holds.
+    Differentiable in `x` alone, to any order, by autograd and torch.func: the gradient of a convolution is
+    the convolution with the filters turned by 180 degrees and channels exchanged, which `backward` holds.
 
-    In float32 it rounds about five times as coarsely as a direct convolution: the transforms multiply by up to 8 and
-    subtract again. The largest error, relative to the largest output, is around 7e-6 where direct convolution's is 1.5e-6.
-    Where a direct convolution's output is NaN or infinite, so is this one's, but as the transforms mix a tile's values,
-    others of the same 4x4 tile may be too (and infinities become NaN); no other tile and no other image is touched.
+    In float32 it rounds about five times as coarsely as a direct convolution: the transforms multiply by up
+    to 8 and subtract again. The largest error, relative to the largest output, is around 7e-6 where direct
+    convolution's is 1.5e-6. Where a direct convolution's output is NaN or infinite, so is this one's, but as
+    the transforms mix a tile's values, others of the same 4x4 tile may be too (and infinities become NaN); no
+    other tile and no other image is touched.
 
     Args:
         x: (N, C, H, W), float32, any size from 0 and any layout; channels-last is read as it lies.
@@ -152,7 +157,8 @@ def winograd_weights(
         backend: as in `winograd_conv3x3`.
 
     Returns:
-        For the convolution (36, C, K), and for its input gradient (36, K, C): together eight times the weight's memory.
+        For the convolution (36, C, K), and for its input gradient (36, K, C): together eight times the
+        weight's memory.
 
     Raises:
         ValueError: `weight` or `out` does not fit.
@@ -176,7 +182,9 @@ def _check_conv(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | Non
         raise ValueError(f"{CONV}: x has shape {tuple(x.shape)}, expected (N, C, H, W)")
     _check_float(CONV, "x", x)
     if forward.dim() != 3:
-        raise ValueError(f"{CONV}: forward has shape {tuple(forward.shape)}, expected (36, C, K) from {WEIGHTS}")
+        raise ValueError(
+            f"{CONV}: forward has shape {tuple(forward.shape)}, expected (36, C, K) from {WEIGHTS}"
+        )
     c, k = x.shape[1], forward.shape[2]
     given = [("forward", forward, (POINTS, c, k)), ("backward", backward, (POINTS, k, c))]
     for name, tensor, shape in [*given, ("bias", bias, (k,))]:
@@ -184,7 +192,9 @@ def _check_conv(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | Non
             continue
         _check_shape(CONV, name, tensor, shape, x)
         if tensor.requires_grad:
-            raise ValueError(f"{CONV}: no gradient of {name} is computed; use {name}.detach(), or conv2d to train it")
+            raise ValueError(
+                f"{CONV}: no gradient of {name} is computed; use {name}.detach(), or conv2d to train it"
+            )
 
 
 def _check_float(op: str, name: str, tensor: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Recipes: named sets of training flags that reproduce a published protocol, one documented YAML file each.
 
-A recipe is the flags that its paper or code states and no more; what it leaves out is fastdynat's default, and its comments
-list what it cannot reproduce. Training images are held out to choose a checkpoint (1,000 of CIFAR's unless the release has a
-number of its own), where most releases train on all of them and choose by the test set. Flags on the command line and keys of
---config win over it.
+A recipe is the flags that its paper or code states and no more; what it leaves out is fastdynat's default,
+and its comments list what it cannot reproduce. Training images are held out to choose a checkpoint (1,000 of
+CIFAR's unless the release has a number of its own), where most releases train on all of them and choose by
+the test set. Flags on the command line and keys of --config win over it.
 """
 
 from importlib.resources import files
@@ -17,7 +17,11 @@ ABOUT = "about"
 
 def recipe_names() -> list[str]:
     """The names that ``--recipe`` takes, in alphabetical order."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files(__name__).iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files(__name__).iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def read_recipe(name: str) -> tuple[dict[str, Any], str]:

@@ -5,43 +5,13 @@ from typing import TYPE_CHECKING
 from fastdynat.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastdynat.runs.environment import (
-        describe_environment,
-        record_start,
-        source_commit,
-    )
-    from fastdynat.runs.failures import (
-        WriteError,
-    )
-    from fastdynat.runs.files import (
-        check_output,
-        check_results,
-        check_writable,
-    )
-    from fastdynat.runs.find import (
-        find_checkpoint,
-        newest_checkpoint,
-    )
-    from fastdynat.runs.layout import (
-        BEST,
-        CONFIG,
-        ENVIRONMENT,
-        LAST,
-        STATE,
-        looks_like_run,
-        require_run,
-    )
-    from fastdynat.runs.manifest import (
-        check_manifest,
-    )
-    from fastdynat.runs.rundir import (
-        RunDir,
-        check_new,
-        claim_name,
-        free_name,
-        lock,
-        release_name,
-    )
+    from fastdynat.runs.atomic_files import check_output, check_results, check_writable
+    from fastdynat.runs.environment import describe_environment, record_start, source_commit
+    from fastdynat.runs.failures import WriteError
+    from fastdynat.runs.find import find_checkpoint, newest_checkpoint
+    from fastdynat.runs.layout import BEST, CONFIG, ENVIRONMENT, LAST, STATE, looks_like_run, require_run
+    from fastdynat.runs.manifest import check_manifest
+    from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock, release_name
     from fastdynat.runs.weights import (
         Sidecar,
         foreign,
@@ -67,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
             "source_commit",
         ),
         "failures": ("WriteError",),
-        "files": ("check_output", "check_results", "check_writable"),
+        "atomic_files": ("check_output", "check_results", "check_writable"),
         "layout": (
             "BEST",
             "CONFIG",

@@ -1,7 +1,7 @@
 """RUN/checkpoints as its owner sees it: checkpoints are added, linked, adopted and removed.
 
-Only folders of the run's own (`fastdynat.runs.find`) are ever removed, of them only what their manifests list, and no symbolic
-link is followed on the way.
+Only folders of the run's own (`fastdynat.runs.find`) are ever removed, of them only what their manifests
+list, and no symbolic link is followed on the way.
 """
 
 import os
@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import point, sync_folder
 from fastdynat.runs.failures import explained
-from fastdynat.runs.files import point, sync_folder
 from fastdynat.runs.find import (
     NUMBERED,
     Checkpoint,
@@ -25,10 +25,20 @@ from fastdynat.runs.find import (
     real_folders,
 )
 from fastdynat.runs.layout import BEST, CHECKPOINTS, LAST, STATE, real, run_id
-from fastdynat.runs.manifest import MANIFEST, Manifest, Origin, put_manifest, read_manifest, sha256, write_manifest
+from fastdynat.runs.manifest import (
+    MANIFEST,
+    Manifest,
+    Origin,
+    put_manifest,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
 
 # What lies in the folder `.partial` that versions before ids left when they were killed.
-OLD_PARTIAL = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json|\.[a-z_]+\.json\.tmp")
+OLD_PARTIAL = re.compile(
+    r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json|\.[a-z_]+\.json\.tmp"
+)
 
 
 class CheckpointStore:
@@ -52,7 +62,9 @@ class CheckpointStore:
             try:
                 self._partial.mkdir()
                 write(self._partial)
-                write_manifest(self._partial, Origin(self.identity, final.name, order, best, epoch, epoch_step))
+                write_manifest(
+                    self._partial, Origin(self.identity, final.name, order, best, epoch, epoch_step)
+                )
                 sync_folder(self._partial)
                 self._partial.rename(final)
             except BaseException:
@@ -80,7 +92,9 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
 
     def link(self) -> None:
-        """Point RUN/last and RUN/best at the newest and the best, unless something else is there or links cannot be made."""
+        """Point RUN/last and RUN/best at the newest and the best, unless something else is there or links
+        cannot be made.
+        """
         own = own_checkpoints(self.run)
         for role, chosen in ((BEST, [c for c in own if c.best]), (LAST, own)):
             path = self.run / role
@@ -92,7 +106,9 @@ class CheckpointStore:
             sync_folder(self.run)
 
     def _prune(self) -> None:
-        """Remove what is neither the newest nor the best, and the training state of what is not the newest."""
+        """Remove what is neither the newest nor the best, and the training state of what is not the
+        newest.
+        """
         own = own_checkpoints(self.run)
         best = [checkpoint for checkpoint in own if checkpoint.best][-1:]
         for checkpoint in own[:-1]:
@@ -102,11 +118,14 @@ class CheckpointStore:
                 remove_listed(checkpoint.folder, STATE, checkpoint.manifest.files[STATE])
 
     def adopt(self) -> None:
-        """Make the newest and best checkpoint the run's own by name, where they are not: in a run from before manifests named
-        it, and in a copy that followed the links."""
+        """Make the newest and best checkpoint the run's own by name, where they are not: in a run from before
+        manifests named it, and in a copy that followed the links.
+        """
         last, best = find_checkpoint(self.run, LAST), find_checkpoint(self.run, BEST)
         # Both are known before either moves; the newest goes last, so that it is the newest by order too.
-        for folder in dict.fromkeys(f for f in (best, last) if f is not None and f.is_relative_to(real(self.run))):
+        for folder in dict.fromkeys(
+            f for f in (best, last) if f is not None and f.is_relative_to(real(self.run))
+        ):
             self._adopt(folder, best=folder == best)
         for role in (BEST, LAST):  # what a copy put in the place of a link to one of the others
             if is_copied(self.run / role, self.identity):
@@ -122,7 +141,9 @@ class CheckpointStore:
         own = folder.parent == real(self.store) and NUMBERED.fullmatch(folder.name)
         final = folder if own else self.next_folder()
         order = 1 + max((c.order[0] for c in own_checkpoints(self.run)), default=0)
-        origin = manifest.origin or Origin(self.identity, final.name, order, best, completed_epochs(folder), 0)
+        origin = manifest.origin or Origin(
+            self.identity, final.name, order, best, completed_epochs(folder), 0
+        )
         listed = Manifest(manifest.files, replace(origin, folder=final.name))
         if final == folder or folder in (real(self.run) / LAST, real(self.run) / BEST):
             put_manifest(folder, listed)
@@ -156,7 +177,9 @@ def is_copied(path: Path, identity: str) -> bool:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a link of the run may take the place of `path`: there is nothing, or such a link, or what archives make of it."""
+    """Whether a link of the run may take the place of `path`: there is nothing, or such a link, or what
+    archives make of it.
+    """
     if not os.path.lexists(path):
         return True
     if path.is_symlink():
@@ -168,11 +191,15 @@ def is_replaceable(path: Path) -> bool:
     else:
         return False
     place, store = (os.path.normpath(p) for p in (path.parent / target, path.parent / CHECKPOINTS))
-    return os.path.dirname(place) == store or os.path.dirname(os.path.realpath(place)) == os.path.realpath(store)
+    return os.path.dirname(place) == store or os.path.dirname(os.path.realpath(place)) == os.path.realpath(
+        store
+    )
 
 
 def remove_checkpoint(checkpoint: Checkpoint) -> bool:
-    """Remove a checkpoint of the run's own: what its manifest lists, the manifest last. Returns whether the folder is gone."""
+    """Remove a checkpoint of the run's own: what its manifest lists, the manifest last. Returns whether the
+    folder is gone.
+    """
     for name, digest in checkpoint.manifest.files.items():
         remove_listed(checkpoint.folder, name, digest)
     if {path.name for path in checkpoint.folder.iterdir()} != {MANIFEST}:

@@ -17,7 +17,7 @@ import torchvision
 from fastdynat import __version__
 from fastdynat.documents import read_json
 from fastdynat.errors import UserError
-from fastdynat.runs.files import write_text
+from fastdynat.runs.atomic_files import write_text
 
 UNUSED = "unused"
 
@@ -35,7 +35,11 @@ def cpu_name() -> str:
 
 def describe_environment() -> dict[str, Any]:
     """Machine and versions as plain JSON values; no host or user names."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastdynat": __version__,
@@ -51,8 +55,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """The commit of the checkout that this package is in, marked if tracked files differ from it; without git what
-    FASTDYNAT_COMMIT says, else "unknown"."""
+    """The commit of the checkout that this package is in, marked if tracked files differ from it; without git
+    what FASTDYNAT_COMMIT says, else "unknown".
+    """
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -61,13 +66,17 @@ def source_commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie inside a checkout
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (subprocess.CalledProcessError, FileNotFoundError):
         return os.environ.get("FASTDYNAT_COMMIT", "unknown")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The starts in `path` (environment.json), the first one first. Raises UserError where it cannot be read."""
+    """The starts in `path` (environment.json), the first one first. Raises UserError where it cannot be
+    read.
+    """
     return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
 
 
@@ -95,20 +104,25 @@ def record_start(
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -> list[str]:
-    """What is another in two records of starts, with the remedy where there is one; a missing entry is unknown, not another."""
+    """What is another in two records of starts, with the remedy where there is one; a missing entry is
+    unknown, not another.
+    """
     # Where one was wrong, nothing keeps "cpp, but eager for this one".
     mixed = "," in str(before.get("operators"))
     remedies = {"operators": "" if mixed else " (--kernels {} keeps them)", "torch": ""}
     remedies |= {"threads": " (OMP_NUM_THREADS={} keeps them)", "processor": ""} if on_cpu else {"gpus": ""}
     names = {"torch": "PyTorch changes", "processor": "the processor changes", "gpus": "the GPUs change"}
     # The number of cores beside the processor's name is not part of it.
-    old, new = ({**start, "processor": str(start.get("cpu", "")).partition("-core ")[2]} for start in (before, now))
+    old, new = (
+        {**start, "processor": str(start.get("cpu", "")).partition("-core ")[2]} for start in (before, now)
+    )
     found = [
         f"{names.get(key, key + ' change')} from {old[key]} to {new[key]}{remedy.format(old[key])}"
         for key, remedy in remedies.items()
         if old.get(key) and old[key] != new[key]
     ]
-    # A start without this entry was made by a version that had another rule, and used it wherever this one is used.
+    # A start without this entry was made by a version that had another rule, and used it wherever this one is
+    # used.
     rules = now["winograd"], before.get("winograd")
     if UNUSED not in rules and rules[0] != rules[1]:
         found.append("another rule than before says which layers Winograd's algorithm computes")

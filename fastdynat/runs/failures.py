@@ -20,7 +20,8 @@ class WriteError(UserError):
 
     Attributes:
         path: the file.
-        reason: what the system says, and where it is for want of room, how much is needed and how much there is.
+        reason: what the system says, and where it is for want of room, how much is needed and how much there
+            is.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -43,7 +44,9 @@ def _room(path: Path, error: OSError, needed: int) -> str:
         there_is = f"{free_bytes(path):,} bytes are free"
     else:
         return ""
-    return "".join(f"; {part}" for part in (f"{needed:,} bytes are needed" if needed else "", there_is) if part)
+    return "".join(
+        f"; {part}" for part in (f"{needed:,} bytes are needed" if needed else "", there_is) if part
+    )
 
 
 def free_bytes(path: Path) -> int:
@@ -55,7 +58,9 @@ def free_bytes(path: Path) -> int:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error that `error` is or tells of, as safetensors does; None where it is something else."""
+    """The system's error that `error` is or tells of, as safetensors does; None where it is something
+    else.
+    """
     if isinstance(error, OSError):
         return error
     match = re.search(r"\(os error (\d+)\)", str(error))
@@ -81,7 +86,9 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
     except Exception as error:
         found = system_error(error)
         if found is not None:
-            raise WriteError(path, f"{found.strerror or found}{_missing(path, found)}{_room(path, found, needed)}") from None
+            raise WriteError(
+                path, f"{found.strerror or found}{_missing(path, found)}{_room(path, found, needed)}"
+            ) from None
         raise
 
 

@@ -1,7 +1,8 @@
 """RUN/checkpoints: which folders in it are the run's own, and which of them is the newest and the best.
 
-A folder is the run's own if its manifest names the run and the folder. The newest and the best are found by what manifests say;
-RUN/last and RUN/best are links for people, and a run that was copied without them lacks nothing.
+A folder is the run's own if its manifest names the run and the folder. The newest and the best are found by
+what manifests say; RUN/last and RUN/best are links for people, and a run that was copied without them lacks
+nothing.
 """
 
 import os
@@ -40,12 +41,15 @@ class Checkpoint:
 def own_checkpoints(run: Path) -> list[Checkpoint]:
     """The run's own checkpoints, the newest last; their files are not looked at."""
     found, identity = _with_manifests(run), identity_of(run)
-    own = (checkpoint for checkpoint in found if is_own(checkpoint.folder, checkpoint.manifest.origin, identity))
+    own = (
+        checkpoint for checkpoint in found if is_own(checkpoint.folder, checkpoint.manifest.origin, identity)
+    )
     return sorted(own, key=lambda checkpoint: checkpoint.order)
 
 
 def identity_of(run: Path) -> str | None:
-    """The run's id, as its configuration says; where that does not, the one that all its checkpoints name, if they do.
+    """The run's id, as its configuration says; where that does not, the one that all its checkpoints name, if
+    they do.
 
     None of a run from before there was one.
     """
@@ -81,10 +85,11 @@ def is_own(folder: Path, origin: Origin | None, identity: str | None) -> bool:
 
 
 def find_checkpoint(run: Path, role: str) -> Path | None:
-    """The folder of the newest (`role` last) or the best (`role` best) checkpoint of `run`; None where there is none.
+    """The folder of the newest (`role` last) or the best (`role` best) checkpoint of `run`; None where there
+    is none.
 
-    What the link says counts where manifests do not: in a run from before they did, and where the link is, instead, a folder
-    that a copy put there.
+    What the link says counts where manifests do not: in a run from before they did, and where the link is,
+    instead, a folder that a copy put there.
     """
     own, named = own_checkpoints(run), _named(run, role)
     if identity_of(run) is None:
@@ -161,7 +166,9 @@ def newest_checkpoint(run: Path) -> Path | None:
     """
     found = find_checkpoint(run, LAST)
     if found is None and (best := find_checkpoint(run, BEST)) is not None:
-        raise UserError(f"{run} has a best checkpoint ({best.name}) but none to resume from: bring its last checkpoint back")
+        raise UserError(
+            f"{run} has a best checkpoint ({best.name}) but none to resume from: bring its last checkpoint back"
+        )
     if found is not None and not NUMBERED.fullmatch(found.name):
         return found
     for folder in real_folders(run / CHECKPOINTS):

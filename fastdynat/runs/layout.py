@@ -23,16 +23,32 @@ MADE = {
     EVALUATIONS: re.compile(r"[a-z0-9_-]+(\.[0-9]+of[0-9]+)?-[0-9a-f]{16}\.(json|state)"),
     TENSORBOARD: re.compile(r"events\.out\.tfevents\.[0-9]+\..+"),
 }
-IN_RUN = (CONFIG, LOCK, ENVIRONMENT, METRICS, TABLE, LAST, BEST, CHECKPOINTS, BOUNDARY, EVALUATIONS, TENSORBOARD)
+IN_RUN = (
+    CONFIG,
+    LOCK,
+    ENVIRONMENT,
+    METRICS,
+    TABLE,
+    LAST,
+    BEST,
+    CHECKPOINTS,
+    BOUNDARY,
+    EVALUATIONS,
+    TENSORBOARD,
+)
 
 
 def real(path: Path) -> Path:
-    """`path` with links followed; of links that lead to each other as far as they go, where `Path.resolve` raises."""
+    """`path` with links followed; of links that lead to each other as far as they go, where `Path.resolve`
+    raises.
+    """
     return Path(os.path.realpath(path))
 
 
 def run_of_file(path: Path) -> Path | None:
-    """The run that the file `path`, which need not be there, belongs to, links followed; None where it is no run's."""
+    """The run that the file `path`, which need not be there, belongs to, links followed; None where it is no
+    run's.
+    """
     place = real(path)
     for run in place.parents[:3]:
         inside = place.relative_to(run).parts
@@ -71,13 +87,17 @@ def _is_forbidden(path: Path) -> bool:
 
 
 def run_id(path: Path) -> str | None:
-    """What tells this run's checkpoints from others', as its configuration says; None of a run from before there was one."""
+    """What tells this run's checkpoints from others', as its configuration says; None of a run from before
+    there was one.
+    """
     match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", _first_lines(path, 2)[1])
     return match[1].decode() if match else None
 
 
 def _first_lines(run: Path, count: int) -> list[bytes]:
-    """The first lines of the run's configuration, cut where they are long; empty ones where it cannot be read."""
+    """The first lines of the run's configuration, cut where they are long; empty ones where it cannot be
+    read.
+    """
     try:
         with open_file(run / CONFIG) as file:
             return [file.readline(200) for _ in range(count)]

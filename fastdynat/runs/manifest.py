@@ -1,4 +1,6 @@
-"""The manifest of a checkpoint folder: which files belong together, byte for byte, and which run made it when."""
+"""The manifest of a checkpoint folder: which files belong together, byte for byte, and which run made it
+when.
+"""
 
 import hashlib
 import json
@@ -11,8 +13,8 @@ from fastdynat.documents import open_file, read_json
 from fastdynat.documents.files import GIB, MIB
 from fastdynat.documents.numbers import Count, FileName
 from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.failures import explained_reading
-from fastdynat.runs.files import write_text
 
 MANIFEST = "checkpoint.json"
 FORMAT = "fastdynat-checkpoint/1"
@@ -64,13 +66,15 @@ def sha256(path: Path) -> str:
     """The file's digest as hexadecimal text.
 
     Raises:
-        UserError: it cannot be read, or is large and nearly all of it was never written, as after a stray `truncate`: its
-            digest would take minutes, and is none that anybody stored.
+        UserError: it cannot be read, or is large and nearly all of it was never written, as after a stray
+            `truncate`: its digest would take minutes, and is none that anybody stored.
     """
     with explained_reading(path), open_file(path) as file:
         about = os.fstat(file.fileno())
         if about.st_size > GIB and about.st_blocks * 512 < about.st_size // 1000:
-            raise UserError(f"{path} is damaged: {about.st_size:,} bytes, nearly all of which were never written")
+            raise UserError(
+                f"{path} is damaged: {about.st_size:,} bytes, nearly all of which were never written"
+            )
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

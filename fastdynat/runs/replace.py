@@ -5,31 +5,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastdynat.runs.checkpoints import (
-    CheckpointStore,
-    is_copied,
-    is_replaceable,
-    remove_checkpoint,
-)
+from fastdynat.runs.checkpoints import CheckpointStore, is_copied, is_replaceable, remove_checkpoint
 from fastdynat.runs.find import Checkpoint, identity_of, own_checkpoints
-from fastdynat.runs.layout import (
-    BEST,
-    CHECKPOINTS,
-    ENVIRONMENT,
-    LAST,
-    MADE,
-    METRICS,
-    TABLE,
-    real,
-)
+from fastdynat.runs.layout import BEST, CHECKPOINTS, ENVIRONMENT, LAST, MADE, METRICS, TABLE, real
 from fastdynat.runs.manifest import read_manifest
 
 
 def remove_run(path: Path) -> list[Path]:
     """Remove all but the configuration of the run in `path`, if there is one.
 
-    A link in the place of a file or folder of the run is removed, and what it points at is not. Returns what was left in the
-    run's folders because the run did not make it.
+    A link in the place of a file or folder of the run is removed, and what it points at is not. Returns what
+    was left in the run's folders because the run did not make it.
     """
     checkpoints = _checkpoints(path)
     for name in (ENVIRONMENT, METRICS, TABLE):
@@ -48,7 +34,9 @@ def remove_run(path: Path) -> list[Path]:
 
 
 def _checkpoints(path: Path) -> list[Checkpoint]:
-    """All checkpoints of the run, also where it is an old one whose links name them, or a copy with folders for links."""
+    """All checkpoints of the run, also where it is an old one whose links name them, or a copy with folders
+    for links.
+    """
     found = {real(checkpoint.folder): checkpoint for checkpoint in own_checkpoints(path)}
     if (path / CHECKPOINTS).is_symlink():
         found = {}
@@ -60,7 +48,9 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
 
 
 def _empty(folder: Path, is_made: Callable[[Path], bool]) -> list[Path]:
-    """Remove the files in `folder` that `is_made` knows, and the folder once it is empty; returns what else is there."""
+    """Remove the files in `folder` that `is_made` knows, and the folder once it is empty; returns what else
+    is there.
+    """
     if folder.is_symlink():
         folder.unlink()
         return []

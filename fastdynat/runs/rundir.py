@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import TEMPORARY, drop_leftovers, write_text
 from fastdynat.runs.checkpoints import CheckpointStore
 from fastdynat.runs.failures import explained
-from fastdynat.runs.files import TEMPORARY, drop_leftovers, write_text
 from fastdynat.runs.find import identity_of
 from fastdynat.runs.layout import (
     BOUNDARY,
@@ -115,7 +115,9 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
     if not looks_like_run(path):
         raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
     if not overwrite:
-        raise UserError(f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite")
+        raise UserError(
+            f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite"
+        )
     refuse_kinds(path, links_go=True)
 
 
@@ -146,7 +148,8 @@ class RunDir:
     """An open run directory, locked against a second process until `close`.
 
     Attributes:
-        kept: what `create` found in the folders of the run that it replaced, and left there because it is no run's.
+        kept: what `create` found in the folders of the run that it replaced, and left there because it is no
+            run's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -164,13 +167,16 @@ class RunDir:
             run = cls(path)
         try:
             with explained(path):
-                refuse_occupied(path, overwrite=overwrite)  # again: another process may have been here since the first check
+                refuse_occupied(
+                    path, overwrite=overwrite
+                )  # again: another process may have been here since the first check
                 run.kept = remove_run(path)
                 drop_leftovers(path)
                 (path / OLD_LEFTOVER).unlink(missing_ok=True)
             run.identity = new_id()
             run.checkpoints = CheckpointStore(path, run.identity)
-            # The configuration goes last, in one step: until then the folder is still a run, the old one at its start.
+            # The configuration goes last, in one step: until then the folder is still a run, the old one at
+            # its start.
             run.rewrite_config(config)
         except BaseException:
             run.close()
@@ -186,8 +192,8 @@ class RunDir:
         """Open an existing run.
 
         Raises:
-            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link out of it or
-                something else.
+            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link
+                out of it or something else.
         """
         path = Path(path)
         require_run(path)
@@ -209,7 +215,9 @@ class RunDir:
         with explained(self.path / CHECKPOINTS):
             self.checkpoints.adopt()
 
-    def commit(self, write: Callable[[Path], None], *, best: bool, epoch: int = 0, epoch_step: int = 0) -> None:
+    def commit(
+        self, write: Callable[[Path], None], *, best: bool, epoch: int = 0, epoch_step: int = 0
+    ) -> None:
         """Let `write` fill a new checkpoint folder, then make it the newest (and the best) in one step.
 
         Args:
@@ -234,7 +242,9 @@ def refuse_kinds(path: Path, *, links_go: bool = False) -> None:
             continue
         # A link to a file that is not there yet makes it; no folder is made so.
         if os.path.lexists(place) and (folder or place.is_dir() or not _leads_nowhere(place)):
-            raise UserError(f"{place} is no {'folder' if folder else 'file'}, as that of a run is; move it away")
+            raise UserError(
+                f"{place} is no {'folder' if folder else 'file'}, as that of a run is; move it away"
+            )
 
 
 def _leads_nowhere(link: Path) -> bool:

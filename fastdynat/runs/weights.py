@@ -14,15 +14,15 @@ from fastdynat.data import DatasetInfo
 from fastdynat.documents import DocumentError, check_text, read_json
 from fastdynat.documents.files import MIB
 from fastdynat.documents.numbers import Count, Finite, Radius, Share
+from fastdynat.documents.tensor_files import check_safetensors, read_safetensors
 from fastdynat.errors import UserError
+from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models import build_model
 from fastdynat.models.finite import check_numbers
-from fastdynat.process_state import process_state_kept
-from fastdynat.runs.files import replacing, write_text
+from fastdynat.runs.atomic_files import replacing, write_text
 from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
-from fastdynat.tensorfiles import check_safetensors, read_safetensors
 
 FORMAT = "fastdynat-weights/1"
 Side = Annotated[int, Meta(ge=1, le=4096)]  # pixels; what --image-size takes
@@ -58,10 +58,13 @@ class _Stored(Sidecar):
 
 
 def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -> None:
-    """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any device."""
+    """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any
+    device.
+    """
     path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    # safetensors makes files that only their owner can read; `replacing` gives this one the mode of its neighbours.
+    # safetensors makes files that only their owner can read; `replacing` gives this one the mode of its
+    # neighbours.
     with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     about = {
@@ -93,7 +96,9 @@ def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
     values = vars(stored).copy()
     promised = values.pop("sha256")
     if len(stored.class_names) != stored.num_classes:
-        raise DocumentError(f"{sidecar}: num_classes is {stored.num_classes}, but class_names has {len(stored.class_names)}")
+        raise DocumentError(
+            f"{sidecar}: num_classes is {stored.num_classes}, but class_names has {len(stored.class_names)}"
+        )
     for name in (stored.architecture, stored.dataset, stored.method):
         check_text(name, f"{sidecar}: a name")
     return Sidecar(**values), promised
@@ -112,7 +117,9 @@ def load_state(path: Path | str) -> tuple[dict[str, Tensor], Sidecar]:
     check_safetensors(path)
     found = sha256(path)
     if found != promised:
-        raise UserError(f"{path} is damaged or was changed: sha256 {found[:12]}..., its .json says {promised[:12]}...")
+        raise UserError(
+            f"{path} is damaged or was changed: sha256 {found[:12]}..., its .json says {promised[:12]}..."
+        )
     return read_safetensors(path), sidecar
 
 
@@ -141,7 +148,9 @@ def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, archit
 
 
 def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
-    """In words, what data a network was trained on, if its classes or images are not those of `info`; else ""."""
+    """In words, what data a network was trained on, if its classes or images are not those of `info`; else
+    "".
+    """
     theirs, ours = (len(sidecar.class_names), sidecar.image_shape), (len(info.class_names), info.image_shape)
     if theirs != ours:
         return (
@@ -155,7 +164,8 @@ def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
 
 
 def guide_weights(path: Path | str) -> Path:
-    """The weights that a user means by `path`: a .safetensors file, or of a run directory its best checkpoint's model.
+    """The weights that a user means by `path`: a .safetensors file, or of a run directory its best
+    checkpoint's model.
 
     Raises:
         UserError: neither is there.

@@ -1,4 +1,6 @@
-"""Print the figures: ``PYTHONPATH=tests python -m fuzz --examples 1000 --kinds runs,yaml``; exit code 1 where one failed."""
+"""Print the figures: ``PYTHONPATH=tests python -m fuzz --examples 1000 --kinds runs,yaml``; exit code 1 where
+one failed.
+"""
 
 import argparse
 import sys

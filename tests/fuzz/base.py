@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdynat.cli import main
+from fastdynat.commands.main import main
 from fuzz.commands import BENCH, STARTS, TINY
 
 
 def make_base(folder: Path) -> Path:
-    """A run with evaluations and speeds of the boundary, a report, a bench result, a comparison and a folder of pictures."""
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    """A run with evaluations and speeds of the boundary, a report, a bench result, a comparison and a folder
+    of pictures.
+    """
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         for argv in (
             ["train", *TINY, "--run-dir", "run", "--boundary-speed", "4"],
             ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],

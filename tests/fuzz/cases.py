@@ -25,10 +25,16 @@ def _entries(folder: Path) -> list[str]:
 
 @st.composite
 def damaged_runs(draw: Draw, base: Path) -> Case:
-    """A run with one entry damaged, its digests made to fit or not, under one of the commands that read it."""
+    """A run with one entry damaged, its digests made to fit or not, under one of the commands that read
+    it.
+    """
     name = draw(st.sampled_from(_entries(base)))
     others = ("kind", "content", "cut", "flip", "twice")
-    how = draw(st.sampled_from((*others, *("json", "yaml") * (4 if Path(name).suffix in (".json", ".jsonl", ".yaml") else 0))))
+    how = draw(
+        st.sampled_from(
+            (*others, *("json", "yaml") * (4 if Path(name).suffix in (".json", ".jsonl", ".yaml") else 0))
+        )
+    )
     argv, fit = list(draw(st.sampled_from(COMMANDS))), draw(st.booleans())
     damage, label = draw(_damage(base / name, how))
 
@@ -68,7 +74,9 @@ def _damage(draw: Draw, path: Path, how: str) -> tuple[Callable[[Path], None], s
         return (lambda p: _write(p, data[:length])), f"cut to {length}"
     if how == "flip":
         place, bit = draw(st.integers(0, max(0, min(len(data), 4000) - 1))), draw(st.integers(0, 7))
-        return (lambda p: _write(p, data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])), f"bit {place}.{bit}"
+        return (
+            lambda p: _write(p, data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+        ), f"bit {place}.{bit}"
     content = draw(odd.contents)
     return (lambda p: _write(p, content)), f"holds {content[:40]!r}"
 
@@ -78,15 +86,21 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _make_fit(path: Path) -> None:
-    """Let sidecar and manifest of the checkpoint that `path` is in promise what is there, as an attacker would."""
+    """Let sidecar and manifest of the checkpoint that `path` is in promise what is there, as an attacker
+    would.
+    """
     if path.parent.parent.name != "checkpoints":
         return
     sidecar = path.with_suffix(".json")
     try:
         if path.suffix == ".safetensors" and path.is_file() and path.stat().st_size < 1 << 24:
-            about = json.loads(sidecar.read_text()) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            about = json.loads(sidecar.read_text()) | {
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+            }
             sidecar.write_text(json.dumps(about))
-        if path.name != "checkpoint.json" and all(p.is_file() and p.stat().st_size < 1 << 24 for p in path.parent.iterdir()):
+        if path.name != "checkpoint.json" and all(
+            p.is_file() and p.stat().st_size < 1 << 24 for p in path.parent.iterdir()
+        ):
             write_manifest(path.parent)
     except (OSError, ValueError):
         pass
@@ -110,7 +124,11 @@ def configurations(draw: Draw, base: Path) -> Case:
     if draw(st.integers(0, 3)) == 0:
         data = draw(odd.contents)
     else:
-        pairs = draw(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(odd.YAML_VALUES)), min_size=1, max_size=3))
+        pairs = draw(
+            st.lists(
+                st.tuples(st.sampled_from(KEYS), st.sampled_from(odd.YAML_VALUES)), min_size=1, max_size=3
+            )
+        )
         data = "\n".join(f"{key}: {value}" for key, value in pairs).encode("utf-8", "surrogatepass")
     compare = draw(st.integers(0, 4)) == 0
     kind = draw(st.sampled_from(("file",) * 9 + odd.KINDS))
@@ -120,14 +138,38 @@ def configurations(draw: Draw, base: Path) -> Case:
         path.write_bytes(data)
         if kind not in ("file",):
             odd.replace_kind(path, kind)
-        own = ["--attacks", "clean", "--methods", "natural", "--out", "cmp"] if compare else ["--run-dir", "new"]
+        own = (
+            ["--attacks", "clean", "--methods", "natural", "--out", "cmp"]
+            if compare
+            else ["--run-dir", "new"]
+        )
         return ["compare" if compare else "train", *TINY, *own, "--config", "c.yaml"]
 
     return Case("yaml", f"{kind} {data[:120]!r}", prepare)
 
 
 FLAG_VALUES = [
-    *("", "0", "-1", "1", "2", "0.5", "1e23", "1e400", "nan", "inf", "x", "é", "8/255", "8/0", "/", "//", "1,2", ",", "a\0b"),
+    *(
+        "",
+        "0",
+        "-1",
+        "1",
+        "2",
+        "0.5",
+        "1e23",
+        "1e400",
+        "nan",
+        "inf",
+        "x",
+        "é",
+        "8/255",
+        "8/0",
+        "/",
+        "//",
+        "1,2",
+        ",",
+        "a\0b",
+    ),
     *(
         *odd.NAMES,
         *("bench.json", "cmp/ledger.json", "run/metrics.jsonl", "pictures/train/a/0.png", "rep/index.html"),
@@ -144,7 +186,20 @@ FLAG_VALUES = [
         "/dev/zero",
         "nosuch.svg",
     ),
-    *("on", "off", "auto", "cuda:9", "mps", "clean", "pgd0", "pgd", "cw-1", "pgd10@nosuch", "pgd99999999999999999999", "best"),
+    *(
+        "on",
+        "off",
+        "auto",
+        "cuda:9",
+        "mps",
+        "clean",
+        "pgd0",
+        "pgd",
+        "cw-1",
+        "pgd10@nosuch",
+        "pgd99999999999999999999",
+        "best",
+    ),
     *(
         "net.py",
         "net.py:",
@@ -159,7 +214,20 @@ FLAG_VALUES = [
         "wrn-100000-1000",
         "wrn-994-100",
     ),
-    *("10000000000000", "imagefolder", "digits", "natural", "dyart", "--help", "--", "-", "[bold]", "1/0", "2/1", "1/3"),
+    *(
+        "10000000000000",
+        "imagefolder",
+        "digits",
+        "natural",
+        "dyart",
+        "--help",
+        "--",
+        "-",
+        "[bold]",
+        "1/0",
+        "2/1",
+        "1/3",
+    ),
 ]
 
 
@@ -176,7 +244,9 @@ def flags(draw: Draw, base: Path) -> Case:
         if flag in SLOW:
             continue
         value = draw(st.sampled_from(FLAG_VALUES))
-        argv += draw(st.sampled_from(([flag, value], [f"{flag}={value}"], [flag], [value], [flag.upper(), value])))
+        argv += draw(
+            st.sampled_from(([flag, value], [f"{flag}={value}"], [flag], [value], [flag.upper(), value]))
+        )
     return Case("flags", "", lambda work: argv)
 
 
@@ -193,8 +263,14 @@ def caches(draw: Draw, base: Path) -> Case:
         "cmp/ledger.json": STARTS["compare"],
     }
     which = draw(st.sampled_from(sorted(commands)))
-    file = draw(st.sampled_from(sorted(base.joinpath(which).glob("*.json")))) if which == "run/evaluations" else base / which
-    damage, label = draw(_damage(file, draw(st.sampled_from(("json", "json", "json", "json", "content", "kind", "cut")))))
+    file = (
+        draw(st.sampled_from(sorted(base.joinpath(which).glob("*.json"))))
+        if which == "run/evaluations"
+        else base / which
+    )
+    damage, label = draw(
+        _damage(file, draw(st.sampled_from(("json", "json", "json", "json", "content", "kind", "cut"))))
+    )
     name = file.relative_to(base)
 
     def prepare(work: Path) -> list[str]:
@@ -216,13 +292,36 @@ def settings_of(draw: Draw, base: Path) -> Case:
 def folders(draw: Draw, base: Path) -> Case:
     """An image folder with one odd entry, to train on and to evaluate on."""
     at = draw(
-        st.sampled_from(("train/a/0.png", "train/a/z.png", "test/b/0.png", "train/a", "test", "train", "test/c", "train/z.png"))
+        st.sampled_from(
+            (
+                "train/a/0.png",
+                "train/a/z.png",
+                "test/b/0.png",
+                "train/a",
+                "test",
+                "train",
+                "test/c",
+                "train/z.png",
+            )
+        )
     )
     how = draw(st.sampled_from(("content", "kind", "cut", "flip", "picture", "name")))
     content, kind = draw(odd.contents), draw(st.sampled_from(odd.KINDS))
     size, mode, name = (draw(st.sampled_from(values)) for values in (odd.SIZES, odd.MODES, odd.NAMES))
     place, bit = draw(st.floats(0, 1)), draw(st.integers(0, 7))
-    flags = ["--train-size", "8", "--val-size", "2", "--batch-size", "4", "--steps", "1", "--epochs", "1", "--quiet"]
+    flags = [
+        "--train-size",
+        "8",
+        "--val-size",
+        "2",
+        "--batch-size",
+        "4",
+        "--steps",
+        "1",
+        "--epochs",
+        "1",
+        "--quiet",
+    ]
     loader = draw(st.sampled_from(("auto", "resident", "torch")))
 
     def prepare(work: Path) -> list[str]:
@@ -238,12 +337,18 @@ def folders(draw: Draw, base: Path) -> Case:
         else:
             data = path.read_bytes()
             where = int(place * (len(data) - 1))
-            new = data[:where] if how == "cut" else data[:where] + bytes([data[where] ^ (1 << bit)]) + data[where + 1 :]
+            new = (
+                data[:where]
+                if how == "cut"
+                else data[:where] + bytes([data[where] ^ (1 << bit)]) + data[where + 1 :]
+            )
             path.write_bytes(new)
         data_flags = ["--data", "imagefolder", "--data-dir", "pictures", "--loader", loader, "--workers", "0"]
         return ["train", *data_flags, "--model", "small", "--method", "natural", "--run-dir", "new", *flags]
 
-    return Case("folders", f"{at} {how} {kind} {size} {mode} {name!r} {content[:40]!r} {place} {bit}", prepare)
+    return Case(
+        "folders", f"{at} {how} {kind} {size} {mode} {name!r} {content[:40]!r} {place} {bit}", prepare
+    )
 
 
 @st.composite
@@ -256,7 +361,10 @@ def names(draw: Draw, base: Path) -> Case:
         if new:
             return ["train", *TINY, "--method", "natural", "--run-dir", name]
         (work / "run").rename(work / name)
-        return [word.replace("run", name, 1) if word == "run" or word.startswith("run/") else word for word in start]
+        return [
+            word.replace("run", name, 1) if word == "run" or word.startswith("run/") else word
+            for word in start
+        ]
 
     return Case("names", f"{name!r}", prepare)
 
@@ -268,7 +376,14 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
         for value in ("/proc/x", "/etc/passwd", "")
     ),
     *({"COLUMNS": value} for value in ("1", "0", "-5", "x", "99999")),
-    *({"TERM": "dumb"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}, {"LC_ALL": "C", "LANG": "C"}, {"HOME": None}, {"PATH": None}),
+    *(
+        {"TERM": "dumb"},
+        {"NO_COLOR": "1"},
+        {"FORCE_COLOR": "1"},
+        {"LC_ALL": "C", "LANG": "C"},
+        {"HOME": None},
+        {"PATH": None},
+    ),
     *({"FASTDYNAT_KERNELS": value} for value in ("nosuch", "", "cuda")),
     *({"OMP_NUM_THREADS": "x"}, {"CUDA_VISIBLE_DEVICES": "99"}, {"TZ": "x"}, {"MPLBACKEND": "nosuch"}),
 ]
@@ -278,7 +393,11 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
 def surroundings(draw: Draw, base: Path) -> Case:
     """A command in an odd environment."""
     environment = draw(st.sampled_from(ENVIRONMENTS))
-    argv = draw(st.sampled_from([*COMMANDS, ["doctor"], ["train", *TINY, "--method", "natural", "--amp", "--run-dir", "new"]]))
+    argv = draw(
+        st.sampled_from(
+            [*COMMANDS, ["doctor"], ["train", *TINY, "--method", "natural", "--amp", "--run-dir", "new"]]
+        )
+    )
     return Case("surround", str(environment), lambda work: argv, environment)
 
 
@@ -294,4 +413,14 @@ STRATEGIES = {
     "surround": surroundings,
 }
 # How many of a hundred inputs are of a kind: the quick ones more often.
-SHARES = {"runs": 15, "yaml": 18, "flags": 19, "weights": 15, "caches": 12, "set": 8, "folders": 6, "names": 4, "surround": 3}
+SHARES = {
+    "runs": 15,
+    "yaml": 18,
+    "flags": 19,
+    "weights": 15,
+    "caches": 12,
+    "set": 8,
+    "folders": 6,
+    "names": 4,
+    "surround": 3,
+}

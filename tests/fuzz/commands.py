@@ -19,7 +19,18 @@ COMMANDS: list[list[str]] = [
     ["train", "--resume", "run"],
     ["train", "--resume", "run", "--epochs", "3"],
     ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20"],
-    ["eval", "run", "--attacks", "clean,fgsm", "--num-images", "20", "--checkpoints", "last", "--cache", "off"],
+    [
+        "eval",
+        "run",
+        "--attacks",
+        "clean,fgsm",
+        "--num-images",
+        "20",
+        "--checkpoints",
+        "last",
+        "--cache",
+        "off",
+    ],
     ["report", "run", "--no-attacks", "--out", "rep"],
     ["export", "run", "--out", "Me2026Fast.pt"],
     ["boundary", "run", "--chart", "s.svg"],
@@ -27,7 +38,19 @@ COMMANDS: list[list[str]] = [
     ["eval", "run/best/model.safetensors"],
     ["train", *TINY, "--run-dir", "run", "--overwrite"],
 ]
-BENCH = ["bench", "--method", "natural", "--data", "digits", "--model", "small", "--batch-size", "8", "--repeats", "1"]
+BENCH = [
+    "bench",
+    "--method",
+    "natural",
+    "--data",
+    "digits",
+    "--model",
+    "small",
+    "--batch-size",
+    "8",
+    "--repeats",
+    "1",
+]
 STARTS: dict[str, list[str]] = {
     "train": ["train", *TINY, "--run-dir", "new"],
     "resume": ["train", "--resume", "run"],
@@ -46,4 +69,9 @@ OWN_FLAGS = {
     "boundary": "chart",
     "compare": "methods seeds budget-seconds set attacks out json chart",
 }
-SLOW = {"--compile", "--awp", "--boundary-speed", "--check-fidelity"}  # what an accepted value of costs more than a moment
+SLOW = {
+    "--compile",
+    "--awp",
+    "--boundary-speed",
+    "--check-fidelity",
+}  # what an accepted value of costs more than a moment

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from fastdynat.cli import main
+from fastdynat.commands.main import main
 
 LIMIT, TICK = 20, 5  # seconds of one command, and between two looks at it
 MEMORY = 6 << 30  # bytes that a command may add to the address space
@@ -38,7 +38,8 @@ class Hang(BaseException):
 
 @dataclass(frozen=True)
 class Case:
-    """One input: `prepare` puts files into an empty folder that holds a copy of the base, and returns the command.
+    """One input: `prepare` puts files into an empty folder that holds a copy of the base, and returns the
+    command.
 
     label: everything that is needed to make it again, for the report of a failure.
     environ: variables that are set, or with None unset, while the command runs.
@@ -64,7 +65,9 @@ class Tally:
         for kind in kinds:
             failed = sum(k == kind for k, _, _ in self.failures)
             counts = [self.codes[kind, code] for code in CODES[:3]]
-            lines.append(f"{kind:<10}{sum(counts) + failed:>8}" + "".join(f"{n:>8}" for n in counts) + f"{failed:>10}")
+            lines.append(
+                f"{kind:<10}{sum(counts) + failed:>8}" + "".join(f"{n:>8}" for n in counts) + f"{failed:>10}"
+            )
         lines.append(f"{sum(self.codes.values()) + len(self.failures)} inputs, {len(self.failures)} failures")
         for (kind, what), count in Counter((kind, what) for kind, what, _ in self.failures).most_common():
             example = next(label for k, w, label in self.failures if (k, w) == (kind, what))
@@ -109,7 +112,9 @@ def attempt(case: Case, base: Path, tally: Tally) -> None:
         if problem is None:
             tally.codes[case.kind, code] += 1
         else:
-            tally.failures.append((case.kind, problem, label.encode("utf-8", "backslashreplace").decode()[:600]))
+            tally.failures.append(
+                (case.kind, problem, label.encode("utf-8", "backslashreplace").decode()[:600])
+            )
     finally:
         os.chdir(here)
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +130,9 @@ def _environment(changes: dict[str, str | None]) -> Iterator[None]:
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> str | None:
-    lost = [name for name in before if after.get(name) != before[name] and not set(Path(name).parts) & set(FREE)]
+    lost = [
+        name for name in before if after.get(name) != before[name] and not set(Path(name).parts) & set(FREE)
+    ]
     return f"a refused command changed {lost[0]}" if lost else None
 
 
@@ -152,7 +159,9 @@ def _command(argv: list[str]) -> tuple[int, str | None]:
 
 
 class _Watchdog:
-    """Raises Hang after LIMIT seconds of waiting or of work; on a machine with other work beside, work is processor time."""
+    """Raises Hang after LIMIT seconds of waiting or of work; on a machine with other work beside, work is
+    processor time.
+    """
 
     def __init__(self) -> None:
         self.begin, self.start = time.monotonic(), time.process_time()
@@ -169,7 +178,9 @@ def _place(error: BaseException) -> str:
     """The last line of ours in the traceback, then the last of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/fastdynat/" in frame.filename] or frames
-    places = [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in (ours[-1], frames[-1])]
+    places = [
+        f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in (ours[-1], frames[-1])
+    ]
     return " > ".join(dict.fromkeys(places))
 
 
@@ -190,13 +201,18 @@ def _bad_ending(code: int, err: str) -> str | None:
 @contextlib.contextmanager
 def sandbox() -> Iterator[None]:
     """No network, little memory, and of accepted training runs only the start and at most one tiny epoch."""
-    from fastdynat.engine.trainer import Outcome, Trainer
+    from fastdynat.training.trainer import Outcome, Trainer
 
     real = Trainer.fit
 
     def fit(self: Any) -> Any:
         c = self.config
-        tiny = c.model.model == "small" and c.attack.steps <= 2 and self.loader.steps_per_epoch <= 4 and c.method != "dyart"
+        tiny = (
+            c.model.model == "small"
+            and c.attack.steps <= 2
+            and self.loader.steps_per_epoch <= 4
+            and c.method != "dyart"
+        )
         if not tiny or c.optim.epochs > 3:
             return Outcome(True)
         return real(self)

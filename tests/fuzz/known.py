@@ -1,4 +1,6 @@
-"""Inputs that once ended in a traceback, a hang or a loss, by what was wrong; each with the exit code that is right."""
+"""Inputs that once ended in a traceback, a hang or a loss, by what was wrong; each with the exit code that is
+right.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ def _twice(work: Path) -> None:
 
 def _without_id(work: Path) -> None:
     config = work / "run" / "config.yaml"
-    config.write_text("".join(line for line in config.read_text().splitlines(keepends=True) if not line.startswith("# id:")))
+    config.write_text(
+        "".join(line for line in config.read_text().splitlines(keepends=True) if not line.startswith("# id:"))
+    )
     for link in ("best", "last"):
         (work / "run" / link).unlink()
 
@@ -41,7 +45,10 @@ def _large_images(architecture: str) -> Prepare:
     def prepare(work: Path) -> None:
         for folder in (work / "run" / "checkpoints").iterdir():
             sidecar = folder / "model.json"
-            about = json.loads(sidecar.read_text()) | {"image_shape": [1, 4096, 4096], "architecture": architecture}
+            about = json.loads(sidecar.read_text()) | {
+                "image_shape": [1, 4096, 4096],
+                "architecture": architecture,
+            }
             sidecar.write_text(json.dumps(about))
             write_manifest(folder, read_manifest(folder).origin)
 
@@ -70,7 +77,19 @@ def _net(work: Path) -> None:
     torch.save(REAL, work / "w.pt")
 
 
-NET_EVAL = ["eval", "net.py:make", "--weights", "w.pt", "--data", "digits", "--num-images", "8", "--attacks", "clean", "--json"]
+NET_EVAL = [
+    "eval",
+    "net.py:make",
+    "--weights",
+    "w.pt",
+    "--data",
+    "digits",
+    "--num-images",
+    "8",
+    "--attacks",
+    "clean",
+    "--json",
+]
 KNOWN: dict[str, tuple[Prepare, list[str], int]] = {
     "pipe for a configuration": (becomes("run/config.yaml", "pipe"), RESUME, 2),
     "pipe for a configuration, report": (becomes("run/config.yaml", "pipe"), REPORT, 2),
@@ -100,8 +119,16 @@ KNOWN: dict[str, tuple[Prepare, list[str], int]] = {
     "results onto a picture": (_net, [*NET_EVAL, "pictures/train/a/0.png"], 2),
     "results onto the ledger": (_nothing, [*STARTS["compare"], "--json", "cmp/ledger.json"], 2),
     "two results in one file": (_nothing, [*STARTS["compare"], "--json", "x.svg", "--chart", "x.svg"], 2),
-    "bytes that are no text in an evaluation": (lambda work: (work / "run").rename(work / "caf\udce9"), NAMED_EVAL, 0),
-    "bytes that are no text in a report": (lambda work: (work / "run").rename(work / "caf\udce9"), NAMED_REPORT, 0),
+    "bytes that are no text in an evaluation": (
+        lambda work: (work / "run").rename(work / "caf\udce9"),
+        NAMED_EVAL,
+        0,
+    ),
+    "bytes that are no text in a report": (
+        lambda work: (work / "run").rename(work / "caf\udce9"),
+        NAMED_REPORT,
+        0,
+    ),
 }
 
 

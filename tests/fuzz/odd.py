@@ -7,12 +7,31 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
 DEEP_JSON, DEEP_YAML = "[" * 100_000, "lr: " + "[" * 1000
 
 # What may stand in JSON instead of any value.
 JSON_VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 7, 10**6, 10**12, 10**30, -(2**63), 0.5, -0.5, 1e308, float("nan"), float("inf")),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        7,
+        10**6,
+        10**12,
+        10**30,
+        -(2**63),
+        0.5,
+        -0.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
     *("", "x", "a" * 300, "../../etc/passwd", "a\0b", "\ud800", "0" * 64, "é", "8/255", "nan", "[bold]x[/]"),
     *(
         [],
@@ -35,7 +54,26 @@ JSON_VALUES: list[Any] = [
 
 # What may stand after `key:` in YAML, and after `--set m.key=`.
 YAML_VALUES = [
-    *("", "no", "yes", "off", "on", "true", "null", "~", "auto", "0", "-1", "1", "3", "2.5", "-0.0", "1e-4", "1e23", "1e400"),
+    *(
+        "",
+        "no",
+        "yes",
+        "off",
+        "on",
+        "true",
+        "null",
+        "~",
+        "auto",
+        "0",
+        "-1",
+        "1",
+        "3",
+        "2.5",
+        "-0.0",
+        "1e-4",
+        "1e23",
+        "1e400",
+    ),
     *(
         "nan",
         ".nan",
@@ -51,7 +89,21 @@ YAML_VALUES = [
         "!!int x",
         "!!float {}",
     ),
-    *("9" * 400, "9" * 5000, "[" * 1000, "{" * 500, "]", "[1, 2", "{a: 1}", "[]", "[0.5, 0.75]", "[x]", "'", '"\\ud800"', "*x"),
+    *(
+        "9" * 400,
+        "9" * 5000,
+        "[" * 1000,
+        "{" * 500,
+        "]",
+        "[1, 2",
+        "{a: 1}",
+        "[]",
+        "[0.5, 0.75]",
+        "[x]",
+        "'",
+        '"\\ud800"',
+        "*x",
+    ),
     *(
         "&x [*x]",
         "!!binary aGk=",
@@ -97,9 +149,29 @@ TEXTS = [
         DEEP_JSON,
         DEEP_YAML,
     ),
-    *(BOMB, "a: &a [*a]", "a: 1\na: 2\n", "- a\n- b\n", "\ufefflr: 0.1\n", "%YAML 9.9\n---\n", "---\n---\n", "? [1]\n: 2\n"),
-    *("x" * 70_000, "<!DOCTYPE html><html></html>", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-    *('{"x":' * 40_000, "9" * 10_000, "\n" * 5000, "a:\n" * 100, "lr: 0.1\r\nseed: 2\r\n", "!!python/name:os.system"),
+    *(
+        BOMB,
+        "a: &a [*a]",
+        "a: 1\na: 2\n",
+        "- a\n- b\n",
+        "\ufefflr: 0.1\n",
+        "%YAML 9.9\n---\n",
+        "---\n---\n",
+        "? [1]\n: 2\n",
+    ),
+    *(
+        "x" * 70_000,
+        "<!DOCTYPE html><html></html>",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ),
+    *(
+        '{"x":' * 40_000,
+        "9" * 10_000,
+        "\n" * 5000,
+        "a:\n" * 100,
+        "lr: 0.1\r\nseed: 2\r\n",
+        "!!python/name:os.system",
+    ),
 ]
 
 BYTES = [
@@ -122,7 +194,21 @@ contents = st.one_of(
 
 # What a file or folder may be called.
 NAMES = [
-    *("a\nb", "a\x1b[31mb", "caf\udce9", "$x_{$", "[bold]x", "<b>&amp", "{{x}}", "%s", "a b", "'\"", "\u202eb", "😀", "x:y"),
+    *(
+        "a\nb",
+        "a\x1b[31mb",
+        "caf\udce9",
+        "$x_{$",
+        "[bold]x",
+        "<b>&amp",
+        "{{x}}",
+        "%s",
+        "a b",
+        "'\"",
+        "\u202eb",
+        "😀",
+        "x:y",
+    ),
     *("-x", "~", "a\\b", "é" * 120, "#", "CON"),
 ]
 SIZES = [(1, 1), (1, 3000), (3000, 1), (32, 32), (31, 32), (9000, 9000)]
@@ -161,7 +247,9 @@ KINDS = ("nothing", "folder", "full folder", "file", "pipe", "loop", "dangling",
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values within a JSON document, the outermost first; of a long list only the first entries."""
+    """The paths of all values within a JSON document, the outermost first; of a long list only the first
+    entries.
+    """
     found = [at]
     if isinstance(value, dict):
         for key, inner in value.items():

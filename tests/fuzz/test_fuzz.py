@@ -20,7 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-@pytest.mark.parametrize("number", [DEFAULT, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["default", "slow"])
+@pytest.mark.parametrize(
+    "number", [DEFAULT, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["default", "slow"]
+)
 def test_inputs(kind: str, number: int, base: Path) -> None:
     before, tally = digests(base), Tally()
     number = -(-number * SHARES[kind] // 100)

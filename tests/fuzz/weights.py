@@ -1,4 +1,6 @@
-"""Files for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no weights at all."""
+"""Files for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no weights
+at all.
+"""
 
 import json
 import os
@@ -70,7 +72,16 @@ def _objects() -> dict[str, Any]:
 
 OBJECTS = list(_objects())
 HEADERS: list[Any] = [
-    *({}, [], None, "x", {"__metadata__": {"format": "pt"}}, {"__metadata__": 1}, {"1.bias": 1}, {"1.bias": {"dtype": "F32"}}),
+    *(
+        {},
+        [],
+        None,
+        "x",
+        {"__metadata__": {"format": "pt"}},
+        {"__metadata__": 1},
+        {"1.bias": 1},
+        {"1.bias": {"dtype": "F32"}},
+    ),
     *(
         {"1.bias": {"dtype": kind, "shape": [10], "data_offsets": [0, 40]}}
         for kind in ("F32", "F4", "X", "BF16", 1, None, "C64")
@@ -88,13 +99,17 @@ HEADERS: list[Any] = [
 
 @st.composite
 def weights(draw: Draw, base: Path) -> Case:
-    """A file for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no weights at all."""
+    """A file for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no
+    weights at all.
+    """
     how = draw(st.sampled_from(("object", "raw pickle", "flip", "cut", "header", "content", "kind")))
     name = draw(st.sampled_from(OBJECTS))
     legacy, place, bit = draw(st.booleans()), draw(st.floats(0, 1)), draw(st.integers(0, 7))
     header, length = draw(st.sampled_from(HEADERS)), draw(st.sampled_from((None, None, 0, 2**63, 2**31)))
     content, kind = draw(odd.contents), draw(st.sampled_from(odd.KINDS))
-    suffix = draw(st.sampled_from((".pt", ".pth", "", ".safetensors"))) if how in ("content", "kind") else ".pt"
+    suffix = (
+        draw(st.sampled_from((".pt", ".pth", "", ".safetensors"))) if how in ("content", "kind") else ".pt"
+    )
     suffix = ".safetensors" if how == "header" else suffix
 
     def prepare(work: Path) -> list[str]:
@@ -119,10 +134,25 @@ def weights(draw: Draw, base: Path) -> Case:
             path.write_bytes(content)
             if how == "kind":
                 odd.replace_kind(path, kind)
-        return [*["eval", "net.py:make", "--data", "digits", "--num-images", "8", "--attacks", "clean", "--weights"], path.name]
+        return [
+            *[
+                "eval",
+                "net.py:make",
+                "--data",
+                "digits",
+                "--num-images",
+                "8",
+                "--attacks",
+                "clean",
+                "--weights",
+            ],
+            path.name,
+        ]
 
     return Case(
-        "weights", f"{how} {name} legacy={legacy} {place} {bit} {str(header)[:80]} {length} {content[:40]!r} {kind}", prepare
+        "weights",
+        f"{how} {name} legacy={legacy} {place} {bit} {str(header)[:80]} {length} {content[:40]!r} {kind}",
+        prepare,
     )
 
 

@@ -1,8 +1,16 @@
-"""The options of the built-in methods, which are their flags and keys. The command line reads them without torch."""
+"""The options of the built-in methods, which are their flags and keys. The command line reads them without
+torch.
+"""
 
-from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers, check_options, check_positive
-from fastdynat.methods.options.dyart import DyartOptions
+from fastdynat.methods.options.dyart_options import DyartOptions
 from fastdynat.methods.options.guided import AdagatOptions, DynatOptions, LbgatOptions
+from fastdynat.methods.options.method_options import (
+    MethodOptions,
+    check_given,
+    check_numbers,
+    check_options,
+    check_positive,
+)
 from fastdynat.methods.options.plain import (
     ArdaOptions,
     FgsmRsOptions,
@@ -12,7 +20,13 @@ from fastdynat.methods.options.plain import (
     NFgsmOptions,
 )
 from fastdynat.methods.options.regularised import AlpOptions, MartOptions, TradesOptions, VatOptions
-from fastdynat.methods.options.taught import ArdOptions, DistillationOptions, HatOptions, IadOptions, RsladOptions
+from fastdynat.methods.options.taught import (
+    ArdOptions,
+    DistillationOptions,
+    HatOptions,
+    IadOptions,
+    RsladOptions,
+)
 from fastdynat.methods.options.weighted import GairatOptions, MailOptions
 
 __all__ = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdynat.errors import UserError
-from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers, check_positive
+from fastdynat.methods.options.method_options import MethodOptions, check_given, check_numbers, check_positive
 from fastdynat.methods.options.weighted import MailScale
 
 # The class that an attack drives away from, where it is a label that the weights may be about.
@@ -17,8 +17,8 @@ class DynatOptions(MethodOptions):
     """Options of DYNAT; the defaults are the released code's."""
 
     inner_loss: Literal["ce_dynamic", "ce_true", "kl_self", "kl_guide"] = "ce_dynamic"
-    """What the attack maximises: cross-entropy to the dynamic or the true label, KL from the model's own or the guide's
-    clean prediction."""
+    """What the attack maximises: cross-entropy to the dynamic or the true label, KL from the model's own or
+    the guide's clean prediction."""
 
     outer_label: Literal["dynamic", "true"] = "dynamic"
     """What the model learns on attacked images."""
@@ -33,13 +33,15 @@ class DynatOptions(MethodOptions):
     """Temperature of soft dynamic labels."""
 
     guide_mode: Literal["train", "eval"] = "train"
-    """Statistics with which the guide makes the label: the batch's, or its running ones (costs one more guide pass)."""
+    """Statistics with which the guide makes the label: the batch's, or its running ones (costs one more guide
+    pass)."""
 
     bn_clean_forward: bool = True
     """Let the clean batch move the model's running statistics, after the attacked one."""
 
     extra_kl_weight: float = 0.0
-    """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP variant)."""
+    """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP
+    variant)."""
 
     awp_objective: Literal["own", "trades"] = "own"
     """What --awp drives up: the model's own loss, or TRADES' with the true labels, as the release does."""
@@ -51,7 +53,8 @@ class DynatOptions(MethodOptions):
     """The labels with which the weights are computed."""
 
     weight_from: float | None = None
-    """Share of the epochs after which the images are weighted; None is the published 0.5 (gairat) or 0.625 (mail)."""
+    """Share of the epochs after which the images are weighted; None is the published 0.5 (gairat) or 0.625
+    (mail)."""
 
     lam: float = -1.0
     """gairat: lambda; the higher, the more equal the weights."""
@@ -63,7 +66,8 @@ class DynatOptions(MethodOptions):
     """mail: b."""
 
     weight_scale: MailScale = "released"
-    """mail: factor of the weights, the code's 3 (released) or the one that makes their mean 1 (normalized)."""
+    """mail: factor of the weights, the code's 3 (released) or the one that makes their mean 1
+    (normalized)."""
 
     def check(self) -> None:
         check_positive(self, "beta", "temperature")
@@ -103,17 +107,21 @@ class LbgatOptions(MethodOptions):
     """Weight of MSE(f(x'), f(x)) of the model's logits; the published ALP form is 1 at alpha 0."""
 
     freeze_guide: bool = False
-    """Learn from a guide that was trained before (--guide-from) and stays as it is, in eval mode: the paper's BGAT."""
+    """Learn from a guide that was trained before (--guide-from) and stays as it is, in eval mode: the paper's
+    BGAT."""
 
     bn_clean_forward: bool = True
-    """Where no loss needs the model's clean logits, let the clean batch move its running statistics all the same."""
+    """Where no loss needs the model's clean logits, let the clean batch move its running statistics all the
+    same."""
 
     def check(self) -> None:
         check_numbers(self, "alpha", "alp_weight")
 
     def idle(self) -> dict[str, str]:
         clean = self.alpha > 0 or self.alp_weight > 0
-        return {"bn_clean_forward": "the loss takes the clean batch through the model anyway"} if clean else {}
+        return (
+            {"bn_clean_forward": "the loss takes the clean batch through the model anyway"} if clean else {}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastdynat.errors import UserError
-from fastdynat.methods.options.base import MOST, MethodOptions, check_numbers, check_positive
+from fastdynat.methods.options.method_options import MOST, MethodOptions, check_numbers, check_positive
 
 MOST_REPLAYS = 10_000
 
@@ -24,14 +24,16 @@ class MadryOptions(MethodOptions):
     """Options of PGD adversarial training."""
 
     bn_clean_forward: bool = False
-    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release does)."""
+    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release
+    does)."""
 
     bn_attack_forward: bool = False
-    """Before the update, let the attacked batch move the running statistics once more: the look at the attack's loss that the
-    release of Rice et al. ends every attack with."""
+    """Before the update, let the attacked batch move the running statistics once more: the look at the
+    attack's loss that the release of Rice et al. ends every attack with."""
 
     bn_clean_after: bool = False
-    """After the update, let the clean batch move the running statistics: how that release measures its training accuracy."""
+    """After the update, let the clean batch move the running statistics: how that release measures its
+    training accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class NFgsmOptions(MadryOptions):
 
     def check(self) -> None:
         if not 0 < self.noise <= MOST:
-            raise UserError(f"noise must be above 0 (the paper's is 2), got {self.noise:g}; without noise it is FGSM")
+            raise UserError(
+                f"noise must be above 0 (the paper's is 2), got {self.noise:g}; without noise it is FGSM"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,9 @@ class FreeOptions(MethodOptions):
 
     def check(self) -> None:
         if not 1 <= self.replays <= MOST_REPLAYS:
-            raise UserError(f"replays must be >= 1 (the paper's is 8) and at most {MOST_REPLAYS}, got {self.replays}")
+            raise UserError(
+                f"replays must be >= 1 (the paper's is 8) and at most {MOST_REPLAYS}, got {self.replays}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,8 @@ class ArdaOptions(MethodOptions):
     """Share of each batch's images that are attacked, rounded to whole images."""
 
     loss_share: float = 0.5
-    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s (lambda 0.3)."""
+    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s
+    (lambda 0.3)."""
 
     def check(self) -> None:
         check_numbers(self, "adversarial_share", "loss_share", most=1.0)

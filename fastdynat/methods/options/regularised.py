@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdynat.errors import UserError
-from fastdynat.methods.options.base import MOST, MethodOptions, check_numbers
+from fastdynat.methods.options.method_options import MOST, MethodOptions, check_numbers
 
 MOST_ITERATIONS = 10_000
 
@@ -31,7 +31,8 @@ class MartOptions(MethodOptions):
     """Weight of the KL term; the released scripts have 5 (ResNet-18) and 6 (WRN-34-10)."""
 
     floor: float = 0.0
-    """Added to 1 - max p_k in the second half of BCE, which it bounds; 0.0001 is the release's, 0 the formula."""
+    """Added to 1 - max p_k in the second half of BCE, which it bounds; 0.0001 is the release's, 0 the
+    formula."""
 
     def check(self) -> None:
         check_numbers(self, "beta", "floor")
@@ -56,7 +57,8 @@ class VatOptions(MethodOptions):
     """Weight of the divergence (the paper's alpha)."""
 
     radius: float | None = None
-    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps sqrt(C H W)."""
+    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps
+    sqrt(C H W)."""
 
     xi: float = 0.1
     """L2 length of the finite difference that finds the direction."""
@@ -65,7 +67,8 @@ class VatOptions(MethodOptions):
     """Iterations of the power method."""
 
     search: Literal["power", "pgd"] = "power"
-    """Where the perturbation comes from: the power method (the paper's), or PGD on the divergence under the run's norm."""
+    """Where the perturbation comes from: the power method (the paper's), or PGD on the divergence under the
+    run's norm."""
 
     def check(self) -> None:
         check_numbers(self, "vat_weight")
@@ -74,7 +77,13 @@ class VatOptions(MethodOptions):
             if value is not None and not 0 < value <= MOST:
                 raise UserError(f"{name} must be above 0 (L2, pixel units), got {value:g}")
         if not 1 <= self.power_iterations <= MOST_ITERATIONS:
-            raise UserError(f"power_iterations must be >= 1 and at most {MOST_ITERATIONS}, got {self.power_iterations}")
+            raise UserError(
+                f"power_iterations must be >= 1 and at most {MOST_ITERATIONS}, got {self.power_iterations}"
+            )
 
     def idle(self) -> dict[str, str]:
-        return dict.fromkeys(("radius", "xi", "power_iterations"), "needs --search power") if self.search == "pgd" else {}
+        return (
+            dict.fromkeys(("radius", "xi", "power_iterations"), "needs --search power")
+            if self.search == "pgd"
+            else {}
+        )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers, check_positive
+from fastdynat.methods.options.method_options import MethodOptions, check_given, check_numbers, check_positive
 
 KlMean = Literal["tenth", "entries", "batch"]
 
@@ -33,7 +33,8 @@ class ArdOptions(MethodOptions):
     """Options of ARD; the defaults are the released code's."""
 
     alpha: float = 1.0
-    """Weight of the distillation; 1 - alpha is that of the cross-entropy to the true labels on clean images."""
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy to the true labels on clean
+    images."""
 
     temperature: float = 30.0
     """Divides the logits of teacher and student in the distillation, which is multiplied by its square."""
@@ -50,7 +51,9 @@ class ArdOptions(MethodOptions):
 
     def idle(self) -> dict[str, str]:
         return (
-            {"bn_clean_forward": "--alpha below 1 takes the clean batch through the student anyway"} if self.alpha < 1 else {}
+            {"bn_clean_forward": "--alpha below 1 takes the clean batch through the student anyway"}
+            if self.alpha < 1
+            else {}
         )
 
 
@@ -79,7 +82,8 @@ class IadOptions(MethodOptions):
     """Which of the two published losses."""
 
     alpha: float | None = None
-    """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for II."""
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for
+    II."""
 
     temperature: float = 1.0
     """Divides the logits in the teacher's term, which is multiplied by its square."""
@@ -88,11 +92,12 @@ class IadOptions(MethodOptions):
     """Exponent of the teacher's probability for the true class; 0 trusts it always."""
 
     begin: float | None = None
-    """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of 200)."""
+    """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of
+    200)."""
 
     bn_clean_passes: bool = True
-    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice after; else only
-    where a loss needs the clean batch."""
+    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice
+    after; else only where a loss needs the clean batch."""
 
     def check(self) -> None:
         check_given(self, "alpha", "begin", most=1.0)
@@ -108,7 +113,8 @@ class DistillationOptions(MethodOptions):
     """Options of defensive distillation."""
 
     temperature: float = 20.0
-    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr with it."""
+    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr
+    with it."""
 
     def check(self) -> None:
         check_positive(self, "temperature")

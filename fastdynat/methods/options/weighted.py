@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdynat.methods.options.base import MethodOptions, check_given, check_numbers
+from fastdynat.methods.options.method_options import MethodOptions, check_given, check_numbers
 
 MailScale = Literal["released", "normalized"]
 # Share of the run's epochs without weights: 60 of GAIRAT's 120, 75 of MAIL's 120.

@@ -1,4 +1,6 @@
-"""Cases of `augment`, compared bit for bit: every dtype and layout, with and without crops and flips, slices of a plan."""
+"""Cases of `augment`, compared bit for bit: every dtype and layout, with and without crops and flips, slices
+of a plan.
+"""
 
 import math
 from functools import partial
@@ -8,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops.augment import DTYPES, augment
-from fastdynat.ops.checks.common import at_full_size, generator, named, register, shaped
-from fastdynat.verified import Case, Timing
+from fastdynat.ops.checks.case_helpers import at_full_size, generator, named, register, shaped
+from fastdynat.verification import Case, Timing
 
 LARGE = (256, 3, 32, 32)
 
@@ -25,7 +27,9 @@ def stored(
     dtype: torch.dtype,
     last: bool,
 ) -> tuple[Any, ...]:
-    """(images, indices, shifts, flips, pad, dtype, channels_last); `size` is (stored, batch, channels, height, width)."""
+    """(images, indices, shifts, flips, pad, dtype, channels_last); `size` is (stored, batch, channels,
+    height, width).
+    """
     g = generator(5)
     count, n, *image = size
     images = torch.randint(256, (count, *image), generator=g, dtype=torch.uint8, device="cpu").to(device)
@@ -34,7 +38,15 @@ def stored(
     shifts = torch.randint(2 * pad + 1, (2, many), generator=g, dtype=torch.int64, device="cpu").to(device)
     flips = torch.randint(2, (many,), generator=g, dtype=torch.int64, device="cpu").bool().to(device)
     step = slice(None, None, 2) if strided else slice(None)
-    return images, indices[step], shifts[:, step] if crop else None, flips[step] if flip else None, pad, dtype, last
+    return (
+        images,
+        indices[step],
+        shifts[:, step] if crop else None,
+        flips[step] if flip else None,
+        pad,
+        dtype,
+        last,
+    )
 
 
 def run(
@@ -67,13 +79,25 @@ def table() -> list[Case]:
         ("float32, one pixel", {"size": (2, 3, 4, 1, 1), "pad": 2}),
         ("float32, no images", {"size": (5, 0, 3, 8, 8)}),
     ]
-    cases = [Case(f"{name}, {shaped(options['size'][1:])}", partial(stored, **{**plain, **options})) for name, options in calls]
+    cases = [
+        Case(f"{name}, {shaped(options['size'][1:])}", partial(stored, **{**plain, **options}))
+        for name, options in calls
+    ]
     return [*cases, at_full_size(timing())]
 
 
 def timing() -> Timing:
     """The call whose time tables show."""
-    make = partial(stored, size=(1024, *LARGE), pad=4, crop=True, flip=True, strided=False, dtype=torch.float32, last=False)
+    make = partial(
+        stored,
+        size=(1024, *LARGE),
+        pad=4,
+        crop=True,
+        flip=True,
+        strided=False,
+        dtype=torch.float32,
+        last=False,
+    )
     return Timing(f"float32 {shaped(LARGE)}", make, 5 * math.prod(LARGE))
 
 

@@ -1,4 +1,6 @@
-"""Cases of `project_on_hyperplane`: near, far and out of reach, both norms, degenerate planes, every dtype and layout."""
+"""Cases of `project_on_hyperplane`: near, far and out of reach, both norms, degenerate planes, every dtype
+and layout.
+"""
 
 import math
 from functools import partial
@@ -7,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdynat.ops.checks.common import FLOATS, WIDE, Layout, named, normal, register, shaped, uniform
-from fastdynat.ops.checks.steps import LAYOUTS, ODD, PACKED
+from fastdynat.ops.checks.case_helpers import FLOATS, WIDE, Layout, named, normal, register, shaped, uniform
+from fastdynat.ops.checks.step_cases import LAYOUTS, ODD, PACKED
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
-from fastdynat.verified import Case, Timing
+from fastdynat.verification import Case, Timing
 
 LARGE = (256, 3, 32, 32)
 
@@ -25,7 +27,9 @@ def planes(
     far: float,
     norm: str,
 ) -> tuple[Any, ...]:
-    """(x, w, value, at, norm): offsets are `far` of the reach; w has zeros, and the last plane is none at all."""
+    """(x, w, value, at, norm): offsets are `far` of the reach; w has zeros, and the last plane is none at
+    all.
+    """
     x = (1.4 * uniform(shape, 1) - 0.2).clamp(0, 1)
     w = normal(shape, 2) * uniform(shape, 3) ** 4
     w = torch.where(uniform(shape, 4) < 0.1, 0.0, w).to(w_dtype).double()
@@ -60,9 +64,16 @@ def table() -> list[Case]:
     calls += [(shape, torch.float32, torch.float32, "contiguous", 0.1) for shape in shapes]
     calls = list(dict.fromkeys(calls))
     # Layouts and conversions are read by code that knows nothing of the norm.
-    under_l2 = [call for call in calls if call[3] == "contiguous" and (call[1] == call[2] or call[2] == torch.bfloat16)]
+    under_l2 = [
+        call
+        for call in calls
+        if call[3] == "contiguous" and (call[1] == call[2] or call[2] == torch.bfloat16)
+    ]
     cases = []
-    for norm, (shape, dtype, w, layout, far) in [*(("linf", call) for call in calls), *(("l2", call) for call in under_l2)]:
+    for norm, (shape, dtype, w, layout, far) in [
+        *(("linf", call) for call in calls),
+        *(("l2", call) for call in under_l2),
+    ]:
         name = f"{norm}, {named(dtype)}, w {named(w)}, {shaped(shape)}"
         name += f", {layout}" * (layout != "contiguous") + f", {far:g} of the reach" * (far != 0.1)
         options: Any = {"shape": shape, "dtype": dtype, "w_dtype": w, "far": far, "norm": norm}
@@ -72,11 +83,21 @@ def table() -> list[Case]:
 
 def timing() -> Timing:
     """The call whose time tables show."""
-    options: Any = {"shape": LARGE, "dtype": torch.float32, "w_dtype": torch.float32, "far": 0.1, "norm": "linf"}
+    options: Any = {
+        "shape": LARGE,
+        "dtype": torch.float32,
+        "w_dtype": torch.float32,
+        "far": 0.1,
+        "norm": "linf",
+    }
     return Timing(
-        f"linf, float32 {shaped(LARGE)}", partial(planes, layouts=LAYOUTS["contiguous"], **options), 16 * math.prod(LARGE)
+        f"linf, float32 {shaped(LARGE)}",
+        partial(planes, layouts=LAYOUTS["contiguous"], **options),
+        16 * math.prod(LARGE),
     )
 
 
 # Newton's method in the type of the images: what rounding leaves of the plane, over its slope.
-register("project_on_hyperplane", run, table, {torch.float32: (0, 4e-6), torch.float64: (0, 2e-12)}, timed=timing)
+register(
+    "project_on_hyperplane", run, table, {torch.float32: (0, 4e-6), torch.float64: (0, 2e-12)}, timed=timing
+)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdynat.ops.checks.common import (
+from fastdynat.ops.checks.case_helpers import (
     WIDE,
     Layout,
     at_full_size,
@@ -21,7 +21,7 @@ from fastdynat.ops.checks.common import (
     with_gaps,
 )
 from fastdynat.ops.random_start import KINDS, random_start
-from fastdynat.verified import Case, Timing
+from fastdynat.verification import Case, Timing
 
 SCALE = 8 / 255
 STATE = (0x0123456789ABCDEF, 0x7EDCBA9876543210)  # every bit of key and counter in use
@@ -43,7 +43,12 @@ def run(x: Tensor, state: Tensor, kind: str, backend: str) -> Tensor:
 
 def table() -> list[Case]:
     """The cases."""
-    layouts = {"contiguous": contiguous, "channels-last": channels_last, "with gaps": with_gaps, "turned": turned}
+    layouts = {
+        "contiguous": contiguous,
+        "channels-last": channels_last,
+        "with gaps": with_gaps,
+        "turned": turned,
+    }
     calls: list[tuple[tuple[int, ...], torch.dtype, str, str]] = []
     for kind in KINDS:
         calls += [((3, 3, 5, 7), dtype, kind, "contiguous") for dtype in WIDE]

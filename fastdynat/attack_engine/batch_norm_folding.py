@@ -1,0 +1,188 @@
+"""Folding eval-mode batch norm into the convolution or linear layer before it, on the traced graph of a
+network.
+
+In eval mode ``bn(conv(x)) = s * conv(x) + (beta - s * mean)`` with ``s = gamma / sqrt(var + eps)`` per
+channel, which is a convolution with weight ``s * W`` and a bias. The attack needs no gradient of gamma and
+beta, so nothing is lost but two passes over the activations; the sums are rounded in another order.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdynat.attack_engine.epilogue_fusion import join_epilogues
+from fastdynat.attack_engine.fx_tracing import NotFoldable, drop_idle, is_plain, shapes_of, trace, uses_of
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One folded pair: `layer` and `bn` share their tensors with the network, `folded` has its own weight and
+    bias.
+    """
+
+    layer: nn.Module
+    bn: _BatchNorm
+    folded: nn.Module
+
+
+@torch.no_grad()
+def fold_batch_norm(
+    network: nn.Module, example: Tensor, *, join: bool = False
+) -> tuple[fx.GraphModule, list[Fold]]:
+    """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer
+    directly.
+
+    `example`: images that the network runs on, which it then does once. `join`: see `join_epilogues`.
+
+    The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
+
+    Raises:
+        NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
+    """
+    try:
+        traced = trace(network)
+        drop_idle(traced)
+        shapes = shapes_of(traced, example)
+    except NotFoldable:
+        raise
+    except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotFoldable(f"the network cannot be traced ({reason})") from None
+    if any(
+        node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes
+    ):
+        raise NotFoldable("its forward makes tensors that tracing would freeze")
+    modules = dict(traced.named_modules())
+    uses = uses_of(traced)
+    folds: dict[fx.Node, Fold] = {}
+    for node in list(traced.graph.nodes):
+        pair = _pair(node, modules, uses, shapes)
+        # A second batch norm after the same layer would be folded into it alone, and the first one lost.
+        if pair is None or node.args[0] in folds:
+            continue
+        layer, bn = pair
+        fold = Fold(layer, bn, _empty_copy(layer))
+        traced.set_submodule(str(node.args[0].target), fold.folded)
+        folds[node.args[0]] = fold
+        node.replace_all_uses_with(node.args[0])
+        traced.graph.erase_node(node)
+    if not folds:
+        raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
+    put_tensors(list(folds.values()))
+    if join:
+        join_epilogues(traced, {id(fold.folded) for fold in folds.values()}, shapes)
+    traced.graph.lint()
+    traced.recompile()
+    # fx's own prints what it fails of, also where that is handled.
+    type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+    traced.delete_all_unused_submodules()
+    # Graph and module would keep each other alive until the garbage collector comes, with all that the module
+    # holds.
+    traced.graph.owning_module = None
+    return traced, list(folds.values())
+
+
+def _pair(
+    node: fx.Node,
+    modules: dict[str, nn.Module],
+    uses: Counter[Any],
+    shapes: Mapping[fx.Node, torch.Size | None],
+) -> tuple[nn.Module, _BatchNorm] | None:
+    """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by
+    nothing else.
+    """
+    source = node.args[0] if node.args else None
+    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+        return None
+    layer: nn.Module = modules[str(source.target)]
+    bn: Any = modules[str(node.target)]
+    if type(layer) not in LAYERS or type(bn) not in BATCH_NORMS:
+        return None
+    if (
+        bn.training
+        or bn.running_mean is None
+        or len(source.users) > 1
+        or uses[source.target] > 1
+        or uses[node.target] > 1
+    ):
+        return None
+    if not (is_plain(layer) and is_plain(bn)):
+        return None
+    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does
+    # neither, so that comparing the networks' answers would not tell.
+    if isinstance(layer, nn.Linear) and len(shapes[source] or ()) != 2:
+        return None
+    return layer, bn
+
+
+def relu_in_place(traced: fx.GraphModule) -> None:
+    """Let each ReLU that alone reads a layer's result overwrite it, which no gradient needs: a pass over it
+    less.
+    """
+    modules = dict(traced.named_modules())
+    uses = uses_of(traced)
+    for node in traced.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        layer, relu = modules[str(source.target)], modules[str(node.target)]
+        alone = uses[node.target] == 1 and len(source.users) == 1
+        if alone and type(layer) in LAYERS and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu):
+            traced.set_submodule(str(node.target), nn.ReLU(inplace=True))
+
+
+def _empty_copy(layer: nn.Module) -> nn.Module:
+    """A layer like `layer` with a weight and bias of its own."""
+    new, weight = copy.copy(layer), layer.weight
+    assert isinstance(weight, Tensor)
+    new._parameters = {
+        "weight": nn.Parameter(torch.empty_like(weight), requires_grad=False),
+        "bias": nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=False),
+    }
+    return new
+
+
+@torch.no_grad()
+def put_tensors(folds: Sequence[Fold]) -> None:
+    """Fold the network's tensors of now, straight into the dtype and memory format of the folded layers.
+
+    On a GPU one launch per weight, whose channels need scales of their own, and seven more whatever the
+    number of layers; layer by layer it would be eight launches each, every training step.
+    """
+    if not folds:
+        return
+    layers: list[Any] = [fold.layer for fold in folds]
+    folded: list[Any] = [fold.folded for fold in folds]
+    bns: list[Any] = [fold.bn for fold in folds]
+    scales = torch._foreach_rsqrt(torch._foreach_add([bn.running_var for bn in bns], [bn.eps for bn in bns]))
+    scales = _where_given(torch._foreach_mul, scales, [bn.weight for bn in bns])
+    shifts = torch._foreach_neg([bn.running_mean for bn in bns])
+    shifts = _where_given(torch._foreach_add, shifts, [layer.bias for layer in layers])
+    biases = _where_given(torch._foreach_add, torch._foreach_mul(shifts, scales), [bn.bias for bn in bns])
+    torch._foreach_copy_([new.bias for new in folded], biases)
+    for layer, scale, new in zip(layers, scales, folded, strict=True):
+        torch.mul(layer.weight, scale.view(-1, *(1,) * (layer.weight.dim() - 1)), out=new.weight)
+
+
+def _where_given(
+    op: Callable[..., Any], tensors: Sequence[Tensor], others: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """`op` of each of `tensors` and the other one at its place; those whose other one is None stay as they
+    are.
+    """
+    places = [i for i, other in enumerate(others) if other is not None]
+    found = list(tensors)
+    if places:
+        made = op([tensors[i] for i in places], [others[i] for i in places])
+        for place, tensor in zip(places, made, strict=True):
+            found[place] = tensor
+    return tuple(found)

@@ -1,0 +1,46 @@
+"""Comparison of a compiled attack with the eager one, by loss reached and first gradient on a few images,
+same starts.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.compiled_ascent import FEW_IMAGES
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attack_engine.shortfall import falls_short
+from fastdynat.attack_engine.steps import start_point
+
+# Share of the eager gradient's L1 norm on pixels where the compiled one has the same sign: signs that turn by
+# rounding are those of gradients near 0. By the network's half-precision type; None is float32.
+SIGNS = {None: 0.98, torch.float16: 0.95, torch.bfloat16: 0.85}
+
+
+def disagreement(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> str:
+    """In words, how `compiled` falls behind `eager` at images `x` that do not mix; "" where it does not.
+    Draws nothing.
+    """
+    few = min(len(x), FEW_IMAGES)
+    own, spec = replace(goal, target=goal.target[:few]), replace(spec, restarts=1)
+    generator = torch.Generator(x.device).manual_seed(0)
+    start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+    got = compiled.look(goal.kind)(compiled.reads(start), goal.target)[0][:few].double()
+    want = eager.look(own.kind)(eager.reads(start[:few]), own.target)[0].double()
+    mass = want.abs().sum()
+    same = float(torch.where(got.sign() == want.sign(), want.abs(), 0).sum() / mass) if mass > 0 else 1.0
+    if not same >= SIGNS[compiled.dtype]:
+        return f"{100 * same:.0f} % of its first gradient (by L1 norm) has the uncompiled attack's sign"
+    fast = run_pgd(compiled, x, goal, spec, x_start=start).x_adv[:few]
+    slow = run_pgd(eager, x[:few], own, spec, x_start=start[:few]).x_adv
+    with torch.no_grad():
+        clean, reference, loss = (
+            own.per_image(eager.logits(images)).double() for images in (x[:few], slow, fast)
+        )
+    error = float((loss - reference).std(correction=0)) / few**0.5
+    means = {"reference": float(reference.mean()), "clean": float(clean.mean())}
+    if falls_short(float(loss.mean()), error=error, **means):
+        return f"it reaches loss {float(loss.mean()):.4g}, uncompiled {means['reference']:.4g} from the same starts"
+    return ""

@@ -1,0 +1,93 @@
+"""Choice of the replica's convolutions to fuse with their ReLU in cuDNN's kernel: those verified and measured
+faster.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat import verification as verified
+from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
+from fastdynat.execution.float32 import tf32_convolutions
+from fastdynat.ops.conv_relu import check_name, runs_right
+
+FUSED, APART = "cudnn", "apart"
+# Which of these calls is the fastest for check `name` on a device at a size, as `verified.fastest`.
+Choose = Callable[[str, torch.device, str, dict[str, Callable[[], object]]], str]
+
+
+def use_where_right(layers: Sequence[ConvReLU2d], device: torch.device) -> None:
+    """Let `layers` use the operator where it was found right on `device` for their dtype; verified at its
+    first use there.
+    """
+    right = {dtype: runs_right(dtype, device) for dtype in {layer.weight.dtype for layer in layers}}
+    for layer in layers:
+        layer.fused = right[layer.weight.dtype]
+
+
+def keep_where_faster(
+    network: Callable[[Tensor], Tensor],
+    layers: Sequence[ConvReLU2d],
+    x: Tensor,
+    choose: Choose = verified.fastest,
+) -> None:
+    """Time each layer on what it reads of `x` in `network`, and let those go back that are clearly slower
+    fused.
+
+    The other way is the convolution without bias and one pass over its result, which is what a compiler makes
+    of the rest; without one it takes up to three passes. cuDNN has had engines for the fused form that were
+    much slower (pytorch#68506). Timings are kept for this device, so that another process, such as one that
+    resumes a run, chooses alike.
+    """
+
+    def time(layer: Any, args: tuple[Tensor, ...]) -> None:
+        read, *rest = (arg.detach() for arg in args)
+        read = read.to(layer.weight.dtype)
+        rest = [residual.to(layer.weight.dtype) for residual in rest]
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+        def apart() -> Tensor:
+            out = nn.functional.conv2d(read, layer.weight, None, *geometry)
+            return torch.add(out, rest[0], out=out) if rest else out.relu_()
+
+        calls = {FUSED: lambda: layer(read, *rest), APART: apart}
+        with torch.no_grad():
+            layer.fused = (
+                choose(check_name(layer.weight.dtype), x.device, _size(layer, read, rest), calls) == FUSED
+            )
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        handles.pop(layer).remove()  # not at the calls that are timed
+        time(layer, args)
+
+    handles: dict[nn.Module, Any] = {
+        layer: layer.register_forward_pre_hook(hook) for layer in layers if layer.fused
+    }
+    try:
+        with torch.no_grad():
+            network(x)
+    finally:
+        for handle in handles.values():
+            handle.remove()
+
+
+def _size(layer: ConvReLU2d, read: Tensor, rest: Sequence[Tensor]) -> str:
+    """All that the times of a layer depend on: shapes, memory formats, geometry, and what it adds."""
+    tensors = ["x".join(map(str, t.shape)) + _layout(t) for t in (read, layer.weight, *rest)]
+    geometry = (
+        f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation} groups {layer.groups}"
+    )
+    tf32 = read.dtype == torch.float32 and tf32_convolutions(read.device)
+    return " ".join([*tensors, geometry, *["bias"] * (layer.bias is not None), *["TF32"] * tf32])
+
+
+def _layout(t: Tensor) -> str:
+    return (
+        ""
+        if t.is_contiguous()
+        else " last"
+        if t.is_contiguous(memory_format=torch.channels_last)
+        else f" {t.stride()}"
+    )

@@ -1,0 +1,185 @@
+"""What an inner attack maximises, stated as data so that an engine may choose how to compute it."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.ops import attack_logit_grad
+
+AttackLoss = Literal["ce", "kl", "margin", "dlr"]
+Kind = tuple[AttackLoss, bool, bool, float]  # an `AttackGoal` without its target
+
+
+FAINT = 1e-6  # probabilities of float32 that differ by less differ by rounding
+
+
+def wide(logits: Tensor) -> Tensor:
+    """`logits` in at least float32: losses are never computed in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``max_{k != y} z_k - z_y`` per image, (N,): positive exactly where the prediction is wrong (Carlini &
+    Wagner 2017).
+    """
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - true
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-(z_y - max_{k != y} z_k) / (z_(1) - z_(3))`` per image, (N,): the margin over the gap between first
+    and third.
+
+    The difference of logits ratio of Croce & Hein 2020 (arXiv 2003.01690), eq. 6; needs three classes. Where
+    the denominator is 0 the value is 0.
+    """
+    top = logits.topk(3, dim=1).values
+    gap = top[:, 0] - top[:, 2]
+    return torch.where(gap > 0, margin(logits, labels) / torch.where(gap > 0, gap, 1.0), 0.0)
+
+
+def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """``-sum_k p_k log softmax(z)_k`` per image, (N,)."""
+    return -(probs * F.log_softmax(logits, dim=1)).sum(1)
+
+
+def kl_from_log_probs(log_p: Tensor, logits: Tensor) -> Tensor:
+    """``KL(p || softmax(z))`` per image, (N,); `log_p` are log-probabilities, so a vanishing p gives 0 and
+    never NaN.
+    """
+    return F.kl_div(F.log_softmax(logits, dim=1), log_p, reduction="none", log_target=True).sum(1)
+
+
+def faint_difference(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(z) - q``, (N, K), each row times a positive factor; and (N, 1) bool, where the plain one is
+    mere rounding.
+
+    It comes of logarithms, so that two that give the same class all probability, as far as floats can tell,
+    still differ. A row whose logarithms are equal is 0.
+    """
+    log_p, log_q = wide(logits).log_softmax(1), wide(log_q)
+    p = log_p.exp()
+    lost = (p - log_q.exp()).abs().amax(1, keepdim=True) < FAINT
+    apart = (log_p - log_q).masked_fill(log_p == log_q, 0)  # of two infinities too
+    size = torch.maximum(log_p, log_q) + torch.log(-torch.expm1(-apart.abs()))
+    size = size.masked_fill(
+        log_p > log_p.amax(1, keepdim=True) - 1, -math.inf
+    )  # known by their rounding only
+    largest = size.amax(1, keepdim=True)
+    found = apart.sign() * torch.exp(size - largest.where(largest.isfinite(), 0))
+    # Probabilities add up to 1: the likely classes have lost what the others gained.
+    return found - found.sum(1, keepdim=True) * p, lost
+
+
+def rival_loss(logits: Tensor, labels: Tensor, floor: float = 0.0) -> Tensor:
+    """``-log(floor + 1 - max_{k != y} p_k)`` per image, (N,), of logits (N, K) and labels (N,) int64: MART's
+    second term.
+    """
+    rival = logits.detach().scatter(1, labels[:, None], -math.inf).argmax(1, keepdim=True)
+    others = logits.scatter(1, rival, -math.inf).logsumexp(1)
+    # 1 - p is the sigmoid of what the others have over the rival; taken from p it would be 0 from a gap of 17
+    # on.
+    log_rest = F.logsigmoid(others - logits.gather(1, rival).squeeze(1))
+    return -(torch.logaddexp(log_rest, torch.full_like(log_rest, math.log(floor))) if floor > 0 else log_rest)
+
+
+@dataclass(frozen=True)
+class AttackGoal:
+    """The function of the attacked network's logits that the attack drives up (or down, if `targeted`).
+
+    Attributes:
+        loss: "ce" cross-entropy, "kl" Kullback-Leibler divergence from `target`, "margin" the Carlini-Wagner
+            margin, "dlr" the difference of logits ratio.
+        target: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
+        targeted: drive towards `target` instead of away from it.
+        track: also count, per image, at how many iterates the network still gives the goal's class
+            (`AttackResult.kept`).
+        confidence: a value above this counts as this, so that the image is driven no further: C&W's kappa,
+            for "margin".
+    """
+
+    loss: AttackLoss
+    target: Tensor
+    targeted: bool = False
+    track: bool = False
+    confidence: float = math.inf
+
+    @property
+    def kind(self) -> Kind:
+        """Everything but the target: goals of one kind are computed by the same code."""
+        return self.loss, self.targeted, self.track, self.confidence
+
+    @classmethod
+    def of(cls, kind: Kind, target: Tensor) -> "AttackGoal":
+        """The goal of `kind` about `target`."""
+        loss, targeted, track, confidence = kind
+        return cls(loss, target, targeted, track, confidence)
+
+    def per_image(self, logits: Tensor) -> Tensor:
+        """The value to maximise, (N,), at least float32. The sum over images is what attacks differentiate:
+
+        a mean would divide each image's gradient by N, which half precision flushes to zero.
+        """
+        logits = wide(logits)
+        if self.loss == "kl":
+            value = kl_from_log_probs(self.target, logits)
+        elif self.loss == "margin":
+            value = margin(logits, self.target)
+        elif self.loss == "dlr":
+            value = dlr(logits, self.target)
+        elif self.target.dim() == 2:
+            value = soft_cross_entropy(logits, self.target)
+        else:
+            value = F.cross_entropy(logits, self.target, reduction="none")
+        value = -value if self.targeted else value
+        return value if self.confidence == math.inf else value.clamp_max(self.confidence)
+
+    def logit_grad(self, logits: Tensor, *, rescale: bool = False, loss_scale: float = 1.0) -> Tensor:
+        """Gradient of ``per_image(logits).sum()`` with respect to `logits`, in their dtype, in closed form.
+
+        rescale: multiply each image's by a power of two that brings it to order one, so that half precision
+        does not flush it to zero on its way to the pixels. Signs and directions stay what they are only while
+        images do not mix: not in a network that is in batch norm's train mode.
+        loss_scale: one factor for all images, applied before the gradient is rounded to the logits' dtype.
+        """
+        # What half precision has flushed to zero cannot be scaled any more.
+        source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
+        grad = attack_logit_grad(
+            source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted
+        ).grad
+        if rescale and self.target.dim() == 2:  # for classes, the operator does this
+            log_q = self.target if self.loss == "kl" else self.target.log()
+            faint, lost = faint_difference(source, log_q)
+            grad = torch.where(lost, (-faint if self.targeted else faint).to(grad.dtype), grad)
+        if self.confidence < math.inf:
+            grad = grad.masked_fill((self.per_image(source) >= self.confidence)[:, None], 0)
+        return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
+
+    @property
+    def drives(self) -> bool:
+        """No image is ever `satisfied`."""
+        return self.confidence == math.inf and not (self.targeted and self.loss == "ce")
+
+    def satisfied(self, logits: Tensor) -> Tensor:
+        """(N,) bool: the gradient is 0 by intention: the value is at `confidence`, or the image is at the
+        target of "ce".
+        """
+        if self.targeted and self.loss == "ce":
+            return self.reached(logits)
+        return self.per_image(logits) >= self.confidence
+
+    def reached(self, logits: Tensor) -> Tensor:
+        """(N,) bool: the prediction left the goal's class, or arrived at it if `targeted`."""
+        classes = self.target if self.target.dim() == 1 else self.target.argmax(1)
+        predictions = logits.argmax(1)
+        return predictions == classes if self.targeted else predictions != classes
+
+    def clone(self) -> "AttackGoal":
+        """A copy whose target may be saved for a backward pass even if it was made under
+        ``inference_mode``.
+        """
+        return replace(self, target=self.target.clone())

@@ -1,0 +1,186 @@
+"""Train/eval state of the attacked network: set for the attack, put back module by module."""
+
+import copy
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdynat.attack_engine.reach import reach
+from fastdynat.errors import UserError, unknown_name
+
+BNMode = Literal["eval", "train", "frozen"]
+MODES = frozenset({"train", "eval"})
+
+
+def set_attack_mode(model: nn.Module, bn: str) -> None:
+    """Put `model` in the state in which it is attacked.
+
+    Everything is in eval mode (no dropout noise in the attack); batch norm follows `bn`: "eval" uses the
+    running statistics (TRADES, MART, LBGAT, DYNAT), "train" the batch's and updates the running ones (Rice et
+    al., Wong et al.), "frozen" the batch's without updating (Gowal et al.).
+    """
+    if bn not in get_args(BNMode):
+        raise unknown_name("attack BN mode", bn, get_args(BNMode))
+    model.eval()
+    if bn == "eval":
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+            module.track_running_stats = module.track_running_stats and bn == "train"
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the mode of `set_attack_mode` makes a difference to `model`, beside dropout."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+class NotCopyable(UserError):
+    """A network that ``copy.deepcopy`` refuses."""
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_new_lock = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    with _new_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """`set_attack_mode` for the duration; restores each module's own flags, so a layer frozen by the user
+    stays frozen.
+
+    Also restored are the plain attributes that a ``train`` of the user's own sets. Two threads that attack
+    one model take turns: each would take the other's modes for the user's.
+    """
+    with _lock_of(model):
+        saved = [(m, m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+        own = [(m, dict(vars(m))) for m in model.modules() if _has_own_train(m)]
+        changed: list[tuple[nn.Module, dict[str, Any], set[str]]] = []
+        try:
+            set_attack_mode(model, bn)
+            changed = [(m, before, _differing(before, vars(m))) for m, before in own]
+            yield
+        finally:
+            for module, training, tracking in saved:
+                module.training = training
+                if getattr(module, "track_running_stats", None) is not tracking:
+                    module.track_running_stats = tracking  # type: ignore[assignment]
+            for owner, attributes, names in changed:
+                for name in names:
+                    vars(owner).pop(name, None)
+                vars(owner).update((name, attributes[name]) for name in names if name in attributes)
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    missing = object()
+    return {name for name in {*before, *now} if before.get(name, missing) is not now.get(name, missing)}
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        kind.train is not nn.Module.train
+        or kind.eval is not nn.Module.eval
+        or not vars(module).keys().isdisjoint(MODES)
+    )
+
+
+def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
+    """A second module over the same memory whose parameters need no gradient, fixed in the attack's mode.
+
+    In-place changes of any tensor that `model` holds show in the twin at once. The training network itself is
+    then never switched between modes, no attack can reach its ``.grad``, and a compiled twin computes input
+    gradients only (compiling the trainable network and asking for the input gradient builds all weight
+    gradients too). No tensor object is shared, so that who computes with which is told apart (`check_twin`).
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    twin = _over_same_memory(model, {**_held(model), **parameters})
+    set_attack_mode(twin, bn)
+    return twin
+
+
+def loose_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[Tensor]]:
+    """A `frozen_twin` in eval mode that has some tensors to itself, and these: whoever changes them changes
+    nothing of `model`.
+
+    They are what tells little about a network while it is fresh, or may be read as a number while it is
+    traced: those of batch norms, constant ones, and tensors that are neither parameters nor buffers. With
+    `dtype`, parameters and buffers are of it.
+    """
+    norms = {
+        id(t)
+        for m in model.modules()
+        if isinstance(m, _BatchNorm)
+        for t in (*m.parameters(False), *m.buffers(False))
+    }
+    usual = {id(t) for t in (*model.parameters(), *model.buffers())}
+    loose = [t for t in reach(model).tensors if id(t) in norms or id(t) not in usual or _is_constant(t)]
+    frozen = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
+    own: dict[int, Any] = {id(t): t.detach().clone() for t in loose}
+    own = {key: nn.Parameter(value, False) if key in frozen else value for key, value in own.items()}
+    twin = _over_same_memory(model, {**_held(model), **frozen, **own})
+    set_attack_mode(twin, "eval")
+    own_here = {id(t) for t in own.values()}
+    names = [(m, name) for m in twin.modules() for name, b in m._buffers.items() if id(b) in own_here]
+    plain = [value for key, value in own.items() if key not in usual]
+    parameters = [p for p in twin.parameters() if id(p) in own_here]
+    if dtype is not None:
+        twin.to(dtype)  # puts other tensors in the buffers' places
+    return twin, [*plain, *parameters, *(module._buffers[name] for module, name in names)]
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    some = tensor.detach().flatten()[:64]
+    return some.is_floating_point() and bool((some == some[:1]).all())
+
+
+def unmoved_twin(model: nn.Module) -> nn.Module:
+    """A second module with the same parameters, in train mode, whose forward passes leave running statistics
+    as they are.
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    parameters: dict[int, Any] = {id(p): p for p in model.parameters()}
+    twin = _over_same_memory(model, {**_held(model), **parameters}).train()
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+    return twin
+
+
+def _held(model: nn.Module) -> dict[int, Any]:
+    """For every tensor and array that `model` holds, by its id, one over the same memory."""
+    found = reach(model)
+    tensors = {
+        id(t): nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) else t.detach()
+        for t in found.tensors
+    }
+    return {**tensors, **{id(array): array for array in found.arrays}}
+
+
+def _over_same_memory(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise NotCopyable(
+            f"no replica of {type(model).__name__} can be made: copies of TorchScript do not follow its weights"
+        )
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # copying a module runs foreign code: anything may come out of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotCopyable(
+            f"no replica of {type(model).__name__} can be made ({reason}); make it copy.deepcopy-able"
+        ) from None

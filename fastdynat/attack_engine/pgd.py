@@ -1,0 +1,188 @@
+"""Projected gradient ascent (Madry et al. 2018), the attack of training and evaluation."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.input_checks import Deferred, InputCheck, as_labels, check_classes, check_model
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
+from fastdynat.attack_engine.steps import start_point
+from fastdynat.attack_engine.zero_gradients import remedy_for, vanished
+from fastdynat.errors import UserError
+from fastdynat.models.logits import Output, half_of, logits_of, with_output
+
+_check_images, _check_labels = InputCheck(), InputCheck()
+
+
+def _tell(numbers: list[int], gradients: int, remedy: str, which: str) -> None:
+    if numbers[0]:
+        warnings.warn(vanished(numbers[0], gradients, remedy, which), stacklevel=4)
+
+
+_watch = Deferred(_tell)
+
+
+def ascend(
+    ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor, tick: Tick = no_tick
+) -> AttackResult:
+    """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes and grad mode."""
+    step = ascent.step(goal, spec)
+    x_adv, read = x_start, ascent.reads(x_start)
+    zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
+    kept = torch.zeros(len(x), dtype=torch.int64, device=x.device) if goal.track else None
+    for i in range(spec.steps):
+        tick(i / spec.steps)
+        x_adv, read, zeros, still = step(x_adv, read, x, goal.target)
+        zero_grads = zero_grads + zeros
+        kept = None if kept is None or still is None else kept + still
+    # A step ends inside the image range; a Gaussian start that no step has touched may not.
+    x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
+    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)
+
+
+def run_pgd(
+    ascent: Ascent,
+    x: Tensor,
+    goal: AttackGoal,
+    spec: PGDSpec,
+    *,
+    x_start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """`ascend` with random start and restarts, or from `x_start`, on a network that is already in the
+    attack's mode.
+    """
+    if goal.track and spec.restarts != 1:
+        raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")
+    if x_start is not None:
+        if spec.restarts != 1:
+            raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
+        return ascend(ascent, x, goal, spec, x_start=x_start)
+    start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+    best = ascend(ascent, x, goal, spec, x_start=start)
+    if spec.restarts == 1:
+        return best
+
+    def score(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = ascent.logits(x_adv)
+        return goal.reached(logits), goal.per_image(logits)
+
+    x_adv, zero_grads, (reached, loss) = best.x_adv, best.zero_grads, score(best.x_adv)
+    for _ in range(spec.restarts - 1):
+        start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+        run = ascend(ascent, x, goal, spec, x_start=start)
+        run_reached, run_loss = score(run.x_adv)
+        better = (run_reached & ~reached) | ((run_reached == reached) & (run_loss > loss))
+        x_adv = torch.where(better[:, None, None, None], run.x_adv, x_adv)
+        reached, loss = reached | run_reached, torch.where(better, run_loss, loss)
+        zero_grads = zero_grads + run.zero_grads
+    return AttackResult(x_adv, zero_grads, best.gradients * spec.restarts)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    goal: AttackGoal,
+    spec: PGDSpec,
+    *,
+    bn: str = "eval",
+    x_start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    amp_dtype: torch.dtype | None = None,
+    rescale: bool | None = None,
+    output: Output | None = None,
+    warn: bool = True,
+) -> AttackResult:
+    """Attack `model` at `x`, whatever state the caller is in.
+
+    Works under ``no_grad`` and ``inference_mode``, leaves every parameter's ``.grad`` and every module's own
+    train/eval flag as they were, and returns a detached tensor.
+
+    Args:
+        model: images in [0, 1] -> logits (N, K).
+        x: (N, C, H, W), float32 or float64 as the model, in [0, 1]; a model in half precision reads it
+            rounded.
+        goal: what to maximise; its target has N rows.
+        spec: norm, radius, steps, start, restarts.
+        bn: batch norm during the attack: "eval", "train" or "frozen" (`set_attack_mode`).
+        x_start: begin exactly here instead of drawing a start (one run, `spec.restarts` must be 1).
+        generator: source of the random start; None is torch's global one.
+        amp_dtype: autocast the network to this dtype; the iterate stays in `x`'s.
+        rescale: bring each image's gradient to order one before it goes through the network
+            (`AttackGoal.logit_grad`), so that a confident network's does not underflow; None does so wherever
+            it is exact, that is unless `bn` mixes the images.
+        warn: of images that are not attacked because their gradient is zero or not finite
+            (`AttackResult.zero_grads`).
+        output: where the model returns more than logits, which part they are: a key, an index or a function
+            (`picked`).
+
+    Raises:
+        UserError: `x` or the goal's target is not what is said here, or not in its range; the model returns
+            no logits, or no gradient reaches the images; `rescale` where images mix.
+    """
+    check_model(model)
+    goal = check_batch(x, goal)
+    dtype = half_of(model, x.dtype) or amp_dtype
+    _check_images(x.detach())
+    rescale = bn == "eval" if rescale is None else rescale
+    network = _Checked(with_output(model, output), goal)
+    ascent = Ascent(network, Underflow.guard(bn, dtype, rescale), dtype)
+    # Copies made outside inference mode may be saved for backward; inference tensors may not.
+    with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, bn):
+        x, goal = x.detach().clamp(0, 1), goal.clone()  # clamp: of what rounding left beyond
+        x_start = None if x_start is None else x_start.detach().clone()
+        result = run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
+    if warn:
+        _watch(result.zero_grads[None], result.gradients, remedy_for(dtype, rescale, exact=bn == "eval"))
+    return result
+
+
+class _Checked:
+    """`network`, at whose first answer, which shows how many classes there are, the labels are checked."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor], goal: AttackGoal) -> None:
+        self._network, self._goal, self._done = network, goal, False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = logits_of(self._network(x), len(x))
+        if not self._done:
+            classes, target = logits.shape[1], self._goal.target
+            check_classes(target, classes)
+            if self._goal.loss == "dlr" and classes < 3:
+                raise UserError(f"the loss dlr needs 3 classes, the model has {classes}; use the loss margin")
+            _check_labels(None, None if self._goal.loss == "kl" else target, classes)
+            self._done = True
+        return logits
+
+
+def check_batch(x: Tensor, goal: AttackGoal) -> AttackGoal:
+    """`goal` with its target beside `x`; UserError unless `x` are images that can be attacked and it is about
+    as many.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"images must be a tensor (N, C, H, W), got {type(x).__name__}; use torch.as_tensor")
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
+        hint = "; images.float() / 255" if x.dtype == torch.uint8 else ""
+        hint = (
+            "; for a half-precision network pass amp_dtype"
+            if x.dtype in (torch.float16, torch.bfloat16)
+            else hint
+        )
+        raise UserError(
+            f"images must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{hint}"
+        )
+    goal = replace(goal, target=as_labels(goal.target, x))
+    if goal.loss != "ce" and (goal.target.dim() == 2) != (goal.loss == "kl"):
+        wanted = "(N, K) log-probabilities" if goal.loss == "kl" else "(N,) classes"
+        raise UserError(
+            f"the goal {goal.loss} is about {wanted}, got a target of shape {tuple(goal.target.shape)}"
+        )
+    return goal

@@ -1,0 +1,459 @@
+"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690): momentum, and a step size that halves where the loss stops
+rising.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent, Pull
+from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick, part, put_rows
+from fastdynat.attacks import apgd_steps as moves
+from fastdynat.attacks.base import Radii
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops import attack_logit_grad
+from fastdynat.ops.attack_logit_grad import inverse_power_of_two
+
+APGDLoss = Literal["ce", "dlr", "dlr-t"]
+Found = tuple[Tensor, Tensor]  # losses, and which images were misclassified
+Weighed = tuple[
+    Tensor, Found
+]  # with the weights of the logits; named here, because Dynamo traces no alias of an alias
+LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share of the steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGDResult(AttackResult):
+    """What APGD returns: the first misclassified iterate, or else the one with the highest loss.
+
+    `zero_grads` and `gradients` are about the gradients at the starts alone.
+
+    Attributes:
+        broken: (N,) bool: the attacked network misclassifies `x_adv`.
+        loss: (N,) at `x_adv`; -inf for an image that is misclassified as it is.
+    """
+
+    broken: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD:
+    """Attack by Auto-PGD; the defaults are AutoAttack's.
+
+    Attributes:
+        loss: "ce", "dlr" (`AttackGoal`), or "dlr-t": the targeted `targeted_dlr`, for one class after the
+            other.
+        eps: radius of the ball in [0, 1] pixel units.
+        norm: linf, l2 or l1.
+        steps: of one run.
+        restarts: runs, for "dlr-t" per target class; each on the images that stand.
+        targets: for "dlr-t", how many classes: those with the largest logits at the image, but for the
+            largest.
+        eot: gradients averaged per step, for networks that answer at random.
+        rho: the share of steps between two checks that must raise the loss, or the step size is halved.
+        larger_eps: begin in balls of 3 and 2 eps, each for 30 % of the steps. For l1.
+    """
+
+    loss: APGDLoss
+    eps: float
+    norm: str = "linf"
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 9
+    eot: int = 1
+    rho: float = 0.75
+    larger_eps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(APGDLoss):
+            raise unknown_name("loss of APGD", self.loss, get_args(APGDLoss))
+        if self.norm not in moves.STEP:
+            raise unknown_name("norm of APGD", self.norm, moves.STEP)
+        if not 0 < self.eps < math.inf:
+            raise UserError(f"eps must be above 0 pixel units, got {self.eps:g}; write 8/255")
+        for name in ("steps", "restarts", "targets", "eot"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of APGD must be >= 1, got {getattr(self, name)}")
+        if self.larger_eps and (self.norm != "l1" or self.steps < 4):
+            raise UserError(f"larger_eps is for l1 and 4 steps or more, got {self.norm} and {self.steps}")
+
+    def __call__(
+        self,
+        ascent: Ascent,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        tick: Tick = no_tick,
+    ) -> APGDResult:
+        return run_apgd(ascent, x, labels, self, generator=generator, tick=tick)
+
+    def check_classes(self, classes: int) -> None:
+        """Raise UserError where the loss is not defined for so few classes."""
+        needed = {"ce": 2, "dlr": 3, "dlr-t": 4}[self.loss]
+        if classes < needed:
+            raise UserError(
+                f"the loss {self.loss} needs {needed} classes, the network has {classes}; attack by apgd-ce instead"
+            )
+
+    def phases(self) -> list[tuple[float, int]]:
+        """Radius and steps, one after the other."""
+        if not self.larger_eps:
+            return [(self.eps, self.steps)]
+        counts = [math.ceil(share * self.steps) for _, share in LARGER[:-1]]
+        return list(
+            zip([factor * self.eps for factor, _ in LARGER], [*counts, self.steps - sum(counts)], strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Where one run is; a row per image.
+
+    Attributes:
+        bounds: for linf, the lowest and highest pixels; the image itself twice for other norms.
+        over: broken, or not to be attacked; no longer moved for good.
+        best, best_grad, loss: the point with the highest loss, the gradient there, its loss; of a broken
+            image, where it broke.
+        last_loss: of the iterate before.
+        rises: steps since the last check at which the loss was higher than one step before.
+        reduced, checked: at the last check: was the step size halved, what was the highest loss.
+        share, moved: for l1: share of the pixels that step, number that had moved at the last check.
+    """
+
+    x: Tensor
+    labels: Tensor
+    target: Tensor
+    low: Tensor
+    high: Tensor
+    x_adv: Tensor
+    x_old: Tensor
+    grad: Tensor
+    best: Tensor
+    best_grad: Tensor
+    loss: Tensor
+    last_loss: Tensor
+    rises: Tensor
+    reduced: Tensor
+    checked: Tensor
+    size: Tensor
+    share: Tensor
+    moved: Tensor
+    over: Tensor
+    zero: Tensor
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`` per image, (N,), and its gradient (N, K) (Croce & Hein
+    2020, eq. 7).
+
+    Needs four classes. Where the denominator is 0, value and gradient are 0.
+    """
+    top = logits.topk(4, dim=1)
+    gap = top.values[:, :1] - top.values[:, 2:].mean(1, keepdim=True)
+    inverse = torch.where(gap > 0, 1 / gap, 0)
+    pair = torch.stack((target, labels), 1)
+    ahead = logits.gather(1, pair)
+    value = (ahead[:, :1] - ahead[:, 1:]) * inverse
+    signs = torch.tensor([[1.0, -1.0]], dtype=logits.dtype, device=logits.device)
+    parts = torch.tensor([[-1.0, 0.0, 0.5, 0.5]], dtype=logits.dtype, device=logits.device)
+    grad = torch.zeros_like(logits).scatter_add_(1, pair, signs * inverse)
+    return value.squeeze(1), grad.scatter_add_(1, top.indices, parts * value * inverse)
+
+
+def checkpoints(steps: int, norm: str) -> dict[int, int]:
+    """After which steps (counted from 1) the step size is reviewed, and how many steps each review looks back
+    on.
+    """
+    if norm == "l1":
+        back = max(int(0.04 * steps), 1)
+        return dict.fromkeys(range(back, steps + 1, back), back)
+    back, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
+    found, at = {}, back
+    while at <= steps:
+        found[at] = back
+        back = max(back - less, least)
+        at += back
+    return found
+
+
+def run_apgd(
+    ascent: Ascent,
+    x: Tensor,
+    labels: Tensor,
+    spec: APGD,
+    *,
+    x_starts: Sequence[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    tick: Tick = no_tick,
+) -> APGDResult:
+    """Attack images `x` (N, C, H, W) on a network in eval mode; the caller owns modes and grad mode.
+
+    x_starts: where the runs begin, each like `x`, instead of random points.
+    """
+    with torch.no_grad():
+        logits = wide(ascent.logits(ascent.reads(x)))
+    targets = _targets(logits, labels, spec)
+    broken, best = logits.argmax(1) != labels, x.clone()
+    loss = torch.full_like(logits[:, 0], -math.inf)
+    zero_grads, gradients = torch.zeros((), dtype=torch.int64, device=x.device), 0
+    runs = len(targets) * spec.restarts
+    for run in range(runs):
+        standing = len(x) - int(broken.sum())
+        if standing == 0:
+            break
+        target = targets[run // spec.restarts]
+        start = None if x_starts is None else x_starts[run]
+        end = _one_run(ascent, x, labels, target, spec, broken, start, generator, part(tick, run, runs))
+        zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
+        better = ~broken & (end.over | (end.loss > loss))
+        best, loss = put_rows(best, better, end.best), torch.where(better, end.loss, loss)
+        broken = broken | end.over
+    if spec.loss == "ce":
+        loss = torch.where(loss == -math.inf, loss, F.softplus(loss, threshold=80))
+    return APGDResult(best, zero_grads, gradients, broken=broken, loss=loss)
+
+
+def _targets(logits: Tensor, labels: Tensor, spec: APGD) -> list[Tensor]:
+    """The class that each run drives towards; the labels, which nobody reads, for a loss that has none."""
+    classes = logits.shape[1]
+    spec.check_classes(classes)
+    if spec.loss != "dlr-t":
+        return [labels]
+    order = logits.argsort(1, descending=True)
+    return [order[:, rank] for rank in range(1, min(spec.targets, classes - 1) + 1)]
+
+
+def _one_run(
+    ascent: Ascent,
+    x: Tensor,
+    labels: Tensor,
+    target: Tensor,
+    spec: APGD,
+    over: Tensor,
+    start: Tensor | None,
+    generator: torch.Generator | None,
+    tick: Tick,
+) -> _Run:
+    """All phases of one run on the images that are not `over`."""
+    phases, done = spec.phases(), 0
+    z = moves.start(x, spec.norm, phases[0][0], generator) if start is None else start
+    for eps, steps in phases:
+        z = moves.project_l1(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
+        state = _begin(x, labels, target, z, spec, eps, over)
+        # On a GPU every look at what is finished waits for it.
+        pace = {"every": 10 if x.is_cuda else 1, "shapes": halvings(ascent.shapes, x)}
+
+        def told(share: float, done: int = done, steps: int = steps) -> None:
+            tick((done + share * steps) / spec.steps)
+
+        step = _stepper(ascent, spec, eps, steps, last=eps == phases[-1][0])
+        state = iterate(state, step, steps + 1, done=lambda s: s.over, tick=told, **pace)
+        z, done = state.best, done + steps
+    return state
+
+
+def _begin(
+    x: Tensor, labels: Tensor, target: Tensor, z: Tensor, spec: APGD, eps: float, over: Tensor
+) -> _Run:
+    low, high = ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if spec.norm == "linf" else (x, x)
+    zero = torch.zeros(
+        len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
+    pixels = x[0].numel()
+    moved = moves.changed(z, x) if spec.larger_eps else torch.full_like(labels, pixels)
+    return _Run(
+        x=x,
+        labels=labels,
+        target=target,
+        low=low,
+        high=high,
+        x_adv=z,
+        x_old=z,
+        grad=torch.zeros_like(x),
+        best=z.clone(),
+        best_grad=torch.zeros_like(x),
+        loss=zero - math.inf,
+        # As in the authors' code, the first step's loss is compared with 0, which no cross-entropy is below.
+        last_loss=zero - math.inf if spec.loss == "ce" else zero,
+        rises=torch.zeros_like(labels),
+        reduced=torch.ones_like(over),
+        checked=zero,
+        size=zero + moves.STEP[spec.norm] * eps,
+        share=moved / pixels / 1.5 if spec.larger_eps else zero + 0.2,
+        moved=moved,
+        over=over,
+        zero=torch.zeros_like(over),
+    )
+
+
+def _stepper(
+    ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool
+) -> Callable[[_Run, int], _Run]:
+    """Step 0 looks at the start; each other one moves, looks, and reviews the step size where that is due.
+
+    last: of the phases; an image that is misclassified in it is finished.
+    """
+    reviews = checkpoints(steps, spec.norm)
+    # Neither radius nor number of steps is part of what is compiled.
+    look = ascent.one_graph(("apgd", spec.loss, spec.eot), lambda pull: _looking(ascent, pull, spec))
+
+    def step(s: _Run, i: int) -> _Run:
+        x_adv = s.x_adv
+        if i > 0:
+            x_old = s.x_old if i > 1 else None
+            x_adv = _move(spec, eps, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high)
+        grad, loss, wrong = look(x_adv, s.labels, s.target)
+        if i == 0:
+            s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))
+        falls = wrong & last
+        better = ~s.over & ((loss > s.loss) | falls)
+        s = replace(
+            s,
+            x_old=s.x_adv,
+            x_adv=x_adv,
+            grad=grad,
+            best=put_rows(s.best, better, x_adv),
+            best_grad=put_rows(s.best_grad, better, grad),
+            loss=torch.where(better, loss, s.loss),
+            rises=s.rises + (loss > s.last_loss) if i else s.rises,
+            last_loss=loss if i else s.last_loss,
+            over=s.over | falls,
+        )
+        return _review(s, spec, eps, reviews[i]) if i in reviews else s
+
+    return step
+
+
+def _looking(
+    ascent: Ascent, pull: Pull[Found], spec: APGD
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`_look` as a function of images, labels and targets."""
+
+    def look(x_adv: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _look(ascent, pull, spec, x_adv, labels, target)
+
+    return look
+
+
+def _move(
+    spec: APGD,
+    eps: float,
+    x_adv: Tensor,
+    x_old: Tensor | None,
+    grad: Tensor,
+    size: Tensor,
+    share: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+) -> Tensor:
+    if spec.norm == "linf":
+        return moves.move_linf(x_adv, x_old, grad, size, low, high)
+    if spec.norm == "l2":
+        return moves.move_l2(x_adv, x_old, grad, size, x, eps)
+    return moves.move_l1(x_adv, grad, size, share, x, eps)
+
+
+def _look(
+    ascent: Ascent, pull: Pull[Found], spec: APGD, x_adv: Tensor, labels: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient at `x_adv`, the loss, and which images are misclassified; of several answers, the last
+    one's.
+    """
+
+    # Draws of one image that were rescaled apart would not add up; in half precision they would be lost
+    # without.
+    rescale = ascent.underflow.rescale and (spec.eot == 1 or ascent.dtype is not None)
+
+    def weigh(logits: Tensor) -> Weighed:
+        loss, weights = _loss(spec, wide(logits), labels, target, rescale)
+        return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
+
+    (loss, wrong), grad = pull(ascent.reads(x_adv), weigh)
+    for _ in range(spec.eot - 1):
+        (loss, wrong), more = pull(ascent.reads(x_adv), weigh)
+        grad = grad + more
+    return grad.to(x_adv.dtype), loss, wrong
+
+
+def _loss(spec: APGD, logits: Tensor, labels: Tensor, target: Tensor, rescale: bool) -> tuple[Tensor, Tensor]:
+    """The loss (N,), for "ce" as `_rank` ranks it, and its gradient at the logits."""
+    if spec.loss != "dlr-t":
+        grad, loss = attack_logit_grad(logits, labels, loss=spec.loss, rescale=rescale)
+        return _rank(logits, labels) if spec.loss == "ce" else loss, grad
+    loss, grad = targeted_dlr(logits, labels, target)
+    return loss, grad * inverse_power_of_two(grad.abs().amax(1, keepdim=True)) if rescale else grad
+
+
+def _rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """``logsumexp_{k != y} z_k - z_y``, (N,), of which the cross-entropy is the softplus.
+
+    Losses are only compared, and this one goes on rising where the cross-entropy is 0 as far as floats can
+    tell.
+    """
+    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
+    return others - logits.gather(1, labels[:, None]).squeeze(1)
+
+
+def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
+    """Where the loss does not rise as it should, a smaller step from the best point; for l1, see
+    `_review_l1`.
+    """
+    if spec.norm == "l1":
+        return _review_l1(s, eps)
+    halve = (s.rises <= back * spec.rho) | (~s.reduced & (s.checked >= s.loss))
+    return replace(
+        _back_to_best(s, halve),
+        size=torch.where(halve, s.size / 2, s.size),
+        reduced=halve,
+        checked=s.loss,
+        rises=torch.zeros_like(s.rises),
+    )
+
+
+def _review_l1(s: _Run, eps: float) -> _Run:
+    """Where the best point moves clearly fewer pixels than at the last review, a full step from there; else a
+    smaller one.
+    """
+    full, moved = moves.STEP["l1"] * eps, moves.changed(s.best, s.x)
+    sparser = moved / s.moved < 0.95
+    size = torch.where(sparser, full, s.size / 1.5).clamp(full / 10, full)
+    return replace(_back_to_best(s, sparser), size=size, share=moved / s.x[0].numel() / 1.5, moved=moved)
+
+
+def _back_to_best(s: _Run, rows: Tensor) -> _Run:
+    return replace(s, x_adv=put_rows(s.x_adv, rows, s.best), grad=put_rows(s.grad, rows, s.best_grad))
+
+
+_PATTERN = re.compile(r"apgd-(?P<loss>ce|dlr|t)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")
+
+
+def parse_apgd(name: str, radii: Radii) -> APGD | None:
+    """``apgd-ce``, ``apgd-dlr``, ``apgd-t``, each also with ``K`` and ``K-R`` behind: see
+    `named.parse_attack`.
+    """
+    match = _PATTERN.fullmatch(name)
+    if match is None:
+        return None
+    l1 = radii.norm == "l1"
+    steps, restarts = int(match["steps"] or 100), int(match["restarts"] or 1)
+    loss: APGDLoss = "ce" if match["loss"] == "ce" else "dlr" if match["loss"] == "dlr" else "dlr-t"
+    return APGD(
+        loss=loss,
+        eps=radii.eps,
+        norm=radii.norm,
+        steps=steps,
+        restarts=restarts,
+        targets=5 if l1 else 9,
+        larger_eps=l1,
+    )

@@ -1,0 +1,220 @@
+"""The L2 attack of Carlini & Wagner 2017 (arXiv 1608.04644), every image at its own place in the search for
+c.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.plane_search import length, per_image
+from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick
+from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.nearest import logit_unit, margin_goal, pull_hinge, result, score
+from fastdynat.attacks.per_image_adam import adam_
+from fastdynat.errors import UserError
+
+CHECKS = 10  # how often a run's loss is looked at
+LEAST_PROGRESS = 0.9999  # of the loss since it was last looked at, else the run ends
+INSIDE = 0.999999  # keeps pixels of 0 and 1 at a finite place in tanh space
+
+
+@dataclass(frozen=True)
+class _State:
+    """A row per image. `w` and Adam's moments are written in place."""
+
+    start: Tensor  # the image in tanh space
+    x: Tensor  # and back again: else what is lost on the way would be a first gradient, which Adam blows up
+    target: Tensor
+    w: Tensor  # the iterate is (tanh w + 1) / 2
+    mean: Tensor
+    square: Tensor
+    nearest: Tensor
+    squared: Tensor  # distance of `nearest`, squared; infinite: none
+    unit: Tensor  # of margins, `logit_unit`
+    c: Tensor
+    lower: Tensor
+    upper: Tensor
+    left: Tensor  # runs to go, this one included
+    taken: Tensor  # steps of this run
+    hit: Tensor  # this run was adversarial
+    loss: Tensor
+    looked: Tensor  # the loss when it was last looked at
+    asked: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarliniL2:
+    """Minimises ``||x_adv - x||^2 + c max(kappa - margin, 0)`` over w, ``x_adv = (tanh w + 1) / 2``, by Adam
+    from the image.
+
+    The nearest adversarial iterate of all runs is returned. Each image has its own c, searched for over
+    `binary_steps` runs (times 10 until one is adversarial, then halving the interval), and its own early end:
+    a run whose loss has not gone down over a tenth of its steps. As soon as an image's run ends its next one
+    begins, in the same batch; images that have had all runs leave it. Images that are misclassified as they
+    are come back at distance 0. Margins of logits that spread by more than 2^20 or less than 2^-20 are
+    measured in units of that, so that c finds them.
+
+    With ``binary_steps=1, c=1, steps=50`` these are torchattacks' settings.
+
+    Attributes:
+        binary_steps: runs per image; 1 is a fixed c.
+        steps: of Adam per run, a multiple of 10. The paper's code has up to 10,000.
+        c: of the first run.
+        lr: Adam's step size.
+        kappa: the margin that an adversarial image must exceed.
+        abort: let runs end early.
+        eps: radius of the L2 ball that a verdict is about (`Nearest.eps`).
+    """
+
+    binary_steps: int = 9
+    steps: int = 1000
+    c: float = 1e-3
+    lr: float = 0.01
+    kappa: float = 0.0
+    abort: bool = True
+    eps: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if self.binary_steps < 1:
+            raise UserError(f"C&W needs binary_steps >= 1, got {self.binary_steps}")
+        if self.steps < CHECKS or self.steps % CHECKS:
+            raise UserError(
+                f"C&W looks at its loss {CHECKS} times: steps must be a multiple of that, got {self.steps}"
+            )
+        for name in ("c", "lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} of C&W must be above 0, got {getattr(self, name):g}")
+        if not 0 <= self.kappa < float("inf"):
+            raise UserError(f"kappa of C&W must be >= 0, got {self.kappa:g}")
+
+    @property
+    def norm(self) -> str:
+        return "l2"
+
+    def __call__(
+        self,
+        ascent: Ascent,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        tick: Tick = no_tick,
+    ) -> Nearest:
+        return self.run(ascent, x, margin_goal(labels), tick=tick)
+
+    def run(self, ascent: Ascent, x: Tensor, goal: AttackGoal, *, tick: Tick = no_tick) -> Nearest:
+        """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
+        already = score(ascent, x, goal) > 0
+        every = self.steps // CHECKS
+        hinge = ascent.one_graph(
+            ("hinge", goal.kind, self.kappa), lambda pull: pull_hinge(goal.kind, self.kappa, pull)
+        )
+
+        def step(s: _State, i: int) -> _State:
+            s = self._step(s, ascent, hinge)
+            return self._turn_over(s) if (i + 1) % every == 0 else s
+
+        end = iterate(
+            self._begin(x, goal.target, already, logit_unit(ascent, x)),
+            step,
+            self.binary_steps * self.steps,
+            done=lambda s: s.left == 0,
+            every=every,
+            shapes=halvings(ascent.shapes, x),
+            tick=tick,
+        )
+        distance = length(end.nearest - x, "l2")
+        return result(
+            x,
+            end.nearest,
+            already | end.squared.isfinite(),
+            distance,
+            eps=self.eps,
+            zeros=end.zeros,
+            asked=end.asked,
+        )
+
+    def _begin(self, x: Tensor, target: Tensor, already: Tensor, unit: Tensor) -> _State:
+        start = (2 * x - 1).clamp(-INSIDE, INSIDE).atanh()
+        none = torch.zeros_like(already, dtype=torch.int64)
+        number, endless = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], float("inf"))
+        return _State(
+            start=start,
+            x=_to_image(start.tanh()),
+            target=target,
+            w=start.clone(),
+            mean=torch.zeros_like(x),
+            square=torch.zeros_like(x),
+            nearest=x.clone(),
+            squared=endless,
+            unit=unit,
+            c=number + self.c,
+            lower=number,
+            upper=endless,
+            left=torch.where(already, 0, self.binary_steps),
+            taken=none,
+            hit=torch.zeros_like(already),
+            loss=number,
+            looked=endless,
+            asked=none,
+            zeros=none,
+        )
+
+    def _step(self, s: _State, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
+        tanh = s.w.tanh()
+        x_adv = _to_image(tanh)
+        margin, grad = hinge(ascent.reads(x_adv), s.target)
+        margin, grad = margin.to(x_adv.dtype), grad.to(x_adv.dtype)
+        running, adversarial = s.left > 0, margin > self.kappa
+        zeros = (length(grad, "linf") == 0) & (margin < self.kappa) & running
+        moved = x_adv - s.x
+        squared = length(moved, "l2").square()
+        closer = adversarial & (squared < s.squared) & running
+        torch.where(per_image(closer, s.x), x_adv, s.nearest, out=s.nearest)
+        # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, in the memory that is there.
+        grad.mul_(per_image(s.c * s.unit / 2, s.x)).add_(moved)
+        grad.addcmul_(torch.mul(grad, tanh, out=moved), tanh, value=-1)
+        taken = s.taken + 1
+        adam_(s.w, s.mean, s.square, grad, lr=self.lr, taken=taken)
+        return replace(
+            s,
+            squared=torch.where(closer, squared, s.squared),
+            taken=taken,
+            hit=s.hit | adversarial,
+            loss=squared + s.c * s.unit * (self.kappa - margin).clamp_min(0),
+            asked=s.asked + running,
+            zeros=s.zeros + zeros,
+        )
+
+    def _turn_over(self, s: _State) -> _State:
+        """After each tenth: whose run is over gets its next c and begins again at its image."""
+        over = s.taken >= self.steps
+        if self.abort:
+            over = over | (s.loss > LEAST_PROGRESS * s.looked)
+        upper = torch.where(over & s.hit, torch.minimum(s.upper, s.c), s.upper)
+        lower = torch.where(over & ~s.hit, torch.maximum(s.lower, s.c), s.lower)
+        following = torch.where(upper.isfinite(), (lower + upper) / 2, 10 * s.c)
+        again = per_image(over, s.x)
+        return replace(
+            s,
+            w=torch.where(again, s.start, s.w),
+            mean=s.mean.masked_fill_(again, 0),
+            square=s.square.masked_fill_(again, 0),
+            c=torch.where(over, following, s.c),
+            lower=lower,
+            upper=upper,
+            left=(s.left - over.long()).clamp_min(0),
+            taken=torch.where(over, 0, s.taken),
+            hit=s.hit & ~over,
+            looked=torch.where(over, float("inf"), s.loss),
+        )
+
+
+def _to_image(tanh: Tensor) -> Tensor:
+    return tanh.add(1).mul_(0.5)

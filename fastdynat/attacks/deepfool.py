@@ -1,0 +1,136 @@
+"""DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599), batched: to the nearest linearised boundary,
+again and again.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.plane_search import DUAL, length, per_image
+from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick
+from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.nearest import margin_goal, result, score
+from fastdynat.errors import UserError, unknown_name
+
+# No move is shorter (the authors' code adds as much to each). Clipping makes moves fall short, so that
+# iterates would close in on the boundary without ever crossing it, or cross it by no more than rounding.
+LEAST_MOVE = 1e-4
+NORMS = ("l2", "linf")
+
+
+@dataclass(frozen=True)
+class _State:
+    """A row per image."""
+
+    x_adv: Tensor
+    labels: Tensor
+    rivals: Tensor  # (N, classes - 1)
+    fooled: Tensor
+    asked: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFool:
+    """Repeats: go to the nearest of the planes ``f_k = f_y``, k over the candidates, and a little beyond it;
+    clip to [0, 1].
+
+    Memory is that of one forward pass and a few images, whatever the number of classes: of the classes'
+    gradients, one backward pass each, only the nearest plane's is kept. An image leaves the batch once it is
+    misclassified.
+
+    Attributes:
+        norm: "l2" or "linf".
+        steps: at most.
+        overshoot: share of the way by which a step goes beyond the plane.
+        classes: candidates: the label, and the others with the highest logits at the image itself.
+        eps: radius of the ball that a verdict is about (`Nearest.eps`).
+    """
+
+    norm: str = "l2"
+    steps: int = 50
+    overshoot: float = 0.02
+    classes: int = 10
+    eps: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm of DeepFool", self.norm, NORMS)
+        if self.steps < 1 or self.classes < 2:
+            raise UserError(
+                f"DeepFool needs steps >= 1 and classes >= 2, got {self.steps} and {self.classes}"
+            )
+        if not 0 <= self.overshoot < float("inf"):
+            raise UserError(f"overshoot of DeepFool must be >= 0, got {self.overshoot:g}")
+
+    def __call__(
+        self,
+        ascent: Ascent,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        tick: Tick = no_tick,
+    ) -> Nearest:
+        with torch.no_grad():
+            logits = ascent.logits(ascent.reads(x))
+        others = logits.scatter(1, labels[:, None], float("-inf"))
+        rivals = others.topk(min(self.classes, logits.shape[1]) - 1).indices
+        none = torch.zeros_like(labels)
+        begin = _State(x, labels, rivals, margin_goal(labels).reached(logits), none, none)
+        end = iterate(
+            begin,
+            lambda s, i: self._step(s, ascent),
+            self.steps,
+            done=lambda s: s.fooled,
+            every=1,
+            shapes=halvings(ascent.shapes, x),
+            tick=tick,
+        )
+        distance = length(end.x_adv - x, self.norm)
+        return result(x, end.x_adv, end.fooled, distance, eps=self.eps, zeros=end.zeros, asked=end.asked)
+
+    def _step(self, s: _State, ascent: Ascent) -> _State:
+        gap, grad, flat = self._nearest_plane(s, ascent)
+        norm = length(grad, DUAL[self.norm])
+        direction = grad.sign() if self.norm == "linf" else grad / per_image(norm, grad)
+        move = direction * per_image((1 + self.overshoot) * (gap.abs() / norm).clamp_min(LEAST_MOVE), grad)
+        stays = s.fooled | ~(norm > 0)
+        x_adv = torch.where(per_image(stays, grad), s.x_adv, (s.x_adv + move).clamp(0, 1))
+        fooled = s.fooled | (score(ascent, x_adv, margin_goal(s.labels)) > 0)
+        going = ~s.fooled
+        return replace(
+            s,
+            x_adv=x_adv,
+            fooled=fooled,
+            asked=s.asked + going * s.rivals.shape[1],
+            zeros=s.zeros + going * flat,
+        )
+
+    def _nearest_plane(self, s: _State, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
+        """``f_k - f_y`` of the nearest plane (N,), its gradient, and how many planes have none (N,)."""
+        logits, pull_back = ascent.linear(ascent.reads(s.x_adv))
+        gaps = wide(logits).gather(1, s.rivals) - wide(logits).gather(1, s.labels[:, None])
+        best, nearest, flat = (
+            torch.full_like(gaps[:, 0], float("inf")),
+            torch.zeros_like(s.x_adv),
+            torch.zeros_like(s.labels),
+        )
+        plane = torch.zeros_like(s.labels)
+        for k in range(s.rivals.shape[1]):
+            weights = (
+                torch.zeros_like(logits)
+                .scatter_(1, s.rivals[:, k, None], 1)
+                .scatter_(1, s.labels[:, None], -1)
+            )
+            grad = pull_back(weights).to(s.x_adv.dtype)
+            norm = length(grad, DUAL[self.norm])
+            distance = torch.where(norm > 0, gaps[:, k].abs() / norm, float("inf"))
+            closer = distance < best
+            best, plane = torch.where(closer, distance, best), torch.where(closer, k, plane)
+            torch.where(per_image(closer, grad), grad, nearest, out=nearest)
+            flat = flat + ~(norm > 0)
+        return gaps.gather(1, plane[:, None])[:, 0].to(nearest.dtype), nearest, flat

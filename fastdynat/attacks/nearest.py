@@ -1,0 +1,74 @@
+"""What the searches for the nearest adversarial image share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent, Pull
+from fastdynat.attack_engine.goal import AttackGoal, Kind, wide
+from fastdynat.attacks.base import Nearest
+from fastdynat.ops.attack_logit_grad import inverse_power_of_two
+
+USUAL = 2.0**20  # logits that spread by less, and more than its inverse, are left as they are
+
+
+def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
+    """Away from `labels` (N,), or towards them; its value is positive exactly where it is reached."""
+    return AttackGoal("margin", labels, targeted)
+
+
+def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
+    """The goal's value per image (N,)."""
+    with torch.no_grad():
+        return goal.per_image(ascent.logits(ascent.reads(x)))
+
+
+def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
+    """(N,) a power of two by which margins are multiplied where they are weighed against distances in pixels.
+
+    It is 1 for logits that networks usually return, and brings others to order one: a search whose weights
+    begin at the same number for all would never get beyond the distance, or never see it.
+    """
+    with torch.no_grad():
+        logits = wide(ascent.logits(ascent.reads(x)))
+    spread = logits.amax(1) - logits.amin(1)
+    return torch.where((spread > 1 / USUAL) & (spread < USUAL), 1.0, inverse_power_of_two(spread)).to(x.dtype)
+
+
+def pull_hinge(
+    kind: Kind, kappa: float, pull: Pull[Tensor]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """For `Ascent.one_graph`: (what the network reads, target) -> the goal's value (N,), and the gradient of
+    ``max(kappa - value, 0)``, whose size is the network's own: it is not yet weighed by a small c, which
+    would bring half precision nearer to flushing it to zero.
+    """
+
+    def hinge(read: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        goal = AttackGoal.of(kind, target)
+
+        def weigh(logits: Tensor) -> tuple[Tensor, Tensor]:
+            value = goal.per_image(logits)
+            return -goal.logit_grad(logits) * (value < kappa)[:, None], value
+
+        return pull(read, weigh)
+
+    return hinge
+
+
+def result(
+    x: Tensor, x_adv: Tensor, found: Tensor, distance: Tensor, *, eps: float, zeros: Tensor, asked: Tensor
+) -> Nearest:
+    """The `Nearest` of what a search found: where it found nothing, the image itself.
+
+    zeros, asked: (N,) int64, how many of each image's gradients were zero in every pixel, and how many there
+    were.
+    """
+    return Nearest(
+        torch.where(found.view(-1, 1, 1, 1), x_adv, x),
+        zeros.sum(),
+        int(asked.sum()),
+        found=found,
+        distance=torch.where(found, distance, float("inf")),
+        eps=eps,
+    )

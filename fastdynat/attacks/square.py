@@ -1,0 +1,203 @@
+"""Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without gradients, many queries
+at a time.
+
+A query changes a random square of an image's best perturbation so far, and is kept where it lowers the
+margin. One that is not kept changes nothing, so an image's next queries can all be asked about the same best
+perturbation in one forward pass; those after the first that is kept are asked again. The sequence of every
+image is the one of asking one by one.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.goal import margin, wide
+from fastdynat.attack_engine.plane_search import NORMS, per_image
+from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, put_rows
+from fastdynat.attacks.base import Radii
+from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
+from fastdynat.errors import UserError, unknown_name
+
+# The most queries of an image in one pass.
+MOST_ABREAST = 64
+# On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
+FULL_BATCH = {"cpu": 64}
+# Forward passes have a multiple of this share of the images that they have room for, where each size costs
+# (`HALVINGS`).
+GRAINS = 16
+# Where the acceptance rate is not known yet, and how much of what is known a round leaves.
+FIRST_RATE, MEMORY = 0.2, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Square Attack as an attack of an evaluation, on images that are classified correctly; the margin is
+    what is lowered.
+
+    Attributes:
+        eps: radius of the ball, in [0, 1] pixel units.
+        norm: linf, l2 or l1.
+        queries: proposals per image.
+        p_init: share of the image that the first squares cover; their size falls with the number of the
+            query.
+        places: images that one forward pass should have, where fewer still stand; 0 is as many as came, on
+            the CPU 64.
+    """
+
+    eps: float
+    norm: str = "linf"
+    queries: int = 5000
+    p_init: float = 0.8
+    places: int = 0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm of Square", self.norm, NORMS)
+        if self.eps <= 0:
+            raise UserError(f"eps of Square must be above 0 (pixel units), got {self.eps:g}; write 8/255")
+        if self.queries < 1 or self.places < 0:
+            raise UserError(
+                f"Square needs queries >= 1 and places >= 0, got {self.queries} and {self.places}"
+            )
+        if not 0 < self.p_init <= 1:
+            raise UserError(f"p_init of Square must be in (0, 1], got {self.p_init:g}; the paper takes 0.8")
+
+    def __call__(
+        self,
+        ascent: Ascent,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        tick: Tick = no_tick,
+    ) -> AttackResult:
+        """See `Search`. `x_adv` is the image with the smallest margin that was found."""
+        return self.run(
+            ascent,
+            x,
+            labels,
+            Draws.draw(x, self.norm, self.queries, self.p_init, generator=generator),
+            tick=tick,
+        )
+
+    @torch.no_grad()
+    def run(
+        self, ascent: Ascent, x: Tensor, labels: Tensor, draws: Draws, *, tick: Tick = no_tick
+    ) -> AttackResult:
+        """The search with given `draws`, whose rows are those of `x`."""
+        x = x.contiguous()
+        propose = proposal(self.norm, x, self.eps, draws)
+        places = self.places or FULL_BATCH.get(x.device.type, len(x))
+        judge = _Judge(ascent, max(places, len(x)))
+        # A tie may be the label's: it is attacked as well.
+        right = judge(x, labels) >= 0
+        rows = right.nonzero().squeeze(1)
+        if len(rows) == 0:  # not every network takes a batch without images
+            return _result(x.clone())
+        x_adv = torch.where(per_image(right, x), propose.start(), x)
+        begin = x_adv[rows]
+        search = _Search(rows, labels[rows], begin, judge(begin, labels[rows]), torch.zeros_like(rows))
+        rate = FIRST_RATE
+        while True:
+            standing = (search.margin >= 0) & (search.asked < self.queries)
+            left, first = torch.stack(
+                [standing.sum(), search.asked.amin()]
+            ).tolist()  # waits for the device once
+            if left < len(search.rows):
+                x_adv[search.rows] = search.best
+                search = search.take(standing)
+            if left == 0:
+                break
+            tick(first / self.queries)
+            search, rate = self._round(judge, search, propose, _abreast(places, left, rate), rate, first)
+        tick(1.0)
+        return _result(x_adv)
+
+    def _round(
+        self, judge: "_Judge", search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
+    ) -> tuple["_Search", float]:
+        """The next `abreast` queries of each image, up to and with the first that is kept. `first`: the
+        lowest number asked.
+        """
+        n, position = len(search.rows), torch.arange(len(search.rows), device=search.rows.device)
+        ahead = search.asked[:, None] + torch.arange(abreast, device=search.rows.device)
+        exists, query = ahead < self.queries, ahead.clamp_max(self.queries - 1).flatten()
+        row = position.repeat_interleave(abreast) if abreast > 1 else position
+        best = search.best[row] if abreast > 1 else search.best
+        asked = propose.query(best, search.rows[row], query, first)
+        found = judge(asked, search.labels[row]).view(n, abreast)
+        kept = (found < search.margin[:, None]) & exists
+        some, chosen = kept.any(1), kept.int().argmax(1)
+        if abreast > 1:
+            asked, rate = (
+                asked[position * abreast + chosen],
+                MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row),
+            )
+        return replace(
+            search,
+            best=put_rows(search.best, some, asked),
+            margin=torch.where(some, found[position, chosen], search.margin),
+            asked=torch.where(some, search.asked + chosen + 1, search.asked + abreast).clamp_max(
+                self.queries
+            ),
+        ), rate
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Where the search of each standing image is."""
+
+    rows: Tensor  # (n,) which images these are
+    labels: Tensor
+    best: Tensor  # the best perturbed images
+    margin: Tensor  # theirs, z_y - max_{k != y} z_k
+    asked: Tensor  # (n,) int64: queries answered
+
+    def take(self, mask: Tensor) -> "_Search":
+        parts: Iterator[Tensor] = (
+            part[mask] for part in (self.rows, self.labels, self.best, self.margin, self.asked)
+        )
+        return _Search(*parts)
+
+
+def _result(x_adv: Tensor) -> AttackResult:
+    return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Margins z_y - max_{k != y} z_k of images, at most `most` at a time.
+
+    Where each size of a batch costs, the network is given few of them: filled up with the last image, again
+    and again, whose answers are dropped.
+    """
+
+    ascent: Ascent
+    most: int
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x: (n, C, H, W). labels: (n,)."""
+        n = len(x)
+        if HALVINGS.get(x.device.type):
+            grain = -(-self.most // GRAINS)
+            size = max(n, min(-(-n // grain) * grain, self.most))
+            x = torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if size > n else x
+        return -margin(wide(self.ascent.logits(self.ascent.reads(x))[:n]), labels)
+
+
+def _abreast(places: int, images: int, rate: float) -> int:
+    """How many queries of each image go into one pass: what there is room for, but not many beyond the next
+    that is kept.
+    """
+    return max(1, min(places // images, int(1 / max(rate, 1 / MOST_ABREAST))))
+
+
+def parse_square(name: str, radii: Radii) -> Square | None:
+    """``square``, ``squareQ`` with Q queries: see `named.parse_attack`."""
+    match = re.fullmatch(r"square(?P<queries>\d+)?", name)
+    return match and Square(eps=radii.eps, norm=radii.norm, queries=int(match["queries"] or 5000))

@@ -1,0 +1,306 @@
+"""The rows of a benchmark: planned, prepared, checked, and timed in turns."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastdynat.commands.bench import work
+from fastdynat.commands.bench.bench_config import BenchConfig
+from fastdynat.commands.bench.settings import SWITCHES, Kind, grid, label, precision_name, shown, why_not
+from fastdynat.commands.bench.timing import Samples, Stopwatch, take_turns
+from fastdynat.commands.bench.work import Say, Work
+from fastdynat.config import TrainConfig
+from fastdynat.data import TrainSplit
+from fastdynat.evaluation.fidelity import Fidelity
+from fastdynat.execution.float32 import tf32_convolutions
+from fastdynat.machine.peak_memory import PeakMemory
+from fastdynat.methods import method_class
+from fastdynat.tuning.devices import AMP_DTYPES
+
+WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
+WEIGHT_GRADIENTS = "weight gradients"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row to be prepared.
+
+    Attributes:
+        switch: the one that is the other way than asked, "" for none.
+        ours: not a peer's: to be checked and to be compared with a baseline.
+        flops: needed per call, whatever the row spends.
+        why_not: why it is left out, "" where it is not.
+    """
+
+    name: str
+    kind: Kind
+    images: int
+    setting: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[], Work] | None = None
+    switch: str = ""
+    ours: bool = True
+    flops: int = 0
+    amp: str = "off"
+    precision: str = "fp32"
+    why_not: str = ""
+
+
+class Notices:
+    """What the engine says, passed on and kept: a row that fell back to something slower must show it."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.heard: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        self.heard.append(text)
+        self._say(text)
+
+
+@dataclass
+class Row:
+    """A plan with what came of it: `invalid` says why its timing does not count, `notices` what the engine
+    said about it.
+    """
+
+    plan: Plan
+    work: Work
+    first_seconds: float
+    peak_memory: int | None
+    fidelity: Fidelity | None = None
+    invalid: str = ""
+    notices: tuple[str, ...] = ()
+    samples: Samples = field(default_factory=lambda: Samples(()))
+
+    @property
+    def rate(self) -> float:
+        """Images (for a matrix product: calls) per second."""
+        return self.plan.images / self.samples.median
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.plan.flops / self.samples.median
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all rows have in common.
+
+    Attributes:
+        asked: the configuration as the user wrote it; `full` is that resolved.
+        settle: resolves a configuration.
+        attack_flops, step_flops: per image.
+    """
+
+    asked: TrainConfig[Any]
+    full: TrainConfig[Any]
+    settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
+    split: TrainSplit
+    attack_flops: int
+    step_flops: int
+    say: Notices
+
+
+def plans(task: Task, bench: BenchConfig) -> list[Plan]:
+    """Every row, as the tables show them."""
+    full = task.full
+    attacks = method_class(full.method).searches
+    settings = grid(task.asked, task.settle) if bench.peers else [full]
+    rows = [_ours(task, "attack", s) for s in settings if attacks]
+    rows += _peer_attacks(task) if bench.peers and attacks else []
+    rows += [
+        _ours(task, "step", s)
+        for s in ([settings[0], full] if bench.peers and settings[0] != full else [full])
+    ]
+    rows += [_plain(task)] if bench.peers else []
+    rows += _switched(task) if bench.switches else []
+    devices = dict.fromkeys(row.amp for row in rows if not row.why_not)
+    return rows + [_matmul(amp, torch.device(full.engine.device)) for amp in devices]
+
+
+def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", switch: str = "") -> Plan:
+    build = work.engine_attack if kind == "attack" else work.engine_step
+    per_image = task.attack_flops if kind == "attack" else task.step_flops
+    assert config.data.batch_size is not None
+    return Plan(
+        name or label(config),
+        kind,
+        config.data.batch_size,
+        shown(config),
+        partial(build, config, task.split, task.say),
+        switch,
+        flops=per_image * config.data.batch_size,
+        amp=config.engine.amp,
+        precision=precision_name(config),
+    )
+
+
+def _peer_attacks(task: Task) -> list[Plan]:
+    reason = (
+        "" if importlib.util.find_spec("torchattacks") else "not installed: pip install 'fastdynat[peer]'"
+    )
+    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    settings = [plain]
+    if task.full.engine.amp != "off":
+        settings.append(replace(plain, amp=task.full.engine.amp, channels_last="on"))
+    rows = []
+    for engine in settings:
+        config = task.settle(replace(task.asked, engine=engine))
+        name = "torchattacks.PGD" + (
+            _rounding(config) if engine.amp == "off" else f" under {engine.amp} autocast"
+        )
+        ours = _ours(task, "attack", config, name)
+        prepare = partial(work.torchattacks_attack, config, task.split, task.say)
+        rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
+    return rows
+
+
+def _rounding(config: TrainConfig[Any]) -> str:
+    """What a float32 row's name says where its convolutions are not computed in float32: torch's default on a
+    GPU.
+    """
+    name = precision_name(config)
+    return "" if name == "fp32" else f", {name}"
+
+
+def _plain(task: Task) -> Plan:
+    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    config = task.settle(replace(task.asked, engine=plain))
+    reason = (
+        "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
+    )
+    ours = _ours(task, "step", config, "released loop in plain PyTorch" + _rounding(config))
+    prepare = partial(work.plain_step, config, task.split, task.say)
+    return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
+
+
+def _switched(task: Task) -> list[Plan]:
+    rows = []
+    for switch in SWITCHES:
+        reason = why_not(switch, task.full)
+        turned = task.full if reason else task.settle(switch.turned(task.full))
+        flag = switch.name.replace("_", "-")
+        name = flag if reason else f"{flag} {_word(switch.value(turned))}"
+        for kind in switch.kinds:
+            if kind == "attack" and not method_class(task.full.method).searches:
+                continue
+            rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
+    if method_class(task.full.method).searches:
+        row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
+        rows.append(
+            replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split, task.say))
+        )
+    return sorted(rows, key=lambda row: row.kind)  # attacks first
+
+
+def _word(value: Any) -> str:
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _matmul(amp: str, device: torch.device) -> Plan:
+    dtype = AMP_DTYPES[amp] or torch.float32
+    ready, flops = work.matrix_product(dtype, device)
+    precision = amp if amp != "off" else "fp32 (TF32)" if tf32_convolutions(device) else "fp32"
+    name = f"matrix product, {precision}"
+    return Plan(
+        name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp, precision=precision
+    )
+
+
+def prepare(
+    row_plans: Sequence[Plan],
+    watch: Stopwatch,
+    device: torch.device,
+    bench: BenchConfig,
+    say: Notices,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Build, call for the first time, check and warm up every plan that can be; the others are not in the
+    result.
+
+    keep: called after every row with those so far, timed by their warm-up alone, in the order of `row_plans`.
+    """
+    place = {id(plan): i for i, plan in enumerate(row_plans)}
+    rows: list[Row] = []
+    begin = time.perf_counter()
+    for plan in by_weight(row_plans):
+        if plan.why_not or plan.prepare is None:
+            continue
+        if bench.budget is not None and time.perf_counter() - begin > bench.budget and plan.kind != "matmul":
+            continue
+        rows.append(_prepared(plan, plan.prepare, watch, device, say))
+        rows.sort(key=lambda row: place[id(row.plan)])
+        keep(rows)
+    return rows
+
+
+def _prepared(
+    plan: Plan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, say: Notices
+) -> Row:
+    say(f"preparing: {plan.kind}, {plan.name}")
+    memory, before = PeakMemory(device), len(say.heard)
+    ready = build()
+    started = time.perf_counter()
+    watch.time(ready.call)
+    row = Row(plan, ready, time.perf_counter() - started, None)
+    row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
+    row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
+    if ready.fidelity is not None:
+        row.fidelity = ready.fidelity()
+        row.invalid = _weaker(row.fidelity)
+    return row
+
+
+def by_weight(row_plans: Iterable[Plan]) -> list[Plan]:
+    """What is prepared first, since a budget or an interruption cuts the end off: the machine's rate, which
+    every share needs; then the setting that was asked for with the peer that it is compared with, the step
+    before the attack; then the rest.
+    """
+
+    def weight(plan: Plan) -> tuple[int, bool]:
+        if plan.kind == "matmul":
+            return 0, False
+        headline = plan is asked.get(plan.kind) or plan is peers.get(plan.kind)
+        return (1 if headline else 2 if not plan.switch else 3), plan.kind != "step"
+
+    plans_ = list(row_plans)
+    asked = {plan.kind: plan for plan in plans_ if plan.ours and not plan.switch}  # the last one of each kind
+    peers = {plan.kind: plan for plan in reversed(plans_) if not plan.ours}  # the first one, without autocast
+    return sorted(plans_, key=weight)
+
+
+def _weaker(f: Fidelity) -> str:
+    """Why an attack does not count, "" where it does."""
+    if not f.weaker:
+        return ""
+    reached = f"loss {f.loss_fast:.4g} and accuracy {f.acc_fast:.1%}, the reference {f.loss_reference:.4g} and {f.acc_reference:.1%}"
+    return f"weaker than the reference: {reached}"
+
+
+def time_rows(rows: list[Row], watch: Stopwatch, bench: BenchConfig) -> None:
+    """Fill in the samples; a row that computed something that is no number is marked invalid."""
+    taken = take_turns(watch, [row.work.call for row in rows], seconds=bench.seconds, repeats=bench.repeats)
+    for row, samples in zip(rows, taken, strict=True):
+        row.samples = samples
+        if not row.work.finite():
+            row.invalid = "the loss is not a number any more"
+
+
+def left_out(row_plans: Iterable[Plan], rows: Iterable[Row]) -> list[dict[str, str]]:
+    """The plans without a row, each with the reason."""
+    done = {id(row.plan) for row in rows}
+    return [
+        {
+            "name": plan.name,
+            "kind": plan.kind,
+            "switch": plan.switch,
+            "reason": plan.why_not or "out of --budget",
+        }
+        for plan in row_plans
+        if id(plan) not in done
+    ]

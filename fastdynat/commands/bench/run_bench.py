@@ -1,0 +1,258 @@
+"""`fastdynat bench` from the configuration to the tables and files."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastdynat.commands.bench.auto import run_auto
+from fastdynat.commands.bench.baseline import compare, read_baseline, report_baseline
+from fastdynat.commands.bench.bench_config import BenchConfig, check_bench
+from fastdynat.commands.bench.flops import StepFlops, count_step
+from fastdynat.commands.bench.phases import time_phases
+from fastdynat.commands.bench.profiling import profile_step
+from fastdynat.commands.bench.results import document, epoch_values, first_looks, phase_values, print_document
+from fastdynat.commands.bench.roofline import copy_rate, measured_parts, peak_of, roofline_values
+from fastdynat.commands.bench.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
+from fastdynat.commands.bench.settings import label, settled
+from fastdynat.commands.bench.timing import MIN_ROUNDS, Samples, Stopwatch
+from fastdynat.commands.bench.work import Say, Work, engine_step
+from fastdynat.commands.figures import PICTURES
+from fastdynat.config import TrainConfig
+from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
+from fastdynat.data.random_images import random_split
+from fastdynat.errors import UserError
+from fastdynat.execution.process_state import process_state_kept
+from fastdynat.machine import OtherLoad
+from fastdynat.methods import Method, method_class
+from fastdynat.models import build_model
+from fastdynat.ops import use_backend
+from fastdynat.runs.atomic_files import replaced, write_text
+from fastdynat.training import build_parts, open_split
+from fastdynat.training.resolve import resolve
+from fastdynat.tuning.devices import AMP_DTYPES
+
+
+@process_state_kept()
+def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say: Say) -> int:
+    """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
+
+    say: told what is going on.
+
+    Raises:
+        UserError: a value that cannot work, before anything is measured or written.
+    """
+    check_bench(bench)
+    split = _images(asked, bench)
+    if bench.auto:
+        doc, ok = run_auto(
+            asked, split, lambda c: settled(c, split), bench.seconds, bench.repeats, console, say
+        )
+        _store(doc, bench)
+        return 0 if ok else 1
+    full = settled(asked, split, say)
+    before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
+    doc = _measure(asked, full, split, bench, Notices(say))
+    print_document(doc, console)
+    ok = True
+    if before is not None:
+        doc["baseline"] = compare(before, doc)
+        ok = report_baseline(doc["baseline"], str(bench.baseline), bench.tolerance, console)
+    _store(doc, bench)
+    return 0 if ok else 1
+
+
+def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
+    """Random images, or the data where an epoch of them is asked for or only they say what they are."""
+    info = dataset_info(asked.data.data)
+    if info is None or bench.epoch:
+        return open_split(asked)
+    config = resolve(asked, info, lambda text: None)
+    if config.data.image_size is not None:
+        size = config.data.image_size
+        info = replace(info, image_shape=(info.image_shape[0], size, size))
+    assert config.data.batch_size is not None
+    return random_split(info, config.data.batch_size, config.engine.seed)
+
+
+def _measure(
+    asked: TrainConfig[Any], full: TrainConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
+) -> dict[str, Any]:
+    assert full.attack.steps is not None
+    device = torch.device(full.engine.device)
+    watch, load = Stopwatch(device), OtherLoad()
+    flops, copied = _count(full, split.info), copy_rate(watch, device)
+
+    task = Task(
+        asked,
+        full,
+        lambda config: settled(config, split),
+        split,
+        full.attack.steps * flops.attack_step,
+        flops.step,
+        say,
+    )
+    row_plans = plans(task, bench)
+
+    def so_far(ready: list[Row]) -> None:
+        say(f"so far: {', '.join(first_looks(ready))}")
+        about = {
+            "flops": flops.values(),
+            "phases": {},
+            "phases_of": "",
+            "epoch": epoch_values(asked_step(ready), None),
+        }
+        about["roofline"] = roofline_values(
+            flops, full, peak_of(ready, full, copied), measured_parts(ready, {})
+        )
+        doc = document(
+            full, ready, left_out(row_plans, ready), **about, profile=None, other_load=load.share()
+        )
+        _keep_partial(doc, bench)
+
+    rows = prepare(row_plans, watch, device, bench, say, so_far)
+    say("timing")
+    time_rows(rows, watch, bench)
+    so_far(rows)
+    own = asked_step(rows)
+    phases, kinds, setting = _inside(task, own, watch, bench)
+    apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
+    measured = _epoch(full, split, watch, say) if bench.epoch else None
+    return document(
+        full,
+        rows,
+        left_out(row_plans, rows),
+        flops=flops.values(),
+        roofline=roofline_values(flops, full, peak_of(rows, full, copied), measured_parts(rows, apart)),
+        phases=phase_values(phases),
+        phases_of=setting,
+        epoch=epoch_values(own, measured),
+        profile=kinds,
+        other_load=load.share(),
+    )
+
+
+def asked_step(rows: list[Row]) -> Row | None:
+    """The training step of the setting that was asked for, where it was prepared."""
+    return next(
+        (row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch),
+        None,
+    )
+
+
+def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
+    method = method_class(config.method)(config.options)
+    if type(method).perturb is not Method.perturb:
+        raise UserError(
+            f"bench times PGD, but method {method.name} has a search of its own; bench another, such as madry"
+        )
+    assert config.attack.steps is not None
+
+    def build(name: str) -> torch.nn.Module:
+        return build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)
+
+    guide = build(config.model.guide) if method.uses_guide else None
+    numbers: dict[str, Any] = {"batch_size": config.data.batch_size, "awp": config.attack.awp > 0}
+    return count_step(
+        method, build(config.model.model), guide, info.image_shape, config.attack.steps, **numbers
+    )
+
+
+def _inside(
+    task: Task, own: Row | None, watch: Stopwatch, bench: BenchConfig
+) -> tuple[dict[str, Samples], dict[str, float] | None, str]:
+    """Phases and kinds of operation of one step, and in words of which."""
+    engine = task.full.engine
+    apart = replace(engine, graphs="off", guide_stream="off")
+    config = replace(task.full, engine=apart)
+    setting = label(config) + (" without CUDA graphs and guide stream" if apart != engine else "")
+    if own is None:
+        return {}, None, setting
+    ready = own.work if apart == engine else _again(config, task, watch)
+    assert ready.step is not None
+    assert ready.stream is not None
+    with use_backend(config.engine.kernels):
+        phases = time_phases(ready.step, ready.stream, watch, bench.repeats or 2 * MIN_ROUNDS)
+    if not bench.profile:
+        return phases, None, setting
+    if engine.compile != "off" and not watch.gpu:
+        # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
+        with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+            ready = _again(config, task, watch)
+    return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
+
+
+def _again(config: TrainConfig[Any], task: Task, watch: Stopwatch) -> Work:
+    """The step of `config`, warm."""
+    ready = engine_step(config, task.split, task.say)
+    watch.time(ready.call, 3)
+    return ready
+
+
+def _epoch(config: TrainConfig[Any], split: TrainSplit, watch: Stopwatch, say: Say) -> dict[str, Any]:
+    """One epoch of training on `split`, compiled and warm, with its shorter last batch and without
+    validation.
+    """
+    say("one epoch")
+    _, step, loader = build_parts(config, split, say)
+    with use_backend(config.engine.kernels):
+        first: Batch = next(iter(loader.epoch(0)))
+        last: Batch = next(iter(loader.epoch(0, loader.steps_per_epoch - 1)))
+        for batch in (first, last):
+            watch.time(lambda batch=batch: step(batch), 5)  # type: ignore[misc]
+        begin, images = time.perf_counter(), 0
+        for batch in loader.epoch(0):
+            step(batch)
+            images += len(batch.labels)
+        if watch.gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return {
+        "data": config.data.data,
+        "seconds": round(seconds, 4),
+        "images": images,
+        "images_per_s": round(images / seconds, 2),
+    }
+
+
+def _partial(bench: BenchConfig) -> Path | None:
+    """Where results lie until all are there; None where --json goes into a pipe, a device or nowhere."""
+    path = None if bench.json is None else replaced(Path(bench.json))
+    return None if path is None else path.with_name(path.name + ".partial")
+
+
+def _keep_partial(doc: Mapping[str, Any], bench: BenchConfig) -> None:
+    """What has been measured so far, which an interruption or a time limit leaves beside the --json file."""
+    path = _partial(bench)
+    if path is not None:
+        write_text(path, json.dumps({**doc, "complete": False}, indent=1) + "\n")
+
+
+def _store(doc: Mapping[str, Any], bench: BenchConfig) -> None:
+    if bench.json:
+        write_text(Path(bench.json), json.dumps(doc, indent=1) + "\n")
+        if (partial := _partial(bench)) is not None:
+            partial.unlink(missing_ok=True)
+    if bench.chart:
+        from fastdynat.commands.bench.bench_charts import (
+            draw_rates,  # extra `plots`, which `check_bench` has looked for
+        )
+
+        draw_rates(doc, Path(bench.chart))
+    if bench.profile:
+        _store_kinds(doc, Path(bench.profile))
+
+
+def _store_kinds(doc: Mapping[str, Any], path: Path) -> None:
+    if path.suffix not in PICTURES:
+        keep = ("format", "command", "commit", "environment", "settings", "phases_of", "profile")
+        write_text(path, json.dumps({key: doc[key] for key in keep}, indent=1) + "\n")
+        return
+    from fastdynat.commands.bench.bench_charts import draw_kinds
+
+    draw_kinds(doc["profile"] or {}, f"one training step, {doc['phases_of']}", path)

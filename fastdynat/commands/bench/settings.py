@@ -1,0 +1,146 @@
+"""Which settings of the engine are compared with the one that was asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from fastdynat.config import TrainConfig
+from fastdynat.data import TrainSplit
+from fastdynat.errors import UserError
+from fastdynat.execution.float32 import float32_name
+from fastdynat.machine.capability import half_types
+from fastdynat.methods import method_class
+from fastdynat.ops import selected_backend
+from fastdynat.training.resolve import resolve, resolve_loader, use_fused_conv, use_graphs, use_guide_stream
+from fastdynat.training.trial import settle_compile
+from fastdynat.tuning.devices import check_compile
+
+Kind = Literal["attack", "step", "matmul"]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag of the engine with the two values that are compared.
+
+    Attributes:
+        group: of the configuration, "engine" or "data".
+        values: off and on.
+        kinds: the rows in which it shows.
+        gpu: needs a CUDA device.
+    """
+
+    name: str
+    group: str
+    values: tuple[Any, Any]
+    kinds: tuple[Kind, ...]
+    gpu: bool = False
+
+    def value(self, config: TrainConfig[Any]) -> Any:
+        return getattr(getattr(config, self.group), self.name)
+
+    def turned(self, config: TrainConfig[Any]) -> TrainConfig[Any]:
+        """`config` with this switch the other way."""
+        off, on = self.values
+        part = replace(getattr(config, self.group), **{self.name: on if self.value(config) == off else off})
+        return replace(config, **{self.group: part})
+
+
+BOTH: tuple[Kind, ...] = ("attack", "step")
+SWITCHES = (
+    Switch("amp", "engine", ("off", "bf16"), BOTH),
+    Switch("channels_last", "engine", ("off", "on"), BOTH),
+    Switch("compile", "engine", ("off", "default"), BOTH),
+    Switch("fold", "engine", ("off", "on"), ("attack",)),
+    Switch("fused_conv", "engine", ("off", "on"), BOTH, gpu=True),
+    Switch("winograd", "engine", ("off", "auto"), ("attack",)),
+    Switch("closed_form", "engine", (False, True), ("attack",)),
+    Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
+    Switch("graphs", "engine", ("off", "on"), BOTH, gpu=True),
+    Switch("guide_stream", "engine", ("off", "on"), ("step",), gpu=True),
+    Switch("loader", "data", ("torch", "resident"), ("step",)),
+)
+
+
+def settled(
+    asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None
+) -> TrainConfig[Any]:
+    """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream,
+    as on or off.
+    """
+    config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say)
+    fused = use_fused_conv(config.engine)
+    graphs, stream = (
+        use_graphs(config.engine),
+        use_guide_stream(config.engine, method_class(config.method)(config.options)),
+    )
+    engine = replace(
+        config.engine,
+        fused_conv="on" if fused else "off",
+        graphs="on" if graphs else "off",
+        guide_stream="on" if stream else "off",
+    )
+    return replace(config, engine=engine)
+
+
+def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
+    """Why `switch` cannot be turned the other way in the resolved `config`, or None where it can."""
+    device = torch.device(config.engine.device)
+    if switch.gpu and device.type != "cuda":
+        return "needs a CUDA device"
+    if switch.name == "winograd" and (device.type != "cpu" or config.engine.amp != "off"):
+        return "is for float32 on the CPU"
+    if switch.name == "fold" and config.attack.attack_bn != "eval":
+        return f"needs --attack-bn eval, got {config.attack.attack_bn}"
+    if switch.name == "fused_conv" and config.engine.fold != "on":
+        return "needs batch norm folded"
+    if switch.name == "guide_stream" and config.model.guide == "none":
+        return f"{config.method} has no guide"
+    if switch.name == "kernels" and selected_backend(device.type, "auto") == "eager":
+        return "no implementation but eager here"
+    if switch.name == "amp" and config.engine.amp == "off" and (lacking := half_types(device)["bf16"]):
+        return lacking
+    if switch.name == "compile" and config.engine.compile == "off":
+        try:
+            check_compile("default", device)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def precision_name(config: TrainConfig[Any]) -> str:
+    """The precision of a resolved configuration: "bf16", "fp16", "fp32", or "fp32 (TF32 convolutions)" as the
+    flags are now.
+    """
+    engine = config.engine
+    return float32_name(torch.device(engine.device), "fp32") if engine.amp == "off" else engine.amp
+
+
+def label(config: TrainConfig[Any]) -> str:
+    """The setting in a few words: precision, and whether it is compiled."""
+    amp = precision_name(config)
+    return amp if config.engine.compile == "off" else f"{amp} compiled"
+
+
+def grid(
+    asked: TrainConfig[Any], settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
+) -> list[TrainConfig[Any]]:
+    """`asked` in float32 and in its own precision, without and with torch.compile, as a user would get each;
+    itself last.
+
+    settle: resolves a configuration, so that what is "auto" follows the precision.
+    """
+    engine, full = asked.engine, settle(asked)
+    amps = dict.fromkeys(("off", full.engine.amp))
+    modes = dict.fromkeys(("off", engine.compile))
+    return [
+        settle(replace(asked, engine=replace(engine, amp=amp, compile=mode)))
+        for amp in amps
+        for mode in modes
+    ]
+
+
+def shown(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The switches of a row as plain values."""
+    return {s.name: s.value(config) for s in SWITCHES}

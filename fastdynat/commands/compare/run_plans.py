@@ -1,0 +1,203 @@
+"""All runs of a comparison, checked before the first one starts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastdynat.commands.compare.compare_config import (
+    SAME,
+    CompareConfig,
+    NoOptions,
+    check_compare,
+    check_same,
+    method_configs,
+    parse_seeds,
+)
+from fastdynat.commands.compare.epoch_cost import probe
+from fastdynat.commands.compare.ledger import Ledger
+from fastdynat.commands.evaluate.targets import TestSets
+from fastdynat.config import TrainConfig, to_flat
+from fastdynat.data import DatasetInfo, ImageSet, TrainSplit, dataset_info, load_test
+from fastdynat.errors import UserError
+from fastdynat.methods.configs import stored_config
+from fastdynat.runs import check_new, claim_name, free_name, looks_like_run
+from fastdynat.training import build_parts, open_split
+from fastdynat.training.resolve import Say, adopted, resolve, resolve_loader
+from fastdynat.training.state import identity
+from fastdynat.training.trial import settle_compile
+
+Configs = dict[str, TrainConfig[Any]]  # by method
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run. `asked` is what `fastdynat train` would be given, `config` what comes of it."""
+
+    method: str
+    seed: int
+    asked: TrainConfig[Any]
+    config: TrainConfig[Any]
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison has to do.
+
+    Attributes:
+        tests: the test set, read, as `evaluation.measure_runs` takes it.
+        images: number of training images.
+    """
+
+    out: Path
+    runs: tuple[RunPlan, ...]
+    ledger: Ledger
+    tests: TestSets
+    images: int
+
+
+class _ReadOnce(TrainSplit):
+    """A split whose training images are decoded once, for however many methods."""
+
+    @cached_property
+    def _images(self) -> ImageSet:
+        return super().train_images()
+
+    def train_images(self) -> ImageSet:
+        return self._images
+
+
+def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) -> Plan:
+    """Check everything and, with a budget, measure the methods that have not been measured yet. Nothing is
+    written but, at the end, an empty folder where the comparison chooses its own.
+
+    Raises:
+        UserError: anything that cannot work in any of the runs, or a flag that was another when the
+            comparison was begun.
+    """
+    check_compare(compare)
+    seeds = parse_seeds(compare.seeds, shared.engine.seed)
+    configs = method_configs(replace(shared, engine=replace(shared.engine, seed=seeds[0])), compare)
+    stem = f"compare-{shared.data.data}"
+    out = Path(compare.out) if compare.out else free_name(stem)
+    ledger = Ledger(out, compare.budget_seconds)  # refuses a folder of something else
+    if not compare.out:
+        check_new(out, overwrite=False)
+    known = dataset_info(shared.data.data)
+    if known is not None:
+        _resolve_all(configs, known)  # refuse before the data is read, where that is possible
+    opened = open_split(next(iter(configs.values())))
+    split = _ReadOnce(opened.info, opened.source, opened.train, opened.val)
+    for name, config in configs.items():
+        if config.data.labelled is not None:
+            with _naming(name):
+                open_split(config)
+    resolved = {
+        name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()
+    }
+    resolved = {name: settle_compile(c, split, say) for name, c in resolved.items()}
+    tests = _test_set(next(iter(resolved.values())))
+    runs = _runs(configs, resolved, seeds, out, ledger)
+    if compare.out:
+        for run in runs:
+            _check_place(run)
+    for name in dict.fromkeys(run.method for run in runs if not ledger.has_ended(run.path)):
+        _try(name, resolved[name], split, ledger, say)
+    if not compare.out:
+        # Only now, when nothing can be refused any more. Another comparison may have begun under the name
+        # meanwhile.
+        out = claim_name(stem)
+        ledger.move(out)
+    return Plan(out, _runs(configs, resolved, seeds, out, ledger), ledger, tests, len(split.train))
+
+
+def _silent(text: str) -> None:
+    """The runs will say it."""
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        hint = (
+            f" (in a comparison: --set {method}.guide_from=RUN)" if "--guide-from RUN" in str(error) else ""
+        )
+        raise UserError(f"{method}: {error}{hint}") from None
+
+
+def _resolve_all(configs: Configs, info: DatasetInfo) -> Configs:
+    resolved = {}
+    for name, config in configs.items():
+        with _naming(name):
+            resolved[name] = resolve(config, info, _silent)
+    check_same(resolved, SAME)
+    return resolved
+
+
+def _test_set(config: TrainConfig[Any]) -> TestSets:
+    data = config.data
+    test = load_test(data.data, data.data_dir, image_size=data.image_size, download=data.download)
+    return {(data.data, data.data_dir, data.image_size): test}
+
+
+def _runs(
+    asked: Configs, resolved: Configs, seeds: Sequence[int], out: Path, ledger: Ledger
+) -> tuple[RunPlan, ...]:
+    """Seed after seed, so that a comparison that is stopped has compared all methods under the first ones."""
+    runs = []
+    for seed in seeds:
+        for name in asked:
+            path, epochs = out / f"{name}-seed{seed}", ledger.epochs(name)
+            first, full = (_placed(c[name], path, seed, epochs) for c in (asked, resolved))
+            runs.append(RunPlan(name, seed, first, full, path))
+    return tuple(runs)
+
+
+def _placed(config: TrainConfig[Any], path: Path, seed: int, epochs: int | None) -> TrainConfig[Any]:
+    """`config` in the folder `path`, with a seed, and with as many epochs as the budget gives it (None: its
+    own).
+    """
+    return replace(
+        config,
+        optim=replace(config.optim, epochs=config.optim.epochs if epochs is None else epochs),
+        engine=replace(config.engine, seed=seed),
+        run=replace(config.run, run_dir=str(path)),
+    )
+
+
+def _check_place(run: RunPlan) -> None:
+    """Raise UserError where `run` cannot be in its folder, or is there with other flags."""
+    if not looks_like_run(run.path):
+        check_new(run.path, overwrite=False)
+        return
+    stored = stored_config(run.path)
+    before, now = (
+        to_flat(stored),
+        to_flat(replace(run.config, engine=adopted(run.asked.engine, stored.engine))),
+    )
+    for key in (*identity(run.config), "epochs", "stop_at", "patience", "on_collapse"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"{run.path} was begun with {key} {before.get(key)}, not {now[key]}; keep it, or choose a new --out"
+            )
+
+
+def _try(name: str, config: TrainConfig[Any], split: TrainSplit, ledger: Ledger, say: Say) -> None:
+    """Build everything once; with a budget, measure how many epochs fit."""
+    with _naming(name):
+        if ledger.budget is None:
+            build_parts(config, split, _silent)
+        elif name not in ledger.probes:
+            found = ledger.probes[name] = probe(config, split, ledger.budget, _silent)
+            takes, budget = found["expected_seconds"], ledger.budget
+            say(
+                f"{name}: {found['first_epoch_seconds']:.3g} s for an epoch, {found['epochs']} in {takes:.3g} of {budget:g} s"
+            )

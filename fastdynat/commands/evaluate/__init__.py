@@ -1,0 +1,1 @@
+"""`fastdynat eval`: networks under the same attacks, as tables and as JSON."""

@@ -1,0 +1,268 @@
+"""The cells of one network's row: taken from what is known, or measured."""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attacks import NamedAttack
+from fastdynat.commands.evaluate.columns import Column, Reference
+from fastdynat.commands.evaluate.measurement_store import (
+    Key,
+    Store,
+    as_measurement,
+    search_numbers,
+    standing_digest,
+)
+from fastdynat.commands.evaluate.reference_autoattack import run_reference
+from fastdynat.commands.evaluate.settle import EvalConfig
+from fastdynat.commands.evaluate.shards import unite
+from fastdynat.commands.evaluate.targets import Target
+from fastdynat.errors import UserError
+from fastdynat.evaluation.halving import with_halving
+from fastdynat.evaluation.measure import Stopped, measure
+from fastdynat.evaluation.outcome import Measurement, unpack_bits
+from fastdynat.runs import check_writable
+from fastdynat.runs.atomic_files import make_folder
+from fastdynat.terminal.evaluation_progress import Meter
+from fastdynat.tuning.devices import AMP_DTYPES
+
+Known = MutableMapping[str, dict[str, Any]]
+CLEAN = NamedAttack("clean")
+
+
+class Cells:
+    """Fills the columns of `target`, whose network is on `device`.
+
+    Attributes:
+        cached: names of the measurements that came from files.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        network: nn.Module,
+        config: EvalConfig,
+        device: torch.device,
+        *,
+        known: Known,
+        meter: Meter,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.target, self.network, self.config, self.device = target, network, config, device
+        self.meter, self.should_stop = meter, should_stop
+        self.cached: list[str] = []
+        self._said: set[str] = set()
+        self._known = known
+        self._store = None if target.folder is None else Store(target.folder, target.about, meter.say)
+        self._images = target.images
+
+    def cell(self, column: Column) -> dict[str, Any]:
+        """The column's measurement as JSON holds it; of one with stages also theirs.
+
+        Raises:
+            Stopped: `should_stop` said so; what was finished is kept.
+        """
+        if column.stages:
+            return self._staged(column)
+        if column.reference is not None:
+            return asdict(self._reference(column.name, column.reference))
+        assert column.attack is not None
+        return asdict(self._attacked(column.attack, transfer=column.transfer))
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.meter.say(text)
+
+    def _attacked(
+        self, attack: NamedAttack, *, transfer: bool = False, standing: Tensor | None = None
+    ) -> Measurement:
+        target, config = self.target, self.config
+        source = target.source if transfer else None
+        images = len(self._images) if standing is None else int(standing.sum())
+
+        def run(batch_size: int) -> Measurement:
+            with self.meter.attack(f"{target.title} {attack.name}", images) as advance:
+                return measure(
+                    self.network,
+                    self._images,
+                    attack,
+                    device=self.device,
+                    batch_size=batch_size,
+                    seed=config.seed,
+                    amp_dtype=AMP_DTYPES[config.amp],
+                    source=None if source is None else source.network.to(self.device).requires_grad_(False),
+                    standing=standing,
+                    compile_mode=config.compile,
+                    say=self._say_once,
+                    should_stop=self.should_stop,
+                    advance=advance,
+                )
+
+        key = self._key(
+            attack.name, attack.search, standing=standing, source=None if source is None else source.weights
+        )
+        # More images than there are never make a batch.
+        batch_size = max(1, min(config.batch_size, images))
+        return self._once(key, standing, lambda: with_halving(run, batch_size, self.meter.say))
+
+    def _staged(self, column: Column) -> dict[str, Any]:
+        """The stages one after the other, each on what the ones before left standing, beginning with clean
+        accuracy.
+        """
+        key = self._key(
+            column.name, None, numbers={"stages": [search_numbers(stage.search) for stage in column.stages]}
+        )
+        stages = [self._attacked(CLEAN)]
+        for stage in column.stages:
+            stages.append(self._attacked(stage, standing=_standing(stages[-1])))
+        whole = self._once(key, None, lambda: _chain(column.name, stages[1:], self._images.labels))
+        return {**asdict(whole), "stages": [asdict(stage) for stage in stages]}
+
+    def _reference(self, name: str, numbers: Reference) -> Measurement:
+        key = self._key(name, numbers)
+        state = self._state(key)
+        found = self._once(key, None, lambda: self._run_reference(name, numbers, state))
+        if state is not None:
+            state.unlink(missing_ok=True)
+        return found
+
+    def _state(self, key: Key) -> Path | None:
+        """Where an interrupted run of the package leaves what it has; None, with a note, where nothing can be
+        written.
+        """
+        if self._store is None:
+            return None
+        path = self._store.path(key.text(), ".state")
+        try:
+            make_folder(path.parent)
+            check_writable(path)
+        except UserError:
+            self.meter.say(
+                f"cannot write to {path.parent}: {key.attack}, once interrupted, begins again; use --cache DIR"
+            )
+            return None
+        return path
+
+    def _run_reference(self, name: str, numbers: Reference, state: Path | None) -> Measurement:
+        if state is not None and self.config.fresh:
+            state.unlink(missing_ok=True)
+        labels = self._images.labels
+        robust, seconds = run_reference(
+            Watched(self.network, self.should_stop),
+            self._images.images.float() / 255,
+            labels,
+            norm=numbers.norm,
+            eps=numbers.eps,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            device=self.device,
+            version=numbers.version,
+            state_path=state,
+            say=self.meter.say,
+        )
+        stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+        self.meter.say(f"{self.target.title}: {name}: {stages}")
+        return Measurement.of(
+            name,
+            robust.cpu(),
+            labels,
+            classes=int(labels.max()) + 1,
+            seconds=sum(seconds.values()),
+            batch_size=self.config.batch_size,
+        )
+
+    def _key(
+        self,
+        name: str,
+        search: Any,
+        *,
+        numbers: dict[str, Any] | None = None,
+        standing: Tensor | None = None,
+        source: str | None = None,
+    ) -> Key:
+        return Key(
+            weights=self.target.weights,
+            images=self.target.digest,
+            attack=name,
+            search=search_numbers(search) if numbers is None else numbers,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            amp=self.config.amp,
+            source=source,
+            standing=standing_digest(standing),
+            shard=None if self.target.shard is None else str(self.target.shard),
+        )
+
+    def _once(self, key: Key, standing: Tensor | None, run: Callable[[], Measurement]) -> Measurement:
+        """What is known under `key`, in this call, in a file or in files of shards; else what `run` gives,
+        which is kept.
+        """
+        text = key.text()
+        if text in self._known:
+            return as_measurement(self._known[text])
+        found = None if self.config.fresh else self._find(key, standing)
+        if found is None:
+            found, how = run(), ""
+            if self._store is not None:
+                self._store[text] = asdict(found)
+        else:
+            self.cached.append(key.attack)
+            how = "from an earlier evaluation: "
+        self._known[text] = asdict(found)
+        how += f"{found.seconds:.1f} s, {found.images_per_s:,.0f} img/s"
+        self.meter.say(f"{self.target.title}: {found.attack} {100 * found.accuracy:.2f} % ({how})")
+        return found
+
+    def _find(self, key: Key, standing: Tensor | None) -> Measurement | None:
+        store = self._store
+        if store is None:
+            return None
+
+        def look_up(key: Key) -> Measurement | None:
+            stored = store.get(key.text())
+            return None if stored is None else as_measurement(stored)
+
+        found = look_up(key)
+        if found is not None or key.shard is not None:
+            return found
+        return unite(key, store.shard_counts(key.attack), look_up, self._images.labels, standing)
+
+
+class Watched(nn.Module):
+    """`network`, which raises Stopped between two calls when `should_stop` says so."""
+
+    def __init__(self, network: nn.Module, should_stop: Callable[[], bool]) -> None:
+        super().__init__()
+        self.network, self._should_stop = network, should_stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> logits."""
+        if self._should_stop():
+            raise Stopped
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def _standing(before: Measurement) -> Tensor:
+    return unpack_bits(before.robust_bits, before.images)
+
+
+def _chain(name: str, stages: list[Measurement], labels: Tensor) -> Measurement:
+    """Stages as one attack: what the last one left standing, all their time, the largest share of zero
+    gradients.
+    """
+    shares = [stage.zero_grad_share for stage in stages if stage.zero_grad_share is not None]
+    return Measurement.of(
+        name,
+        _standing(stages[-1]),
+        labels,
+        classes=int(labels.max()) + 1,
+        seconds=sum(stage.seconds for stage in stages),
+        batch_size=min(stage.batch_size for stage in stages),
+        zero_grad_share=max(shares, default=None),
+    )

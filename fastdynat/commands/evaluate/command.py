@@ -1,0 +1,46 @@
+"""`fastdynat eval`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from fastdynat.attacks.catalog import KNOWN
+from fastdynat.commands.parsing.parse import parse
+from fastdynat.config.evaluation import EvalConfig, check_eval
+from fastdynat.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Accuracy of the best and last checkpoints of runs, and of other models, under attacks."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories, or robustbench:NAME, torchvision:NAME, timm:NAME, module:callable (with --data)."""
+    list_attacks: bool = False
+    """Print the names that --attacks takes."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate."""
+    command = parse(EvalCommand, argv, "eval").command
+    from fastdynat.terminal.consoles import PlainTable, output_console
+
+    console = output_console(200)
+    if command.list_attacks:
+        table = PlainTable("attack", "what it is")
+        for row in KNOWN.items():
+            table.add_row(*row)
+        console.print(table)
+        return 0
+    if not command.models:
+        raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
+    check_eval(command.eval)
+
+    from fastdynat.commands.evaluate.measure_runs import evaluate_runs
+    from fastdynat.terminal.stop_request import StopRequest
+
+    with StopRequest() as stop:
+        evaluate_runs(command.models, command.eval, console, should_stop=stop.requested)
+    return 128 + stop.signal if stop.signal else 0

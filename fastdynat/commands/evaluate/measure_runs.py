@@ -1,0 +1,190 @@
+"""`fastdynat eval`: checkpoints of runs, and other models, under the same attacks, as tables and as JSON."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastdynat.commands.evaluate.cells import Cells, Known
+from fastdynat.commands.evaluate.record import FORMAT, Values, make_record
+from fastdynat.commands.evaluate.settle import EvalConfig, check_config, settled
+from fastdynat.commands.evaluate.tables import print_results
+from fastdynat.commands.evaluate.targets import Planner, Target, TestSets, check_names
+from fastdynat.evaluation.halving import with_halving
+from fastdynat.evaluation.measure import Stopped, exact_float32
+from fastdynat.execution.process_state import process_state_kept
+from fastdynat.ops import use_backend
+from fastdynat.runs import WriteError, check_results, describe_environment
+from fastdynat.runs.atomic_files import is_replaced, write_text
+from fastdynat.terminal.consoles import AS_IS
+from fastdynat.terminal.evaluation_progress import Meter
+
+
+def evaluate_runs(
+    names: Sequence[str | Path],
+    config: EvalConfig,
+    console: Console,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Values]:
+    """Measure, print tables, and return (and store) one record per network: `record.make_record`.
+
+    Where `should_stop` ends it, what was finished is printed, stored and returned.
+
+    Raises:
+        UserError: see `measure_runs`.
+    """
+    # Of path/to/file.py:callable, the file.
+    files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
+    check_results((config.json,), inputs=(config.weights, *files))
+    check_config(config)
+    check_names(names, config)
+    config = settled(config, lambda text: console.print(text, **AS_IS))
+    records: list[Values] = []
+    file = Path(config.json) if config.json else None
+    # A pipe or a device is given the whole, once.
+    partial = None if file is None or not is_replaced(file) else file
+
+    def store(found: list[Values]) -> None:
+        records[:] = found
+        if partial is not None:
+            with suppress(WriteError):  # the last one, when there is a table to show, says so
+                write_text(partial, _text(config, found, complete=False))
+
+    try:
+        records[:] = measure_runs(names, config, console, store=store, should_stop=should_stop)
+        stopped = False
+    except Stopped:
+        stopped = True
+    print_results(records, console, per_class=config.per_class)
+    _say_cached(records, console)
+    if stopped:
+        kept = (
+            "nothing was kept" if config.cache == "off" else "the same command goes on after what is finished"
+        )
+        console.print(f"stopped: {kept}", **AS_IS)
+    if file is not None:
+        write_text(file, _text(config, records, complete=not stopped))
+    return records
+
+
+@process_state_kept()
+def measure_runs(
+    names: Sequence[str | Path],
+    config: EvalConfig,
+    console: Console,
+    *,
+    known: Known | None = None,
+    tests: TestSets | None = None,
+    store: Callable[[list[Values]], None] = lambda records: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Values]:
+    """Measure the networks that `names` stand for and return one record per network.
+
+    All networks are loaded and checked before the first is measured.
+
+    Args:
+        names: run directories, or names of models (`fastdynat.models.foreign.load_foreign`).
+        known: measurements by all that they depend on: what is in it is not measured again, what is measured
+            is put into it.
+        tests: test sets that were read before; those that are read are put into it.
+        store: given the records so far after each attack.
+        should_stop: asked between batches and within long attacks.
+
+    Raises:
+        UserError: a path that is no run, a damaged or foreign checkpoint, an unknown attack, data that does
+            not fit.
+        Stopped: `should_stop` said so; `known` and the cache have what was measured.
+    """
+    device = check_config(config)
+    config = config if config.amp != "auto" else settled(config, lambda text: None)
+    known = {} if known is None else known  # best and last are often one folder, which is then measured once
+    records: list[Values] = []
+    meter = Meter(console)
+    targets = Planner(config, meter.say, {} if tests is None else tests).plan(names)
+    with exact_float32(), use_backend(config.kernels), meter:
+        for target in targets:
+            done = list(records)
+
+            def tell(record: Values, done: list[Values] = done) -> None:
+                records[:] = [*done, record]
+                store(records)
+
+            _measure_target(target, config, device, known, meter, should_stop, tell)
+    return records
+
+
+def _measure_target(
+    target: Target,
+    config: EvalConfig,
+    device: torch.device,
+    known: Known,
+    meter: Meter,
+    should_stop: Callable[[], bool],
+    tell: Callable[[Values], None],
+) -> None:
+    """Fill the columns of `target` one after the other; `tell` is given its record after each of them."""
+    network = target.network.to(device).requires_grad_(False)
+    cells = Cells(target, network, config, device, known=known, meter=meter, should_stop=should_stop)
+    results: list[Values] = []
+    for column in target.columns:
+        results.append(cells.cell(column))
+        tell(make_record(target, list(results), list(cells.cached), None))
+    if config.checks:
+        checks = _check(target, config, device, meter, should_stop)
+        tell(make_record(target, results, cells.cached, checks))
+    for used in (target.network, *([target.source.network] if target.source else [])):
+        used.cpu()
+
+
+def _check(
+    target: Target, config: EvalConfig, device: torch.device, meter: Meter, should_stop: Callable[[], bool]
+) -> list[Values]:
+    """Signs of masked gradients, each check as plain values."""
+    from fastdynat.evaluation.masking import check_masking
+
+    source = None if target.source is None else target.source.network.to(device).requires_grad_(False)
+
+    def run(batch_size: int) -> Any:
+        with meter.attack(f"{target.title} checks", len(target.images)) as advance:
+            return check_masking(
+                target.network,
+                target.images,
+                norm=target.radius.norm,
+                eps=target.radius.eps,
+                device=device,
+                batch_size=batch_size,
+                seed=config.seed,
+                source=source,
+                should_stop=should_stop,
+                advance=advance,
+            )
+
+    report = with_halving(run, config.batch_size, meter.say)
+    return [asdict(check) for check in report.checks]
+
+
+def _text(config: EvalConfig, records: list[Values], *, complete: bool) -> str:
+    """The JSON file."""
+    document = {
+        "format": FORMAT,
+        "complete": complete,
+        "config": asdict(config),
+        "environment": describe_environment(),
+        "results": records,
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _say_cached(records: list[Values], console: Console) -> None:
+    count = sum(len(record["cached"]) for record in records)
+    if count:
+        text = (
+            f"{count} results are from earlier evaluations (evaluations/*.json); --fresh measures them again"
+        )
+        console.print(text, **AS_IS)

@@ -1,0 +1,88 @@
+"""One network's results as the JSON file holds them."""
+
+import statistics
+from math import inf, isfinite
+from typing import Any
+
+import torch
+
+from fastdynat.commands.evaluate.columns import Column
+from fastdynat.commands.evaluate.targets import Target
+from fastdynat.evaluation.outcome import pack_bits, unpack_bits, wilson
+
+Values = dict[str, Any]
+FORMAT = "fastdynat-eval/2"
+
+
+def make_record(
+    target: Target, results: list[Values], cached: list[str], checks: list[Values] | None
+) -> Values:
+    """The record of `target` with the results of its first columns.
+
+    Keys: what the network is; `judged_in`, the precision of the predictions that count; `robustness_gap`,
+    clean accuracy less the lowest one under attack; `worst`, images that stay correct under everything in the
+    ball (`worst_case`); `attacks`, the measurements; `cached`, the names of those that were read from files;
+    `checks`, of masked gradients, or None where they were not asked for.
+    """
+    radius, columns = target.radius, target.columns[: len(results)]
+    in_ball = [
+        r for column, r in zip(columns, results, strict=True) if counts_in_ball(column, r, radius.norm)
+    ]
+    clean = next((r["accuracy"] for r in results if r["attack"] == "clean"), None)
+    robust = [r["accuracy"] for r in in_ball if r["attack"] != "clean"]
+    return {
+        "run": target.name,
+        "checkpoint": target.checkpoint,
+        "weights_sha256": target.weights,
+        **target.trained,
+        "norm": radius.norm,
+        "eps": radius.eps,
+        "step_size": radius.step_size,
+        "judged_in": "float32",  # without TF32 (`exact_float32`), whatever --amp searches in
+        "data": target.info.name,
+        "images": len(target.images),
+        "images_sha256": target.digest,
+        "shard": None if target.shard is None else str(target.shard),
+        "class_names": list(target.info.class_names),
+        "source_sha256": None if target.source is None else target.source.weights,
+        "robustness_gap": clean - min(robust) if clean is not None and robust else None,
+        "worst": worst_case(in_ball),
+        "attacks": results,
+        "cached": cached,
+        "checks": checks,
+    }
+
+
+def counts_in_ball(column: Column, result: Values, norm: str) -> bool:
+    """Whether a column's accuracy is one inside the ball of `norm`: not of another norm, nor of a search
+    without a radius.
+    """
+    search = None if column.attack is None else column.attack.search
+    if search is None:  # clean, and AutoAttack, which takes the row's radius
+        return True
+    return search.norm == norm and (result["distances"] is None or isfinite(getattr(search, "eps", inf)))
+
+
+def worst_case(results: list[Values]) -> Values | None:
+    """Images that stay correct under each of `results`; None for fewer than two."""
+    if len(results) < 2:
+        return None
+    standing = torch.stack([unpack_bits(r["robust_bits"], r["images"]) for r in results]).all(0)
+    correct, images = int(standing.sum()), len(standing)
+    return {
+        "attacks": [r["attack"] for r in results],
+        "accuracy": correct / images,
+        "ci": wilson(correct, images),
+        "correct": correct,
+        "images": images,
+        "robust_bits": pack_bits(standing),
+    }
+
+
+def median_distance(result: Values) -> float | None:
+    """Over all images: misclassified ones count as 0, those without a find as infinite; None where the median
+    is infinite.
+    """
+    distances = [float("inf") if d is None else d for d in result["distances"]]
+    median = statistics.median(distances)
+    return None if median == float("inf") else median

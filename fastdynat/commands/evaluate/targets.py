@@ -1,0 +1,314 @@
+"""What an evaluation is of: checkpoints of runs and foreign models, each with its images and attacks."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdynat import __version__
+from fastdynat.attack_engine.steps import diameter, usual_step
+from fastdynat.commands.evaluate.columns import Column, check_classes, parse_columns
+from fastdynat.commands.evaluate.measurement_store import FOLDER, Say
+from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
+from fastdynat.config import DataConfig, read_yaml
+from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.errors import UserError
+from fastdynat.evaluation.masking import radius_of_grey
+from fastdynat.runs import (
+    BEST,
+    CONFIG,
+    LAST,
+    Sidecar,
+    find_checkpoint,
+    foreign,
+    guide_weights,
+    load_checkpoint,
+    load_network,
+    read_sidecar,
+    require_run,
+)
+from fastdynat.runs.layout import real
+from fastdynat.units import parse_size
+
+TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
+DEFAULT_EPS = 8 / 255  # of a model that we did not train, under L-inf
+
+
+@dataclass(frozen=True)
+class Radius:
+    """The threat model of a target: norm, and sizes in [0, 1] pixel units."""
+
+    norm: str
+    eps: float
+    step_size: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """The network that transfer attacks are made on, and the sha256 of its weights."""
+
+    network: nn.Module
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One network with what it is measured on.
+
+    Attributes:
+        name: the run directory or the model's name.
+        checkpoint: best or last; None for a foreign model.
+        weights: their sha256.
+        trained: what is known about its training: method, architecture, dataset, epoch.
+        everything: all test images; `images` is the share of them that is measured.
+        digest: of all test images.
+        folder: where its results are kept; None is nowhere.
+    """
+
+    name: str
+    checkpoint: str | None
+    weights: str
+    network: nn.Module
+    trained: dict[str, Any]
+    columns: list[Column]
+    radius: Radius
+    info: DatasetInfo
+    everything: ImageSet
+    shard: Shard | None
+    digest: str
+    folder: Path | None
+    source: Source | None
+
+    @property
+    def title(self) -> str:
+        return self.name if self.checkpoint is None else f"{self.name} {self.checkpoint}"
+
+    @property
+    def images(self) -> ImageSet:
+        rows = slice(None) if self.shard is None else self.shard.rows
+        return ImageSet(self.everything.images[rows], self.everything.labels[rows])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is stored beside each measurement."""
+        sizes = {"norm": self.radius.norm, "eps": self.radius.eps, "step_size": self.radius.step_size}
+        origin = {"run": self.name, "checkpoint": self.checkpoint, "dataset": self.info.name}
+        return {**origin, **sizes, "images": len(self.images), "fastdynat": __version__}
+
+
+def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
+    """Refuse what cannot be evaluated by its name alone, before anything is measured or loaded.
+
+    Raises:
+        UserError: no run there, a model without --data, or --weights where there is no model to take them.
+    """
+    if config.weights is not None and not any(_is_model(str(name)) for name in names):
+        raise UserError(
+            f"--weights {config.weights} is for models such as torchvision:NAME or module:callable; {names[0]} is a "
+            "run, which brings its own: leave --weights out"
+        )
+    for name in names:
+        if not _is_model(str(name)):
+            require_run(name)
+        elif config.data == "auto":
+            raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
+
+
+class Planner:
+    """Loads and checks everything that one evaluation needs, each test set once."""
+
+    def __init__(self, config: EvalConfig, say: Say, tests: TestSets) -> None:
+        self.config, self.say, self.tests = config, say, tests
+        self.shard = parse_shard(config.shard)
+        self._sources: dict[DatasetInfo, Source] = {}
+
+    def plan(self, names: Sequence[str | Path]) -> list[Target]:
+        """The targets that `names` stand for: an existing path is a run, another name with a colon in it a
+        model.
+        """
+        targets = []
+        check_names(names, self.config)
+        for name in names:
+            if _is_model(str(name)):
+                targets.append(self._model(str(name)))
+            else:
+                targets += self._run(Path(name))
+        self._check_source(targets)
+        return targets
+
+    def _run(self, path: Path) -> list[Target]:
+        config = self.config
+        stored = read_yaml(path / CONFIG)
+        if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
+            raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
+        data = stored["data"] if config.data == "auto" else config.data
+        # Another dataset is not looked for, nor downloaded, where the run's own lies.
+        folder = stored["data_dir"] if data == stored["data"] else DataConfig().data_dir
+        size = stored.get("image_size") if config.image_size is None else config.image_size
+        checkpoints = (BEST, LAST) if config.checkpoints == "both" else (config.checkpoints,)
+        loaded = [(checkpoint, *_load(path, checkpoint)) for checkpoint in checkpoints]
+        kept = self._kept(path)
+        targets = []
+        for checkpoint, network, sidecar, weights in loaded:
+            info, images = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
+            if difference := foreign(sidecar, info):
+                raise UserError(f"{path} was trained on {difference}")
+            trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
+            radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
+            targets.append(
+                self._target(str(path), checkpoint, weights, network, trained, radius, info, images, kept)
+            )
+        return targets
+
+    def _kept(self, run: Path) -> Path | None:
+        """Where the results of `run` are kept: nowhere where that is a link out of it, which nobody meant for
+        them.
+        """
+        folder = run / FOLDER
+        if not folder.is_symlink() or real(folder).is_relative_to(real(run)):
+            return folder
+        if self.config.cache == "auto":
+            self.say(f"results are not kept: {folder} is a symbolic link out of the run; use --cache DIR")
+        return None
+
+    def _model(self, name: str) -> Target:
+        info, images = self._test_set(
+            self.config.data, DataConfig().data_dir, self.config.image_size, download=True
+        )
+        network, weights = _load_foreign(name, info, self.config.weights, self.say)
+        trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
+        if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
+            self.say(f"{name}: no --eps, so 8/255 under linf")
+        radius = self._radius(info, "linf", DEFAULT_EPS)
+        return self._target(name, None, weights, network, trained, radius, info, images, Path(FOLDER))
+
+    def _target(
+        self,
+        name: str,
+        checkpoint: str | None,
+        weights: str,
+        network: nn.Module,
+        trained: dict[str, Any],
+        radius: Radius,
+        info: DatasetInfo,
+        images: ImageSet,
+        folder: Path | None,
+    ) -> Target:
+        config = self.config
+        if config.checks:
+            radius_of_grey(radius.norm, images)  # refuses norms that the checks, which come last, do not know
+        columns = parse_columns(
+            config.attacks, eps=radius.eps, step_size=radius.step_size, norm=radius.norm, amp=config.amp
+        )
+        check_classes(columns, info.num_classes)
+        if self.shard is not None and self.shard.count > len(images):
+            raise UserError(
+                f"--shard {self.shard} of {len(images)} images leaves shards without any; use fewer"
+            )
+        return Target(
+            name=name,
+            checkpoint=checkpoint,
+            weights=weights,
+            network=network.eval(),
+            trained=trained,
+            columns=columns,
+            radius=radius,
+            info=info,
+            everything=images,
+            shard=self.shard,
+            digest=_digest(images),
+            folder={"auto": folder, "off": None}.get(config.cache, Path(config.cache)),
+            source=self._source(info) if config.source is not None else None,
+        )
+
+    def _radius(self, info: DatasetInfo, norm: str, eps: float) -> Radius:
+        """norm, eps: what "auto" stands for."""
+        config = self.config
+        if config.norm not in ("auto", norm) and config.eps == "auto":
+            raise UserError(
+                f"radii of {norm} say nothing about {config.norm}: --norm {config.norm} needs --eps"
+            )
+        norm = norm if config.norm == "auto" else config.norm
+        limit = diameter(norm, info.image_shape)
+        values = [eps, None]
+        for i, (what, text) in enumerate((("eps", config.eps), ("step_size", config.step_size))):
+            if text != "auto":
+                size = parse_size(text, what, norm=norm, limit=limit)
+                values[i] = size.value
+                if size.notice:
+                    self.say(size.notice)
+        assert values[0] is not None
+        return Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
+
+    def _test_set(
+        self, data: str, folder: str, size: int | None, *, download: bool
+    ) -> tuple[DatasetInfo, ImageSet]:
+        folder = folder if self.config.data_dir == "auto" else self.config.data_dir
+        key = (data, folder, size)
+        if key not in self.tests:
+            self.tests[key] = load_test(data, folder, image_size=size, download=download, say=self.say)
+        info, images = self.tests[key]
+        count = self.config.num_images
+        return info, images if count is None else ImageSet(images.images[:count], images.labels[:count])
+
+    def _source(self, info: DatasetInfo) -> Source:
+        name = self.config.source
+        assert name is not None
+        if info not in self._sources:
+            self._sources[info] = _load_source(name, info, self.say)
+        return self._sources[info]
+
+    def _check_source(self, targets: list[Target]) -> None:
+        transfers = [column.name for target in targets for column in target.columns if column.transfer]
+        if transfers and self.config.source is None:
+            raise UserError(f"{transfers[0]} needs a network to be made on: give --source RUN")
+        if self.config.source is not None and not transfers and not self.config.checks:
+            raise UserError(
+                "--source is for attacks called transfer-NAME, such as --attacks transfer-pgd20, and --checks"
+            )
+
+
+def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+    """The network of a checkpoint, its sidecar and the sha256 of its weights."""
+    if find_checkpoint(run, checkpoint) is None:
+        hint = "; use --checkpoints last" if checkpoint == BEST and find_checkpoint(run, LAST) else ""
+        raise UserError(f"{run} has no {checkpoint} checkpoint: no epoch of it was validated yet{hint}")
+    return load_checkpoint(run, checkpoint)
+
+
+def _load_foreign(name: str, info: DatasetInfo, weights: str | None, say: Say) -> tuple[nn.Module, str]:
+    """A model that we did not train and the sha256 of its weights."""
+    from fastdynat.models.foreign import load_foreign
+
+    file = None if weights is None else Path(weights)
+    found = load_foreign(name, num_classes=info.num_classes, image_shape=info.image_shape, weights=file)
+    if found.note:
+        say(f"{name}: {found.note}")
+    return found.model, found.sha256
+
+
+def _load_source(name: str, info: DatasetInfo, say: Say) -> Source:
+    if _is_model(name):
+        network, sha256 = _load_foreign(name, info, None, say)
+        return Source(network.eval(), sha256)
+    path = guide_weights(Path(name))
+    network, sidecar = load_network(path)
+    if difference := foreign(sidecar, info):
+        raise UserError(f"--source {name} was trained on {difference}")
+    return Source(network, read_sidecar(path)[1])
+
+
+def _is_model(name: str) -> bool:
+    """Whether `name` means a model that we did not train, not a path."""
+    return ":" in name and not Path(name).exists()
+
+
+def _digest(images: ImageSet) -> str:
+    """The sha256 of all pixels and labels."""
+    digest = hashlib.sha256()
+    for tensor in (images.images, images.labels):
+        digest.update(tensor.contiguous().numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""What `fastdynat export` is asked."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """What only the authors know about a `model_info` entry."""
+
+    link: str | None = None
+    """Address of the paper."""
+    name: str | None = None
+    """Title of the paper."""
+    authors: str | None = None
+    """Authors, separated by commas."""
+    venue: str | None = None
+    """Venue and year, such as ICML 2020; Unpublished otherwise."""
+    additional_data: bool = False
+    """Whether images beside the data set's own were trained on, also by a guide."""
+    footnote: str | None = None
+    """Footnote on the leaderboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write one checkpoint as a file that others read; normalisation is inside, images are floats in [0,
+    1].
+    """
+
+    out: str
+    """File to write: NAME.pt for robustbench (NAME.json and NAME.py come beside it), .pt2 for torch, .onnx
+    for onnx."""
+    format: Literal["robustbench", "torch", "onnx"] = "robustbench"
+    """robustbench: weights, source and model_info; torch: a torch.export program; onnx needs the extra
+    `export`."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint."""
+    overwrite: bool = False
+    """Replace files that are there."""
+    dataset: str = "auto"
+    """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
+    paper: Paper = field(default_factory=Paper)

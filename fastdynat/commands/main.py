@@ -1,0 +1,166 @@
+"""The command line's entry: which command, and how it ends."""
+
+import importlib
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from fastdynat import __version__
+from fastdynat.commands.parsing.naming import name_flags
+from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
+from fastdynat.terminal.interrupts import Interruption
+
+USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
+
+usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
+
+  train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
+  eval     accuracy of one or more runs under attacks
+  compare  several training methods on the same data, budget and seeds
+  export   a run's network for RobustBench, torch.export or ONNX
+  report   runs as one HTML page with pictures
+  boundary picture of margins and the boundary's speed, of a run with --boundary-speed
+  recipes  the published protocols that train --recipe NAME follows
+  bench    how fast attack and training step are on this machine
+  doctor   what this machine can use, and why not
+"""
+
+# Each command's function, as MODULE.FUNCTION of fastdynat.commands: only the asked one is imported.
+COMMANDS = {
+    "train": "train.run",
+    "eval": "evaluate.command.run",
+    "compare": "timing.compare",
+    "export": "outputs.export",
+    "report": "outputs.report",
+    "boundary": "outputs.boundary",
+    "recipes": "about.recipes",
+    "bench": "timing.bench",
+    "doctor": "about.doctor",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by
+    signal n.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    generator = (
+        random.getstate()
+    )  # tyro draws from it; commands that train or measure keep the others themselves
+    with Interruption() as interruption, _any_text():
+        try:
+            check_words(argv)
+            return _run_and_flush(argv)
+        except UserError as error:
+            return _fail(name_flags(str(error), argv))
+        except BrokenPipeError:
+            _drop_output()
+            return 128 + signal.SIGPIPE
+        except KeyboardInterrupt:
+            return _interrupted(interruption)
+        except Exception as error:
+            if (
+                interruption.signal is not None
+            ):  # raised while something was imported or compiled, and made into this
+                return _interrupted(interruption)
+            reason = shortage(error) or _system_says(error)
+            if reason is None:
+                raise
+            _drop_output()
+            return _fail(reason)
+        finally:
+            random.setstate(generator)
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Raise UserError where a word of a command holds what no file and no value can: NUL, a lone surrogate.
+
+    A newline is part of a name like any other character; messages show it as an escape.
+    """
+    for i, word in enumerate(argv):
+        if (reason := not_a_name(word)) is None:
+            continue
+        flag, equals, _ = word.partition("=")
+        before = argv[i - 1] if i and argv[i - 1].startswith("--") else "an argument"
+        raise UserError(f"{flag if equals and not_a_name(flag) is None else before} {reason}: {shown(word)}")
+
+
+def _system_says(error: Exception) -> str | None:
+    """The system's refusal in one line; None where the error is another."""
+    if not isinstance(error, OSError):
+        return None
+    if error.strerror is not None:
+        return f"{error.filename or 'input or output'}: {error.strerror}"
+    return (
+        " ".join(str(error).split()) or type(error).__name__
+    )  # raised by a library, such as for a lock that is not released
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Let standard output take names that its encoding lacks, as standard error does: escaped."""
+    out = sys.stdout
+    before = getattr(out, "errors", None)
+    if before == "strict" and hasattr(out, "reconfigure"):
+        out.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            with suppress(OSError, ValueError):  # a reader that went away
+                out.reconfigure(errors=before)
+        return
+    yield
+
+
+def _run_and_flush(argv: list[str]) -> int:
+    try:
+        return _run(argv)
+    finally:
+        sys.stdout.flush()  # also where the help was printed, which ends by SystemExit
+
+
+def _fail(reason: str) -> int:
+    _say(f"fastdynat: error: {one_line(reason)}")
+    return 2
+
+
+def _interrupted(interruption: Interruption) -> int:
+    by = (
+        ""
+        if interruption.code == 128 + signal.SIGINT
+        else f" by {signal.Signals(interruption.code - 128).name}"
+    )
+    _say(f"fastdynat: interrupted{by}")
+    return interruption.code
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Let what could not be written to standard output go, or Python complains of it when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        raise unknown_name("command", argv[0], COMMANDS)
+    module, _, function = COMMANDS[argv[0]].rpartition(".")
+    return getattr(importlib.import_module(f"fastdynat.commands.{module}"), function)(argv[1:])

@@ -1,0 +1,66 @@
+"""Flags that would change nothing beside the others: refused with the reason, because whoever gives one
+expects something.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from fastdynat.config import GROUPS, TrainConfig
+from fastdynat.errors import UserError
+from fastdynat.methods.options import MethodOptions
+
+
+def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
+    """Raise UserError for the first of the flags `given` that has no effect in `config`, unless it repeats
+    its default.
+    """
+    idle, defaults = idle_keys(config), _defaults(config)
+    for flag in sorted(given):
+        key = flag.removeprefix("--").replace("-", "_")
+        value, default = _value(config, key), defaults.get(key)
+        if key in idle and value != default:
+            raise UserError(f"{flag} has no effect: {idle[key]}")
+
+
+def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
+    """The keys of `config` that change nothing beside the others, as far as the configuration itself can
+    tell, with reasons.
+    """
+    data, attack, optim = config.data, config.attack, config.optim
+    found = dict(config.options.idle()) if isinstance(config.options, MethodOptions) else {}
+    if data.data == "digits":
+        found |= dict.fromkeys(("data_dir", "download"), "--data digits is embedded")
+    if data.data == "imagefolder":
+        found["download"] = "--data imagefolder is a folder of yours"
+    if data.loader == "resident":
+        found["workers"] = "--loader resident has none; it is for --loader torch and dali"
+    if attack.early_steps is None:
+        found["early_share"] = "needs --early-steps"
+    if attack.awp == 0:
+        found |= dict.fromkeys(("awp_warmup", "awp_objective"), "needs --awp")
+    if optim.schedule != "multistep":
+        found |= dict.fromkeys(
+            ("milestones", "gamma"), f"--schedule {optim.schedule} has none; it is for --schedule multistep"
+        )
+    if optim.schedule not in ("cosine", "onecycle", "triangular"):
+        found["schedule_by"] = f"it is for --schedule cosine, onecycle and triangular, not {optim.schedule}"
+    if optim.schedule == "constant":
+        found["schedule_ahead"] = "--schedule constant is the same at every update"
+    if data.val_size == 0:
+        found |= dict.fromkeys(
+            ("val_every", "check_fidelity", "boundary_speed"), "--val-size 0 leaves nothing to validate on"
+        )
+    return found
+
+
+def _value(config: TrainConfig[Any], key: str) -> Any:
+    return next((getattr(p, key) for p in _parts(config) if hasattr(p, key)), None)
+
+
+def _parts(config: TrainConfig[Any]) -> tuple[Any, ...]:
+    return (*(getattr(config, name) for name in GROUPS), config.options)
+
+
+def _defaults(config: TrainConfig[Any]) -> dict[str, Any]:
+    return {field.name: field.default for part in _parts(config) for field in fields(part)}

@@ -1,0 +1,106 @@
+"""From a command's words to its configuration: checked here, typed by tyro, which also writes the help."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import tyro
+
+from fastdynat.commands.parsing.aliases import normalize
+from fastdynat.commands.parsing.flags import flags_of
+from fastdynat.commands.parsing.words import read_words
+from fastdynat.errors import UserError
+from fastdynat.methods import METHODS, options_type
+
+CommandT = TypeVar("CommandT")
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+HELP = ("-h", "--help")
+# The flags that decide which defaults and which method's options a command has.
+EARLY = ("--method", "--recipe", "--config", "--resume")
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[CommandT]):
+    """A command with its flags, and the names of those that were given, with their dashes."""
+
+    command: CommandT
+    given: frozenset[str]
+
+
+def parse(
+    command: type[CommandT],
+    argv: Sequence[str],
+    name: str,
+    *,
+    default: CommandT | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Parsed[CommandT]:
+    """The `command` called `name` with the flags in `argv`; what they leave out is as in `default`.
+
+    Args:
+        elsewhere: flags that this command has with other flags only, each with what to say then.
+
+    Raises:
+        UserError: words that are not the command's, in one line.
+        SystemExit: the help was asked for.
+    """
+    given: Any = {} if default is None else {"default": default}
+    asks = any(word in HELP or word.startswith("--tyro-") for word in argv)
+    flags = flags_of(command, default)
+    words = None if asks else read_words(normalize(argv, flags), flags, name, elsewhere or {})
+    for note in () if words is None else words.notes:
+        print(f"fastdynat: note: {note}", file=sys.stderr)
+    arguments = list(argv) if words is None else words.for_tyro(flags)
+    if any(word in HELP for word in argv):
+        arguments = ["--help"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(command, args=arguments, prog=f"fastdynat {name}", config=FLAT, **given)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UserError(_plain(said.getvalue()) or f"see fastdynat {name} --help") from None
+    return Parsed(parsed, frozenset(words.given if words is not None else ()))
+
+
+def _plain(box: str) -> str:
+    """What tyro drew in a box, in one line: for what the checks above let through."""
+    lines = (line.strip("│╭╮╰╯─ \t") for line in box.splitlines())
+    return " ".join(line for line in lines if line)
+
+
+def early_flags(argv: Sequence[str]) -> dict[str, str]:
+    """Those of the flags `EARLY` that are in `argv`, with their values. Raises UserError for one without a
+    value.
+    """
+    found = {}
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag not in EARLY:
+            continue
+        following = argv[i + 1 : i + 2]
+        if not equals and (not following or following[0].startswith("-")):
+            raise UserError(f"{flag} needs a value")
+        found[flag] = value if equals else following[0]
+        if not found[flag].strip():
+            raise UserError(f"{flag} must not be empty; leave it out for its default")
+    return found
+
+
+def others(options: type) -> dict[str, str]:
+    """The flags of the other methods' options, each with what would give a command them."""
+    own, found = {field.name for field in fields(options)}, dict[str, list[str]]()
+    for method in METHODS:
+        for field in fields(options_type(method)):
+            if field.name not in own:
+                found.setdefault(f"--{field.name.replace('_', '-')}", []).append(method)
+    return {flag: f"it is an option of --method {' or '.join(methods)}" for flag, methods in found.items()}
+
+
+def of_options(command: Any, options: type) -> Any:
+    """The generic `command` with `options` as its type of options, which is known only now."""
+    return command.__class_getitem__(options)

@@ -1,0 +1,217 @@
+"""Findings of all runs: from the cache, or computed and put there, one after the other with progress."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+from fastdynat.commands.report import findings
+from fastdynat.commands.report.findings import Means, Subject
+from fastdynat.commands.report.findings_cache import Cache
+from fastdynat.commands.report.report_config import ReportConfig
+from fastdynat.commands.report.run_records import Checkpoint, Record
+from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.errors import UserError
+from fastdynat.evaluation import Stopped
+from fastdynat.evaluation.measure import exact_float32
+from fastdynat.runs import foreign, load_network
+from fastdynat.terminal.consoles import AS_IS, plain_column
+from fastdynat.terminal.stop_request import StopRequest
+from fastdynat.tuning.devices import pick_device
+
+# Of one network. Tests put functions of their own here.
+KINDS: dict[str, Callable[[Subject, Means], dict[str, Any]]] = {
+    "curve": findings.curve,
+    "nearest": findings.nearest,
+    "examples": findings.examples,
+    "masking": findings.masking,
+}
+
+
+@dataclass
+class Findings:
+    """Plain values by kind and name of the run; `transfers` one for each group of runs that have data and
+    radius in common.
+    """
+
+    of_run: dict[str, dict[str, Any]]
+    transfers: list[dict[str, Any]] = field(default_factory=list)
+    signal: int | None = None  # that stopped the computation before its end
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A run's checkpoint that is attacked."""
+
+    record: Record
+    checkpoint: Checkpoint
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {name: self.record.config.get(name) for name in ("data", "data_dir", "image_size")}
+
+    @property
+    def threat(self) -> dict[str, Any]:
+        """What it is attacked under: the weights alone do not say, runs that differ in --eval-eps may share
+        them.
+        """
+        return {"norm": self.checkpoint.sidecar.norm, "eps": self.checkpoint.sidecar.eval_eps}
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Equal where networks can be attacked by each other's images."""
+        s = self.checkpoint.sidecar
+        return (*self.data.values(), s.image_shape, s.class_names, *self.threat.values())
+
+
+class _Workshop:
+    """Loads what a finding needs, when the first one needs it."""
+
+    def __init__(self, config: ReportConfig) -> None:
+        self.config, self.device = config, pick_device(config.device)
+        self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, ImageSet]] = {}
+        self._subjects: dict[str, Subject] = {}
+
+    def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet]:
+        """What `target`'s dataset is, and its first test images."""
+        key = tuple(target.data.values())
+        if key not in self._tests:
+            folder = target.data["data_dir"] if self.config.data_dir == "auto" else self.config.data_dir
+            try:
+                info, images = load_test(
+                    str(target.data["data"]), folder, image_size=target.data["image_size"], download=False
+                )
+            except UserError as error:
+                raise UserError(f"{error}; or --no-attacks, which needs no data") from None
+            images = ImageSet(
+                images.images[: self.config.num_images], images.labels[: self.config.num_images]
+            )
+            self._tests[key] = info, images
+        return self._tests[key]
+
+    def subject(self, target: _Target) -> Subject:
+        """The network of `target` on the device, and its images."""
+        name = target.record.name
+        if name not in self._subjects:
+            network, sidecar = load_network(target.checkpoint.path)
+            info, images = self.images(target)
+            if difference := foreign(sidecar, info):
+                raise UserError(f"{target.record.path} was trained on {difference}")
+            network = network.to(self.device).requires_grad_(False)
+            self._subjects[name] = Subject(
+                network, images, sidecar.norm, sidecar.eval_eps, sidecar.class_names
+            )
+        return self._subjects[name]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One finding that is asked for; `passes` is how often it looks at each image, as its progress counts."""
+
+    about: str
+    passes: int
+    key: dict[str, Any]
+    compute: Callable[[_Workshop, Means], dict[str, Any]]
+    keep: Callable[[dict[str, Any]], None]
+
+
+def gather(records: Sequence[Record], config: ReportConfig, cache: Cache, console: Console) -> Findings:
+    """All findings of `records`; those that are not in the cache are computed, unless `config` says no.
+
+    Raises:
+        UserError: a dataset or a checkpoint that cannot be used.
+    """
+    found = Findings({kind: {} for kind in KINDS})
+    missing = []
+    for task in _tasks(records, config, found):
+        value = cache.get(task.key)
+        if value is None:
+            missing.append(task)
+        else:
+            task.keep(value)
+    if config.attacks and missing:
+        found.signal = _compute(missing, _Workshop(config), cache, console)
+    return found
+
+
+def _tasks(records: Sequence[Record], config: ReportConfig, found: Findings) -> Iterator[_Task]:
+    settings = {
+        "images": config.num_images,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "data_dir": config.data_dir,
+    }
+    targets = [_Target(r, c) for r in records if (c := r.checkpoint(config.checkpoint)) is not None]
+    for target in targets:
+        for kind, function in KINDS.items():
+            if kind == "nearest" and target.checkpoint.sidecar.norm not in findings.NEAREST:
+                continue
+            key = {
+                "kind": kind,
+                "weights": target.checkpoint.weights,
+                **target.threat,
+                **target.data,
+                **settings,
+            }
+
+            def compute(
+                shop: _Workshop, means: Means, target: _Target = target, function: Any = function
+            ) -> dict[str, Any]:
+                value: dict[str, Any] = function(shop.subject(target), means)
+                return value
+
+            def keep(value: dict[str, Any], kind: str = kind, name: str = target.record.name) -> None:
+                found.of_run[kind][name] = value
+
+            passes = len(findings.RADII) if kind == "curve" else 1
+            yield _Task(f"{target.record.name}: {kind}", passes, key, compute, keep)
+    yield from _transfers(targets, settings, found)
+
+
+def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Findings) -> Iterator[_Task]:
+    groups: dict[tuple[Any, ...], list[_Target]] = {}
+    for target in targets:
+        groups.setdefault(target.group, []).append(target)
+    for group in groups.values():
+        weights = {t.record.name: t.checkpoint.weights for t in group}
+        key = {"kind": "transfer", "weights": weights, **group[0].threat, **group[0].data, **settings}
+
+        def compute(shop: _Workshop, means: Means, group: list[_Target] = group) -> dict[str, Any]:
+            return findings.transfer({target.record.name: shop.subject(target) for target in group}, means)
+
+        if len(group) > 1:
+            yield _Task(
+                f"transfer between {len(group)} runs", len(group), key, compute, found.transfers.append
+            )
+
+
+def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Console) -> int | None:
+    """Do the tasks; returns the signal that stopped them, if one did."""
+    columns = (plain_column("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    with StopRequest() as stop, progress as bar, exact_float32():
+        images = shop.config.num_images
+        line = bar.add_task("", total=sum(images * task.passes for task in tasks))
+
+        def advance(images: float) -> None:
+            bar.advance(line, images)
+
+        means = Means(shop.device, shop.config.batch_size, shop.config.seed, stop.requested, advance)
+        for number, task in enumerate(tasks, 1):
+            bar.update(line, description=task.about)
+            start = time.perf_counter()
+            try:
+                value = task.compute(shop, means)
+            except Stopped:
+                return stop.signal
+            cache.put(task.key, value)
+            task.keep(value)
+            bar.update(line, completed=images * sum(done.passes for done in tasks[:number]))
+            done = f"[{number}/{len(tasks)}] {task.about} ({time.perf_counter() - start:.1f} s)"
+            console.print(done, **AS_IS)
+            if stop.requested():
+                return stop.signal
+    return None

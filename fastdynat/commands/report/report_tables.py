@@ -1,0 +1,196 @@
+"""The tables of a report: text for each cell."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastdynat.commands.report.report_charts import best_index
+from fastdynat.commands.report.run_records import Checkpoint, Measured, Record
+from fastdynat.evaluation import Measurement
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One sentence on what the page lacks, and the command that makes it ("" where there is none)."""
+
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the accuracies: an attack and what it was allowed."""
+
+    attack: str
+    norm: str
+    eps: float | None
+    dataset: str
+    source: str | None = None
+
+    @classmethod
+    def of(cls, measured: Measured) -> "Column":
+        radius = ("", 0.0) if measured.result.attack == "clean" else (measured.norm, measured.eps)
+        return cls(measured.result.attack, *radius, measured.dataset, measured.source)
+
+    @property
+    def radius(self) -> str:
+        """The threat model as the head of the column says it."""
+        if self.attack == "clean":
+            return "no attack"
+        radius = (
+            f"{self.norm or 'its own norm'}, any radius"
+            if self.eps is None
+            else describe_radius(self.norm, self.eps)
+        )
+        return radius if self.source is None else f"{radius}, made on weights {self.source[:8]}"
+
+
+def describe_radius(norm: str, eps: float) -> str:
+    """``linf 8/255`` or ``l2 0.5``."""
+    return f"{norm} {255 * eps:.4g}/255" if norm == "linf" else f"{norm} {eps:.4g}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a number in %, or a dash."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def command(*words: object) -> str:
+    """A command line that a shell reads as `words`."""
+    return shlex.join(["fastdynat", *map(str, words)])
+
+
+def training_seconds(record: Record) -> float:
+    """Seconds of training without validation."""
+    return float(sum(row.get("train_seconds") or 0.0 for row in record.rows))
+
+
+def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What was trained."""
+    rows = []
+    for record in records:
+        c = record.config
+        where = f" {Path(str(c.get('data_dir'))).name}" if c.get("data") == "imagefolder" else ""
+        size = "" if c.get("image_size") is None else f" at {c['image_size']} px"
+        rows.append(
+            {
+                "name": record.name,
+                "method": c.get("method", "-"),
+                "model": c.get("model", "-"),
+                "data": f"{c.get('data', '-')}{where}{size}",
+                "epochs": f"{len(record.rows)}"
+                + (f" of {c['epochs']}" if c.get("epochs") not in (None, len(record.rows)) else ""),
+                "seconds": f"{training_seconds(record):,.0f}",
+                "seed": c.get("seed", "-"),
+            }
+        )
+    return rows
+
+
+def cells(checkpoint: Checkpoint) -> dict[Column, Measurement]:
+    """One measurement for each column: that of most images, of equal ones the lowest."""
+    found: dict[Column, Measurement] = {}
+    for measured in checkpoint.measured:
+        column, new = Column.of(measured), measured.result
+        old = found.get(column)
+        if old is None or (new.images, -new.accuracy) > (old.images, -old.accuracy):
+            found[column] = new
+    return found
+
+
+def strongest(checkpoint: Checkpoint) -> tuple[Column, Measurement] | None:
+    """The attack under which least is left, of those within the radius that the run is for."""
+    sidecar = checkpoint.sidecar
+    own = [
+        (c, m) for c, m in cells(checkpoint).items() if (c.norm, c.eps) == (sidecar.norm, sidecar.eval_eps)
+    ]
+    return min(own, key=lambda pair: pair[1].accuracy, default=None)
+
+
+def clean(checkpoint: Checkpoint) -> Measurement | None:
+    """The measurement without an attack."""
+    return next((m for c, m in cells(checkpoint).items() if c.attack == "clean"), None)
+
+
+def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:
+    """Clean and robust accuracies with their intervals, a row for each checkpoint."""
+    measured = {(r.name, c.names): cells(c) for r in records for c in r.checkpoints}
+    columns = list(dict.fromkeys(column for found in measured.values() for column in found))
+    # Clean first, then from weak to strong: the reader goes from what is easy to what is hard.
+    columns.sort(
+        key=lambda c: (
+            c.attack != "clean",
+            -fmean(found[c].accuracy for found in measured.values() if c in found),
+        )
+    )
+    images = {m.images for found in measured.values() for m in found.values()}
+    rows = []
+    for record in records:
+        for checkpoint in record.checkpoints:
+            found = measured[record.name, checkpoint.names]
+            if not found:
+                continue
+            worst, natural = strongest(checkpoint), clean(checkpoint)
+            gap = natural.accuracy - worst[1].accuracy if worst and natural else None
+            rows.append(
+                {
+                    "name": record.name,
+                    "checkpoint": " = ".join(checkpoint.names),
+                    "epoch": checkpoint.sidecar.epoch,
+                    "cells": [_cell(found.get(column), len(images) > 1) for column in columns],
+                    "gap": percent(gap),
+                }
+            )
+    return {"columns": columns, "rows": rows, "images": ", ".join(f"{n:,}" for n in sorted(images))}
+
+
+def _cell(m: Measurement | None, counted: bool) -> dict[str, str] | None:
+    if m is None:
+        return None
+    low, high = map(percent, m.ci)
+    return {
+        "value": percent(m.accuracy, 2),
+        "low": low,
+        "high": high,
+        "count": f"{m.images:,} images" if counted else "",
+    }
+
+
+def unevaluated(records: Sequence[Record]) -> list[Missing]:
+    """What to run for the checkpoints that have no measurement."""
+    found = []
+    for record in records:
+        if not record.checkpoints:
+            resume = command("train", "--resume", record.path)
+            found.append(Missing(f"{record.name} has no checkpoint yet.", resume))
+        elif not any(c.measured for c in record.checkpoints):
+            why = "only evaluations of checkpoints that are gone" if record.stale else "no evaluation"
+            found.append(Missing(f"{record.name} has {why}.", command("eval", record.path)))
+    return found
+
+
+def gap_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Robust validation accuracy of the best and of the last epoch."""
+    rows = []
+    for record in records:
+        best, last = best_index(record), record.rows[-1] if record.rows else {}
+        if best is None or last.get("val_pgd10_acc") is None:
+            continue
+        top = record.rows[best]
+        drop = top["val_pgd10_acc"] - last["val_pgd10_acc"]
+        rows.append(
+            {
+                "name": record.name,
+                "best_epoch": top["epoch"],
+                "best": percent(top["val_pgd10_acc"]),
+                "last_epoch": last["epoch"],
+                "last": percent(last["val_pgd10_acc"]),
+                "drop": percent(drop),
+                "width": f"{100 * top['val_pgd10_acc']:.1f}",
+                "rest": f"{100 * last['val_pgd10_acc']:.1f}",
+            }
+        )
+    return rows

@@ -1,0 +1,145 @@
+"""What a report reads of a run: configuration, metrics, checkpoints and their measurements."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from fastdynat.commands.evaluate.measurement_store import read_measurements
+from fastdynat.config import read_yaml
+from fastdynat.errors import UserError, one_line
+from fastdynat.evaluation import Measurement
+from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
+from fastdynat.runs.layout import real
+from fastdynat.training.metrics import read_rows
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement with the threat model it was made under; `eps` is None where the attack looked for the
+    nearest image.
+
+    source: sha256 of the weights that a transfer attack was made on; None for other attacks.
+    """
+
+    norm: str
+    eps: float | None
+    dataset: str
+    result: Measurement
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint: `names` are best, last or both; `weights` is their sha256."""
+
+    names: tuple[str, ...]
+    path: Path
+    weights: str
+    sidecar: Sidecar
+    measured: list[Measured]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run; `stale` counts measurements of checkpoints that it no longer has.
+
+    name: the folder's, escaped where fonts have nothing for it.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    checkpoints: list[Checkpoint]
+    stale: int
+
+    def checkpoint(self, wanted: str) -> Checkpoint | None:
+        """The best or the last checkpoint, as `wanted`; the one that is there where there is only one."""
+        return next(
+            (c for c in self.checkpoints if wanted in c.names),
+            self.checkpoints[0] if self.checkpoints else None,
+        )
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """Read the runs at `paths`, each one once.
+
+    Raises:
+        UserError: a path that is no run, or a file of it that is damaged.
+    """
+    for path in paths:
+        require_run(path)
+    unique = list({real(path): path for path in paths}.items())
+    names = Counter(resolved.name for resolved, _ in unique)
+    return [
+        _read(
+            path,
+            one_line(
+                resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}"
+            ),
+        )
+        for resolved, path in unique
+    ]
+
+
+def _read(path: Path, name: str) -> Record:
+    metrics = path / "metrics.jsonl"
+    measured = _in_full(path)
+    checkpoints = []
+    for folder, links, sidecar, weights in _sidecars(path):
+        own = [m for of, m in measured if of == weights]
+        checkpoints.append(Checkpoint(tuple(links), folder / WEIGHTS, weights, sidecar, own))
+    stale = sum(of not in {c.weights for c in checkpoints} for of, _ in measured)
+    return Record(
+        name,
+        path,
+        read_yaml(path / CONFIG),
+        read_rows(metrics) if metrics.exists() else [],
+        checkpoints,
+        stale,
+    )
+
+
+def _sidecars(run: Path) -> list[tuple[Path, list[str], Sidecar, str]]:
+    """The folders of the run's checkpoints with their names (best, last), sidecars and the sha256 of their
+    weights.
+    """
+    folders = _folders(run)
+    while True:
+        try:
+            return [(folder, links, *read_sidecar(folder / WEIGHTS)) for folder, links in folders.items()]
+        except UserError:
+            # The run may still be training, and these no longer its checkpoints.
+            if (newer := _folders(run)) == folders:
+                raise
+            folders = newer
+
+
+def _folders(run: Path) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for link in (BEST, LAST):
+        if (folder := find_checkpoint(run, link)) is not None:
+            found.setdefault(real(folder), []).append(link)
+    return found
+
+
+def _in_full(run: Path) -> list[tuple[str, Measured]]:
+    """The run's measurements with the sha256 of the weights that they are of; neither stages nor parts of
+    one.
+    """
+    found = []
+    for key, about, result in read_measurements(run):
+        if "standing" in key or "shard" in key or not {"norm", "eps", "dataset"} <= about.keys():
+            continue
+        search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
+        if result.distances is not None and not isfinite(
+            search.get("eps") or inf
+        ):  # it says nothing about a ball
+            norm, eps = search.get("norm", ""), None
+        found.append((key["weights"], Measured(norm, eps, about["dataset"], result, key.get("source"))))
+    return found

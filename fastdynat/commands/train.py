@@ -1,0 +1,137 @@
+"""`fastdynat train`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from fastdynat.commands.parsing.effects import check_effects
+from fastdynat.commands.parsing.parse import Parsed, early_flags, of_options, others, parse
+from fastdynat.config import TrainConfig, read_yaml, update
+from fastdynat.config.rules import check_config
+from fastdynat.errors import UserError
+from fastdynat.methods import method_name, options_type
+from fastdynat.methods.configs import default_config, stored_config
+from fastdynat.methods.options import check_options
+from fastdynat.recipes import read_recipe
+from fastdynat.runs import LAST, WriteError, find_checkpoint
+
+if TYPE_CHECKING:
+    from fastdynat.training import Trainer
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(Generic[OptionsT]):
+    """Train a network. Every flag is also a key of a --config file (underscores for dashes)."""
+
+    recipe: str | None = None
+    """Published protocol to start from: `fastdynat recipes` lists them; --config and flags given here win."""
+    config: str | None = None
+    """YAML file of flags; flags given here win."""
+    resume: str | None = None
+    """Go on with the run in this directory, exactly as if it had never stopped."""
+    train: TrainConfig[OptionsT]
+
+
+def run(argv: list[str]) -> int:
+    """Train, or go on with a run."""
+    early = early_flags(argv)
+    parsed = parse_train(argv, early)
+    config, resume = parsed.command.train, early.get("--resume")
+
+    from fastdynat.terminal.consoles import error_console
+    from fastdynat.training import new_run, resumed_run
+
+    console = error_console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, emoji=False)
+
+    begun = new_run(config, say) if resume is None else resumed_run(Path(resume), config, say)
+    with begun as trainer:
+        return 0 if trainer.finished() else _fit(trainer, say)
+
+
+def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainCommand[Any]]:
+    """The command with the unresolved configuration that `argv` asks for; `early` is what `early_flags` found
+    in it.
+    """
+    defaults = _defaults(early)
+    options, resume = options_type(defaults.method), early.get("--resume")
+    default = TrainCommand(
+        recipe=early.get("--recipe"), config=early.get("--config"), resume=resume, train=defaults
+    )
+    command = of_options(TrainCommand, options)
+    parsed: Parsed[TrainCommand[Any]] = parse(
+        command, argv, "train", default=default, elsewhere=others(options)
+    )
+    run = parsed.command.train.run
+    if resume is not None and (run.run_dir != resume or run.overwrite):
+        raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
+    check_config(parsed.command.train)
+    check_options(parsed.command.train.options)
+    if resume is None:
+        check_effects(parsed.command.train, parsed.given)
+    return parsed
+
+
+def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
+    method, recipe_name, file, resume = (
+        early.get(flag) for flag in ("--method", "--recipe", "--config", "--resume")
+    )
+    if resume is not None:
+        if file is not None or recipe_name is not None:
+            raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
+        stored = stored_config(Path(resume))
+        if method is not None and method_name(method) != stored.method:
+            raise UserError(f"{resume} trains by {stored.method}, not by {method}; start a new run for that")
+        return replace(stored, run=replace(stored.run, stop_after=None, run_dir=resume, overwrite=False))
+    recipe = {} if recipe_name is None else read_recipe(recipe_name)[0]
+    values = {} if file is None else read_yaml(Path(file))
+    name = method or values.get("method") or recipe.get("method") or "dynat"
+    if not isinstance(name, str):
+        raise UserError(f"{file}: method must be a name, got {name!r}")
+    if recipe and method_name(name) != recipe["method"]:
+        raise UserError(
+            f"recipe {recipe_name} is for method {recipe['method']}, not {name}; leave one of them out"
+        )
+    config = update(default_config(name), recipe, f"recipe {recipe_name}")
+    return update(config, {**values, "method": name}, file or "defaults")
+
+
+def _fit(trainer: "Trainer", say: Any) -> int:
+    import torch
+
+    from fastdynat.ops import operators_in_use
+    from fastdynat.training import Diverged
+
+    path, c = trainer.run.path, trainer.config
+    guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
+    say(
+        f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}"
+    )
+    say(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
+    attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
+    say(f"{attack}step: {trainer.step.path}")
+    try:
+        outcome = trainer.fit()
+    except Diverged as error:
+        kept = (
+            f"the last checkpoint in {path} is from before"
+            if find_checkpoint(path, LAST)
+            else "there is no checkpoint yet"
+        )
+        say(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
+        return 1
+    except WriteError as error:
+        raise UserError(f"{error}; make room, then go on with: fastdynat train --resume {path}") from None
+    if outcome.finished:
+        if why := trainer.watch.ended():
+            say(f"ended after {trainer.epoch} epochs: {why}")
+        say(f"done: {path}; next: fastdynat eval {path}")
+        return 0
+    done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
+    say(f"stopped and saved after {done}; go on with: fastdynat train --resume {path}")
+    return 0 if outcome.signal is None else 128 + outcome.signal

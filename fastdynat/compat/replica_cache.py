@@ -1,0 +1,319 @@
+"""What attacks on a model run on from call to call, while others train, move and replace it."""
+
+import threading
+import types
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.network_comparison import answer
+from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
+from fastdynat.attack_engine.reach import reach
+from fastdynat.attack_engine.zero_gradients import remedy_for
+from fastdynat.attacks import AttackResult
+from fastdynat.compat.agreement import Agreement
+from fastdynat.compat.arguments import GradientWatch
+from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.execution.compiling import AUTO, MODES
+from fastdynat.models.logits import HALF, Output, check_output, half_of, own_dtype, with_output
+from fastdynat.tuning.devices import pick_half
+
+EVAL = TrainingModes()
+MOST_IN_A_ROW = 3  # calls that each find the model changed: making a replica costs more than it saves
+
+
+class Speed(TypedDict, total=False):
+    """Keyword-only arguments of every attack.
+
+    Attributes:
+        amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a
+            warning, float32; a dtype insists on it.
+        compile: True compiles gradients with torch.compile where that is faster, measured at the first call;
+            a string is a mode and insists. True is also what a model that torch.compile has made gets.
+        channels_last: run the network in channels-last memory format; None is what is fast on this machine.
+        graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
+        fold: fold batch norm into the layers before it.
+        winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds
+            about five times as coarsely.
+        output: where the model returns more than logits, which part of its answer they are: a key or
+            attribute, an index, or a function of it. A tensor is left as it is by a key or index.
+        rescale: bring each image's gradient to order one by an exact power of two, so that a confident
+            network's does not underflow in float32 either (logit gaps above about 104); in eval mode. None
+            does so in half precision alone.
+    """
+
+    amp: bool | torch.dtype
+    compile: bool | str
+    channels_last: bool | None
+    graphs: bool | None
+    fold: bool
+    winograd: bool
+    output: Output | None
+    rescale: bool | None
+
+
+class Once:
+    """Warns, of each thing once. Not a method of who holds it: a replica keeps whom it tells."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
+class Following:
+    """Gives each call a `Runner` with the model's weights and statistics of now.
+
+    The replica is made at the first call and follows every in-place change of a tensor from call to call. It
+    is made anew when anything else has changed that can be seen: a tensor replaced, moved or converted, a
+    Python number, a function, a hook, a global that the network's code names (`reach`). In every call its
+    answers are compared with the model's (`Agreement`); where they differ it is made anew, and where that
+    does not help, or something changes at every call, the model itself is attacked from then on. What was
+    asked for and cannot be done is warned of, once, and is part of `path`. Nothing here keeps the model
+    alive. Threads take turns.
+
+    Attributes:
+        amp: as given.
+        classes: how many the model of the last call has.
+    """
+
+    def __init__(
+        self,
+        *,
+        amp: bool | torch.dtype = False,
+        compile: bool | str = False,
+        channels_last: bool | None = None,
+        graphs: bool | None = None,
+        fold: bool = True,
+        winograd: bool = True,
+        output: Output | None = None,
+        rescale: bool | None = None,
+    ) -> None:
+        if output is not None:
+            check_output(output)
+        if isinstance(amp, torch.dtype) and amp not in HALF:
+            raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
+        if isinstance(compile, str) and compile not in (AUTO, *MODES):
+            raise unknown_name("compile mode", compile, (AUTO, *MODES))
+        self.amp, self._channels_last, self._graphs = amp, channels_last, graphs
+        self._fold, self._winograd = fold, winograd
+        self.output, self._rescale = output, rescale
+        self._compile = compile if isinstance(compile, str) else AUTO if compile else "off"
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, also those in another process: as asked for. A copy's replica is its own, made at its
+        first call.
+        """
+        asked = ("amp", "_channels_last", "_graphs", "_fold", "_winograd", "output", "_rescale", "_compile")
+        return {name: getattr(self, name) for name in asked}
+
+    def __setstate__(self, asked: dict[str, Any]) -> None:
+        vars(self).update(asked)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._picked: dict[torch.device, torch.dtype | None] = {}
+        self.warn = Once()
+        self._watch = GradientWatch(self.warn)
+        self._lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the replica; the next call makes it anew."""
+        with self._lock:
+            self._replica: OnReplica | None = None
+            self._made_for: Any = None
+            self._in_a_row, self._given_up = 0, False
+            self._agrees = Agreement()
+            self._path = "not called yet"
+            self._dtype: torch.dtype | None = None
+
+    @property
+    def path(self) -> str:
+        """In words, how attacks are computed, and what was given up of it; known from the first call on."""
+        return self._path if self._replica is None else self._replica.path
+
+    def runner(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        modes: TrainingModes = EVAL,
+        normalization: dict[str, Tensor] | None = None,
+    ) -> Runner:
+        """For images like `x` (N, C, H, W), in `modes`; `model` reads them normalised by "mean" and "std",
+        (1, C, 1, 1) each.
+
+        Raises:
+            UserError: dtypes of images and model that do not go together.
+        """
+        dtype = self._dtype = self._half(model, x)
+        network = unwrapped(model)
+        if normalization is not None:
+            network = Normalized(network, *(value.to(x.device) for value in normalization.values()))
+        network = with_output(network, self.output)
+        _make_lazy_weights(network, x)
+        # Not kept: unlike a replica it holds the model.
+        on_model = OnModel(network, modes, dtype, self._rescale)
+        compiled = isinstance(model, OptimizedModule)
+
+        def make() -> OnReplica | None:
+            return self._make_replica(network, self._example(on_model, x), x, modes, dtype, compiled=compiled)
+
+        with self._lock:
+            made_for = (reach(unwrapped(model)).marks, modes, x.dtype, x.device, dtype, compiled)
+            self._follow(made_for, on_model, make, x)
+            if self._replica is not None and not self._agrees(on_model, self._replica, x):
+                self._remake(on_model, make, x)
+            return self._replica or on_model
+
+    def _follow(
+        self, made_for: Any, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor
+    ) -> None:
+        """Bring the replica up to date with what can be seen of the model."""
+        if made_for == self._made_for:
+            self._in_a_row = 0
+            if self._replica is not None:
+                self._replica.refresh()
+            return
+        self._in_a_row += self._made_for is not None and made_for[1:] == self._made_for[1:]
+        if self._in_a_row > MOST_IN_A_ROW and not self._given_up:
+            self._give_up("it changes from call to call in more than its weights")
+        self._replica, self._path = None if self._given_up else make(), on_model.path
+        self._made_for = made_for
+        with torch.no_grad():
+            self.classes = (self._replica or on_model).eval_logits(self._example(on_model, x)).shape[1]
+
+    def _remake(self, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor) -> None:
+        """After the replica answered otherwise than the model: something has changed that cannot be seen."""
+        self._replica, self._agrees = make(), Agreement()
+        if self._replica is not None and not self._agrees(on_model, self._replica, x):
+            self._give_up("its replica answers otherwise than it does")
+        if self._replica is None:
+            self._path = on_model.path
+
+    def _give_up(self, why: str) -> None:
+        self._replica, self._given_up = None, True
+        self.warn(f"the model is attacked itself, eagerly: {why}")
+
+    def _example(self, on_model: OnModel, x: Tensor) -> Tensor:
+        """Images for trying a network out: two, or `x` where the network takes no other number."""
+        example = two_images(x)
+        try:
+            answer(on_model.eval_logits, example)
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # a UserError of the answer's form is a ValueError, and comes again
+            return x
+        return example
+
+    def _half(self, model: nn.Module, x: Tensor) -> torch.dtype | None:
+        """The half precision in which `model` is to be attacked at `x`; None is the images' own precision."""
+        own = half_of(model, x.dtype)
+        if self.amp and x.dtype == torch.float64:
+            raise UserError(f"amp is for float32, images and model are {x.dtype}; leave it out")
+        if own is not None:
+            return own
+        if x.device not in self._picked:  # once: a dtype that changes between calls would be another attack
+            self._picked[x.device] = pick_half(self.amp, x.device, self.warn)
+        return self._picked[x.device]
+
+    def _make_replica(
+        self,
+        network: nn.Module,
+        example: Tensor,
+        x: Tensor,
+        modes: TrainingModes,
+        dtype: torch.dtype | None,
+        *,
+        compiled: bool,
+    ) -> OnReplica | None:
+        """None: `network` is to be attacked itself."""
+        if modes.model:
+            if self._compile != "off" or self._graphs:
+                self.warn("compile and graphs are off while the model is attacked in train mode")
+            return None
+        gpu = x.device.type == "cuda"
+        switches = AttackSwitches.fastest(
+            x.device,
+            dtype,
+            channels_last=self._channels_last,
+            fold=self._fold,
+            winograd=self._winograd,
+            compile=AUTO if compiled and self._compile == "off" else self._compile,
+            graphs=gpu if self._graphs is None else self._graphs and gpu,
+        )
+        if self._graphs and not gpu:
+            self.warn(f"graphs=True needs a CUDA device, not {x.device}: the attack runs without CUDA graphs")
+        try:
+            if any(isinstance(module, DataParallel) for module in network.modules()):
+                raise NotCopyable(
+                    "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica on each"
+                )
+            example = example.to(own_dtype(network) or x.dtype)
+            replica = OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
+            if self._channels_last and not replica.switches.channels_last:
+                self.warn(
+                    "channels_last=True: the model fails in that memory format, so it is attacked in the contiguous one"
+                )
+            return replica
+        except NotCopyable as error:
+            self.warn(f"the model is attacked itself, eagerly: {error}")
+            return None
+
+    def watch(self, result: AttackResult, modes: TrainingModes = EVAL) -> None:
+        """Warn, once, where an attack in `modes` found images without a gradient."""
+        dtype, rescale = (
+            (None, bool(self._rescale)) if self._dtype is None else (self._dtype, self._rescale is not False)
+        )
+        self._watch(result, remedy_for(dtype, rescale, exact=not modes.model))
+
+
+def _make_lazy_weights(network: nn.Module, x: Tensor) -> None:
+    """Let lazy layers take their shapes from the images, as they would in the first call of the network
+    itself.
+    """
+    if any(is_lazy(t) for t in (*network.parameters(), *network.buffers())):
+        with torch.no_grad(), attack_mode(network, "eval"):
+            network(x)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network that this process computes, without what wraps it for training or for speed."""
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel) or (
+            isinstance(model, DataParallel) and len(model.device_ids) < 2
+        ):
+            model = model.module
+        else:
+            return model
+
+
+def hashable(speed: Speed) -> Hashable:
+    """`speed` as a key of a dict: of a function without defaults its code and what it closes over count,
+    since one that is written in a call is another object at each call.
+    """
+    output = speed.get("output")
+    known: Any = output
+    if isinstance(output, types.FunctionType) and not (output.__defaults__ or output.__kwdefaults__):
+        known = (output.__code__, tuple(map(id, output.__closure__ or ())))
+    return tuple(sorted((key, value) for key, value in speed.items() if key != "output")), known
+
+
+def two_images(x: Tensor) -> Tensor:
+    """Like `x`, but whatever a call was given, and without a draw from the caller's random stream."""
+    return torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)

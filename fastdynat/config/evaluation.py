@@ -1,0 +1,108 @@
+"""What `fastdynat eval` is asked. It lies outside of `fastdynat.evaluation`, which needs torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdynat.config import CompileMode, EvalAmp, Kernels
+from fastdynat.config.rules import DATASETS, check_limits, check_radii
+from fastdynat.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate networks on the test set, in float32 unless told otherwise."""
+
+    attacks: str = "clean,fgsm,pgd20,cw"
+    """Comma-separated; --list-attacks prints every name."""
+    eps: float | str = "auto"
+    """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps, 8/255 for another model under
+    linf."""
+    step_size: float | str = "auto"
+    """Step of attacks with a fixed one (pgd, cw); auto is eps / 4, or 10 eps under l0."""
+    norm: Literal["auto", "linf", "l2", "l1", "l0"] = "auto"
+    """Threat model; auto is the one the run was trained for, linf for another model."""
+    checkpoints: Literal["both", "best", "last"] = "both"
+    """Which checkpoints of a run."""
+    weights: str | None = None
+    """File of weights for a torchvision: or module:callable model."""
+    source: str | None = None
+    """Run directory (its best checkpoint), .safetensors file or model name on which the transfer-NAME attacks
+    are made."""
+    data: str = "auto"
+    """Dataset; auto is the run's."""
+    data_dir: str = "auto"
+    """Where the dataset is; auto is the run's."""
+    image_size: int | None = None
+    """Resize and centre-crop an image folder's images to this size; None is the run's."""
+    num_images: int | None = None
+    """Use only the first so many test images (an image folder's classes take turns)."""
+    shard: str | None = None
+    """I/N: only the images I, I + N, I + 2 N, ... (from 1). Once all N are there, the same command without
+    --shard unites them; one process per GPU, with --device, shares an evaluation."""
+    batch_size: int = 500
+    """Images per batch, which bounds the memory; halved where it does not suffice."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto is a GPU if there is one."""
+    amp: EvalAmp = "off"
+    """Mixed precision of the attack, for PGD-like ones; what counts is the float32 network's prediction.
+    auto, or a bare --amp, is the fastest precision on this machine."""
+    compile: CompileMode = "off"
+    """torch.compile of the attack's gradients; auto, or a bare --compile, is default where that is faster."""
+    kernels: Kernels = "auto"
+    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is
+    there."""
+    seed: int = 1
+    """Seed of the random starts."""
+    cache: str = "auto"
+    """Folder of the results, which are not measured twice; auto is RUN/evaluations (./evaluations for other
+    models); off."""
+    fresh: bool = False
+    """Measure again what the cache has, and replace it."""
+    checks: bool = False
+    """Afterwards look for signs that the gradients are masked, and say what to run next."""
+    per_class: bool = False
+    """Also print the accuracy of each class."""
+    json: str | None = None
+    """Also write the results to this file, after each attack."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `count`-th image from image `index` on, which is in 1 .. count."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def rows(self) -> slice:
+        """Of all images, those of the shard."""
+        return slice(self.index - 1, None, self.count)
+
+
+def parse_shard(text: str | None) -> Shard | None:
+    """Read ``I/N``.
+
+    Raises:
+        UserError: anything else, or I outside 1 .. N.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard must be I/N with I from 1 to N, for example 1/4, got {text!r}")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raise UserError for what cannot work in `config`, whatever the networks, the data and the machine
+    are.
+    """
+    check_limits(config)
+    check_radii(config, config.norm)
+    if config.data not in ("auto", *DATASETS):
+        raise unknown_name("dataset", config.data, DATASETS)
+    parse_shard(config.shard)

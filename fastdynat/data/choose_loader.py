@@ -1,0 +1,78 @@
+"""Which loader feeds the training: asked for by name, or by rule."""
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+from fastdynat.data.image_sets import ImageSet
+from fastdynat.data.imagefolder import FileSet
+from fastdynat.data.loader import ResidentLoader, TrainLoader
+from fastdynat.data.sources import TrainSplit
+from fastdynat.data.torch_loader import TorchLoader
+from fastdynat.errors import UserError
+from fastdynat.machine.free_memory import available_memory
+
+# Of a memory, for all training images as uint8: the rest is for weights, activations and other programs.
+RESIDENT_SHARE = 0.25
+MAX_WORKERS = 8
+
+
+def dali_problem() -> str | None:
+    """Why the DALI loader cannot be used here, with the remedy; None where it can."""
+    try:
+        importlib.import_module("fastdynat.data.dali_loader")
+    except (ImportError, OSError) as error:
+        return f"DALI is not installed ({' '.join(str(error).split())[:200]}): pip install 'fastdynat[dali]'"
+    return None
+
+
+def check_dali() -> None:
+    """Raise UserError where the DALI loader cannot be used."""
+    problem = dali_problem()
+    if problem:
+        raise UserError(f"--loader dali: {problem}, or leave --loader out")
+
+
+def default_workers() -> int:
+    """Worker processes, or threads of DALI: one per core that this process may use but one, from 1 to 8."""
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) - 1))
+
+
+def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
+    """Return the name of the loader that `auto` stands for, and why.
+
+    resident where the images take at most a quarter of the memory they would stay in: the GPU's, and for
+    files also the host's (other data are in host memory already). Else dali where it is installed, else
+    torch.
+    """
+    memories: dict[str, int | None] = {}
+    if device.type == "cuda":
+        memories["GPU memory"] = torch.cuda.get_device_properties(device).total_memory
+    if split.in_files:
+        memories["memory available"] = available_memory()
+    size = f"{split.num_bytes / 2**30:.2f} GiB of images"
+    for name, amount in memories.items():
+        if amount is not None and split.num_bytes > RESIDENT_SHARE * amount:
+            why = f"{size} are more than {RESIDENT_SHARE:.0%} of the {amount / 2**30:.1f} GiB of {name}"
+            problem = dali_problem() or (split.train_files().dali_problem if split.in_files else "")
+            return ("torch", f"{why}; {problem}") if problem else ("dali", why)
+    return "resident", f"{size} fit in memory"
+
+
+def make_loader(name: str, images: ImageSet | FileSet, *, workers: int, **options: Any) -> TrainLoader:
+    """Build the loader "resident", "dali" or "torch"; the resident one takes an `ImageSet`. Options:
+    `PlannedLoader`.
+
+    Raises: UserError where DALI is asked for and cannot be used.
+    """
+    if name == "torch":
+        return TorchLoader(images, workers=workers, **options)
+    if name == "dali":
+        check_dali()
+        from fastdynat.data.dali_loader import DaliLoader  # needs the extra
+
+        return DaliLoader(images, workers=workers, **options)
+    assert isinstance(images, ImageSet)
+    return ResidentLoader(images, **options)

@@ -1,0 +1,173 @@
+"""What the loaders read: resident uint8 images with their labels, and what is known about a data set."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdynat.errors import UserError
+
+CONVERT_CHUNK = 1024  # images in float at one time while resizing or averaging; bounds the extra memory
+
+
+class TrainImages(Protocol):
+    """What a loader reads: images in memory (`ImageSet`), or files that are decoded when they are read
+    (`FileSet`).
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,) on the CPU."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Return the images at int64 `indices`, uint8 (n, C, H, W) on the CPU."""
+
+    def checksum(self) -> int:
+        """Return a number that other data would not have."""
+
+
+UNLABELLED = -1  # the label of an image whose class training is not told
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Resident images, uint8 (N, C, H, W) on the CPU, and labels, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+    def checksum(self) -> int:
+        return zlib.crc32(
+            self.images.contiguous().numpy().data, zlib.crc32(self.labels.contiguous().numpy().data)
+        )
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a data set.
+
+    image_shape is (C, H, W). mean and std are per channel in [0, 1] units, of the training images. augment is
+    the augmentation that suits the data: "crop-flip", "crop" (where mirrored images change meaning) or
+    "none".
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training images and the validation images held out of the same training split; never the test set."""
+
+    info: DatasetInfo
+    train: ImageSet
+    val: ImageSet
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split before it is cut: its labels, int64 (N,), and a reader of the images at given int64
+    indices.
+    """
+
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+
+    def take(self, indices: Tensor, info: DatasetInfo) -> ImageSet:
+        """Read the images at `indices` and check them against `info`."""
+        images = (
+            self.read(indices) if len(indices) else torch.empty((0, *info.image_shape), dtype=torch.uint8)
+        )
+        chosen = ImageSet(images, self.labels[indices])
+        check_labels(chosen, info.num_classes, info.name)
+        return chosen
+
+
+def check_labels(data: ImageSet, num_classes: int, name: str) -> None:
+    """Check dtypes and shapes of a set and that every label is in [0, num_classes).
+
+    Raises: UserError naming the data set, the value and the index of the first bad label.
+    """
+    images, labels = data.images, data.labels
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise UserError(
+            f"{name}: images must be uint8 of shape (N, C, H, W), got {_dtype(images)} {tuple(images.shape)}; "
+            "convert them to 0..255"
+        )
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        raise UserError(
+            f"{name}: labels must be int64 of shape ({len(images)},), one per image, got {_dtype(labels)} {tuple(labels.shape)}"
+        )
+    check_label_values(labels, num_classes, name)
+
+
+def check_label_values(labels: Tensor, num_classes: int, name: str) -> None:
+    """Check that every label, int64 (N,), is in [0, num_classes).
+
+    Raises: UserError naming the data set, the value and the index of the first bad label.
+    """
+    bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
+    if len(bad):
+        index = int(bad[0])
+        raise UserError(
+            f"{name}: label {int(labels[index])} at index {index} is outside [0, {num_classes}); "
+            f"number the {num_classes} classes from 0"
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def resize_square(images: Tensor, image_size: int) -> Tensor:
+    """Resize uint8 images (N, C, H, W) to (N, C, image_size, image_size): shorter side to fit, then the
+    centre.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (image_size, image_size):
+        return images
+    scale = image_size / min(height, width)
+    new_size = (max(image_size, round(height * scale)), max(image_size, round(width * scale)))
+    top, left = (new_size[0] - image_size) // 2, (new_size[1] - image_size) // 2
+    out = torch.empty((*images.shape[:2], image_size, image_size), dtype=torch.uint8)
+    for start in range(0, len(images), CONVERT_CHUNK):
+        chunk = images[start : start + CONVERT_CHUNK].float()
+        chunk = F.interpolate(chunk, size=new_size, mode="bilinear", align_corners=False, antialias=True)
+        chunk = chunk[..., top : top + image_size, left : left + image_size]
+        out[start : start + CONVERT_CHUNK] = chunk.round().clamp(0, 255).to(torch.uint8)
+    return out
+
+
+def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the per-channel mean and standard deviation, in [0, 1] units, of uint8 images (N, C, H, W).
+
+    A constant channel gets standard deviation 1/255, so that dividing by it stays finite.
+    """
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in torch.split(images, CONVERT_CHUNK):
+        values = chunk.double() / 255
+        total += values.sum(dim=(0, 2, 3))
+        squares += values.square().sum(dim=(0, 2, 3))
+    count = images.numel() // images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,103 @@
+"""A function captured as one graph per input signature after warm-up, with the function itself as the
+fallback.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.execution.graph_capture import CaptureFailed, Recorder, first_line
+from fastdynat.execution.graph_check import Check, Pure, Subject
+from fastdynat.execution.synchronization import waits_on_purpose
+from fastdynat.execution.uncompiled import is_uncompiled
+
+# cuDNN's search for algorithms, compilation and lazy allocations must be over before a capture.
+WARM_UP_CALLS = 3
+
+
+@dataclass
+class _Captured:
+    calls: int = 0
+    inputs: tuple[Tensor, ...] = ()
+    outputs: Any = None
+    replay: Callable[[], None] | None = field(default=None)
+
+
+class GraphedCall:
+    """`fn`, run as it is for the first calls with each input signature, from then on as a graph.
+
+    `fn` must do the same work for every input of one signature: no choice by value, no waiting for the
+    device, no state of Python that changes between calls. The first calls are ordinary ones, not repetitions:
+    a training step warms up on real batches and nothing has to be rolled back. Outputs are overwritten by the
+    next call with the same signature.
+
+    Each graph is compared with `fn` before its first use (`Check`), which takes two runs and leaves no trace.
+    Where that, a capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then
+    on. All of its graphs are let go then, with their memory.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        recorder: Recorder,
+        say: Callable[[str], None],
+        subject: Subject | None = None,
+    ) -> None:
+        """`subject`: what `fn` changes beside its outputs; None is nothing."""
+        self._fn, self._recorder, self._say = fn, recorder, say
+        self._subject = subject or Pure()
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self.failed = False
+
+    def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> Any:
+        """`constants`: values of Python that `fn` reads from elsewhere; another set of them is another
+        graph.
+        """
+        if self.failed or is_uncompiled():
+            return self._fn(*inputs)
+        signature = (*constants, *((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs))
+        entry = self._captured.setdefault(signature, _Captured())
+        if entry.replay is None and entry.calls < WARM_UP_CALLS:
+            entry.calls += 1
+            return self._recorder.warm(lambda: self._fn(*inputs))
+        if entry.replay is None:
+            self._capture(entry, inputs)
+        return self._fn(*inputs) if self.failed else self._replay(entry, inputs)
+
+    @waits_on_purpose()
+    def _capture(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> None:
+        check = Check(self._fn, self._recorder, self._subject, inputs)
+        try:
+            check.reference()
+            # clone keeps strides: the captured kernels are those of the inputs' memory format.
+            entry.inputs = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in inputs)
+            with check.capturing():
+                entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
+            difference = check.compare(entry.inputs, entry.outputs, entry.replay)
+            if difference is not None:
+                self._stop(f"a replay differs from the function it was captured from: {difference}")
+        except CaptureFailed as error:
+            self._stop(f"the capture failed: {error}")
+        except RuntimeError as error:  # out of memory, for one
+            self._stop(f"a replay could not be checked: {first_line(error)}")
+        finally:
+            check.put_back()
+
+    def _replay(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> Any:
+        assert entry.replay is not None
+        for static, new in zip(entry.inputs, inputs, strict=True):
+            static.copy_(new)
+        try:
+            entry.replay()
+        except RuntimeError as error:  # out of memory at the first launch, for one
+            self._stop(f"a replay failed: {first_line(error)}")
+            return self._fn(*inputs)
+        return entry.outputs
+
+    def _stop(self, why: str) -> None:
+        self.failed = True
+        self._captured.clear()
+        self._say(f"CUDA graphs are off: {why}")

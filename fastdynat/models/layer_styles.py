@@ -1,0 +1,52 @@
+"""What stands between a network's convolutions: normalisation and activation, named by suffixes of the
+network's name.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+MAX_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class Style:
+    """`norm`: channels -> normalisation layer. `activation`: -> activation layer, which has no state of its
+    own.
+
+    `same_padding`: wide networks pad a strided 3x3 convolution as TensorFlow's "SAME" does, behind the image
+    before around it.
+    """
+
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    activation: Callable[[], nn.Module] = nn.ReLU
+    same_padding: bool = False
+
+
+PLAIN = Style()
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with gcd(32, channels) groups: 32 (Wu & He 2018) wherever the width allows it.
+
+    That is also what DyART's GN networks have (through Opacus' replacement of batch norm). 16 channels get 16
+    groups.
+    """
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), channels)
+
+
+def split_style(name: str) -> tuple[str, Style]:
+    """Split the name of one of our networks into its base, in lower case with `-` between the words, and its
+    style.
+
+    >>> split_style("WRN_28_10_silu-gn")[0], split_style("small")[0]
+    ('wrn-28-10', 'small')
+    """
+    whole = name.lower().replace("_", "-")
+    key = whole.removesuffix("-same") if whole.startswith("wrn-") else whole
+    base = key.removesuffix("-gn")
+    plain = base.removesuffix("-silu")
+    norm = nn.BatchNorm2d if base == key else group_norm
+    return plain, Style(norm, nn.ReLU if plain == base else nn.SiLU, same_padding=key != whole)

@@ -1,0 +1,122 @@
+"""cuDNN's convolution with bias, residual and ReLU, one table per dtype: a device may have the kernel for
+some of them only.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat import verification as verified
+from fastdynat.execution.float32 import full_float32
+from fastdynat.ops import conv_relu as operator
+from fastdynat.ops.checks.case_helpers import PACKAGE, Layout, channels_last, contiguous, normal, shaped
+from fastdynat.verification import Case, Timing
+
+# (relative, absolute). Results are around 1 and summed in float32; an engine may round them before the sum
+# with the residual.
+TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2.0**-6, 0.03), torch.float16: (2.0**-9, 4e-3)}
+LAYOUTS: dict[str, Layout] = {"channels-last": channels_last, "contiguous": contiguous}
+# images, channels in and out, side, kernel, stride, groups
+Size = tuple[int, int, int, int, int, int, int]
+SIZES: tuple[Size, ...] = (
+    (2, 3, 64, 9, 3, 1, 1),
+    (3, 64, 64, 8, 3, 1, 1),
+    (2, 64, 128, 8, 3, 2, 1),
+    (2, 64, 128, 8, 1, 2, 1),
+    (1, 16, 160, 5, 3, 1, 1),
+    (2, 32, 32, 7, 3, 1, 4),
+)
+LARGE: Size = (128, 64, 64, 32, 3, 1, 1)
+
+
+def problem(
+    device: torch.device, *, size: Size, dtype: torch.dtype, layout: str, summed: bool, biased: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], int]:
+    """(x, weight, bias, residual, stride, padding, groups), scaled so that results are around 1."""
+    n, c, k, side, kernel, stride, groups = size
+    lay_out, pad = LAYOUTS[layout], kernel // 2
+    out_side = (side + 2 * pad - kernel) // stride + 1
+    weight = normal((k, c // groups, kernel, kernel), 2) / (kernel * (c // groups) ** 0.5)
+    residual = lay_out(normal((n, k, out_side, out_side), 4).to(device, dtype)) if summed else None
+    bias = normal((k,), 3).to(device, dtype) if biased else None
+    x = lay_out(normal((n, c, side, side), 1).to(device, dtype))
+    return x, lay_out(weight.to(device, dtype)), bias, residual, [stride] * 2, [pad] * 2, groups
+
+
+def run(
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    residual: Any,
+    stride: Any,
+    padding: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """The result, and where a gradient passes that should not or the other way around: nowhere."""
+    if residual is not None:
+        residual = residual.detach().requires_grad_()
+    out = forward(x, weight, bias, residual, stride=stride, padding=padding, groups=groups)
+    if residual is None:
+        return out, torch.zeros((), device=x.device)
+    (passed,) = torch.autograd.grad(out, residual, torch.ones_like(out))
+    return out.detach(), (passed - (out.detach() > 0).to(passed.dtype)).abs().sum().float()
+
+
+def defined(
+    x: Tensor, weight: Tensor, bias: Any, residual: Any, stride: Any, padding: Any, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The definition in float32, rounded once."""
+    wide = [None if t is None else t.float() for t in (x, weight, bias, residual)]
+    out = operator.reference(*wide, stride, padding, [1, 1], groups)  # type: ignore[arg-type]
+    return out.to(x.dtype), torch.zeros((), device=x.device)
+
+
+def table(dtype: torch.dtype) -> list[Case]:
+    """The cases of `dtype`."""
+    calls = [(size, layout, summed) for size in SIZES for layout in LAYOUTS for summed in (False, True)]
+    cases = [
+        Case(
+            f"{shaped(size)}, {layout}" + ", residual" * summed,
+            partial(problem, size=size, dtype=dtype, layout=layout, summed=summed),
+        )
+        for size, layout, summed in calls
+    ]
+    bare = partial(problem, size=SIZES[1], dtype=dtype, layout="channels-last", summed=True, biased=False)
+    return [*cases, Case(f"{shaped(SIZES[1])}, no bias", bare)]
+
+
+def timing(dtype: torch.dtype) -> Timing:
+    """The call whose time tables show."""
+    n, c, k, side, *_ = LARGE
+    make = partial(problem, size=LARGE, dtype=dtype, layout="channels-last", summed=True)
+    return Timing(f"forward, {shaped(LARGE)}", make, n * (c + 2 * k) * side**2 * dtype.itemsize)
+
+
+def why_not(candidate: str, device: torch.device) -> str | None:
+    """Why `candidate` is not checked on `device`."""
+    if device.type != "cuda":
+        return f"needs CUDA tensors, got {device.type}"
+    return None if torch.backends.cudnn.is_available() else "this build of torch has no cuDNN"
+
+
+def check_of(dtype: torch.dtype) -> verified.Check:
+    """The check for `dtype`."""
+    return verified.Check(
+        name=operator.check_name(dtype),
+        candidates={"cudnn": partial(run, operator.conv_relu)},
+        reference=defined,
+        cases=partial(table, dtype),
+        tolerance={dtype: TOLERANCES[dtype]},
+        why_not=why_not,
+        sources=(PACKAGE / "ops" / "conv_relu.py", PACKAGE / "ops" / "checks" / "conv_relu.py"),
+        within=full_float32,
+        timed=partial(timing, dtype),
+    )
+
+
+for _dtype in TOLERANCES:
+    verified.register(check_of(_dtype))

@@ -1,0 +1,150 @@
+"""Cases of the PGD steps: odd sizes, every dtype of images and gradients, layouts, zeros, NaN, ties, no
+images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.ops.checks.case_helpers import (
+    FLOATS,
+    WIDE,
+    Layout,
+    at_full_size,
+    channels_last,
+    contiguous,
+    named,
+    normal,
+    register,
+    shaped,
+    turned,
+    unaligned,
+    uniform,
+    with_gaps,
+)
+from fastdynat.ops.pgd_step_l0 import pgd_step_l0
+from fastdynat.ops.pgd_step_l1 import pgd_step_l1
+from fastdynat.ops.pgd_step_l2 import attack_step_l2
+from fastdynat.ops.pgd_step_linf import attack_step_linf, pgd_step_linf
+from fastdynat.verification import Case, Timing
+
+EPS, STEP = 8 / 255, 2 / 255
+ODD, PACKED, LARGE = (3, 3, 9, 11), (4, 3, 8, 8), (256, 3, 32, 32)
+LAYOUTS: dict[str, tuple[Layout, Layout]] = {
+    "contiguous": (contiguous, contiguous),
+    "channels-last": (channels_last, channels_last),
+    "channels-last and contiguous": (channels_last, contiguous),
+    "with gaps": (with_gaps, contiguous),
+    "turned": (turned, turned),
+    "unaligned": (unaligned, unaligned),
+}
+
+
+def batch(
+    device: torch.device,
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    low: torch.dtype | None,
+    layouts: tuple[Layout, Layout],
+    move: float,
+) -> tuple[Any, ...]:
+    """(x_adv, grad, x0, low): saturated pixels; of the gradient a tenth is 0, a tenth NaN, and the first
+    image has none.
+    """
+    x0 = (1.4 * uniform(shape, 1) - 0.2).clamp(0, 1)
+    x_adv = (x0 + move * normal(shape, 2)).clamp(0, 1)
+    grad = 1e-3 * (16 * normal(shape, 3)).round()  # with ties
+    odd = uniform(shape, 4)
+    grad = torch.where(odd < 0.1, 0.0, torch.where(odd > 0.9, math.nan, grad))
+    grad[:1] = torch.where(odd[:1] < 0.5, 0.0, math.nan)
+    first, second = layouts
+    return (
+        first(x_adv.to(device, dtype)),
+        second(grad.to(device, grad_dtype)),
+        first(x0.to(device, dtype)),
+        low,
+    )
+
+
+def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]] = ()) -> list[Case]:
+    """Cases of a step. `move`: how far points are from their images; `flat`: (N, D) and (N,) are images,
+    too.
+    """
+    same = LAYOUTS["contiguous"]
+    calls: list[tuple[Sequence[int], torch.dtype, torch.dtype, torch.dtype | None, str]] = []
+    calls += [(ODD, dtype, grad, None, "contiguous") for dtype in WIDE for grad in FLOATS]
+    calls += [(PACKED, torch.float32, torch.float32, None, layout) for layout in LAYOUTS]
+    calls += [(ODD, torch.float32, torch.bfloat16, None, "channels-last")]
+    shapes = [(0, 3, 8, 8), (1, 1, 1, 1), *(((2, 1025), (7, 4), (1,)) if flat else ()), *grids]
+    calls += [(shape, torch.float32, torch.float32, None, "contiguous") for shape in shapes]
+    if lows:
+        calls += [(ODD, torch.float32, low, low, "contiguous") for low in (torch.bfloat16, torch.float16)]
+        calls += [(PACKED, torch.float32, torch.bfloat16, torch.bfloat16, "channels-last")]
+    cases = []
+    for shape, dtype, grad, low, layout in calls:
+        name = f"{named(dtype)}, gradient {named(grad)}, {shaped(shape)}"
+        name += f", {layout}" * (layout != "contiguous") + (f", copy in {named(low)}" if low else "")
+        options: Any = {"shape": shape, "dtype": dtype, "grad_dtype": grad, "low": low, "move": move}
+        cases.append(Case(name, partial(batch, layouts=LAYOUTS.get(layout, same), **options)))
+    return [*cases, at_full_size(timing(move))]
+
+
+def timing(move: float, *, low: torch.dtype | None = None) -> Timing:
+    """The call whose time tables show."""
+    options: Any = {
+        "shape": LARGE,
+        "dtype": torch.float32,
+        "grad_dtype": torch.float32,
+        "low": low,
+        "move": move,
+    }
+    make = partial(batch, layouts=LAYOUTS["contiguous"], **options)
+    return Timing(f"float32 {shaped(LARGE)}", make, 4 * 4 * math.prod(LARGE))
+
+
+def linf(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
+    """`pgd_step_linf` in both of its forms."""
+    step: Any = {"step_size": STEP, "eps": EPS, "backend": backend}
+    if x_adv.dim() == 2:  # without the counts: another kernel
+        return (pgd_step_linf(x_adv, grad, x0, **step),)
+    return tuple(attack_step_linf(x_adv, grad, x0, low_dtype=low, **step))
+
+
+def l2(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
+    """`attack_step_l2`."""
+    return tuple(attack_step_l2(x_adv, grad, x0, step_size=0.3, eps=0.5, low_dtype=low, backend=backend))
+
+
+def l1(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+    """`pgd_step_l1`."""
+    return pgd_step_l1(x_adv, grad, x0, step_size=0.7, eps=1.0, sparsity=0.8, backend=backend)
+
+
+def l0(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+    """`pgd_step_l0`."""
+    return pgd_step_l0(x_adv, grad, x0, step_size=2.0, pixels=6, backend=backend)
+
+
+Tolerances = dict[torch.dtype, tuple[float, float]]
+HALVES: Tolerances = {
+    torch.bfloat16: (2.0**-7, 2e-6),
+    torch.float16: (2.0**-10, 2e-6),
+}  # the neighbouring number
+large: Callable[..., list[Case]] = partial(table, grids=[(1, 3, 65, 67)])
+
+register("pgd_step_linf", linf, partial(large, EPS, lows=True, flat=True), {}, timed=partial(timing, EPS))
+# Norms are summed in float64 by the kernels and in the images' type by the eager form.
+L2: Tolerances = {torch.float32: (0, 2e-6), torch.float64: (0, 2e-14), **HALVES}
+register("pgd_step_l2", l2, partial(large, 0.05, lows=True, flat=True), L2, timed=partial(timing, 0.05))
+# The multiplier is found to the precision of the images.
+L1: Tolerances = {torch.float32: (0, 2e-6), torch.float64: (0, 2e-13)}
+register("pgd_step_l1", l1, partial(large, 0.02, lows=False, flat=True), L1, timed=partial(timing, 0.02))
+# A selection: what is kept is rounded once or twice.
+L0: Tolerances = {torch.float32: (0, 1.2e-7), torch.float64: (0, 1e-15)}
+register("pgd_step_l0", l0, partial(large, 0.1, lows=False, flat=False), L0, timed=partial(timing, 0.1))

@@ -1,0 +1,131 @@
+"""Cases of the Winograd convolution and its filters on the CPU: partial tiles, channels around the vector
+width, layouts.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastdynat.ops.checks.case_helpers import (
+    Layout,
+    channels_last,
+    contiguous,
+    normal,
+    register,
+    shaped,
+    turned,
+    with_gaps,
+)
+from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
+from fastdynat.verification import Case, Timing
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": contiguous,
+    "channels-last": channels_last,
+    "with gaps": with_gaps,
+    "turned": turned,
+}
+Size = tuple[int, int, int, int, int]  # images, channels in and out, height, width
+LARGE: Size = (32, 128, 128, 16, 16)
+
+
+def problem(
+    device: torch.device, *, size: Size, layout: str, biased: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(x, forward, backward, bias), scaled so that outputs are around 1; the filters are the eager form's."""
+    n, c, k, height, width = size
+    x, weight = normal((n, c, height, width), 1), normal((k, c, 3, 3), 2) / (3 * max(c, 1) ** 0.5)
+    filters = winograd_weights(weight.to(device, torch.float32), backend="eager")
+    bias = normal((k,), 3).to(device, torch.float32) if biased else None
+    return LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias
+
+
+def convolve(
+    x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The convolution and its input gradient."""
+    x = x.detach().requires_grad_()
+    y = winograd_conv3x3(x, forward, backward, bias, backend=backend)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach(), grad
+
+
+def convolve_table() -> list[Case]:
+    """The cases of `winograd_conv3x3`."""
+    sizes: list[Size] = [
+        (2, 3, 5, 9, 7),
+        (1, 16, 16, 8, 8),
+        (3, 17, 33, 5, 13),
+        (2, 64, 65, 4, 6),
+        (1, 1, 1, 1, 1),
+        (0, 4, 4, 8, 8),
+    ]
+    calls = [(size, "contiguous", biased) for size in sizes for biased in (False, True)]
+    calls += [((2, 16, 8, 7, 10), layout, True) for layout in LAYOUTS]
+    return [
+        Case(
+            f"{shaped(size)}, {layout}" + ", bias" * biased,
+            partial(problem, size=size, layout=layout, biased=biased),
+        )
+        for size, layout, biased in calls
+    ]
+
+
+def filters(device: torch.device, *, shape: tuple[int, int], layout: str) -> tuple[Tensor]:
+    """(weight,), (K, C, 3, 3)."""
+    return (LAYOUTS[layout](normal((*shape, 3, 3), 4).to(device, torch.float32)),)
+
+
+def transform(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Both transformed filters."""
+    return winograd_weights(weight, backend=backend)
+
+
+def transform_table() -> list[Case]:
+    """The cases of `winograd_weights`."""
+    calls = [(shape, "contiguous") for shape in ((1, 1), (5, 3), (17, 33), (64, 16))] + [
+        ((7, 9), name) for name in LAYOUTS
+    ]
+    return [
+        Case(
+            f"{shape[0]} filters of {shape[1]} channels, {layout}",
+            partial(filters, shape=shape, layout=layout),
+        )
+        for shape, layout in calls
+    ]
+
+
+def convolve_timing() -> Timing:
+    """The call whose time tables show."""
+    n, c, k, height, width = LARGE
+    make = partial(problem, size=LARGE, layout="channels-last", biased=True)
+    return Timing(f"forward and backward, {shaped(LARGE)}", make, 8 * n * (c + k) * height * width)
+
+
+def transform_timing() -> Timing:
+    """The call whose time tables show."""
+    make = partial(filters, shape=(256, 256), layout="contiguous")
+    return Timing("256 filters of 256 channels", make, 4 * (9 + 72) * math.prod((256, 256)))
+
+
+# Both forms round the transforms, whose matrices multiply by up to 19 in one dimension; gradients sum nine
+# filters of ones.
+register(
+    "winograd_conv3x3",
+    convolve,
+    convolve_table,
+    {torch.float32: (0, 4e-5)},
+    timed=convolve_timing,
+    candidates=["cpp"],
+)
+# Computed in float64 and rounded once, so that the neighbouring number is the most.
+register(
+    "winograd_weights",
+    transform,
+    transform_table,
+    {torch.float32: (2.0**-23, 0)},
+    timed=transform_timing,
+    candidates=["cpp"],
+)

@@ -1,0 +1,1 @@
+"""The terminal: consoles, progress bars and signals."""

@@ -1,0 +1,37 @@
+"""The arithmetic of a run (precision, operators, device) for its record, and how exactly it can be
+resumed.
+"""
+
+from typing import Any
+
+import torch
+
+from fastdynat.attack_engine.winograd import RULE
+from fastdynat.config import EngineConfig
+from fastdynat.execution.float32 import float32_name
+from fastdynat.ops import operators_in_use
+from fastdynat.runs.environment import UNUSED
+
+
+def arithmetic(engine: EngineConfig) -> dict[str, Any]:
+    """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
+    device = torch.device(engine.device)
+    precision = float32_name(device) if engine.amp == "off" else engine.amp
+    may_be = device.type == "cpu" and engine.amp == "off" and engine.winograd != "off"
+    return {
+        "operators": operators_in_use(device),
+        "on_cpu": device.type == "cpu",
+        "precision": precision,
+        "winograd": RULE if may_be else UNUSED,
+    }
+
+
+def rounding_of_resume(engine: EngineConfig) -> str | None:
+    """Why a resumed run is not the uninterrupted one bit for bit, even on the same machine; None where it is.
+
+    cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; not with
+    `--deterministic`.
+    """
+    if torch.device(engine.device).type != "cuda" or engine.deterministic:
+        return None
+    return "cuDNN chooses its algorithms anew in each process; --deterministic makes resuming exact but training slower"

@@ -1,0 +1,67 @@
+"""Adversarial weight perturbation (Wu et al. 2020, arXiv 2004.05884), around the update of any method.
+
+Per weight tensor, ``v = gamma * ||w|| * grad / ||grad||`` with the gradient of the loss on the attacked batch
+(one step). The loss is then taken at w + v, the update made there, and v taken away again, in the order of
+the released code: its weight decay acts on w + v.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError
+
+
+def check_awp(gamma: float, warmup: int) -> None:
+    """Raise UserError for numbers that `WeightPerturbation` cannot work with."""
+    if not 0 <= gamma < math.inf:
+        raise UserError(f"awp must be >= 0 (the published sizes are 0.005 and 0.01), got {gamma:g}")
+    if warmup < 0:
+        raise UserError(f"awp_warmup must be a number of epochs, got {warmup}")
+
+
+class WeightPerturbation:
+    """Moves the weights of `module` that have two dimensions or more: not biases, not what normalisation
+    layers learn.
+
+    Args:
+        module: the network being trained.
+        gamma: size of the perturbation relative to each tensor's norm; 0 moves nothing.
+        warmup: epochs without it at the start of a run.
+
+    Raises:
+        UserError: gamma is negative or not finite, warmup is negative.
+    """
+
+    def __init__(self, module: nn.Module, gamma: float, warmup: int = 0) -> None:
+        check_awp(gamma, warmup)
+        self.gamma, self.warmup = gamma, warmup
+        self._weights: list[Tensor] = [p for p in module.parameters() if p.dim() >= 2 and p.requires_grad]
+
+    @contextmanager
+    def around(self, loss: Tensor) -> Iterator[None]:
+        """Within it the weights are where `loss`, whose graph this uses up, is higher. Its scale does not
+        matter.
+        """
+        moves = self._moves(
+            torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
+        )
+        with torch.no_grad():
+            torch._foreach_add_(self._weights, moves)
+        yield
+        # Only where nothing failed: after an error the run ends, and its last checkpoint is from before.
+        with torch.no_grad():
+            torch._foreach_sub_(self._weights, moves)
+
+    @torch.no_grad()
+    def _moves(self, grads: tuple[Tensor, ...]) -> list[Tensor]:
+        sizes, norms = torch._foreach_norm(self._weights), torch._foreach_norm(grads)
+        # A gradient that overflowed in half precision, or is zero, points nowhere; added to the weights it
+        # would stay there.
+        ratios = [
+            torch.nan_to_num(self.gamma * s / n, 0.0, 0.0, 0.0) for s, n in zip(sizes, norms, strict=True)
+        ]
+        return [torch.nan_to_num(r * g, 0.0, 0.0, 0.0) for r, g in zip(ratios, grads, strict=True)]

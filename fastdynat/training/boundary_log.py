@@ -1,0 +1,51 @@
+"""`--boundary-speed N`: at each validation, how the last update moves the decision boundary of N images."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.boundary import BoundarySpec
+from fastdynat.data import Batch
+from fastdynat.evaluation import BoundarySpeed, boundary_speed
+from fastdynat.evaluation.boundary_speed import FOLDER
+from fastdynat.training.step import TrainStep
+
+
+def log_boundary(
+    step: TrainStep, batches: Iterable[Batch], folder: Path, epoch: int, *, near: float, seed: int
+) -> dict[str, float | None]:
+    """Write ``boundary/epoch-NNNN.npz`` in the run's `folder`, and return the epoch's columns; nothing of the
+    run changes.
+
+    Args:
+        epoch: completed ones.
+        near: images with a smaller margin count as near the boundary.
+        seed: of the search's random starts: the same at every validation.
+    """
+    model, move = step.networks.raw["model"], last_move(step)
+    generator = torch.Generator(step.precision.device).manual_seed(seed)
+    spec = BoundarySpec(eps_start=near)
+    parts = [
+        boundary_speed(model, batch.x, batch.labels, move, spec, generator=generator) for batch in batches
+    ]
+    whole = BoundarySpeed(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("margin", "speed", "correct"))
+    )
+    whole.save(folder / FOLDER / f"epoch-{epoch:04d}.npz", near)
+    return whole.columns(near)
+
+
+def last_move(step: TrainStep) -> dict[str, Tensor]:
+    """By parameter, what the momentum does to the model: -rate * buffer at the last update's rate.
+
+    Without Nesterov it is the last update itself, which the next one repeats up to the new gradient.
+    """
+    rate = step.learning_rate(max(step.global_step - 1, 0))
+    state = {parameter: kept for optimizer in step.optimizers for parameter, kept in optimizer.state.items()}
+    return {
+        name: -rate * state[p]["momentum_buffer"]
+        for name, p in step.networks.raw["model"].named_parameters()
+        if p in state
+    }

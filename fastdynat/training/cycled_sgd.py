@@ -1,0 +1,38 @@
+"""SGD whose momentum is a tensor, as its rate is: a captured step reads both anew at each replay."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+
+class CycledSGD(SGD):
+    """torch's SGD with `momentum` from a scalar tensor, which its own implementations take as a number of
+    Python only.
+
+    State and checkpoints are those of `SGD`; every parameter's ``momentum_buffer`` must be there before the
+    first step. Not fused: one pass per operation, which is a small share of an update with an attack before
+    it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            if gradients:
+                self._update([*gradients], [*gradients.values()], group)
+
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        if group["weight_decay"] != 0:
+            gradients = [*torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        moves = buffers
+        if group["nesterov"]:
+            moves = [*torch._foreach_mul(buffers, group["momentum"])]
+            torch._foreach_add_(moves, gradients)
+        torch._foreach_add_(parameters, [*torch._foreach_mul(moves, -group["lr"])])

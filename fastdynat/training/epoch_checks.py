@@ -1,0 +1,67 @@
+"""Measurements that a run makes on request at each validation, without changing the run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.config import TrainConfig
+from fastdynat.data import Batch, ImageSet, eval_batches
+from fastdynat.evaluation.fidelity import check_fidelity
+from fastdynat.training.boundary_log import log_boundary
+from fastdynat.training.networks import NetworkSet
+from fastdynat.training.resolve import Say
+from fastdynat.training.step import TrainStep
+
+
+def fidelity_columns(
+    config: TrainConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet, say: Say
+) -> dict[str, float | bool]:
+    """--check-fidelity N: whether the attack as it is computed is as strong as the reference, on N images of
+    `val`.
+    """
+    count = config.engine.check_fidelity
+    if count == 0:
+        return {}
+    found = check_fidelity(
+        networks.attack,
+        networks.raw["model"],
+        ((batch.x, batch.labels) for batch in _some(val, count, config)),
+        spec,
+        bn=config.attack.attack_bn,
+        seed=config.engine.seed,
+    )
+    if found.weaker:
+        say(
+            f"warning: the attack is weaker than the eager float32 one: loss {found.loss_fast:.4g} against "
+            f"{found.loss_reference:.4g}, accuracy {100 * found.acc_fast:.1f} against {100 * found.acc_reference:.1f} %; "
+            f"it is computed as {networks.attack.path}"
+        )
+    return found.columns()
+
+
+def boundary_columns(
+    config: TrainConfig[Any], step: TrainStep, val: ImageSet, folder: Path, epoch: int
+) -> dict[str, float | None]:
+    """--boundary-speed N: how the decision boundary of N images of `val` moves; `epoch` counts completed
+    ones.
+    """
+    count = config.engine.boundary_speed
+    if count == 0:
+        return {}
+    near, seed = float(config.attack.eval_eps), config.engine.seed
+    return log_boundary(step, _some(val, count, config), folder, epoch, near=near, seed=seed)
+
+
+def _some(val: ImageSet, count: int, config: TrainConfig[Any]) -> Iterator[Batch]:
+    """`count` validation images in batches of the training's size, which is the shape that is compiled."""
+    spread = torch.arange(count) * len(val) // count  # a folder's images may be in the order of their classes
+    assert config.data.batch_size is not None
+    return eval_batches(
+        ImageSet(val.images[spread], val.labels[spread]),
+        batch_size=config.data.batch_size,
+        device=torch.device(config.engine.device),
+        channels_last=config.engine.channels_last == "on",
+    )

@@ -1,0 +1,144 @@
+"""Epoch averages on the device, and the metrics files."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from fastdynat.documents import convert, read_json_lines
+from fastdynat.documents.numbers import Positive, Whole
+from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import write_text
+
+
+class Averages:
+    """Image-weighted means of scalars over `images` images, accumulated on the device without waiting for
+    it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.images = 0
+
+    def add(self, logs: Mapping[str, Tensor], images: int) -> None:
+        """Add one batch's means over `images` images."""
+        for key, value in logs.items():
+            term = value.detach().double() * images
+            self._sums[key] = self._sums[key] + term if key in self._sums else term
+        self.images += images
+
+    def means(self) -> dict[str, float]:
+        """The means so far (waits for the device)."""
+        return {key: float(value) / self.images for key, value in self._sums.items()} if self.images else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "sums": {key: value.cpu() for key, value in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.images = state["images"]
+        self._sums = {key: value.to(device) for key, value in state["sums"].items()}
+
+
+class MetricsLog:
+    """metrics.jsonl and metrics.csv, one row per epoch, and TensorBoard events if asked for.
+
+    Both files are rewritten whole at each epoch: a kill leaves the old or the new one, and resuming drops the
+    rows of epochs that will be run again.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.rows: list[dict[str, Any]] = []
+        if self.jsonl.exists():
+            self.rows = read_rows(self.jsonl)
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import (
+                SummaryWriter,  # an extra; `engine.resolve` has checked that it is there
+            )
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def restore(self, epochs: int, row: dict[str, Any] | None) -> None:
+        """Bring the rows to where a checkpoint after `epochs` epochs is; `row`: of the last of them, as the
+        checkpoint has it.
+
+        Raises:
+            UserError: there are rows of later epochs, so a later checkpoint is missing.
+        """
+        last = max((row["epoch"] for row in self.rows), default=0)
+        # Earlier versions wrote the row first and had none in the checkpoint: a kill left one row more.
+        if last > epochs + (row is None and epochs > 0):
+            newest = (
+                f"the newest complete checkpoint is of epoch {epochs}"
+                if epochs
+                else "there is no complete checkpoint"
+            )
+            raise UserError(
+                f"{self.jsonl} has rows up to epoch {last}, but {newest}: the run was copied or cleaned in part. Bring its "
+                f"checkpoints back, or move {self.jsonl.name} away to go on from epoch {epochs + 1}"
+            )
+        kept = [row for row in self.rows if row["epoch"] <= epochs]
+        if row is not None and last < epochs == row.get("epoch"):
+            kept.append(row)
+        if kept != self.rows:
+            self.rows = kept
+            self._write()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add the row of one finished epoch."""
+        self.rows.append(row)
+        self._write()
+        if self._writer is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self._writer.add_scalar(key, value, row["epoch"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self) -> None:
+        write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.csv, text.getvalue())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What every row has; the other columns depend on the method."""
+
+    epoch: Positive
+    train_seconds: Annotated[float, Meta(ge=0, le=1e12)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, one per epoch in their order. Raises UserError where it is
+    damaged.
+    """
+    remedy = "move it away to go on without the rows of earlier epochs"
+    rows = read_json_lines(
+        path, dict[str, bool | Whole | float | None], what="a run's metrics", remedy=remedy
+    )
+    origins = [f"{path}, line {number}" for number in range(1, len(rows) + 1)]
+    why = f"it is damaged or was edited; {remedy}"
+    epochs = [
+        convert(row, _Row, origin=origin, why=why).epoch for row, origin in zip(rows, origins, strict=True)
+    ]
+    for origin, (before, epoch) in zip(origins[1:], pairwise(epochs), strict=True):
+        if epoch <= before:
+            raise UserError(f"{origin}: epoch {epoch} follows epoch {before}: {why}")
+    return rows

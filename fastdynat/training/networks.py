@@ -1,0 +1,103 @@
+"""The networks of a run: raw modules, the attack's replica, and the compiled views that a step calls."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastdynat.attack_engine.copy_check import check_twin
+from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.network_modes import frozen_twin, unmoved_twin
+from fastdynat.config import ModelConfig
+from fastdynat.data import RELEASED_STD, DatasetInfo
+from fastdynat.execution.compiling import compile_whole
+from fastdynat.methods import Network, Networks
+from fastdynat.training.average import WeightAverage
+
+
+def pixel_statistics(
+    model: ModelConfig, info: DatasetInfo
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation per channel that the networks of a resolved configuration normalise by;
+    None by nothing.
+    """
+    if model.normalize == "none":
+        return None, None
+    return info.mean, RELEASED_STD.get(info.name, info.std) if model.normalize == "released" else info.std
+
+
+class NetworkSet:
+    """Owns the modules of a run, keyed "model" and (with a guide, trained or frozen) "guide".
+
+    Checkpoints, averages and validation use `raw`; a training step uses `views`, which may be compiled. Each
+    view is a callable of its own with fixed mode and gradient needs, so compiled code is never asked to
+    change either.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module | None,
+        *,
+        frozen_guide: bool = False,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+        channels_last: bool = False,
+        attack_bn: str = "eval",
+        attack: AttackSwitches | None = None,
+        compile_mode: str = "off",
+        ema: float = 0.0,
+        ema_buffers: str = "average",
+        say: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        """`frozen_guide`: it stays as it is, in eval mode. `attack`: how the attack is computed;
+        `compile_mode`: of what is trained; `say`: as in `AttackEngine`.
+        """
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
+        for module in self.raw.values():
+            module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
+        if frozen_guide and guide is not None:
+            guide.eval().requires_grad_(False)
+        self.ema = WeightAverage(model, ema, copy_buffers=ema_buffers == "copy") if ema else None
+        # Not from the run's random stream: building the engine draws nothing from it.
+        example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        example = example.to(next(model.parameters()).dtype)
+        self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, say=say)
+        self.compile_mode = compile_mode
+
+        self._say = say
+        guide_eval = (
+            None if guide is None else self._view(_frozen_guide(guide, example), "the guide in eval mode")
+        )
+        self.views = Networks(
+            model=self._view(model, "the model"),
+            attacked=self.attack.logits,
+            unmoved=self._view(unmoved_twin(model), "the model that leaves its statistics alone"),
+            guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
+            guide_eval=guide_eval,
+        )
+
+    def _view(self, module: nn.Module, what: str) -> Network:
+        return (
+            module
+            if self.compile_mode == "off"
+            else compile_whole(module, mode=self.compile_mode, what=what, say=self._say)
+        )
+
+    def deployed(self) -> nn.Module:
+        """The network to validate and hand over: the weight average if there is one."""
+        return self.raw["model"] if self.ema is None else self.ema.module
+
+    def average(self) -> None:
+        """Move the weight average by one step."""
+        if self.ema is not None:
+            self.ema.update()
+
+
+def _frozen_guide(guide: nn.Module, example: torch.Tensor) -> nn.Module:
+    """Raises NotCopyable, as for the attacked model, where a copy is none."""
+    twin = frozen_twin(guide, "eval")
+    check_twin(guide, twin, example)
+    return twin

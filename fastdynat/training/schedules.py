@@ -1,0 +1,131 @@
+"""Learning-rate schedules as pure functions of the step, so that resuming needs no scheduler state."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+
+from fastdynat.config import OptimConfig
+from fastdynat.config.rules import WARMUP
+
+# DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100; boundaries as
+# shares of the run.
+RELEASE_WARMUP, RELEASE_DROPS, RELEASE_GAMMA = 0.2, (0.75, 0.90), 0.1
+# torch's OneCycleLR defaults (Smith & Topin 2017), cosine annealing.
+ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
+# The momentum at the peak and at the ends: the defaults of torch's OneCycleLR and CyclicLR.
+CYCLED_MOMENTUM = {"onecycle": (0.85, 0.95), "triangular": (0.8, 0.9)}
+
+
+def _drops(share: float, milestones: tuple[float, ...], gamma: float) -> float:
+    return gamma ** bisect_right(sorted(milestones), share + 1e-9)
+
+
+def _cosine(begin: float, end: float, share: float) -> float:
+    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _onecycle(step: int, total: int, warmup: float, ends: tuple[float, float, float]) -> float:
+    """From the first of `ends` to the second, its peak, and on to the third, along cosines."""
+    begin, top, end = ends
+    peak = warmup * total - 1
+    if peak > 0 and step <= peak:
+        return _cosine(begin, top, step / peak)
+    return _cosine(top, end, min((step - peak) / max(total - 1 - peak, 1e-9), 1.0))
+
+
+def _triangular(step: int, total: int, warmup: float) -> float:
+    peak = warmup * total
+    return step / peak if step < peak else (total - step) / (total - peak)
+
+
+def epochs_of_method(config: OptimConfig) -> int:
+    """The number of epochs after the burn-in."""
+    assert config.epochs is not None
+    return config.epochs - config.burn_in
+
+
+def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """The function update -> factor on `config.lr` for 0 <= update < epochs * steps_per_epoch.
+
+    In the burn-in it is 1, or what makes `burn_in_lr`. Step schedules change between epochs; cosine,
+    one-cycle and triangular at every update, or between epochs where `schedule_by` says so.
+    """
+    epochs, position, total = (
+        epochs_of_method(config),
+        _position(config, steps_per_epoch),
+        _total(config, steps_per_epoch),
+    )
+    warmup = _peak(config)
+    before = 1.0 if config.burn_in_lr is None or config.lr is None else config.burn_in_lr / config.lr
+
+    def factor(update: int) -> float:
+        step = update - config.burn_in * steps_per_epoch
+        if step < 0:
+            return before
+        epoch = (step + config.schedule_ahead) // steps_per_epoch
+        if config.schedule == "release":
+            return RELEASE_WARMUP if epoch == 0 else _drops(epoch / epochs, RELEASE_DROPS, RELEASE_GAMMA)
+        if config.schedule == "multistep":
+            return _drops(epoch / epochs, config.milestones, config.gamma)
+        if config.schedule == "cosine":
+            return _cosine(1.0, 0.0, position(step) / total)
+        if config.schedule == "onecycle":
+            return _onecycle(position(step), total, warmup, (ONECYCLE_START, 1.0, ONECYCLE_END))
+        if config.schedule == "triangular":
+            return _triangular(position(step), total, warmup)
+        return 1.0
+
+    return factor
+
+
+def momentum_at(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """The function update -> SGD momentum: `config.momentum`, in the burn-in too, or the schedule's cycle
+    after it.
+    """
+    position, total, warmup = (
+        _position(config, steps_per_epoch),
+        _total(config, steps_per_epoch),
+        _peak(config),
+    )
+    base, most = cycled_momentum(config) if config.cycle_momentum else (config.momentum, config.momentum)
+
+    def momentum(update: int) -> float:
+        step = update - config.burn_in * steps_per_epoch
+        if step < 0 or not config.cycle_momentum:
+            return config.momentum
+        if config.schedule == "onecycle":
+            return _onecycle(position(step), total, warmup, (most, base, most))
+        return most - (most - base) * _triangular(position(step), total, warmup)
+
+    return momentum
+
+
+def cycled_momentum(config: OptimConfig) -> tuple[float, float]:
+    """(at the peak rate, at the least rate) of a schedule that cycles the momentum: as given, else
+    torch's.
+    """
+    base, most = CYCLED_MOMENTUM[config.schedule]
+    return (
+        base if config.base_momentum is None else config.base_momentum,
+        most if config.max_momentum is None else config.max_momentum,
+    )
+
+
+def _peak(config: OptimConfig) -> float:
+    return WARMUP.get(config.schedule, 0.0) if config.warmup is None else config.warmup
+
+
+def _total(config: OptimConfig, steps_per_epoch: int) -> int:
+    """How many values a schedule takes that changes with `_position`."""
+    return epochs_of_method(config) * (1 if config.schedule_by == "epoch" else steps_per_epoch)
+
+
+def _position(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], int]:
+    """The function step of the method -> where its schedule is."""
+    unit = steps_per_epoch if config.schedule_by == "epoch" else 1
+    return lambda step: (step + config.schedule_ahead) // unit
+
+
+def average_warmup(config: OptimConfig, epochs: int, steps_per_epoch: int) -> int:
+    """The number of updates before the weight average begins, in a phase of the run of so many epochs."""
+    return math.ceil(config.ema_warmup * epochs * steps_per_epoch - 1e-9)

@@ -1,0 +1,140 @@
+"""The training state on disk: everything beside the weights that makes a resumed run equal to an
+uninterrupted one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdynat.config import TrainConfig, to_flat
+from fastdynat.documents import convert
+from fastdynat.documents.numbers import Count, Finite
+from fastdynat.documents.tensor_files import read_pickle
+from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import saving
+
+FORMAT = "fastdynat-state/1"
+
+
+# What a resumed run may change: where it runs and what it reports, nothing of what it computes. (epochs is
+# checked against the schedule, loader below.)
+RESUMABLE = {
+    "data_dir",
+    "download",
+    "workers",
+    "device",
+    "kernels",
+    "check_fidelity",
+    "boundary_speed",
+    "graphs",
+    "guide_stream",
+    "epochs",
+    "stop_after",
+    "stop_at",
+    "patience",
+    "on_collapse",
+    "save_every",
+    "tensorboard",
+    "quiet",
+    "run_dir",
+    "overwrite",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Averages:
+    """`engine.metrics.Averages.state_dict`."""
+
+    images: Count
+    sums: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watch:
+    """`engine.watch.Watch.state_dict`."""
+
+    best: Finite | None
+    stale: Count
+    robust: Finite
+    trained: Finite
+    collapsed: bool
+    guessing: Count = 0  # not in states of earlier versions
+    guessing_said: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """`engine.trainer.Trainer.state_dict`, as far as it is plain values; what has tensors is checked where it
+    is put back.
+    """
+
+    epoch: Count
+    epoch_step: Count
+    global_step: Count
+    optimizers: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    ema_updates: Count | None
+    rng: dict[str, Any]
+    loader: dict[str, Any]
+    averages: _Averages
+    method: dict[str, Any]
+    seconds: Finite
+    watch: _Watch
+    last_validation: dict[str, Any]
+    config: dict[str, Any]
+    row: dict[str, bool | int | float | None] | None = None
+
+
+def identity(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that a run keeps for life.
+
+    An image folder keeps its loader, because decoders differ; other data give every loader the same batches.
+    """
+    free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
+    return {key: value for key, value in to_flat(config).items() if key not in free}
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values only, so that it opens with ``weights_only=True``). Raises
+    WriteError.
+    """
+    with saving(path, needed=bytes_of(state)) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def snapshot(value: Any) -> Any:
+    """A nest of mappings and sequences with copies of its tensors on the CPU: nothing that goes on changes
+    it.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    return type(value)(snapshot(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a nest of mappings and sequences."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(bytes_of(item) for item in value.values())
+    return sum(bytes_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote, without running code from the file.
+
+    Raises:
+        UserError: missing, truncated, or not a training state.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: this checkpoint cannot be resumed")
+    state = read_pickle(path, what="a training state", remedy="start a new run, or bring the file back")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a fastdynat training state (its format is not {FORMAT})")
+    convert(state, _State, origin=str(path))
+    return state

@@ -1,0 +1,66 @@
+"""The state that a training step reads and changes besides its batch, on which its graph is checked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from fastdynat.execution.graph_check import scaled
+from fastdynat.methods import Method
+from fastdynat.training.networks import NetworkSet
+
+
+@dataclass(frozen=True)
+class StepState:
+    """A `Subject` of `fastdynat.execution`. The weight average and the epoch's sums are moved after the step,
+    not in it.
+
+    Attributes:
+        method: has buffers.
+        rates: tensors that each step is to read anew.
+    """
+
+    networks: NetworkSet
+    optimizers: list[SGD]
+    method: Method[Any]
+    rates: dict[str, Tensor]
+
+    def state(self) -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {f"weight {name}": parameter for name, parameter in self._parameters()}
+        for role, module in self.networks.raw.items():
+            found |= {f"buffer {role}.{name}": buffer for name, buffer in module.named_buffers()}
+        found |= {f"buffer {name}": buffer for name, buffer in self.method.buffers.items()}
+        found |= {f"rate {name}": rate for name, rate in self.rates.items()}
+        names = {id(parameter): name for name, parameter in self._parameters()}
+        for parameter, kept in (item for optimizer in self.optimizers for item in optimizer.state.items()):
+            found |= {
+                f"{key} {names[id(parameter)]}": value
+                for key, value in kept.items()
+                if isinstance(value, Tensor)
+            }
+        return found
+
+    def weights(self) -> Sequence[Tensor]:
+        return [parameter for _, parameter in self._parameters() if parameter.is_floating_point()]
+
+    def left(self) -> Mapping[str, Tensor]:
+        return {f"gradient {name}": p.grad for name, p in self._parameters() if p.grad is not None}
+
+    @torch.no_grad()
+    def spoil(self) -> None:
+        for tensor in self.networks.attack.replica.derived().values():
+            tensor.fill_(torch.nan)
+
+    def restored(self) -> None:
+        self.networks.attack.refresh()
+
+    def disguised(self) -> AbstractContextManager[None]:
+        return scaled([*self.rates.values()], 0.5)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for role, module in self.networks.raw.items():
+            yield from ((f"{role}.{name}", parameter) for name, parameter in module.named_parameters())

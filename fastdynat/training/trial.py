@@ -1,0 +1,124 @@
+"""Whether torch.compile pays for a run: its own training step, timed compiled and not, before the run
+begins.
+"""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+import fastdynat
+from fastdynat.config import TrainConfig, to_flat
+from fastdynat.data import TrainSplit
+from fastdynat.data.random_images import random_split
+from fastdynat.errors import UserError
+from fastdynat.machine.racing import race
+from fastdynat.ops import use_backend
+from fastdynat.training.parts import build_parts
+from fastdynat.training.resolve import Say
+from fastdynat.tuning import remembered
+from fastdynat.tuning.devices import check_compile
+
+# Enough to weigh the attack's gradients against the update.
+TRIAL_STEPS = 2
+# Of a configuration: all that the time of a step depends on, beside the method's options and the images'
+# size.
+DECIDING = (
+    *(
+        "method",
+        "model",
+        "guide",
+        "batch_size",
+        "bn_momentum",
+        "normalize",
+        "norm",
+        "attack_bn",
+        "awp",
+        "optimizers",
+        "ema",
+    ),
+    *(
+        "device",
+        "amp",
+        "kernels",
+        "channels_last",
+        "fold",
+        "fused_conv",
+        "winograd",
+        "closed_form",
+        "deterministic",
+        "clip_grad",
+    ),
+)
+
+
+def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
+    """The resolved `config` with "off" or "default" for ``compile: auto``, which `say` is told with the
+    reason.
+
+    On a GPU compiled code is faster. On the CPU the run's own step, with few attack steps, is timed on random
+    images of the size of `split`'s, once per machine and setting; that takes as long as compiling and ten
+    such steps.
+    """
+    if config.engine.compile != "auto":
+        return config
+    device = torch.device(config.engine.device)
+    try:
+        check_compile("default", device)
+    except UserError:
+        say("--compile: there is no C++ compiler here (install g++); running without torch.compile")
+        return _with(config, "off")
+    if device.type == "cuda":
+        return _with(config, "default")
+    key = {
+        "what": "compile",
+        "shape": list(split.info.image_shape),
+        "classes": split.info.num_classes,
+        **_deciding(config),
+    }
+
+    def measure() -> dict[str, float]:
+        say("--compile: timing this run's step with and without torch.compile, once on this machine")
+        return _timed(config, split)
+
+    seconds = remembered(key, device, {"off", "default"}, measure)
+    gain = seconds["off"] / seconds["default"]
+    mode = "default" if gain > 1 else "off"
+    say(f"--compile: {mode}; a compiled step is {gain:.2f}x as fast as one without (measured)")
+    return _with(config, mode)
+
+
+def _with(config: TrainConfig[Any], mode: str) -> TrainConfig[Any]:
+    return replace(config, engine=replace(config.engine, compile=cast(Any, mode)))
+
+
+def _deciding(config: TrainConfig[Any]) -> dict[str, Any]:
+    flat = to_flat(config)
+    steps = {"attack_steps": min(TRIAL_STEPS, config.attack.steps or 0)}
+    options = {name: repr(value) for name, value in vars(config.options).items()}
+    return (
+        {name: flat[name] for name in DECIDING}
+        | steps
+        | {"options": options, "fastdynat": fastdynat.__version__}
+    )
+
+
+def _timed(config: TrainConfig[Any], split: TrainSplit) -> dict[str, float]:
+    """Seconds of a step by compile mode."""
+    assert config.data.batch_size is not None
+    images = random_split(split.info, config.data.batch_size, config.engine.seed, batches=2)
+    attack = replace(config.attack, steps=min(TRIAL_STEPS, config.attack.steps or 0), early_steps=None)
+    plain = replace(
+        config,
+        attack=attack,
+        data=replace(config.data, loader="resident", labelled=None, epoch_steps=None),
+        engine=replace(config.engine, check_fidelity=0, boundary_speed=0),
+    )
+    with torch.random.fork_rng(devices=[]), use_backend(config.engine.kernels):
+        calls = {}
+        for mode in ("off", "default"):
+            _, step, loader = build_parts(_with(plain, mode), images, lambda text: None)
+            batch = next(iter(loader.epoch(0)))
+            step(batch)  # compiles
+            calls[mode] = lambda step=step, batch=batch: step(batch)
+        return race(calls)

@@ -1,0 +1,105 @@
+"""What the validations of a run have shown so far, and whether that ends it."""
+
+from math import sqrt
+from typing import Any
+
+from fastdynat.config import RunConfig
+
+# Fast adversarial training (Wong et al. 2020) stops where PGD accuracy falls by this much: catastrophic
+# overfitting.
+COLLAPSE = 0.20
+# A network that never had 20 points to lose: next to none are left, while the training's own attack is
+# beaten.
+NONE_LEFT, RISE, APART = 0.02, 0.20, 0.30
+PATIENCE_AT_CHANCE = 3  # validations
+
+
+class Watch:
+    """The best score, how long it has stood, and whether robustness has collapsed since its best.
+
+    A collapse is validation PGD accuracy more than 20 points below its best so far while the accuracy on the
+    attacked training images, an epoch's mean, is not below what it was then: the network has learnt the
+    attack, not robustness. It is one as well where at most 2 % are left of a best that was higher, while that
+    training accuracy has risen by 20 points and is 30 points above. It ends where PGD accuracy is back.
+    Without a training accuracy (a method that does not attack) there is none.
+    """
+
+    def __init__(self, config: RunConfig, select_by: str, *, comparable: bool = True) -> None:
+        """
+        Args:
+            select_by: the column that is the score.
+            comparable: validation attacks at about the radius of the training; a far larger one leaves
+                nothing standing.
+        """
+        self._config, self._select_by, self._comparable = config, select_by, comparable
+        self.best: float | None = None
+        self.stale = 0  # validations since `best`
+        self.robust = self.trained = -1.0  # the best PGD accuracy, and the training accuracy of its epoch
+        self.collapsed = False
+        self.guessing, self.guessing_said = 0, False  # validations in a row at chance
+
+    def better(self, validation: dict[str, float]) -> bool:
+        """Take the scores of one validation; whether this is the best so far."""
+        score = validation[self._select_by]
+        found = self.best is None or score > self.best
+        self.best, self.stale = (score, 0) if found else (self.best, self.stale + 1)
+        return found
+
+    def collapse(self, robust: float, trained: float | None) -> str | None:
+        """Take the PGD accuracy of one validation and its epoch's training accuracy on attacked images.
+
+        Returns what to say where a collapse begins here, unless nobody wants to know.
+        """
+        if trained is None:
+            return None
+        if robust > self.robust:
+            self.robust, self.trained = robust, trained
+        before = self.collapsed
+        fallen = self.robust - robust > COLLAPSE + 1e-9 or self._vanished(robust, trained)
+        self.collapsed = fallen and (before or trained >= self.trained)
+        if before or not self.collapsed or self._config.on_collapse == "off":
+            return None
+        return (
+            f"warning: robustness has collapsed: validation PGD-10 accuracy is {100 * robust:.1f} %, it was "
+            f"{100 * self.robust:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} %, it was "
+            f"{100 * self.trained:.1f} % (catastrophic overfitting); the best checkpoint is from before"
+        )
+
+    def _vanished(self, robust: float, trained: float) -> bool:
+        """Whether next to nothing is left of a best that was higher, while the training attack is beaten."""
+        if not self._comparable or not (robust <= NONE_LEFT and robust < self.robust):
+            return False
+        return self.collapsed or (trained >= self.trained + RISE and trained >= robust + APART)
+
+    def at_chance(self, clean: float, chance: float, images: int) -> str | None:
+        """Take the clean accuracy of one validation on `images` images, of which `chance` are of the most
+        frequent class.
+
+        Returns what to say where it has been no better than guessing for three validations in a row, once.
+        """
+        self.guessing = self.guessing + 1 if clean <= chance + 2 * sqrt(chance * (1 - chance) / images) else 0
+        if self.guessing != PATIENCE_AT_CHANCE or self.guessing_said:
+            return None
+        self.guessing_said = True
+        return (
+            f"warning: clean validation accuracy is {100 * clean:.1f} %, no better than guessing ({100 * chance:.1f} %), for "
+            f"{PATIENCE_AT_CHANCE} validations: the network learns nothing. Common reasons: --eps too large for the data, --lr "
+            "far too small or too large"
+        )
+
+    def ended(self) -> str | None:
+        """Why the run is over before its last epoch; None where it is not."""
+        c = self._config
+        if c.stop_at is not None and self.best is not None and self.best >= c.stop_at:
+            return f"--stop-at {c.stop_at:g} is reached (validation score {self.best:.4f})"
+        if c.patience is not None and self.stale >= c.patience:
+            return f"--patience {c.patience} is over (no validation score above {self.best:.4f} since)"
+        if c.on_collapse == "stop" and self.collapsed:
+            return "--on-collapse stop (robustness has collapsed)"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -1,0 +1,119 @@
+"""The weight files of a checkpoint: written from a run's networks, and put back into them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdynat.config import TrainConfig
+from fastdynat.data import DatasetInfo
+from fastdynat.errors import UserError
+from fastdynat.models.finite import check_numbers
+from fastdynat.runs import Sidecar, load_state, put_state, save_weights
+from fastdynat.training.networks import NetworkSet, pixel_statistics
+from fastdynat.training.state import snapshot
+
+
+def _files(networks: NetworkSet, config: TrainConfig[Any]) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, network and architecture of each file: model is what is deployed, model_raw what is trained where
+    they differ.
+    """
+    yield "model", networks.deployed(), config.model.model
+    if networks.ema is not None:
+        yield "model_raw", networks.raw["model"], config.model.model
+    if "guide" in networks.raw:
+        yield "guide", networks.raw["guide"], config.model.guide
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint, as the network was when `weights_now` was called: tensors on the CPU that
+    nothing else has.
+    """
+
+    name: str
+    state: dict[str, Tensor]
+    about: Sidecar
+
+
+def weights_now(
+    networks: NetworkSet,
+    config: TrainConfig[Any],
+    info: DatasetInfo,
+    *,
+    epoch: int,
+    validated: Mapping[str, float],
+) -> list[WeightFile]:
+    """The networks of a run as files to be written.
+
+    Args:
+        epoch: completed ones.
+        validated: val_clean_acc and val_pgd10_acc of the deployed network with these very weights, or empty.
+    """
+    files = []
+    for name, network, architecture in _files(networks, config):
+        role = "guide" if name == "guide" else "model"
+        found = validated if name == "model" else {}
+        about = describe_weights(
+            config, info, role=role, architecture=architecture, epoch=epoch, validated=found
+        )
+        files.append(WeightFile(name, snapshot(network.state_dict()), about))
+    return files
+
+
+def write_weights(folder: Path, files: list[WeightFile]) -> None:
+    """Write them into the checkpoint `folder`. Raises WriteError: no room, or another failure of the disk."""
+    for file in files:
+        save_weights(folder / f"{file.name}.safetensors", file.state, file.about)
+
+
+def describe_weights(
+    config: TrainConfig[Any],
+    info: DatasetInfo,
+    *,
+    role: str,
+    architecture: str,
+    epoch: int,
+    validated: Mapping[str, float],
+) -> Sidecar:
+    """What stands beside the weights of a run; arguments as for `weights_now`, role is model or guide."""
+    attack = config.attack
+    mean, std = pixel_statistics(config.model, info)
+    return Sidecar(
+        architecture=architecture,
+        num_classes=info.num_classes,
+        image_shape=info.image_shape,
+        mean=mean,
+        std=std,
+        dataset=info.name,
+        class_names=info.class_names,
+        role=role,
+        method=config.method,
+        norm=attack.norm,
+        eps=float(attack.eps),
+        eval_eps=float(attack.eval_eps),
+        epoch=epoch,
+        val_clean_acc=validated.get("val_clean_acc"),
+        val_pgd10_acc=validated.get("val_pgd10_acc"),
+    )
+
+
+def load_weights(folder: Path, networks: NetworkSet, config: TrainConfig[Any]) -> None:
+    """Put what `write_weights` wrote back into the networks.
+
+    Raises:
+        UserError: a file that is missing, damaged, of another network or method, or holds NaN.
+    """
+    for name, network, architecture in _files(networks, config):
+        file = folder / f"{name}.safetensors"
+        state, sidecar = load_state(file)
+        if (sidecar.architecture, sidecar.method) != (architecture, config.method):
+            found, wanted = (
+                f"{sidecar.architecture} of {sidecar.method}",
+                f"{architecture} of {config.method}",
+            )
+            raise UserError(f"{file} is a {found}, this run's is a {wanted}")
+        put_state(network, state, file, architecture)
+        check_numbers(network, file)

@@ -1,0 +1,164 @@
+"""Which device and precision a command runs with, and whether torch.compile can work there."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from fastdynat.errors import UserError
+from fastdynat.machine.capability import half_types
+from fastdynat.ops import available_backends, prepare, selected_backend, use_backend
+from fastdynat.tuning import ANY, MARGIN, Workload, choose, slower_than_float32
+from fastdynat.verification import WrongImplementation
+
+# What a sentence about a flag says to a caller from Python.
+KEYWORDS = (
+    ("a bare --amp", "amp=True"),
+    ("--amp bf16", "amp=torch.bfloat16"),
+    ("--amp fp16", "amp=torch.float16"),
+    ("--amp", "amp=True"),
+)
+# Autocast's type for each --amp.
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:N"; "auto" is a GPU if there is one).
+
+    Raises:
+        UserError: another kind of device, or one that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has"
+        ) from None
+    return device
+
+
+def pick_amp(
+    mode: str,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    winograd: bool = True,
+    work: Workload = ANY,
+) -> str:
+    """The precision that `mode` means on `device`: "off", "bf16" or "fp16".
+
+    Args:
+        mode: "default" is bf16 on a GPU with hardware for it, else off: nobody's numbers change without being
+            asked for; "auto" is the fastest, known or measured (`fastdynat.tuning`); any other is itself.
+        say: told what was chosen and why, or that what is insisted on is slower than float32.
+        winograd: float32 may use Winograd's algorithm.
+        work: the convolutions in hand.
+    """
+    if mode == "default":
+        amp = "bf16" if device.type == "cuda" and not half_types(device)["bf16"] else "off"
+        if amp != "off":
+            say(f"precision: {amp}, which this GPU has; --amp off for float32")
+        return amp
+    if mode == "auto":
+        found = choose(device, winograd=winograd, work=work)
+        say(f"--amp: {found.why}; computing in {'float32' if found.amp == 'off' else found.amp}")
+        return found.amp
+    if mode != "off" and (slower := _slower(mode, device)):
+        say(f"--amp {mode}: {slower}; a bare --amp takes what is fast")
+    return mode
+
+
+def _slower(amp: str, device: torch.device) -> str:
+    """Why half precision `amp` is slower on `device` than float32, in a clause; "" where it is not."""
+    lacking = half_types(device)[amp]
+    if device.type == "cuda":
+        return lacking
+    factor = slower_than_float32(amp, device)
+    if factor <= 1 + MARGIN:
+        return ""
+    return f"{lacking or f'{amp} is slow here'}, convolutions take {factor:.2g}x as long as in float32"
+
+
+def pick_half(
+    amp: bool | torch.dtype, device: torch.device, say: Callable[[str], None]
+) -> torch.dtype | None:
+    """`pick_amp` for callers from Python: True is the fastest precision, a dtype insists on it, False is
+    None.
+    """
+    if amp is False:
+        return None
+    mode = "auto" if amp is True else next(name for name, dtype in AMP_DTYPES.items() if dtype is amp)
+    heard: list[str] = []
+    picked = AMP_DTYPES[pick_amp(mode, device, heard.append)]
+    # What was asked for and is done needs no word.
+    if amp is not True or picked is None:
+        for text in heard:
+            for flag, keyword in KEYWORDS:
+                text = text.replace(flag, keyword)
+            say(text)
+    return picked
+
+
+def pick_channels_last(
+    amp: str, device: torch.device, *, winograd: bool = True, work: Workload = ANY
+) -> bool:
+    """Whether the channels-last memory format is the faster one on `device`, in precision `amp`, for
+    `work`.
+    """
+    return choose(device, amps=(amp,), winograd=winograd, work=work).channels_last
+
+
+def winograd_pays(device: torch.device, amp: str, *, channels_last: bool, work: Workload = ANY) -> bool:
+    """Whether Winograd's algorithm is faster than the direct one on `device`; which layers it suits is for
+    `WinogradConv2d`.
+    """
+    if device.type != "cpu" or amp != "off":
+        return False
+    return choose(device, amps=("off",), channels_last=channels_last, work=work).winograd
+
+
+def check_compile(mode: str, device: torch.device) -> None:
+    """Raise UserError where ``torch.compile`` would fail at its first call for want of a compiler; "auto"
+    does without.
+    """
+    names = ("g++", "c++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    own = os.environ.get("CXX" if device.type == "cpu" else "CC", "")
+    if mode not in ("off", "auto") and not any(shutil.which(name) for name in (*own.split()[:1], *names)):
+        raise UserError(
+            f"--compile needs a compiler ({' or '.join(names)}): install g++, or leave --compile out"
+        )
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    """Raise UserError where the operators cannot run as `name` asks on `device`, or are wrong there.
+
+    Verifies those that this machine has not verified yet, before graphs are captured and networks compiled.
+    """
+    remedy = "leave --kernels out to use the fastest one that is correct here"
+    try:
+        selected_backend(device.type, name)
+        with use_backend(name):
+            prepare(device)
+    except WrongImplementation as error:
+        raise UserError(f"{error}; {remedy}") from None
+    except RuntimeError as error:
+        raise UserError(f"--kernels {name}: {str(error).partition(': ')[2]}; {remedy}") from None
+
+
+def check_winograd(device: torch.device, amp: str) -> None:
+    """Raise UserError where no convolution can be computed by Winograd's algorithm: it is for float32 on the
+    CPU.
+    """
+    if device.type != "cpu" or amp != "off":
+        raise UserError(
+            f"--winograd on is for float32 on the CPU, got {device} with --amp {amp}; leave it out"
+        )
+    if (missing := available_backends()["cpp"]) is not None:
+        raise UserError(f"--winograd on: {missing}; leave it out")

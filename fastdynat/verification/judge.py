@@ -1,0 +1,182 @@
+"""Verdicts of this process, of an earlier one, or made now; and what follows from them."""
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from fastdynat.errors import UserError
+from fastdynat.verification import verdict_store as store
+from fastdynat.verification.crash_marks import mark
+from fastdynat.verification.isolated_run import DeviceLost, NotNow, Prepared, apart, lost, not_now
+from fastdynat.verification.operator_check import REFERENCE, Check, Verdict, registered
+
+Verdicts = dict[str, Verdict]
+AGAIN = "`fastdynat doctor --check` checks it again"
+SAID_FROM = {"cpu": 10.0, "cuda": 0.5}  # seconds that a check may take without a word
+
+_known: dict[tuple[str, torch.device], Verdicts] = {}
+_lost: dict[torch.device, str] = {}
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def lock() -> threading.RLock:
+    """Held while something is checked or timed."""
+    return _lock
+
+
+class WrongImplementation(UserError):
+    """An implementation that was asked for by name gives wrong results on this machine."""
+
+
+def peek(name: str, device: torch.device) -> Verdicts | None:
+    """The verdicts on check `name` that this process has. `device` has its index, as a tensor's has."""
+    return _known.get((name, device))
+
+
+def known(name: str, device: torch.device) -> Verdicts | None:
+    """The verdicts on check `name` that this process has, or an earlier one left; nothing is run."""
+    if (found := _known.get((name, device))) is None and name in registered():
+        found = store.load(store.key_of(registered()[name], device)).verdicts or None
+        if found is not None:
+            _known[name, device] = found
+            _warn(name, found)
+    return found
+
+
+def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdicts:
+    """The verdict on every candidate of check `name` that can run on `device`; what has none is checked now.
+
+    Warns of each that is not right, once a process. Must not be called while the current stream is being
+    captured, nor while torch.compile traces: `known` is for that.
+
+    afresh: check again what was checked before.
+
+    Raises:
+        DeviceLost: a candidate has broken the CUDA context. The verdict on it is stored before.
+    """
+    check = registered()[name]
+    with _lock:
+        if device in _lost:
+            raise DeviceLost(_lost[device])
+        wanted = [c for c in check.candidates if check.why_not(c, device) is None]
+        found = {} if afresh else dict(_known.get((name, device), {}))
+        if all(c in found for c in wanted):
+            return found
+        key = store.key_of(check, device)
+        stored = store.load(key)
+        before = {} if afresh else stored.verdicts
+        found = before | found
+        if missing := [c for c in wanted if c not in found]:
+            found |= _examine(
+                check,
+                device,
+                missing,
+                key,
+                store.Stored(stored.key, before, {} if afresh else stored.fastest),
+            )
+        _known[name, device] = found
+    _warn(name, found)
+    return found
+
+
+def _examine(
+    check: Check, device: torch.device, candidates: list[str], key: dict[str, object], stored: store.Stored
+) -> Verdicts:
+    """Verdicts on `candidates`, made on a thread apart and stored."""
+    found, unsure = dict(stored.verdicts), Verdicts()
+
+    def run() -> None:
+        with check.within():
+            prepared = Prepared(check, device)
+            for candidate in candidates:
+                with mark(key, candidate) as (left, note):
+                    if why := str(left):
+                        found[candidate] = Verdict(False, left.case, why)
+                        continue
+                    try:
+                        found[candidate] = prepared.examine(candidate, note)
+                    except NotNow as error:
+                        unsure[candidate] = Verdict(False, *error.args)
+                    except DeviceLost as error:
+                        found[candidate] = error.args[1]
+                        _lost[device] = error.args[0]
+                        raise
+
+    try:
+        apart(run)
+    except DeviceLost as error:
+        store.save(store.Stored(stored.key, found, stored.fastest))
+        raise DeviceLost(error.args[0]) from None
+    except Exception as error:  # the reference itself, or no memory for the cases
+        if lost(device):
+            raise
+        nothing = Verdict(False, "before the first case", not_now(error))
+        unsure |= {c: nothing for c in candidates if c not in found and c not in unsure}
+    if found:
+        store.save(store.Stored(stored.key, found, stored.fastest))
+    return found | unsure
+
+
+_warned: set[tuple[str, str, Verdict]] = set()
+
+
+def _warn(name: str, found: Verdicts) -> None:
+    for candidate, verdict in found.items():
+        if not verdict.right and (name, candidate, verdict) not in _warned:
+            _warned.add((name, candidate, verdict))
+            text = f"{name}: implementation {candidate!r} is left out: {describe(verdict)}; {AGAIN}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def describe(verdict: Verdict) -> str:
+    """The case and the deviation."""
+    return f"wrong in case {verdict.case!r}: {verdict.detail}"
+
+
+def right(name: str, device: torch.device) -> tuple[str, ...]:
+    """The right candidates of check `name` on `device`, the preferred one first, then the reference. Checks
+    at first use.
+    """
+    check, found = registered()[name], verdicts(name, device)
+    usable = [c for c in check.candidates if check.why_not(c, device) is None and found[c].right]
+    return (*usable, REFERENCE)
+
+
+def insist(name: str, candidate: str, device: torch.device) -> None:
+    """Raise WrongImplementation unless `candidate`, which somebody asked for by name, is right. Checks at
+    first use.
+    """
+    verdict = verdicts(name, device).get(candidate)
+    if verdict is not None and not verdict.right:
+        raise WrongImplementation(
+            f"{name}: implementation {candidate!r} was asked for but is {describe(verdict)}; {AGAIN}"
+        )
+
+
+def prepare(device: torch.device, names: Iterable[str] | None = None) -> None:
+    """Check now what would be checked at its first use: all that is registered, or `names`.
+
+    For whoever is about to capture a CUDA graph or to compile, where nothing can be checked any more. Says
+    how long it took where that is noticeable.
+    """
+    begin = time.perf_counter()
+    for name in registered() if names is None else names:
+        verdicts(name, device)
+    took = time.perf_counter() - begin
+    if took > SAID_FROM.get(device.type, 1.0):
+        store.log.warning(
+            "compared the operators' implementations with eager on this machine, once, in %.1f s", took
+        )

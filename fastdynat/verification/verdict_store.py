@@ -1,0 +1,91 @@
+"""Verdicts kept from one process to the next."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdynat.documents import DocumentError, parse_json, read_text
+from fastdynat.machine import folder, processor, replace_text, versions
+from fastdynat.verification.operator_check import Check, Verdict
+
+FORMAT = "fastdynat-verified/1"
+LIMIT = 1 << 18
+log = logging.getLogger("fastdynat.verification")
+_said = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds. `fastest`: by size, seconds of a call by implementation."""
+
+    key: dict[str, Any]
+    verdicts: dict[str, Verdict]
+    fastest: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def key_of(check: Check, device: torch.device) -> dict[str, Any]:
+    """Everything that the verdicts on `check` depend on; plain values."""
+    sources = {}
+    for path in check.sources:
+        with suppress(OSError):
+            about = path.stat()
+            sources[f"{path.parent.name}/{path.name}"] = [about.st_size, about.st_mtime_ns]
+    found = {"check": check.name, "device": device.type, "processor": processor(device), "sources": sources}
+    return found | {"versions": versions(device)}
+
+
+def path_of(key: Mapping[str, Any]) -> Path | None:
+    """The file of what is stored under `key`; None where there is no home."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    return None if (base := folder("verified")) is None else base / f"{key['check']}-{digest}.json"
+
+
+def load(key: Mapping[str, Any]) -> Stored:
+    """What was stored under `key`; nothing where the file is missing, damaged or of something else."""
+    nothing = Stored(dict(key), {})
+    path = path_of(key)
+    with suppress(DocumentError, OSError):
+        if path is not None and path.is_file():
+            text = read_text(path, limit=LIMIT)
+            found = parse_json(text, Stored, origin=str(path), what="a list of verdicts", format=FORMAT)
+            return found if found.key == json.loads(json.dumps(key)) else nothing
+    return nothing
+
+
+def writable() -> bool:
+    """Whether verdicts can be kept, as far as that can be known without writing one."""
+    base = folder("verified")
+    with suppress(OSError):
+        if base is not None:
+            base.mkdir(parents=True, exist_ok=True)
+            return os.access(base, os.W_OK | os.X_OK)
+    return False
+
+
+def save(stored: Stored) -> bool:
+    """Keep `stored`. False, and a word at the first time, where that is impossible."""
+    path = path_of(stored.key)
+    try:
+        if path is None:
+            raise OSError("there is no home folder")
+        replace_text(path, json.dumps({"format": FORMAT, **asdict(stored)}, indent=1) + "\n")
+    except OSError as error:
+        _say_once(error.strerror or str(error), path)
+        return False
+    return True
+
+
+def _say_once(why: str, path: Path | None) -> None:
+    global _said
+    if not _said:
+        _said = True
+        place = "anywhere" if path is None else f"in {path.parent}"
+        log.warning("operators are checked anew at every start: verdicts cannot be kept %s (%s)", place, why)

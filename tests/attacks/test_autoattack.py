@@ -1,0 +1,323 @@
+"""The AutoAttack class and the authors' package: order, resuming, verdicts, warnings, and what is refused."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import needs
+from support.networks import tiny_cnn
+from torch import Tensor, nn
+
+from fastdynat.commands.evaluate.reference_autoattack import run_reference
+from fastdynat.errors import UserError
+from fastdynat.evaluation import AutoAttack
+from fastdynat.evaluation.autoattack import inside
+from fastdynat.evaluation.defences import check_square
+
+EPS, N = 0.02, 30
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def task() -> tuple[nn.Module, Tensor, Tensor]:
+    model, x = tiny_cnn(3).eval(), torch.rand(N, 3, 8, 8)
+    y = model(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 10
+    return model, x, y
+
+
+def evaluator(model: Any, names: tuple[str, ...] = ("apgd-ce10", "apgd-t10"), **kwargs: Any) -> AutoAttack:
+    return AutoAttack(
+        model, eps=EPS, **{"seed": 1, "version": "custom", "attacks": names, "device": "cpu", **kwargs}
+    )
+
+
+def test_the_worst_case_and_the_state_it_leaves(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, x, y = task
+    model.train()
+    attack = evaluator(model, log_path=tmp_path / "log.txt")
+    with torch.no_grad():
+        x_adv, classes = attack.run_standard_evaluation(x, y, 7, return_labels=True)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    fell = classes != y
+    assert torch.equal(model(x_adv).argmax(1), classes)
+    assert 3 < int(fell.sum()) < N
+    assert torch.equal(x_adv[~fell], x[~fell])
+    assert float((x_adv - x).abs().max()) <= EPS * (1 + 1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[-1].startswith(
+        f"robust accuracy after APGD-T10: {float((~fell).double().mean()):.2%} (total time "
+    )
+    alone = attack.run_standard_evaluation_individual(x, y, 7)
+    assert list(alone) == attack.attacks_to_run
+    apart = torch.stack([model(part).argmax(1) != y for part in alone.values()])
+    assert int(apart.any(0).sum()) >= int(apart[0].sum())
+    assert attack.clean_accuracy(x, y, batch_size=4) == pytest.approx((N - 3) / N)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    from fastdynat.evaluation import staged
+
+    model, x, y = task
+    whole = evaluator(model, seed=None).run_standard_evaluation(x, y, 5, state_path=tmp_path / "whole.json")
+    seed = json.loads((tmp_path / "whole.json").read_text())["seed"]
+    write, left = staged.write_text, [calls]
+
+    def dying(path: Path, text: str) -> None:
+        write(path, text)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(staged, "write_text", dying)
+    with pytest.raises(Killed):
+        evaluator(model, seed=seed).run_standard_evaluation(x, y, 5, state_path=tmp_path / "s.json")
+    evaluator(model, seed=seed).run_standard_evaluation(x, y, 5, state_path=tmp_path / "s.json")
+    states = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "s.json")]
+    assert states[0]["robust"] == states[1]["robust"]
+    assert states[0]["accuracies"] == states[1]["accuracies"]
+    assert states[1]["accuracies"]["apgd-t10"] == float((model(whole).argmax(1) == y).double().mean())
+
+
+def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    model, x, y = task
+    path = tmp_path / "s.json"
+    evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    for changed, what in (
+        (
+            lambda: evaluator(tiny_cnn(4), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path),
+            "model",
+        ),
+        (
+            lambda: evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x[:9], y[:9], state_path=path),
+            "images",
+        ),
+        (lambda: evaluator(model, ("apgd-ce3",)).run_standard_evaluation(x, y, state_path=path), "attacks"),
+        (
+            lambda: evaluator(model, ("apgd-ce2",), seed=2).run_standard_evaluation(x, y, state_path=path),
+            "seed",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"of another evaluation: {what} differ"):
+            changed()
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is not the state of an AutoAttack evaluation"):
+        evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+
+
+def test_functions_are_attacked_as_they_are(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    ours = [evaluator(m).run_standard_evaluation(x, y) for m in (model, lambda x: model(x))]
+    assert torch.equal(model(ours[0]).argmax(1), model(ours[1]).argmax(1))
+
+
+def test_the_checks_warn(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    generator = torch.Generator().manual_seed(0)
+    for victim, text in (
+        (lambda x: model(x + 0.1 * torch.randn(x.shape, generator=generator)), "version='rand'"),
+        (lambda x: model(x).softmax(1), "leave its softmax out"),
+        (lambda x: model((x * 255).round() / 255 + 0 * x), "gradients were zero"),
+    ):
+        with pytest.warns(UserWarning, match=text):
+            evaluator(victim, ("apgd-ce2",)).run_standard_evaluation(x, y)
+    with pytest.warns(UserWarning, match=r"broke 3\.00% of the images"):
+        check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.47})
+    with pytest.warns(UserWarning, match=r"broke 3\.00% of the images"):  # in "plus" others come after it
+        check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.47, "apgd-t": 0.47})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_square({"clean": 0.9, "square": 0.5})
+        check_square({"clean": 0.9, "square": 0.5, "apgd-t": 0.4})
+        check_square({"clean": 0.9, "apgd-ce": 0.5, "square": 0.499})
+
+
+def test_few_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)
+    evaluator(tiny_cnn(classes=5), ("apgd-t2",)).run_standard_evaluation(x, y)
+    assert "apgd-t2: 4 target classes instead of 9" in capsys.readouterr().out
+    with pytest.raises(UserError, match="dlr-t needs 4 classes, the network has 3"):
+        evaluator(tiny_cnn(classes=3), ("apgd-t2",)).run_standard_evaluation(x, y)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"is_tf_model": True}, "TensorFlow"),
+        ({"norm": "L0"}, "norm must be Linf, L2 or L1, got 'L0'"),
+        ({"eps": 0}, "eps must be above 0"),
+        ({"version": "standard"}, "attacks are named for version='custom'"),
+        ({"attacks": ("apdg-ce",)}, "did you mean 'apgd-ce'"),
+        ({"attacks": ("clean", "apgd-ce")}, "clean is no attack"),
+        ({"device": "mps"}, "only cpu and cuda"),
+    ],
+)
+def test_bad_arguments(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        AutoAttack(
+            tiny_cnn(), **{"eps": EPS, "version": "custom", "attacks": ("apgd-ce",), "device": "cpu", **wrong}
+        )
+
+
+def test_bad_images(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    for bad, text in (
+        ((x * 255, y), r"images must be in \[0, 1\], got .*; divide by 255"),
+        ((x.double(), y), r"images are torch\.float64 and the model torch\.float32"),
+        ((x, y[:5]), r"30 images but labels of shape \(5,\)"),
+        ((x, y, 0), "bs must be >= 1, got 0"),
+        ((x, y + 5), r"y must be in 0 \.\. 9, the network's classes"),
+        ((x, y - 10), r"y must be in 0 \.\. 9, the network's classes"),
+    ):
+        with pytest.raises(UserError, match=text):
+            evaluator(model).run_standard_evaluation(*bad)
+    with pytest.raises(
+        UserError, match="the model is on meta, images are attacked on cpu; use device='meta'"
+    ):
+        evaluator(tiny_cnn().to("meta")).clean_accuracy(x, y)
+
+
+def test_verdicts_are_in_float32_also_under_the_callers_autocast(
+    task: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, x, y = task
+    types = set()
+
+    def watched(x: Tensor) -> Tensor:
+        logits: Tensor = model(x)
+        types.add(logits.dtype)
+        return logits
+
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluator(watched, ("apgd-ce2",)).run_standard_evaluation(x, y)
+    assert types == {torch.float32}
+
+
+@pytest.mark.parametrize("eps", [1e-4, 8 / 255])
+def test_rounding_leads_out_of_no_ball(eps: float) -> None:
+    x = torch.rand(20, 3, 16, 16)
+    ends = torch.where(torch.rand_like(x) < 0.5, x - eps, x + eps).clamp(0, 1)
+    assert inside(ends, x, "linf", eps).all()
+    assert not inside((ends + 0.01 * eps * (ends - x).sign()).clamp(0, 1), x, "linf", eps).any()
+
+
+def test_a_module_without_weights_is_known_by_its_answers(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path
+) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.function(x)
+            return logits
+
+    model, x, y = task
+    other = tiny_cnn(5).eval()
+    path = tmp_path / "s.json"
+    evaluator(Wrapper(lambda x: model(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    with pytest.raises(UserError, match="of another evaluation: model differ"):
+        evaluator(Wrapper(lambda x: other(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+
+
+def test_batches_are_halved_until_they_fit(
+    task: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, x, y = task
+
+    def small(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 8:
+            raise torch.OutOfMemoryError("too much")
+        return model(x)
+
+    x_adv = evaluator(small).run_standard_evaluation(x, y, 30)
+    assert capsys.readouterr().out.count("out of memory") == 2
+    assert 3 < int((model(x_adv).argmax(1) != y).sum()) < N
+
+
+@pytest.mark.peer
+@needs("pyautoattack")
+def test_the_package_in_parts_is_the_package(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyautoattack
+
+    class Theirs(pyautoattack.AutoAttack):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.apgd.n_iter, self.apgd.eot_iter = 10, 2  # instead of 100 and 20: seconds
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Theirs)
+    model, x, y = task[0], task[1][:12], task[2][:12]
+    said: list[str] = []
+    numbers: dict[str, Any] = {
+        "norm": "linf",
+        "eps": EPS,
+        "seed": 3,
+        "batch_size": 5,
+        "device": CPU,
+        "version": "rand",
+    }
+    before = torch.get_rng_state()
+    mask, seconds = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json", say=said.append)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(seconds) == ["apgd-ce", "apgd-dlr"]
+    assert [line.split(":")[0] for line in said] == [
+        "robust accuracy after APGD-CE",
+        "robust accuracy after APGD-DLR",
+    ]
+    theirs = Theirs(model, norm="Linf", eps=EPS, seed=3, device="cpu", version="rand")
+    _, classes = theirs.run_standard_evaluation(x, y, batch_size=5)
+    assert torch.equal(mask, classes == y)
+    assert 0 < int(mask.sum()) < 9
+    again, _ = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json", say=said.append)
+    assert torch.equal(again, mask)
+    assert len(said) == 2
+
+
+@pytest.mark.peer
+@needs("pyautoattack")
+def test_the_package_on_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyautoattack
+
+    class Theirs(pyautoattack.AutoAttack):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = self.square.n_queries = 3
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Theirs)
+    model, x = tiny_cnn(classes=5).eval(), torch.rand(4, 3, 8, 8)
+    numbers: dict[str, Any] = {
+        "norm": "linf",
+        "seed": 3,
+        "batch_size": 4,
+        "device": CPU,
+        "say": lambda text: None,
+    }
+    mask, seconds = run_reference(model, x, model(x).argmax(1), eps=1e-4, **numbers)
+    assert mask.all()
+    assert len(seconds) == 4
+
+
+@pytest.mark.peer
+@needs("pyautoattack")
+def test_a_bad_version(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    with pytest.raises(UserError, match="unknown version"):
+        run_reference(model, x, y, norm="linf", eps=EPS, seed=3, batch_size=8, device=CPU, version="quick")

@@ -1,0 +1,443 @@
+"""`fastdynat report`: what the page holds and escapes, what it says is missing, what a second call does not
+do again.
+"""
+
+import base64
+import json
+import re
+import shutil
+from dataclasses import asdict
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs
+from PIL import Image
+
+from fastdynat.commands.evaluate.measurement_store import FORMAT
+from fastdynat.commands.figures import TEXT
+from fastdynat.commands.main import main
+from fastdynat.commands.report.report_config import ReportConfig
+from fastdynat.commands.report.run_records import read_records
+from fastdynat.evaluation import Stopped
+from fastdynat.evaluation.outcome import Measurement
+from fastdynat.runs import read_sidecar
+
+pytestmark = needs("matplotlib", "jinja2")
+TINY = [
+    "--train-size",
+    "200",
+    "--val-size",
+    "20",
+    "--batch-size",
+    "32",
+    "--steps",
+    "1",
+    "--epochs",
+    "2",
+    "--quiet",
+]
+FAST = ["--num-images", "12", "--batch-size", "12"]
+EVIL = '<img src=x onerror="alert(1)"> & $x$'
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, ids, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.open = text, [], []  # type: ignore[var-annotated]
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def ids(self) -> list[str]:
+        return [attrs["id"] for _, attrs in self.tags if attrs.get("id")]
+
+
+def write_measurement(
+    run: Path, attack: str, correct: int, *, images: int = 20, eps: float = 0.1, **key: Any
+) -> None:
+    """A file as `fastdynat eval` leaves it."""
+    robust = torch.arange(images) < correct
+    labels = torch.arange(images) % 10
+    measurement = Measurement.of(attack, robust, labels, classes=10, seconds=1.0, batch_size=images)
+    weights = read_sidecar((run / "last").resolve() / "model.safetensors")[1]
+    about = {
+        "run": str(run),
+        "checkpoint": "last",
+        "norm": "linf",
+        "eps": eps,
+        "images": images,
+        "dataset": "digits",
+    }
+    keys = {
+        "weights": weights,
+        "images": "0",
+        "attack": attack,
+        "search": None,
+        "seed": 1,
+        "batch_size": 20,
+        "amp": "off",
+    }
+    path = run / "evaluations" / f"{attack}-{images}-{len(key)}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps({"format": FORMAT, "key": keys | key, "about": about, "measurement": asdict(measurement)})
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs, one of them with a name that is no HTML, and their evaluations."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method, name in (("dynat", "dynat"), ("fgsm_rs", EVIL.replace("/", "-"))):
+        assert main(["train", "--method", method, "--run-dir", str(folder / name), *TINY]) == 0
+        for attack, correct in (("clean", 18), ("fgsm", 12), ("pgd20", 9)):
+            write_measurement(folder / name, attack, correct)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report of both runs."""
+    out = tmp_path_factory.mktemp("report")
+    assert main(["report", *map(str, sorted(trained.iterdir())), "--out", str(out), *FAST]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page((written / "index.html").read_text())
+
+
+def report(out: Path, *argv: object) -> Page:
+    assert main(["report", *map(str, argv), "--out", str(out), *FAST]) == 0
+    return Page((out / "index.html").read_text())
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page: Page) -> None:
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert not page.all("script")
+    for _, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:")), attrs
+        assert not any(name.startswith("on") for name in attrs)
+    assert not re.search(r"url\((?!['\"]?#)|@import", page.text)
+    links = {attrs["href"][1:] for attrs in page.all("a") if (attrs["href"] or "").startswith("#")}  # type: ignore[index]
+    assert len(links) == 9
+    assert links <= set(page.ids)
+    for attrs in page.all("use"):
+        assert (attrs.get("xlink:href") or "")[1:] in page.ids
+    for used in re.findall(r"url\(#([^)]*)\)", page.text):
+        assert used in page.ids
+
+
+def test_everything_that_is_seen_is_said(page: Page) -> None:
+    images = page.all("img")
+    assert len(images) == 2 * 6 * 5
+    assert all(attrs.get("alt") for attrs in images)
+    charts = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
+    assert len(charts) == len(page.all("svg")) >= 14
+    assert all(len(attrs["aria-label"] or "") > 20 for attrs in charts)
+    assert all(attrs.get("scope") in ("row", "col") for attrs in page.all("th"))
+
+
+def test_names_of_runs_are_escaped(page: Page) -> None:
+    name = EVIL.replace("/", "-")
+    assert name not in page.text
+    assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt; &amp; $x$" in page.text
+    assert all((attrs.get("src") or "").startswith("data:image/png;base64,") for attrs in page.all("img"))
+
+
+def test_the_accuracies_are_those_of_the_evaluations(page: Page) -> None:
+    table = page.text[page.text.index('id="accuracy"') : page.text.index('id="belief"')]
+    values = re.findall(r'<td class="n">(\d+\.\d+)<small>([\d.]+)–([\d.]+)', table)  # noqa: RUF001
+    assert [value for value, _, _ in values] == ["90.00", "60.00", "45.00"] * 2
+    # Wilson's interval of 9 in 20, from a table.
+    assert values[2][1:] == ("25.8", "65.8")
+    assert table.count('<td class="n">45.0</td>') == 2  # the gap
+    assert table.count("linf 25.5/255") == 2
+
+
+def test_charts_take_the_colour_of_the_page(written: Path, page: Page) -> None:
+    assert TEXT not in page.text
+    assert "fill: currentColor" in page.text
+    for path in written.glob("*.png"):
+        assert path.stat().st_size < 150_000
+        pixels = np.asarray(Image.open(path).convert("RGBA"))
+        assert (pixels[..., 3] == 0).mean() > 0.1, f"{path} is not transparent"
+        assert pixels[..., 3].max() == 255
+    names = {path.name for path in written.glob("*.png")}
+    assert names == {
+        "trade-off.png",
+        "training.png",
+        "radius.png",
+        "classes.png",
+        "transfer.png",
+        "images-1.png",
+        "images-2.png",
+    }
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2.1."""
+    low, high = sorted(map(_luminance, (a, b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_contrast_in_light_and_dark(page: Page) -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    assert min(contrast(TEXT, "#ffffff"), contrast(TEXT, "#000000")) >= 4.5
+    schemes = [
+        dict(re.findall(r"--(\w+): (#\w+)", block))
+        for block in re.findall(r":root \{(.*?)\}", page.text, re.S)
+    ]
+    assert len(schemes) == 3
+    for scheme in (schemes[0], schemes[1]):
+        for text in ("ink", "muted", "accent", "warn", "good"):
+            assert contrast(scheme[text], scheme["paper"]) >= 4.5, (text, scheme)
+            assert contrast(scheme[text], scheme["card"]) >= 4.5, (text, scheme)
+
+
+def test_numbers_on_colours_can_be_read() -> None:
+    from matplotlib.colors import to_hex
+
+    from fastdynat.commands.report.report_charts import RAMP, readable_on
+
+    for share in np.linspace(0, 1, 50):
+        colour = RAMP(share)
+        assert contrast(readable_on(colour[:3]), to_hex(colour)) >= 4.5
+
+
+def test_a_second_call_only_draws(
+    trained: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdynat.commands.report import compute
+
+    def refuse(*args: object, **kwargs: object) -> Any:
+        raise AssertionError("nothing is to be computed")
+
+    out = Path(shutil.copytree(written, tmp_path / "out"))
+    monkeypatch.setattr(compute, "load_test", refuse)
+    monkeypatch.setattr(compute, "load_network", refuse)
+    before = (out / "findings.json").read_bytes()
+    runs = sorted(trained.iterdir())
+    again = report(out, *runs)
+    assert (out / "findings.json").read_bytes() == before
+    assert len(again.all("svg")) == len(Page((written / "index.html").read_text()).all("svg"))
+    # Other settings are other findings.
+    with pytest.raises(AssertionError, match="nothing is to be computed"):
+        report(out, *runs, "--seed", "2")
+
+
+def test_only_what_is_missing_is_computed(
+    trained: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdynat.commands.report import compute
+
+    out = Path(shutil.copytree(written, tmp_path / "out"))
+    document = json.loads((out / "findings.json").read_text())
+    dropped = next(entry for entry in document["findings"] if entry["key"]["kind"] == "curve")
+    document["findings"].remove(dropped)
+    (out / "findings.json").write_text(json.dumps(document))
+    done = []
+
+    def spy(kind: str, function: Any) -> Any:
+        return lambda *args: done.append(kind) or function(*args)
+
+    monkeypatch.setattr(
+        compute, "KINDS", {kind: spy(kind, function) for kind, function in compute.KINDS.items()}
+    )
+    report(out, *sorted(trained.iterdir()))
+    assert done == ["curve"]
+    again = {
+        json.dumps(e["key"], sort_keys=True): e["value"]
+        for e in json.loads((out / "findings.json").read_text())["findings"]
+    }
+    assert again[json.dumps(dropped["key"], sort_keys=True)] == dropped["value"]
+
+
+def test_an_interrupted_report_keeps_what_is_done(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from fastdynat.commands.report import compute
+
+    def interrupted(subject: Any, means: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        assert means.should_stop()
+        raise Stopped
+
+    kinds = {"curve": compute.findings.curve, "masking": interrupted}
+    monkeypatch.setattr(compute, "KINDS", {**compute.KINDS, **kinds, "nearest": interrupted})
+    monkeypatch.setattr(
+        compute, "KINDS", {kind: compute.KINDS[kind] for kind in ("curve", "masking", "examples", "nearest")}
+    )
+    runs = sorted(trained.iterdir())
+    assert main(["report", *map(str, runs), "--out", str(tmp_path), *FAST]) == 128 + signal.SIGINT
+    findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
+    assert [entry["key"]["kind"] for entry in findings] == ["curve"]
+    page = Page((tmp_path / "index.html").read_text())
+    assert "Not computed yet: images and saliency" in page.text
+    assert "accuracy over eps (linf)" in page.text
+
+
+def test_without_attacks_and_evaluations_the_page_says_what_makes_them(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "dynat", tmp_path / "bare", symlinks=True))
+    shutil.rmtree(run / "evaluations")
+    page = report(tmp_path / "out", run, "--no-attacks")
+    assert f"Run <code>fastdynat eval {run}</code>" in page.text
+    assert page.text.count(f"fastdynat report {run} --out {tmp_path / 'out'}") >= 3
+    assert len(page.all("svg")) == 8  # the training alone
+    assert not (tmp_path / "out" / "findings.json").exists()
+    assert not (tmp_path / "out" / "classes.png").exists()
+
+
+def test_runs_without_an_epoch_or_a_checkpoint_are_listed(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "begun"
+    run.mkdir()
+    shutil.copy(trained / "dynat" / "config.yaml", run)
+    page = report(tmp_path / "out", run, trained / "dynat", "--no-attacks")
+    assert f"begun has no checkpoint yet. Run <code>fastdynat train --resume {run}</code>" in page.text
+    assert "begun has no finished epoch." in page.text
+
+
+def test_measurements_of_other_weights_and_parts_of_one_do_not_count(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True))
+    shutil.rmtree(run / "evaluations")
+    write_measurement(run, "pgd20", 3, weights="0" * 64)
+    write_measurement(run, "pgd20", 4, standing="0", shard="1/2")
+    page = report(tmp_path / "out", run, "--no-attacks")
+    assert "run has only evaluations of checkpoints that are gone." in page.text
+    write_measurement(run, "pgd20", 5)
+    write_measurement(run, "pgd20", 11, images=30)  # of more images: it counts
+    page = report(tmp_path / "out", run, "--no-attacks")
+    assert "36.67<small>" in page.text
+    assert "25.00<small>" not in page.text
+
+
+def test_findings_are_of_a_radius_and_not_of_weights_alone(trained: Path, tmp_path: Path) -> None:
+    """Runs that differ in nothing but --eval-eps have the same weights."""
+    runs = [shutil.copytree(trained / "dynat", tmp_path / name, symlinks=True) for name in ("narrow", "wide")]
+    for sidecar in runs[1].glob("checkpoints/*/model.json"):
+        values = json.loads(sidecar.read_text())
+        sidecar.write_text(json.dumps(values | {"eval_eps": 2 * values["eval_eps"]}))
+    from fastdynat.commands.report.compute import KINDS, Findings, _tasks
+
+    records = read_records(runs)
+    found = Findings({kind: {} for kind in KINDS})
+    tasks = list(_tasks(records, ReportConfig(), found))
+    keys = [json.dumps(task.key, sort_keys=True) for task in tasks]
+    assert len(set(keys)) == len(keys) == 2 * len(KINDS)
+
+
+def test_transfers_from_different_networks_are_different_columns_and_no_margins(
+    trained: Path, tmp_path: Path
+) -> None:
+    from fastdynat.commands.report.report_tables import accuracy_table
+
+    run = shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True)
+    for source, correct in (("aaaaaaaa11", 15), ("bbbbbbbb22", 11)):
+        write_measurement(
+            run, "transfer-pgd20", correct, source=source, **{"pad": None} if correct == 15 else {}
+        )
+    heads = [c.radius for c in accuracy_table(read_records([run]))["columns"] if c.attack == "transfer-pgd20"]
+    assert sorted(heads) == [
+        f"linf 25.5/255, made on weights {source}" for source in ("aaaaaaaa", "bbbbbbbb")
+    ]
+
+
+def test_transfer_is_between_runs_of_one_dataset(trained: Path, written: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(trained / "dynat", tmp_path / "other", symlinks=True))
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("image_size: null", "image_size: 12"))
+    out = Path(shutil.copytree(written, tmp_path / "out"))
+    page = report(out, *sorted(trained.iterdir()), other, "--no-attacks")
+    assert "made on dynat" in page.text
+    assert "made on other" not in page.text
+    alone = report(tmp_path / "alone", other, "--no-attacks")
+    assert "One run alone has no transfer matrix." in alone.text
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*argv: object) -> str:
+        assert main(["report", *map(str, argv)]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+def test_bad_input_is_refused_before_anything_is_written(
+    trained: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = trained / "dynat", tmp_path / "out"
+    assert "at least one run directory" in refused("--out", out)
+    assert "no run at" in refused(run, tmp_path / "nowhere", "--out", out)
+    assert "--num-images must be >= 1, got 0" in refused(run, "--out", out, "--num-images", "0")
+    assert "best or last" in refused(run, "--out", out, "--checkpoint", "first")
+    real = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a)
+    )
+    assert "pip install 'fastdynat[plots]'" in refused(run, "--out", out)
+    assert not out.exists()
+    monkeypatch.undo()
+    out.mkdir()
+    (out / "findings.json").write_text("{}")
+    assert "findings.json is not a report's findings" in refused(run, "--out", out)
+
+
+def test_the_images_are_the_attacked_ones(trained: Path, written: Path) -> None:
+    """The pictures on the page, read back: within eps of the image, and the perturbation is their difference,
+    amplified.
+    """
+    entries = json.loads((written / "findings.json").read_text())["findings"]
+    value = next(e["value"] for e in entries if e["key"]["kind"] == "examples")
+    assert len({example["label"] for example in value["examples"]}) == 6
+    for example in value["examples"]:
+        pixels = {
+            name: np.asarray(Image.open(BytesIO(base64.b64decode(png)))).astype(float)
+            for name, png in example["pictures"].items()
+        }
+        delta = pixels["adversarial"] - pixels["image"]
+        assert 0 < np.abs(delta).max() <= 255 * 0.1 + 1
+        # Both pictures are rounded to whole levels.
+        assert np.abs(pixels["perturbation"] - (127.5 + value["gain"] * delta)).max() <= value["gain"] + 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "gain"), [(8 / 255, 15.0), (0.1, 5.0), (0.5, 1.0), (0.003, 160.0), (0.0, 1.0)]
+)
+def test_amplification_fills_half_of_the_range(largest: float, gain: float) -> None:
+    from fastdynat.commands.report.findings import amplification
+
+    assert amplification(torch.tensor([0.0, -largest])) == pytest.approx(gain)

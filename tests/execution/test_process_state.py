@@ -1,0 +1,216 @@
+"""What runs in the caller's process gives the process back as it was: after success, refusal, divergence and
+interruption.
+"""
+
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastdynat.commands.evaluate.measure_runs import measure_runs
+from fastdynat.commands.evaluate.settle import EvalConfig
+from fastdynat.commands.main import main
+from fastdynat.config import TrainConfig
+from fastdynat.execution.process_state import process_state_kept
+from fastdynat.methods.configs import default_config
+from fastdynat.runs import load_network
+from fastdynat.training import new_run
+from fastdynat.training.trainer import Trainer
+
+TINY = [
+    "--train-size",
+    "40",
+    "--val-size",
+    "20",
+    "--batch-size",
+    "20",
+    "--steps",
+    "1",
+    "--epochs",
+    "1",
+    "--quiet",
+]
+MADRY = [*TINY, "--method", "madry", "--model", "small"]
+
+
+def snapshot() -> dict[str, Any]:
+    """Global state by name, in a form that compares with ==."""
+    numpy = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
+        "torch": torch.get_rng_state().tolist(),
+        "initial seed": torch.initial_seed(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "cudnn deterministic": torch.backends.cudnn.deterministic,
+        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        "filters": list(warnings.filters),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "folder": os.getcwd(),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--run-dir", str(path), *MADRY]) == 0
+    return path
+
+
+@pytest.fixture(params=["plain", "unusual"])
+def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The state that must be there afterwards: as the process began, and one in which nothing has its
+    default.
+    """
+    torch.manual_seed(11)
+    np.random.seed(12)
+    random.seed(13)
+    if request.param == "unusual":
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield snapshot()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_unchanged(before: dict[str, Any]) -> None:
+    after = snapshot()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+COMMANDS: dict[str, Callable[[Path, Path], tuple[list[str], int]]] = {
+    "train": lambda run, out: (["train", "--run-dir", str(out), *MADRY], 0),
+    "train deterministic": lambda run, out: (["train", "--run-dir", str(out), *MADRY, "--deterministic"], 0),
+    "train refused late": lambda run, out: (
+        ["train", "--run-dir", str(out), *MADRY, "--batch-size", "4000"],
+        2,
+    ),
+    "train diverged": lambda run, out: (["train", "--run-dir", str(out), *MADRY, "--lr", "1e30"], 1),
+    "resume": lambda run, out: (["train", "--resume", str(run)], 0),
+    "eval": lambda run, out: (
+        ["eval", str(run), "--attacks", "clean,pgd2", "--num-images", "20", "--fresh"],
+        0,
+    ),
+    "eval autoattack": lambda run, out: (
+        ["eval", str(run), "--attacks", "square3,apgd-ce", "--num-images", "5", "--fresh"],
+        0,
+    ),
+    "bench": lambda run, out: (["bench", "--data", "digits", *BENCH], 0),
+    "compare": lambda run, out: (
+        [
+            "compare",
+            "--methods",
+            "madry,natural",
+            "--seeds",
+            "1",
+            "--out",
+            str(out),
+            *TINY,
+            "--attacks",
+            "clean",
+        ],
+        0,
+    ),
+    "export": lambda run, out: (
+        ["export", str(run), "--out", str(out.with_suffix(".pt2")), "--format", "torch"],
+        0,
+    ),
+}
+BENCH = ["--method", "madry", "--model", "small", "--batch-size", "4", "--steps", "1", "--seconds", "0.01"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_in_the_callers_process(
+    name: str, run: Path, before: dict[str, Any], tmp_path: Path
+) -> None:
+    argv, code = COMMANDS[name](run, tmp_path / "out")
+    assert main(argv) == code
+    assert_unchanged(before)
+
+
+def tiny_config(path: Path) -> TrainConfig[Any]:
+    from fastdynat.config import update
+
+    values = {
+        "train_size": 40,
+        "val_size": 20,
+        "batch_size": 20,
+        "steps": 1,
+        "epochs": 1,
+        "run_dir": str(path),
+        "quiet": True,
+    }
+    return update(default_config("madry"), {"method": "madry", "deterministic": True, **values}, "test")
+
+
+def test_the_engine_as_a_library(before: dict[str, Any], tmp_path: Path) -> None:
+    with new_run(tiny_config(tmp_path / "run"), lambda text: None) as trainer:
+        assert torch.are_deterministic_algorithms_enabled()
+        trainer.fit()
+    assert_unchanged(before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_after_an_error_in_the_middle(
+    error: type[BaseException], before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Trainer, *args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "_train_epoch", fails)
+    with pytest.raises(error), new_run(tiny_config(tmp_path / "run"), lambda text: None) as trainer:
+        trainer.fit()
+    assert_unchanged(before)
+
+
+def test_reading_and_measuring_networks(run: Path, before: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    load_network(run / "best" / "model.safetensors")
+    assert_unchanged(before)
+    measure_runs([run], EvalConfig(attacks="clean", num_images=10, cache="off"), Console(quiet=True))
+    assert_unchanged(before)
+
+
+def test_two_runs_in_one_process_are_two_runs_in_two(run: Path, tmp_path: Path) -> None:
+    """Nothing of an earlier run, deterministic or not, reaches a later one."""
+    from safetensors.torch import load_file
+
+    assert main(["train", "--run-dir", str(tmp_path / "a"), *MADRY, "--deterministic", "--seed", "5"]) == 0
+    assert main(["train", "--run-dir", str(tmp_path / "b"), *MADRY]) == 0
+    first, second = (load_file(path / "last" / "model.safetensors") for path in (run, tmp_path / "b"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["matmul", "cudnn"])
+def test_tf32_set_through_the_newer_names_is_no_obstacle(name: str) -> None:
+    owner = torch.backends.cuda.matmul if name == "matmul" else torch.backends.cudnn
+    if not hasattr(owner, "fp32_precision"):
+        pytest.skip("this torch has no fp32_precision")
+    before = owner.fp32_precision
+    owner.fp32_precision = "tf32"
+    try:
+        with process_state_kept():
+            pass
+        assert owner.fp32_precision == "tf32"
+    finally:
+        owner.fp32_precision = before

@@ -1,0 +1,126 @@
+"""`--compile`: whole graphs, none of them made twice, and the numbers of eager mode."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import needs
+from support.networks import tiny_cnn
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.config import OptimConfig
+from fastdynat.data import Batch
+from fastdynat.execution.compiling import MODES, compile_whole
+from fastdynat.methods import Dynat, DynatOptions
+from fastdynat.training.networks import NetworkSet
+from fastdynat.training.precision import Precision
+from fastdynat.training.step import TrainStep
+from fastdynat.tuning.devices import AMP_DTYPES
+
+CPU = torch.device("cpu")
+EPOCH = (16, 16, 7)  # batch sizes: the last one is short
+
+
+def dynat_step(mode: str, amp: str) -> TrainStep:
+    switches = AttackSwitches(dtype=AMP_DTYPES[amp], channels_last=True, compile=mode)
+    networks = NetworkSet(
+        tiny_cnn(0),
+        tiny_cnn(1),
+        image_shape=(3, 8, 8),
+        device=CPU,
+        channels_last=True,
+        attack=switches,
+        compile_mode=mode,
+        say=pytest.fail,
+    )
+    spec, optim = PGDSpec(0.1, 0.05, 3, start="gaussian"), OptimConfig(lr=0.1, epochs=1)
+    return TrainStep(
+        Dynat(DynatOptions()), networks, spec, optim, Precision(amp, CPU), lambda step: 1 / (1 + step)
+    )
+
+
+def batches(epochs: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    for size in EPOCH * epochs:
+        x = torch.rand(size, 3, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
+        yield Batch(x, torch.randint(10, (size,), generator=generator), torch.arange(size))
+
+
+def weights_after(step: TrainStep, epochs: int) -> Tensor:
+    torch.manual_seed(5)
+    for batch in batches(epochs):
+        step(batch)
+    return torch.cat(
+        [p.detach().flatten() for module in step.networks.raw.values() for p in module.parameters()]
+    )
+
+
+@needs("cxx")
+@pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-5), ("bf16", 5e-3)])
+def test_no_breaks_no_recompilation_and_eagers_numbers(amp: str, tolerance: float) -> None:
+    compiled = dynat_step("default", amp)
+    counters.clear()
+    weights_after(compiled, epochs=1)
+    # Per batch shape: the attack's step, the guide, the model with its gradient, the model's clean pass
+    # without.
+    assert counters["stats"]["unique_graphs"] == 4 * len(set(EPOCH))
+    assert not counters["graph_break"]
+    counters.clear()
+    weights_after(compiled, epochs=2)
+    assert counters["stats"]["unique_graphs"] == 0, "recompiled after the first epoch"
+
+    got, want = weights_after(dynat_step("default", amp), 2), weights_after(dynat_step("off", amp), 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+
+
+@needs("cxx")
+def test_many_networks_of_one_class_do_not_use_up_each_others_recompilations() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    x = torch.rand(3, 4)
+    for width in range(2, limit + 4):  # other shapes, so that each is a compilation of its own
+        network = nn.Sequential(nn.Linear(4, width))
+        counters.clear()
+        compile_whole(network, mode="default", what="it", say=pytest.fail)(x)
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs("cxx")
+def test_what_cannot_be_one_graph_runs_in_parts_and_says_so() -> None:
+    def branches(x: Tensor) -> Tensor:
+        return x + 1 if float(x.sum()) > 0 else x - 1
+
+    said: list[str] = []
+    compiled = compile_whole(branches, mode="default", what="the model", say=said.append)
+    for x in (torch.ones(3), -torch.ones(3), torch.ones(3)):
+        torch.testing.assert_close(compiled(x), branches(x))
+    assert len(said) == 1
+    assert said[0].startswith("the model runs in several compiled parts: ")
+
+
+@pytest.mark.parametrize("own_fallback", [False, True])
+def test_a_compiler_that_fails_is_said_once(monkeypatch: pytest.MonkeyPatch, own_fallback: bool) -> None:
+    def fails(*args: object, **kwargs: object) -> object:
+        def call(*args: object) -> object:
+            raise torch._dynamo.exc.BackendCompilerFailed(fails, RuntimeError("no compiler"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    said: list[str] = []
+    otherwise = (lambda x: x * 3) if own_fallback else None
+    compiled = compile_whole(lambda x: x * 2, mode="default", what="it", say=said.append, otherwise=otherwise)
+    assert [float(compiled(torch.ones(()))) for _ in range(2)] == ([3, 3] if own_fallback else [2, 2])
+    assert len(said) == 1
+    assert "without torch.compile" in said[0]
+    assert "no compiler" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # Inductor's own
+@needs("cxx")
+def test_every_mode_compiles() -> None:
+    for mode in MODES:
+        assert weights_after(dynat_step(mode, "off"), 1).isfinite().all()

@@ -1,0 +1,135 @@
+"""A captured training step is the training step: simulated graphs here, CUDA's under `-m gpu`."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import needs
+from support.graph_sim import SimulatedRecorder
+from support.networks import tiny_cnn
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.config import OptimConfig
+from fastdynat.data import Batch
+from fastdynat.execution.graph_capture import CudaRecorder, Recorder
+from fastdynat.execution.graphed_call import WARM_UP_CALLS
+from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions, Method
+from fastdynat.training.networks import NetworkSet
+from fastdynat.training.precision import Precision
+from fastdynat.training.step import TrainStep
+
+EPOCH = (16, 16, 7)
+EPOCHS = 6
+
+
+def make_step(
+    method: Method[Any], device: str, amp: str = "off", recorder: Recorder | None = None, **kwargs: Any
+) -> TrainStep:
+    switches = AttackSwitches(dtype=torch.bfloat16 if amp == "bf16" else None, channels_last=amp == "bf16")
+    guide = tiny_cnn(1) if method.uses_guide else None
+    networks = NetworkSet(
+        tiny_cnn(0),
+        guide,
+        frozen_guide="guide" not in method.trains,
+        image_shape=(3, 8, 8),
+        device=torch.device(device),
+        attack=switches,
+        ema=0.9,
+    )
+    optim = OptimConfig(lr=0.1, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
+    precision = Precision(amp, torch.device(device))
+    spec = PGDSpec(0.1, 0.05, 3, start="gaussian")
+    return TrainStep(
+        method, networks, spec, optim, precision, lambda n: 1 / (1 + n), recorder=recorder, **kwargs
+    )
+
+
+def train(step: TrainStep, device: str = "cpu") -> tuple[list[dict[str, float]], Tensor]:
+    """Logs of every step, and all weights, averages and buffers at the end."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(5)
+    logs = []
+    for size in EPOCH * EPOCHS:
+        x, labels = (
+            torch.rand(size, 3, 8, 8, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+        )
+        out = step(Batch(x.to(device), labels.to(device), torch.arange(size, device=device)))
+        logs.append({key: float(value) for key, value in out.items()})
+    networks = [*step.networks.raw.values(), step.networks.deployed()]
+    return logs, torch.cat(
+        [t.detach().double().flatten().cpu() for net in networks for t in net.state_dict().values()]
+    )
+
+
+METHODS = {
+    "dynat": lambda: Dynat(DynatOptions()),
+    "dynat-kl": lambda: Dynat(
+        DynatOptions(inner_loss="kl_self", label_type="soft", guide_mode="eval", extra_kl_weight=1.0)
+    ),
+    "madry": lambda: Madry(MadryOptions(bn_clean_forward=True)),
+}
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str, amp: str) -> None:
+    recorder = SimulatedRecorder()
+    graphed = make_step(METHODS[name](), "cpu", amp, recorder, clip_grad=0.5, say=pytest.fail)
+    got, want = train(graphed), train(make_step(METHODS[name](), "cpu", amp, clip_grad=0.5))
+    shapes, steps = len(set(EPOCH)), len(EPOCH) * EPOCHS
+    assert (recorder.captured, recorder.warmed) == (shapes, shapes * WARM_UP_CALLS)
+    assert recorder.replayed == steps - recorder.warmed
+    assert got[0] == want[0]
+    assert torch.equal(got[1], want[1])
+
+
+def test_a_constant_of_python_that_changes_is_another_graph() -> None:
+    class Ramp(Madry):
+        def constants(self) -> tuple[float, ...]:
+            return (self.epoch,)
+
+    recorder = SimulatedRecorder()
+    step = make_step(Ramp(MadryOptions()), "cpu", recorder=recorder)
+    x, labels = torch.rand(4, 3, 8, 8), torch.randint(10, (4,))
+    for epoch in (0, 1):
+        step.method.epoch = epoch
+        for _ in range(WARM_UP_CALLS + 2):
+            step(Batch(x, labels, torch.arange(4)))
+    assert (recorder.captured, recorder.replayed) == (2, 4)
+
+
+def test_a_step_that_waits_for_the_device_goes_on_without_graphs_and_says_why() -> None:
+    class Waits(Madry):
+        def outer(self, *args: Any) -> Any:
+            result = super().outer(*args)
+            assert result.losses["model"].item() > 0
+            return result
+
+    said: list[str] = []
+    recorder = SimulatedRecorder()
+    got = train(make_step(Waits(MadryOptions()), "cpu", recorder=recorder, say=said.append))
+    want = train(make_step(Madry(MadryOptions()), "cpu"))
+    assert len(said) == 1
+    assert "CUDA graphs are off" in said[0]
+    assert "waits for the device" in said[0]
+    assert recorder.replayed == 0
+    assert torch.equal(got[1], want[1])  # the failed recording trained nothing
+
+
+@pytest.mark.gpu
+@needs("gpu")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu(name: str, stream: bool, amp: str) -> None:
+    device = torch.device("cuda")
+    side = torch.cuda.Stream(device) if stream else None
+    graphed = make_step(
+        METHODS[name](), "cuda", amp, CudaRecorder(device), guide_stream=side, say=pytest.fail
+    )
+    got, want = train(graphed, "cuda"), train(make_step(METHODS[name](), "cuda", amp), "cuda")
+    # Other convolution algorithms may be chosen, and rounding may flip the sign of a gradient that is noise.
+    torch.testing.assert_close(got[1], want[1], rtol=1e-2, atol=1e-2)

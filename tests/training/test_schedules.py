@@ -1,0 +1,151 @@
+"""Learning-rate schedules against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, OneCycleLR
+
+from fastdynat.config import OptimConfig
+from fastdynat.training.schedules import momentum_at, schedule_factor
+
+
+def rates(spe: int, **config: object) -> list[float]:
+    optim = OptimConfig(lr=0.1, **config)  # type: ignore[arg-type]
+    assert optim.epochs is not None
+    assert optim.lr is not None
+    factor = schedule_factor(optim, spe)
+    return [optim.lr * factor(step) for step in range(optim.epochs * spe)]
+
+
+def test_release_schedule_over_its_100_epochs() -> None:
+    """algorithms A.6: epoch 1 -> 0.02; 2-75 -> 0.1; 76-90 -> 0.01; 91-100 -> 0.001."""
+    by_epoch = rates(3, epochs=100, schedule="release")[::3]
+    assert by_epoch == pytest.approx([0.02] + [0.1] * 74 + [0.01] * 15 + [0.001] * 10)
+
+
+def test_multistep_drops_at_its_shares() -> None:
+    by_epoch = rates(2, epochs=8, schedule="multistep", milestones=(0.5, 0.75), gamma=0.1)[::2]
+    assert by_epoch == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def torchs(
+    name: str, total: int, warmup: float, *, cycle: bool = False, by: int = 1
+) -> tuple[list[float], list[float]]:
+    """Rates and momenta of torch's scheduler, each `by` times."""
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    if name == "onecycle":
+        scheduler: LRScheduler = OneCycleLR(
+            optimizer, 0.1, total_steps=total, pct_start=warmup, cycle_momentum=cycle
+        )
+    elif name == "triangular":
+        up, down = warmup * total, (1 - warmup) * total
+        scheduler = CyclicLR(optimizer, 0.0, 0.1, step_size_up=up, step_size_down=down, cycle_momentum=cycle)
+    else:
+        scheduler = CosineAnnealingLR(optimizer, total)
+    rates, momenta = [], []
+    for _ in range(total):
+        rates += [optimizer.param_groups[0]["lr"]] * by
+        momenta += [optimizer.param_groups[0]["momentum"]] * by
+        optimizer.step()
+        scheduler.step()
+    return rates, momenta
+
+
+def torchs_rates(name: str, total: int, warmup: float) -> list[float]:
+    return torchs(name, total, warmup)[0]
+
+
+def momenta(spe: int, **config: object) -> list[float]:
+    optim = OptimConfig(lr=0.1, **config)  # type: ignore[arg-type]
+    assert optim.epochs is not None
+    at = momentum_at(optim, spe)
+    return [at(step) for step in range(optim.epochs * spe)]
+
+
+@pytest.mark.parametrize("name", ["onecycle", "triangular"])
+@pytest.mark.parametrize("warmup", [0.025, 0.2, 0.5])
+@pytest.mark.parametrize("by", ["step", "epoch"])
+def test_the_momentum_cycles_as_torchs_does_by_default(name: str, warmup: float, by: str) -> None:
+    """0.95 -> 0.85 -> 0.95 for OneCycleLR, 0.9 -> 0.8 -> 0.9 for CyclicLR; stepped per update, or per epoch
+    of ten.
+    """
+    config = {"epochs": 80, "schedule": name, "warmup": warmup, "cycle_momentum": True, "schedule_by": by}
+    total, times = (80, 10) if by == "epoch" else (800, 1)
+    want = torchs(name, total, warmup, cycle=True, by=times)
+    assert rates(10, **config) == pytest.approx(want[0], abs=1e-12)
+    got = momenta(10, **config)
+    assert got == pytest.approx(want[1], abs=1e-12)
+    assert len({round(m, 6) for m in got}) > 5
+    assert rates(10, **config) == rates(10, **{**config, "cycle_momentum": False})
+
+
+def test_the_cycle_has_the_momenta_that_are_given_and_begins_after_a_burn_in() -> None:
+    config = {
+        "schedule": "onecycle",
+        "cycle_momentum": True,
+        "base_momentum": 0.5,
+        "max_momentum": 0.7,
+        "momentum": 0.3,
+    }
+    plain = momenta(3, epochs=5, **config)
+    assert (plain[0], min(plain), plain[-1]) == pytest.approx((0.7, 0.5, 0.7), abs=5e-3)
+    assert momenta(3, epochs=9, burn_in=4, **config) == [0.3] * 12 + plain
+    assert set(momenta(3, epochs=5, schedule="onecycle", momentum=0.3)) == {0.3}
+
+
+@pytest.mark.parametrize("name", ["release", "multistep", "cosine", "onecycle", "triangular"])
+def test_ahead_is_the_next_updates_rate(name: str) -> None:
+    usual = rates(4, epochs=8, schedule=name)
+    ahead = rates(4, epochs=8, schedule=name, schedule_ahead=1)
+    assert ahead[:-1] == usual[1:]
+    assert 0 <= ahead[-1] <= usual[-1]
+
+
+def test_a_burn_in_may_have_a_rate_of_its_own() -> None:
+    assert rates(3, epochs=9, burn_in=4, schedule="onecycle", burn_in_lr=0.4) == [0.4] * 12 + rates(
+        3, epochs=5, schedule="onecycle"
+    )
+
+
+CASES = [
+    ("onecycle", 5, 7),
+    ("onecycle", 1, 3),
+    ("cosine", 5, 7),
+    ("cosine", 1, 1),
+    ("triangular", 5, 7),
+    ("triangular", 1, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "epochs", "spe"), CASES)
+def test_equals_torchs_scheduler(name: str, epochs: int, spe: int) -> None:
+    usual = {"onecycle": 0.3, "triangular": 0.5}.get(name, 0.0)
+    assert rates(spe, epochs=epochs, schedule=name) == pytest.approx(torchs_rates(name, epochs * spe, usual))
+
+
+@pytest.mark.parametrize("name", ["onecycle", "triangular"])
+@pytest.mark.parametrize("warmup", [0.025, 0.2, 0.4, 0.9])
+def test_the_peak_moves_as_torchs_does(name: str, warmup: float) -> None:
+    got = rates(20, epochs=10, schedule=name, warmup=warmup)
+    assert got == pytest.approx(torchs_rates(name, 200, warmup), abs=1e-12)
+    assert max(got) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_triangular_is_fast_adversarial_trainings_interpolation() -> None:
+    """Wong et al. 2020: np.interp over the epochs [0, 2/5, 1], here with its share as --warmup."""
+    got = rates(10, epochs=15, schedule="triangular", warmup=0.4)
+    assert got == pytest.approx(np.interp(np.arange(150) / 10, [0, 6, 15], [0, 0.1, 0]))
+
+
+def test_triangular_without_a_warm_up_falls_from_the_peak() -> None:
+    assert rates(1, epochs=4, schedule="triangular", warmup=0.0) == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+@pytest.mark.parametrize("name", ["release", "multistep", "cosine", "onecycle", "triangular", "constant"])
+def test_a_burn_in_is_at_the_peak_and_the_schedule_comes_after_it(name: str) -> None:
+    assert rates(3, epochs=9, burn_in=4, schedule=name) == [0.1] * 12 + rates(3, epochs=5, schedule=name)
+
+
+def test_constant() -> None:
+    assert set(rates(4, epochs=3, schedule="constant")) == {0.1}
