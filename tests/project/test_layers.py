@@ -1,15 +1,16 @@
-"""Who may import whom: a module imports only its own sub-package and lower layers; kernels/ only torch and
-triton.
-"""
+"""Who may import whom: a module imports only its own room and lower ones, and no modules import each other in a
+circle; kernels/ imports only torch and triton."""
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Lowest first; a name is a sub-package or a module of fastdynat. Names of one layer do not import each other.
+# Lowest first. A room is a module or package of fastdynat, or a package inside one ("commands.evaluate"); what lies
+# in none of the inner rooms belongs to the outer one. Rooms of one layer do not import each other.
 LAYERS = [
     {"errors", "kernels", "lazy"},
     {"units"},
@@ -17,6 +18,7 @@ LAYERS = [
     {"config", "execution"},
     {"verification", "recipes"},
     {"ops"},
+    {"ops.checks"},
     {"data", "tuning"},
     {"models"},
     {"runs"},
@@ -25,6 +27,7 @@ LAYERS = [
     {"compat", "methods"},
     {"evaluation"},
     {"training"},
+    {"commands.parsing"},
     {"commands"},
     {"__main__"},
 ]
@@ -60,25 +63,84 @@ def imported(module: str, source: str, is_package: bool) -> set[str]:
     return names
 
 
+def room(module: str) -> str | None:
+    """The innermost room that `module` (a dotted name below fastdynat) lies in."""
+    parts = module.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if name in RANK), None)
+
+
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
-    """What `module` imports from layers that are not below its own."""
-    own = module.partition(".")[2].partition(".")[0]
+    """Imports of `module` from rooms that are not below its own."""
+    own = room(module.partition(".")[2])
     found = []
     for name in sorted(imported(module, source, is_package)):
-        parts = name.split(".")
-        target = parts[1] if parts[0] == "fastdynat" and len(parts) > 1 else None
-        if target is None or target in (own, "__version__", "_C"):
+        package, _, target = name.partition(".")
+        if package != "fastdynat" or target in ("", "__version__", "_C"):
             continue
-        if target not in RANK:
+        other = room(target)
+        if other is None:
             found.append(f"{module} imports {name}, which is in no layer")
-        elif own in RANK and RANK[target] >= RANK[own]:
-            found.append(f"{module} (layer {RANK[own]}) imports {name} (layer {RANK[target]})")
+        elif own is not None and other != own and RANK[other] >= RANK[own]:
+            found.append(f"{module} (layer {RANK[own]}) imports {name} (layer {RANK[other]})")
     return found
 
 
+def imports() -> dict[str, set[str]]:
+    """The modules that each module imports. Packages are left out: they offer again what their modules have."""
+    files = sources()
+    known = {name for name, path in files.items() if path.name != "__init__.py"}
+    graph = {}
+    for module in known:
+        targets = set()
+        for name in imported(module, files[module].read_text(), False):
+            parent = name.rpartition(".")[0]
+            targets |= {found for found in (name, parent) if found in known}
+        graph[module] = targets - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, in order; empty where there are none."""
+    done: set[str] = set()
+    for start in graph:
+        path: list[str] = []
+        pending: list[Iterator[str]] = [iter([start])]
+        while pending:
+            module = next(pending[-1], None)
+            if module is None:
+                pending.pop()
+                done.update(path[-1:])
+                path[-1:] = []
+            elif module in path:
+                return [*path[path.index(module) :], module]
+            elif module not in done:
+                path.append(module)
+                pending.append(iter(sorted(graph.get(module, ()))))
+    return []
+
+
 def test_every_module_belongs_to_a_layer() -> None:
-    names = {name.split(".")[1] for name in sources() if "." in name}
-    assert names <= RANK.keys(), f"add to LAYERS: {sorted(names - RANK.keys())}"
+    homeless = {name for name in sources() if "." in name and room(name.partition(".")[2]) is None}
+    assert not homeless, f"add to LAYERS: {sorted(homeless)}"
+
+
+def test_every_room_is_there() -> None:
+    names = {name.partition(".")[2] for name in sources()}
+    assert [
+        name
+        for name in sorted(RANK)
+        if not any(module == name or module.startswith(f"{name}.") for module in names)
+    ] == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(imports()) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
 
 
 @pytest.mark.parametrize("module", sorted(sources()))
