@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
-from test_network_table import (
+from support.plain_attack import (
     ALPHA,
     EPS,
     STEPS,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation.test_evaluation import TINY
+from support.tiny_run import TINY
 from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attack

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation.test_evaluation import TINY
 from rich.console import Console
 from support.networks import tiny_cnn
+from support.tiny_run import TINY
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent

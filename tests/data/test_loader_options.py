@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_loaders import DEVICES, LOADERS, PAD, make, random_set
+from support.loaders import DEVICES, LOADERS, PAD, make, random_set
 from torch import Tensor
 
 from fastdynat.data.epoch_plan import EpochSteps, plan_epoch

@@ -19,18 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from support.loaders import DALI, DEVICES, LOADERS, PAD, make, random_set
 
 from fastdynat.commands.main import main
 from fastdynat.data import (
     Batch,
     ImageSet,
     ResidentLoader,
-    TrainLoader,
     TrainSplit,
     choose_loader,
     default_workers,
     imagefolder,
-    make_loader,
     open_train,
 )
 from fastdynat.data import (
@@ -40,29 +39,8 @@ from fastdynat.data.epoch_plan import EpochSteps, plan_epoch
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.errors import UserError
 
-PAD = 3
 JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs("gpu")])]
-DALI = needs("dali")
-LOADERS = [
-    "resident",
-    pytest.param("torch", id="torch"),
-    pytest.param("torch-0"),
-    pytest.param("dali", marks=DALI),
-]
 STREAMING = ["torch", pytest.param("dali", marks=DALI)]
-
-
-def random_set(num_images: int, shape: tuple[int, int, int] = (3, 8, 9)) -> ImageSet:
-    generator = torch.Generator().manual_seed(num_images)
-    images = torch.randint(256, (num_images, *shape), generator=generator, dtype=torch.uint8)
-    return ImageSet(images, torch.randint(10, (num_images,), generator=generator))
-
-
-def make(name: str, images: ImageSet | FileSet, **options: object) -> TrainLoader:
-    name, _, workers = name.partition("-")
-    options = {"batch_size": 8, "augment": "crop-flip", "pad": PAD, "seed": 5, "device": "cpu", **options}
-    return make_loader(name, images, workers=int(workers or 2), **options)
 
 
 def reference(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.networks import tiny_cnn
+from support.tiny_run import TINY
 
 from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
@@ -24,19 +25,6 @@ from fastdynat.execution.float32 import float32_flags, put_float32_flags
 from fastdynat.runs import load_network
 
 CPU = torch.device("cpu")
-TINY = [
-    "--train-size",
-    "200",
-    "--val-size",
-    "20",
-    "--batch-size",
-    "32",
-    "--steps",
-    "2",
-    "--epochs",
-    "4",
-    "--quiet",
-]
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from conftest import needs
 from safetensors.torch import load_file
+from support.confident_network import confident_model
 from support.networks import tiny_cnn
 from torch import Tensor, nn
-from training.test_kernels_in_training import confident_model
 
 from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.compiled_training import dynat_step, weights_after
 from support.networks import tiny_cnn
 from torch import Tensor, nn
-from training.test_compiled_step import dynat_step, weights_after
 
 from fastdynat import PGD
 from fastdynat.attack_engine.ascent import PGDSpec

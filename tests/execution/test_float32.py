@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import nothing_waits, process_state_restored
 from support.networks import tiny_cnn
+from support.process_snapshot import snapshot
 from support.tf32_sim import SimulatedTF32, rounded
-from test_process_state import snapshot
 from torch import Tensor, nn
 
 from fastdynat import PGD

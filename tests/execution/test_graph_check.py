@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support.graph_sim import SimulatedRecorder, Tape
+from support.graphed_training import make_step
 from support.networks import tiny_cnn
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from training.test_graphed_step import make_step
 
 from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches

@@ -2,10 +2,7 @@
 interruption.
 """
 
-import os
 import random
-import signal
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.process_snapshot import snapshot
 
 from fastdynat.commands.evaluate.measure_runs import measure_runs
 from fastdynat.commands.evaluate.settle import EvalConfig
@@ -38,33 +36,6 @@ TINY = [
     "--quiet",
 ]
 MADRY = [*TINY, "--method", "madry", "--model", "small"]
-
-
-def snapshot() -> dict[str, Any]:
-    """Global state by name, in a form that compares with ==."""
-    numpy = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
-        "torch": torch.get_rng_state().tolist(),
-        "initial seed": torch.initial_seed(),
-        "benchmark": torch.backends.cudnn.benchmark,
-        "cudnn deterministic": torch.backends.cudnn.deterministic,
-        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
-        "precision": torch.get_float32_matmul_precision(),
-        "deterministic": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "dtype": torch.get_default_dtype(),
-        "threads": torch.get_num_threads(),
-        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
-        "filters": list(warnings.filters),
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
-        "folder": os.getcwd(),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import needs, nothing_waits
 from support.graph_sim import SimulatedRecorder
+from support.method_variants import TINY, VARIANTS, flags, make_method
 from support.networks import tiny_cnn
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -21,7 +22,7 @@ from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig, to_flat
 from fastdynat.data import Batch
 from fastdynat.execution.graphed_call import WARM_UP_CALLS
-from fastdynat.methods import METHODS, Method, method_class
+from fastdynat.methods import METHODS, method_class
 from fastdynat.methods.configs import default_config
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.networks import NetworkSet
@@ -31,32 +32,10 @@ from fastdynat.tuning.devices import AMP_DTYPES
 
 CPU = torch.device("cpu")
 SIZES = (12, 12, 7)  # of an epoch's batches: the last one is short
-# Options that make another computation of a method; every method stands here with its defaults too.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in METHODS},
-    "lbgat-0": ("lbgat", {"alpha": 0.0}),
-    "lbgat-frozen": ("lbgat", {"freeze_guide": True, "alp_weight": 1.0}),
-    "iad-2": ("iad", {"variant": "II", "begin": 0.5}),
-    "free-2": ("free", {"replays": 2}),
-    "vat-pgd": ("vat", {"search": "pgd"}),
-    "mail-trades": ("mail", {"base": "trades", "weight_from": 0.5}),
-    "mart-released": ("mart", {"floor": 1e-4}),
-    "arda-quarter": ("arda", {"adversarial_share": 0.25}),
-    "dynat-no-inner": ("dynat", {"inner_loss": "kl_self", "extra_kl_weight": 1.0, "beta": 0.2}),
-    "dynat-soft-eval": ("dynat", {"label_type": "soft", "temperature": 2.0, "guide_mode": "eval"}),
-    "dynat-gairat": ("dynat", {"weighting": "gairat"}),
-    "dynat-mail": ("dynat", {"weighting": "mail", "weight_from": 0.5}),
-}
 # Where the default attack of the tests does not fit.
 SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm")} | {
     "free": PGDSpec(0.1, 0.1, 1, start="none")
 }
-
-
-def make_method(variant: str) -> Method[Any]:
-    name, options = VARIANTS[variant]
-    method = method_class(name)
-    return method(method.options_type(**options))
 
 
 def make_step(
@@ -194,26 +173,6 @@ def test_compiled_without_breaks_once_and_with_eagers_numbers(
     assert counters["stats"]["unique_graphs"] == 0, "recompiled after the first epoch"
     want = train(make_step(variant), 1)
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-4)
-
-
-TINY = ["--train-size", "96", "--val-size", "20", "--batch-size", "32", "--epochs", "2", "--quiet"]
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    assert main(["train", "--method", "natural", "--run-dir", str(run), *TINY]) == 0
-    return run
-
-
-def flags(variant: str, teacher: Path) -> list[str]:
-    name, options = VARIANTS[variant]
-    method = make_method(variant)
-    named = ((key.replace("_", "-"), value) for key, value in options.items())
-    own = [f"--{key}" if value is True else f"--{key}={value}" for key, value in named]
-    frozen = ["--guide-from", str(teacher)] if method.uses_guide and "guide" not in method.trains else []
-    steps = ["--steps", "2"] if method.attack_defaults.steps > 2 else []
-    return ["--method", name, *own, *frozen, *steps]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -15,7 +15,9 @@ import torch
 from conftest import needs
 from hypothesis import given
 from hypothesis import strategies as st
+from support.classical_references import EPOCH, mean_ce, mean_kl, train
 from support.graph_sim import SimulatedRecorder
+from support.graphed_training import make_step
 from support.networks import tiny_cnn
 from support.stepping import (
     STEPS,
@@ -31,7 +33,6 @@ from support.stepping import (
 from support.transcriptions import attack, ce_goal, kl_goal, log_probs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training.test_graphed_step import make_step
 
 from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches
@@ -77,14 +78,6 @@ def batch() -> Batch:
 
 
 # Transcriptions
-
-
-def mean_kl(log_p: Tensor, log_q: Tensor, weights: list[float] | list[Tensor]) -> Any:
-    return sum(weights[i] * (log_p[i].exp() * (log_p[i] - log_q[i])).sum() for i in range(N)) / N
-
-
-def mean_ce(log_p: Tensor, y: Tensor, weights: list[float]) -> Any:
-    return sum(-weights[i] * log_p[i, y[i]] for i in range(N)) / N
 
 
 def trades(
@@ -410,7 +403,6 @@ def test_marts_loss_keeps_its_size_where_probabilities_underflow(gap: float) -> 
 
 # Captured and compiled
 
-EPOCH, EPOCHS = (16, 7), 12
 RUNS: dict[str, Callable[[], Method[Any]]] = {
     "trades": CASES["trades"].method,
     "mart": CASES["mart-released"].method,
@@ -422,25 +414,6 @@ RUNS: dict[str, Callable[[], Method[Any]]] = {
     "dynat-gairat": lambda: Dynat(DynatOptions(weighting="gairat", label_type="soft")),
     "dynat-mail": lambda: Dynat(DynatOptions(weighting="mail", weight_scale="normalized")),
 }
-
-
-def train(step: TrainStep, epochs: int = EPOCHS) -> tuple[list[dict[str, float]], Tensor]:
-    """Logs of every step, and all weights and buffers at the end."""
-    generator = torch.Generator().manual_seed(1)
-    torch.manual_seed(5)
-    logs = []
-    like = next(step.networks.raw["model"].parameters())
-    step.method.epochs = epochs
-    for epoch in range(epochs):
-        step.start_epoch(epoch)
-        for size in EPOCH:
-            x = torch.rand(size, 3, 8, 8, generator=generator, dtype=like.dtype).to(like.device)
-            labels = torch.randint(10, (size,), generator=generator).to(like.device)
-            out = step(Batch(x, labels, torch.arange(size, device=like.device)))
-            logs.append({key: float(value) for key, value in out.items()})
-    return logs, torch.cat(
-        [t.double().flatten() for net in step.networks.raw.values() for t in net.state_dict().values()]
-    )
 
 
 @pytest.mark.parametrize("name", RUNS)

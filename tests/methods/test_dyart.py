@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs
-from support.boundary_reference import phi, published_filter, published_search
+from support.dyart_reference import reference_step
 from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from support.stepping import EPS, K, N, assert_same_step, make_batch, moved_network, train_step
@@ -98,47 +98,6 @@ def test_on_a_relu_network_the_gradient_is_a_finite_difference_of_the_margin() -
 
     h = 1e-4
     assert slope == pytest.approx((objective(h) - objective(-h)) / (2 * h), rel=1e-3)
-
-
-def reference_step(
-    net: nn.Module, x: Tensor, y: Tensor, start: Tensor, spec: BoundarySpec, r0: float
-) -> list[str]:
-    """algorithms B.3 and B.4 on `net`, whose gradients and buffers are the result. Says what became of each
-    image.
-    """
-    net.eval()
-    points, weights, fates = [], [], []
-    for i in range(N):
-        point, radius = published_search(net, x[i], int(y[i]), start[i], spec)
-        points.append(point)
-        weights.append(0.0)
-        if radius is None:
-            fates.append("not found")
-        elif not published_filter(net, x[i], int(y[i]), point, spec.temperature):
-            fates.append("dropped")
-        elif radius >= r0:
-            fates.append("far")
-        else:
-            fates.append("used")
-            leaf = point.detach().requires_grad_()
-            slope = torch.autograd.grad(phi(net, leaf, int(y[i]), spec.temperature), leaf)[0]
-            weights[i] = float(
-                torch.exp(torch.tensor(-3.0 * radius, dtype=torch.float64)) / slope.abs().sum()
-            )
-    net.train()
-    logits = net(torch.stack(points).detach())
-    boundary_loss = torch.zeros((), dtype=torch.float64)
-    for i in range(N):
-        others = [k for k in range(K) if k != int(y[i])]
-        margin = (
-            logits[i, y[i]]
-            - torch.log(torch.exp(spec.temperature * logits[i, others]).sum()) / spec.temperature
-        )
-        boundary_loss = boundary_loss - weights[i] * margin / N
-    clean = net(x)
-    loss = sum(-torch.log_softmax(clean[i], 0)[y[i]] for i in range(N)) / N + 1000.0 * boundary_loss
-    loss.backward()
-    return fates
 
 
 @pytest.mark.parametrize("quality_filter", [True, False])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support.boundary_reference import published_filter, published_search
+from support.dyart_reference import reference_step
 from support.stepping import EPS, LR, K, make_batch, moved_network
 from support.stepping import train_step as make_train_step
-from test_dyart import reference_step
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR

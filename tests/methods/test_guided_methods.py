@@ -12,7 +12,9 @@ import torch
 from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.compiled_training import weights_after
 from support.graph_sim import SimulatedRecorder
+from support.graphed_training import EPOCH, EPOCHS, make_step, train
 from support.networks import tiny_cnn
 from support.stepping import (
     CPU,
@@ -30,8 +32,6 @@ from support.stepping import (
 )
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training.test_compiled_step import weights_after
-from training.test_graphed_step import EPOCH, EPOCHS, make_step, train
 
 from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches

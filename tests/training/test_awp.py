@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_classical_methods import EPOCH, mean_ce, mean_kl, train
+from support.classical_references import EPOCH, mean_ce, mean_kl, train
 from support.graph_sim import SimulatedRecorder
+from support.graphed_training import make_step
 from support.stepping import LR, N, drawn_start, make_batch, moved_network, tiny_network, train_step
 from support.transcriptions import attack, ce_goal, kl_goal, log_probs
-from test_graphed_step import make_step
 from torch import Tensor, nn
 
 from fastdynat.commands.main import main

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import needs
 from support.graph_sim import SimulatedRecorder
+from support.graphed_training import make_step, train
 from support.stepping import LR, make_batch, moved_network, train_step
-from test_graphed_step import make_step, train
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import assert_same_run
+from support.same_run import assert_same_run
 
 from fastdynat.commands.main import main
 from fastdynat.config import to_flat

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
+from support.confident_network import confident_model
 from support.networks import tiny_cnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,14 +120,6 @@ def test_runs_under_each_backend_agree(tmp_path: Path, flags: list[str]) -> None
         assert cpp["loss"] == pytest.approx(eager["loss"], rel=1e-2)
         assert cpp["guide_loss"] == pytest.approx(eager["guide_loss"], rel=1e-3)
         assert abs(cpp["val_pgd10_acc"] - eager["val_pgd10_acc"]) <= 0.05
-
-
-def confident_model() -> torch.nn.Module:
-    """A network that is sure of itself: logit gaps of a few tens, as a naturally trained one has."""
-    model = tiny_cnn().eval()
-    with torch.no_grad():
-        model[-1].weight *= 60 / model(torch.rand(64, 3, 8, 8)).sort(1).values.diff(dim=1)[:, -1].mean()
-    return model
 
 
 @pytest.mark.filterwarnings("ignore:[0-9]+ of 64 gradients were zero")  # which is what is counted

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
-from methods.test_all_methods import VARIANTS, flags, teacher  # noqa: F401
 from support.graph_sim import SimulatedRecorder
-from test_graphed_step import make_step
+from support.graphed_training import make_step
+from support.method_variants import VARIANTS, flags, teacher  # noqa: F401
 from torch import Tensor
 from torch._dynamo.utils import counters
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import needs
 from safetensors.torch import load_file
+from support.same_run import assert_same_run, rows
 
 from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine
@@ -36,7 +37,6 @@ TINY = [
     "3",
     "--quiet",
 ]
-UNTIMED = {"train_seconds", "images_per_s"}
 
 
 def train(run: Path, *flags: str, code: int = 0) -> Path:
@@ -47,28 +47,6 @@ def train(run: Path, *flags: str, code: int = 0) -> Path:
 def resume(run: Path, *flags: str, code: int = 0) -> Path:
     assert main(["train", "--resume", str(run), "--quiet", *flags]) == code
     return run
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimiser, averages and metrics to the last bit."""
-    for link in ("last", "best"):
-        files = sorted(p.name for p in (a / link).glob("*.safetensors"))
-        assert files == sorted(p.name for p in (b / link).glob("*.safetensors"))
-        for name in files:
-            left, right = load_file(a / link / name), load_file(b / link / name)
-            assert all(torch.equal(left[key], right[key]) for key in left), f"{link}/{name}"
-    left, right = (torch.load(run / "last" / "state.pt", weights_only=True) for run in (a, b))
-    for one, other in zip(left["optimizers"], right["optimizers"], strict=True):
-        for key in one["state"]:
-            assert torch.equal(one["state"][key]["momentum_buffer"], other["state"][key]["momentum_buffer"])
-    assert torch.equal(left["rng"]["torch"], right["rng"]["torch"])
-    assert left["scaler"] == right["scaler"]
-    strip = [[{k: v for k, v in row.items() if k not in UNTIMED} for row in rows(run)] for run in (a, b)]
-    assert strip[0] == strip[1]
 
 
 VARIANTS = {
