@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import needs, nothing_waits
 from support.graph_sim import SimulatedRecorder
-from support.method_variants import TINY, VARIANTS, flags, make_method
+from support.method_variants import TINY, VARIANTS, flags, make_method, teacher  # noqa: F401
 from support.networks import tiny_cnn
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -176,7 +176,7 @@ def test_compiled_without_breaks_once_and_with_eagers_numbers(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trains_resumes_exactly_and_evaluates(variant: str, teacher: Path, tmp_path: Path) -> None:
+def test_trains_resumes_exactly_and_evaluates(variant: str, teacher: Path, tmp_path: Path) -> None:  # noqa: F811
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = flags(variant, teacher)
     assert main(["train", "--run-dir", str(whole), *TINY, *given]) == 0

@@ -14,10 +14,10 @@ from support.method_variants import VARIANTS, flags, teacher  # noqa: F401
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastdynat import execution as graphs
 from fastdynat.commands.main import main
 from fastdynat.data import Batch
 from fastdynat.execution import compiling
+from fastdynat.execution.graphed_call import GraphedCall
 from fastdynat.execution.uncompiled import is_uncompiled, uncompiled
 from fastdynat.methods import Dynat, DynatOptions
 from fastdynat.training import trainer
@@ -133,7 +133,7 @@ def test_a_smaller_batch_is_neither_captured_nor_replayed_and_is_the_same_step()
 
 def test_standing_aside_is_over_after_a_failure() -> None:
     calls: list[str] = []
-    call = graphs.GraphedCall(lambda x: x + 1, SimulatedRecorder(), calls.append)
+    call = GraphedCall(lambda x: x + 1, SimulatedRecorder(), calls.append)
 
     def fail() -> None:
         assert is_uncompiled()
