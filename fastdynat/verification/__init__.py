@@ -24,7 +24,7 @@ check left and not tried again (`marks`). What says nothing about an implementat
 compiler for Triton, leaves it out in this process only. Verdicts are kept in the user's cache folder for this
 processor or GPU, driver, version of torch, Triton and fastdynat, and these sources. Nothing is run while
 torch.compile traces or a CUDA graph is captured: `prepare` before. ``fastdynat doctor --check`` shows all
-that is registered.
+that is registered, checked with the cases that are too many to compile at a first use (`Case.deep`) as well.
 """
 
 from fastdynat.verification.isolated_run import DeviceLost, checking

@@ -93,15 +93,20 @@ class Prepared:
             args = case.make(device)
             self.calls.append((case, args, check.reference(*args)))
 
-    def examine(self, candidate: str, note: Callable[[str], None]) -> Verdict:
+    def examine(self, candidate: str, note: Callable[[str], None], *, deep: bool = True) -> Verdict:
         """Run `candidate` on every case. `note` is told which case comes next, before it can do any harm.
+
+        deep: False spares a candidate that compiles at its calls the cases that are `Case.deep`.
 
         Raises:
             NotNow: there is no verdict, for want of memory or a compiler.
             DeviceLost: nothing can run on the device any more. Its second argument is the verdict.
         """
         run = self.check.candidates[candidate]
+        spared = not deep and candidate in self.check.compiling
         for number, (case, args, expected) in enumerate(self.calls):
+            if case.deep and spared:
+                continue
             note(case.name)
             if _stop.is_set():
                 raise Stopped

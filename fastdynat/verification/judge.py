@@ -62,7 +62,7 @@ def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdic
     Warns of each that is not right, once a process. Must not be called while the current stream is being
     captured, nor while torch.compile traces: `known` is for that.
 
-    afresh: check again what was checked before.
+    afresh: check again what was checked before, with the cases that a first use leaves out (`Case.deep`).
 
     Raises:
         DeviceLost: a candidate has broken the CUDA context. The verdict on it is stored before.
@@ -80,20 +80,21 @@ def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdic
         before = {} if afresh else stored.verdicts
         found = before | found
         if missing := [c for c in wanted if c not in found]:
-            found |= _examine(
-                check,
-                device,
-                missing,
-                key,
-                store.Stored(stored.key, before, {} if afresh else stored.fastest),
-            )
+            stored = store.Stored(stored.key, before, {} if afresh else stored.fastest)
+            found |= _examine(check, device, missing, key, stored, deep=afresh)
         _known[name, device] = found
     _warn(name, found)
     return found
 
 
 def _examine(
-    check: Check, device: torch.device, candidates: list[str], key: dict[str, object], stored: store.Stored
+    check: Check,
+    device: torch.device,
+    candidates: list[str],
+    key: dict[str, object],
+    stored: store.Stored,
+    *,
+    deep: bool,
 ) -> Verdicts:
     """Verdicts on `candidates`, made on a thread apart and stored."""
     found, unsure = dict(stored.verdicts), Verdicts()
@@ -107,7 +108,7 @@ def _examine(
                         found[candidate] = Verdict(False, left.case, why)
                         continue
                     try:
-                        found[candidate] = prepared.examine(candidate, note)
+                        found[candidate] = prepared.examine(candidate, note, deep=deep)
                     except NotNow as error:
                         unsure[candidate] = Verdict(False, *error.args)
                     except DeviceLost as error:
@@ -125,6 +126,8 @@ def _examine(
             raise
         nothing = Verdict(False, "before the first case", not_now(error))
         unsure |= {c: nothing for c in candidates if c not in found and c not in unsure}
+    if not deep:  # what a deep check of another process has found wrong meanwhile stays so
+        found |= {name: verdict for name, verdict in store.load(key).verdicts.items() if not verdict.right}
     if found:
         store.save(store.Stored(stored.key, found, stored.fastest))
     return found | unsure

@@ -22,12 +22,15 @@ class Case:
             states every dtype.
         scale: factor of the absolute tolerances, where values are larger than 1.
         gpu_only: skipped on the CPU, where it takes too long.
+        deep: one more specialisation of a kernel whose others are in the table. At first use, candidates that compile each of
+            them (`Check.compiling`) are spared it; a deep check, ``fastdynat doctor --check``, is not.
     """
 
     name: str
     make: Callable[[torch.device], tuple[Any, ...]]
     scale: float = 1.0
     gpu_only: bool = False
+    deep: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Check:
         sources: files that the verdict depends on: where one of them changes, everything is checked again.
         within: made once for each check, entered around all calls; say, a context that turns TF32 off.
         timed: the call that tables time; None: not timed.
+        compiling: the candidates that compile a kernel anew for each specialisation, at its first call.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Check:
     sources: tuple[Path, ...] = ()
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     timed: Callable[[], Timing] | None = None
+    compiling: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -435,7 +435,7 @@ def test_the_next_process_does_not_check_again(monkeypatch: pytest.MonkeyPatch) 
     stored = json.loads(cached()[0].read_text())
     assert stored["verdicts"]["cpp"]["right"] is False
     new_process(monkeypatch)
-    monkeypatch.setattr(judge, "_examine", lambda *args: pytest.fail("checked again"))
+    monkeypatch.setattr(judge, "_examine", lambda *args, **options: pytest.fail("checked again"))
     with pytest.warns(RuntimeWarning, match="'cpp' is left out"):  # every process says so
         step()
     assert cached()[0].with_suffix(".checking").exists() is False
@@ -733,7 +733,7 @@ def test_nothing_runs_while_torch_compile_traces(monkeypatch: pytest.MonkeyPatch
         return ops.pgd_step_linf(x, x, x, **STEP)
 
     x = torch.rand(5)
-    monkeypatch.setattr(judge, "_examine", lambda *args: pytest.fail("checked while tracing"))
+    monkeypatch.setattr(judge, "_examine", lambda *args, **options: pytest.fail("checked while tracing"))
     ran = []
     monkeypatch.setitem(IMPLEMENTATIONS, "cpp", lambda *args: ran.append("cpp") or eager_step(*args))
     compiled = torch.compile(both, fullgraph=True, backend="eager")

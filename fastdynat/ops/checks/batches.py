@@ -79,8 +79,20 @@ def table() -> list[Case]:
         ("float32, one pixel", {"size": (2, 3, 4, 1, 1), "pad": 2}),
         ("float32, no images", {"size": (5, 0, 3, 8, 8)}),
     ]
+    # What training can ask for is compiled at first use: a dtype, a layout, a crop with a flip, or neither.
+    deep = {
+        "float64",
+        "float32, no crop",
+        "float32, no flip",
+        "float32, slices of a plan",
+        "float32, one pixel",
+    }
     cases = [
-        Case(f"{name}, {shaped(options['size'][1:])}", partial(stored, **{**plain, **options}))
+        Case(
+            f"{name}, {shaped(options['size'][1:])}",
+            partial(stored, **{**plain, **options}),
+            deep=name in deep,
+        )
         for name, options in calls
     ]
     return [*cases, at_full_size(timing())]

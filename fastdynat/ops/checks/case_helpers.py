@@ -48,6 +48,7 @@ def register(
             why_not=why_not,
             sources=(*sources, *_extension.files()),
             timed=timed,
+            compiling=frozenset({"triton"}),
         )
     )
 

@@ -30,6 +30,12 @@ from fastdynat.verification import Case, Timing
 # Lanes over rows and over classes on the CPU; parts of a warp, a warp, a block per row on GPUs; chunks in
 # Triton.
 SHAPES = ((33, 10), (5, 17), (3, 100), (2, 129), (2, 1001), (2, 4099), (1, 3), (0, 10))
+RARE = (
+    (5, 17),
+    (2, 129),
+    (2, 4099),
+    (1, 3),
+)  # numbers of classes that are tried in a deep check of a compiler only
 PLAIN, LARGE = (33, 10), (2048, 1000)
 INF = math.inf
 QUOTIENTS = {torch.bfloat16: 2.0**-7 / 4e-6, torch.float16: 2.0**-10 / 4e-6}
@@ -119,11 +125,12 @@ def logit_grad_table() -> list[Case]:
         make = soft if loss in ("kl", "soft ce") else hard
         # The largest entry is rounded, too, so that the quotients are a step further apart.
         scale = QUOTIENTS.get(dtype, 1.0) if rescale else 1.0
-        cases.append(
-            Case(
-                name, partial(make, shape=shape, dtype=dtype, odd=odd, layout=layout, options=options), scale
-            )
-        )
+        # At first use: each loss as float32 and bfloat16 attacks call it, and rescaled; of ce other dtypes and sizes.
+        first = dtype == torch.float32 and shape in (PLAIN, (0, 10))
+        first |= rescale and dtype == torch.bfloat16
+        first |= loss == "ce" and (dtype == torch.float32 or rescale) and shape not in RARE
+        make = partial(make, shape=shape, dtype=dtype, odd=odd, layout=layout, options=options)
+        cases.append(Case(name, make, scale, deep=not first))
     return cases
 
 
@@ -191,7 +198,14 @@ def dynamic_label_table() -> list[Case]:
         name = f"{variant}, {named(dtype)}, guide {named(guide)}, {shaped(shape)}" + ", odd rows" * odd
         name += f", {layout}" * (layout != "contiguous")
         make = partial(guided, shape=shape, dtype=dtype, guide_dtype=guide, odd=odd, layout=layout)
-        cases.append(Case(name, partial(make, weighted=weighted, options=options)))
+        # At first use: hard and soft labels, guides of logits and of classes, every dtype, the usual numbers of classes.
+        deep = (
+            shape in RARE
+            or (variant == "soft" and shape not in (PLAIN, (0, 10)))
+            or (odd and dtype == torch.float64)
+        )
+        deep |= guide == torch.int64 and dtype in (torch.float16, torch.float64)
+        cases.append(Case(name, partial(make, weighted=weighted, options=options), deep=deep))
     return cases
 
 
@@ -215,9 +229,9 @@ def margin_table() -> list[Case]:
         name = f"{named(dtype)}, {shaped(shape)}, T={temperature:g}" + ", odd rows" * odd
         name += f", {layout}" * (layout != "contiguous")
         options = {"temperature": temperature}
-        cases.append(
-            Case(name, partial(hard, shape=shape, dtype=dtype, odd=odd, layout=layout, options=options))
-        )
+        deep = shape not in (PLAIN, (0, 10), (2, 1001), (2, 4099))  # the last one is another kernel's
+        make = partial(hard, shape=shape, dtype=dtype, odd=odd, layout=layout, options=options)
+        cases.append(Case(name, make, deep=deep))
     return cases
 
 

@@ -54,11 +54,15 @@ def table() -> list[Case]:
         calls += [((3, 3, 5, 7), dtype, kind, "contiguous") for dtype in WIDE]
         calls += [((2, 3, 8, 8), torch.float32, kind, layout) for layout in layouts]
         calls += [(shape, torch.float32, kind, "contiguous") for shape in ((0, 3, 4, 4), (5,), (1, 1030))]
+    # At first use: every kind in both layouts of training; of one kind the other sizes and float64.
+    deep = [call for call in calls if call[0] == (5,) or (call[0] == (3, 3, 5, 7) and call[2] != "uniform")]
+    deep += [((1, 1030), torch.float32, "gaussian", "contiguous")]
     cases = []
     for shape, dtype, kind, layout in calls:
         name = f"{kind}, {named(dtype)}, {shaped(shape)}" + f", {layout}" * (layout != "contiguous")
         make = partial(images, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
-        cases.append(Case(name, make, scale=float(kind == "l2")))
+        spared = (shape, dtype, kind, layout) in deep
+        cases.append(Case(name, make, scale=float(kind == "l2"), deep=spared))
     return [*cases, at_full_size(timing(), scale=0.0)]
 
 

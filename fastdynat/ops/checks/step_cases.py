@@ -34,6 +34,8 @@ from fastdynat.verification import Case, Timing
 
 EPS, STEP = 8 / 255, 2 / 255
 ODD, PACKED, LARGE = (3, 3, 9, 11), (4, 3, 8, 8), (256, 3, 32, 32)
+# shape, dtype of the images and of the gradient, dtype of the copy, layout
+Call = tuple[Sequence[int], torch.dtype, torch.dtype, torch.dtype | None, str]
 LAYOUTS: dict[str, tuple[Layout, Layout]] = {
     "contiguous": (contiguous, contiguous),
     "channels-last": (channels_last, channels_last),
@@ -77,7 +79,7 @@ def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]]
     too.
     """
     same = LAYOUTS["contiguous"]
-    calls: list[tuple[Sequence[int], torch.dtype, torch.dtype, torch.dtype | None, str]] = []
+    calls: list[Call] = []
     calls += [(ODD, dtype, grad, None, "contiguous") for dtype in WIDE for grad in FLOATS]
     calls += [(PACKED, torch.float32, torch.float32, None, layout) for layout in LAYOUTS]
     calls += [(ODD, torch.float32, torch.bfloat16, None, "channels-last")]
@@ -86,12 +88,25 @@ def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]]
     if lows:
         calls += [(ODD, torch.float32, low, low, "contiguous") for low in (torch.bfloat16, torch.float16)]
         calls += [(PACKED, torch.float32, torch.bfloat16, torch.bfloat16, "channels-last")]
+    # At first use: float32 of odd and of even sizes, in one part and in several, bfloat16 with and without a copy, float64.
+    first: set[Call] = {(ODD, torch.float64, torch.float64, None, "contiguous")}
+    plain = [ODD, (0, 3, 8, 8), *(((2, 1025), (7, 4)) if flat else ()), *grids]
+    first |= {(shape, torch.float32, torch.float32, None, "contiguous") for shape in plain}
+    first |= {
+        (PACKED, torch.float32, torch.float32, None, layout) for layout in LAYOUTS if layout != "unaligned"
+    }
+    first |= {
+        (ODD, torch.float32, torch.bfloat16, None, layout) for layout in ("contiguous", "channels-last")
+    }
+    first |= {(ODD, torch.float32, torch.float16, torch.float16, "contiguous")}
+    first |= {(PACKED, torch.float32, torch.bfloat16, torch.bfloat16, "channels-last")}
     cases = []
     for shape, dtype, grad, low, layout in calls:
         name = f"{named(dtype)}, gradient {named(grad)}, {shaped(shape)}"
         name += f", {layout}" * (layout != "contiguous") + (f", copy in {named(low)}" if low else "")
         options: Any = {"shape": shape, "dtype": dtype, "grad_dtype": grad, "low": low, "move": move}
-        cases.append(Case(name, partial(batch, layouts=LAYOUTS.get(layout, same), **options)))
+        deep = (shape, dtype, grad, low, layout) not in first
+        cases.append(Case(name, partial(batch, layouts=LAYOUTS.get(layout, same), **options), deep=deep))
     return [*cases, at_full_size(timing(move))]
 
 

@@ -1,0 +1,208 @@
+"""What verifying costs where Triton compiles: few kernels at first use, all of them for `fastdynat doctor --check`."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, needs
+from torch import Tensor
+
+from fastdynat import verification as verified
+from fastdynat.commands.doctor import operator_report
+from fastdynat.commands.main import main
+from fastdynat.verification import Case, Check, Verdict, judge, speed
+from fastdynat.verification import operator_check as check
+from fastdynat.verification import verdict_store as store
+from fastdynat.verification.isolated_run import Prepared, apart
+
+CPU = torch.device("cpu")
+AT_FIRST, IN_ALL = 105, 230  # Triton kernels: 104 of 235 when this was written
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No verdicts of this process or an earlier one, no checks but the operators'."""
+    import fastdynat.ops.checks  # noqa: F401
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTDYNAT_KERNELS", raising=False)
+    monkeypatch.setattr(check, "_registry", dict(check._registry))
+    new_process(monkeypatch)
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what this process knows, not what it stored."""
+    for name in ("_known", "_lost", "_warned"):
+        monkeypatch.setattr(judge, name, type(getattr(judge, name))())
+    monkeypatch.setattr(speed, "_winners", {})
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What triton_tables.py counted. A process of its own: under TRITON_INTERPRET=1 @triton.jit does not specialise."""
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "FASTDYNAT_KERNELS")
+    }
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    script = ROOT / "tests" / "support" / "triton_tables.py"
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def kernels(launches: list[dict[str, Any]], *, deep: bool) -> dict[str, set[str]]:
+    """The kernels of a first use or of a deep check, by operator."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in launches:
+        if deep or not line["deep"]:
+            found[line["operator"]] |= set(line["kernels"])
+    return found
+
+
+@needs("triton")
+def test_a_first_use_compiles_few_kernels(launches: list[dict[str, Any]]) -> None:
+    first, every = kernels(launches, deep=False), kernels(launches, deep=True)
+    counts = {name: (len(first[name]), len(every[name])) for name in every}
+    assert sum(count for count, _ in counts.values()) <= AT_FIRST, counts
+    assert sum(count for _, count in counts.values()) >= IN_ALL, counts
+    assert counts["attack_logit_grad"][0] <= 20, counts
+
+
+@needs("triton")
+def test_a_first_use_runs_every_kernel_and_the_types_of_training(launches: list[dict[str, Any]]) -> None:
+    first, every = kernels(launches, deep=False), kernels(launches, deep=True)
+    for name in every:
+        functions = [{kernel.split()[0] for kernel in which[name]} for which in (first, every)]
+        assert functions[0] == functions[1]
+        for kind in ("*fp32", "*bf16"):
+            if any(kind in kernel for kernel in every[name]):
+                assert any(kind in kernel for kernel in first[name]), f"{name} on {kind}"
+
+
+@needs("triton")
+def test_a_deep_case_is_one_that_compiles(launches: list[dict[str, Any]]) -> None:
+    """A case whose kernels are compiled at first use anyway is run there."""
+    first = kernels(launches, deep=False)
+    idle = [
+        f"{line['operator']}: {line['case']}"
+        for line in launches
+        if line["deep"] and line["kernels"] and set(line["kernels"]) <= first[line["operator"]]
+    ]
+    assert idle == []
+
+
+def test_at_first_use_each_loss_is_run_in_the_types_of_training() -> None:
+    names = [case.name for case in verified.registered()["attack_logit_grad"].cases() if not case.deep]
+    for loss in ("ce", "margin", "dlr", "kl", "soft ce"):
+        assert f"{loss}, float32, 33x10" in names
+        assert f"{loss}, bfloat16, 33x10, rescaled" in names
+        assert f"{loss}, float32, 33x10, rescaled, odd rows" in names
+    names = [
+        case.name for case in verified.registered()["dynamic_label_cross_entropy"].cases() if not case.deep
+    ]
+    for guide in ("float32", "int64"):
+        assert f"smoothed, float32, guide {guide}, 33x10" in names
+    assert "smoothed, bfloat16, guide bfloat16, 33x10" in names
+    assert "soft, float32, guide float32, 33x10" in names
+
+
+# Faults that only a deep check can see.
+
+
+def tripled_at_nine(x: Tensor) -> Tensor:
+    return 3 * x if len(x) == 9 else 2 * x
+
+
+def doubling(candidate: Callable[[Tensor], Tensor], *, compiling: bool = True) -> None:
+    """The only check there is: of a function that doubles, on 8 numbers, and on 9 in a deep check."""
+    cases = [
+        Case(f"{size} numbers", lambda device, size=size: (torch.ones(size),), deep=size == 9)
+        for size in (8, 9)
+    ]
+    check._registry.clear()
+    names = frozenset({"planted"} if compiling else ())
+    verified.register(
+        Check("doubling", {"planted": candidate}, lambda x: 2 * x, lambda: cases, {}, compiling=names)
+    )
+
+
+def test_the_doctor_finds_a_fault_that_a_first_use_leaves_and_it_is_left_out_for_good(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operator_report, "REGISTER", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    doubling(tripled_at_nine)
+    assert verified.right("doubling", CPU) == ("planted", "eager")
+    new_process(monkeypatch)
+    assert verified.right("doubling", CPU) == ("planted", "eager")  # as stored
+
+    assert main(["doctor", "--check", "--json"]) == 1  # which does not take the stored word for it
+    row = next(row for row in json.loads(capsys.readouterr().out) if row["implementation"] == "planted")
+    assert row["status"] == "wrong"
+    assert "9 numbers" in row["detail"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert verified.right("doubling", CPU) == ("eager",)
+    new_process(monkeypatch)
+    with pytest.warns(RuntimeWarning, match=r"'planted' is left out: wrong in case '9 numbers'"):
+        assert verified.right("doubling", CPU) == ("eager",)
+    with pytest.raises(verified.WrongImplementation, match="9 numbers"):
+        verified.insist("doubling", "planted", CPU)
+
+
+def test_what_does_not_compile_at_its_calls_is_checked_deeply_at_first_use() -> None:
+    doubling(tripled_at_nine, compiling=False)
+    with pytest.warns(RuntimeWarning, match="9 numbers"):
+        assert verified.right("doubling", CPU) == ("eager",)
+
+
+def test_a_first_use_does_not_overwrite_what_a_deep_check_found_meanwhile() -> None:
+    wrong = Verdict(False, "9 numbers", "planted")
+
+    def meanwhile(x: Tensor) -> Tensor:
+        key = store.key_of(verified.registered()["doubling"], CPU)
+        assert store.save(store.Stored(key, {"planted": wrong}))
+        return 2 * x
+
+    doubling(meanwhile)
+    with pytest.warns(RuntimeWarning, match="9 numbers"):
+        assert verified.right("doubling", CPU) == ("eager",)
+    assert store.load(store.key_of(verified.registered()["doubling"], CPU)).verdicts == {"planted": wrong}
+
+
+@needs("triton")
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("attack_logit_grad", "dlr, float32, 5x17"),
+        ("dynamic_label_cross_entropy", "weighted sum, float32, guide float32, 5x17"),
+    ],
+)
+def test_a_fault_of_one_specialisation_is_found_in_a_deep_check(
+    monkeypatch: pytest.MonkeyPatch, name: str, case: str
+) -> None:
+    module = importlib.import_module(f"fastdynat.ops.{name}")
+    eager = module.IMPLEMENTATIONS["eager"]
+
+    def fault(logits: Tensor, *rest: Any) -> Any:
+        first, *others = eager(logits, *rest)
+        if logits.shape[1] == 17 and (name != "attack_logit_grad" or rest[1] == module.LOSSES.index("dlr")):
+            first = first + 1e-3
+        return (first, *others)
+
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", fault)
+    prepared = Prepared(verified.registered()[name], CPU)
+    assert apart(lambda: prepared.examine("triton", lambda case: None, deep=False)) == verified.RIGHT
+    assert apart(lambda: prepared.examine("triton", lambda case: None)).case == case
