@@ -23,7 +23,7 @@ from fastdynat.compat.arguments import GradientWatch
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.execution.compiling import AUTO, MODES
-from fastdynat.models.logits import HALF, Output, check_output, half_of, own_dtype, with_output
+from fastdynat.models.logits import HALF, Output, check_output_choice, half_of, own_dtype, with_output
 from fastdynat.tuning.devices import pick_half
 
 EVAL = TrainingModes()
@@ -101,7 +101,7 @@ class Following:
         rescale: bool | None = None,
     ) -> None:
         if output is not None:
-            check_output(output)
+            check_output_choice(output)
         if isinstance(amp, torch.dtype) and amp not in HALF:
             raise UserError(f"amp must be True, False, torch.bfloat16 or torch.float16, got {amp}")
         if isinstance(compile, str) and compile not in (AUTO, *MODES):

@@ -3,9 +3,9 @@
 """
 
 from fastdynat.data.choose_loader import check_dali, choose_loader, dali_problem, default_workers, make_loader
-from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, ImageSet, Splits, check_labels
+from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, ImageSet, check_image_set
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
-from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, load_train, open_train
+from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, open_train
 from fastdynat.data.torchvision_sets import RELEASED_STD
 
 __all__ = [
@@ -15,11 +15,10 @@ __all__ = [
     "DatasetInfo",
     "ImageSet",
     "ResidentLoader",
-    "Splits",
     "TrainLoader",
     "TrainSplit",
     "check_dali",
-    "check_labels",
+    "check_image_set",
     "choose_loader",
     "dali_problem",
     "dataset_info",
@@ -27,7 +26,6 @@ __all__ = [
     "eval_batches",
     "known_datasets",
     "load_test",
-    "load_train",
     "make_loader",
     "open_train",
 ]

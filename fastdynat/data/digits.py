@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from sklearn.datasets import load_digits
 
-from fastdynat.data.image_sets import DatasetInfo, ImageSet, Source, resize_square
+from fastdynat.data.image_sets import DatasetInfo, ImageSet, ImageSource, resize_square
 from fastdynat.data.split import stratified_split
 
 IMAGE_SIZE = 32
@@ -33,11 +33,11 @@ def _all_digits() -> ImageSet:
     return ImageSet(images, torch.from_numpy(bunch.target).long())
 
 
-def open_digits(split: str) -> Source:
+def open_digits(split: str) -> ImageSource:
     """Return the "train" (1,438 images) or "test" (359) split of 1x32x32 digits; the cut is fixed and
     stratified.
     """
     everything = _all_digits()
     train, test = stratified_split(everything.labels, val_size=TEST_SHARE, limit=None, seed=0)
     chosen = train if split == "train" else test
-    return Source(everything.labels[chosen], lambda indices: everything.images[chosen[indices]])
+    return ImageSource(everything.labels[chosen], lambda indices: everything.images[chosen[indices]])

@@ -74,16 +74,7 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Training images and the validation images held out of the same training split; never the test set."""
-
-    info: DatasetInfo
-    train: ImageSet
-    val: ImageSet
-
-
-@dataclass(frozen=True)
-class Source:
+class ImageSource:
     """One split before it is cut: its labels, int64 (N,), and a reader of the images at given int64
     indices.
     """
@@ -97,11 +88,11 @@ class Source:
             self.read(indices) if len(indices) else torch.empty((0, *info.image_shape), dtype=torch.uint8)
         )
         chosen = ImageSet(images, self.labels[indices])
-        check_labels(chosen, info.num_classes, info.name)
+        check_image_set(chosen, info.num_classes, info.name)
         return chosen
 
 
-def check_labels(data: ImageSet, num_classes: int, name: str) -> None:
+def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
     """Check dtypes and shapes of a set and that every label is in [0, num_classes).
 
     Raises: UserError naming the data set, the value and the index of the first bad label.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import read_rgb
-from fastdynat.data.image_sets import DatasetInfo, Source, channel_stats
+from fastdynat.data.image_sets import DatasetInfo, ImageSource, channel_stats
 from fastdynat.data.split import stratified_split
-from fastdynat.data.survey import left_out, other_size, pool, survey
+from fastdynat.data.survey import files_left_out, other_size, pool, survey
 from fastdynat.errors import UserError
 from fastdynat.machine.free_memory import available_memory
 
@@ -100,7 +100,7 @@ class FileSet:
 
 
 @dataclass(frozen=True)
-class FileSource(Source):
+class FileSource(ImageSource):
     """A split in files: besides being read at once, it can be handed to a loader as it is."""
 
     files: Callable[[Tensor], FileSet]
@@ -212,7 +212,7 @@ def list_files(folder: Path) -> Files:
     ]
     paths, labels = zip(*turns, strict=True)
     names = tuple(entry.name for entry in classes)
-    return Files(names, paths, torch.tensor(labels), left_out(folder, odd, SUFFIXES) if odd else "")
+    return Files(names, paths, torch.tensor(labels), files_left_out(folder, odd, SUFFIXES) if odd else "")
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdynat.data import DatasetInfo, TrainSplit
-from fastdynat.data.image_sets import Source
+from fastdynat.data.image_sets import ImageSource
 
 NUM_BATCHES = 32
 
@@ -24,4 +24,4 @@ def random_split(info: DatasetInfo, batch_size: int, seed: int, batches: int = N
     images = (255 * (smooth + 0.05 * noise)).round().clamp(0, 255).to(torch.uint8)
     labels = torch.randint(info.num_classes, (number,), generator=generator)
     everything = torch.arange(number)
-    return TrainSplit(info, Source(labels, lambda indices: images[indices]), everything, everything[:0])
+    return TrainSplit(info, ImageSource(labels, lambda indices: images[indices]), everything, everything[:0])

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from fastdynat.data.image_sets import (
     UNLABELLED,
     DatasetInfo,
     ImageSet,
-    Source,
-    Splits,
+    ImageSource,
     check_label_values,
     resize_square,
 )
@@ -31,7 +29,7 @@ KNOWN = DATASETS
 
 
 def known_datasets() -> list[str]:
-    """Return the names that `load_train` and `load_test` take."""
+    """Return the names that `open_train` and `load_test` take."""
     return list(KNOWN)
 
 
@@ -55,7 +53,7 @@ class TrainSplit:
     """
 
     info: DatasetInfo
-    source: Source
+    source: ImageSource
     train: Tensor
     val: Tensor
     unlabelled: Tensor | None = None
@@ -87,14 +85,6 @@ class TrainSplit:
     def val_images(self) -> ImageSet:
         """Read the validation images."""
         return self.source.take(self.val, self.info)
-
-
-def load_train(name: str, data_dir: str | Path | None, **options: Any) -> Splits:
-    """Read the training split with validation images held out of it: `open_train`, of which this takes the
-    arguments.
-    """
-    split = open_train(name, data_dir, **options)
-    return Splits(split.info, split.train_images(), split.val_images())
 
 
 def open_train(
@@ -160,10 +150,10 @@ def load_test(
     download: bool = True,
     say: Say = lambda text: None,
 ) -> tuple[DatasetInfo, ImageSet]:
-    """Load the whole test split. The facts that come with it are those `load_train` gives; `say` as for
+    """Load the whole test split. The facts that come with it are those that `open_train` gives; `say` as for
     `open_train`.
 
-    Raises: UserError as `load_train`.
+    Raises: UserError as `open_train`.
     """
     info, source = _open(name, data_dir, "test", image_size=image_size, download=download, say=say)
     return info, source.take(torch.arange(len(source.labels)), info)
@@ -171,7 +161,7 @@ def load_test(
 
 def _open(
     name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool, say: Say
-) -> tuple[DatasetInfo, Source]:
+) -> tuple[DatasetInfo, ImageSource]:
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     info = dataset_info(name)
@@ -181,7 +171,7 @@ def _open(
         info = replace(info, image_shape=(info.image_shape[0], image_size, image_size))
     if name == "digits":
         source = digits.open_digits(split)
-        return info, Source(
+        return info, ImageSource(
             source.labels, lambda indices: resize_square(source.read(indices), info.image_shape[1])
         )
     return info, torchvision_sets.open_torchvision(

@@ -108,7 +108,7 @@ def _short(path: Path) -> str:
     return repr(str(Path(path.parent.name, path.name)))
 
 
-def left_out(folder: Path, names: Counter[str], suffixes: Sequence[str]) -> str:
+def files_left_out(folder: Path, names: Counter[str], suffixes: Sequence[str]) -> str:
     """What to say of files that are not taken, counted by suffix."""
     counts = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
     return (

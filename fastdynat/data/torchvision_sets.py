@@ -11,7 +11,7 @@ import torch
 import torchvision.datasets as tv
 from torch import Tensor
 
-from fastdynat.data.image_sets import DatasetInfo, Source, resize_square
+from fastdynat.data.image_sets import DatasetInfo, ImageSource, resize_square
 from fastdynat.errors import UserError
 
 CIFAR10_WORDS = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -77,7 +77,7 @@ HELD_AS = {
 
 def open_torchvision(
     name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool
-) -> Source:
+) -> ImageSource:
     """Return the "train" or "test" split of one of `INFOS`, resized to a square if image_size is given.
 
     Raises: UserError where the data are missing or corrupt and cannot be downloaded.
@@ -97,7 +97,7 @@ def open_torchvision(
         ) from error
     if images.dtype == torch.uint8 and images.ndim == 4 and image_size is not None:
         images = resize_square(images, image_size)
-    return Source(labels, lambda indices: images[indices])
+    return ImageSource(labels, lambda indices: images[indices])
 
 
 def _read(name: str, data_dir: str | Path, split: str, download: bool) -> tuple[Tensor, Tensor]:

@@ -156,9 +156,9 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
         out = look(model, torch.zeros(2, *image_shape)) if out is None else out
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"model {name!r} does not take {size} ({first_line(error)}); {remedy}") from error
-    if shape_of(out) != (2, num_classes):
+    if output_shape(out) != (2, num_classes):
         raise UserError(
-            f"model {name!r} maps two {size} to {shape_of(out)}, not to logits (2, {num_classes}); {remedy}"
+            f"model {name!r} maps two {size} to {output_shape(out)}, not to logits (2, {num_classes}); {remedy}"
         )
 
 
@@ -209,6 +209,6 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def shape_of(out: object) -> tuple[int, ...] | str:
+def output_shape(out: object) -> tuple[int, ...] | str:
     """The shape of a tensor; of anything else the name of its type."""
     return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -29,7 +29,7 @@ def not_numbers(network: nn.Module) -> str:
     return f"{count} of {total} values of {name} are NaN or infinite{more}"
 
 
-def check_numbers(network: nn.Module, origin: object) -> None:
+def check_finite(network: nn.Module, origin: object) -> None:
     """Raise UserError naming `origin`, where the weights came from, unless all of the network's weights are
     numbers.
     """

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
-from fastdynat.models.build import look, shape_of
+from fastdynat.models.build import look, output_shape
 from fastdynat.models.callables import network_of, where
 from fastdynat.models.external import build_timm, build_torchvision
-from fastdynat.models.finite import check_numbers
-from fastdynat.models.state_files import put_state, read_state
+from fastdynat.models.finite import check_finite
+from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
 
 Shape = tuple[int, int, int]
@@ -78,9 +78,12 @@ def load_foreign(
     else:
         offered = {"num_classes": num_classes, "image_shape": image_shape}
         model, source = network_of(name, {key: value for key, value in offered.items() if value is not None})
-        model, note = model if weights is None else put_state(model, read_state(weights), weights), ""
+        model, note = (
+            model if weights is None else put_published_state(model, read_state_dict(weights), weights),
+            "",
+        )
     model.eval()
-    check_numbers(model, name if weights is None else weights)
+    check_finite(model, name if weights is None else weights)
     suspicion = "" if image_shape is None else _check(model, name, num_classes, image_shape)
     return ForeignModel(
         model=model,
@@ -99,7 +102,7 @@ def _external(
         raise UserError(f"{kind}:{name} with weights of your own needs num_classes and image_shape")
     build, name = (build_torchvision, name.lower()) if kind == "torchvision" else (build_timm, name)
     model = build(name, num_classes=num_classes, image_shape=image_shape)
-    return put_state(model, read_state(weights), weights), ""
+    return put_published_state(model, read_state_dict(weights), weights), ""
 
 
 def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
@@ -113,7 +116,7 @@ def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Sh
         out = look(model, x)
     except Exception as error:
         raise UserError(f"{name} does not take {size}: {where(error)}") from error
-    got, wanted = shape_of(out), "(2, classes)" if num_classes is None else str((2, num_classes))
+    got, wanted = output_shape(out), "(2, classes)" if num_classes is None else str((2, num_classes))
     if (
         not isinstance(out, Tensor)
         or out.dim() != 2

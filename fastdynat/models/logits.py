@@ -34,13 +34,13 @@ def with_output(network: Any, output: Output | None) -> Any:
     """
     if output is None:
         return network
-    check_output(output)
+    check_output_choice(output)
     return (
         Answering(network, output) if isinstance(network, nn.Module) else lambda x: picked(network(x), output)
     )
 
 
-def check_output(output: object) -> None:
+def check_output_choice(output: object) -> None:
     """Raise UserError unless `output` is one."""
     if isinstance(output, bool) or not (isinstance(output, str | int) or callable(output)):
         raise UserError(
@@ -70,7 +70,7 @@ def picked(out: Any, output: Output) -> Tensor:
         out, "__dict__", {}
     ):  # what is traced is no tensor, and no part
         return out.__dict__[output]
-    raise UserError(f"output={output!r} is not in the network's answer, {describe(out)}")
+    raise UserError(f"output={output!r} is not in the network's answer, {describe_output(out)}")
 
 
 def logits_of(out: Any, images: int) -> Tensor:
@@ -94,14 +94,14 @@ def not_logits(out: Any, images: int, network: str = "the network") -> UserError
     """The error for an answer that is no logits."""
     remedy = _remedy(out, images)
     return UserError(
-        f"{network} maps {images} images to {describe(out)}, not to logits ({images}, classes); {remedy}"
+        f"{network} maps {images} images to {describe_output(out)}, not to logits ({images}, classes); {remedy}"
     )
 
 
-def describe(out: Any) -> str:
+def describe_output(out: Any) -> str:
     """An answer in a few words.
 
-    >>> describe({"logits": torch.zeros(2, 10), "features": None}), describe((torch.zeros(2),))
+    >>> describe_output({"logits": torch.zeros(2, 10), "features": None}), describe_output((torch.zeros(2),))
     ("a dict of 'logits', 'features'", 'a tuple of 1')
     """
     if isinstance(out, Tensor):

@@ -28,7 +28,7 @@ OURS = re.compile(rf"(?:{WRAPPER.pattern})*normalize\.mean")
 SHOWN = 3
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in `path`: safetensors, or torch.save of one, plain or under `state_dict`, `model`, ...
 
     Raises: UserError where the file is missing, damaged, needs code to open, or holds no state dict.
@@ -58,7 +58,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def put_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Module:
+def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Module:
     """`model` with all of `state`; behind a `Normalize` where the state has one, as this library saves it,
     and the model none.
 

@@ -19,7 +19,7 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.build import Normalize
 from fastdynat.models.callables import where
 from fastdynat.models.external import require_timm, require_torchvision, unknown_of_many
-from fastdynat.models.state_files import put_state, read_state
+from fastdynat.models.state_files import put_published_state, read_state_dict
 
 
 def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
@@ -69,7 +69,7 @@ def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
             f"RobustBench model for {dataset}, {threat}", name, list(models), "its leaderboard"
         )
     if weights is not None:
-        return put_state(models[name]["model"](), read_state(weights), weights), ""
+        return put_published_state(models[name]["model"](), read_state_dict(weights), weights), ""
     options = {"dataset": dataset, "threat_model": threat}
     return _downloaded(
         f"robustbench:{rest}", lambda: utils.load_model(name, **options)

@@ -18,7 +18,7 @@ from fastdynat.documents.tensor_files import check_safetensors, read_safetensors
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models import build_model
-from fastdynat.models.finite import check_numbers
+from fastdynat.models.finite import check_finite
 from fastdynat.runs.atomic_files import replacing, write_text
 from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
@@ -190,7 +190,7 @@ def load_network(path: Path | str) -> tuple[nn.Module, Sidecar]:
     state, sidecar = load_state(path)
     network = build_from_sidecar(sidecar)
     put_state(network, state, path, sidecar.architecture)
-    check_numbers(network, path)
+    check_finite(network, path)
     return network.eval(), sidecar
 
 

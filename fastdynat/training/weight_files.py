@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.config import TrainConfig
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
-from fastdynat.models.finite import check_numbers
+from fastdynat.models.finite import check_finite
 from fastdynat.runs import Sidecar, load_state, put_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.state import snapshot
@@ -116,4 +116,4 @@ def load_weights(folder: Path, networks: NetworkSet, config: TrainConfig[Any]) -
             )
             raise UserError(f"{file} is a {found}, this run's is a {wanted}")
         put_state(network, state, file, architecture)
-        check_numbers(network, file)
+        check_finite(network, file)

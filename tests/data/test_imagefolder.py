@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.splits import load_train
 
-from fastdynat.data import imagefolder, load_test, load_train
+from fastdynat.data import imagefolder, load_test
 from fastdynat.errors import UserError
 from fastdynat.machine import free_memory as room
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdynat.data import Batch, ImageSet, ResidentLoader, TrainLoader, check_labels, eval_batches
+from fastdynat.data import Batch, ImageSet, ResidentLoader, TrainLoader, check_image_set, eval_batches
 from fastdynat.data.epoch_plan import plan_epoch
 from fastdynat.errors import UserError
 
@@ -251,7 +251,7 @@ def test_eval_batches_refuses_zero(kwargs):
 )
 def test_check_labels(images, labels, message):
     with pytest.raises(UserError, match=message):
-        check_labels(ImageSet(images, labels), 10, "toy")
+        check_image_set(ImageSet(images, labels), 10, "toy")
 
 
 @pytest.mark.gpu

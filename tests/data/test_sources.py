@@ -13,8 +13,9 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+from support.splits import load_train
 
-from fastdynat.data import dataset_info, known_datasets, load_test, load_train, torchvision_sets
+from fastdynat.data import dataset_info, known_datasets, load_test, torchvision_sets
 from fastdynat.data.image_sets import channel_stats, resize_square
 from fastdynat.errors import UserError
 

@@ -17,6 +17,7 @@ from conftest import needs
 from safetensors.torch import load_file
 from support.confident_network import confident_model
 from support.networks import tiny_cnn
+from support.splits import load_train
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
@@ -24,7 +25,6 @@ from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.commands.main import main
-from fastdynat.data import load_train
 from fastdynat.errors import UserError
 from fastdynat.evaluation.fidelity import Fidelity, check_fidelity
 from fastdynat.models import build_model

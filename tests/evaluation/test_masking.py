@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.splits import load_train
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import PGDSpec
@@ -16,7 +17,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attacks import parse_attacks
 from fastdynat.commands.main import main
-from fastdynat.data import ImageSet, load_test, load_train
+from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation.masking import MaskingReport, at_least, check_masking
 from fastdynat.evaluation.measure import Stopped

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastdynat.errors import UserError
 from fastdynat.models import build_model, load_foreign
-from fastdynat.models.state_files import put_state, read_state
+from fastdynat.models.state_files import put_published_state, read_state_dict
 
 SHAPE = (3, 8, 8)
 X = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(5))
@@ -157,7 +157,7 @@ class Holder(nn.Module):
 def test_wrappers_go_from_the_front_only(wrapper: str) -> None:
     trained, empty = Holder(), Holder()
     state = {wrapper + key: value for key, value in trained.state_dict().items()}
-    loaded = put_state(empty, state, Path("w")).state_dict()
+    loaded = put_published_state(empty, state, Path("w")).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in trained.state_dict().items())
 
 
@@ -188,7 +188,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     def message(content: bytes | object) -> str:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(UserError) as caught:
-            read_state(path)
+            read_state_dict(path)
         return str(caught.value)
 
     assert "web page" in message(b"<!DOCTYPE html>")
@@ -197,10 +197,10 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     assert "more than tensors" in message(tiny_cnn())
     assert "no state dict" in message({"epoch": 3})
     with pytest.raises(UserError, match="cannot read"):
-        read_state(tmp_path / "absent.pt")
+        read_state_dict(tmp_path / "absent.pt")
     (tmp_path / "w.safetensors").write_bytes(b"1234")
     with pytest.raises(UserError, match="damaged"):
-        read_state(tmp_path / "w.safetensors")
+        read_state_dict(tmp_path / "w.safetensors")
 
 
 def test_keys_that_are_missing_or_too_many_are_named() -> None:
@@ -208,11 +208,11 @@ def test_keys_that_are_missing_or_too_many_are_named() -> None:
     state["extra.bias"] = state.pop("6.bias")
     state.pop("1.num_batches_tracked")  # predicts nothing
     with pytest.raises(UserError, match=r"1 keys missing \(6.bias\), 1 keys unexpected \(extra.bias\)"):
-        put_state(tiny_cnn(), state, Path("w.pt"))
+        put_published_state(tiny_cnn(), state, Path("w.pt"))
     with pytest.raises(UserError, match=r"size mismatch for 6\.weight"):
-        put_state(tiny_cnn(), dict(tiny_cnn(classes=4).state_dict()), Path("w.pt"))
+        put_published_state(tiny_cnn(), dict(tiny_cnn(classes=4).state_dict()), Path("w.pt"))
     with pytest.raises(UserError, match="two networks"):
-        put_state(tiny_cnn(), {**tiny_cnn().state_dict(), "module.6.bias": torch.zeros(10)}, Path("w.pt"))
+        put_published_state(tiny_cnn(), {**tiny_cnn().state_dict(), "module.6.bias": torch.zeros(10)}, Path("w.pt"))
 
 
 def test_torchvisions_weights_stand_behind_their_normalisation(
@@ -353,6 +353,6 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path, dtype: to
         {key: (100 * value).to(dtype) for key, value in network.state_dict().items()}, tmp_path / "w.pt"
     )
     with pytest.raises(UserError, match=f"weight is {dtype}, the network's is torch.float32"):
-        put_state(network, read_state(tmp_path / "w.pt"), tmp_path / "w.pt")
+        put_published_state(network, read_state_dict(tmp_path / "w.pt"), tmp_path / "w.pt")
     assert torch.equal(network.weight, before)
-    put_state(network, {key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.pt")
+    put_published_state(network, {key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.pt")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdynat.config import TrainConfig, to_yaml, update
 from fastdynat.data import Batch, DatasetInfo, TrainLoader, TrainSplit, dataset_info
-from fastdynat.data.image_sets import Source
+from fastdynat.data.image_sets import ImageSource
 from fastdynat.data.split import stratified_split
 from fastdynat.methods import method_class
 from fastdynat.methods.configs import default_config
@@ -117,7 +117,7 @@ def build(name: str, folder: Path) -> Built:
     labels = torch.arange(count) % info.num_classes
     size = config.data.val_size
     train, val = stratified_split(labels, val_size=None if size is None else int(size), limit=None, seed=1)
-    split = TrainSplit(info, Source(labels, lambda at: images[at]), train, val)
+    split = TrainSplit(info, ImageSource(labels, lambda at: images[at]), train, val)
     config = resolve_loader(config, split, quiet)
     networks, step, loader = build_parts(config, split, quiet)
     burn_in = burn_in_step(config, step, quiet)
