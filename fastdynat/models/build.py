@@ -15,9 +15,11 @@ from fastdynat.errors import UserError, first_line, unknown_name
 from fastdynat.machine.free_memory import check_room
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
 from fastdynat.models.layer_styles import split_style
+from fastdynat.models.own_networks import look, output_shape, own_network
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.wide_resnet import WideResNet, check_size
+from fastdynat.user_code import is_object, is_user_code
 
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
@@ -73,7 +75,8 @@ def build_model(
         name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not
             matter, and for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU
             for ReLU), `-gn` (group norm for batch norm) or `-silu-gn` at its end, wide ones after that with
-            `-same` (padding of Gowal et al. 2020).
+            `-same` (padding of Gowal et al. 2020). Or a network of the user (`own_networks`), which takes the
+            images as they are: `path/to/file.py:callable`, or the name from `given_network`.
         num_classes: Width of the last layer.
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
@@ -84,6 +87,8 @@ def build_model(
     channels = image_shape[0]
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2, got {num_classes}")
+    if is_user_code(name) or is_object(name):
+        return own_network(name, num_classes=num_classes, image_shape=image_shape, mean=mean)
     normalize = Normalize(
         _per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0)
     )
@@ -162,21 +167,6 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
         )
 
 
-@torch.no_grad()
-def look(model: nn.Module, x: Tensor) -> object:
-    """What `model` returns in eval mode for `x`, which is brought to its device; mode, buffers and random
-    state stay.
-    """
-    was_training = model.training
-    state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return model(x.to(state.device))
-    finally:
-        model.train(was_training)
-
-
 def _dry_run(model: nn.Module, name: str, image_shape: tuple[int, int, int]) -> object:
     """What `model` would return for two images, without values or their memory; None where its code needs
     values.
@@ -207,8 +197,3 @@ class _Largest(TorchDispatchMode):
         }
         self.bytes = max(self.bytes, sum(held.values()))
         return out
-
-
-def output_shape(out: object) -> tuple[int, ...] | str:
-    """The shape of a tensor; of anything else the name of its type."""
-    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

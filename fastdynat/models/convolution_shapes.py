@@ -8,19 +8,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat.models.build import build_model
 from fastdynat.tuning import Layer
+from fastdynat.user_code import is_object, is_user_code
+
+
+def convolutions(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
+    """The convolutions with square filters of the network that `build_model` makes; none where it cannot be built.
+
+    A network of the user is built with its weights: its code may not work on the meta device.
+    """
+    if is_user_code(name) or is_object(name):
+        return _watched(name, num_classes, image_shape, "cpu")
+    return _found(name, num_classes, image_shape)
 
 
 @functools.lru_cache
-def convolutions(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
-    """Those with square filters, as `build_model` makes the network; none where it cannot be built without
-    values.
-    """
+def _found(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
+    return _watched(name, num_classes, image_shape, "meta")
+
+
+def _watched(
+    name: str, num_classes: int, image_shape: tuple[int, int, int], device: str
+) -> tuple[Layer, ...]:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), _Watch() as watch:
-            build_model(name, num_classes=num_classes, image_shape=image_shape)  # looks at what it answers
-    except (
-        Exception
-    ):  # of any kind: this is for a choice of speed alone, and a wrong name is refused by whoever builds it
+        with torch.random.fork_rng(devices=[]), torch.device(device), _Watch() as watch:
+            build_model(name, num_classes=num_classes, image_shape=image_shape)  # runs it once
+    except Exception:
+        # Of any kind: this is for a choice of speed alone, and a wrong name is refused by whoever builds it.
         return ()
     return tuple(watch.found)
 

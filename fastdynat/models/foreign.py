@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
-from fastdynat.models.build import look, output_shape
-from fastdynat.models.callables import network_of, where
 from fastdynat.models.external import build_timm, build_torchvision
 from fastdynat.models.finite import check_finite
+from fastdynat.models.own_networks import Shape, check_logits, network_of
 from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
-
-Shape = tuple[int, int, int]
-PROBABILITIES = "its outputs look like probabilities: the loss's gradients vanish and attacks look weaker than they are; return logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +80,7 @@ def load_foreign(
         )
     model.eval()
     check_finite(model, name if weights is None else weights)
-    suspicion = "" if image_shape is None else _check(model, name, num_classes, image_shape)
+    suspicion = "" if image_shape is None else check_logits(model, name, num_classes, image_shape)
     return ForeignModel(
         model=model,
         name=name,
@@ -103,37 +99,6 @@ def _external(
     build, name = (build_torchvision, name.lower()) if kind == "torchvision" else (build_timm, name)
     model = build(name, num_classes=num_classes, image_shape=image_shape)
     return put_published_state(model, read_state_dict(weights), weights), ""
-
-
-def _check(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
-    """Run two random images through `model`; returns "" or, in words, why its outputs may be no logits.
-
-    Raises: UserError where it fails or returns another shape.
-    """
-    x = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    size = "x".join(map(str, image_shape)) + " images"
-    try:
-        out = look(model, x)
-    except Exception as error:
-        raise UserError(f"{name} does not take {size}: {where(error)}") from error
-    got, wanted = output_shape(out), "(2, classes)" if num_classes is None else str((2, num_classes))
-    if (
-        not isinstance(out, Tensor)
-        or out.dim() != 2
-        or len(out) != 2
-        or out.shape[1] != (num_classes or out.shape[1])
-    ):
-        raise UserError(
-            f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
-        )
-    if bool(out.isnan().any(1).all()):
-        raise UserError(
-            f"{name} answers two random {size} with NaN, so it predicts nothing: see that its forward does not overflow or "
-            "divide by zero, and that its weights are loaded"
-        )
-    if bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all()):
-        return PROBABILITIES
-    return ""
 
 
 def _digest(name: str, source: bytes, model: nn.Module) -> str:

@@ -17,9 +17,9 @@ from torch import nn
 
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.build import Normalize
-from fastdynat.models.callables import where
 from fastdynat.models.external import require_timm, require_torchvision, unknown_of_many
 from fastdynat.models.state_files import put_published_state, read_state_dict
+from fastdynat.user_code import error_with_place
 
 
 def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
@@ -83,7 +83,9 @@ def _import_robustbench() -> tuple[Any, Any]:
                 "robustbench.utils"
             )
     except Exception as error:
-        raise UserError(f"robustbench is installed but cannot be imported: {where(error)}") from error
+        raise UserError(
+            f"robustbench is installed but cannot be imported: {error_with_place(error)}"
+        ) from error
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:
         remedy = "its weights are downloaded once, which needs a network; or give them with --weights FILE"
-        raise UserError(f"cannot load {name}: {remedy} ({where(error)})") from error
+        raise UserError(f"cannot load {name}: {remedy} ({error_with_place(error)})") from error
 
 
 def _normalised(

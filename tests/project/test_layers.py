@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "kernels", "lazy"},
     {"units"},
     {"documents", "terminal", "machine"},
+    {"user_code"},
     {"config", "execution"},
     {"verification", "recipes"},
     {"ops"},

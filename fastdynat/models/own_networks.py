@@ -1,0 +1,149 @@
+"""Networks of the user: made by a callable in a file (`--model my.py:make_net`), or given as a module.
+
+Such a network takes images in [0, 1] as they are; nothing is put in front of it.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.errors import UserError, first_line
+from fastdynat.models.finite import check_finite
+from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
+
+Shape = tuple[int, int, int]
+PROBABILITIES = (
+    "its outputs look like probabilities: the loss's gradients vanish and attacks look weaker than they are; "
+    "return logits"
+)
+_given: ContextVar[dict[str, nn.Module] | None] = ContextVar("given networks", default=None)
+
+
+@contextmanager
+def given_network(module: nn.Module) -> Iterator[str]:
+    """Let `build_model` know `module` within the block by the name that is yielded; it builds copies of it.
+
+    Raises:
+        UserError: the module cannot be copied.
+    """
+    name = f"{OBJECT}{type(module).__name__}"
+    try:
+        copy.deepcopy(module)
+    except Exception as error:
+        raise UserError(
+            f"the model, a {type(module).__name__}, cannot be copied ({first_line(error)}): training works on a "
+            "copy; keep only modules, parameters and plain values in it"
+        ) from None
+    token = _given.set({name: module})
+    try:
+        yield name
+    finally:
+        _given.reset(token)
+
+
+def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]:
+    """The network that the user's code called `name` makes, and the bytes of the source file that it is in.
+
+    Args:
+        offered: passed to the callable where it has a parameter of that name. A network in place of a callable is
+            taken as it is.
+
+    Raises:
+        UserError: there is no such module or callable, it raises, or makes no nn.Module.
+    """
+    made, source = import_object(name)
+    if not isinstance(made, nn.Module):
+        made = call_object(made, name, offered, "a network")
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{name} makes a {type(made).__name__}, not a torch.nn.Module")
+    return made, source
+
+
+def own_network(
+    name: str, *, num_classes: int, image_shape: Shape, mean: Sequence[float] | None
+) -> nn.Module:
+    """The network of the user called `name`: a fresh one of a callable, a copy of one that was given as an object.
+
+    Raises:
+        UserError: there is none, it does not map such images to so many logits, its weights are not finite, or a
+            normalisation (`mean`) is asked for.
+    """
+    if mean is not None:
+        raise UserError(
+            f"--normalize: {short_name(name)} takes images in [0, 1] as they are; normalise inside of it, and leave "
+            "--normalize out"
+        )
+    if is_object(name):
+        given = (_given.get() or {}).get(name)
+        if given is None:
+            raise UserError(
+                f"{name} stands for a network that was given to fastdynat.train as a Python object and cannot be "
+                "rebuilt by its name: in Python, fastdynat.load_network(RUN, into=my_module) or "
+                "fastdynat.train(my_module, my_data, resume=RUN); or train with --model my.py:make_net"
+            )
+        model = copy.deepcopy(given)
+    else:
+        model = network_of(name, {"num_classes": num_classes, "image_shape": image_shape})[0]
+    check_finite(model, short_name(name))
+    suspicion = check_logits(model, short_name(name), num_classes, image_shape)
+    if suspicion:
+        warnings.warn(f"{short_name(name)}: {suspicion}", stacklevel=2)
+    return model
+
+
+def check_logits(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
+    """Run two random images through `model` in eval mode; returns "" or why its outputs may be no logits.
+
+    Raises:
+        UserError: it fails, or returns another shape.
+    """
+    x = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    size = "x".join(map(str, image_shape)) + " images"
+    try:
+        out = look(model, x)
+    except Exception as error:
+        raise UserError(f"{name} does not take {size}: {error_with_place(error)}") from error
+    got, wanted = output_shape(out), "(2, classes)" if num_classes is None else str((2, num_classes))
+    if (
+        not isinstance(out, Tensor)
+        or out.dim() != 2
+        or len(out) != 2
+        or out.shape[1] != (num_classes or out.shape[1])
+    ):
+        raise UserError(
+            f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
+        )
+    if bool(out.isnan().any(1).all()):
+        raise UserError(
+            f"{name} answers two random {size} with NaN, so it predicts nothing: see that its forward does not overflow or "
+            "divide by zero, and that its weights are loaded"
+        )
+    if bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all()):
+        return PROBABILITIES
+    return ""
+
+
+@torch.no_grad()
+def look(model: nn.Module, x: Tensor) -> object:
+    """The output of `model` in eval mode for `x`, which is moved to its device.
+
+    Its mode, its buffers and the random state stay.
+    """
+    was_training = model.training
+    state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return model(x.to(state.device))
+    finally:
+        model.train(was_training)
+
+
+def output_shape(out: object) -> tuple[int, ...] | str:
+    """The shape of a tensor; of anything else the name of its type."""
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

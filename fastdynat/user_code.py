@@ -1,0 +1,231 @@
+"""Python code of the user, named `path/to/file.py:NAME` or `module:NAME`, and how a run stores such a name.
+
+A run stores the absolute path with a digest of the file, ``/path/net.py:make_net#sha256=0123456789abcdef``: a
+pinned name. Opening it later runs code that a file on disk names, so it is refused unless the file has the same
+content and this account has trained with it before (a record in the cache folder), or the user names it again.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+
+from fastdynat.errors import UserError, first_line
+
+PUBLISHED = ("robustbench", "torchvision", "timm")  # in front of a colon: not the user's
+OBJECT = "object:"  # in front of the class of a Python object that was given to `fastdynat.train`
+_PINNED = re.compile(r"(?P<name>.+)#sha256=(?P<digest>[0-9a-f]{16})", re.DOTALL)
+_remembered: set[str] = set()  # by this process, for accounts without a cache folder
+
+
+def is_user_code(name: str) -> bool:
+    """Whether `name` names code of the user: it has a colon, and no library or object before it."""
+    kind, colon, rest = name.partition(":")
+    return bool(colon and kind and rest) and kind.lower() not in PUBLISHED and not is_object(name)
+
+
+def is_object(name: str) -> bool:
+    """Whether `name` stands for a Python object that was given to `fastdynat.train`."""
+    return name.startswith(OBJECT)
+
+
+def unpinned(name: str) -> str:
+    """`name` without the digest that a run stores behind it."""
+    match = _PINNED.fullmatch(name)
+    return match["name"] if match else name
+
+
+def check_stored(name: str, origin: str) -> str:
+    """`name`, read from a file of a run at `origin`, unless it names code of the user without a digest.
+
+    Raises:
+        UserError: it does, which no run writes.
+    """
+    if is_user_code(name) and not _PINNED.fullmatch(name):
+        raise UserError(
+            f"{origin}: {name} names code without its digest, as no run does: it was damaged or edited"
+        )
+    return name
+
+
+def short_name(name: str) -> str:
+    """`name` for tables and messages: without the digest, and of a file without its folder.
+
+    >>> short_name("/home/me/net.py:make_net#sha256=0123456789abcdef"), short_name("timm:vit_tiny")
+    ('net.py:make_net', 'timm:vit_tiny')
+    """
+    return os.path.basename(unpinned(name)) if is_user_code(name) else name
+
+
+def pin(name: str) -> str:
+    """`name`, which the user has given now, as a run stores it; later `import_object` opens it on this account.
+
+    Raises:
+        UserError: it names no file.
+    """
+    if not is_user_code(name) or _PINNED.fullmatch(name):
+        return name
+    origin, _, attribute = name.rpartition(":")
+    if not origin.endswith(".py"):
+        raise UserError(f"{name}: to train with code of your own, name its file: path/to/file.py:{attribute}")
+    plain = f"{os.path.abspath(origin)}:{attribute}"
+    content = _content(Path(origin), name)
+    _remember(plain, content)
+    return f"{plain}#sha256={_digest(content)[:16]}"
+
+
+def import_object(name: str) -> tuple[object, bytes]:
+    """The object called `name`, and the bytes of the source file that it is in.
+
+    The current directory, and the file's own, can be imported from while this runs.
+
+    Raises:
+        UserError: there is no such module or object, importing it fails, or a pinned name's file has changed, is
+            gone, or was never used by this account.
+    """
+    match = _PINNED.fullmatch(name)
+    if match:
+        name = match["name"]
+        _check_pinned(name, match["digest"])
+    origin, _, attribute = name.rpartition(":")
+    with importing_beside(name):
+        module = _module(origin, name)
+        try:
+            found: object = attrgetter(attribute)(module)
+        except AttributeError:
+            raise UserError(f"{name}: {origin} has no {attribute!r}") from None
+    file = getattr(module, "__file__", None)
+    return found, Path(file).read_bytes() if file else b""
+
+
+def call_object(function: object, name: str, offered: Mapping[str, object], what: str) -> object:
+    """The result of `function`, called with those of `offered` that it has parameters for; `what` it should make.
+
+    Raises:
+        UserError: it cannot be called, or fails.
+    """
+    name = unpinned(name)
+    if not callable(function):
+        raise UserError(
+            f"{name} is a {type(function).__name__}, which can be neither called nor used as {what}"
+        )
+    given: dict[str, object] = {}
+    try:
+        with importing_beside(name):
+            parameters = inspect.signature(function).parameters
+            given = {key: value for key, value in offered.items() if key in parameters}
+            return function(**given)
+    except (Exception, SystemExit) as error:
+        called = ", ".join(given) or "no arguments"
+        raise UserError(f"{name} was called with {called} and failed: {error_with_place(error)}") from error
+
+
+def error_with_place(error: BaseException) -> str:
+    """Type, first line and place of an error in someone else's code."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen")
+    ]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+    if isinstance(error, SyntaxError):  # raised by the compiler, which has no frame in the file
+        place = f"{error.filename}:{error.lineno}"
+    return f"{type(error).__name__}: {first_line(error)} ({place})"
+
+
+@contextmanager
+def importing_beside(name: str) -> Iterator[None]:
+    """Let the file in `name` import its neighbours and modules in the current directory."""
+    origin = name.rpartition(":")[0]
+    folder = os.path.dirname(os.path.realpath(origin)) if origin.endswith(".py") else str(Path.cwd())
+    before = list(sys.path)
+    sys.path[:0] = [folder, str(Path.cwd())]
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _module(origin: str, name: str) -> ModuleType:
+    try:
+        return _run_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
+    except (Exception, SystemExit) as error:  # a script may end itself where it is imported
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{origin}.".startswith(f"{missing}."):
+            hint = "a name with a colon is robustbench:, torchvision:, timm:, module:callable or path/to/file.py:callable"
+            raise UserError(f"{name}: no module {missing!r}, here or installed; {hint}") from None
+        raise UserError(f"{name}: importing {origin} failed: {error_with_place(error)}") from error
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"user_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # the suffix is .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and torch.compile look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_pinned(plain: str, digest: str) -> None:
+    """Raise UserError unless the pinned name may be opened."""
+    content = _content(Path(plain.rpartition(":")[0]), plain)
+    if _digest(content)[:16] != digest:
+        raise UserError(
+            f"{plain}: the file has changed since the run began with it; bring its old content back, or start a new run"
+        )
+    if _key(plain, content) not in _remembered and not _is_recorded(plain, content):
+        raise UserError(
+            f"{plain} was never trained with on this account, and opening the run would execute it: read the file, then "
+            "name it yourself (train --resume RUN --model FILE.py:NAME --data FILE.py:NAME; or "
+            "eval FILE.py:NAME --weights RUN/best/model.safetensors)"
+        )
+
+
+def _content(file: Path, name: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot read {file} ({error.strerror}); bring the file back") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _key(plain: str, content: bytes) -> str:
+    return _digest(plain.encode("utf-8", "surrogateescape") + b"\0" + content)
+
+
+def _record(key: str) -> Path | None:
+    from fastdynat.machine.cache_folder import folder  # whose package imports torch
+
+    base = folder("user_code")
+    return None if base is None else base / key
+
+
+def _is_recorded(plain: str, content: bytes) -> bool:
+    path = _record(_key(plain, content))
+    return path is not None and path.is_file()
+
+
+def _remember(plain: str, content: bytes) -> None:
+    from fastdynat.machine.cache_folder import replace_text
+
+    key = _key(plain, content)
+    _remembered.add(key)
+    path = _record(key)
+    if path is not None:
+        with suppress(OSError):
+            replace_text(path, plain.encode("utf-8", "replace").decode() + "\n")
