@@ -2,9 +2,9 @@
 1].
 """
 
-from fastdynat.data.choose_loader import check_dali, choose_loader, dali_problem, default_workers, make_loader
 from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, ImageSet, check_image_set
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches
+from fastdynat.data.loader_choice import check_dali, choose_loader, dali_problem, default_workers, make_loader
 from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, open_train
 from fastdynat.data.torchvision_sets import RELEASED_STD
 

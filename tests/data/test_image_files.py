@@ -23,7 +23,7 @@ from fastdynat.data import (
     survey,
 )
 from fastdynat.data import (
-    choose_loader as choose,
+    loader_choice as choose,
 )
 from fastdynat.data.decode import read_header, read_rgb
 from fastdynat.errors import UserError

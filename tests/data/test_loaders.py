@@ -33,7 +33,7 @@ from fastdynat.data import (
     open_train,
 )
 from fastdynat.data import (
-    choose_loader as choose,
+    loader_choice as choose,
 )
 from fastdynat.data.epoch_plan import EpochSteps, plan_epoch
 from fastdynat.data.imagefolder import FileSet

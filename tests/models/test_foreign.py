@@ -212,7 +212,9 @@ def test_keys_that_are_missing_or_too_many_are_named() -> None:
     with pytest.raises(UserError, match=r"size mismatch for 6\.weight"):
         put_published_state(tiny_cnn(), dict(tiny_cnn(classes=4).state_dict()), Path("w.pt"))
     with pytest.raises(UserError, match="two networks"):
-        put_published_state(tiny_cnn(), {**tiny_cnn().state_dict(), "module.6.bias": torch.zeros(10)}, Path("w.pt"))
+        put_published_state(
+            tiny_cnn(), {**tiny_cnn().state_dict(), "module.6.bias": torch.zeros(10)}, Path("w.pt")
+        )
 
 
 def test_torchvisions_weights_stand_behind_their_normalisation(
@@ -355,4 +357,6 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path, dtype: to
     with pytest.raises(UserError, match=f"weight is {dtype}, the network's is torch.float32"):
         put_published_state(network, read_state_dict(tmp_path / "w.pt"), tmp_path / "w.pt")
     assert torch.equal(network.weight, before)
-    put_published_state(network, {key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.pt")
+    put_published_state(
+        network, {key: value.half() for key, value in network.state_dict().items()}, tmp_path / "w.pt"
+    )
