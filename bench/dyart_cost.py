@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Pull
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.boundary import BoundarySpec, boundary_start
 from fastdynat.attack_engine.engine import AttackSwitches, CompiledAscent
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
@@ -159,22 +160,22 @@ def passes_alone(step: TrainStep, x: Tensor, labels: Tensor, ours: argparse.Name
     ascent = (
         CompiledAscent(network, dtype=dtype, mode=ours.compile) if compiled else Ascent(network, dtype=dtype)
     )
-    read = ascent.reads(x)
+    read = ascent.to_model_input(x)
 
     def test(read: Tensor) -> Tensor:
         with torch.no_grad():
             return soft_margin(ascent.logits(read), labels, temperature=TEMPERATURE)
 
-    def both(pull: Pull[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        return lambda read: (*ascent.pull_margin(pull, read, labels, TEMPERATURE), test(read))
+    def passes(ascent: Ascent, read: Tensor) -> tuple[Tensor, ...]:
+        return *ascent.margin_and_grad(read, labels, TEMPERATURE), test(read)
 
-    iteration = ascent.one_graph("passes", both)
+    iteration = ascent.compiled(passes, key="passes")
 
     def run() -> None:
         test(read)
         for _ in range(PUBLISHED):
             iteration(read)
-        ascent.margin_gradient(read, labels, TEMPERATURE)
+        ascent.margin_and_grad(read, labels, TEMPERATURE)
 
     return run
 
@@ -205,7 +206,7 @@ def work_of(name: str, batch_size: int, ours: argparse.Namespace) -> tuple[Work,
         passes + 1,
     )
 
-    margin, w = engine.margin_gradient(x, labels, TEMPERATURE)
+    margin, w = engine.margin_and_grad(x, labels, TEMPERATURE)
     at, flat = boundary_start(x, EPS), w.flatten(1)
     offset = (flat * at.flatten(1)).sum(1) - margin
     work["projections of an iteration: ours"] = (

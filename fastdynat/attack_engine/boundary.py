@@ -12,14 +12,14 @@ between iterate and image from the batch's first image for all images. Here each
 paper writes it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, Pull
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.network_modes import attack_mode
@@ -33,12 +33,6 @@ from fastdynat.ops import soft_margin
 LEAST_MARGIN = 1e-9
 # The approximate optimality test of the found point, DyART's `use_high_quality`.
 DEEPEST_MARGIN, NEAR_MAXIMAL, DESCENT, DESCENDING_SHARE, FLAT = -0.3, 0.8, 1e-7, 0.9, 0.1
-
-# (iterate, what the network reads of it, images, labels, nearest point, its distance)
-# -> (iterate, read, nearest point, distance, how many gradients were zero)
-Iteration = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +120,23 @@ def run_boundary(
     z = boundary_start(x, spec.eps_start, generator=generator) if x_start is None else x_start.detach()
     # Distances jump from infinity where a point has crossed the boundary, which rounding decides; the nearest
     # points tell them.
-    names = ("point", "point as read", "nearest point", "", "count of zero gradients")
-    iterate = ascent.one_graph(
-        replace(spec, steps=1, eps_start=0.0), lambda pull: _iteration(ascent, spec, pull), names
+    names = ("point", "model input", "nearest point", "", "count of zero gradients")
+    iterate = ascent.compiled(
+        partial(_iterate, spec=spec), key=replace(spec, steps=1, eps_start=0.0), names=names
     )
     # What no distance is below can never be improved: this alone keeps an image out of the search.
     distance = torch.where(_margin(ascent, x, labels, spec) > LEAST_MARGIN, float("inf"), float("-inf")).to(
         x.dtype
     )
-    nearest, read = x.clone(), ascent.reads(z)  # not x itself: aliases would be compiled apart
+    nearest, model_input = (
+        x.clone(),
+        ascent.to_model_input(z),
+    )  # not x itself: aliases would be compiled apart
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
     for _ in range(spec.steps):
-        z, read, nearest, distance, zeros = iterate(z, read, x, labels, nearest, distance)
+        z, model_input, nearest, distance, zeros = iterate(z, model_input, x, labels, nearest, distance)
         zero_grads = zero_grads + zeros
-    margin, grad = ascent.margin_gradient(ascent.reads(nearest), labels, spec.temperature)
+    margin, grad = ascent.margin_and_grad(ascent.to_model_input(nearest), labels, spec.temperature)
     found = distance.isfinite()
     grad_norm = grad.abs().flatten(1).sum(1)
     return Boundary(
@@ -163,25 +160,34 @@ def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None =
     return start_away(x, eps / 2, generator=generator)
 
 
-def _iteration(ascent: Ascent, spec: BoundarySpec, pull: Pull[Tensor]) -> Iteration:
-    """One iteration: linearise, move, and keep the point and pull back where the boundary was crossed."""
+def _iterate(
+    ascent: Ascent,
+    z: Tensor,
+    model_input: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    nearest: Tensor,
+    distance: Tensor,
+    *,
+    spec: BoundarySpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One iteration from point `z`: linearise, move, and where the boundary was crossed keep the point.
 
-    def iterate(
-        z: Tensor, read: Tensor, x: Tensor, labels: Tensor, nearest: Tensor, distance: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        margin, w = ascent.pull_margin(pull, read, labels, spec.temperature)
-        zeros = (~(w.abs().flatten(1).amax(1) > 0)).sum()
-        # The plane belongs to what the network has read, which half precision has rounded.
-        w, value, at = w.to(x.dtype), margin.to(x.dtype), read.to(x.dtype)
-        z = move(z, x, w, value, at, alpha_max=spec.alpha_max, eta=spec.eta)
-        crossed = _margin(ascent, z, labels, spec) < 0
-        away = length(z - x, "linf")
-        closer = crossed & (away < distance)
-        nearest, distance = torch.where(per_image(closer, x), z, nearest), torch.where(closer, away, distance)
-        z = torch.lerp(x, z, per_image(torch.where(crossed, spec.beta_back, torch.ones_like(away)), x))
-        return z, ascent.reads(z), nearest, distance, zeros
-
-    return iterate
+    Returns:
+        The next point, its model input, nearest point and its distance so far, and how many gradients were 0.
+    """
+    margin, w = ascent.margin_and_grad(model_input, labels, spec.temperature)
+    zeros = (~(w.abs().flatten(1).amax(1) > 0)).sum()
+    # The plane is tangent at the model input, which is rounded in half precision.
+    w, value, at = w.to(x.dtype), margin.to(x.dtype), model_input.to(x.dtype)
+    z = move(z, x, w, value, at, alpha_max=spec.alpha_max, eta=spec.eta)
+    crossed = _margin(ascent, z, labels, spec) < 0
+    away = length(z - x, "linf")
+    closer = crossed & (away < distance)
+    nearest = torch.where(per_image(closer, x), z, nearest)
+    distance = torch.where(closer, away, distance)
+    z = torch.lerp(x, z, per_image(torch.where(crossed, spec.beta_back, torch.ones_like(away)), x))
+    return z, ascent.to_model_input(z), nearest, distance, zeros
 
 
 def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor, *, flat_pixel_test: bool = False) -> Tensor:
@@ -197,7 +203,7 @@ def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor, *, flat_pixel_te
 
 def _margin(ascent: Ascent, x: Tensor, labels: Tensor, spec: BoundarySpec) -> Tensor:
     with torch.no_grad():
-        return soft_margin(ascent.logits(ascent.reads(x)), labels, temperature=spec.temperature)
+        return soft_margin(ascent.logits(ascent.to_model_input(x)), labels, temperature=spec.temperature)
 
 
 def boundary(

@@ -1,32 +1,56 @@
-"""Gradients of the attacked network as compiled graphs."""
+"""Input gradients of the attacked network by torch.compile."""
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, Look, Pull, T
-from fastdynat.attack_engine.goal import AttackGoal, Kind
+from fastdynat.attack_engine.ascent import Ascent, GoalGradient, LogitGrad, T, goal_gradient
+from fastdynat.attack_engine.goal import AttackGoal, GoalKind
 from fastdynat.execution.compile_check import CompileCheck
 from fastdynat.execution.compiling import compile_whole
 
-# Goals and searches that are compiled per network; further ones, such as a new kappa for every call, run
-# uncompiled.
+# Functions compiled per network; further ones, such as a new kappa at every call, run eagerly.
 MAX_KINDS = 16
-FEW_IMAGES = 8  # that are attacked uncompiled too, for comparison; in eval mode they do not mix
+FEW_IMAGES = 8  # of a batch, for the comparison with the eager attack; in eval mode images do not mix
+
+
+@dataclass(frozen=True)
+class FunctionalAscent(Ascent):
+    """`Ascent` whose gradients come from `torch.func`, which Dynamo traces into one graph."""
+
+    def value_and_grad(self, model_input: Tensor, logit_grad: LogitGrad[T]) -> tuple[T, Tensor]:
+        # Dynamo drops the gradient of an autograd.Function that reads the differentiated tensor itself, but
+        # not of one that reads a view of it.
+        found: Any = torch.func.vjp(lambda leaf: self.logits(leaf.view_as(leaf)), model_input)
+        logits, vjp = found
+        grad, value = logit_grad(logits)
+        return value, vjp(grad)[0]
+
+    def _logits_and_autograd(self, model_input: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
+        def loss(leaf: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.logits(leaf.view_as(leaf))
+            return goal.per_image(logits).sum() * self.underflow.loss_scale, logits
+
+        grad, logits = torch.func.grad(loss, has_aux=True)(model_input)
+        return logits, grad
 
 
 @dataclass(frozen=True)
 class CompiledAscent(Ascent):
-    """`Ascent` whose look at an iterate is one compiled graph: forward, input gradient, and no weight
-    gradient.
+    """`Ascent` whose gradient is one compiled graph: forward and input gradient, without weight gradients.
 
-    The step that follows is one fused operator, which no compiler improves. Its radius and step size are
-    therefore no part of any graph: new ones compile nothing. The network must not write to buffers: batch
-    norm in eval mode.
+    The projected step after it is one fused operator that no compiler improves. Radius and step size are
+    therefore no part of any graph, and new ones compile nothing. The network must not write to buffers, so
+    its batch norm must be in eval mode.
+
+    Attributes:
+        mode: a key of `fastdynat.execution.compiling.MODES`, or "auto".
+        say: gets a message, once each, where a function cannot be compiled.
     """
 
     mode: str = "default"
@@ -35,71 +59,52 @@ class CompiledAscent(Ascent):
     _said: list[str] = field(default_factory=list)
 
     @property
-    def shapes(self) -> int:
+    def max_halvings(self) -> int:
         return 3
 
     def eager(self) -> Ascent:
-        """The same without compilation."""
-        return Ascent(self.network, self.underflow, self.dtype, self.closed_form, blind=self.blind)
+        """The same ascent without compilation."""
+        return Ascent(
+            self.network,
+            self.underflow,
+            self.dtype,
+            self.closed_form,
+            allow_no_gradient=self.allow_no_gradient,
+        )
 
-    def look(self, kind: Kind) -> Look:
-        def make() -> Callable[..., Any]:
-            bare = replace(
-                self, _graphs={}
-            )  # what is kept must not hold who keeps it: a cycle with all weights in it
-            plain, whole = Ascent.look(bare, kind), bare._look(kind, bare._functional_linearize)
-            check = CompileCheck(self._module, FEW_IMAGES, ("gradient", "satisfied", "kept"))
-            return compile_whole(
-                whole, mode=self.mode, what="the attack", say=self.say, otherwise=plain, check=check
-            )
+    def goal_gradient(self, kind: GoalKind) -> Callable[[Tensor, Tensor], GoalGradient]:
+        return self._graph(
+            partial(goal_gradient, kind=kind), kind, "the attack", GoalGradient._fields, FEW_IMAGES
+        )
 
-        return self._kept(kind, make) or super().look(kind)
-
-    def one_graph(
-        self, kind: Hashable, make: Callable[[Pull[Any]], Callable[..., Any]], names: Sequence[str] = ()
+    def compiled(
+        self, fn: Callable[..., Any], *, key: Hashable, names: Sequence[str] = ()
     ) -> Callable[..., Any]:
-        def compiled() -> Callable[..., Any]:
-            bare = replace(self, _graphs={})
-            plain, whole = Ascent.one_graph(bare, kind, make), make(bare._functional_pull)
-            check = CompileCheck(self._module, names=names)
-            return compile_whole(
-                whole, mode=self.mode, what="the search", say=self.say, otherwise=plain, check=check
-            )
+        return self._graph(fn, key, "the search", names)
 
-        return self._kept(kind, compiled) or super().one_graph(kind, make)
-
-    @property
-    def _module(self) -> nn.Module | None:
-        return self.network if isinstance(self.network, nn.Module) else None
-
-    def _kept(self, kind: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
-        """The graph of `kind`, made where there is room for it; None where there is none."""
-        if kind not in self._graphs:
-            if len(self._graphs) >= MAX_KINDS:
-                if not self._said:
-                    self._said.append(
-                        f"{MAX_KINDS} kinds of attack are compiled; further ones run without torch.compile"
-                    )
-                    self.say(self._said[0])
-                return None
-            self._graphs[kind] = make()
-        return self._graphs[kind]
-
-    def _functional_linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
-        if not self.closed_form:
-
-            def loss(leaf: Tensor) -> tuple[Tensor, Tensor]:
-                logits = self.logits(leaf.view_as(leaf))
-                return goal.per_image(logits).sum() * self.underflow.loss_scale, logits
-
-            grad, logits = torch.func.grad(loss, has_aux=True)(read)
-            return logits, grad
-        return self._functional_pull(read, lambda logits: (self.upstream(logits, goal), logits))
-
-    def _functional_pull(self, read: Tensor, weigh: Callable[[Tensor], tuple[Tensor, T]]) -> tuple[T, Tensor]:
-        # Dynamo drops the gradient of an autograd.Function that reads the differentiated tensor itself; of a
-        # view it does not.
-        pulled: Any = torch.func.vjp(lambda leaf: self.logits(leaf.view_as(leaf)), read)
-        logits, pull_back = pulled
-        weights, found = weigh(logits)
-        return found, pull_back(weights)[0]
+    def _graph(
+        self, fn: Callable[..., Any], key: Hashable, what: str, names: Sequence[str], rows: int | None = None
+    ) -> Callable[..., Any]:
+        """The compiled `fn` of `key`; `fn` as it is where `MAX_KINDS` others are compiled."""
+        if key in self._graphs:
+            return self._graphs[key]
+        if len(self._graphs) >= MAX_KINDS:
+            if not self._said:
+                self._said.append(
+                    f"{MAX_KINDS} kinds of attack are compiled; further ones run without torch.compile"
+                )
+                self.say(self._said[0])
+            return partial(fn, self)
+        # Neither form may hold this object, which keeps the graph: the cycle would keep all weights alive.
+        eager = self.eager()
+        functional = FunctionalAscent(**vars(eager))
+        network = self.network if isinstance(self.network, nn.Module) else None
+        self._graphs[key] = compile_whole(
+            partial(fn, functional),
+            mode=self.mode,
+            what=what,
+            say=self.say,
+            otherwise=partial(fn, eager),
+            check=CompileCheck(network, rows, names),
+        )
+        return self._graphs[key]

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.compiled_ascent import FEW_IMAGES
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shortfall import falls_short
 from fastdynat.attack_engine.steps import start_point
 
@@ -27,8 +28,8 @@ def disagreement(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, s
     own, spec = replace(goal, target=goal.target[:few]), replace(spec, restarts=1)
     generator = torch.Generator(x.device).manual_seed(0)
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-    got = compiled.look(goal.kind)(compiled.reads(start), goal.target)[0][:few].double()
-    want = eager.look(own.kind)(eager.reads(start[:few]), own.target)[0].double()
+    got = compiled.goal_gradient(goal.kind)(compiled.to_model_input(start), goal.target)[0][:few].double()
+    want = eager.goal_gradient(own.kind)(eager.to_model_input(start[:few]), own.target)[0].double()
     mass = want.abs().sum()
     same = float(torch.where(got.sign() == want.sign(), want.abs(), 0).sum() / mass) if mass > 0 else 1.0
     if not same >= SIGNS[compiled.dtype]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, run_boundary
 from fastdynat.attack_engine.compiled_ascent import CompiledAscent
@@ -20,6 +20,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.network_modes import has_batch_norm
 from fastdynat.attack_engine.network_probe import gradient_reaches
 from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.replica_state import ReplicaState
 from fastdynat.execution.compiling import AUTO, MAX_SIGNATURES, compile_whole
@@ -98,7 +99,7 @@ class AttackEngine:
         replica: what is attacked in its place.
         switches: as given, but for what `model` cannot be run with.
         ascent: gradients and logits of it, for attacks that are no PGD (`Search`); its iterates are to be
-            `laid_out`.
+            `to_memory_format`.
         compares: as in `AttackReplica`.
     """
 
@@ -113,7 +114,7 @@ class AttackEngine:
         bn: str = "eval",
         switches: AttackSwitches | None = None,
         rescale: bool | None = None,
-        blind: bool = False,
+        allow_no_gradient: bool = False,
         say: Say = warnings.warn,
         recorder: Recorder | None = None,
     ) -> None:
@@ -123,14 +124,14 @@ class AttackEngine:
             example: (n, C, H, W) images on the model's device (`AttackReplica`).
             bn: batch norm during the attack, "eval", "train" or "frozen" (`set_attack_mode`).
             rescale: as in `Underflow.guard`.
-            blind: as in `Ascent`.
+            allow_no_gradient: as in `Ascent`.
             say: told, once each, what was asked for and cannot be done, and what is done instead.
             recorder: where graphs come from; None is CUDA's where the switches ask for graphs.
 
         Raises:
-            UserError: `model` returns no logits; no gradient reaches the images, unless `blind`.
+            UserError: `model` returns no logits; no gradient reaches the images, unless `allow_no_gradient`.
         """
-        if not gradient_reaches(model, example) and not blind:
+        if not gradient_reaches(model, example) and not allow_no_gradient:
             raise NoGradient
         s = switches or AttackSwitches()
         if s.compile != "off" or s.graphs or recorder is not None:
@@ -160,10 +161,18 @@ class AttackEngine:
             network = compile_whole(network, mode=mode, what="the attacked network", say=self._note)
         if s.compile != "off" and bn == "eval":
             self.ascent: Ascent = CompiledAscent(
-                network, underflow, s.dtype, s.closed_form, s.compile, self._note, blind=blind
+                network,
+                underflow,
+                s.dtype,
+                s.closed_form,
+                s.compile,
+                self._note,
+                allow_no_gradient=allow_no_gradient,
             )
         else:
-            self.ascent = Ascent(network, underflow, s.dtype, s.closed_form, blind=blind)
+            self.ascent = Ascent(
+                network, underflow, s.dtype, s.closed_form, allow_no_gradient=allow_no_gradient
+            )
         if recorder is None and s.graphs:
             self._recorder = CudaRecorder(example.device)
         self._graphed: dict[Any, GraphedCall] = {}
@@ -186,7 +195,7 @@ class AttackEngine:
         """Images `x` are about to be attacked by `ascent` with so many pairs of passes
         (`WinogradLayers.expect`).
         """
-        x = self.laid_out(x)
+        x = self.to_memory_format(x)
         self.replica.expect(x, passes)
         self._settle(x)
 
@@ -198,7 +207,7 @@ class AttackEngine:
         """The gradient at images `x` that a first step would follow, in the attack's precision; never
         compiled.
         """
-        return self.ascent.gradient(self.ascent.reads(self.laid_out(x)), goal)
+        return self.ascent.gradient(self.ascent.to_model_input(self.to_memory_format(x)), goal)
 
     def run(
         self,
@@ -212,8 +221,8 @@ class AttackEngine:
         """`run_pgd` on the replica. x: (N, C, H, W), float32 or float64, in [0, 1]; the caller owns grad
         mode.
         """
-        x = self.laid_out(x)
-        x_start = None if x_start is None else self.laid_out(x_start)
+        x = self.to_memory_format(x)
+        x_start = None if x_start is None else self.to_memory_format(x_start)
         self.replica.expect(x, spec.steps * spec.restarts)
         self._settle(x)
         self._settle_compiled(x, goal, spec)
@@ -259,9 +268,11 @@ class AttackEngine:
             self._note(f"the attack runs without torch.compile: when compiled, {why}")
             self.ascent = eager
 
-    def margin_gradient(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Soft margins of images `x` and their gradients, as `Ascent.margin_gradient`; never compiled."""
-        return self.ascent.margin_gradient(self.ascent.reads(self.laid_out(x)), labels, temperature)
+    def margin_and_grad(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Soft margins of images `x` and their gradients, as `Ascent.margin_and_grad`; never compiled."""
+        return self.ascent.margin_and_grad(
+            self.ascent.to_model_input(self.to_memory_format(x)), labels, temperature
+        )
 
     def boundary(
         self,
@@ -275,10 +286,10 @@ class AttackEngine:
         """`run_boundary` on the replica, whose batch norm must be in mode "eval"; images and start as in
         `run`.
         """
-        x = self.laid_out(x)
+        x = self.to_memory_format(x)
         self.replica.expect(x, spec.steps)
         self._settle(x)
-        starts, ascent = () if x_start is None else (self.laid_out(x_start),), self.ascent
+        starts, ascent = () if x_start is None else (self.to_memory_format(x_start),), self.ascent
 
         def whole(x: Tensor, labels: Tensor, *start: Tensor) -> Boundary:
             return run_boundary(
@@ -295,13 +306,13 @@ class AttackEngine:
         if self.replica.settled:  # before `x` is rounded for the network, at every attack
             return
         with waits_on_purpose(), self.ascent.autocast(x):
-            slower = self.replica.settle(self.ascent.reads(x))
+            slower = self.replica.settle(self.ascent.to_model_input(x))
         if slower:
             self._note(
                 f"{slower} convolutions of the attack are not fused with their ReLU: fusion measured slower on this GPU"
             )
 
-    def laid_out(self, x: Tensor) -> Tensor:
+    def to_memory_format(self, x: Tensor) -> Tensor:
         """`x` in the memory format of the replica."""
         return x.contiguous(
             memory_format=torch.channels_last if self.switches.channels_last else torch.contiguous_format

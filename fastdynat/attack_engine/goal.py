@@ -11,7 +11,8 @@ from torch import Tensor
 from fastdynat.ops import attack_logit_grad
 
 AttackLoss = Literal["ce", "kl", "margin", "dlr"]
-Kind = tuple[AttackLoss, bool, bool, float]  # an `AttackGoal` without its target
+# An `AttackGoal` without its target: (loss, targeted, track, confidence).
+GoalKind = tuple[AttackLoss, bool, bool, float]
 
 
 FAINT = 1e-6  # probabilities of float32 that differ by less differ by rounding
@@ -109,12 +110,12 @@ class AttackGoal:
     confidence: float = math.inf
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> GoalKind:
         """Everything but the target: goals of one kind are computed by the same code."""
         return self.loss, self.targeted, self.track, self.confidence
 
     @classmethod
-    def of(cls, kind: Kind, target: Tensor) -> "AttackGoal":
+    def from_kind(cls, kind: GoalKind, target: Tensor) -> "AttackGoal":
         """The goal of `kind` about `target`."""
         loss, targeted, track, confidence = kind
         return cls(loss, target, targeted, track, confidence)
@@ -160,7 +161,7 @@ class AttackGoal:
         return grad if loss_scale == 1.0 else (grad * loss_scale).to(logits.dtype)
 
     @property
-    def drives(self) -> bool:
+    def open_ended(self) -> bool:
         """No image is ever `satisfied`."""
         return self.confidence == math.inf and not (self.targeted and self.loss == "ce")
 

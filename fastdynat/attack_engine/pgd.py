@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.input_checks import Deferred, InputCheck, as_labels, check_classes, check_model
 from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
-from fastdynat.attack_engine.steps import start_point
+from fastdynat.attack_engine.steps import pgd_step, start_point
 from fastdynat.attack_engine.zero_gradients import remedy_for, vanished
 from fastdynat.errors import UserError
 from fastdynat.models.logits import Output, half_of, logits_of, with_output
@@ -33,15 +34,26 @@ def ascend(
     ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor, tick: Tick = no_tick
 ) -> AttackResult:
     """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes and grad mode."""
-    step = ascent.step(goal, spec)
-    x_adv, read = x_start, ascent.reads(x_start)
+    goal_gradient = ascent.goal_gradient(goal.kind)
+    x_adv, model_input = x_start, ascent.to_model_input(x_start)
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
     kept = torch.zeros(len(x), dtype=torch.int64, device=x.device) if goal.track else None
     for i in range(spec.steps):
         tick(i / spec.steps)
-        x_adv, read, zeros, still = step(x_adv, read, x, goal.target)
-        zero_grads = zero_grads + zeros
-        kept = None if kept is None or still is None else kept + still
+        found = goal_gradient(model_input, goal.target)
+        new = pgd_step(
+            x_adv.detach(),
+            found.gradient,
+            x,
+            norm=spec.norm,
+            step_size=spec.step_size,
+            eps=spec.eps,
+            low_dtype=ascent.dtype,
+        )
+        x_adv, model_input = new.x_adv, new.x_adv if new.low is None else new.low
+        done = new.moved if found.satisfied is None else new.moved | found.satisfied
+        zero_grads = zero_grads + (~done).sum()
+        kept = None if kept is None or found.kept is None else kept + found.kept
     # A step ends inside the image range; a Gaussian start that no step has touched may not.
     x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
     return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)

@@ -27,14 +27,14 @@ def part(tick: Tick, k: int, of: int) -> Tick:
     return lambda share: tick((k + share) / of)
 
 
-def halvings(compiled: int, x: Tensor) -> int:
-    """The `shapes` of `iterate` for images `x` on their device; `compiled` is that of compiled code, 0 where
+def allowed_halvings(compiled: int, x: Tensor) -> int:
+    """The `max_halvings` of `iterate` for images `x` on their device; `compiled` is that of compiled code, 0 where
     there is none.
     """
     return compiled or HALVINGS.get(x.device.type, 0)
 
 
-def rungs(most: int, halvings: int) -> list[int]:
+def batch_sizes(most: int, halvings: int) -> list[int]:
     """The sizes that a batch of at most `most` images has then: `most` divided by 1, 2, 4, ..., rounded
     up.
     """
@@ -49,7 +49,7 @@ def iterate(
     done: Callable[[S], Tensor],
     every: int = 10,
     least: float = 0.9,
-    shapes: int = 0,
+    max_halvings: int = 0,
     tick: Tick = no_tick,
 ) -> S:
     """``state = step(state, i)`` for i in 0 .. steps - 1, on the images that are not done.
@@ -62,13 +62,13 @@ def iterate(
     Args:
         state: a dataclass; every tensor in it has a row per image, anything else in it is kept.
         done: the state -> (N,) bool, images that need no further step.
-        shapes: 0 lets the batch have any size; n >= 1 only the first size divided by 1, 2, 4, ..., 2^n
+        max_halvings: 0 lets the batch have any size; n >= 1 only the first size divided by 1, 2, 4, ..., 2^n
             (rounded up), filled up with finished images, so that code compiled or captured per shape is made
             at most n + 1 times.
         tick: told the share of steps done.
     """
     whole, rows = state, torch.arange(_images(state), device=_some(state).device)
-    sizes = rungs(len(rows), shapes)
+    sizes = batch_sizes(len(rows), max_halvings)
     for i in range(steps):
         tick(i / steps)
         if i % every == 0:
@@ -76,7 +76,7 @@ def iterate(
             count = int(unfinished.sum())
             if count == 0:
                 break
-            size = min(size for size in sizes if size >= count) if shapes else count
+            size = min(size for size in sizes if size >= count) if max_halvings else count
             if size < len(unfinished) and count <= least * len(unfinished):
                 whole = _put(whole, rows, state)
                 # Unfinished ones first, in their order; then as many finished ones as fill the shape.
@@ -110,7 +110,7 @@ def _put(whole: S, rows: Tensor, part: S) -> S:
     return replace(whole, **{name: old[name].index_copy(0, rows, t) for name, t in _tensors(part).items()})  # type: ignore[type-var]
 
 
-def put_rows(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+def replace_rows(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """`into` with the images `rows` (N,) bool replaced by those of `values`; on the CPU in place, touching no
     other image.
     """

@@ -1,6 +1,6 @@
 """Attacks: goals, steps, PGD and the names an evaluation uses."""
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary
 from fastdynat.attack_engine.engine import AttackEngine, Attacker, AttackSwitches
@@ -20,6 +20,7 @@ from fastdynat.attack_engine.network_modes import (
     unmoved_twin,
 )
 from fastdynat.attack_engine.pgd import pgd, run_pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import diameter, pgd_step, start_point, usual_step
 from fastdynat.attacks.apgd import APGD, APGDResult, run_apgd

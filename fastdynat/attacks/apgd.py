@@ -6,16 +6,24 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent, Pull
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick, part, put_rows
+from fastdynat.attack_engine.shrinking_batch import (
+    Tick,
+    allowed_halvings,
+    iterate,
+    no_tick,
+    part,
+    replace_rows,
+)
 from fastdynat.attacks import apgd_steps as moves
 from fastdynat.attacks.base import Radii
 from fastdynat.errors import UserError, unknown_name
@@ -23,10 +31,9 @@ from fastdynat.ops import attack_logit_grad
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 APGDLoss = Literal["ce", "dlr", "dlr-t"]
-Found = tuple[Tensor, Tensor]  # losses, and which images were misclassified
-Weighed = tuple[
-    Tensor, Found
-]  # with the weights of the logits; named here, because Dynamo traces no alias of an alias
+# (gradient at the logits, (losses, which images are misclassified)); named, because Dynamo traces no nested
+# generic alias.
+LogitGradAndLoss = tuple[Tensor, tuple[Tensor, Tensor]]
 LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share of the steps
 
 
@@ -201,7 +208,7 @@ def run_apgd(
     x_starts: where the runs begin, each like `x`, instead of random points.
     """
     with torch.no_grad():
-        logits = wide(ascent.logits(ascent.reads(x)))
+        logits = wide(ascent.logits(ascent.to_model_input(x)))
     targets = _targets(logits, labels, spec)
     broken, best = logits.argmax(1) != labels, x.clone()
     loss = torch.full_like(logits[:, 0], -math.inf)
@@ -216,7 +223,7 @@ def run_apgd(
         end = _one_run(ascent, x, labels, target, spec, broken, start, generator, part(tick, run, runs))
         zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
         better = ~broken & (end.over | (end.loss > loss))
-        best, loss = put_rows(best, better, end.best), torch.where(better, end.loss, loss)
+        best, loss = replace_rows(best, better, end.best), torch.where(better, end.loss, loss)
         broken = broken | end.over
     if spec.loss == "ce":
         loss = torch.where(loss == -math.inf, loss, F.softplus(loss, threshold=80))
@@ -251,7 +258,7 @@ def _one_run(
         z = moves.project_l1(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
         state = _begin(x, labels, target, z, spec, eps, over)
         # On a GPU every look at what is finished waits for it.
-        pace = {"every": 10 if x.is_cuda else 1, "shapes": halvings(ascent.shapes, x)}
+        pace = {"every": 10 if x.is_cuda else 1, "max_halvings": allowed_halvings(ascent.max_halvings, x)}
 
         def told(share: float, done: int = done, steps: int = steps) -> None:
             tick((done + share * steps) / spec.steps)
@@ -305,7 +312,7 @@ def _stepper(
     """
     reviews = checkpoints(steps, spec.norm)
     # Neither radius nor number of steps is part of what is compiled.
-    look = ascent.one_graph(("apgd", spec.loss, spec.eot), lambda pull: _looking(ascent, pull, spec))
+    look = ascent.compiled(partial(_look, spec=spec), key=("apgd", spec.loss, spec.eot))
 
     def step(s: _Run, i: int) -> _Run:
         x_adv = s.x_adv
@@ -322,8 +329,8 @@ def _stepper(
             x_old=s.x_adv,
             x_adv=x_adv,
             grad=grad,
-            best=put_rows(s.best, better, x_adv),
-            best_grad=put_rows(s.best_grad, better, grad),
+            best=replace_rows(s.best, better, x_adv),
+            best_grad=replace_rows(s.best_grad, better, grad),
             loss=torch.where(better, loss, s.loss),
             rises=s.rises + (loss > s.last_loss) if i else s.rises,
             last_loss=loss if i else s.last_loss,
@@ -332,17 +339,6 @@ def _stepper(
         return _review(s, spec, eps, reviews[i]) if i in reviews else s
 
     return step
-
-
-def _looking(
-    ascent: Ascent, pull: Pull[Found], spec: APGD
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """`_look` as a function of images, labels and targets."""
-
-    def look(x_adv: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _look(ascent, pull, spec, x_adv, labels, target)
-
-    return look
 
 
 def _move(
@@ -365,7 +361,7 @@ def _move(
 
 
 def _look(
-    ascent: Ascent, pull: Pull[Found], spec: APGD, x_adv: Tensor, labels: Tensor, target: Tensor
+    ascent: Ascent, x_adv: Tensor, labels: Tensor, target: Tensor, *, spec: APGD
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient at `x_adv`, the loss, and which images are misclassified; of several answers, the last
     one's.
@@ -375,13 +371,13 @@ def _look(
     # without.
     rescale = ascent.underflow.rescale and (spec.eot == 1 or ascent.dtype is not None)
 
-    def weigh(logits: Tensor) -> Weighed:
+    def logit_grad(logits: Tensor) -> LogitGradAndLoss:
         loss, weights = _loss(spec, wide(logits), labels, target, rescale)
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
 
-    (loss, wrong), grad = pull(ascent.reads(x_adv), weigh)
+    (loss, wrong), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
     for _ in range(spec.eot - 1):
-        (loss, wrong), more = pull(ascent.reads(x_adv), weigh)
+        (loss, wrong), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
         grad = grad + more
     return grad.to(x_adv.dtype), loss, wrong
 
@@ -432,7 +428,7 @@ def _review_l1(s: _Run, eps: float) -> _Run:
 
 
 def _back_to_best(s: _Run, rows: Tensor) -> _Run:
-    return replace(s, x_adv=put_rows(s.x_adv, rows, s.best), grad=put_rows(s.grad, rows, s.best_grad))
+    return replace(s, x_adv=replace_rows(s.x_adv, rows, s.best), grad=replace_rows(s.grad, rows, s.best_grad))
 
 
 _PATTERN = re.compile(r"apgd-(?P<loss>ce|dlr|t)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal, AttackLoss
 from fastdynat.attack_engine.pgd import ascend
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks.restarts import until_broken

@@ -3,8 +3,8 @@
 import math
 import re
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackLoss
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks.ball_attacks import PGD
 from fastdynat.attacks.base import Radii
 from fastdynat.attacks.mim import MIM

@@ -4,6 +4,7 @@ c.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.plane_search import length, per_image
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick
+from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.base import Nearest
-from fastdynat.attacks.nearest import logit_unit, margin_goal, pull_hinge, result, score
+from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.errors import UserError
 
@@ -112,8 +113,8 @@ class CarliniL2:
         """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
         already = score(ascent, x, goal) > 0
         every = self.steps // CHECKS
-        hinge = ascent.one_graph(
-            ("hinge", goal.kind, self.kappa), lambda pull: pull_hinge(goal.kind, self.kappa, pull)
+        hinge = ascent.compiled(
+            partial(hinge_and_grad, kind=goal.kind, kappa=self.kappa), key=("hinge", goal.kind, self.kappa)
         )
 
         def step(s: _State, i: int) -> _State:
@@ -126,7 +127,7 @@ class CarliniL2:
             self.binary_steps * self.steps,
             done=lambda s: s.left == 0,
             every=every,
-            shapes=halvings(ascent.shapes, x),
+            max_halvings=allowed_halvings(ascent.max_halvings, x),
             tick=tick,
         )
         distance = length(end.nearest - x, "l2")
@@ -169,7 +170,7 @@ class CarliniL2:
     def _step(self, s: _State, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
         tanh = s.w.tanh()
         x_adv = _to_image(tanh)
-        margin, grad = hinge(ascent.reads(x_adv), s.target)
+        margin, grad = hinge(ascent.to_model_input(x_adv), s.target)
         margin, grad = margin.to(x_adv.dtype), grad.to(x_adv.dtype)
         running, adversarial = s.left > 0, margin > self.kappa
         zeros = (length(grad, "linf") == 0) & (margin < self.kappa) & running

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.plane_search import DUAL, length, per_image
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick
+from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.base import Nearest
 from fastdynat.attacks.nearest import margin_goal, result, score
 from fastdynat.errors import UserError, unknown_name
@@ -76,7 +76,7 @@ class DeepFool:
         tick: Tick = no_tick,
     ) -> Nearest:
         with torch.no_grad():
-            logits = ascent.logits(ascent.reads(x))
+            logits = ascent.logits(ascent.to_model_input(x))
         others = logits.scatter(1, labels[:, None], float("-inf"))
         rivals = others.topk(min(self.classes, logits.shape[1]) - 1).indices
         none = torch.zeros_like(labels)
@@ -87,7 +87,7 @@ class DeepFool:
             self.steps,
             done=lambda s: s.fooled,
             every=1,
-            shapes=halvings(ascent.shapes, x),
+            max_halvings=allowed_halvings(ascent.max_halvings, x),
             tick=tick,
         )
         distance = length(end.x_adv - x, self.norm)
@@ -112,7 +112,7 @@ class DeepFool:
 
     def _nearest_plane(self, s: _State, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
         """``f_k - f_y`` of the nearest plane (N,), its gradient, and how many planes have none (N,)."""
-        logits, pull_back = ascent.linear(ascent.reads(s.x_adv))
+        logits, vjp = ascent.vjp(ascent.to_model_input(s.x_adv))
         gaps = wide(logits).gather(1, s.rivals) - wide(logits).gather(1, s.labels[:, None])
         best, nearest, flat = (
             torch.full_like(gaps[:, 0], float("inf")),
@@ -126,7 +126,7 @@ class DeepFool:
                 .scatter_(1, s.rivals[:, k, None], 1)
                 .scatter_(1, s.labels[:, None], -1)
             )
-            grad = pull_back(weights).to(s.x_adv.dtype)
+            grad = vjp(weights).to(s.x_adv.dtype)
             norm = length(grad, DUAL[self.norm])
             distance = torch.where(norm > 0, gaps[:, k].abs() / norm, float("inf"))
             closer = distance < best

@@ -17,7 +17,7 @@ from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE, Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.plane_search import DUAL, NORMS, length, move, per_image, start_away
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick, part
+from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick, part
 from fastdynat.attacks.base import Nearest, Radii
 from fastdynat.errors import UserError, unknown_name
 
@@ -99,7 +99,7 @@ class FAB:
         `eps`.
         """
         with torch.no_grad():
-            logits = ascent.logits(ascent.reads(x))
+            logits = ascent.logits(ascent.to_model_input(x))
         right = logits.argmax(1) == labels
         legs, none = list(self._legs(logits, labels)), torch.zeros_like(labels)
         distance = torch.where(right, float("inf"), 0.0).to(x.dtype)
@@ -142,16 +142,16 @@ class FAB:
             self.steps,
             done=lambda walk: ~self._open(walk.distance),
             every=EVERY,
-            shapes=halvings(ascent.shapes, begin.x),
+            max_halvings=allowed_halvings(ascent.max_halvings, begin.x),
             tick=tick,
         )
 
     def _step(self, ascent: Ascent, walk: _Walk) -> _Walk:
-        x, z, read = walk.x, walk.z, ascent.reads(walk.z)
+        x, z, read = walk.x, walk.z, ascent.to_model_input(walk.z)
         value, w, zeros = self._nearest_plane(*_planes(ascent, read, walk.labels, walk.rivals))
         z = move(z, x, w, value, read.to(x.dtype), alpha_max=self.alpha_max, eta=self.eta, norm=self.norm)
         with torch.no_grad():
-            crossed = ascent.logits(ascent.reads(z)).argmax(1) != walk.labels
+            crossed = ascent.logits(ascent.to_model_input(z)).argmax(1) != walk.labels
         away, unfinished = length(z - x, self.norm), self._open(walk.distance)
         closer = unfinished & crossed & (away < walk.distance)
         return replace(
@@ -181,10 +181,10 @@ def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tup
     One forward pass and M backward passes. Whoever wants a plane needs the gradient's length: it is never
     rescaled.
     """
-    logits, pull_back = ascent.linear(read)
+    logits, vjp = ascent.vjp(read)
     scale = FP16_LOSS_SCALE if ascent.dtype is torch.float16 else 1.0
     own = torch.zeros_like(logits).scatter_(1, labels[:, None], -scale)
-    grads = [pull_back(own.scatter(1, rival[:, None], scale)) for rival in rivals.unbind(1)]
+    grads = [vjp(own.scatter(1, rival[:, None], scale)) for rival in rivals.unbind(1)]
     scores = wide(logits)
     return scores.gather(1, rivals) - scores.gather(1, labels[:, None]), wide(torch.stack(grads, 1)) / scale
 

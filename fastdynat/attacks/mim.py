@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
-from fastdynat.attack_engine.goal import AttackGoal, Kind
+from fastdynat.attack_engine.goal import AttackGoal, GoalKind
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick
 from fastdynat.attack_engine.steps import pgd_step
 from fastdynat.attacks.ball_attacks import PGD
@@ -29,7 +30,7 @@ class MIM(PGD):
 
     def climb(self, ascent: Ascent, x: Tensor, goal: AttackGoal, x_start: Tensor, tick: Tick) -> AttackResult:
         step = _step(ascent, goal.kind, self.spec, self.decay)
-        x_adv, read, velocity = x_start, ascent.reads(x_start), torch.zeros_like(x)
+        x_adv, read, velocity = x_start, ascent.to_model_input(x_start), torch.zeros_like(x)
         zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
         for i in range(self.spec.steps):
             tick(i / self.spec.steps)
@@ -38,11 +39,11 @@ class MIM(PGD):
         return AttackResult(x_adv.detach(), zero_grads, len(x) * self.spec.steps)
 
 
-def _step(ascent: Ascent, kind: Kind, spec: PGDSpec, decay: float) -> Callable[..., tuple[Tensor, ...]]:
-    look = ascent.look(kind)
+def _step(ascent: Ascent, kind: GoalKind, spec: PGDSpec, decay: float) -> Callable[..., tuple[Tensor, ...]]:
+    goal_gradient = ascent.goal_gradient(kind)
 
     def step(x_adv: Tensor, read: Tensor, velocity: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        grad, _, _ = look(read, target)
+        grad = goal_gradient(read, target).gradient
         g = grad.to(x.dtype).nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would stay in the velocity
         mean = g.abs().mean((1, 2, 3), keepdim=True)
         velocity = decay * velocity + g / torch.where(mean > 0, mean, 1.0)

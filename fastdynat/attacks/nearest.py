@@ -1,12 +1,10 @@
 """What the searches for the nearest adversarial image share."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent, Pull
-from fastdynat.attack_engine.goal import AttackGoal, Kind, wide
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
 from fastdynat.attacks.base import Nearest
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
@@ -21,7 +19,7 @@ def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
 def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
     """The goal's value per image (N,)."""
     with torch.no_grad():
-        return goal.per_image(ascent.logits(ascent.reads(x)))
+        return goal.per_image(ascent.logits(ascent.to_model_input(x)))
 
 
 def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
@@ -31,29 +29,25 @@ def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
     begin at the same number for all would never get beyond the distance, or never see it.
     """
     with torch.no_grad():
-        logits = wide(ascent.logits(ascent.reads(x)))
+        logits = wide(ascent.logits(ascent.to_model_input(x)))
     spread = logits.amax(1) - logits.amin(1)
     return torch.where((spread > 1 / USUAL) & (spread < USUAL), 1.0, inverse_power_of_two(spread)).to(x.dtype)
 
 
-def pull_hinge(
-    kind: Kind, kappa: float, pull: Pull[Tensor]
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """For `Ascent.one_graph`: (what the network reads, target) -> the goal's value (N,), and the gradient of
-    ``max(kappa - value, 0)``, whose size is the network's own: it is not yet weighed by a small c, which
-    would bring half precision nearer to flushing it to zero.
+def hinge_and_grad(
+    ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: GoalKind, kappa: float
+) -> tuple[Tensor, Tensor]:
+    """The goal's value (N,), and the gradient of ``max(kappa - value, 0)`` at `model_input`.
+
+    The gradient has the network's own size: a small weight c would bring half precision nearer to underflow.
     """
+    goal = AttackGoal.from_kind(kind, target)
 
-    def hinge(read: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        goal = AttackGoal.of(kind, target)
+    def logit_grad(logits: Tensor) -> tuple[Tensor, Tensor]:
+        value = goal.per_image(logits)
+        return -goal.logit_grad(logits) * (value < kappa)[:, None], value
 
-        def weigh(logits: Tensor) -> tuple[Tensor, Tensor]:
-            value = goal.per_image(logits)
-            return -goal.logit_grad(logits) * (value < kappa)[:, None], value
-
-        return pull(read, weigh)
-
-    return hinge
+    return ascent.value_and_grad(model_input, logit_grad)
 
 
 def result(

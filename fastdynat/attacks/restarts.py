@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import margin, wide
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, no_tick, part, rungs
+from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, batch_sizes, no_tick, part
 
 # (rows of the batch (n,) int64, told the share that is done) -> the attack on these images
 Attempt = Callable[[Tensor, Tick], AttackResult]
@@ -37,7 +37,7 @@ def until_broken(
     best = _by_how_much(ascent, x_adv, labels)
     for i, attempt in enumerate(attempts[1:], 1):
         stands = best <= CLEAR
-        rows = _standing(stands, rungs(len(x), halvings(ascent.shapes, x)))
+        rows = _standing(stands, batch_sizes(len(x), allowed_halvings(ascent.max_halvings, x)))
         if len(rows) == 0:
             break
         result = attempt(rows, part(tick, i, len(attempts)))

@@ -5,6 +5,7 @@ for L0.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.plane_search import length, per_image
-from fastdynat.attack_engine.shrinking_batch import Tick, halvings, iterate, no_tick
+from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.base import Nearest
-from fastdynat.attacks.nearest import logit_unit, margin_goal, pull_hinge, result, score
+from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.errors import UserError
 
@@ -94,7 +95,9 @@ class SigmaZero:
 
     def run(self, ascent: Ascent, x: Tensor, goal: AttackGoal, *, tick: Tick = no_tick) -> Nearest:
         """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
-        hinge = ascent.one_graph(("hinge", goal.kind, 0.0), lambda pull: pull_hinge(goal.kind, 0.0, pull))
+        hinge = ascent.compiled(
+            partial(hinge_and_grad, kind=goal.kind, kappa=0.0), key=("hinge", goal.kind, 0.0)
+        )
         already, none = score(ascent, x, goal) > 0, torch.zeros_like(goal.target)
         pixels = x[0, 0].numel()
         begin = _State(
@@ -115,7 +118,7 @@ class SigmaZero:
             lambda s, i: self._step(s, i, ascent, hinge),
             self.steps,
             done=lambda s: s.changed <= 1,  # no other image is nearer
-            shapes=halvings(ascent.shapes, x),
+            max_halvings=allowed_halvings(ascent.max_halvings, x),
             tick=tick,
         )
         found = end.changed <= pixels
@@ -124,7 +127,7 @@ class SigmaZero:
         )
 
     def _step(self, s: _State, i: int, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
-        margin, grad = hinge(ascent.reads(s.x_adv), s.target)
+        margin, grad = hinge(ascent.to_model_input(s.x_adv), s.target)
         margin, grad = margin.to(s.x.dtype), grad.to(s.x.dtype)
         adversarial, running = margin > 0, s.changed > 1
         moved = s.x_adv - s.x

@@ -18,7 +18,7 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attack_engine.plane_search import NORMS, per_image
-from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, put_rows
+from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, replace_rows
 from fastdynat.attacks.base import Radii
 from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
 from fastdynat.errors import UserError, unknown_name
@@ -140,7 +140,7 @@ class Square:
             )
         return replace(
             search,
-            best=put_rows(search.best, some, asked),
+            best=replace_rows(search.best, some, asked),
             margin=torch.where(some, found[position, chosen], search.margin),
             asked=torch.where(some, search.asked + chosen + 1, search.asked + abreast).clamp_max(
                 self.queries
@@ -187,7 +187,7 @@ class _Judge:
             grain = -(-self.most // GRAINS)
             size = max(n, min(-(-n // grain) * grain, self.most))
             x = torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if size > n else x
-        return -margin(wide(self.ascent.logits(self.ascent.reads(x))[:n]), labels)
+        return -margin(wide(self.ascent.logits(self.ascent.to_model_input(x))[:n]), labels)
 
 
 def _abreast(places: int, images: int, rate: float) -> int:

@@ -8,7 +8,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.input_checks import (
     InputCheck,
@@ -19,6 +18,7 @@ from fastdynat.attack_engine.input_checks import (
     check_targets,
     slack,
 )
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.compat.replica_cache import Following, Speed
 from fastdynat.compat.runner import Runner, TrainingModes
 from fastdynat.errors import UserError

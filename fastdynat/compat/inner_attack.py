@@ -6,7 +6,6 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.input_checks import (
     InputCheck,
@@ -15,6 +14,7 @@ from fastdynat.attack_engine.input_checks import (
     check_model,
     check_number,
 )
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.plane_search import length as length_of
 from fastdynat.attack_engine.plane_search import per_image
 from fastdynat.attack_engine.steps import start_point

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 
 
@@ -130,7 +131,7 @@ class OnModel:
 
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
         with self.modes(self.model):
-            return self._ascent.gradient(self._ascent.reads(x), goal)
+            return self._ascent.gradient(self._ascent.to_model_input(x), goal)
 
     def run(
         self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None

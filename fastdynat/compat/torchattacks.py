@@ -22,8 +22,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.compat.attack import Attack
 from fastdynat.compat.replica_cache import Speed

@@ -268,7 +268,7 @@ class _Batches:
         self.model, self.norm, self.eps, self.seed, self.size, self.say = model, norm, eps, seed, size, say
         self.device = example.device
         self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
-        plain = Ascent(model, Underflow(rescale=True), blind=True)
+        plain = Ascent(model, Underflow(rescale=True), allow_no_gradient=True)
         self.ascent = attacked(model, example) if isinstance(model, nn.Module) else plain
         self.lost = 0  # images that fell because the network gives them no class
         self.zero: dict[str, tuple[Tensor, int]] = {}

@@ -18,7 +18,7 @@ from math import isnan, sqrt
 import torch
 from torch import nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import PGD, NamedAttack, parse_attack
 from fastdynat.data import ImageSet

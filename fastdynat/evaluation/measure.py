@@ -227,10 +227,13 @@ def _attacked(
             x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
         )
         say = say if compile_mode != "off" else lambda text: None
-        engine = AttackEngine(model, example, switches=switches, rescale=rescale, blind=True, say=say)
+        engine = AttackEngine(
+            model, example, switches=switches, rescale=rescale, allow_no_gradient=True, say=say
+        )
     except NotCopyable:
         return Attacked(
-            Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, blind=True), lambda: None
+            Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, allow_no_gradient=True),
+            lambda: None,
         )
     engine.expect(x.to(example.dtype))
     return Attacked(engine.ascent, engine.refresh)

@@ -188,7 +188,9 @@ def _mean_gradient(
 
 
 def _pull(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
-    return ascent.pull(x, lambda logits: (F.one_hot(labels, logits.shape[1]).to(logits.dtype), None))[1]
+    return ascent.value_and_grad(
+        x, lambda logits: (F.one_hot(labels, logits.shape[1]).to(logits.dtype), None)
+    )[1]
 
 
 def _chunks(images: int, samples: int, device: torch.device) -> Iterator[Tensor]:

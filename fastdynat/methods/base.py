@@ -18,9 +18,9 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.options.method_options import check_numbers, check_options, check_positive

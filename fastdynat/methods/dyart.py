@@ -27,10 +27,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.boundary import Boundary, BoundarySpec
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError

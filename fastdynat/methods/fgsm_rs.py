@@ -2,7 +2,7 @@
 2001.03994).
 """
 
-from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.errors import UserError
 from fastdynat.methods.base import AttackDefaults
 from fastdynat.methods.madry import Madry

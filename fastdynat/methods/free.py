@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import pgd_step
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch

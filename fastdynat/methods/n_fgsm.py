@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch

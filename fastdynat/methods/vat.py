@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods.base import TRAINING_ATTACK, AttackDefaults, Inner, Method, Networks, Outer

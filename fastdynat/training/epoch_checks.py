@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, ImageSet, eval_batches
 from fastdynat.evaluation.fidelity import check_fidelity

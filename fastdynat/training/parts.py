@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import EngineConfig, ModelConfig, TrainConfig
 from fastdynat.data import DatasetInfo, TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.errors import UserError

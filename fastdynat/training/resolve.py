@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from fastdynat.attack_engine.ascent import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import (
     AttackConfig,
     DataConfig,

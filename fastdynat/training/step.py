@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch

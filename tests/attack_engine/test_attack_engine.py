@@ -15,11 +15,11 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.batch_norm_folding import NotFoldable, fold_batch_norm
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.errors import UserError
 from fastdynat.execution.compiling import MODES
@@ -533,5 +533,5 @@ def test_relus_after_a_layer_overwrite_its_result_and_others_do_not() -> None:
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(model(leaf), leaf, weights)[0]
     torch.testing.assert_close(
-        engine.ascent.pull(x, lambda logits: (weights, logits))[1], expected, rtol=1e-3, atol=1e-5
+        engine.ascent.value_and_grad(x, lambda logits: (weights, logits))[1], expected, rtol=1e-3, atol=1e-5
     )

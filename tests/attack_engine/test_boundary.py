@@ -239,7 +239,7 @@ def test_margin_gradient_is_autograds() -> None:
     z = net.eval()(leaf)
     others = z.masked_fill(F.one_hot(y, 10).bool(), float("-inf"))
     want = z.gather(1, y[:, None])[:, 0] - torch.logsumexp(5 * others, 1) / 5
-    margin, grad = engine.margin_gradient(x, y, 5.0)
+    margin, grad = engine.margin_and_grad(x, y, 5.0)
     torch.testing.assert_close(margin, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), leaf)[0], rtol=1e-3, atol=1e-5)
 

@@ -28,10 +28,10 @@ from support.callers import (
 from torch import Tensor, nn
 
 from fastdynat import PGD, dynat_loss, mart_loss, trades_loss
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import parse_attack
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError

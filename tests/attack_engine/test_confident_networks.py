@@ -9,9 +9,9 @@ from support.callers import net
 from torch import Tensor, nn
 
 from fastdynat import PGD, TPGD, trades_loss
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal, faint_difference
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import APGD, CarliniL2, DeepFool, SigmaZero, parse_attack
 from fastdynat.attacks.fab import FAB
 from fastdynat.data import ImageSet
@@ -199,7 +199,7 @@ def test_the_mean_of_random_answers_is_not_of_rescaled_gradients() -> None:
     x, y = torch.rand(5, 3, 8, 8), torch.arange(5)
     target, spec = y, APGD(loss="ce", eps=EPS, eot=2)
     found = [
-        _look(ascent, ascent.pull, spec, x, y, target)[0].sign()
+        _look(ascent, x, y, target, spec=spec)[0].sign()
         for ascent in (Ascent(model, Underflow(rescale=rescale)) for rescale in (True, False))
     ]
     assert torch.equal(*found)

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat import verification as verified
 from fastdynat.attack_engine import fused_choice
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.models import build_model

@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 
 from fastdynat import PGD
 from fastdynat.attack_engine import winograd as layers
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.winograd import WinogradConv2d
 from fastdynat.evaluation.measure import attacked

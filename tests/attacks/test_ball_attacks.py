@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal, margin
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import diameter, start_point, usual_step
 from fastdynat.attacks import MIM, PGD, AttackResult, Search, parse_attack
 from fastdynat.attacks.restarts import until_broken

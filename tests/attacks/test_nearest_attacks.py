@@ -218,7 +218,7 @@ def test_the_sparse_attack_takes_memory_for_a_few_batches_of_images() -> None:
         net, x = frozen(dtype=torch.float32), torch.rand(16, 3, side, side)
         labels = labelled(net, x)
         peak = peak_of(lambda: SigmaZero(steps=3)(Ascent(net), x, labels))  # noqa: B023
-        network = peak_of(lambda: Ascent(net).pull(x, lambda z: (z, z)))  # noqa: B023
+        network = peak_of(lambda: Ascent(net).value_and_grad(x, lambda z: (z, z)))  # noqa: B023
         # A saliency map of pairs would take 3 * side^2 batches.
         assert 4 * x.nbytes < peak < network + 14 * x.nbytes + 2**16
 

@@ -13,9 +13,10 @@ from conftest import needs
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import parse_attack
 from fastdynat.attacks.targets import target_classes
 

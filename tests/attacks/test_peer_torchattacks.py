@@ -6,9 +6,9 @@ from conftest import needs
 from support.networks import tiny_cnn
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 
 pytestmark = [pytest.mark.peer, needs("torchattacks")]
 

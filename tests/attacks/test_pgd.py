@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, margin, soft_cross_entropy
 from fastdynat.attack_engine.network_modes import attack_mode, frozen_twin
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import PGD, parse_attack, parse_attacks
 from fastdynat.errors import UserError

@@ -19,8 +19,8 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.commands.bench import auto, rows, work
 from fastdynat.commands.bench import run_bench as run

@@ -9,9 +9,9 @@ import torch
 from support.networks import tiny_cnn
 from support.tiny_run import TINY
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import parse_attack
 from fastdynat.commands.evaluate import cells as evaluation

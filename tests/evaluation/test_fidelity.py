@@ -20,10 +20,11 @@ from support.networks import tiny_cnn
 from support.splits import load_train
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec, Underflow
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation.fidelity import Fidelity, check_fidelity
@@ -129,8 +130,8 @@ def test_an_honest_engine_in_fp16_is_not_flagged() -> None:
 class HalfBlind(Ascent):
     """Sees the gradient in every other column."""
 
-    def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
-        logits, gradient = super().linearize(read, goal)
+    def logits_and_grad(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
+        logits, gradient = super().logits_and_grad(read, goal)
         gradient[..., ::2] = 0
         return logits, gradient
 

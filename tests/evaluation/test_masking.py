@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from support.splits import load_train
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import parse_attacks
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet, load_test

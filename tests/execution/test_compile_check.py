@@ -13,9 +13,9 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat import PGD
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.execution import compiling
 from fastdynat.execution.compile_check import CompileCheck
 from fastdynat.execution.compiling import compile_whole

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastdynat import PGD, trades_loss
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.compiled_ascent import MAX_KINDS
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import APGD
 from fastdynat.execution import compiling
 from fastdynat.execution.compiling import MAX_SIGNATURES, compile_whole
@@ -144,7 +144,7 @@ def test_searches_of_any_radius_are_one_graph_per_shape() -> None:
         )
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     # The batch halves at most three times as images are finished.
-    assert graphs() <= 1 + engine.ascent.shapes
+    assert graphs() <= 1 + engine.ascent.max_halvings
 
 
 def test_kinds_of_attack_beyond_a_limit_run_uncompiled_and_say_so_once() -> None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fastdynat import PGD
 from fastdynat.attack_engine import network_comparison as answers
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attacks import parse_attack
 from fastdynat.data import ImageSet

@@ -13,9 +13,9 @@ from support.networks import tiny_cnn
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import Batch
 from fastdynat.execution import graph_check as check
 from fastdynat.execution.graphed_call import WARM_UP_CALLS, GraphedCall

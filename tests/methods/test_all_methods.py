@@ -16,8 +16,8 @@ from support.networks import tiny_cnn
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig, to_flat
 from fastdynat.data import Batch

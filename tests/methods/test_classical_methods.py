@@ -34,9 +34,9 @@ from support.transcriptions import attack, ce_goal, kl_goal, log_probs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig

@@ -33,9 +33,9 @@ from support.stepping import (
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackSwitches
 from fastdynat.attack_engine.network_modes import frozen_twin
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.errors import UserError

@@ -24,8 +24,8 @@ from support.stepping import (
 )
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import UNLABELLED, Batch, open_train
 from fastdynat.errors import UserError
 from fastdynat.execution.graphed_call import WARM_UP_CALLS

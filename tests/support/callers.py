@@ -10,9 +10,9 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat import FGSM, PGD, PGDL2, TPGD, dynat_loss, lbgat_loss, mart_loss, trades_loss
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.evaluation import AutoAttack
 
 N, EPS = 6, 0.05

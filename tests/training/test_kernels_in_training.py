@@ -15,9 +15,9 @@ from support.networks import tiny_cnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat import ops
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch

@@ -15,8 +15,8 @@ from conftest import needs
 from safetensors.torch import load_file
 from support.same_run import assert_same_run, rows
 
-from fastdynat.attack_engine.ascent import PGDSpec
 from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
 from fastdynat.runs import load_network
 from fastdynat.training.average import WeightAverage

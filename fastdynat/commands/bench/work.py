@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from fastdynat.attack_engine.ascent import Ascent, PGDSpec
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import run_pgd
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.bench.plain_dynat import PlainDynat
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainLoader, TrainSplit
@@ -118,10 +119,10 @@ class WeightGradients(Ascent):
     gradients too.
     """
 
-    def linearize(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
+    def logits_and_grad(self, read: Tensor, goal: AttackGoal) -> tuple[Tensor, Tensor]:
         leaf = read.detach().requires_grad_()
         logits = self.logits(leaf)
-        torch.autograd.backward(logits, self.upstream(logits, goal))
+        torch.autograd.backward(logits, self.logit_grad(logits, goal))
         assert leaf.grad is not None
         return logits.detach(), leaf.grad
 

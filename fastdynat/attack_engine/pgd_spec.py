@@ -1,0 +1,48 @@
+"""Hyperparameters of projected gradient descent."""
+
+import math
+from dataclasses import dataclass
+
+from fastdynat.attack_engine.input_checks import check_count, check_number
+from fastdynat.attack_engine.steps import NORMS, STARTS
+from fastdynat.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class PGDSpec:
+    """The numbers of one attack. Sizes in [0, 1] pixel units; under L0 eps is a number of pixels, `step_size`
+    an L1 length.
+
+    The last iterate is returned (no best-loss selection, no freezing of images that are already
+    misclassified); with several restarts an image keeps the run that fools the network, or else the one with
+    the highest loss.
+    """
+
+    eps: float
+    step_size: float
+    steps: int
+    norm: str = "linf"
+    start: str = "uniform"
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+        if self.start not in STARTS:
+            raise unknown_name("start", self.start, STARTS)
+        check_number("eps", self.eps)
+        check_number("step_size", self.step_size)
+        if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):
+            raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
+        if self.norm == "l0" and self.eps != int(self.eps):
+            raise UserError(f"eps under l0 is how many pixels may change, a whole number, got {self.eps:g}")
+        if self.norm == "l0" and self.start != "none":
+            # Noise takes all the pixels that may change, and others are taken instead only once they have
+            # come further.
+            raise UserError(
+                f"start must be none under l0, got {self.start}: noise would keep the attack from choosing pixels"
+            )
+        if not 0 < self.step_size < math.inf:
+            raise UserError(f"step_size must be above 0 and finite (pixel units), got {self.step_size:g}")
+        check_count("steps", self.steps, 0)
+        check_count("restarts", self.restarts, 1)
