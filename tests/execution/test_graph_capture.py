@@ -203,7 +203,7 @@ def test_a_replay_that_fails_is_said_and_the_call_computed_with_the_same_numbers
         torch.rand(1)  # the generator's offset is moved before the launch
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be")
 
-    monkeypatch.setattr("cuda_graph_sim.Graph.replay", out_of_memory)
+    monkeypatch.setattr("support.cuda_graph_sim.Graph.replay", out_of_memory)
     got += [call(x) for _ in range(2)]
     torch.manual_seed(2)
     assert torch.equal(torch.stack(got), torch.stack([noisy(x) for _ in range(WARM_UP_CALLS + 3)]))

@@ -417,7 +417,7 @@ def test_a_run_with_wrong_kernels_is_the_run_on_eager_to_the_last_bit(
 def test_no_check_at_import() -> None:
     code = """
 import sys, fastdynat.ops, fastdynat.attacks, fastdynat.evaluation
-from fastdynat.commands.doctor.operator_report import judge
+from fastdynat.verification import judge
 assert not judge._known and "fastdynat.ops.checks" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -601,7 +601,7 @@ def test_a_check_that_another_process_runs_is_no_crash() -> None:
         assert not str(left)
         note("float32, 8")
         code = f"""
-from fastdynat.commands.doctor.operator_report.crash_marks import mark
+from fastdynat.verification.crash_marks import mark
 with mark({store.key_of(check, CPU)!r}, "planted") as (left, note):
     print(left.ends)
 """
