@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from fastdynat.attack_engine.winograd import RULE
-from fastdynat.config import EngineConfig
 from fastdynat.execution.float32 import float32_name
 from fastdynat.ops import operators_in_use
 from fastdynat.runs.environment import UNUSED
+from fastdynat.training.resolved_config import ResolvedEngine
 
 
-def arithmetic(engine: EngineConfig) -> dict[str, Any]:
+def arithmetic(engine: ResolvedEngine) -> dict[str, Any]:
     """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
     device = torch.device(engine.device)
     precision = float32_name(device) if engine.amp == "off" else engine.amp
@@ -26,7 +26,7 @@ def arithmetic(engine: EngineConfig) -> dict[str, Any]:
     }
 
 
-def rounding_of_resume(engine: EngineConfig) -> str | None:
+def rounding_of_resume(engine: ResolvedEngine) -> str | None:
     """Why a resumed run is not the uninterrupted one bit for bit, even on the same machine; None where it is.
 
     cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; not with

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, ImageSet, eval_batches
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.training.boundary_log import log_boundary
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.resolve import Say
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.step import TrainStep
 
 
 def fidelity_columns(
-    config: TrainConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet, say: Say
+    config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet, say: Say
 ) -> dict[str, float | bool]:
     """--check-fidelity N: whether the attack as it is computed is as strong as the reference, on N images of
     `val`.
@@ -43,7 +43,7 @@ def fidelity_columns(
 
 
 def boundary_columns(
-    config: TrainConfig[Any], step: TrainStep, val: ImageSet, folder: Path, epoch: int
+    config: ResolvedConfig[Any], step: TrainStep, val: ImageSet, folder: Path, epoch: int
 ) -> dict[str, float | None]:
     """--boundary-speed N: how the decision boundary of N images of `val` moves; `epoch` counts completed
     ones.
@@ -51,14 +51,13 @@ def boundary_columns(
     count = config.engine.boundary_speed
     if count == 0:
         return {}
-    near, seed = float(config.attack.eval_eps), config.engine.seed
+    near, seed = config.attack.eval_eps, config.engine.seed
     return log_boundary(step, _some(val, count, config), folder, epoch, near=near, seed=seed)
 
 
-def _some(val: ImageSet, count: int, config: TrainConfig[Any]) -> Iterator[Batch]:
+def _some(val: ImageSet, count: int, config: ResolvedConfig[Any]) -> Iterator[Batch]:
     """`count` validation images in batches of the training's size, which is the shape that is compiled."""
     spread = torch.arange(count) * len(val) // count  # a folder's images may be in the order of their classes
-    assert config.data.batch_size is not None
     return eval_batches(
         ImageSet(val.images[spread], val.labels[spread]),
         batch_size=config.data.batch_size,

@@ -1,34 +1,38 @@
 """Configuration changes permitted on resume: those under which the run so far would have been identical."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
 from fastdynat.methods import method_class
-from fastdynat.training.parts import attack_steps
-from fastdynat.training.schedules import epochs_of_method, schedule_factor
+from fastdynat.runs import CONFIG
+from fastdynat.training.resolved_config import ResolvedConfig
+from fastdynat.training.schedules import attack_steps, epochs_of_method, schedule_factor
 from fastdynat.training.state import identity
 
 
-def check_changes(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
-    """Refuse a change of what a run keeps for life; both configurations are resolved."""
+def check_changes(stored: TrainConfig[Any], asked: ResolvedConfig[Any]) -> None:
+    """Refuse another value of what a run keeps for life. `stored` is what its config.yaml says."""
     before, after = identity(stored), identity(asked)
-    changed = [key for key in before if before[key] != after.get(key)]
-    if changed:
-        key = changed[0]
-        raise UserError(changed_key(key, before[key], after.get(key)))
+    for key, value in before.items():
+        if value != after.get(key):
+            raise changed_key(key, value, after.get(key))
 
 
-def changed_key(key: str, before: object, after: object) -> str:
+def changed_key(key: str, before: object, after: object) -> UserError:
     """The refusal of another value of `key`."""
-    return f"--resume goes on exactly as begun: {key} is {before} in this run, not {after}; start a new run to change it"
+    return UserError(
+        f"--resume continues a run exactly as it began: {key} is {before} in this run, not {after}; "
+        "start a new run to change it"
+    )
 
 
 def check_trained(
     path: Path, stored: TrainConfig[Any], asked: TrainConfig[Any], state: dict[str, Any]
 ) -> None:
-    """Refuse to end where the run has been already. `state`: of its newest checkpoint."""
+    """Refuse a last epoch that the run in `path` has passed; `state` is that of its newest checkpoint."""
     epoch, end = state.get("epoch", 0), asked.optim.epochs
     if end != stored.optim.epochs and end is not None and isinstance(epoch, int) and end <= epoch:
         raise UserError(
@@ -36,40 +40,49 @@ def check_trained(
         )
 
 
-def check_epochs(stored: TrainConfig[Any], asked: TrainConfig[Any], steps_per_epoch: int) -> None:
-    """Allow another number of epochs where the schedule so far is the same under both."""
-    if stored.optim.epochs == asked.optim.epochs:
-        return
-    assert stored.optim.epochs is not None
-    assert asked.optim.epochs is not None
-    epochs = range(min(stored.optim.epochs, asked.optim.epochs))
-    steps = range(len(epochs) * steps_per_epoch)
-    before, after = (schedule_factor(c.optim, steps_per_epoch) for c in (stored, asked))
-    early = attack_steps(stored), attack_steps(asked)
-    if any(early[0](epoch) != early[1](epoch) for epoch in epochs):
+def stored_epochs(path: Path, stored: TrainConfig[Any]) -> int:
+    """The number of epochs of the run in `path`. Raises UserError where its config.yaml has lost it."""
+    if stored.optim.epochs is None:
         raise UserError(
-            f"--early-share depends on the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked), "
-            "and other epochs would have had fewer attack steps; keep --epochs"
+            f"{path / CONFIG} has no epochs: it was edited; write the number of epochs of the run"
         )
-    if stored.optim.ema_warmup > 0:
+    return stored.optim.epochs
+
+
+def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int) -> None:
+    """Refuse `config` for a run of `before` epochs, unless the schedules so far are the same under both."""
+    now = config.optim.epochs
+    if before == now:
+        return
+    old = replace(config, optim=replace(config.optim, epochs=before))
+    epochs = range(min(before, now))
+    numbers = f"on the number of epochs ({before} in this run, {now} asked)"
+    if _attack_steps(old, epochs) != _attack_steps(config, epochs):
         raise UserError(
-            f"--ema-warmup depends on the number of epochs ({stored.optim.epochs} in this run, {asked.optim.epochs} asked); "
+            f"--early-share depends {numbers}, and other epochs would have had fewer attack steps; "
             "keep --epochs"
         )
-    if any(_constants(stored, epoch) != _constants(asked, epoch) for epoch in epochs):
+    if config.optim.ema_warmup > 0:
+        raise UserError(f"--ema-warmup depends {numbers}; keep --epochs")
+    if any(_constants(old, epoch) != _constants(config, epoch) for epoch in epochs):
         raise UserError(
-            f"method {stored.method} changes its loss at fractions of the number of epochs ({stored.optim.epochs} in this run, "
-            f"{asked.optim.epochs} asked); keep --epochs"
+            f"the loss of method {config.method} changes over the run and depends {numbers}; keep --epochs"
         )
-    if any(before(s) != after(s) for s in steps):
+    factors = [schedule_factor(c.optim, steps_per_epoch) for c in (old, config)]
+    if any(factors[0](step) != factors[1](step) for step in range(len(epochs) * steps_per_epoch)):
         raise UserError(
-            f"the {asked.optim.schedule} schedule depends on the number of epochs ({stored.optim.epochs} in this run, "
-            f"{asked.optim.epochs} asked); start with --epochs {asked.optim.epochs} --stop-after {stored.optim.epochs} to pause"
+            f"the {config.optim.schedule} schedule depends {numbers}; "
+            f"start with --epochs {now} --stop-after {before} to pause"
         )
 
 
-def _constants(config: TrainConfig[Any], epoch: int) -> tuple[float, ...]:
-    """What the method of a resolved configuration computes from the epoch."""
+def _attack_steps(config: ResolvedConfig[Any], epochs: range) -> list[int]:
+    steps_at = attack_steps(config.attack, epochs_of_method(config.optim))
+    return [steps_at(epoch) for epoch in epochs]
+
+
+def _constants(config: ResolvedConfig[Any], epoch: int) -> tuple[float, ...]:
+    """The numbers that the method computes from the epoch."""
     method = method_class(config.method)(config.options)
     method.epoch, method.epochs = max(0, epoch - config.optim.burn_in), epochs_of_method(config.optim)
     return method.constants()

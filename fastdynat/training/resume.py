@@ -1,4 +1,4 @@
-"""Resuming a run: it goes on exactly, or a refusal leaves it as it was."""
+"""Resuming a run: it continues exactly, or a refusal leaves it as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,15 @@ from fastdynat.ops import use_backend
 from fastdynat.runs import ENVIRONMENT, STATE, RunDir, check_manifest, newest_checkpoint, record_start
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
-from fastdynat.training.permitted_changes import changed_key, check_changes, check_epochs, check_trained
-from fastdynat.training.resolve import Say, adopted, resolve, resolve_loader
+from fastdynat.training.permitted_changes import (
+    changed_key,
+    check_changes,
+    check_epochs,
+    check_trained,
+    stored_epochs,
+)
+from fastdynat.training.resolve import Say, resolve, resolve_loader
+from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.state import read_state
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.weight_files import load_weights
@@ -26,59 +33,65 @@ from fastdynat.training.weight_files import load_weights
 @keeping_process_state
 @contextmanager
 def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
-    """A trainer that goes on from the last checkpoint in `path`; `config` is the stored one with permitted
-    changes.
+    """A trainer that continues from the last checkpoint in `path`.
+
+    Args:
+        config: the stored configuration with permitted changes.
+        say: gets where the run continues, and why not bit for bit, where that is so.
 
     Raises:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
-            something else.
+            another run.
     """
-    stored, run = stored_config(path), RunDir.open(path)
+    stored = stored_config(path)
+    run = RunDir.open(path)
     try:
-        last = newest_checkpoint(path)
-        state = {} if last is None else _checked_state(last)
-        if config.data.data != stored.data.data:  # before the other data is looked for
-            raise UserError(changed_key("data", stored.data.data, config.data.data))
-        check_trained(path, stored, config, state)
-        split = open_split(config, say)
-        config = replace(config, engine=adopted(config.engine, stored.engine))
-        resolved = resolve(config, split.info, lambda text: None, carried_on=True)
-        config = resolve_loader(resolved, split, lambda text: None)
-        check_changes(stored, config)
-        val = split.val_images()
-        networks, step, loader = build_parts(config, split, say, guide_comes=last is not None)
-        check_epochs(stored, config, loader.steps_per_epoch)
-        trainer = Trainer(
-            config, split.info, val, networks, step, loader, run, burn_in_step(config, step, say)
-        )
-        if last is None:
-            trainer.metrics.restore(0, None)
-            say(f"{path} was stopped before its first checkpoint: starting again from the same seed")
-        else:
-            _restore(last, state, trainer)
-            if trainer.finished():
-                say(_how_to_go_on(path, trainer, loader.steps_per_epoch))
-                yield trainer
-                return
+        trainer = _restored_trainer(run, stored, config, say)
+        if trainer.finished():
+            say(_how_to_train_longer(path, trainer))
+            yield trainer
+            return
+        engine = trainer.config.engine
+        if engine.device != stored.engine.device:
             say(
-                f"resuming {path} at epoch {trainer.epoch + 1}, step {trainer.epoch_step}/{loader.steps_per_epoch}"
+                f"the run moves from {stored.engine.device} to {engine.device}: "
+                "it continues, but not bit for bit"
             )
-        if config.engine.device != stored.engine.device:
-            say(
-                f"the run moves from {stored.engine.device} to {config.engine.device}: it continues, but not bit for bit"
-            )
-        elif why := rounding_of_resume(config.engine):
+        elif why := rounding_of_resume(engine):
             say(f"it continues within rounding, not bit for bit: {why}")
-        # Only now, when nothing can be refused any more, does the run's own record change.
-        run.adopt()
-        run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
-        run.checkpoints.link()
-        with use_backend(config.engine.kernels):
-            for change in record_start(path / ENVIRONMENT, **arithmetic(config.engine)):
+        _rewrite_record(trainer)  # only now, when nothing can be refused any more
+        with use_backend(engine.kernels):
+            for change in record_start(path / ENVIRONMENT, **arithmetic(engine)):
                 say(f"{change}: the run continues, but not bit for bit")
             yield trainer
     finally:
         run.close()
+
+
+def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[Any], say: Say) -> Trainer:
+    """A trainer in the state of the newest checkpoint of `run`, whose files stay as they are."""
+    last = newest_checkpoint(run.path)
+    state = {} if last is None else _checked_state(last)
+    if asked.data.data != stored.data.data:  # before the other data is looked for
+        raise changed_key("data", stored.data.data, asked.data.data)
+    check_trained(run.path, stored, asked, state)
+    split = open_split(asked, say)
+    asked = replace(asked, engine=with_stored_choices(asked.engine, stored.engine))
+    resolved = resolve(asked, split.info, lambda text: None, carried_on=True)
+    config = resolve_loader(resolved, split, lambda text: None)
+    check_changes(stored, config)
+    val = split.val_images()
+    parts = build_parts(config, split, say, load_guide=last is None)
+    check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
+    trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step, say))
+    if last is None:
+        trainer.metrics.restore(0, None)
+        say(f"{run.path} was stopped before its first checkpoint: starting again from the same seed")
+        return trainer
+    _restore(last, state, trainer)
+    if not trainer.finished():
+        say(f"resuming {run.path} {_place(trainer)}")
+    return trainer
 
 
 def _checked_state(checkpoint: Path) -> dict[str, Any]:
@@ -93,12 +106,10 @@ def _restore(checkpoint: Path, state: dict[str, Any], trainer: Trainer) -> None:
         _check_momentum(trainer)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # a tensor or a value of another kind fails in its own way; nothing has been written
-        raise UserError(
-            f"{checkpoint / STATE} does not fit this run: {' '.join(str(error).split())}"
-        ) from None
+    # A tensor or a value of another kind fails in its own way; nothing has been written yet.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint / STATE} does not fit this run: {reason}") from None
 
 
 def _check_momentum(trainer: Trainer) -> None:
@@ -110,7 +121,25 @@ def _check_momentum(trainer: Trainer) -> None:
                     raise ValueError(f"{name} of a weight {tuple(parameter.shape)} is {shape}")
 
 
-def _how_to_go_on(path: Path, trainer: Trainer, steps_per_epoch: int) -> str:
+def _place(trainer: Trainer) -> str:
+    """Where training continues, in words."""
+    epoch, step, steps = trainer.epoch, trainer.epoch_step, trainer.loader.steps_per_epoch
+    if step == 0:
+        return f"after epoch {epoch}"
+    if step == steps:
+        return f"at the end of epoch {epoch + 1}, before its validation"
+    return f"at epoch {epoch + 1}, after {step} of {steps} steps"
+
+
+def _rewrite_record(trainer: Trainer) -> None:
+    """Bring the run directory up to date: present form, present configuration, links."""
+    run, config = trainer.run, trainer.config
+    run.adopt()
+    run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
+    run.checkpoints.link()
+
+
+def _how_to_train_longer(path: Path, trainer: Trainer) -> str:
     """That the run is finished, and what would make it longer."""
     config, epochs = trainer.config, trainer.epoch
     done = f"{path} is finished after {epochs} epochs"
@@ -118,7 +147,7 @@ def _how_to_go_on(path: Path, trainer: Trainer, steps_per_epoch: int) -> str:
         return f"{done}: {why}; another --stop-at, --patience or --on-collapse lets it go on"
     longer = replace(config, optim=replace(config.optim, epochs=epochs + 1))
     try:
-        check_epochs(config, longer, steps_per_epoch)
+        check_epochs(longer, config.optim.epochs, trainer.loader.steps_per_epoch)
     except UserError:
         return f"{done}, where its schedule ends: to train longer, start a new run with more --epochs"
     return f"{done}: to train longer, resume it with --epochs {epochs + 1} or more"

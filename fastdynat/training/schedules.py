@@ -4,8 +4,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 
-from fastdynat.config import OptimConfig
 from fastdynat.config.rules import WARMUP
+from fastdynat.training.resolved_config import ResolvedAttack, ResolvedOptim
 
 # DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100; boundaries as
 # shares of the run.
@@ -38,13 +38,18 @@ def _triangular(step: int, total: int, warmup: float) -> float:
     return step / peak if step < peak else (total - step) / (total - peak)
 
 
-def epochs_of_method(config: OptimConfig) -> int:
+def epochs_of_method(config: ResolvedOptim) -> int:
     """The number of epochs after the burn-in."""
-    assert config.epochs is not None
     return config.epochs - config.burn_in
 
 
-def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
+def attack_steps(attack: ResolvedAttack, epochs: int) -> Callable[[int], int]:
+    """The function epoch of the method -> the attack's number of steps; `epochs` are those of the method."""
+    early = attack.steps if attack.early_steps is None else attack.early_steps
+    return lambda epoch: early if epoch < attack.early_share * epochs else attack.steps
+
+
+def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:
     """The function update -> factor on `config.lr` for 0 <= update < epochs * steps_per_epoch.
 
     In the burn-in it is 1, or what makes `burn_in_lr`. Step schedules change between epochs; cosine,
@@ -56,7 +61,7 @@ def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int]
         _total(config, steps_per_epoch),
     )
     warmup = _peak(config)
-    before = 1.0 if config.burn_in_lr is None or config.lr is None else config.burn_in_lr / config.lr
+    before = 1.0 if config.burn_in_lr is None else config.burn_in_lr / config.lr
 
     def factor(update: int) -> float:
         step = update - config.burn_in * steps_per_epoch
@@ -78,7 +83,7 @@ def schedule_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int]
     return factor
 
 
-def momentum_at(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
+def momentum_at(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:
     """The function update -> SGD momentum: `config.momentum`, in the burn-in too, or the schedule's cycle
     after it.
     """
@@ -100,7 +105,7 @@ def momentum_at(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], fl
     return momentum
 
 
-def cycled_momentum(config: OptimConfig) -> tuple[float, float]:
+def cycled_momentum(config: ResolvedOptim) -> tuple[float, float]:
     """(at the peak rate, at the least rate) of a schedule that cycles the momentum: as given, else
     torch's.
     """
@@ -111,21 +116,21 @@ def cycled_momentum(config: OptimConfig) -> tuple[float, float]:
     )
 
 
-def _peak(config: OptimConfig) -> float:
+def _peak(config: ResolvedOptim) -> float:
     return WARMUP.get(config.schedule, 0.0) if config.warmup is None else config.warmup
 
 
-def _total(config: OptimConfig, steps_per_epoch: int) -> int:
+def _total(config: ResolvedOptim, steps_per_epoch: int) -> int:
     """How many values a schedule takes that changes with `_position`."""
     return epochs_of_method(config) * (1 if config.schedule_by == "epoch" else steps_per_epoch)
 
 
-def _position(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], int]:
+def _position(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], int]:
     """The function step of the method -> where its schedule is."""
     unit = steps_per_epoch if config.schedule_by == "epoch" else 1
     return lambda step: (step + config.schedule_ahead) // unit
 
 
-def average_warmup(config: OptimConfig, epochs: int, steps_per_epoch: int) -> int:
+def average_warmup(config: ResolvedOptim, epochs: int, steps_per_epoch: int) -> int:
     """The number of updates before the weight average begins, in a phase of the run of so many epochs."""
     return math.ceil(config.ema_warmup * epochs * steps_per_epoch - 1e-9)

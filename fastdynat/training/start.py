@@ -1,4 +1,4 @@
-"""Starting a run: everything is checked before anything is written, and nothing is lost by a refusal."""
+"""Starting a run: everything is checked before anything is written, so a refusal loses nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
 from fastdynat.training.resolve import Say, check_sizes, resolve, resolve_loader, say_first_epoch
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.trial import settle_compile
 
@@ -29,48 +30,60 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
         UserError: anything in `config`, the data or the directory that cannot work; nothing has been written
             then.
     """
-    known = dataset_info(config.data.data)
-    if known is not None:
-        resolve(config, known, lambda text: None)  # refuse before the data is read, where that is possible
     stem = f"{config.data.data}-{config.method}"
-    path = Path(config.run.run_dir) if config.run.run_dir else free_name(stem)
-    check_new(path, overwrite=config.run.overwrite)
-    overwrite = config.run.overwrite
-    teacher = config.model.guide_from
-    if overwrite and teacher is not None and real(Path(teacher)).is_relative_to(real(path)):
-        raise UserError(
-            f"--guide-from {teacher} belongs to the run that --overwrite would replace; choose another --run-dir"
-        )
+    _check_before_data(config, stem)
     split = open_split(config, say)
     check_sizes(config, split)
-    config = resolve_loader(resolve(config, split.info, say), split, say)
-    say_first_epoch(config, say)
-    if why := rounding_of_resume(config.engine):
+    resolved = resolve_loader(resolve(config, split.info, say), split, say)
+    say_first_epoch(resolved, say)
+    if why := rounding_of_resume(resolved.engine):
         say(f"resuming this run will continue within rounding, not bit for bit: {why}")
     val = split.val_images()
-    config = settle_compile(config, split, say)
-    parts = build_parts(config, split, say)
-    burn_in = burn_in_step(config, parts[1], say)
+    resolved = settle_compile(resolved, split, say)
+    parts = build_parts(resolved, split, say)
+    burn_in = burn_in_step(resolved, parts.step, say)
+    run, resolved = _make_folder(resolved, stem, say)  # only now, when nothing can be refused any more
+    try:
+        with use_backend(resolved.engine.kernels):
+            record_start(run.path / ENVIRONMENT, **arithmetic(resolved.engine))
+            yield Trainer(resolved, split.info, val, parts, run, burn_in)
+    finally:
+        run.close()
+
+
+def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
+    """Refuse what can be refused before the data is read."""
+    known = dataset_info(config.data.data)
+    if known is not None:
+        resolve(config, known, lambda text: None)
+    path = Path(config.run.run_dir) if config.run.run_dir else free_name(stem)
+    check_new(path, overwrite=config.run.overwrite)
+    teacher = config.model.guide_from
+    if config.run.overwrite and teacher is not None and real(Path(teacher)).is_relative_to(real(path)):
+        raise UserError(
+            f"--guide-from {teacher} belongs to the run that --overwrite would replace; "
+            "choose another --run-dir"
+        )
+
+
+def _make_folder(config: ResolvedConfig[Any], stem: str, say: Say) -> tuple[RunDir, ResolvedConfig[Any]]:
+    """The open folder of a new run (runs/STEM where the user names none), and `config` as it is stored there.
+
+    The path of the data is stored whole, so that the run can be resumed and evaluated from another directory.
+    """
     claimed = not config.run.run_dir
-    if claimed:
-        path = claim_name(stem)  # only now, when nothing can be refused any more
-    # The data folder is stored whole, so that a run can be resumed and evaluated from elsewhere.
-    config = replace(
+    path = claim_name(stem) if claimed else Path(str(config.run.run_dir))
+    stored = replace(
         config,
         run=replace(config.run, run_dir=str(path), overwrite=False),
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
     try:
-        run = RunDir.create(path, to_yaml(config), overwrite=overwrite)
+        run = RunDir.create(path, to_yaml(stored), overwrite=config.run.overwrite)
     except BaseException:
         if claimed:
             release_name(path)
         raise
     for kept in run.kept:
         say(f"--overwrite leaves {kept}, which the old run did not make")
-    try:
-        with use_backend(config.engine.kernels):
-            record_start(path / ENVIRONMENT, **arithmetic(config.engine))
-            yield Trainer(config, split.info, val, *parts, run, burn_in)
-    finally:
-        run.close()
+    return run, stored

@@ -15,7 +15,6 @@ from torch.optim import SGD
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
-from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.execution.graph_capture import Recorder
 from fastdynat.execution.graphed_call import GraphedCall
@@ -25,13 +24,14 @@ from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.cycled_sgd import CycledSGD
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
+from fastdynat.training.resolved_config import ResolvedOptim
 from fastdynat.training.step_state import StepState
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
 
 
 def build_optimizers(
-    networks: dict[str, nn.Module], config: OptimConfig, lr: Tensor, *, cycled: bool = False
+    networks: dict[str, nn.Module], config: ResolvedOptim, lr: Tensor, *, cycled: bool = False
 ) -> list[SGD]:
     """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
 
@@ -56,7 +56,7 @@ def build_optimizers(
     return [sgd([*chain(*groups)])] if config.optimizers == "joint" else [sgd(group) for group in groups]
 
 
-def _groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def _groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
     """The parameters of one network, those without weight decay apart."""
     if config.decay_norms:
         return [{"params": list(module.parameters())}]
@@ -111,7 +111,7 @@ class TrainStep:
         method: Method[Any],
         networks: NetworkSet,
         spec: PGDSpec,
-        optim: OptimConfig,
+        optim: ResolvedOptim,
         precision: Precision,
         lr_factor: Callable[[int], float],
         *,
@@ -143,7 +143,6 @@ class TrainStep:
         """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
-        assert optim.lr is not None
         self.peak_lr = optim.lr
         # The fused update reads float32 on CUDA devices, and anything on the CPU.
         exact = torch.float32 if precision.device.type == "cuda" else torch.float64

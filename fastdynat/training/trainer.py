@@ -11,8 +11,7 @@ import torch
 
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import parse_attack
-from fastdynat.config import TrainConfig
-from fastdynat.data import DatasetInfo, ImageSet, TrainLoader
+from fastdynat.data import DatasetInfo, ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation import KeptReplica, Stopped, measure
 from fastdynat.models.finite import not_numbers
@@ -23,7 +22,8 @@ from fastdynat.training.average_share import MOSTLY, average_note, first_share
 from fastdynat.training.background_writer import BackgroundWriter
 from fastdynat.training.epoch_checks import boundary_columns, fidelity_columns
 from fastdynat.training.metrics import Averages, MetricsLog
-from fastdynat.training.networks import NetworkSet
+from fastdynat.training.parts import RunParts
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state
 from fastdynat.training.schedules import average_warmup, epochs_of_method
 from fastdynat.training.state import identity, snapshot, write_state
@@ -53,25 +53,23 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig[Any],
+        config: ResolvedConfig[Any],
         info: DatasetInfo,
         val: ImageSet,
-        networks: NetworkSet,
-        step: TrainStep,
-        loader: TrainLoader,
+        parts: RunParts,
         run: RunDir,
         burn_in: TrainStep | None = None,
     ) -> None:
-        """`burn_in`: what is run in the first epochs, before `step`."""
-        self.config, self.info, self.val, self.networks = config, info, val, networks
-        self.loader, self.run = loader, run
+        """`burn_in`: the step of the first epochs, before that of `parts`."""
+        self.config, self.info, self.val, self.run = config, info, val, run
+        self.networks, step, self.loader = parts
         self.step, self._method_step = burn_in or step, step
         self.device = torch.device(config.engine.device)
         self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
         self._restart_average()
         self.epoch, self.epoch_step = 0, 0  # epochs completed, steps done in the one at hand
         self.averages, self.seconds = Averages(), 0.0
-        near = float(config.attack.eval_eps) <= 1.5 * float(config.attack.eps)
+        near = config.attack.eval_eps <= 1.5 * config.attack.eps
         self.watch = Watch(config.run, step.method.select_by, comparable=near)
         self._writer, self._validated = BackgroundWriter(), KeptReplica()
         self.last_validation: dict[str, float] = {}
@@ -80,7 +78,6 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all epochs are done, or `Watch.ended`."""
         epochs = self.config.optim.epochs
-        assert epochs is not None
         return self.epoch >= epochs or self.watch.ended() is not None
 
     def fit(self) -> Outcome:
@@ -93,7 +90,6 @@ class Trainer:
                 untouched.
         """
         epochs = self.config.optim.epochs
-        assert epochs is not None
         until = min(epochs, self.config.run.stop_after or epochs)
         spe = self.loader.steps_per_epoch
         done = self.epoch * spe + self.epoch_step
@@ -227,7 +223,7 @@ class Trainer:
             self.last_validation = {}
             return {"val_clean_acc": None, "val_pgd10_acc": None, "best": False}
         accuracies = {}
-        attack, eps = self.config.attack, float(self.config.attack.eval_eps)
+        attack, eps = self.config.attack, self.config.attack.eval_eps
         for name in ("clean", "pgd10"):
             display.step(self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"validating {name}")
             accuracies[name] = measure(

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 import fastdynat
-from fastdynat.config import TrainConfig, to_flat
+from fastdynat.config import to_flat
 from fastdynat.data import TrainSplit
 from fastdynat.data.random_images import random_split
 from fastdynat.errors import UserError
@@ -16,6 +16,7 @@ from fastdynat.machine.racing import race
 from fastdynat.ops import use_backend
 from fastdynat.training.parts import build_parts
 from fastdynat.training.resolve import Say
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning import remembered
 from fastdynat.tuning.devices import check_compile
 
@@ -52,7 +53,7 @@ DECIDING = (
 )
 
 
-def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say) -> TrainConfig[Any]:
+def settle_compile(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> ResolvedConfig[Any]:
     """The resolved `config` with "off" or "default" for ``compile: auto``, which `say` is told with the
     reason.
 
@@ -88,13 +89,13 @@ def settle_compile(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Tra
     return _with(config, mode)
 
 
-def _with(config: TrainConfig[Any], mode: str) -> TrainConfig[Any]:
+def _with(config: ResolvedConfig[Any], mode: str) -> ResolvedConfig[Any]:
     return replace(config, engine=replace(config.engine, compile=cast(Any, mode)))
 
 
-def _deciding(config: TrainConfig[Any]) -> dict[str, Any]:
+def _deciding(config: ResolvedConfig[Any]) -> dict[str, Any]:
     flat = to_flat(config)
-    steps = {"attack_steps": min(TRIAL_STEPS, config.attack.steps or 0)}
+    steps = {"attack_steps": min(TRIAL_STEPS, config.attack.steps)}
     options = {name: repr(value) for name, value in vars(config.options).items()}
     return (
         {name: flat[name] for name in DECIDING}
@@ -103,11 +104,10 @@ def _deciding(config: TrainConfig[Any]) -> dict[str, Any]:
     )
 
 
-def _timed(config: TrainConfig[Any], split: TrainSplit) -> dict[str, float]:
+def _timed(config: ResolvedConfig[Any], split: TrainSplit) -> dict[str, float]:
     """Seconds of a step by compile mode."""
-    assert config.data.batch_size is not None
     images = random_split(split.info, config.data.batch_size, config.engine.seed, batches=2)
-    attack = replace(config.attack, steps=min(TRIAL_STEPS, config.attack.steps or 0), early_steps=None)
+    attack = replace(config.attack, steps=min(TRIAL_STEPS, config.attack.steps), early_steps=None)
     plain = replace(
         config,
         attack=attack,

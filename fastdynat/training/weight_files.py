@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdynat.config import TrainConfig
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.models.finite import check_finite
 from fastdynat.runs import Sidecar, load_state, put_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.state import snapshot
 
 
-def _files(networks: NetworkSet, config: TrainConfig[Any]) -> Iterator[tuple[str, nn.Module, str]]:
+def _files(networks: NetworkSet, config: ResolvedConfig[Any]) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, network and architecture of each file: model is what is deployed, model_raw what is trained where
     they differ.
     """
@@ -40,7 +40,7 @@ class WeightFile:
 
 def weights_now(
     networks: NetworkSet,
-    config: TrainConfig[Any],
+    config: ResolvedConfig[Any],
     info: DatasetInfo,
     *,
     epoch: int,
@@ -70,7 +70,7 @@ def write_weights(folder: Path, files: list[WeightFile]) -> None:
 
 
 def describe_weights(
-    config: TrainConfig[Any],
+    config: ResolvedConfig[Any],
     info: DatasetInfo,
     *,
     role: str,
@@ -92,15 +92,15 @@ def describe_weights(
         role=role,
         method=config.method,
         norm=attack.norm,
-        eps=float(attack.eps),
-        eval_eps=float(attack.eval_eps),
+        eps=attack.eps,
+        eval_eps=attack.eval_eps,
         epoch=epoch,
         val_clean_acc=validated.get("val_clean_acc"),
         val_pgd10_acc=validated.get("val_pgd10_acc"),
     )
 
 
-def load_weights(folder: Path, networks: NetworkSet, config: TrainConfig[Any]) -> None:
+def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]) -> None:
     """Put what `write_weights` wrote back into the networks.
 
     Raises:

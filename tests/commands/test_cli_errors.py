@@ -20,7 +20,7 @@ from fastdynat.data import ImageSet, TrainSplit
 from fastdynat.errors import UserError
 from fastdynat.runs import RunDir, load_network
 from fastdynat.runs.manifest import write_manifest
-from fastdynat.training import resolve
+from fastdynat.training import resolve_engine
 from fastdynat.training.state import read_state
 
 TINY = [
@@ -91,7 +91,7 @@ def test_combinations_are_refused_before_anything_is_measured(
         raise AssertionError("measured before the refusal")
 
     for name in ("check_kernels", "pick_amp", "pick_channels_last"):
-        monkeypatch.setattr(resolve, name, too_early)
+        monkeypatch.setattr(resolve_engine, name, too_early)
     refused("train", "--device", "cpu", "--run-dir", tmp_path / "run", *TINY, *flags)
     assert not (tmp_path / "run").exists()
 
@@ -263,7 +263,7 @@ def test_resuming_something_else(run: Path, tmp_path: Path, refused: Run) -> Non
     assert "trains by dynat, not by madry" in refused("train", "--resume", run, "--method", "madry")
     for flags in (["--lr", "0.5"], ["--seed", "9"], ["--steps", "7"], ["--model", "resnet18"]):
         line = refused("train", "--resume", run, *flags)
-        assert "--resume goes on exactly as begun" in line
+        assert "--resume continues a run exactly as it began" in line
         assert flags[0].strip("-") in line
 
 

@@ -24,7 +24,7 @@ from fastdynat.commands.main import main
 from fastdynat.config import AttackConfig
 from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.methods.configs import default_config, stored_config
-from fastdynat.training.parts import attack_steps
+from fastdynat.training.schedules import attack_steps
 from fastdynat.training.step import TrainStep
 from fastdynat.tuning.devices import pick_amp
 
@@ -460,7 +460,7 @@ def test_the_most_epochs_that_fit(
     config = replace(default_config("madry"), attack=attack)
 
     def takes(epochs: int) -> float:
-        steps = attack_steps(replace(config, optim=replace(config.optim, epochs=epochs)))
+        steps = attack_steps(attack, epochs)
         return sum(first if steps(e) == 1 or e < warmup else later for e in range(epochs))
 
     epochs = probe.epochs_within(budget, first, later, config)

@@ -5,7 +5,6 @@ that uses them.
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.winograd import WinogradConv2d
 from fastdynat.commands.main import main
-from fastdynat.config import EngineConfig
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.models import build_model
 from fastdynat.ops.winograd import _eager_conv, _eager_weights
 from fastdynat.training.parts import attack_switches
+from fastdynat.training.resolved_config import ResolvedEngine
 from fastdynat.tuning import Convolution
 
 NAN, INF = float("nan"), float("inf")
@@ -467,7 +466,8 @@ def test_where_it_cannot_be_used_it_is_refused(tmp_path: Path, capsys: pytest.Ca
 @needs("ext")
 @pytest.mark.parametrize(("switch", "used"), [("auto", True), ("on", True), ("off", False)])
 def test_a_run_uses_it_unless_told_otherwise(switch: str, used: bool) -> None:
-    assert attack_switches(replace(EngineConfig(), device="cpu", amp="off", winograd=switch)).winograd is used
+    kept: Any = {"channels_last": "off", "fold": "on", "winograd": switch}
+    assert attack_switches(ResolvedEngine(device="cpu", amp="off", **kept)).winograd is used
 
 
 class Asked(Exception):
@@ -484,7 +484,7 @@ def test_validation_uses_it_unless_told_otherwise(
 
     monkeypatch.setattr(sys.modules["fastdynat.evaluation.measure"], "AttackEngine", engine)
     monkeypatch.setattr(
-        sys.modules["fastdynat.training.resolve"], "winograd_pays", lambda *_, **__: True
+        sys.modules["fastdynat.training.resolve_engine"], "winograd_pays", lambda *_, **__: True
     )  # wherever this runs
     with pytest.raises(Asked) as asked:
         main(

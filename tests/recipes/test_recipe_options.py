@@ -85,7 +85,7 @@ def test_refusals(flags: list[str], message: str, tmp_path: Path, capsys: pytest
 def test_padding_without_crops_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--pad-mode", "reflect", "--epochs", "1"]
     assert main(["train", "--method", "madry", "--run-dir", str(tmp_path / "run"), *TINY, *flags]) == 0
-    assert "pad_mode reflect does nothing: augmentation none takes no crops" in capsys.readouterr().err
+    assert "pad_mode reflect has no effect: augmentation none takes no crops" in capsys.readouterr().err
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -119,14 +119,14 @@ def build(name: str, folder: Path) -> Built:
     train, val = stratified_split(labels, val_size=None if size is None else int(size), limit=None, seed=1)
     split = TrainSplit(info, ImageSource(labels, lambda at: images[at]), train, val)
     config = resolve_loader(config, split, quiet)
-    networks, step, loader = build_parts(config, split, quiet)
-    burn_in = burn_in_step(config, step, quiet)
+    parts = build_parts(config, split, quiet)
+    burn_in = burn_in_step(config, parts.step, quiet)
     run = RunDir.create(folder / "run", to_yaml(config), overwrite=False)
     try:
-        trainer = Trainer(config, info, split.val_images(), networks, step, loader, run, burn_in)
+        trainer = Trainer(config, info, split.val_images(), parts, run, burn_in)
     finally:
         run.close()
-    return Built(config, info, loader, images[train], step, trainer, burn_in)
+    return Built(config, info, parts.loader, images[train], parts.step, trainer, burn_in)
 
 
 @pytest.fixture(scope="module", params=sorted(RELEASES))

@@ -72,9 +72,9 @@ def test_a_run_from_before_winograd_was_chosen_by_layer_is_told_that_it_rounds_o
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from fastdynat.training import resolve
+    from fastdynat.training import resolve_engine
 
-    monkeypatch.setattr(resolve, "winograd_pays", lambda *args, **options: True)
+    monkeypatch.setattr(resolve_engine, "winograd_pays", lambda *args, **options: True)
     run = tmp_path / "run"
     assert (
         main(

@@ -28,7 +28,8 @@ from fastdynat.machine import OtherLoad, capability, free_cores
 from fastdynat.machine.capability import processor
 from fastdynat.machine.racing import quiet_clock, race
 from fastdynat.methods.configs import default_config
-from fastdynat.training.resolve import adopted, resolve
+from fastdynat.training.resolve import resolve
+from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.tuning import choices, choose, slower_than_float32, table
 from fastdynat.tuning import measurements as store
 from fastdynat.tuning.devices import pick_amp, pick_half
@@ -233,7 +234,7 @@ def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Mach
     begun = resolved(said, amp="auto")
     machine.forget()
     machine.lacking = NEITHER
-    again = adopted(EngineConfig(device="cpu", amp="auto"), begun)
+    again = with_stored_choices(EngineConfig(device="cpu", amp="auto"), begun)
     assert (again.amp, again.channels_last, again.winograd) == (
         begun.amp,
         begun.channels_last,

@@ -23,6 +23,7 @@ from fastdynat.machine.capability import processor
 from fastdynat.machine.racing import quiet_clock
 from fastdynat.runs import source_commit
 from fastdynat.terminal.consoles import AS_IS, PlainTable
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning import table
 
 FORMAT = "fastdynat-auto/1"
@@ -30,7 +31,7 @@ LEAST = 0.97  # of the best alternative's rate, which a decision must reach
 HOPELESS = 2.0  # a setting this many times slower than the best is timed once
 SWITCHES = ("amp", "compile", "channels_last", "winograd", "fold")
 
-Settle = Callable[[TrainConfig[Any]], TrainConfig[Any]]
+Settle = Callable[[TrainConfig[Any]], ResolvedConfig[Any]]
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Setting:
         seconds: of each round; a single one where the setting was hopeless.
     """
 
-    config: TrainConfig[Any]
+    config: ResolvedConfig[Any]
     call: Callable[[], object] | None = None
     once: float = 0.0
     seconds: list[float] = field(default_factory=list)
@@ -62,7 +63,6 @@ class Setting:
     @property
     def rate(self) -> float:
         """Images per second, by the median round."""
-        assert self.config.data.batch_size is not None
         return self.config.data.batch_size / Samples(tuple(self.seconds)).median
 
 
@@ -109,7 +109,7 @@ class _Settings:
     def turned(self, base: Setting, **engine: Any) -> Setting:
         return self._put(self._settle(replace(base.config, engine=replace(base.config.engine, **engine))))
 
-    def _put(self, config: TrainConfig[Any]) -> Setting:
+    def _put(self, config: ResolvedConfig[Any]) -> Setting:
         if config.engine.winograd == "on":  # which "auto" is as well, where it is not resolved to "off"
             config = replace(config, engine=replace(config.engine, winograd="auto"))
         found = next((s for s in self.all if s.config.engine == config.engine), None)

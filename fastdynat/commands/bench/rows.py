@@ -20,6 +20,7 @@ from fastdynat.evaluation.fidelity import Fidelity
 from fastdynat.execution.float32 import tf32_convolutions
 from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.methods import method_class
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning.devices import AMP_DTYPES
 
 WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
@@ -98,8 +99,8 @@ class Task:
     """
 
     asked: TrainConfig[Any]
-    full: TrainConfig[Any]
-    settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
+    full: ResolvedConfig[Any]
+    settle: Callable[[TrainConfig[Any]], ResolvedConfig[Any]]
     split: TrainSplit
     attack_flops: int
     step_flops: int
@@ -123,10 +124,9 @@ def plans(task: Task, bench: BenchConfig) -> list[Plan]:
     return rows + [_matmul(amp, torch.device(full.engine.device)) for amp in devices]
 
 
-def _ours(task: Task, kind: Kind, config: TrainConfig[Any], name: str = "", switch: str = "") -> Plan:
+def _ours(task: Task, kind: Kind, config: ResolvedConfig[Any], name: str = "", switch: str = "") -> Plan:
     build = work.engine_attack if kind == "attack" else work.engine_step
     per_image = task.attack_flops if kind == "attack" else task.step_flops
-    assert config.data.batch_size is not None
     return Plan(
         name or label(config),
         kind,

@@ -35,6 +35,7 @@ from fastdynat.ops import use_backend
 from fastdynat.runs.atomic_files import replaced, write_text
 from fastdynat.training import build_parts, open_split
 from fastdynat.training.resolve import resolve
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning.devices import AMP_DTYPES
 
 
@@ -76,14 +77,12 @@ def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
     if config.data.image_size is not None:
         size = config.data.image_size
         info = replace(info, image_shape=(info.image_shape[0], size, size))
-    assert config.data.batch_size is not None
     return random_split(info, config.data.batch_size, config.engine.seed)
 
 
 def _measure(
-    asked: TrainConfig[Any], full: TrainConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
+    asked: TrainConfig[Any], full: ResolvedConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
 ) -> dict[str, Any]:
-    assert full.attack.steps is not None
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
     flops, copied = _count(full, split.info), copy_rate(watch, device)
@@ -145,13 +144,12 @@ def asked_step(rows: list[Row]) -> Row | None:
     )
 
 
-def _count(config: TrainConfig[Any], info: DatasetInfo) -> StepFlops:
+def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
     method = method_class(config.method)(config.options)
     if type(method).perturb is not Method.perturb:
         raise UserError(
             f"bench times PGD, but method {method.name} has a search of its own; bench another, such as madry"
         )
-    assert config.attack.steps is not None
 
     def build(name: str) -> torch.nn.Module:
         return build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)
@@ -187,14 +185,14 @@ def _inside(
     return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
 
 
-def _again(config: TrainConfig[Any], task: Task, watch: Stopwatch) -> Work:
+def _again(config: ResolvedConfig[Any], task: Task, watch: Stopwatch) -> Work:
     """The step of `config`, warm."""
     ready = engine_step(config, task.split, task.say)
     watch.time(ready.call, 3)
     return ready
 
 
-def _epoch(config: TrainConfig[Any], split: TrainSplit, watch: Stopwatch, say: Say) -> dict[str, Any]:
+def _epoch(config: ResolvedConfig[Any], split: TrainSplit, watch: Stopwatch, say: Say) -> dict[str, Any]:
     """One epoch of training on `split`, compiled and warm, with its shorter last batch and without
     validation.
     """

@@ -13,7 +13,8 @@ from fastdynat.execution.float32 import float32_name
 from fastdynat.machine.capability import half_types
 from fastdynat.methods import method_class
 from fastdynat.ops import selected_backend
-from fastdynat.training.resolve import resolve, resolve_loader, use_fused_conv, use_graphs, use_guide_stream
+from fastdynat.training.resolve import resolve, resolve_loader
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trial import settle_compile
 from fastdynat.tuning.devices import check_compile
 
@@ -65,23 +66,19 @@ SWITCHES = (
 
 def settled(
     asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None
-) -> TrainConfig[Any]:
+) -> ResolvedConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream,
     as on or off.
     """
     config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say)
-    fused = use_fused_conv(config.engine)
-    graphs, stream = (
-        use_graphs(config.engine),
-        use_guide_stream(config.engine, method_class(config.method)(config.options)),
+    engine, method = config.engine, method_class(config.method)(config.options)
+    settled_engine = replace(
+        engine,
+        fused_conv="on" if engine.uses_fused_conv else "off",
+        graphs="on" if engine.uses_graphs else "off",
+        guide_stream="on" if engine.uses_guide_stream(method) else "off",
     )
-    engine = replace(
-        config.engine,
-        fused_conv="on" if fused else "off",
-        graphs="on" if graphs else "off",
-        guide_stream="on" if stream else "off",
-    )
-    return replace(config, engine=engine)
+    return replace(config, engine=settled_engine)
 
 
 def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
@@ -124,8 +121,8 @@ def label(config: TrainConfig[Any]) -> str:
 
 
 def grid(
-    asked: TrainConfig[Any], settle: Callable[[TrainConfig[Any]], TrainConfig[Any]]
-) -> list[TrainConfig[Any]]:
+    asked: TrainConfig[Any], settle: Callable[[TrainConfig[Any]], ResolvedConfig[Any]]
+) -> list[ResolvedConfig[Any]]:
     """`asked` in float32 and in its own precision, without and with torch.compile, as a user would get each;
     itself last.
 

@@ -19,13 +19,13 @@ from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import run_pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.bench.plain_dynat import PlainDynat
-from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainLoader, TrainSplit
 from fastdynat.evaluation.fidelity import Fidelity, check_fidelity
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.float32 import products_like_convolutions
 from fastdynat.ops import use_backend
 from fastdynat.training import TrainStep, attack_switches, build_parts
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning.devices import AMP_DTYPES
 
 ATTACK_BATCHES = (
@@ -62,11 +62,10 @@ def endless(loader: TrainLoader, batch_size: int) -> Iterator[Batch]:
 
 
 def _attacked(
-    config: TrainConfig[Any], split: TrainSplit, say: Say
+    config: ResolvedConfig[Any], split: TrainSplit, say: Say
 ) -> tuple[Any, TrainStep, tuple[Batch, ...]]:
     """Networks whose running statistics are those of the images, the step, and a few batches."""
     networks, step, loader = build_parts(config, split, say)
-    assert config.data.batch_size is not None
     batches = tuple(itertools.islice(endless(loader, config.data.batch_size), ATTACK_BATCHES))
     update_bn([batch.x for batch in batches], networks.raw["model"])
     return networks, step, batches
@@ -84,7 +83,7 @@ def _taking_turns(
     return Work(call, fidelity)
 
 
-def engine_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
+def engine_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our attack as in a training step: take over the weights, then all steps. As one graph where the step
     would be one.
     """
@@ -127,7 +126,7 @@ class WeightGradients(Ascent):
         return logits.detach(), leaf.grad
 
 
-def weight_gradient_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
+def weight_gradient_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our attack on a replica whose weights need gradients, which nobody reads; compiled as a network, not as
     a whole step.
     """
@@ -148,10 +147,9 @@ def weight_gradient_attack(config: TrainConfig[Any], split: TrainSplit, say: Say
     return _taking_turns(attack, batches)
 
 
-def engine_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
+def engine_step(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
     """Our training step, from the loader's batch to the new weights."""
     _, step, loader = build_parts(config, split, say)
-    assert config.data.batch_size is not None
     stream = endless(loader, config.data.batch_size)
     logs: dict[str, Tensor] = {}
 
@@ -162,7 +160,7 @@ def engine_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
     return Work(call, step=step, stream=stream, finite=lambda: all(bool(v.isfinite()) for v in logs.values()))
 
 
-def torchattacks_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
+def torchattacks_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
     """torchattacks' PGD on the network of `config`, under autocast where that is in half precision."""
     import torchattacks  # extra `peer`; `why_no_torchattacks` has been asked
 
@@ -181,7 +179,7 @@ def torchattacks_attack(config: TrainConfig[Any], split: TrainSplit, say: Say) -
     return _taking_turns(attack, batches)
 
 
-def plain_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
+def plain_step(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
     """The released loop on the networks and batches of `config`, which is in float32, contiguous and not
     compiled.
     """
@@ -197,7 +195,6 @@ def plain_step(config: TrainConfig[Any], split: TrainSplit, say: Say) -> Work:
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
     )
-    assert config.data.batch_size is not None
     stream = endless(loader, config.data.batch_size)
 
     def call() -> None:

@@ -17,13 +17,14 @@ from fastdynat.training import build_parts
 from fastdynat.training.metrics import Averages
 from fastdynat.training.parts import burn_in_step
 from fastdynat.training.resolve import Say
+from fastdynat.training.resolved_config import ResolvedConfig
 
 PROBE_SECONDS = 2.0
 STEPS_PER_LOOK = {"cpu": 1, "cuda": 10}  # at the clock: a GPU has to be waited for
 WARM_STEPS = 5  # a CUDA graph is captured after three ordinary steps
 
 
-def probe(config: TrainConfig[Any], split: TrainSplit, budget: float, say: Say) -> dict[str, Any]:
+def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float, say: Say) -> dict[str, Any]:
     """How long the resolved `config` takes to start, for an epoch of burn-in, for a first and for a later
     epoch; and how many epochs fit into `budget` seconds.
 
@@ -80,7 +81,7 @@ class _Timer:
     """Steps of a run that is thrown away."""
 
     def __init__(
-        self, config: TrainConfig[Any], split: TrainSplit, say: Say, *, burn_in: bool = False
+        self, config: ResolvedConfig[Any], split: TrainSplit, say: Say, *, burn_in: bool = False
     ) -> None:
         _, step, self._loader = build_parts(config, split, say)
         before = burn_in_step(config, step, say) if burn_in else None

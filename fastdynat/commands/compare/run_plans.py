@@ -1,11 +1,11 @@
 """All runs of a comparison, checked before the first one starts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastdynat.commands.compare.compare_config import (
     SAME,
@@ -25,11 +25,15 @@ from fastdynat.errors import UserError
 from fastdynat.methods.configs import stored_config
 from fastdynat.runs import check_new, claim_name, free_name, looks_like_run
 from fastdynat.training import build_parts, open_split
-from fastdynat.training.resolve import Say, adopted, resolve, resolve_loader
+from fastdynat.training.resolve import Say, resolve, resolve_loader
+from fastdynat.training.resolve_engine import with_stored_choices
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.state import identity
 from fastdynat.training.trial import settle_compile
 
-Configs = dict[str, TrainConfig[Any]]  # by method
+ConfigT = TypeVar("ConfigT", bound=TrainConfig[Any])
+Configs = Mapping[str, TrainConfig[Any]]  # by method
+ResolvedConfigs = dict[str, ResolvedConfig[Any]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RunPlan:
     method: str
     seed: int
     asked: TrainConfig[Any]
-    config: TrainConfig[Any]
+    config: ResolvedConfig[Any]
     path: Path
 
     @property
@@ -133,7 +137,7 @@ def _naming(method: str) -> Iterator[None]:
         raise UserError(f"{method}: {error}{hint}") from None
 
 
-def _resolve_all(configs: Configs, info: DatasetInfo) -> Configs:
+def _resolve_all(configs: Configs, info: DatasetInfo) -> ResolvedConfigs:
     resolved = {}
     for name, config in configs.items():
         with _naming(name):
@@ -149,19 +153,20 @@ def _test_set(config: TrainConfig[Any]) -> TestSets:
 
 
 def _runs(
-    asked: Configs, resolved: Configs, seeds: Sequence[int], out: Path, ledger: Ledger
+    asked: Configs, resolved: ResolvedConfigs, seeds: Sequence[int], out: Path, ledger: Ledger
 ) -> tuple[RunPlan, ...]:
     """Seed after seed, so that a comparison that is stopped has compared all methods under the first ones."""
     runs = []
     for seed in seeds:
         for name in asked:
             path, epochs = out / f"{name}-seed{seed}", ledger.epochs(name)
-            first, full = (_placed(c[name], path, seed, epochs) for c in (asked, resolved))
+            first = _placed(asked[name], path, seed, epochs)
+            full = _placed(resolved[name], path, seed, epochs)
             runs.append(RunPlan(name, seed, first, full, path))
     return tuple(runs)
 
 
-def _placed(config: TrainConfig[Any], path: Path, seed: int, epochs: int | None) -> TrainConfig[Any]:
+def _placed(config: ConfigT, path: Path, seed: int, epochs: int | None) -> ConfigT:
     """`config` in the folder `path`, with a seed, and with as many epochs as the budget gives it (None: its
     own).
     """
@@ -179,10 +184,8 @@ def _check_place(run: RunPlan) -> None:
         check_new(run.path, overwrite=False)
         return
     stored = stored_config(run.path)
-    before, now = (
-        to_flat(stored),
-        to_flat(replace(run.config, engine=adopted(run.asked.engine, stored.engine))),
-    )
+    engine = with_stored_choices(run.asked.engine, stored.engine)
+    before, now = to_flat(stored), to_flat(run.config) | vars(engine)
     for key in (*identity(run.config), "epochs", "stop_at", "patience", "on_collapse"):
         if before.get(key) != now[key]:
             raise UserError(
@@ -190,7 +193,7 @@ def _check_place(run: RunPlan) -> None:
             )
 
 
-def _try(name: str, config: TrainConfig[Any], split: TrainSplit, ledger: Ledger, say: Say) -> None:
+def _try(name: str, config: ResolvedConfig[Any], split: TrainSplit, ledger: Ledger, say: Say) -> None:
     """Build everything once; with a budget, measure how many epochs fit."""
     with _naming(name):
         if ledger.budget is None:

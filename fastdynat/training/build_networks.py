@@ -1,0 +1,96 @@
+"""The model of a run, and the guide where its method has one, built from the resolved configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.data import DatasetInfo
+from fastdynat.errors import UserError
+from fastdynat.methods import Method
+from fastdynat.models import build_model
+from fastdynat.runs import foreign, guide_weights, load_network
+from fastdynat.training.networks import NetworkSet, pixel_statistics
+from fastdynat.training.resolve import Say
+from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
+from fastdynat.tuning.devices import AMP_DTYPES
+
+
+def build_networks(
+    config: ResolvedConfig[Any], method: Method[Any], info: DatasetInfo, say: Say, *, load_guide: bool
+) -> NetworkSet:
+    """The networks of `config`, initialised from torch's present random state.
+
+    load_guide: read the weights at --guide-from, if it is given.
+
+    Raises:
+        UserError: the network at --guide-from does not fit the data or --guide.
+    """
+    engine, names = config.engine, config.model
+    mean, std = pixel_statistics(names, info)
+
+    def build(name: str) -> torch.nn.Module:
+        network = build_model(
+            name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std
+        )
+        if names.bn_momentum is not None:
+            for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+                layer.momentum = names.bn_momentum
+        return network
+
+    # The model comes first, so that methods with and without a guide start from the same weights.
+    model = build(names.model)
+    guide = None
+    if method.uses_guide:
+        source = names.guide_from if load_guide else None
+        guide = build(names.guide) if source is None else _trained_guide(source, names.guide, info)
+    return NetworkSet(
+        model,
+        guide,
+        frozen_guide="guide" not in method.trains,
+        image_shape=info.image_shape,
+        device=torch.device(engine.device),
+        channels_last=engine.channels_last == "on",
+        attack_bn=config.attack.attack_bn,
+        attack=attack_switches(engine),
+        compile_mode=engine.compile,
+        ema=config.optim.ema,
+        ema_buffers=config.optim.ema_buffers,
+        say=say,
+    )
+
+
+def _trained_guide(source: str, architecture: str, info: DatasetInfo) -> torch.nn.Module:
+    """The network at `source` (--guide-from), which must fit the data and what --guide says."""
+    network, sidecar = load_network(guide_weights(Path(source)))
+    if sidecar.architecture != architecture:
+        raise UserError(
+            f"--guide {architecture}: the network in {source} is a {sidecar.architecture}; leave --guide out"
+        )
+    if difference := foreign(sidecar, info):
+        raise UserError(
+            f"--guide-from {source} was trained on {difference}; train a guide on {info.name} first"
+        )
+    return network
+
+
+def attack_switches(engine: ResolvedEngine) -> AttackSwitches:
+    """The settings of a run's attack engine."""
+    return AttackSwitches(
+        dtype=AMP_DTYPES[engine.amp],
+        channels_last=engine.channels_last == "on",
+        fold=engine.fold == "on",
+        fused_conv=engine.uses_fused_conv,
+        winograd=engine.winograd != "off",
+        closed_form=engine.closed_form,
+        compile=engine.compile,
+        # A gradient scaler decides in Python, so only the attack of such a run can be captured.
+        graphs=engine.uses_graphs and has_gradient_scaler(engine),
+    )
+
+
+def has_gradient_scaler(engine: ResolvedEngine) -> bool:
+    """Whether the update scales its loss, as float16 needs."""
+    return AMP_DTYPES[engine.amp] is torch.float16

@@ -1,0 +1,98 @@
+"""Resolved configuration: the types of `fastdynat.config` once `fastdynat.training.resolve` has filled them in.
+
+A resolved configuration has the fields of the one that the user wrote, in the same order, so both are stored
+alike; the types here say which of them can no longer be "auto" or None. Some stay open on purpose: `graphs`,
+`guide_stream` and `fused_conv`, because a run may be resumed on another device; `loader` until
+`resolve_loader` and `compile` until `settle_compile`, which need the images.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from fastdynat.config import (
+    AttackConfig,
+    DataConfig,
+    EngineConfig,
+    OptimConfig,
+    OptionsT,
+    Switch,
+    TrainConfig,
+)
+from fastdynat.methods import Method
+
+GroupT = TypeVar("GroupT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedData(DataConfig):
+    """`DataConfig` with augmentation and batch size known."""
+
+    augment: Literal["none", "flip", "crop", "crop-flip"]
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedAttack(AttackConfig):
+    """`AttackConfig` with every size a number, in [0, 1] pixel units."""
+
+    eps: float
+    step_size: float
+    steps: int
+    start: Literal["none", "uniform", "gaussian"]
+    eval_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptim(OptimConfig):
+    """`OptimConfig` with the number of epochs and the peak learning rate known."""
+
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedEngine(EngineConfig):
+    """`EngineConfig` for the device that `device` names."""
+
+    amp: Literal["off", "bf16", "fp16"]
+    channels_last: Literal["on", "off"]
+    fold: Literal["on", "off"]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether `device` is a CUDA device."""
+        return self.device.startswith("cuda")
+
+    @property
+    def uses_fused_conv(self) -> bool:
+        """Whether the attacked network's convolutions run as cuDNN kernels with bias, residual and ReLU."""
+        return switched_on(self.fused_conv, self.on_gpu and self.fold == "on")
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether the training step is captured as a CUDA graph, wherever it can be."""
+        return switched_on(self.graphs, self.on_gpu)
+
+    def uses_guide_stream(self, method: Method[Any]) -> bool:
+        """Whether the guide of `method` runs on a CUDA stream of its own."""
+        return switched_on(self.guide_stream, self.on_gpu and method.uses_guide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig[OptionsT]):
+    """A `TrainConfig` that `resolve` has filled in: what a run computes with, and what it stores."""
+
+    data: ResolvedData
+    attack: ResolvedAttack
+    optim: ResolvedOptim
+    engine: ResolvedEngine
+
+
+def filled_in(kind: type[GroupT], group: object, **values: object) -> GroupT:
+    """`group` as its resolved type `kind`, with `values` in the place of what was automatic."""
+    return kind(**{**vars(group), **values})
+
+
+def switched_on(value: Switch, automatic: bool) -> bool:
+    """Whether a switch is on, where "auto" means `automatic`."""
+    return automatic if value == "auto" else value == "on"
