@@ -103,7 +103,7 @@ class AttackConfig:
     """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
     """Changes the algorithm: steps of the attack in the first --early-share of the epochs; None is the same
-    as later. Faster; what it costs in robust accuracy is in README.md."""
+    as later. Faster; what it costs in robust accuracy is in docs/results.md."""
     early_share: float = 0.5
     """Share of the epochs in which --early-steps counts."""
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"

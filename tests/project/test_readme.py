@@ -1,93 +1,21 @@
-"""README.md says what is there: its commands parse, its flags exist, its test command is the one CI runs."""
+"""README.md is short, says what is true, and its test command is the one that .ci/run runs."""
 
-import importlib
 import re
-import shlex
 import subprocess
-from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
+from support.documents import README, ROOT, headings, hooks
 
-from fastdynat.commands.evaluate.columns import parse_columns
-from fastdynat.commands.main import main
-from fastdynat.methods import METHODS
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README.read_text(encoding="utf-8")
 
 
-def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+def test_it_is_short_and_has_one_picture() -> None:
+    assert len(TEXT.splitlines()) <= 150
+    prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+    assert len(prose.split()) <= 1000
+    assert len(re.findall(r"!\[", TEXT)) == 1
 
 
-def test_every_flag_of_every_command_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {
-        command: flags_of(command, capsys)
-        for command in (
-            "train",
-            "eval",
-            "compare",
-            "export",
-            "report",
-            "boundary",
-            "recipes",
-            "bench",
-            "doctor",
-        )
-    }
-    uses = [
-        line for block in re.findall(r"```.*?\n(.*?)```", README, re.S) for line in re.split(r"\n|&&", block)
-    ]
-    commands = [
-        shlex.split(use.split(" #")[0].rstrip("\\ ")) for use in uses if use.strip().startswith("fastdynat ")
-    ]
-    assert len(commands) > 5
-    for _, command, *arguments in commands:
-        assert {a.partition("=")[0] for a in arguments if a.startswith("--")} <= known[command], arguments
-        if "--attacks" in arguments:
-            parse_columns(
-                arguments[arguments.index("--attacks") + 1], eps=0.1, step_size=0.1, norm="linf", amp="off"
-            )
-
-
-def test_the_example_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's method, as it stands there; without its own term it is Madry's."""
-    code = next(
-        block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class Squeeze" in block
-    )
-    # tyro reads help texts from a class's source, so the example lies in a file.
-    (tmp_path / "squeeze_example.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(METHODS, "squeeze", importlib.import_module("squeeze_example").Squeeze)
-    tiny = [
-        "--train-size",
-        "60",
-        "--val-size",
-        "20",
-        "--batch-size",
-        "20",
-        "--steps",
-        "1",
-        "--epochs",
-        "2",
-        "--quiet",
-    ]
-    for method, flags in (("squeeze", ["--squeeze-weight", "0"]), ("madry", [])):
-        assert main(["train", "--method", method, "--run-dir", str(tmp_path / method), *tiny, *flags]) == 0
-    left, right = (
-        load_file(tmp_path / method / "last" / "model.safetensors") for method in ("squeeze", "madry")
-    )
-    learned = [key for key in left if key.endswith(("weight", "bias"))]
-    assert learned
-    for key in learned:
-        torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-5, msg=key)
-
-
-def test_ci_runs_the_readmes_test_command() -> None:
+def test_ci_runs_its_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     extract = next(line for line in script.splitlines() if line.startswith("command="))
     found = subprocess.run(
@@ -95,13 +23,25 @@ def test_ci_runs_the_readmes_test_command() -> None:
     )
     assert found.stdout.startswith("python3 -m venv .venv")
     assert found.stdout.strip().endswith("pytest -n 2 --dist loadfile")
-    assert found.stdout.strip() in README
+    assert found.stdout.strip() in TEXT
 
 
-def test_the_evaluation_names_of_the_readme_exist() -> None:
-    section = README.partition("## Evaluation")[2].partition("## What a run leaves")[0]
-    line = section.partition("`fastdynat.evaluation` also has ")[2].partition(";")[0]
-    names = re.findall(r"`(\w+)`", line)
-    assert len(names) >= 5
-    evaluation = importlib.import_module("fastdynat.evaluation")
-    assert [name for name in names if not callable(getattr(evaluation, name, None))] == []
+def test_the_test_command_installs_what_ci_requires() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    required = re.search(r"FASTDYNAT_REQUIRE=(\S+)", script)
+    assert required is not None
+    assert "mkdocs" in required[1].split(",")
+    assert re.search(r"\.\[[\w,]*\bdocs\b", TEXT)
+
+
+def test_its_table_is_drawn_from_stored_results() -> None:
+    assert f"\n{hooks('result_tables').summary()}\n" in TEXT
+
+
+def test_its_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert len(links) > 10
+    for link in links:
+        name, _, anchor = link.partition("#")
+        assert (ROOT / name).is_file(), link
+        assert not anchor or anchor in headings(ROOT / name), link

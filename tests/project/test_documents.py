@@ -1,0 +1,139 @@
+"""The pages of docs/ build without a warning, work offline, and name only what exists."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import needs
+from support.documents import PAGES, ROOT, blocks, hooks, name_of
+
+from fastdynat.attacks.catalog import KNOWN
+from fastdynat.methods import METHODS, options_type
+from fastdynat.recipes import recipe_names
+
+# Flags of other programs that the pages show.
+FOREIGN = {
+    "--flag",
+    "--no",
+    "--no-build-isolation",
+    "--dist",
+    "--strict",
+    "--examples",
+    "--pack",
+    "--threads",
+}
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages, built."""
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def page(site: Path, name: str) -> str:
+    return (site / name / "index.html").read_text(encoding="utf-8")
+
+
+@needs("mkdocs", "material", "mkdocstrings")
+def test_the_pages_build_and_hold_what_is_generated(site: Path) -> None:
+    flags = page(site, "reference/cli")
+    assert all(f"<code>{name}</code>" in flags for name in ("--awp", "--checks", "--budget-seconds"))
+    assert all(f'id="{name}"' in flags for name in METHODS)
+    assert all(f"<code>{name}</code>" in page(site, "train/recipes") for name in recipe_names())
+    attacks = page(site, "evaluate/attacks")
+    assert all(f"<code>{name}</code>" in attacks for name in KNOWN)
+    assert 'class="layers"' in page(site, "design")
+    assert not [
+        path for path in site.rglob("*.html") if "<!-- generated:" in path.read_text(encoding="utf-8")
+    ]
+
+
+@needs("mkdocs", "material", "mkdocstrings")
+def test_the_pages_fetch_nothing(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="https?:', text), path
+        assert not re.findall(r'<link[^>]+rel="(?:stylesheet|preload|preconnect)"[^>]+href="https?:', text), (
+            path
+        )
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [name for name in pages if name not in listed] == []
+
+
+@cache
+def known_flags() -> set[str]:
+    """Every flag of every command, of every method's options, and the spellings that are understood."""
+    flags = hooks("flag_tables")
+    found = {
+        row[0].strip("`")
+        for command in flags.COMMANDS.values()
+        for group in flags.groups(command)
+        for row in group.rows
+    }
+    for method in METHODS:
+        found |= {row[0].strip("`") for group in flags.groups(options_type(method)) for row in group.rows}
+    found |= {flag.replace("--", "--no-", 1) for flag in found}
+    return (
+        found
+        | flags.SPELLINGS.keys()
+        | set(flags.GPU)
+        | {o for others in flags.SPELLINGS.values() for o in others}
+    )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_flag_that_a_page_names_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    code = [*re.findall(r"`([^`\n]+)`", text), *(block.text for block in blocks(path))]
+    named = {flag for words in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", words)}
+    assert named - known_flags() - FOREIGN - {"--help", "--squeeze-weight"} == set()
+
+
+def test_the_table_of_methods_has_every_method() -> None:
+    text = (ROOT / "docs" / "train" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", text.partition("## DYNAT")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(METHODS)
+
+
+def test_every_stored_result_is_shown() -> None:
+    tables = hooks("result_tables").TABLES
+    shown = {name for _, sources in tables.values() for name in sources}
+    assert {path.stem for path in RESULTS} == shown
+    used = set(re.findall(r"<!-- generated: results: (\S+) -->", (ROOT / "docs/results.md").read_text()))
+    assert used | {"summary"} == tables.keys()
+
+
+def test_the_evaluation_names_that_a_page_lists_exist() -> None:
+    text = (ROOT / "docs" / "evaluate" / "index.md").read_text(encoding="utf-8")
+    names = re.findall(
+        r"`(\w+)`", text.partition("`fastdynat.evaluation` also has ")[2].partition("[The reference]")[0]
+    )
+    assert len(names) >= 5
+    evaluation = importlib.import_module("fastdynat.evaluation")
+    assert [name for name in names if not callable(getattr(evaluation, name, None))] == []
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    missing = []
+    for path in PAGES:
+        for name in re.findall(
+            r"`((?:fastdynat|kernels|csrc|tests|bench)/[\w./]*)`", path.read_text(encoding="utf-8")
+        ):
+            if not (ROOT / name).exists() and "NAME" not in name:
+                missing.append((name_of(path), name))
+    assert missing == []
