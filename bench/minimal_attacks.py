@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.engine import AttackEngine
-from fastdynat.attacks import CarliniL2, DeepFool, Search
+from fastdynat.attacks import CarliniL2, DeepFool
+from fastdynat.attacks.interface import Attack as FastAttack
 from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.runs import describe_environment, load_network, source_commit
 
@@ -33,7 +34,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Attack = Callable[[], Tensor]  # -> x_adv
 
 
-def ours(net: nn.Module, x: Tensor, labels: Tensor, search: Search) -> Tensor:
+def ours(net: nn.Module, x: Tensor, labels: Tensor, search: FastAttack) -> Tensor:
     """With the making of the replica, as an evaluation pays for it."""
     return search(AttackEngine(net, x[:2]).ascent, x, labels).x_adv
 

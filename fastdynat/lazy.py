@@ -15,15 +15,17 @@ def lazy_names(
 
     Args:
         package: its ``__name__``.
-        names: the public names by the module under `package` that has them. None may be called like a
-            submodule, which Python would put in its place.
+        names: the public names by the module that has them, under `package` or, written out, elsewhere in
+            fastdynat. None may be called like a submodule, which Python would put in its place.
     """
     origin = {name: module for module, own in names.items() for name in own}
 
     def getattr_(name: str) -> Any:
         if name not in origin:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{origin[name]}"), name)
+        module = origin[name]
+        module = module if module.startswith("fastdynat.") else f"{package}.{module}"
+        value = getattr(importlib.import_module(module), name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -96,15 +96,30 @@ def import_object(name: str) -> tuple[object, bytes]:
     if match:
         name = match["name"]
         _check_pinned(name, match["digest"])
+    module = import_user_module(name)
     origin, _, attribute = name.rpartition(":")
     with importing_beside(name):
-        module = _module(origin, name)
         try:
             found: object = attrgetter(attribute)(module)
         except AttributeError:
             raise UserError(f"{name}: {origin} has no {attribute!r}") from None
+    return found, source_of(module)
+
+
+def import_user_module(name: str) -> ModuleType:
+    """The module of `name`: a file is run anew, another module imported.
+
+    Raises:
+        UserError: there is no such module, or importing it fails.
+    """
+    with importing_beside(name):
+        return _module(name.rpartition(":")[0], name)
+
+
+def source_of(module: ModuleType) -> bytes:
+    """The bytes of the source file of `module`; empty where it has none."""
     file = getattr(module, "__file__", None)
-    return found, Path(file).read_bytes() if file else b""
+    return Path(file).read_bytes() if file else b""
 
 
 def call_object(function: object, name: str, offered: Mapping[str, object], what: str) -> object:

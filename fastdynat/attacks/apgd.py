@@ -25,7 +25,7 @@ from fastdynat.attack_engine.shrinking_batch import (
     replace_rows,
 )
 from fastdynat.attacks import apgd_steps as moves
-from fastdynat.attacks.base import Radii
+from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import attack_logit_grad
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
@@ -431,25 +431,25 @@ def _back_to_best(s: _Run, rows: Tensor) -> _Run:
     return replace(s, x_adv=replace_rows(s.x_adv, rows, s.best), grad=replace_rows(s.grad, rows, s.best_grad))
 
 
-_PATTERN = re.compile(r"apgd-(?P<loss>ce|dlr|t)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?")
-
-
-def parse_apgd(name: str, radii: Radii) -> APGD | None:
-    """``apgd-ce``, ``apgd-dlr``, ``apgd-t``, each also with ``K`` and ``K-R`` behind: see
-    `named.parse_attack`.
-    """
-    match = _PATTERN.fullmatch(name)
-    if match is None:
-        return None
+@register(
+    r"apgd-(?P<loss>ce|dlr|t)(?P<steps>\d+)?(?:-(?P<restarts>\d+))?",
+    help={
+        "apgd-ce": "APGD on the cross-entropy (Croce & Hein 2020), 100 steps; apgd-ceK, apgd-ceK-R",
+        "apgd-dlr": "APGD on the difference of logits ratio",
+        "apgd-t": "APGD on the targeted difference of logits ratio, towards nine classes",
+    },
+    norms=("linf", "l2", "l1"),
+)
+def apgd_attack(match: re.Match[str], radii: Radii) -> APGD:
+    """APGD with AutoAttack's numbers."""
+    losses: dict[str, APGDLoss] = {"ce": "ce", "dlr": "dlr", "t": "dlr-t"}
     l1 = radii.norm == "l1"
-    steps, restarts = int(match["steps"] or 100), int(match["restarts"] or 1)
-    loss: APGDLoss = "ce" if match["loss"] == "ce" else "dlr" if match["loss"] == "dlr" else "dlr-t"
     return APGD(
-        loss=loss,
+        loss=losses[match["loss"]],
         eps=radii.eps,
         norm=radii.norm,
-        steps=steps,
-        restarts=restarts,
+        steps=int(match["steps"] or 100),
+        restarts=int(match["restarts"] or 1),
         targets=5 if l1 else 9,
         larger_eps=l1,
     )

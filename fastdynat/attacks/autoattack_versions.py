@@ -1,4 +1,4 @@
-"""AutoAttack's versions: which attacks, in which order, with which numbers (Croce & Hein 2020, 2021)."""
+"""AutoAttack's versions: their attacks in order, with their numbers (Croce & Hein 2020, 2021)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,9 +38,7 @@ def stages(norm: str, eps: float, version: str = "standard", names: Sequence[str
     known = VERSIONS.get(version, tuple(names))
     parsed = [parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm) for name in known]
     if any(a.search is None for a in parsed):
-        raise UserError(
-            f"clean is no attack, and is measured in any case; leave it out of {', '.join(known)}"
-        )
+        raise UserError(f"clean is not an attack and is measured anyway; leave it out of {', '.join(known)}")
     return [NamedAttack(a.name, _with(a.search, **_numbers(a.name, norm, version))) for a in parsed]
 
 

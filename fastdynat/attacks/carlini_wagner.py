@@ -2,6 +2,7 @@
 c.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +15,10 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.plane_search import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
-from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
+from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
 
 CHECKS = 10  # how often a run's loss is looked at
@@ -219,3 +221,21 @@ class CarliniL2:
 
 def _to_image(tanh: Tensor) -> Tensor:
     return tanh.add(1).mul_(0.5)
+
+
+@register(
+    r"cwl2(?:-(?P<runs>\d+)x(?P<steps>\d+))?",
+    help={
+        "cwl2": "the nearest in L2 by Carlini & Wagner 2017: 9 runs of 1000 steps; cwl2-BxK; cwl2-1xK has a "
+        "fixed c = 1"
+    },
+)
+def cwl2_attack(match: re.Match[str], radii: Radii) -> CarliniL2:
+    """C&W with B runs of K steps; a single one has torchattacks' fixed c and does not end early."""
+    eps = radii.eps_under("l2")
+    if match["runs"] is None:
+        return CarliniL2(eps=eps)
+    runs, steps = int(match["runs"]), int(match["steps"])
+    if runs == 1:  # a tenth of its few steps would be too short to judge the loss by
+        return CarliniL2(binary_steps=1, steps=steps, c=1.0, abort=False, eps=eps)
+    return CarliniL2(binary_steps=runs, steps=steps, eps=eps)

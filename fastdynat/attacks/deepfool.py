@@ -2,6 +2,7 @@
 again and again.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +12,9 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.plane_search import DUAL, length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
-from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import margin_goal, result, score
+from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 
 # No move is shorter (the authors' code adds as much to each). Clipping makes moves fall short, so that
@@ -134,3 +136,16 @@ class DeepFool:
             torch.where(per_image(closer, grad), grad, nearest, out=nearest)
             flat = flat + ~(norm > 0)
         return gaps.gather(1, plane[:, None])[:, 0].to(nearest.dtype), nearest, flat
+
+
+@register(
+    r"deepfool(?P<norm>-linf)?(?P<steps>\d+)?",
+    help={
+        "deepfool": "the nearest in L2 by DeepFool (Moosavi-Dezfooli et al. 2016), 50 steps; deepfoolK",
+        "deepfool-linf": "the same in L-inf",
+    },
+)
+def deepfool_attack(match: re.Match[str], radii: Radii) -> DeepFool:
+    """DeepFool in its own norm."""
+    norm = "linf" if match["norm"] else "l2"
+    return DeepFool(norm=norm, steps=int(match["steps"] or DeepFool.steps), eps=radii.eps_under(norm))

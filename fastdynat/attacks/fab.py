@@ -18,7 +18,8 @@ from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.plane_search import DUAL, NORMS, length, move, per_image, start_away
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick, part
-from fastdynat.attacks.base import Nearest, Radii
+from fastdynat.attacks.interface import Nearest
+from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 
 EVERY = 5  # iterations between two looks for finished images
@@ -189,18 +190,21 @@ def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tup
     return scores.gather(1, rivals) - scores.gather(1, labels[:, None]), wide(torch.stack(grads, 1)) / scale
 
 
-_PATTERN = re.compile(r"fab(?P<targeted>-t)?(?P<nearest>-min)?(?:-(?P<restarts>\d+))?")
-
-
-def parse_fab(name: str, radii: Radii) -> FAB | None:
-    """``fab``, ``fab-t``, ``fab-min``, ``fab-t-min``, each also with ``-R`` restarts: see
-    `named.parse_attack`.
-    """
-    match = _PATTERN.fullmatch(name)
-    if match is None:
-        return None
-    targets = 9 if match["targeted"] else 0
-    restarts = int(match["restarts"] or 1)
+@register(
+    r"fab(?P<targeted>-t)?(?P<nearest>-min)?(?:-(?P<restarts>\d+))?",
+    help={
+        "fab": "FAB (Croce & Hein 2020) towards the nearest boundary, ended at eps; fab-R",
+        "fab-t": "FAB towards nine classes; fab-t-R",
+        "fab-min": "the nearest by FAB at any distance; fab-t-min",
+    },
+    norms=("linf", "l2", "l1"),
+)
+def fab_attack(match: re.Match[str], radii: Radii) -> FAB:
+    """FAB with AutoAttack's numbers."""
     return FAB(
-        eps=radii.eps, norm=radii.norm, targets=targets, nearest=bool(match["nearest"]), restarts=restarts
+        eps=radii.eps,
+        norm=radii.norm,
+        targets=9 if match["targeted"] else 0,
+        nearest=bool(match["nearest"]),
+        restarts=int(match["restarts"] or 1),
     )

@@ -1,5 +1,6 @@
-"""The momentum iterative method (Dong et al. 2018, arXiv 1710.06081)."""
+"""The momentum iterative method (Dong et al. 2018, arXiv 1710.06081): ``mimK``."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,18 +13,16 @@ from fastdynat.attack_engine.goal import AttackGoal, GoalKind
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick
 from fastdynat.attack_engine.steps import pgd_step
-from fastdynat.attacks.ball_attacks import PGD
-
-NORMS = ("linf", "l2")  # those of the paper
+from fastdynat.attacks.registry import Radii, register
+from fastdynat.attacks.restarted_pgd import RestartedPGD, from_match
 
 
 @dataclass(frozen=True)
-class MIM(PGD):
-    """PGD whose steps follow ``v <- decay v + g / mean|g|`` in place of the gradient g, v = 0 before the
-    first.
+class MIM(RestartedPGD):
+    """PGD whose steps follow ``v <- decay v + g / mean|g|`` in place of the gradient g; v is 0 at the start.
 
-    The mean is over an image's entries; the paper's sum gives the same steps, because v is only followed in
-    direction.
+    The mean is over an image's entries; the paper's sum gives the same steps, because only the direction of v
+    matters.
     """
 
     decay: float = 1.0
@@ -44,7 +43,8 @@ def _step(ascent: Ascent, kind: GoalKind, spec: PGDSpec, decay: float) -> Callab
 
     def step(x_adv: Tensor, read: Tensor, velocity: Tensor, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         grad = goal_gradient(read, target).gradient
-        g = grad.to(x.dtype).nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would stay in the velocity
+        # An entry that is not finite would stay in the velocity.
+        g = grad.to(x.dtype).nan_to_num(0.0, 0.0, 0.0)
         mean = g.abs().mean((1, 2, 3), keepdim=True)
         velocity = decay * velocity + g / torch.where(mean > 0, mean, 1.0)
         new = pgd_step(
@@ -53,3 +53,16 @@ def _step(ascent: Ascent, kind: GoalKind, spec: PGDSpec, decay: float) -> Callab
         return new.x_adv, new.x_adv if new.low is None else new.low, velocity, (mean == 0).sum()
 
     return step
+
+
+@register(
+    r"mim(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?",
+    help={
+        "mim": "mimK, K = 10 unless given: bim with momentum 1 over g / mean|g| (Dong et al. 2018); linf and l2"
+    },
+    norms=("linf", "l2"),  # those of the paper
+    half_precision=True,
+)
+def mim_attack(match: re.Match[str], radii: Radii) -> RestartedPGD:
+    """MIM on the cross-entropy from the image."""
+    return from_match(match, radii, start="none", steps=10, kind=MIM)

@@ -1,64 +1,55 @@
-"""Attack names of the evaluation: clean, fgsm, pgd20, pgd50-10, cw20-k50, pgd20@least, apgd-t, cwl2,
-square.
-"""
+"""Attacks by name: clean, fgsm, pgd20, pgd50-10, cw20-k50, pgd20@least, apgd-t, cwl2, my_attack.py:MyAttack."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fastdynat.attacks.apgd import parse_apgd
-from fastdynat.attacks.ball_names import parse_normball
-from fastdynat.attacks.base import Parser, Radii, Search
-from fastdynat.attacks.catalog import ATTACKS
-from fastdynat.attacks.fab import parse_fab
-from fastdynat.attacks.nearest_names import parse_minimal
-from fastdynat.attacks.square import parse_square
-from fastdynat.errors import UserError, unknown_name
-
-# Whoever adds an attack adds its parser here, and its names with one line each to `attack_names`.
-PARSERS: tuple[Parser, ...] = (parse_normball, parse_minimal, parse_apgd, parse_fab, parse_square)
+from fastdynat.attacks.interface import Attack
+from fastdynat.attacks.registry import CLEAN, Radii, find, is_user_name
+from fastdynat.attacks.user_attacks import build_user_attack
 
 
 @dataclass(frozen=True)
 class NamedAttack:
-    """One column of an evaluation table; `search` is None for clean accuracy."""
+    """One column of an evaluation table.
+
+    Attributes:
+        search: the attack; None for clean accuracy.
+        half_precision: the attack was shown to be as strong in half precision.
+    """
 
     name: str
-    search: Search | None = None
+    search: Attack | None = None
+    half_precision: bool = field(default=False, compare=False)
+
+    def check_classes(self, classes: int) -> None:
+        """Raise UserError where the attack is not defined for so few classes."""
+        check = getattr(self.search, "check_classes", None)
+        if check is not None:
+            check(classes)
 
 
 def parse_attack(
-    name: str, *, eps: float, step_size: float, norm: str = "linf", known: Iterable[str] = ATTACKS
+    name: str, *, eps: float, step_size: float, norm: str = "linf", known: Iterable[str] = ()
 ) -> NamedAttack:
-    """The attack called `name`, one of `ATTACKS` or of their forms; radii in [0, 1] pixel units.
+    """The attack called `name`, of the registry or of a user's file; radii in [0, 1] pixel units.
 
     With ``@`` and a target an image counts as robust if it still gets its true label, whether or not the
     target was reached.
 
     Args:
-        known: names to suggest for one that is not.
+        known: names to suggest beside those of the registry.
 
     Raises:
         UserError: an unknown name (the nearest are suggested), zero steps or restarts, a norm that the attack
-            has no form for.
+            has no form for, a user's file or class that is no attack.
     """
-    name = name.strip().lower()
-    if name == "clean":
-        return NamedAttack(name)
+    name = name.strip()
     radii = Radii(eps=eps, step_size=step_size, norm=norm)
-    for parse in PARSERS:
-        if (search := parse(name, radii)) is not None:
-            return NamedAttack(name, search)
-    raise unknown_name("attack", name, list(known))
-
-
-def parse_attacks(names: str, *, eps: float, step_size: float, norm: str = "linf") -> list[NamedAttack]:
-    """`parse_attack` for a comma-separated list; duplicates are an error."""
-    attacks = [
-        parse_attack(n, eps=eps, step_size=step_size, norm=norm) for n in names.split(",") if n.strip()
-    ]
-    if not attacks:
-        raise UserError(f"no attack named in {names!r}; for example clean,fgsm,pgd20,cw")
-    seen = [a.name for a in attacks]
-    if len(set(seen)) != len(seen):
-        raise UserError(f"attacks named twice in {names!r}")
-    return attacks
+    if is_user_name(name):
+        attack, half_precision = build_user_attack(name, radii)
+        return NamedAttack(attack.name, attack, half_precision)
+    name = name.lower()
+    if name == CLEAN:
+        return NamedAttack(name, half_precision=True)
+    entry, match = find(name, known)
+    return NamedAttack(name, entry.build(match, radii), entry.half_precision)

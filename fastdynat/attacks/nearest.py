@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
-from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.interface import Nearest
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 USUAL = 2.0**20  # logits that spread by less, and more than its inverse, are left as they are

@@ -3,6 +3,7 @@ for L0.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +16,10 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.plane_search import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
-from fastdynat.attacks.base import Nearest
+from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
+from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
 
 LAST_LR = 0.1  # of the first, where the cosine ends
@@ -157,3 +159,12 @@ class SigmaZero:
     def _lr(self, i: int) -> float:
         last = LAST_LR * self.lr
         return last + (self.lr - last) * (1 + math.cos(math.pi * i / self.steps)) / 2
+
+
+@register(
+    r"sigmazero(?P<steps>\d+)?",
+    help={"sigmazero": "the fewest changed pixels by sigma-zero (Cina et al. 2024), 1000 steps; sigmazeroK"},
+)
+def sigma_zero_attack(match: re.Match[str], radii: Radii) -> SigmaZero:
+    """Sigma-zero, which counts pixels."""
+    return SigmaZero(steps=int(match["steps"] or SigmaZero.steps), eps=radii.eps_under("l0"))

@@ -7,7 +7,6 @@ perturbation in one forward pass; those after the first that is kept are asked a
 image is the one of asking one by one.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attack_engine.plane_search import NORMS, per_image
 from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, replace_rows
-from fastdynat.attacks.base import Radii
+from fastdynat.attacks.registry import register
 from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
 from fastdynat.errors import UserError, unknown_name
 
@@ -34,6 +33,11 @@ GRAINS = 16
 FIRST_RATE, MEMORY = 0.2, 0.9
 
 
+@register(
+    r"square(?P<queries>\d+)?",
+    help={"square": "Square Attack (Andriushchenko et al. 2020), 5000 queries, no gradients; squareQ"},
+    norms=("linf", "l2", "l1"),
+)
 @dataclass(frozen=True, kw_only=True)
 class Square:
     """Square Attack as an attack of an evaluation, on images that are classified correctly; the margin is
@@ -195,9 +199,3 @@ def _abreast(places: int, images: int, rate: float) -> int:
     that is kept.
     """
     return max(1, min(places // images, int(1 / max(rate, 1 / MOST_ABREAST))))
-
-
-def parse_square(name: str, radii: Radii) -> Square | None:
-    """``square``, ``squareQ`` with Q queries: see `named.parse_attack`."""
-    match = re.fullmatch(r"square(?P<queries>\d+)?", name)
-    return match and Square(eps=radii.eps, norm=radii.norm, queries=int(match["queries"] or 5000))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.input_checks import as_labels, check_range
 from fastdynat.attack_engine.network_modes import attack_mode
-from fastdynat.attacks import APGD, NamedAttack, stages
+from fastdynat.attacks import NamedAttack, stages
+from fastdynat.attacks.ball import inside
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.defences import check_answers, check_finite, check_gradients, check_square, warn
@@ -27,9 +28,6 @@ from fastdynat.tuning.devices import pick_device
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
-BEYOND = (
-    1e-5  # a perturbation may be longer than eps by this share of it, beside the rounding of pixels near 1
-)
 
 
 class AutoAttack:
@@ -210,15 +208,14 @@ class AutoAttack:
 
     def _fitted(self, stage: NamedAttack, classes: int) -> NamedAttack:
         """`stage` for a network of so many classes."""
+        stage.check_classes(classes)
         search: Any = stage.search
-        if isinstance(search, APGD):
-            search.check_classes(classes)
         if getattr(search, "targets", 0) < classes:
             return stage
         self._say(
             f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more"
         )
-        return NamedAttack(stage.name, replace(search, targets=classes - 1))
+        return replace(stage, search=replace(search, targets=classes - 1))
 
     def _classes(self, x: Tensor, bs: int) -> Tensor:
         """The class of each image, (N,), on the device of `x`."""
@@ -306,14 +303,6 @@ class _Batches:
             )
         for name, (zero, gradients) in self.zero.items():
             check_gradients(name, int(zero), gradients)
-
-
-def inside(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
-    """(N,) bool: `x_adv` is in [0, 1] and within `eps` of `x`, but for rounding; NaN is not."""
-    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
-    rounding = torch.finfo(x.dtype).eps
-    distance = torch.linalg.vector_norm(((x_adv - x).abs() - rounding).clamp_min(0).flatten(1), order, dim=1)
-    return (distance <= eps * (1 + BEYOND)) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
 def check_place(model: object, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import usual_step
-from fastdynat.attacks import PGD, NamedAttack, parse_attack
+from fastdynat.attacks import NamedAttack, RestartedPGD, parse_attack
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
@@ -136,7 +136,7 @@ def check_masking(
     checks += [_compare(name, base, rival, usual, attacks) for name, rival, usual, attacks in rivals]
 
     spec = PGDSpec(grey, grey / 10, 50, norm=norm)
-    checks.append(_unbounded(subject.run(NamedAttack(f"pgd50 at eps {grey:.3g}", PGD("ce", spec)))))
+    checks.append(_unbounded(subject.run(NamedAttack(f"pgd50 at eps {grey:.3g}", RestartedPGD("ce", spec)))))
 
     white = Verdict(
         "every white-box attack", torch.stack([v.stands for v in (base, *(r[1] for r in rivals))]).all(0)

@@ -11,10 +11,10 @@ from conftest import needs
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
+from fastdynat.attacks.ball import inside
 from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack
-from fastdynat.evaluation.autoattack import inside
 from fastdynat.evaluation.defences import check_square
 
 EPS, N = 0.02, 30
@@ -163,7 +163,7 @@ def test_few_classes(capsys: pytest.CaptureFixture[str]) -> None:
         ({"eps": 0}, "eps must be above 0"),
         ({"version": "standard"}, "attacks are named for version='custom'"),
         ({"attacks": ("apdg-ce",)}, "did you mean 'apgd-ce'"),
-        ({"attacks": ("clean", "apgd-ce")}, "clean is no attack"),
+        ({"attacks": ("clean", "apgd-ce")}, "clean is not an attack"),
         ({"device": "mps"}, "only cpu and cuda"),
     ],
 )

@@ -21,9 +21,9 @@ from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal, margin
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import diameter, start_point, usual_step
-from fastdynat.attacks import MIM, PGD, AttackResult, Search, parse_attack
+from fastdynat.attacks import MIM, Attack, AttackResult, RestartedPGD, parse_attack
 from fastdynat.attacks.restarts import until_broken
-from fastdynat.attacks.targets import RULES, target_classes
+from fastdynat.attacks.target_classes import RULES, target_classes
 from fastdynat.errors import UserError
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -44,14 +44,14 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)
 
 
-def search(name: str, norm: str = "linf") -> Search:
+def search(name: str, norm: str = "linf") -> Attack:
     eps = RADII[norm]
     found = parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm).search
     assert found is not None
     return found
 
 
-def attacked(case: Case, attack: Search) -> Tensor:
+def attacked(case: Case, attack: Attack) -> Tensor:
     return attack(Ascent(case.model), case.x, case.y, generator=seeded()).x_adv
 
 
@@ -294,7 +294,7 @@ def test_targets() -> None:
 
 
 @dataclass(frozen=True)
-class Counting(PGD):
+class Counting(RestartedPGD):
     """Remembers how many images each run is given, and what it makes of them."""
 
     runs: list[tuple[int, Tensor]] = field(default_factory=list, compare=False)
@@ -328,7 +328,7 @@ def test_only_images_that_stand_are_attacked_again(restarts: int, target: str | 
             expected.append(int(standing.sum()))
             start = start_point(x, "uniform", norm="linf", eps=0.03, generator=generator)
             goal = AttackGoal("ce", towards, targeted=target is not None)
-            x_adv = PGD("ce", spec).climb(Ascent(model), x, goal, start, lambda share: None).x_adv
+            x_adv = RestartedPGD("ce", spec).climb(Ascent(model), x, goal, start, lambda share: None).x_adv
             standing &= model(x_adv).argmax(1) == y
     assert torch.equal(model(result.x_adv).argmax(1) == y, standing)
     assert 0 < int(standing.sum()) < expected[1] < 48
@@ -396,7 +396,7 @@ def test_starts_under_l1() -> None:
     [
         ("fgsm", "l0", "use pgd20 under l0"),
         ("fgsm-rs@next", "l0", "use pgd20 under l0"),
-        ("mim", "l1", "only linf and l2; use pgd10 under l1"),
+        ("mim", "l1", "only linf and l2; use pgd20 under l1"),
         ("mim5", "l0", "use pgd5 under l0"),
         ("bim-3", "linf", "restarts would repeat it; use pgd10-3"),
         ("pgd20-5", "l0", "leave the restarts out"),
@@ -419,12 +419,12 @@ def test_names() -> None:
     def pgd(steps: int, **kwargs: object) -> PGDSpec:
         return PGDSpec(EPS, STEP, steps, **kwargs)  # type: ignore[arg-type]
 
-    assert search("cw20-k50-5@all") == PGD("margin", pgd(20, restarts=5), "all", 50.0)
-    assert search("cw-k0.5") == PGD("margin", pgd(20), confidence=0.5)
-    assert search("CW20-3") == PGD("margin", pgd(20, restarts=3))
-    assert search("bim") == search("bim10") == PGD("ce", pgd(10, start="none"))
-    assert search("fgsm-rs@least") == PGD("ce", PGDSpec(EPS, EPS, 1), "least")
-    assert search("pgd20", "l0") == PGD("ce", PGDSpec(5, 50, 20, norm="l0", start="none"))
+    assert search("cw20-k50-5@all") == RestartedPGD("margin", pgd(20, restarts=5), "all", 50.0)
+    assert search("cw-k0.5") == RestartedPGD("margin", pgd(20), confidence=0.5)
+    assert search("CW20-3") == RestartedPGD("margin", pgd(20, restarts=3))
+    assert search("bim") == search("bim10") == RestartedPGD("ce", pgd(10, start="none"))
+    assert search("fgsm-rs@least") == RestartedPGD("ce", PGDSpec(EPS, EPS, 1), "least")
+    assert search("pgd20", "l0") == RestartedPGD("ce", PGDSpec(5, 50, 20, norm="l0", start="none"))
     assert search("mim", "l2").norm == "l2"
     with pytest.raises(UserError, match=r"whole number, got 2\.5"):
         PGDSpec(2.5, 1, 1, norm="l0", start="none")

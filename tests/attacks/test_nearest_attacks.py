@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.engine import AttackEngine
-from fastdynat.attacks import CarliniL2, DeepFool, Nearest, Search, SigmaZero, parse_attack
+from fastdynat.attacks import Attack, CarliniL2, DeepFool, Nearest, SigmaZero, parse_attack
 from fastdynat.attacks.nearest import margin_goal
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation import measure
 from fastdynat.evaluation.outcome import unpack_bits
 
-SEARCHES: list[Search] = [
+SEARCHES: list[Attack] = [
     CarliniL2(binary_steps=3, steps=20, c=0.1),
     DeepFool(),
     DeepFool(norm="linf"),
@@ -149,7 +149,7 @@ def test_sigma_zero_finds_the_fewest_pixels_of_linear_classes() -> None:
 
 @given(n=st.integers(1, 9), wrong=st.integers(0, 9), seed=st.integers(0, 5), which=st.sampled_from(SEARCHES))
 @settings(deadline=None, max_examples=25)
-def test_an_image_is_attacked_as_if_it_were_alone(n: int, wrong: int, seed: int, which: Search) -> None:
+def test_an_image_is_attacked_as_if_it_were_alone(n: int, wrong: int, seed: int, which: Attack) -> None:
     """So taking others out of the batch changes nothing, nor does their being there."""
     net, x = frozen(), images(n, seed)
     labels = labelled(net, x, wrong)
@@ -176,7 +176,7 @@ def check_contract(net: nn.Module, x: Tensor, labels: Tensor, r: Nearest, norm: 
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__ + s.norm)
-def test_misclassified_images_cost_nothing_and_no_weight_gets_a_gradient(search: Search) -> None:
+def test_misclassified_images_cost_nothing_and_no_weight_gets_a_gradient(search: Attack) -> None:
     net, x = tiny_cnn(dtype=torch.float64).eval(), images(4)
     labels = labelled(net, x, wrong=4)
     assert search(AttackEngine(net, x[:2]).ascent, x, labels).gradients == 0
@@ -255,7 +255,7 @@ def test_a_verdict_is_about_the_ball() -> None:
         ("sigmazero100", SigmaZero(steps=100)),
     ],
 )
-def test_names(name: str, expected: Search) -> None:
+def test_names(name: str, expected: Attack) -> None:
     assert parse_attack(name, eps=0.5, step_size=0.1, norm="l2").search == expected
 
 
@@ -278,7 +278,7 @@ def test_wrong_names(name: str) -> None:
         lambda: SigmaZero(sigma=0),
     ],
 )
-def test_wrong_numbers(make: Callable[[], Search]) -> None:
+def test_wrong_numbers(make: Callable[[], Attack]) -> None:
     with pytest.raises(UserError):
         make()
 

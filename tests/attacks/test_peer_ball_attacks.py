@@ -18,7 +18,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import parse_attack
-from fastdynat.attacks.targets import target_classes
+from fastdynat.attacks.target_classes import target_classes
 
 # foolbox imports a name that SciPy has moved.
 pytestmark = [

@@ -17,7 +17,8 @@ from fastdynat.attack_engine.network_modes import attack_mode, frozen_twin
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
-from fastdynat.attacks import PGD, parse_attack, parse_attacks
+from fastdynat.attacks import NamedAttack, RestartedPGD, parse_attack
+from fastdynat.attacks.registry import split_names
 from fastdynat.errors import UserError
 from fastdynat.ops import pgd_step_l2
 
@@ -337,14 +338,15 @@ def test_bad_tensors_are_named(labels: Tensor) -> None:
 
 
 def test_names_of_the_evaluation() -> None:
-    clean, fgsm, pgd20, strong, cw = parse_attacks(
-        "clean, FGSM,pgd20,pgd50-10,cw", eps=8 / 255, step_size=2 / 255
-    )
+    def parsed(names: str) -> list[NamedAttack]:
+        return [parse_attack(name, eps=8 / 255, step_size=2 / 255) for name in split_names(names)]
+
+    clean, fgsm, pgd20, strong, cw = parsed("clean, FGSM,pgd20,pgd50-10,cw")
     assert clean.search is None
-    assert fgsm.search == PGD("ce", PGDSpec(8 / 255, 8 / 255, 1, start="none"))
-    assert pgd20.search == PGD("ce", PGDSpec(8 / 255, 2 / 255, 20))
-    assert strong.search == PGD("ce", PGDSpec(8 / 255, 2 / 255, 50, restarts=10))
-    assert cw.search == PGD("margin", PGDSpec(8 / 255, 2 / 255, 20))
+    assert fgsm.search == RestartedPGD("ce", PGDSpec(8 / 255, 8 / 255, 1, start="none"))
+    assert pgd20.search == RestartedPGD("ce", PGDSpec(8 / 255, 2 / 255, 20))
+    assert strong.search == RestartedPGD("ce", PGDSpec(8 / 255, 2 / 255, 50, restarts=10))
+    assert cw.search == RestartedPGD("margin", PGDSpec(8 / 255, 2 / 255, 20))
     for bad, message in [
         ("pdg20", "did you mean .*'pgd20'"),
         ("pgd", "unknown attack 'pgd'"),
@@ -355,4 +357,4 @@ def test_names_of_the_evaluation() -> None:
         ("fgsm,fgsm", "named twice"),
     ]:
         with pytest.raises(UserError, match=message):
-            parse_attacks(bad, eps=0.1, step_size=0.05)
+            parsed(bad)

@@ -20,7 +20,7 @@ from support.tiny_run import TINY
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attacks import NamedAttack, Nearest, parse_attack
+from fastdynat.attacks import NamedAttack, Nearest, parse_attack, register, registry
 from fastdynat.commands.evaluate import cells
 from fastdynat.commands.evaluate.columns import Column, parse_columns
 from fastdynat.commands.evaluate.record import counts_in_ball, median_distance, worst_case
@@ -401,9 +401,11 @@ def test_refusals(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_attacks_that_half_precision_does_not_weaken_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"eps": 0.1, "step_size": 0.1, "norm": "linf"}
     assert [c.name for c in parse_columns("clean,pgd2", **sizes, amp="bf16")] == ["clean", "pgd2"]
-    monkeypatch.setattr("fastdynat.attacks.names.PARSERS", (lambda name, radii: Step(radii.eps),))
+    for registered in ("_registered", "_constructors"):
+        monkeypatch.setattr(registry, registered, {})
+    register("near", "steps of known length")(Step)
     assert parse_columns("near", **sizes, amp="off")[0].attack == NamedAttack("near", Step(0.1))
-    with pytest.raises(UserError, match="near in half precision"):
+    with pytest.raises(UserError, match="near was not shown to be as strong in half precision"):
         parse_columns("near", **sizes, amp="bf16")
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.attacks import parse_attacks
+from fastdynat.attacks import parse_attack
+from fastdynat.attacks.registry import split_names
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
@@ -155,7 +156,8 @@ def test_remedies_name_attacks() -> None:
     ]
     assert commands
     for command in commands:
-        parse_attacks(command.split("--attacks ")[1].split(";")[0], eps=EPS, step_size=EPS)
+        for name in split_names(command.split("--attacks ")[1].split(";")[0]):
+            parse_attack(name, eps=EPS, step_size=EPS)
 
 
 def test_checks_stop_and_refuse_norms_they_do_not_know(madry: nn.Sequential) -> None:

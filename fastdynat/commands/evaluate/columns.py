@@ -1,14 +1,13 @@
 """The columns of an evaluation's table: what `--attacks` names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fastdynat.attacks import APGD, PGD, NamedAttack, parse_attack, stages
-from fastdynat.attacks.catalog import AUTOATTACK, FAST_AUTOATTACK, KNOWN, TRANSFER
+from fastdynat.attacks import NamedAttack, parse_attack, stages
+from fastdynat.attacks.registry import is_user_name, split_names
+from fastdynat.attacks.user_attacks import check_user_attack
+from fastdynat.commands.evaluate.attack_names import AUTOATTACK, FAST_AUTOATTACK, TRANSFER, known_names
 from fastdynat.commands.evaluate.reference_autoattack import require_reference
 from fastdynat.errors import UserError
-
-# Attacks that half precision was shown not to weaken.
-AMP_PROVEN = (PGD,)
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,10 @@ def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: s
         UserError: an unknown name, a name twice, an attack that does not go with `norm` or `amp`, or a
             missing package.
     """
-    asked = [name.strip().lower() for name in names.split(",") if name.strip()]
-    if not asked:
-        raise UserError(f"no attack named in {names!r}; for example clean,fgsm,pgd20,cw")
-    if len(set(asked)) != len(asked):
-        raise UserError(f"attacks named twice in {names!r}")
-    columns = [_column(name, eps=eps, step_size=step_size, norm=norm) for name in asked]
+    columns = [_column(name, eps=eps, step_size=step_size, norm=norm) for name in split_names(names)]
     for column in columns:
+        if [other.name for other in columns].count(column.name) > 1:  # two files of one name
+            raise UserError(f"attacks named twice in {names!r}: two columns would be called {column.name}")
         _check_amp(column, amp)
     return columns
 
@@ -65,8 +61,8 @@ def check_classes(columns: list[Column], classes: int) -> None:
             else column.stages
         )
         for attack in (column.attack, *own):
-            if attack is not None and isinstance(attack.search, APGD):
-                attack.search.check_classes(classes)
+            if attack is not None:
+                attack.check_classes(classes)
 
 
 def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
@@ -77,20 +73,36 @@ def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
         named = (NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages(norm, eps))
         return Column(name, stages=tuple(named))
     inner = name.removeprefix(TRANSFER)
-    attack = parse_attack(inner, eps=eps, step_size=step_size, norm=norm, known=KNOWN)
+    attack = parse_attack(inner, eps=eps, step_size=step_size, norm=norm, known=known_names())
     if inner == name:
-        return Column(name, attack)
+        return Column(attack.name, attack)
     if attack.search is None:
-        raise UserError(f"{name}: the clean accuracy is no attack, so nothing transfers; name another one")
-    return Column(name, NamedAttack(name, attack.search), transfer=True)
+        raise UserError(f"{name}: clean accuracy is not an attack, so nothing transfers; name an attack")
+    transferred = replace(attack, name=f"{TRANSFER}{attack.name}")
+    return Column(transferred.name, transferred, transfer=True)
+
+
+def check_user_attacks(names: str) -> None:
+    """Load the attacks of users' files among the comma-separated `names`, to refuse wrong ones early.
+
+    Raises:
+        UserError: see `check_user_attack`.
+    """
+    for name in split_names(names):
+        if is_user_name(name):
+            check_user_attack(name.removeprefix(TRANSFER))
 
 
 def needs_float32(names: str, norm: str) -> str:
     """The first of the comma-separated attack names that half precision might weaken; "" where there is none.
 
-    Names that cannot be read are left to `parse_columns`.
+    Wrong names are left to `parse_columns`.
     """
-    for name in filter(None, (part.strip().lower() for part in names.split(","))):
+    try:
+        parts = split_names(names)
+    except UserError:
+        return ""
+    for name in parts:
         if name in (AUTOATTACK, FAST_AUTOATTACK):
             return name
         try:
@@ -105,13 +117,11 @@ def needs_float32(names: str, norm: str) -> str:
 def _proven_in_half(column: Column) -> bool:
     if column.stages or column.reference is not None:
         return False
-    return (
-        column.attack is None or column.attack.search is None or isinstance(column.attack.search, AMP_PROVEN)
-    )
+    return column.attack is None or column.attack.half_precision
 
 
 def _check_amp(column: Column, amp: str) -> None:
     if amp != "off" and not _proven_in_half(column):
         raise UserError(
-            f"{column.name} in half precision is not shown to be as strong: leave --amp {amp} out, or the attack"
+            f"{column.name} was not shown to be as strong in half precision: leave --amp {amp} out, or the attack"
         )

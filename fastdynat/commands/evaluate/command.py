@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from fastdynat.attacks.catalog import KNOWN
+from fastdynat.commands.evaluate.attack_names import check_attack_names, known_names
 from fastdynat.commands.parsing.parse import parse
 from fastdynat.config.evaluation import EvalConfig, check_eval
 from fastdynat.errors import UserError
@@ -30,13 +30,14 @@ def run(argv: list[str]) -> int:
     console = output_console(200)
     if command.list_attacks:
         table = PlainTable("attack", "what it is")
-        for row in KNOWN.items():
+        for row in known_names().items():
             table.add_row(*row)
         console.print(table)
         return 0
     if not command.models:
         raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
     check_eval(command.eval)
+    check_attack_names(command.eval.attacks, command.eval.norm)
 
     from fastdynat.commands.evaluate.measure_runs import evaluate_runs
     from fastdynat.terminal.stop_request import StopRequest

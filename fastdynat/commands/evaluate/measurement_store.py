@@ -84,11 +84,12 @@ class _Stored:
 
 
 def search_numbers(search: Any) -> dict[str, Any] | None:
-    """The plain values of an attack, a dataclass, with the name of its class."""
+    """The plain values of an attack, a dataclass, with the name of its class (its `STORED_AS`, if renamed)."""
     if search is None:
         return None
     assert is_dataclass(search)
-    return {"class": type(search).__name__, **asdict(search)}  # type: ignore[arg-type]
+    name = vars(type(search)).get("STORED_AS", type(search).__name__)
+    return {"class": name, **asdict(search)}  # type: ignore[arg-type]
 
 
 def standing_digest(standing: Tensor | None) -> str | None:

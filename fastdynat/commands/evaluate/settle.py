@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from fastdynat.commands.evaluate.columns import needs_float32
+from fastdynat.commands.evaluate.columns import check_user_attacks, needs_float32
 from fastdynat.config.evaluation import EvalConfig, Shard, check_eval, parse_shard
 from fastdynat.tuning.devices import check_compile, check_kernels, pick_amp, pick_device
 
@@ -21,6 +21,7 @@ def check_config(config: EvalConfig) -> torch.device:
     device = pick_device(config.device)
     check_compile(config.compile, device)
     check_kernels(config.kernels, device)
+    check_user_attacks(config.attacks)
     return device
 
 
