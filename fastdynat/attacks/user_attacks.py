@@ -166,9 +166,11 @@ def _check_class(cls: Any, name: str) -> None:
         raise UserError(
             f"{name} is no attack: {kind} is not a dataclass; decorate the class by @dataclass(frozen=True)"
         )
+    # Of a class without the method, `cls.__call__` is the constructor.
+    call: Any = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     try:
-        inspect.signature(cls.__call__).bind(None, None, None, None, generator=None, tick=None)  # type: ignore[operator]
-    except (AttributeError, TypeError):
+        inspect.signature(call).bind(None, None, None, None, generator=None, tick=None)
+    except TypeError:
         raise UserError(
             f"{name} is no attack: it needs __call__(self, ascent, x, labels, *, generator=None, tick=no_tick)"
         ) from None

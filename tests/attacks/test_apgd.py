@@ -120,7 +120,9 @@ def test_names() -> None:
     assert search("apgd-t", "l1") == APGD(loss="dlr-t", eps=0.1, norm="l1", targets=5, larger_eps=True)
     with pytest.raises(UserError, match="steps of APGD must be >= 1, got 0"):
         search("apgd-ce0")
-    with pytest.raises(UserError, match="no l0 form of it is known, only linf, l2 and l1; use pgd20 under l0"):
+    with pytest.raises(
+        UserError, match="no l0 form of it is known, only linf, l2 and l1; use pgd20 under l0"
+    ):
         search("apgd-ce", "l0")
 
 

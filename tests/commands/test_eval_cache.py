@@ -19,7 +19,7 @@ from torch import nn
 
 from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.commands.evaluate import cells, columns
-from fastdynat.commands.evaluate.measurement_store import Key, Store, read_measurements
+from fastdynat.commands.evaluate.measurement_store import Key, Store, read_measurements, search_numbers
 from fastdynat.commands.main import main
 from fastdynat.data import load_test
 from fastdynat.evaluation import Measurement, measure
@@ -74,6 +74,49 @@ def _json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def accuracies(document: dict[str, Any]) -> dict[str, float]:
     (record,) = document["results"]
     return {a["attack"]: a["accuracy"] for a in record["attacks"]}
+
+
+# Attacks of users' files
+
+SHIFT = """
+from dataclasses import dataclass
+from fastdynat.attacks import AttackResult
+
+@dataclass(frozen=True)
+class Shift:
+    eps: float
+    norm: str = "linf"
+
+    def __call__(self, ascent, x, labels, *, generator=None, tick=None):
+        return (x + self.eps * 0.5).clamp(0, 1)
+"""
+
+
+def test_an_attack_of_a_file_is_made_again_after_an_edit(
+    run: Path, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my_attack.py"
+    file.write_text(SHIFT)
+    asked = ("--attacks", f"clean,{file}:Shift,transfer-{file}:Shift", "--source", run)
+    first = accuracies(evaluate(run, *asked))
+    column = "my_attack.py:Shift"
+    assert list(first) == ["clean", column, f"transfer-{column}"]
+    assert accuracies(evaluate(run, *asked)) == first
+    assert names == list(first)
+    file.write_text(SHIFT.replace("0.5", "0.25"))
+    evaluate(run, *asked)
+    assert names[3:] == [column, f"transfer-{column}"]
+    capsys.readouterr()
+    file.write_text(SHIFT.replace("class Shift", "class Other"))
+    argv = ["eval", str(run), "--json", str(tmp_path / "no.json"), *map(str, asked)]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.splitlines() == [f"fastdynat: error: {file}:Shift: {file} has no 'Shift'"]
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_a_class_that_was_renamed_keeps_its_stored_name() -> None:
+    pgd, mim = (parse_attack(name, eps=0.1, step_size=0.025).search for name in ("pgd2", "mim2"))
+    assert [search_numbers(search)["class"] for search in (pgd, mim)] == ["PGD", "MIM"]  # type: ignore[index]
 
 
 # The files

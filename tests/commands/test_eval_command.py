@@ -351,7 +351,7 @@ def test_classes_and_a_narrow_terminal(run: Path, tmp_path: Path, capsys: pytest
 def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list-attacks"]) == 0
     out = capsys.readouterr().out
-    for name in ("clean", "pgd20", "autoattack", "fast-autoattack", "transfer-NAME"):
+    for name in ("clean", "pgd20", "autoattack", "fast-autoattack", "transfer-NAME", "my_attack.py:MyAttack"):
         assert f"│ {name} " in out
 
 

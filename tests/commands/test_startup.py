@@ -168,3 +168,17 @@ def test_a_reader_that_leaves_is_no_error(command: list[str]) -> None:
     os.close(write)
     assert done.stderr == ""
     assert done.returncode in (1, 141)
+
+
+def test_attack_names_are_refused_without_torch() -> None:
+    wrong = [
+        (["--attacks", "pdg20"], "did you mean 'pgd20'"),
+        (["--attacks", "clean,transfer-pdg20"], "did you mean 'pgd20'"),
+        (["--attacks", "clean,Clean"], "named twice"),
+        (["--attacks", ","], "no attack named"),
+        (["--attacks", "mim", "--norm", "l1", "--eps", "1"], "only linf and l2; use pgd20 under l1"),
+    ]
+    lines = answers(*(["eval", "RUN", *flags] for flags, _ in wrong))
+    assert [line.partition(" eval")[0] for line in lines[1::2]] == ["exit 2"] * len(wrong)
+    for line, (_, message) in zip(lines[::2], wrong, strict=True):
+        assert message in line
