@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastdynat.attacks.interface import Attack
-from fastdynat.attacks.registry import CLEAN, Radii, find, is_user_name
+from fastdynat.attacks.registry import CLEAN, Radii, find
 from fastdynat.attacks.user_attacks import build_user_attack
+from fastdynat.user_code import is_user_code
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def parse_attack(
     """
     name = name.strip()
     radii = Radii(eps=eps, step_size=step_size, norm=norm)
-    if is_user_name(name):
+    if is_user_code(name):
         attack, half_precision = build_user_attack(name, radii)
         return NamedAttack(attack.name, attack, half_precision)
     name = name.lower()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.user_code import is_user_code
 
 if TYPE_CHECKING:
     from fastdynat.attacks.interface import Attack
@@ -162,11 +163,6 @@ def find(name: str, known: Iterable[str] = ()) -> tuple[AttackEntry, re.Match[st
     raise unknown_name("attack", name, {*listed(), *known})
 
 
-def is_user_name(name: str) -> bool:
-    """`name` is ``path/to/file.py:NAME`` or ``module:NAME``, not a registered name."""
-    return ":" in name
-
-
 def split_names(names: str) -> list[str]:
     """The names of a comma-separated list, in lower case but for those of users' files.
 
@@ -174,7 +170,7 @@ def split_names(names: str) -> list[str]:
         UserError: no name, or one twice.
     """
     parts = [name.strip() for name in names.split(",") if name.strip()]
-    parts = [name if is_user_name(name) else name.lower() for name in parts]
+    parts = [name if is_user_code(name) else name.lower() for name in parts]
     if not parts:
         raise UserError(f"no attack named in {names!r}; for example clean,fgsm,pgd20,cw")
     if len(set(parts)) != len(parts):

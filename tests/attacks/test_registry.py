@@ -1,5 +1,6 @@
 """The registry of attacks: entries without torch, names, what `register` refuses, and attacks of users' files."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """What a test registers is forgotten after it; modules of the package register only once."""
+    for entry in entries():
+        importlib.import_module(entry.module)
     for name in ("_registered", "_constructors"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
 

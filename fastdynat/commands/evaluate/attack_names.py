@@ -1,6 +1,7 @@
 """Every name that --attacks takes, known without torch."""
 
-from fastdynat.attacks.registry import CLEAN, find, is_user_name, listed, split_names
+from fastdynat.attacks.registry import CLEAN, find, listed, split_names
+from fastdynat.user_code import is_user_code
 
 AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transfer-"
 _COLUMNS = {
@@ -28,7 +29,7 @@ def check_attack_names(names: str, norm: str) -> None:
     """
     for name in split_names(names):
         inner = name.removeprefix(TRANSFER)
-        if inner == CLEAN or name in (AUTOATTACK, FAST_AUTOATTACK) or is_user_name(inner):
+        if inner == CLEAN or name in (AUTOATTACK, FAST_AUTOATTACK) or is_user_code(inner):
             continue
         entry, match = find(inner, known_names())
         if norm != "auto":

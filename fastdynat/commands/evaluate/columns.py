@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 
 from fastdynat.attacks import NamedAttack, parse_attack, stages
-from fastdynat.attacks.registry import is_user_name, split_names
+from fastdynat.attacks.registry import split_names
 from fastdynat.attacks.user_attacks import check_user_attack
 from fastdynat.commands.evaluate.attack_names import AUTOATTACK, FAST_AUTOATTACK, TRANSFER, known_names
 from fastdynat.commands.evaluate.reference_autoattack import require_reference
 from fastdynat.errors import UserError
+from fastdynat.user_code import is_user_code
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def check_user_attacks(names: str) -> None:
         UserError: see `check_user_attack`.
     """
     for name in split_names(names):
-        if is_user_name(name):
+        if is_user_code(name):
             check_user_attack(name.removeprefix(TRANSFER))
 
 
