@@ -9,7 +9,7 @@ from fastdynat.commands.bench import BenchConfig
 from fastdynat.commands.bench.bench_config import check_bench
 from fastdynat.commands.compare import CompareConfig, shared_config
 from fastdynat.commands.compare.compare_config import NoOptions, method_configs, parse_seeds
-from fastdynat.commands.parsing.parse import early_flags, of_options, others, parse
+from fastdynat.commands.parsing.parse import OtherMethodsFlags, early_flags, of_options, parse
 from fastdynat.config import (
     AttackConfig,
     DataConfig,
@@ -61,7 +61,7 @@ class CompareCommand:
 
 
 # compare has no option of a method as a flag: --set has.
-OWN_OF_METHODS = {flag: f"{why}; write --set METHOD.KEY=VALUE" for flag, why in others(NoOptions).items()}
+OWN_OF_METHODS = {flag: f"{why}; write --set METHOD.KEY=VALUE" for flag, why in OtherMethodsFlags(NoOptions).items()}
 
 
 def bench(argv: list[str]) -> int:
@@ -70,7 +70,7 @@ def bench(argv: list[str]) -> int:
     options = options_type(method)
     default = BenchCommand(method=method, options=options())
     command: BenchCommand[Any] = parse(
-        of_options(BenchCommand, options), argv, "bench", default=default, elsewhere=others(options)
+        of_options(BenchCommand, options), argv, "bench", default=default, elsewhere=OtherMethodsFlags(options)
     ).command
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
     config: TrainConfig[Any] = TrainConfig(**groups)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastdynat.commands.parsing.effects import check_effects
-from fastdynat.commands.parsing.parse import Parsed, early_flags, of_options, others, parse
+from fastdynat.commands.parsing.parse import OtherMethodsFlags, Parsed, early_flags, of_options, parse
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.config.rules import check_config
 from fastdynat.errors import UserError
@@ -65,7 +65,7 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
     )
     command = of_options(TrainCommand, options)
     parsed: Parsed[TrainCommand[Any]] = parse(
-        command, argv, "train", default=default, elsewhere=others(options)
+        command, argv, "train", default=default, elsewhere=OtherMethodsFlags(options)
     )
     run = parsed.command.train.run
     if resume is not None and (run.run_dir != resume or run.overwrite):

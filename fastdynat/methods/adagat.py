@@ -10,17 +10,39 @@ mode while it attacks, which has no effect (the attack does not ask it), and add
 its KL, which is constant in the attack.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.methods.lbgat import Lbgat
-from fastdynat.methods.options.guided import AdagatOptions
+from fastdynat.errors import UserError
+from fastdynat.methods import check_numbers, register
+from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdagatOptions(LbgatOptions):
+    """Options of AdaGAT; the defaults are the released code's."""
+
+    alpha: float = 0.0
+    """Weight of KL(p(x) || p(x')) of the model."""
+
+    pull: float = 0.0
+    """Weight of MSE(sg[f_t(x')], f_g(x)), which moves only the guide; 2.5 in the release's commented line."""
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self, "pull")
+        if self.pull > 0 and self.freeze_guide:
+            raise UserError(f"pull {self.pull:g}: --freeze-guide leaves nothing to pull; use --pull 0")
+
+
+@register("adagat")
 class Adagat(Lbgat):
     """`Lbgat` with the guide pulled towards the model's logits on attacked images."""
 
-    name = "adagat"
     options_type = AdagatOptions
     options: AdagatOptions
 

@@ -9,20 +9,44 @@ of Pang et al. 2020 (AT_HE), whose clean batch goes through the network before t
 move the running statistics.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 
 from fastdynat.attack_engine.goal import AttackGoal, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
-from fastdynat.methods.options.regularised import AlpOptions
+from fastdynat.methods import (
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    register,
+)
+from fastdynat.methods.building_blocks import share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlpOptions(MethodOptions):
+    """Options of adversarial logit pairing."""
+
+    logit_pairing: float = 1.0
+    """Weight of the mean squared difference of the logits (lambda of the paper); usual: 0.5 or 1."""
+
+    def check(self) -> None:
+        check_numbers(self, "logit_pairing")
+
+
+@register("alp")
 class Alp(Method[AlpOptions]):
     """``min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing MSE(f(x), f(x'))``."""
 
-    name = "alp"
     options_type = AlpOptions
     attack_defaults = AttackDefaults(start="gaussian")
 

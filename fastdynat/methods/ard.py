@@ -16,19 +16,60 @@ Silent effects of the released code, and what is done with them here:
   --epochs 200 --schedule multistep --milestones 0.5 is what it does, --milestones 0.5 0.75 what it says.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import AttackGoal, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, clean_statistics_pass
-from fastdynat.methods.guidance import mean_kl, teacher_logits
-from fastdynat.methods.options.taught import ArdOptions
+from fastdynat.methods import (
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    check_positive,
+    register,
+)
+from fastdynat.methods.building_blocks import KlMean, accuracy, clean_statistics_pass, mean_kl, teacher_logits
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArdOptions(MethodOptions):
+    """Options of ARD; the defaults are the released code's."""
+
+    alpha: float = 1.0
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy to the true labels on clean
+    images."""
+
+    temperature: float = 30.0
+    """Divides the logits of teacher and student in the distillation, which is multiplied by its square."""
+
+    kl_mean: KlMean = "entries"
+    """What the KL, summed over K classes, is divided by: K (entries), 10 (tenth), or nothing (batch)."""
+
+    bn_clean_forward: bool = True
+    """At alpha 1, let the clean batch move the student's running statistics, after the attacked one."""
+
+    def check(self) -> None:
+        check_numbers(self, "alpha", most=1.0)
+        check_positive(self, "temperature")
+
+    def idle(self) -> dict[str, str]:
+        return (
+            {"bn_clean_forward": "--alpha below 1 takes the clean batch through the student anyway"}
+            if self.alpha < 1
+            else {}
+        )
+
+
+@register("ard")
 class Ard(Method[ArdOptions]):
     """Adversarially robust distillation; the guide is a robust teacher."""
 
-    name = "ard"
     options_type = ArdOptions
     uses_guide = True
     guide_made_by = "madry"

@@ -13,7 +13,10 @@ The form of this idea for domain generalisation, max CE(f(x'), y) - gamma c(x, x
 sees the image; it is not here.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,15 +25,35 @@ from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, share, unattacked
-from fastdynat.methods.options.plain import ArdaOptions
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register
+from fastdynat.methods.base import unattacked
+from fastdynat.methods.building_blocks import share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArdaOptions(MethodOptions):
+    """Options of adversarial data augmentation."""
+
+    adversarial_share: float = 0.5
+    """Share of each batch's images that are attacked, rounded to whole images."""
+
+    loss_share: float = 0.5
+    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s
+    (lambda 0.3)."""
+
+    def check(self) -> None:
+        check_numbers(self, "adversarial_share", "loss_share", most=1.0)
+
+    def idle(self) -> dict[str, str]:
+        one_kind = self.adversarial_share in (0, 1)
+        return {"loss_share": "with this --adversarial-share all images are of one kind"} if one_kind else {}
+
+
+@register("arda")
 class Arda(Method[ArdaOptions]):
     """Cross-entropy on batches of attacked and clean images."""
 
-    name = "arda"
     options_type = ArdaOptions
     logs_adv_acc = False
 

@@ -10,23 +10,26 @@ A step may be captured as a CUDA graph: nothing in a method may wait for the dev
 a tensor, shapes are fixed, and what Python computes from the epoch is declared in `constants`.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
+from fastdynat.methods.options import check_options
 
-from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attack_engine.goal import AttackGoal
-from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.attacks import AttackResult
-from fastdynat.data import Batch
-from fastdynat.methods.options.method_options import check_numbers, check_options, check_positive
-from fastdynat.ops import DynamicLabelLoss
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Network = Callable[[Tensor], Tensor]  # images in [0, 1] -> logits (N, K)
+    from fastdynat.attack_engine.engine import Attacker
+    from fastdynat.attack_engine.goal import AttackGoal
+    from fastdynat.attack_engine.pgd_spec import PGDSpec
+    from fastdynat.attacks import AttackResult
+    from fastdynat.data import Batch
+    from fastdynat.ops import DynamicLabelLoss
+
+Network: TypeAlias = "Callable[[Tensor], Tensor]"  # images in [0, 1] -> logits (N, K)
 OptionsT = TypeVar("OptionsT")
 
 
@@ -194,47 +197,10 @@ TRAINING_ATTACK = ("steps", "early_steps", "step_size", "start", "attack_bn")
 
 
 def unattacked(x: Tensor) -> AttackResult:
-    """Images as the result of no attack."""
+    """The images x, as the result of no attack."""
+    import torch  # not above: the command line reads the options of methods without it
+
+    from fastdynat.attacks import AttackResult
+
     zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     return AttackResult(x, zeros.sum(), 0, kept=zeros)
-
-
-def share(count: Tensor | None, batch: Batch) -> Tensor:
-    """`count` of the batch's images as a share, for a log; a loss that was given the labels has counts."""
-    assert count is not None
-    return count / len(batch.labels)
-
-
-def accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    """The share of the batch's images that `logits` get right, for a log."""
-    return (logits.detach().argmax(1) == batch.labels).float().mean()
-
-
-def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
-    """Let the clean batch move the model's running statistics; nothing else comes of it."""
-    statistics_pass(nets, batch.x)
-
-
-def statistics_pass(nets: Networks, x: Tensor) -> None:
-    """Let `x` move the model's running statistics; nothing else comes of it."""
-    with torch.no_grad():
-        nets.model(x)
-
-
-__all__ = [
-    "TRAINING_ATTACK",
-    "AttackDefaults",
-    "Inner",
-    "Method",
-    "Network",
-    "Networks",
-    "OptionsT",
-    "Outer",
-    "accuracy",
-    "check_numbers",
-    "check_positive",
-    "clean_statistics_pass",
-    "share",
-    "statistics_pass",
-    "unattacked",
-]

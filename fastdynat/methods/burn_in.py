@@ -1,13 +1,15 @@
 """The burn-in before a delayed start: natural training of every network that a method trains."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, share
-from fastdynat.methods.natural import Natural
-from fastdynat.methods.options import NaturalOptions
+from fastdynat.methods import Inner, Method, Networks, Outer
+from fastdynat.methods.building_blocks import share
+from fastdynat.methods.natural import Natural, NaturalOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
 

@@ -11,19 +11,43 @@ masking (`fastdynat eval --checks` says so). An attack on the margin of the logi
 as Carlini & Wagner 2017 did; so does our evaluation's PGD, which rescales each image's gradient.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, accuracy, share
-from fastdynat.methods.guidance import teacher_logits
-from fastdynat.methods.options.taught import DistillationOptions
+from fastdynat.methods import (
+    TRAINING_ATTACK,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_positive,
+    register,
+)
+from fastdynat.methods.building_blocks import accuracy, share, teacher_logits
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions(MethodOptions):
+    """Options of defensive distillation."""
+
+    temperature: float = 20.0
+    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr
+    with it."""
+
+    def check(self) -> None:
+        check_positive(self, "temperature")
+
+
+@register("distillation")
 class Distillation(Method[DistillationOptions]):
     """Defensive distillation; the guide is a natural network trained at the same temperature."""
 
-    name = "distillation"
     options_type = DistillationOptions
     uses_guide = True
     select_by = "val_clean_acc"

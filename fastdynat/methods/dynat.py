@@ -31,35 +31,130 @@ Variants, each a set of options:
   labels. No such hybrid is published; the rules and their sources are in `weighting.py`.
 """
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
+from fastdynat.errors import UserError
+from fastdynat.methods import (
     AttackDefaults,
     Inner,
     Method,
+    MethodOptions,
     Networks,
     Outer,
-    clean_statistics_pass,
-    share,
+    check_given,
+    check_numbers,
+    check_positive,
+    register,
 )
-from fastdynat.methods.options.guided import DynatOptions
-from fastdynat.methods.options.weighted import GAIRAT_FROM, MAIL_FROM
+from fastdynat.methods.building_blocks import clean_statistics_pass, share
 from fastdynat.methods.trades import kl_to_self, trades_loss
-from fastdynat.methods.weighting import begun, gairat_weights, mail_weights
+from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 AWP_BETA = 6.0  # TRADES' beta in the released weight perturbation
+# The label that the attack drives away from, where it is one that the weights may be about.
+COUNTED = {"ce_dynamic": "dynamic", "kl_guide": "dynamic", "ce_true": "true"}
 WEIGHT_FROM = {"gairat": GAIRAT_FROM, "mail": MAIL_FROM, "none": 0.0}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DynatOptions(MethodOptions):
+    """Options of DYNAT; the defaults are the released code's."""
+
+    inner_loss: Literal["ce_dynamic", "ce_true", "kl_self", "kl_guide"] = "ce_dynamic"
+    """What the attack maximises: cross-entropy to the dynamic or the true label, KL from the model's own or
+    the guide's clean prediction."""
+
+    outer_label: Literal["dynamic", "true"] = "dynamic"
+    """What the model learns on attacked images."""
+
+    beta: float = 1.0
+    """Weight of the model's loss; the release's alternative is 0.2."""
+
+    label_type: Literal["hard", "soft"] = "hard"
+    """Dynamic label: the guide's arg-max, or its softmax at `temperature`."""
+
+    temperature: float = 1.0
+    """Temperature of soft dynamic labels."""
+
+    guide_mode: Literal["train", "eval"] = "train"
+    """Statistics with which the guide makes the label: the batch's, or its running ones (costs one more guide
+    pass)."""
+
+    bn_clean_forward: bool = True
+    """Let the clean batch move the model's running statistics, after the attacked one."""
+
+    extra_kl_weight: float = 0.0
+    """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP
+    variant)."""
+
+    awp_objective: Literal["own", "trades"] = "own"
+    """What --awp drives up: the model's own loss, or TRADES' with the true labels, as the release does."""
+
+    weighting: Literal["none", "gairat", "mail"] = "none"
+    """Weights of the images' cross-entropy."""
+
+    weight_labels: Literal["dynamic", "true"] = "dynamic"
+    """The labels with which the weights are computed."""
+
+    weight_from: float | None = None
+    """Share of the epochs after which the images are weighted; None is the published 0.5 (gairat) or 0.625
+    (mail)."""
+
+    lam: float = -1.0
+    """gairat: lambda; the higher, the more equal the weights."""
+
+    slope: float = 10.0
+    """mail: s."""
+
+    bias: float = -0.5
+    """mail: b."""
+
+    weight_scale: MailScale = "released"
+    """mail: factor of the weights, the code's 3 (released) or the one that makes their mean 1
+    (normalized)."""
+
+    def check(self) -> None:
+        check_positive(self, "beta", "temperature")
+        check_numbers(self, "extra_kl_weight")
+        check_numbers(self, "lam", "slope", "bias", least=-math.inf)
+        check_given(self, "weight_from", most=1.0)
+        if self.weighting == "gairat" and COUNTED.get(self.inner_loss) != self.weight_labels:
+            raise UserError(
+                f"weighting gairat counts how often the attack has not yet left the {self.weight_labels} label, and "
+                f"inner_loss {self.inner_loss} has no such label: use --inner-loss "
+                f"{'ce_true' if self.weight_labels == 'true' else 'ce_dynamic'}"
+            )
+
+    def idle(self) -> dict[str, str]:
+        found = {}
+        if self.label_type == "hard":
+            found["temperature"] = "needs --label-type soft"
+        if self.extra_kl_weight > 0:
+            found["bn_clean_forward"] = "--extra-kl-weight takes the clean batch through the model anyway"
+        if self.weighting == "none":
+            found |= dict.fromkeys(("weight_labels", "weight_from"), "needs --weighting gairat or mail")
+        if self.weighting != "gairat":
+            found["lam"] = "needs --weighting gairat"
+        if self.weighting != "mail":
+            found |= dict.fromkeys(("slope", "bias", "weight_scale"), "needs --weighting mail")
+        return found
+
+
+@register("dynat")
 class Dynat(Method[DynatOptions]):
     """Dynamic-label adversarial training, `DynatOptions` for the variants."""
 
-    name = "dynat"
     options_type = DynatOptions
     uses_guide = True
     trains = ("model", "guide")

@@ -2,13 +2,22 @@
 2001.03994).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.errors import UserError
-from fastdynat.methods.base import AttackDefaults
-from fastdynat.methods.madry import Madry
-from fastdynat.methods.options.plain import FgsmRsOptions
+from fastdynat.methods import AttackDefaults, register
+from fastdynat.methods.madry import Madry, MadryOptions
 
 
+@dataclass(frozen=True, kw_only=True)
+class FgsmRsOptions(MadryOptions):
+    """FGSM-RS is Madry's method with another attack, and has its options."""
+
+
+@register("fgsm_rs")
 class FgsmRs(Madry):
     """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of
     the paper).
@@ -17,7 +26,6 @@ class FgsmRs(Madry):
     overfitting.
     """
 
-    name = "fgsm_rs"
     options_type = FgsmRsOptions
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.25)
 

@@ -2,6 +2,10 @@
 1904.12843).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,11 +15,28 @@ from fastdynat.attack_engine.steps import pgd_step
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, share
-from fastdynat.methods.options.plain import FreeOptions
+from fastdynat.methods import AttackDefaults, Inner, Method, MethodOptions, Networks, Outer, register
+from fastdynat.methods.building_blocks import share
 from fastdynat.ops import dynamic_label_cross_entropy
 
+MOST_REPLAYS = 10_000
 
+
+@dataclass(frozen=True, kw_only=True)
+class FreeOptions(MethodOptions):
+    """Options of free adversarial training."""
+
+    replays: int = 8
+    """m: updates per batch. Divide --epochs by it for the cost of natural training over as many epochs."""
+
+    def check(self) -> None:
+        if not 1 <= self.replays <= MOST_REPLAYS:
+            raise UserError(
+                f"replays must be >= 1 (the paper's is 8) and at most {MOST_REPLAYS}, got {self.replays}"
+            )
+
+
+@register("free")
 class Free(Method[FreeOptions]):
     """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign
     grad_d)`` (algorithm 1).
@@ -26,7 +47,6 @@ class Free(Method[FreeOptions]):
     pass. The learning rate is that of the batch for all of its replays.
     """
 
-    name = "free"
     options_type = FreeOptions
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
     searches = False

@@ -19,19 +19,39 @@ Its authors concede that the robustness gained does not hold against other attac
 beside pgd20.
 """
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, share
-from fastdynat.methods.options.weighted import GairatOptions
-from fastdynat.methods.weighting import begun, gairat_weights
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register
+from fastdynat.methods.building_blocks import share
+from fastdynat.methods.weighting import GAIRAT_FROM, begun, gairat_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class GairatOptions(MethodOptions):
+    """Options of GAIRAT; the defaults are the released code's."""
+
+    lam: float = -1.0
+    """Lambda of the weights; the higher, the more equal they are."""
+
+    weight_from: float = GAIRAT_FROM
+    """Share of the epochs after which the images are weighted."""
+
+    def check(self) -> None:
+        check_numbers(self, "lam", least=-math.inf)
+        check_numbers(self, "weight_from", most=1.0)
+
+
+@register("gairat")
 class Gairat(Method[GairatOptions]):
     """``min mean w_i CE(f(x'_i), y_i)``."""
 
-    name = "gairat"
     options_type = GairatOptions
 
     def weighted(self) -> bool:

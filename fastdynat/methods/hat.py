@@ -20,20 +20,52 @@ Silent effects of the released code, reproduced here:
 Published with 50 epochs of one-cycle to 0.21, its peak at a quarter, and Nesterov: --recipe hat.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
-from fastdynat.methods.guidance import mean_kl, teacher_logits
-from fastdynat.methods.options.taught import HatOptions
+from fastdynat.methods import (
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    register,
+)
+from fastdynat.methods.building_blocks import accuracy, mean_kl, share, teacher_logits
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class HatOptions(MethodOptions):
+    """Options of HAT; the defaults are the published ones for ResNet-18 on CIFAR-10."""
+
+    beta: float = 2.5
+    """Weight of KL(p(x) || p(x'))."""
+
+    helper_weight: float = 0.5
+    """Weight of the helper images' loss (gamma in the paper); 0 leaves TRADES."""
+
+    helper_scale: float = 2.0
+    """How far the helper image is, in units of x' - x (h in the paper)."""
+
+    def check(self) -> None:
+        check_numbers(self, "beta", "helper_weight", "helper_scale")
+
+    def idle(self) -> dict[str, str]:
+        return {"helper_scale": "needs --helper-weight above 0"} if self.helper_weight == 0 else {}
+
+
+@register("hat")
 class Hat(Method[HatOptions]):
     """Helper-based adversarial training; the guide is a naturally trained network."""
 
-    name = "hat"
     options_type = HatOptions
     uses_guide = True
     attack_defaults = AttackDefaults(start="gaussian")

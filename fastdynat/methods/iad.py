@@ -27,24 +27,72 @@ Silent effects of the released code, and what is done with them here:
 used here.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import Inner, Method, Networks, Outer, accuracy, clean_statistics_pass
-from fastdynat.methods.guidance import teacher_logits
-from fastdynat.methods.options.taught import IadOptions
+from fastdynat.methods import (
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_given,
+    check_numbers,
+    check_positive,
+    register,
+)
+from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, teacher_logits
 from fastdynat.ops import dynamic_label_cross_entropy
 
 ALPHA, BEGIN = {"I": 1.0, "II": 0.5}, {"I": 0.3, "II": 0.2}
 
 
+@dataclass(frozen=True, kw_only=True)
+class IadOptions(MethodOptions):
+    """Options of IAD; the defaults are the released code's."""
+
+    variant: Literal["I", "II"] = "I"
+    """Which of the two published losses."""
+
+    alpha: float | None = None
+    """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for
+    II."""
+
+    temperature: float = 1.0
+    """Divides the logits in the teacher's term, which is multiplied by its square."""
+
+    beta: float = 0.1
+    """Exponent of the teacher's probability for the true class; 0 trusts it always."""
+
+    begin: float | None = None
+    """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of
+    200)."""
+
+    bn_clean_passes: bool = True
+    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice
+    after; else only where a loss needs the clean batch."""
+
+    def check(self) -> None:
+        check_given(self, "alpha", "begin", most=1.0)
+        check_numbers(self, "beta")
+        check_positive(self, "temperature")
+
+    def idle(self) -> dict[str, str]:
+        return {"bn_clean_passes": "needs --variant I"} if self.variant == "II" else {}
+
+
+@register("iad")
 class Iad(Method[IadOptions]):
     """Introspective adversarial distillation; the guide is a robust teacher."""
 
-    name = "iad"
     options_type = IadOptions
     uses_guide = True
     guide_made_by = "madry"

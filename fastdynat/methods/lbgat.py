@@ -20,6 +20,9 @@ Silent effects of the released code, and what is done with them here:
 --guide.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -28,26 +31,53 @@ from torch import Tensor
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
+from fastdynat.methods import (
     AttackDefaults,
     Inner,
     Method,
+    MethodOptions,
     Networks,
     Outer,
-    accuracy,
-    clean_statistics_pass,
-    share,
+    check_numbers,
+    register,
 )
-from fastdynat.methods.guidance import mean_kl
-from fastdynat.methods.options.guided import LbgatOptions
+from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, mean_kl, share
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class LbgatOptions(MethodOptions):
+    """Options of LBGAT; the defaults are the released code's."""
+
+    alpha: float = 6.0
+    """Weight of KL(p(x) || p(x')), called beta in the released code; published: 0 and 6."""
+
+    alp_weight: float = 0.0
+    """Weight of MSE(f(x'), f(x)) of the model's logits; the published ALP form is 1 at alpha 0."""
+
+    freeze_guide: bool = False
+    """Learn from a guide that was trained before (--guide-from) and stays as it is, in eval mode: the paper's
+    BGAT."""
+
+    bn_clean_forward: bool = True
+    """Where no loss needs the model's clean logits, let the clean batch move its running statistics all the
+    same."""
+
+    def check(self) -> None:
+        check_numbers(self, "alpha", "alp_weight")
+
+    def idle(self) -> dict[str, str]:
+        clean = self.alpha > 0 or self.alp_weight > 0
+        return (
+            {"bn_clean_forward": "the loss takes the clean batch through the model anyway"} if clean else {}
+        )
+
+
+@register("lbgat")
 class Lbgat(Method[LbgatOptions]):
     """Learnable boundary guided adversarial training, `LbgatOptions` for the variants."""
 
-    name = "lbgat"
     options_type: ClassVar[type] = LbgatOptions
     uses_guide = True
     trains: tuple[str, ...] = ("model", "guide")

@@ -1,25 +1,38 @@
 """PGD adversarial training (Madry et al. 2018, arXiv 1706.06083)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
-    Inner,
-    Method,
-    Networks,
-    Outer,
-    clean_statistics_pass,
-    share,
-    statistics_pass,
-)
-from fastdynat.methods.options.plain import MadryOptions
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, register
+from fastdynat.methods.building_blocks import clean_statistics_pass, share, statistics_pass
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class MadryOptions(MethodOptions):
+    """Options of PGD adversarial training."""
+
+    bn_clean_forward: bool = False
+    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release
+    does)."""
+
+    bn_attack_forward: bool = False
+    """Before the update, let the attacked batch move the running statistics once more: the look at the
+    attack's loss that the release of Rice et al. ends every attack with."""
+
+    bn_clean_after: bool = False
+    """After the update, let the clean batch move the running statistics: how that release measures its
+    training accuracy."""
+
+
+@register("madry")
 class Madry(Method[MadryOptions]):
     """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
 
-    name = "madry"
     options_type = MadryOptions
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:

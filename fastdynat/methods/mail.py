@@ -16,22 +16,69 @@ Silent effects of the released code, and what is done with them here:
 - it knows data of ten classes only.
 """
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
-from fastdynat.methods.options.weighted import MailOptions
+from fastdynat.methods import (
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_given,
+    check_numbers,
+    register,
+)
+from fastdynat.methods.building_blocks import accuracy
 from fastdynat.methods.trades import kl_to_self, trades_loss
-from fastdynat.methods.weighting import begun, mail_weights
+from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 PUBLISHED = {"at": (10.0, -0.5), "trades": (2.0, 0.0)}  # slope, bias
 
 
+@dataclass(frozen=True, kw_only=True)
+class MailOptions(MethodOptions):
+    """Options of MAIL; the defaults are the released code's."""
+
+    base: Literal["at", "trades"] = "at"
+    """The loss that is weighted."""
+
+    slope: float | None = None
+    """s of the weights; None is the published 10 (at) or 2 (trades)."""
+
+    bias: float | None = None
+    """b of the weights; None is the published -0.5 (at) or 0 (trades)."""
+
+    weight_scale: MailScale = "released"
+    """Factor of the weights: the code's 3 (released), or the one that makes their mean 1 (normalized)."""
+
+    weight_from: float = MAIL_FROM
+    """Share of the epochs after which the images are weighted."""
+
+    beta: float = 5.0
+    """Weight of the KL term of the trades base."""
+
+    def check(self) -> None:
+        check_numbers(self, "beta")
+        check_numbers(self, "weight_from", most=1.0)
+        check_given(self, "slope", "bias", least=-math.inf)
+
+    def idle(self) -> dict[str, str]:
+        return {"beta": "needs --base trades"} if self.base == "at" else {}
+
+
+@register("mail")
 class Mail(Method[MailOptions]):
     """Adversarial training with margin-aware weights."""
 
-    name = "mail"
     options_type = MailOptions
     attack_defaults = AttackDefaults(start="gaussian")
 

@@ -19,20 +19,48 @@ Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 
 (WRN-34-10).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, rival_loss, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy, share
-from fastdynat.methods.options.regularised import MartOptions
+from fastdynat.methods import (
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    register,
+)
+from fastdynat.methods.building_blocks import accuracy, share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class MartOptions(MethodOptions):
+    """Options of MART."""
+
+    beta: float = 6.0
+    """Weight of the KL term; the released scripts have 5 (ResNet-18) and 6 (WRN-34-10)."""
+
+    floor: float = 0.0
+    """Added to 1 - max p_k in the second half of BCE, which it bounds; 0.0001 is the release's, 0 the
+    formula."""
+
+    def check(self) -> None:
+        check_numbers(self, "beta", "floor")
+
+
+@register("mart")
 class Mart(Method[MartOptions]):
     """``min BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x))``."""
 
-    name = "mart"
     options_type = MartOptions
     attack_defaults = AttackDefaults(start="gaussian")
 

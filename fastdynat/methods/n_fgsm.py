@@ -1,6 +1,8 @@
 """N-FGSM: one step from strong noise, not clipped to the ball (de Jorge et al. 2022, arXiv 2202.01181)."""
 
-from dataclasses import replace
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
@@ -8,11 +10,25 @@ from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods.base import AttackDefaults, Inner, Networks
-from fastdynat.methods.madry import Madry
-from fastdynat.methods.options.plain import NFgsmOptions
+from fastdynat.methods import MOST, AttackDefaults, Inner, Networks, register
+from fastdynat.methods.madry import Madry, MadryOptions
 
 
+@dataclass(frozen=True, kw_only=True)
+class NFgsmOptions(MadryOptions):
+    """Options of N-FGSM."""
+
+    noise: float = 2.0
+    """k: the start is uniform in a ball of k times eps."""
+
+    def check(self) -> None:
+        if not 0 < self.noise <= MOST:
+            raise UserError(
+                f"noise must be above 0 (the paper's is 2), got {self.noise:g}; without noise it is FGSM"
+            )
+
+
+@register("n_fgsm")
 class NFgsm(Madry):
     """``x' = x + n + eps sign grad CE(f(x + n), y)`` with n uniform in k times the ball (algorithm 1 of the
     paper).
@@ -20,7 +36,6 @@ class NFgsm(Madry):
     Nothing brings x' back into the ball: it is up to (k + 1) eps from x, clipped to the image range only.
     """
 
-    name = "n_fgsm"
     options_type = NFgsmOptions
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0)
 

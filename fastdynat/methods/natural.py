@@ -1,17 +1,41 @@
 """Natural training: the control without an attack."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import TRAINING_ATTACK, Inner, Method, Networks, Outer, share
-from fastdynat.methods.options.plain import NaturalOptions
+from fastdynat.methods import (
+    TRAINING_ATTACK,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_positive,
+    register,
+)
+from fastdynat.methods.building_blocks import share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class NaturalOptions(MethodOptions):
+    """Options of natural training."""
+
+    temperature: float = 1.0
+    """Divides the logits in the loss; above 1 it makes the teacher of defensive distillation."""
+
+    def check(self) -> None:
+        check_positive(self, "temperature")
+
+
+@register("natural")
 class Natural(Method[NaturalOptions]):
     """``min CE(f(x) / temperature, y)``."""
 
-    name = "natural"
     options_type = NaturalOptions
     # It has no robust accuracy to speak of: by PGD a network at chance level would beat a trained one.
     select_by = "val_clean_acc"

@@ -17,18 +17,47 @@ Published with 300 epochs, the rate falling by 10 at 215, 260 and 285:
 --epochs 300 --schedule multistep --milestones 0.7166 0.8666 0.95.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from fastdynat.attack_engine.goal import AttackGoal, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import AttackDefaults, Inner, Method, Networks, Outer, accuracy
-from fastdynat.methods.guidance import mean_kl, teacher_logits
-from fastdynat.methods.options.taught import RsladOptions
+from fastdynat.methods import (
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    register,
+)
+from fastdynat.methods.building_blocks import KlMean, accuracy, mean_kl, teacher_logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class RsladOptions(MethodOptions):
+    """Options of RSLAD; the defaults are the released code's."""
+
+    attacked_weight: float = 5 / 6
+    """Weight of the KL on attacked images."""
+
+    clean_weight: float = 1 / 6
+    """Weight of the KL on clean images."""
+
+    kl_mean: KlMean = "tenth"
+    """What the KL, summed over K classes, is divided by: 10 (tenth), K (entries), or nothing (batch)."""
+
+    def check(self) -> None:
+        check_numbers(self, "attacked_weight", "clean_weight")
+
+
+@register("rslad")
 class Rslad(Method[RsladOptions]):
     """Robust soft label adversarial distillation; the guide is a robust teacher."""
 
-    name = "rslad"
     options_type = RsladOptions
     uses_guide = True
     guide_made_by = "madry"

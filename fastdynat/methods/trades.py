@@ -17,29 +17,48 @@ Silent effects of the released code, and what is done with them here:
 - drop-out would draw another mask for the third call; here the KL sees the first call's.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import (
+from fastdynat.methods import (
     AttackDefaults,
     Inner,
     Method,
+    MethodOptions,
     Networks,
     Outer,
-    accuracy,
-    clean_statistics_pass,
+    check_numbers,
+    register,
 )
-from fastdynat.methods.options.regularised import TradesOptions
+from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
+@dataclass(frozen=True, kw_only=True)
+class TradesOptions(MethodOptions):
+    """Options of TRADES; the defaults are the released code's."""
+
+    beta: float = 6.0
+    """Weight of the KL term, 1/lambda of the paper; usual: 1 to 10."""
+
+    bn_third_pass: bool = True
+    """Let the clean batch move the running statistics once more, after the attacked one."""
+
+    def check(self) -> None:
+        check_numbers(self, "beta")
+
+
+@register("trades")
 class Trades(Method[TradesOptions]):
     """``min CE(f(x), y) + beta KL(p(x) || p(x'))``."""
 
-    name = "trades"
     options_type = TradesOptions
     attack_defaults = AttackDefaults(start="gaussian")
 

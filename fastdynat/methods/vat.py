@@ -12,7 +12,11 @@ Two sizes are not the released ones, for images in [0, 1]: its radius of 8 is in
 its xi of 1e-6 moves each pixel by less than float32 resolves.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +26,68 @@ from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods.base import TRAINING_ATTACK, AttackDefaults, Inner, Method, Networks, Outer
-from fastdynat.methods.options.regularised import VatOptions
+from fastdynat.errors import UserError
+from fastdynat.methods import (
+    MOST,
+    TRAINING_ATTACK,
+    AttackDefaults,
+    Inner,
+    Method,
+    MethodOptions,
+    Networks,
+    Outer,
+    check_numbers,
+    register,
+)
 from fastdynat.methods.trades import kl_to_self
 
+MOST_ITERATIONS = 10_000
 
+
+@dataclass(frozen=True, kw_only=True)
+class VatOptions(MethodOptions):
+    """Options of virtual adversarial training."""
+
+    vat_weight: float = 1.0
+    """Weight of the divergence (the paper's alpha)."""
+
+    radius: float | None = None
+    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps
+    sqrt(C H W)."""
+
+    xi: float = 0.1
+    """L2 length of the finite difference that finds the direction."""
+
+    power_iterations: int = 1
+    """Iterations of the power method."""
+
+    search: Literal["power", "pgd"] = "power"
+    """Where the perturbation comes from: the power method (the paper's), or PGD on the divergence under the
+    run's norm."""
+
+    def check(self) -> None:
+        check_numbers(self, "vat_weight")
+        for name in ("radius", "xi"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= MOST:
+                raise UserError(f"{name} must be above 0 (L2, pixel units), got {value:g}")
+        if not 1 <= self.power_iterations <= MOST_ITERATIONS:
+            raise UserError(
+                f"power_iterations must be >= 1 and at most {MOST_ITERATIONS}, got {self.power_iterations}"
+            )
+
+    def idle(self) -> dict[str, str]:
+        return (
+            dict.fromkeys(("radius", "xi", "power_iterations"), "needs --search power")
+            if self.search == "pgd"
+            else {}
+        )
+
+
+@register("vat")
 class Vat(Method[VatOptions]):
     """``min CE(f(x), y) + weight KL(sg[p(x)] || p(x + r))``, equations 5 to 8 of the paper."""
 
-    name = "vat"
     options_type = VatOptions
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True

@@ -4,7 +4,9 @@ and MAIL's rules.
 Weights are constants of the loss: no gradient flows into them.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.methods.base import Method
-from fastdynat.methods.options.weighted import MailScale
+
+MailScale = Literal["released", "normalized"]
+# Share of the run's epochs without weights: 60 of GAIRAT's 120, 75 of MAIL's 120.
+GAIRAT_FROM, MAIL_FROM = 0.5, 0.625
 
 
 def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:

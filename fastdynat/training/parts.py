@@ -11,7 +11,8 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.errors import UserError
 from fastdynat.execution.graph_capture import CudaRecorder
-from fastdynat.methods import BurnIn, Method, method_class
+from fastdynat.methods import Method, method_class
+from fastdynat.methods.burn_in import BurnIn
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
 from fastdynat.training.networks import NetworkSet

@@ -137,7 +137,7 @@ from fastdynat.runs import load_network
 from fastdynat.commands.export import ExportConfig, export_run
 from fastdynat.commands.evaluate.settle import EvalConfig
 assert DynatOptions is same is Dynat.options_type and METHODS["dynat"] is Dynat
-assert {"Dynat", "BurnIn"} <= set(dir(fastdynat.methods))
+assert {"Dynat", "DynatOptions"} <= set(dir(fastdynat.methods))
 try:
     fastdynat.runs.nothing
 except AttributeError as error:

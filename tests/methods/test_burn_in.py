@@ -16,7 +16,8 @@ from support.graph_sim import SimulatedRecorder
 from support.stepping import assert_same_step, make_batch, moved_network, tiny_network, train_step
 
 from fastdynat.commands.main import main
-from fastdynat.methods import BurnIn, Dynat, DynatOptions
+from fastdynat.methods import Dynat, DynatOptions
+from fastdynat.methods.burn_in import BurnIn
 from fastdynat.training import parts as build
 from fastdynat.training import trainer as trainer_module
 from fastdynat.training.step import TrainStep

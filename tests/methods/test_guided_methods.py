@@ -62,7 +62,7 @@ from fastdynat.methods import (
     RsladOptions,
 )
 from fastdynat.methods.base import unattacked
-from fastdynat.methods.guidance import mean_kl
+from fastdynat.methods.building_blocks import mean_kl
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
 from fastdynat.training.step import TrainStep

@@ -3,8 +3,9 @@
 import contextlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import tyro
@@ -50,7 +51,11 @@ def parse(
     given: Any = {} if default is None else {"default": default}
     asks = any(word in HELP or word.startswith("--tyro-") for word in argv)
     flags = flags_of(command, default)
-    words = None if asks else read_words(normalize(argv, flags), flags, name, elsewhere or {})
+    words = (
+        None
+        if asks
+        else read_words(normalize(argv, flags), flags, name, {} if elsewhere is None else elsewhere)
+    )
     for note in () if words is None else words.notes:
         print(f"fastdynat: note: {note}", file=sys.stderr)
     arguments = list(argv) if words is None else words.for_tyro(flags)
@@ -91,14 +96,34 @@ def early_flags(argv: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def others(options: type) -> dict[str, str]:
-    """The flags of the other methods' options, each with what would give a command them."""
-    own, found = {field.name for field in fields(options)}, dict[str, list[str]]()
-    for method in METHODS:
-        for field in fields(options_type(method)):
-            if field.name not in own:
-                found.setdefault(f"--{field.name.replace('_', '-')}", []).append(method)
-    return {flag: f"it is an option of --method {' or '.join(methods)}" for flag, methods in found.items()}
+class OtherMethodsFlags(Mapping[str, str]):
+    """The flags of the other methods' options, each with what would give a command them.
+
+    All methods are imported at the first look, which only an unknown flag needs.
+    """
+
+    def __init__(self, options: type) -> None:
+        self._own = {field.name for field in fields(options)}
+
+    @cached_property
+    def _flags(self) -> dict[str, str]:
+        found = dict[str, list[str]]()
+        for method in METHODS:
+            for field in fields(options_type(method)):
+                if field.name not in self._own:
+                    found.setdefault(f"--{field.name.replace('_', '-')}", []).append(method)
+        return {
+            flag: f"it is an option of --method {' or '.join(methods)}" for flag, methods in found.items()
+        }
+
+    def __getitem__(self, flag: str) -> str:
+        return self._flags[flag]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flags)
+
+    def __len__(self) -> int:
+        return len(self._flags)
 
 
 def of_options(command: Any, options: type) -> Any:

@@ -1,0 +1,129 @@
+"""The training methods by name. A file in this folder adds one by `register`; nothing lists them by hand.
+
+Until a method's class is used, its file is imported without torch (`fastdynat.lazy.import_late`): the command
+line needs the options alone.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.lazy import finish_imports, import_late
+from fastdynat.methods.base import Method
+
+PACKAGE = __name__.rpartition(".")[0]
+MethodT = TypeVar("MethodT", bound=type[Method[Any]])
+
+
+class Methods(MutableMapping[str, type[Method[Any]]]):
+    """The methods by name: those of the files of this folder, in alphabetical order, and what was added since.
+
+    A method of one's own is put in as into a dictionary, or by `register`.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Method[Any]]] = {}
+        self._complete = False
+
+    def __getitem__(self, name: str) -> type[Method[Any]]:
+        found = self.registered(name)
+        if (module := sys.modules.get(found.__module__)) is not None:
+            finish_imports(module)
+        return found
+
+    def __setitem__(self, name: str, method: type[Method[Any]]) -> None:
+        self._find_all()
+        check_method(method)
+        self._classes[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        self._find_all()
+        del self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        if not self._complete and isinstance(name, str) and name.isidentifier():
+            self._find(name)
+        if name not in self._classes:
+            self._find_all()
+        return name in self._classes
+
+    def __iter__(self) -> Iterator[str]:
+        self._find_all()
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        self._find_all()
+        return len(self._classes)
+
+    def registered(self, name: str) -> type[Method[Any]]:
+        """The class called `name`; its functions may still lack their imports. KeyError if there is none."""
+        if name not in self:
+            raise KeyError(name)
+        return self._classes[name]
+
+    def add(self, name: str, method: type[Method[Any]]) -> None:
+        """Add `method`. Raises UserError if it is not a method, or another one has the name."""
+        check_method(method)
+        other = self._classes.get(name)
+        if other is not None and other.__module__ != method.__module__:
+            raise UserError(f"method {name} is {other.__module__}.{other.__name__}: choose another name")
+        self._classes[name] = method
+
+    def _find(self, name: str) -> None:
+        """Import the file of this folder that is called like the method, if there is one: the others can wait."""
+        if find_spec(f"{PACKAGE}.{name}") is not None:
+            import_late(f"{PACKAGE}.{name}")
+
+    def _find_all(self) -> None:
+        """Import the files of this folder, at the first look."""
+        if not self._complete:
+            for module in pkgutil.iter_modules(sys.modules[PACKAGE].__path__):
+                import_late(f"{PACKAGE}.{module.name}")
+            self._complete = True
+
+
+def check_method(method: Any) -> None:
+    """Raise UserError unless `method` is a subclass of `Method` whose options are a frozen dataclass."""
+    name = getattr(method, "__name__", repr(method))
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")
+    options = getattr(method, "options_type", None)
+    parameters = getattr(options, "__dataclass_params__", None)
+    if not isinstance(options, type) or parameters is None or not parameters.frozen:
+        raise UserError(f"{name}.options_type must be a dataclass with frozen=True, which holds its options")
+
+
+METHODS = Methods()
+
+
+def register(name: str) -> Callable[[MethodT], MethodT]:
+    """Add the decorated class to `METHODS` as `name`, which becomes its `name`."""
+
+    def add(method: MethodT) -> MethodT:
+        METHODS.add(name, method)
+        method.name = name
+        return method
+
+    return add
+
+
+def method_name(name: str) -> str:
+    """The name in `METHODS` for `name` in any case. Raises UserError if there is none; suggests the nearest."""
+    if name.lower() not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return name.lower()
+
+
+def method_class(name: str) -> type[Method[Any]]:
+    """The method called `name`. Raises UserError if there is none; suggests the nearest."""
+    return METHODS[method_name(name)]
+
+
+def options_type(name: str) -> type:
+    """The options of the method called `name`, a frozen dataclass; a built-in method's come without torch."""
+    return METHODS.registered(method_name(name)).options_type

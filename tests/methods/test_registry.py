@@ -1,0 +1,114 @@
+"""The methods by name: found in their folder, registered by a decorator or by hand, refused with a reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import fastdynat.methods
+from fastdynat.errors import UserError
+from fastdynat.methods import (
+    METHODS,
+    Method,
+    MethodOptions,
+    method_class,
+    method_name,
+    options_type,
+    register,
+)
+from fastdynat.methods.madry import Madry
+
+FOLDER = Path(fastdynat.methods.__file__).parent
+
+
+def test_every_file_that_registers_a_class_is_a_method() -> None:
+    files = {path.stem for path in FOLDER.glob("*.py") if "\n@register(" in path.read_text()}
+    assert len(files) > 20
+    assert set(METHODS) == files
+    assert len(METHODS) == len(files)
+
+
+def test_names_in_any_case_and_unknown_ones() -> None:
+    assert method_name("TRADES") == "trades"
+    assert method_class("Trades") is METHODS["trades"]
+    with pytest.raises(UserError, match="did you mean 'trades'"):
+        method_name("trade")
+    for name in ("base", "registry", "../trades", "", "a.b"):
+        assert name not in METHODS
+        with pytest.raises(KeyError):
+            METHODS[name]
+
+
+def test_classes_and_options_are_names_of_the_package() -> None:
+    assert fastdynat.methods.Trades is METHODS["trades"]
+    assert fastdynat.methods.TradesOptions is options_type("trades")
+    assert {"Trades", "TradesOptions", "METHODS", "register"} <= set(dir(fastdynat.methods))
+    with pytest.raises(AttributeError, match="no attribute 'Tradse'"):
+        fastdynat.methods.Tradse  # noqa: B018
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqueezeOptions(MethodOptions):
+    """Options of nothing."""
+
+    squeeze: float = 0.5
+    """A number."""
+
+
+@dataclass
+class LooseOptions:
+    """Options that can be changed."""
+
+
+def test_a_method_of_ones_own_is_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Squeeze(Madry):
+        name = "squeeze"
+        options_type = SqueezeOptions
+
+    monkeypatch.setitem(METHODS, "squeeze", Squeeze)
+    assert method_class("squeeze") is Squeeze
+    assert options_type("squeeze") is SqueezeOptions
+    monkeypatch.delitem(METHODS, "squeeze")
+    assert "squeeze" not in METHODS
+
+
+def test_a_method_of_ones_own_is_registered() -> None:
+    try:
+
+        @register("squeeze")
+        class Squeeze(Madry):
+            options_type = SqueezeOptions
+
+        assert Squeeze.name == "squeeze"
+        assert METHODS["squeeze"] is Squeeze
+        assert "squeeze" in list(METHODS)
+    finally:
+        del METHODS["squeeze"]
+
+
+def loose() -> object:
+    return type("Loose", (Madry,), {"options_type": LooseOptions})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: int, "int is not a subclass of fastdynat.methods.Method"),
+        (lambda: 3, "3 is not a subclass"),
+        (lambda: type("Bare", (Method,), {}), "Bare.options_type must be a dataclass with frozen=True"),
+        (loose, "Loose.options_type must be a dataclass with frozen=True"),
+    ],
+)
+def test_what_is_no_method_is_refused(make: object, says: str) -> None:
+    for add in (register("squeeze"), lambda method: METHODS.__setitem__("squeeze", method)):
+        with pytest.raises(UserError, match=says):
+            add(make())  # type: ignore[operator]
+    assert "squeeze" not in METHODS
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"method trades is fastdynat\.methods\.trades\.Trades: choose another"
+    ):
+        register("trades")(type("Mine", (Madry,), {"options_type": SqueezeOptions}))
+    assert METHODS["trades"].__name__ == "Trades"
