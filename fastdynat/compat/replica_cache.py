@@ -12,7 +12,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.network_comparison import answer
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
 from fastdynat.attack_engine.reach import reach

@@ -14,7 +14,7 @@ from conftest import needs
 from support.stepping import make_batch, moved_network, train_step
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary
+from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, boundary
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
