@@ -1,9 +1,8 @@
-"""torchattacks' attacks, by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on fastdynat's
-attack engine.
+"""torchattacks' attacks by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on our engine.
 
 Change one import line: ``from fastdynat import PGD``. Constructors, modes, normalisation, attributes and
-results are torchattacks' own; in float32 the images agree with its images to rounding. What differs, on
-purpose:
+results are torchattacks' own; in float32 the images agree with its images to rounding. These differences are
+on purpose:
 
 - the attack runs on a replica of the model (`AttackEngine`), in half precision with ``amp=True``;
 - gradients are computed also under ``no_grad`` and ``inference_mode``; the caller's autocast is not
@@ -11,10 +10,10 @@ purpose:
 - each module's own train/eval flag is put back, so a frozen batch norm stays frozen;
 - `PGDL2` takes a full step however small the gradient is, where torchattacks adds ``eps_for_division`` to its
   norm;
-- images outside [0, 1] and labels that are no class of the model are refused;
+- images outside [0, 1] and labels that are not classes of the model are refused;
 - nothing is printed, so ``quiet`` has no effect.
 
-Not here: ``save``, ``load`` and ``MultiAttack``.
+``save``, ``load`` and ``MultiAttack`` are not provided.
 """
 
 from typing import Unpack
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
-from fastdynat.compat.attack import Attack
 from fastdynat.compat.replica_cache import Speed
 from fastdynat.compat.runner import Runner
+from fastdynat.compat.torchattacks_base import TorchAttack
 
 
-class PGD(Attack):
+class PGD(TorchAttack):
     """L-inf projected gradient ascent (Madry et al. 2018, arXiv 1706.06083) from a uniformly random start."""
 
     def __init__(
@@ -49,7 +48,7 @@ class PGD(Attack):
         return PGDSpec(self.eps, self.alpha, self.steps, start="uniform" if self.random_start else "none")
 
 
-class PGDL2(Attack):
+class PGDL2(TorchAttack):
     """L2 projected gradient ascent from a random direction and length. `eps_for_division` has no effect."""
 
     def __init__(
@@ -72,7 +71,7 @@ class PGDL2(Attack):
         )
 
 
-class FGSM(Attack):
+class FGSM(TorchAttack):
     """One step of size eps from the image (Goodfellow et al. 2015, arXiv 1412.6572)."""
 
     def __init__(self, model: nn.Module, eps: float = 8 / 255, **speed: Unpack[Speed]) -> None:
@@ -83,7 +82,7 @@ class FGSM(Attack):
         return PGDSpec(self.eps, self.eps, 1, start="none")
 
 
-class FFGSM(Attack):
+class FFGSM(TorchAttack):
     """One step of size alpha from a uniformly random start (Wong et al. 2020, arXiv 2001.03994)."""
 
     def __init__(
@@ -96,9 +95,10 @@ class FFGSM(Attack):
         return PGDSpec(self.eps, self.alpha, 1)
 
 
-class BIM(Attack):
-    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533); 0 steps is the
-    paper's number.
+class BIM(TorchAttack):
+    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533).
+
+    steps=0 is the paper's number.
     """
 
     def __init__(
@@ -117,9 +117,10 @@ class BIM(Attack):
         return PGDSpec(self.eps, self.alpha, self.steps, start="none")
 
 
-class TPGD(Attack):
-    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573);
-    takes no labels.
+class TPGD(TorchAttack):
+    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573).
+
+    Takes no labels.
     """
 
     supported_mode = ("default",)

@@ -132,13 +132,13 @@ def test_a_binary_score_becomes_logits_by_the_remedy() -> None:
 
 
 def test_a_function_written_in_the_call_makes_one_replica() -> None:
-    from fastdynat.compat.inner_attack import _followed
+    from fastdynat.compat.inner_attack import _replicas
 
     (x, y), model = batch(), Answers(net(), lambda z: (z,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         trades_loss(model, x, y, optimizer, perturb_steps=1, output=lambda out: out[0])
-    assert len(_followed[model]) == 1
+    assert len(_replicas[model]) == 1
 
 
 # No gradient at all.

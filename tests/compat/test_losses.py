@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdynat import dynat_loss, lbgat_loss, mart_loss, trades_loss
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.compat import losses
-from fastdynat.compat.inner_attack import _followed
+from fastdynat.compat.inner_attack import _replicas
 from fastdynat.errors import UserError
 
 N, K, EPS, STEP, STEPS, BETA = 6, 10, 0.031, 0.007, 4, 3.0
@@ -417,7 +417,7 @@ def test_under_autocast_the_attack_is_in_its_precision(name: str) -> None:
     assert float(F.cosine_similarity(*grads, 0)) > 0.99
     with torch.autocast("cpu", torch.bfloat16):
         called(name, model, guide, x, y, amp=False)
-    paths = [following.path for following, _ in _followed[model].values()]
+    paths = [cache.path for cache, _ in _replicas[model].values()]
     assert [path.split(",")[0] for path in paths] == ["bfloat16 replica", "float32 replica"]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastdynat
 from fastdynat import PGD, PGDL2, TPGD
-from fastdynat.compat.attack import Attack
+from fastdynat.compat.torchattacks_base import TorchAttack
 from fastdynat.errors import UserError
 from fastdynat.tuning.devices import pick_half
 
@@ -246,7 +246,7 @@ def test_works_where_gradients_are_off(context: type) -> None:
     model(x_adv).sum().backward()  # not an inference tensor
 
 
-def attacked_anew(attack: Attack, x: Tensor, y: Tensor) -> Tensor:
+def attacked_anew(attack: TorchAttack, x: Tensor, y: Tensor) -> Tensor:
     """What a fresh attack makes of the model of now."""
     return PGD(attack.model, random_start=False)(x, y)
 
@@ -443,7 +443,10 @@ def test_labels_may_be_of_any_integer_type_and_probabilities() -> None:
 
 
 def test_importing_fastdynat_is_cheap_and_the_names_are_there() -> None:
-    code = "import sys, fastdynat; assert 'torch' not in sys.modules; from fastdynat import FGSM; assert 'torch' in sys.modules"
+    code = (
+        "import sys, fastdynat; assert 'torch' not in sys.modules; "
+        "from fastdynat import FGSM; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     losses = {"trades_loss", "mart_loss", "dynat_loss", "lbgat_loss"}
     assert {*NAMES, *losses, "__version__"} == set(fastdynat.__all__)

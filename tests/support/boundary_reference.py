@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attacks.boundary_search import BoundarySpec
+from fastdynat.attack_engine.boundary import BoundarySpec
 
 
 def phi(net: nn.Module, x: Tensor, label: int, temperature: float) -> Tensor:
