@@ -24,9 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.boundary import BoundarySpec, boundary_start
-from fastdynat.attack_engine.engine import AttackSwitches, CompiledAscent
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.compiled_ascent import CompiledAscent
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attacks.boundary_search import BoundarySpec, boundary_start, run_boundary
 from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
@@ -199,7 +200,15 @@ def work_of(name: str, batch_size: int, ours: argparse.Namespace) -> tuple[Work,
     plain.load_state_dict(net.state_dict())
     plain.eval()
     passes = 3 * PUBLISHED + 3
-    work["search: ours"] = (lambda: engine.boundary(x, labels, spec), passes)
+    search = partial(
+        engine.captured,
+        partial(run_boundary, spec=spec),
+        x,
+        labels,
+        key=spec,
+        passes=spec.steps,
+    )
+    work["search: ours"] = (search, passes)
     work["search: its passes alone"] = (passes_alone(step, x, labels, ours), passes)
     work["search: as released, float32"] = (
         lambda: search_as_released(plain, x, labels, PUBLISHED),
@@ -220,7 +229,7 @@ def work_of(name: str, batch_size: int, ours: argparse.Namespace) -> tuple[Work,
     assert float((project_on_hyperplane(x, w, margin, at) - x - sorted_move).abs().max()) < 1e-4, (
         "the projections differ"
     )
-    found, released = engine.boundary(x, labels, spec), search_as_released(plain, x, labels, PUBLISHED)
+    found, released = search(), search_as_released(plain, x, labels, PUBLISHED)
     distances = {"ours": found.distance[found.found], "as released": released[released < 1e9]}
     return work, {key: round(float(value.mean()), 5) for key, value in distances.items()} | {
         f"found, {key}": len(value) for key, value in distances.items()

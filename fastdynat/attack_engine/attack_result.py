@@ -1,25 +1,34 @@
-"""What an attack returns."""
+"""The result of an attack."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 from torch import Tensor
+
+R = TypeVar("R", bound="AttackResult")
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack returns.
+    """Adversarial images and the gradients that led to them.
 
     Attributes:
         x_adv: (N, C, H, W), detached, in the ball and in [0, 1].
-        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel,
-            though the goal was not satisfied (`AttackGoal.satisfied`). Such an image is not attacked at all:
-            saturation, underflow or masking, to be watched.
+        zero_grads: scalar int64 on the device: how many of the `gradients` were zero (or NaN) in every pixel
+            although the goal was not met (`AttackGoal.satisfied`). Such a step does not move its image: a
+            sign of saturation, underflow or gradient masking.
         gradients: image gradients computed, at most N * steps * restarts.
-        kept: (N,) int64, for a goal that is tracked: at how many of the iterates that a step was taken from
-            the network still gave the goal's class.
+        kept: (N,) int64, for a goal with `track`: at how many of the iterates that a step was taken from the
+            network still predicted the goal's class.
     """
 
     x_adv: Tensor
     zero_grads: Tensor
     gradients: int
     kept: Tensor | None = None
+
+    def clone(self: R) -> R:
+        """A copy with tensors of its own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)

@@ -20,7 +20,7 @@ from fastdynat.attack_engine.steps import start_point
 SIGNS = {None: 0.98, torch.float16: 0.95, torch.bfloat16: 0.85}
 
 
-def disagreement(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> str:
+def compiled_shortfall(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> str:
     """In words, how `compiled` falls behind `eager` at images `x` that do not mix; "" where it does not.
     Draws nothing.
     """

@@ -34,7 +34,7 @@ class AttackReplica:
         num_winograd: convolutions that Winograd's algorithm computes where that pays.
         channels_last: whether the network runs in that memory format; not where it takes views that only
             contiguous ones have.
-        settled: whether `settle` has been called.
+        fusion_chosen: whether `choose_fusion` has been called.
         note: why nothing was folded although `fold` asked for it; else "".
     """
 
@@ -88,7 +88,7 @@ class AttackReplica:
             self._own_weights(dtype, torch.preserve_format)
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
         use_where_right(self._fused, example.device)
-        self.settled = False
+        self.fusion_chosen = False
         self._winograd = None
         if winograd and dtype is None:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
@@ -170,7 +170,7 @@ class AttackReplica:
         ]
         return {str(i): tensor.detach() for i, tensor in enumerate(found)}
 
-    def settle(self, x: Tensor) -> int:
+    def choose_fusion(self, x: Tensor) -> int:
         """On a GPU, at the first call: leave to cuDNN's fused convolutions what they are the faster for, at
         the size of `x`.
 
@@ -181,8 +181,8 @@ class AttackReplica:
         Returns:
             How many convolutions were found to be slower fused.
         """
-        before, first = self.num_fused, not self.settled
-        self.settled = True
+        before, first = self.num_fused, not self.fusion_chosen
+        self.fusion_chosen = True
         if not first or not before or x.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
             return 0
         keep_where_faster(self.network, self._fused, x)
@@ -199,7 +199,7 @@ class AttackReplica:
         if self._winograd is not None:
             self._winograd.refresh()
 
-    def expect(self, x: Tensor, passes: float) -> None:
+    def prepare(self, x: Tensor, passes: float) -> None:
         """Be told, before an attack, of its images as the network takes them, and of its pairs of passes."""
         if self._winograd is not None:
-            self._winograd.expect(x, passes)
+            self._winograd.prepare(x, passes)

@@ -111,7 +111,7 @@ class WinogradLayers:
     """The convolutions of `network` that may be computed by Winograd's algorithm; changes them in place.
 
     The layers themselves are changed, so that whoever calls them by whatever name finds them so. They need a
-    `refresh` after every change of their weights, and an `expect` before an attack.
+    `refresh` after every change of their weights, and a `prepare` before an attack.
     """
 
     def __init__(self, network: nn.Module, *, static: bool = False, compares: bool = False) -> None:
@@ -140,7 +140,7 @@ class WinogradLayers:
             if filters.kept and not filters.current:
                 layer.transform()
 
-    def expect(self, x: Tensor, passes: float) -> None:
+    def prepare(self, x: Tensor, passes: float) -> None:
         """Images `x` (N, C, H, W), laid out as the network takes them, are about to pass forward and backward
         so often.
         """

@@ -5,6 +5,7 @@
 - `names`, `user_attacks`: from a name, or a user's file, to the attack;
 - attacks in a ball: `fgsm`, `bim`, `mim`, `restarted_pgd`, `cw_linf`, `apgd`, `fab`, `square`;
 - minimum-norm attacks: `carlini_wagner`, `deepfool`, `sigma_zero`, and `fab` again;
+- `boundary_search`: DyART's inner problem; `plane_search`: norms and moves of the boundary searches;
 - `autoattack_versions`: the attacks of AutoAttack's versions.
 
 How an attack is computed fast is in `fastdynat.attack_engine`, whose public names are also found here. Nothing
@@ -19,8 +20,8 @@ from fastdynat.lazy import lazy_names
 if TYPE_CHECKING:
     from fastdynat.attack_engine.ascent import Ascent, Underflow
     from fastdynat.attack_engine.attack_result import AttackResult
-    from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary
-    from fastdynat.attack_engine.engine import AttackEngine, Attacker, AttackSwitches
+    from fastdynat.attack_engine.attack_switches import AttackSwitches
+    from fastdynat.attack_engine.engine import AttackEngine, Attacker
     from fastdynat.attack_engine.goal import (
         AttackGoal,
         kl_from_log_probs,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fastdynat.attack_engine.steps import diameter, pgd_step, start_point, usual_step
     from fastdynat.attacks.apgd import APGD, APGDResult, run_apgd
     from fastdynat.attacks.autoattack_versions import VERSIONS, stages
+    from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, boundary
     from fastdynat.attacks.carlini_wagner import CarliniL2
     from fastdynat.attacks.deepfool import DeepFool
     from fastdynat.attacks.fab import FAB
@@ -60,15 +62,15 @@ __getattr__, __dir__ = lazy_names(
             "Underflow",
         ),
         "fastdynat.attack_engine.attack_result": ("AttackResult",),
-        "fastdynat.attack_engine.boundary": (
+        "fastdynat.attacks.boundary_search": (
             "Boundary",
             "BoundarySpec",
             "boundary",
         ),
+        "fastdynat.attack_engine.attack_switches": ("AttackSwitches",),
         "fastdynat.attack_engine.engine": (
             "AttackEngine",
             "Attacker",
-            "AttackSwitches",
         ),
         "fastdynat.attack_engine.goal": (
             "AttackGoal",

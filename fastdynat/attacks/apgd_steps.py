@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.plane_search import length, per_image, unit
+from fastdynat.attacks.plane_search import length, per_image, unit
 from fastdynat.ops import pgd_step_l1
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.plane_search import length, per_image
 from fastdynat.attacks.apgd_steps import project_l1
+from fastdynat.attacks.plane_search import length, per_image
 
 # The share of the image that a square covers is halved after each of these queries; the schedule is not
 # stretched to others.

@@ -1,4 +1,6 @@
-"""Runners of an attack: the engine on a replica of the model, or the model itself."""
+"""What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model
+itself.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -19,23 +21,23 @@ from fastdynat.attacks import AttackResult
 
 
 class Runner(Protocol):
-    """Computes attacks on a network in a fixed mode. The caller sets grad mode."""
+    """Computes attacks on a network in a fixed mode. The caller owns grad mode."""
 
     @property
     def path(self) -> str:
-        """How attacks are computed, in words."""
+        """In words, how."""
 
     def refresh(self) -> None:
-        """Take over the model's current weights and statistics."""
+        """Take over the model's weights and statistics of now."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """The logits that the attack sees at images in [0, 1]."""
+        """What the attack sees of images in [0, 1]."""
 
     def eval_logits(self, x: Tensor) -> Tensor:
         """The same in eval mode."""
 
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
-        """The goal's gradient at images in [0, 1], up to a positive factor per image."""
+        """Of the goal at images in [0, 1], per image up to a positive factor, in the attack's precision."""
 
     def run(
         self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None
@@ -44,12 +46,11 @@ class Runner(Protocol):
 
 
 class OnReplica(AttackEngine):
-    """The fast path, in eval mode.
-
-    Threads take turns: a refresh overwrites tensors that an attack has saved for its backward pass.
+    """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its
+    backward pass.
     """
 
-    compares = True  # an evaluation calls it for every batch with the same weights
+    compares = True  # an evaluation calls for every batch, with the weights of the last
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +77,7 @@ class OnReplica(AttackEngine):
 
 @dataclass(frozen=True)
 class TrainingModes:
-    """The modules in train mode during an attack, as torchattacks' ``set_model_training_mode`` names them."""
+    """Which modules are in train mode during an attack, of torchattacks' ``set_model_training_mode``."""
 
     model: bool = False
     batchnorm: bool = False
@@ -84,7 +85,7 @@ class TrainingModes:
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[None]:
-        """Set the modes as torchattacks does, and restore each module's own flag."""
+        """Set them as torchattacks does; put each module's own flag back."""
         with attack_mode(model, "eval"):  # which also restores
             if self.model:
                 model.train()
@@ -99,9 +100,9 @@ class TrainingModes:
 
 @dataclass(frozen=True)
 class OnModel:
-    """The model itself, eagerly, in any modes: where no replica can be made.
+    """The model itself, eagerly, in any modes: for what a replica in eval mode is not.
 
-    Batch norm in train mode updates the model's running statistics at every forward pass, as under
+    Batch norm in train mode moves the model's running statistics at every forward pass, as it does under
     torchattacks.
     """
 
@@ -118,7 +119,7 @@ class OnModel:
         )
 
     def refresh(self) -> None:
-        """Do nothing: there is no copy."""
+        """Nothing: there is no copy."""
 
     def logits(self, x: Tensor) -> Tensor:
         with self.modes(self.model):
@@ -140,13 +141,13 @@ class OnModel:
 
     @property
     def _ascent(self) -> Ascent:
-        # Images may depend on each other in train mode.
+        # Of a network in train mode it is not known whether its images mix.
         guard = Underflow.guard("train" if self.modes.model else "eval", self.dtype, self.rescale)
         return Ascent(self.model, guard, self.dtype)
 
 
 class Normalized(nn.Module):
-    """`model`, which takes normalised images, as a network of images in [0, 1]."""
+    """`model`, which reads normalised images, as a network of images in [0, 1]."""
 
     mean: Tensor
     std: Tensor

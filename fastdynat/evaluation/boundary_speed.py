@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from fastdynat.attack_engine.boundary import BoundarySpec, boundary
 from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.attacks.boundary_search import BoundarySpec, boundary
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import soft_margin_grad

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
 from fastdynat.attacks import NamedAttack, Nearest
 from fastdynat.data import ImageSet, eval_batches
@@ -235,7 +236,7 @@ def _attacked(
             Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, allow_no_gradient=True),
             lambda: None,
         )
-    engine.expect(x.to(example.dtype))
+    engine.prepare(x.to(example.dtype))
     return Attacked(engine.ascent, engine.refresh)
 
 

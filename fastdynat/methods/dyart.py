@@ -24,16 +24,17 @@ itself where nothing was found. That shows in batch norm's statistics of this pa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.boundary import Boundary, BoundarySpec
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
+from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, run_boundary
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods import (
@@ -120,7 +121,9 @@ class Dyart(Method[DyartOptions]):
         return Inner(AttackGoal("margin", batch.labels))
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
-        return attack.engine.boundary(batch.x, batch.labels, self.search(attack.spec))
+        spec = self.search(attack.spec)
+        search = partial(run_boundary, spec=spec)
+        return attack.engine.captured(search, batch.x, batch.labels, key=spec, passes=spec.steps)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         points, options = cast(Boundary, attacked), self.options

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.boundary import BoundarySpec
+from fastdynat.attacks.boundary_search import BoundarySpec
 from fastdynat.data import Batch
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.boundary_speed import FOLDER

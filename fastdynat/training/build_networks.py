@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import Method

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.copy_check import check_twin
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import frozen_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo

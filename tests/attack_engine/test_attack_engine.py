@@ -15,8 +15,9 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.batch_norm_folding import NotFoldable, fold_batch_norm
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.batch_norm_folding import fold_batch_norm, put_tensors
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 
 from fastdynat.attack_engine import shrinking_batch as rebatch
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attacks import Nearest, parse_attack, square
 
 IMAGES = 37

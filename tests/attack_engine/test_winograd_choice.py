@@ -19,7 +19,8 @@ from torch._dynamo.utils import counters
 
 from fastdynat import PGD
 from fastdynat.attack_engine import winograd as layers
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
@@ -266,7 +267,7 @@ def test_the_attack_is_that_of_the_direct_convolutions(net: nn.Module, channels_
     for _ in range(2):
         for each in (fast, slow):
             each.refresh()
-            each.expect(x)
+            each.prepare(x)
         got, want = (each.gradient(x, AttackGoal("ce", y)) for each in (fast, slow))
         used = [m.filters.current for m in fast.replica.network.modules() if isinstance(m, WinogradConv2d)]
         assert used == [True, True, True]
@@ -353,7 +354,7 @@ def test_code_that_others_compile_takes_no_weights_that_may_be_stale(
 ) -> None:
     replica, (x, _) = AttackReplica(net, batch()[0][:2], channels_last=True), batch()
     network = torch.compile(replica.network, backend="eager", dynamic=False)
-    replica.expect(x, 100)
+    replica.prepare(x, 100)
     replica.network(x)
     assert transformed == ["A", "B", "C"]
     for _ in range(3):
@@ -371,7 +372,7 @@ def test_a_shallow_copy_of_a_layer_has_no_state_of_its_own(net: nn.Module, trans
         each(z)
     move(net)
     replica.refresh()
-    replica.expect(x, 100)
+    replica.prepare(x, 100)
     torch.testing.assert_close(
         twin(z), F.conv2d(z, layer.weight, layer.bias, padding=1), rtol=1e-3, atol=1e-3
     )

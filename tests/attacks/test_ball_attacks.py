@@ -17,7 +17,8 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal, margin
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import diameter, start_point, usual_step

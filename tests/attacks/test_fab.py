@@ -13,9 +13,9 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.plane_search import length, project_l1
 from fastdynat.attacks import Nearest, fab, parse_attack
 from fastdynat.attacks.fab import FAB
+from fastdynat.attacks.plane_search import length, project_on_hyperplane_l1
 from fastdynat.errors import UserError
 
 NORMS = ("linf", "l2", "l1")
@@ -212,7 +212,7 @@ def test_l1_projection_is_the_nearest_point(seed: int, size: int, scale: float) 
     at = torch.rand(5, size, dtype=torch.float64, generator=generator)
     w = torch.randn(5, size, dtype=torch.float64, generator=generator).mul(2).round().div(2)  # ties and zeros
     value = scale * torch.randn(5, dtype=torch.float64, generator=generator)
-    z = project_l1(x, w, value, at)
+    z = project_on_hyperplane_l1(x, w, value, at)
     assert bool(((z >= 0) & (z <= 1)).all())
     gaps = value + (w * (x - at)).sum(1)
     for i in range(5):
@@ -231,7 +231,7 @@ def test_l1_projection_leaves_what_has_no_plane() -> None:
     w, value = torch.randn_like(x), torch.ones(4)
     value[0], w[1], value[2] = float("nan"), 0.0, float("inf")
     w[3, 0, 0, 0] = float("inf")
-    assert torch.equal(project_l1(x, w, value, x), x)
+    assert torch.equal(project_on_hyperplane_l1(x, w, value, x), x)
 
 
 # ---- names and numbers

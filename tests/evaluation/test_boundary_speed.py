@@ -14,7 +14,7 @@ from conftest import needs
 from support.stepping import make_batch, moved_network, train_step
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary
+from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, boundary
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
@@ -228,8 +228,7 @@ def test_a_run_with_it_is_bit_for_bit_the_run_without(method: list[str], tmp_pat
     [
         (
             ["--boundary-speed", "21"],
-            "--boundary-speed 21: there are 20 validation images; ask for fewer, or hold more out with "
-            "--val-size",
+            "--boundary-speed 21: there are 20 validation images; ask for fewer, or hold more out with --val-size",
         ),
         (
             ["--boundary-speed", "-1"],

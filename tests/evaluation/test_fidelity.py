@@ -21,7 +21,8 @@ from support.splits import load_train
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec

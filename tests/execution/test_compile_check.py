@@ -13,7 +13,8 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat import PGD
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.execution import compiling

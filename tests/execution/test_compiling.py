@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastdynat import PGD, trades_loss
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.compiled_ascent import MAX_KINDS
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import APGD

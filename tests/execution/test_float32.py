@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastdynat import PGD
 from fastdynat.attack_engine import network_comparison as answers
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec

@@ -16,7 +16,7 @@ from support.networks import tiny_cnn
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig, to_flat

@@ -34,7 +34,7 @@ from support.transcriptions import attack, ce_goal, kl_goal, log_probs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult

@@ -19,10 +19,10 @@ from support.stepping import EPS, K, N, assert_same_step, make_batch, moved_netw
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.boundary import Boundary, BoundarySpec, boundary, boundary_start
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, boundary, boundary_start
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fastdynat.attack_engine.boundary import BoundarySpec, boundary, boundary_start
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attacks.boundary_search import BoundarySpec, boundary, boundary_start
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.methods import Dyart, DyartOptions

@@ -33,7 +33,7 @@ from support.stepping import (
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.network_modes import frozen_twin
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import OptimConfig

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastdynat import ops
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica

@@ -10,7 +10,8 @@ from conftest import needs
 from support.networks import tiny_cnn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.boundary import BoundarySpec
+from fastdynat.attacks.boundary_search import BoundarySpec
 
 
 def phi(net: nn.Module, x: Tensor, label: int, temperature: float) -> Tensor:

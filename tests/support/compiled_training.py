@@ -7,7 +7,7 @@ import torch
 from support.networks import tiny_cnn
 from torch import Tensor
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch

@@ -5,7 +5,7 @@ from support.boundary_reference import phi, published_filter, published_search
 from support.stepping import K, N
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.boundary import BoundarySpec
+from fastdynat.attacks.boundary_search import BoundarySpec
 
 
 def reference_step(

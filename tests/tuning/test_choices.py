@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.networks import tiny_cnn
 
-from fastdynat.attack_engine.engine import AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.commands.evaluate.settle import settled
 from fastdynat.commands.parsing.aliases import BARE
 from fastdynat.compat.torchattacks import PGD

@@ -1,20 +1,17 @@
-"""The nearest point of the decision boundary: FAB (Croce & Hein 2020) on the scalar soft margin, DyART's
-inner problem.
+"""Nearest point of the decision boundary: FAB on the scalar soft margin, DyART's inner problem.
 
-`soft_margin` makes one function per image of K - 1 boundaries; its zeros lie inside the true boundary, so
-that distances are lower bounds of the margin. Every iteration takes the plane that the function's gradient
-predicts, goes to where this plane is near both the iterate and the image, and once across, pulls back towards
-the image. All images of a batch are carried through all iterations and masked, so that shapes are fixed and
-nothing waits for the device.
+FAB is Croce & Hein 2020 (arXiv 1907.02044), DyART is arXiv 2302.03015. `soft_margin` turns the K - 1
+boundaries of an image into one function, whose zeros lie inside the true boundary: distances are lower bounds
+of the margin. Each iteration linearises the function, moves close to the plane of its zeros, between the
+iterate and the image, and once across the boundary pulls back towards the image. All images of a batch run
+through all iterations under a mask, so shapes are fixed and nothing waits for the device.
 
-One detail of the released code (arXiv 2302.03015) is not copied: by an indexing slip it takes the weight
-between iterate and image from the batch's first image for all images. Here each image has its own, as the FAB
-paper writes it.
+One detail of DyART's released code is not copied: an indexing slip makes it use the first image's weight
+between iterate and image for the whole batch. Here each image has its own, as in the FAB paper.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +21,36 @@ from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import check_batch
-from fastdynat.attack_engine.plane_search import length, move, per_image, start_away
+from fastdynat.attacks.plane_search import length, move, per_image, start_away
 from fastdynat.errors import UserError
 from fastdynat.models.logits import half_of
 from fastdynat.ops import soft_margin
 
-# Images whose soft margin is not above this have no boundary to look for.
+# Images whose soft margin is no larger are misclassified and are not searched.
 LEAST_MARGIN = 1e-9
-# The approximate optimality test of the found point, DyART's `use_high_quality`.
-DEEPEST_MARGIN, NEAR_MAXIMAL, DESCENT, DESCENDING_SHARE, FLAT = -0.3, 0.8, 1e-7, 0.9, 0.1
+# Approximate optimality test of the found point, DyART's `use_high_quality` (`Boundary.usable`).
+DEEPEST_MARGIN = -0.3
+NEAR_MAXIMAL = 0.8
+DESCENT = 1e-7
+DESCENDING_SHARE = 0.9
+FLAT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundarySpec:
-    """The numbers of one search under L-inf; the defaults are DyART's. Sizes in [0, 1] pixel units.
+    """Hyperparameters of the search under L-inf; the defaults are DyART's. Sizes in [0, 1] pixel units.
 
     Attributes:
-        steps: iterations, each of two forward passes and one backward pass to the input.
-        eps_start: the search begins at L-inf distance eps_start / 2 from the image, in a random direction; 0
-            is at the image.
-        alpha_max: the most that the move from the image weighs beside the move from the iterate.
-        eta: how far a move goes beyond the predicted boundary, 1 is onto it.
-        beta_back: what is left of the distance to the image after pulling back.
+        steps: iterations, each of two forward passes and one backward pass.
+        eps_start: the search starts at L-inf distance eps_start / 2 from the image, in a random direction; 0
+            starts at the image.
+        alpha_max: largest weight of the move from the image, against the move from the iterate.
+        eta: overshoot of a move beyond the predicted boundary; 1 stops on it.
+        beta_back: share of the distance to the image that remains after pulling back.
         temperature: of the soft margin.
-        flat_pixel_test: `Boundary.usable` asks for a pixel that moved less than the farthest ones and whose
-            gradient is at most 0.1, as DyART's code does. Where all pixels move as far, as on most images of
-            a linear network, there is none.
+        flat_pixel_test: `Boundary.usable` also asks for a pixel that moved less than the farthest ones and
+            has a gradient of at most 0.1, as DyART's code does. Where all pixels move equally far, as on most
+            images of a linear network, there is none.
     """
 
     steps: int = 20
@@ -76,17 +77,17 @@ class BoundarySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary(AttackResult):
-    """The nearest boundary points that a search found; `x_adv` is the image itself where it found none.
+    """Nearest boundary points of a search; `x_adv` is the image itself where none was found.
 
     Attributes:
-        found: (N,) bool: a point with negative soft margin was found. Never where the image's own is 1e-9 or
-            less.
+        found: (N,) bool: a point with negative soft margin was found; never where the image's own soft margin
+            is 1e-9 or less.
         distance: (N,) L-inf distance of `x_adv` from the image; 0 where none was found.
         margin: (N,) soft margin at `x_adv`, just below 0 where found.
-        grad_norm: (N,) L1 norm of the margin's gradient at `x_adv`, the dual of the distance's.
-        usable: (N,) bool: found, the gradient is not 0, and nearly a nearest point: the margin is above -0.3,
-            and more than 90 % of the pixels that moved by more than 80 % of the distance moved against the
-            gradient; with `flat_pixel_test`, one of the others has a gradient of at most 0.1.
+        grad_norm: (N,) L1 norm, dual to L-inf, of the margin's gradient at `x_adv`.
+        usable: (N,) bool: found, with a nonzero gradient, and nearly nearest: the margin is above -0.3, and
+            of the pixels that moved more than 80 % of the distance, more than 90 % moved against the
+            gradient; with `flat_pixel_test`, another pixel has a gradient of at most 0.1.
     """
 
     found: Tensor
@@ -95,36 +96,28 @@ class Boundary(AttackResult):
     grad_norm: Tensor
     usable: Tensor
 
-    def clone(self) -> "Boundary":
-        """A copy in memory of its own."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        copies: dict[str, Any] = {
-            name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()
-        }
-        return Boundary(**copies)
-
 
 def run_boundary(
     ascent: Ascent,
     x: Tensor,
     labels: Tensor,
-    spec: BoundarySpec,
-    *,
     x_start: Tensor | None = None,
+    *,
+    spec: BoundarySpec,
     generator: torch.Generator | None = None,
 ) -> Boundary:
-    """Search from `x` (N, C, H, W) on a network that is in eval mode already; the caller owns grad mode.
+    """Search the boundary from `x` (N, C, H, W) on a network in eval mode; the caller sets grad mode.
 
-    x_start: begin exactly here instead of drawing a start.
+    x_start: starting points; None draws them (`boundary_start`).
     """
     z = boundary_start(x, spec.eps_start, generator=generator) if x_start is None else x_start.detach()
-    # Distances jump from infinity where a point has crossed the boundary, which rounding decides; the nearest
-    # points tell them.
+    # Distances start at infinity, so rounding at the boundary decides whether they are finite: the comparison
+    # of compiled code looks at the nearest points instead.
     names = ("point", "model input", "nearest point", "", "count of zero gradients")
     iterate = ascent.compiled(
         partial(_iterate, spec=spec), key=replace(spec, steps=1, eps_start=0.0), names=names
     )
-    # What no distance is below can never be improved: this alone keeps an image out of the search.
+    # No distance is below -inf, so a misclassified image never gets a point.
     distance = torch.where(_margin(ascent, x, labels, spec) > LEAST_MARGIN, float("inf"), float("-inf")).to(
         x.dtype
     )
@@ -139,6 +132,7 @@ def run_boundary(
     margin, grad = ascent.margin_and_grad(ascent.to_model_input(nearest), labels, spec.temperature)
     found = distance.isfinite()
     grad_norm = grad.abs().flatten(1).sum(1)
+    near = nearly_nearest(nearest - x, margin, grad, flat_pixel_test=spec.flat_pixel_test)
     return Boundary(
         nearest.detach(),
         zero_grads,
@@ -147,16 +141,12 @@ def run_boundary(
         distance=torch.where(found, distance, 0.0),
         margin=margin,
         grad_norm=grad_norm,
-        usable=found
-        & (grad_norm > 0)
-        & nearly_nearest(nearest - x, margin, grad, flat_pixel_test=spec.flat_pixel_test),
+        usable=found & (grad_norm > 0) & near,
     )
 
 
 def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """``clip(x + eps / 2 * u / ||u||_inf)`` with u uniform in the cube: at L-inf distance eps / 2, but for
-    clipping.
-    """
+    """``clip(x + eps / 2 * u / ||u||_inf)``, u uniform in the cube: L-inf distance eps / 2 before clipping."""
     return start_away(x, eps / 2, generator=generator)
 
 
@@ -191,9 +181,7 @@ def _iterate(
 
 
 def nearly_nearest(moved: Tensor, margin: Tensor, grad: Tensor, *, flat_pixel_test: bool = False) -> Tensor:
-    """(N,) bool: the margin is shallow, the pixels that moved farthest moved against the gradient, and
-    another is flat (`Boundary.usable`).
-    """
+    """(N,) bool: the optimality test of `Boundary.usable`. moved, grad: (N, C, H, W)."""
     moved, grad = moved.flatten(1), grad.flatten(1)
     farthest = moved.abs() > NEAR_MAXIMAL * moved.abs().amax(1, keepdim=True)
     descending = farthest & (moved * grad < -DESCENT)
@@ -215,22 +203,21 @@ def boundary(
     x_start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Boundary:
-    """Search the boundary of `model` in eval mode and full precision, whatever state the caller is in, as
-    `pgd` attacks it.
+    """Search the boundary of `model` in eval mode and full precision, independent of the caller's modes.
 
     Args:
         model: images in [0, 1] -> logits (N, K).
         x: (N, C, H, W), float32 or float64, in [0, 1].
         labels: (N,) int64.
-        x_start: begin exactly here instead of drawing a start.
+        x_start: starting points; None draws them (`boundary_start`).
         generator: source of the random start; None is torch's global one.
 
     Raises:
-        UserError: `x` is not float32 or float64, or there are not as many labels.
+        UserError: `x` is not float32 or float64, or the number of labels differs.
     """
     labels = check_batch(x, AttackGoal("margin", labels)).target
     half_of(model, x.dtype)
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         x, labels = x.detach().clone(), labels.clone()
         x_start = None if x_start is None else x_start.detach().clone()
-        return run_boundary(Ascent(model), x, labels, spec, x_start=x_start, generator=generator)
+        return run_boundary(Ascent(model), x, labels, x_start, spec=spec, generator=generator)

@@ -2,6 +2,7 @@
 its invariants.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,16 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat.attack_engine.boundary import BoundarySpec, boundary, boundary_start, nearly_nearest
-from fastdynat.attack_engine.engine import AttackEngine, AttackSwitches
+from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attacks.boundary_search import (
+    Boundary,
+    BoundarySpec,
+    boundary,
+    boundary_start,
+    nearly_nearest,
+    run_boundary,
+)
 from fastdynat.errors import UserError
 from fastdynat.execution.graphed_call import WARM_UP_CALLS
 
@@ -200,11 +209,15 @@ def engine_and_batch(n: int = 16, **switches: Any) -> tuple[AttackEngine, nn.Mod
     return engine, net, x, net.eval()(x).argmax(1)
 
 
+def search(engine: AttackEngine, x: Tensor, y: Tensor, spec: BoundarySpec, *start: Tensor) -> Boundary:
+    return engine.captured(partial(run_boundary, spec=spec), x, y, *start, key=spec, passes=spec.steps)
+
+
 def test_the_engine_finds_what_the_plain_network_finds() -> None:
     engine, net, x, y = engine_and_batch()
     start = boundary_start(x, 0.03)
     got, want = (
-        engine.boundary(x, y, BoundarySpec(), x_start=start),
+        search(engine, x, y, BoundarySpec(), start),
         boundary(net, x, y, BoundarySpec(), x_start=start),
     )
     assert torch.equal(got.found, want.found)
@@ -219,7 +232,7 @@ def test_in_half_precision_the_points_are_on_the_full_precision_boundary(dtype: 
     engine, net, x, y = engine_and_batch(dtype=dtype, channels_last=True)
     start = boundary_start(x, 0.03)
     got, want = (
-        engine.boundary(x, y, BoundarySpec(), x_start=start),
+        search(engine, x, y, BoundarySpec(), start),
         boundary(net, x, y, BoundarySpec(), x_start=start),
     )
     assert got.margin.dtype == got.grad_norm.dtype == got.distance.dtype == got.x_adv.dtype == torch.float32
@@ -250,9 +263,9 @@ def test_captured_it_is_the_same_search() -> None:
     plain, *_ = engine_and_batch(fold=False)
     for call in range(WARM_UP_CALLS + 2):
         torch.manual_seed(call)
-        got = graphed.boundary(x, y, BoundarySpec(steps=4))
+        got = search(graphed, x, y, BoundarySpec(steps=4))
         torch.manual_seed(call)
-        want = plain.boundary(x, y, BoundarySpec(steps=4))
+        want = search(plain, x, y, BoundarySpec(steps=4))
         for name in ("x_adv", "found", "distance", "margin", "grad_norm", "usable", "zero_grads"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert (recorder.captured, recorder.replayed) == (1, 2)
@@ -265,11 +278,11 @@ def test_compiled_it_is_one_graph_and_the_same_search(dtype: torch.dtype | None)
     plain, *_ = engine_and_batch(dtype=dtype)
     start = boundary_start(x, 0.03)
     counters.clear()
-    got = compiled.boundary(x, y, BoundarySpec(), x_start=start)
-    compiled.boundary(x, y, BoundarySpec(steps=5))
+    got = search(compiled, x, y, BoundarySpec(), start)
+    search(compiled, x, y, BoundarySpec(steps=5))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    want = plain.boundary(x, y, BoundarySpec(), x_start=start)
+    want = search(plain, x, y, BoundarySpec(), start)
     both = got.found & want.found
     assert int(both.sum()) > 10
     tight = dtype is None

@@ -97,11 +97,15 @@ def move(
 
 
 def project(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str = "linf") -> Tensor:
-    """`project_on_hyperplane` in the box [0, 1], under "l1" as well (`project_l1`)."""
-    return project_l1(x, w, value, at) if norm == "l1" else project_on_hyperplane(x, w, value, at, norm=norm)
+    """`project_on_hyperplane` in the box [0, 1], under "l1" as well (`project_on_hyperplane_l1`)."""
+    return (
+        project_on_hyperplane_l1(x, w, value, at)
+        if norm == "l1"
+        else project_on_hyperplane(x, w, value, at, norm=norm)
+    )
 
 
-def project_l1(x: Tensor, w: Tensor, value: Tensor, at: Tensor) -> Tensor:
+def project_on_hyperplane_l1(x: Tensor, w: Tensor, value: Tensor, at: Tensor) -> Tensor:
     """Return, per image, a point z of [0, 1] with value + w . (z - at) = 0 at the smallest L1 distance from
     `x` in [0, 1].
 
