@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from result_tables import table
+from tables import table
 
 from fastdynat.attacks.catalog import KNOWN
 from fastdynat.commands.about import DoctorCommand, RecipesCommand

@@ -1,6 +1,7 @@
 """The picture of the layers, drawn from the ones that the tests hold the package to."""
 
 import ast
+import re
 from html import escape
 from pathlib import Path
 
@@ -46,9 +47,20 @@ def picture() -> str:
             for name in line:
                 parts.append(box(name, x, y + ROW * i + (ROW - BOX) // 2))
                 x += wide(name) + 8
+            if len(line) == 1:
+                parts.append(
+                    f'<text class="about" x="{x + 8}" y="{y + ROW * i + ROW // 2 + 4}">{short(line[0], x)}</text>'
+                )
         y += tall
     svg = f'<svg class="layers" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Layers">{"".join(parts)}</svg>'
     return f"<div>{svg}</div>"  # in one line, or Markdown makes paragraphs of it
+
+
+def short(name: str, x: int) -> str:
+    """What fits of the description of `name` from pixel `x` on, ended at a colon, semicolon or full stop."""
+    text = re.split(r"[.:;] |[.:;]$", about(name).replace("`", ""))[0]
+    most = (WIDTH - 40 - x) * 10 // 63
+    return escape(text if len(text) <= most else f"{text[:most].rpartition(' ')[0]} ...")
 
 
 def wide(name: str) -> int:

@@ -8,6 +8,7 @@ import api_pages
 import flag_tables
 import layer_picture
 import result_tables
+import tables
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -46,6 +47,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called with all files: adds the stored charts as results/NAME.svg."""
-    for path in sorted(result_tables.RESULTS.glob("*.svg")):
+    for path in sorted(tables.RESULTS.glob("*.svg")):
         files.append(File.generated(config, f"images/results/{path.name}", abs_src_path=str(path)))
     return files

@@ -1,11 +1,9 @@
 """Tables of results, drawn from the files in bench/results, each with how it was made."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+from tables import Values, made, number, percent, read, table
+
 METHODS = {
     "natural": "natural",
     "madry": "Madry",
@@ -21,50 +19,6 @@ AUTO = {
     "auto_small_avx2_cpu": "the same, limited to AVX2",
     "auto_resnet18_cpu": "`resnet18`, batch 8",
 }
-Values = dict[str, Any]
-
-
-def read(name: str) -> Values:
-    """The stored results called `name`."""
-    values: Values = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return values
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def number(value: float) -> str:
-    """Four digits at most, with thousands apart."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def made(*names: str) -> str:
-    """How the files called `names` were made, folded away."""
-    lines = ['??? note "How it was made"', ""]
-    for name in names:
-        values = read(name)
-        machine = values["environment"]
-        versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "python") if key in machine)
-        commit = f", commit `{values['commit'][:10]}`" if "commit" in values else ""
-        busy = machine.get("load_average") or machine.get("load_average_at_end")
-        load = f", load average {busy[0]:.1f}" if busy else ""
-        lines += [
-            f"    `bench/results/{name}.json`: {machine['cpu']}, {machine['threads']} threads{load}, {versions},"
-            f" {machine['time'][:10]}{commit}.",
-            "",
-        ]
-        commands = [entry["command"] for entry in values.get("commands", ())] or [values.get("command")]
-        if commands != [None]:
-            lines += ["    ```text", *(f"    {command}" for command in commands), "    ```", ""]
-    return "\n".join(lines)
 
 
 def controls(name: str) -> str:
