@@ -11,8 +11,8 @@ from typing import Any
 
 from tables import table
 
-from fastdynat.attacks.catalog import KNOWN
 from fastdynat.commands.about import DoctorCommand, RecipesCommand
+from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.commands.evaluate.command import EvalCommand
 from fastdynat.commands.outputs import BoundaryCommand, ExportCommand, ReportCommand
 from fastdynat.commands.parsing.aliases import GPU, SPELLINGS, VALUES
@@ -171,7 +171,7 @@ def spellings() -> str:
 
 def attacks() -> str:
     """Every name that --attacks takes."""
-    return table(["Name", "What it is"], [[f"`{name}`", cell(text)] for name, text in KNOWN.items()])
+    return table(["Name", "What it is"], [[f"`{name}`", cell(text)] for name, text in known_names().items()])
 
 
 def recipes() -> str:

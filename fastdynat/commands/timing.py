@@ -61,7 +61,9 @@ class CompareCommand:
 
 
 # compare has no option of a method as a flag: --set has.
-OWN_OF_METHODS = {flag: f"{why}; write --set METHOD.KEY=VALUE" for flag, why in OtherMethodsFlags(NoOptions).items()}
+OWN_OF_METHODS = {
+    flag: f"{why}; write --set METHOD.KEY=VALUE" for flag, why in OtherMethodsFlags(NoOptions).items()
+}
 
 
 def bench(argv: list[str]) -> int:
@@ -70,7 +72,11 @@ def bench(argv: list[str]) -> int:
     options = options_type(method)
     default = BenchCommand(method=method, options=options())
     command: BenchCommand[Any] = parse(
-        of_options(BenchCommand, options), argv, "bench", default=default, elsewhere=OtherMethodsFlags(options)
+        of_options(BenchCommand, options),
+        argv,
+        "bench",
+        default=default,
+        elsewhere=OtherMethodsFlags(options),
     ).command
     groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
     config: TrainConfig[Any] = TrainConfig(**groups)

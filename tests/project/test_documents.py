@@ -12,7 +12,7 @@ import pytest
 from conftest import needs
 from support.documents import PAGES, ROOT, blocks, hooks, name_of
 
-from fastdynat.attacks.catalog import KNOWN
+from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.methods import METHODS, options_type
 from fastdynat.recipes import recipe_names
 
@@ -52,7 +52,7 @@ def test_the_pages_build_and_hold_what_is_generated(site: Path) -> None:
     assert all(f'id="{name}"' in flags for name in METHODS)
     assert all(f"<code>{name}</code>" in page(site, "train/recipes") for name in recipe_names())
     attacks = page(site, "evaluate/attacks")
-    assert all(f"<code>{name}</code>" in attacks for name in KNOWN)
+    assert all(f"<code>{name}</code>" in attacks for name in known_names())
     assert 'class="layers"' in page(site, "design")
     assert not [
         path for path in site.rglob("*.html") if "<!-- generated:" in path.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 What a block above is marked with says what is not run, and why (`support.documents`).
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -17,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.documents import PAGES, Block, blocks, name_of
+from safetensors.torch import load_file
+from support.documents import PAGES, ROOT, Block, blocks, name_of
 from support.networks import tiny_cnn
 
 from fastdynat.commands.main import main
+from fastdynat.methods import METHODS
 
+EXTEND = ROOT / "docs" / "extend.md"
 IMAGES = "--val-size 4 --batch-size 4"
 DIGITS = "--train-size 60 --val-size 20 --batch-size 20"
 EVALUATED = "--num-images 8 --batch-size 8"
@@ -157,6 +161,24 @@ def test_the_page_runs(page: Path, folder: Path) -> None:
 @pytest.mark.parametrize("page", SLOW, ids=name_of)
 def test_the_page_runs_with_its_slow_blocks(page: Path, folder: Path) -> None:
     run(page, slow=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_method_without_its_own_term_is_madrys(folder: Path) -> None:
+    (block,) = [block for block in blocks(EXTEND) if block.title == "squeeze.py"]
+    Path("squeeze.py").write_text(block.text)
+    importlib.import_module("squeeze")
+    try:
+        for method, flags in (("squeeze", "--squeeze-weight 0"), ("madry", "")):
+            words = ["train", "--method", method, "--run-dir", f"runs/{method}", "--epochs", "2"]
+            assert main(small(words, flags)) == 0
+    finally:
+        del METHODS["squeeze"]
+    left, right = (load_file(f"runs/{name}/last/model.safetensors") for name in ("squeeze", "madry"))
+    learned = [key for key in left if key.endswith(("weight", "bias"))]
+    assert learned
+    for key in learned:
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
