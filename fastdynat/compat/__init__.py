@@ -1,4 +1,10 @@
-"""Other libraries' interfaces over fastdynat's attacks."""
+"""Interfaces of other libraries on fastdynat's attack engine.
+
+- `torchattacks`: its attack classes, on `torchattacks_base`;
+- `losses`: published training losses by the calls of their releases, on `inner_attack`;
+- `replica_cache`, `runner`, `agreement`: the replica that both run on, kept in step with the user's model;
+- `arguments`: the warning about images without a gradient.
+"""
 
 from fastdynat.compat.inner_attack import refresh
 

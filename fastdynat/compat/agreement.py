@@ -1,4 +1,4 @@
-"""Whether a replica still answers as the model that it stands for: looked at in every call."""
+"""Comparison of a replica's logits with its model's, at every call."""
 
 import torch
 from torch import Tensor
@@ -6,31 +6,31 @@ from torch import Tensor
 from fastdynat.attack_engine.network_comparison import HALF, LOGITS, ROUNDING, answer, differs, share
 from fastdynat.compat.runner import OnModel, OnReplica
 
-SOME = 2  # images of each batch that are looked at
+COMPARED = 2  # images of each batch
 MOST_SHAPES = 64
 
 
 class Agreement:
-    """Compares the answers of a replica and of its model to the caller's own images.
+    """Compares the logits of a replica and its model at the caller's own images.
 
-    To the first batch of each shape whole, since a network may take another way for it; then to the first two
-    images of every batch: one forward pass of two images beside an attack of tens of passes of all. What
-    cannot be seen in a model, such as the contents of a file or a value in a compiled extension, is noticed
-    here. Random streams are left as they were; a model that draws in eval mode draws the same numbers as its
-    replica.
+    The first batch of each shape is compared whole, since a network may branch on the shape; later batches by
+    their first two images: one forward pass of two images beside an attack of tens of passes of all. This
+    notices changes that cannot be seen in a model, such as the contents of a file or a value in a compiled
+    extension. Random streams are left as they were; a model that draws in eval mode draws the same numbers as
+    its replica.
     """
 
     def __init__(self) -> None:
         self._shapes: set[torch.Size] = set()
         self._most = LOGITS
-        self._whole = False  # the model takes no batch of two
+        self._whole = False  # the model does not take a batch of two
 
     def __call__(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
         """x: (N, C, H, W) images in [0, 1]."""
         if len(x) == 0:
             return True
         new = x.shape not in self._shapes and len(self._shapes) < MOST_SHAPES
-        part = x if new or self._whole else x[:SOME]
+        part = x if new or self._whole else x[:COMPARED]
         try:
             agrees = self._agree(on_model, replica, part)
         except (RuntimeError, ValueError):
@@ -46,9 +46,8 @@ class Agreement:
         want = answer(on_model.eval_logits, x)
         try:
             got = answer(replica.eval_logits, x)
-        except (
-            Exception
-        ):  # the model takes these images: its code has changed, or a view needs another layout at this size
+        except Exception:
+            # The model takes these images: its code has changed, or a view needs another layout at this size.
             return False
         dtype = on_model.dtype or want.dtype
         most = HALF[dtype][0] if dtype in HALF else self._most
@@ -58,19 +57,19 @@ class Agreement:
             on_model.dtype is not None
             and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF
         ):
-            # Half precision itself may cost this network more than that.
+            # Half precision itself may cost this network more.
             exact = answer(OnModel(on_model.model, on_model.modes, None).eval_logits, x)
             return share(exact, got, torch.max) <= most + 3 * share(exact, want, torch.max)
         if dtype in HALF or self._shapes:
             return False
-        # A replica that is new and checked: this is how coarsely it rounds.
+        # A new replica, already checked: its difference is rounding.
         found = share(want, got, torch.max)
         self._most = min(5 * found, ROUNDING)
         return found <= ROUNDING
 
 
 def _read(flag: Tensor) -> bool:
-    """The value of a bool tensor; on a GPU after what was launched before it, by an event."""
+    """The value of a bool tensor; on a GPU an event waits for the work launched before it."""
     if flag.device.type != "cuda":
         return bool(flag)
     host = torch.empty((), dtype=torch.bool, pin_memory=True)

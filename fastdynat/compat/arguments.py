@@ -1,4 +1,4 @@
-"""Whether a call's attack attacked all images, told without making the host wait for a GPU."""
+"""Warning about images without a gradient, given without making the host wait for a GPU."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ class GradientWatch:
         self._warn, self._told, self._later = warn, False, Deferred(self._judge)
 
     def __call__(self, result: AttackResult, remedy: str) -> None:
-        """remedy: what may help (`remedy_for`)."""
+        """remedy: the advice at the end (`remedy_for`)."""
         if not self._told and result.gradients:
             self._later(result.zero_grads[None], result.gradients, remedy)
 

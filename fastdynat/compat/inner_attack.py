@@ -1,4 +1,4 @@
-"""The inner maximisation of the published loss functions, on an attack engine that follows the model."""
+"""The inner maximisation of the published loss functions, on a cached replica of the model."""
 
 import weakref
 from collections.abc import Hashable
@@ -17,41 +17,36 @@ from fastdynat.attack_engine.input_checks import (
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
-<<<<<<< HEAD
 from fastdynat.attacks.plane_search import length as length_of
 from fastdynat.attacks.plane_search import per_image
-from fastdynat.compat.replica_cache import Following, Speed, hashable, unwrapped
-=======
 from fastdynat.compat.replica_cache import ReplicaCache, Speed, hashable, unwrapped
->>>>>>> c28f7ea (wip)
 from fastdynat.compat.runner import Runner
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.logits import HALF, own_dtype
 
 NORMS = {"l_inf": "linf", "l_2": "l2"}
 
-# By model, then by what was asked for. The values do not hold the model, so it goes when its script lets go
-# of it.
+# By model, then by options. The values do not hold the model, so the script's last reference frees it.
 _replicas: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[ReplicaCache, InputCheck]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def refresh(model: nn.Module) -> None:
-    """Let the loss functions make their replicas of `model` anew at their next call.
+    """Drop the loss functions' replicas of `model`; their next call makes new ones.
 
-    Needed only after a change that neither shows in the model's Python objects nor moves its logits by a
+    Needed only after a change that neither shows in the model's Python objects nor changes its logits by a
     thousandth, such as another gradient of a compiled extension.
     """
-    for replica, _ in _replicas.get(unwrapped(model), {}).values():
-        replica.forget()
+    for cache, _ in _replicas.get(unwrapped(model), {}).values():
+        cache.forget()
 
 
 class InnerAttack:
-    """One batch's search for adversarial images, of a model in eval mode, from ``x + 0.001 N(0, I)``.
+    """The attack on one batch, of a model in eval mode, from ``x + 0.001 N(0, I)``.
 
     Attributes:
-        labels: `y` beside the images, as int64 classes, or probabilities in the images' dtype.
+        labels: `y` on the images' device, as int64 classes, or probabilities in the images' dtype.
     """
 
     def __init__(
@@ -66,19 +61,19 @@ class InnerAttack:
         speed: Speed,
         one_class: str = "",
     ) -> None:
-        """Check everything and bring the model's replica up to date.
+        """Check the arguments and bring the model's replica up to date.
 
         Args:
             x: (N, C, H, W) float32 or float64 images in [0, 1].
             y: (N,) integer classes, or (N, K) probabilities.
             step_size: of "l_inf", in pixel units; "l_2" steps by 2 * epsilon / perturb_steps.
-            epsilon: radius in pixel units; 0 searches nothing.
+            epsilon: radius in pixel units; 0 returns the images.
             one_class: name of the loss, where its labels cannot be probabilities.
-            speed: keywords of ours; without "amp" the attack is in the precision of the caller's autocast
-                region.
+            speed: options of the engine; without "amp" the attack runs in the precision of the caller's
+                autocast region.
 
         Raises:
-            UserError: what cannot be attacked, with the remedy.
+            UserError: images, labels or numbers that do not fit; the message names the remedy.
         """
         if distance not in NORMS:
             raise unknown_name("distance", distance, NORMS)
@@ -93,15 +88,15 @@ class InnerAttack:
             raise UserError(
                 f"{one_class} needs y to be one class per image, got shape {tuple(self.labels.shape)}"
             )
-        replica, check = _replica_cache(model, x, speed)
+        cache, check = _replica_cache(model, x, speed)
         # Copies, and made here: inference tensors cannot be saved for a backward pass.
         with torch.inference_mode(False):
             self._x = x.detach().clone()
-            self._runner = replica.runner(model, self._x)
-        check_classes(self.labels, replica.classes)
-        check(self._x, self.labels, replica.classes)
+            self._runner = cache.runner(model, self._x)
+        check_classes(self.labels, cache.classes)
+        check(self._x, self.labels, cache.classes)
         self._x.clamp_(0, 1)
-        self._watch = replica.watch
+        self._watch = cache.watch
 
     def from_own_prediction(self) -> Tensor:
         """The images that maximise KL(p(x) || p(x'))."""
@@ -114,7 +109,7 @@ class InnerAttack:
         return self._run(AttackGoal("ce", classes))
 
     def _run(self, goal: AttackGoal) -> Tensor:
-        """Images like those given, detached."""
+        """The adversarial images, detached, in the memory format of the images."""
         with torch.inference_mode(False), torch.enable_grad():
             if self._spec is None:
                 return self._x.clone()
@@ -128,11 +123,11 @@ def _replica_cache(model: nn.Module, x: Tensor, speed: Speed) -> tuple[ReplicaCa
     device = x.device.type
     if "amp" not in speed and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         speed = {**speed, "amp": torch.get_autocast_dtype(device)}
-    followed = _replicas.setdefault(unwrapped(model), {})
+    caches = _replicas.setdefault(unwrapped(model), {})
     key = hashable(speed)
-    if key not in followed:
-        followed[key] = ReplicaCache(**speed), InputCheck()
-    return followed[key]
+    if key not in caches:
+        caches[key] = ReplicaCache(**speed), InputCheck()
+    return caches[key]
 
 
 def _check_images(model: nn.Module, x: Tensor) -> None:
@@ -140,11 +135,15 @@ def _check_images(model: nn.Module, x: Tensor) -> None:
         raise UserError(
             f"x_natural must be a tensor (N, C, H, W), got {type(x).__name__}; use torch.as_tensor"
         )
-    half = "; leave images and model in float32 and call under torch.autocast, or with amp=True for the attack alone"
+    half = (
+        "; leave images and model in float32 and call under torch.autocast, "
+        "or with amp=True for the attack alone"
+    )
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
         remedy = half if x.dtype in HALF else "; images.float() / 255" if x.dtype == torch.uint8 else ""
         raise UserError(
-            f"x_natural must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}{remedy}"
+            f"x_natural must be float32 or float64 (N, C, H, W) in [0, 1], got {x.dtype} "
+            f"{tuple(x.shape)}{remedy}"
         )
     if own_dtype(model) in HALF:
         raise UserError(f"images are {x.dtype} and the model {own_dtype(model)}{half}")
@@ -155,8 +154,7 @@ def _ascend_linf(runner: Runner, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> 
 
 
 def _ascend_l2(runner: Runner, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> AttackResult:
-    """TRADES' L2 search: SGD on the perturbation with unit gradients, clipped to the pixel range and then to
-    the ball.
+    """TRADES' L2 attack: SGD on the perturbation with unit gradients, clipped to [0, 1], then to the ball.
 
     `attack_step_l2` projects in the other order. A vanished gradient is replaced by noise.
     """

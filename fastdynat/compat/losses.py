@@ -1,34 +1,31 @@
-"""Published training losses by the names and calls of their releases, the inner attack on fastdynat's attack
-engine.
+"""Published training losses by the names and calls of their releases, with the attack on our engine.
 
 Change one import line: ``from fastdynat import trades_loss``. Losses, gradients, running statistics and the
-train mode that the model ends in are the release's own. What differs, on purpose, in all of them:
+mode that the model is left in are the release's own. These differences are on purpose:
 
-- the attack runs on a replica of the model (`ReplicaCache`), and what is constant in it (the clean prediction,
-  the guide's label) is computed once;
+- the attack runs on a replica of the model (`ReplicaCache`), and what is constant in it (the clean
+  prediction, the guide's label) is computed once;
 - losses are computed from log-probabilities in at least float32, with nothing added inside a logarithm;
 - the start's noise comes from another random stream of the same distribution;
-- images outside [0, 1], labels that are no class of the model, and a `distance` that the release has no
-  attack for are refused.
+- images outside [0, 1], labels that are not classes of the model, and a `distance` for which the release
+  has no attack are refused.
 
 Common arguments: model: images in [0, 1] -> logits (N, K); also wrapped by DataParallel, torch.compile or
-    DistributedDataParallel. The last
-        with broadcast_buffers=False (forward_sync_buffers=False from torch 2.14), as for the releases: two
-        passes in train mode come before ``backward()``.
+        DistributedDataParallel. The last needs broadcast_buffers=False (forward_sync_buffers=False from torch
+        2.14), as it does for the releases: two passes in train mode come before ``backward()``.
     x_natural: (N, C, H, W) float32 or float64 images in [0, 1], of the model's dtype.
     y: (N,) integer classes; also a list or a numpy array.
-    optimizer: its ``zero_grad`` is called, between the attack and the losses, unless ``zero_grad=False``;
-        None then.
-    zero_grad: False leaves gradients alone, so that those of several calls can be added up.
+    optimizer: its ``zero_grad`` is called between the attack and the losses; None with ``zero_grad=False``.
+    zero_grad: False leaves gradients alone, so that those of several calls add up.
     step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and
-        another compilation: where it changes at each call, ``graphs=False``.
+        another compilation: where it changes at each call, use ``graphs=False``.
     beta: weight of the second term.
     distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no
         step_size.
-    speed: `Speed`, whose ``output`` is about model and guide alike; without ``amp`` the attack is as precise
-        as the caller's autocast region.
+    speed: `Speed`; its ``output`` applies to model and guide. Without ``amp`` the attack runs in the
+        precision of the caller's autocast region.
 
-All return a scalar with its graph, for ``backward()``, and raise UserError for what they refuse.
+All return a scalar with its graph, for ``backward()``, and raise UserError for arguments that they refuse.
 """
 
 import warnings
@@ -70,9 +67,9 @@ def trades_loss(
 
     y may also be (N, K) probabilities. bn_third_pass: the release computes ``f(x)`` again for the KL, so
     running statistics see the clean images before and after the attacked ones: they are 67 % clean, at batch
-    norm's default momentum. Here that pass has no graph, since gradients add up to the same (but for dropout,
-    whose mask the KL's clean term shares with the CE here). False leaves it out; the statistics are then 47 %
-    clean.
+    norm's default momentum. Here that pass has no graph, since the gradients are the same without it (except
+    under dropout, whose mask the KL's clean term shares with the CE here). False leaves the pass out; the
+    statistics are then 47 % clean.
     """
     _check_optimizer(optimizer, zero_grad)
     attack = InnerAttack(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)
@@ -80,7 +77,7 @@ def trades_loss(
     answer = _begin(model, optimizer, zero_grad, speed)
     clean, attacked = wide(answer(x_natural)), wide(answer(x_adv))
     if bn_third_pass:
-        _move_statistics(model, x_natural)
+        _update_statistics(model, x_natural)
     return (
         F.cross_entropy(clean, attack.labels)
         + beta * kl_from_log_probs(clean.log_softmax(1), attacked).mean()
@@ -105,9 +102,9 @@ def mart_loss(
     """``BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))``, the attack maximising ``CE(f(x'), y)`` (Wang
     et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples").
 
-    ``BCE = -log p_y(x') - log(floor + 1 - max_{k != y} p_k(x'))``. The release has the floor 0.0001, so that
-    it ends at 9.2 and has no gradient there. Without one it is exact: 150, with its gradient, at a logit gap
-    of 150.
+    ``BCE = -log p_y(x') - log(floor + 1 - max_{k != y} p_k(x'))``. The release's floor of 0.0001 caps the
+    second term at 9.2, where it has no gradient. Without a floor it is exact: 150, with its gradient, at a
+    logit gap of 150.
     """
     if not 0 <= floor < 1:
         raise UserError(f"floor must be in [0, 1), got {floor:g}; MART's release has 0.0001")
@@ -143,11 +140,11 @@ def dynat_loss(
     maximising ``CE(f(x'), l)`` (DYNAT, arXiv 2408.13102; `fastdynat.methods.dynat`).
 
     The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward:
-    after the attacked images, let the clean ones move the model's running statistics, as the release's unused
-    pass does.
+    after the attacked images, update the model's running statistics by the clean ones, as the release's
+    unused pass does.
 
-    beta: the release accepts one and ignores it, and its script passes 6; what it minimises is beta = 1, the
-    default. Another value is used here, with a warning.
+    beta: the release ignores the beta that its script passes, which is 6, and minimises the loss of beta = 1,
+    the default. Another value is used here, with a warning.
     """
     _check("dynat_loss", distance, optimizer, zero_grad)
     if beta != 1:
@@ -160,7 +157,7 @@ def dynat_loss(
     answer = _begin(model, optimizer, zero_grad, speed)
     fit = dynamic_label_cross_entropy(answer(x_adv), guided.predictions)
     if bn_clean_forward:
-        _move_statistics(model, x_natural)
+        _update_statistics(model, x_natural)
     return guided.loss + beta * fit.loss
 
 
@@ -196,7 +193,8 @@ def lbgat_loss(
 def _check(name: str, distance: str, optimizer: Optimizer | None, zero_grad: bool) -> None:
     if distance == "l_2":
         raise UserError(
-            f"{name} has no attack for distance 'l_2' (its release trains on noise there); use distance='l_inf'"
+            f"{name} has no attack for distance 'l_2', for which its release trains on noise; use "
+            "distance='l_inf'"
         )
     _check_optimizer(optimizer, zero_grad)
 
@@ -204,14 +202,14 @@ def _check(name: str, distance: str, optimizer: Optimizer | None, zero_grad: boo
 def _check_optimizer(optimizer: Optimizer | None, zero_grad: bool) -> None:
     if optimizer is None and zero_grad:
         raise UserError(
-            "optimizer=None: nothing can have its gradients set to zero; pass zero_grad=False, or the optimizer"
+            "optimizer=None: there are no gradients to set to zero; pass zero_grad=False, or the optimizer"
         )
 
 
 def _begin(
     model: nn.Module, optimizer: Optimizer | None, zero_grad: bool, speed: Speed
 ) -> Callable[[Tensor], Tensor]:
-    """Train mode and no old gradients, in the releases' order; returns what answers images with logits."""
+    """Set train mode and clear gradients, in the releases' order; returns images -> logits."""
     model.train()
     if optimizer is not None and zero_grad:
         optimizer.zero_grad()
@@ -226,14 +224,14 @@ def _answers(model: nn.Module, speed: Speed) -> Callable[[Tensor], Tensor]:
 @cache
 def _warn_of_beta(beta: float) -> None:
     warnings.warn(
-        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its script passes, "
-        "which is 6. Leave beta out for the release's loss",
+        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its "
+        "script passes, which is 6. Leave beta out for the release's loss",
         stacklevel=3,
     )
 
 
-def _move_statistics(model: nn.Module, x: Tensor) -> None:
-    """A pass of which only what it does to the buffers is left."""
+def _update_statistics(model: nn.Module, x: Tensor) -> None:
+    """A forward pass for its effect on the running statistics alone."""
     if next(model.buffers(), None) is None:
         return
     # DistributedDataParallel would prepare for a backward pass that never comes.

@@ -1,4 +1,4 @@
-"""What attacks on a model run on from call to call, while others train, move and replace it."""
+"""The replica of a model that attacks run on, kept from call to call while the model changes."""
 
 import threading
 import types
@@ -37,17 +37,17 @@ class Speed(TypedDict, total=False):
         amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a
             warning, float32; a dtype insists on it.
         compile: True compiles gradients with torch.compile where that is faster, measured at the first call;
-            a string is a mode and insists. True is also what a model that torch.compile has made gets.
+            a string is a mode and insists. A model made by torch.compile is treated as with True.
         channels_last: run the network in channels-last memory format; None is what is fast on this machine.
         graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
         fold: fold batch norm into the layers before it.
         winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds
             about five times as coarsely.
-        output: where the model returns more than logits, which part of its answer they are: a key or
-            attribute, an index, or a function of it. A tensor is left as it is by a key or index.
-        rescale: bring each image's gradient to order one by an exact power of two, so that a confident
-            network's does not underflow in float32 either (logit gaps above about 104); in eval mode. None
-            does so in half precision alone.
+        output: the logits in a model's output that holds more: a key or attribute, an index, or a function
+            of the output. A key or index leaves a plain tensor as it is.
+        rescale: scale each image's gradient to order one by an exact power of two, so that a confident
+            network's gradient does not underflow in float32 either (logit gaps above about 104); in eval
+            mode. None does so in half precision alone.
     """
 
     amp: bool | torch.dtype
@@ -61,7 +61,7 @@ class Speed(TypedDict, total=False):
 
 
 class Once:
-    """Warns, of each thing once. Not a method of who holds it: a replica keeps whom it tells."""
+    """Issues each warning once. An object of its own, because a replica keeps a reference to it."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -73,19 +73,18 @@ class Once:
 
 
 class ReplicaCache:
-    """Gives each call a `Runner` with the model's weights and statistics of now.
+    """Gives each call a `Runner` with the model's current weights and statistics.
 
-    The replica is made at the first call and follows every in-place change of a tensor from call to call. It
-    is made anew when anything else has changed that can be seen: a tensor replaced, moved or converted, a
-    Python number, a function, a hook, a global that the network's code names (`reach`). In every call its
-    answers are compared with the model's (`Agreement`); where they differ it is made anew, and where that
-    does not help, or something changes at every call, the model itself is attacked from then on. What was
-    asked for and cannot be done is warned of, once, and is part of `path`. Nothing here keeps the model
-    alive. Threads take turns.
+    The replica is made at the first call and takes over in-place changes of tensors at each call. It is made
+    anew after any other visible change: a tensor replaced, moved or converted, a Python number, a function, a
+    hook, a global that the network's code names (`reach`). Every call compares its logits with the model's
+    (`Agreement`); where they differ a new replica is made. Where that does not help, or the model changes at
+    every call, the model itself is attacked from then on. Options that cannot be used are warned of once and
+    named in `path`. The cache does not keep the model alive. Threads take turns.
 
     Attributes:
         amp: as given.
-        classes: how many the model of the last call has.
+        classes: number of classes of the last call's model.
     """
 
     def __init__(
@@ -113,9 +112,7 @@ class ReplicaCache:
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, also those in another process: as asked for. A copy's replica is its own, made at its
-        first call.
-        """
+        """The options alone, for copies in this or another process: a copy makes a replica of its own."""
         asked = ("amp", "_channels_last", "_graphs", "_fold", "_winograd", "output", "_rescale", "_compile")
         return {name: getattr(self, name) for name in asked}
 
@@ -131,7 +128,7 @@ class ReplicaCache:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the replica; the next call makes it anew."""
+        """Drop the replica; the next call makes a new one."""
         with self._lock:
             self._replica: OnReplica | None = None
             self._made_for: Any = None
@@ -142,7 +139,7 @@ class ReplicaCache:
 
     @property
     def path(self) -> str:
-        """In words, how attacks are computed, and what was given up of it; known from the first call on."""
+        """How attacks are computed, in words, with what could not be used; known from the first call on."""
         return self._path if self._replica is None else self._replica.path
 
     def runner(
@@ -152,8 +149,10 @@ class ReplicaCache:
         modes: TrainingModes = EVAL,
         normalization: dict[str, Tensor] | None = None,
     ) -> Runner:
-        """For images like `x` (N, C, H, W), in `modes`; `model` reads them normalised by "mean" and "std",
-        (1, C, 1, 1) each.
+        """The runner for images like `x` (N, C, H, W), in `modes`.
+
+        Args:
+            normalization: "mean" and "std", (1, C, 1, 1) each, of the images that `model` takes.
 
         Raises:
             UserError: dtypes of images and model that do not go together.
@@ -181,7 +180,7 @@ class ReplicaCache:
     def _follow(
         self, made_for: Any, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor
     ) -> None:
-        """Bring the replica up to date with what can be seen of the model."""
+        """Bring the replica up to date with the visible changes of the model."""
         if made_for == self._made_for:
             self._in_a_row = 0
             if self._replica is not None:
@@ -196,10 +195,10 @@ class ReplicaCache:
             self.classes = (self._replica or on_model).eval_logits(self._example(on_model, x)).shape[1]
 
     def _remake(self, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor) -> None:
-        """After the replica answered otherwise than the model: something has changed that cannot be seen."""
+        """Replace a replica whose logits differ from the model's after a change that cannot be seen."""
         self._replica, self._agrees = make(), Agreement()
         if self._replica is not None and not self._agrees(on_model, self._replica, x):
-            self._give_up("its replica answers otherwise than it does")
+            self._give_up("its logits and its replica's differ")
         if self._replica is None:
             self._path = on_model.path
 
@@ -208,19 +207,16 @@ class ReplicaCache:
         self.warn(f"the model is attacked itself, eagerly: {why}")
 
     def _example(self, on_model: OnModel, x: Tensor) -> Tensor:
-        """Images for trying a network out: two, or `x` where the network takes no other number."""
+        """Two example images, or `x` where the network takes no other batch size."""
         example = two_images(x)
         try:
             answer(on_model.eval_logits, example)
-        except (
-            RuntimeError,
-            ValueError,
-        ):  # a UserError of the answer's form is a ValueError, and comes again
+        except (RuntimeError, ValueError):  # a UserError about the output is one too, and comes up again
             return x
         return example
 
     def _half(self, model: nn.Module, x: Tensor) -> torch.dtype | None:
-        """The half precision in which `model` is to be attacked at `x`; None is the images' own precision."""
+        """The half precision of the attack; None is the images' own precision."""
         own = half_of(model, x.dtype)
         if self.amp and x.dtype == torch.float64:
             raise UserError(f"amp is for float32, images and model are {x.dtype}; leave it out")
@@ -240,7 +236,7 @@ class ReplicaCache:
         *,
         compiled: bool,
     ) -> OnReplica | None:
-        """None: `network` is to be attacked itself."""
+        """A new replica; None where `network` itself is to be attacked."""
         if modes.model:
             if self._compile != "off" or self._graphs:
                 self.warn("compile and graphs are off while the model is attacked in train mode")
@@ -260,13 +256,15 @@ class ReplicaCache:
         try:
             if any(isinstance(module, DataParallel) for module in network.modules()):
                 raise NotCopyable(
-                    "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica on each"
+                    "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica "
+                    "on each"
                 )
             example = example.to(own_dtype(network) or x.dtype)
             replica = OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
             if self._channels_last and not replica.switches.channels_last:
                 self.warn(
-                    "channels_last=True: the model fails in that memory format, so it is attacked in the contiguous one"
+                    "channels_last=True: the model fails in that memory format, so it is attacked in the "
+                    "contiguous one"
                 )
             return replica
         except NotCopyable as error:
@@ -274,7 +272,7 @@ class ReplicaCache:
             return None
 
     def watch(self, result: AttackResult, modes: TrainingModes = EVAL) -> None:
-        """Warn, once, where an attack in `modes` found images without a gradient."""
+        """Warn once if an attack in `modes` met images without a gradient."""
         dtype, rescale = (
             (None, bool(self._rescale)) if self._dtype is None else (self._dtype, self._rescale is not False)
         )
@@ -282,16 +280,14 @@ class ReplicaCache:
 
 
 def _make_lazy_weights(network: nn.Module, x: Tensor) -> None:
-    """Let lazy layers take their shapes from the images, as they would in the first call of the network
-    itself.
-    """
+    """Let lazy layers take their shapes from the images, as the network's first call would."""
     if any(is_lazy(t) for t in (*network.parameters(), *network.buffers())):
         with torch.no_grad(), attack_mode(network, "eval"):
             network(x)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network that this process computes, without what wraps it for training or for speed."""
+    """The network inside torch.compile's and the parallel wrappers."""
     while True:
         if isinstance(model, OptimizedModule):
             model = model._orig_mod
@@ -304,8 +300,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def hashable(speed: Speed) -> Hashable:
-    """`speed` as a key of a dict: of a function without defaults its code and what it closes over count,
-    since one that is written in a call is another object at each call.
+    """`speed` as a dictionary key.
+
+    A function without defaults counts by its code and closure, since a lambda in a call is a new object at
+    each call.
     """
     output = speed.get("output")
     known: Any = output
@@ -315,5 +313,5 @@ def hashable(speed: Speed) -> Hashable:
 
 
 def two_images(x: Tensor) -> Tensor:
-    """Like `x`, but whatever a call was given, and without a draw from the caller's random stream."""
+    """Two images like `x`, equal in every call, that leave the caller's random stream alone."""
     return torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)

@@ -1,6 +1,4 @@
-"""What a drop-in attack runs on: an engine that follows a model which others go on changing, or the model
-itself.
-"""
+"""Runners of an attack: the engine on a replica of the model, or the model itself."""
 
 import threading
 from collections.abc import Iterator
@@ -21,23 +19,23 @@ from fastdynat.attacks import AttackResult
 
 
 class Runner(Protocol):
-    """Computes attacks on a network in a fixed mode. The caller owns grad mode."""
+    """Computes attacks on a network in a fixed mode. The caller sets grad mode."""
 
     @property
     def path(self) -> str:
-        """In words, how."""
+        """How attacks are computed, in words."""
 
     def refresh(self) -> None:
-        """Take over the model's weights and statistics of now."""
+        """Take over the model's current weights and statistics."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the attack sees of images in [0, 1]."""
+        """The logits that the attack sees at images in [0, 1]."""
 
     def eval_logits(self, x: Tensor) -> Tensor:
         """The same in eval mode."""
 
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
-        """Of the goal at images in [0, 1], per image up to a positive factor, in the attack's precision."""
+        """The goal's gradient at images in [0, 1], up to a positive factor per image."""
 
     def run(
         self, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor | None = None
@@ -46,11 +44,12 @@ class Runner(Protocol):
 
 
 class OnReplica(AttackEngine):
-    """The fast path, in eval mode. Threads take turns: a refresh writes to what an attack has saved for its
-    backward pass.
+    """The fast path, in eval mode.
+
+    Threads take turns: a refresh overwrites tensors that an attack has saved for its backward pass.
     """
 
-    compares = True  # an evaluation calls for every batch, with the weights of the last
+    compares = True  # an evaluation calls it for every batch with the same weights
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +76,7 @@ class OnReplica(AttackEngine):
 
 @dataclass(frozen=True)
 class TrainingModes:
-    """Which modules are in train mode during an attack, of torchattacks' ``set_model_training_mode``."""
+    """The modules in train mode during an attack, as torchattacks' ``set_model_training_mode`` names them."""
 
     model: bool = False
     batchnorm: bool = False
@@ -85,7 +84,7 @@ class TrainingModes:
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[None]:
-        """Set them as torchattacks does; put each module's own flag back."""
+        """Set the modes as torchattacks does, and restore each module's own flag."""
         with attack_mode(model, "eval"):  # which also restores
             if self.model:
                 model.train()
@@ -100,9 +99,9 @@ class TrainingModes:
 
 @dataclass(frozen=True)
 class OnModel:
-    """The model itself, eagerly, in any modes: for what a replica in eval mode is not.
+    """The model itself, eagerly, in any modes: where no replica can be made.
 
-    Batch norm in train mode moves the model's running statistics at every forward pass, as it does under
+    Batch norm in train mode updates the model's running statistics at every forward pass, as under
     torchattacks.
     """
 
@@ -119,7 +118,7 @@ class OnModel:
         )
 
     def refresh(self) -> None:
-        """Nothing: there is no copy."""
+        """Do nothing: there is no copy."""
 
     def logits(self, x: Tensor) -> Tensor:
         with self.modes(self.model):
@@ -141,13 +140,13 @@ class OnModel:
 
     @property
     def _ascent(self) -> Ascent:
-        # Of a network in train mode it is not known whether its images mix.
+        # Images may depend on each other in train mode.
         guard = Underflow.guard("train" if self.modes.model else "eval", self.dtype, self.rescale)
         return Ascent(self.model, guard, self.dtype)
 
 
 class Normalized(nn.Module):
-    """`model`, which reads normalised images, as a network of images in [0, 1]."""
+    """`model`, which takes normalised images, as a network of images in [0, 1]."""
 
     mean: Tensor
     std: Tensor

@@ -1,9 +1,8 @@
-"""torchattacks' attacks, by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on fastdynat's
-attack engine.
+"""torchattacks' attacks by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on our engine.
 
 Change one import line: ``from fastdynat import PGD``. Constructors, modes, normalisation, attributes and
-results are torchattacks' own; in float32 the images agree with its images to rounding. What differs, on
-purpose:
+results are torchattacks' own; in float32 the images agree with its images to rounding. These differences are
+on purpose:
 
 - the attack runs on a replica of the model (`AttackEngine`), in half precision with ``amp=True``;
 - gradients are computed also under ``no_grad`` and ``inference_mode``; the caller's autocast is not
@@ -11,10 +10,10 @@ purpose:
 - each module's own train/eval flag is put back, so a frozen batch norm stays frozen;
 - `PGDL2` takes a full step however small the gradient is, where torchattacks adds ``eps_for_division`` to its
   norm;
-- images outside [0, 1] and labels that are no class of the model are refused;
+- images outside [0, 1] and labels that are not classes of the model are refused;
 - nothing is printed, so ``quiet`` has no effect.
 
-Not here: ``save``, ``load`` and ``MultiAttack``.
+``save``, ``load`` and ``MultiAttack`` are not provided.
 """
 
 from typing import Unpack
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
-from fastdynat.compat.torchattacks_base import TorchAttack
 from fastdynat.compat.replica_cache import Speed
 from fastdynat.compat.runner import Runner
+from fastdynat.compat.torchattacks_base import TorchAttack
 
 
 class PGD(TorchAttack):
@@ -97,8 +96,9 @@ class FFGSM(TorchAttack):
 
 
 class BIM(TorchAttack):
-    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533); 0 steps is the
-    paper's number.
+    """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533).
+
+    steps=0 is the paper's number.
     """
 
     def __init__(
@@ -118,8 +118,9 @@ class BIM(TorchAttack):
 
 
 class TPGD(TorchAttack):
-    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573);
-    takes no labels.
+    """L-inf ascent of the KL divergence from the clean prediction (Zhang et al. 2019, arXiv 1901.08573).
+
+    Takes no labels.
     """
 
     supported_mode = ("default",)

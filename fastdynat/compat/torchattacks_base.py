@@ -1,4 +1,4 @@
-"""A drop-in attack object: torchattacks' modes, normalisation and bookkeeping around an attack engine."""
+"""Base of the torchattacks-compatible attacks: their modes, normalisation and attributes, on our engine."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -28,24 +28,23 @@ TargetMap = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class TorchAttack(ABC):
-    """What the attacks have in common; `Speed` lists the arguments that torchattacks does not have.
+    """Base of the attacks; `Speed` lists the arguments that torchattacks does not have.
 
-    A replica of the model is attacked where that is possible (`ReplicaCache`); call `refresh` after a change
-    that it cannot see.
+    The attack runs on a replica of the model where one can be made (`ReplicaCache`); call `refresh` after a
+    change that the cache cannot see.
 
     Attributes:
-        model: the attacked network; with eps, alpha, steps and the like, to be changed between calls as one
-            likes.
+        model: the attacked network. It, eps, alpha, steps and the like may be changed between calls.
         attack_mode: "default" or "targeted(...)"; see the ``set_mode`` functions.
-        targeted: the attack goes towards a class.
-        supported_mode: "default", and "targeted" where that is possible.
+        targeted: the attack aims at a class.
+        supported_mode: "default", and "targeted" where the attack has it.
         normalization_used: {"mean": ..., "std": ...} as (1, C, 1, 1) tensors, or None.
     """
 
     supported_mode: tuple[str, ...] = ("default", "targeted")
 
     def __init__(self, name: str, model: nn.Module, **speed: Unpack[Speed]) -> None:
-        self._replica = ReplicaCache(**speed)
+        self._cache = ReplicaCache(**speed)
         self.attack = name
         self.set_model(model)
         self.attack_mode, self.targeted = "default", False
@@ -66,17 +65,17 @@ class TorchAttack(ABC):
         return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     def refresh(self) -> None:
-        """Forget the replica; the next call makes it anew."""
-        self._replica.forget()
+        """Drop the replica; the next call makes a new one."""
+        self._cache.forget()
 
     @property
     def path(self) -> str:
-        """In words, how attacks are computed, and what was given up of it; known from the first call on."""
-        return self._replica.path
+        """How attacks are computed, in words, with what could not be used; known from the first call on."""
+        return self._cache.path
 
     @property
     def device(self) -> torch.device | None:
-        """Where the attack runs: as set by `set_device`, else where the model is."""
+        """The device of the attack: as set by `set_device`, else the model's."""
         some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         return self._device or (None if some is None else some.device)
 
@@ -88,8 +87,9 @@ class TorchAttack(ABC):
         self.model, self.model_name = model, type(model).__name__
 
     def set_normalization_used(self, mean: Any, std: Any) -> None:
-        """Images come and go normalised as ``(x - mean) / std``, C numbers each; eps and alpha stay in pixel
-        units.
+        """Take and return images normalised as ``(x - mean) / std``, C numbers each.
+
+        eps and alpha stay in pixel units.
         """
         pair = {"mean": torch.as_tensor(mean), "std": torch.as_tensor(std)}
         if (
@@ -104,15 +104,15 @@ class TorchAttack(ABC):
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
-        """Attack the model in train mode; without the other two its batch norms and dropouts stay in eval
-        mode.
+        """Attack the model in train mode; its batch norms and dropouts stay in eval mode unless asked for.
 
-        The attack then runs on the model itself, eagerly. Batch norm in train mode moves the running
+        The attack then runs on the model itself, eagerly. Batch norm in train mode updates its running
         statistics.
         """
         if (batchnorm_training or dropout_training) and not model_training:
-            self._replica.warn(
-                "batchnorm_training and dropout_training have no effect without model_training=True, as in torchattacks"
+            self._cache.warn(
+                "batchnorm_training and dropout_training have no effect without model_training=True, as in "
+                "torchattacks"
             )
         self._modes = TrainingModes(model_training, batchnorm_training, dropout_training)
 
@@ -123,9 +123,7 @@ class TorchAttack(ABC):
         self.attack_mode, self.targeted = "default", False
 
     def set_mode_targeted_by_function(self, target_map_function: TargetMap, quiet: bool = False) -> None:
-        """Towards ``target_map_function(images, labels)``; it gets images in [0, 1] on the attack's
-        device.
-        """
+        """Aim at ``target_map_function(images, labels)``, given images in [0, 1] on the attack's device."""
         if not callable(target_map_function):
             raise UserError(
                 "target_map_function must be callable; set_mode_targeted_by_label takes the labels themselves"
@@ -133,18 +131,18 @@ class TorchAttack(ABC):
         self._set_mode_targeted("targeted(custom)", target_map_function)
 
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
-        """Towards a class drawn for each image among those that are not its label."""
+        """Aim at a random class for each image, other than its label."""
         self._set_mode_targeted("targeted(random)", self._random_target)
 
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
-        """Towards the class with the `kth_min`-th lowest logit among those that are not the label."""
+        """Aim at the class with the `kth_min`-th lowest logit, the label left out."""
         if kth_min < 1:
             raise UserError(f"kth_min must be >= 1, got {kth_min}")
         self._kth_min = kth_min
         self._set_mode_targeted("targeted(least-likely)", self._least_likely_target)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
-        """Towards the labels of the call, which are then the targets."""
+        """Take the labels of the call as the targets."""
         self._set_mode_targeted("targeted(label)", _given)
 
     def _set_mode_targeted(self, mode: str, target_map: TargetMap) -> None:
@@ -155,8 +153,8 @@ class TorchAttack(ABC):
         self.attack_mode, self.targeted, self._target_map = mode, True, target_map
 
     def get_logits(self, inputs: Tensor) -> Tensor:
-        """The model's answer to images as a call takes them, in the model's own mode."""
-        return with_output(self.model, self._replica.output)(inputs)
+        """The model's logits at images as a call takes them, in the model's current mode."""
+        return with_output(self.model, self._cache.output)(inputs)
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Attack a batch.
@@ -170,22 +168,20 @@ class TorchAttack(ABC):
             Images like `inputs` in dtype, memory format and normalisation, detached, on `device`.
 
         Raises:
-            UserError: what cannot be attacked, with the remedy.
+            UserError: images, labels or numbers that do not fit; the message names the remedy.
         """
         check_number("eps", self.eps)
         spec = self._spec() if self.eps != 0 else None
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
-            runner = self._runner = self._replica.runner(
-                self.model, x, self._modes, self.normalization_used
-            )
-            check_classes(labels, self._replica.classes)
-            self._check(x, labels, self._replica.classes, within=slack(inputs.dtype))
+            runner = self._runner = self._cache.runner(self.model, x, self._modes, self.normalization_used)
+            check_classes(labels, self._cache.classes)
+            self._check(x, labels, self._cache.classes, within=slack(inputs.dtype))
             x.clamp_(0, 1)
             if spec is not None and len(x):
                 goal = self._goal(runner, x, labels)
                 result = runner.run(x, goal, spec, x_start=self._start(x, spec))
-                self._replica.watch(result, self._modes)
+                self._cache.watch(result, self._modes)
                 x = result.x_adv
             return self._give(x, inputs)
 
@@ -200,12 +196,12 @@ class TorchAttack(ABC):
         shown |= {
             key: value for key, value in vars(self).items() if key not in hidden and not key.startswith("_")
         }
-        shown |= {"amp": self._replica.amp} if self._replica.amp else {}
+        shown |= {"amp": self._cache.amp} if self._cache.amp else {}
         return f"{self.attack}({', '.join(f'{key}={value}' for key, value in shown.items())})"
 
     _runner: Runner  # of the latest call
 
-    # What the attacks fill in.
+    # Filled in by the attacks.
     eps: float
 
     @abstractmethod
@@ -219,14 +215,14 @@ class TorchAttack(ABC):
         with self._modes(self.model):
             target = as_labels(self._target_map(x, labels), x)
         if self.attack_mode == "targeted(custom)" and target.dim() == 1:
-            check_targets(target, self._replica.classes)
+            check_targets(target, self._cache.classes)
         return AttackGoal("ce", target, targeted=True)
 
     def _start(self, x: Tensor, spec: PGDSpec) -> Tensor | None:
         return None
 
     def _take(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Copies of both on the device, the images in [0, 1] and in at least float32."""
+        """Copies of images and labels on the device; the images in [0, 1] and at least float32."""
         if not isinstance(inputs, Tensor):
             raise UserError(
                 f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; use torch.as_tensor"
@@ -234,7 +230,8 @@ class TorchAttack(ABC):
         if not inputs.is_floating_point() or inputs.dim() != 4:
             remedy = "; images.float() / 255" if inputs.dtype == torch.uint8 else ""
             raise UserError(
-                f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} {tuple(inputs.shape)}{remedy}"
+                f"images must be floats (N, C, H, W) in [0, 1], got {inputs.dtype} "
+                f"{tuple(inputs.shape)}{remedy}"
             )
         device = self.device or inputs.device
         wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
@@ -251,7 +248,7 @@ class TorchAttack(ABC):
         return torch.empty_like(inputs, device=x.device, requires_grad=False).copy_(x)
 
     def _other_logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Eval-mode logits (N, K) with infinity in the labels' places."""
+        """Eval-mode logits (N, K) with infinity at the labels."""
         if labels is None or labels.dim() != 1:
             raise UserError(f"{self.attack_mode} needs labels that are classes")
         with torch.no_grad():
@@ -259,7 +256,7 @@ class TorchAttack(ABC):
 
     def _random_target(self, x: Tensor, labels: Tensor | None) -> Tensor:
         others = self._other_logits(x, labels).isfinite()
-        # As torchattacks draws: the n-th of the other classes, in their order.
+        # torchattacks draws the n-th of the other classes, in their order.
         nth = (torch.rand(len(x), device=x.device) * (others.shape[1] - 1)).long()
         return (others.cumsum(1) == nth[:, None] + 1).int().argmax(1)
 

@@ -417,7 +417,7 @@ def test_under_autocast_the_attack_is_in_its_precision(name: str) -> None:
     assert float(F.cosine_similarity(*grads, 0)) > 0.99
     with torch.autocast("cpu", torch.bfloat16):
         called(name, model, guide, x, y, amp=False)
-    paths = [following.path for following, _ in _replicas[model].values()]
+    paths = [cache.path for cache, _ in _replicas[model].values()]
     assert [path.split(",")[0] for path in paths] == ["bfloat16 replica", "float32 replica"]
 
 

@@ -443,7 +443,10 @@ def test_labels_may_be_of_any_integer_type_and_probabilities() -> None:
 
 
 def test_importing_fastdynat_is_cheap_and_the_names_are_there() -> None:
-    code = "import sys, fastdynat; assert 'torch' not in sys.modules; from fastdynat import FGSM; assert 'torch' in sys.modules"
+    code = (
+        "import sys, fastdynat; assert 'torch' not in sys.modules; "
+        "from fastdynat import FGSM; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     losses = {"trades_loss", "mart_loss", "dynat_loss", "lbgat_loss"}
     assert {*NAMES, *losses, "__version__"} == set(fastdynat.__all__)

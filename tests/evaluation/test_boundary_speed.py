@@ -228,7 +228,8 @@ def test_a_run_with_it_is_bit_for_bit_the_run_without(method: list[str], tmp_pat
     [
         (
             ["--boundary-speed", "21"],
-            "--boundary-speed 21: there are 20 validation images; ask for fewer, or hold more out with --val-size",
+            "--boundary-speed 21: there are 20 validation images; ask for fewer, or hold more out with "
+            "--val-size",
         ),
         (
             ["--boundary-speed", "-1"],
