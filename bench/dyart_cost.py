@@ -31,6 +31,7 @@ from fastdynat.attacks.boundary_search import BoundarySpec, boundary_start, run_
 from fastdynat.commands.bench.timing import Samples, Stopwatch
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Dyart, DyartOptions, Madry, MadryOptions, Method
 from fastdynat.models import build_model
@@ -136,7 +137,7 @@ def make_step(method: Method[Any], net: nn.Module, steps: int, ours: argparse.Na
         channels_last=layout,
         attack=AttackSwitches(dtype=dtype, channels_last=layout, compile=ours.compile),
         compile_mode=ours.compile,
-        say=print,
+        fallbacks=Fallbacks(),
     )
     spec = PGDSpec(EPS, EPS / 4, steps)
     recorder = CudaRecorder(DEVICE) if GPU else None
@@ -150,7 +151,7 @@ def make_step(method: Method[Any], net: nn.Module, steps: int, ours: argparse.Na
         Precision(ours.amp, DEVICE),
         lambda n: 1.0,
         recorder=recorder,
-        say=print,
+        fallbacks=Fallbacks(),
     )
 
 

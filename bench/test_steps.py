@@ -34,7 +34,7 @@ def work(kind: str, amp: Any) -> Work:
     )
     make = engine_attack if kind == "attack" else engine_step
     split = random_split(info, BATCH_SIZE, seed=1)
-    return make(settled(asked, split), split, print)
+    return make(settled(asked, split), split)
 
 
 @pytest.mark.parametrize("kind", ["attack", "step"])

@@ -1,6 +1,7 @@
 """Fast dynamic-label adversarial training."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ __all__ = [
     "trades_loss",
 ]
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # What `import fastdynat` is enough for; the command line is no library.
 _PARTS = (

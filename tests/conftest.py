@@ -90,6 +90,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """The package's log messages of the test so far, from level INFO on."""
+    from fastdynat.terminal.messages import MessageCollector
+
+    with MessageCollector() as collector:
+        yield collector.texts
+
+
 @contextmanager
 def nothing_waits() -> Iterator[None]:
     """Within it, whatever makes the host wait for the GPU raises; the mode is put back, whatever happens.

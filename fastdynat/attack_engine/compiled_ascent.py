@@ -1,6 +1,5 @@
 """Input gradients of the attacked network by torch.compile."""
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from fastdynat.attack_engine.ascent import Ascent, GoalGradient, LogitGrad, T, g
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind
 from fastdynat.execution.compile_check import CompileCheck
 from fastdynat.execution.compiling import compile_whole
+from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 
 # Functions compiled per network; further ones, such as a new kappa at every call, run eagerly.
 MAX_KINDS = 16
@@ -50,13 +50,12 @@ class CompiledAscent(Ascent):
 
     Attributes:
         mode: a key of `fastdynat.execution.compiling.MODES`, or "auto".
-        say: gets a message, once each, where a function cannot be compiled.
+        fallbacks: collects the functions that are not compiled, with the reasons.
     """
 
     mode: str = "default"
-    say: Callable[[str], None] = warnings.warn
+    fallbacks: Fallbacks = field(default_factory=WarnedFallbacks)
     _graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    _said: list[str] = field(default_factory=list)
 
     @property
     def max_halvings(self) -> int:
@@ -89,11 +88,9 @@ class CompiledAscent(Ascent):
         if key in self._graphs:
             return self._graphs[key]
         if len(self._graphs) >= MAX_KINDS:
-            if not self._said:
-                self._said.append(
-                    f"{MAX_KINDS} kinds of attack are compiled; further ones run without torch.compile"
-                )
-                self.say(self._said[0])
+            self.fallbacks.add(
+                f"{MAX_KINDS} kinds of attack are compiled; further ones run without torch.compile"
+            )
             return partial(fn, self)
         # Neither form may hold this object, which keeps the graph: the cycle would keep all weights alive.
         eager = self.eager()
@@ -103,7 +100,7 @@ class CompiledAscent(Ascent):
             partial(fn, functional),
             mode=self.mode,
             what=what,
-            say=self.say,
+            fallbacks=self.fallbacks,
             otherwise=partial(fn, eager),
             check=CompileCheck(network, rows, names),
         )

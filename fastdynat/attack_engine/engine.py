@@ -1,7 +1,6 @@
 """The attack engine: PGD on a folded replica of the network, compiled and captured as one CUDA graph."""
 
 import math
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.replica_state import ReplicaState
 from fastdynat.execution.compiling import AUTO, MAX_SIGNATURES, compile_whole
+from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.execution.float32 import float32_name
 from fastdynat.execution.graph_capture import CudaRecorder, Recorder
 from fastdynat.execution.graphed_call import GraphedCall
@@ -31,20 +31,6 @@ from fastdynat.execution.uncompiled import is_uncompiled
 from fastdynat.models.logits import NoGradient
 from fastdynat.ops import prepare
 
-Say = Callable[[str], None]
-
-
-class Notes:
-    """Messages, kept and passed on. Apart from the engine, so that what the engine holds need not hold it."""
-
-    def __init__(self, say: Say) -> None:
-        self.texts: list[str] = []
-        self._say = say
-
-    def __call__(self, text: str) -> None:
-        self.texts.append(text)
-        self._say(text)
-
 
 class AttackEngine:
     """Runs attacks on a replica of `model`; `refresh` copies the model's weights to it.
@@ -52,6 +38,7 @@ class AttackEngine:
     Attributes:
         replica: the attacked network.
         switches: as given, except what `model` cannot run with.
+        fallbacks: the switches that could not be followed, with the reasons.
         ascent: logits and input gradients of the replica, for attacks other than PGD; their images must be in
             `to_memory_format`.
         compares: as in `AttackReplica`.
@@ -69,7 +56,7 @@ class AttackEngine:
         switches: AttackSwitches | None = None,
         rescale: bool | None = None,
         allow_no_gradient: bool = False,
-        say: Say = warnings.warn,
+        fallbacks: Fallbacks | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """
@@ -79,7 +66,7 @@ class AttackEngine:
             bn: batch norm during the attack, "eval", "train" or "frozen" (`set_attack_mode`).
             rescale: as in `Underflow.guard`.
             allow_no_gradient: as in `Ascent`.
-            say: gets a message, once each, where a switch cannot be followed and another way is taken.
+            fallbacks: collects the switches that cannot be followed, with the reasons; None warns.
             recorder: captures graphs; None uses CUDA's where the switches ask for graphs.
 
         Raises:
@@ -91,7 +78,7 @@ class AttackEngine:
         static = s.compile != "off" or s.graphs or recorder is not None
         if static:
             prepare(example.device)  # operators verify themselves now: compilers and captures cannot wait
-        self._recorder, self._note = recorder, Notes(say)
+        self._recorder, self.fallbacks = recorder, fallbacks or WarnedFallbacks()
         self.replica = AttackReplica(
             model,
             example,
@@ -106,7 +93,7 @@ class AttackEngine:
         )
         self.switches = s = replace(s, channels_last=self.replica.channels_last)
         if self.replica.note and has_batch_norm(model):
-            self._note(f"batch norm is not folded in the attack: {self.replica.note}")
+            self.fallbacks.add(f"batch norm is not folded in the attack: {self.replica.note}")
         underflow = Underflow.guard(bn, s.dtype, rescale if s.closed_form or rescale else False)
         self.ascent = self._ascent_of(bn, underflow, allow_no_gradient)
         if recorder is None and s.graphs:
@@ -127,19 +114,19 @@ class AttackEngine:
                 s.dtype,
                 s.closed_form,
                 s.compile,
-                self._note,
+                self.fallbacks,
                 allow_no_gradient=allow_no_gradient,
             )
         # A functional gradient cannot update batch statistics, so only the network is compiled. Timing runs
         # would update them too, so "auto" compiles without timing.
         mode = "default" if s.compile == AUTO else s.compile
-        compiled = compile_whole(network, mode=mode, what="the attacked network", say=self._note)
+        compiled = compile_whole(network, mode=mode, what="the attacked network", fallbacks=self.fallbacks)
         return Ascent(compiled, underflow, s.dtype, s.closed_form, allow_no_gradient=allow_no_gradient)
 
     @property
     def path(self) -> str:
         """How attacks are computed, in words, with everything that was given up so far."""
-        return "; ".join([self._planned, *self._note.texts])
+        return "; ".join([self._planned, *self.fallbacks.texts])
 
     def refresh(self) -> None:
         """Copy the model's weights and statistics to the replica; needed after every change of them."""
@@ -157,7 +144,7 @@ class AttackEngine:
         with waits_on_purpose(), self.ascent.autocast(x):
             slower = self.replica.choose_fusion(self.ascent.to_model_input(x))
         if slower:
-            self._note(
+            self.fallbacks.add(
                 f"{slower} convolutions of the attack are not fused with their ReLU: fusion measured slower on this GPU"
             )
 
@@ -225,7 +212,7 @@ class AttackEngine:
         if self._recorder is None:
             return attack(*inputs)
         if key not in self._captured:
-            self._captured[key] = GraphedCall(attack, self._recorder, self._note, self._state)
+            self._captured[key] = GraphedCall(attack, self._recorder, self.fallbacks, self._state)
         result: R = self._captured[key](*inputs)
         return result.clone()  # the next call overwrites the graph's own outputs
 
@@ -241,7 +228,7 @@ class AttackEngine:
         self._checked.add(seen)
         eager = ascent.eager()
         if why := compiled_shortfall(ascent, eager, x, goal, spec):
-            self._note(f"the attack runs without torch.compile: when compiled, {why}")
+            self.fallbacks.add(f"the attack runs without torch.compile: when compiled, {why}")
             self.ascent = eager
 
 

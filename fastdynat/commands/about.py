@@ -35,7 +35,7 @@ def recipes(argv: list[str]) -> int:
     for name in recipe_names():
         values, about = read_recipe(name)
         table.add_row(name, values["method"], about)
-    output_console(160).print(table)
+    output_console().print(table)
     return 0
 
 

@@ -8,6 +8,7 @@ import tyro
 
 from fastdynat.commands.export import ExportConfig
 from fastdynat.commands.figures import check_picture
+from fastdynat.commands.message_flags import MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import parse
 from fastdynat.commands.report import ReportConfig
 from fastdynat.commands.report.report_config import check_report
@@ -24,6 +25,7 @@ class ExportCommand:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
+    messages: MessageFlags = field(default_factory=MessageFlags)
     export: ExportConfig
 
 
@@ -36,6 +38,7 @@ class ReportCommand:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
+    messages: MessageFlags = field(default_factory=MessageFlags)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
@@ -49,6 +52,7 @@ class BoundaryCommand:
     """Run directory."""
     chart: str = "speed.svg"
     """Picture to write: .svg, .png or .pdf (extra `plots`)."""
+    messages: MessageFlags = field(default_factory=MessageFlags)
 
 
 def export(argv: list[str]) -> int:
@@ -57,11 +61,13 @@ def export(argv: list[str]) -> int:
     check_limits(command.export)
     require_run(command.run)
 
-    from fastdynat.commands.export import export_run
     from fastdynat.terminal.consoles import error_console
 
-    console = error_console()
-    export_run(command.run, command.export, lambda text: console.print(text, markup=False, emoji=False))
+    messages = command.messages
+    with printed_messages(messages.log_level, error_console(), quiet=messages.quiet):
+        from fastdynat.commands.export import export_run
+
+        export_run(command.run, command.export)
     return 0
 
 
@@ -71,10 +77,14 @@ def report(argv: list[str]) -> int:
     if not command.runs:
         raise UserError("report needs at least one run directory: fastdynat report RUN")
     check_report(command.report)
-    from fastdynat.commands.report import run_report
     from fastdynat.terminal.consoles import error_console
+    from fastdynat.terminal.progress import ProgressDisplay
 
-    return run_report(command.runs, command.report, error_console())
+    console, messages = error_console(), command.messages
+    with printed_messages(messages.log_level, console, quiet=messages.quiet):
+        from fastdynat.commands.report import run_report
+
+        return run_report(command.runs, command.report, ProgressDisplay(console, quiet=messages.quiet))
 
 
 def boundary(argv: list[str]) -> int:
@@ -83,7 +93,12 @@ def boundary(argv: list[str]) -> int:
     require_run(command.run)
     check_picture("chart", command.chart)
     check_results(pictures=(command.chart,))
-    from fastdynat.commands.boundary.chart import draw_speeds
+    from fastdynat.terminal.consoles import error_console
 
-    print(f"{draw_speeds(command.run, Path(command.chart))} validations of {command.run}: {command.chart}")
+    messages = command.messages
+    with printed_messages(messages.log_level, error_console(), quiet=messages.quiet):
+        from fastdynat.commands.boundary.chart import draw_speeds
+
+        count = draw_speeds(command.run, Path(command.chart))
+    print(f"{count} validations of {command.run}: {command.chart}")
     return 0

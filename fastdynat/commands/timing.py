@@ -9,6 +9,7 @@ from fastdynat.commands.bench import BenchConfig
 from fastdynat.commands.bench.bench_config import check_bench
 from fastdynat.commands.compare import CompareConfig, shared_config
 from fastdynat.commands.compare.compare_config import NoOptions, method_configs, parse_seeds
+from fastdynat.commands.message_flags import LevelFlag, MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import OtherMethodsFlags, early_flags, of_options, parse
 from fastdynat.config import (
     AttackConfig,
@@ -32,6 +33,7 @@ OptionsT = TypeVar("OptionsT")
 class BenchCommand(Generic[OptionsT]):
     """Time the attack and the training step of a setting; the training flags say which."""
 
+    messages: MessageFlags = field(default_factory=MessageFlags)
     bench: BenchConfig = field(default_factory=BenchConfig)
     method: str = "dynat"
     """Training method, one of those that train takes, unless it has a search of its own."""
@@ -51,6 +53,7 @@ class CompareCommand:
 
     config: str | None = None
     """YAML file of training flags; flags given here win."""
+    messages: LevelFlag = field(default_factory=LevelFlag)
     compare: CompareConfig = field(default_factory=CompareConfig)
     data: DataConfig
     model: ModelConfig
@@ -78,19 +81,25 @@ def bench(argv: list[str]) -> int:
         default=default,
         elsewhere=OtherMethodsFlags(options),
     ).command
-    groups = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "bench"}
+    groups = {
+        f.name: getattr(command, f.name)
+        for f in dataclasses.fields(command)
+        if f.name not in ("bench", "messages")
+    }
     config: TrainConfig[Any] = TrainConfig(**groups)
     check_config(config)
     check_options(config.options)
     check_bench(command.bench)
 
-    from fastdynat.commands.bench import run_bench
     from fastdynat.terminal.consoles import error_console, output_console
+    from fastdynat.terminal.progress import ProgressDisplay
 
-    console, errors = output_console(180), error_console()
-    return run_bench(
-        config, command.bench, console, lambda text: errors.print(text, markup=False, emoji=False)
-    )
+    errors, messages = error_console(), command.messages
+    with printed_messages(messages.log_level, errors, quiet=messages.quiet):
+        from fastdynat.commands.bench import run_bench
+
+        display = ProgressDisplay(errors, quiet=messages.quiet)
+        return run_bench(config, command.bench, output_console(), display)
 
 
 def compare(argv: list[str]) -> int:
@@ -116,7 +125,11 @@ def compare(argv: list[str]) -> int:
         except UserError as error:
             raise UserError(f"{method}: {error}") from None
 
-    from fastdynat.commands.compare import run_compare
     from fastdynat.terminal.consoles import error_console, output_console
+    from fastdynat.terminal.progress import ProgressDisplay
 
-    return run_compare(asked, command.compare, output_console(180), error_console())
+    errors, quiet = error_console(), command.run.quiet
+    with printed_messages(command.messages.log_level, errors, quiet=quiet):
+        from fastdynat.commands.compare import run_compare
+
+        return run_compare(asked, command.compare, output_console(), ProgressDisplay(errors, quiet=quiet))

@@ -1,10 +1,12 @@
 """`fastdynat train`."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fastdynat.commands.message_flags import LevelFlag, printed_messages
 from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.commands.parsing.parse import OtherMethodsFlags, Parsed, early_flags, of_options, parse
 from fastdynat.config import TrainConfig, read_yaml, update
@@ -19,6 +21,8 @@ from fastdynat.runs import LAST, WriteError, find_checkpoint
 if TYPE_CHECKING:
     from fastdynat.training import Trainer
 
+logger = logging.getLogger(__name__)
+
 OptionsT = TypeVar("OptionsT")
 
 
@@ -32,6 +36,7 @@ class TrainCommand(Generic[OptionsT]):
     """YAML file of flags; flags given here win."""
     resume: str | None = None
     """Go on with the run in this directory, exactly as if it had never stopped."""
+    messages: LevelFlag = field(default_factory=LevelFlag)
     train: TrainConfig[OptionsT]
 
 
@@ -42,16 +47,14 @@ def run(argv: list[str]) -> int:
     config, resume = parsed.command.train, early.get("--resume")
 
     from fastdynat.terminal.consoles import error_console
-    from fastdynat.training import new_run, resumed_run
 
-    console = error_console()
+    level = parsed.command.messages.log_level
+    with printed_messages(level, error_console(), quiet=config.run.quiet):
+        from fastdynat.training import new_run, resumed_run
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, emoji=False)
-
-    begun = new_run(config, say) if resume is None else resumed_run(Path(resume), config, say)
-    with begun as trainer:
-        return 0 if trainer.finished() else _fit(trainer, say)
+        begun = new_run(config) if resume is None else resumed_run(Path(resume), config)
+        with begun as trainer:
+            return 0 if trainer.finished() else _fit(trainer)
 
 
 def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainCommand[Any]]:
@@ -101,7 +104,7 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
     return update(config, {**values, "method": name}, file or "defaults")
 
 
-def _fit(trainer: "Trainer", say: Any) -> int:
+def _fit(trainer: "Trainer") -> int:
     import torch
 
     from fastdynat.ops import operators_in_use
@@ -109,12 +112,12 @@ def _fit(trainer: "Trainer", say: Any) -> int:
 
     path, c = trainer.run.path, trainer.config
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
-    say(
+    logger.info(
         f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}"
     )
-    say(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
+    logger.info(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
-    say(f"{attack}step: {trainer.step.path}")
+    logger.info(f"{attack}step: {trainer.step.path}")
     try:
         outcome = trainer.fit()
     except Diverged as error:
@@ -123,15 +126,15 @@ def _fit(trainer: "Trainer", say: Any) -> int:
             if find_checkpoint(path, LAST)
             else "there is no checkpoint yet"
         )
-        say(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
+        logger.error(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
         return 1
     except WriteError as error:
         raise UserError(f"{error}; make room, then go on with: fastdynat train --resume {path}") from None
     if outcome.finished:
         if why := trainer.watch.ended():
-            say(f"ended after {trainer.epoch} epochs: {why}")
-        say(f"done: {path}; next: fastdynat eval {path}")
+            logger.info(f"ended after {trainer.epoch} epochs: {why}")
+        logger.info(f"done: {path}; next: fastdynat eval {path}")
         return 0
     done = f"{trainer.epoch} epochs and {trainer.epoch_step} steps"
-    say(f"stopped and saved after {done}; go on with: fastdynat train --resume {path}")
+    logger.info(f"stopped and saved after {done}; go on with: fastdynat train --resume {path}")
     return 0 if outcome.signal is None else 128 + outcome.signal

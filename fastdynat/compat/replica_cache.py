@@ -23,6 +23,7 @@ from fastdynat.compat.arguments import GradientWatch
 from fastdynat.compat.runner import Normalized, OnModel, OnReplica, Runner, TrainingModes
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.execution.compiling import AUTO, MODES
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.models.logits import HALF, Output, check_output_choice, half_of, own_dtype, with_output
 from fastdynat.tuning.devices import pick_half
 
@@ -70,6 +71,17 @@ class Once:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=3)
+
+
+class _FallbacksWarnedOnce(Fallbacks):
+    """Fallbacks of replicas that follow each other: each text is warned of once."""
+
+    def __init__(self, once: Once) -> None:
+        super().__init__()
+        self._once = once
+
+    def report(self, text: str) -> None:
+        self._once(text)
 
 
 class ReplicaCache:
@@ -223,7 +235,10 @@ class ReplicaCache:
         if own is not None:
             return own
         if x.device not in self._picked:  # once: a dtype that changes between calls would be another attack
-            self._picked[x.device] = pick_half(self.amp, x.device, self.warn)
+            choice = pick_half(self.amp, x.device)
+            if choice.note:
+                self.warn(choice.note)
+            self._picked[x.device] = choice.dtype
         return self._picked[x.device]
 
     def _make_replica(
@@ -260,7 +275,10 @@ class ReplicaCache:
                     "on each"
                 )
             example = example.to(own_dtype(network) or x.dtype)
-            replica = OnReplica(network, example, switches=switches, rescale=self._rescale, say=self.warn)
+            fallbacks = _FallbacksWarnedOnce(self.warn)
+            replica = OnReplica(
+                network, example, switches=switches, rescale=self._rescale, fallbacks=fallbacks
+            )
             if self._channels_last and not replica.switches.channels_last:
                 self.warn(
                     "channels_last=True: the model fails in that memory format, so it is attacked in the "

@@ -2,6 +2,7 @@
 by batch.
 """
 
+import logging
 import os
 import unicodedata
 import zlib
@@ -21,6 +22,8 @@ from fastdynat.data.split import stratified_split
 from fastdynat.data.survey import files_left_out, other_size, pool, survey
 from fastdynat.errors import UserError
 from fastdynat.machine.free_memory import available_memory
+
+logger = logging.getLogger(__name__)
 
 # What a file is, its content says; the suffix says whether it is meant as an image.
 SUFFIXES = (
@@ -111,14 +114,12 @@ def open_imagefolder(
     split: str,
     *,
     image_size: int | None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[DatasetInfo, FileSource]:
     """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or
     valid.
 
     Every file of the split is looked at (`survey`), and with the training split also those of the test split,
-    so that an evaluation does not fail after the training. `say` is told what is left out, dropped or
-    missing.
+    so that an evaluation does not fail after the training. What is left out, dropped or missing is logged.
 
     The mean and standard deviation are those of 2,048 training images (of all, if fewer), drawn alike from
     every class; so both splits report the same, whatever is later held out and however it is loaded. Only
@@ -134,14 +135,14 @@ def open_imagefolder(
     root = Path(data_dir)
     train = list_files(root / "train")
     shape = _image_shape(train.paths[0], image_size)
-    test = _test_split(root, train, say, needed=split == "test")
+    test = _test_split(root, train, needed=split == "test")
     files = train if split == "train" or test is None else test
     found = survey(files.paths, shape, image_size, decode=False)
     notices = [files.left_out, *found.notices]
     if split == "train" and test is not None:
         notices += [test.left_out, *survey(test.paths, shape, image_size, decode=True).notices]
     for notice in filter(None, notices):
-        say(notice)
+        logger.info(notice)
     return _facts(train, shape, image_size), _source(files, shape, image_size, found.dali)
 
 
@@ -240,7 +241,7 @@ def _check_name(entry: Path) -> None:
         )
 
 
-def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed: bool) -> Files | None:
+def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
     """The test split, with the classes of the training split; None where there is none and it is not needed.
 
     Raises: UserError where it is needed and missing, and for other classes.
@@ -252,7 +253,7 @@ def _test_split(root: Path, train: Files, say: Callable[[str], None], *, needed:
         )
         if needed:
             raise UserError(missing)
-        say(f"warning: {missing} for fastdynat eval; training goes on without")
+        logger.warning("%s for fastdynat eval; training goes on without", missing)
         return None
     test = list_files(folder)
     if test.class_names != train.class_names:

@@ -3,7 +3,6 @@ split.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
 
-Say = Callable[[str], None]
 KNOWN = DATASETS
 
 
@@ -97,7 +95,6 @@ def open_train(
     download: bool = True,
     limit: int | None = None,
     labelled: int | None = None,
-    say: Say = lambda text: None,
 ) -> TrainSplit:
     """Open the training split and hold validation images out of it; of the test set only image files are
     looked at.
@@ -113,12 +110,11 @@ def open_train(
         limit: Keep at most this many training images, in proportion to the classes.
         labelled: Let this many of them keep their label, in proportion to the classes; the others are
             UNLABELLED.
-        say: Told what is unusual about image files.
 
     Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that
         leaves a class without a training image.
     """
-    info, source = _open(name, data_dir, "train", image_size=image_size, download=download, say=say)
+    info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
     return TrainSplit(
@@ -148,25 +144,23 @@ def load_test(
     *,
     image_size: int | None = None,
     download: bool = True,
-    say: Say = lambda text: None,
 ) -> tuple[DatasetInfo, ImageSet]:
-    """Load the whole test split. The facts that come with it are those that `open_train` gives; `say` as for
-    `open_train`.
+    """Load the whole test split. The facts that come with it are those that `open_train` gives.
 
     Raises: UserError as `open_train`.
     """
-    info, source = _open(name, data_dir, "test", image_size=image_size, download=download, say=say)
+    info, source = _open(name, data_dir, "test", image_size=image_size, download=download)
     return info, source.take(torch.arange(len(source.labels)), info)
 
 
 def _open(
-    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool, say: Say
+    name: str, data_dir: str | Path | None, split: str, *, image_size: int | None, download: bool
 ) -> tuple[DatasetInfo, ImageSource]:
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     info = dataset_info(name)
     if info is None:
-        return open_imagefolder(data_dir, split, image_size=image_size, say=say)
+        return open_imagefolder(data_dir, split, image_size=image_size)
     if image_size is not None:
         info = replace(info, image_shape=(info.image_shape[0], image_size, image_size))
     if name == "digits":

@@ -167,7 +167,7 @@ class AutoAttack:
         with self._settled():
             x, y = check_images(x, y, batch_size or bs)
             accuracy = float((self._clean(x, batch_size or bs) == y).double().mean())
-        self._say(f"clean accuracy: {accuracy:.2%}")
+        self._report(f"clean accuracy: {accuracy:.2%}")
         return accuracy
 
     def _evaluate(
@@ -198,9 +198,11 @@ class AutoAttack:
                 progress = staged.begin(own, clean == y, seed)
             correct = float((clean == y).double().mean())
             names = [stage.name for stage in fitted]
-            self._say(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
-            run = _Batches(self._network, fitted, first, self.norm, self.eps, progress.seed, bs, self._say)
-            x_adv = staged.run_stages(run.attack, run.fooled, x, y, progress, names, bs, path, self._say)
+            self._report(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
+            run = _Batches(self._network, fitted, first, self.norm, self.eps, progress.seed, bs)
+            x_adv = staged.run_stages(
+                run.attack, run.fooled, x, y, progress, names, bs, path, self._stage_done
+            )
             run.warn()
             check_square({"clean": correct, **progress.accuracies})
             self.seconds = dict(progress.seconds)
@@ -212,7 +214,7 @@ class AutoAttack:
         search: Any = stage.search
         if getattr(search, "targets", 0) < classes:
             return stage
-        self._say(
+        self._report(
             f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more"
         )
         return replace(stage, search=replace(search, targets=classes - 1))
@@ -240,7 +242,11 @@ class AutoAttack:
         with exact_float32(), torch.inference_mode(False), torch.enable_grad(), mode:
             yield
 
-    def _say(self, text: str) -> None:
+    def _stage_done(self, name: str, accuracy: float, seconds: float) -> None:
+        self._report(staged.stage_summary(name, accuracy, seconds))
+
+    def _report(self, text: str) -> None:
+        """Print `text` if `verbose`, and append it to the log file, as AutoAttack does."""
         if self.verbose:
             print(text)
         if self.log_path is not None:
@@ -260,9 +266,8 @@ class _Batches:
         eps: float,
         seed: int,
         size: int,
-        say: Callable[[str], None],
     ) -> None:
-        self.model, self.norm, self.eps, self.seed, self.size, self.say = model, norm, eps, seed, size, say
+        self.model, self.norm, self.eps, self.seed, self.size = model, norm, eps, seed, size
         self.device = example.device
         self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
         plain = Ascent(model, Underflow(rescale=True), allow_no_gradient=True)
@@ -281,7 +286,7 @@ class _Batches:
                 ]
             )
 
-        return with_halving(pieces, self.size, self.say)
+        return with_halving(pieces, self.size)
 
     def _piece(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         result = self.searches[name](self.ascent, x.to(self.device), y.to(self.device), generator=generator)

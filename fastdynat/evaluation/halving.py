@@ -1,6 +1,7 @@
 """Half the batch where memory does not suffice."""
 
 import gc
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,10 +9,11 @@ import torch
 
 from fastdynat.errors import UserError, out_of_memory
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], None]) -> T:
+def with_halving(run: Callable[[int], T], batch_size: int) -> T:
     """``run(batch_size)``, from its beginning with half as many images as often as memory runs out.
 
     Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the
@@ -36,6 +38,8 @@ def with_halving(run: Callable[[int], T], batch_size: int, say: Callable[[str], 
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(
-            f"out of memory: begun again with {batch_size} images per batch; that as the batch size avoids the first try"
+        logger.warning(
+            "out of memory: started again with %d images per batch; with that batch size from the start, "
+            "nothing is computed twice",
+            batch_size,
         )

@@ -17,6 +17,7 @@ from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
 from fastdynat.attacks import NamedAttack, Nearest
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.evaluation.outcome import Measurement
+from fastdynat.execution.fallbacks import Fallbacks, SilentFallbacks
 from fastdynat.execution.float32 import full_float32
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.models.logits import half_of, logits_of, own_dtype
@@ -100,7 +101,7 @@ def measure(
     standing: Tensor | None = None,
     compile_mode: str = "off",
     kept: KeptReplica | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    fallbacks: Fallbacks | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
@@ -121,10 +122,10 @@ def measure(
             `model`'s, and a distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that
             came before.
-        compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`); `say` is told
-            what could not be compiled.
+        compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`).
         kept: where the replica is kept for the next measurement of the same network; None makes it for this
             one.
+        fallbacks: collects what could not be compiled; None logs it.
         should_stop: asked between batches and within long attacks.
         advance: told how many images, or parts of one, were done since the last time.
 
@@ -152,7 +153,9 @@ def measure(
             if attack.search is not None:
                 if ascent is None:
                     how = (amp_dtype, channels_last, winograd, compile_mode, batch.x.shape[1:])
-                    make = partial(_attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, say=say)
+                    make = partial(
+                        _attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, fallbacks=fallbacks
+                    )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
@@ -194,7 +197,7 @@ def attacked(
     *,
     rescale: bool = True,
     compile_mode: str = "off",
-    say: Callable[[str], None] = lambda text: None,
+    fallbacks: Fallbacks | None = None,
 ) -> Ascent:
     """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be
     made.
@@ -206,7 +209,14 @@ def attacked(
     x: images that it can take, on its device; a model in half precision reads them rounded.
     """
     return _attacked(
-        model, x, amp_dtype, channels_last, winograd, rescale=rescale, compile_mode=compile_mode, say=say
+        model,
+        x,
+        amp_dtype,
+        channels_last,
+        winograd,
+        rescale=rescale,
+        compile_mode=compile_mode,
+        fallbacks=fallbacks,
     ).ascent
 
 
@@ -219,7 +229,7 @@ def _attacked(
     *,
     rescale: bool = True,
     compile_mode: str = "off",
-    say: Callable[[str], None] = lambda text: None,
+    fallbacks: Fallbacks | None = None,
 ) -> Attacked:
     dtype = half_of(model, x.dtype) or amp_dtype
     example = x[:2].to(own_dtype(model) or x.dtype)
@@ -227,9 +237,9 @@ def _attacked(
         switches = AttackSwitches.fastest(
             x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
         )
-        say = say if compile_mode != "off" else lambda text: None
+        fallbacks = SilentFallbacks() if compile_mode == "off" else fallbacks or Fallbacks()
         engine = AttackEngine(
-            model, example, switches=switches, rescale=rescale, allow_no_gradient=True, say=say
+            model, example, switches=switches, rescale=rescale, allow_no_gradient=True, fallbacks=fallbacks
         )
     except NotCopyable:
         return Attacked(

@@ -22,7 +22,7 @@ from fastdynat.runs.atomic_files import check_writable, write_text
 
 FORMAT = "fastdynat-autoattack/1"
 Bits = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*$")]
-Say = Callable[[str], None]
+StageDone = Callable[[str, float, float], None]  # name, robust accuracy, total seconds
 Attack = Callable[[str, Tensor, Tensor], Tensor]  # name of a stage, images, labels -> adversarial images
 Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
 
@@ -107,10 +107,12 @@ def run_stages(
     stages: Sequence[str],
     batch_size: int,
     path: Path | None,
-    say: Say,
+    done: StageDone,
 ) -> Tensor:
     """Run those of `stages` that are not finished; `progress` is kept up to date, and stored at `path` after
     every batch.
+
+    done: called after each stage.
 
     Returns:
         The adversarial images (N, C, H, W), an image itself where it stands or fell before a resume.
@@ -135,10 +137,13 @@ def run_stages(
         progress.accuracies[name] = accuracy
         progress.entering, progress.batches = progress.robust, 0
         _store(progress, path)
-        say(
-            f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {sum(progress.seconds.values()):.1f} s)"
-        )
+        done(name, accuracy, sum(progress.seconds.values()))
     return x_adv
+
+
+def stage_summary(name: str, accuracy: float, seconds: float) -> str:
+    """The line about a finished stage, in AutoAttack's words."""
+    return f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {seconds:.1f} s)"
 
 
 def begin(own: dict[str, Any], clean: Tensor, seed: int) -> Progress:

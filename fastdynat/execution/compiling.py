@@ -1,4 +1,4 @@
-"""torch.compile with one graph per function and input signature, and a fallback that is said."""
+"""torch.compile with one graph per function and input signature, and a fallback that is reported."""
 
 import itertools
 import logging
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 
 from fastdynat.execution.compile_check import CompileCheck
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.uncompiled import is_uncompiled
 from fastdynat.machine.racing import race
 
@@ -36,15 +37,15 @@ def compile_whole(
     *,
     mode: str,
     what: str,
-    say: Callable[[str], None],
+    fallbacks: Fallbacks,
     otherwise: Callable[..., Any] | None = None,
     check: CompileCheck | None = None,
 ) -> Callable[..., Any]:
     """`fn` compiled as one graph, for each input signature anew; shapes are never made symbolic.
 
-    Where that is impossible, `say` is told why, once, and from then on `otherwise` runs; None is `fn` in
+    Where that is impossible, the reason is added to `fallbacks`, once, and from then on `otherwise` runs; None is `fn` in
     several graphs, or as it is where the compiler itself fails. Signatures beyond the first `MAX_SIGNATURES`
-    run uncompiled, which is said once.
+    run uncompiled, which is added to `fallbacks` once.
 
     Args:
         fn: a Python function or a network; must not have run with another torch.compile wrapper of this
@@ -53,11 +54,11 @@ def compile_whole(
             each other and the slower one is given up. `fn` must have no side effects then.
         what: names `fn` in the message.
         check: compares compiled code with what `otherwise` computes before its results are used; where they
-            differ by more than rounding, `say` is told and `otherwise` runs. None is one of `fn` itself, with
+            differ by more than rounding, `otherwise` runs. None is one of `fn` itself, with
             the parameters of a network.
     """
     return _Compiled(
-        fn, mode, what, say, otherwise, check or CompileCheck(fn if isinstance(fn, nn.Module) else None)
+        fn, mode, what, fallbacks, otherwise, check or CompileCheck(fn if isinstance(fn, nn.Module) else None)
     )
 
 
@@ -69,7 +70,7 @@ class _Compiled:
         fn: Callable[..., Any],
         mode: str,
         what: str,
-        say: Callable[[str], None],
+        fallbacks: Fallbacks,
         otherwise: Callable[..., Any] | None,
         check: CompileCheck,
     ) -> None:
@@ -83,7 +84,7 @@ class _Compiled:
         self._run = torch.compile(self._own, fullgraph=True, dynamic=False, options=self._options)
         self._whole, self._in_parts = True, otherwise is None
         self._compiles, self._to_be_timed = True, mode == AUTO
-        self._what, self._say, self._check = what, say, check
+        self._what, self._fallbacks, self._check = what, fallbacks, check
         self._known: set[Any] = set()
         self._full = self._told = False
 
@@ -113,19 +114,19 @@ class _Compiled:
         try:
             difference = self._check(signature, self._run, self._plain, args)
         except torch.OutOfMemoryError:  # what is uncompiled may need more, so that it is no way out
-            self._say(
+            self._fallbacks.add(
                 f"{self._what} is compiled, but there is not enough memory to compare it with the uncompiled one"
             )
             return True
         if difference is not None:
-            self._say(f"{self._what} runs without torch.compile: when compiled, its {difference}")
+            self._fallbacks.add(f"{self._what} runs without torch.compile: when compiled, its {difference}")
             self._stop()
         return difference is None
 
     def _beyond(self, args: tuple[Any, ...]) -> Any:
         if not self._told:
             self._told = True
-            self._say(
+            self._fallbacks.add(
                 f"{self._what} is compiled for {len(self._known)} shapes of input; others run without torch.compile"
             )
         return self._plain(*args)
@@ -138,7 +139,7 @@ class _Compiled:
             how = "in several compiled parts"
         else:
             self._stop()
-        self._say(f"{self._what} runs {how}: {_reason(error)}")
+        self._fallbacks.add(f"{self._what} runs {how}: {_reason(error)}")
 
     def _time(self, args: tuple[Any, ...]) -> None:
         """Keep the faster one. On a GPU, where compiled code launches fewer kernels, that is known."""
@@ -150,7 +151,7 @@ class _Compiled:
         if taken["on"] > taken["off"]:
             ratio = taken["on"] / taken["off"]
             shape = tuple(tensors[0].shape) if tensors else ()
-            self._say(
+            self._fallbacks.add(
                 f"{self._what} runs without torch.compile: compiled it takes {ratio:.2f}x as long on {shape}"
             )
             self._stop()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CaptureFailed, Recorder, first_line
 from fastdynat.execution.graph_check import Check, Pure, Subject
 from fastdynat.execution.synchronization import waits_on_purpose
@@ -35,19 +36,19 @@ class GraphedCall:
     next call with the same signature.
 
     Each graph is compared with `fn` before its first use (`Check`), which takes two runs and leaves no trace.
-    Where that, a capture or a replay fails, `say` is told why, once, and `fn` runs without graphs from then
-    on. All of its graphs are let go then, with their memory.
+    Where that, a capture or a replay fails, the reason is added to `fallbacks`, once, and `fn` runs without graphs
+    from then on. All of its graphs are let go then, with their memory.
     """
 
     def __init__(
         self,
         fn: Callable[..., Any],
         recorder: Recorder,
-        say: Callable[[str], None],
+        fallbacks: Fallbacks,
         subject: Subject | None = None,
     ) -> None:
         """`subject`: what `fn` changes beside its outputs; None is nothing."""
-        self._fn, self._recorder, self._say = fn, recorder, say
+        self._fn, self._recorder, self._fallbacks = fn, recorder, fallbacks
         self._subject = subject or Pure()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
@@ -100,4 +101,4 @@ class GraphedCall:
     def _stop(self, why: str) -> None:
         self.failed = True
         self._captured.clear()
-        self._say(f"CUDA graphs are off: {why}")
+        self._fallbacks.add(f"CUDA graphs are off: {why}")

@@ -1,12 +1,14 @@
-"""Where results, progress and messages are printed. Names come from users: rich reads no markup, emoji or
-numbers into them.
+"""Consoles for results, progress and messages, and tables that show names as they are.
+
+Names come from users, so rich reads no markup, emoji or numbers into them.
 """
 
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -14,17 +16,31 @@ from rich.text import Text
 AS_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 
 
-class _OutputConsole(Console):
-    """Leaves it to the command line how a command ends whose reader went away."""
+UNBOUNDED = 100_000  # columns of a file or pipe: a table there is as wide as its content
+
+
+class TerminalConsole(Console):
+    """A console as wide as its terminal; a file or pipe has no width, so nothing is wrapped or cut there."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        size = super().size
+        with suppress(AttributeError, ValueError):  # a file without isatty, or a closed one
+            if self.file.isatty():
+                return size
+        return ConsoleDimensions(UNBOUNDED, size.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError; the command line decides how a command ends whose reader is gone."""
         raise
 
 
 class _StandardError:
-    """sys.stderr as it is now; what cannot be written (its terminal or pipe is gone) is lost, and not the
-    training.
-    """
+    """The current sys.stderr. Text that cannot be written (terminal or pipe gone) is lost, not the run."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -42,32 +58,26 @@ class _StandardError:
         return getattr(self._file(), name)
 
 
-def output_console(width: int | None) -> Console:
-    """Standard output, for results; `width` characters where it is no terminal, None for rich's 80."""
-    return _OutputConsole(width=None if sys.stdout.isatty() else width, **AS_IS)
+@cache
+def output_console() -> Console:
+    """The console of standard output, for results."""
+    return TerminalConsole(**AS_IS)
 
 
+@cache
 def error_console() -> Console:
-    """Standard error, so that standard output stays for results; wide enough for whole lines when it is not a
-    terminal.
-    """
+    """The console of standard error, for progress and messages."""
     file: Any = _StandardError()
-    console = Console(file=file, **AS_IS)
-    return console if console.is_terminal else Console(file=file, width=240, **AS_IS)
-
-
-def quiet_console() -> Console:
-    """Prints nothing."""
-    return Console(quiet=True, **AS_IS)
+    return TerminalConsole(file=file, **AS_IS)
 
 
 def plain_column(template: str) -> TextColumn:
-    """A column of a progress bar; `template` is formatted with the task."""
+    """A column of a progress bar, `template` formatted with the task."""
     return TextColumn(template, markup=False)
 
 
 class PlainTable(Table):
-    """A table whose strings are shown as they are, on any console."""
+    """A table that shows strings as they are."""
 
     def __init__(self, *headers: str, title: str | None = None, **options: Any) -> None:
         super().__init__(*headers, title=None if title is None else Text(title), **options)

@@ -1,12 +1,11 @@
-"""What a person sees while a run goes on: a bar on a terminal, one line per epoch anywhere."""
+"""Progress of a training run: a bar on a terminal, one line per epoch anywhere."""
 
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeRemainingColumn
-
-from fastdynat.terminal.consoles import error_console, plain_column
+from fastdynat.terminal.consoles import error_console
+from fastdynat.terminal.progress import ProgressDisplay, Task
 
 # Columns of metrics.jsonl by their short names on screen; accuracies in %.
 LOSSES = {"loss": "loss", "guide_loss": "guide loss"}
@@ -18,69 +17,51 @@ SHARES = {
     "label_agreement": "agree",
 }
 VALIDATION = {"val_clean_acc": "val clean", "val_pgd10_acc": "val pgd10"}
-# Above this share of images without any gradient an attack is no longer one, so it is said.
-ZERO_GRADS_SAID = 0.001
+# Above this share of images with zero gradients the attack is weakened, so the line shows it.
+ZERO_GRADS_SHOWN = 0.001
 
 
 def summary(row: Mapping[str, Any]) -> list[str]:
-    """The numbers of `row` that a person follows."""
+    """The losses and accuracies of `row`, in words."""
     parts = [f"{short} {row[key]:.3f}" for key, short in LOSSES.items() if row.get(key) is not None]
     parts += [
         f"{short} {100 * row[key]:.1f}"
         for key, short in (SHARES | VALIDATION).items()
         if row.get(key) is not None
     ]
-    if (row.get("zero_grad_share") or 0) > ZERO_GRADS_SAID:
+    if (row.get("zero_grad_share") or 0) > ZERO_GRADS_SHOWN:
         parts.append(f"zero gradients {100 * row['zero_grad_share']:.1f}")
     return parts
 
 
-class Display:
-    """Progress over all epochs with images/s, remaining time, losses and accuracies."""
+class TrainingProgress:
+    """Progress over all epochs: a bar with images/s, remaining time, losses and accuracies; a line per epoch."""
 
-    def __init__(self, *, total_steps: int, done_steps: int, quiet: bool) -> None:
-        self.console, self._quiet = error_console(), quiet
-        self._bar = Progress(
-            SpinnerColumn(),
-            plain_column("{task.description}"),
-            BarColumn(bar_width=24),
-            plain_column("{task.percentage:>3.0f}%"),
-            plain_column("eta"),
-            TimeRemainingColumn(),
-            plain_column("{task.fields[note]}"),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self._task: TaskID = self._bar.add_task("starting", total=total_steps, completed=done_steps, note="")
+    def __init__(self, display: ProgressDisplay, task: Task) -> None:
+        self._display, self._task = display, task
 
-    def __enter__(self) -> "Display":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+    @classmethod
+    @contextmanager
+    def shown(cls, *, total_steps: int, done_steps: int, quiet: bool) -> Iterator["TrainingProgress"]:
+        """The progress of a run on standard error; a quiet one shows nothing."""
+        display = ProgressDisplay(error_console(), quiet=quiet)
+        with display.task("starting", total_steps, completed=done_steps) as task:
+            yield cls(display, task)
 
     def step(self, completed: int, title: str) -> None:
         """Move the bar to `completed` steps."""
-        self._bar.update(self._task, completed=completed, description=title)
+        self._task.update(completed=completed, title=title)
 
     def note(self, means: dict[str, float], images_per_s: float) -> None:
-        """Refresh the numbers beside the bar."""
-        self._bar.update(self._task, note="  ".join([f"{images_per_s:,.0f} img/s", *summary(means)]))
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, emoji=False)
+        """Refresh the numbers behind the bar."""
+        self._task.update(note="  ".join([f"{images_per_s:,.0f} img/s", *summary(means)]))
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """One line for a finished epoch, unless quiet."""
-        if self._quiet:
-            return
+        """Print the line of a finished epoch."""
         parts = [
             f"epoch {row['epoch']:>3}/{epochs}",
             f"lr {row['lr']:.4g}",
             *summary(row),
             f"{row['images_per_s']:,.0f} img/s",
         ]
-        self.say("  ".join([*parts, "best"] if row.get("best") else parts))
+        self._display.line("  ".join([*parts, "best"] if row.get("best") else parts))

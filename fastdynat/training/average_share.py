@@ -27,7 +27,7 @@ def average_note(decay: float, *, warmup: int, epochs: int, steps_per_epoch: int
         # So that the beginning is a twentieth of the average at the end.
         lower = LITTLE ** (1 / max(steps - max(warmup, 1), 1))
         return (
-            f"warning: --ema {decay:g} over {steps} steps: what is validated and saved will still be {100 * share:.0f} % the "
+            f"--ema {decay:g} over {steps} steps: what is validated and saved will still be {100 * share:.0f} % the "
             "weights of the average's first step; use --ema-warmup 0.1, which begins late and forgets fast, or "
             f"--ema {lower:.2g} or less"
         )

@@ -9,17 +9,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.methods import Method
 from fastdynat.models import build_model
 from fastdynat.runs import foreign, guide_weights, load_network
 from fastdynat.training.networks import NetworkSet, pixel_statistics
-from fastdynat.training.resolve import Say
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
 from fastdynat.tuning.devices import AMP_DTYPES
 
 
 def build_networks(
-    config: ResolvedConfig[Any], method: Method[Any], info: DatasetInfo, say: Say, *, load_guide: bool
+    config: ResolvedConfig[Any],
+    method: Method[Any],
+    info: DatasetInfo,
+    fallbacks: Fallbacks,
+    *,
+    load_guide: bool,
 ) -> NetworkSet:
     """The networks of `config`, initialised from torch's present random state.
 
@@ -58,7 +63,7 @@ def build_networks(
         compile_mode=engine.compile,
         ema=config.optim.ema,
         ema_buffers=config.optim.ema_buffers,
-        say=say,
+        fallbacks=fallbacks,
     )
 
 

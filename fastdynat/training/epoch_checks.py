@@ -1,5 +1,6 @@
 """Measurements that a run makes on request at each validation, without changing the run."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from fastdynat.data import Batch, ImageSet, eval_batches
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.training.boundary_log import log_boundary
 from fastdynat.training.networks import NetworkSet
-from fastdynat.training.resolve import Say
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.step import TrainStep
 
+logger = logging.getLogger(__name__)
+
 
 def fidelity_columns(
-    config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet, say: Say
+    config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet
 ) -> dict[str, float | bool]:
     """--check-fidelity N: whether the attack as it is computed is as strong as the reference, on N images of
     `val`.
@@ -34,10 +36,14 @@ def fidelity_columns(
         seed=config.engine.seed,
     )
     if found.weaker:
-        say(
-            f"warning: the attack is weaker than the eager float32 one: loss {found.loss_fast:.4g} against "
-            f"{found.loss_reference:.4g}, accuracy {100 * found.acc_fast:.1f} against {100 * found.acc_reference:.1f} %; "
-            f"it is computed as {networks.attack.path}"
+        logger.warning(
+            "the attack is weaker than the eager float32 one: loss %.4g against %.4g, "
+            "accuracy %.1f against %.1f %%; it is computed as %s",
+            found.loss_fast,
+            found.loss_reference,
+            100 * found.acc_fast,
+            100 * found.acc_reference,
+            networks.attack.path,
         )
     return found.columns()
 

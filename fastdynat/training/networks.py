@@ -1,8 +1,5 @@
 """The networks of a run: raw modules, the attack's replica, and the compiled views that a step calls."""
 
-import warnings
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -13,6 +10,7 @@ from fastdynat.attack_engine.network_modes import frozen_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo
 from fastdynat.execution.compiling import compile_whole
+from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.methods import Network, Networks
 from fastdynat.training.average import WeightAverage
 
@@ -50,11 +48,12 @@ class NetworkSet:
         compile_mode: str = "off",
         ema: float = 0.0,
         ema_buffers: str = "average",
-        say: Callable[[str], None] = warnings.warn,
+        fallbacks: Fallbacks | None = None,
     ) -> None:
         """`frozen_guide`: it stays as it is, in eval mode. `attack`: how the attack is computed;
-        `compile_mode`: of what is trained; `say`: as in `AttackEngine`.
+        `compile_mode`: of what is trained; `fallbacks`: as in `AttackEngine`.
         """
+        fallbacks = fallbacks or WarnedFallbacks()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
         for module in self.raw.values():
@@ -65,10 +64,8 @@ class NetworkSet:
         # Not from the run's random stream: building the engine draws nothing from it.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
-        self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, say=say)
-        self.compile_mode = compile_mode
-
-        self._say = say
+        self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, fallbacks=fallbacks)
+        self.compile_mode, self._fallbacks = compile_mode, fallbacks
         guide_eval = (
             None if guide is None else self._view(_frozen_guide(guide, example), "the guide in eval mode")
         )
@@ -84,7 +81,7 @@ class NetworkSet:
         return (
             module
             if self.compile_mode == "off"
-            else compile_whole(module, mode=self.compile_mode, what=what, say=self._say)
+            else compile_whole(module, mode=self.compile_mode, what=what, fallbacks=self._fallbacks)
         )
 
     def deployed(self) -> nn.Module:

@@ -10,6 +10,7 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.errors import UserError
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Method, method_class
 from fastdynat.methods.burn_in import BurnIn
@@ -17,7 +18,6 @@ from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
-from fastdynat.training.resolve import Say
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
 from fastdynat.training.rng import seed_everything
 from fastdynat.training.schedules import attack_steps, epochs_of_method, momentum_at, schedule_factor
@@ -35,8 +35,8 @@ class RunParts(NamedTuple):
     loader: TrainLoader
 
 
-def open_split(config: TrainConfig[Any], say: Say = lambda text: None) -> TrainSplit:
-    """The training split that `config` names; no image is read yet. `say` gets what is unusual in the data."""
+def open_split(config: TrainConfig[Any]) -> TrainSplit:
+    """The training split that `config` names; no image is read yet."""
     data = config.data
     held_out = data.val_size
     if held_out is not None and held_out >= 1:
@@ -50,22 +50,28 @@ def open_split(config: TrainConfig[Any], say: Say = lambda text: None) -> TrainS
         download=data.download,
         limit=data.train_size,
         labelled=data.labelled,
-        say=say,
     )
 
 
 def build_parts(
-    config: ResolvedConfig[Any], split: TrainSplit, say: Say, *, load_guide: bool = True
+    config: ResolvedConfig[Any],
+    split: TrainSplit,
+    *,
+    fallbacks: Fallbacks | None = None,
+    load_guide: bool = True,
 ) -> RunParts:
     """Networks, step and loader of a run, initialised from its seed.
 
-    load_guide: read the weights at --guide-from. False where a checkpoint of the run has them, and they may be
-        gone.
+    Args:
+        fallbacks: collects the speed-ups that cannot be used; None logs them.
+        load_guide: read the weights at --guide-from. False where a checkpoint of the run has them, and they
+            may be gone.
 
     Raises:
         UserError: validation has fewer images than a measurement asks for, or the networks cannot train.
     """
     info, engine = split.info, config.engine
+    fallbacks = fallbacks or Fallbacks()
     for name in ("check_fidelity", "boundary_speed"):
         if getattr(engine, name) > len(split.val):
             raise UserError(
@@ -75,14 +81,14 @@ def build_parts(
     device = torch.device(engine.device)
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
-    networks = build_networks(config, method, info, say, load_guide=load_guide)
+    networks = build_networks(config, method, info, fallbacks, load_guide=load_guide)
     batch_size = config.data.batch_size
     for name in method.trains:
         check_single_values(networks.raw[name], info.image_shape, device, batch_size)
     loader = _loader(config, split, device)
     method.epochs = epochs_of_method(config.optim)
     method.buffers = method.make_buffers(torch.zeros(batch_size, *info.image_shape, device=device))
-    step = _step(config, method, networks, loader.steps_per_epoch, say)
+    step = _step(config, method, networks, loader.steps_per_epoch, fallbacks)
     # Building a guide drew random numbers; two methods under one seed should still start their attacks alike.
     torch.manual_seed(engine.seed)
     return RunParts(networks, step, loader)
@@ -111,7 +117,7 @@ def _step(
     method: Method[Any],
     networks: NetworkSet,
     steps_per_epoch: int,
-    say: Say,
+    fallbacks: Fallbacks,
 ) -> TrainStep:
     attack, optim, engine = config.attack, config.optim, config.engine
     device, model = torch.device(engine.device), networks.raw["model"]
@@ -129,11 +135,11 @@ def _step(
         statistics_resets=_statistics_resets(config, networks, steps_per_epoch),
         guide_stream=torch.cuda.Stream(device) if engine.uses_guide_stream(method) else None,
         whole=config.data.batch_size,
-        say=say,
+        fallbacks=fallbacks,
     )
 
 
-def burn_in_step(config: ResolvedConfig[Any], step: TrainStep, say: Say) -> TrainStep | None:
+def burn_in_step(config: ResolvedConfig[Any], step: TrainStep) -> TrainStep | None:
     """The natural training before `step`, on the same networks; None where there is no burn-in."""
     if config.optim.burn_in == 0:
         return None
@@ -147,7 +153,7 @@ def burn_in_step(config: ResolvedConfig[Any], step: TrainStep, say: Say) -> Trai
         recorder=_recorder(config.engine),
         statistics_resets=step.statistics_resets,
         whole=config.data.batch_size,
-        say=say,
+        fallbacks=step.fallbacks,
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from fastdynat.training.resolved_config import ResolvedAttack, ResolvedConfig, R
 from fastdynat.training.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.tuning import Workload
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 # The embedded digits are a thirtieth of the usual data. Measured for DYNAT (one seed, validation PGD-10):
 # 85.4 % with 64, 77.1 % with a batch of 128.
 BATCH_SIZE = {"digits": 64}
@@ -31,24 +32,28 @@ USUAL_BATCH_SIZE = 128
 
 
 def resolve(
-    config: TrainConfig[Any], info: DatasetInfo, say: Say, *, carried_on: bool = False
+    config: TrainConfig[Any], info: DatasetInfo, *, announce: bool = True, carried_on: bool = False
 ) -> ResolvedConfig[Any]:
     """`config` with every automatic value filled in for the dataset `info`, the method and this machine.
 
-    `say` gets what the unit rule read, the radii in use, and which precision is fast here.
-    carried_on: the run may have begun on another machine, so nothing is timed anew.
+    Args:
+        announce: log what the unit rule read, the radii in use, and which precision is fast here.
+        carried_on: the run may have begun on another machine, so nothing is timed anew.
 
     Raises:
         UserError: a value that cannot work, by name and remedy.
     """
     check_config(config)
     method = method_class(config.method)(config.options)
-    data, model = _data(config.data, info, method, say), _model(config.model, info, method)
-    attack = resolved_attack(config.attack, info, method, say)
+    notes: list[str] = []
+    data, model = _data(config.data, info, method, notes), _model(config.model, info, method)
+    attack = resolved_attack(config.attack, info, method, notes)
     optim = resolved_optim(config, info)
     _check_run(config, method)  # before anything is timed
     workload = functools.partial(_workload, model, data, attack, info)
-    engine = resolved_engine(config.engine, attack, optim, method, say, None if carried_on else workload)
+    engine = resolved_engine(config.engine, attack, optim, method, notes, None if carried_on else workload)
+    for note in notes if announce else ():
+        logger.info(note)
     return ResolvedConfig(
         method=method.name,
         options=config.options,
@@ -61,15 +66,18 @@ def resolve(
     )
 
 
-def resolve_loader(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> ResolvedConfig[Any]:
-    """`config` with the loader for the images of `split`; `say` gets the choice and its reason."""
+def resolve_loader(
+    config: ResolvedConfig[Any], split: TrainSplit, *, announce: bool = True
+) -> ResolvedConfig[Any]:
+    """`config` with the loader for the images of `split`; `announce` logs the choice and its reason."""
     data = config.data
     name, why = data.loader, "as asked"
     if name == "auto":
         name, why = choose_loader(split, torch.device(config.engine.device))  # type: ignore[assignment]
     workers = default_workers() if data.workers is None and name != "resident" else data.workers
     what = {"dali": f", {workers} thread(s)", "torch": f", {workers} worker process(es)"}.get(name, "")
-    say(f"loader {name}{what}: {why}")
+    if announce:
+        logger.info("loader %s%s: %s", name, what, why)
     return replace(config, data=replace(data, loader=name, workers=workers))
 
 
@@ -86,17 +94,19 @@ def check_sizes(config: TrainConfig[Any], split: TrainSplit) -> None:
             )
 
 
-def say_first_epoch(config: ResolvedConfig[Any], say: Say) -> None:
+def warn_of_first_epoch(config: ResolvedConfig[Any]) -> None:
     """Warn of a run of one epoch under --schedule release, whose first epoch has a fifth of the rate."""
     lr = config.optim.lr
     if config.optim.schedule == "release" and epochs_of_method(config.optim) == 1:
-        say(
-            f"the only epoch trains at lr/5 = {lr * RELEASE_WARMUP:g}, like the first epoch of every "
-            f"--schedule release (the DYNAT code's); --schedule constant trains at {lr:g}"
+        logger.info(
+            "the only epoch trains at lr/5 = %g, like the first epoch of every --schedule release "
+            "(the DYNAT code's); --schedule constant trains at %g",
+            lr * RELEASE_WARMUP,
+            lr,
         )
 
 
-def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], say: Say) -> ResolvedData:
+def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[str]) -> ResolvedData:
     if data.labelled is not None and not method.semi_supervised:
         raise UserError(
             f"labelled {data.labelled}: method {method.name} needs every label; "
@@ -107,7 +117,7 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], say: Say) ->
     batch_size = BATCH_SIZE.get(info.name, USUAL_BATCH_SIZE) if data.batch_size is None else data.batch_size
     augment = info.augment if data.augment == "auto" else data.augment
     if data.pad_mode != "zeros" and "crop" not in augment:
-        say(f"pad_mode {data.pad_mode} has no effect: augmentation {augment} takes no crops")
+        notes.append(f"pad_mode {data.pad_mode} has no effect: augmentation {augment} takes no crops")
     return filled_in(ResolvedData, data, batch_size=batch_size, augment=augment)
 
 

@@ -1,7 +1,6 @@
 """Inner attack of a `ResolvedConfig`: sizes in pixel units, and the method's usual values."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
@@ -20,9 +19,9 @@ USUAL_L2_EPS = 0.5
 
 
 def resolved_attack(
-    attack: AttackConfig, info: DatasetInfo, method: Method[Any], say: Callable[[str], None]
+    attack: AttackConfig, info: DatasetInfo, method: Method[Any], notes: list[str]
 ) -> ResolvedAttack:
-    """`attack` with the radii of the dataset and the steps of the method; `say` gets it in one line.
+    """`attack` with the radii of the dataset and the steps of the method; `notes` gets it in one line.
 
     Raises:
         UserError: a size that is no radius of this image space, or an attack that the method cannot run.
@@ -34,7 +33,7 @@ def resolved_attack(
             return automatic
         parsed = parse_size(value, what, norm=attack.norm, limit=limit)
         if parsed.notice:
-            say(parsed.notice)
+            notes.append(parsed.notice)
         return parsed.value
 
     radii, usual_eps = (LINF_EPS, PUBLISHED_EPS) if attack.norm == "linf" else (L2_EPS, USUAL_L2_EPS)
@@ -53,8 +52,8 @@ def resolved_attack(
         start=defaults.start if attack.start == "auto" else attack.start,
     )
     _check(resolved, method)
-    say(f"{announcement(resolved, method)}; evaluated at eps {describe(resolved.eval_eps)}")
-    _say_unused(attack, method, usual_step, say)
+    notes.append(f"{announcement(resolved, method)}; evaluated at eps {describe(resolved.eval_eps)}")
+    notes += _unused(attack, method, usual_step)
     return resolved
 
 
@@ -72,19 +71,19 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         )
 
 
-def _say_unused(
-    attack: AttackConfig, method: Method[Any], usual_step: float, say: Callable[[str], None]
-) -> None:
-    """Say which options the user changed although the method does not use them."""
+def _unused(attack: AttackConfig, method: Method[Any], usual_step: float) -> list[str]:
+    """Notes on the options that the user changed although the method does not use them."""
     defaults = method.attack_defaults
     usual = {
         "steps": (None, defaults.steps),
         "step_size": ("auto", usual_step),
         "start": ("auto", defaults.start),
     }
-    for name in method.unused_attack:
-        if getattr(attack, name) not in usual.get(name, (getattr(AttackConfig(), name),)):
-            say(f"{name} {getattr(attack, name)} has no effect: {_own_attack(method)}")
+    return [
+        f"{name} {getattr(attack, name)} has no effect: {_own_attack(method)}"
+        for name in method.unused_attack
+        if getattr(attack, name) not in usual.get(name, (getattr(AttackConfig(), name),))
+    ]
 
 
 def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:

@@ -33,10 +33,10 @@ def resolved_engine(
     attack: ResolvedAttack,
     optim: ResolvedOptim,
     method: Method[Any],
-    say: Callable[[str], None],
+    notes: list[str],
     workload: Callable[[], Workload] | None,
 ) -> ResolvedEngine:
-    """`engine` for the device that it names; `say` gets which precision is fast here.
+    """`engine` for the device that it names; `notes` gets which precision is fast here.
 
     workload: counts the convolutions of a step, for choices that are timed on the CPU; None times nothing.
 
@@ -49,7 +49,8 @@ def resolved_engine(
     gpu = device.type == "cuda"
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
     work = ANY if gpu or workload is None else workload()
-    amp = pick_amp(engine.amp, device, say, winograd=not direct, work=work)
+    amp, note = pick_amp(engine.amp, device, winograd=not direct, work=work)
+    notes += [note] if note else []
     if engine.winograd == "on":
         check_winograd(device, amp)
     last, winograd = engine.channels_last, engine.winograd

@@ -1,5 +1,6 @@
 """Resuming a run: it continues exactly, or a refusal leaves it as it was."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,21 +24,22 @@ from fastdynat.training.permitted_changes import (
     check_trained,
     stored_epochs,
 )
-from fastdynat.training.resolve import Say, resolve, resolve_loader
+from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.state import read_state
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.weight_files import load_weights
 
+logger = logging.getLogger(__name__)
+
 
 @keeping_process_state
 @contextmanager
-def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
+def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
     """A trainer that continues from the last checkpoint in `path`.
 
     Args:
         config: the stored configuration with permitted changes.
-        say: gets where the run continues, and why not bit for bit, where that is so.
 
     Raises:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
@@ -46,51 +48,52 @@ def resumed_run(path: Path, config: TrainConfig[Any], say: Say) -> Iterator[Trai
     stored = stored_config(path)
     run = RunDir.open(path)
     try:
-        trainer = _restored_trainer(run, stored, config, say)
+        trainer = _restored_trainer(run, stored, config)
         if trainer.finished():
-            say(_how_to_train_longer(path, trainer))
+            logger.info(_how_to_train_longer(path, trainer))
             yield trainer
             return
         engine = trainer.config.engine
         if engine.device != stored.engine.device:
-            say(
-                f"the run moves from {stored.engine.device} to {engine.device}: "
-                "it continues, but not bit for bit"
+            logger.info(
+                "the run moves from %s to %s: it continues, but not bit for bit",
+                stored.engine.device,
+                engine.device,
             )
         elif why := rounding_of_resume(engine):
-            say(f"it continues within rounding, not bit for bit: {why}")
+            logger.info("it continues within rounding, not bit for bit: %s", why)
         _rewrite_record(trainer)  # only now, when nothing can be refused any more
         with use_backend(engine.kernels):
             for change in record_start(path / ENVIRONMENT, **arithmetic(engine)):
-                say(f"{change}: the run continues, but not bit for bit")
+                logger.info("%s: the run continues, but not bit for bit", change)
             yield trainer
     finally:
         run.close()
 
 
-def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[Any], say: Say) -> Trainer:
+def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[Any]) -> Trainer:
     """A trainer in the state of the newest checkpoint of `run`, whose files stay as they are."""
     last = newest_checkpoint(run.path)
     state = {} if last is None else _checked_state(last)
     if asked.data.data != stored.data.data:  # before the other data is looked for
         raise changed_key("data", stored.data.data, asked.data.data)
     check_trained(run.path, stored, asked, state)
-    split = open_split(asked, say)
+    split = open_split(asked)
     asked = replace(asked, engine=with_stored_choices(asked.engine, stored.engine))
-    resolved = resolve(asked, split.info, lambda text: None, carried_on=True)
-    config = resolve_loader(resolved, split, lambda text: None)
+    resolved = resolve(asked, split.info, announce=False, carried_on=True)
+    config = resolve_loader(resolved, split, announce=False)
     check_changes(stored, config)
     val = split.val_images()
-    parts = build_parts(config, split, say, load_guide=last is None)
+    parts = build_parts(config, split, load_guide=last is None)
     check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
-    trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step, say))
+    trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step))
     if last is None:
         trainer.metrics.restore(0, None)
-        say(f"{run.path} was stopped before its first checkpoint: starting again from the same seed")
+        logger.info("%s was stopped before its first checkpoint: starting again from the same seed", run.path)
         return trainer
     _restore(last, state, trainer)
     if not trainer.finished():
-        say(f"resuming {run.path} {_place(trainer)}")
+        logger.info("resuming %s %s", run.path, _place(trainer))
     return trainer
 
 

@@ -1,5 +1,6 @@
 """Starting a run: everything is checked before anything is written, so a refusal loses nothing."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,15 +16,17 @@ from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
-from fastdynat.training.resolve import Say, check_sizes, resolve, resolve_loader, say_first_epoch
+from fastdynat.training.resolve import check_sizes, resolve, resolve_loader, warn_of_first_epoch
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.trial import settle_compile
 
+logger = logging.getLogger(__name__)
+
 
 @keeping_process_state
 @contextmanager
-def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
+def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
     """A trainer for a new run directory, ready to `fit`.
 
     Raises:
@@ -32,17 +35,17 @@ def new_run(config: TrainConfig[Any], say: Say) -> Iterator[Trainer]:
     """
     stem = f"{config.data.data}-{config.method}"
     _check_before_data(config, stem)
-    split = open_split(config, say)
+    split = open_split(config)
     check_sizes(config, split)
-    resolved = resolve_loader(resolve(config, split.info, say), split, say)
-    say_first_epoch(resolved, say)
+    resolved = resolve_loader(resolve(config, split.info), split)
+    warn_of_first_epoch(resolved)
     if why := rounding_of_resume(resolved.engine):
-        say(f"resuming this run will continue within rounding, not bit for bit: {why}")
+        logger.info("resuming this run will continue within rounding, not bit for bit: %s", why)
     val = split.val_images()
-    resolved = settle_compile(resolved, split, say)
-    parts = build_parts(resolved, split, say)
-    burn_in = burn_in_step(resolved, parts.step, say)
-    run, resolved = _make_folder(resolved, stem, say)  # only now, when nothing can be refused any more
+    resolved = settle_compile(resolved, split)
+    parts = build_parts(resolved, split)
+    burn_in = burn_in_step(resolved, parts.step)
+    run, resolved = _make_folder(resolved, stem)  # only now, when nothing can be refused any more
     try:
         with use_backend(resolved.engine.kernels):
             record_start(run.path / ENVIRONMENT, **arithmetic(resolved.engine))
@@ -55,7 +58,7 @@ def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
     """Refuse what can be refused before the data is read."""
     known = dataset_info(config.data.data)
     if known is not None:
-        resolve(config, known, lambda text: None)
+        resolve(config, known, announce=False)
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(stem)
     check_new(path, overwrite=config.run.overwrite)
     teacher = config.model.guide_from
@@ -66,7 +69,7 @@ def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
         )
 
 
-def _make_folder(config: ResolvedConfig[Any], stem: str, say: Say) -> tuple[RunDir, ResolvedConfig[Any]]:
+def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir, ResolvedConfig[Any]]:
     """The open folder of a new run (runs/STEM where the user names none), and `config` as it is stored there.
 
     The path of the data is stored whole, so that the run can be resumed and evaluated from another directory.
@@ -85,5 +88,5 @@ def _make_folder(config: ResolvedConfig[Any], stem: str, say: Say) -> tuple[RunD
             release_name(path)
         raise
     for kept in run.kept:
-        say(f"--overwrite leaves {kept}, which the old run did not make")
+        logger.info("--overwrite leaves %s, which the old run did not make", kept)
     return run, stored

@@ -1,6 +1,5 @@
 """One training step: inner attack, outer losses, backward, update."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
+from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.execution.graph_capture import Recorder
 from fastdynat.execution.graphed_call import GraphedCall
 from fastdynat.execution.uncompiled import uncompiled
@@ -104,6 +104,7 @@ class TrainStep:
         global_step: batches trained on so far; drives the schedule.
         statistics_resets: as given.
         path: in words, how the step is run.
+        fallbacks: speed-ups that were asked for and are not used.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TrainStep:
         momentum: Callable[[int], float] | None = None,
         statistics_resets: Collection[int] = (),
         whole: int | None = None,
-        say: Callable[[str], None] = warnings.warn,
+        fallbacks: Fallbacks | None = None,
     ) -> None:
         """
         Args:
@@ -138,8 +139,8 @@ class TrainStep:
             whole: images of the batches that are compiled and captured; smaller ones run as they are, which
                 is the same mathematics without the minute that graphs of their own would take. None: batches
                 of any size are.
-            say: told why graphs are off, where a capture fails or a replay is not the step, and of the first
-                smaller batch.
+            fallbacks: collects why graphs are off (a capture fails, a replay differs from the step) and that
+                partial batches run uncompiled; None warns.
         """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
@@ -160,8 +161,10 @@ class TrainStep:
             guide_stream is not None
         )
         self.path = ", ".join(parts) or "eager"
-        self._graphed = None if recorder is None else GraphedCall(self._run, recorder, say, self._subject())
-        self._whole, self._say = whole, say
+        self.fallbacks, self._whole = fallbacks or WarnedFallbacks(), whole
+        self._graphed = (
+            None if recorder is None else GraphedCall(self._run, recorder, self.fallbacks, self._subject())
+        )
         attack = networks.attack.switches
         self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
         self._by_shape += ["CUDA graphs"] * (recorder is not None or attack.graphs)
@@ -192,7 +195,7 @@ class TrainStep:
         if self._by_shape and not self._told:
             self._told = True
             how = " and ".join(self._by_shape)
-            self._say(
+            self.fallbacks.add(
                 f"the last {images} images of an epoch are a partial batch and run without {how}; --drop-last leaves them out"
             )
 

@@ -1,5 +1,6 @@
 """The training loop: epochs, validation, checkpoints, log, stopping and going on."""
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fastdynat.evaluation import KeptReplica, Stopped, measure
 from fastdynat.models.finite import not_numbers
 from fastdynat.runs import STATE, RunDir
 from fastdynat.terminal.stop_request import StopRequest
-from fastdynat.terminal.training_progress import Display
+from fastdynat.terminal.training_progress import TrainingProgress
 from fastdynat.training.average_share import MOSTLY, average_note, first_share
 from fastdynat.training.background_writer import BackgroundWriter
 from fastdynat.training.epoch_checks import boundary_columns, fidelity_columns
@@ -30,6 +31,8 @@ from fastdynat.training.state import identity, snapshot, write_state
 from fastdynat.training.step import TrainStep
 from fastdynat.training.watch import Watch
 from fastdynat.training.weight_files import weights_now, write_weights
+
+logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0  # between looks at the device's running averages, each of which waits for it
 
@@ -95,14 +98,16 @@ class Trainer:
         done = self.epoch * spe + self.epoch_step
         with (
             StopRequest() as stop,
-            Display(total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet) as display,
+            TrainingProgress.shown(
+                total_steps=until * spe, done_steps=done, quiet=self.config.run.quiet
+            ) as progress,
             self._writer,
         ):
-            self._say_average(display)
+            self._log_average()
             while self.epoch < until and not self.watch.ended():
                 try:
-                    self._train_epoch(stop, display)
-                    self._finish_epoch(stop, display, epochs)
+                    self._train_epoch(stop, progress)
+                    self._finish_epoch(stop, progress, epochs)
                 except Stopped:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
@@ -118,8 +123,8 @@ class Trainer:
             epochs = optim.burn_in if self._burning_in() else epochs_of_method(optim)
             self.networks.ema.restart(warmup=average_warmup(optim, epochs, self.loader.steps_per_epoch))
 
-    def _say_average(self, display: Display) -> None:
-        """Before the first step, whether the average will have got anywhere."""
+    def _log_average(self) -> None:
+        """Before the first step, warn of a weight average that will still be mostly the initial weights."""
         if self.networks.ema is None or self.step.global_step > 0:
             return
         optim, spe = self.config.optim, self.loader.steps_per_epoch
@@ -127,7 +132,7 @@ class Trainer:
         warmup = average_warmup(optim, epochs, spe)
         note = average_note(self.networks.ema.decay, warmup=warmup, epochs=epochs, steps_per_epoch=spe)
         if note is not None:
-            display.say(note)
+            logger.warning(note)
 
     def _begin_method(self) -> None:
         """Go from the burn-in to the method, which has an optimiser and a weight average of its own."""
@@ -135,7 +140,7 @@ class Trainer:
         self.step = self._method_step
         self._restart_average()
 
-    def _end_burn_in(self, display: Display) -> None:
+    def _end_burn_in(self) -> None:
         """Let the method start, if this is where, from the weight average of the burn-in."""
         if not self._burning_in() or self.epoch < self.config.optim.burn_in:
             return
@@ -144,9 +149,9 @@ class Trainer:
             self.networks.raw["model"].load_state_dict(self.networks.deployed().state_dict())
         self._begin_method()
         begun = f"{self.step.method.name} starts from its {'weight average' if averaged else 'weights'}, with a fresh optimiser"
-        display.say(f"burn-in is over after {self.epoch} epochs: {begun}")
+        logger.info("burn-in is over after %d epochs: %s", self.epoch, begun)
 
-    def _train_epoch(self, stop: StopRequest, display: Display) -> None:
+    def _train_epoch(self, stop: StopRequest, progress: TrainingProgress) -> None:
         if self.config.data.loader == "torch":
             self._writer.wait()  # its workers are forked, which another thread had better not be in the middle of
         saved = refreshed = begin = time.perf_counter()
@@ -157,13 +162,13 @@ class Trainer:
             images += len(batch.labels)
             self.epoch_step += 1
             now = time.perf_counter()
-            display.step(
+            progress.step(
                 self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"epoch {self.epoch + 1}"
             )
             if now - refreshed > REFRESH_SECONDS:
                 refreshed = now
                 rate = images / (now - begin)
-                display.note(self._finite_means(), rate)
+                progress.note(self._finite_means(), rate)
             self.seconds = seconds_before + now - begin
             self._writer.check()
             if stop.requested():
@@ -187,7 +192,7 @@ class Trainer:
             raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self._last_lr():g})")
         return means
 
-    def _finish_epoch(self, stop: StopRequest, display: Display, epochs: int) -> None:
+    def _finish_epoch(self, stop: StopRequest, progress: TrainingProgress, epochs: int) -> None:
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "global_step": self.step.global_step,
@@ -199,20 +204,20 @@ class Trainer:
             "images_per_s": round(self.averages.images / self.seconds, 1),
         }
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
-        row |= self._validate(stop, display, due=due, trained=row.get("train_adv_acc"))
-        row |= self._more_columns(display) if due else {}
+        row |= self._validate(stop, progress, due=due, trained=row.get("train_adv_acc"))
+        row |= self._more_columns() if due else {}
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self.averages, self.seconds = Averages(), 0.0
         self.row = row
-        display.epoch(row, epochs)
+        progress.epoch(row, epochs)
         # Until the method has weights to choose from, best follows last: naturally trained ones are never
         # chosen by a score.
         follows = self._burning_in()
-        self._end_burn_in(display)
+        self._end_burn_in()
         self._save(best=row["best"] or follows, row=dict(row))
 
     def _validate(
-        self, stop: StopRequest, display: Display, *, due: bool, trained: float | None
+        self, stop: StopRequest, progress: TrainingProgress, *, due: bool, trained: float | None
     ) -> dict[str, Any]:
         """Validation columns of the epoch's row. `trained`: the epoch's accuracy on attacked training images,
         if it has one.
@@ -225,7 +230,7 @@ class Trainer:
         accuracies = {}
         attack, eps = self.config.attack, self.config.attack.eval_eps
         for name in ("clean", "pgd10"):
-            display.step(self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"validating {name}")
+            progress.step(self.epoch * self.loader.steps_per_epoch + self.epoch_step, f"validating {name}")
             accuracies[name] = measure(
                 self.networks.deployed(),
                 self.val,
@@ -244,7 +249,7 @@ class Trainer:
         collapse = self.watch.collapse(accuracies["pgd10"], trained)
         for text in (collapse, self._at_chance(accuracies["clean"])):
             if text is not None:
-                display.say(text)
+                logger.warning(text)
         return {**self.last_validation, "best": self.watch.better(self.last_validation)}
 
     def _at_chance(self, clean: float) -> str | None:
@@ -257,8 +262,8 @@ class Trainer:
         most = int(torch.bincount(self.val.labels).max())
         return self.watch.at_chance(clean, most / len(self.val), len(self.val))
 
-    def _more_columns(self, display: Display) -> dict[str, float | bool | None]:
-        fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val, display.say)
+    def _more_columns(self) -> dict[str, float | bool | None]:
+        fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val)
         return {
             **fidelity,
             **boundary_columns(self.config, self.step, self.val, self.run.path, self.epoch + 1),

@@ -2,6 +2,7 @@
 begins.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,13 +13,15 @@ from fastdynat.config import to_flat
 from fastdynat.data import TrainSplit
 from fastdynat.data.random_images import random_split
 from fastdynat.errors import UserError
+from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.machine.racing import race
 from fastdynat.ops import use_backend
 from fastdynat.training.parts import build_parts
-from fastdynat.training.resolve import Say
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning import remembered
 from fastdynat.tuning.devices import check_compile
+
+logger = logging.getLogger(__name__)
 
 # Enough to weigh the attack's gradients against the update.
 TRIAL_STEPS = 2
@@ -53,9 +56,10 @@ DECIDING = (
 )
 
 
-def settle_compile(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> ResolvedConfig[Any]:
-    """The resolved `config` with "off" or "default" for ``compile: auto``, which `say` is told with the
-    reason.
+def settle_compile(
+    config: ResolvedConfig[Any], split: TrainSplit, *, announce: bool = True
+) -> ResolvedConfig[Any]:
+    """`config` with "off" or "default" for ``compile: auto``; `announce` logs the choice and its reason.
 
     On a GPU compiled code is faster. On the CPU the run's own step, with few attack steps, is timed on random
     images of the size of `split`'s, once per machine and setting; that takes as long as compiling and ten
@@ -67,7 +71,7 @@ def settle_compile(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> 
     try:
         check_compile("default", device)
     except UserError:
-        say("--compile: there is no C++ compiler here (install g++); running without torch.compile")
+        _log(announce, "there is no C++ compiler here (install g++); running without torch.compile")
         return _with(config, "off")
     if device.type == "cuda":
         return _with(config, "default")
@@ -79,14 +83,19 @@ def settle_compile(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> 
     }
 
     def measure() -> dict[str, float]:
-        say("--compile: timing this run's step with and without torch.compile, once on this machine")
+        _log(announce, "timing this run's step with and without torch.compile, once on this machine")
         return _timed(config, split)
 
     seconds = remembered(key, device, {"off", "default"}, measure)
     gain = seconds["off"] / seconds["default"]
     mode = "default" if gain > 1 else "off"
-    say(f"--compile: {mode}; a compiled step is {gain:.2f}x as fast as one without (measured)")
+    _log(announce, f"{mode}; a compiled step is {gain:.2f}x as fast as one without (measured)")
     return _with(config, mode)
+
+
+def _log(announce: bool, text: str) -> None:
+    if announce:
+        logger.info("--compile: %s", text)
 
 
 def _with(config: ResolvedConfig[Any], mode: str) -> ResolvedConfig[Any]:
@@ -117,7 +126,7 @@ def _timed(config: ResolvedConfig[Any], split: TrainSplit) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]), use_backend(config.engine.kernels):
         calls = {}
         for mode in ("off", "default"):
-            _, step, loader = build_parts(_with(plain, mode), images, lambda text: None)
+            _, step, loader = build_parts(_with(plain, mode), images, fallbacks=SilentFallbacks())
             batch = next(iter(loader.epoch(0)))
             step(batch)  # compiles
             calls[mode] = lambda step=step, batch=batch: step(batch)

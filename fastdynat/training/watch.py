@@ -60,7 +60,7 @@ class Watch:
         if before or not self.collapsed or self._config.on_collapse == "off":
             return None
         return (
-            f"warning: robustness has collapsed: validation PGD-10 accuracy is {100 * robust:.1f} %, it was "
+            f"robustness has collapsed: validation PGD-10 accuracy is {100 * robust:.1f} %, it was "
             f"{100 * self.robust:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} %, it was "
             f"{100 * self.trained:.1f} % (catastrophic overfitting); the best checkpoint is from before"
         )
@@ -82,7 +82,7 @@ class Watch:
             return None
         self.guessing_said = True
         return (
-            f"warning: clean validation accuracy is {100 * clean:.1f} %, no better than guessing ({100 * chance:.1f} %), for "
+            f"clean validation accuracy is {100 * clean:.1f} %, no better than guessing ({100 * chance:.1f} %), for "
             f"{PATIENCE_AT_CHANCE} validations: the network learns nothing. Common reasons: --eps too large for the data, --lr "
             "far too small or too large"
         )

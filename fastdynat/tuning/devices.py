@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -44,35 +44,47 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+class AmpChoice(NamedTuple):
+    """A precision, "off", "bf16" or "fp16", and a note for the user; "" where there is nothing to note."""
+
+    amp: str
+    note: str = ""
+
+
+class HalfChoice(NamedTuple):
+    """A half-precision type (None: float32), and a note for the user; "" where there is nothing to note."""
+
+    dtype: torch.dtype | None
+    note: str = ""
+
+
 def pick_amp(
     mode: str,
     device: torch.device,
-    say: Callable[[str], None],
     *,
     winograd: bool = True,
     work: Workload = ANY,
-) -> str:
-    """The precision that `mode` means on `device`: "off", "bf16" or "fp16".
+) -> AmpChoice:
+    """The precision that `mode` means on `device`, with the reason.
 
     Args:
         mode: "default" is bf16 on a GPU with hardware for it, else off: nobody's numbers change without being
             asked for; "auto" is the fastest, known or measured (`fastdynat.tuning`); any other is itself.
-        say: told what was chosen and why, or that what is insisted on is slower than float32.
         winograd: float32 may use Winograd's algorithm.
         work: the convolutions in hand.
     """
     if mode == "default":
         amp = "bf16" if device.type == "cuda" and not half_types(device)["bf16"] else "off"
-        if amp != "off":
-            say(f"precision: {amp}, which this GPU has; --amp off for float32")
-        return amp
+        return AmpChoice(
+            amp, "" if amp == "off" else f"precision: {amp}, which this GPU has; --amp off for float32"
+        )
     if mode == "auto":
         found = choose(device, winograd=winograd, work=work)
-        say(f"--amp: {found.why}; computing in {'float32' if found.amp == 'off' else found.amp}")
-        return found.amp
+        used = "float32" if found.amp == "off" else found.amp
+        return AmpChoice(found.amp, f"--amp: {found.why}; computing in {used}")
     if mode != "off" and (slower := _slower(mode, device)):
-        say(f"--amp {mode}: {slower}; a bare --amp takes what is fast")
-    return mode
+        return AmpChoice(mode, f"--amp {mode}: {slower}; a bare --amp takes what is fast")
+    return AmpChoice(mode)
 
 
 def _slower(amp: str, device: torch.device) -> str:
@@ -86,24 +98,21 @@ def _slower(amp: str, device: torch.device) -> str:
     return f"{lacking or f'{amp} is slow here'}, convolutions take {factor:.2g}x as long as in float32"
 
 
-def pick_half(
-    amp: bool | torch.dtype, device: torch.device, say: Callable[[str], None]
-) -> torch.dtype | None:
-    """`pick_amp` for callers from Python: True is the fastest precision, a dtype insists on it, False is
-    None.
+def pick_half(amp: bool | torch.dtype, device: torch.device) -> HalfChoice:
+    """`pick_amp` for callers from Python: True is the fastest precision, a dtype is itself, False is None.
+
+    The note is left out where half precision was asked for and is used.
     """
     if amp is False:
-        return None
+        return HalfChoice(None)
     mode = "auto" if amp is True else next(name for name, dtype in AMP_DTYPES.items() if dtype is amp)
-    heard: list[str] = []
-    picked = AMP_DTYPES[pick_amp(mode, device, heard.append)]
-    # What was asked for and is done needs no word.
-    if amp is not True or picked is None:
-        for text in heard:
-            for flag, keyword in KEYWORDS:
-                text = text.replace(flag, keyword)
-            say(text)
-    return picked
+    name, note = pick_amp(mode, device)
+    dtype = AMP_DTYPES[name]
+    if amp is True and dtype is not None:
+        return HalfChoice(dtype)
+    for flag, keyword in KEYWORDS:
+        note = note.replace(flag, keyword)
+    return HalfChoice(dtype, note)
 
 
 def pick_channels_last(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs
+from support.fallbacks import CollectedIn, NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from torch import Tensor, nn
@@ -338,7 +339,7 @@ def test_a_compiled_step_computes_no_weight_gradient_and_is_the_eager_one(
 
     monkeypatch.setitem(MODES, "default", {"post_grad_custom_post_pass": watch})
     model, (x, y) = two_convs(), images()
-    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile="default"), say=pytest.fail)
+    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile="default"), fallbacks=NoFallbacks())
     got = engine.run(x, AttackGoal("ce", y), SPEC)
     assert masks == {(True, False, False): 2}
     want = AttackEngine(model, x[:2]).run(x, AttackGoal("ce", y), SPEC)
@@ -394,7 +395,9 @@ def test_control_flow_by_value_is_attacked_uncompiled_and_unfolded_and_said() ->
 
     said: list[str] = []
     model, (x, y) = Net(forward, net=tiny_cnn(dtype=torch.float64)).eval(), images(dtype=torch.float64)
-    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile="default"), say=said.append)
+    engine = AttackEngine(
+        model, x[:2], switches=AttackSwitches(compile="default"), fallbacks=CollectedIn(said)
+    )
     for _ in range(2):
         got = engine.run(x, AttackGoal("ce", y), SPEC).x_adv
         torch.testing.assert_close(got, pgd(model, x, AttackGoal("ce", y), SPEC).x_adv, rtol=0, atol=1e-9)
@@ -413,7 +416,9 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "compile", broken)
     said: list[str] = []
     model, (x, y) = tiny_cnn(), images()
-    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile="default"), say=said.append)
+    engine = AttackEngine(
+        model, x[:2], switches=AttackSwitches(compile="default"), fallbacks=CollectedIn(said)
+    )
     want = AttackEngine(model, x[:2]).run(x, AttackGoal("ce", y), SPEC).x_adv
     for _ in range(2):
         assert torch.equal(engine.run(x, AttackGoal("ce", y), SPEC).x_adv, want)
@@ -426,7 +431,7 @@ def graphed(
 ) -> tuple[AttackEngine, SimulatedRecorder, list[str]]:
     recorder, said = SimulatedRecorder(), []  # type: tuple[SimulatedRecorder, list[str]]
     engine = AttackEngine(
-        model, x[:2], switches=AttackSwitches(**switches), recorder=recorder, say=said.append
+        model, x[:2], switches=AttackSwitches(**switches), recorder=recorder, fallbacks=CollectedIn(said)
     )
     return engine, recorder, said
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.fallbacks import CollectedIn
 from support.graph_sim import SimulatedRecorder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -576,7 +577,7 @@ def test_compiled_it_is_still_one_operator(dtype: torch.dtype | None) -> None:
     y, found, said = torch.arange(len(x)), [], []
     for fused in (True, False):
         switches = AttackSwitches(dtype=dtype, fused_conv=fused, winograd=False, compile="default")
-        engine = AttackEngine(model, x[:2], switches=switches, say=said.append)
+        engine = AttackEngine(model, x[:2], switches=switches, fallbacks=CollectedIn(said))
         torch.manual_seed(1)
         found.append(engine.run(x, AttackGoal("ce", y), SPEC).x_adv)
     assert not said

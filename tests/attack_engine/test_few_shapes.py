@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fallbacks import CollectedIn
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -105,7 +106,9 @@ def test_a_shrinking_batch_compiles_few_graphs(name: str, monkeypatch: pytest.Mo
     with torch.no_grad():
         labels = model(x).argmax(1)
     said: list[str] = []
-    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile="default"), say=said.append)
+    engine = AttackEngine(
+        model, x[:2], switches=AttackSwitches(compile="default"), fallbacks=CollectedIn(said)
+    )
     search = parse_attack(name, eps=eps, step_size=eps / 4, norm=norm).search
     assert search is not None
     search(engine.ascent, x, labels, generator=torch.Generator().manual_seed(1))

@@ -254,7 +254,10 @@ def test_batches_are_halved_until_they_fit(
 @pytest.mark.peer
 @needs("pyautoattack")
 def test_the_package_in_parts_is_the_package(
-    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: tuple[nn.Module, Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[str],
 ) -> None:
     import pyautoattack
 
@@ -265,7 +268,6 @@ def test_the_package_in_parts_is_the_package(
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Theirs)
     model, x, y = task[0], task[1][:12], task[2][:12]
-    said: list[str] = []
     numbers: dict[str, Any] = {
         "norm": "linf",
         "eps": EPS,
@@ -275,10 +277,10 @@ def test_the_package_in_parts_is_the_package(
         "version": "rand",
     }
     before = torch.get_rng_state()
-    mask, seconds = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json", say=said.append)
+    mask, seconds = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json")
     assert torch.equal(torch.get_rng_state(), before)
     assert list(seconds) == ["apgd-ce", "apgd-dlr"]
-    assert [line.split(":")[0] for line in said] == [
+    assert [line.split(":")[0] for line in messages] == [
         "robust accuracy after APGD-CE",
         "robust accuracy after APGD-DLR",
     ]
@@ -286,9 +288,9 @@ def test_the_package_in_parts_is_the_package(
     _, classes = theirs.run_standard_evaluation(x, y, batch_size=5)
     assert torch.equal(mask, classes == y)
     assert 0 < int(mask.sum()) < 9
-    again, _ = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json", say=said.append)
+    again, _ = run_reference(model, x, y, **numbers, state_path=tmp_path / "s.json")
     assert torch.equal(again, mask)
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
 @pytest.mark.peer
@@ -308,7 +310,6 @@ def test_the_package_on_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
         "seed": 3,
         "batch_size": 4,
         "device": CPU,
-        "say": lambda text: None,
     }
     mask, seconds = run_reference(model, x, model(x).argmax(1), eps=1e-4, **numbers)
     assert mask.all()

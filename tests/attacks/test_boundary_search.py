@@ -12,6 +12,7 @@ from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.boundary_reference import phi, published_search
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from torch import Tensor, nn
@@ -205,7 +206,9 @@ def engine_and_batch(n: int = 16, **switches: Any) -> tuple[AttackEngine, nn.Mod
         net[6].weight.mul_(40)
     x = torch.rand(n, 3, 8, 8)
     recorder = switches.pop("recorder", None)
-    engine = AttackEngine(net, x[:2], switches=AttackSwitches(**switches), say=pytest.fail, recorder=recorder)
+    engine = AttackEngine(
+        net, x[:2], switches=AttackSwitches(**switches), fallbacks=NoFallbacks(), recorder=recorder
+    )
     return engine, net, x, net.eval()(x).argmax(1)
 
 

@@ -51,10 +51,6 @@ TINY = ["--model", "small", "--batch-size", "8", "--steps", "2", "--repeats", "1
 EPS, STEP, STEPS, N = 0.05, 0.02, 3, 8
 
 
-def silent(text: str) -> None:
-    """Notices are for people."""
-
-
 def setting(
     model: str = "small", batch_size: int = 8, steps: int = 2, **engine: Any
 ) -> tuple[TrainConfig[Any], TrainSplit]:
@@ -182,7 +178,7 @@ def test_an_attack_step_is_two_forwards_and_no_weight_gradient(engine: dict[str,
     config, split = setting(**engine)
     network = build_model("small", num_classes=10, image_shape=(3, 32, 32))
     flops = count_step(Madry(MadryOptions()), network, None, (3, 32, 32), attack_steps=2)
-    ours, naive = engine_attack(config, split, silent), weight_gradient_attack(config, split, silent)
+    ours, naive = engine_attack(config, split), weight_gradient_attack(config, split)
     assert count(ours.call) == 8 * 2 * flops.attack_step
     with Calls() as calls:
         ours.call()
@@ -196,7 +192,7 @@ def test_the_naive_attack_is_the_same_attack() -> None:
     config, split = setting(steps=3)
     results = []
     for make in (engine_attack, weight_gradient_attack):
-        made = make(config, split, silent)
+        made = make(config, split)
         torch.manual_seed(4)
         results.append(made.call())
     assert torch.equal(*results)
@@ -204,7 +200,7 @@ def test_the_naive_attack_is_the_same_attack() -> None:
 
 def test_a_step_runs_the_guide_once_and_never_waits_for_the_device() -> None:
     config, split = setting()
-    made = engine_step(config, split, silent)
+    made = engine_step(config, split)
     assert made.step is not None
     made.call()
     guides: list[Tensor] = []
@@ -228,7 +224,7 @@ def test_a_step_runs_the_guide_once_and_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_our_attack_is_checked_as_it_is_timed(amp: str) -> None:
     config, split = setting(batch_size=32, steps=5, amp=amp)
-    made = engine_attack(config, split, silent)
+    made = engine_attack(config, split)
     assert made.fidelity is not None
     found = made.fidelity()
     assert found.images == 4 * 32
@@ -304,8 +300,8 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttackEngine, "run", spied)
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)  # that it is asked for is enough
     config, split = setting(amp="bf16")
-    task = rows.Task(config, config, lambda c: c, split, 1, 1, rows.Notices(silent))
-    engine_attack(config, split, silent).call()
+    task = rows.Task(config, config, lambda c: c, split, 1, 1)
+    engine_attack(config, split).call()
     asked, found = built[-1], {}
     for plan in rows._switched(task):
         if plan.kind == "attack" and not plan.why_not:
@@ -330,7 +326,7 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_switches_are_named_after_flags_and_say_why_not() -> None:
     config, split = setting()
-    task = rows.Task(config, config, lambda c: c, split, 1, 1, rows.Notices(silent))
+    task = rows.Task(config, config, lambda c: c, split, 1, 1)
     reasons = {(plan.switch, plan.kind): plan.why_not for plan in rows._switched(task)}
     assert reasons[("graphs", "attack")] == "needs a CUDA device"
     assert reasons[("guide_stream", "step")] == "needs a CUDA device"
@@ -563,7 +559,7 @@ def test_our_attack_is_not_slower_than_torchattacks() -> None:
     least.
     """
     config, split = setting("resnet18", batch_size=8, channels_last="off")
-    made = [make(config, split, silent) for make in (engine_attack, torchattacks_attack)]
+    made = [make(config, split) for make in (engine_attack, torchattacks_attack)]
     ours, peer = take_turns(WATCH, [m.call for m in made], seconds=1.0, repeats=15)
     assert min(ours.seconds) <= min(peer.seconds) / 0.95
 
@@ -622,7 +618,7 @@ def test_auto_prints_stores_and_exits_by_the_worst_choice(
     monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
     calls: list[str] = []
 
-    def fake(config: Any, split: Any, say: Any) -> Any:
+    def fake(config: Any, split: Any, fallbacks: Any) -> Any:
         calls.append(config.engine.compile)
         return work.Work(lambda: None)
 
@@ -651,7 +647,7 @@ def test_auto_times_compiled_code_after_both_of_its_checks(
     monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
     now = [0.0]
 
-    def fake(config: Any, split: Any, say: Any) -> Any:
+    def fake(config: Any, split: Any, fallbacks: Any) -> Any:
         slow = iter([10.0, 10.0] if config.engine.compile != "off" else [10.0])
 
         def call() -> None:

@@ -124,7 +124,7 @@ def test_flags_may_be_bare_or_spelt_as_elsewhere(tmp_path: Path) -> None:
         "0.2",
     )
     run = stored_config(tmp_path / "c" / "madry-seed1")
-    amp = pick_amp("auto", torch.device(run.engine.device), lambda text: None)
+    amp = pick_amp("auto", torch.device(run.engine.device)).amp
     assert (run.engine.amp, run.attack.eps) == (amp, 0.2)
     assert found["rows"]
 
@@ -414,7 +414,7 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     data = replace(config.data, train_size=64, val_size=10.0, batch_size=32)
     config = replace(config, data=data, attack=replace(config.attack, steps=2, early_steps=1))
     split = open_split(config)
-    config = resolve_loader(resolve(config, split.info, lambda text: None), split, lambda text: None)
+    config = resolve_loader(resolve(config, split.info), split)
 
     def wait(self: TrainStep, batch: Any) -> Any:
         time.sleep(0.1 * self.spec.steps)
@@ -422,7 +422,7 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TrainStep, "__call__", wait)
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.3)
-    found = probe.probe(config, split, 3.3, lambda text: None)
+    found = probe.probe(config, split, 3.3)
     assert found["start_seconds"] == 0
     # Bounds for a machine that has other work too.
     assert 0.2 <= found["first_epoch_seconds"] < 0.4 <= found["later_epoch_seconds"] < 0.8
@@ -432,13 +432,9 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert found["expected_seconds"] <= 3.3
     # More than half of the run early: later epochs are still those with all steps.
-    found = probe.probe(
-        replace(config, attack=replace(config.attack, early_share=0.9)), split, 3.3, lambda text: None
-    )
+    found = probe.probe(replace(config, attack=replace(config.attack, early_share=0.9)), split, 3.3)
     assert found["first_epoch_seconds"] < 0.4 <= found["later_epoch_seconds"]
-    found = probe.probe(
-        replace(config, optim=replace(config.optim, burn_in=3)), split, 0.1, lambda text: None
-    )
+    found = probe.probe(replace(config, optim=replace(config.optim, burn_in=3)), split, 0.1)
     assert found["epochs"] == 4  # at least one of the method
     assert found["burn_in_epoch_seconds"] > 0
 

@@ -163,9 +163,8 @@ def test_a_measurement_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["truncated", "not json", "other format", "edited accuracy", "edited bits", "other key"]
 )
-def test_a_damaged_file_is_as_good_as_none_and_said(damage: str, tmp_path: Path) -> None:
-    said: list[str] = []
-    store = Store(tmp_path / "evaluations", {}, said.append)
+def test_a_damaged_file_is_as_good_as_none_and_said(damage: str, tmp_path: Path, messages: list[str]) -> None:
+    store = Store(tmp_path / "evaluations", {})
     store[KEY.text()] = asdict(a_measurement())
     path = store.path(KEY.text())
     document = json.loads(path.read_text())
@@ -180,19 +179,20 @@ def test_a_damaged_file_is_as_good_as_none_and_said(damage: str, tmp_path: Path)
     text = json.dumps(document)
     path.write_text({"truncated": text[:-40], "not json": "\x00"}.get(damage, text))
     assert KEY.text() not in store
-    assert len(said) == 1
-    assert str(path) in said[0]
+    assert len(messages) == 1
+    assert str(path) in messages[0]
     assert len(read_measurements(tmp_path)) == (damage == "other key")
     store[KEY.text()] = asdict(a_measurement())
     assert KEY.text() in store
 
 
-def test_a_folder_that_cannot_be_written_costs_the_file_not_the_result(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_the_file_not_the_result(
+    tmp_path: Path, messages: list[str]
+) -> None:
     (tmp_path / "evaluations").touch()
-    said: list[str] = []
-    store = Store(tmp_path / "evaluations", {}, said.append)
+    store = Store(tmp_path / "evaluations", {})
     store[KEY.text()] = asdict(a_measurement())
-    assert "--cache" in said[0]
+    assert "--cache" in messages[0]
     assert KEY.text() not in store
 
 

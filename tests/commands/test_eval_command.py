@@ -32,7 +32,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement, measure
 from fastdynat.evaluation.halving import out_of_memory, with_halving
 from fastdynat.evaluation.outcome import unpack_bits
-from fastdynat.terminal import evaluation_progress as meter
+from fastdynat.tuning.devices import AmpChoice
 
 CPU = torch.device("cpu")
 
@@ -81,17 +81,16 @@ CPU_ERROR = RuntimeError(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), CPU_ERROR])
-def test_the_batch_is_halved_until_it_fits(error: RuntimeError) -> None:
+def test_the_batch_is_halved_until_it_fits(error: RuntimeError, messages: list[str]) -> None:
     tried: list[int] = []
-    said: list[str] = []
-    assert with_halving(limited(7, tried, error), 50, said.append) == 7
+    assert with_halving(limited(7, tried, error), 50) == 7
     assert tried == [50, 25, 13, 7]
-    assert len(said) == 3
-    assert "7 images per batch" in said[-1]
+    assert len(messages) == 3
+    assert "7 images per batch" in messages[-1]
     with pytest.raises(UserError, match="one image at a time"):
-        with_halving(limited(0, [], error), 5, said.append)
+        with_halving(limited(0, [], error), 5)
     with pytest.raises(RuntimeError, match="shapes"):
-        with_halving(limited(7, [], RuntimeError("shapes differ")), 50, said.append)
+        with_halving(limited(7, [], RuntimeError("shapes differ")), 50)
 
 
 def test_the_cpu_allocators_own_error_is_recognised() -> None:
@@ -111,7 +110,7 @@ def test_what_the_failed_batch_held_is_free_before_the_next() -> None:
         assert held[0]() is None
         return batch_size
 
-    assert with_halving(run, 8, lambda text: None) == 4
+    assert with_halving(run, 8) == 4
 
 
 def test_a_halved_evaluation_is_that_of_the_smaller_batch(
@@ -132,7 +131,7 @@ def test_a_halved_evaluation_is_that_of_the_smaller_batch(
     (halved,) = evaluate(tmp_path, run, *flags, tmp_path / "c")["results"]
     assert halved["attacks"][0]["batch_size"] == 15
     assert halved["attacks"][0]["robust_bits"] == small["attacks"][0]["robust_bits"]
-    assert "out of memory: begun again with 15 images" in capsys.readouterr().out
+    assert "out of memory: started again with 15 images" in capsys.readouterr().out
     monkeypatch.setattr(cells, "measure", original)
     (kept,) = evaluate(tmp_path, run, *flags, tmp_path / "c")["results"]
     assert kept["attacks"] == halved["attacks"]
@@ -355,30 +354,6 @@ def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"│ {name} " in out
 
 
-def test_lines_tell_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = [100.0], []
-    monkeypatch.setattr(meter.time, "monotonic", lambda: clock[0])
-    lines = meter.Lines("run last pgd20", 1000, said.append)
-    for seconds, images in ((10, 50.0), (25, 50.0), (10, 0.5), (60, 149.5), (500, 750.0)):
-        clock[0] += seconds
-        lines.advance(images)
-    # 100 images in 35 s, then 250 in 105 s; the last images need no line.
-    assert said == [
-        "run last pgd20: 100 of 1,000 images, about 5 min left",
-        "run last pgd20: 250 of 1,000 images, about 5 min left",
-    ]
-    assert [meter.duration(s) for s in (5.2, 60, 7500)] == ["5 s", "1 min", "2 h 05 min"]
-
-
-def test_a_bar_follows_the_images_of_one_attack() -> None:
-    with meter.Meter(Console(file=io.StringIO(), force_terminal=True, width=100)) as bar:
-        with bar.attack("pgd20", 10) as advance:
-            advance(2.5)
-            (task,) = bar._bar.tasks
-            assert (task.description, task.completed, task.total) == ("pgd20", 2.5, 10)
-        assert bar._bar.tasks == []
-
-
 # What is refused
 
 
@@ -420,14 +395,14 @@ def test_only_attacks_that_half_precision_does_not_weaken_take_it(monkeypatch: p
     ],
 )
 def test_a_bare_amp_is_float32_where_an_attack_needs_it(
-    attacks: str, amp: str, monkeypatch: pytest.MonkeyPatch
+    attacks: str, amp: str, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     monkeypatch.setattr(
-        "fastdynat.commands.evaluate.settle.pick_amp", lambda mode, *rest: "bf16" if mode == "auto" else mode
+        "fastdynat.commands.evaluate.settle.pick_amp",
+        lambda mode, *rest: AmpChoice("bf16" if mode == "auto" else mode),
     )
-    said: list[str] = []
-    assert settled(EvalConfig(amp="auto", attacks=attacks), said.append).amp == amp
-    assert [("not shown to be as strong" in line) for line in said] == [True] * (amp == "off")
+    assert settled(EvalConfig(amp="auto", attacks=attacks)).amp == amp
+    assert [("not shown to be as strong" in line) for line in messages] == [True] * (amp == "off")
 
 
 @pytest.mark.parametrize("text", ["", "1", "3/2", "0/1", "a/b", "1/2/3", "-1/2"])

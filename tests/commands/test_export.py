@@ -325,7 +325,7 @@ def test_bad_input_is_refused_before_anything_is_written(finished: Path, tmp_pat
 
     def message(run: Path = finished, **kwargs: object) -> str:
         with pytest.raises(UserError) as caught:
-            export_run(run, ExportConfig(**{"out": str(out), **kwargs}), lambda text: None)  # type: ignore[arg-type]
+            export_run(run, ExportConfig(**{"out": str(out), **kwargs}))  # type: ignore[arg-type]
         return str(caught.value)
 
     assert "no run at" in message(tmp_path / "none")

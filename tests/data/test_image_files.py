@@ -27,6 +27,7 @@ from fastdynat.data import (
 )
 from fastdynat.data.decode import read_header, read_rgb
 from fastdynat.errors import UserError
+from fastdynat.terminal.messages import MessageCollector
 
 HEIGHT, WIDTH = 11, 13
 GREY = np.linspace(0, 255, HEIGHT * WIDTH).round().astype(np.uint8).reshape(HEIGHT, WIDTH)
@@ -92,9 +93,9 @@ def opened(root: Path, **options: object) -> TrainSplit:
 
 
 def said(root: Path, **options: object) -> str:
-    texts: list[str] = []
-    opened(root, say=texts.append, **options)
-    return "\n".join(texts)
+    with MessageCollector() as heard:
+        opened(root, **options)
+    return "\n".join(heard.texts)
 
 
 def three(grey: np.ndarray) -> np.ndarray:
@@ -341,10 +342,10 @@ def test_what_is_left_out_is_counted(root: Path) -> None:
     assert "train': 1 .heic, 1 .jpg, 1 .txt, 1 folder(s); images are" in text
     assert "test': 1 .mp4; images are" in text
     assert all(word not in text for word in (".DS_Store", "Thumbs.db", ".db", ".ini"))
-    texts: list[str] = []
-    load_test("imagefolder", root, say=texts.append)
-    assert len(texts) == 1
-    assert "1 .mp4" in texts[0]
+    with MessageCollector() as heard:
+        load_test("imagefolder", root)
+    assert len(heard.texts) == 1
+    assert "1 .mp4" in heard.texts[0]
 
 
 def test_names_of_any_bytes(root: Path) -> None:
@@ -463,12 +464,16 @@ def test_the_test_folder_is_looked_at_before_training(damage, root: Path) -> Non
         opened(root)
 
 
-def test_training_goes_on_without_a_test_folder_and_says_so(root: Path) -> None:
+def test_training_goes_on_without_a_test_folder_and_says_so(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (root / "test").rename(root / "elsewhere")
-    assert "warning: " in said(root)
+    opened(root)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
     assert (
         "holds no test images; --data-dir DIR must hold one of test, val, valid for fastdynat eval"
-        in said(root)
+        in record.getMessage()
     )
 
 

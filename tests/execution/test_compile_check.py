@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiled_training import dynat_step, weights_after
+from support.fallbacks import CollectedIn, NoFallbacks
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ def view(
     fault: Fault, monkeypatch: pytest.MonkeyPatch, module: nn.Module, said: list[str]
 ) -> Callable[..., Any]:
     planted(monkeypatch, fault)
-    return compile_whole(module, mode="default", what="the model", say=said.append)
+    return compile_whole(module, mode="default", what="the model", fallbacks=CollectedIn(said))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -113,7 +114,10 @@ def test_right_code_is_kept_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch)
         return compiled
 
     planted(monkeypatch, counting)
-    compiled, x = compile_whole(module, mode="default", what="it", say=pytest.fail), torch.rand(6, 3, 8, 8)
+    compiled, x = (
+        compile_whole(module, mode="default", what="it", fallbacks=NoFallbacks()),
+        torch.rand(6, 3, 8, 8),
+    )
     for _ in range(4):
         assert torch.equal(compiled(x), twin(x))
         for network in (module, twin):
@@ -165,7 +169,7 @@ def test_an_outstanding_graph_of_the_caller_stays_valid(monkeypatch: pytest.Monk
     """The check of a second signature puts statistics back that the first pass's graph has saved."""
     module = tiny_cnn(0).train()
     planted(monkeypatch, right)
-    compiled = compile_whole(module, mode="default", what="it", say=pytest.fail)
+    compiled = compile_whole(module, mode="default", what="it", fallbacks=NoFallbacks())
     first = compiled(torch.rand(6, 3, 8, 8))
     compiled(torch.rand(4, 3, 8, 8))
     first.sum().backward()
@@ -179,7 +183,7 @@ def test_dropout_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda x: (torch.rand(7), fn(x))[1]
 
     planted(monkeypatch, other_draws)
-    compile_whole(module, mode="default", what="it", say=pytest.fail)(torch.rand(6, 3, 8, 8))
+    compile_whole(module, mode="default", what="it", fallbacks=NoFallbacks())(torch.rand(6, 3, 8, 8))
 
 
 def test_without_memory_for_the_comparison_it_is_said_and_compiled_code_runs(
@@ -190,7 +194,9 @@ def test_without_memory_for_the_comparison_it_is_said_and_compiled_code_runs(
 
     said: list[str] = []
     planted(monkeypatch, lambda fn: lambda x: x * 2)
-    compiled = compile_whole(lambda x: x * 2, mode="default", what="it", say=said.append, otherwise=full)
+    compiled = compile_whole(
+        lambda x: x * 2, mode="default", what="it", fallbacks=CollectedIn(said), otherwise=full
+    )
     assert [float(compiled(torch.ones(()))) for _ in range(2)] == [2, 2]
     assert len(said) == 1
     assert "not enough memory" in said[0]
@@ -228,7 +234,7 @@ def test_a_wrong_attack_is_found(monkeypatch: pytest.MonkeyPatch, fault: str) ->
     planted(monkeypatch, FAULTS.get(fault, from_the_second_call))
     x, y, said = torch.rand(12, 3, 8, 8), torch.arange(12) % 10, list[str]()
     engine = AttackEngine(
-        tiny_cnn().eval(), x[:2], switches=AttackSwitches(compile="default"), say=said.append
+        tiny_cnn().eval(), x[:2], switches=AttackSwitches(compile="default"), fallbacks=CollectedIn(said)
     )
     plain, spec = AttackEngine(tiny_cnn().eval(), x[:2]), PGDSpec(0.1, 0.03, 5)
     for _ in range(2):

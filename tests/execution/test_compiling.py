@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fallbacks import CollectedIn, NoFallbacks
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -86,7 +87,7 @@ def test_shapes_that_were_compiled_stay_compiled_after_the_limit() -> None:
         calls.append(len(x))
         return x * 2
 
-    run = compile_whole(fn, mode="default", what="it", say=said.append, otherwise=plain)
+    run = compile_whole(fn, mode="default", what="it", fallbacks=CollectedIn(said), otherwise=plain)
     for n in [*range(1, 12), *range(1, 12)]:
         assert torch.equal(run(torch.ones(n)), 2 * torch.ones(n))
     assert calls == [*range(1, 9)] + [9, 10, 11] * 2, "each compilation is compared once"
@@ -97,7 +98,7 @@ def test_shapes_that_were_compiled_stay_compiled_after_the_limit() -> None:
 def test_a_lower_limit_of_torchs_own_is_kept_to(limit: int) -> None:
     said: list[str] = []
     with torch._dynamo.config.patch(recompile_limit=limit):
-        run = compile_whole(nn.Linear(2, 2), mode="default", what="it", say=said.append)
+        run = compile_whole(nn.Linear(2, 2), mode="default", what="it", fallbacks=CollectedIn(said))
         for n in [*range(1, 7)] * 2:
             assert run(torch.ones(n, 2)).shape == (n, 2)
     assert graphs() == limit
@@ -133,7 +134,7 @@ def test_a_loss_on_a_compiled_model_takes_any_number_of_shapes_and_radii() -> No
 
 def test_searches_of_any_radius_are_one_graph_per_shape() -> None:
     engine = AttackEngine(
-        tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches(compile="default"), say=pytest.fail
+        tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches(compile="default"), fallbacks=NoFallbacks()
     )
     plain = AttackEngine(tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches())
     x, y = batch(6)
@@ -151,7 +152,10 @@ def test_searches_of_any_radius_are_one_graph_per_shape() -> None:
 def test_kinds_of_attack_beyond_a_limit_run_uncompiled_and_say_so_once() -> None:
     said: list[str] = []
     engine = AttackEngine(
-        tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches(compile="default"), say=said.append
+        tiny_cnn(0).eval(),
+        batch(2)[0],
+        switches=AttackSwitches(compile="default"),
+        fallbacks=CollectedIn(said),
     )
     plain = AttackEngine(tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches())
     x, y = batch(3)
@@ -177,7 +181,7 @@ def test_auto_keeps_the_faster_one_and_says_what_it_gave_up(
     monkeypatch.setattr(compiling, "race", fake)
     said: list[str] = []
     engine = AttackEngine(
-        tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches(compile="auto"), say=said.append
+        tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches(compile="auto"), fallbacks=CollectedIn(said)
     )
     plain = AttackEngine(tiny_cnn(0).eval(), batch(2)[0], switches=AttackSwitches())
     for n in (4, 5):
@@ -209,7 +213,7 @@ def test_a_bare_compile_is_auto_for_callers_from_python(monkeypatch: pytest.Monk
 def test_a_machine_without_a_gpu_is_not_told_of_cuda_home(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    compile_whole(nn.Identity(), mode="default", what="it", say=pytest.fail)
+    compile_whole(nn.Identity(), mode="default", what="it", fallbacks=NoFallbacks())
     logger = logging.getLogger("torch.utils.cpp_extension")
     logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
     logger.warning("something else")

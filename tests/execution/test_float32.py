@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nothing_waits, process_state_restored
+from support.fallbacks import CollectedIn
 from support.networks import tiny_cnn
 from support.process_snapshot import snapshot
 from support.tf32_sim import SimulatedTF32, rounded
@@ -222,7 +223,9 @@ def test_inductors_advice_on_tf32_ends_no_compilation(monkeypatch: pytest.Monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         filters = list(warnings.filters)
-        product = compile_whole(lambda a: a @ a, mode="default", what="the product", say=said.append)
+        product = compile_whole(
+            lambda a: a @ a, mode="default", what="the product", fallbacks=CollectedIn(said)
+        )
         a = torch.rand(3, 3)
         assert torch.equal(product(a), a @ a)
         assert warnings.filters == filters

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_graph_sim import INVALIDATED, SimulatedCuda
+from support.fallbacks import CollectedIn, NoFallbacks
 from torch import Tensor
 
 from fastdynat.execution.graph_capture import CaptureFailed, CudaRecorder
@@ -104,7 +105,7 @@ def test_a_failed_capture_leaves_nothing_behind(cuda: SimulatedCuda, fault: str)
 def test_a_call_goes_on_uncaptured_with_the_same_numbers(cuda: SimulatedCuda, fault: str) -> None:
     make, why = FAULTS[fault]
     fn, said, x = make(), list[str](), torch.ones(3)
-    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), said.append)
+    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), CollectedIn(said))
     torch.manual_seed(1)
     got = [call(x) for _ in range(WARM_UP_CALLS + 3)]
     torch.manual_seed(1)
@@ -122,7 +123,7 @@ def test_an_interruption_is_not_taken_for_a_failure(
 ) -> None:
     """Ending the broken capture raises a RuntimeError of its own, which must not replace Ctrl-C."""
     fn = forks(raises(interruption()))
-    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), pytest.fail)
+    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), NoFallbacks())
     for _ in range(WARM_UP_CALLS):
         call(torch.ones(3))
     with pytest.raises(interruption):
@@ -139,7 +140,7 @@ def test_tensors_of_a_failed_capture_and_graphs_given_up_are_freed_at_once(cuda:
         return y if len(x) < 5 else waits(y)
 
     said: list[str] = []
-    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), said.append)
+    call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), CollectedIn(said))
     gc.disable()
     try:
         for size in [3] * (WARM_UP_CALLS + 2):
@@ -195,7 +196,7 @@ def test_a_replay_that_fails_is_said_and_the_call_computed_with_the_same_numbers
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    call, x = GraphedCall(noisy, CudaRecorder(torch.device("cpu")), said.append), torch.ones(3)
+    call, x = GraphedCall(noisy, CudaRecorder(torch.device("cpu")), CollectedIn(said)), torch.ones(3)
     torch.manual_seed(2)
     got = [call(x).clone() for _ in range(WARM_UP_CALLS + 1)]
 
@@ -215,7 +216,7 @@ def test_an_error_in_the_warm_up_is_the_callers_and_streams_are_in_order(cuda: S
     def fails(x: Tensor) -> Tensor:
         raise ValueError("no")
 
-    call = GraphedCall(fails, CudaRecorder(torch.device("cpu")), pytest.fail)
+    call = GraphedCall(fails, CudaRecorder(torch.device("cpu")), NoFallbacks())
     with pytest.raises(ValueError, match="no"):
         call(torch.ones(3))
     as_before(cuda)

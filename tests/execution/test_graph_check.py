@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fallbacks import CollectedIn, NoFallbacks
 from support.graph_sim import SimulatedRecorder, Tape
 from support.graphed_training import make_step
 from support.networks import tiny_cnn
@@ -165,7 +166,7 @@ def test_a_planted_fault_is_found_and_the_run_is_the_one_without_graphs(
 ) -> None:
     said: list[str] = []
     recorder = SimulatedRecorder(FAULTS[fault])
-    got, draws = train(make(recorder=recorder, say=said.append)), torch.get_rng_state()
+    got, draws = train(make(recorder=recorder, fallbacks=CollectedIn(said))), torch.get_rng_state()
     want = train(make())
     assert (recorder.captured, recorder.replayed) == (1, 0)
     assert len(said) == 1
@@ -180,9 +181,9 @@ def test_a_planted_fault_is_found_and_the_run_is_the_one_without_graphs(
 
 def test_what_differs_is_named() -> None:
     said: list[str] = []
-    train(madry(recorder=SimulatedRecorder(skipped_update), say=said.append))
-    train(madry(recorder=SimulatedRecorder(noise_twice), say=said.append))
-    train(madry(recorder=SimulatedRecorder(missed_statistics), say=said.append))
+    train(madry(recorder=SimulatedRecorder(skipped_update), fallbacks=CollectedIn(said)))
+    train(madry(recorder=SimulatedRecorder(noise_twice), fallbacks=CollectedIn(said)))
+    train(madry(recorder=SimulatedRecorder(missed_statistics), fallbacks=CollectedIn(said)))
     assert "weight model." in said[0] or "momentum_buffer model." in said[0]
     assert "random numbers are others" in said[1]
     assert "buffer model.1.running_mean differs by 1 of its change" in said[2]
@@ -192,7 +193,9 @@ def test_what_differs_is_named() -> None:
 def test_the_attack_in_half_precision_beside_a_gradient_scaler(fault: Fault) -> None:
     """With fp16 only the attack is captured; its replica holds copies of the weights."""
     said: list[str] = []
-    step = make_step(Dynat(DynatOptions()), "cpu", "bf16", SimulatedRecorder(fault), say=said.append)
+    step = make_step(
+        Dynat(DynatOptions()), "cpu", "bf16", SimulatedRecorder(fault), fallbacks=CollectedIn(said)
+    )
     got, want = train(step), train(make_step(Dynat(DynatOptions()), "cpu", "bf16"))
     assert len(said) == 1
     assert torch.equal(got[1], want[1])
@@ -201,7 +204,7 @@ def test_the_attack_in_half_precision_beside_a_gradient_scaler(fault: Fault) -> 
 def attack(recorder: SimulatedRecorder | None, said: list[str], **others: Any) -> Tensor:
     x, y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     model = tiny_cnn()
-    engine = AttackEngine(model, x[:2], recorder=recorder, say=said.append, **others)
+    engine = AttackEngine(model, x[:2], recorder=recorder, fallbacks=CollectedIn(said), **others)
     torch.manual_seed(0)
     found = []
     for _ in range(WARM_UP_CALLS + 3):
@@ -256,7 +259,7 @@ def test_rounding_is_allowed_unless_the_run_is_to_be_deterministic(
     said: list[str] = []
     torch.use_deterministic_algorithms(deterministic)
     try:
-        train(madry(recorder=SimulatedRecorder(rounded(by)), say=said.append))
+        train(madry(recorder=SimulatedRecorder(rounded(by)), fallbacks=CollectedIn(said)))
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(said) == off
@@ -270,7 +273,7 @@ def test_a_function_that_does_not_repeat_itself_is_judged_by_its_own_noise(noise
     def fn(x: Tensor) -> Tensor:
         return x + noise * torch.randn(x.shape, generator=private)
 
-    call = GraphedCall(fn, SimulatedRecorder(), said.append)
+    call = GraphedCall(fn, SimulatedRecorder(), CollectedIn(said))
     for _ in range(WARM_UP_CALLS + 2):
         call(torch.rand(5, 7))
     assert len(said) == off
@@ -285,7 +288,7 @@ def test_a_check_without_memory_is_said_and_leaves_no_trace() -> None:
             return result
 
     said: list[str] = []
-    step = madry(recorder=Full(), say=said.append)
+    step = madry(recorder=Full(), fallbacks=CollectedIn(said))
     batch = Batch(torch.rand(8, 3, 8, 8), torch.arange(8), torch.arange(8))
     plain = madry()
     for one in (step, plain):
@@ -340,7 +343,7 @@ def test_a_check_waits_where_the_caller_forbids_it_and_the_mode_comes_back(
 
     monkeypatch.setattr(check, "on_host", copy)
     said: list[str] = []
-    call = GraphedCall(lambda x: 2 * x, SimulatedRecorder(), said.append)
+    call = GraphedCall(lambda x: 2 * x, SimulatedRecorder(), CollectedIn(said))
     for _ in range(WARM_UP_CALLS + 2):
         call(torch.rand(5, 7))
         assert modes[-1] == 2
@@ -356,7 +359,7 @@ def test_other_batches_than_the_one_at_hand_are_compared_in_its_layout() -> None
         seen.append(x)
         return x.flatten(1).sum(1) + labels
 
-    call = GraphedCall(fn, SimulatedRecorder(), pytest.fail)
+    call = GraphedCall(fn, SimulatedRecorder(), NoFallbacks())
     x = torch.rand(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     for _ in range(WARM_UP_CALLS + 1):
         call(x, torch.arange(4))

@@ -19,6 +19,8 @@ from fastdynat.config import TrainConfig
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.methods.configs import default_config
 from fastdynat.runs import load_network
+from fastdynat.terminal.consoles import error_console
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training import new_run
 from fastdynat.training.trainer import Trainer
 
@@ -134,7 +136,7 @@ def tiny_config(path: Path) -> TrainConfig[Any]:
 
 
 def test_the_engine_as_a_library(before: dict[str, Any], tmp_path: Path) -> None:
-    with new_run(tiny_config(tmp_path / "run"), lambda text: None) as trainer:
+    with new_run(tiny_config(tmp_path / "run")) as trainer:
         assert torch.are_deterministic_algorithms_enabled()
         trainer.fit()
     assert_unchanged(before)
@@ -148,17 +150,16 @@ def test_after_an_error_in_the_middle(
         raise error
 
     monkeypatch.setattr(Trainer, "_train_epoch", fails)
-    with pytest.raises(error), new_run(tiny_config(tmp_path / "run"), lambda text: None) as trainer:
+    with pytest.raises(error), new_run(tiny_config(tmp_path / "run")) as trainer:
         trainer.fit()
     assert_unchanged(before)
 
 
 def test_reading_and_measuring_networks(run: Path, before: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    display = ProgressDisplay(error_console(), quiet=True)
     load_network(run / "best" / "model.safetensors")
     assert_unchanged(before)
-    measure_runs([run], EvalConfig(attacks="clean", num_images=10, cache="off"), Console(quiet=True))
+    measure_runs([run], EvalConfig(attacks="clean", num_images=10, cache="off"), display)
     assert_unchanged(before)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs, nothing_waits
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.method_variants import TINY, VARIANTS, flags, make_method, teacher  # noqa: F401
 from support.networks import tiny_cnn
@@ -58,7 +59,7 @@ def make_step(
         channels_last=amp != "off",
         attack=AttackSwitches(dtype=AMP_DTYPES[amp], channels_last=amp != "off", compile=compile_mode),
         compile_mode=compile_mode,
-        say=pytest.fail,
+        fallbacks=NoFallbacks(),
     )
     method.epochs = 4
     method.buffers = method.make_buffers(torch.zeros(max(SIZES), 3, 8, 8, device=device))
@@ -70,7 +71,7 @@ def make_step(
         Precision(amp, device),
         lambda n: 1 / (1 + n),
         awp=WeightPerturbation(model, awp, warmup=1) if awp else None,
-        say=pytest.fail,
+        fallbacks=NoFallbacks(),
         **kwargs,
     )
 

@@ -16,6 +16,7 @@ from conftest import needs
 from hypothesis import given
 from hypothesis import strategies as st
 from support.classical_references import EPOCH, mean_ce, mean_kl, train
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.graphed_training import make_step
 from support.networks import tiny_cnn
@@ -419,7 +420,7 @@ RUNS: dict[str, Callable[[], Method[Any]]] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str) -> None:
     recorder = SimulatedRecorder()
-    got = train(make_step(RUNS[name](), "cpu", recorder=recorder, say=pytest.fail))
+    got = train(make_step(RUNS[name](), "cpu", recorder=recorder, fallbacks=NoFallbacks()))
     want = train(make_step(RUNS[name](), "cpu"))
     phases = 2 if "mail" in name or "gairat" in name else 1  # before and after the weights begin
     assert recorder.captured == phases * len(EPOCH)
@@ -433,7 +434,7 @@ def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str) -> Non
 def test_captured_on_a_gpu(name: str) -> None:
     """Later steps are not compared: rounding decides the signs of gradients near x."""
     recorder = CudaRecorder(torch.device("cuda"))
-    logs, state = train(make_step(RUNS[name](), "cuda", recorder=recorder, say=pytest.fail))
+    logs, state = train(make_step(RUNS[name](), "cuda", recorder=recorder, fallbacks=NoFallbacks()))
     want, _ = train(make_step(RUNS[name](), "cuda"))
     assert bool(state.isfinite().all())
     assert logs[0] == pytest.approx(want[0], rel=1e-3)
@@ -448,7 +449,7 @@ def compiled_step(method: Method[Any], mode: str) -> TrainStep:
         device=torch.device("cpu"),
         attack=AttackSwitches(compile=mode),
         compile_mode=mode,
-        say=pytest.fail,
+        fallbacks=NoFallbacks(),
     )
     spec, optim = PGDSpec(0.1, 0.05, 3, start="gaussian"), OptimConfig(lr=0.1, epochs=1)
     return TrainStep(method, networks, spec, optim, Precision("off", torch.device("cpu")), lambda step: 1.0)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs
 from support.dyart_reference import reference_step
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from support.stepping import EPS, K, N, assert_same_step, make_batch, moved_network, train_step
@@ -180,7 +181,7 @@ def confident_step(
         channels_last=dtype is not None,
         attack=AttackSwitches(dtype=dtype, channels_last=dtype is not None, compile=mode),
         compile_mode=mode,
-        say=pytest.fail,
+        fallbacks=NoFallbacks(),
     )
     method, spec, optim = (
         Dyart(DyartOptions(margin_weight=10.0)),
@@ -188,7 +189,14 @@ def confident_step(
         OptimConfig(lr=0.01, epochs=1),
     )
     return TrainStep(
-        method, networks, spec, optim, Precision(amp, CPU), lambda n: 1.0, recorder=recorder, say=pytest.fail
+        method,
+        networks,
+        spec,
+        optim,
+        Precision(amp, CPU),
+        lambda n: 1.0,
+        recorder=recorder,
+        fallbacks=NoFallbacks(),
     )
 
 

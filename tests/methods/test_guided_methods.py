@@ -13,6 +13,7 @@ from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compiled_training import weights_after
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.graphed_training import EPOCH, EPOCHS, make_step, train
 from support.networks import tiny_cnn
@@ -521,7 +522,7 @@ def test_weight_perturbation_goes_around_every_method(name: str, batch: Batch) -
 @pytest.mark.parametrize("name", CASES)
 def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str, amp: str) -> None:
     recorder = SimulatedRecorder()
-    graphed = make_step(CASES[name].method(), "cpu", amp, recorder, say=pytest.fail)
+    graphed = make_step(CASES[name].method(), "cpu", amp, recorder, fallbacks=NoFallbacks())
     got, want = train(graphed), train(make_step(CASES[name].method(), "cpu", amp))
     assert recorder.replayed == len(EPOCH) * EPOCHS - len(set(EPOCH)) * WARM_UP_CALLS
     assert got[0] == want[0]
@@ -591,7 +592,7 @@ def test_compiled_without_graph_breaks_and_with_eagers_numbers(name: str) -> Non
             device=CPU,
             attack=AttackSwitches(compile=mode),
             compile_mode=mode,
-            say=pytest.fail,
+            fallbacks=NoFallbacks(),
         )
         # Next to the image, where a KL from it is flat, rounding would decide on the sign of its gradient.
         spec, optim = PGDSpec(0.1, 0.05, 3, start="uniform"), OptimConfig(lr=0.1, epochs=1)

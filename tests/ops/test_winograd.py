@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fallbacks import CollectedIn
 from torch import Tensor, nn
 
 from fastdynat import ops
@@ -411,7 +412,9 @@ def test_the_attack_is_as_strong(compiled: str) -> None:
         optimizer.step()
     model.eval()
     said: list[str] = []
-    engine = AttackEngine(model, x[:2], switches=AttackSwitches(compile=compiled), say=said.append)
+    engine = AttackEngine(
+        model, x[:2], switches=AttackSwitches(compile=compiled), fallbacks=CollectedIn(said)
+    )
     found = check_fidelity(
         engine, model, zip(x.split(32), y.split(32), strict=True), PGDSpec(8 / 255, 2 / 255, 5)
     )

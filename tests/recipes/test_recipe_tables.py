@@ -56,10 +56,6 @@ class Built:
         return self.step.networks.raw["model"]
 
 
-def quiet(text: str) -> None:
-    pass
-
-
 def narrow(name: str) -> str:
     """A small network of the same kind: widths are patched, depths are in the name."""
     return name.replace("wrn-28-10", "wrn-10-1").replace("wrn-34-10", "wrn-10-1")
@@ -109,7 +105,7 @@ def build(name: str, folder: Path) -> Built:
         run=replace(config.run, run_dir=str(folder / "run"), quiet=True),
         engine=replace(config.engine, device="cpu"),
     )
-    config = resolve(config, info, quiet)
+    config = resolve(config, info, announce=False)
     count = 100_000 if known is None else 50_000
     images = torch.randint(
         256, (count, *info.image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
@@ -118,9 +114,9 @@ def build(name: str, folder: Path) -> Built:
     size = config.data.val_size
     train, val = stratified_split(labels, val_size=None if size is None else int(size), limit=None, seed=1)
     split = TrainSplit(info, ImageSource(labels, lambda at: images[at]), train, val)
-    config = resolve_loader(config, split, quiet)
-    parts = build_parts(config, split, quiet)
-    burn_in = burn_in_step(config, parts.step, quiet)
+    config = resolve_loader(config, split, announce=False)
+    parts = build_parts(config, split)
+    burn_in = burn_in_step(config, parts.step)
     run = RunDir.create(folder / "run", to_yaml(config), overwrite=False)
     try:
         trainer = Trainer(config, info, split.val_images(), parts, run, burn_in)

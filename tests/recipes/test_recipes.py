@@ -41,10 +41,10 @@ def test_every_key_is_a_flag_and_the_whole_can_start(name: str) -> None:
     method = method_class(config.method)
     if method.uses_guide and "guide" not in method.trains:
         with pytest.raises(UserError, match="--guide-from RUN"):
-            resolve(config, dataset_info("cifar10") or TINY_IMAGENET, print)
+            resolve(config, dataset_info("cifar10") or TINY_IMAGENET)
         return
     info = dataset_info(config.data.data) or TINY_IMAGENET
-    resolved = to_flat(resolve(config, info, lambda text: None))
+    resolved = to_flat(resolve(config, info))
     assert all(resolved[key] is not None for key in values)
     assert 20 <= len(about) <= 110
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.classical_references import EPOCH, mean_ce, mean_kl, train
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.graphed_training import make_step
 from support.stepping import LR, N, drawn_start, make_batch, moved_network, tiny_network, train_step
@@ -173,7 +174,7 @@ def test_a_gradient_that_points_nowhere_moves_nothing(factor: float) -> None:
 def test_a_captured_step_switches_on_after_the_warm_up_bit_for_bit(method: Callable[[], Method[Any]]) -> None:
     results, recorder = [], SimulatedRecorder()
     for graphs, gamma, warmup in ((recorder, GAMMA, 6), (None, GAMMA, 6), (None, 0.0, 0)):
-        step = make_step(method(), "cpu", recorder=graphs, say=pytest.fail)
+        step = make_step(method(), "cpu", recorder=graphs, fallbacks=NoFallbacks())
         step.awp = WeightPerturbation(step.networks.raw["model"], gamma, warmup)
         results.append(train(step))
     assert recorder.captured == 2 * len(EPOCH)

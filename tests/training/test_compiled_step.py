@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import needs
 from support.compiled_training import EPOCH, dynat_step, weights_after
+from support.fallbacks import CollectedIn, NoFallbacks
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -35,7 +36,7 @@ def test_many_networks_of_one_class_do_not_use_up_each_others_recompilations() -
     for width in range(2, limit + 4):  # other shapes, so that each is a compilation of its own
         network = nn.Sequential(nn.Linear(4, width))
         counters.clear()
-        compile_whole(network, mode="default", what="it", say=pytest.fail)(x)
+        compile_whole(network, mode="default", what="it", fallbacks=NoFallbacks())(x)
         assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -45,7 +46,7 @@ def test_what_cannot_be_one_graph_runs_in_parts_and_says_so() -> None:
         return x + 1 if float(x.sum()) > 0 else x - 1
 
     said: list[str] = []
-    compiled = compile_whole(branches, mode="default", what="the model", say=said.append)
+    compiled = compile_whole(branches, mode="default", what="the model", fallbacks=CollectedIn(said))
     for x in (torch.ones(3), -torch.ones(3), torch.ones(3)):
         torch.testing.assert_close(compiled(x), branches(x))
     assert len(said) == 1
@@ -63,7 +64,9 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch: pytest.MonkeyPatch, own
     monkeypatch.setattr(torch, "compile", fails)
     said: list[str] = []
     otherwise = (lambda x: x * 3) if own_fallback else None
-    compiled = compile_whole(lambda x: x * 2, mode="default", what="it", say=said.append, otherwise=otherwise)
+    compiled = compile_whole(
+        lambda x: x * 2, mode="default", what="it", fallbacks=CollectedIn(said), otherwise=otherwise
+    )
     assert [float(compiled(torch.ones(()))) for _ in range(2)] == ([3, 3] if own_fallback else [2, 2])
     assert len(said) == 1
     assert "without torch.compile" in said[0]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
+from support.fallbacks import CollectedIn, NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.graphed_training import EPOCH, EPOCHS, make_step, train
 
@@ -26,7 +27,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_captured_step_trains_bit_for_bit_like_the_plain_one(name: str, amp: str) -> None:
     recorder = SimulatedRecorder()
-    graphed = make_step(METHODS[name](), "cpu", amp, recorder, clip_grad=0.5, say=pytest.fail)
+    graphed = make_step(METHODS[name](), "cpu", amp, recorder, clip_grad=0.5, fallbacks=NoFallbacks())
     got, want = train(graphed), train(make_step(METHODS[name](), "cpu", amp, clip_grad=0.5))
     shapes, steps = len(set(EPOCH)), len(EPOCH) * EPOCHS
     assert (recorder.captured, recorder.warmed) == (shapes, shapes * WARM_UP_CALLS)
@@ -59,7 +60,7 @@ def test_a_step_that_waits_for_the_device_goes_on_without_graphs_and_says_why() 
 
     said: list[str] = []
     recorder = SimulatedRecorder()
-    got = train(make_step(Waits(MadryOptions()), "cpu", recorder=recorder, say=said.append))
+    got = train(make_step(Waits(MadryOptions()), "cpu", recorder=recorder, fallbacks=CollectedIn(said)))
     want = train(make_step(Madry(MadryOptions()), "cpu"))
     assert len(said) == 1
     assert "CUDA graphs are off" in said[0]
@@ -77,7 +78,7 @@ def test_on_a_gpu(name: str, stream: bool, amp: str) -> None:
     device = torch.device("cuda")
     side = torch.cuda.Stream(device) if stream else None
     graphed = make_step(
-        METHODS[name](), "cuda", amp, CudaRecorder(device), guide_stream=side, say=pytest.fail
+        METHODS[name](), "cuda", amp, CudaRecorder(device), guide_stream=side, fallbacks=NoFallbacks()
     )
     got, want = train(graphed, "cuda"), train(make_step(METHODS[name](), "cuda", amp), "cuda")
     # Other convolution algorithms may be chosen, and rounding may flip the sign of a gradient that is noise.

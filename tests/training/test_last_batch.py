@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
+from support.fallbacks import CollectedIn
 from support.graph_sim import SimulatedRecorder
 from support.graphed_training import make_step
 from support.method_variants import VARIANTS, flags, teacher  # noqa: F401
@@ -107,7 +108,9 @@ def test_a_smaller_batch_is_neither_captured_nor_replayed_and_is_the_same_step()
 
     def state(whole: int | None, recorder: SimulatedRecorder | None) -> Tensor:
         said: list[str] = []
-        step = make_step(Dynat(DynatOptions()), "cpu", recorder=recorder, whole=whole, say=said.append)
+        step = make_step(
+            Dynat(DynatOptions()), "cpu", recorder=recorder, whole=whole, fallbacks=CollectedIn(said)
+        )
         generator = torch.Generator().manual_seed(1)
         torch.manual_seed(5)
         for _ in range(6):
@@ -144,7 +147,9 @@ def test_standing_aside_is_over_after_a_failure() -> None:
         fail()
     assert not is_uncompiled()
     assert call._captured == {}
-    compiled = compiling.compile_whole(torch.sin, mode="default", what="the sine", say=calls.append)
+    compiled = compiling.compile_whole(
+        torch.sin, mode="default", what="the sine", fallbacks=CollectedIn(calls)
+    )
     with uncompiled():
         assert torch.equal(compiled(torch.ones(2)), torch.sin(torch.ones(2)))
     assert compiled._known == set()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from support.stepping import CPU, make_batch, moved_network, tiny_network, train_step
@@ -65,7 +66,7 @@ def test_a_captured_step_is_not_replayed_there() -> None:
 def test_a_compiled_network_is_compiled_once_more_and_no_further() -> None:
     def step(mode: str) -> TrainStep:
         networks = NetworkSet(
-            tiny_cnn(0), None, image_shape=(3, 8, 8), device=CPU, compile_mode=mode, say=pytest.fail
+            tiny_cnn(0), None, image_shape=(3, 8, 8), device=CPU, compile_mode=mode, fallbacks=NoFallbacks()
         )
         made = train_step(Natural(NaturalOptions()), tiny_network(0), None)
         optim, spec = replace(made.optim, lr=0.01), made.spec
@@ -77,7 +78,7 @@ def test_a_compiled_network_is_compiled_once_more_and_no_further() -> None:
             made.precision,
             lambda n: 1.0,
             statistics_resets={2},
-            say=pytest.fail,
+            fallbacks=NoFallbacks(),
         )
 
     counters.clear()

@@ -89,13 +89,20 @@ def said() -> list[str]:
     return []
 
 
+def picked(mode: str, device: torch.device, notes: list[str], **options: Any) -> str:
+    """The precision that `pick_amp` takes; its note goes to `notes`."""
+    amp, note = pick_amp(mode, device, **options)
+    notes += [note] if note else []
+    return amp
+
+
 def half(amp: str, ms: float) -> dict[str, float]:
     return {f"{amp}, contiguous": ms, f"{amp}, channels-last": ms}
 
 
 def test_without_instructions_a_type_is_not_even_timed(machine: Machine, said: list[str]) -> None:
     machine.lacking, machine.milliseconds = NEITHER, half("bf16", 0.001) | half("fp16", 0.001)
-    assert pick_amp("auto", CPU, said.append) == "off"
+    assert picked("auto", CPU, said) == "off"
     assert not [name for name in machine.timed if name.startswith(("bf16", "fp16"))]
     assert len(said) == 1
     assert "bf16 has no instructions on this CPU" in said[0]
@@ -104,7 +111,7 @@ def test_without_instructions_a_type_is_not_even_timed(machine: Machine, said: l
 
 def test_with_instructions_and_yet_slower_is_float32(machine: Machine, said: list[str]) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 13)
-    assert pick_amp("auto", CPU, said.append) == "off"
+    assert picked("auto", CPU, said) == "off"
     assert said == ["--amp: bf16 measured 0.77x as fast as float32 here; computing in float32"]
 
 
@@ -113,7 +120,7 @@ def test_the_faster_type_is_taken_and_its_gain_is_said(
     machine: Machine, said: list[str], amp: str, lacking: dict[str, str]
 ) -> None:
     machine.lacking, machine.milliseconds = lacking, half("bf16", 9) | half("fp16", 9) | half(amp, 4)
-    assert pick_amp("auto", CPU, said.append) == amp
+    assert picked("auto", CPU, said) == amp
     assert said == [f"--amp: {amp} is 2.5x as fast as float32 here (measured); computing in {amp}"]
 
 
@@ -126,8 +133,8 @@ def test_half_precision_must_beat_float32_by_winograd_where_that_may_be_used(
         "float32, channels-last, Winograd": 5,
     }
     assert Setting("off", winograd=True) in settings(()), "the extension is part of this test"
-    assert pick_amp("auto", CPU, said.append) == "off"
-    assert pick_amp("auto", CPU, said.append, winograd=False) == "bf16"
+    assert picked("auto", CPU, said) == "off"
+    assert picked("auto", CPU, said, winograd=False) == "bf16"
 
 
 def test_a_draw_is_float32_direct_and_channels_last(machine: Machine) -> None:
@@ -165,7 +172,7 @@ def test_layout_and_winograd_are_the_fastest_of_those_that_are_open(
 
 def test_insisting_is_obeyed_with_a_warning_of_the_measured_factor(machine: Machine, said: list[str]) -> None:
     machine.lacking, machine.milliseconds = NEITHER, half("bf16", 150)
-    assert pick_amp("bf16", CPU, said.append) == "bf16"
+    assert picked("bf16", CPU, said) == "bf16"
     assert said == [
         "--amp bf16: bf16 has no instructions on this CPU, convolutions take 15x as long as in float32; "
         "a bare --amp takes what is fast"
@@ -175,7 +182,7 @@ def test_insisting_is_obeyed_with_a_warning_of_the_measured_factor(machine: Mach
 
 def test_insisting_on_what_is_fast_says_nothing(machine: Machine, said: list[str]) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 5)
-    assert pick_amp("bf16", CPU, said.append) == "bf16"
+    assert picked("bf16", CPU, said) == "bf16"
     assert said == []
 
 
@@ -188,10 +195,10 @@ def test_on_a_gpu_it_is_known(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(choices, "race", lambda *args, **kwargs: pytest.fail("nothing is measured"))
     want = {6: "off", 7: "fp16"}.get(capability_[0], "bf16")
-    assert pick_amp("auto", gpu, said.append) == want
-    assert pick_amp("default", gpu, said.append) == ("bf16" if want == "bf16" else "off")
+    assert picked("auto", gpu, said) == want
+    assert picked("default", gpu, said) == ("bf16" if want == "bf16" else "off")
     said.clear()
-    assert pick_amp("bf16", gpu, said.append) == "bf16"
+    assert picked("bf16", gpu, said) == "bf16"
     assert bool(said) == (want != "bf16")
     assert choose(gpu, amps=("off",)).channels_last
 
@@ -200,8 +207,8 @@ def test_without_amp_the_cpu_computes_in_float32_and_measures_no_precision(
     machine: Machine, said: list[str]
 ) -> None:
     machine.milliseconds = half("bf16", 1)
-    assert pick_amp("default", CPU, said.append) == "off"
-    assert pick_amp("off", CPU, said.append) == "off"
+    assert picked("default", CPU, said) == "off"
+    assert picked("off", CPU, said) == "off"
     assert (said, machine.timed) == ([], [])
 
 
@@ -209,29 +216,29 @@ def config(**engine: Any) -> TrainConfig[Any]:
     return replace(default_config("madry"), engine=EngineConfig(device="cpu", **engine))
 
 
-def resolved(said: list[str], **engine: Any) -> EngineConfig:
+def resolved(**engine: Any) -> EngineConfig:
     info = dataset_info("cifar10")
     assert info is not None
-    return resolve(config(**engine), info, said.append).engine
+    return resolve(config(**engine), info).engine
 
 
-def test_the_command_line_stores_what_was_chosen(machine: Machine, said: list[str]) -> None:
+def test_the_command_line_stores_what_was_chosen(machine: Machine) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 4) | {"bf16, contiguous": 6}
     assert {flag: BARE[flag][0] for flag in ("--amp", "--compile")} == {"--amp": "auto", "--compile": "auto"}
-    fast = resolved(said, amp="auto")
+    fast = resolved(amp="auto")
     assert (fast.amp, fast.channels_last) == ("bf16", "on")
-    assert resolved(said).amp == "off"
+    assert resolved().amp == "off"
     machine.forget()
     machine.lacking = NEITHER
     machine.milliseconds = {"float32, contiguous, Winograd": 11, "float32, channels-last, Winograd": 11}
-    slow = resolved(said, amp="auto")
+    slow = resolved(amp="auto")
     assert (slow.amp, slow.channels_last, slow.winograd) == ("off", "on", "off")
-    assert resolved(said, amp="auto", channels_last="on", winograd="on").channels_last == "on"
+    assert resolved(amp="auto", channels_last="on", winograd="on").channels_last == "on"
 
 
-def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Machine, said: list[str]) -> None:
+def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Machine) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 4)
-    begun = resolved(said, amp="auto")
+    begun = resolved(amp="auto")
     machine.forget()
     machine.lacking = NEITHER
     again = with_stored_choices(EngineConfig(device="cpu", amp="auto"), begun)
@@ -244,23 +251,23 @@ def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Mach
     assert info is not None
     # A run of before this was measured has Winograd's algorithm as "auto", and goes on with it.
     old = replace(config(), engine=replace(begun, amp="off", winograd="auto"))
-    assert resolve(old, info, said.append, carried_on=True).engine == old.engine
+    assert resolve(old, info, carried_on=True).engine == old.engine
 
 
-def test_configurations_of_earlier_still_open(said: list[str]) -> None:
+def test_configurations_of_earlier_still_open() -> None:
     for amp in ("off", "bf16", "fp16"):
         for mode in ("off", "default", "max-autotune"):
             found = update(config(), {"amp": amp, "compile": mode, "winograd": "auto"}, "config.yaml").engine
             assert (found.amp, found.compile) == (amp, mode)
 
 
-def test_evaluation_takes_the_fast_precision_too(machine: Machine, said: list[str]) -> None:
+def test_evaluation_takes_the_fast_precision_too(machine: Machine) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 4)
-    assert settled(EvalConfig(amp="auto", device="cpu"), said.append).amp == "bf16"
-    assert settled(EvalConfig(device="cpu"), said.append).amp == "off"
+    assert settled(EvalConfig(amp="auto", device="cpu")).amp == "bf16"
+    assert settled(EvalConfig(device="cpu")).amp == "off"
     machine.forget()
     machine.lacking = NEITHER
-    assert settled(EvalConfig(amp="auto", device="cpu"), said.append).amp == "off"
+    assert settled(EvalConfig(amp="auto", device="cpu")).amp == "off"
 
 
 def test_drop_in_attacks_with_amp(machine: Machine) -> None:
@@ -282,7 +289,7 @@ def test_drop_in_attacks_with_amp(machine: Machine) -> None:
     with pytest.warns(UserWarning, match=r"amp=torch.bfloat16: .*15x as long as in float32; amp=True takes"):
         insisted(x, torch.arange(3))
     assert "bfloat16" in insisted.path
-    assert pick_half(False, CPU, pytest.fail) is None
+    assert pick_half(False, CPU) == (None, "")
 
 
 def test_measurements_are_kept_for_the_next_process(machine: Machine) -> None:

@@ -220,7 +220,7 @@ def test_a_run_is_decided_by_its_own_network_and_batch(clocked: list[tuple[str, 
     def resolved(model: str, batch: int) -> EngineConfig:
         data, network = replace(config.data, batch_size=batch), replace(config.model, model=model)
         asked = replace(config, data=data, model=network, engine=EngineConfig(device="cpu", winograd="off"))
-        return resolve(asked, info, lambda text: None).engine
+        return resolve(asked, info).engine
 
     assert resolved("small", 8).channels_last == "on"
     assert {layer.channels_out for _, layer, _ in clocked} == {32, 64, 128}

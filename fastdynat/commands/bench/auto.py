@@ -14,15 +14,17 @@ from rich.console import Console
 from fastdynat.commands.bench.results import machine, settings
 from fastdynat.commands.bench.settings import shown
 from fastdynat.commands.bench.timing import Samples, rounds
-from fastdynat.commands.bench.work import Say, engine_step
+from fastdynat.commands.bench.work import engine_step
 from fastdynat.config import EngineConfig, TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.errors import UserError
+from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.machine import OtherLoad
 from fastdynat.machine.capability import processor
 from fastdynat.machine.racing import quiet_clock
 from fastdynat.runs import source_commit
 from fastdynat.terminal.consoles import AS_IS, PlainTable
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning import table
 
@@ -147,7 +149,11 @@ def decisions(
 
 
 def time_settings(
-    all_settings: Sequence[Setting], split: TrainSplit, seconds: float, repeats: int | None, say: Say
+    all_settings: Sequence[Setting],
+    split: TrainSplit,
+    seconds: float,
+    repeats: int | None,
+    display: ProgressDisplay,
 ) -> None:
     """Fill in the times, in rounds in which all settings take turns."""
     clock = quiet_clock()
@@ -159,8 +165,8 @@ def time_settings(
 
     best = float("inf")
     for setting in all_settings:
-        say(f"preparing: {setting.name}")
-        call = engine_step(setting.config, split, lambda text: None).call
+        display.line(f"preparing: {setting.name}")
+        call = engine_step(setting.config, split, SilentFallbacks()).call
         call()
         if setting.config.engine.compile != "off":
             call()  # compiled code is checked once more when the weights have changed
@@ -172,7 +178,7 @@ def time_settings(
     for setting in all_settings:
         if setting not in running:
             setting.seconds, setting.call = [setting.once], None
-    say("timing")
+    display.line("timing")
     for number in range(rounds([s.once for s in running], seconds=seconds, repeats=repeats)):
         turn = number % len(running)
         for setting in running[turn:] + running[:turn]:
@@ -187,7 +193,7 @@ def run_auto(
     seconds: float,
     repeats: int | None,
     console: Console,
-    say: Say,
+    display: ProgressDisplay,
 ) -> tuple[dict[str, Any], bool]:
     """Measure and print; the document, and whether every decision reaches `LEAST` of the best.
 
@@ -200,9 +206,9 @@ def run_auto(
             f"--auto times the decisions of the CPU; on {device} they are known: use --switches, or --device cpu"
         )
     load = OtherLoad()
-    say("choosing settings: timing convolutions and, where torch.compile is open, a compiled step")
+    display.line("choosing settings: timing convolutions and, where torch.compile is open, a compiled step")
     all_settings, found = decisions(asked, settle)
-    time_settings(all_settings, split, seconds, repeats, say)
+    time_settings(all_settings, split, seconds, repeats, display)
     plain = all_settings[0].config
     doc = {
         "format": FORMAT,

@@ -13,13 +13,15 @@ from fastdynat.commands.bench import work
 from fastdynat.commands.bench.bench_config import BenchConfig
 from fastdynat.commands.bench.settings import SWITCHES, Kind, grid, label, precision_name, shown, why_not
 from fastdynat.commands.bench.timing import Samples, Stopwatch, take_turns
-from fastdynat.commands.bench.work import Say, Work
+from fastdynat.commands.bench.work import Work
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.evaluation.fidelity import Fidelity
 from fastdynat.execution.float32 import tf32_convolutions
 from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.methods import method_class
+from fastdynat.terminal.messages import MessageCollector
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning.devices import AMP_DTYPES
 
@@ -49,18 +51,6 @@ class Plan:
     amp: str = "off"
     precision: str = "fp32"
     why_not: str = ""
-
-
-class Notices:
-    """What the engine says, passed on and kept: a row that fell back to something slower must show it."""
-
-    def __init__(self, say: Say) -> None:
-        self._say = say
-        self.heard: list[str] = []
-
-    def __call__(self, text: str) -> None:
-        self.heard.append(text)
-        self._say(text)
 
 
 @dataclass
@@ -104,7 +94,6 @@ class Task:
     split: TrainSplit
     attack_flops: int
     step_flops: int
-    say: Notices
 
 
 def plans(task: Task, bench: BenchConfig) -> list[Plan]:
@@ -132,7 +121,7 @@ def _ours(task: Task, kind: Kind, config: ResolvedConfig[Any], name: str = "", s
         kind,
         config.data.batch_size,
         shown(config),
-        partial(build, config, task.split, task.say),
+        partial(build, config, task.split),
         switch,
         flops=per_image * config.data.batch_size,
         amp=config.engine.amp,
@@ -155,7 +144,7 @@ def _peer_attacks(task: Task) -> list[Plan]:
             _rounding(config) if engine.amp == "off" else f" under {engine.amp} autocast"
         )
         ours = _ours(task, "attack", config, name)
-        prepare = partial(work.torchattacks_attack, config, task.split, task.say)
+        prepare = partial(work.torchattacks_attack, config, task.split)
         rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
     return rows
 
@@ -175,7 +164,7 @@ def _plain(task: Task) -> Plan:
         "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
     )
     ours = _ours(task, "step", config, "released loop in plain PyTorch" + _rounding(config))
-    prepare = partial(work.plain_step, config, task.split, task.say)
+    prepare = partial(work.plain_step, config, task.split)
     return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
 
 
@@ -192,9 +181,7 @@ def _switched(task: Task) -> list[Plan]:
             rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
     if method_class(task.full.method).searches:
         row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
-        rows.append(
-            replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split, task.say))
-        )
+        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split)))
     return sorted(rows, key=lambda row: row.kind)  # attacks first
 
 
@@ -217,7 +204,7 @@ def prepare(
     watch: Stopwatch,
     device: torch.device,
     bench: BenchConfig,
-    say: Notices,
+    display: ProgressDisplay,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Build, call for the first time, check and warm up every plan that can be; the others are not in the
@@ -233,23 +220,24 @@ def prepare(
             continue
         if bench.budget is not None and time.perf_counter() - begin > bench.budget and plan.kind != "matmul":
             continue
-        rows.append(_prepared(plan, plan.prepare, watch, device, say))
+        rows.append(_prepared(plan, plan.prepare, watch, device, display))
         rows.sort(key=lambda row: place[id(row.plan)])
         keep(rows)
     return rows
 
 
 def _prepared(
-    plan: Plan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, say: Notices
+    plan: Plan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, display: ProgressDisplay
 ) -> Row:
-    say(f"preparing: {plan.kind}, {plan.name}")
-    memory, before = PeakMemory(device), len(say.heard)
-    ready = build()
-    started = time.perf_counter()
-    watch.time(ready.call)
-    row = Row(plan, ready, time.perf_counter() - started, None)
-    row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
-    row.peak_memory, row.notices = memory.bytes(), tuple(say.heard[before:])
+    display.line(f"preparing: {plan.kind}, {plan.name}")
+    memory = PeakMemory(device)
+    with MessageCollector() as heard:  # a row that fell back to something slower must show it
+        ready = build()
+        started = time.perf_counter()
+        watch.time(ready.call)
+        row = Row(plan, ready, time.perf_counter() - started, None)
+        row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
+    row.peak_memory, row.notices = memory.bytes(), tuple(heard.texts)
     if ready.fidelity is not None:
         row.fidelity = ready.fidelity()
         row.invalid = _weaker(row.fidelity)

@@ -18,10 +18,10 @@ from fastdynat.commands.bench.phases import time_phases
 from fastdynat.commands.bench.profiling import profile_step
 from fastdynat.commands.bench.results import document, epoch_values, first_looks, phase_values, print_document
 from fastdynat.commands.bench.roofline import copy_rate, measured_parts, peak_of, roofline_values
-from fastdynat.commands.bench.rows import Notices, Row, Task, left_out, plans, prepare, time_rows
+from fastdynat.commands.bench.rows import Row, Task, left_out, plans, prepare, time_rows
 from fastdynat.commands.bench.settings import label, settled
 from fastdynat.commands.bench.timing import MIN_ROUNDS, Samples, Stopwatch
-from fastdynat.commands.bench.work import Say, Work, engine_step
+from fastdynat.commands.bench.work import Work, engine_step
 from fastdynat.commands.figures import PICTURES
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, DatasetInfo, TrainSplit, dataset_info
@@ -33,6 +33,7 @@ from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.runs.atomic_files import replaced, write_text
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training import build_parts, open_split
 from fastdynat.training.resolve import resolve
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -40,10 +41,8 @@ from fastdynat.tuning.devices import AMP_DTYPES
 
 
 @process_state_kept()
-def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say: Say) -> int:
+def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, display: ProgressDisplay) -> int:
     """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
-
-    say: told what is going on.
 
     Raises:
         UserError: a value that cannot work, before anything is measured or written.
@@ -52,13 +51,13 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, say
     split = _images(asked, bench)
     if bench.auto:
         doc, ok = run_auto(
-            asked, split, lambda c: settled(c, split), bench.seconds, bench.repeats, console, say
+            asked, split, lambda c: settled(c, split), bench.seconds, bench.repeats, console, display
         )
         _store(doc, bench)
         return 0 if ok else 1
-    full = settled(asked, split, say)
+    full = settled(asked, split, announce=True)
     before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
-    doc = _measure(asked, full, split, bench, Notices(say))
+    doc = _measure(asked, full, split, bench, display)
     print_document(doc, console)
     ok = True
     if before is not None:
@@ -73,7 +72,7 @@ def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
     info = dataset_info(asked.data.data)
     if info is None or bench.epoch:
         return open_split(asked)
-    config = resolve(asked, info, lambda text: None)
+    config = resolve(asked, info, announce=False)
     if config.data.image_size is not None:
         size = config.data.image_size
         info = replace(info, image_shape=(info.image_shape[0], size, size))
@@ -81,7 +80,11 @@ def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
 
 
 def _measure(
-    asked: TrainConfig[Any], full: ResolvedConfig[Any], split: TrainSplit, bench: BenchConfig, say: Notices
+    asked: TrainConfig[Any],
+    full: ResolvedConfig[Any],
+    split: TrainSplit,
+    bench: BenchConfig,
+    display: ProgressDisplay,
 ) -> dict[str, Any]:
     device = torch.device(full.engine.device)
     watch, load = Stopwatch(device), OtherLoad()
@@ -94,12 +97,11 @@ def _measure(
         split,
         full.attack.steps * flops.attack_step,
         flops.step,
-        say,
     )
     row_plans = plans(task, bench)
 
     def so_far(ready: list[Row]) -> None:
-        say(f"so far: {', '.join(first_looks(ready))}")
+        display.line(f"so far: {', '.join(first_looks(ready))}")
         about = {
             "flops": flops.values(),
             "phases": {},
@@ -114,14 +116,14 @@ def _measure(
         )
         _keep_partial(doc, bench)
 
-    rows = prepare(row_plans, watch, device, bench, say, so_far)
-    say("timing")
+    rows = prepare(row_plans, watch, device, bench, display, so_far)
+    display.line("timing")
     time_rows(rows, watch, bench)
     so_far(rows)
     own = asked_step(rows)
     phases, kinds, setting = _inside(task, own, watch, bench)
     apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
-    measured = _epoch(full, split, watch, say) if bench.epoch else None
+    measured = _epoch(full, split, watch, display) if bench.epoch else None
     return document(
         full,
         rows,
@@ -187,17 +189,19 @@ def _inside(
 
 def _again(config: ResolvedConfig[Any], task: Task, watch: Stopwatch) -> Work:
     """The step of `config`, warm."""
-    ready = engine_step(config, task.split, task.say)
+    ready = engine_step(config, task.split)
     watch.time(ready.call, 3)
     return ready
 
 
-def _epoch(config: ResolvedConfig[Any], split: TrainSplit, watch: Stopwatch, say: Say) -> dict[str, Any]:
+def _epoch(
+    config: ResolvedConfig[Any], split: TrainSplit, watch: Stopwatch, display: ProgressDisplay
+) -> dict[str, Any]:
     """One epoch of training on `split`, compiled and warm, with its shorter last batch and without
     validation.
     """
-    say("one epoch")
-    _, step, loader = build_parts(config, split, say)
+    display.line("one epoch")
+    _, step, loader = build_parts(config, split)
     with use_backend(config.engine.kernels):
         first: Batch = next(iter(loader.epoch(0)))
         last: Batch = next(iter(loader.epoch(0, loader.steps_per_epoch - 1)))

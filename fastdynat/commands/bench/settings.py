@@ -64,13 +64,13 @@ SWITCHES = (
 )
 
 
-def settled(
-    asked: TrainConfig[Any], split: TrainSplit, say: Callable[[str], None] = lambda text: None
-) -> ResolvedConfig[Any]:
+def settled(asked: TrainConfig[Any], split: TrainSplit, *, announce: bool = False) -> ResolvedConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream,
     as on or off.
     """
-    config = settle_compile(resolve_loader(resolve(asked, split.info, say), split, say), split, say)
+    config = resolve(asked, split.info, announce=announce)
+    config = resolve_loader(config, split, announce=announce)
+    config = settle_compile(config, split, announce=announce)
     engine, method = config.engine, method_class(config.method)(config.options)
     settled_engine = replace(
         engine,

@@ -22,6 +22,7 @@ from fastdynat.commands.bench.plain_dynat import PlainDynat
 from fastdynat.data import Batch, TrainLoader, TrainSplit
 from fastdynat.evaluation.fidelity import Fidelity, check_fidelity
 from fastdynat.execution.compiling import compile_whole
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.float32 import products_like_convolutions
 from fastdynat.ops import use_backend
 from fastdynat.training import TrainStep, attack_switches, build_parts
@@ -32,7 +33,6 @@ ATTACK_BATCHES = (
     4  # that an attack is timed on in turn: what stays in a cache between calls is faster to read
 )
 
-Say = Callable[[str], None]
 Attack = Callable[[Tensor, Tensor], Tensor]  # images in [0, 1], labels -> attacked images
 
 
@@ -61,11 +61,9 @@ def endless(loader: TrainLoader, batch_size: int) -> Iterator[Batch]:
         yield from (batch for batch in loader.epoch(epoch) if len(batch.labels) == batch_size)
 
 
-def _attacked(
-    config: ResolvedConfig[Any], split: TrainSplit, say: Say
-) -> tuple[Any, TrainStep, tuple[Batch, ...]]:
+def _attacked(config: ResolvedConfig[Any], split: TrainSplit) -> tuple[Any, TrainStep, tuple[Batch, ...]]:
     """Networks whose running statistics are those of the images, the step, and a few batches."""
-    networks, step, loader = build_parts(config, split, say)
+    networks, step, loader = build_parts(config, split)
     batches = tuple(itertools.islice(endless(loader, config.data.batch_size), ATTACK_BATCHES))
     update_bn([batch.x for batch in batches], networks.raw["model"])
     return networks, step, batches
@@ -83,17 +81,21 @@ def _taking_turns(
     return Work(call, fidelity)
 
 
-def engine_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
+def engine_attack(config: ResolvedConfig[Any], split: TrainSplit) -> Work:
     """Our attack as in a training step: take over the weights, then all steps. As one graph where the step
     would be one.
     """
-    networks, step, batches = _attacked(config, split, say)
+    networks, step, batches = _attacked(config, split)
     engine = networks.attack
     switches = attack_switches(config.engine)
     if config.engine.graphs == "on" and not switches.graphs:
         switches = replace(switches, graphs=True)
         engine = AttackEngine(
-            networks.raw["model"], batches[0].x, bn=config.attack.attack_bn, switches=switches, say=say
+            networks.raw["model"],
+            batches[0].x,
+            bn=config.attack.attack_bn,
+            switches=switches,
+            fallbacks=Fallbacks(),
         )
 
     def attack(x: Tensor, labels: Tensor) -> Tensor:
@@ -126,15 +128,17 @@ class WeightGradients(Ascent):
         return logits.detach(), leaf.grad
 
 
-def weight_gradient_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
+def weight_gradient_attack(config: ResolvedConfig[Any], split: TrainSplit) -> Work:
     """Our attack on a replica whose weights need gradients, which nobody reads; compiled as a network, not as
     a whole step.
     """
-    networks, step, batches = _attacked(config, split, say)
+    networks, step, batches = _attacked(config, split)
     replica = networks.attack.replica
     network: Any = replica.network.requires_grad_(True)
     if config.engine.compile != "off":
-        network = compile_whole(network, mode=config.engine.compile, what="the attacked network", say=say)
+        network = compile_whole(
+            network, mode=config.engine.compile, what="the attacked network", fallbacks=Fallbacks()
+        )
     ascent = WeightGradients(network, dtype=AMP_DTYPES[config.engine.amp])
 
     def attack(x: Tensor, labels: Tensor) -> Tensor:
@@ -147,9 +151,9 @@ def weight_gradient_attack(config: ResolvedConfig[Any], split: TrainSplit, say: 
     return _taking_turns(attack, batches)
 
 
-def engine_step(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
-    """Our training step, from the loader's batch to the new weights."""
-    _, step, loader = build_parts(config, split, say)
+def engine_step(config: ResolvedConfig[Any], split: TrainSplit, fallbacks: Fallbacks | None = None) -> Work:
+    """Our training step, from the loader's batch to the new weights; `fallbacks` as in `build_parts`."""
+    _, step, loader = build_parts(config, split, fallbacks=fallbacks)
     stream = endless(loader, config.data.batch_size)
     logs: dict[str, Tensor] = {}
 
@@ -160,11 +164,11 @@ def engine_step(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Wor
     return Work(call, step=step, stream=stream, finite=lambda: all(bool(v.isfinite()) for v in logs.values()))
 
 
-def torchattacks_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
+def torchattacks_attack(config: ResolvedConfig[Any], split: TrainSplit) -> Work:
     """torchattacks' PGD on the network of `config`, under autocast where that is in half precision."""
     import torchattacks  # extra `peer`; `why_no_torchattacks` has been asked
 
-    networks, step, batches = _attacked(config, split, say)
+    networks, step, batches = _attacked(config, split)
     spec: PGDSpec = step.spec
     kind = torchattacks.PGD if spec.norm == "linf" else torchattacks.PGDL2
     peer = kind(
@@ -179,11 +183,11 @@ def torchattacks_attack(config: ResolvedConfig[Any], split: TrainSplit, say: Say
     return _taking_turns(attack, batches)
 
 
-def plain_step(config: ResolvedConfig[Any], split: TrainSplit, say: Say) -> Work:
+def plain_step(config: ResolvedConfig[Any], split: TrainSplit) -> Work:
     """The released loop on the networks and batches of `config`, which is in float32, contiguous and not
     compiled.
     """
-    networks, step, loader = build_parts(config, split, say)
+    networks, step, loader = build_parts(config, split)
     spec, optim = step.spec, config.optim
     plain = PlainDynat(
         networks.raw["model"],

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainSplit
+from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.ops import use_backend
 from fastdynat.training import build_parts
 from fastdynat.training.metrics import Averages
 from fastdynat.training.parts import burn_in_step
-from fastdynat.training.resolve import Say
 from fastdynat.training.resolved_config import ResolvedConfig
 
 PROBE_SECONDS = 2.0
@@ -24,7 +24,7 @@ STEPS_PER_LOOK = {"cpu": 1, "cuda": 10}  # at the clock: a GPU has to be waited 
 WARM_STEPS = 5  # a CUDA graph is captured after three ordinary steps
 
 
-def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float, say: Say) -> dict[str, Any]:
+def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float) -> dict[str, Any]:
     """How long the resolved `config` takes to start, for an epoch of burn-in, for a first and for a later
     epoch; and how many epochs fit into `budget` seconds.
 
@@ -35,17 +35,15 @@ def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float, say: Sa
     config = replace(config, optim=replace(config.optim, epochs=burn_in + 1))
     with use_backend(config.engine.kernels):
         if config.engine.compile != "off":
-            _Timer(
-                config, split, say
-            ).warm_up()  # fills the compiler's caches, where the run will find its code
-        start, first = _Timer(config, split, say).epoch_seconds()
+            _Timer(config, split).warm_up()  # fills the compiler's caches, where the run will find its code
+        start, first = _Timer(config, split).epoch_seconds()
         later, burning = first, 0.0
         if attack.early_steps is not None or attack.awp_warmup > 0:
             at_the_end = replace(config, attack=replace(attack, early_steps=None, awp_warmup=0))
-            again, later = _Timer(at_the_end, split, say).epoch_seconds()
+            again, later = _Timer(at_the_end, split).epoch_seconds()
             start += again
         if burn_in > 0:
-            again, burning = _Timer(config, split, say, burn_in=True).epoch_seconds()
+            again, burning = _Timer(config, split, burn_in=True).epoch_seconds()
             start += again
     epochs = epochs_within(budget - start, first, later, config, burning)
     return {
@@ -80,11 +78,9 @@ def _cost(epochs: int, first: float, later: float, config: TrainConfig[Any], bur
 class _Timer:
     """Steps of a run that is thrown away."""
 
-    def __init__(
-        self, config: ResolvedConfig[Any], split: TrainSplit, say: Say, *, burn_in: bool = False
-    ) -> None:
-        _, step, self._loader = build_parts(config, split, say)
-        before = burn_in_step(config, step, say) if burn_in else None
+    def __init__(self, config: ResolvedConfig[Any], split: TrainSplit, *, burn_in: bool = False) -> None:
+        _, step, self._loader = build_parts(config, split, fallbacks=SilentFallbacks())
+        before = burn_in_step(config, step) if burn_in else None
         self._step = before or step
         self._device = torch.device(config.engine.device)
         self._prepared = config.engine.compile != "off" or self._device.type == "cuda"

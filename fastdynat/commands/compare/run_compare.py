@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,46 +25,44 @@ from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.runs import WriteError, lock, looks_like_run
 from fastdynat.runs.atomic_files import make_folder, write_text
-from fastdynat.terminal.consoles import quiet_console
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.training import Diverged, Outcome, new_run, resumed_run
-from fastdynat.training.resolve import Say
+
+logger = logging.getLogger(__name__)
 
 RESULTS = "compare.json"
 
 
 @process_state_kept()
 def run_compare(
-    shared: TrainConfig[NoOptions], compare: CompareConfig, console: Console, errors: Console
+    shared: TrainConfig[NoOptions], compare: CompareConfig, console: Console, display: ProgressDisplay
 ) -> int:
     """Train, evaluate, print and store. Returns 0, 1 where a run diverged, 128+n where signal n stopped it.
 
     Args:
         console: for the table.
-        errors: for everything else.
 
     Raises:
         UserError: a value that cannot work, before anything is trained or written.
     """
-
-    def say(text: str) -> None:
-        errors.print(text, markup=False, emoji=False)
-
-    plan = make_plan(shared, compare, say)
+    plan = make_plan(shared, compare)
     make_folder(plan.out)
     with lock(plan.out), _how_to_go_on(plan.out):
         plan.ledger.save()
         records: dict[str, list[dict[str, Any]]] = {}
         for number, run in enumerate(plan.runs, 1):
-            say(f"[{number}/{len(plan.runs)}] {run.method}, seed {run.seed}: {run.path}")
-            stopped = _train(run, plan, say) or _evaluate(run, plan, compare, records, errors)
+            display.line(f"[{number}/{len(plan.runs)}] {run.method}, seed {run.seed}: {run.path}")
+            stopped = _train(run, plan) or _evaluate(run, plan, compare, records, display)
             if stopped:
-                say(f"stopped and saved; the same command goes on, with --out {shlex.quote(str(plan.out))}")
+                logger.info(
+                    "stopped and saved; the same command goes on, with --out %s", shlex.quote(str(plan.out))
+                )
                 return stopped
         doc = document(plan, shared, compare, records)
         print_table(doc, console)
         _store(doc, plan.out, compare)
-        say(f"done: {plan.out / RESULTS}")
+        logger.info("done: %s", plan.out / RESULTS)
     return 1 if any(run["ended"] == "diverged" for run in doc["runs"]) else 0
 
 
@@ -77,7 +76,7 @@ def _how_to_go_on(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _train(run: RunPlan, plan: Plan, say: Say) -> int:
+def _train(run: RunPlan, plan: Plan) -> int:
     """Begin, or go on with, `run` if it has not ended. Returns 0, or the exit code of the signal that stopped
     it.
     """
@@ -92,13 +91,13 @@ def _train(run: RunPlan, plan: Plan, say: Say) -> int:
         torch.cuda.empty_cache()
     memory = PeakMemory(torch.device(run.config.engine.device))
     try:
-        begun = resumed_run(run.path, run.asked, say) if begun_before else new_run(run.asked, say)
+        begun = resumed_run(run.path, run.asked) if begun_before else new_run(run.asked)
         with begun as trainer:
-            say(f"attack: {trainer.networks.attack.path}; step: {trainer.step.path}")
+            logger.info("attack: %s; step: %s", trainer.networks.attack.path, trainer.step.path)
             outcome = trainer.fit()
         ended = {"ended": "finished"} if outcome.finished else {}
     except Diverged as error:
-        say(f"{run.method}, seed {run.seed} diverged: {error}")
+        logger.error("%s, seed %d diverged: %s", run.method, run.seed, error)
         outcome, ended = Outcome(True), {"ended": "diverged", "reason": str(error)}
     peak = (memory.peak() or 0) if memory.exact else 0
     runs[run.name] = ended | {"peak_memory_bytes": max(peak, entry.get("peak_memory_bytes") or 0) or None}
@@ -111,7 +110,7 @@ def _evaluate(
     plan: Plan,
     compare: CompareConfig,
     records: dict[str, list[dict[str, Any]]],
-    errors: Console,
+    display: ProgressDisplay,
 ) -> int:
     """Put the records of `run`'s checkpoints into `records`. Returns 0, or the exit code of the signal that
     stopped it.
@@ -122,10 +121,9 @@ def _evaluate(
     config = EvalConfig(
         attacks=compare.attacks, batch_size=data.eval_batch_size, device=engine.device, kernels=engine.kernels
     )
-    shown = quiet_console() if run.config.run.quiet else errors
     with StopRequest() as stop, suppress(Stopped):
         records[run.name] = measure_runs(
-            [run.path], config, shown, known=plan.ledger, tests=plan.tests, should_stop=stop.requested
+            [run.path], config, display, known=plan.ledger, tests=plan.tests, should_stop=stop.requested
         )
     return 128 + stop.signal if stop.signal else 0
 

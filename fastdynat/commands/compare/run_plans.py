@@ -1,5 +1,6 @@
 """All runs of a comparison, checked before the first one starts."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,14 +23,17 @@ from fastdynat.commands.evaluate.targets import TestSets
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.data import DatasetInfo, ImageSet, TrainSplit, dataset_info, load_test
 from fastdynat.errors import UserError
+from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.methods.configs import stored_config
 from fastdynat.runs import check_new, claim_name, free_name, looks_like_run
 from fastdynat.training import build_parts, open_split
-from fastdynat.training.resolve import Say, resolve, resolve_loader
+from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.state import identity
 from fastdynat.training.trial import settle_compile
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig[Any])
 Configs = Mapping[str, TrainConfig[Any]]  # by method
@@ -78,7 +82,7 @@ class _ReadOnce(TrainSplit):
         return self._images
 
 
-def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) -> Plan:
+def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Plan:
     """Check everything and, with a budget, measure the methods that have not been measured yet. Nothing is
     written but, at the end, an empty folder where the comparison chooses its own.
 
@@ -104,26 +108,23 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig, say: Say) 
             with _naming(name):
                 open_split(config)
     resolved = {
-        name: resolve_loader(c, split, _silent) for name, c in _resolve_all(configs, split.info).items()
+        name: resolve_loader(c, split, announce=False)
+        for name, c in _resolve_all(configs, split.info).items()
     }
-    resolved = {name: settle_compile(c, split, say) for name, c in resolved.items()}
+    resolved = {name: settle_compile(c, split) for name, c in resolved.items()}
     tests = _test_set(next(iter(resolved.values())))
     runs = _runs(configs, resolved, seeds, out, ledger)
     if compare.out:
         for run in runs:
             _check_place(run)
     for name in dict.fromkeys(run.method for run in runs if not ledger.has_ended(run.path)):
-        _try(name, resolved[name], split, ledger, say)
+        _try(name, resolved[name], split, ledger)
     if not compare.out:
         # Only now, when nothing can be refused any more. Another comparison may have begun under the name
         # meanwhile.
         out = claim_name(stem)
         ledger.move(out)
     return Plan(out, _runs(configs, resolved, seeds, out, ledger), ledger, tests, len(split.train))
-
-
-def _silent(text: str) -> None:
-    """The runs will say it."""
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def _resolve_all(configs: Configs, info: DatasetInfo) -> ResolvedConfigs:
     resolved = {}
     for name, config in configs.items():
         with _naming(name):
-            resolved[name] = resolve(config, info, _silent)
+            resolved[name] = resolve(config, info, announce=False)
     check_same(resolved, SAME)
     return resolved
 
@@ -193,14 +194,19 @@ def _check_place(run: RunPlan) -> None:
             )
 
 
-def _try(name: str, config: ResolvedConfig[Any], split: TrainSplit, ledger: Ledger, say: Say) -> None:
+def _try(name: str, config: ResolvedConfig[Any], split: TrainSplit, ledger: Ledger) -> None:
     """Build everything once; with a budget, measure how many epochs fit."""
     with _naming(name):
         if ledger.budget is None:
-            build_parts(config, split, _silent)
+            build_parts(config, split, fallbacks=SilentFallbacks())
         elif name not in ledger.probes:
-            found = ledger.probes[name] = probe(config, split, ledger.budget, _silent)
+            found = ledger.probes[name] = probe(config, split, ledger.budget)
             takes, budget = found["expected_seconds"], ledger.budget
-            say(
-                f"{name}: {found['first_epoch_seconds']:.3g} s for an epoch, {found['epochs']} in {takes:.3g} of {budget:g} s"
+            logger.info(
+                "%s: %.3g s for an epoch, %d in %.3g of %g s",
+                name,
+                found["first_epoch_seconds"],
+                found["epochs"],
+                takes,
+                budget,
             )

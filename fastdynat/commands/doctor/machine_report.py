@@ -295,19 +295,17 @@ def as_json(checks: list[Check]) -> str:
 def print_report(checks: list[Check]) -> None:
     """Print the report as a table, and one line that says where training would run."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    from fastdynat.terminal.consoles import output_console
+    from fastdynat.terminal.consoles import AS_IS, PlainTable, output_console
 
-    table = Table(box=box.SIMPLE)
+    table = PlainTable(box=box.SIMPLE)
     for column in ("", "what", "found", "remedy"):
         table.add_column(column, overflow="fold")  # remedies are commands: never cut them short
     for check in checks:
-        # Text: details hold brackets, which rich would read as markup.
-        cells = (check.name, check.detail, check.remedy)
-        table.add_row(Text(check.status, style=STYLES[check.status]), *map(Text, cells))
-    console = output_console(None)
+        status = Text(check.status, style=STYLES[check.status])
+        table.add_row(status, check.name, check.detail, check.remedy)
+    console = output_console()
     console.print(table)
     gpu = next(check for check in checks if check.name == "CUDA device")
     place = (
@@ -315,7 +313,7 @@ def print_report(checks: list[Check]) -> None:
         if gpu.status == "ok"
         else "on the CPU: no GPU is usable here, which is slow but works"
     )
-    console.print(Text(f"Training runs {place}."))
+    console.print(f"Training runs {place}.", **AS_IS)
 
 
 def run(json: bool, *, try_compile: bool = False) -> int:

@@ -144,7 +144,7 @@ def print_table(rows: list[Row]) -> None:
         previous = row.operator
         cells = [operator, row.implementation, row.device, row.status, time, share, row.detail or row.timed]
         table.add_row(*(Text(cell, style=STYLES[row.status] if cell is cells[3] else "") for cell in cells))
-    console = output_console(150)
+    console = output_console()
     console.print(table)
     wrong = [f"{row.operator} ({row.implementation}, {row.device})" for row in rows if row.status == "wrong"]
     built = sum(row.status in ("right", "wrong") for row in rows)

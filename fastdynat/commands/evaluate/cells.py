@@ -1,5 +1,6 @@
 """The cells of one network's row: taken from what is known, or measured."""
 
+import logging
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +26,13 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
+from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.runs import check_writable
 from fastdynat.runs.atomic_files import make_folder
-from fastdynat.terminal.evaluation_progress import Meter
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.tuning.devices import AMP_DTYPES
+
+logger = logging.getLogger(__name__)
 
 Known = MutableMapping[str, dict[str, Any]]
 CLEAN = NamedAttack("clean")
@@ -49,15 +53,15 @@ class Cells:
         device: torch.device,
         *,
         known: Known,
-        meter: Meter,
+        display: ProgressDisplay,
         should_stop: Callable[[], bool],
     ) -> None:
         self.target, self.network, self.config, self.device = target, network, config, device
-        self.meter, self.should_stop = meter, should_stop
+        self.display, self.should_stop = display, should_stop
         self.cached: list[str] = []
-        self._said: set[str] = set()
+        self._fallbacks = Fallbacks()  # one for all attacks: each is reported once
         self._known = known
-        self._store = None if target.folder is None else Store(target.folder, target.about, meter.say)
+        self._store = None if target.folder is None else Store(target.folder, target.about)
         self._images = target.images
 
     def cell(self, column: Column) -> dict[str, Any]:
@@ -73,11 +77,6 @@ class Cells:
         assert column.attack is not None
         return asdict(self._attacked(column.attack, transfer=column.transfer))
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.meter.say(text)
-
     def _attacked(
         self, attack: NamedAttack, *, transfer: bool = False, standing: Tensor | None = None
     ) -> Measurement:
@@ -86,7 +85,7 @@ class Cells:
         images = len(self._images) if standing is None else int(standing.sum())
 
         def run(batch_size: int) -> Measurement:
-            with self.meter.attack(f"{target.title} {attack.name}", images) as advance:
+            with self.display.task(f"{target.title} {attack.name}", images, unit="images") as task:
                 return measure(
                     self.network,
                     self._images,
@@ -98,9 +97,9 @@ class Cells:
                     source=None if source is None else source.network.to(self.device).requires_grad_(False),
                     standing=standing,
                     compile_mode=config.compile,
-                    say=self._say_once,
+                    fallbacks=self._fallbacks,
                     should_stop=self.should_stop,
-                    advance=advance,
+                    advance=task.advance,
                 )
 
         key = self._key(
@@ -108,7 +107,7 @@ class Cells:
         )
         # More images than there are never make a batch.
         batch_size = max(1, min(config.batch_size, images))
-        return self._once(key, standing, lambda: with_halving(run, batch_size, self.meter.say))
+        return self._once(key, standing, lambda: with_halving(run, batch_size))
 
     def _staged(self, column: Column) -> dict[str, Any]:
         """The stages one after the other, each on what the ones before left standing, beginning with clean
@@ -142,8 +141,10 @@ class Cells:
             make_folder(path.parent)
             check_writable(path)
         except UserError:
-            self.meter.say(
-                f"cannot write to {path.parent}: {key.attack}, once interrupted, begins again; use --cache DIR"
+            logger.warning(
+                "cannot write to %s: %s, once interrupted, begins again; use --cache DIR",
+                path.parent,
+                key.attack,
             )
             return None
         return path
@@ -163,10 +164,9 @@ class Cells:
             device=self.device,
             version=numbers.version,
             state_path=state,
-            say=self.meter.say,
         )
         stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
-        self.meter.say(f"{self.target.title}: {name}: {stages}")
+        self.display.line(f"{self.target.title}: {name}: {stages}")
         return Measurement.of(
             name,
             robust.cpu(),
@@ -215,7 +215,7 @@ class Cells:
             how = "from an earlier evaluation: "
         self._known[text] = asdict(found)
         how += f"{found.seconds:.1f} s, {found.images_per_s:,.0f} img/s"
-        self.meter.say(f"{self.target.title}: {found.attack} {100 * found.accuracy:.2f} % ({how})")
+        self.display.line(f"{self.target.title}: {found.attack} {100 * found.accuracy:.2f} % ({how})")
         return found
 
     def _find(self, key: Key, standing: Tensor | None) -> Measurement | None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from fastdynat.commands.evaluate.attack_names import check_attack_names, known_names
+from fastdynat.commands.message_flags import MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import parse
 from fastdynat.config.evaluation import EvalConfig, check_eval
 from fastdynat.errors import UserError
@@ -19,6 +20,7 @@ class EvalCommand:
     """Run directories, or robustbench:NAME, torchvision:NAME, timm:NAME, module:callable (with --data)."""
     list_attacks: bool = False
     """Print the names that --attacks takes."""
+    messages: MessageFlags = field(default_factory=MessageFlags)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -27,7 +29,7 @@ def run(argv: list[str]) -> int:
     command = parse(EvalCommand, argv, "eval").command
     from fastdynat.terminal.consoles import PlainTable, output_console
 
-    console = output_console(200)
+    console = output_console()
     if command.list_attacks:
         table = PlainTable("attack", "what it is")
         for row in known_names().items():
@@ -39,9 +41,13 @@ def run(argv: list[str]) -> int:
     check_eval(command.eval)
     check_attack_names(command.eval.attacks, command.eval.norm)
 
-    from fastdynat.commands.evaluate.measure_runs import evaluate_runs
-    from fastdynat.terminal.stop_request import StopRequest
+    messages = command.messages
+    with printed_messages(messages.log_level, console, quiet=messages.quiet):
+        from fastdynat.commands.evaluate.measure_runs import evaluate_runs
+        from fastdynat.terminal.stop_request import StopRequest
 
-    with StopRequest() as stop:
-        evaluate_runs(command.models, command.eval, console, should_stop=stop.requested)
+        with StopRequest() as stop:
+            evaluate_runs(
+                command.models, command.eval, console, quiet=messages.quiet, should_stop=stop.requested
+            )
     return 128 + stop.signal if stop.signal else 0

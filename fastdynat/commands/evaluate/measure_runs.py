@@ -1,6 +1,7 @@
 """`fastdynat eval`: checkpoints of runs, and other models, under the same attacks, as tables and as JSON."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,8 +22,9 @@ from fastdynat.execution.process_state import process_state_kept
 from fastdynat.ops import use_backend
 from fastdynat.runs import WriteError, check_results, describe_environment
 from fastdynat.runs.atomic_files import is_replaced, write_text
-from fastdynat.terminal.consoles import AS_IS
-from fastdynat.terminal.evaluation_progress import Meter
+from fastdynat.terminal.progress import ProgressDisplay
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_runs(
@@ -30,6 +32,7 @@ def evaluate_runs(
     config: EvalConfig,
     console: Console,
     *,
+    quiet: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Values]:
     """Measure, print tables, and return (and store) one record per network: `record.make_record`.
@@ -44,7 +47,8 @@ def evaluate_runs(
     check_results((config.json,), inputs=(config.weights, *files))
     check_config(config)
     check_names(names, config)
-    config = settled(config, lambda text: console.print(text, **AS_IS))
+    config = settled(config)
+    display = ProgressDisplay(console, quiet=quiet)
     records: list[Values] = []
     file = Path(config.json) if config.json else None
     # A pipe or a device is given the whole, once.
@@ -57,17 +61,17 @@ def evaluate_runs(
                 write_text(partial, _text(config, found, complete=False))
 
     try:
-        records[:] = measure_runs(names, config, console, store=store, should_stop=should_stop)
+        records[:] = measure_runs(names, config, display, store=store, should_stop=should_stop)
         stopped = False
     except Stopped:
         stopped = True
     print_results(records, console, per_class=config.per_class)
-    _say_cached(records, console)
+    _log_cached(records)
     if stopped:
         kept = (
             "nothing was kept" if config.cache == "off" else "the same command goes on after what is finished"
         )
-        console.print(f"stopped: {kept}", **AS_IS)
+        logger.info("stopped: %s", kept)
     if file is not None:
         write_text(file, _text(config, records, complete=not stopped))
     return records
@@ -77,7 +81,7 @@ def evaluate_runs(
 def measure_runs(
     names: Sequence[str | Path],
     config: EvalConfig,
-    console: Console,
+    display: ProgressDisplay,
     *,
     known: Known | None = None,
     tests: TestSets | None = None,
@@ -102,12 +106,11 @@ def measure_runs(
         Stopped: `should_stop` said so; `known` and the cache have what was measured.
     """
     device = check_config(config)
-    config = config if config.amp != "auto" else settled(config, lambda text: None)
+    config = config if config.amp != "auto" else settled(config)
     known = {} if known is None else known  # best and last are often one folder, which is then measured once
     records: list[Values] = []
-    meter = Meter(console)
-    targets = Planner(config, meter.say, {} if tests is None else tests).plan(names)
-    with exact_float32(), use_backend(config.kernels), meter:
+    targets = Planner(config, {} if tests is None else tests).plan(names)
+    with exact_float32(), use_backend(config.kernels):
         for target in targets:
             done = list(records)
 
@@ -115,7 +118,7 @@ def measure_runs(
                 records[:] = [*done, record]
                 store(records)
 
-            _measure_target(target, config, device, known, meter, should_stop, tell)
+            _measure_target(target, config, device, known, display, should_stop, tell)
     return records
 
 
@@ -124,26 +127,30 @@ def _measure_target(
     config: EvalConfig,
     device: torch.device,
     known: Known,
-    meter: Meter,
+    display: ProgressDisplay,
     should_stop: Callable[[], bool],
     tell: Callable[[Values], None],
 ) -> None:
     """Fill the columns of `target` one after the other; `tell` is given its record after each of them."""
     network = target.network.to(device).requires_grad_(False)
-    cells = Cells(target, network, config, device, known=known, meter=meter, should_stop=should_stop)
+    cells = Cells(target, network, config, device, known=known, display=display, should_stop=should_stop)
     results: list[Values] = []
     for column in target.columns:
         results.append(cells.cell(column))
         tell(make_record(target, list(results), list(cells.cached), None))
     if config.checks:
-        checks = _check(target, config, device, meter, should_stop)
+        checks = _check(target, config, device, display, should_stop)
         tell(make_record(target, results, cells.cached, checks))
     for used in (target.network, *([target.source.network] if target.source else [])):
         used.cpu()
 
 
 def _check(
-    target: Target, config: EvalConfig, device: torch.device, meter: Meter, should_stop: Callable[[], bool]
+    target: Target,
+    config: EvalConfig,
+    device: torch.device,
+    display: ProgressDisplay,
+    should_stop: Callable[[], bool],
 ) -> list[Values]:
     """Signs of masked gradients, each check as plain values."""
     from fastdynat.evaluation.masking import check_masking
@@ -151,7 +158,7 @@ def _check(
     source = None if target.source is None else target.source.network.to(device).requires_grad_(False)
 
     def run(batch_size: int) -> Any:
-        with meter.attack(f"{target.title} checks", len(target.images)) as advance:
+        with display.task(f"{target.title} checks", len(target.images), unit="images") as task:
             return check_masking(
                 target.network,
                 target.images,
@@ -162,10 +169,10 @@ def _check(
                 seed=config.seed,
                 source=source,
                 should_stop=should_stop,
-                advance=advance,
+                advance=task.advance,
             )
 
-    report = with_halving(run, config.batch_size, meter.say)
+    report = with_halving(run, config.batch_size)
     return [asdict(check) for check in report.checks]
 
 
@@ -181,10 +188,9 @@ def _text(config: EvalConfig, records: list[Values], *, complete: bool) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def _say_cached(records: list[Values], console: Console) -> None:
+def _log_cached(records: list[Values]) -> None:
     count = sum(len(record["cached"]) for record in records)
     if count:
-        text = (
-            f"{count} results are from earlier evaluations (evaluations/*.json); --fresh measures them again"
+        logger.info(
+            "%d results are from earlier evaluations (evaluations/*.json); --fresh measures them again", count
         )
-        console.print(text, **AS_IS)

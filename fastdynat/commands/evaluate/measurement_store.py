@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from fastdynat.evaluation.outcome import Measurement, pack_bits
 from fastdynat.runs import WriteError
 from fastdynat.runs.atomic_files import make_folder, write_text
 
+logger = logging.getLogger(__name__)
+
 FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +105,8 @@ class Store(MutableMapping[str, dict[str, Any]]):
     about: what a reader of the files wants to know beside the key; stored with each measurement.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], say: Say = lambda text: None) -> None:
-        self.folder, self.about, self._say = folder, about, say
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
         self._refused = False
 
     def path(self, key: str, suffix: str = ".json") -> Path:
@@ -130,7 +132,7 @@ class Store(MutableMapping[str, dict[str, Any]]):
             if json.dumps(stored, sort_keys=True) != key:
                 raise DocumentError(f"{path} is another measurement's")
         except DocumentError as error:
-            self._say(f"{error}; its attack is made again")
+            logger.warning("%s; its attack is made again", error)
             raise KeyError(key) from None
         return asdict(measurement)
 
@@ -141,7 +143,7 @@ class Store(MutableMapping[str, dict[str, Any]]):
             write_text(self.path(key), json.dumps(document, indent=1) + "\n")
         except WriteError as error:
             if not self._refused:  # the others will not be kept either
-                self._say(f"results are not kept: {error}; use --cache DIR")
+                logger.warning("results are not kept: %s; use --cache DIR", error)
             self._refused = True
 
     def __delitem__(self, key: str) -> None:

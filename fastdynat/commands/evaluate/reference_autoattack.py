@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import exact_float32, predict_in_batches
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("pyautoattack", "autoattack")
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -34,7 +36,6 @@ def run_reference(
     device: torch.device,
     version: str = "standard",
     state_path: Path | str | None = None,
-    say: Callable[[str], None] = print,
 ) -> tuple[Tensor, dict[str, float]]:
     """Attack `model` (images in [0, 1] -> logits, on `device`) in eval mode, float32 and deterministically.
 
@@ -51,7 +52,6 @@ def run_reference(
         batch_size: images per batch; halved, with a note, where memory runs out.
         version: standard, plus or rand.
         state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there.
-        say: told a line per stage, and once each what the package warns of.
 
     Returns:
         (N,) bool on the CPU: which images stand; and seconds by stage.
@@ -67,7 +67,7 @@ def run_reference(
     def classes(x: Tensor) -> Tensor:
         return predict_in_batches(model, x, batch_size, device).to(y.device)
 
-    with _deterministic(device), attack_mode(model, "eval"), _warnings_said(say):
+    with _deterministic(device), attack_mode(model, "eval"), _package_warnings_logged():
         clean = classes(x)
         numbers = {
             "norm": norm,
@@ -84,12 +84,14 @@ def run_reference(
         def attack(name: str, x: Tensor, y: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
             run = partial(_attack, adversary, x.to(device), y.to(device))
-            return with_halving(run, batch_size, say).to(x.device)
+            return with_halving(run, batch_size).to(x.device)
 
         def fooled(x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
             return classes(x_adv) != y
 
-        staged.run_stages(attack, fooled, x, y, progress, VERSIONS[version], batch_size, state_path, say)
+        staged.run_stages(
+            attack, fooled, x, y, progress, VERSIONS[version], batch_size, state_path, _stage_done
+        )
     return staged.standing(progress, len(x)), dict(progress.seconds)
 
 
@@ -158,29 +160,32 @@ def _deterministic(device: torch.device) -> Iterator[None]:
             cudnn.deterministic, cudnn.benchmark = before
 
 
-class _Said(logging.Handler):
-    """Passes on each warning once."""
+def _stage_done(name: str, accuracy: float, seconds: float) -> None:
+    logger.info(staged.stage_summary(name, accuracy, seconds))
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+
+class _PackageWarnings(logging.Handler):
+    """Logs each warning of the package once."""
+
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.say = say
         self.known: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if text not in self.known:
             self.known.add(text)
-            self.say(f"AutoAttack warns: {text}")
+            logger.warning("AutoAttack warns: %s", text)
 
 
 @contextmanager
-def _warnings_said(say: Callable[[str], None]) -> Iterator[None]:
-    logger, handler = logging.getLogger("auto-attack"), _Said(say)
-    before = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
+def _package_warnings_logged() -> Iterator[None]:
+    theirs, handler = logging.getLogger("auto-attack"), _PackageWarnings()
+    before = theirs.propagate
+    theirs.addHandler(handler)
+    theirs.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
+        theirs.removeHandler(handler)
+        theirs.propagate = before

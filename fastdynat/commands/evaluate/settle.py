@@ -1,6 +1,6 @@
 """What `fastdynat eval` is asked, checked where torch is at hand."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,6 +9,8 @@ import torch
 from fastdynat.commands.evaluate.columns import check_user_attacks, needs_float32
 from fastdynat.config.evaluation import EvalConfig, Shard, check_eval, parse_shard
 from fastdynat.tuning.devices import check_compile, check_kernels, pick_amp, pick_device
+
+logger = logging.getLogger(__name__)
 
 
 def check_config(config: EvalConfig) -> torch.device:
@@ -25,8 +27,8 @@ def check_config(config: EvalConfig) -> torch.device:
     return device
 
 
-def settled(config: EvalConfig, say: Callable[[str], None]) -> EvalConfig:
-    """`config` with the precision that "auto" is on this machine, which `say` is told.
+def settled(config: EvalConfig) -> EvalConfig:
+    """`config` with the precision that "auto" is on this machine, which is logged.
 
     "auto" is float32 where an attack is asked for that half precision might weaken.
 
@@ -40,9 +42,12 @@ def settled(config: EvalConfig, say: Callable[[str], None]) -> EvalConfig:
     )
     if slow:
         check_config(config)
-        say(f"--amp: {slow} in half precision is not shown to be as strong; computing in float32")
+        logger.info("--amp: %s in half precision is not shown to be as strong; computing in float32", slow)
         return replace(config, amp="off")
-    return replace(config, amp=cast(Any, pick_amp(config.amp, check_config(config), say)))
+    amp, note = pick_amp(config.amp, check_config(config))
+    if note:
+        logger.info(note)
+    return replace(config, amp=cast(Any, amp))
 
 
 __all__ = ["EvalConfig", "Shard", "check_config", "parse_shard", "settled"]

@@ -1,6 +1,7 @@
 """What an evaluation is of: checkpoints of runs and foreign models, each with its images and attacks."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from fastdynat import __version__
 from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.commands.evaluate.columns import Column, check_classes, parse_columns
-from fastdynat.commands.evaluate.measurement_store import FOLDER, Say
+from fastdynat.commands.evaluate.measurement_store import FOLDER
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
 from fastdynat.config import DataConfig, read_yaml
 from fastdynat.data import DatasetInfo, ImageSet, load_test
@@ -32,6 +33,8 @@ from fastdynat.runs import (
 )
 from fastdynat.runs.layout import real
 from fastdynat.units import parse_size
+
+logger = logging.getLogger(__name__)
 
 TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
 DEFAULT_EPS = 8 / 255  # of a model that we did not train, under L-inf
@@ -120,8 +123,8 @@ def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
 class Planner:
     """Loads and checks everything that one evaluation needs, each test set once."""
 
-    def __init__(self, config: EvalConfig, say: Say, tests: TestSets) -> None:
-        self.config, self.say, self.tests = config, say, tests
+    def __init__(self, config: EvalConfig, tests: TestSets) -> None:
+        self.config, self.tests = config, tests
         self.shard = parse_shard(config.shard)
         self._sources: dict[DatasetInfo, Source] = {}
 
@@ -171,17 +174,19 @@ class Planner:
         if not folder.is_symlink() or real(folder).is_relative_to(real(run)):
             return folder
         if self.config.cache == "auto":
-            self.say(f"results are not kept: {folder} is a symbolic link out of the run; use --cache DIR")
+            logger.warning(
+                "results are not kept: %s is a symbolic link out of the run; use --cache DIR", folder
+            )
         return None
 
     def _model(self, name: str) -> Target:
         info, images = self._test_set(
             self.config.data, DataConfig().data_dir, self.config.image_size, download=True
         )
-        network, weights = _load_foreign(name, info, self.config.weights, self.say)
+        network, weights = _load_foreign(name, info, self.config.weights)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
         if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
-            self.say(f"{name}: no --eps, so 8/255 under linf")
+            logger.info("%s: no --eps, so 8/255 under linf", name)
         radius = self._radius(info, "linf", DEFAULT_EPS)
         return self._target(name, None, weights, network, trained, radius, info, images, Path(FOLDER))
 
@@ -239,7 +244,7 @@ class Planner:
                 size = parse_size(text, what, norm=norm, limit=limit)
                 values[i] = size.value
                 if size.notice:
-                    self.say(size.notice)
+                    logger.info(size.notice)
         assert values[0] is not None
         return Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
 
@@ -249,7 +254,7 @@ class Planner:
         folder = folder if self.config.data_dir == "auto" else self.config.data_dir
         key = (data, folder, size)
         if key not in self.tests:
-            self.tests[key] = load_test(data, folder, image_size=size, download=download, say=self.say)
+            self.tests[key] = load_test(data, folder, image_size=size, download=download)
         info, images = self.tests[key]
         count = self.config.num_images
         return info, images if count is None else ImageSet(images.images[:count], images.labels[:count])
@@ -258,7 +263,7 @@ class Planner:
         name = self.config.source
         assert name is not None
         if info not in self._sources:
-            self._sources[info] = _load_source(name, info, self.say)
+            self._sources[info] = _load_source(name, info)
         return self._sources[info]
 
     def _check_source(self, targets: list[Target]) -> None:
@@ -279,20 +284,20 @@ def _load(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
     return load_checkpoint(run, checkpoint)
 
 
-def _load_foreign(name: str, info: DatasetInfo, weights: str | None, say: Say) -> tuple[nn.Module, str]:
+def _load_foreign(name: str, info: DatasetInfo, weights: str | None) -> tuple[nn.Module, str]:
     """A model that we did not train and the sha256 of its weights."""
     from fastdynat.models.foreign import load_foreign
 
     file = None if weights is None else Path(weights)
     found = load_foreign(name, num_classes=info.num_classes, image_shape=info.image_shape, weights=file)
     if found.note:
-        say(f"{name}: {found.note}")
+        logger.info("%s: %s", name, found.note)
     return found.model, found.sha256
 
 
-def _load_source(name: str, info: DatasetInfo, say: Say) -> Source:
+def _load_source(name: str, info: DatasetInfo) -> Source:
     if _is_model(name):
-        network, sha256 = _load_foreign(name, info, None, say)
+        network, sha256 = _load_foreign(name, info, None)
         return Source(network.eval(), sha256)
     path = guide_weights(Path(name))
     network, sidecar = load_network(path)

@@ -1,6 +1,6 @@
 """`fastdynat export`: one checkpoint of a run as a file for others."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from torch import nn
@@ -14,11 +14,13 @@ from fastdynat.execution.process_state import process_state_kept
 from fastdynat.runs import Sidecar, check_output, find_checkpoint, load_checkpoint, require_run
 from fastdynat.runs.atomic_files import replacing
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
 
 
 @process_state_kept()
-def export_run(run: Path | str, config: ExportConfig, say: Callable[[str], None]) -> Path:
+def export_run(run: Path | str, config: ExportConfig) -> Path:
     """Write the file, read it again, compare its logits with the network's on random images, and only then
     keep it.
 
@@ -30,12 +32,14 @@ def export_run(run: Path | str, config: ExportConfig, say: Callable[[str], None]
     model, sidecar, weights = _checkpoint(run, config.checkpoint)
     with replacing(out) as path:
         if config.format == "robustbench":
-            difference = _write_robustbench(run, model, sidecar, weights, path, config, say)
+            difference = _write_robustbench(run, model, sidecar, weights, path, config)
         else:
             write = write_torch if config.format == "torch" else write_onnx
             difference = write(model, sidecar.image_shape, path)
-    say(
-        f"{out}: read again, its logits differ by at most {difference:.1e} on random images, in batches of 1 and 5"
+    logger.info(
+        "%s: read again, its logits differ by at most %.1e on random images, in batches of 1 and 5",
+        out,
+        difference,
     )
     return out
 
@@ -72,14 +76,13 @@ def _write_robustbench(
     weights: str,
     path: Path,
     config: ExportConfig,
-    say: Callable[[str], None],
 ) -> float:
     if sidecar.norm not in THREATS:
         raise UserError(f"RobustBench has no threat model for {sidecar.norm}: use --format torch")
     accuracies = stored_accuracies(
         run, weights, dataset=sidecar.dataset, norm=sidecar.norm, eps=sidecar.eval_eps
     )
-    say(accuracies.note)
+    logger.info(accuracies.note)
     dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
     return write_robustbench(
         model, sidecar, path, Path(config.out), dataset=dataset, paper=config.paper, accuracies=accuracies

@@ -5,9 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
 from fastdynat.commands.report import findings
 from fastdynat.commands.report.findings import Means, Subject
 from fastdynat.commands.report.findings_cache import Cache
@@ -18,7 +15,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.runs import foreign, load_network
-from fastdynat.terminal.consoles import AS_IS, plain_column
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.tuning.devices import pick_device
 
@@ -118,7 +115,9 @@ class _Task:
     keep: Callable[[dict[str, Any]], None]
 
 
-def gather(records: Sequence[Record], config: ReportConfig, cache: Cache, console: Console) -> Findings:
+def gather(
+    records: Sequence[Record], config: ReportConfig, cache: Cache, display: ProgressDisplay
+) -> Findings:
     """All findings of `records`; those that are not in the cache are computed, unless `config` says no.
 
     Raises:
@@ -133,7 +132,7 @@ def gather(records: Sequence[Record], config: ReportConfig, cache: Cache, consol
         else:
             task.keep(value)
     if config.attacks and missing:
-        found.signal = _compute(missing, _Workshop(config), cache, console)
+        found.signal = _compute(missing, _Workshop(config), cache, display)
     return found
 
 
@@ -188,20 +187,14 @@ def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Find
             )
 
 
-def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Console) -> int | None:
+def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, display: ProgressDisplay) -> int | None:
     """Do the tasks; returns the signal that stopped them, if one did."""
-    columns = (plain_column("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    with StopRequest() as stop, progress as bar, exact_float32():
-        images = shop.config.num_images
-        line = bar.add_task("", total=sum(images * task.passes for task in tasks))
-
-        def advance(images: float) -> None:
-            bar.advance(line, images)
-
-        means = Means(shop.device, shop.config.batch_size, shop.config.seed, stop.requested, advance)
+    images = shop.config.num_images
+    total = sum(images * task.passes for task in tasks)
+    with StopRequest() as stop, display.task("", total) as bar, exact_float32():
+        means = Means(shop.device, shop.config.batch_size, shop.config.seed, stop.requested, bar.advance)
         for number, task in enumerate(tasks, 1):
-            bar.update(line, description=task.about)
+            bar.update(title=task.about)
             start = time.perf_counter()
             try:
                 value = task.compute(shop, means)
@@ -209,9 +202,8 @@ def _compute(tasks: Sequence[_Task], shop: _Workshop, cache: Cache, console: Con
                 return stop.signal
             cache.put(task.key, value)
             task.keep(value)
-            bar.update(line, completed=images * sum(done.passes for done in tasks[:number]))
-            done = f"[{number}/{len(tasks)}] {task.about} ({time.perf_counter() - start:.1f} s)"
-            console.print(done, **AS_IS)
+            bar.update(completed=images * sum(done.passes for done in tasks[:number]))
+            display.line(f"[{number}/{len(tasks)}] {task.about} ({time.perf_counter() - start:.1f} s)")
             if stop.requested():
                 return stop.signal
     return None

@@ -1,26 +1,25 @@
 """`fastdynat report` from run directories to files."""
 
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-
-from rich.console import Console
 
 from fastdynat.commands.report.report_config import ReportConfig, check_report
 from fastdynat.commands.report.report_files import ReportFiles
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.runs.atomic_files import check_output, make_folder
-from fastdynat.terminal.consoles import AS_IS
+from fastdynat.terminal.progress import ProgressDisplay
+
+logger = logging.getLogger(__name__)
 
 PAGE, FINDINGS = "index.html", "findings.json"
 
 
 @process_state_kept()
-def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Console) -> int:
+def run_report(paths: Sequence[Path | str], config: ReportConfig, display: ProgressDisplay) -> int:
     """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what
     was done.
-
-    console: for progress and notes.
 
     Raises:
         UserError: a value that cannot work, a path that is no run, data that is not there; before anything is
@@ -40,7 +39,7 @@ def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Conso
     check_output(out / PAGE)
     files = ReportFiles(out, FINDINGS)
     files.check([PAGE, *page.SHEETS, *(f"images-{number}.png" for number, _ in enumerate(records, 1))])
-    found = compute.gather(records, config, cache, console)
+    found = compute.gather(records, config, cache, display)
     looks = charts.looks([record.name for record in records])
     report = page.Report(records, found, config, looks)
     sections = report.sections()
@@ -53,7 +52,7 @@ def run_report(paths: Sequence[Path | str], config: ReportConfig, console: Conso
     files.write(PAGE, text.encode(errors="backslashreplace"))  # paths may hold bytes that are no text
     files.drop_others()
     if found.signal is not None:
-        console.print(f"stopped; {out / PAGE} shows what is done, the same command goes on", **AS_IS)
+        logger.info("stopped; %s shows what is done, the same command goes on", out / PAGE)
         return 128 + found.signal
-    console.print(f"done: {out / PAGE}", **AS_IS)
+    logger.info("done: %s", out / PAGE)
     return 0

@@ -16,7 +16,6 @@ from fastdynat.terminal.consoles import (
     error_console,
     output_console,
     plain_column,
-    quiet_console,
 )
 
 ROOT = Path(__file__).parents[2] / "fastdynat"
@@ -43,9 +42,8 @@ def test_a_table_on_any_console() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_consoles_and_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    output_console(200).print(name)
+    output_console().print(name)
     error_console().print(name)
-    quiet_console().print(name)
     out, err = capsys.readouterr()
     assert out == err == f"{name}\n"
 

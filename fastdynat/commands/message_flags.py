@@ -1,0 +1,44 @@
+"""The flags that every command has which runs something: --log-level and --quiet."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fastdynat.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelFlag:
+    """Messages on the terminal."""
+
+    log_level: Level = "info"
+    """Least severe log messages to print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageFlags(LevelFlag):
+    """Messages on the terminal."""
+
+    quiet: bool = False
+    """No progress: only notices, warnings and errors."""
+
+
+@contextmanager
+def printed_messages(level: Level, console: "Console", *, quiet: bool = False) -> Iterator[None]:
+    """Within it, the package's log messages from `level` on are printed on `console`.
+
+    Raises:
+        UserError: `quiet` together with debug messages.
+    """
+    if quiet and level == "debug":
+        raise UserError("--quiet and --log-level debug contradict each other; leave one of them out")
+    from fastdynat.terminal.messages import messages_shown
+
+    with messages_shown(console, level):
+        yield
