@@ -255,7 +255,7 @@ def _one_run(
     phases, done = spec.phases(), 0
     z = moves.start(x, spec.norm, phases[0][0], generator) if start is None else start
     for eps, steps in phases:
-        z = moves.project_l1(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
+        z = moves.project_on_l1_ball(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
         state = _begin(x, labels, target, z, spec, eps, over)
         # On a GPU every look at what is finished waits for it.
         pace = {"every": 10 if x.is_cuda else 1, "max_halvings": allowed_halvings(ascent.max_halvings, x)}

@@ -20,11 +20,11 @@ def start(x: Tensor, norm: str, eps: float, generator: torch.Generator | None = 
     else:
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     if norm == "l1":
-        return project_l1(x + u, x, eps)
+        return project_on_l1_ball(x + u, x, eps)
     return torch.addcmul(x, u, per_image(eps / (length(u, norm) + TINY), x)).clamp_(0, 1)
 
 
-def project_l1(z: Tensor, x: Tensor, eps: float) -> Tensor:
+def project_on_l1_ball(z: Tensor, x: Tensor, eps: float) -> Tensor:
     """The point nearest to `z` in the L1 ball around `x` and in [0, 1]."""
     return pgd_step_l1(z, torch.zeros_like(z), x, step_size=eps, eps=eps)  # a gradient of zero makes no step
 
@@ -60,7 +60,7 @@ def move_l1(x_adv: Tensor, grad: Tensor, size: Tensor, share: Tensor, x: Tensor,
     least = grad.abs().flatten(1).sort(1).values.gather(1, rank[:, None]).squeeze(1)
     signs = torch.where(grad.abs() >= per_image(least, x), grad.sign(), 0)
     count = signs.abs().flatten(1).sum(1)
-    return project_l1(torch.addcmul(x_adv, signs, per_image(size / (count + 1e-10), x)), x, eps)
+    return project_on_l1_ball(torch.addcmul(x_adv, signs, per_image(size / (count + 1e-10), x)), x, eps)
 
 
 def mixed(z: Tensor, x_adv: Tensor, x_old: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.apgd_steps import project_l1
+from fastdynat.attacks.apgd_steps import project_on_l1_ball
 from fastdynat.attacks.plane_search import length, per_image
 
 # The share of the image that a square covers is halved after each of these queries; the schedule is not
@@ -211,7 +211,7 @@ class Windows(Proposal):
         """L2: `delta` brought to the length eps, then clipped. L1: the nearest point of ball and range."""
         if self.norm == "l2":
             return (x + self.eps * delta / per_image(length(delta, "l2") + TINY, x)).clamp(0, 1)
-        return project_l1(x + delta, x, self.eps * INSIDE)
+        return project_on_l1_ball(x + delta, x, self.eps * INSIDE)
 
 
 def proposal(norm: str, x: Tensor, eps: float, draws: Draws) -> Proposal:

@@ -19,7 +19,7 @@ from fastdynat.attacks import NamedAttack, stages
 from fastdynat.attacks.ball import inside
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
-from fastdynat.evaluation.defences import check_answers, check_finite, check_gradients, check_square, warn
+from fastdynat.evaluation.defences import check_answers, check_classified, check_gradients, check_square, warn
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
 from fastdynat.models.logits import Output, with_output
@@ -165,7 +165,7 @@ class AutoAttack:
     ) -> float:
         """The share of images that the network classifies as labelled."""
         with self._settled():
-            x, y = check_images(x, y, batch_size or bs)
+            x, y = check_and_clamp(x, y, batch_size or bs)
             accuracy = float((self._clean(x, batch_size or bs) == y).double().mean())
         self._report(f"clean accuracy: {accuracy:.2%}")
         return accuracy
@@ -180,7 +180,7 @@ class AutoAttack:
         path: Path | None,
     ) -> Any:
         with self._settled():
-            x, y = check_images(x, y, bs)
+            x, y = check_and_clamp(x, y, bs)
             first = x[:bs].to(self._place(x))
             clean = self._clean(x, bs)
             classes = check_answers(
@@ -189,7 +189,7 @@ class AutoAttack:
             check_labels(y, classes)
             fitted = [self._fitted(stage, classes) for stage in chosen]
             attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
-            own = staged.identity(
+            own = staged.evaluation_identity(
                 self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs}
             )
             progress = staged.restore(path, own)
@@ -226,7 +226,7 @@ class AutoAttack:
     def _clean(self, x: Tensor, bs: int) -> Tensor:
         """The same of images as they are, which must have one."""
         classes = self._classes(x, bs)
-        check_finite(classes, "images")
+        check_classified(classes, "images")
         return classes
 
     def _place(self, x: Tensor) -> torch.device:
@@ -329,7 +329,7 @@ def check_labels(y: Tensor, classes: int) -> None:
         raise UserError(f"y must be in 0 .. {classes - 1}, the network's classes; it is in {low} .. {high}")
 
 
-def check_images(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def check_and_clamp(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """The images, detached and clamped, and their labels beside them as int64.
 
     Raises:

@@ -45,7 +45,7 @@ def check_gradients(name: str, zero: int, gradients: int) -> None:
         warn(f"{name}: {vanished(zero, gradients)}")
 
 
-def check_finite(classes: Tensor, which: str) -> None:
+def check_classified(classes: Tensor, which: str) -> None:
     """Refuse a network that gives images no class (`predict`), which would be counted as misclassified."""
     lost = int((classes == NO_CLASS).sum())
     if lost:

@@ -5,7 +5,7 @@ The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and C
 be robust, but not by these numbers.
 
 Two attacks are compared image by image. A difference counts only where it exceeds what sound networks show
-(`Check` says how much) by more than the choice of the images explains: `at_least` is its lower 99 % bound, so
+(the constants below say how much) by more than the choice of the images explains: `at_least` is its lower 99 % bound, so
 that of a hundred sound networks, each at the edge of what is usual, one would be suspected; most are far from
 the edge.
 """
@@ -25,7 +25,7 @@ from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement, wilson
-from fastdynat.evaluation.probes import ScaledLogits, Subject, Verdict
+from fastdynat.evaluation.probes import ScaledLogits, ProbedNetwork, RobustImages
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
 # What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and
@@ -46,7 +46,7 @@ BLACK_BOX = "square1000"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class MaskingCheck:
     """One sign of masking that was looked for.
 
     Attributes:
@@ -66,11 +66,11 @@ class Check:
 class MaskingReport:
     """All checks, and the measurements that they rest on."""
 
-    checks: list[Check]
+    checks: list[MaskingCheck]
     measurements: list[Measurement]
 
     @property
-    def warnings(self) -> list[Check]:
+    def warnings(self) -> list[MaskingCheck]:
         """The checks that failed."""
         return [check for check in self.checks if not check.passed]
 
@@ -120,31 +120,31 @@ def check_masking(
         parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX
     )
     boxes = _black_boxes(norm, eps, source, pgd)
-    subject = Subject(model, images, device, batch_size, seed, should_stop, advance)
+    probed = ProbedNetwork(model, images, device, batch_size, seed, should_stop, advance)
     # The label's logit then leads by at most 1 in half of the images: far from where the softmax saturates.
-    scale = max(1.0, subject.median_lead())
-    subject.runs = 5 + (scale > 1) + len(boxes)
-    checks = [_repeats(subject.instability()), _has_gradients(subject, norm, eps)]
+    scale = max(1.0, probed.median_lead())
+    probed.runs = 5 + (scale > 1) + len(boxes)
+    checks = [_repeats(probed.instability()), _has_gradients(probed, norm, eps)]
 
-    base = subject.run(pgd)
+    base = probed.run(pgd)
     rivals = [
-        ("iterations", subject.run(fgsm), USUAL_FGSM, "apgd-ce,apgd-t,square"),
-        ("convergence", subject.run(longer, standing=base.stands), USUAL_STEPS, "pgd100-10,apgd-ce,apgd-t"),
-        ("loss", subject.run(margin), USUAL_LOSS, "cw50-10,apgd-t"),
-        ("scale of the logits", _on_small_logits(subject, pgd, base, scale), USUAL_LOSS, "cw50-10,apgd-t"),
+        ("iterations", probed.run(fgsm), USUAL_FGSM, "apgd-ce,apgd-t,square"),
+        ("convergence", probed.run(longer, standing=base.robust), USUAL_STEPS, "pgd100-10,apgd-ce,apgd-t"),
+        ("loss", probed.run(margin), USUAL_LOSS, "cw50-10,apgd-t"),
+        ("scale of the logits", _on_small_logits(probed, pgd, base, scale), USUAL_LOSS, "cw50-10,apgd-t"),
     ]
     checks += [_compare(name, base, rival, usual, attacks) for name, rival, usual, attacks in rivals]
 
     spec = PGDSpec(grey, grey / 10, 50, norm=norm)
-    checks.append(_unbounded(subject.run(NamedAttack(f"pgd50 at eps {grey:.3g}", RestartedPGD("ce", spec)))))
+    checks.append(_unbounded(probed.run(NamedAttack(f"pgd50 at eps {grey:.3g}", RestartedPGD("ce", spec)))))
 
-    white = Verdict(
-        "every white-box attack", torch.stack([v.stands for v in (base, *(r[1] for r in rivals))]).all(0)
+    white = RobustImages(
+        "every white-box attack", torch.stack([v.robust for v in (base, *(r[1] for r in rivals))]).all(0)
     )
     for box, maker in boxes:
-        found = subject.run(box, source=maker, standing=white.stands)
+        found = probed.run(box, source=maker, standing=white.robust)
         checks.append(_compare("black box", white, found, USUAL_BLACK_BOX, "apgd-t,square"))
-    return MaskingReport(checks=checks, measurements=subject.measurements)
+    return MaskingReport(checks=checks, measurements=probed.measurements)
 
 
 def radius_of_grey(norm: str, images: ImageSet) -> float:
@@ -172,14 +172,16 @@ def _black_boxes(
     return boxes
 
 
-def _on_small_logits(subject: Subject, pgd: NamedAttack, base: Verdict, scale: float) -> Verdict:
+def _on_small_logits(
+    probed: ProbedNetwork, pgd: NamedAttack, base: RobustImages, scale: float
+) -> RobustImages:
     attack = NamedAttack(f"{pgd.name} on logits / {scale:.3g}", pgd.search)
     if scale == 1:
         return replace(base, attack=attack.name)
-    return subject.run(attack, source=ScaledLogits(subject.model, scale))
+    return probed.run(attack, source=ScaledLogits(probed.model, scale))
 
 
-def _repeats(instability: float) -> Check:
+def _repeats(instability: float) -> MaskingCheck:
     if isnan(instability):
         remedy = "look for a division by zero or an overflow in the network: what it computes is no number"
         return _check(
@@ -193,8 +195,8 @@ def _repeats(instability: float) -> Check:
     return _check("repeated answers", instability <= RANDOM, evidence, remedy)
 
 
-def _has_gradients(subject: Subject, norm: str, eps: float) -> Check:
-    silent, correct = subject.without_gradient(norm, eps)
+def _has_gradients(probed: ProbedNetwork, norm: str, eps: float) -> MaskingCheck:
+    silent, correct = probed.without_gradient(norm, eps)
     shares = {goal: count / max(correct, 1) for goal, count in silent.items()}
     parts = ", ".join(f"{goal} {100 * share:.1f} %" for goal, share in shares.items())
     evidence = f"share of {correct} correctly classified images without any gradient: {parts}; {100 * NO_GRADIENT:g} % is much"
@@ -205,18 +207,18 @@ def _has_gradients(subject: Subject, norm: str, eps: float) -> Check:
     return _check("gradients", max(shares.values()) <= NO_GRADIENT, evidence, remedy)
 
 
-def _unbounded(far: Verdict) -> Check:
-    share = float(far.stands.float().mean())
+def _unbounded(far: RobustImages) -> MaskingCheck:
+    share = float(far.robust.float().mean())
     evidence = f"{_share(far)}, although its ball holds a grey image; a sound attack leaves at most {100 * UNBOUNDED:g} %"
     return _check(
         "unbounded attack", share <= UNBOUNDED, evidence, "fastdynat eval RUN --attacks cw50-10,apgd-t,square"
     )
 
 
-def _compare(name: str, base: Verdict, rival: Verdict, usual: float, attacks: str) -> Check:
+def _compare(name: str, base: RobustImages, rival: RobustImages, usual: float, attacks: str) -> MaskingCheck:
     """Fails where `rival` breaks more images than `base`, by more than `usual` and chance."""
-    more, less = (int((a.stands & ~b.stands).sum()) for a, b in ((base, rival), (rival, base)))
-    images = len(base.stands)
+    more, less = (int((a.robust & ~b.robust).sum()) for a, b in ((base, rival), (rival, base)))
+    images = len(base.robust)
     lowest = at_least(more, less, images)
     evidence = (
         f"{_share(base)}, {_share(rival)}; {more} of {images} images fall to the second only, {less} to the first only: "
@@ -226,11 +228,11 @@ def _compare(name: str, base: Verdict, rival: Verdict, usual: float, attacks: st
     return _check(name, lowest <= usual, evidence, f"fastdynat eval RUN --attacks {attacks}")
 
 
-def _check(name: str, passed: bool, evidence: str, remedy: str) -> Check:
-    return Check(name=name, passed=passed, evidence=evidence, remedy="" if passed else remedy)
+def _check(name: str, passed: bool, evidence: str, remedy: str) -> MaskingCheck:
+    return MaskingCheck(name=name, passed=passed, evidence=evidence, remedy="" if passed else remedy)
 
 
-def _share(verdict: Verdict) -> str:
-    correct, images = int(verdict.stands.sum()), len(verdict.stands)
+def _share(verdict: RobustImages) -> str:
+    correct, images = int(verdict.robust.sum()), len(verdict.robust)
     low, high = wilson(correct, images)
     return f"{verdict.attack} leaves {100 * correct / images:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"

@@ -33,15 +33,15 @@ class ScaledLogits(nn.Module):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RobustImages:
     """Which images stand after `attack`: (N,) bool."""
 
     attack: str
-    stands: Tensor
+    robust: Tensor
 
 
 @dataclass
-class Subject:
+class ProbedNetwork:
     """A network under examination, and what was measured of it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Subject:
 
     def run(
         self, attack: NamedAttack, *, source: nn.Module | None = None, standing: Tensor | None = None
-    ) -> Verdict:
+    ) -> RobustImages:
         """`measure`; images that are not `standing` count as broken."""
         total, told = len(self.images), 0.0
 
@@ -83,7 +83,7 @@ class Subject:
         )
         advance(total - told)
         self.measurements.append(found)
-        return Verdict(attack.name, unpack_bits(found.robust_bits, total))
+        return RobustImages(attack.name, unpack_bits(found.robust_bits, total))
 
     def instability(self) -> float:
         """By how much logits differ between passes over the same images (the first batch), over the largest

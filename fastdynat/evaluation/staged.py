@@ -50,7 +50,7 @@ class Progress:
     accuracies: dict[str, Share] = field(default_factory=dict)
 
 
-def identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
+def evaluation_identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
     """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean`
     where it has none.
     """

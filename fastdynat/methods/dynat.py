@@ -57,7 +57,7 @@ from fastdynat.methods import (
     register,
 )
 from fastdynat.methods.building_blocks import clean_statistics_pass, share
-from fastdynat.methods.trades import kl_to_self, trades_loss
+from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
 from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -245,4 +245,6 @@ class Dynat(Method[DynatOptions]):
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
         if self.options.awp_objective == "own":
             return super().awp_loss(nets, batch, inner, attacked)
-        return trades_loss(nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, AWP_BETA)
+        return trades_loss_from_logits(
+            nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, AWP_BETA
+        )

@@ -37,7 +37,7 @@ from fastdynat.methods import (
     register,
 )
 from fastdynat.methods.building_blocks import accuracy
-from fastdynat.methods.trades import kl_to_self, trades_loss
+from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
 from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -110,7 +110,7 @@ class Mail(Method[MailOptions]):
         if clean is None:
             loss = dynamic_label_cross_entropy(adv, batch.labels, weights=weights).loss
         else:
-            loss = trades_loss(clean, adv, batch.labels, self.options.beta, weights)
+            loss = trades_loss_from_logits(clean, adv, batch.labels, self.options.beta, weights)
         clean_log = {} if clean is None else {"train_acc": accuracy(clean, batch)}
         return Outer(
             {"model": loss}, {"loss": loss.detach(), **clean_log, "train_adv_acc": accuracy(adv, batch)}

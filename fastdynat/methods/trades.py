@@ -67,7 +67,7 @@ class Trades(Method[TradesOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
-        loss = trades_loss(clean, adv, batch.labels, self.options.beta)
+        loss = trades_loss_from_logits(clean, adv, batch.labels, self.options.beta)
         if self.options.bn_third_pass:
             clean_statistics_pass(nets, batch)
         logs = {
@@ -78,7 +78,9 @@ class Trades(Method[TradesOptions]):
         return Outer({"model": loss}, logs)
 
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
-        return trades_loss(nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, self.options.beta)
+        return trades_loss_from_logits(
+            nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, self.options.beta
+        )
 
 
 def kl_to_self(nets: Networks, batch: Batch) -> AttackGoal:
@@ -89,7 +91,7 @@ def kl_to_self(nets: Networks, batch: Batch) -> AttackGoal:
         return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
 
 
-def trades_loss(
+def trades_loss_from_logits(
     clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None
 ) -> Tensor:
     """``CE(clean, labels) + beta mean(weights * KL(p_clean || p_attacked))``, a scalar.

@@ -216,7 +216,7 @@ def test_a_run_in_l1_is_the_packages(loss: Any) -> None:
     torch.manual_seed(5)
     noise = torch.randn_like(x)
     start = x + noise + L1_projection(x, noise, 3 * spec.eps)
-    torch.testing.assert_close(moves.project_l1(x + noise, x, 3 * spec.eps), start, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moves.project_on_l1_ball(x + noise, x, 3 * spec.eps), start, rtol=0, atol=1e-5)
     kind = APGDAttack if loss == "ce" else APGDAttack_targeted
     peer = kind(model, norm="L1", eps=spec.eps, device="cpu", use_largereps=True)
     peer.init_hyperparam(x)

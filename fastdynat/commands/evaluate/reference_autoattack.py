@@ -76,7 +76,7 @@ def run_reference(
             "batch size": batch_size,
             "attacks": list(VERSIONS[version]),
         }
-        own = staged.identity(model, clean, x, y, **numbers, package=package.__name__)
+        own = staged.evaluation_identity(model, clean, x, y, **numbers, package=package.__name__)
         progress = staged.restore(state_path, own) or staged.begin(own, clean == y, seed)
         adversary = _adversary(package, model, norm, eps, seed, device, version)
         _fit(adversary, model, x[:1].to(device))
