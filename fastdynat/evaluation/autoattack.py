@@ -23,7 +23,7 @@ from fastdynat.evaluation.defences import check_answers, check_classified, check
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
 from fastdynat.models.logits import Output, with_output
-from fastdynat.runs.atomic_files import check_output
+from fastdynat.runs import check_output
 from fastdynat.tuning.devices import pick_device
 
 NORMS = ("linf", "l2", "l1")

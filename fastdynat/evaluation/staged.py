@@ -18,7 +18,8 @@ from fastdynat.documents import read_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
-from fastdynat.runs.atomic_files import check_writable, write_text
+from fastdynat.runs import check_writable
+from fastdynat.runs.atomic_files import write_text
 
 FORMAT = "fastdynat-autoattack/1"
 Bits = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*$")]

@@ -1,25 +1,25 @@
-"""Run directories: layout, weights and the record of where a run ran."""
+"""Run directories: layout, checkpoints, weights, and the record of each start."""
 
 from typing import TYPE_CHECKING
 
 from fastdynat.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastdynat.runs.atomic_files import check_output, check_results, check_writable
     from fastdynat.runs.environment import describe_environment, record_start, source_commit
     from fastdynat.runs.failures import WriteError
     from fastdynat.runs.find import find_checkpoint, newest_checkpoint
     from fastdynat.runs.layout import BEST, CONFIG, ENVIRONMENT, LAST, STATE, looks_like_run, require_run
     from fastdynat.runs.manifest import check_manifest
-    from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock, release_name
+    from fastdynat.runs.output_checks import check_output, check_results, check_writable
+    from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock_folder, release_name
     from fastdynat.runs.weights import (
         Sidecar,
-        foreign,
+        data_difference,
         guide_weights,
         load_checkpoint,
+        load_into,
         load_network,
         load_state,
-        put_state,
         read_sidecar,
         save_weights,
     )
@@ -37,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
             "source_commit",
         ),
         "failures": ("WriteError",),
-        "atomic_files": ("check_output", "check_results", "check_writable"),
+        "output_checks": ("check_output", "check_results", "check_writable"),
         "layout": (
             "BEST",
             "CONFIG",
@@ -53,17 +53,17 @@ __getattr__, __dir__ = lazy_names(
             "check_new",
             "claim_name",
             "free_name",
-            "lock",
+            "lock_folder",
             "release_name",
         ),
         "weights": (
             "Sidecar",
-            "foreign",
+            "data_difference",
             "guide_weights",
             "load_checkpoint",
             "load_network",
             "load_state",
-            "put_state",
+            "load_into",
             "read_sidecar",
             "save_weights",
         ),
@@ -85,18 +85,18 @@ __all__ = [
     "check_results",
     "check_writable",
     "claim_name",
+    "data_difference",
     "describe_environment",
     "find_checkpoint",
-    "foreign",
     "free_name",
     "guide_weights",
     "load_checkpoint",
+    "load_into",
     "load_network",
     "load_state",
-    "lock",
+    "lock_folder",
     "looks_like_run",
     "newest_checkpoint",
-    "put_state",
     "read_sidecar",
     "record_start",
     "release_name",

@@ -1,7 +1,7 @@
-"""RUN/checkpoints as its owner sees it: checkpoints are added, linked, adopted and removed.
+"""Writing side of RUN/checkpoints: checkpoints are added, linked, adopted and removed.
 
-Only folders of the run's own (`fastdynat.runs.find`) are ever removed, of them only what their manifests
-list, and no symbolic link is followed on the way.
+Only the run's own folders (`fastdynat.runs.find`) are ever removed, only the files that their manifests list,
+and no symbolic link is followed on the way.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastdynat.errors import UserError
-from fastdynat.runs.atomic_files import point, sync_folder
+from fastdynat.runs.atomic_files import replace_link, sync_folder
 from fastdynat.runs.failures import explained
 from fastdynat.runs.find import (
     NUMBERED,
@@ -35,14 +35,14 @@ from fastdynat.runs.manifest import (
     write_manifest,
 )
 
-# What lies in the folder `.partial` that versions before ids left when they were killed.
+# Files in the folder `.partial` that versions without run ids left when they were killed.
 OLD_PARTIAL = re.compile(
     r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json|\.[a-z_]+\.json\.tmp"
 )
 
 
 class CheckpointStore:
-    """The checkpoints of a run that this process holds the lock of."""
+    """The checkpoints of a run whose lock this process holds."""
 
     def __init__(self, run: Path, identity: str) -> None:
         self.run, self.identity, self.store = run, identity, run / CHECKPOINTS
@@ -52,7 +52,7 @@ class CheckpointStore:
         """Let `write` fill a new checkpoint folder, then make it the newest (and the best) in one step.
 
         Raises:
-            WriteError: it could not be written; the ones before are untouched.
+            WriteError: it could not be written; earlier checkpoints are untouched.
         """
         with explained(self.store):
             self.store.mkdir(exist_ok=True)
@@ -75,12 +75,12 @@ class CheckpointStore:
         self._prune()
 
     def next_folder(self) -> Path:
-        """A folder that is not there yet, with a number above all others."""
+        """The path of a new folder, with a number above all others."""
         number = 1 + max((int(p.name) for p in self.store.iterdir() if NUMBERED.fullmatch(p.name)), default=0)
         return self.store / f"{number:06d}"
 
     def drop_partial(self) -> None:
-        """Remove what a kill left of a checkpoint that was being written; its name holds the run's id."""
+        """Remove a checkpoint that a killed process was writing; its name has the run's id."""
         if self.store.is_symlink():
             return
         if not self._partial.is_symlink():
@@ -92,23 +92,19 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
 
     def link(self) -> None:
-        """Point RUN/last and RUN/best at the newest and the best, unless something else is there or links
-        cannot be made.
-        """
+        """Point RUN/last and RUN/best at the newest and the best checkpoint, where links can be made."""
         own = own_checkpoints(self.run)
         for role, chosen in ((BEST, [c for c in own if c.best]), (LAST, own)):
             path = self.run / role
             target = f"{CHECKPOINTS}/{chosen[-1].folder.name}" if chosen else ""
             if chosen and is_replaceable(path) and not (path.is_symlink() and os.readlink(path) == target):
                 with suppress(OSError):
-                    point(path, target)
+                    replace_link(path, target)
         with suppress(OSError):
             sync_folder(self.run)
 
     def _prune(self) -> None:
-        """Remove what is neither the newest nor the best, and the training state of what is not the
-        newest.
-        """
+        """Remove all checkpoints but the newest and the best, and the training state of the best."""
         own = own_checkpoints(self.run)
         best = [checkpoint for checkpoint in own if checkpoint.best][-1:]
         for checkpoint in own[:-1]:
@@ -118,16 +114,17 @@ class CheckpointStore:
                 remove_listed(checkpoint.folder, STATE, checkpoint.manifest.files[STATE])
 
     def adopt(self) -> None:
-        """Make the newest and best checkpoint the run's own by name, where they are not: in a run from before
-        manifests named it, and in a copy that followed the links.
+        """Make the newest and the best checkpoint the run's own, where their manifests do not say so.
+
+        They do not in a run of a version without run ids, and in a copy that followed the links.
         """
         last, best = find_checkpoint(self.run, LAST), find_checkpoint(self.run, BEST)
-        # Both are known before either moves; the newest goes last, so that it is the newest by order too.
+        # Both are found before either moves; the newest is adopted last, so that its order is the highest.
         for folder in dict.fromkeys(
             f for f in (best, last) if f is not None and f.is_relative_to(real(self.run))
         ):
             self._adopt(folder, best=folder == best)
-        for role in (BEST, LAST):  # what a copy put in the place of a link to one of the others
+        for role in (BEST, LAST):  # folders that a copy put in the place of links
             if is_copied(self.run / role, self.identity):
                 self._adopt(real(self.run / role), best=role == BEST)
 
@@ -136,7 +133,7 @@ class CheckpointStore:
         if is_own(folder, manifest.origin, self.identity) and folder.parent == real(self.store):
             return
         if manifest.origin is not None and manifest.origin.run != self.identity:
-            return  # another run's: it may be read but is never touched
+            return  # another run's checkpoint may be read, but is never changed
         self.store.mkdir(exist_ok=True)
         own = folder.parent == real(self.store) and NUMBERED.fullmatch(folder.name)
         final = folder if own else self.next_folder()
@@ -149,7 +146,7 @@ class CheckpointStore:
             put_manifest(folder, listed)
             if final != folder:
                 folder.rename(final)
-        else:  # the user's place for it: what is there stays
+        else:  # a place that the user chose: it stays as it is
             self._copy(folder, listed, final)
 
     def _copy(self, folder: Path, manifest: Manifest, final: Path) -> None:
@@ -166,7 +163,7 @@ class CheckpointStore:
 
 
 def is_copied(path: Path, identity: str) -> bool:
-    """Whether `path` is a real folder with a checkpoint of the run."""
+    """Whether `path` is a folder, not a link, with a checkpoint of the run `identity`."""
     if path.is_symlink() or not path.is_dir():
         return False
     try:
@@ -177,9 +174,7 @@ def is_copied(path: Path, identity: str) -> bool:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a link of the run may take the place of `path`: there is nothing, or such a link, or what
-    archives make of it.
-    """
+    """Whether a link of the run may replace `path`: it is free, such a link, or an archive's copy of one."""
     if not os.path.lexists(path):
         return True
     if path.is_symlink():
@@ -197,13 +192,11 @@ def is_replaceable(path: Path) -> bool:
 
 
 def remove_checkpoint(checkpoint: Checkpoint) -> bool:
-    """Remove a checkpoint of the run's own: what its manifest lists, the manifest last. Returns whether the
-    folder is gone.
-    """
+    """Remove one of the run's own checkpoints, its manifest last. Returns whether the folder is gone."""
     for name, digest in checkpoint.manifest.files.items():
         remove_listed(checkpoint.folder, name, digest)
     if {path.name for path in checkpoint.folder.iterdir()} != {MANIFEST}:
-        return False  # something in it is not the run's
+        return False  # it holds a file that the run did not make
     with suppress(OSError):
         (checkpoint.folder / MANIFEST).unlink()
         checkpoint.folder.rmdir()
@@ -211,7 +204,7 @@ def remove_checkpoint(checkpoint: Checkpoint) -> bool:
 
 
 def remove_listed(folder: Path, name: str, digest: str) -> None:
-    """Remove the file `name` that a manifest lists, unless it is not there or was changed since."""
+    """Remove the file `name` that a manifest lists, unless it is gone or was changed since."""
     path = folder / name
     if path.is_symlink() or not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""What a run or a measurement ran on."""
+"""Record of the machine and versions of a run, one entry per start (environment.json)."""
 
 import json
 import os
@@ -55,8 +55,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """The commit of the checkout that this package is in, marked if tracked files differ from it; without git
-    what FASTDYNAT_COMMIT says, else "unknown".
+    """The commit of this package's checkout, with "-dirty" if tracked files differ from it.
+
+    Without git: FASTDYNAT_COMMIT, else "unknown".
     """
     here = Path(__file__)
 
@@ -74,9 +75,7 @@ def source_commit() -> str:
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The starts in `path` (environment.json), the first one first. Raises UserError where it cannot be
-    read.
-    """
+    """The starts in `path` (environment.json), oldest first. Raises UserError where it cannot be read."""
     return read_json(path, list[dict[str, Any]], what="the list of a run's starts", remedy="remove it")
 
 
@@ -85,16 +84,16 @@ def record_start(
 ) -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
-    Returns, in words, what differs from the last start so that sums are rounded in another order.
+    Returns the differences from the last start that make sums round in another order, in words.
 
     Args:
         operators: the implementation of the fused operators in this process.
         on_cpu: whether the run computes on the CPU, where threads and processor count.
-        precision: what the networks are trained in; they are validated in float32 without TF32.
+        precision: that of training; validation is in float32 without TF32.
         winograd: the rule by which layers are computed by Winograd's algorithm; `UNUSED` where none may be.
     """
     starts: list[dict[str, Any]] = []
-    with suppress(UserError):  # the first start, or a list that nobody needs for resuming
+    with suppress(UserError):  # the first start, or a damaged list, which resuming does not need
         starts = read_starts(path)
     precisions = {"training": precision, "validation": "float32"}
     starts.append({**describe_environment(), "operators": operators, "precision": precisions})
@@ -104,10 +103,8 @@ def record_start(
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -> list[str]:
-    """What is another in two records of starts, with the remedy where there is one; a missing entry is
-    unknown, not another.
-    """
-    # Where one was wrong, nothing keeps "cpp, but eager for this one".
+    """Differences between two starts, each with its remedy; an entry that is missing counts as unknown."""
+    # No flag brings back a mixture such as "cpp, but eager for this one".
     mixed = "," in str(before.get("operators"))
     remedies = {"operators": "" if mixed else " (--kernels {} keeps them)", "torch": ""}
     remedies |= {"threads": " (OMP_NUM_THREADS={} keeps them)", "processor": ""} if on_cpu else {"gpus": ""}
@@ -121,8 +118,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -
         for key, remedy in remedies.items()
         if old.get(key) and old[key] != new[key]
     ]
-    # A start without this entry was made by a version that had another rule, and used it wherever this one is
-    # used.
+    # A start without this entry was made by a version with another rule, used wherever this one is.
     rules = now["winograd"], before.get("winograd")
     if UNUSED not in rules and rules[0] != rules[1]:
         found.append("another rule than before says which layers Winograd's algorithm computes")

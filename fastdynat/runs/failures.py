@@ -1,4 +1,4 @@
-"""Writing that fails: which file, why, and how many bytes there is no room for, in one line."""
+"""Failed writes in one line: the file, the reason, and the bytes that there is no room for."""
 
 import errno
 import os
@@ -16,12 +16,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class WriteError(UserError):
-    """A file that the system does not let this process write.
+    """A file that this process cannot write.
 
     Attributes:
         path: the file.
-        reason: what the system says, and where it is for want of room, how much is needed and how much there
-            is.
+        reason: the system's words; for a lack of room also the bytes needed and free.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -30,13 +29,13 @@ class WriteError(UserError):
 
 
 def _missing(path: Path, error: OSError) -> str:
-    """Which folder is to be made first, where that is the reason."""
+    """The folder to make first, where its absence is the reason."""
     folder = Path(os.path.realpath(path)).parent
     return f"; make the folder {folder} first" if error.errno == errno.ENOENT and not folder.exists() else ""
 
 
 def _room(path: Path, error: OSError, needed: int) -> str:
-    """How much was needed and how much there is, where the reason is a lack of room."""
+    """The bytes needed and free, where a lack of room is the reason."""
     if error.errno == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         there_is = "" if limit == resource.RLIM_INFINITY else f"a file may have {limit:,} bytes (ulimit -f)"
@@ -50,7 +49,7 @@ def _room(path: Path, error: OSError, needed: int) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the file system that `path`, which need not be there, would lie on."""
+    """Free bytes of the file system of `path`, which need not exist."""
     place = Path(os.path.realpath(path))
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -58,9 +57,7 @@ def free_bytes(path: Path) -> int:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error that `error` is or tells of, as safetensors does; None where it is something
-    else.
-    """
+    """The OSError that `error` is, or quotes as safetensors does; None for other errors."""
     if isinstance(error, OSError):
         return error
     match = re.search(r"\(os error (\d+)\)", str(error))
@@ -69,8 +66,9 @@ def system_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def explained(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn what the system says inside the block into a WriteError about `path`; needed: bytes that the
-    file would have, where that is known.
+    """Turn a system error inside the block into a WriteError about `path`.
+
+    needed: bytes that the file would have, if known.
 
     Raises:
         WriteError: the system refused.
@@ -94,7 +92,7 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def explained_reading(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to let `path` be read into a UserError."""
+    """Turn a system error inside the block into a UserError about reading `path`."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,7 @@
-"""RUN/checkpoints: which folders in it are the run's own, and which of them is the newest and the best.
+"""Reading side of RUN/checkpoints: the run's own folders in it, the newest and the best of them.
 
-A folder is the run's own if its manifest names the run and the folder. The newest and the best are found by
-what manifests say; RUN/last and RUN/best are links for people, and a run that was copied without them lacks
-nothing.
+A folder is the run's own if its manifest names the run and the folder. Manifests also say which is the newest
+and which the best; RUN/last and RUN/best are links for people, and a copy without them lacks nothing.
 """
 
 import os
@@ -22,7 +21,7 @@ NUMBERED = re.compile(r"[0-9]{6,12}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of the run's own; `best`: the best one when it was written."""
+    """A checkpoint folder with its manifest. `best`: it was the best when it was written."""
 
     folder: Path
     manifest: Manifest
@@ -39,7 +38,7 @@ class Checkpoint:
 
 
 def own_checkpoints(run: Path) -> list[Checkpoint]:
-    """The run's own checkpoints, the newest last; their files are not looked at."""
+    """The run's own checkpoints, oldest first; their files are not checked."""
     found, identity = _with_manifests(run), identity_of(run)
     own = (
         checkpoint for checkpoint in found if is_own(checkpoint.folder, checkpoint.manifest.origin, identity)
@@ -48,10 +47,9 @@ def own_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def identity_of(run: Path) -> str | None:
-    """The run's id, as its configuration says; where that does not, the one that all its checkpoints name, if
-    they do.
+    """The run's id: in its configuration, or else the one that all its checkpoints name.
 
-    None of a run from before there was one.
+    None for a run of a version without ids.
     """
     if (written := run_id(run)) is not None:
         return written
@@ -61,7 +59,7 @@ def identity_of(run: Path) -> str | None:
 
 
 def _with_manifests(run: Path) -> list[Checkpoint]:
-    """All folders in RUN/checkpoints with a manifest, whosever they are."""
+    """All folders in RUN/checkpoints with a manifest, of this run or another."""
     found = []
     for folder in real_folders(run / CHECKPOINTS):
         with suppress(UserError):
@@ -70,7 +68,7 @@ def _with_manifests(run: Path) -> list[Checkpoint]:
 
 
 def real_folders(store: Path) -> list[Path]:
-    """The folders in `store` that are no links."""
+    """The folders in `store`, without symbolic links."""
     try:
         return sorted(path for path in store.iterdir() if path.is_dir() and not path.is_symlink())
     except OSError:
@@ -78,18 +76,17 @@ def real_folders(store: Path) -> list[Path]:
 
 
 def is_own(folder: Path, origin: Origin | None, identity: str | None) -> bool:
-    """Whether the manifest in `folder` is of the run with the id `identity`."""
-    if origin is None:  # from before manifests said it
+    """Whether `folder` belongs to the run with the id `identity`, by its manifest's `origin`."""
+    if origin is None:  # a version without run ids
         return identity is None and NUMBERED.fullmatch(folder.name) is not None
     return origin.folder == folder.name and identity in (origin.run, None)
 
 
 def find_checkpoint(run: Path, role: str) -> Path | None:
-    """The folder of the newest (`role` last) or the best (`role` best) checkpoint of `run`; None where there
-    is none.
+    """The folder of the newest (`role` last) or the best (`role` best) checkpoint of `run`, or None.
 
-    What the link says counts where manifests do not: in a run from before they did, and where the link is,
-    instead, a folder that a copy put there.
+    The link counts where manifests say nothing: in a run of a version without ids, and where a copy put a
+    folder in the place of the link.
     """
     own, named = own_checkpoints(run), _named(run, role)
     if identity_of(run) is None:
@@ -103,7 +100,7 @@ def find_checkpoint(run: Path, role: str) -> Path | None:
     try:
         origin = read_manifest(named).origin
     except UserError:
-        # A damaged checkpoint of the run is not passed over for an older one; a folder of the user's is.
+        # A damaged checkpoint of the run is an error, not passed over; a user's folder is ignored.
         ours = (run / role).is_symlink() or os.path.lexists(named / MANIFEST)
         return named if ours and named.is_relative_to(real(run)) else found.folder
     copied = origin is not None and origin.run == identity_of(run) and origin.order > found.order[0]
@@ -112,13 +109,13 @@ def find_checkpoint(run: Path, role: str) -> Path | None:
 
 
 def _named(run: Path, role: str) -> Path | None:
-    """The folder that RUN/ROLE is, links followed."""
+    """The folder at RUN/ROLE, links followed."""
     path = run / role
     return real(path) if path.is_dir() else None
 
 
 def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
-    """The newest or best checkpoint of a run whose manifests do not say it and whose links are gone."""
+    """The newest or best checkpoint of a run of a version without ids whose links are gone."""
     resumable = [checkpoint.folder for checkpoint in own if (checkpoint.folder / STATE).is_file()]
     others = [checkpoint.folder for checkpoint in own if checkpoint.folder not in resumable]
     if role == LAST:
@@ -129,7 +126,7 @@ def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
 
 
 def _best_epoch(run: Path) -> int | None:
-    """The last epoch that the metrics call the best."""
+    """The last epoch that is marked as best in the metrics."""
     with suppress(UserError):
         rows = read_json_lines(run / METRICS, _Row, what="a run's metrics")
         return max((row.epoch for row in rows if row.best), default=None)
@@ -138,14 +135,14 @@ def _best_epoch(run: Path) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """Of the metrics."""
+    """The part of a row of the metrics that is read here."""
 
     epoch: Count
     best: bool | None = None
 
 
 def completed_epochs(folder: Path) -> int:
-    """Completed epochs of the checkpoint, as its sidecar says; 0 where that is damaged."""
+    """Completed epochs of a checkpoint by its sidecar; 0 where that is damaged."""
     with suppress(UserError):
         return read_json(folder / "model.json", _Epoch, what="a sidecar").epoch
     return 0
@@ -153,21 +150,22 @@ def completed_epochs(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """Of a sidecar."""
+    """The part of a sidecar that is read here."""
 
     epoch: Count
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that `run` goes on from; None where there is none.
+    """The checkpoint that `run` continues from; None where there is none.
 
     Raises:
-        UserError: there is one, but it is in doubt whether it is the newest.
+        UserError: one is there, but it may not be the newest.
     """
     found = find_checkpoint(run, LAST)
     if found is None and (best := find_checkpoint(run, BEST)) is not None:
         raise UserError(
-            f"{run} has a best checkpoint ({best.name}) but none to resume from: bring its last checkpoint back"
+            f"{run} has a best checkpoint ({best.name}) but none to resume from: "
+            "bring its last checkpoint back"
         )
     if found is not None and not NUMBERED.fullmatch(found.name):
         return found
@@ -175,5 +173,5 @@ def newest_checkpoint(run: Path) -> Path | None:
         newer = NUMBERED.fullmatch(folder.name) and (found is None or int(folder.name) > int(found.name))
         if not newer or not os.path.lexists(folder / MANIFEST):
             continue
-        read_manifest(folder)  # says what is wrong with it, where something is
+        read_manifest(folder)  # raises where it is damaged
     return found

@@ -1,4 +1,4 @@
-"""Names in a run directory, and how one is recognised."""
+"""Names of files in a run directory, and the tests that recognise one."""
 
 import os
 import re
@@ -12,12 +12,12 @@ LAST, BEST, CHECKPOINTS, LOCK = "last", "best", "checkpoints", ".lock"
 METRICS, TABLE = "metrics.jsonl", "metrics.csv"
 EVALUATIONS, BOUNDARY, TENSORBOARD = "evaluations", "boundary", "tensorboard"
 HEADER = "# fastdynat run"  # first line of a run's configuration
-# All that a run keeps in its folder.
+# Everything that a run keeps in its folder, beside its configuration.
 OWNED = (ENVIRONMENT, METRICS, TABLE, LAST, BEST, BOUNDARY, EVALUATIONS, TENSORBOARD, CHECKPOINTS)
 
-# What training writes into the folder of a checkpoint and into the run's own.
+# Files that training writes into the folder of a checkpoint.
 IN_CHECKPOINT = re.compile(r"(model|model_raw|guide)\.(safetensors|json)|state\.pt|checkpoint\.json")
-# Names that only this program gives, by folder.
+# File names that only this program gives, by folder.
 MADE = {
     BOUNDARY: re.compile(r"epoch-[0-9]{4,}\.npz"),
     EVALUATIONS: re.compile(r"[a-z0-9_-]+(\.[0-9]+of[0-9]+)?-[0-9a-f]{16}\.(json|state)"),
@@ -39,16 +39,12 @@ IN_RUN = (
 
 
 def real(path: Path) -> Path:
-    """`path` with links followed; of links that lead to each other as far as they go, where `Path.resolve`
-    raises.
-    """
+    """`path` with links followed. Unlike `Path.resolve`, never raises where links form a circle."""
     return Path(os.path.realpath(path))
 
 
 def run_of_file(path: Path) -> Path | None:
-    """The run that the file `path`, which need not be there, belongs to, links followed; None where it is no
-    run's.
-    """
+    """The run that the file `path` belongs or would belong to, links followed; None for other files."""
     place = real(path)
     for run in place.parents[:3]:
         inside = place.relative_to(run).parts
@@ -60,7 +56,7 @@ def run_of_file(path: Path) -> Path | None:
 
 
 def looks_like_run(path: Path | str) -> bool:
-    """Whether `path` holds a configuration that a run wrote (other tools have a config.yaml too)."""
+    """Whether `path` holds a config.yaml that a run wrote; other tools write files of this name too."""
     return _first_lines(Path(path), 1)[0].rstrip() == HEADER.encode()
 
 
@@ -76,7 +72,7 @@ def require_run(path: Path | str) -> None:
 
 
 def _is_forbidden(path: Path) -> bool:
-    """Whether it is this user's rights that keep `path` from being read."""
+    """Whether this user lacks the permission to read `path`."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
     except PermissionError:
@@ -87,17 +83,13 @@ def _is_forbidden(path: Path) -> bool:
 
 
 def run_id(path: Path) -> str | None:
-    """What tells this run's checkpoints from others', as its configuration says; None of a run from before
-    there was one.
-    """
+    """The run's id in its configuration, which its checkpoints name too; None for versions without ids."""
     match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", _first_lines(path, 2)[1])
     return match[1].decode() if match else None
 
 
 def _first_lines(run: Path, count: int) -> list[bytes]:
-    """The first lines of the run's configuration, cut where they are long; empty ones where it cannot be
-    read.
-    """
+    """The first `count` lines of the run's configuration, at most 200 bytes each; empty if unreadable."""
     try:
         with open_file(run / CONFIG) as file:
             return [file.readline(200) for _ in range(count)]

@@ -1,6 +1,4 @@
-"""The manifest of a checkpoint folder: which files belong together, byte for byte, and which run made it
-when.
-"""
+"""Manifest of a checkpoint folder: the digests of its files, and the run that made it."""
 
 import hashlib
 import json
@@ -22,14 +20,14 @@ FORMAT = "fastdynat-checkpoint/1"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a manifest says beside the digests; manifests from before it was there lack it.
+    """The checkpoint's place in its run; manifests of early versions have none.
 
     Attributes:
         run: the run's id.
-        folder: the checkpoint's own name in RUN/checkpoints; a copy under another name is not the run's.
-        order: counts the run's checkpoints.
-        best: this is the best one so far.
-        epoch: completed ones.
+        folder: the folder's name in RUN/checkpoints; a copy under another name does not belong to the run.
+        order: number of the checkpoint in its run, increasing.
+        best: the best one so far.
+        epoch: completed epochs.
         epoch_step: updates done in the epoch after them.
     """
 
@@ -43,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as it is read: sha256 by file name, and the origin where there is one."""
+    """Digests (sha256) by file name, and the origin, if it is known."""
 
     files: dict[str, str]
     origin: Origin | None
@@ -51,7 +49,7 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """A manifest as the file holds it; other keys are other readers'."""
+    """The document in the file."""
 
     sha256: dict[FileName, str]
     run: str | None = None
@@ -66,8 +64,8 @@ def sha256(path: Path) -> str:
     """The file's digest as hexadecimal text.
 
     Raises:
-        UserError: it cannot be read, or is large and nearly all of it was never written, as after a stray
-            `truncate`: its digest would take minutes, and is none that anybody stored.
+        UserError: it cannot be read; or it is large and nearly all of it is a hole, as after a stray
+            `truncate`, whose digest would take minutes and match nothing.
     """
     with explained_reading(path), open_file(path) as file:
         about = os.fstat(file.fileno())
@@ -79,7 +77,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, origin: Origin | None = None) -> None:
-    """Record the digest of every file in `folder`; to be written last."""
+    """Write the manifest of `folder` with the digest of every file in it, which must be complete."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     put_manifest(folder, Manifest(files, origin))
 
@@ -93,10 +91,10 @@ def put_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What the manifest in `folder` says; the files themselves are not looked at.
+    """The manifest in `folder`; the files that it lists are not read.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is not one.
+        UserError: there is none, it cannot be read, or it is another document.
     """
     manifest = folder / MANIFEST
     if not os.path.lexists(manifest):
@@ -107,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_manifest(folder: Path, *, optional: tuple[str, ...] = ()) -> None:
-    """Check that `folder` holds exactly the bytes it was written with; files in `optional` may be gone.
+    """Check that the files of `folder` are those that were written; files in `optional` may be gone.
 
     Raises:
         UserError: a file is missing, truncated, edited or another run's.

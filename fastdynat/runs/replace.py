@@ -1,4 +1,4 @@
-"""`--overwrite`: what an old run made is removed from its folder; what is not the run's stays."""
+"""`--overwrite`: the files that an old run made are removed from its folder; others stay."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from fastdynat.runs.manifest import read_manifest
 
 
 def remove_run(path: Path) -> list[Path]:
-    """Remove all but the configuration of the run in `path`, if there is one.
+    """Remove everything but the configuration of the run in `path`, if there is one.
 
-    A link in the place of a file or folder of the run is removed, and what it points at is not. Returns what
-    was left in the run's folders because the run did not make it.
+    A link in the place of a file or folder of the run is removed, its target is not. Returns the paths that
+    stay because the run did not make them.
     """
     checkpoints = _checkpoints(path)
     for name in (ENVIRONMENT, METRICS, TABLE):
@@ -34,9 +34,7 @@ def remove_run(path: Path) -> list[Path]:
 
 
 def _checkpoints(path: Path) -> list[Checkpoint]:
-    """All checkpoints of the run, also where it is an old one whose links name them, or a copy with folders
-    for links.
-    """
+    """All checkpoints of the run, also those that only RUN/last and RUN/best lead to."""
     found = {real(checkpoint.folder): checkpoint for checkpoint in own_checkpoints(path)}
     if (path / CHECKPOINTS).is_symlink():
         found = {}
@@ -48,9 +46,7 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
 
 
 def _empty(folder: Path, is_made: Callable[[Path], bool]) -> list[Path]:
-    """Remove the files in `folder` that `is_made` knows, and the folder once it is empty; returns what else
-    is there.
-    """
+    """Remove the files in `folder` for which `is_made` is true, and the folder if empty; returns the rest."""
     if folder.is_symlink():
         folder.unlink()
         return []

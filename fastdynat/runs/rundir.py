@@ -1,4 +1,4 @@
-"""The run directory: one folder that holds everything about a run, consistent at every moment.
+"""Run directory: one folder that holds everything about a run, consistent at every moment.
 
 RUN/config.yaml          resolved configuration, and the run's id
 RUN/environment.json     machine and versions, one entry per start
@@ -38,10 +38,10 @@ from fastdynat.runs.layout import (
 )
 from fastdynat.runs.replace import remove_run
 
-# By training.
+# Written by training.
 WRITTEN_FILES, WRITTEN_FOLDERS = (ENVIRONMENT, METRICS, TABLE), (BOUNDARY, TENSORBOARD, CHECKPOINTS)
 WRITTEN = (CONFIG, *WRITTEN_FILES, *WRITTEN_FOLDERS)
-OLD_LEFTOVER = f".{CONFIG}.tmp"  # of a start that was killed, before temporary files had their present names
+OLD_LEFTOVER = f".{CONFIG}.tmp"  # a killed start left it, before temporary files had their present names
 
 
 def free_name(stem: str, parent: Path = Path("runs")) -> Path:
@@ -67,13 +67,13 @@ def claim_name(stem: str, parent: Path = Path("runs")) -> Path:
                 path.mkdir()
             except FileExistsError:  # another process was faster
                 continue
-            except FileNotFoundError:  # `parent` was removed meanwhile
+            except FileNotFoundError:  # `parent` was removed in the meantime
                 continue
             return path
 
 
 def release_name(path: Path) -> None:
-    """Give a claimed folder back, if nothing is in it but a lock file."""
+    """Remove a claimed folder, if it holds nothing but a lock file."""
     try:
         if {p.name for p in path.iterdir()} <= {LOCK}:
             (path / LOCK).unlink(missing_ok=True)
@@ -122,15 +122,15 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a start that was killed before it wrote its configuration may have left `name`."""
+    """Whether `name` may be left from a start that was killed before it wrote its configuration."""
     return name in (LOCK, OLD_LEFTOVER) or TEMPORARY.fullmatch(name) is not None
 
 
-def lock(folder: Path) -> IO[str]:
+def lock_folder(folder: Path) -> IO[str]:
     """Keep other fastdynat processes out of `folder` until the file that is returned is closed.
 
     Raises:
-        UserError: another process is in there, or the lock file is no file.
+        UserError: another process uses it, or the lock file is not a file.
     """
     path = folder / LOCK
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -148,35 +148,34 @@ class RunDir:
     """An open run directory, locked against a second process until `close`.
 
     Attributes:
-        kept: what `create` found in the folders of the run that it replaced, and left there because it is no
-            run's.
+        kept: paths that `create` left in the folder of the run that it replaced, because that run had not
+            made them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept: list[Path] = []
-        self._lock = lock(path)
+        self._lock = lock_folder(path)
         self.identity = identity_of(path) or new_id()
         self.checkpoints = CheckpointStore(path, self.identity)
 
     @classmethod
     def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
-        """Begin a new run in `path`; an old one there is removed if `overwrite`."""
+        """Start a new run in `path`; an old one there is removed if `overwrite`."""
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
         try:
             with explained(path):
-                refuse_occupied(
-                    path, overwrite=overwrite
-                )  # again: another process may have been here since the first check
+                # Again: another process may have been here since the first check.
+                refuse_occupied(path, overwrite=overwrite)
                 run.kept = remove_run(path)
                 drop_leftovers(path)
                 (path / OLD_LEFTOVER).unlink(missing_ok=True)
             run.identity = new_id()
             run.checkpoints = CheckpointStore(path, run.identity)
-            # The configuration goes last, in one step: until then the folder is still a run, the old one at
-            # its start.
+            # The configuration is written last, in one step: until then the folder holds the old run, before
+            # its first epoch.
             run.rewrite_config(config)
         except BaseException:
             run.close()
@@ -192,8 +191,8 @@ class RunDir:
         """Open an existing run.
 
         Raises:
-            UserError: `path` is not a run, cannot be written, is in use, or a file or folder of it is a link
-                out of it or something else.
+            UserError: `path` is not a run, cannot be written, is in use, or has a link out of it, or another
+                kind of file, in the place of one of its own.
         """
         path = Path(path)
         require_run(path)
@@ -211,7 +210,7 @@ class RunDir:
         self._lock.close()
 
     def adopt(self) -> None:
-        """Bring the record of a run that was made by an older version, or copied, into the present form."""
+        """Bring the checkpoints of a run of an older version, or of a copied run, into the present form."""
         with explained(self.path / CHECKPOINTS):
             self.checkpoints.adopt()
 
@@ -230,9 +229,9 @@ class RunDir:
 
 
 def refuse_kinds(path: Path, *, links_go: bool = False) -> None:
-    """Raise UserError where training could not write to the run in `path`, because of what stands there.
+    """Raise UserError where something else stands in the place of a file or folder that training writes.
 
-    links_go: links, and what only a file can replace, will be removed before (`remove_run`).
+    links_go: links, and what only a file can replace, will be removed first (`remove_run`).
     """
     for name in (*WRITTEN_FILES, *WRITTEN_FOLDERS):
         place, folder = path / name, name in WRITTEN_FOLDERS
@@ -240,10 +239,10 @@ def refuse_kinds(path: Path, *, links_go: bool = False) -> None:
             continue
         if place.is_dir() if folder else place.is_file():
             continue
-        # A link to a file that is not there yet makes it; no folder is made so.
+        # Writing through a link can make a missing file, but not a missing folder.
         if os.path.lexists(place) and (folder or place.is_dir() or not _leads_nowhere(place)):
             raise UserError(
-                f"{place} is no {'folder' if folder else 'file'}, as that of a run is; move it away"
+                f"{place} is not a {'folder' if folder else 'file'}, as a run has there; move it away"
             )
 
 
@@ -258,10 +257,10 @@ def _leads_nowhere(link: Path) -> bool:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise UserError where training would write to a place outside of the run."""
+    """Raise UserError where training would write outside the run."""
     for place in (path / name for name in WRITTEN):
         if place.is_symlink() and not real(place).is_relative_to(real(path)):
             raise UserError(
-                f"{place} is a symbolic link out of the run, to {os.readlink(place)}: nothing is written or removed there; "
-                "put the file or folder itself in its place"
+                f"{place} is a symbolic link out of the run, to {os.readlink(place)}: nothing is "
+                "written or removed there; put the file or folder itself in its place"
             )

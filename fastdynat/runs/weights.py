@@ -1,4 +1,4 @@
-"""Weights as safetensors with a JSON sidecar: open without running code, checked before use."""
+"""Weights as safetensors with a JSON sidecar: read without running code, checked before use."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ Channels = Annotated[int, Meta(ge=1, le=64)]
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What `NAME.json` says about `NAME.safetensors`. eps in [0, 1] pixel units."""
+    """`NAME.json` beside `NAME.safetensors`: the network and its training. eps in [0, 1] pixel units."""
 
     architecture: str
     num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
@@ -58,13 +58,10 @@ class _Stored(Sidecar):
 
 
 def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -> None:
-    """Write `path` (.safetensors) and its sidecar (.json). `state` is a state dict; tensors may be on any
-    device.
-    """
+    """Write the state dict `state`, on any device, to `path` (.safetensors), and its sidecar (.json)."""
     path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    # safetensors makes files that only their owner can read; `replacing` gives this one the mode of its
-    # neighbours.
+    # safetensors makes files that only their owner can read; `replacing` gives this one the usual mode.
     with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     about = {
@@ -78,10 +75,10 @@ def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -
 
 
 def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
-    """The sidecar of the weights at `path` and the sha256 that it promises.
+    """The sidecar of the weights at `path`, and the sha256 that it says they have.
 
     Raises:
-        UserError: it is missing, not JSON, of another format, or has a value that cannot be; says which.
+        UserError: it is missing, not JSON, of another format, or has an impossible value; names it.
     """
     path = Path(path)
     sidecar = path.with_suffix(".json")
@@ -105,10 +102,10 @@ def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
 
 
 def load_state(path: Path | str) -> tuple[dict[str, Tensor], Sidecar]:
-    """The tensors at `path` (on the CPU) and their sidecar, once the sha256 is right.
+    """The tensors at `path`, on the CPU, and their sidecar, after a check of the sha256.
 
     Raises:
-        UserError: missing, truncated, not safetensors, or not the bytes the sidecar was written for.
+        UserError: missing, truncated, not safetensors, or not the file that the sidecar was written for.
     """
     path = Path(path)
     sidecar, promised = read_sidecar(path)
@@ -134,7 +131,7 @@ def build_from_sidecar(sidecar: Sidecar) -> nn.Module:
     )
 
 
-def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, architecture: str) -> None:
+def load_into(network: nn.Module, state: dict[str, Tensor], origin: Path, architecture: str) -> None:
     """Load `state` into `network` strictly.
 
     Raises:
@@ -142,20 +139,18 @@ def put_state(network: nn.Module, state: dict[str, Tensor], origin: Path, archit
     """
     try:
         network.load_state_dict(state, strict=True)
-    except Exception as error:  # a tensor of another kind fails in its own way
+    except Exception as error:  # tensors of other types fail in their own ways
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{origin} is not a {architecture}: {first}") from None
 
 
-def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
-    """In words, what data a network was trained on, if its classes or images are not those of `info`; else
-    "".
-    """
+def data_difference(sidecar: Sidecar, info: DatasetInfo) -> str:
+    """The data that a network was trained on, in words, if they are not like `info`; else ""."""
     theirs, ours = (len(sidecar.class_names), sidecar.image_shape), (len(info.class_names), info.image_shape)
     if theirs != ours:
         return (
-            f"{sidecar.dataset} ({theirs[0]} classes, images {theirs[1]}), but {info.name} has {ours[0]} classes and "
-            f"images {ours[1]}"
+            f"{sidecar.dataset} ({theirs[0]} classes, images {theirs[1]}), "
+            f"but {info.name} has {ours[0]} classes and images {ours[1]}"
         )
     for number, (a, b) in enumerate(zip(sidecar.class_names, info.class_names, strict=True)):
         if a != b:
@@ -164,11 +159,10 @@ def foreign(sidecar: Sidecar, info: DatasetInfo) -> str:
 
 
 def guide_weights(path: Path | str) -> Path:
-    """The weights that a user means by `path`: a .safetensors file, or of a run directory its best
-    checkpoint's model.
+    """The .safetensors file that `path` is, or that the best checkpoint of the run directory `path` has.
 
     Raises:
-        UserError: neither is there.
+        UserError: `path` is neither.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -184,18 +178,18 @@ def load_network(path: Path | str) -> tuple[nn.Module, Sidecar]:
     """The trained network at `path` (.safetensors), on the CPU in eval mode, and its sidecar.
 
     Raises:
-        UserError: see `load_state` and `put_state`; or weights that are NaN or infinite.
+        UserError: see `load_state` and `load_into`; also for weights that are NaN or infinite.
     """
     path = Path(path)
     state, sidecar = load_state(path)
     network = build_from_sidecar(sidecar)
-    put_state(network, state, path, sidecar.architecture)
+    load_into(network, state, path, sidecar.architecture)
     check_finite(network, path)
     return network.eval(), sidecar
 
 
 def load_checkpoint(run: Path | str, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
-    """The network of a checkpoint (last or best) of `run`, its sidecar and the sha256 of its weights.
+    """The network of a checkpoint (last or best) of `run`, its sidecar, and the sha256 of its weights.
 
     Raises:
         UserError: there is none, or its files are damaged; see `check_manifest` and `load_network`.
@@ -209,7 +203,7 @@ def load_checkpoint(run: Path | str, checkpoint: str) -> tuple[nn.Module, Sideca
             network, sidecar = load_network(weights)
             return network, sidecar, read_sidecar(weights)[1]
         except UserError:
-            # The run may still be training, and this no longer its checkpoint.
+            # The run may be training, and have replaced this checkpoint.
             if (newer := find_checkpoint(run, checkpoint)) == folder:
                 raise
             folder = newer

@@ -12,7 +12,7 @@ from fastdynat.errors import UserError
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.methods import Method
 from fastdynat.models import build_model
-from fastdynat.runs import foreign, guide_weights, load_network
+from fastdynat.runs import data_difference, guide_weights, load_network
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
 from fastdynat.tuning.devices import AMP_DTYPES
@@ -74,7 +74,7 @@ def _trained_guide(source: str, architecture: str, info: DatasetInfo) -> torch.n
         raise UserError(
             f"--guide {architecture}: the network in {source} is a {sidecar.architecture}; leave --guide out"
         )
-    if difference := foreign(sidecar, info):
+    if difference := data_difference(sidecar, info):
         raise UserError(
             f"--guide-from {source} was trained on {difference}; train a guide on {info.name} first"
         )

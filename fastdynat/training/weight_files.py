@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.models.finite import check_finite
-from fastdynat.runs import Sidecar, load_state, put_state, save_weights
+from fastdynat.runs import Sidecar, load_into, load_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.state import snapshot
@@ -115,5 +115,5 @@ def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]
                 f"{architecture} of {config.method}",
             )
             raise UserError(f"{file} is a {found}, this run's is a {wanted}")
-        put_state(network, state, file, architecture)
+        load_into(network, state, file, architecture)
         check_finite(network, file)

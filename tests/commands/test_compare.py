@@ -268,11 +268,11 @@ def test_another_budget_is_refused(whole: Path, idle: None, capsys: pytest.Captu
 
 
 def test_a_damaged_ledger_and_a_second_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastdynat.runs import lock
+    from fastdynat.runs import lock_folder
 
     out = tmp_path / "out"
     out.mkdir()
-    with lock(out):
+    with lock_folder(out):
         compare(out, *PLAIN, code=2)
     assert "is in use by another fastdynat process" in capsys.readouterr().err
     (out / "ledger.json").write_text('{"format": ')

@@ -83,7 +83,7 @@ def test_a_pipe_waits_for_its_reader_and_the_check_waits_for_nothing(tmp_path: P
 
 
 def test_a_pipe_that_nobody_reads_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdynat.runs.atomic_files.READER_SECONDS", 0.1)
+    monkeypatch.setattr("fastdynat.runs.write_targets.READER_SECONDS", 0.1)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="cannot write"):
         write_text(tmp_path / "pipe", "text")

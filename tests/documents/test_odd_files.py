@@ -23,8 +23,8 @@ from fastdynat.documents.tensor_files import read_safetensors
 from fastdynat.errors import UserError, one_line, shortage
 from fastdynat.machine import free_memory as room
 from fastdynat.models import build, build_model
-from fastdynat.runs import RunDir, check_new, find_checkpoint, looks_like_run
-from fastdynat.runs.atomic_files import check_results, write_text
+from fastdynat.runs import RunDir, check_new, check_results, find_checkpoint, looks_like_run
+from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.find import identity_of
 from fastdynat.runs.layout import BEST, LAST
 from fastdynat.runs.manifest import check_manifest, sha256
@@ -69,10 +69,10 @@ def test_what_training_could_not_write_is_refused_before_it_begins(
     run = new_run(tmp_path / "run")
     spoil(run / name, how, is_folder=name in FOLDERS)
     before = sorted((p.name, p.lstat().st_mode) for p in run.iterdir())
-    with pytest.raises(UserError, match=rf"{name} is no (file|folder), as that of a run is; move it away$"):
+    with pytest.raises(UserError, match=rf"{name} is not a (file|folder), as a run has there; move it away$"):
         RunDir.open(run)
     if how == "other":
-        with pytest.raises(UserError, match=rf"{name} is no (file|folder)"):
+        with pytest.raises(UserError, match=rf"{name} is not a (file|folder)"):
             check_new(run, overwrite=True)
     assert sorted((p.name, p.lstat().st_mode) for p in run.iterdir()) == before
 
@@ -155,7 +155,7 @@ def test_a_file_that_no_report_wrote_is_not_read_whole(tmp_path: Path) -> None:
 def test_a_pipe_without_a_reader_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("fastdynat.runs.atomic_files.READER_SECONDS", 1.0)
+    monkeypatch.setattr("fastdynat.runs.write_targets.READER_SECONDS", 1.0)
     os.mkfifo(tmp_path / "p")
     with pytest.raises(UserError, match="nothing reads this pipe; start its reader first"):
         write_text(tmp_path / "p", "x")

@@ -191,11 +191,12 @@ def test_a_captured_step_switches_on_after_the_warm_up_bit_for_bit(method: Calla
     [
         (
             ["--method", "natural", "--awp", "0.01"],
-            "method natural has no attack at the weights of now to go with; use --awp 0",
+            "method natural has no attack at the current weights to go with; use --awp 0",
         ),
         (
             ["--awp=-1"],
-            "--awp must be in [0, 1], a share of each tensor's norm, got -1 (the published sizes are 0.005 and 0.01)",
+            "--awp must be in [0, 1], a share of each tensor's norm, got -1 "
+            "(the published sizes are 0.005 and 0.01)",
         ),
         (["--awp", "nan"], "--awp must be in [0, 1], a share of each tensor's norm, got nan"),
         (["--awp", "0.01", "--awp-warmup=-1"], "--awp-warmup must be a number of epochs, got -1"),

@@ -104,7 +104,8 @@ class Watch(TorchDispatchMode):
             if number != stream.number and stream.clock[number] < time:
                 what = "writes" if write else "reads"
                 self.races.append(
-                    f"{func} on stream {stream.number} {what} {tuple(tensor.shape)} before stream {number} is done"
+                    f"{func} on stream {stream.number} {what} {tuple(tensor.shape)} "
+                    f"before stream {number} is done"
                 )
         if write:
             self._writes[key] = (stream.number, now)

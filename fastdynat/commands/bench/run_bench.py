@@ -32,7 +32,8 @@ from fastdynat.machine import OtherLoad
 from fastdynat.methods import Method, method_class
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
-from fastdynat.runs.atomic_files import replaced, write_text
+from fastdynat.runs.atomic_files import write_text
+from fastdynat.runs.write_targets import target_file
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training import build_parts, open_split
 from fastdynat.training.resolve import resolve
@@ -224,7 +225,7 @@ def _epoch(
 
 def _partial(bench: BenchConfig) -> Path | None:
     """Where results lie until all are there; None where --json goes into a pipe, a device or nowhere."""
-    path = None if bench.json is None else replaced(Path(bench.json))
+    path = None if bench.json is None else target_file(Path(bench.json))
     return None if path is None else path.with_name(path.name + ".partial")
 
 

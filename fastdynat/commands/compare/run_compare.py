@@ -23,7 +23,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine.peak_memory import PeakMemory
-from fastdynat.runs import WriteError, lock, looks_like_run
+from fastdynat.runs import WriteError, lock_folder, looks_like_run
 from fastdynat.runs.atomic_files import make_folder, write_text
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
@@ -48,7 +48,7 @@ def run_compare(
     """
     plan = make_plan(shared, compare)
     make_folder(plan.out)
-    with lock(plan.out), _how_to_go_on(plan.out):
+    with lock_folder(plan.out), _how_to_go_on(plan.out):
         plan.ledger.save()
         records: dict[str, list[dict[str, Any]]] = {}
         for number, run in enumerate(plan.runs, 1):

@@ -21,7 +21,8 @@ from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.ops import use_backend
 from fastdynat.runs import WriteError, check_results, describe_environment
-from fastdynat.runs.atomic_files import is_replaced, write_text
+from fastdynat.runs.atomic_files import write_text
+from fastdynat.runs.write_targets import is_file_target
 from fastdynat.terminal.progress import ProgressDisplay
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def evaluate_runs(
     records: list[Values] = []
     file = Path(config.json) if config.json else None
     # A pipe or a device is given the whole, once.
-    partial = None if file is None or not is_replaced(file) else file
+    partial = None if file is None or not is_file_target(file) else file
 
     def store(found: list[Values]) -> None:
         records[:] = found

@@ -23,8 +23,8 @@ from fastdynat.runs import (
     CONFIG,
     LAST,
     Sidecar,
+    data_difference,
     find_checkpoint,
-    foreign,
     guide_weights,
     load_checkpoint,
     load_network,
@@ -157,7 +157,7 @@ class Planner:
         targets = []
         for checkpoint, network, sidecar, weights in loaded:
             info, images = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
-            if difference := foreign(sidecar, info):
+            if difference := data_difference(sidecar, info):
                 raise UserError(f"{path} was trained on {difference}")
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
@@ -301,7 +301,7 @@ def _load_source(name: str, info: DatasetInfo) -> Source:
         return Source(network.eval(), sha256)
     path = guide_weights(Path(name))
     network, sidecar = load_network(path)
-    if difference := foreign(sidecar, info):
+    if difference := data_difference(sidecar, info):
         raise UserError(f"--source {name} was trained on {difference}")
     return Source(network, read_sidecar(path)[1])
 

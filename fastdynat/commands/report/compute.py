@@ -14,7 +14,7 @@ from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
-from fastdynat.runs import foreign, load_network
+from fastdynat.runs import data_difference, load_network
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.tuning.devices import pick_device
@@ -95,7 +95,7 @@ class _Workshop:
         if name not in self._subjects:
             network, sidecar = load_network(target.checkpoint.path)
             info, images = self.images(target)
-            if difference := foreign(sidecar, info):
+            if difference := data_difference(sidecar, info):
                 raise UserError(f"{target.record.path} was trained on {difference}")
             network = network.to(self.device).requires_grad_(False)
             self._subjects[name] = Subject(

@@ -8,7 +8,8 @@ from pathlib import Path
 from fastdynat.commands.report.report_config import ReportConfig, check_report
 from fastdynat.commands.report.report_files import ReportFiles
 from fastdynat.execution.process_state import process_state_kept
-from fastdynat.runs.atomic_files import check_output, make_folder
+from fastdynat.runs.atomic_files import make_folder
+from fastdynat.runs.output_checks import check_output
 from fastdynat.terminal.progress import ProgressDisplay
 
 logger = logging.getLogger(__name__)
