@@ -25,7 +25,7 @@ from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement, wilson
-from fastdynat.evaluation.probes import ScaledLogits, ProbedNetwork, RobustImages
+from fastdynat.evaluation.probes import ProbedNetwork, RobustImages, ScaledLogits
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
 # What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and
