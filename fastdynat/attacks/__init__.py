@@ -5,10 +5,11 @@
 - `names`, `user_attacks`: from a name, or a user's file, to the attack;
 - attacks in a ball: `fgsm`, `bim`, `mim`, `restarted_pgd`, `cw_linf`, `apgd`, `fab`, `square`;
 - minimum-norm attacks: `carlini_wagner`, `deepfool`, `sigma_zero`, and `fab` again;
+- `boundary_search`: the nearest point of the decision boundary, DyART's inner problem;
 - `boundary_search`: DyART's inner problem; `plane_search`: norms and moves of the boundary searches;
 - `autoattack_versions`: the attacks of AutoAttack's versions.
 
-How an attack is computed fast is in `fastdynat.attack_engine`, whose public names are also found here. Nothing
+How an attack is computed fast is in `fastdynat.attack_engine`; its public names are also found here. Nothing
 here needs torch until a name is used.
 """
 

@@ -1,6 +1,4 @@
-"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690): momentum, and a step size that halves where the loss stops
-rising.
-"""
+"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690): PGD with momentum and an adaptive step size."""
 
 import math
 import re
@@ -39,13 +37,13 @@ LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share o
 
 @dataclass(frozen=True, kw_only=True)
 class APGDResult(AttackResult):
-    """What APGD returns: the first misclassified iterate, or else the one with the highest loss.
+    """Result of APGD: the first misclassified iterate, or else the one with the highest loss.
 
-    `zero_grads` and `gradients` are about the gradients at the starts alone.
+    `zero_grads` and `gradients` count the gradients at the starting points alone.
 
     Attributes:
         broken: (N,) bool: the attacked network misclassifies `x_adv`.
-        loss: (N,) at `x_adv`; -inf for an image that is misclassified as it is.
+        loss: (N,) at `x_adv`; -inf for a clean image that is misclassified.
     """
 
     broken: Tensor
@@ -54,20 +52,18 @@ class APGDResult(AttackResult):
 
 @dataclass(frozen=True, kw_only=True)
 class APGD:
-    """Attack by Auto-PGD; the defaults are AutoAttack's.
+    """Auto-PGD; the defaults are AutoAttack's.
 
     Attributes:
-        loss: "ce", "dlr" (`AttackGoal`), or "dlr-t": the targeted `targeted_dlr`, for one class after the
-            other.
+        loss: "ce", "dlr" (`AttackGoal`), or "dlr-t": `targeted_dlr` towards one class after the other.
         eps: radius of the ball in [0, 1] pixel units.
         norm: linf, l2 or l1.
         steps: of one run.
-        restarts: runs, for "dlr-t" per target class; each on the images that stand.
-        targets: for "dlr-t", how many classes: those with the largest logits at the image, but for the
-            largest.
-        eot: gradients averaged per step, for networks that answer at random.
-        rho: the share of steps between two checks that must raise the loss, or the step size is halved.
-        larger_eps: begin in balls of 3 and 2 eps, each for 30 % of the steps. For l1.
+        restarts: runs, for "dlr-t" per target class; each on the images that are still robust.
+        targets: number of target classes of "dlr-t": those with the largest logits, the largest left out.
+        eot: gradients averaged per step, for randomised networks.
+        rho: share of steps between two checkpoints that must raise the loss, else the step size is halved.
+        larger_eps: start in balls of 3 and 2 eps, each for 30 % of the steps. For l1.
     """
 
     loss: APGDLoss
@@ -109,11 +105,12 @@ class APGD:
         needed = {"ce": 2, "dlr": 3, "dlr-t": 4}[self.loss]
         if classes < needed:
             raise UserError(
-                f"the loss {self.loss} needs {needed} classes, the network has {classes}; attack by apgd-ce instead"
+                f"the loss {self.loss} needs {needed} classes, the network has {classes}; attack by apgd-ce "
+                "instead"
             )
 
     def phases(self) -> list[tuple[float, int]]:
-        """Radius and steps, one after the other."""
+        """Radius and number of steps of each phase, in order."""
         if not self.larger_eps:
             return [(self.eps, self.steps)]
         counts = [math.ceil(share * self.steps) for _, share in LARGER[:-1]]
@@ -124,17 +121,17 @@ class APGD:
 
 @dataclass(frozen=True)
 class _Run:
-    """Where one run is; a row per image.
+    """State of one run; a row per image.
 
     Attributes:
         bounds: for linf, the lowest and highest pixels; the image itself twice for other norms.
-        over: broken, or not to be attacked; no longer moved for good.
-        best, best_grad, loss: the point with the highest loss, the gradient there, its loss; of a broken
-            image, where it broke.
-        last_loss: of the iterate before.
-        rises: steps since the last check at which the loss was higher than one step before.
-        reduced, checked: at the last check: was the step size halved, what was the highest loss.
-        share, moved: for l1: share of the pixels that step, number that had moved at the last check.
+        over: misclassified, or not to be attacked; its point is final.
+        best, best_grad, loss: the point with the highest loss, its gradient and loss; of a misclassified
+            image, the first misclassified point.
+        last_loss: of the previous iterate.
+        rises: steps since the last checkpoint that raised the loss.
+        reduced, checked: whether the last checkpoint halved the step size, and the highest loss then.
+        share, moved: for l1, the share of pixels that step, and the number moved at the last checkpoint.
     """
 
     x: Tensor
@@ -160,10 +157,9 @@ class _Run:
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`` per image, (N,), and its gradient (N, K) (Croce & Hein
-    2020, eq. 7).
+    """Targeted DLR ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, (N,), and its gradient (N, K).
 
-    Needs four classes. Where the denominator is 0, value and gradient are 0.
+    Croce & Hein 2020, eq. 7. Needs four classes. Where the denominator is 0, value and gradient are 0.
     """
     top = logits.topk(4, dim=1)
     gap = top.values[:, :1] - top.values[:, 2:].mean(1, keepdim=True)
@@ -178,9 +174,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor
 
 
 def checkpoints(steps: int, norm: str) -> dict[int, int]:
-    """After which steps (counted from 1) the step size is reviewed, and how many steps each review looks back
-    on.
-    """
+    """Steps (counted from 1) at which the step size is reviewed, each with the steps since the last."""
     if norm == "l1":
         back = max(int(0.04 * steps), 1)
         return dict.fromkeys(range(back, steps + 1, back), back)
@@ -203,9 +197,9 @@ def run_apgd(
     generator: torch.Generator | None = None,
     tick: Tick = no_tick,
 ) -> APGDResult:
-    """Attack images `x` (N, C, H, W) on a network in eval mode; the caller owns modes and grad mode.
+    """Attack images `x` (N, C, H, W) on a network in eval mode; the caller sets modes and grad mode.
 
-    x_starts: where the runs begin, each like `x`, instead of random points.
+    x_starts: starting points of the runs, each like `x`; None draws them.
     """
     with torch.no_grad():
         logits = wide(ascent.logits(ascent.to_model_input(x)))
@@ -231,7 +225,7 @@ def run_apgd(
 
 
 def _targets(logits: Tensor, labels: Tensor, spec: APGD) -> list[Tensor]:
-    """The class that each run drives towards; the labels, which nobody reads, for a loss that has none."""
+    """The target class of each run; the labels, unused, for an untargeted loss."""
     classes = logits.shape[1]
     spec.check_classes(classes)
     if spec.loss != "dlr-t":
@@ -257,7 +251,7 @@ def _one_run(
     for eps, steps in phases:
         z = moves.project_on_l1_ball(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
         state = _begin(x, labels, target, z, spec, eps, over)
-        # On a GPU every look at what is finished waits for it.
+        # On a GPU, checking for finished images waits for the device.
         pace = {"every": 10 if x.is_cuda else 1, "max_halvings": allowed_halvings(ascent.max_halvings, x)}
 
         def told(share: float, done: int = done, steps: int = steps) -> None:
@@ -290,7 +284,7 @@ def _begin(
         best=z.clone(),
         best_grad=torch.zeros_like(x),
         loss=zero - math.inf,
-        # As in the authors' code, the first step's loss is compared with 0, which no cross-entropy is below.
+        # As in the authors' code, the first step's DLR loss is compared with 0.
         last_loss=zero - math.inf if spec.loss == "ce" else zero,
         rises=torch.zeros_like(labels),
         reduced=torch.ones_like(over),
@@ -306,9 +300,9 @@ def _begin(
 def _stepper(
     ascent: Ascent, spec: APGD, eps: float, steps: int, *, last: bool
 ) -> Callable[[_Run, int], _Run]:
-    """Step 0 looks at the start; each other one moves, looks, and reviews the step size where that is due.
+    """Step 0 evaluates the start; each other step moves, evaluates, and reviews the step size when due.
 
-    last: of the phases; an image that is misclassified in it is finished.
+    last: this is the last phase; an image that is misclassified in it is finished.
     """
     reviews = checkpoints(steps, spec.norm)
     # Neither radius nor number of steps is part of what is compiled.
@@ -392,19 +386,16 @@ def _loss(spec: APGD, logits: Tensor, labels: Tensor, target: Tensor, rescale: b
 
 
 def _rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """``logsumexp_{k != y} z_k - z_y``, (N,), of which the cross-entropy is the softplus.
+    """``logsumexp_{k != y} z_k - z_y``, (N,); the cross-entropy is its softplus.
 
-    Losses are only compared, and this one goes on rising where the cross-entropy is 0 as far as floats can
-    tell.
+    Losses are only compared, and this one still differs where the cross-entropy rounds to 0.
     """
     others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
     return others - logits.gather(1, labels[:, None]).squeeze(1)
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
-    """Where the loss does not rise as it should, a smaller step from the best point; for l1, see
-    `_review_l1`.
-    """
+    """Halve the step size and go back to the best point where the loss stalls; for l1, see `_review_l1`."""
     if spec.norm == "l1":
         return _review_l1(s, eps)
     halve = (s.rises <= back * spec.rho) | (~s.reduced & (s.checked >= s.loss))
@@ -418,9 +409,7 @@ def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
 
 
 def _review_l1(s: _Run, eps: float) -> _Run:
-    """Where the best point moves clearly fewer pixels than at the last review, a full step from there; else a
-    smaller one.
-    """
+    """Full steps from the best point where it moves clearly fewer pixels than before; else smaller ones."""
     full, moved = moves.STEP["l1"] * eps, moves.changed(s.best, s.x)
     sparser = moved / s.moved < 0.95
     size = torch.where(sparser, full, s.size / 1.5).clamp(full / 10, full)

@@ -1,5 +1,6 @@
-"""Starts and steps of APGD in each norm (Croce & Hein 2020; L1: Croce & Hein 2021, arXiv 2103.01208). Images
-(N, C, H, W).
+"""Starting points and steps of APGD in each norm; images are (N, C, H, W).
+
+Croce & Hein 2020; L1: Croce & Hein 2021, arXiv 2103.01208.
 """
 
 import torch
@@ -38,23 +39,19 @@ def project_l2(z: Tensor, x: Tensor, eps: float) -> Tensor:
 def move_linf(
     x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
-    """A signed step of `size` (N,) clipped to [low, high], mixed with the last one (from `x_old`; None: there
-    was none).
-    """
+    """A signed step of `size` (N,) clipped to [low, high], mixed with the last one (from `x_old`, if any)."""
     z = torch.addcmul(x_adv, grad.sign(), per_image(size, x_adv)).clamp_(low, high)
     return z if x_old is None else mixed(z, x_adv, x_old).clamp_(low, high)
 
 
 def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The same along the gradient's direction, in the L2 ball around `x`."""
+    """A step of length `size` (N,) along the gradient in the L2 ball around `x`, mixed with the last one."""
     z = project_l2(torch.addcmul(x_adv, unit(grad, "l2"), per_image(size, x)), x, eps)
     return z if x_old is None else project_l2(mixed(z, x_adv, x_old), x, eps)
 
 
 def move_l1(x_adv: Tensor, grad: Tensor, size: Tensor, share: Tensor, x: Tensor, eps: float) -> Tensor:
-    """A step of L1 length `size` (N,) on the `share` (N,) of pixels with the largest gradient; L1 knows no
-    momentum.
-    """
+    """A step of L1 length `size` (N,) on the `share` (N,) of pixels with the largest gradient."""
     pixels = grad[0].numel()
     rank = ((1 - share) * pixels).clamp(0, pixels - 1).long()
     least = grad.abs().flatten(1).sort(1).values.gather(1, rank[:, None]).squeeze(1)
@@ -69,5 +66,5 @@ def mixed(z: Tensor, x_adv: Tensor, x_old: Tensor) -> Tensor:
 
 
 def changed(x_adv: Tensor, x: Tensor) -> Tensor:
-    """How many pixel values of each image moved, (N,) int64."""
+    """Number of changed pixel values of each image, (N,) int64."""
     return (x_adv != x).flatten(1).sum(1)

@@ -9,7 +9,8 @@ from fastdynat.attacks.restarted_pgd import RestartedPGD, from_match
 @register(
     r"bim(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?",
     help={
-        "bim": "bimK, K = 10 unless given: PGD from the image itself, without a random start (Kurakin et al. 2017)"
+        "bim": "bimK, K = 10 unless given: PGD from the image itself, without a random start (Kurakin et al. "
+        "2017)"
     },
     half_precision=True,
 )

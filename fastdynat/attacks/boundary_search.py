@@ -146,7 +146,7 @@ def run_boundary(
 
 
 def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """``clip(x + eps / 2 * u / ||u||_inf)``, u uniform in the cube: L-inf distance eps / 2 before clipping."""
+    """``clip(x + eps / 2 * u / ||u||_inf)``, u uniform: L-inf distance eps / 2 before clipping."""
     return start_away(x, eps / 2, generator=generator)
 
 

@@ -1,6 +1,4 @@
-"""The L2 attack of Carlini & Wagner 2017 (arXiv 1608.04644), every image at its own place in the search for
-c.
-"""
+"""The L2 attack of Carlini & Wagner 2017 (arXiv 1608.04644), with a search for c per image: ``cwl2``."""
 
 import re
 from collections.abc import Callable
@@ -21,8 +19,8 @@ from fastdynat.attacks.plane_search import length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
 
-CHECKS = 10  # how often a run's loss is looked at
-LEAST_PROGRESS = 0.9999  # of the loss since it was last looked at, else the run ends
+CHECKS = 10  # of the loss in a run
+LEAST_PROGRESS = 0.9999  # a run ends where the loss is above this share of the last check's
 INSIDE = 0.999999  # keeps pixels of 0 and 1 at a finite place in tanh space
 
 
@@ -31,7 +29,8 @@ class _State:
     """A row per image. `w` and Adam's moments are written in place."""
 
     start: Tensor  # the image in tanh space
-    x: Tensor  # and back again: else what is lost on the way would be a first gradient, which Adam blows up
+    # The image back from tanh space: rounding on the way would be a first gradient, which Adam would blow up.
+    x: Tensor
     target: Tensor
     w: Tensor  # the iterate is (tanh w + 1) / 2
     mean: Tensor
@@ -46,22 +45,21 @@ class _State:
     taken: Tensor  # steps of this run
     hit: Tensor  # this run was adversarial
     loss: Tensor
-    looked: Tensor  # the loss when it was last looked at
+    looked: Tensor  # the loss at the last check
     asked: Tensor
     zeros: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class CarliniL2:
-    """Minimises ``||x_adv - x||^2 + c max(kappa - margin, 0)`` over w, ``x_adv = (tanh w + 1) / 2``, by Adam
-    from the image.
+    """Minimises ``||x_adv - x||^2 + c max(kappa - margin, 0)`` over w, ``x_adv = (tanh w + 1) / 2``, by Adam.
 
-    The nearest adversarial iterate of all runs is returned. Each image has its own c, searched for over
-    `binary_steps` runs (times 10 until one is adversarial, then halving the interval), and its own early end:
-    a run whose loss has not gone down over a tenth of its steps. As soon as an image's run ends its next one
-    begins, in the same batch; images that have had all runs leave it. Images that are misclassified as they
-    are come back at distance 0. Margins of logits that spread by more than 2^20 or less than 2^-20 are
-    measured in units of that, so that c finds them.
+    Starts at the image and returns the nearest adversarial iterate of all runs. Each image has its own c,
+    searched for over `binary_steps` runs (times 10 until one is adversarial, then halving the interval). A
+    run ends early when its loss has not fallen over a tenth of its steps; the image's next run then begins in
+    the same batch, and images leave the batch after their last run. Clean images that are misclassified are
+    returned at distance 0. Margins of logits that spread by more than 2^20 or less than 2^-20 are scaled to
+    order one, so that the search for c reaches them.
 
     With ``binary_steps=1, c=1, steps=50`` these are torchattacks' settings.
 
@@ -72,7 +70,7 @@ class CarliniL2:
         lr: Adam's step size.
         kappa: the margin that an adversarial image must exceed.
         abort: let runs end early.
-        eps: radius of the L2 ball that a verdict is about (`Nearest.eps`).
+        eps: radius of the L2 ball in which robustness is judged (`Nearest.eps`).
     """
 
     binary_steps: int = 9
@@ -88,7 +86,7 @@ class CarliniL2:
             raise UserError(f"C&W needs binary_steps >= 1, got {self.binary_steps}")
         if self.steps < CHECKS or self.steps % CHECKS:
             raise UserError(
-                f"C&W looks at its loss {CHECKS} times: steps must be a multiple of that, got {self.steps}"
+                f"C&W checks its loss {CHECKS} times: steps must be a multiple of that, got {self.steps}"
             )
         for name in ("c", "lr"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -112,7 +110,7 @@ class CarliniL2:
         return self.run(ascent, x, margin_goal(labels), tick=tick)
 
     def run(self, ascent: Ascent, x: Tensor, goal: AttackGoal, *, tick: Tick = no_tick) -> Nearest:
-        """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
+        """Attack `x` (N, C, H, W) for `goal`, a "margin" one, which may be targeted."""
         already = score(ascent, x, goal) > 0
         every = self.steps // CHECKS
         hinge = ascent.compiled(
@@ -180,7 +178,7 @@ class CarliniL2:
         squared = length(moved, "l2").square()
         closer = adversarial & (squared < s.squared) & running
         torch.where(per_image(closer, s.x), x_adv, s.nearest, out=s.nearest)
-        # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, in the memory that is there.
+        # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, computed in place.
         grad.mul_(per_image(s.c * s.unit / 2, s.x)).add_(moved)
         grad.addcmul_(torch.mul(grad, tanh, out=moved), tanh, value=-1)
         taken = s.taken + 1
@@ -196,7 +194,7 @@ class CarliniL2:
         )
 
     def _turn_over(self, s: _State) -> _State:
-        """After each tenth: whose run is over gets its next c and begins again at its image."""
+        """After each tenth: images whose run is over get their next c and start again."""
         over = s.taken >= self.steps
         if self.abort:
             over = over | (s.loss > LEAST_PROGRESS * s.looked)

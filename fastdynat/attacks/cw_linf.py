@@ -1,4 +1,4 @@
-"""C&W under the L-inf norm, as the literature on adversarial training means it: PGD on the margin of the logits."""
+"""C&W-inf of the adversarial training literature: PGD on the margin of the logits, ``cwK``."""
 
 import re
 
@@ -9,7 +9,8 @@ from fastdynat.attacks.restarted_pgd import RestartedPGD, from_match
 @register(
     r"cw(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?",
     help={
-        "cw": "cwK, K = 20 unless given: PGD on the margin of the logits, the C&W-inf of the literature; cwK-R",
+        "cw": "cwK, K = 20 unless given: PGD on the margin of the logits, the C&W-inf of the literature; "
+        "cwK-R",
         "cw20-k50": "cwK-kC: the same until the margin is C (GAIRAT, MAIL: 50)",
     },
     half_precision=True,

@@ -1,6 +1,4 @@
-"""DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599), batched: to the nearest linearised boundary,
-again and again.
-"""
+"""DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599), batched."""
 
 import re
 from dataclasses import dataclass, replace
@@ -17,8 +15,8 @@ from fastdynat.attacks.plane_search import DUAL, length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 
-# No move is shorter (the authors' code adds as much to each). Clipping makes moves fall short, so that
-# iterates would close in on the boundary without ever crossing it, or cross it by no more than rounding.
+# The shortest move (the authors' code adds as much to each). Clipping shortens moves, so that iterates would
+# approach the boundary without crossing it, or cross it by no more than rounding.
 LEAST_MOVE = 1e-4
 NORMS = ("l2", "linf")
 
@@ -37,19 +35,18 @@ class _State:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFool:
-    """Repeats: go to the nearest of the planes ``f_k = f_y``, k over the candidates, and a little beyond it;
-    clip to [0, 1].
+    """Moves repeatedly to the nearest linearised boundary ``f_k = f_y`` and slightly beyond, in [0, 1].
 
-    Memory is that of one forward pass and a few images, whatever the number of classes: of the classes'
-    gradients, one backward pass each, only the nearest plane's is kept. An image leaves the batch once it is
+    Memory is that of one forward pass and a few images for any number of classes: each class takes one
+    backward pass, and only the nearest plane's gradient is kept. An image leaves the batch once it is
     misclassified.
 
     Attributes:
         norm: "l2" or "linf".
-        steps: at most.
-        overshoot: share of the way by which a step goes beyond the plane.
-        classes: candidates: the label, and the others with the highest logits at the image itself.
-        eps: radius of the ball that a verdict is about (`Nearest.eps`).
+        steps: most iterations.
+        overshoot: extra length of a step, as a share of the distance to the plane.
+        classes: candidates: the label, and the other classes with the highest logits at the image.
+        eps: radius of the ball in which robustness is judged (`Nearest.eps`).
     """
 
     norm: str = "l2"
@@ -113,7 +110,7 @@ class DeepFool:
         )
 
     def _nearest_plane(self, s: _State, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
-        """``f_k - f_y`` of the nearest plane (N,), its gradient, and how many planes have none (N,)."""
+        """``f_k - f_y`` of the nearest plane (N,), its gradient, and the number of flat planes (N,)."""
         logits, vjp = ascent.vjp(ascent.to_model_input(s.x_adv))
         gaps = wide(logits).gather(1, s.rivals) - wide(logits).gather(1, s.labels[:, None])
         best, nearest, flat = (

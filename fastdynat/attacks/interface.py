@@ -34,7 +34,7 @@ class Nearest(AttackResult):
 
 
 class Attack(Protocol):
-    """An attack with its numbers: a frozen dataclass of plain values that, with the seed, decide its result."""
+    """An attack with its parameters: a frozen dataclass of plain values that fix its result."""
 
     @property
     def norm(self) -> str:

@@ -58,7 +58,7 @@ def _step(ascent: Ascent, kind: GoalKind, spec: PGDSpec, decay: float) -> Callab
 @register(
     r"mim(?P<steps>\d+)?(?:-k(?P<confidence>\d+(?:\.\d+)?))?(?:-(?P<restarts>\d+))?(?:@(?P<target>\w*))?",
     help={
-        "mim": "mimK, K = 10 unless given: bim with momentum 1 over g / mean|g| (Dong et al. 2018); linf and l2"
+        "mim": "mimK, K = 10 unless given: bim with momentum 1 on g / mean|g| (Dong et al. 2018); linf, l2"
     },
     norms=("linf", "l2"),  # those of the paper
     half_precision=True,

@@ -1,4 +1,4 @@
-"""Attacks by name: clean, fgsm, pgd20, pgd50-10, cw20-k50, pgd20@least, apgd-t, cwl2, my_attack.py:MyAttack."""
+"""Attacks by name: clean, fgsm, pgd50-10, cw20-k50, pgd20@least, apgd-t, cwl2, my_attack.py:MyAttack."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the searches for the nearest adversarial image share."""
+"""Shared parts of the minimum-norm attacks."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
 from fastdynat.attacks.interface import Nearest
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
-USUAL = 2.0**20  # logits that spread by less, and more than its inverse, are left as they are
+USUAL = 2.0**20  # logits that spread by less, and by more than its inverse, are not scaled
 
 
 def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
-    """Away from `labels` (N,), or towards them; its value is positive exactly where it is reached."""
+    """The margin away from `labels` (N,), or towards them; positive exactly where the goal is reached."""
     return AttackGoal("margin", labels, targeted)
 
 
@@ -23,10 +23,10 @@ def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
 
 
 def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
-    """(N,) a power of two by which margins are multiplied where they are weighed against distances in pixels.
+    """(N,) powers of two that scale margins before they are weighted against distances in pixels.
 
-    It is 1 for logits that networks usually return, and brings others to order one: a search whose weights
-    begin at the same number for all would never get beyond the distance, or never see it.
+    1 for usual logits; others are brought to order one, because an attack whose weights start at the same
+    number for all networks would see only the distance, or only the margin.
     """
     with torch.no_grad():
         logits = wide(ascent.logits(ascent.to_model_input(x)))
@@ -53,10 +53,9 @@ def hinge_and_grad(
 def result(
     x: Tensor, x_adv: Tensor, found: Tensor, distance: Tensor, *, eps: float, zeros: Tensor, asked: Tensor
 ) -> Nearest:
-    """The `Nearest` of what a search found: where it found nothing, the image itself.
+    """The `Nearest` of an attack; where nothing was found, `x_adv` is the image.
 
-    zeros, asked: (N,) int64, how many of each image's gradients were zero in every pixel, and how many there
-    were.
+    zeros, asked: (N,) int64, number of each image's gradients that were zero in every pixel, and of all.
     """
     return Nearest(
         torch.where(found.view(-1, 1, 1, 1), x_adv, x),

@@ -1,6 +1,4 @@
-"""What searches for the nearest boundary point share (FAB, Croce & Hein 2020, arXiv 1907.02044): starts,
-lengths, moves.
-"""
+"""Starting points, norms and moves of FAB (Croce & Hein 2020, arXiv 1907.02044) and its relatives."""
 
 import torch
 from torch import Tensor
@@ -8,24 +6,24 @@ from torch import Tensor
 from fastdynat.errors import unknown_name
 from fastdynat.ops import project_on_hyperplane, random_start
 
-# A move shorter than this counts as this long where two moves are weighed, so that 0 / 0 does not come up.
+# The least length of a move in the weights of two moves, so that 0 / 0 does not occur.
 LEAST_MOVE = 1e-8
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 NORMS = tuple(DUAL)
-SQUARES = (1e-15, 1e18)  # lengths between these have squares that float32 holds well
+SQUARES = (1e-15, 1e18)  # norms whose squares float32 holds accurately
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (N,) in a shape that goes with images."""
+    """`values` (N,) in a shape that broadcasts against images."""
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def length(moved: Tensor, norm: str) -> Tensor:
-    """The norm of each image of `moved` (N, ...), (N,)."""
+    """The norm of each image of `moved` (N, ...): (N,)."""
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    # Over dimensions, as to flatten channels-last images would be to copy them. On the CPU vector_norm is
-    # slow but for L2.
+    # Over dimensions, because flattening channels-last images copies them. On the CPU, vector_norm is fast
+    # for L2 only.
     dims = tuple(range(1, moved.dim()))
     if norm == "l2":
         return _length_l2(moved, dims)
@@ -33,18 +31,15 @@ def length(moved: Tensor, norm: str) -> Tensor:
 
 
 def unit(moved: Tensor, norm: str) -> Tensor:
-    """`moved` (N, ...) over the norm of each image; an image of zeros stays one."""
+    """`moved` (N, ...) divided by the norm of each image; an image of zeros stays zero."""
     size = length(moved, norm)
     return moved / per_image(torch.where(size > 0, size, 1.0), moved)
 
 
 def _length_l2(moved: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """In float64 where the squares leave float32, as those of a network's gradients do whose logits are tiny
-    or huge.
-    """
-    if (
-        moved.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # where float64 takes eight times as long
+    """The L2 norm, in float64 where squares leave float32, as gradients of tiny or huge logits do."""
+    # On the CPU float64 takes eight times as long.
+    if moved.device.type == "cpu" and not torch.compiler.is_compiling():
         found = torch.linalg.vector_norm(moved, dim=dims)
         if moved.dtype == torch.float64 or bool(((found > SQUARES[0]) & (found < SQUARES[1])).all()):
             return found
@@ -54,15 +49,14 @@ def _length_l2(moved: Tensor, dims: tuple[int, ...]) -> Tensor:
 def start_away(
     x: Tensor, distance: float, norm: str = "linf", *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``clip(x + distance * u / ||u||)``: `distance` away from each image but for clipping, in a random
-    direction.
+    """``clip(x + distance * u / ||u||)``: `distance` away from each image in a random direction.
 
     u is uniform in the cube under "linf" and Gaussian under "l2" and "l1".
     """
     state = torch.randint(2**62, (2,), generator=generator, device=x.device)
     if norm == "linf":
         u = random_start(torch.zeros_like(x), state, kind="uniform", scale=1.0, lo=-1.0)
-    else:  # 1/10: far enough inside the range that random_start clips to
+    else:  # a tenth: well inside the range that random_start clips to
         u = random_start(torch.zeros_like(x), state, kind="gaussian", scale=0.1, lo=-1.0)
     return (x + distance * u / per_image(length(u, norm).clamp_min(LEAST_MOVE), x)).clamp(0, 1)
 
@@ -78,8 +72,7 @@ def move(
     eta: float,
     norm: str = "linf",
 ) -> Tensor:
-    """``clip((1 - a)(z + eta d1) + a (x + eta d2))`` with d1 and d2 the moves from iterate z and image x to
-    the plane.
+    """``clip((1 - a)(z + eta d1) + a (x + eta d2))``; d1 and d2 move the iterate z and image x to the plane.
 
     The plane is value + w . (p - at) = 0, in the box [0, 1]; a = min(||d1|| / (||d1|| + ||d2||), alpha_max),
     per image.
@@ -106,13 +99,12 @@ def project(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str = "linf")
 
 
 def project_on_hyperplane_l1(x: Tensor, w: Tensor, value: Tensor, at: Tensor) -> Tensor:
-    """Return, per image, a point z of [0, 1] with value + w . (z - at) = 0 at the smallest L1 distance from
-    `x` in [0, 1].
+    """The point z of [0, 1] with value + w . (z - at) = 0 at the smallest L1 distance from `x`, per image.
 
-    Entries move to their bounds in the order of |w|, the largest first, until the plane is reached; the last
-    of them moves as far as is needed. Where the box ends before the plane, z is as in
-    `project_on_hyperplane`: every entry with w != 0 is at its bound. An image whose plane is not finite, or
-    whose w is 0, stays as it is. Sums are in float64.
+    Entries move to their bounds in order of |w|, largest first, until the plane is reached; the last one
+    moves part of the way. Where the box ends before the plane, every entry with w != 0 is at its bound, as in
+    `project_on_hyperplane`. An image whose plane is not finite, or whose w is 0, stays as it is. Sums are in
+    float64.
 
     Args:
         x, w, at: (N, ...), of one dtype.
@@ -120,12 +112,12 @@ def project_on_hyperplane_l1(x: Tensor, w: Tensor, value: Tensor, at: Tensor) ->
     """
     point, slope = x.flatten(1), w.flatten(1)
     gap = value.double() + (slope.double() * (point.double() - at.flatten(1).double())).sum(1)
-    down = slope * gap.sign()[:, None].to(slope.dtype)  # stepping against it closes the gap
+    down = slope * gap.sign()[:, None].to(slope.dtype)  # a step against it closes the gap
     size, order = down.abs().sort(dim=1, descending=True)
     room = torch.where(down > 0, point, 1 - point).gather(1, order)
     gain = size.double() * room.double()
     taken = (gap.abs()[:, None] - (gain.cumsum(1) - gain)).clamp_min(0)
-    # Whoever is not the last goes all the way: a quotient of rounded numbers would not.
+    # All but the last entry go all the way; a quotient of rounded numbers would fall short.
     step = torch.where(taken >= gain, room, torch.minimum((taken / size).to(room.dtype), room)) * (size > 0)
     usable = gap.isfinite()[:, None] & (gap != 0)[:, None] & slope.isfinite().all(1, keepdim=True)
     z = (point - torch.zeros_like(point).scatter(1, order, step) * down.sign()).clamp(0, 1)

@@ -76,7 +76,8 @@ class AttackEntry:
             *most, last = self.norms
             known = f"{', '.join(most)} and {last}" if most else last
             raise UserError(
-                f"attack {match.string!r}: no {norm} form of it is known, only {known}; use pgd{steps} under {norm}"
+                f"attack {match.string!r}: no {norm} form of it is known, only {known}; "
+                f"use pgd{steps} under {norm}"
             )
 
     def build(self, match: re.Match[str], radii: Radii) -> "Attack":

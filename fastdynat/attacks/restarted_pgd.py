@@ -88,9 +88,10 @@ class RestartedPGD:
     help={
         "pgd20": "pgdK: K steps on the cross-entropy from a uniform start (Madry et al. 2018); l1 is SLIDE; "
         "l0 counts pixels",
-        "pgd50-10": "pgdK-R: R restarts, each on the images that are still robust; the last iterate of each counts",
-        "pgd20@second": "this, fgsm, bim, mim or cw with @second, @least (likely other class), @random, @next, "
-        "@all: towards a class, not away",
+        "pgd50-10": "pgdK-R: R restarts, each on the images that are still robust; the last iterate of each "
+        "counts",
+        "pgd20@second": "this, fgsm, bim, mim or cw with @second, @least (likely other class), @random, "
+        "@next, @all: towards a class, not away",
     },
     half_precision=True,
 )
@@ -129,7 +130,7 @@ def from_match(
         )
     if match["confidence"] and loss != "margin":
         raise UserError(
-            f"attack {name!r}: a confidence is a part of the margin loss; use cw{steps}-k{match['confidence']}"
+            f"attack {name!r}: a confidence belongs to the margin loss; use cw{steps}-k{match['confidence']}"
         )
     spec = PGDSpec(radii.eps, radii.step_size, steps, norm=norm, start=start, restarts=restarts)
     return kind(loss, spec, target_rule(match), float(match["confidence"] or math.inf))

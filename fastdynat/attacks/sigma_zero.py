@@ -1,6 +1,4 @@
-"""Sigma-zero (Cina et al. 2024, arXiv 2402.01879): few changed pixels, by gradient steps on a smooth stand-in
-for L0.
-"""
+"""Sigma-zero (Cina et al. 2024, arXiv 2402.01879): a minimum-L0 attack on a smooth approximation of L0."""
 
 import math
 import re
@@ -22,7 +20,7 @@ from fastdynat.attacks.plane_search import length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
 
-LAST_LR = 0.1  # of the first, where the cosine ends
+LAST_LR = 0.1  # of the first, at the end of the cosine
 LEAST_NORM = 1e-12
 
 
@@ -36,7 +34,7 @@ class _State:
     mean: Tensor
     square: Tensor
     nearest: Tensor
-    changed: Tensor  # pixels of `nearest` that differ from the image; one more than there are: none found
+    changed: Tensor  # changed pixels of `nearest`; one more than the image has: none found
     unit: Tensor  # of margins, `logit_unit`
     threshold: Tensor
     asked: Tensor
@@ -45,25 +43,24 @@ class _State:
 
 @dataclass(frozen=True, kw_only=True)
 class SigmaZero:
-    """Minimises ``max(-margin, 0) + mean(m^2 / (m^2 + sigma))``, m the change of each value, by Adam on
-    normalised gradients.
+    """Minimises ``max(-margin, 0) + mean(m^2 / (m^2 + sigma))``, m the perturbation, by Adam.
 
-    After every step changes below a threshold, each image's own, are undone; it rises while the image is
+    After every step, changes below a threshold are undone; each image's threshold rises while the image is
     misclassified and falls while it is not. The misclassified iterate with the fewest changed pixels is
-    returned; a pixel is changed where any of its channels is, as for PGD under L0. The stand-in, as in the
-    released code, is about values, of which a pixel has one per channel. The numbers are that code's, the
-    number of steps is the paper's.
+    returned; a pixel counts as changed if any channel is, as for PGD under L0. The approximation of L0 is
+    over values, one per channel of a pixel, as in the released code. The defaults are that code's, the number
+    of steps is the paper's.
 
-    Chosen over JSMA, whose saliency map of pairs takes d^2 numbers per image (9.4 million on CIFAR) and which
-    aims at a class one pair at a time. The memory here is that of a few images per image, tested.
+    JSMA was not chosen, because its saliency map of pairs takes d^2 numbers per image (9.4 million on CIFAR).
+    The memory here is that of a few images per image, tested.
 
     Attributes:
         steps: of Adam, with a cosine from `lr` to a tenth of it.
         lr: Adam's first step size.
-        sigma: smoothness of the stand-in; smaller is nearer to L0.
-        threshold: the first.
-        threshold_rate: its change per step, times the step size.
-        eps: pixels that may change, which a verdict is about (`Nearest.eps`).
+        sigma: smoothness of the approximation; smaller is closer to L0.
+        threshold: initial threshold.
+        threshold_rate: its change per step, as a multiple of the step size.
+        eps: number of changed pixels at which robustness is judged (`Nearest.eps`).
     """
 
     steps: int = 1000
@@ -96,7 +93,7 @@ class SigmaZero:
         return self.run(ascent, x, margin_goal(labels), tick=tick)
 
     def run(self, ascent: Ascent, x: Tensor, goal: AttackGoal, *, tick: Tick = no_tick) -> Nearest:
-        """Search from `x` (N, C, H, W) for what reaches `goal`, a "margin" one, which may be targeted."""
+        """Attack `x` (N, C, H, W) for `goal`, a "margin" one, which may be targeted."""
         hinge = ascent.compiled(
             partial(hinge_and_grad, kind=goal.kind, kappa=0.0), key=("hinge", goal.kind, 0.0)
         )
@@ -119,7 +116,7 @@ class SigmaZero:
             begin,
             lambda s, i: self._step(s, i, ascent, hinge),
             self.steps,
-            done=lambda s: s.changed <= 1,  # no other image is nearer
+            done=lambda s: s.changed <= 1,  # nothing is nearer
             max_halvings=allowed_halvings(ascent.max_halvings, x),
             tick=tick,
         )
@@ -138,7 +135,7 @@ class SigmaZero:
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
         zeros = (length(grad, "linf") == 0) & (margin < 0) & running
         grad.mul_(per_image(s.unit, grad))
-        # The stand-in's gradient: 2 sigma m / (m^2 + sigma)^2 per value.
+        # The gradient of the approximation: 2 sigma m / (m^2 + sigma)^2 per value.
         grad.addcdiv_(moved, moved.square().add_(self.sigma).square_(), value=2 * self.sigma / s.x[0].numel())
         norm = length(grad, "linf").clamp_min(LEAST_NORM)
         grad.div_(per_image(norm, grad))

@@ -1,11 +1,9 @@
-"""Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without gradients, many queries
-at a time.
+"""Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without gradients.
 
-A query changes a random square of an image's best perturbation so far, and is kept where it lowers the
-margin. One that is not kept changes nothing, so an image's next queries can all be asked about the same best
-perturbation in one forward pass; those after the first that is kept are asked again. The sequence of every
-image is the one of asking one by one.
-"""
+A query changes a random square of an image's best perturbation, and is kept if it lowers the margin. A
+rejected query changes nothing, so several queries of an image go into one forward pass, all from the same
+best perturbation; those after the first accepted one are repeated. Every image sees the same sequence as with
+one query at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,14 +20,13 @@ from fastdynat.attacks.registry import register
 from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
 from fastdynat.errors import UserError, unknown_name
 
-# The most queries of an image in one pass.
+# Most queries of an image in one pass.
 MOST_ABREAST = 64
-# On the CPU more images in one pass than this are not cheaper per image, and queries asked in vain are lost.
+# On the CPU larger batches are not cheaper per image, and repeated queries are lost time.
 FULL_BATCH = {"cpu": 64}
-# Forward passes have a multiple of this share of the images that they have room for, where each size costs
-# (`HALVINGS`).
+# Batch sizes are multiples of the largest over this number, where each new size costs (`HALVINGS`).
 GRAINS = 16
-# Where the acceptance rate is not known yet, and how much of what is known a round leaves.
+# The initial acceptance rate, and the weight of the old estimate in each update.
 FIRST_RATE, MEMORY = 0.2, 0.9
 
 
@@ -40,17 +37,15 @@ FIRST_RATE, MEMORY = 0.2, 0.9
 )
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Square Attack as an attack of an evaluation, on images that are classified correctly; the margin is
-    what is lowered.
+    """Square Attack on images that are classified correctly; minimises the margin.
 
     Attributes:
         eps: radius of the ball, in [0, 1] pixel units.
         norm: linf, l2 or l1.
         queries: proposals per image.
-        p_init: share of the image that the first squares cover; their size falls with the number of the
-            query.
-        places: images that one forward pass should have, where fewer still stand; 0 is as many as came, on
-            the CPU 64.
+        p_init: share of the image that the first squares cover; later squares are smaller.
+        places: batch size to fill with queries when fewer images are still robust; 0 is the batch size of the
+            call, on the CPU 64.
     """
 
     eps: float
@@ -80,7 +75,7 @@ class Square:
         generator: torch.Generator | None = None,
         tick: Tick = no_tick,
     ) -> AttackResult:
-        """See `Search`. `x_adv` is the image with the smallest margin that was found."""
+        """See `Attack`. `x_adv` is the image with the smallest margin found."""
         return self.run(
             ascent,
             x,
@@ -93,12 +88,12 @@ class Square:
     def run(
         self, ascent: Ascent, x: Tensor, labels: Tensor, draws: Draws, *, tick: Tick = no_tick
     ) -> AttackResult:
-        """The search with given `draws`, whose rows are those of `x`."""
+        """The search with given `draws`, one row per image of `x`."""
         x = x.contiguous()
         propose = proposal(self.norm, x, self.eps, draws)
         places = self.places or FULL_BATCH.get(x.device.type, len(x))
         judge = _Judge(ascent, max(places, len(x)))
-        # A tie may be the label's: it is attacked as well.
+        # A tie may count for the label, so it is attacked too.
         right = judge(x, labels) >= 0
         rows = right.nonzero().squeeze(1)
         if len(rows) == 0:  # not every network takes a batch without images
@@ -125,8 +120,9 @@ class Square:
     def _round(
         self, judge: "_Judge", search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
     ) -> tuple["_Search", float]:
-        """The next `abreast` queries of each image, up to and with the first that is kept. `first`: the
-        lowest number asked.
+        """The next `abreast` queries of each image, up to the first accepted one.
+
+        first: the lowest number of queries so far.
         """
         n, position = len(search.rows), torch.arange(len(search.rows), device=search.rows.device)
         ahead = search.asked[:, None] + torch.arange(abreast, device=search.rows.device)
@@ -154,13 +150,13 @@ class Square:
 
 @dataclass(frozen=True)
 class _Search:
-    """Where the search of each standing image is."""
+    """State of the search on the images that are still robust."""
 
-    rows: Tensor  # (n,) which images these are
+    rows: Tensor  # (n,) their rows in the batch
     labels: Tensor
     best: Tensor  # the best perturbed images
     margin: Tensor  # theirs, z_y - max_{k != y} z_k
-    asked: Tensor  # (n,) int64: queries answered
+    asked: Tensor  # (n,) int64: number of queries so far
 
     def take(self, mask: Tensor) -> "_Search":
         parts: Iterator[Tensor] = (
@@ -175,10 +171,9 @@ def _result(x_adv: Tensor) -> AttackResult:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Margins z_y - max_{k != y} z_k of images, at most `most` at a time.
+    """Margins z_y - max_{k != y} z_k of at most `most` images at a time.
 
-    Where each size of a batch costs, the network is given few of them: filled up with the last image, again
-    and again, whose answers are dropped.
+    Where each new batch size costs, batches are padded to few sizes with copies of the last image.
     """
 
     ascent: Ascent
@@ -195,7 +190,5 @@ class _Judge:
 
 
 def _abreast(places: int, images: int, rate: float) -> int:
-    """How many queries of each image go into one pass: what there is room for, but not many beyond the next
-    that is kept.
-    """
+    """Number of queries of each image in one pass: as many as fit, but few beyond the next accepted one."""
     return max(1, min(places // images, int(1 / max(rate, 1 / MOST_ABREAST))))

@@ -1,4 +1,4 @@
-"""What the Square Attack draws and what its queries look like, for many images and queries at once.
+"""Random draws and queries of the Square Attack, for many images and queries at once.
 
 Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 2 and 3; under L1 as in the reference implementation
 of AutoAttack.
@@ -15,25 +15,24 @@ from torch import Tensor
 from fastdynat.attacks.apgd_steps import project_on_l1_ball
 from fastdynat.attacks.plane_search import length, per_image
 
-# The share of the image that a square covers is halved after each of these queries; the schedule is not
-# stretched to others.
+# The share of the image that a square covers is halved after each of these queries, whatever their total.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-TILES = 5  # the start of L2 and L1 is about this many windows wide and high
-TINY = 1e-12  # keeps quotients of lengths finite
-INSIDE = 1 - 1e-6  # of the L1 radius, so that rounding does not leave the ball
-POWERS = {"l2": 2, "l1": 4}  # how fast a window falls off
+TILES = 5  # number of windows across and down in the start of L2 and L1
+TINY = 1e-12  # keeps quotients of norms finite
+INSIDE = 1 - 1e-6  # of the L1 radius, so that rounding stays in the ball
+POWERS = {"l2": 2, "l1": 4}  # decay of a window
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in a search: Q queries, N images of C channels. Signs are int8, -1 or 1.
+    """All random draws of a search: Q queries, N images of C channels. Signs are int8, -1 or 1.
 
     Attributes:
         sides: (Q,) int64, of the squares.
-        corners: (Q, 1, 2) int64, upper left (row, column); under L2 and L1 (Q, 2, 2), a second square is
+        corners: (Q, 1, 2) int64, upper left (row, column); (Q, 2, 2) under L2 and L1, with the square that is
             emptied.
-        signs: (Q, 1, C) under L-inf, the same for all images; (Q, N, C) under L2 and L1.
-        turned: (Q,) bool: whether a window changes its sign from left to right instead of from top to bottom.
+        signs: (Q, 1, C) under L-inf, shared by all images; (Q, N, C) under L2 and L1.
+        turned: (Q,) bool: the window changes sign from left to right instead of from top to bottom.
         start: (N, C, 1, W) under L-inf, stripes; (T, N, C) under L2 and L1, of the T windows of the start.
         start_turned: (T,) bool.
     """
@@ -72,37 +71,33 @@ class Draws:
 
 
 def side(query: int, p_init: float, height: int, width: int, linf: bool) -> int:
-    """The side of the squares of the query with this number; odd and at least 3 under L2 and L1, if the image
-    is so large.
-    """
+    """Side of the squares of a query; odd and at least 3 under L2 and L1, if the image is as large."""
     p = p_init / 2 ** bisect.bisect_left(HALVED_AFTER, query)
     size = round(math.sqrt(p * height * width))
     return min(max(size, 1) if linf else max(size, 3) | 1, height, width)
 
 
 class Proposal(ABC):
-    """The queries of a search under one norm about the images `x` (N, C, H, W): `draws`, made images."""
+    """The queries of a search under one norm: `draws` turned into images like `x` (N, C, H, W)."""
 
     def __init__(self, x: Tensor, eps: float, draws: Draws) -> None:
         self.x, self.eps, self.draws = x, eps, draws
 
     @abstractmethod
     def start(self) -> Tensor:
-        """The perturbed images that the search begins at, (N, C, H, W)."""
+        """The starting points of the search, (N, C, H, W)."""
 
     @abstractmethod
     def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
-        """What is asked, (m, C, H, W).
+        """The images of queries, (m, C, H, W).
 
         Args:
-            best: (m, C, H, W), contiguous, the perturbed images that are changed.
-            images, queries: (m,) their numbers; no query's is below `first`.
+            best: (m, C, H, W), contiguous, the perturbed images to change.
+            images, queries: (m,) their numbers; no query number is below `first`.
         """
 
     def _within(self, number: int, queries: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Row (m, H) and column (m, W) of each pixel within the square: outside negative, or the side and
-        more.
-        """
+        """Row (m, H) and column (m, W) of each pixel in the square; negative, or >= the side, outside."""
         top, left = self.draws.corners[queries, number].unbind(1)
         return torch.arange(height, device=top.device) - top[:, None], torch.arange(
             width, device=top.device
@@ -116,9 +111,7 @@ class Proposal(ABC):
 
 
 class Colours(Proposal):
-    """L-inf: every pixel is at an end of its range; a query sets each channel of the square to one of the
-    two.
-    """
+    """L-inf: every pixel is at an end of its range; a query sets each channel of the square to one end."""
 
     def __init__(self, x: Tensor, eps: float, draws: Draws) -> None:
         super().__init__(x, eps, draws)
@@ -134,7 +127,7 @@ class Colours(Proposal):
     def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
         (height, width), size = best.shape[2:], self._sides[first]  # sides never grow
         corner, side = self.draws.corners[queries, 0, :, None], self.draws.sides[queries, None, None]
-        # Windows of one size, moved inside the image where a smaller square may lie beyond their reach.
+        # Windows of one size, moved inside the image where a smaller square lies at its edge.
         begin = torch.stack([corner[:, 0].clamp_max(height - size), corner[:, 1].clamp_max(width - size)], 1)
         at = begin + self._line[:size]
         inside = (at >= corner) & (at < corner + side)
@@ -149,9 +142,7 @@ class Colours(Proposal):
 
 
 class Windows(Proposal):
-    """L2 and L1: a query moves what the perturbation has in a second square to the first, and bends it by a
-    window.
-    """
+    """L2 and L1: a query moves the perturbation of a second square into the first, and adds a window."""
 
     def __init__(self, norm: str, x: Tensor, eps: float, draws: Draws) -> None:
         super().__init__(x, eps, draws)
@@ -208,14 +199,14 @@ class Windows(Proposal):
         return length(delta.flatten(0, 1), self.norm).view(*delta.shape[:2], 1, 1)
 
     def _onto(self, x: Tensor, delta: Tensor) -> Tensor:
-        """L2: `delta` brought to the length eps, then clipped. L1: the nearest point of ball and range."""
+        """L2: `delta` scaled to norm eps, then clipped. L1: projection on ball and pixel range."""
         if self.norm == "l2":
             return (x + self.eps * delta / per_image(length(delta, "l2") + TINY, x)).clamp(0, 1)
         return project_on_l1_ball(x + delta, x, self.eps * INSIDE)
 
 
 def proposal(norm: str, x: Tensor, eps: float, draws: Draws) -> Proposal:
-    """The queries that `draws` make about `x` under `norm`."""
+    """The queries of `draws` on `x` under `norm`."""
     return Colours(x, eps, draws) if norm == "linf" else Windows(norm, x, eps, draws)
 
 
@@ -227,9 +218,7 @@ def window(size: int, norm: str) -> Tensor:
 
 
 def _bump(height: int, width: int, norm: str) -> Tensor:
-    """(height, width) float64 of norm 1: nested rectangles around the middle, the k-th as high as 1 / (k +
-    1)^p.
-    """
+    """(height, width) float64 of norm 1: nested rectangles, the k-th of height 1 / (k + 1)^p."""
     rows = (torch.arange(height) - height // 2).abs()[:, None]
     columns = (torch.arange(width) - width // 2).abs()
     steps = 1 / (1 + torch.arange(max(height // 2, width // 2) + 1, dtype=torch.float64)) ** POWERS[norm]

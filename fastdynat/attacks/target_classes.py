@@ -1,4 +1,4 @@
-"""Which class a targeted attack drives each image towards."""
+"""Target classes of targeted attacks."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ RULES = ("least", "random", "second", "next", "all")
 
 
 def check_rule(rule: str) -> str:
-    """`rule`, or UserError where there is none of this name."""
+    """`rule`, or UserError for an unknown one."""
     if rule not in RULES:
         raise unknown_name("target", rule, RULES)
     return rule
@@ -18,12 +18,12 @@ def check_rule(rule: str) -> str:
 def target_classes(
     rule: str, logits: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(N, T) int64, never the label: the classes to be tried on each image, in this order.
+    """(N, T) int64, never the label: the target classes of each image, in order.
 
     Args:
-        rule: "second" and "least": the most and the least likely class but the label; "random": uniform over
-            the others; "next": ``label + 1 mod K`` (the convention of JSMA and C&W); "all": the T = K - 1
-            others, the likeliest first.
+        rule: "second" and "least": the most and least likely class other than the label; "random": uniform
+            over the others; "next": ``label + 1 mod K`` (the convention of JSMA and C&W); "all": the T = K -
+            1 others, most likely first.
         logits: (N, K) of the network on the images.
         labels: (N,) int64.
     """
@@ -33,7 +33,7 @@ def target_classes(
     if rule == "random":
         drawn = torch.randint(classes - 1, labels.shape, generator=generator, device=labels.device)
         return (drawn + (drawn >= labels))[:, None]
-    # A NaN is sorted before everything else; the label is put behind everything.
+    # NaN would sort first; the label goes last.
     behind = logits.nan_to_num(0.0).scatter(1, labels[:, None], float("-inf"))
     others = behind.argsort(dim=1, descending=True, stable=True)[:, :-1]
     return {"second": others[:, :1], "least": others[:, -1:], "all": others}[rule]

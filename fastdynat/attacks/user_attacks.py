@@ -172,5 +172,6 @@ def _check_class(cls: Any, name: str) -> None:
         inspect.signature(call).bind(None, None, None, None, generator=None, tick=None)
     except TypeError:
         raise UserError(
-            f"{name} is no attack: it needs __call__(self, ascent, x, labels, *, generator=None, tick=no_tick)"
+            f"{name} is no attack: it needs __call__(self, ascent, x, labels, *, generator=None, "
+            "tick=no_tick)"
         ) from None

@@ -1,4 +1,4 @@
-"""The registry of attacks: entries without torch, names, what `register` refuses, and attacks of users' files."""
+"""The registry of attacks: entries without torch, names, refusals, and attacks of users' files."""
 
 import importlib
 import subprocess
@@ -28,7 +28,9 @@ from dataclasses import dataclass
 import torch
 from fastdynat.attacks import register
 
-@register(r"noise(?P<draws>\\d+)?", {"noise": "uniform noise in the ball, the worst of 3 draws"}, norms=("linf",))
+@register(
+    r"noise(?P<draws>\\d+)?", {"noise": "uniform noise in the ball, the worst of 3 draws"}, norms=("linf",)
+)
 @dataclass(frozen=True)
 class Noise:
     eps: float
