@@ -1,7 +1,7 @@
 """The result of an attack."""
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,5 +30,7 @@ class AttackResult:
     def clone(self: R) -> R:
         """A copy with tensors of its own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.clone() for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)

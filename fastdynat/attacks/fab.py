@@ -2,7 +2,8 @@
 
 Every iteration linearises the boundaries between the image's class and its rivals at the iterate, moves close
 to the nearest of these planes, between iterate and image, and pulls back towards the image once it has
-crossed a boundary."""
+crossed a boundary.
+"""
 
 import re
 from collections.abc import Iterator

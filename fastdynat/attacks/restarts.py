@@ -26,7 +26,8 @@ def until_broken(
     Where each new batch size costs (`allowed_halvings`), finished images fill the batch up; they keep their
     result. Each image keeps the result that the attacked network misclassifies by most, or comes closest to
     misclassifying: the largest margin over its class of `labels` (N,). Every attempt returns its last
-    iterate; earlier iterates are not checked."""
+    iterate; earlier iterates are not checked.
+    """
     rows = torch.arange(len(x), device=x.device)
     first = attempts[0](rows, part(tick, 0, len(attempts)))
     if len(attempts) == 1:

@@ -3,7 +3,8 @@
 A query changes a random square of an image's best perturbation, and is kept if it lowers the margin. A
 rejected query changes nothing, so several queries of an image go into one forward pass, all from the same
 best perturbation; those after the first accepted one are repeated. Every image sees the same sequence as with
-one query at a time."""
+one query at a time.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
