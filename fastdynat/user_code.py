@@ -66,6 +66,16 @@ def short_name(name: str) -> str:
     return os.path.basename(unpinned(name)) if is_user_code(name) else name
 
 
+def without_place(name: str) -> str:
+    """A pinned name without its folder and file: equal for one object of files with the same content.
+
+    >>> without_place("/home/me/net.py:make_net#sha256=0123456789abcdef"), without_place("trades")
+    ('make_net#sha256=0123456789abcdef', 'trades')
+    """
+    match = _PINNED.fullmatch(name)
+    return f"{match['name'].rpartition(':')[2]}#sha256={match['digest']}" if match else name
+
+
 def pin(name: str) -> str:
     """`name`, which the user has given now, as a run stores it; later `import_object` opens it on this account.
 
@@ -183,7 +193,8 @@ def _module(origin: str, name: str) -> ModuleType:
 
 
 def _run_file(path: Path) -> ModuleType:
-    name = f"user_file_{path.stem}"
+    place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]  # files of one name are two modules
+    name = f"user_file_{path.stem}_{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the suffix is .py
     assert spec.loader is not None
@@ -203,7 +214,7 @@ def _check_pinned(plain: str, digest: str) -> None:
     if _key(plain, content) not in _remembered and not _is_recorded(plain, content):
         raise UserError(
             f"{plain} was never trained with on this account, and opening the run would execute it: read the file, then "
-            "name it yourself (train --resume RUN --model FILE.py:NAME --data FILE.py:NAME; or "
+            "name it yourself (train --resume RUN --method FILE.py:NAME --model FILE.py:NAME --data FILE.py:NAME; or "
             "eval FILE.py:NAME --weights RUN/best/model.safetensors)"
         )
 

@@ -12,7 +12,7 @@ from fastdynat.commands.parsing.parse import OtherMethodsFlags, Parsed, early_fl
 from fastdynat.config import TrainConfig, read_yaml, update
 from fastdynat.config.rules import check_config
 from fastdynat.errors import UserError
-from fastdynat.methods import method_name, options_type
+from fastdynat.methods import method_label, method_name, options_type
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.methods.options import check_options
 from fastdynat.recipes import read_recipe
@@ -87,9 +87,7 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
     if resume is not None:
         if file is not None or recipe_name is not None:
             raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
-        stored = stored_config(Path(resume))
-        if method is not None and method_name(method) != stored.method:
-            raise UserError(f"{resume} trains by {stored.method}, not by {method}; start a new run for that")
+        stored = stored_config(Path(resume), method)
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=resume, overwrite=False))
     recipe = {} if recipe_name is None else read_recipe(recipe_name)[0]
     values = {} if file is None else read_yaml(Path(file))
@@ -113,7 +111,7 @@ def _fit(trainer: "Trainer") -> int:
     path, c = trainer.run.path, trainer.config
     guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
     logger.info(
-        f"{c.method}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}"
+        f"{method_label(c.method)}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}"
     )
     logger.info(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""

@@ -273,9 +273,8 @@ class TrainConfig(Generic[OptionsT]):
     """Train a network."""
 
     method: str = "dynat"
-    """Training method: natural, madry, dynat, dyart, trades, mart, alp, vat, arda, fgsm_rs, n_fgsm, free,
-    gairat, mail, lbgat, adagat, hat, ard, rslad, iad, distillation. Its options are listed by --method NAME
-    --help."""
+    """Training method: a name of fastdynat.methods, or path/to/file.py:CLASS of your own. Its options are
+    listed by --method NAME --help."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -24,7 +24,14 @@ from fastdynat.methods.options import (
     check_options,
     check_positive,
 )
-from fastdynat.methods.registry import METHODS, method_class, method_name, options_type, register
+from fastdynat.methods.registry import (
+    METHODS,
+    method_class,
+    method_label,
+    method_name,
+    options_type,
+    register,
+)
 
 __all__ = [
     "METHODS",
@@ -42,6 +49,7 @@ __all__ = [
     "check_options",
     "check_positive",
     "method_class",
+    "method_label",
     "method_name",
     "options_type",
     "register",

@@ -15,8 +15,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
+from fastdynat.errors import UserError
 from fastdynat.methods.options import check_options
 
 if TYPE_CHECKING:
@@ -204,3 +205,14 @@ def unattacked(x: Tensor) -> AttackResult:
 
     zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     return AttackResult(x, zeros.sum(), 0, kept=zeros)
+
+
+def check_method(method: Any) -> None:
+    """Raise UserError unless `method` is a subclass of `Method` whose options are a frozen dataclass."""
+    name = getattr(method, "__name__", repr(method))
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")
+    options = getattr(method, "options_type", None)
+    parameters = getattr(options, "__dataclass_params__", None)
+    if not isinstance(options, type) or parameters is None or not parameters.frozen:
+        raise UserError(f"{name}.options_type must be a dataclass with frozen=True, which holds its options")

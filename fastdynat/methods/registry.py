@@ -7,6 +7,7 @@ line needs the options alone.
 from __future__ import annotations
 
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from importlib.util import find_spec
@@ -14,7 +15,9 @@ from typing import Any, TypeVar
 
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.lazy import finish_imports, import_late
-from fastdynat.methods.base import Method
+from fastdynat.methods.base import Method, check_method
+from fastdynat.methods.user_methods import pinned_method, user_method
+from fastdynat.user_code import is_user_code, unpinned
 
 PACKAGE = __name__.rpartition(".")[0]
 MethodT = TypeVar("MethodT", bound=type[Method[Any]])
@@ -87,17 +90,6 @@ class Methods(MutableMapping[str, type[Method[Any]]]):
             self._complete = True
 
 
-def check_method(method: Any) -> None:
-    """Raise UserError unless `method` is a subclass of `Method` whose options are a frozen dataclass."""
-    name = getattr(method, "__name__", repr(method))
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")
-    options = getattr(method, "options_type", None)
-    parameters = getattr(options, "__dataclass_params__", None)
-    if not isinstance(options, type) or parameters is None or not parameters.frozen:
-        raise UserError(f"{name}.options_type must be a dataclass with frozen=True, which holds its options")
-
-
 METHODS = Methods()
 
 
@@ -113,17 +105,53 @@ def register(name: str) -> Callable[[MethodT], MethodT]:
 
 
 def method_name(name: str) -> str:
-    """The name in `METHODS` for `name` in any case. Raises UserError if there is none; suggests the nearest."""
+    """The method that `name` means, as a configuration holds it.
+
+    A name of `METHODS` may have any case; ``path/to/file.py:CLASS`` is loaded, and gets its absolute path and a
+    digest of the file. A colon makes the difference.
+
+    Raises:
+        UserError: there is no such method (suggests the nearest), or its file or class cannot be used.
+    """
+    if is_user_code(name):
+        pinned = pinned_method(name)
+        check_label(user_method(pinned), unpinned(name))
+        return pinned
     if name.lower() not in METHODS:
         raise unknown_name("method", name, METHODS)
     return name.lower()
 
 
 def method_class(name: str) -> type[Method[Any]]:
-    """The method called `name`. Raises UserError if there is none; suggests the nearest."""
-    return METHODS[method_name(name)]
+    """The class of the method that `name` means. Raises UserError as `method_name` does."""
+    name = method_name(name)
+    return user_method(name) if is_user_code(name) else METHODS[name]
+
+
+def method_label(name: str) -> str:
+    """The method that `name` means in one word, for tables and folders: its class's `name`.
+
+    Raises UserError as `method_name` does.
+    """
+    name = method_name(name)
+    return user_method(name).name if is_user_code(name) else name
 
 
 def options_type(name: str) -> type:
-    """The options of the method called `name`, a frozen dataclass; a built-in method's come without torch."""
-    return METHODS.registered(method_name(name)).options_type
+    """The options of the method that `name` means, a frozen dataclass; a built-in method's come without torch.
+
+    Raises UserError as `method_name` does.
+    """
+    name = method_name(name)
+    return (user_method(name) if is_user_code(name) else METHODS.registered(name)).options_type
+
+
+def check_label(method: type[Method[Any]], origin: str) -> None:
+    """Raise UserError if `method`, of a user's file, has the name of another method, or none for a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", method.name):
+        raise UserError(f"{origin}: name {method.name!r} must be one word of letters, digits, _ and -")
+    if method.name in METHODS and METHODS.registered(method.name) is not method:
+        raise UserError(
+            f"{origin}: name {method.name!r} is taken by {METHODS.registered(method.name).__module__}; "
+            "choose another"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
-from fastdynat.methods import method_class
+from fastdynat.methods import method_class, method_label
 from fastdynat.runs import CONFIG
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.schedules import attack_steps, epochs_of_method, schedule_factor
@@ -66,7 +66,7 @@ def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int)
         raise UserError(f"--ema-warmup depends {numbers}; keep --epochs")
     if any(_constants(old, epoch) != _constants(config, epoch) for epoch in epochs):
         raise UserError(
-            f"the loss of method {config.method} changes over the run and depends {numbers}; keep --epochs"
+            f"the loss of method {method_label(config.method)} changes over the run and depends {numbers}; keep --epochs"
         )
     factors = [schedule_factor(c.optim, steps_per_epoch) for c in (old, config)]
     if any(factors[0](step) != factors[1](step) for step in range(len(epochs) * steps_per_epoch)):

@@ -13,7 +13,7 @@ from fastdynat.config import DataConfig, ModelConfig, TrainConfig
 from fastdynat.config.rules import check_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.errors import UserError
-from fastdynat.methods import Method, method_class
+from fastdynat.methods import Method, method_class, method_name
 from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.training.resolve_attack import resolved_attack
@@ -55,7 +55,7 @@ def resolve(
     for note in notes if announce else ():
         logger.info(note)
     return ResolvedConfig(
-        method=method.name,
+        method=method_name(config.method),
         options=config.options,
         data=data,
         model=model,

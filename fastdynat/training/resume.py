@@ -45,7 +45,7 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
             another run.
     """
-    stored = stored_config(path)
+    stored = stored_config(path, config.method)
     run = RunDir.open(path)
     try:
         trainer = _restored_trainer(run, stored, config)

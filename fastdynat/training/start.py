@@ -11,6 +11,7 @@ from fastdynat.config import TrainConfig, to_yaml
 from fastdynat.data import dataset_info
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import keeping_process_state
+from fastdynat.methods import method_label
 from fastdynat.ops import use_backend
 from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name, record_start, release_name
 from fastdynat.runs.layout import real
@@ -33,7 +34,7 @@ def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
         UserError: anything in `config`, the data or the directory that cannot work; nothing has been written
             then.
     """
-    stem = f"{config.data.data}-{config.method}"
+    stem = f"{config.data.data}-{method_label(config.method)}"
     _check_before_data(config, stem)
     split = open_split(config)
     check_sizes(config, split)

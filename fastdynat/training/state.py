@@ -15,6 +15,7 @@ from fastdynat.documents.numbers import Count, Finite
 from fastdynat.documents.tensor_files import read_pickle
 from fastdynat.errors import UserError
 from fastdynat.runs.atomic_files import saving
+from fastdynat.user_code import without_place
 
 FORMAT = "fastdynat-state/1"
 
@@ -91,10 +92,12 @@ class _State:
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
     """The part of a resolved configuration that a run keeps for life.
 
-    An image folder keeps its loader, because decoders differ; other data give every loader the same batches.
+    A method of a user's file may move with its file. An image folder keeps its loader, because decoders
+    differ; other data give every loader the same batches.
     """
     free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
-    return {key: value for key, value in to_flat(config).items() if key not in free}
+    kept = {key: value for key, value in to_flat(config).items() if key not in free}
+    return kept | {"method": without_place(config.method)}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

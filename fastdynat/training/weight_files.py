@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
+from fastdynat.methods import method_label
 from fastdynat.models.finite import check_finite
 from fastdynat.runs import Sidecar, load_into, load_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
@@ -90,7 +91,7 @@ def describe_weights(
         dataset=info.name,
         class_names=info.class_names,
         role=role,
-        method=config.method,
+        method=method_label(config.method),
         norm=attack.norm,
         eps=attack.eps,
         eval_eps=attack.eval_eps,
@@ -109,10 +110,10 @@ def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]
     for name, network, architecture in _files(networks, config):
         file = folder / f"{name}.safetensors"
         state, sidecar = load_state(file)
-        if (sidecar.architecture, sidecar.method) != (architecture, config.method):
+        if (sidecar.architecture, sidecar.method) != (architecture, method_label(config.method)):
             found, wanted = (
                 f"{sidecar.architecture} of {sidecar.method}",
-                f"{architecture} of {config.method}",
+                f"{architecture} of {method_label(config.method)}",
             )
             raise UserError(f"{file} is a {found}, this run's is a {wanted}")
         load_into(network, state, file, architecture)

@@ -11,7 +11,7 @@ from fastdynat.data import TrainSplit
 from fastdynat.errors import UserError
 from fastdynat.execution.float32 import float32_name
 from fastdynat.machine.capability import half_types
-from fastdynat.methods import method_class
+from fastdynat.methods import method_class, method_label
 from fastdynat.ops import selected_backend
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -93,7 +93,7 @@ def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
     if switch.name == "fused_conv" and config.engine.fold != "on":
         return "needs batch norm folded"
     if switch.name == "guide_stream" and config.model.guide == "none":
-        return f"{config.method} has no guide"
+        return f"{method_label(config.method)} has no guide"
     if switch.name == "kernels" and selected_backend(device.type, "auto") == "eager":
         return "no implementation but eager here"
     if switch.name == "amp" and config.engine.amp == "off" and (lacking := half_types(device)["bf16"]):

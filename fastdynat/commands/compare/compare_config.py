@@ -12,7 +12,7 @@ from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
 from fastdynat.config.rules import check_limits
 from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.methods import METHODS, method_class, method_name, options_type
+from fastdynat.methods import METHODS, method_class, method_label, method_name, options_type
 from fastdynat.runs import check_results
 
 # Keys of a run that a comparison decides itself, and how it is told.
@@ -34,7 +34,7 @@ class CompareConfig:
     """What is compared."""
 
     methods: str = "natural,madry,dynat"
-    """Comma-separated training methods."""
+    """Comma-separated training methods, each a name or path/to/file.py:CLASS."""
     seeds: str | None = None
     """Comma-separated seeds; every method is trained once with each. None is --seed."""
     budget_seconds: float | None = None
@@ -93,16 +93,17 @@ def check_compare(config: CompareConfig) -> None:
     check_results((config.json,), (config.chart,), inputs=(ledger,))
 
 
-def parse_names(text: str) -> list[str]:
-    """The methods in a comma-separated list.
+def parse_names(text: str) -> dict[str, str]:
+    """The methods in a comma-separated list, each as a configuration names it, by the word that tables have.
 
     Raises:
         UserError: none, an unknown one (the nearest are suggested), or one twice.
     """
     names = [method_name(name.strip()) for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
+    labels = [method_label(name) for name in names]
+    if not labels or len(set(labels)) < len(labels):
         raise UserError(f"--methods must name one method or more, each once, got {text!r}")
-    return names
+    return dict(zip(labels, names, strict=True))
 
 
 def parse_seeds(text: str | None, default: int) -> list[int]:
@@ -153,17 +154,17 @@ def method_configs(shared: TrainConfig[NoOptions], config: CompareConfig) -> dic
             `SAME`.
     """
     names = parse_names(config.methods)
-    own = parse_settings(config.settings, names)
+    own = parse_settings(config.settings, list(names))
     # A run can be resumed and evaluated from elsewhere.
     data = replace(shared.data, data_dir=str(Path(shared.data.data_dir).absolute()))
     configs = {}
-    for name in names:
+    for label, name in names.items():
         plain: TrainConfig[Any] = replace(shared, method=name, options=options_type(name)(), data=data)
         if shared.model.guide not in ("auto", "none") and not method_class(name).uses_guide:
             plain = replace(
                 plain, model=replace(shared.model, guide="auto")
             )  # --guide is for the methods that have one
-        configs[name] = update(plain, own[name], f"--set {name}")
+        configs[label] = update(plain, own[label], f"--set {label}")
     check_same(configs, SAME)
     if config.budget_seconds is not None and any(c.optim.epochs is not None for c in configs.values()):
         raise UserError("--budget-seconds decides the number of epochs; leave --epochs out")

@@ -120,7 +120,12 @@ def flags_of(command: Any, default: Any = None) -> dict[str, Flag]:
         hint = type(value) if isinstance(hints[field.name], TypeVar) else hints[field.name]
         inner = typing.get_origin(hint) or hint
         if dataclasses.is_dataclass(inner):
-            found |= flags_of(inner, value)
+            inner_flags = flags_of(inner, value)
+            if twice := found.keys() & inner_flags.keys():
+                raise UserError(
+                    f"{min(twice)} would be two flags of this command: rename the method's option"
+                )
+            found |= inner_flags
             continue
         flag = _flag(field.name, hint)
         if default is None and field.default is field.default_factory is dataclasses.MISSING:

@@ -1,8 +1,10 @@
 """From a command's words to its configuration: checked here, typed by tyro, which also writes the help."""
 
 import contextlib
+import inspect
 import io
 import sys
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -64,12 +66,25 @@ def parse(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(command, args=arguments, prog=f"fastdynat {name}", config=FLAT, **given)
+            parsed = tyro.cli(
+                command,
+                args=arguments,
+                prog=f"fastdynat {name}",
+                description=_about(command) if asks and "--method" in flags else None,
+                config=FLAT,
+                **given,
+            )
     except SystemExit as end:
         if end.code in (0, None):
             raise
         raise UserError(_plain(said.getvalue()) or f"see fastdynat {name} --help") from None
     return Parsed(parsed, frozenset(words.given if words is not None else ()))
+
+
+def _about(command: Any) -> str:
+    """What `command` does, and the methods that its --method takes."""
+    about = inspect.getdoc(typing.get_origin(command) or command)
+    return f"{about}\n\nMethods: {', '.join(sorted(METHODS))}."
 
 
 def _plain(box: str) -> str:
