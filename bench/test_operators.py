@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdynat import ops
 from fastdynat.execution.graph_capture import CaptureFailed, CudaRecorder
-from fastdynat.ops._select import why_not
+from fastdynat.ops._select import why_unavailable
 
 DEVICE = os.environ.get("FASTDYNAT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = float(
@@ -28,7 +28,7 @@ CALLS = 50 if DEVICE == "cuda" else 1
 BACKENDS = [
     name
     for name in ops.BACKENDS
-    if name != "eager" and why_not(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
+    if name != "eager" and why_unavailable(name, DEVICE) is None and (DEVICE == "cuda" or name == "cpp")
 ]
 SELECTED = os.environ.get("FASTDYNAT_BENCH_ONLY", "")
 WITHOUT = os.environ.get("FASTDYNAT_BENCH_WITHOUT", "")

@@ -65,6 +65,6 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     return Size(value, notice)
 
 
-def describe(value: float) -> str:
+def describe_size(value: float) -> str:
     """`value` with its 8-bit reading: ``0.0313725 (8.00/255)``."""
     return f"{value:.6g} ({value * 255:.2f}/255)"

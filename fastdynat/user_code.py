@@ -235,9 +235,9 @@ def _key(plain: str, content: bytes) -> str:
 
 
 def _record(key: str) -> Path | None:
-    from fastdynat.machine.cache_folder import folder  # whose package imports torch
+    from fastdynat.machine.cache_folder import user_cache  # whose package imports torch
 
-    base = folder("user_code")
+    base = user_cache("user_code")
     return None if base is None else base / key
 
 

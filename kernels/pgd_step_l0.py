@@ -1,6 +1,4 @@
-"""One L0 PGD step: one program per image, the pixels to keep found by bisection on the bits of their
-distances.
-"""
+"""The L0 PGD step: one program per image, pixels selected by bisection on the bits of their distances."""
 
 import torch
 import triton
@@ -8,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of, registers_for
-from fastdynat.kernels.pgd_step_l1 import as_float, load_gradient
+from fastdynat.kernels._step import clamp_pixels, load_gradient
+from fastdynat.kernels.pgd_step_l1 import as_float
 
-LARGEST_IN_REGISTERS = 4096  # pixels of an image, whose distances are held
-BLOCK = 2048  # pixels at a time of a larger one, whose distances are computed again in every pass
+LARGEST_IN_REGISTERS = 4096  # pixels of an image whose distances fit
+BLOCK = 2048  # pixels per block of a larger one, whose distances are computed again in every pass
 
 
 @triton.jit
@@ -20,13 +19,12 @@ def moved(x_adv_ptr, grad_ptr, at, mask, scale, lo, hi):
     x = tl.load(x_adv_ptr + at, mask=mask, other=0.0)
     grad = load_gradient(grad_ptr, at, mask, x.dtype)
     x = (x.to(tl.float64) + scale * grad.to(tl.float64)).to(x.dtype)
-    x = tl.where(x < lo, lo, x)
-    return tl.where(x > hi, hi, x)
+    return clamp_pixels(x, lo, hi)
 
 
 @triton.jit
 def score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, mask, scale, lo, hi, CHANNELS: tl.constexpr):
-    """How far pixels have come, squared: 0 where there is a NaN, -1 where there is no pixel."""
+    """Squared displacement of each pixel from x0: 0 for a NaN, -1 where there is no pixel."""
     total = tl.zeros(at.shape, x_adv_ptr.dtype.element_ty)
     for channel in range(CHANNELS):
         here = at + channel * stride
@@ -39,7 +37,7 @@ def score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, mask, scale, lo, hi, CHANN
 
 @triton.jit
 def pgd_step_l0_kernel(
-    x_adv_ptr,  # (rows, row) float32 or float64, dense; channel c of pixel p at c * channel_stride + p * pixel_stride
+    x_adv_ptr,  # (rows, row) float32 or float64, dense; channel c of pixel p at c * stride + p * pixel_stride
     grad_ptr,  # (rows, row) any float, in the same order
     x0_ptr,  # (rows, row) dtype of x_adv, in the same order
     out_ptr,  # (rows, row) dtype of x_adv; not aliased with the inputs
@@ -75,12 +73,12 @@ def pgd_step_l0_kernel(
         )
     scale = tl.where(length > 0, step_size / tl.where(length > 0, length, 1.0), 0.0)
 
-    # Each loop over parts below computes the scores again, but for a single part.
+    # Each loop over parts below computes the scores again, unless there is a single part.
     pixel = block
     at = pixel * pixel_stride
     score = score_of(x_adv_ptr, grad_ptr, x0_ptr, at, stride, pixel < pixels, scale, lo, hi, CHANNELS)
 
-    # The largest threshold that as many pixels reach as are wanted; the last round counts those above it.
+    # The largest threshold that at least `wanted` pixels reach; the last round counts the pixels above it.
     threshold_bits = tl.zeros((1,), bits_type)
     one = tl.full((1,), 1, bits_type)
     found = tl.full((), 0, tl.int32)
@@ -101,8 +99,7 @@ def pgd_step_l0_kernel(
         threshold_bits = tl.where((found >= wanted) & (step <= top), candidate, threshold_bits)
     threshold = as_float(threshold_bits, dtype)
 
-    # Of the pixels on the threshold the first: those up to the last index that has fewer than are left before
-    # it.
+    # Of the pixels at the threshold keep the first `left`: up to the last index with fewer before it.
     left = wanted - found
     last = tl.zeros((1,), tl.int32)
     for step in range(31):

@@ -1,4 +1,4 @@
-"""One L1 PGD step: one program per image, selection and projection by bisection on the bits of floats."""
+"""The L1 PGD step: one program per image, selection and projection by bisection on the bits of floats."""
 
 import torch
 import triton
@@ -6,33 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of, registers_for
+from fastdynat.kernels._step import clamp_pixels, load_gradient
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
-BLOCK = 4096  # elements at a time of a larger one, which is read again in every pass
+BLOCK = 4096  # elements per block of a larger one, which is read again in every pass
 
 
 @triton.jit
 def as_float(bits, dtype: tl.constexpr):
     """The non-negative float with these bits, of int32 or int64."""
     return bits.to(dtype, bitcast=True)
-
-
-@triton.jit
-def load_gradient(grad_ptr, offsets, mask, dtype: tl.constexpr):
-    """As `finite_gradient` in fastdynat.ops."""
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    if grad.dtype.primitive_bitwidth == 16:
-        grad = grad.to(tl.float32)  # exact; there is no direct conversion from bfloat16 to float64
-    grad = tl.where(grad == grad, grad, 0.0)
-    if dtype == tl.float64:
-        magnitude = tl.abs(grad.to(tl.float64))
-        magnitude = tl.where(magnitude > 1e150, 1e150, magnitude)
-        magnitude = tl.where(magnitude < 1e-150, 0.0, magnitude)
-        grad = tl.where(grad < 0, -magnitude, magnitude)
-    else:
-        largest = 3.4028234663852886e38  # before the conversion, which may be from float64
-        grad = tl.where(grad > largest, largest, tl.where(grad < -largest, -largest, grad)).to(tl.float32)
-    return grad
 
 
 @triton.jit
@@ -47,7 +30,7 @@ def load_delta(x_adv_ptr, x0_ptr, grad, threshold, move, offsets, mask):
 
 @triton.jit
 def kept(delta, x0, tau, lo, hi):
-    """What the projection leaves of |delta| at multiplier tau. 0 for a NaN."""
+    """The projection of |delta| at multiplier tau; 0 for a NaN."""
     size = tl.abs(delta)
     room = tl.where(delta > 0, hi - x0, x0 - lo)
     length = tl.where(size > tau, size - tau, 0.0)
@@ -57,11 +40,10 @@ def kept(delta, x0, tau, lo, hi):
 
 @triton.jit
 def store_point(delta, x0, tau, lo, hi, out_ptr, offsets, mask):
-    """The projection."""
+    """Store the projected point; a NaN stays."""
     length = kept(delta, x0, tau, lo, hi)
     x = x0 + tl.where(delta > 0, length, -length)
-    x = tl.where(x < lo, lo, x)
-    x = tl.where(x > hi, hi, x)
+    x = clamp_pixels(x, lo, hi)
     tl.store(out_ptr + offsets, tl.where(delta == delta, x, delta), mask=mask)
 
 
@@ -89,7 +71,7 @@ def pgd_step_l1_kernel(
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
 
-    # The largest threshold that `count` gradients reach. Those of 0 do not count.
+    # The largest threshold that at least `count` nonzero gradients reach.
     if PARTS == 1:
         mask = within < row
         grad = load_gradient(grad_ptr, base + within, mask, dtype)
@@ -113,13 +95,13 @@ def pgd_step_l1_kernel(
     threshold = as_float(threshold_bits, dtype)
     move = step_size / tl.maximum(chosen, 1).to(tl.float64)
 
-    # The largest multiplier that leaves the point outside of the ball.
+    # The largest multiplier at which the point is still outside the ball.
     if PARTS == 1:
         delta, x0 = load_delta(x_adv_ptr, x0_ptr, grad, threshold, move, base + within, mask)
     tau_bits = tl.zeros((1,), bits_type)
     outside = tl.zeros((1,), tl.int32)
     for step in range(top + 2):
-        # The first round asks whether there is one at all.
+        # The first round tests tau = 0: whether the point is outside at all.
         shift = tl.minimum(top + 1 - step, top)
         candidate = tau_bits | tl.where(step > 0, one << shift.to(bits_type), 0)
         tau = as_float(candidate, dtype)
@@ -161,7 +143,7 @@ def pgd_step_l1(
     row = out.numel() // out.shape[0]
     block = triton.next_power_of_2(row) if row <= LARGEST_IN_REGISTERS else BLOCK
     parts = triton.cdiv(row, block)
-    # In float64 16 elements a thread, with what the loops over parts keep, take more than 128 registers.
+    # In float64, 16 elements a thread and the loop's variables take more than 128 registers.
     spread = parts > 1 and x_adv.dtype == torch.float64
     num_warps = 16 if spread else max(1, min(16, block // 512))
     with on_device_of(x_adv):

@@ -1,6 +1,4 @@
-"""One L2 PGD step: one kernel that reads each image once, or two where an image is too large for one
-program's registers.
-"""
+"""The L2 PGD step: one kernel that reads each image once, or two for images too large for one program."""
 
 import torch
 import triton
@@ -8,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._step import clamp_pixels, load_gradient, new_outputs, store_low
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
 SPLIT_BLOCK = 4096  # elements per program of a larger one
@@ -15,23 +14,10 @@ SPLIT_BLOCK = 4096  # elements per program of a larger one
 
 @triton.jit
 def load_pixels(x_adv_ptr, grad_ptr, x0_ptr, offsets, mask):
-    """(delta float64, gradient float64, x0 in its own dtype); the gradient as `finite_gradient` in
-    fastdynat.ops.
-    """
+    """(delta float64, gradient float64, x0 in its own dtype)."""
     x_adv = tl.load(x_adv_ptr + offsets, mask=mask, other=0.0)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    grad = load_gradient(grad_ptr, offsets, mask, x_adv.dtype)
     x0 = tl.load(x0_ptr + offsets, mask=mask, other=0.0)
-    if grad.dtype.primitive_bitwidth == 16:
-        grad = grad.to(tl.float32)  # exact; there is no direct conversion from bfloat16 to float64
-    grad = tl.where(grad == grad, grad, 0.0)
-    if x_adv.dtype == tl.float64:
-        magnitude = tl.abs(grad.to(tl.float64))
-        magnitude = tl.where(magnitude > 1e150, 1e150, magnitude)
-        magnitude = tl.where(magnitude < 1e-150, 0.0, magnitude)
-        grad = tl.where(grad < 0, -magnitude, magnitude)
-    else:
-        largest = 3.4028234663852886e38  # before the conversion, which may be from float64
-        grad = tl.where(grad > largest, largest, tl.where(grad < -largest, -largest, grad)).to(tl.float32)
     return x_adv.to(tl.float64) - x0.to(tl.float64), grad.to(tl.float64), x0
 
 
@@ -53,7 +39,7 @@ def store_step(
     hi,
     HAS_LOW: tl.constexpr,
 ):
-    """Finish the step from the sums over the image: as L2Step in csrc/."""
+    """Finish the step from the sums over the image, as L2Step in csrc/."""
     a = tl.where(gg > 0, step_size / tl.sqrt(tl.where(gg > 0, gg, 1.0)), 0.0)
     squared = dd + a * (2 * dg + a * gg)
     norm = tl.sqrt(tl.where(squared < 0, 0.0, squared))  # rounding may leave less than 0; a NaN stays
@@ -62,11 +48,10 @@ def store_step(
     x = (x0.to(tl.float64) + scale * (delta + a * grad)).to(x0.dtype)
     lo = tl.full((1,), lo, x0.dtype)
     hi = tl.full((1,), hi, x0.dtype)
-    x = tl.where(x < lo, lo, x)
-    x = tl.where(x > hi, hi, x)
+    x = clamp_pixels(x, lo, hi)
     tl.store(out_ptr + offsets, x, mask=mask)
     if HAS_LOW:
-        tl.store(low_ptr + offsets, x.to(tl.float32).to(low_ptr.dtype.element_ty), mask=mask)
+        store_low(low_ptr, offsets, x, mask)
 
 
 @triton.jit
@@ -170,9 +155,7 @@ def pgd_step_l2(
 
     All three tensors must be dense and of one memory order, with each image one block of memory.
     """
-    out = torch.empty_like(x_adv)
-    low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
-    moved = x_adv.new_zeros(x_adv.shape[0], dtype=torch.bool)
+    out, low, moved = new_outputs(x_adv, low_dtype, x_adv.shape[0])
     if out.numel() == 0:
         return out, low, moved
     rows = x_adv.shape[0]

@@ -1,6 +1,4 @@
-"""One L-inf PGD step as one kernel: three reads and one write per pixel, one more of half the width on
-request.
-"""
+"""The L-inf PGD step as one kernel: three reads, one write and an optional half-precision write per pixel."""
 
 import torch
 import triton
@@ -8,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._step import clamp_pixels, new_outputs, store_low
 
 BLOCK = 1024
 
@@ -50,24 +49,23 @@ def pgd_step_linf_kernel(
 
     if grad.dtype.primitive_bitwidth == 16:
         grad = grad.to(tl.float32)  # exact; the interpreter of Triton 3.9 cannot compare bfloat16
-    # Comparisons with NaN are false: a NaN gradient does not move the pixel. The product is exact, FMA or
-    # not.
+    # Comparisons with NaN are false: a NaN gradient does not move the pixel. The product is exact, with FMA
+    # or without.
     sign = (grad > 0).to(dtype) - (grad < 0).to(dtype)
     x = x_adv + step_size * sign
     lower = x0 - eps
     upper = x0 + eps
     x = tl.where(x < lower, lower, x)
     x = tl.where(x > upper, upper, x)
-    x = tl.where(x < lo, lo, x)
-    x = tl.where(x > hi, hi, x)
-    # Like torch.clamp with a NaN bound: the result is that NaN.
+    x = clamp_pixels(x, lo, hi)
+    # As torch.clamp with a NaN bound: the result is that NaN.
     x = tl.where(x0 == x0, x, x0)
     tl.store(out_ptr + offsets, x, mask=mask)
     if HAS_LOW:
-        tl.store(low_ptr + offsets, x.to(tl.float32).to(low_ptr.dtype.element_ty), mask=mask)
+        store_low(low_ptr, offsets, x, mask)
     if COUNT:
         any_moved = tl.max((sign != 0).to(tl.int32), axis=0)
-        # Every block that stores, stores a one.
+        # All blocks that store write the same value, 1.
         tl.store(moved_ptr + image, any_moved.to(tl.int8), mask=any_moved > 0)
 
 
@@ -86,9 +84,7 @@ def pgd_step_linf(
 
     All three tensors must be dense and of one memory order, with each image one block of memory if `count`.
     """
-    out = torch.empty_like(x_adv)
-    low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
-    moved = x_adv.new_zeros(x_adv.shape[0] if count else 0, dtype=torch.bool)
+    out, low, moved = new_outputs(x_adv, low_dtype, x_adv.shape[0] if count else 0)
     if out.numel() == 0:
         return out, low, moved
     rows = x_adv.shape[0] if count else 1

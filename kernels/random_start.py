@@ -139,7 +139,7 @@ def elements(first, row, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr, GR
 
 @triton.jit
 def random_start_kernel(
-    x_ptr,  # (images, row) float32 or float64; each image (channels, pixels), or (pixels, CHANNELS) if CHANNELS > 1
+    x_ptr,  # (images, row) float; each image (channels, pixels), or (pixels, CHANNELS) if CHANNELS > 1
     state_ptr,  # (2,) int64: seed, counter
     out_ptr,  # as x; not aliased with it
     row,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdynat import verification as verified
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.execution.float32 import tf32_convolutions
-from fastdynat.ops.conv_relu import check_name, runs_right
+from fastdynat.ops.conv_relu import conv_relu_check_name, runs_right
 
 FUSED, APART = "cudnn", "apart"
 # Which of these calls is the fastest for check `name` on a device at a size, as `verified.fastest`.
@@ -55,7 +55,8 @@ def keep_where_faster(
         calls = {FUSED: lambda: layer(read, *rest), APART: apart}
         with torch.no_grad():
             layer.fused = (
-                choose(check_name(layer.weight.dtype), x.device, _size(layer, read, rest), calls) == FUSED
+                choose(conv_relu_check_name(layer.weight.dtype), x.device, _size(layer, read, rest), calls)
+                == FUSED
             )
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastdynat.attack_engine.replica import AttackReplica
-from fastdynat.execution.graph_check import Pure
+from fastdynat.execution.graph_check import Stateless
 
 
 @dataclass(frozen=True)
-class ReplicaState(Pure):
-    """A `Subject` of `fastdynat.execution`. Only the replica's own weights are moved: others may be the
+class ReplicaState(Stateless):
+    """A `FunctionState` of `fastdynat.execution`. Only the replica's own weights are moved: others may be the
     caller's.
 
     Attributes:

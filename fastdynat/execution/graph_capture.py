@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fastdynat.errors import first_line
+
 
 class CaptureFailed(RuntimeError):
     """Why a function could not be captured, in one line. It has not run, and everything is as it was
@@ -172,8 +174,3 @@ def _undisturbed() -> Iterator[None]:
         torch.backends.cudnn.benchmark = timing
         if collecting:
             gc.enable()
-
-
-def first_line(error: BaseException) -> str:
-    """The start of a message, or the kind of error where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -34,7 +34,7 @@ IMAGES = 0.2
 REPEATS, MOST = 4.0, 0.5
 
 
-class Subject(Protocol):
+class FunctionState(Protocol):
     """What a function reads and changes beside its inputs and outputs."""
 
     def state(self) -> Mapping[str, Tensor]:
@@ -58,7 +58,7 @@ class Subject(Protocol):
         """Within it numbers that it must read anew at each run are others."""
 
 
-class Pure:
+class Stateless:
     """A function that changes nothing."""
 
     def state(self) -> Mapping[str, Tensor]:
@@ -78,13 +78,13 @@ class Pure:
         return nullcontext()
 
 
-class Check:
+class GraphCheck:
     """One comparison of a function with its graph. Use: `reference`, capture within `capturing`, `compare`,
     `put_back`.
     """
 
     def __init__(
-        self, fn: Callable[..., Any], recorder: Recorder, subject: Subject, inputs: tuple[Tensor, ...]
+        self, fn: Callable[..., Any], recorder: Recorder, subject: FunctionState, inputs: tuple[Tensor, ...]
     ) -> None:
         self._fn, self._recorder, self._subject = fn, recorder, subject
         self._device = inputs[0].device

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.errors import first_line
 from fastdynat.execution.fallbacks import Fallbacks
-from fastdynat.execution.graph_capture import CaptureFailed, Recorder, first_line
-from fastdynat.execution.graph_check import Check, Pure, Subject
+from fastdynat.execution.graph_capture import CaptureFailed, Recorder
+from fastdynat.execution.graph_check import FunctionState, GraphCheck, Stateless
 from fastdynat.execution.synchronization import waits_on_purpose
 from fastdynat.execution.uncompiled import is_uncompiled
 
@@ -35,7 +36,7 @@ class GraphedCall:
     a training step warms up on real batches and nothing has to be rolled back. Outputs are overwritten by the
     next call with the same signature.
 
-    Each graph is compared with `fn` before its first use (`Check`), which takes two runs and leaves no trace.
+    Each graph is compared with `fn` before its first use (`GraphCheck`), which takes two runs and leaves no trace.
     Where that, a capture or a replay fails, the reason is added to `fallbacks`, once, and `fn` runs without graphs
     from then on. All of its graphs are let go then, with their memory.
     """
@@ -45,11 +46,11 @@ class GraphedCall:
         fn: Callable[..., Any],
         recorder: Recorder,
         fallbacks: Fallbacks,
-        subject: Subject | None = None,
+        subject: FunctionState | None = None,
     ) -> None:
         """`subject`: what `fn` changes beside its outputs; None is nothing."""
         self._fn, self._recorder, self._fallbacks = fn, recorder, fallbacks
-        self._subject = subject or Pure()
+        self._subject = subject or Stateless()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
 
@@ -70,7 +71,7 @@ class GraphedCall:
 
     @waits_on_purpose()
     def _capture(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> None:
-        check = Check(self._fn, self._recorder, self._subject, inputs)
+        check = GraphCheck(self._fn, self._recorder, self._subject, inputs)
         try:
             check.reference()
             # clone keeps strides: the captured kernels are those of the inputs' memory format.

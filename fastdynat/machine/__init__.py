@@ -1,7 +1,7 @@
 """The machine: its identity, instruction sets, timing, and the cache of what was measured."""
 
 from fastdynat.machine import capability, racing
-from fastdynat.machine.cache_folder import folder, replace_text
+from fastdynat.machine.cache_folder import replace_text, user_cache
 from fastdynat.machine.capability import half_types, processor, vector_bits, versions
 from fastdynat.machine.gpu_racing import copy_bandwidth, race_on_gpu
 from fastdynat.machine.load import OtherLoad, free_cores
@@ -12,7 +12,6 @@ __all__ = [
     "OtherLoad",
     "capability",
     "copy_bandwidth",
-    "folder",
     "free_cores",
     "half_types",
     "one_thread",
@@ -22,6 +21,7 @@ __all__ = [
     "race_on_gpu",
     "racing",
     "replace_text",
+    "user_cache",
     "vector_bits",
     "versions",
 ]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def folder(name: str) -> Path | None:
+def user_cache(name: str) -> Path | None:
     """XDG_CACHE_HOME/fastdynat/`name`, or under ~/.cache; None where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if base and Path(base).is_absolute():  # a relative one is to be ignored, says the specification

@@ -1,13 +1,11 @@
-"""Memory order: what kernels that walk memory from end to end may assume."""
+"""Memory order of the arguments of kernels that walk memory from end to end."""
 
 import torch
 from torch import Tensor
 
 
 def one_order(first: Tensor, *others: Tensor) -> list[Tensor]:
-    """The tensors, dense and in one memory order: that of `first`. Copies nothing where they are so
-    already.
-    """
+    """Return the tensors dense and in the memory order of `first`, copying only those that are not."""
     tensors = (first, *others)
     formats = (
         (torch.contiguous_format, torch.channels_last) if first.dim() == 4 else (torch.contiguous_format,)
@@ -15,8 +13,7 @@ def one_order(first: Tensor, *others: Tensor) -> list[Tensor]:
     for memory_format in formats:
         if all(t.is_contiguous(memory_format=memory_format) for t in tensors):
             return list(tensors)
-    # empty_like keeps the order of dimensions and closes gaps, so equal strides mean that the tensor is
-    # dense.
+    # empty_like keeps the order of dimensions and closes gaps: equal strides mean that a tensor is dense.
     template = torch.empty_like(first)
     return [
         t if t.stride() == template.stride() else torch.empty_like(template, dtype=t.dtype).copy_(t)
@@ -25,8 +22,9 @@ def one_order(first: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def images_together(images: Tensor) -> Tensor:
-    """`images` (N, ...) so that each image is one block of memory: contiguous and channels-last are, else a
-    copy.
+    """Return `images` (N, ...) with each image as one block of memory.
+
+    Contiguous and channels-last tensors are returned as they are, others as a contiguous copy.
     """
     if images.is_contiguous() or (
         images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)

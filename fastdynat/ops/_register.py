@@ -1,13 +1,13 @@
-"""One operator in the dispatcher: a schema, a fake, an autograd formula, and the table of its
-implementations.
+"""Registration of an operator: dispatcher schema, fake, autograd formula and table of implementations.
 
-Two names are registered. ``fastdynat::NAME`` is csrc/'s: its CPU and CUDA kernels go first, and without them
-the eager form serves every device. ``fastdynat::NAME_triton`` is the launcher in kernels/. Registration is
-for compilers and autograd; which implementation runs is chosen in `_select`.
+Two names are registered. ``fastdynat::NAME`` is implemented by csrc/ on the CPU and on CUDA; without
+csrc/ the eager form serves every device. ``fastdynat::NAME_triton`` is the launcher in kernels/. Registration
+is for compilers and autograd; `_select` chooses the implementation that runs.
 """
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,41 +18,46 @@ Implementations = dict[str, Callable[..., Any]]
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def register(
+def register_operator(
     name: str,
-    signature: str,
     *,
     eager: Callable[..., Any],
     fake: Callable[..., Any],
-    module: str | None,
+    gpu: bool = True,
+    mutates: Sequence[str] = (),
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     reference: Callable[..., Any] | None = None,
 ) -> Implementations:
-    """Register operator `name` and return its implementations by backend, all called with the schema's
-    arguments.
+    """Register operator `name` and return its implementations by backend, all called by position.
 
     Args:
-        name: of the operator, of the C++ registration and of the launcher function in `module`.
-        signature: the schema after the name, "(Tensor x, ...) -> Tensor".
-        eager: plain torch with the schema's inputs and outputs; serves devices without a kernel.
-        fake: the same signature, returning empty tensors of the right shape, dtype and strides.
-        module: name of the file in kernels/ with the Triton launcher; None for an operator of the CPU, which
-            has neither Triton nor CUDA kernels.
-        backward, setup_context: as `torch.library.register_autograd` takes them; None: no gradient flows.
-        reference: what backend "eager" runs where it must be differentiable by autograd itself; default
-            `eager`.
+        name: of the operator, its file in kernels/, the launcher in that file and the C++ registration.
+        eager: the operator in plain torch, for any device. The schema is inferred from its signature.
+        fake: called with all arguments by name; returns empty tensors with the outputs' shapes, dtypes and
+            strides.
+        gpu: there are Triton and CUDA kernels; False for an operator of the CPU.
+        mutates: names of the arguments that the operator writes to.
+        backward, setup_context: as `torch.library.register_autograd` takes them; None: not differentiable.
+        reference: backend "eager", where autograd must differentiate it; default `eager`.
     """
+    schema = torch.library.infer_schema(eager, mutates_args=tuple(mutates))
+    signature = inspect.signature(eager)
+
+    def call_fake(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()  # the dispatcher leaves out trailing arguments that equal their defaults
+        return fake(**bound.arguments)
 
     def triton(*args: Any) -> Any:
-        # Imported here because triton may be missing.
-        return getattr(importlib.import_module(f"fastdynat.kernels.{module}"), name)(*args)
+        # Imported at the first call because triton may not be installed.
+        return getattr(importlib.import_module(f"fastdynat.kernels.{name}"), name)(*args)
 
-    for full_name, default in ((name, eager), *([(f"{name}_triton", triton)] if module else [])):
+    for full_name, default in ((name, eager), *([(f"{name}_triton", triton)] if gpu else [])):
         qualified = f"fastdynat::{full_name}"
-        torch.library.define(qualified, signature, tags=TAGS)
+        torch.library.define(qualified, schema, tags=TAGS)
         torch.library.impl(qualified, "default", default)
-        torch.library.register_fake(qualified, fake)
+        torch.library.register_fake(qualified, call_fake)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
@@ -65,9 +70,8 @@ def register(
     def registered_triton(*args: Any) -> Any:
         return getattr(torch.ops.fastdynat, f"{name}_triton")(*args)
 
-    # Only a compiler has to see one registered operator. Elsewhere a launcher is called as it is, and a
-    # formula goes into a plain autograd.Function: 30 microseconds less per forward and backward pass than by
-    # way of the dispatcher.
+    # Only a compiler needs the registered operator. Eager calls skip the dispatcher: the launcher is called
+    # directly, the formula is a plain autograd.Function. That saves 30 us per forward and backward pass.
     eager_native, eager_triton = native, triton
     if backward is not None and setup_context is not None:
         eager_native = _differentiable(native, backward, setup_context)
@@ -80,16 +84,16 @@ def register(
         return registered_triton(*args) if torch.compiler.is_compiling() else eager_triton(*args)
 
     found = {"cpp": call_native, "eager": reference or eager}
-    return found | {"triton": call_triton, "cuda": call_native} if module else found
+    return found | {"triton": call_triton, "cuda": call_native} if gpu else found
 
 
 def _differentiable(
     run: Callable[..., Any], formula: Callable[..., Any], save: Callable[..., None]
 ) -> Callable[..., Any]:
-    """`run` with the formula that the dispatcher has, for eager mode."""
+    """Return `run` with backward formula `formula`, for eager mode."""
 
     class Differentiable(torch.autograd.Function):
-        # One function with the context: beside a setup_context, torch inspects the signature at every call.
+        # Not split into forward and setup_context: torch would inspect the signature at every call.
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = run(*args)

@@ -27,16 +27,16 @@ def check_per_row(op: str, name: str, values: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(logits.shape[:1])}, one per row, got {tuple(values.shape)}"
         )
-    check_device(op, name, values, logits)
+    check_same_device(op, name, values, logits)
 
 
-def check_device(op: str, name: str, values: Tensor, logits: Tensor) -> None:
+def check_same_device(op: str, name: str, values: Tensor, logits: Tensor) -> None:
     """Raise ValueError unless `values` is on the device of `logits`."""
     if values.device != logits.device:
         raise ValueError(f"{op}: {name} is on {values.device} but the logits are on {logits.device}")
 
 
-def check_classes(op: str, name: str, classes: Tensor, logits: Tensor) -> None:
+def check_class_indices(op: str, name: str, classes: Tensor, logits: Tensor) -> None:
     """Raise ValueError unless `classes` is (N,) int64; the values are not looked at."""
     check_per_row(op, name, classes, logits)
     if classes.dtype != torch.int64:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat import verification as verified
+from fastdynat import verification
 from fastdynat.errors import unknown_name
 from fastdynat.ops import _extension
 from fastdynat.ops._timed import fastest_of
@@ -73,7 +73,7 @@ def _why_not_native(name: str) -> str | None:
     return None
 
 
-def why_not(name: str, device_type: str) -> str | None:
+def why_unavailable(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot take tensors on `device_type` ("cpu", "cuda", ...), or None when it can."""
     if name == "eager":
         return None
@@ -90,7 +90,7 @@ def why_not(name: str, device_type: str) -> str | None:
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None where it can run on this machine, else the reason why not."""
     has_gpu = torch.cuda.is_available()
-    found = {name: why_not(name, "cpu" if name == "cpp" else "cuda") for name in BACKENDS}
+    found = {name: why_unavailable(name, "cpu" if name == "cpp" else "cuda") for name in BACKENDS}
     if not has_gpu:
         found["triton"] = found["triton"] or (None if interpreting() else "no CUDA device is visible")
         found["cuda"] = found["cuda"] or "no CUDA device is visible"
@@ -104,7 +104,7 @@ def selected_backend(device_type: str, backend: str = "auto") -> str:
     """
     asked = _asked(backend)
     if asked == "auto":
-        return (*_candidates(BACKENDS, device_type), verified.REFERENCE)[0]
+        return (*_candidates(BACKENDS, device_type), verification.REFERENCE)[0]
     _check_possible("ops", BACKENDS, asked, device_type)
     return asked
 
@@ -135,7 +135,7 @@ def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor
 
 def is_native(name: str, device_type: str) -> bool:
     """Whether backend `name` runs on such a device for use, not in an interpreter or a simulation."""
-    return name in _PREFERENCE.get(device_type, ()) and name != verified.REFERENCE
+    return name in _PREFERENCE.get(device_type, ()) and name != verification.REFERENCE
 
 
 def prepare(device: torch.device) -> None:
@@ -151,10 +151,10 @@ def prepare(device: torch.device) -> None:
     device = _with_index(device)
     asked = _asked("auto")
     if asked == "auto":
-        verified.prepare(device, OPERATORS)
-    elif is_native(asked, device.type) and why_not(asked, device.type) is None:
+        verification.prepare_checks(device, OPERATORS)
+    elif is_native(asked, device.type) and why_unavailable(asked, device.type) is None:
         for op in OPERATORS:
-            verified.insist(op, asked, device)
+            verification.insist(op, asked, device)
 
 
 def operators_in_use(device: torch.device) -> str:
@@ -165,10 +165,10 @@ def operators_in_use(device: torch.device) -> str:
     device = _with_index(device)
     others: dict[str, list[str]] = {}
     for op in OPERATORS:
-        found = verified.peek(op, device) or {}
-        if found.get(name, verified.RIGHT).right:
+        found = verification.peek(op, device) or {}
+        if found.get(name, verification.RIGHT).right:
             continue
-        instead = next((n for n in _candidates(found, device.type) if found[n].right), verified.REFERENCE)
+        instead = next((n for n in _candidates(found, device.type) if found[n].right), verification.REFERENCE)
         others.setdefault(instead, []).append(op)
     return ", but ".join([name, *(f"{instead} for {', '.join(ops)}" for instead, ops in others.items())])
 
@@ -188,7 +188,11 @@ def _asked(backend: str) -> str:
 
 
 def _check_possible(op: str, offered: Collection[str], asked: str, device_type: str) -> None:
-    reason = why_not(asked, device_type) if asked in offered else "this operator has no such implementation"
+    reason = (
+        why_unavailable(asked, device_type)
+        if asked in offered
+        else "this operator has no such implementation"
+    )
     if reason is not None:
         raise RuntimeError(f"{op}: backend {asked!r} cannot run: {reason}")
 
@@ -196,7 +200,11 @@ def _check_possible(op: str, offered: Collection[str], asked: str, device_type: 
 def _candidates(offered: Collection[str], device_type: str) -> list[str]:
     """Those of `offered` that can run, best first, without eager."""
     order = _PREFERENCE.get(device_type, ())
-    return [n for n in order if n in offered and n != verified.REFERENCE and why_not(n, device_type) is None]
+    return [
+        n
+        for n in order
+        if n in offered and n != verification.REFERENCE and why_unavailable(n, device_type) is None
+    ]
 
 
 def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[str, ...]:
@@ -204,16 +212,16 @@ def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[st
     compiling.
     """
     names = _candidates(offered, device.type)
-    if not names or verified.checking():
-        return (*names[:1], verified.REFERENCE)[:1]
+    if not names or verification.checking():
+        return (*names[:1], verification.REFERENCE)[:1]
     if torch.compiler.is_compiling():
         return (_best_known(op, tuple(names), device.type, device.index),)
-    found: Mapping[str, verified.Verdict] | None = verified.peek(op, device)
+    found: Mapping[str, verification.CandidateVerdict] | None = verification.peek(op, device)
     if found is None or any(name not in found for name in names):
         if capturing(device):
             return (_best_known(op, tuple(names), device.type, device.index),)
         found = _verdicts(op, device)
-    return (*(name for name in names if name not in found or found[name].right), verified.REFERENCE)
+    return (*(name for name in names if name not in found or found[name].right), verification.REFERENCE)
 
 
 @torch.compiler.assume_constant_result
@@ -223,29 +231,29 @@ def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | 
     """
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     _load_checks()
-    if op not in verified.registered():
+    if op not in verification.registered():
         return names[0]
-    found = verified.known(op, device) or {}
-    return next((name for name in names if name in found and found[name].right), verified.REFERENCE)
+    found = verification.known(op, device) or {}
+    return next((name for name in names if name in found and found[name].right), verification.REFERENCE)
 
 
-def _verdicts(op: str, device: torch.device) -> Mapping[str, verified.Verdict]:
+def _verdicts(op: str, device: torch.device) -> Mapping[str, verification.CandidateVerdict]:
     """On every candidate that can run on `device`; of an operator without a check none."""
     _load_checks()
-    return verified.verdicts(op, device) if op in verified.registered() else {}
+    return verification.verdicts(op, device) if op in verification.registered() else {}
 
 
 def _insist(op: str, name: str, device: torch.device) -> None:
-    if verified.checking() or torch.compiler.is_compiling():
+    if verification.checking() or torch.compiler.is_compiling():
         return
-    found = verified.peek(op, device)
+    found = verification.peek(op, device)
     if found is None or name not in found:
         if capturing(device):
             return
         _load_checks()
-        if op not in verified.registered():
+        if op not in verification.registered():
             return
-    verified.insist(op, name, device)
+    verification.insist(op, name, device)
 
 
 def capturing(device: torch.device) -> bool:

@@ -1,10 +1,14 @@
-"""What the PGD steps of all norms share: the result, the checks, the shapes."""
+"""The shared part of the PGD steps of all norms: result type, checks, fake outputs, and the call itself."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastdynat.ops._layout import images_together, one_order
+from fastdynat.ops._select import select
 
 IMAGE_DTYPES = (torch.float32, torch.float64)
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -12,7 +16,7 @@ LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class AttackStep(NamedTuple):
-    """One step of an attack and what its loop wants to know.
+    """The outputs of one attack step.
 
     Attributes:
         x_adv: the new point, detached.
@@ -26,18 +30,69 @@ class AttackStep(NamedTuple):
     moved: Tensor
 
 
+def empty_point(x_adv: Tensor, **_: Any) -> Tensor:
+    """The fake of a step that returns the new point only."""
+    return torch.empty_like(x_adv)
+
+
 def empty_step(x_adv: Tensor, low_dtype: torch.dtype | None, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors like the outputs of a step: the new point, its copy in half precision, which images
-    moved.
-    """
+    """Empty (x, low, moved) of a step; a tensor that is not asked for has no elements."""
     low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
     return torch.empty_like(x_adv), low, x_adv.new_empty(x_adv.shape[0] if count else 0, dtype=torch.bool)
+
+
+def step_onto_ball(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    backend: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[float, float, float, float],
+    low_dtype: torch.dtype | None = None,
+    *options: Any,
+    per_image: bool = True,
+) -> AttackStep:
+    """Check the arguments of step `op`, which projects onto an eps-ball, and run it.
+
+    Args:
+        tensors: (x_adv, grad, x0).
+        bounds: (step_size, eps, lo, hi).
+        options: the operator's arguments after `low_dtype`.
+        per_image: the norm, or `moved`, is taken image by image.
+    """
+    if per_image:
+        check_batch_dimension(op, tensors[0])
+    check_step(op, *tensors, *bounds)
+    check_low(op, low_dtype)
+    arguments = (*map(float, bounds), low_dtype, *options)
+    x, low, moved = run_step(op, implementations, backend, tensors, arguments, per_image=per_image)
+    return AttackStep(x, low if low_dtype is not None else None, moved)
+
+
+def run_step(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    backend: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    arguments: tuple[Any, ...],
+    *,
+    per_image: bool = True,
+) -> Any:
+    """Run the selected implementation of step `op` and return its outputs.
+
+    Args:
+        tensors: (x_adv, grad, x0), of any memory layout. The implementation gets them detached and dense, in
+            the memory order of x_adv; with `per_image`, each image is one block of memory.
+        arguments: the operator's remaining arguments.
+    """
+    x_adv, grad, x0 = (t.detach() for t in tensors)
+    run = select(op, implementations, backend, x_adv)
+    return run(*one_order(images_together(x_adv) if per_image else x_adv, grad, x0), *arguments)
 
 
 def check_step(
     op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, lo: float, hi: float
 ) -> None:
-    """Raise ValueError, naming argument and value, where a PGD step cannot mean anything."""
+    """Raise ValueError, naming argument and value, for shapes, dtypes, devices or bounds that do not fit."""
     for name, tensor in (("grad", grad), ("x0", x0)):
         if tensor.shape != x_adv.shape:
             raise ValueError(
@@ -60,13 +115,13 @@ def check_step(
 
 
 def check_low(op: str, low_dtype: torch.dtype | None) -> None:
-    """Raise ValueError for another type than the half-precision ones."""
+    """Raise ValueError unless `low_dtype` is None, bfloat16 or float16."""
     if low_dtype is not None and low_dtype not in LOW_DTYPES:
         raise ValueError(f"{op}: low_dtype must be bfloat16 or float16, got {low_dtype}")
 
 
-def check_images(op: str, x_adv: Tensor) -> None:
-    """Raise ValueError where there is no dimension of images to take norms over."""
+def check_batch_dimension(op: str, x_adv: Tensor) -> None:
+    """Raise ValueError for a scalar, which has no dimension of images to take norms over."""
     if x_adv.dim() == 0:
         raise ValueError(
             f"{op}: x_adv needs a first dimension of images, got a scalar; use x_adv[None] for one image"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastdynat import verification as verified
+from fastdynat import verification
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Whether Winograd's algorithm pays is decided where it is chosen, against direct convolutions.
@@ -41,10 +41,16 @@ def fastest_of(
     if op in NOT_TIMED or torch.are_deterministic_algorithms_enabled():
         return preferred
     size = size_of(like)
-    if (known := verified.winner(op, like.device, size)) is not None:
+    if (known := verification.winner(op, like.device, size)) is not None:
         return implementations[known] if known in names else preferred
     plain = type(like) in (Tensor, nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
-    if _racing or not plain or like.numel() == 0 or op not in verified.registered() or capturing(like.device):
+    if (
+        _racing
+        or not plain
+        or like.numel() == 0
+        or op not in verification.registered()
+        or capturing(like.device)
+    ):
         return preferred
 
     def find_out(*args: Any) -> Any:
@@ -62,7 +68,7 @@ def _race(
     before, _racing = _racing, True
     try:
         calls = {name: _call(run, args) for name, run in implementations.items()}
-        return verified.fastest(op, device, size, calls)
+        return verification.fastest(op, device, size, calls)
     finally:
         _racing = before
 

@@ -2,14 +2,14 @@
 row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.ops._register import register
-from fastdynat.ops._rows import bad_classes, check_classes, check_device, check_logits, wide_dtype
+from fastdynat.ops._register import register_operator
+from fastdynat.ops._rows import bad_classes, check_class_indices, check_logits, check_same_device, wide_dtype
 from fastdynat.ops._select import select
 
 OP = "attack_logit_grad"
@@ -99,18 +99,12 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
     return grad.to(logits.dtype), value
 
 
-def _fake(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: bool) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return grad, logits.new_empty(logits.shape[0], dtype=wide_dtype(logits))
 
 
-IMPLEMENTATIONS = register(
-    OP,
-    "(Tensor logits, Tensor labels, int loss, bool rescale, bool targeted) -> (Tensor grad, Tensor value)",
-    eager=_eager,
-    fake=_fake,
-    module=OP,
-)
+IMPLEMENTATIONS = register_operator(OP, eager=_eager, fake=_fake)
 
 
 def attack_logit_grad(
@@ -163,12 +157,11 @@ def attack_logit_grad(
     if loss == "kl" or (loss == "ce" and labels.dim() == 2):
         what = "log-probabilities" if loss == "kl" else "probabilities"
         if labels.shape != logits.shape or not labels.is_floating_point():
-            raise ValueError(
-                f"{OP}: labels must be {what} of shape {tuple(logits.shape)}, got {labels.dtype} {tuple(labels.shape)}"
-            )
-        check_device(OP, "labels", labels, logits)
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"{OP}: labels must be {what} of shape {tuple(logits.shape)}, got {got}")
+        check_same_device(OP, "labels", labels, logits)
         code = code if loss == "kl" else SOFT_CE
     else:
-        check_classes(OP, "labels", labels, logits)
+        check_class_indices(OP, "labels", labels, logits)
     run = select(OP, IMPLEMENTATIONS, backend, logits)
     return AttackGrad(*run(logits.detach(), labels.detach(), code, rescale, targeted))

@@ -1,11 +1,13 @@
 """A training batch from a resident uint8 set: gather, crop, flip and conversion in one pass."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.errors import UserError
-from fastdynat.ops._register import register
+from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import select
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -99,27 +101,13 @@ def _eager(
     return x if outside is None else x.masked_fill_(outside.view(-1, 1, 1, 1), torch.nan)
 
 
-def _fake(
-    images: Tensor,
-    indices: Tensor,
-    shifts: Tensor | None,
-    flips: Tensor | None,
-    pad: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
+def _fake(images: Tensor, indices: Tensor, dtype: torch.dtype, channels_last: bool, **_: Any) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (indices.shape[0], *images.shape[1:])
     return torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
 
 
-IMPLEMENTATIONS = register(
-    "augment",
-    "(Tensor images, Tensor indices, Tensor? shifts, Tensor? flips, int pad, ScalarType dtype, bool channels_last) -> Tensor",
-    eager=_eager,
-    fake=_fake,
-    module="augment",
-)
+IMPLEMENTATIONS = register_operator("augment", eager=_eager, fake=_fake)
 
 
 def augment(

@@ -13,18 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat import verification as verified
+from fastdynat import verification
 
 NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: torch itself has the kernel
-SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups)"
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """The definition, in plain torch."""
-    out = F.conv2d(x, weight, bias, *geometry)
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return (out if residual is None else out + residual).relu_()
 
 
@@ -39,13 +45,15 @@ def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 
 # Anywhere else the definition stands in, so that networks that were rewritten to use the operator are tested
 # without a GPU.
-torch.library.define(NAME, f"{SIGNATURE} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    NAME, torch.library.infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+)
 torch.library.impl(NAME, "default", reference)
 torch.library.impl(NAME, "cuda", cudnn)
 torch.library.register_fake(NAME, reference)
 
 
-def check_name(dtype: torch.dtype) -> str:
+def conv_relu_check_name(dtype: torch.dtype) -> str:
     """The name of the operator's check for `dtype`."""
     return f"conv_relu_{str(dtype).removeprefix('torch.')}"
 
@@ -58,8 +66,8 @@ def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     importlib.import_module("fastdynat.ops.checks")  # registers the tables, which import this file
-    name = check_name(dtype)
-    return name in verified.registered() and "cudnn" in verified.right(name, device)
+    name = conv_relu_check_name(dtype)
+    return name in verification.registered() and "cudnn" in verification.right(name, device)
 
 
 class _ConvReLU(torch.autograd.Function):
@@ -132,8 +140,8 @@ def conv_relu(
     shape = result_shape(x, weight, geometry)
     if residual is not None and (residual.shape != shape or residual.dtype != weight.dtype):
         raise ValueError(
-            f"conv_relu: residual is {residual.dtype} {tuple(residual.shape)}, expected {weight.dtype} {tuple(shape)}; add it "
-            "to conv2d's result where it is to be broadcast or converted"
+            f"conv_relu: residual is {residual.dtype} {tuple(residual.shape)}, expected {weight.dtype} "
+            f"{tuple(shape)}; add it to conv2d's result where it is to be broadcast or converted"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:

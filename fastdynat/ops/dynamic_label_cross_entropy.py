@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.ops._register import register
+from fastdynat.ops._register import register_operator
 from fastdynat.ops._rows import (
     bad_classes,
-    check_classes,
-    check_device,
+    check_class_indices,
     check_logits,
     check_per_row,
+    check_same_device,
     save_grad,
     scale_grad,
     wide_dtype,
@@ -111,17 +111,7 @@ def _reference(*args: Any) -> Outputs:
     return _eager(*inputs)
 
 
-def _fake(
-    target_logits: Tensor,
-    guide: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    soft: bool,
-    temperature: float,
-    label_smoothing: float,
-    reduction: int,
-    with_grad: bool,
-) -> Outputs:
+def _fake(target_logits: Tensor, labels: Tensor | None, reduction: int, with_grad: bool, **_: Any) -> Outputs:
     n, k = target_logits.shape
     wide = wide_dtype(target_logits)
     loss = target_logits.new_empty((n,) if reduction == 0 else (), dtype=wide)
@@ -140,14 +130,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return scale_grad(ctx, grad_loss), *(None,) * 8
 
 
-IMPLEMENTATIONS = register(
+IMPLEMENTATIONS = register_operator(
     OP,
-    "(Tensor target_logits, Tensor guide, Tensor? labels, Tensor? weights, bool soft, float temperature, "
-    "float label_smoothing, int reduction, bool with_grad) "
-    "-> (Tensor loss, Tensor counts, Tensor predictions, Tensor dynamic_labels, Tensor grad)",
     eager=_eager,
     fake=_fake,
-    module=OP,
     backward=_backward,
     setup_context=_setup_context,
     reference=_reference,
@@ -206,11 +192,12 @@ def dynamic_label_cross_entropy(
         check_logits(OP, "guide", guide, 1)
         if guide.shape != target_logits.shape:
             raise ValueError(
-                f"{OP}: guide has shape {tuple(guide.shape)} but target_logits has shape {tuple(target_logits.shape)}"
+                f"{OP}: guide has shape {tuple(guide.shape)} but target_logits has "
+                f"shape {tuple(target_logits.shape)}"
             )
-        check_device(OP, "guide", guide, target_logits)
+        check_same_device(OP, "guide", guide, target_logits)
     if labels is not None:
-        check_classes(OP, "labels", labels, target_logits)
+        check_class_indices(OP, "labels", labels, target_logits)
     if weights is not None:
         check_per_row(OP, "weights", weights, target_logits)
         weights = weights.detach().to(wide_dtype(target_logits))

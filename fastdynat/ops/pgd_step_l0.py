@@ -1,15 +1,13 @@
-"""The L0 PGD step: ascend along the gradient, then keep the pixels that have come furthest and reset the
-others.
-"""
+"""The L0 PGD step: ascend along the gradient, keep the pixels that moved furthest, reset all others."""
 
 import torch
 from torch import Tensor
 
-from fastdynat.ops._layout import images_together, one_order
-from fastdynat.ops._register import register
-from fastdynat.ops._select import select
-from fastdynat.ops._step import check_step
+from fastdynat.ops._register import register_operator
+from fastdynat.ops._step import check_step, empty_point, run_step
 from fastdynat.ops.pgd_step_l2 import finite_gradient
+
+OP = "pgd_step_l0"
 
 
 def _eager(
@@ -22,25 +20,13 @@ def _eager(
     length = g.abs().sum((1, 2, 3), keepdim=True)
     z = (x_adv.double() + step_size / torch.where(length > 0, length, 1.0) * g).to(x_adv.dtype).clamp(lo, hi)
     score = (z - x0).square().sum(1, keepdim=True).nan_to_num(0.0)
-    # A stable order is by index where the scores are equal.
+    # A stable sort keeps pixels of equal score in row-major order.
     order = score.flatten(1).sort(stable=True, dim=1, descending=True).indices
     kept = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :pixels], True).reshape(score.shape)
     return torch.empty_like(x_adv).copy_(torch.where(kept | z.isnan(), z, x0))
 
 
-def _fake(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, pixels: int, lo: float, hi: float
-) -> Tensor:
-    return torch.empty_like(x_adv)
-
-
-IMPLEMENTATIONS = register(
-    "pgd_step_l0",
-    "(Tensor x_adv, Tensor grad, Tensor x0, float step_size, int pixels, float lo, float hi) -> Tensor",
-    eager=_eager,
-    fake=_fake,
-    module="pgd_step_l0",
-)
+IMPLEMENTATIONS = register_operator(OP, eager=_eager, fake=empty_point)
 
 
 def pgd_step_l0(
@@ -54,21 +40,20 @@ def pgd_step_l0(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return x_adv + step_size * grad / ||grad||_1, clipped, in the `pixels` pixels where it is furthest from
-    x0.
+    """Step along grad / ||grad||_1, clip, keep the `pixels` pixels furthest from x0, reset the others to x0.
 
-    All channels of a pixel go together; "furthest" is by the sum of the squares of what is left of the
-    displacement after clipping to [lo, hi], in the dtype of `x_adv`, and of equal pixels those first in
-    row-major order are kept. All other pixels are those of x0. Exact selection, not by sorting but by
-    bisection on the bits of the distances. PGD-L0 of Croce & Hein 2019 (arXiv 1909.05040); the authors' code
-    ranks by the squared distance to the point before clipping that a pixel gains over x0 instead, which
-    differs only for pixels that are clipped.
+    All channels of a pixel go together. The distance of a pixel is the sum over channels of the squared
+    displacement from x0 after clipping to [lo, hi], in the dtype of `x_adv`; of pixels at equal distance the
+    first in row-major order are kept. Kernels select exactly, by bisection on the bits of the distances.
+    Source: PGD-L0 of Croce & Hein 2019 (arXiv 1909.05040). The authors' code ranks pixels by how much nearer
+    they are than x0 to the point before clipping, which differs only for clipped pixels. The result is a new,
+    detached tensor.
 
     Gradient entries that are NaN count as 0, infinite ones as the largest finite value (float64 images:
     1e150, and less than 1e-150 is 0). Where all are 0 the image makes no step. A pixel with a NaN in `x_adv`
-    or `x0` counts as not displaced, and the NaN stays. A negative `step_size` descends. The norm is summed in
-    float64, in another order in each backend: pixels whose distances are equal but for rounding may be told
-    apart differently.
+    or `x0` counts as not displaced, and the NaN stays. A negative `step_size` descends. Each backend sums
+    the norm in float64 in its own order, so that pixels at equal distance up to rounding may be ranked
+    differently.
 
     Args:
         x_adv: the current points, (N, C, H, W), float32 or float64, in [lo, hi]. Its memory layout is the
@@ -77,7 +62,7 @@ def pgd_step_l0(
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
         step_size: L1 length of the move before clipping, in units of the pixel range.
-        pixels: how many may differ from x0, >= 0.
+        pixels: number of pixels that may differ from x0, >= 0.
         lo, hi: the pixel range, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
@@ -86,10 +71,9 @@ def pgd_step_l0(
         RuntimeError: the backend asked for cannot run here.
     """
     if x_adv.dim() != 4:
-        raise ValueError(f"pgd_step_l0: x_adv must be (N, C, H, W), got shape {tuple(x_adv.shape)}")
-    check_step("pgd_step_l0", x_adv, grad, x0, step_size, 0.0, lo, hi)
+        raise ValueError(f"{OP}: x_adv must be (N, C, H, W), got shape {tuple(x_adv.shape)}")
+    check_step(OP, x_adv, grad, x0, step_size, 0.0, lo, hi)
     if pixels < 0:
-        raise ValueError(f"pgd_step_l0: pixels must be >= 0, got {pixels}")
-    run = select("pgd_step_l0", IMPLEMENTATIONS, backend, x_adv)
-    x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
-    return run(x_adv, grad, x0, float(step_size), pixels, float(lo), float(hi))
+        raise ValueError(f"{OP}: pixels must be >= 0, got {pixels}")
+    arguments = (float(step_size), pixels, float(lo), float(hi))
+    return run_step(OP, IMPLEMENTATIONS, backend, (x_adv, grad, x0), arguments)

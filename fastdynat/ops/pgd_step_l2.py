@@ -1,25 +1,25 @@
 """The L2 PGD step: ascend along the normalised gradient, project onto the ball, clip to the pixel range."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastdynat.ops._layout import images_together, one_order
-from fastdynat.ops._register import register
-from fastdynat.ops._select import select
-from fastdynat.ops._step import AttackStep, check_images, check_low, check_step, empty_step
+from fastdynat.ops._register import register_operator
+from fastdynat.ops._step import AttackStep, empty_step, step_onto_ball
 
-# The squares of gradient entries in this range neither overflow nor vanish in float64. Every float32 lies in
-# it.
+OP = "pgd_step_l2"
+# Squares of gradient entries in this range neither overflow nor vanish in float64; every float32 is in it.
 SMALLEST, LARGEST = 1e-150, 1e150
 
 
 def _per_image(t: Tensor, like: Tensor) -> Tensor:
-    """(N,) shaped so that it broadcasts over the images of `like`."""
+    """View `t` (N,) so that it broadcasts over the images of `like`."""
     return t.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def finite_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad` in the dtype of the images: NaN is 0, infinity the largest finite value."""
+    """Return `grad` in the dtype of the images, with NaN as 0 and infinity as the largest finite value."""
     grad = torch.nan_to_num(grad.to(dtype), nan=0.0)
     if dtype == torch.float64:
         grad = torch.where(grad.abs() < SMALLEST, 0.0, grad.clamp(-LARGEST, LARGEST))
@@ -36,46 +36,26 @@ def _eager(
     hi: float,
     low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference. Kernels take the norm of the moved delta from three sums; here it is taken from the
-    delta.
-    """
+    """The reference. It takes the norm of the moved delta directly; kernels compute it from three sums."""
     g = finite_gradient(grad, x_adv.dtype)
     pixels = (x_adv.shape[0], x_adv[:1].numel())
-    # Dividing by the largest entry keeps the squares in the range of float32. It is 0 only where all entries
-    # are.
+    # Dividing by the largest entry keeps squares in the range of float32; it is 0 only if all entries are.
     largest = torch.cat([g.reshape(pixels).abs(), g.new_zeros(pixels[0], 1)], 1).amax(1)
     g = g / _per_image(torch.where(largest > 0, largest, 1.0), g)
     length = torch.linalg.vector_norm(g.reshape(pixels), dim=1).clamp_min(1.0)
     delta = x_adv - x0 + step_size * (g / _per_image(length, g))
     norm = torch.linalg.vector_norm(delta.reshape(pixels), dim=1)
-    delta = delta * _per_image(
-        torch.where(norm <= eps, 1.0, eps / norm), delta
-    )  # a norm that is NaN makes NaN
+    # A NaN norm makes the whole image NaN.
+    delta = delta * _per_image(torch.where(norm <= eps, 1.0, eps / norm), delta)
     x = (x0 + delta).clamp(lo, hi)
     return x, x.to(low_dtype) if low_dtype is not None else x.new_empty(0), largest > 0
 
 
-def _fake(
-    x_adv: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    step_size: float,
-    eps: float,
-    lo: float,
-    hi: float,
-    low_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x_adv: Tensor, low_dtype: torch.dtype | None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_step(x_adv, low_dtype, True)
 
 
-IMPLEMENTATIONS = register(
-    "pgd_step_l2",
-    "(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, float lo, float hi, "
-    "ScalarType? low_dtype=None) -> (Tensor x, Tensor low, Tensor moved)",
-    eager=_eager,
-    fake=_fake,
-    module="pgd_step_l2",
-)
+IMPLEMENTATIONS = register_operator(OP, eager=_eager, fake=_fake)
 
 
 def pgd_step_l2(
@@ -89,13 +69,13 @@ def pgd_step_l2(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return clamp(x0 + P(x_adv + step_size * grad / ||grad||_2 - x0), lo, hi) per image, out of place and
-    detached.
+    """Return clamp(x0 + P(x_adv + step_size * grad / ||grad||_2 - x0), lo, hi) per image, as a new tensor.
 
-    P scales what is longer than `eps` to that length. Kernels sum in float64 and round once, so that they
+    P scales a vector longer than `eps` to that length. Kernels sum in float64 and round once, so that they
     differ from each other by an ulp at most; "eager" computes in the dtype of `x_adv` (float32: within 1e-6
-    for pixels in [0, 1]). The rounding of each pixel to that dtype is all that can leave the ball. Madry et
-    al. 2018 (arXiv 1706.06083), section 2.1, with the steepest ascent of the L2 norm.
+    for pixels in [0, 1]). The result can leave the ball only by the rounding of its pixels to that dtype.
+    Source: Madry et al. 2018 (arXiv 1706.06083), section 2.1, with the steepest ascent of the L2 norm. The
+    result is detached.
 
     Gradient entries that are NaN count as 0, infinite ones as the largest finite value of x_adv's dtype; for
     float64 images entries below 1e-150 count as 0 and those above 1e150 as 1e150. Where all are 0 the image
@@ -117,8 +97,8 @@ def pgd_step_l2(
         ValueError: shapes, dtypes, devices or bounds do not fit; UserError for an unknown backend.
         RuntimeError: the backend asked for cannot run here.
     """
-    x, _, _ = _run(x_adv, grad, x0, step_size, eps, lo, hi, None, backend)
-    return x
+    bounds = (step_size, eps, lo, hi)
+    return step_onto_ball(OP, IMPLEMENTATIONS, backend, (x_adv, grad, x0), bounds).x_adv
 
 
 def attack_step_l2(
@@ -133,32 +113,13 @@ def attack_step_l2(
     low_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> AttackStep:
-    """`pgd_step_l2`, and from the same pass over memory what an attack loop would read the tensors again for.
+    """`pgd_step_l2` with a half-precision copy and the mask of moved images from the same pass.
 
     Args:
         x_adv, grad, x0, step_size, eps, lo, hi, backend: as in `pgd_step_l2`.
-        low_dtype: also return the new point in bfloat16 or float16, for a network that reads it so.
+        low_dtype: also return the new point in bfloat16 or float16, for a network in that dtype.
 
     Raises: as `pgd_step_l2`.
     """
-    x, low, moved = _run(x_adv, grad, x0, step_size, eps, lo, hi, low_dtype, backend)
-    return AttackStep(x, low if low_dtype is not None else None, moved)
-
-
-def _run(
-    x_adv: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    step_size: float,
-    eps: float,
-    lo: float,
-    hi: float,
-    low_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_images("pgd_step_l2", x_adv)
-    check_step("pgd_step_l2", x_adv, grad, x0, step_size, eps, lo, hi)
-    check_low("pgd_step_l2", low_dtype)
-    run = select("pgd_step_l2", IMPLEMENTATIONS, backend, x_adv)
-    x_adv, grad, x0 = one_order(images_together(x_adv.detach()), grad.detach(), x0.detach())
-    return run(x_adv, grad, x0, float(step_size), float(eps), float(lo), float(hi), low_dtype)
+    bounds = (step_size, eps, lo, hi)
+    return step_onto_ball(OP, IMPLEMENTATIONS, backend, (x_adv, grad, x0), bounds, low_dtype)

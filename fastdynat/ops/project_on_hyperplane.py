@@ -2,12 +2,14 @@
 every step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdynat.errors import unknown_name
 from fastdynat.ops._layout import images_together, one_order
-from fastdynat.ops._register import register
+from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import select
 from fastdynat.ops._step import GRAD_DTYPES, IMAGE_DTYPES
 
@@ -48,17 +50,11 @@ def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float,
     return torch.empty_like(x).copy_(z.clamp(lo, hi))
 
 
-def _fake(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float, hi: float) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-IMPLEMENTATIONS = register(
-    "project_on_hyperplane",
-    "(Tensor x, Tensor w, Tensor value, Tensor at, bool l2, float lo, float hi) -> Tensor",
-    eager=_eager,
-    fake=_fake,
-    module="project_on_hyperplane",
-)
+IMPLEMENTATIONS = register_operator("project_on_hyperplane", eager=_eager, fake=_fake)
 
 
 def project_on_hyperplane(

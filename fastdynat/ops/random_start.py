@@ -1,11 +1,13 @@
 """The random starting point of an attack, from a counter-based generator that a CUDA graph can advance."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdynat.errors import unknown_name
 from fastdynat.ops._layout import images_together
-from fastdynat.ops._register import register
+from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import select
 from fastdynat.ops._step import IMAGE_DTYPES
 
@@ -114,17 +116,11 @@ def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: flo
     return torch.empty_like(x).copy_(moved.view(x.shape))
 
 
-def _fake(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(images_together(x))
 
 
-IMPLEMENTATIONS = register(
-    "random_start",
-    "(Tensor x, Tensor state, int kind, float scale, float lo, float hi) -> Tensor",
-    eager=_eager,
-    fake=_fake,
-    module="random_start",
-)
+IMPLEMENTATIONS = register_operator("random_start", eager=_eager, fake=_fake)
 
 
 def random_start(

@@ -7,8 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdynat.ops._register import register
-from fastdynat.ops._rows import bad_classes, check_classes, check_logits, save_grad, scale_grad, wide_dtype
+from fastdynat.ops._register import register_operator
+from fastdynat.ops._rows import (
+    bad_classes,
+    check_class_indices,
+    check_logits,
+    save_grad,
+    scale_grad,
+    wide_dtype,
+)
 from fastdynat.ops._select import select
 
 OP = "soft_margin"
@@ -55,7 +62,7 @@ def _reference(logits: Tensor, labels: Tensor, temperature: float, with_grad: bo
     return _eager(logits, labels, temperature, with_grad and not logits.requires_grad)
 
 
-def _fake(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, with_grad: bool, **_: Any) -> tuple[Tensor, Tensor]:
     n, k = logits.shape
     wide = wide_dtype(logits)
     return logits.new_empty(n, dtype=wide), logits.new_empty((n, k) if with_grad else (0,), dtype=wide)
@@ -69,12 +76,10 @@ def _backward(ctx: Any, grad_margin: Tensor | None, _: Any) -> tuple[Tensor | No
     return scale_grad(ctx, grad_margin), *(None,) * 3
 
 
-IMPLEMENTATIONS = register(
+IMPLEMENTATIONS = register_operator(
     OP,
-    "(Tensor logits, Tensor labels, float temperature, bool with_grad) -> (Tensor margin, Tensor grad)",
     eager=_eager,
     fake=_fake,
-    module=OP,
     backward=_backward,
     setup_context=_setup_context,
     reference=_reference,
@@ -128,7 +133,7 @@ def _run(
     logits: Tensor, labels: Tensor, temperature: float, with_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_logits(OP, "logits", logits, 2)
-    check_classes(OP, "labels", labels, logits)
+    check_class_indices(OP, "labels", labels, logits)
     if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
         raise ValueError(
             f"{OP}: temperature must be positive, from 1e-30 to 1e30, got {temperature}; DyART takes 5"

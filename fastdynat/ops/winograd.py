@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdynat.ops._register import register
+from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import select
 
 CONV, WEIGHTS = "winograd_conv3x3", "winograd_weights"
@@ -50,16 +50,15 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b_t, a_t = x.new_tensor(B_T), x.new_tensor(A_T)
     v = torch.einsum("pi,nctsij,qj->pqntsc", b_t, windows, b_t).reshape(POINTS, n * down * across, c)
     m = torch.bmm(v, weight).view(TILE + 2, TILE + 2, n, down, across, k)
-    y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)[
-        :, :height, :width
-    ]
+    y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)
+    y = y[:, :height, :width]
     y = y if bias is None else y + bias
     return y.contiguous().permute(0, 3, 1, 2)
 
 
-def _fake_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    n, _, height, width = x.shape
-    return x.new_empty(n, weight.shape[2], height, width).contiguous(memory_format=torch.channels_last)
+def _fake_conv(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[2], *x.shape[2:])
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _eager_weights(weight: Tensor, forward: Tensor, backward: Tensor) -> None:
@@ -70,25 +69,19 @@ def _eager_weights(weight: Tensor, forward: Tensor, backward: Tensor) -> None:
     backward.copy_(torch.einsum("pi,kcij,qj->pqkc", g, w.flip(2, 3), g).reshape(backward.shape))
 
 
-def _fake_weights(weight: Tensor, forward: Tensor, backward: Tensor) -> None:
+def _fake_weights(**_: Any) -> None:
     return None
 
 
 # For the CPU alone: on a GPU cuDNN has Winograd kernels of its own, and tensor cores that are faster still.
-CONV_IMPLEMENTATIONS = register(
-    CONV, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", eager=_eager_conv, fake=_fake_conv, module=None
-)
-WEIGHTS_IMPLEMENTATIONS = register(
-    WEIGHTS,
-    "(Tensor weight, Tensor(a!) forward, Tensor(b!) backward) -> ()",
-    eager=_eager_weights,
-    fake=_fake_weights,
-    module=None,
+CONV_IMPLEMENTATIONS = register_operator(CONV, eager=_eager_conv, fake=_fake_conv, gpu=False)
+WEIGHTS_IMPLEMENTATIONS = register_operator(
+    WEIGHTS, eager=_eager_weights, fake=_fake_weights, gpu=False, mutates=("forward", "backward")
 )
 
 
 class _Conv(torch.autograd.Function):
-    """Has its context set apart, unlike what `register` makes: torch.func needs that."""
+    """The convolution with a separate setup_context, which torch.func needs."""
 
     @staticmethod
     def forward(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str) -> Tensor:

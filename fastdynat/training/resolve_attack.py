@@ -9,7 +9,7 @@ from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
 from fastdynat.training.resolved_config import ResolvedAttack, filled_in
-from fastdynat.units import describe, parse_size
+from fastdynat.units import describe_size, parse_size
 
 # TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
 PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
@@ -52,7 +52,7 @@ def resolved_attack(
         start=defaults.start if attack.start == "auto" else attack.start,
     )
     _check(resolved, method)
-    notes.append(f"{announcement(resolved, method)}; evaluated at eps {describe(resolved.eval_eps)}")
+    notes.append(f"{announcement(resolved, method)}; evaluated at eps {describe_size(resolved.eval_eps)}")
     notes += _unused(attack, method, usual_step)
     return resolved
 
@@ -90,13 +90,13 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
     """The attack of training in one line."""
     if not method.attacks:
         return f"no attack in training ({attack.norm})"
-    used = f"{attack.norm} eps {describe(attack.eps)}, "
+    used = f"{attack.norm} eps {describe_size(attack.eps)}, "
     if "steps" in method.unused_attack:
         return f"{used}{_own_attack(method)}"
     if "step_size" in method.unused_attack:
         used += f"{attack.steps} iterations of a search of its own"
     else:
-        used += f"{attack.steps} steps of {describe(attack.step_size)}"
+        used += f"{attack.steps} steps of {describe_size(attack.step_size)}"
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     return used

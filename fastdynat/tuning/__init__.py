@@ -4,11 +4,11 @@ from fastdynat.machine import capability, half_types, processor, quiet_clock, ra
 from fastdynat.tuning.choices import (
     MARGIN,
     Choice,
+    choice_table,
     choose,
     faster_types,
     remembered,
     slower_than_float32,
-    table,
 )
 from fastdynat.tuning.convolution_costs import Convolution, Costs
 from fastdynat.tuning.workload import ANY, Layer, Workload
@@ -22,6 +22,7 @@ __all__ = [
     "Layer",
     "Workload",
     "capability",
+    "choice_table",
     "choose",
     "faster_types",
     "half_types",
@@ -31,5 +32,4 @@ __all__ = [
     "racing",
     "remembered",
     "slower_than_float32",
-    "table",
 ]

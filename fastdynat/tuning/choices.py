@@ -10,8 +10,17 @@ from typing import Any
 import torch
 
 from fastdynat.machine import Clock, OtherLoad, free_cores, half_types, one_thread, processor, race
-from fastdynat.tuning import measurements as store
-from fastdynat.tuning.workload import ANY, TINY, Layer, Setting, Workload, passes, settings, update
+from fastdynat.tuning import measurements
+from fastdynat.tuning.workload import (
+    ANY,
+    TINY,
+    ConvolutionSetting,
+    Layer,
+    Workload,
+    convolution_settings,
+    passes,
+    update_call,
+)
 
 # The surer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input
 # gradients need) wins unless another one is faster by so much: timings repeat to a few percent.
@@ -63,7 +72,9 @@ def choose(
         return _on_gpu(types, lacking, device)
     timed = _timed(device, fast, clock, work)
     allowed = [
-        s for s in settings(types) if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)
+        s
+        for s in convolution_settings(types)
+        if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)
     ]
     allowed = [s for s in allowed if channels_last in (None, s.channels_last)]
     if not allowed:  # a half type without instructions is insisted on: oneDNN's emulation is the least slow
@@ -80,11 +91,11 @@ def _on_gpu(types: list[str], lacking: Mapping[str, str], device: torch.device) 
     )
 
 
-def _surest_first(setting: Setting) -> tuple[Any, ...]:
+def _surest_first(setting: ConvolutionSetting) -> tuple[Any, ...]:
     return setting.amp != "off", setting.amp, setting.winograd, not setting.channels_last
 
 
-def _best(allowed: list[Setting], timed: Mapping[str, float]) -> Setting:
+def _best(allowed: list[ConvolutionSetting], timed: Mapping[str, float]) -> ConvolutionSetting:
     best, *others = sorted(allowed, key=_surest_first)
     for setting in others:
         if timed[setting.name] < timed[best.name] * (1 - MARGIN):
@@ -93,8 +104,8 @@ def _best(allowed: list[Setting], timed: Mapping[str, float]) -> Setting:
 
 
 def _reason(
-    best: Setting,
-    allowed: list[Setting],
+    best: ConvolutionSetting,
+    allowed: list[ConvolutionSetting],
     timed: Mapping[str, float],
     lacking: Mapping[str, str],
     amps: Collection[str],
@@ -116,7 +127,7 @@ def _timed(
     """Seconds per image of every setting of the CPU, by name: of this process, of an earlier one, or measured
     now.
     """
-    return _remembered("convolutions", device, settings(types), clock, work)
+    return _remembered("convolutions", device, convolution_settings(types), clock, work)
 
 
 def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = None) -> float:
@@ -129,7 +140,7 @@ def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = No
     if amp in fast:
         timed = _timed(device, fast, clock)
     else:
-        pair = [Setting("off", True), Setting(amp, True)]
+        pair = [ConvolutionSetting("off", True), ConvolutionSetting(amp, True)]
         timed = _remembered(f"{amp} emulated", device, pair, clock, TINY)
     best = {
         name: min(t for setting, t in timed.items() if setting.startswith(name)) for name in ("float32", amp)
@@ -138,7 +149,7 @@ def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = No
 
 
 def _remembered(
-    what: str, device: torch.device, wanted: list[Setting], clock: Clock | None, work: Workload
+    what: str, device: torch.device, wanted: list[ConvolutionSetting], clock: Clock | None, work: Workload
 ) -> dict[str, float]:
     trained = work.passes if math.isfinite(work.passes) else None
     shapes = [
@@ -170,7 +181,7 @@ class _DisturbedError(Exception):
     """Other processes computed beside a timing on all threads."""
 
 
-def _undisturbed(wanted: list[Setting], work: Workload, clock: Clock | None) -> dict[str, float]:
+def _undisturbed(wanted: list[ConvolutionSetting], work: Workload, clock: Clock | None) -> dict[str, float]:
     """`_race_layers` on all threads."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     if free_cores() < threads:
@@ -190,7 +201,7 @@ def _winograd(layer: Layer, work: Workload) -> list[float | None]:
     return [layer.scale(work.batch, o) if layer.repays(work.batch, work.passes, o) else None for o in layouts]
 
 
-def _race_layers(wanted: list[Setting], work: Workload, clock: Clock | None) -> dict[str, float]:
+def _race_layers(wanted: list[ConvolutionSetting], work: Workload, clock: Clock | None) -> dict[str, float]:
     """Seconds per image of all of `work`'s layers together: of a pair of passes, and of its share of an
     update.
     """
@@ -209,7 +220,7 @@ def _race_layers(wanted: list[Setting], work: Workload, clock: Clock | None) -> 
 
 
 def _race_updates(
-    wanted: list[Setting], work: Workload, layer: Layer, clock: Clock | None
+    wanted: list[ConvolutionSetting], work: Workload, layer: Layer, clock: Clock | None
 ) -> dict[str, float]:
     """What an update adds to each pair of passes, which Winograd's algorithm has no part in; 0 where nothing
     is trained.
@@ -220,7 +231,7 @@ def _race_updates(
     direct = [setting for setting in wanted if not setting.winograd]
     if not math.isfinite(work.passes):
         return {setting.name: 0.0 for setting in direct}
-    calls = {setting.name: update(setting, layer, layer.timed_images(work.batch)) for setting in direct}
+    calls = {setting.name: update_call(setting, layer, layer.timed_images(work.batch)) for setting in direct}
     least = race(calls, seconds=SECONDS / len(work.layers) / 2, clock=clock)
     return {name: seconds / max(work.passes, 1.0) for name, seconds in least.items()}
 
@@ -234,10 +245,10 @@ def remembered(
     text = _text(key, device)
     if text not in _known:
         key = json.loads(text)
-        seconds = store.load(key, names)
+        seconds = measurements.load_seconds(key, names)
         if seconds is None:
             seconds = measure()
-            store.save(key, seconds)
+            measurements.save_seconds(key, seconds)
         _known[text] = seconds
     return _known[text]
 
@@ -251,7 +262,7 @@ def faster_types(device: torch.device) -> list[str]:
     return [name for name, why_not in half_types(device).items() if not why_not]
 
 
-def table(device: torch.device) -> list[tuple[str, float | None, str]]:
+def choice_table(device: torch.device) -> list[tuple[str, float | None, str]]:
     """What the choices on `device` rest on: (setting, seconds or None where it is not timed, remark)."""
     lacking = half_types(device)
     if device.type == "cuda":

@@ -8,7 +8,6 @@ so a run that is resumed decides as it did before.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 TILE, POINTS = 4, 36  # of F(4x4, 3x3): 6x6 points are multiplied for 4x4 outputs
 # Tiles are worked on in parts that stay in the second cache (csrc/winograd.cpp); each part reads all weights.
@@ -97,8 +96,3 @@ class Convolution:
     def repays(self, costs: Costs, passes: float) -> bool:
         """Whether so many pairs of passes save more than transforming the weights takes."""
         return self.gain(costs) * passes > 2 * POINTS * self.filters * costs.transformed
-
-
-def shape_of(x: Any, weight: Any, channels_last: bool) -> Convolution:
-    """Of input (N, C, H, W) and weight (K, C, 3, 3)."""
-    return Convolution(x.shape[0], weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], channels_last)

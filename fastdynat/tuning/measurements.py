@@ -10,23 +10,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastdynat.machine import cache_folder as cache
+from fastdynat.machine import replace_text, user_cache
 
 FORMAT = "fastdynat-measured/1"
 MAX_BYTES = 1 << 16
 
 
-def folder() -> Path | None:
+def measurements_folder() -> Path | None:
     """Where the measurements are; None where there is no home."""
-    return cache.folder("measured")
+    return user_cache("measured")
 
 
 def _path(key: Mapping[str, Any]) -> Path | None:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    return None if (base := folder()) is None else base / f"{digest}.json"
+    return None if (base := measurements_folder()) is None else base / f"{digest}.json"
 
 
-def load(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | None:
+def load_seconds(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | None:
     """The seconds of `names` that were measured under `key`; None where there are none, or none that can be
     believed.
     """
@@ -50,11 +50,11 @@ def load(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | None:
     return seconds if ok else None
 
 
-def save(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+def save_seconds(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
     """Keep `seconds` under `key`, for whoever measures next; without a word where that is impossible."""
     path = _path(key)
     if path is None:
         return
     text = json.dumps({"format": FORMAT, "key": key, "seconds": dict(seconds)}, indent=1) + "\n"
     with suppress(OSError):
-        cache.replace_text(path, text)
+        replace_text(path, text)

@@ -117,7 +117,7 @@ TINY = Workload((Layer(64, 64, 12, 12),), batch=1)
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConvolutionSetting:
     """How convolutions are computed.
 
     Attributes:
@@ -140,21 +140,21 @@ class Setting:
         return ", ".join(words + ["Winograd"] * self.winograd)
 
     @property
-    def direct(self) -> "Setting":
+    def direct(self) -> "ConvolutionSetting":
         """Without Winograd's algorithm."""
         return replace(self, winograd=False)
 
 
-def settings(types: Sequence[str]) -> list[Setting]:
+def convolution_settings(types: Sequence[str]) -> list[ConvolutionSetting]:
     """All that can be asked of the CPU in `types`, float32 before them."""
-    found = [Setting(amp, last) for amp in ("off", *types) for last in (False, True)]
+    found = [ConvolutionSetting(amp, last) for amp in ("off", *types) for last in (False, True)]
     if available_backends()["cpp"] is None:
-        found += [Setting("off", last, winograd=True) for last in (False, True)]
+        found += [ConvolutionSetting("off", last, winograd=True) for last in (False, True)]
     return found
 
 
 def passes(
-    setting: Setting, layer: Layer = ANY.layers[0], images: int = LEAST_IMAGES
+    setting: ConvolutionSetting, layer: Layer = ANY.layers[0], images: int = LEAST_IMAGES
 ) -> Callable[[], object]:
     """One forward pass and input gradient of `layer` under `setting`. Draws nothing from torch's
     generators.
@@ -176,7 +176,7 @@ def passes(
     return call
 
 
-def update(setting: Setting, layer: Layer, images: int) -> Callable[[], object]:
+def update_call(setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], object]:
     """As `passes`, with the gradient of the weights, which are float32 and trained: a layer's share of an
     update.
     """
@@ -199,7 +199,7 @@ def update(setting: Setting, layer: Layer, images: int) -> Callable[[], object]:
     return call
 
 
-def _step(setting: Setting, layer: Layer, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _step(setting: ConvolutionSetting, layer: Layer, weight: Tensor) -> Callable[[Tensor], Tensor]:
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     if setting.winograd:
         transformed = winograd_weights(weight, backend="cpp")

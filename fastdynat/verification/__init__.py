@@ -23,29 +23,29 @@ call to call is left out, with one warning. One that crashes the process is reco
 check left and not tried again (`marks`). What says nothing about an implementation, such as no memory or no
 compiler for Triton, leaves it out in this process only. Verdicts are kept in the user's cache folder for this
 processor or GPU, driver, version of torch, Triton and fastdynat, and these sources. Nothing is run while
-torch.compile traces or a CUDA graph is captured: `prepare` before. ``fastdynat doctor --check`` shows all
+torch.compile traces or a CUDA graph is captured: `prepare_checks` before. ``fastdynat doctor --check`` shows all
 that is registered, checked with the cases that are too many to compile at a first use (`Case.deep`) as well.
 """
 
 from fastdynat.verification.isolated_run import DeviceLost, checking
 from fastdynat.verification.judge import (
     WrongImplementation,
-    describe,
+    describe_verdict,
     insist,
     known,
     peek,
-    prepare,
+    prepare_checks,
     right,
     verdicts,
 )
 from fastdynat.verification.operator_check import (
     REFERENCE,
     RIGHT,
+    CandidateVerdict,
     Case,
-    Check,
+    OperatorCheck,
     Timing,
-    Verdict,
-    register,
+    register_check,
     registered,
 )
 from fastdynat.verification.speed import fastest, timed, winner
@@ -53,20 +53,20 @@ from fastdynat.verification.speed import fastest, timed, winner
 __all__ = [
     "REFERENCE",
     "RIGHT",
+    "CandidateVerdict",
     "Case",
-    "Check",
     "DeviceLost",
+    "OperatorCheck",
     "Timing",
-    "Verdict",
     "WrongImplementation",
     "checking",
-    "describe",
+    "describe_verdict",
     "fastest",
     "insist",
     "known",
     "peek",
-    "prepare",
-    "register",
+    "prepare_checks",
+    "register_check",
     "registered",
     "right",
     "timed",

@@ -13,7 +13,7 @@ def difference(got: Any, expected: Any, tolerances: Tolerances, scale: float = 1
     """What is wrong with the outputs `got`; empty where they are `expected` within `tolerances`.
 
     got, expected: a tensor, None, or a tuple of these.
-    tolerances: see `Check.tolerance`; `scale` multiplies the absolute ones.
+    tolerances: see `OperatorCheck.tolerance`; `scale` multiplies the absolute ones.
     """
     ours, theirs = _flat(got), _flat(expected)
     if len(ours) != len(theirs):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdynat.errors import UserError, first_line, shortage
 from fastdynat.execution.synchronization import waits_on_purpose
 from fastdynat.verification.comparison import difference
-from fastdynat.verification.operator_check import RIGHT, Case, Check, Verdict
+from fastdynat.verification.operator_check import RIGHT, CandidateVerdict, Case, OperatorCheck
 
 Value = TypeVar("Value")
 CALLS = 2  # of each case: a race between threads may show in the second one only
@@ -65,7 +65,7 @@ def apart(run: Callable[[], Value]) -> Value:
     return result[0]
 
 
-class Stopped(Exception):
+class CheckInterrupted(Exception):
     """The caller was interrupted."""
 
 
@@ -83,7 +83,7 @@ class Prepared:
     candidates.
     """
 
-    def __init__(self, check: Check, device: torch.device, *, full_size: bool | None = None) -> None:
+    def __init__(self, check: OperatorCheck, device: torch.device, *, full_size: bool | None = None) -> None:
         """`full_size`: with the cases that are for GPUs only; None: where `device` is one."""
         self.check, self.device = check, device
         self.calls: list[tuple[Case, tuple[Any, ...], Any]] = []
@@ -93,7 +93,7 @@ class Prepared:
             args = case.make(device)
             self.calls.append((case, args, check.reference(*args)))
 
-    def examine(self, candidate: str, note: Callable[[str], None], *, deep: bool = True) -> Verdict:
+    def examine(self, candidate: str, note: Callable[[str], None], *, deep: bool = True) -> CandidateVerdict:
         """Run `candidate` on every case. `note` is told which case comes next, before it can do any harm.
 
         deep: False spares a candidate that compiles at its calls the cases that are `Case.deep`.
@@ -109,7 +109,7 @@ class Prepared:
                 continue
             note(case.name)
             if _stop.is_set():
-                raise Stopped
+                raise CheckInterrupted
             try:
                 found = self._of_case(run, case, args, expected)
             except Exception as error:  # whatever goes wrong in there is the finding
@@ -117,12 +117,12 @@ class Prepared:
                     raise NotNow(case.name, not_now(error)) from None
                 found = f"failed: {type(error).__name__}: {first_line(error)}"
                 if lost(self.device):
-                    verdict = Verdict(False, case.name, found)
+                    verdict = CandidateVerdict(False, case.name, found)
                     raise DeviceLost(_lost(self.check.name, candidate, verdict), verdict) from None
             if found:
                 # The next candidate's arguments, if this one has written to them.
                 self.calls[number] = (case, case.make(self.device), expected)
-                return Verdict(False, case.name, found)
+                return CandidateVerdict(False, case.name, found)
         return RIGHT
 
     def _of_case(self, run: Callable[..., Any], case: Case, args: tuple[Any, ...], expected: Any) -> str:
@@ -181,7 +181,7 @@ def lost(device: torch.device) -> bool:
     return False
 
 
-def _lost(name: str, candidate: str, verdict: Verdict) -> str:
+def _lost(name: str, candidate: str, verdict: CandidateVerdict) -> str:
     return (
         f"{name}: implementation {candidate!r} broke the CUDA context ({verdict.case}: {verdict.detail}), which no process "
         f"survives; start again: from now on {candidate!r} is left out for {name} on this machine"

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 import torch
 
 from fastdynat.errors import UserError
-from fastdynat.verification import verdict_store as store
+from fastdynat.verification import verdict_store
 from fastdynat.verification.crash_marks import mark
 from fastdynat.verification.isolated_run import DeviceLost, NotNow, Prepared, apart, lost, not_now
-from fastdynat.verification.operator_check import REFERENCE, Check, Verdict, registered
+from fastdynat.verification.operator_check import REFERENCE, CandidateVerdict, OperatorCheck, registered
 
-Verdicts = dict[str, Verdict]
+Verdicts = dict[str, CandidateVerdict]
 AGAIN = "`fastdynat doctor --check` checks it again"
 SAID_FROM = {"cpu": 10.0, "cuda": 0.5}  # seconds that a check may take without a word
 
@@ -32,7 +32,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def lock() -> threading.RLock:
+def checking_lock() -> threading.RLock:
     """Held while something is checked or timed."""
     return _lock
 
@@ -49,7 +49,7 @@ def peek(name: str, device: torch.device) -> Verdicts | None:
 def known(name: str, device: torch.device) -> Verdicts | None:
     """The verdicts on check `name` that this process has, or an earlier one left; nothing is run."""
     if (found := _known.get((name, device))) is None and name in registered():
-        found = store.load(store.key_of(registered()[name], device)).verdicts or None
+        found = verdict_store.load_verdicts(verdict_store.key_of(registered()[name], device)).verdicts or None
         if found is not None:
             _known[name, device] = found
             _warn(name, found)
@@ -75,12 +75,12 @@ def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdic
         found = {} if afresh else dict(_known.get((name, device), {}))
         if all(c in found for c in wanted):
             return found
-        key = store.key_of(check, device)
-        stored = store.load(key)
+        key = verdict_store.key_of(check, device)
+        stored = verdict_store.load_verdicts(key)
         before = {} if afresh else stored.verdicts
         found = before | found
         if missing := [c for c in wanted if c not in found]:
-            stored = store.Stored(stored.key, before, {} if afresh else stored.fastest)
+            stored = verdict_store.Stored(stored.key, before, {} if afresh else stored.fastest)
             found |= _examine(check, device, missing, key, stored, deep=afresh)
         _known[name, device] = found
     _warn(name, found)
@@ -88,11 +88,11 @@ def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdic
 
 
 def _examine(
-    check: Check,
+    check: OperatorCheck,
     device: torch.device,
     candidates: list[str],
     key: dict[str, object],
-    stored: store.Stored,
+    stored: verdict_store.Stored,
     *,
     deep: bool,
 ) -> Verdicts:
@@ -105,12 +105,12 @@ def _examine(
             for candidate in candidates:
                 with mark(key, candidate) as (left, note):
                     if why := str(left):
-                        found[candidate] = Verdict(False, left.case, why)
+                        found[candidate] = CandidateVerdict(False, left.case, why)
                         continue
                     try:
                         found[candidate] = prepared.examine(candidate, note, deep=deep)
                     except NotNow as error:
-                        unsure[candidate] = Verdict(False, *error.args)
+                        unsure[candidate] = CandidateVerdict(False, *error.args)
                     except DeviceLost as error:
                         found[candidate] = error.args[1]
                         _lost[device] = error.args[0]
@@ -119,32 +119,36 @@ def _examine(
     try:
         apart(run)
     except DeviceLost as error:
-        store.save(store.Stored(stored.key, found, stored.fastest))
+        verdict_store.save_verdicts(verdict_store.Stored(stored.key, found, stored.fastest))
         raise DeviceLost(error.args[0]) from None
     except Exception as error:  # the reference itself, or no memory for the cases
         if lost(device):
             raise
-        nothing = Verdict(False, "before the first case", not_now(error))
+        nothing = CandidateVerdict(False, "before the first case", not_now(error))
         unsure |= {c: nothing for c in candidates if c not in found and c not in unsure}
     if not deep:  # what a deep check of another process has found wrong meanwhile stays so
-        found |= {name: verdict for name, verdict in store.load(key).verdicts.items() if not verdict.right}
+        found |= {
+            name: verdict
+            for name, verdict in verdict_store.load_verdicts(key).verdicts.items()
+            if not verdict.right
+        }
     if found:
-        store.save(store.Stored(stored.key, found, stored.fastest))
+        verdict_store.save_verdicts(verdict_store.Stored(stored.key, found, stored.fastest))
     return found | unsure
 
 
-_warned: set[tuple[str, str, Verdict]] = set()
+_warned: set[tuple[str, str, CandidateVerdict]] = set()
 
 
 def _warn(name: str, found: Verdicts) -> None:
     for candidate, verdict in found.items():
         if not verdict.right and (name, candidate, verdict) not in _warned:
             _warned.add((name, candidate, verdict))
-            text = f"{name}: implementation {candidate!r} is left out: {describe(verdict)}; {AGAIN}"
+            text = f"{name}: implementation {candidate!r} is left out: {describe_verdict(verdict)}; {AGAIN}"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def describe(verdict: Verdict) -> str:
+def describe_verdict(verdict: CandidateVerdict) -> str:
     """The case and the deviation."""
     return f"wrong in case {verdict.case!r}: {verdict.detail}"
 
@@ -165,11 +169,11 @@ def insist(name: str, candidate: str, device: torch.device) -> None:
     verdict = verdicts(name, device).get(candidate)
     if verdict is not None and not verdict.right:
         raise WrongImplementation(
-            f"{name}: implementation {candidate!r} was asked for but is {describe(verdict)}; {AGAIN}"
+            f"{name}: implementation {candidate!r} was asked for but is {describe_verdict(verdict)}; {AGAIN}"
         )
 
 
-def prepare(device: torch.device, names: Iterable[str] | None = None) -> None:
+def prepare_checks(device: torch.device, names: Iterable[str] | None = None) -> None:
     """Check now what would be checked at its first use: all that is registered, or `names`.
 
     For whoever is about to capture a CUDA graph or to compile, where nothing can be checked any more. Says
@@ -180,6 +184,6 @@ def prepare(device: torch.device, names: Iterable[str] | None = None) -> None:
         verdicts(name, device)
     took = time.perf_counter() - begin
     if took > SAID_FROM.get(device.type, 1.0):
-        store.log.warning(
+        verdict_store.log.warning(
             "compared the operators' implementations with eager on this machine, once, in %.1f s", took
         )

@@ -1,4 +1,4 @@
-"""`Check`: one computation, its interchangeable implementations, and the cases on which they must agree."""
+"""`OperatorCheck`: one computation, its interchangeable implementations, and the cases on which they must agree."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ class Case:
         scale: factor of the absolute tolerances, where values are larger than 1.
         gpu_only: skipped on the CPU, where it takes too long.
         deep: one more specialisation of a kernel whose others are in the table. At first use, candidates that compile each of
-            them (`Check.compiling`) are spared it; a deep check, ``fastdynat doctor --check``, is not.
+            them (`OperatorCheck.compiling`) are spared it; a deep check, ``fastdynat doctor --check``, is not.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _always(candidate: str, device: torch.device) -> str | None:
 
 
 @dataclass(frozen=True)
-class Check:
+class OperatorCheck:
     """A computation with several implementations, of which only the right ones may run.
 
     Attributes:
@@ -80,7 +80,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CandidateVerdict:
     """What became of a candidate.
 
     Attributes:
@@ -94,12 +94,12 @@ class Verdict:
     detail: str = ""
 
 
-RIGHT = Verdict(True)
-_registry: dict[str, Check] = {}
+RIGHT = CandidateVerdict(True)
+_registry: dict[str, OperatorCheck] = {}
 
 
-def register(check: Check) -> Check:
-    """Make `check` known to `prepare` and to ``fastdynat doctor --check``; a later one of the same name takes
+def register_check(check: OperatorCheck) -> OperatorCheck:
+    """Make `check` known to `prepare_checks` and to ``fastdynat doctor --check``; a later one of the same name takes
     its place.
     """
     if REFERENCE in check.candidates:
@@ -108,6 +108,6 @@ def register(check: Check) -> Check:
     return check
 
 
-def registered() -> dict[str, Check]:
+def registered() -> dict[str, OperatorCheck]:
     """The checks by name, in the order of their registration."""
     return dict(_registry)

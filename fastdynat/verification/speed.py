@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from fastdynat.machine import one_thread, race, race_on_gpu
-from fastdynat.verification import verdict_store as store
-from fastdynat.verification.judge import lock
+from fastdynat.verification import verdict_store
+from fastdynat.verification.judge import checking_lock
 from fastdynat.verification.operator_check import registered
 
 # By how much another one must be faster than the preferred one. On the CPU no timing near that decides, so
@@ -36,7 +36,7 @@ def fastest(name: str, device: torch.device, size: str, calls: Mapping[str, Call
     size: names what is measured, for whoever asks again.
     """
     preferred = next(iter(calls))
-    with lock():
+    with checking_lock():
         if (found := _winners.get((name, device, size))) is not None:
             return found
         found = _measured(name, device, size, calls) or preferred
@@ -47,16 +47,18 @@ def fastest(name: str, device: torch.device, size: str, calls: Mapping[str, Call
 def _measured(
     name: str, device: torch.device, size: str, calls: Mapping[str, Callable[[], object]]
 ) -> str | None:
-    key = store.key_of(registered()[name], device)
-    before = store.load(key)
+    key = verdict_store.key_of(registered()[name], device)
+    before = verdict_store.load_verdicts(key)
     if size not in before.fastest or set(before.fastest[size]) != set(calls):
-        if not store.writable():
+        if not verdict_store.writable():
             return None
         seconds = _race(calls, device)
-        stored = store.load(key)  # with what others wrote meanwhile; the first to measure a size decides
+        stored = verdict_store.load_verdicts(
+            key
+        )  # with what others wrote meanwhile; the first to measure a size decides
         if set(stored.fastest.get(size, {})) != set(calls):
             stored = replace(stored, fastest=stored.fastest | {size: seconds})
-            if not store.save(stored):
+            if not verdict_store.save_verdicts(stored):
                 return None
         before = stored
     return best({candidate: before.fastest[size][candidate] for candidate in calls}, device)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fastdynat.documents import DocumentError, parse_json, read_text
-from fastdynat.machine import folder, processor, replace_text, versions
-from fastdynat.verification.operator_check import Check, Verdict
+from fastdynat.machine import processor, replace_text, user_cache, versions
+from fastdynat.verification.operator_check import CandidateVerdict, OperatorCheck
 
 FORMAT = "fastdynat-verified/1"
 LIMIT = 1 << 18
@@ -27,11 +27,11 @@ class Stored:
     """What a file holds. `fastest`: by size, seconds of a call by implementation."""
 
     key: dict[str, Any]
-    verdicts: dict[str, Verdict]
+    verdicts: dict[str, CandidateVerdict]
     fastest: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def key_of(check: Check, device: torch.device) -> dict[str, Any]:
+def key_of(check: OperatorCheck, device: torch.device) -> dict[str, Any]:
     """Everything that the verdicts on `check` depend on; plain values."""
     sources = {}
     for path in check.sources:
@@ -45,10 +45,10 @@ def key_of(check: Check, device: torch.device) -> dict[str, Any]:
 def path_of(key: Mapping[str, Any]) -> Path | None:
     """The file of what is stored under `key`; None where there is no home."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    return None if (base := folder("verified")) is None else base / f"{key['check']}-{digest}.json"
+    return None if (base := user_cache("verified")) is None else base / f"{key['check']}-{digest}.json"
 
 
-def load(key: Mapping[str, Any]) -> Stored:
+def load_verdicts(key: Mapping[str, Any]) -> Stored:
     """What was stored under `key`; nothing where the file is missing, damaged or of something else."""
     nothing = Stored(dict(key), {})
     path = path_of(key)
@@ -62,7 +62,7 @@ def load(key: Mapping[str, Any]) -> Stored:
 
 def writable() -> bool:
     """Whether verdicts can be kept, as far as that can be known without writing one."""
-    base = folder("verified")
+    base = user_cache("verified")
     with suppress(OSError):
         if base is not None:
             base.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def writable() -> bool:
     return False
 
 
-def save(stored: Stored) -> bool:
+def save_verdicts(stored: Stored) -> bool:
     """Keep `stored`. False, and a word at the first time, where that is impossible."""
     path = path_of(stored.key)
     try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdynat.errors import UserError
-from fastdynat.units import describe, parse_number, parse_size
+from fastdynat.units import describe_size, parse_number, parse_size
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_a_resolved_value_resolves_to_itself(value: float) -> None:
 
 
 def test_describe_shows_both_readings() -> None:
-    assert describe(8 / 255) == "0.0313725 (8.00/255)"
+    assert describe_size(8 / 255) == "0.0313725 (8.00/255)"
     assert parse_number("1/4", "x") == 0.25

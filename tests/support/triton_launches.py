@@ -220,7 +220,7 @@ def main(folder: Path) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    _select.why_not = lambda name, device_type: None
+    _select.why_unavailable = lambda name, device_type: None
     missing = kernels()
     for capability in TARGETS:
         triton.runtime.driver.set_active(Driver(capability))

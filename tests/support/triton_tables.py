@@ -53,7 +53,7 @@ def main() -> None:
 
     JITFunction._do_compile = described
     JITFunction.run = only_specialise
-    _select.why_not = lambda name, device_type: None
+    _select.why_unavailable = lambda name, device_type: None
     triton.runtime.driver.set_active(Driver(90))
     for name, check in verification.registered().items():
         for case in check.cases() if "triton" in check.candidates else ():

@@ -30,10 +30,9 @@ from fastdynat.machine.racing import quiet_clock, race
 from fastdynat.methods.configs import default_config
 from fastdynat.training.resolve import resolve
 from fastdynat.training.resolve_engine import with_stored_choices
-from fastdynat.tuning import choices, choose, slower_than_float32, table
-from fastdynat.tuning import measurements as store
+from fastdynat.tuning import choice_table, choices, choose, measurements, slower_than_float32
 from fastdynat.tuning.devices import pick_amp, pick_half
-from fastdynat.tuning.workload import Layer, Setting, passes, settings
+from fastdynat.tuning.workload import ConvolutionSetting, Layer, convolution_settings, passes
 
 CPU = torch.device("cpu")
 BOTH, NEITHER = (
@@ -66,7 +65,7 @@ class Machine:
         monkeypatch.setattr(choices.OtherLoad, "share", lambda self: share)
         monkeypatch.setattr("os.cpu_count", lambda: 2)
 
-    def _passes(self, setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+    def _passes(self, setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
             self.timed.append(setting.name)
             self.now += self.milliseconds.get(setting.name, 10.0) / 1000
@@ -132,7 +131,9 @@ def test_half_precision_must_beat_float32_by_winograd_where_that_may_be_used(
         "float32, contiguous, Winograd": 5,
         "float32, channels-last, Winograd": 5,
     }
-    assert Setting("off", winograd=True) in settings(()), "the extension is part of this test"
+    assert ConvolutionSetting("off", winograd=True) in convolution_settings(()), (
+        "the extension is part of this test"
+    )
     assert picked("auto", CPU, said) == "off"
     assert picked("auto", CPU, said, winograd=False) == "bf16"
 
@@ -145,7 +146,7 @@ def test_a_draw_is_float32_direct_and_channels_last(machine: Machine) -> None:
     found = choose(CPU)
     assert (found.amp, found.channels_last, found.winograd) == ("off", True, False)
     machine.forget()
-    shutil.rmtree(str(store.folder()))
+    shutil.rmtree(str(measurements.measurements_folder()))
     machine.milliseconds = {"float32, contiguous": 9.0, "float32, contiguous, Winograd": 8.9}
     assert not choose(CPU, amps=("off",), winograd=False).channels_last
 
@@ -324,7 +325,7 @@ def two_threads() -> Iterator[None]:
 class Uneven(Machine):
     """One thread is faster channels-last, two are faster contiguous: as with ResNet-18 at batch 8."""
 
-    def _passes(self, setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+    def _passes(self, setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
             self.timed.append(f"{torch.get_num_threads()} {setting.name}")
             self.now += 0.013 if setting.channels_last == (torch.get_num_threads() == 2) else 0.010
@@ -396,7 +397,7 @@ DAMAGES: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_measured_again(machine: Machine, damage: str) -> None:
-    first, folder = choose(CPU), store.folder()
+    first, folder = choose(CPU), measurements.measurements_folder()
     assert folder is not None
     (file,) = folder.iterdir()
     file.write_text(DAMAGES[damage](file.read_text()))
@@ -436,15 +437,15 @@ store = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(store)
 number = float(sys.argv[2])
 for _ in range(200):
-    store.save({"what": "both"}, {"a": number, "b": number})
-    found = store.load({"what": "both"}, {"a", "b"})
+    measurements.save_seconds({"what": "both"}, {"a": number, "b": number})
+    found = measurements.load_seconds({"what": "both"}, {"a", "b"})
     assert found is not None and found["a"] == found["b"]
 """
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", SAVE_OFTEN, str(store.__file__)]
+    command = [sys.executable, "-c", SAVE_OFTEN, str(measurements.__file__)]
     both = [subprocess.Popen([*command, number], env=environment) for number in "12"]
     assert [process.wait(60) for process in both] == [0, 0]
     assert len(list((tmp_path / "fastdynat" / "measured").iterdir())) == 1, "nothing half-written is left"
@@ -512,10 +513,10 @@ def test_other_processes_do_not_advance_the_clock_of_one_thread() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("setting", settings(("bf16",)), ids=lambda s: s.name)
-def test_what_is_timed_computes_the_same_in_every_setting(setting: Setting) -> None:
+@pytest.mark.parametrize("setting", convolution_settings(("bf16",)), ids=lambda s: s.name)
+def test_what_is_timed_computes_the_same_in_every_setting(setting: ConvolutionSetting) -> None:
     state = torch.get_rng_state()
-    found, want = passes(setting)(), passes(Setting())()
+    found, want = passes(setting)(), passes(ConvolutionSetting())()
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(found, torch.Tensor)
     assert isinstance(want, torch.Tensor)
@@ -526,7 +527,7 @@ def test_what_is_timed_computes_the_same_in_every_setting(setting: Setting) -> N
 def test_this_machine_end_to_end() -> None:
     found = choose(CPU)
     assert found.amp == "off" or not capability.half_types(CPU)[found.amp]
-    for name, seconds, remark in table(CPU):
+    for name, seconds, remark in choice_table(CPU):
         assert remark
         assert seconds is None or 0 < seconds < 10, name
     assert slower_than_float32("bf16", CPU) > 0

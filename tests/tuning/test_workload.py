@@ -19,7 +19,7 @@ from fastdynat.methods.configs import default_config
 from fastdynat.models import build_model, convolutions
 from fastdynat.training.resolve import resolve
 from fastdynat.tuning import ANY, Layer, Workload, choices, choose
-from fastdynat.tuning.workload import Setting, passes, settings, update
+from fastdynat.tuning.workload import ConvolutionSetting, convolution_settings, passes, update_call
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     timed: list[tuple[str, Layer, int]] = []
     now = [0.0]
 
-    def fake(setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+    def fake(setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
             timed.append((setting.name, layer, images))
             last = 0.9 if layer.channels_out < 512 or images == 1 else 1.3
@@ -147,7 +147,7 @@ def test_an_update_counts_as_often_as_there_is_one(
     """Gradients of the weights are slower channels-last, by more than two attack steps gain."""
     taken = 0.0
 
-    def fake(setting: Setting, layer: Layer, images: int) -> Callable[[], None]:
+    def fake(setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], None]:
         def call() -> None:
             nonlocal taken
             taken += 0.025 if setting.channels_last else 0.02
@@ -170,7 +170,7 @@ def last_gain(call: tuple[str, Layer, int]) -> float:
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("last", [False, True])
 def test_an_update_has_the_gradients_of_image_and_weight(amp: str, last: bool) -> None:
-    found = update(Setting(amp, last), Layer(6, 8, 5, 5, stride=2, groups=2), 3)()
+    found = update_call(ConvolutionSetting(amp, last), Layer(6, 8, 5, 5, stride=2, groups=2), 3)()
     assert isinstance(found, tuple)
     assert [(tuple(t.shape), t.dtype) for t in found] == [
         ((3, 6, 5, 5), torch.float32),
@@ -229,7 +229,9 @@ def test_a_run_is_decided_by_its_own_network_and_batch(clocked: list[tuple[str, 
     assert {images for _, _, images in clocked} == {3}
 
 
-@pytest.mark.parametrize("setting", [s for s in settings(("bf16",)) if not s.winograd], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "setting", [s for s in convolution_settings(("bf16",)) if not s.winograd], ids=lambda s: s.name
+)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -239,8 +241,8 @@ def test_a_run_is_decided_by_its_own_network_and_batch(clocked: list[tuple[str, 
         Layer(64, 64, 5, 5, groups=4),
     ],
 )
-def test_what_is_timed_is_the_layer_in_every_setting(setting: Setting, layer: Layer) -> None:
-    found, want = passes(setting, layer, 2)(), passes(Setting(), layer, 2)()
+def test_what_is_timed_is_the_layer_in_every_setting(setting: ConvolutionSetting, layer: Layer) -> None:
+    found, want = passes(setting, layer, 2)(), passes(ConvolutionSetting(), layer, 2)()
     assert isinstance(found, torch.Tensor)
     assert isinstance(want, torch.Tensor)
     assert found.shape == (2, layer.channels_in, layer.height, layer.width)

@@ -16,12 +16,18 @@ import torch
 from conftest import ROOT, needs
 from torch import Tensor
 
-from fastdynat import verification as verified
+from fastdynat import verification
 from fastdynat.commands.doctor import operator_report
 from fastdynat.commands.main import main
-from fastdynat.verification import Case, Check, Verdict, judge, speed
-from fastdynat.verification import operator_check as check
-from fastdynat.verification import verdict_store as store
+from fastdynat.verification import (
+    CandidateVerdict,
+    Case,
+    OperatorCheck,
+    judge,
+    operator_check,
+    speed,
+    verdict_store,
+)
 from fastdynat.verification.isolated_run import Prepared, apart
 
 CPU = torch.device("cpu")
@@ -35,7 +41,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTDYNAT_KERNELS", raising=False)
-    monkeypatch.setattr(check, "_registry", dict(check._registry))
+    monkeypatch.setattr(operator_check, "_registry", dict(operator_check._registry))
     new_process(monkeypatch)
 
 
@@ -103,13 +109,15 @@ def test_a_deep_case_is_one_that_compiles(launches: list[dict[str, Any]]) -> Non
 
 
 def test_at_first_use_each_loss_is_run_in_the_types_of_training() -> None:
-    names = [case.name for case in verified.registered()["attack_logit_grad"].cases() if not case.deep]
+    names = [case.name for case in verification.registered()["attack_logit_grad"].cases() if not case.deep]
     for loss in ("ce", "margin", "dlr", "kl", "soft ce"):
         assert f"{loss}, float32, 33x10" in names
         assert f"{loss}, bfloat16, 33x10, rescaled" in names
         assert f"{loss}, float32, 33x10, rescaled, odd rows" in names
     names = [
-        case.name for case in verified.registered()["dynamic_label_cross_entropy"].cases() if not case.deep
+        case.name
+        for case in verification.registered()["dynamic_label_cross_entropy"].cases()
+        if not case.deep
     ]
     for guide in ("float32", "int64"):
         assert f"smoothed, float32, guide {guide}, 33x10" in names
@@ -130,10 +138,10 @@ def doubling(candidate: Callable[[Tensor], Tensor], *, compiling: bool = True) -
         Case(f"{size} numbers", lambda device, size=size: (torch.ones(size),), deep=size == 9)
         for size in (8, 9)
     ]
-    check._registry.clear()
+    operator_check._registry.clear()
     names = frozenset({"planted"} if compiling else ())
-    verified.register(
-        Check("doubling", {"planted": candidate}, lambda x: 2 * x, lambda: cases, {}, compiling=names)
+    verification.register_check(
+        OperatorCheck("doubling", {"planted": candidate}, lambda x: 2 * x, lambda: cases, {}, compiling=names)
     )
 
 
@@ -143,9 +151,9 @@ def test_the_doctor_finds_a_fault_that_a_first_use_leaves_and_it_is_left_out_for
     monkeypatch.setattr(operator_report, "REGISTER", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     doubling(tripled_at_nine)
-    assert verified.right("doubling", CPU) == ("planted", "eager")
+    assert verification.right("doubling", CPU) == ("planted", "eager")
     new_process(monkeypatch)
-    assert verified.right("doubling", CPU) == ("planted", "eager")  # as stored
+    assert verification.right("doubling", CPU) == ("planted", "eager")  # as stored
 
     assert main(["doctor", "--check", "--json"]) == 1  # which does not take the stored word for it
     row = next(row for row in json.loads(capsys.readouterr().out) if row["implementation"] == "planted")
@@ -154,32 +162,34 @@ def test_the_doctor_finds_a_fault_that_a_first_use_leaves_and_it_is_left_out_for
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert verified.right("doubling", CPU) == ("eager",)
+        assert verification.right("doubling", CPU) == ("eager",)
     new_process(monkeypatch)
     with pytest.warns(RuntimeWarning, match=r"'planted' is left out: wrong in case '9 numbers'"):
-        assert verified.right("doubling", CPU) == ("eager",)
-    with pytest.raises(verified.WrongImplementation, match="9 numbers"):
-        verified.insist("doubling", "planted", CPU)
+        assert verification.right("doubling", CPU) == ("eager",)
+    with pytest.raises(verification.WrongImplementation, match="9 numbers"):
+        verification.insist("doubling", "planted", CPU)
 
 
 def test_what_does_not_compile_at_its_calls_is_checked_deeply_at_first_use() -> None:
     doubling(tripled_at_nine, compiling=False)
     with pytest.warns(RuntimeWarning, match="9 numbers"):
-        assert verified.right("doubling", CPU) == ("eager",)
+        assert verification.right("doubling", CPU) == ("eager",)
 
 
 def test_a_first_use_does_not_overwrite_what_a_deep_check_found_meanwhile() -> None:
-    wrong = Verdict(False, "9 numbers", "planted")
+    wrong = CandidateVerdict(False, "9 numbers", "planted")
 
     def meanwhile(x: Tensor) -> Tensor:
-        key = store.key_of(verified.registered()["doubling"], CPU)
-        assert store.save(store.Stored(key, {"planted": wrong}))
+        key = verdict_store.key_of(verification.registered()["doubling"], CPU)
+        assert verdict_store.save_verdicts(verdict_store.Stored(key, {"planted": wrong}))
         return 2 * x
 
     doubling(meanwhile)
     with pytest.warns(RuntimeWarning, match="9 numbers"):
-        assert verified.right("doubling", CPU) == ("eager",)
-    assert store.load(store.key_of(verified.registered()["doubling"], CPU)).verdicts == {"planted": wrong}
+        assert verification.right("doubling", CPU) == ("eager",)
+    assert verdict_store.load_verdicts(
+        verdict_store.key_of(verification.registered()["doubling"], CPU)
+    ).verdicts == {"planted": wrong}
 
 
 @needs("triton")
@@ -203,6 +213,6 @@ def test_a_fault_of_one_specialisation_is_found_in_a_deep_check(
         return (first, *others)
 
     monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", fault)
-    prepared = Prepared(verified.registered()[name], CPU)
-    assert apart(lambda: prepared.examine("triton", lambda case: None, deep=False)) == verified.RIGHT
+    prepared = Prepared(verification.registered()[name], CPU)
+    assert apart(lambda: prepared.examine("triton", lambda case: None, deep=False)) == verification.RIGHT
     assert apart(lambda: prepared.examine("triton", lambda case: None)).case == case

@@ -21,15 +21,12 @@ import torch
 from conftest import SIMULATED_CUDA, needs
 from torch import Tensor
 
-from fastdynat import ops
-from fastdynat import verification as verified
-from fastdynat.commands.doctor import operator_report as verification
+from fastdynat import ops, verification
+from fastdynat.commands.doctor import operator_report
 from fastdynat.commands.main import main
 from fastdynat.ops import _select
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
-from fastdynat.verification import Case, Check, judge, speed
-from fastdynat.verification import operator_check as check
-from fastdynat.verification import verdict_store as store
+from fastdynat.verification import Case, OperatorCheck, judge, operator_check, speed, verdict_store
 from fastdynat.verification.comparison import difference
 from fastdynat.verification.crash_marks import mark
 from fastdynat.verification.isolated_run import Prepared, apart
@@ -43,7 +40,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No verdicts of this process, nor of an earlier one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTDYNAT_KERNELS", raising=False)
-    monkeypatch.setattr(store, "_said", False)
+    monkeypatch.setattr(verdict_store, "_said", False)
     new_process(monkeypatch)
 
 
@@ -56,7 +53,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cached() -> list[Path]:
     """The files of verdicts."""
-    folder = store.folder("verified")
+    folder = verdict_store.user_cache("verified")
     assert folder is not None
     return sorted(folder.glob("*.json"))
 
@@ -69,31 +66,33 @@ def double(x: Tensor) -> Tensor:
     return 2 * x
 
 
-def doubling(candidate: Callable[..., Any], **changes: Any) -> Check:
+def doubling(candidate: Callable[..., Any], **changes: Any) -> OperatorCheck:
     """A check of a function that doubles, with one candidate."""
     cases = [
         Case(f"{str(dtype)[6:]}, {size}", lambda device, dtype=dtype, size=size: vector(device, dtype, size))
         for dtype in (torch.float32, torch.bfloat16)
         for size in (8, 9, 0)
     ]
-    check = Check("doubling", {"planted": candidate}, double, lambda: cases, {torch.bfloat16: (2.0**-7, 0)})
-    return verified.register(replace(check, **changes))
+    check = OperatorCheck(
+        "doubling", {"planted": candidate}, double, lambda: cases, {torch.bfloat16: (2.0**-7, 0)}
+    )
+    return verification.register_check(replace(check, **changes))
 
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastdynat.ops.checks  # noqa: F401
 
-    monkeypatch.setattr(check, "_registry", dict(check._registry))
+    monkeypatch.setattr(operator_check, "_registry", dict(operator_check._registry))
 
 
-def judged(candidate: Callable[..., Any], **changes: Any) -> verified.Verdict:
+def judged(candidate: Callable[..., Any], **changes: Any) -> verification.CandidateVerdict:
     """The verdict on `candidate`, with the warning that belongs to it."""
     doubling(candidate, **changes)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        right = verified.right("doubling", CPU)
-    verdict = verified.verdicts("doubling", CPU)["planted"]
+        right = verification.right("doubling", CPU)
+    verdict = verification.verdicts("doubling", CPU)["planted"]
     assert right == (("planted", "eager") if verdict.right else ("eager",))
     texts = [str(w.message) for w in heard]
     if verdict.right:
@@ -276,7 +275,7 @@ def test_a_wrong_operator_is_left_out_and_the_others_stay(
     assert ops.selected_backend("cpu") == "cpp"
     x = torch.rand(2, 3, 4, 4)
     ops.random_start(x, torch.tensor([1, 2]), kind="uniform", scale=0.1)
-    assert verified.peek("random_start", CPU) == {"cpp": verified.RIGHT}
+    assert verification.peek("random_start", CPU) == {"cpp": verification.RIGHT}
 
 
 @needs("ext")
@@ -286,13 +285,13 @@ def test_who_insists_is_refused_and_who_names_it_in_the_call_is_not(monkeypatch:
     with (
         pytest.warns(RuntimeWarning),
         ops.use_backend("cpp"),
-        pytest.raises(verified.WrongImplementation, match=message),
+        pytest.raises(verification.WrongImplementation, match=message),
     ):
         step()
     monkeypatch.setenv("FASTDYNAT_KERNELS", "cpp")
-    with pytest.raises(verified.WrongImplementation, match=message):
+    with pytest.raises(verification.WrongImplementation, match=message):
         step()
-    with pytest.raises(verified.WrongImplementation, match=message):
+    with pytest.raises(verification.WrongImplementation, match=message):
         ops.prepare(CPU)
     x = torch.rand(5)
     ops.pgd_step_linf(x, x, x, **STEP, backend="cpp")
@@ -302,7 +301,7 @@ def test_who_insists_is_refused_and_who_names_it_in_the_call_is_not(monkeypatch:
 
 def test_every_operator_has_a_table_and_every_table_an_operator() -> None:
     own = {
-        name for name in verified.registered() if name != "doubling" and not name.startswith("conv_relu_")
+        name for name in verification.registered() if name != "doubling" and not name.startswith("conv_relu_")
     }  # cuDNN's
     assert set(_select.OPERATORS) == own
     assert len(_select.OPERATORS) == 12
@@ -311,8 +310,8 @@ def test_every_operator_has_a_table_and_every_table_an_operator() -> None:
 @needs("ext")
 @pytest.mark.parametrize("name", _select.OPERATORS)
 def test_the_operators_are_right(name: str) -> None:
-    assert verified.right(name, CPU) == ("cpp", "eager")
-    cases = [case.name for case in verified.registered()[name].cases()]
+    assert verification.right(name, CPU) == ("cpp", "eager")
+    cases = [case.name for case in verification.registered()[name].cases()]
     assert len(cases) == len(set(cases))
 
 
@@ -362,7 +361,7 @@ def test_the_caller_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, mode: str)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-    wrong = [name for name in _select.OPERATORS if not verified.verdicts(name, CPU)["cpp"].right]
+    wrong = [name for name in _select.OPERATORS if not verification.verdicts(name, CPU)["cpp"].right]
     assert wrong == ["pgd_step_linf"]
 
 
@@ -423,7 +422,7 @@ assert not judge._known and "fastdynat.ops.checks" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# The store.
+# The verdict_store.
 
 
 @needs("ext")
@@ -449,15 +448,15 @@ def test_another_version_or_processor_is_checked_again(
     step()
     new_process(monkeypatch)
     if change == "processor":
-        monkeypatch.setattr(store, "processor", lambda device: {"model": "another"})
+        monkeypatch.setattr(verdict_store, "processor", lambda device: {"model": "another"})
     elif change == "sources":
         source = tmp_path / "kernel.cpp"
         source.write_text("a kernel")
-        found = verified.registered()["pgd_step_linf"]
-        verified.register(replace(found, sources=(*found.sources, source)))
+        found = verification.registered()["pgd_step_linf"]
+        verification.register_check(replace(found, sources=(*found.sources, source)))
     else:
-        now = store.versions(CPU)
-        monkeypatch.setattr(store, "versions", lambda device: now | {change: "9.9"})
+        now = verdict_store.versions(CPU)
+        monkeypatch.setattr(verdict_store, "versions", lambda device: now | {change: "9.9"})
     step()
     assert len(cached()) == 2
     new_process(monkeypatch)
@@ -483,13 +482,13 @@ def test_another_version_or_processor_is_checked_again(
 def test_a_damaged_file_is_made_anew(monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
     doubling(raises)
     with pytest.warns(RuntimeWarning):
-        verified.right("doubling", CPU)
+        verification.right("doubling", CPU)
     (file,) = cached()
     whole = file.read_bytes()
     file.write_bytes(damage)
     new_process(monkeypatch)
     with pytest.warns(RuntimeWarning):
-        verified.right("doubling", CPU)
+        verification.right("doubling", CPU)
     assert file.read_bytes() == whole
 
 
@@ -497,12 +496,12 @@ def test_a_folder_in_the_place_of_the_file(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     doubling(double)
-    assert verified.right("doubling", CPU) == ("planted", "eager")
+    assert verification.right("doubling", CPU) == ("planted", "eager")
     (file,) = cached()
     file.unlink()
     file.mkdir()
     new_process(monkeypatch)
-    assert verified.right("doubling", CPU) == ("planted", "eager")
+    assert verification.right("doubling", CPU) == ("planted", "eager")
     assert "cannot be kept" in caplog.text
 
 
@@ -522,16 +521,16 @@ def test_an_unwritable_cache_is_said_once(
 
 CRASH = """
 import os, signal, torch
-from fastdynat import verification as verified
+from fastdynat import verification
 def crash(x):
     if len(x) == 9:
         os.kill(os.getpid(), signal.SIGSEGV)
     return 2 * x
 def numbers(n):
-    return verified.Case(f"{n} numbers", lambda device: (torch.arange(n, dtype=torch.float32, device=device),))
+    return verification.Case(f"{n} numbers", lambda device: (torch.arange(n, dtype=torch.float32, device=device),))
 cases = [numbers(8), numbers(9)]
-verified.register(verified.Check("doubling", {"crash": crash, "good": lambda x: x + x}, lambda x: 2 * x, lambda: cases, {}))
-print(verified.right("doubling", torch.device("cpu")))
+verification.register_check(verification.OperatorCheck("doubling", {"crash": crash, "good": lambda x: x + x}, lambda x: 2 * x, lambda: cases, {}))
+print(verification.right("doubling", torch.device("cpu")))
 """
 
 
@@ -571,8 +570,8 @@ def test_a_check_that_was_cut_off_says_nothing_until_it_happens_twice() -> None:
 
 
 def test_a_mark_of_an_earlier_version_and_one_of_rubbish(tmp_path: Path) -> None:
-    key = store.key_of(doubling(double), CPU)
-    path = store.path_of(key)
+    key = verdict_store.key_of(doubling(double), CPU)
+    path = verdict_store.path_of(key)
     assert path is not None
     path.parent.mkdir(parents=True)
     for text, ends in (
@@ -589,7 +588,7 @@ def test_a_mark_of_an_earlier_version_and_one_of_rubbish(tmp_path: Path) -> None
 
 
 def test_faulthandler_is_left_as_it_was() -> None:
-    key, before = store.key_of(doubling(double), CPU), faulthandler.is_enabled()
+    key, before = verdict_store.key_of(doubling(double), CPU), faulthandler.is_enabled()
     with mark(key, "planted"):
         assert faulthandler.is_enabled()
     assert faulthandler.is_enabled() == before
@@ -597,16 +596,16 @@ def test_faulthandler_is_left_as_it_was() -> None:
 
 def test_a_check_that_another_process_runs_is_no_crash() -> None:
     check = doubling(double)
-    with mark(store.key_of(check, CPU), "planted") as (left, note):
+    with mark(verdict_store.key_of(check, CPU), "planted") as (left, note):
         assert not str(left)
         note("float32, 8")
         code = f"""
 from fastdynat.verification.crash_marks import mark
-with mark({store.key_of(check, CPU)!r}, "planted") as (left, note):
+with mark({verdict_store.key_of(check, CPU)!r}, "planted") as (left, note):
     print(left.ends)
 """
         assert run(code).stdout == "0\n"
-    with mark(store.key_of(check, CPU), "planted") as (left, note):
+    with mark(verdict_store.key_of(check, CPU), "planted") as (left, note):
         assert left.ends == 0
 
 
@@ -617,12 +616,12 @@ def test_a_broken_cuda_context_is_remembered_and_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(examine, "lost", lambda device: True)
     message = r"implementation 'cuda' broke the CUDA context \(float32, 8: .*start again"
     for _ in range(2):
-        with pytest.raises(verified.DeviceLost, match=message):
-            verified.right("doubling", CPU)
+        with pytest.raises(verification.DeviceLost, match=message):
+            verification.right("doubling", CPU)
     new_process(monkeypatch)
     monkeypatch.setattr(examine, "lost", lambda device: False)
     with pytest.warns(RuntimeWarning, match="'cuda' is left out"):
-        assert verified.right("doubling", CPU) == ("triton", "eager")
+        assert verification.right("doubling", CPU) == ("triton", "eager")
 
 
 @pytest.mark.parametrize(
@@ -651,7 +650,7 @@ def test_what_says_nothing_of_a_candidate_is_no_verdict(
 
     doubling(hungry, candidates={"hungry": hungry, "good": lambda x: x + x, "bad": torch.neg})
     with pytest.warns(RuntimeWarning) as warned:
-        assert verified.right("doubling", CPU) == ("good", "eager")
+        assert verification.right("doubling", CPU) == ("good", "eager")
     said = [str(w.message) for w in warned]
     assert len(said) == 2
     assert any(
@@ -660,13 +659,13 @@ def test_what_says_nothing_of_a_candidate_is_no_verdict(
     new_process(monkeypatch)
     doubling(double, candidates={"hungry": double, "good": raises, "bad": raises})
     with pytest.warns(RuntimeWarning, match="'bad' is left out"):
-        assert verified.right("doubling", CPU) == ("hungry", "good", "eager")
+        assert verification.right("doubling", CPU) == ("hungry", "good", "eager")
 
 
 def test_a_candidate_that_writes_to_its_arguments_harms_no_other() -> None:
     doubling(double, candidates={"first": in_place, "second": double})
     with pytest.warns(RuntimeWarning, match="'first' is left out"):
-        assert verified.right("doubling", CPU) == ("second", "eager")
+        assert verification.right("doubling", CPU) == ("second", "eager")
 
 
 # Threads, forks, compilers.
@@ -682,7 +681,7 @@ def test_threads_share_one_check() -> None:
     doubling(counted)
     found: list[Any] = []
     threads = [
-        threading.Thread(target=lambda: found.append(verified.right("doubling", CPU))) for _ in range(8)
+        threading.Thread(target=lambda: found.append(verification.right("doubling", CPU))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -701,7 +700,7 @@ def test_a_fork_while_another_thread_checks() -> None:
         return 2 * x
 
     doubling(waits)
-    thread = threading.Thread(target=lambda: verified.right("doubling", CPU))
+    thread = threading.Thread(target=lambda: verification.right("doubling", CPU))
     thread.start()
     started.wait(30)
     with warnings.catch_warnings():
@@ -710,7 +709,7 @@ def test_a_fork_while_another_thread_checks() -> None:
     if child == 0:
         go_on.set()
         try:
-            os._exit(0 if verified.right("doubling", CPU) == ("planted", "eager") else 1)
+            os._exit(0 if verification.right("doubling", CPU) == ("planted", "eager") else 1)
         finally:
             os._exit(2)
     _, status = os.waitpid(child, 0)
@@ -750,10 +749,10 @@ def test_nothing_runs_while_torch_compile_traces(monkeypatch: pytest.MonkeyPatch
 def test_the_doctor_checks_afresh(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(verification, "SECONDS", 0.0)
+    monkeypatch.setattr(operator_report, "SECONDS", 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in [name for name in verified.registered() if name not in ("pgd_step_linf", "soft_margin")]:
-        del check._registry[name]
+    for name in [name for name in verification.registered() if name not in ("pgd_step_linf", "soft_margin")]:
+        del operator_check._registry[name]
     right = IMPLEMENTATIONS["cpp"]
     planted(monkeypatch, wrong_when_half)
     assert main(["doctor", "--check", "--json"]) == 1
@@ -776,7 +775,7 @@ def test_the_doctor_checks_afresh(
     monkeypatch.setitem(IMPLEMENTATIONS, "cpp", right)
     assert main(["doctor", "--check"]) == 0
     assert "All 2 implementations are right." in capsys.readouterr().out
-    assert verified.right("pgd_step_linf", CPU) == ("cpp", "eager")
+    assert verification.right("pgd_step_linf", CPU) == ("cpp", "eager")
 
 
 def wrong_when_large(x_adv: Tensor, *rest: Any) -> Any:
@@ -790,7 +789,7 @@ def wrong_when_large(x_adv: Tensor, *rest: Any) -> Any:
 def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check = verified.registered()["pgd_step_linf"]
+    check = verification.registered()["pgd_step_linf"]
     found = {}
     for name, fault in (("right", IMPLEMENTATIONS["cpp"]), ("wrong", wrong_when_large)):
         planted(monkeypatch, fault)
@@ -799,8 +798,8 @@ def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(
             apart(lambda: prepared.examine("cpp", lambda case: None))  # noqa: B023 - called at once
             for prepared in (small, full)
         ]
-    assert found["right"] == [verified.RIGHT, verified.RIGHT]
-    assert found["wrong"][0] == verified.RIGHT
+    assert found["right"] == [verification.RIGHT, verification.RIGHT]
+    assert found["wrong"][0] == verification.RIGHT
     assert "256x3x32x32" in found["wrong"][1].case
     assert "off by 0.001" in found["wrong"][1].detail
 
@@ -809,9 +808,9 @@ def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["augment", "pgd_step_l0", "pgd_step_l1", "pgd_step_l2", "random_start"])
 def test_right_implementations_pass_at_full_size(name: str) -> None:
-    prepared = Prepared(verified.registered()[name], CPU, full_size=True)
+    prepared = Prepared(verification.registered()[name], CPU, full_size=True)
     assert any(case.gpu_only for case, *_ in prepared.calls)
-    assert apart(lambda: prepared.examine("cpp", lambda case: None)) == verified.RIGHT
+    assert apart(lambda: prepared.examine("cpp", lambda case: None)) == verification.RIGHT
 
 
 # The tables, on what stands for a GPU here.
@@ -831,9 +830,9 @@ PAIRS += [pytest.param(*pair.values, marks=[*pair.marks, pytest.mark.slow]) for 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow|All-NaN):RuntimeWarning")
 @pytest.mark.parametrize(("name", "candidate"), PAIRS)
 def test_the_kernels_of_gpus_pass_the_tables(name: str, candidate: str) -> None:
-    prepared = Prepared(verified.registered()[name], CPU)
+    prepared = Prepared(verification.registered()[name], CPU)
     # Triton's interpreter cuts off the bits that a GPU rounds to bfloat16.
     prepared.calls = [
         call for call in prepared.calls if candidate != "triton" or "bfloat16" not in call[0].name
     ]
-    assert apart(lambda: prepared.examine(candidate, lambda case: None)) == verified.RIGHT
+    assert apart(lambda: prepared.examine(candidate, lambda case: None)) == verification.RIGHT

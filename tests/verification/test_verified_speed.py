@@ -13,13 +13,11 @@ from conftest import needs
 from torch import Tensor
 
 import fastdynat.ops.checks  # noqa: F401 - registers
-from fastdynat import machine, ops
-from fastdynat import verification as verified
+from fastdynat import machine, ops, verification
 from fastdynat.machine import gpu_racing
 from fastdynat.ops.dynamic_label_cross_entropy import IMPLEMENTATIONS as LOSS
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS as STEP
-from fastdynat.verification import judge, speed
-from fastdynat.verification import verdict_store as store
+from fastdynat.verification import judge, speed, verdict_store
 
 CPU = torch.device("cpu")
 
@@ -67,7 +65,7 @@ def cpp(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 @needs("ext")
 def test_one_that_is_right_but_slow_is_not_taken(cpp: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verified.right("pgd_step_linf", CPU) == ("cpp", "eager")
+    assert verification.right("pgd_step_linf", CPU) == ("cpp", "eager")
     cpp.seconds = 0.03
     with ops.use_backend("eager"):
         expected = step()
@@ -79,7 +77,7 @@ def test_one_that_is_right_but_slow_is_not_taken(cpp: Counted, monkeypatch: pyte
     # Another size is another question, and the next process has the answers.
     cpp.seconds = 0
     step(64)
-    assert verified.winner("pgd_step_linf", CPU, "float32 7 14") == "cpp"
+    assert verification.winner("pgd_step_linf", CPU, "float32 7 14") == "cpp"
     new_process(monkeypatch)
     monkeypatch.setattr(speed, "_race", lambda *args: pytest.fail("measured again"))
     step(), step(64)
@@ -89,7 +87,7 @@ def test_one_that_is_right_but_slow_is_not_taken(cpp: Counted, monkeypatch: pyte
 @needs("ext")
 def test_the_preferred_one_is_timed_a_few_times_only(cpp: Counted) -> None:
     step()
-    assert verified.winner("pgd_step_linf", CPU, "float32 3 10") == "cpp"
+    assert verification.winner("pgd_step_linf", CPU, "float32 3 10") == "cpp"
     before = cpp.calls
     step()
     assert cpp.calls == before + 1
@@ -141,11 +139,11 @@ def test_an_upset_has_to_happen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(speed, "timed", timed)
     assert (
-        verified.fastest("pgd_step_linf", CPU, "a size", {"cpp": lambda: None, "eager": lambda: None})
+        verification.fastest("pgd_step_linf", CPU, "a size", {"cpp": lambda: None, "eager": lambda: None})
         == "cpp"
     )
     assert asked == [speed.SECONDS, speed.AGAIN]
-    (file,) = (store.folder("verified") or Path()).glob("*.json")
+    (file,) = (verdict_store.user_cache("verified") or Path()).glob("*.json")
     assert json.loads(file.read_text())["fastest"] == {"a size": {"cpp": 1.0, "eager": 2.0}}
 
 
@@ -154,7 +152,7 @@ def test_one_that_fails_at_this_size_is_out_of_the_race(monkeypatch: pytest.Monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert (
-        verified.fastest(
+        verification.fastest(
             "pgd_step_linf", CPU, "large", {"cpp": lambda: time.sleep(0.001), "eager": no_memory}
         )
         == "cpp"
@@ -163,7 +161,7 @@ def test_one_that_fails_at_this_size_is_out_of_the_race(monkeypatch: pytest.Monk
 
 @needs("ext")
 def test_the_backward_pass_is_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified.right("dynamic_label_cross_entropy", CPU)
+    verification.right("dynamic_label_cross_entropy", CPU)
     gradients: list[Tensor] = []
     z = torch.randn(33, 10, requires_grad=True)
     expected = torch.autograd.grad(ops.dynamic_label_cross_entropy(z, z.detach(), backend="cpp").loss, z)[0]

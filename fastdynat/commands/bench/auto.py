@@ -26,7 +26,7 @@ from fastdynat.runs import source_commit
 from fastdynat.terminal.consoles import AS_IS, PlainTable
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.resolved_config import ResolvedConfig
-from fastdynat.tuning import table
+from fastdynat.tuning import choice_table
 
 FORMAT = "fastdynat-auto/1"
 LEAST = 0.97  # of the best alternative's rate, which a decision must reach
@@ -217,7 +217,7 @@ def run_auto(
         "environment": machine(),
         "processor": processor(device),
         "convolutions": [
-            {"setting": name, "seconds": t, "remark": remark} for name, t, remark in table(device)
+            {"setting": name, "seconds": t, "remark": remark} for name, t, remark in choice_table(device)
         ],
         "settings": {key: value for key, value in settings(plain).items() if key not in SWITCHES},
         "rows": [_row(setting, all_settings) for setting in all_settings],

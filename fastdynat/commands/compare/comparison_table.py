@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdynat.terminal.consoles import AS_IS, PlainTable
-from fastdynat.units import describe
+from fastdynat.units import describe_size
 
 Values = dict[str, Any]
 
@@ -44,7 +44,7 @@ def _title(doc: Values) -> str:
         return "no run has finished"
     r, error = records[0], doc["largest_standard_error"]
     parts = [
-        f"accuracy in %, {r['images']} test images of {r['dataset']}, {r['norm']} eps {describe(r['eps'])}"
+        f"accuracy in %, {r['images']} test images of {r['dataset']}, {r['norm']} eps {describe_size(r['eps'])}"
     ]
     parts.append(f"binomial standard error at most {100 * error:.1f} points")
     seeds = max(len(row["seeds"]) for row in doc["rows"])

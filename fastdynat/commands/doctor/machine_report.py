@@ -15,7 +15,7 @@ import torch
 
 from fastdynat.execution.compiling import quiet_about_cuda
 from fastdynat.machine.capability import half_types, processor
-from fastdynat.tuning import choose, table
+from fastdynat.tuning import choice_table, choose
 
 Status = Literal["ok", "warn", "missing"]
 STYLES = {"ok": "green", "warn": "yellow", "missing": "red"}
@@ -200,7 +200,7 @@ def _decisions() -> list[Check]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found, full = choose(device), choose(device, amps=("off",))
-        rows = table(device)
+        rows = choice_table(device)
     except (ImportError, RuntimeError) as error:
         return [Check("precision", "warn", f"cannot be measured: {_one_line(error)}", "leave --amp out")]
     amp = "float32" if found.amp == "off" else found.amp

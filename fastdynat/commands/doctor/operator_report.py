@@ -13,7 +13,7 @@ import torch
 from fastdynat import verification as verified
 from fastdynat.machine import copy_bandwidth
 from fastdynat.ops import available_backends
-from fastdynat.verification import REFERENCE, Check
+from fastdynat.verification import REFERENCE, OperatorCheck
 from fastdynat.verification.isolated_run import apart
 
 Status = Literal["right", "wrong", "missing", "reference"]
@@ -76,7 +76,7 @@ def check_all() -> list[Row]:
     return sorted(kept.values(), key=lambda row: order.index(row.operator))
 
 
-def _rows(check: Check, device: torch.device, bandwidth: float | None) -> list[Row]:
+def _rows(check: OperatorCheck, device: torch.device, bandwidth: float | None) -> list[Row]:
     missing = {name: check.why_not(name, device) for name in check.candidates}
     found = verified.verdicts(check.name, device, afresh=True) if None in missing.values() else {}
     size, seconds = (
@@ -98,12 +98,14 @@ def _rows(check: Check, device: torch.device, bandwidth: float | None) -> list[R
         else:
             verdict = found[name]
             rows.append(
-                row(name, "right") if verdict.right else row(name, "wrong", verified.describe(verdict))
+                row(name, "right")
+                if verdict.right
+                else row(name, "wrong", verified.describe_verdict(verdict))
             )
     return rows
 
 
-def _times(check: Check, device: torch.device, right: list[str]) -> tuple[str, dict[str, float]]:
+def _times(check: OperatorCheck, device: torch.device, right: list[str]) -> tuple[str, dict[str, float]]:
     """What was timed, and the seconds of the reference and of those that are `right`."""
     if check.timed is None:
         return "", {}

@@ -1,25 +1,24 @@
-"""The table by which every operator is verified on the machine at hand: its implementations against its eager
-form.
+"""Checks of every operator: its cases, on which each implementation is compared with the eager form.
 
-Imported at the first check only, and registers all of them.
+One module per operator or family, each of which registers its checks. Imported at the first check only.
 """
 
 from fastdynat.ops.checks import (
-    batches,
-    projections,
-    starts,
-)
-from fastdynat.ops.checks import (
-    conv_relu_cases as conv_relu,
-)
-from fastdynat.ops.checks import (
-    row_cases as rows,
-)
-from fastdynat.ops.checks import (
-    step_cases as steps,
-)
-from fastdynat.ops.checks import (
-    winograd_cases as winograd,
+    augment_cases,
+    conv_relu_cases,
+    hyperplane_cases,
+    row_cases,
+    start_cases,
+    step_cases,
+    winograd_cases,
 )
 
-__all__ = ["batches", "conv_relu", "projections", "rows", "starts", "steps", "winograd"]
+__all__ = [
+    "augment_cases",
+    "conv_relu_cases",
+    "hyperplane_cases",
+    "row_cases",
+    "start_cases",
+    "step_cases",
+    "winograd_cases",
+]

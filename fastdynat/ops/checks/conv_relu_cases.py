@@ -1,6 +1,4 @@
-"""cuDNN's convolution with bias, residual and ReLU, one table per dtype: a device may have the kernel for
-some of them only.
-"""
+"""Cases of cuDNN's convolution with bias, residual and ReLU: one check per dtype, as devices differ in them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdynat import verification as verified
+from fastdynat import verification
 from fastdynat.execution.float32 import full_float32
 from fastdynat.ops import conv_relu as operator
 from fastdynat.ops.checks.case_helpers import PACKAGE, Layout, channels_last, contiguous, normal, shaped
 from fastdynat.verification import Case, Timing
 
-# (relative, absolute). Results are around 1 and summed in float32; an engine may round them before the sum
-# with the residual.
+# (relative, absolute). Results are around 1 and summed in float32; an engine may round them before it adds
+# the residual.
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2.0**-6, 0.03), torch.float16: (2.0**-9, 4e-3)}
 LAYOUTS: dict[str, Layout] = {"channels-last": channels_last, "contiguous": contiguous}
 # images, channels in and out, side, kernel, stride, groups
@@ -32,7 +30,7 @@ SIZES: tuple[Size, ...] = (
 LARGE: Size = (128, 64, 64, 32, 3, 1, 1)
 
 
-def problem(
+def conv_relu_arguments(
     device: torch.device, *, size: Size, dtype: torch.dtype, layout: str, summed: bool, biased: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], int]:
     """(x, weight, bias, residual, stride, padding, groups), scaled so that results are around 1."""
@@ -46,7 +44,7 @@ def problem(
     return x, lay_out(weight.to(device, dtype)), bias, residual, [stride] * 2, [pad] * 2, groups
 
 
-def run(
+def run_conv_relu(
     forward: Callable[..., Tensor],
     x: Tensor,
     weight: Tensor,
@@ -56,7 +54,7 @@ def run(
     padding: Any,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and where a gradient passes that should not or the other way around: nowhere."""
+    """The result, and the summed error of the residual's gradient, which is 0 if right."""
     if residual is not None:
         residual = residual.detach().requires_grad_()
     out = forward(x, weight, bias, residual, stride=stride, padding=padding, groups=groups)
@@ -69,54 +67,56 @@ def run(
 def defined(
     x: Tensor, weight: Tensor, bias: Any, residual: Any, stride: Any, padding: Any, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The definition in float32, rounded once."""
-    wide = [None if t is None else t.float() for t in (x, weight, bias, residual)]
-    out = operator.reference(*wide, stride, padding, [1, 1], groups)  # type: ignore[arg-type]
+    """The reference: the definition in float32, rounded once."""
+    bias, residual = (None if t is None else t.float() for t in (bias, residual))
+    out = operator.reference(x.float(), weight.float(), bias, residual, stride, padding, [1, 1], groups)
     return out.to(x.dtype), torch.zeros((), device=x.device)
 
 
-def table(dtype: torch.dtype) -> list[Case]:
+def conv_relu_cases(dtype: torch.dtype) -> list[Case]:
     """The cases of `dtype`."""
     calls = [(size, layout, summed) for size in SIZES for layout in LAYOUTS for summed in (False, True)]
     cases = [
         Case(
             f"{shaped(size)}, {layout}" + ", residual" * summed,
-            partial(problem, size=size, dtype=dtype, layout=layout, summed=summed),
+            partial(conv_relu_arguments, size=size, dtype=dtype, layout=layout, summed=summed),
         )
         for size, layout, summed in calls
     ]
-    bare = partial(problem, size=SIZES[1], dtype=dtype, layout="channels-last", summed=True, biased=False)
+    bare = partial(
+        conv_relu_arguments, size=SIZES[1], dtype=dtype, layout="channels-last", summed=True, biased=False
+    )
     return [*cases, Case(f"{shaped(SIZES[1])}, no bias", bare)]
 
 
-def timing(dtype: torch.dtype) -> Timing:
-    """The call whose time tables show."""
+def conv_relu_timing(dtype: torch.dtype) -> Timing:
+    """The timed call for `dtype`."""
     n, c, k, side, *_ = LARGE
-    make = partial(problem, size=LARGE, dtype=dtype, layout="channels-last", summed=True)
+    make = partial(conv_relu_arguments, size=LARGE, dtype=dtype, layout="channels-last", summed=True)
     return Timing(f"forward, {shaped(LARGE)}", make, n * (c + 2 * k) * side**2 * dtype.itemsize)
 
 
-def why_not(candidate: str, device: torch.device) -> str | None:
-    """Why `candidate` is not checked on `device`."""
+def why_no_cudnn(candidate: str, device: torch.device) -> str | None:
+    """The reason why cuDNN is not checked on `device`, or None."""
     if device.type != "cuda":
         return f"needs CUDA tensors, got {device.type}"
     return None if torch.backends.cudnn.is_available() else "this build of torch has no cuDNN"
 
 
-def check_of(dtype: torch.dtype) -> verified.Check:
+def conv_relu_check(dtype: torch.dtype) -> verification.OperatorCheck:
     """The check for `dtype`."""
-    return verified.Check(
-        name=operator.check_name(dtype),
-        candidates={"cudnn": partial(run, operator.conv_relu)},
+    return verification.OperatorCheck(
+        name=operator.conv_relu_check_name(dtype),
+        candidates={"cudnn": partial(run_conv_relu, operator.conv_relu)},
         reference=defined,
-        cases=partial(table, dtype),
+        cases=partial(conv_relu_cases, dtype),
         tolerance={dtype: TOLERANCES[dtype]},
-        why_not=why_not,
-        sources=(PACKAGE / "ops" / "conv_relu.py", PACKAGE / "ops" / "checks" / "conv_relu.py"),
+        why_not=why_no_cudnn,
+        sources=(PACKAGE / "ops" / "conv_relu.py", PACKAGE / "ops" / "checks" / "conv_relu_cases.py"),
         within=full_float32,
-        timed=partial(timing, dtype),
+        timed=partial(conv_relu_timing, dtype),
     )
 
 
 for _dtype in TOLERANCES:
-    verified.register(check_of(_dtype))
+    verification.register_check(conv_relu_check(_dtype))

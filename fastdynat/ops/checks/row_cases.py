@@ -1,6 +1,4 @@
-"""Cases of the operators on logits: every loop over classes, every dtype, gaps of 1e4, ties, non-finite rows,
-no rows.
-"""
+"""Cases of the operators on logits: numbers of classes, dtypes, gaps of 1e4, ties, non-finite rows, no rows."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from fastdynat.ops.checks.case_helpers import (
     generator,
     named,
     normal,
-    register,
+    register_cases,
     shaped,
     turned,
     with_gaps,
@@ -27,15 +25,10 @@ from fastdynat.ops.dynamic_label_cross_entropy import dynamic_label_cross_entrop
 from fastdynat.ops.soft_margin import soft_margin, soft_margin_grad
 from fastdynat.verification import Case, Timing
 
-# Lanes over rows and over classes on the CPU; parts of a warp, a warp, a block per row on GPUs; chunks in
-# Triton.
+# One shape per code path: lanes over rows and over classes on the CPU; part of a warp, a warp and a block
+# per row on GPUs; chunks in Triton.
 SHAPES = ((33, 10), (5, 17), (3, 100), (2, 129), (2, 1001), (2, 4099), (1, 3), (0, 10))
-RARE = (
-    (5, 17),
-    (2, 129),
-    (2, 4099),
-    (1, 3),
-)  # numbers of classes that are tried in a deep check of a compiler only
+RARE = ((5, 17), (2, 129), (2, 4099), (1, 3))  # left to the deep check of candidates that compile
 PLAIN, LARGE = (33, 10), (2048, 1000)
 INF = math.inf
 QUOTIENTS = {torch.bfloat16: 2.0**-7 / 4e-6, torch.float16: 2.0**-10 / 4e-6}
@@ -43,9 +36,7 @@ LAYOUTS: dict[str, Layout] = {"contiguous": contiguous, "with gaps": with_gaps, 
 
 
 def scores(shape: Sequence[int], seed: int, *, odd: bool = False, spread: float = 3.0) -> Tensor:
-    """Logits, float64. `odd`: gaps of 1e4, ties, all equal, -inf, and rows with NaN, +inf or nothing but
-    -inf.
-    """
+    """Logits, float64; `odd` ones have gaps of 1e4, ties, -inf, and rows with NaN, +inf or only -inf."""
     z = spread * normal(shape, seed)
     if not odd:
         return z
@@ -58,7 +49,7 @@ def scores(shape: Sequence[int], seed: int, *, odd: bool = False, spread: float 
 
 
 def labels_of(shape: Sequence[int], device: torch.device) -> Tensor:
-    """(N,) int64 classes of (N, K) logits; the first rows' are 0."""
+    """(N,) int64 labels for (N, K) logits; those of the first two rows are 0."""
     drawn = torch.randint(shape[1], (shape[0],), generator=generator(9), dtype=torch.int64, device="cpu")
     drawn[:2] = 0
     return drawn.to(device)
@@ -93,9 +84,12 @@ def soft(
     return LAYOUTS[layout](scores(shape, 1, odd=odd).to(device, dtype)), target.to(device, wide), options
 
 
-def logit_grad(logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
-    """Gradient and loss. A rescaled row is divided by its largest entry: next to a power of two, rounding
-    picks which one.
+def run_logit_grad(
+    logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str
+) -> tuple[Tensor, ...]:
+    """Gradient and loss; rescaled rows divided by their largest entry.
+
+    Where that is next to a power of two, rounding decides which scale a row gets.
     """
     grad, loss = attack_logit_grad(logits, labels, backend=backend, **options)
     if not options["rescale"]:
@@ -105,7 +99,7 @@ def logit_grad(logits: Tensor, labels: Tensor, options: dict[str, Any], backend:
     return torch.where(largest == 0, 0, grad / largest), loss, one_scale
 
 
-def logit_grad_table() -> list[Case]:
+def logit_grad_cases() -> list[Case]:
     """The cases of `attack_logit_grad`."""
     calls: list[tuple[str, Sequence[int], torch.dtype, bool, str, bool]] = []
     for loss in ("ce", "margin", "dlr", "kl", "soft ce"):
@@ -123,9 +117,10 @@ def logit_grad_table() -> list[Case]:
         name += f", {layout}" * (layout != "contiguous")
         options = {"loss": loss.removeprefix("soft "), "rescale": rescale, "targeted": rescale and not odd}
         make = soft if loss in ("kl", "soft ce") else hard
-        # The largest entry is rounded, too, so that the quotients are a step further apart.
+        # The divisor is rounded, too, so that quotients may differ by one more step.
         scale = QUOTIENTS.get(dtype, 1.0) if rescale else 1.0
-        # At first use: each loss as float32 and bfloat16 attacks call it, and rescaled; of ce other dtypes and sizes.
+        # At first use: each loss as float32 and bfloat16 attacks call it, and rescaled; for ce also other
+        # dtypes and sizes.
         first = dtype == torch.float32 and shape in (PLAIN, (0, 10))
         first |= rescale and dtype == torch.bfloat16
         first |= loss == "ce" and (dtype == torch.float32 or rescale) and shape not in RARE
@@ -156,17 +151,17 @@ def guided(
     return LAYOUTS[layout](scores(shape, 1, odd=odd).to(device, dtype)), guide, labels, weights, options
 
 
-def dynamic_label(
+def run_dynamic_label(
     z: Tensor, guide: Tensor, labels: Tensor, weights: Tensor | None, options: dict[str, Any], backend: str
 ) -> tuple[Any, ...]:
-    """Loss, gradient of its sum, and what is counted."""
+    """Loss, gradient of its sum, predictions, labels and counts."""
     z = z.detach().requires_grad_()
     found = dynamic_label_cross_entropy(z, guide, labels=labels, weights=weights, backend=backend, **options)
     (grad,) = torch.autograd.grad(found.loss.sum(), z)
     return (found.loss.detach(), grad, *found[1:])
 
 
-def dynamic_label_table() -> list[Case]:
+def dynamic_label_cases() -> list[Case]:
     """The cases of `dynamic_label_cross_entropy`."""
     each: dict[str, Any] = {"reduction": "none"}
     variants: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -198,7 +193,8 @@ def dynamic_label_table() -> list[Case]:
         name = f"{variant}, {named(dtype)}, guide {named(guide)}, {shaped(shape)}" + ", odd rows" * odd
         name += f", {layout}" * (layout != "contiguous")
         make = partial(guided, shape=shape, dtype=dtype, guide_dtype=guide, odd=odd, layout=layout)
-        # At first use: hard and soft labels, guides of logits and of classes, every dtype, the usual numbers of classes.
+        # At first use: hard and soft labels, guides of logits and of classes, every dtype, the usual numbers
+        # of classes.
         deep = (
             shape in RARE
             or (variant == "soft" and shape not in (PLAIN, (0, 10)))
@@ -209,8 +205,8 @@ def dynamic_label_table() -> list[Case]:
     return cases
 
 
-def margin(logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
-    """The margin and its gradient, by autograd and at once, and the margin without one."""
+def run_margin(logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+    """The margin and its gradient, by autograd and from `soft_margin_grad`, and the margin without a gradient."""
     z = logits.detach().requires_grad_()
     found = soft_margin(z, labels, backend=backend, **options)
     (grad,) = torch.autograd.grad(found.sum(), z)
@@ -218,7 +214,7 @@ def margin(logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str
     return found.detach(), grad, *both, soft_margin(logits, labels, backend=backend, **options)
 
 
-def margin_table() -> list[Case]:
+def margin_cases() -> list[Case]:
     """The cases of `soft_margin`."""
     calls: list[tuple[Sequence[int], torch.dtype, float, str, bool]] = []
     calls += [(PLAIN, dtype, 5.0, "contiguous", odd) for dtype in FLOATS for odd in (False, True)]
@@ -235,34 +231,34 @@ def margin_table() -> list[Case]:
     return cases
 
 
-def timing(make: Any, passes: int, **more: Any) -> Timing:
-    """The call whose time tables show."""
+def row_timing(make: Any, passes: int, **more: Any) -> Timing:
+    """The timed call of an operator on logits; `passes` over its (N, K) tensors."""
     make = partial(make, shape=LARGE, dtype=torch.float32, odd=False, layout="contiguous", **more)
     return Timing(f"float32 {shaped(LARGE)}", make, passes * 4 * math.prod(LARGE))
 
 
-# Sums of exponentials in float32 at least, in another order; narrow gradients are rounded once, to a
-# neighbour at most.
+# Sums of exponentials, in float32 at least, differ in order; half-precision gradients are rounded once and
+# differ by one step at most.
 HALVES = {torch.bfloat16: (2.0**-7, 4e-6), torch.float16: (2.0**-10, 4e-6)}
-register(
+register_cases(
     "attack_logit_grad",
-    logit_grad,
-    logit_grad_table,
+    run_logit_grad,
+    logit_grad_cases,
     {torch.float32: (6e-6, 4e-6), torch.float64: (2e-12, 2e-13), **HALVES},
-    timed=partial(timing, hard, 2, options={"loss": "ce", "rescale": True, "targeted": False}),
+    timed=partial(row_timing, hard, 2, options={"loss": "ce", "rescale": True, "targeted": False}),
 )
-register(
+register_cases(
     "dynamic_label_cross_entropy",
-    dynamic_label,
-    dynamic_label_table,
+    run_dynamic_label,
+    dynamic_label_cases,
     {torch.float32: (4e-6, 1e-6), torch.float64: (8e-15, 4e-15), **HALVES},
-    timed=partial(timing, guided, 3, guide_dtype=torch.float32, weighted=False, options={}),
+    timed=partial(row_timing, guided, 3, guide_dtype=torch.float32, weighted=False, options={}),
 )
-# A difference of logits up to 12, or 1e4, so that the relative part is that of the margin.
-register(
+# Differences of logits reach 12, or 1e4, so that the relative tolerance is that of the margin.
+register_cases(
     "soft_margin",
-    margin,
-    margin_table,
+    run_margin,
+    margin_cases,
     {torch.float32: (2e-6, 4e-6), torch.float64: (4e-15, 8e-15), **HALVES},
-    timed=partial(timing, hard, 2, options={"temperature": 5.0}),
+    timed=partial(row_timing, hard, 2, options={"temperature": 5.0}),
 )

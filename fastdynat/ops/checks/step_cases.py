@@ -1,6 +1,4 @@
-"""Cases of the PGD steps: odd sizes, every dtype of images and gradients, layouts, zeros, NaN, ties, no
-images.
-"""
+"""Cases of the PGD steps: odd sizes, dtypes of images and gradients, layouts, zeros, NaN, ties, empty batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +17,7 @@ from fastdynat.ops.checks.case_helpers import (
     contiguous,
     named,
     normal,
-    register,
+    register_cases,
     shaped,
     turned,
     unaligned,
@@ -46,7 +44,7 @@ LAYOUTS: dict[str, tuple[Layout, Layout]] = {
 }
 
 
-def batch(
+def step_arguments(
     device: torch.device,
     *,
     shape: Sequence[int],
@@ -56,8 +54,9 @@ def batch(
     layouts: tuple[Layout, Layout],
     move: float,
 ) -> tuple[Any, ...]:
-    """(x_adv, grad, x0, low): saturated pixels; of the gradient a tenth is 0, a tenth NaN, and the first
-    image has none.
+    """(x_adv, grad, x0, low) with saturated pixels.
+
+    A tenth of the gradient is 0 and a tenth NaN; the first image's gradient is nothing else.
     """
     x0 = (1.4 * uniform(shape, 1) - 0.2).clamp(0, 1)
     x_adv = (x0 + move * normal(shape, 2)).clamp(0, 1)
@@ -74,9 +73,14 @@ def batch(
     )
 
 
-def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]] = ()) -> list[Case]:
-    """Cases of a step. `move`: how far points are from their images; `flat`: (N, D) and (N,) are images,
-    too.
+def step_cases(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]] = ()) -> list[Case]:
+    """The cases of a step.
+
+    Args:
+        move: standard deviation of x_adv - x0.
+        lows: the step can return a half-precision copy.
+        flat: (N, D) and (N,) tensors are images, too.
+        grids: further shapes.
     """
     same = LAYOUTS["contiguous"]
     calls: list[Call] = []
@@ -88,7 +92,8 @@ def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]]
     if lows:
         calls += [(ODD, torch.float32, low, low, "contiguous") for low in (torch.bfloat16, torch.float16)]
         calls += [(PACKED, torch.float32, torch.bfloat16, torch.bfloat16, "channels-last")]
-    # At first use: float32 of odd and of even sizes, in one part and in several, bfloat16 with and without a copy, float64.
+    # At first use: float32 in odd and even sizes, in one part and in several, bfloat16 with and without a
+    # copy, float64.
     first: set[Call] = {(ODD, torch.float64, torch.float64, None, "contiguous")}
     plain = [ODD, (0, 3, 8, 8), *(((2, 1025), (7, 4)) if flat else ()), *grids]
     first |= {(shape, torch.float32, torch.float32, None, "contiguous") for shape in plain}
@@ -106,12 +111,14 @@ def table(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]]
         name += f", {layout}" * (layout != "contiguous") + (f", copy in {named(low)}" if low else "")
         options: Any = {"shape": shape, "dtype": dtype, "grad_dtype": grad, "low": low, "move": move}
         deep = (shape, dtype, grad, low, layout) not in first
-        cases.append(Case(name, partial(batch, layouts=LAYOUTS.get(layout, same), **options), deep=deep))
-    return [*cases, at_full_size(timing(move))]
+        cases.append(
+            Case(name, partial(step_arguments, layouts=LAYOUTS.get(layout, same), **options), deep=deep)
+        )
+    return [*cases, at_full_size(step_timing(move))]
 
 
-def timing(move: float, *, low: torch.dtype | None = None) -> Timing:
-    """The call whose time tables show."""
+def step_timing(move: float, *, low: torch.dtype | None = None) -> Timing:
+    """The timed call of a step."""
     options: Any = {
         "shape": LARGE,
         "dtype": torch.float32,
@@ -119,29 +126,31 @@ def timing(move: float, *, low: torch.dtype | None = None) -> Timing:
         "low": low,
         "move": move,
     }
-    make = partial(batch, layouts=LAYOUTS["contiguous"], **options)
+    make = partial(step_arguments, layouts=LAYOUTS["contiguous"], **options)
     return Timing(f"float32 {shaped(LARGE)}", make, 4 * 4 * math.prod(LARGE))
 
 
-def linf(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
-    """`pgd_step_linf` in both of its forms."""
+def run_linf(
+    x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str
+) -> tuple[Any, ...]:
+    """`attack_step_linf`, or `pgd_step_linf` for (N, D)."""
     step: Any = {"step_size": STEP, "eps": EPS, "backend": backend}
-    if x_adv.dim() == 2:  # without the counts: another kernel
+    if x_adv.dim() == 2:  # without `moved`, which is another kernel
         return (pgd_step_linf(x_adv, grad, x0, **step),)
     return tuple(attack_step_linf(x_adv, grad, x0, low_dtype=low, **step))
 
 
-def l2(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
+def run_l2(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
     """`attack_step_l2`."""
     return tuple(attack_step_l2(x_adv, grad, x0, step_size=0.3, eps=0.5, low_dtype=low, backend=backend))
 
 
-def l1(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+def run_l1(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
     """`pgd_step_l1`."""
     return pgd_step_l1(x_adv, grad, x0, step_size=0.7, eps=1.0, sparsity=0.8, backend=backend)
 
 
-def l0(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+def run_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
     """`pgd_step_l0`."""
     return pgd_step_l0(x_adv, grad, x0, step_size=2.0, pixels=6, backend=backend)
 
@@ -151,15 +160,23 @@ HALVES: Tolerances = {
     torch.bfloat16: (2.0**-7, 2e-6),
     torch.float16: (2.0**-10, 2e-6),
 }  # the neighbouring number
-large: Callable[..., list[Case]] = partial(table, grids=[(1, 3, 65, 67)])
+large: Callable[..., list[Case]] = partial(step_cases, grids=[(1, 3, 65, 67)])
 
-register("pgd_step_linf", linf, partial(large, EPS, lows=True, flat=True), {}, timed=partial(timing, EPS))
-# Norms are summed in float64 by the kernels and in the images' type by the eager form.
+register_cases(
+    "pgd_step_linf", run_linf, partial(large, EPS, lows=True, flat=True), {}, timed=partial(step_timing, EPS)
+)
+# Kernels sum norms in float64, the eager form in the dtype of the images.
 L2: Tolerances = {torch.float32: (0, 2e-6), torch.float64: (0, 2e-14), **HALVES}
-register("pgd_step_l2", l2, partial(large, 0.05, lows=True, flat=True), L2, timed=partial(timing, 0.05))
+register_cases(
+    "pgd_step_l2", run_l2, partial(large, 0.05, lows=True, flat=True), L2, timed=partial(step_timing, 0.05)
+)
 # The multiplier is found to the precision of the images.
 L1: Tolerances = {torch.float32: (0, 2e-6), torch.float64: (0, 2e-13)}
-register("pgd_step_l1", l1, partial(large, 0.02, lows=False, flat=True), L1, timed=partial(timing, 0.02))
-# A selection: what is kept is rounded once or twice.
+register_cases(
+    "pgd_step_l1", run_l1, partial(large, 0.02, lows=False, flat=True), L1, timed=partial(step_timing, 0.02)
+)
+# The selection is exact; kept pixels are rounded once or twice.
 L0: Tolerances = {torch.float32: (0, 1.2e-7), torch.float64: (0, 1e-15)}
-register("pgd_step_l0", l0, partial(large, 0.1, lows=False, flat=False), L0, timed=partial(timing, 0.1))
+register_cases(
+    "pgd_step_l0", run_l0, partial(large, 0.1, lows=False, flat=False), L0, timed=partial(step_timing, 0.1)
+)

@@ -1,6 +1,4 @@
-"""Cases of the Winograd convolution and its filters on the CPU: partial tiles, channels around the vector
-width, layouts.
-"""
+"""Cases of the Winograd convolution and filter transform: partial tiles, odd channel counts, layouts."""
 
 import math
 from functools import partial
@@ -13,7 +11,7 @@ from fastdynat.ops.checks.case_helpers import (
     channels_last,
     contiguous,
     normal,
-    register,
+    register_cases,
     shaped,
     turned,
     with_gaps,
@@ -31,10 +29,10 @@ Size = tuple[int, int, int, int, int]  # images, channels in and out, height, wi
 LARGE: Size = (32, 128, 128, 16, 16)
 
 
-def problem(
+def convolution_arguments(
     device: torch.device, *, size: Size, layout: str, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(x, forward, backward, bias), scaled so that outputs are around 1; the filters are the eager form's."""
+    """(x, forward, backward, bias), scaled so that outputs are around 1; the filters come from the eager form."""
     n, c, k, height, width = size
     x, weight = normal((n, c, height, width), 1), normal((k, c, 3, 3), 2) / (3 * max(c, 1) ** 0.5)
     filters = winograd_weights(weight.to(device, torch.float32), backend="eager")
@@ -42,7 +40,7 @@ def problem(
     return LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias
 
 
-def convolve(
+def run_convolution(
     x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The convolution and its input gradient."""
@@ -52,7 +50,7 @@ def convolve(
     return y.detach(), grad
 
 
-def convolve_table() -> list[Case]:
+def convolution_cases() -> list[Case]:
     """The cases of `winograd_conv3x3`."""
     sizes: list[Size] = [
         (2, 3, 5, 9, 7),
@@ -67,23 +65,23 @@ def convolve_table() -> list[Case]:
     return [
         Case(
             f"{shaped(size)}, {layout}" + ", bias" * biased,
-            partial(problem, size=size, layout=layout, biased=biased),
+            partial(convolution_arguments, size=size, layout=layout, biased=biased),
         )
         for size, layout, biased in calls
     ]
 
 
-def filters(device: torch.device, *, shape: tuple[int, int], layout: str) -> tuple[Tensor]:
+def filter_arguments(device: torch.device, *, shape: tuple[int, int], layout: str) -> tuple[Tensor]:
     """(weight,), (K, C, 3, 3)."""
     return (LAYOUTS[layout](normal((*shape, 3, 3), 4).to(device, torch.float32)),)
 
 
-def transform(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Both transformed filters."""
+def run_transform(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """`winograd_weights` in one implementation."""
     return winograd_weights(weight, backend=backend)
 
 
-def transform_table() -> list[Case]:
+def transform_cases() -> list[Case]:
     """The cases of `winograd_weights`."""
     calls = [(shape, "contiguous") for shape in ((1, 1), (5, 3), (17, 33), (64, 16))] + [
         ((7, 9), name) for name in LAYOUTS
@@ -91,40 +89,40 @@ def transform_table() -> list[Case]:
     return [
         Case(
             f"{shape[0]} filters of {shape[1]} channels, {layout}",
-            partial(filters, shape=shape, layout=layout),
+            partial(filter_arguments, shape=shape, layout=layout),
         )
         for shape, layout in calls
     ]
 
 
-def convolve_timing() -> Timing:
-    """The call whose time tables show."""
+def convolution_timing() -> Timing:
+    """The timed call of `winograd_conv3x3`."""
     n, c, k, height, width = LARGE
-    make = partial(problem, size=LARGE, layout="channels-last", biased=True)
+    make = partial(convolution_arguments, size=LARGE, layout="channels-last", biased=True)
     return Timing(f"forward and backward, {shaped(LARGE)}", make, 8 * n * (c + k) * height * width)
 
 
 def transform_timing() -> Timing:
-    """The call whose time tables show."""
-    make = partial(filters, shape=(256, 256), layout="contiguous")
+    """The timed call of `winograd_weights`."""
+    make = partial(filter_arguments, shape=(256, 256), layout="contiguous")
     return Timing("256 filters of 256 channels", make, 4 * (9 + 72) * math.prod((256, 256)))
 
 
 # Both forms round the transforms, whose matrices multiply by up to 19 in one dimension; gradients sum nine
 # filters of ones.
-register(
+register_cases(
     "winograd_conv3x3",
-    convolve,
-    convolve_table,
+    run_convolution,
+    convolution_cases,
     {torch.float32: (0, 4e-5)},
-    timed=convolve_timing,
+    timed=convolution_timing,
     candidates=["cpp"],
 )
 # Computed in float64 and rounded once, so that the neighbouring number is the most.
-register(
+register_cases(
     "winograd_weights",
-    transform,
-    transform_table,
+    run_transform,
+    transform_cases,
     {torch.float32: (2.0**-23, 0)},
     timed=transform_timing,
     candidates=["cpp"],

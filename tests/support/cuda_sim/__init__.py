@@ -170,7 +170,7 @@ def simulated(name: str) -> Any:
 def simulated_cuda(library: Path) -> Iterator[None]:
     """Run operators with backend="cuda" on CPU tensors for the body of a with statement."""
     load(library)
-    real = _select.why_not
+    real = _select.why_unavailable
 
     def why_not(name: str, device_type: str) -> str | None:
         if device_type == "cpu" and name in ("cuda", "cpp"):
@@ -184,9 +184,9 @@ def simulated_cuda(library: Path) -> Iterator[None]:
         )  # on purpose
         for name in cuda_operators():
             overrides.impl(name, simulated(name), "CPU", allow_override=True)
-    _select.why_not = why_not
+    _select.why_unavailable = why_not
     try:
         yield
     finally:
-        _select.why_not = real
+        _select.why_unavailable = real
         overrides._destroy()

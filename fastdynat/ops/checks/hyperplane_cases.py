@@ -1,6 +1,4 @@
-"""Cases of `project_on_hyperplane`: near, far and out of reach, both norms, degenerate planes, every dtype
-and layout.
-"""
+"""Cases of `project_on_hyperplane`: near, far and unreachable planes, degenerate ones, dtypes and layouts."""
 
 import math
 from functools import partial
@@ -9,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdynat.ops.checks.case_helpers import FLOATS, WIDE, Layout, named, normal, register, shaped, uniform
+from fastdynat.ops.checks.case_helpers import (
+    FLOATS,
+    WIDE,
+    Layout,
+    named,
+    normal,
+    register_cases,
+    shaped,
+    uniform,
+)
 from fastdynat.ops.checks.step_cases import LAYOUTS, ODD, PACKED
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 from fastdynat.verification import Case, Timing
@@ -17,7 +24,7 @@ from fastdynat.verification import Case, Timing
 LARGE = (256, 3, 32, 32)
 
 
-def planes(
+def hyperplane_arguments(
     device: torch.device,
     *,
     shape: tuple[int, ...],
@@ -27,8 +34,9 @@ def planes(
     far: float,
     norm: str,
 ) -> tuple[Any, ...]:
-    """(x, w, value, at, norm): offsets are `far` of the reach; w has zeros, and the last plane is none at
-    all.
+    """(x, w, value, at, norm); w has zeros, and the last plane is degenerate (w = 0).
+
+    far: distance of the planes, as a fraction of the farthest that the box reaches.
     """
     x = (1.4 * uniform(shape, 1) - 0.2).clamp(0, 1)
     w = normal(shape, 2) * uniform(shape, 3) ** 4
@@ -49,13 +57,13 @@ def planes(
     )
 
 
-def run(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str, backend: str) -> Tensor:
-    """The operator in one implementation."""
+def run_projection(x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str, backend: str) -> Tensor:
+    """`project_on_hyperplane` in one implementation."""
     return project_on_hyperplane(x, w, value, at, norm=norm, backend=backend)
 
 
-def table() -> list[Case]:
-    """The cases."""
+def hyperplane_cases() -> list[Case]:
+    """The cases of `project_on_hyperplane`."""
     calls: list[tuple[tuple[int, ...], torch.dtype, torch.dtype, str, float]] = []
     calls += [(ODD, dtype, w, "contiguous", 0.1) for dtype in WIDE for w in FLOATS]
     calls += [(PACKED, torch.float32, torch.float32, layout, 0.1) for layout in LAYOUTS]
@@ -63,13 +71,13 @@ def table() -> list[Case]:
     shapes = [(0, 3, 8, 8), (3,), (4, 17), (1, 12291)]
     calls += [(shape, torch.float32, torch.float32, "contiguous", 0.1) for shape in shapes]
     calls = list(dict.fromkeys(calls))
-    # Layouts and conversions are read by code that knows nothing of the norm.
+    # The code that handles layouts and conversions does not depend on the norm.
     under_l2 = [
         call
         for call in calls
         if call[3] == "contiguous" and (call[1] == call[2] or call[2] == torch.bfloat16)
     ]
-    # At first use: both norms, gradients in half precision, float64, and a row that registers do not hold.
+    # At first use: both norms, half-precision gradients, float64, and an image too large for registers.
     mixed = {(torch.float32, torch.float64), (torch.float32, torch.float16)}
     mixed |= {(torch.float64, w) for w in FLOATS if w != torch.float64}
     cases = []
@@ -82,12 +90,12 @@ def table() -> list[Case]:
         options: Any = {"shape": shape, "dtype": dtype, "w_dtype": w, "far": far, "norm": norm}
         deep = (dtype, w) in mixed or shape in ((3,), (4, 17)) or layout == "unaligned"
         deep |= norm == "l2" and (dtype == torch.float64 or w == torch.bfloat16)
-        cases.append(Case(name, partial(planes, layouts=LAYOUTS[layout], **options), deep=deep))
+        cases.append(Case(name, partial(hyperplane_arguments, layouts=LAYOUTS[layout], **options), deep=deep))
     return cases
 
 
-def timing() -> Timing:
-    """The call whose time tables show."""
+def hyperplane_timing() -> Timing:
+    """The timed call of `project_on_hyperplane`."""
     options: Any = {
         "shape": LARGE,
         "dtype": torch.float32,
@@ -97,12 +105,16 @@ def timing() -> Timing:
     }
     return Timing(
         f"linf, float32 {shaped(LARGE)}",
-        partial(planes, layouts=LAYOUTS["contiguous"], **options),
+        partial(hyperplane_arguments, layouts=LAYOUTS["contiguous"], **options),
         16 * math.prod(LARGE),
     )
 
 
-# Newton's method in the type of the images: what rounding leaves of the plane, over its slope.
-register(
-    "project_on_hyperplane", run, table, {torch.float32: (0, 4e-6), torch.float64: (0, 2e-12)}, timed=timing
+# Newton's method in the dtype of the images: the rounding error of the plane's value over the slope.
+register_cases(
+    "project_on_hyperplane",
+    run_projection,
+    hyperplane_cases,
+    {torch.float32: (0, 4e-6), torch.float64: (0, 2e-12)},
+    timed=hyperplane_timing,
 )

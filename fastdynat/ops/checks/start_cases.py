@@ -14,7 +14,7 @@ from fastdynat.ops.checks.case_helpers import (
     channels_last,
     contiguous,
     named,
-    register,
+    register_cases,
     shaped,
     turned,
     uniform,
@@ -28,7 +28,7 @@ STATE = (0x0123456789ABCDEF, 0x7EDCBA9876543210)  # every bit of key and counter
 LARGE = (256, 3, 32, 32)
 
 
-def images(
+def start_arguments(
     device: torch.device, *, shape: tuple[int, ...], dtype: torch.dtype, kind: str, layout: Layout
 ) -> tuple[Tensor, Tensor, str]:
     """(x, state, kind)."""
@@ -36,13 +36,13 @@ def images(
     return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind
 
 
-def run(x: Tensor, state: Tensor, kind: str, backend: str) -> Tensor:
-    """The operator in one implementation."""
+def run_start(x: Tensor, state: Tensor, kind: str, backend: str) -> Tensor:
+    """`random_start` in one implementation."""
     return random_start(x, state, kind=kind, scale=SCALE, backend=backend)
 
 
-def table() -> list[Case]:
-    """The cases."""
+def start_cases() -> list[Case]:
+    """The cases of `random_start`."""
     layouts = {
         "contiguous": contiguous,
         "channels-last": channels_last,
@@ -60,18 +60,18 @@ def table() -> list[Case]:
     cases = []
     for shape, dtype, kind, layout in calls:
         name = f"{kind}, {named(dtype)}, {shaped(shape)}" + f", {layout}" * (layout != "contiguous")
-        make = partial(images, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
+        make = partial(start_arguments, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
         spared = (shape, dtype, kind, layout) in deep
         cases.append(Case(name, make, scale=float(kind == "l2"), deep=spared))
-    return [*cases, at_full_size(timing(), scale=0.0)]
+    return [*cases, at_full_size(start_timing(), scale=0.0)]
 
 
-def timing() -> Timing:
-    """The call whose time tables show."""
-    make: Any = partial(images, shape=LARGE, dtype=torch.float32, kind="uniform", layout=contiguous)
+def start_timing() -> Timing:
+    """The timed call of `random_start`."""
+    make: Any = partial(start_arguments, shape=LARGE, dtype=torch.float32, kind="uniform", layout=contiguous)
     return Timing(f"uniform, float32 {shaped(LARGE)}", make, 2 * 4 * math.prod(LARGE))
 
 
 # A relative 1e-6 of the move, and in float32 the rounding of the pixel.
 TOLERANCE = {torch.float32: (0, 1e-6 * SCALE + 2.0**-24), torch.float64: (0, 1e-6 * SCALE)}
-register("random_start", run, table, TOLERANCE, timed=timing)
+register_cases("random_start", run_start, start_cases, TOLERANCE, timed=start_timing)

@@ -1,6 +1,4 @@
-"""Cases of `augment`, compared bit for bit: every dtype and layout, with and without crops and flips, slices
-of a plan.
-"""
+"""Cases of `augment`, bit for bit: every dtype and layout, with and without crops and flips, strided plans."""
 
 import math
 from functools import partial
@@ -10,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops.augment import DTYPES, augment
-from fastdynat.ops.checks.case_helpers import at_full_size, generator, named, register, shaped
+from fastdynat.ops.checks.case_helpers import at_full_size, generator, named, register_cases, shaped
 from fastdynat.verification import Case, Timing
 
 LARGE = (256, 3, 32, 32)
 
 
-def stored(
+def augment_arguments(
     device: torch.device,
     *,
     size: tuple[int, ...],
@@ -27,8 +25,9 @@ def stored(
     dtype: torch.dtype,
     last: bool,
 ) -> tuple[Any, ...]:
-    """(images, indices, shifts, flips, pad, dtype, channels_last); `size` is (stored, batch, channels,
-    height, width).
+    """(images, indices, shifts, flips, pad, dtype, channels_last).
+
+    size: (stored images, batch, channels, height, width).
     """
     g = generator(5)
     count, n, *image = size
@@ -49,7 +48,7 @@ def stored(
     )
 
 
-def run(
+def run_augment(
     images: Tensor,
     indices: Tensor,
     shifts: Tensor | None,
@@ -59,12 +58,12 @@ def run(
     last: bool,
     backend: str,
 ) -> Tensor:
-    """The operator in one implementation."""
+    """`augment` in one implementation."""
     return augment(images, indices, shifts, flips, pad=pad, dtype=dtype, channels_last=last, backend=backend)
 
 
-def table() -> list[Case]:
-    """The cases."""
+def augment_cases() -> list[Case]:
+    """The cases of `augment`."""
     plain = {"pad": 4, "crop": True, "flip": True, "strided": False, "dtype": torch.float32, "last": False}
     calls: list[tuple[str, dict[str, Any]]] = []
     for dtype in DTYPES:
@@ -79,7 +78,7 @@ def table() -> list[Case]:
         ("float32, one pixel", {"size": (2, 3, 4, 1, 1), "pad": 2}),
         ("float32, no images", {"size": (5, 0, 3, 8, 8)}),
     ]
-    # What training can ask for is compiled at first use: a dtype, a layout, a crop with a flip, or neither.
+    # At first use Triton compiles what training asks for: the dtypes, the layouts, crop with flip, neither.
     deep = {
         "float64",
         "float32, no crop",
@@ -90,18 +89,18 @@ def table() -> list[Case]:
     cases = [
         Case(
             f"{name}, {shaped(options['size'][1:])}",
-            partial(stored, **{**plain, **options}),
+            partial(augment_arguments, **{**plain, **options}),
             deep=name in deep,
         )
         for name, options in calls
     ]
-    return [*cases, at_full_size(timing())]
+    return [*cases, at_full_size(augment_timing())]
 
 
-def timing() -> Timing:
-    """The call whose time tables show."""
+def augment_timing() -> Timing:
+    """The timed call of `augment`."""
     make = partial(
-        stored,
+        augment_arguments,
         size=(1024, *LARGE),
         pad=4,
         crop=True,
@@ -113,4 +112,4 @@ def timing() -> Timing:
     return Timing(f"float32 {shaped(LARGE)}", make, 5 * math.prod(LARGE))
 
 
-register("augment", run, table, {}, timed=timing)
+register_cases("augment", run_augment, augment_cases, {}, timed=augment_timing)
