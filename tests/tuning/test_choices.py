@@ -51,7 +51,7 @@ class Machine:
         monkeypatch.setattr(choices, "half_types", lambda device: self.lacking)
         monkeypatch.setattr("fastdynat.tuning.devices.half_types", lambda device: self.lacking)
         monkeypatch.setattr(choices, "passes", self._passes)
-        monkeypatch.setattr(choices, "update", lambda *_: lambda: None)
+        monkeypatch.setattr(choices, "update_call", lambda *_: lambda: None)
         monkeypatch.setattr(Layer, "scale", lambda *_: 1.0)
         monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: self.now)
         monkeypatch.setattr(choices, "_known", {})

@@ -116,7 +116,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         return call
 
     monkeypatch.setattr(choices, "passes", fake)
-    monkeypatch.setattr(choices, "update", lambda *_: lambda: None)
+    monkeypatch.setattr(choices, "update_call", lambda *_: lambda: None)
     monkeypatch.setattr(choices, "half_types", lambda device: {"bf16": "none", "fp16": "none"})
     monkeypatch.setattr(choices, "_known", {})
     monkeypatch.setattr("fastdynat.machine.racing.quiet_clock", lambda: lambda: now[0])
@@ -154,7 +154,7 @@ def test_an_update_counts_as_often_as_there_is_one(
 
         return call
 
-    monkeypatch.setattr(choices, "update", fake)
+    monkeypatch.setattr(choices, "update_call", fake)
     monkeypatch.setattr(
         "fastdynat.machine.racing.quiet_clock", lambda: lambda: taken + 0.01 * sum(map(last_gain, clocked))
     )
