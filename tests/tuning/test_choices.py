@@ -437,8 +437,8 @@ store = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(store)
 number = float(sys.argv[2])
 for _ in range(200):
-    measurements.save_seconds({"what": "both"}, {"a": number, "b": number})
-    found = measurements.load_seconds({"what": "both"}, {"a", "b"})
+    store.save_seconds({"what": "both"}, {"a": number, "b": number})
+    found = store.load_seconds({"what": "both"}, {"a", "b"})
     assert found is not None and found["a"] == found["b"]
 """
 
