@@ -1,6 +1,4 @@
-"""The arithmetic of a run (precision, operators, device) for its record, and how exactly it can be
-resumed.
-"""
+"""Arithmetic of a run (precision, operators, device) for its record, and how exactly it can be resumed."""
 
 from typing import Any
 
@@ -14,7 +12,7 @@ from fastdynat.training.resolved_config import ResolvedEngine
 
 
 def arithmetic(engine: ResolvedEngine) -> dict[str, Any]:
-    """What `record_start` is told of a resolved configuration; within its operators' `use_backend`."""
+    """The arguments of `record_start`. To be called under `use_backend` with the run's operators."""
     device = torch.device(engine.device)
     precision = float32_name(device) if engine.amp == "off" else engine.amp
     may_be = device.type == "cpu" and engine.amp == "off" and engine.winograd != "off"
@@ -27,11 +25,13 @@ def arithmetic(engine: ResolvedEngine) -> dict[str, Any]:
 
 
 def rounding_of_resume(engine: ResolvedEngine) -> str | None:
-    """Why a resumed run is not the uninterrupted one bit for bit, even on the same machine; None where it is.
+    """The reason why a resumed run differs from an uninterrupted one in rounding; None where it does not.
 
-    cuDNN times its algorithms in each process anew, and some GPU operations add in no fixed order; not with
-    `--deterministic`.
-    """
+    On a GPU cuDNN times its algorithms in each process anew, and some operations add in no fixed order,
+    unless the run is `deterministic`."""
     if torch.device(engine.device).type != "cuda" or engine.deterministic:
         return None
-    return "cuDNN chooses its algorithms anew in each process; --deterministic makes resuming exact but training slower"
+    return (
+        "cuDNN chooses its algorithms anew in each process; "
+        "--deterministic makes resuming exact but training slower"
+    )

@@ -1,14 +1,11 @@
-"""The weight average of a run: what is validated and saved as the model."""
+"""Exponential moving average of the weights, which is validated and saved as the model."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
-STATISTICS = (
-    "running_mean",
-    "running_var",
-)  # of normalisation layers: always finite, so averaged without a look
+STATISTICS = ("running_mean", "running_var")  # of normalisation layers: always finite, so averaged unchecked
 
 
 class WeightAverage:
@@ -17,18 +14,16 @@ class WeightAverage:
     The first `warmup` updates (at least one) copy the model; from then on ``average = d * average + (1 - d) *
     model``. Without a warm-up d is `decay`; after one it is ``min(decay, (1 + s) / (10 + s))``, s updates
     after its end (Gowal et al. 2020, DyART), so that an average that begins late soon forgets where it began.
-    All of these numbers are the host's: nothing waits for the device.
+    All of these numbers are on the host: no update waits for the device.
 
     Attributes:
         module: the average, a network like `model`.
-        updates: how often it was moved.
+        updates: updates so far.
         warmup: updates before the average begins.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, copy_buffers: bool = False) -> None:
-        """`copy_buffers`: running statistics are always the model's own; else they are averaged like the
-        weights.
-        """
+        """`copy_buffers`: copy running statistics from the model instead of averaging them."""
         self.module = copy.deepcopy(model)
         self.decay = decay
         self.warmup = self.updates = 0
@@ -49,7 +44,7 @@ class WeightAverage:
         self.warmup, self.updates = warmup, 0
 
     def keep_rate(self) -> float:
-        """What the next update keeps of the average."""
+        """The share of the average that the next update keeps."""
         return keep_rate(self.decay, warmup=self.warmup, updates=self.updates)
 
     @torch.no_grad()
@@ -59,15 +54,14 @@ class WeightAverage:
         _move(self._averaged, keep)
         _move(self._copied, 0.0)
         for average, buffer in self._guarded:
-            # Between two infinities there is no number; what was or is infinite, as in an attention mask, is
-            # the model's own.
+            # Between infinite values, as in an attention mask, lerp gives NaN: they are copied.
             moved = average.lerp(buffer, 1 - keep) if keep else buffer
             average.copy_(torch.where(moved.isfinite(), moved, buffer))
         self.updates += 1
 
 
 def keep_rate(decay: float, *, warmup: int, updates: int) -> float:
-    """What the update after `updates` others keeps of an average; see `WeightAverage`."""
+    """The share of an average that the update after `updates` others keeps; see `WeightAverage`."""
     since = updates - warmup
     if since < 0 or updates == 0:
         return 0.0
@@ -75,9 +69,7 @@ def keep_rate(decay: float, *, warmup: int, updates: int) -> float:
 
 
 def _move(pairs: list[tuple[Tensor, Tensor]], keep: float) -> None:
-    """To `keep` of the first and the rest of the second tensor of each of `pairs`; exactly the second where
-    `keep` is 0.
-    """
+    """Set the first tensor of each pair to ``keep * first + (1 - keep) * second``; exactly second at 0."""
     if not pairs:
         return
     average, model = ([*side] for side in zip(*pairs, strict=True))

@@ -24,8 +24,7 @@ def check_awp(gamma: float, warmup: int) -> None:
 
 
 class WeightPerturbation:
-    """Moves the weights of `module` that have two dimensions or more: not biases, not what normalisation
-    layers learn.
+    """Perturbs the weights of `module` with two dimensions or more: no biases, no normalisation layers.
 
     Args:
         module: the network being trained.
@@ -43,24 +42,22 @@ class WeightPerturbation:
 
     @contextmanager
     def around(self, loss: Tensor) -> Iterator[None]:
-        """Within it the weights are where `loss`, whose graph this uses up, is higher. Its scale does not
-        matter.
-        """
+        """Context with the weights moved to where `loss` is higher, whatever its scale; uses up its graph."""
         moves = self._moves(
             torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
         )
         with torch.no_grad():
             torch._foreach_add_(self._weights, moves)
         yield
-        # Only where nothing failed: after an error the run ends, and its last checkpoint is from before.
+        # Not in a finally: after an error the run ends, and its last checkpoint is from before.
         with torch.no_grad():
             torch._foreach_sub_(self._weights, moves)
 
     @torch.no_grad()
     def _moves(self, grads: tuple[Tensor, ...]) -> list[Tensor]:
         sizes, norms = torch._foreach_norm(self._weights), torch._foreach_norm(grads)
-        # A gradient that overflowed in half precision, or is zero, points nowhere; added to the weights it
-        # would stay there.
+        # The direction of a gradient that is zero, or overflowed in half precision, is NaN, which would stay
+        # in the weights.
         ratios = [
             torch.nan_to_num(self.gamma * s / n, 0.0, 0.0, 0.0) for s, n in zip(sizes, norms, strict=True)
         ]

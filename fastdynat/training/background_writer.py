@@ -1,4 +1,4 @@
-"""Background writing: a thread of its own waits for the disk while training goes on."""
+"""Writing in the background: one thread waits for the disk while training continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,21 +7,17 @@ from types import TracebackType
 
 
 class BackgroundWriter:
-    """Runs writes one after the other, each begun only when the one before is done; a failure is raised where
-    training is.
+    """Runs one write at a time; a failed one raises in the training thread, at the next call.
 
-    As a context manager: everything is written, or has failed and been raised, when it is left. What ends the
-    block by an exception of its own comes first; a failed write then is not reported.
-    """
+    As a context manager it waits for the last write, and raises its failure, on exit. An exception of the
+    block itself comes first; a failed write is then not reported."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Begin `write`, which must not touch what training changes. Raises what the write before it
-        raised.
-        """
+        """Start `write`, which must not touch what training changes. Raises what the last write raised."""
         self.wait()
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="fastdynat-writer")
         self._pending = self._thread.submit(write)

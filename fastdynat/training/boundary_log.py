@@ -1,4 +1,4 @@
-"""`--boundary-speed N`: at each validation, how the last update moves the decision boundary of N images."""
+"""`--boundary-speed N`: at each validation, movement of the decision boundary of N images."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +16,12 @@ from fastdynat.training.step import TrainStep
 def log_boundary(
     step: TrainStep, batches: Iterable[Batch], folder: Path, epoch: int, *, near: float, seed: int
 ) -> dict[str, float | None]:
-    """Write ``boundary/epoch-NNNN.npz`` in the run's `folder`, and return the epoch's columns; nothing of the
-    run changes.
+    """Write ``boundary/epoch-NNNN.npz`` in the run's `folder`; returns the epoch's columns of the metrics.
 
     Args:
-        epoch: completed ones.
+        epoch: completed epochs.
         near: images with a smaller margin count as near the boundary.
-        seed: of the search's random starts: the same at every validation.
+        seed: of the search's random starts, the same at every validation.
     """
     model, move = step.networks.raw["model"], last_move(step)
     generator = torch.Generator(step.precision.device).manual_seed(seed)
@@ -38,7 +37,7 @@ def log_boundary(
 
 
 def last_move(step: TrainStep) -> dict[str, Tensor]:
-    """By parameter, what the momentum does to the model: -rate * buffer at the last update's rate.
+    """The step of the momentum by parameter name: -rate * buffer at the last update's rate.
 
     Without Nesterov it is the last update itself, which the next one repeats up to the new gradient.
     """

@@ -1,4 +1,4 @@
-"""SGD whose momentum is a tensor, as its rate is: a captured step reads both anew at each replay."""
+"""SGD with a tensor for its momentum, as for its rate: a captured step reads both anew at each replay."""
 
 from typing import Any
 
@@ -8,13 +8,10 @@ from torch.optim import SGD
 
 
 class CycledSGD(SGD):
-    """torch's SGD with `momentum` from a scalar tensor, which its own implementations take as a number of
-    Python only.
+    """torch's SGD with a scalar tensor for `momentum`; torch's own takes a Python number only.
 
-    State and checkpoints are those of `SGD`; every parameter's ``momentum_buffer`` must be there before the
-    first step. Not fused: one pass per operation, which is a small share of an update with an attack before
-    it.
-    """
+    State and checkpoints are those of `SGD`; every parameter needs its ``momentum_buffer`` before the first
+    step. Not fused: the extra passes are a small share of an update with an attack before it."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Measurements that a run makes on request at each validation, without changing the run."""
+"""Optional measurements at each validation, which change nothing in the run: fidelity, boundary speed."""
 
 import logging
 from collections.abc import Iterator

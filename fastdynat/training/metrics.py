@@ -1,4 +1,4 @@
-"""Epoch averages on the device, and the metrics files."""
+"""Metrics of a run: means over an epoch on the device, and the files with one row per epoch."""
 
 import csv
 import io
@@ -20,16 +20,14 @@ from fastdynat.runs.atomic_files import write_text
 
 
 class Averages:
-    """Image-weighted means of scalars over `images` images, accumulated on the device without waiting for
-    it.
-    """
+    """Means of scalars weighted by images, accumulated on the device without waiting for it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self.images = 0
 
     def add(self, logs: Mapping[str, Tensor], images: int) -> None:
-        """Add one batch's means over `images` images."""
+        """Add one batch's means, taken over `images` images."""
         for key, value in logs.items():
             term = value.detach().double() * images
             self._sums[key] = self._sums[key] + term if key in self._sums else term
@@ -51,7 +49,7 @@ class MetricsLog:
     """metrics.jsonl and metrics.csv, one row per epoch, and TensorBoard events if asked for.
 
     Both files are rewritten whole at each epoch: a kill leaves the old or the new one, and resuming drops the
-    rows of epochs that will be run again.
+    rows of epochs that run again.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
@@ -61,15 +59,14 @@ class MetricsLog:
             self.rows = read_rows(self.jsonl)
         self._writer: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,  # an extra; `engine.resolve` has checked that it is there
-            )
+            from torch.utils.tensorboard import SummaryWriter  # an extra; `resolve` checked that it is there
 
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def restore(self, epochs: int, row: dict[str, Any] | None) -> None:
-        """Bring the rows to where a checkpoint after `epochs` epochs is; `row`: of the last of them, as the
-        checkpoint has it.
+        """Bring the rows in line with a checkpoint after `epochs` epochs.
+
+        row: that of the last of them, as the checkpoint stores it; None where it stores none.
 
         Raises:
             UserError: there are rows of later epochs, so a later checkpoint is missing.
@@ -83,8 +80,9 @@ class MetricsLog:
                 else "there is no complete checkpoint"
             )
             raise UserError(
-                f"{self.jsonl} has rows up to epoch {last}, but {newest}: the run was copied or cleaned in part. Bring its "
-                f"checkpoints back, or move {self.jsonl.name} away to go on from epoch {epochs + 1}"
+                f"{self.jsonl} has rows up to epoch {last}, but {newest}: the run was copied or cleaned in "
+                f"part. Bring its checkpoints back, or move {self.jsonl.name} away to go on from "
+                f"epoch {epochs + 1}"
             )
         kept = [row for row in self.rows if row["epoch"] <= epochs]
         if row is not None and last < epochs == row.get("epoch"):
@@ -119,16 +117,14 @@ class MetricsLog:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """What every row has; the other columns depend on the method."""
+    """Columns of every row; the others depend on the method."""
 
     epoch: Positive
     train_seconds: Annotated[float, Meta(ge=0, le=1e12)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one per epoch in their order. Raises UserError where it is
-    damaged.
-    """
+    """The rows of a run's metrics.jsonl, one per epoch, in order. Raises UserError where it is damaged."""
     remedy = "move it away to go on without the rows of earlier epochs"
     rows = read_json_lines(
         path, dict[str, bool | Whole | float | None], what="a run's metrics", remedy=remedy

@@ -1,4 +1,4 @@
-"""The networks of a run: raw modules, the attack's replica, and the compiled views that a step calls."""
+"""Networks of a run: raw modules, the attacked replica, and the compiled views that a step calls."""
 
 import torch
 from torch import nn
@@ -18,21 +18,18 @@ from fastdynat.training.average import WeightAverage
 def pixel_statistics(
     model: ModelConfig, info: DatasetInfo
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and standard deviation per channel that the networks of a resolved configuration normalise by;
-    None by nothing.
-    """
+    """Mean and standard deviation per channel that the networks normalise by; None where they do not."""
     if model.normalize == "none":
         return None, None
     return info.mean, RELEASED_STD.get(info.name, info.std) if model.normalize == "released" else info.std
 
 
 class NetworkSet:
-    """Owns the modules of a run, keyed "model" and (with a guide, trained or frozen) "guide".
+    """The modules of a run, under "model" and (if there is a guide, trained or frozen) "guide".
 
-    Checkpoints, averages and validation use `raw`; a training step uses `views`, which may be compiled. Each
-    view is a callable of its own with fixed mode and gradient needs, so compiled code is never asked to
-    change either.
-    """
+    Checkpoints, the weight average and validation use `raw`; a training step calls `views`, which may be
+    compiled. Each view has a fixed mode and fixed gradient needs, so compiled code never has to change
+    either."""
 
     def __init__(
         self,
@@ -50,8 +47,13 @@ class NetworkSet:
         ema_buffers: str = "average",
         fallbacks: Fallbacks | None = None,
     ) -> None:
-        """`frozen_guide`: it stays as it is, in eval mode. `attack`: how the attack is computed;
-        `compile_mode`: of what is trained; `fallbacks`: as in `AttackEngine`.
+        """
+        Args:
+            frozen_guide: the guide is not trained, and in eval mode.
+            attack: settings of the attack engine.
+            compile_mode: mode of torch.compile for the trained networks, or "off".
+            ema: keep-rate of the weight average; 0 for none.
+            fallbacks: as in `AttackEngine`.
         """
         fallbacks = fallbacks or WarnedFallbacks()
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -61,7 +63,7 @@ class NetworkSet:
         if frozen_guide and guide is not None:
             guide.eval().requires_grad_(False)
         self.ema = WeightAverage(model, ema, copy_buffers=ema_buffers == "copy") if ema else None
-        # Not from the run's random stream: building the engine draws nothing from it.
+        # From a generator of its own: building the engine draws nothing from the run's random stream.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
         self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, fallbacks=fallbacks)
@@ -72,7 +74,7 @@ class NetworkSet:
         self.views = Networks(
             model=self._view(model, "the model"),
             attacked=self.attack.logits,
-            unmoved=self._view(unmoved_twin(model), "the model that leaves its statistics alone"),
+            unmoved=self._view(unmoved_twin(model), "the model with frozen running statistics"),
             guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
             guide_eval=guide_eval,
         )
@@ -85,7 +87,7 @@ class NetworkSet:
         )
 
     def deployed(self) -> nn.Module:
-        """The network to validate and hand over: the weight average if there is one."""
+        """The network to validate and save as the model: the weight average if there is one."""
         return self.raw["model"] if self.ema is None else self.ema.module
 
     def average(self) -> None:
@@ -95,7 +97,7 @@ class NetworkSet:
 
 
 def _frozen_guide(guide: nn.Module, example: torch.Tensor) -> nn.Module:
-    """Raises NotCopyable, as for the attacked model, where a copy is none."""
+    """A copy of `guide` in eval mode. Raises NotCopyable where a copy computes something else."""
     twin = frozen_twin(guide, "eval")
     check_twin(guide, twin, example)
     return twin

@@ -10,12 +10,12 @@ from fastdynat.methods import method_class, method_label
 from fastdynat.runs import CONFIG
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.schedules import attack_steps, epochs_of_method, schedule_factor
-from fastdynat.training.state import identity
+from fastdynat.training.training_state import fixed_settings
 
 
 def check_changes(stored: TrainConfig[Any], asked: ResolvedConfig[Any]) -> None:
     """Refuse another value of what a run keeps for life. `stored` is what its config.yaml says."""
-    before, after = identity(stored), identity(asked)
+    before, after = fixed_settings(stored), fixed_settings(asked)
     for key, value in before.items():
         if value != after.get(key):
             raise changed_key(key, value, after.get(key))
@@ -66,7 +66,8 @@ def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int)
         raise UserError(f"--ema-warmup depends {numbers}; keep --epochs")
     if any(_constants(old, epoch) != _constants(config, epoch) for epoch in epochs):
         raise UserError(
-            f"the loss of method {method_label(config.method)} changes over the run and depends {numbers}; keep --epochs"
+            f"the loss of method {method_label(config.method)} changes over the run and depends {numbers}; "
+            "keep --epochs"
         )
     factors = [schedule_factor(c.optim, steps_per_epoch) for c in (old, config)]
     if any(factors[0](step) != factors[1](step) for step in range(len(epochs) * steps_per_epoch)):

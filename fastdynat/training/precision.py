@@ -1,4 +1,4 @@
-"""Mixed precision of the update; the attack's own is `fastdynat.attacks.AttackSwitches.dtype`."""
+"""Mixed precision of the update; the attack has its own, `fastdynat.attacks.AttackSwitches.dtype`."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -16,5 +16,5 @@ class Precision:
         self.scaler = GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """A region for one step; never around an optimiser step, whose weights it would serve stale."""
+        """Autocast for forward passes; not around an optimiser step, after which it has stale weights."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()

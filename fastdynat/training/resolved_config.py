@@ -1,4 +1,4 @@
-"""Resolved configuration: the types of `fastdynat.config` once `fastdynat.training.resolve` has filled them in.
+"""Resolved configuration: the types of `fastdynat.config` after `resolve` has filled them in.
 
 A resolved configuration has the fields of the one that the user wrote, in the same order, so both are stored
 alike; the types here say which of them can no longer be "auto" or None. Some stay open on purpose: `graphs`,

@@ -26,8 +26,8 @@ from fastdynat.training.permitted_changes import (
 )
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
-from fastdynat.training.state import read_state
 from fastdynat.training.trainer import Trainer
+from fastdynat.training.training_state import read_training_state
 from fastdynat.training.weight_files import load_weights
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[
 
 def _checked_state(checkpoint: Path) -> dict[str, Any]:
     check_manifest(checkpoint)
-    return read_state(checkpoint / STATE)
+    return read_training_state(checkpoint / STATE)
 
 
 def _restore(checkpoint: Path, state: dict[str, Any], trainer: Trainer) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from fastdynat.config.rules import WARMUP
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedOptim
 
-# DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100; boundaries as
-# shares of the run.
+# DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100. The boundaries
+# are shares of the run.
 RELEASE_WARMUP, RELEASE_DROPS, RELEASE_GAMMA = 0.2, (0.75, 0.90), 0.1
 # torch's OneCycleLR defaults (Smith & Topin 2017), cosine annealing.
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
@@ -25,7 +25,7 @@ def _cosine(begin: float, end: float, share: float) -> float:
 
 
 def _onecycle(step: int, total: int, warmup: float, ends: tuple[float, float, float]) -> float:
-    """From the first of `ends` to the second, its peak, and on to the third, along cosines."""
+    """Cosine from the first of `ends` to the second, the peak, and from there to the third."""
     begin, top, end = ends
     peak = warmup * total - 1
     if peak > 0 and step <= peak:
@@ -52,15 +52,10 @@ def attack_steps(attack: ResolvedAttack, epochs: int) -> Callable[[int], int]:
 def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:
     """The function update -> factor on `config.lr` for 0 <= update < epochs * steps_per_epoch.
 
-    In the burn-in it is 1, or what makes `burn_in_lr`. Step schedules change between epochs; cosine,
-    one-cycle and triangular at every update, or between epochs where `schedule_by` says so.
-    """
-    epochs, position, total = (
-        epochs_of_method(config),
-        _position(config, steps_per_epoch),
-        _total(config, steps_per_epoch),
-    )
-    warmup = _peak(config)
+    In the burn-in it is ``burn_in_lr / lr``, or 1. Step schedules change between epochs; cosine, one-cycle
+    and triangular at every update, or between epochs with `schedule_by` "epoch"."""
+    epochs, warmup = epochs_of_method(config), _peak(config)
+    position, total = _position(config, steps_per_epoch), _total(config, steps_per_epoch)
     before = 1.0 if config.burn_in_lr is None else config.burn_in_lr / config.lr
 
     def factor(update: int) -> float:
@@ -87,11 +82,8 @@ def momentum_at(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], 
     """The function update -> SGD momentum: `config.momentum`, in the burn-in too, or the schedule's cycle
     after it.
     """
-    position, total, warmup = (
-        _position(config, steps_per_epoch),
-        _total(config, steps_per_epoch),
-        _peak(config),
-    )
+    position, total = _position(config, steps_per_epoch), _total(config, steps_per_epoch)
+    warmup = _peak(config)
     base, most = cycled_momentum(config) if config.cycle_momentum else (config.momentum, config.momentum)
 
     def momentum(update: int) -> float:
@@ -106,9 +98,7 @@ def momentum_at(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], 
 
 
 def cycled_momentum(config: ResolvedOptim) -> tuple[float, float]:
-    """(at the peak rate, at the least rate) of a schedule that cycles the momentum: as given, else
-    torch's.
-    """
+    """The momentum (at the peak rate, at the least rate) of a cycled schedule: as given, else torch's."""
     base, most = CYCLED_MOMENTUM[config.schedule]
     return (
         base if config.base_momentum is None else config.base_momentum,
@@ -121,16 +111,16 @@ def _peak(config: ResolvedOptim) -> float:
 
 
 def _total(config: ResolvedOptim, steps_per_epoch: int) -> int:
-    """How many values a schedule takes that changes with `_position`."""
+    """The number of positions of the schedule (see `_position`): updates, or epochs."""
     return epochs_of_method(config) * (1 if config.schedule_by == "epoch" else steps_per_epoch)
 
 
 def _position(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], int]:
-    """The function step of the method -> where its schedule is."""
+    """The function update of the method -> position in its schedule: the update, or its epoch."""
     unit = steps_per_epoch if config.schedule_by == "epoch" else 1
     return lambda step: (step + config.schedule_ahead) // unit
 
 
 def average_warmup(config: ResolvedOptim, epochs: int, steps_per_epoch: int) -> int:
-    """The number of updates before the weight average begins, in a phase of the run of so many epochs."""
+    """Updates before the weight average begins, in a phase of the run of `epochs` epochs."""
     return math.ceil(config.ema_warmup * epochs * steps_per_epoch - 1e-9)

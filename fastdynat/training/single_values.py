@@ -1,4 +1,4 @@
-"""Batch norm cannot train on one value per channel: found before the first step."""
+"""Check before the first step: batch norm cannot train on one value per channel."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from fastdynat.errors import UserError
 def check_single_values(
     network: nn.Module, image_shape: tuple[int, int, int], device: torch.device, batch_size: int
 ) -> None:
-    """Raise UserError where batches of one image leave a batch norm of `network` a single value per
-    channel.
-    """
+    """Refuse batches of one image where a batch norm of `network` would see a single value per channel."""
     if batch_size > 1:
         return
     starved: list[str] = []
@@ -35,6 +33,7 @@ def check_single_values(
             hook.remove()
     if starved:
         raise UserError(
-            f"batch size {batch_size}: the batch norm {starved[0]} would get one value per channel (a map of 1x1 pixels of one "
-            "image) and cannot train on it; use --batch-size 2 or more, larger images, or a network with group norm (-gn)"
+            f"batch size {batch_size}: the batch norm {starved[0]} would get one value per channel (a map of "
+            "1x1 pixels of one image) and cannot train on it; use --batch-size 2 or more, larger images, or "
+            "a network with group norm (-gn)"
         )

@@ -1,4 +1,4 @@
-"""One training step: inner attack, outer losses, backward, update."""
+"""One training step: inner attack, outer losses, backward pass, update."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,17 +35,18 @@ def build_optimizers(
 ) -> list[SGD]:
     """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
 
-    lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew at
-        each replay.
-    cycled: the caller will put such a tensor in the place of each group's momentum too.
+    Args:
+        lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew
+            at each replay.
+        cycled: the caller will replace each group's momentum by such a tensor too.
     """
     groups = [_groups(module, config) for module in networks.values()]
 
     def sgd(members: list[dict[str, Any]]) -> SGD:
         usual: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.nesterov}
         usual["weight_decay"] = config.weight_decay
-        # Fused: one pass over the parameters, and torch's only form that takes its rate from a tensor without
-        # reading it.
+        # Fused: one pass over the parameters, and torch's only implementation that does not read a tensor
+        # rate.
         optimizer = CycledSGD(members, **usual) if cycled else SGD(members, **usual, fused=True)
         if config.momentum > 0:
             # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
@@ -57,7 +58,7 @@ def build_optimizers(
 
 
 def _groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
-    """The parameters of one network, those without weight decay apart."""
+    """The parameter groups of one network: normalisation layers apart where they have no weight decay."""
     if config.decay_norms:
         return [{"params": list(module.parameters())}]
     norms = {
@@ -73,9 +74,7 @@ def _groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
 
 @contextmanager
 def replaced_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it each pass in train mode replaces the running statistics of `module`: batch norm's momentum is
-    1.
-    """
+    """Context in which each pass in train mode replaces the running statistics of `module` (momentum 1)."""
     layers = [
         layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.momentum is not None
     ]
@@ -90,20 +89,20 @@ def replaced_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class StepResult(NamedTuple):
-    """Detached scalars, and the images that the last update was made on (which a graph is checked on)."""
+    """Detached scalars, and the images of the last update, on which a captured graph is checked."""
 
     metrics: dict[str, Tensor]
     images: Tensor
 
 
 class TrainStep:
-    """Runs a method's min-max problem on one batch and updates the networks.
+    """Solves a method's min-max problem on one batch and updates the networks.
 
     Attributes:
         optimizers: updated together after the backward passes of all of the method's losses.
-        global_step: batches trained on so far; drives the schedule.
+        global_step: batches so far; drives the schedule.
         statistics_resets: as given.
-        path: in words, how the step is run.
+        path: how the step runs, in words.
         fallbacks: speed-ups that were asked for and are not used.
     """
 
@@ -196,11 +195,12 @@ class TrainStep:
             self._told = True
             how = " and ".join(self._by_shape)
             self.fallbacks.add(
-                f"the last {images} images of an epoch are a partial batch and run without {how}; --drop-last leaves them out"
+                f"the last {images} images of an epoch are a partial batch and run without {how}; "
+                "--drop-last leaves them out"
             )
 
     def _set_rates(self) -> None:
-        """Put this update's rate and cycled momentum where a captured step reads them."""
+        """Write this update's rate and cycled momentum into the tensors that a captured step reads."""
         self._lr.fill_(self.learning_rate(self.global_step))
         if self._momentum_at is not None:
             self._momentum.fill_(self._momentum_at(self.global_step))
@@ -210,7 +210,7 @@ class TrainStep:
                 group["momentum"] = self._momentum
 
     def start_epoch(self, epoch: int) -> None:
-        """Tell the method how many epochs are completed, and choose the attack's number of steps."""
+        """Set the method's completed epochs and the attack's number of steps."""
         self.method.epoch = epoch
         self.spec = replace(self.spec, steps=self._steps_of(epoch))
 
@@ -223,9 +223,7 @@ class TrainStep:
         return StepState(self.networks, self.optimizers, self.method, rates)
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> StepResult:
-        """The step itself: nothing in it waits for the device or changes a number that Python holds, so it
-        can be captured.
-        """
+        """The step as it is captured: it never waits for the device, and changes no number held by Python."""
         batch = Batch(x, labels, indices)
         for _ in range(self.method.replays):
             result = self._one_update(batch)
@@ -267,9 +265,7 @@ class TrainStep:
         return self.awp.around(self.precision.scaler.scale(loss))
 
     def _inner(self, batch: Batch) -> Inner:
-        """The inner half, and the backward pass of what it has losses for already: nothing of them waits for
-        the attack.
-        """
+        """The method's inner half and the backward pass of its losses, which do not depend on the attack."""
         side, labels_made = self._guide_stream, None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""The state that a training step reads and changes besides its batch, on which its graph is checked."""
+"""State that a training step reads and changes besides its batch; its captured graph is checked on it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager

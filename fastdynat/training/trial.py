@@ -1,6 +1,4 @@
-"""Whether torch.compile pays for a run: its own training step, timed compiled and not, before the run
-begins.
-"""
+"""Trial of torch.compile: a run's own training step, timed compiled and not, before the run begins."""
 
 import logging
 from dataclasses import replace
@@ -23,10 +21,8 @@ from fastdynat.tuning.devices import check_compile
 
 logger = logging.getLogger(__name__)
 
-# Enough to weigh the attack's gradients against the update.
-TRIAL_STEPS = 2
-# Of a configuration: all that the time of a step depends on, beside the method's options and the images'
-# size.
+TRIAL_STEPS = 2  # of the attack; enough to weigh its gradients against the update
+# Keys of a configuration that the time of a step depends on, beside the method's options and the image size.
 DECIDING = (
     *(
         "method",
@@ -61,10 +57,9 @@ def settle_compile(
 ) -> ResolvedConfig[Any]:
     """`config` with "off" or "default" for ``compile: auto``; `announce` logs the choice and its reason.
 
-    On a GPU compiled code is faster. On the CPU the run's own step, with few attack steps, is timed on random
-    images of the size of `split`'s, once per machine and setting; that takes as long as compiling and ten
-    such steps.
-    """
+    On a GPU compiled code is always faster. On the CPU the run's own step, with few attack steps, is timed on
+    random images of the same size, once per machine and setting, which takes as long as compiling and ten
+    steps."""
     if config.engine.compile != "auto":
         return config
     device = torch.device(config.engine.device)

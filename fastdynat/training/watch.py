@@ -1,15 +1,13 @@
-"""What the validations of a run have shown so far, and whether that ends it."""
+"""Early stopping and its warnings: best score, collapsed robustness, accuracy at chance."""
 
 from math import sqrt
 from typing import Any
 
 from fastdynat.config import RunConfig
 
-# Fast adversarial training (Wong et al. 2020) stops where PGD accuracy falls by this much: catastrophic
-# overfitting.
+# Fall of PGD accuracy at which fast adversarial training (Wong et al. 2020) stops: catastrophic overfitting.
 COLLAPSE = 0.20
-# A network that never had 20 points to lose: next to none are left, while the training's own attack is
-# beaten.
+# For a network that never had 20 points to lose: next to none are left, while it beats the training attack.
 NONE_LEFT, RISE, APART = 0.02, 0.20, 0.30
 PATIENCE_AT_CHANCE = 3  # validations
 
@@ -17,19 +15,18 @@ PATIENCE_AT_CHANCE = 3  # validations
 class Watch:
     """The best score, how long it has stood, and whether robustness has collapsed since its best.
 
-    A collapse is validation PGD accuracy more than 20 points below its best so far while the accuracy on the
-    attacked training images, an epoch's mean, is not below what it was then: the network has learnt the
-    attack, not robustness. It is one as well where at most 2 % are left of a best that was higher, while that
-    training accuracy has risen by 20 points and is 30 points above. It ends where PGD accuracy is back.
-    Without a training accuracy (a method that does not attack) there is none.
-    """
+    Robustness has collapsed where validation PGD accuracy is more than 20 points below its best while
+    accuracy on attacked training images (the epoch's mean) is not below its value then: the network has
+    learnt the attack, not robustness. It has also collapsed where PGD accuracy is at most 2 %, was higher,
+    and accuracy on attacked training images has risen by 20 points to 30 points above it. A collapse ends
+    where PGD accuracy is back. A method that logs no accuracy on attacked images never collapses."""
 
     def __init__(self, config: RunConfig, select_by: str, *, comparable: bool = True) -> None:
         """
         Args:
-            select_by: the column that is the score.
-            comparable: validation attacks at about the radius of the training; a far larger one leaves
-                nothing standing.
+            select_by: the column of the score.
+            comparable: validation attacks at about the radius of training, not at a far larger one, which no
+                network withstands.
         """
         self._config, self._select_by, self._comparable = config, select_by, comparable
         self.best: float | None = None
@@ -39,16 +36,16 @@ class Watch:
         self.guessing, self.guessing_said = 0, False  # validations in a row at chance
 
     def better(self, validation: dict[str, float]) -> bool:
-        """Take the scores of one validation; whether this is the best so far."""
+        """Record the scores of one validation. Returns whether they are the best so far."""
         score = validation[self._select_by]
         found = self.best is None or score > self.best
         self.best, self.stale = (score, 0) if found else (self.best, self.stale + 1)
         return found
 
     def collapse(self, robust: float, trained: float | None) -> str | None:
-        """Take the PGD accuracy of one validation and its epoch's training accuracy on attacked images.
+        """Record the PGD accuracy of one validation, and its epoch's accuracy on attacked training images.
 
-        Returns what to say where a collapse begins here, unless nobody wants to know.
+        Returns the warning where a collapse begins, unless --on-collapse is off.
         """
         if trained is None:
             return None
@@ -61,34 +58,38 @@ class Watch:
             return None
         return (
             f"robustness has collapsed: validation PGD-10 accuracy is {100 * robust:.1f} %, it was "
-            f"{100 * self.robust:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} %, it was "
-            f"{100 * self.trained:.1f} % (catastrophic overfitting); the best checkpoint is from before"
+            f"{100 * self.robust:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} "
+            f"%, it was {100 * self.trained:.1f} % (catastrophic overfitting); the best checkpoint is from "
+            "before"
         )
 
     def _vanished(self, robust: float, trained: float) -> bool:
-        """Whether next to nothing is left of a best that was higher, while the training attack is beaten."""
+        """Whether PGD accuracy has sunk to next to zero while the network beats the training attack."""
         if not self._comparable or not (robust <= NONE_LEFT and robust < self.robust):
             return False
         return self.collapsed or (trained >= self.trained + RISE and trained >= robust + APART)
 
     def at_chance(self, clean: float, chance: float, images: int) -> str | None:
-        """Take the clean accuracy of one validation on `images` images, of which `chance` are of the most
-        frequent class.
+        """Record the clean accuracy of one validation.
 
-        Returns what to say where it has been no better than guessing for three validations in a row, once.
+        Returns the warning, once, where it has been no better than guessing for three validations in a row.
+
+        Args:
+            chance: share of the most frequent class.
+            images: number of validation images.
         """
         self.guessing = self.guessing + 1 if clean <= chance + 2 * sqrt(chance * (1 - chance) / images) else 0
         if self.guessing != PATIENCE_AT_CHANCE or self.guessing_said:
             return None
         self.guessing_said = True
         return (
-            f"clean validation accuracy is {100 * clean:.1f} %, no better than guessing ({100 * chance:.1f} %), for "
-            f"{PATIENCE_AT_CHANCE} validations: the network learns nothing. Common reasons: --eps too large for the data, --lr "
-            "far too small or too large"
+            f"clean validation accuracy is {100 * clean:.1f} %, no better than guessing "
+            f"({100 * chance:.1f} %), for {PATIENCE_AT_CHANCE} validations: the network learns nothing. "
+            "Common reasons: --eps too large for the data, --lr far too small or too large"
         )
 
     def ended(self) -> str | None:
-        """Why the run is over before its last epoch; None where it is not."""
+        """The reason to end the run before its last epoch; None to go on."""
         c = self._config
         if c.stop_at is not None and self.best is not None and self.best >= c.stop_at:
             return f"--stop-at {c.stop_at:g} is reached (validation score {self.best:.4f})"

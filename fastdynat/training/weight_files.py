@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: written from a run's networks, and put back into them."""
+"""Weight files of a checkpoint: written from the networks of a run, and loaded back into them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +14,11 @@ from fastdynat.models.finite import check_finite
 from fastdynat.runs import Sidecar, load_into, load_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig
-from fastdynat.training.state import snapshot
+from fastdynat.training.training_state import snapshot
 
 
 def _files(networks: NetworkSet, config: ResolvedConfig[Any]) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, network and architecture of each file: model is what is deployed, model_raw what is trained where
-    they differ.
-    """
+    """(name, network, architecture) of each file; model_raw is the trained one beside a weight average."""
     yield "model", networks.deployed(), config.model.model
     if networks.ema is not None:
         yield "model_raw", networks.raw["model"], config.model.model
@@ -30,9 +28,7 @@ def _files(networks: NetworkSet, config: ResolvedConfig[Any]) -> Iterator[tuple[
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a checkpoint, as the network was when `weights_now` was called: tensors on the CPU that
-    nothing else has.
-    """
+    """One file of a checkpoint, with copies of the network's tensors on the CPU."""
 
     name: str
     state: dict[str, Tensor]
@@ -47,10 +43,10 @@ def weights_now(
     epoch: int,
     validated: Mapping[str, float],
 ) -> list[WeightFile]:
-    """The networks of a run as files to be written.
+    """Copies of the networks of a run, ready to be written.
 
     Args:
-        epoch: completed ones.
+        epoch: completed epochs.
         validated: val_clean_acc and val_pgd10_acc of the deployed network with these very weights, or empty.
     """
     files = []
@@ -65,7 +61,7 @@ def weights_now(
 
 
 def write_weights(folder: Path, files: list[WeightFile]) -> None:
-    """Write them into the checkpoint `folder`. Raises WriteError: no room, or another failure of the disk."""
+    """Write `files` into the checkpoint `folder`. Raises WriteError where the disk is full or fails."""
     for file in files:
         save_weights(folder / f"{file.name}.safetensors", file.state, file.about)
 
@@ -79,7 +75,7 @@ def describe_weights(
     epoch: int,
     validated: Mapping[str, float],
 ) -> Sidecar:
-    """What stands beside the weights of a run; arguments as for `weights_now`, role is model or guide."""
+    """The sidecar of weights of a run. `role`: "model" or "guide"; the rest as for `weights_now`."""
     attack = config.attack
     mean, std = pixel_statistics(config.model, info)
     return Sidecar(
@@ -102,19 +98,17 @@ def describe_weights(
 
 
 def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]) -> None:
-    """Put what `write_weights` wrote back into the networks.
+    """Load the files of `write_weights` into the networks.
 
     Raises:
-        UserError: a file that is missing, damaged, of another network or method, or holds NaN.
+        UserError: a file is missing, damaged, of another network or method, or holds NaN.
     """
     for name, network, architecture in _files(networks, config):
         file = folder / f"{name}.safetensors"
         state, sidecar = load_state(file)
-        if (sidecar.architecture, sidecar.method) != (architecture, method_label(config.method)):
-            found, wanted = (
-                f"{sidecar.architecture} of {sidecar.method}",
-                f"{architecture} of {method_label(config.method)}",
-            )
-            raise UserError(f"{file} is a {found}, this run's is a {wanted}")
+        method = method_label(config.method)
+        if (sidecar.architecture, sidecar.method) != (architecture, method):
+            found = f"{sidecar.architecture} of {sidecar.method}"
+            raise UserError(f"{file} is a {found}, this run's is a {architecture} of {method}")
         load_into(network, state, file, architecture)
         check_finite(network, file)

@@ -21,7 +21,7 @@ from fastdynat.errors import UserError
 from fastdynat.runs import RunDir, load_network
 from fastdynat.runs.manifest import write_manifest
 from fastdynat.training import resolve_engine
-from fastdynat.training.state import read_state
+from fastdynat.training.training_state import read_training_state
 
 TINY = [
     "--train-size",
@@ -341,10 +341,10 @@ def test_damaged_training_state(run: Path, refused: Run) -> None:
         state.write_bytes(content)
         assert "is damaged or was changed" in refused("train", "--resume", run, "--epochs", "9")
         with pytest.raises(UserError, match="is truncated or not a training state"):
-            read_state(state)
+            read_training_state(state)
     torch.save({"weights": torch.zeros(1)}, state)
     with pytest.raises(UserError, match="is not a fastdynat training state"):
-        read_state(state)
+        read_training_state(state)
     state.unlink()
     assert "is missing from the checkpoint" in refused("train", "--resume", run)
     assert (run / "config.yaml").read_bytes() == before
@@ -409,7 +409,7 @@ def test_a_state_file_cannot_run_code(tmp_path: Path) -> None:
 
     torch.save(Evil(), tmp_path / "state.pt")
     with pytest.raises(UserError, match="is truncated or not a training state"):
-        read_state(tmp_path / "state.pt")
+        read_training_state(tmp_path / "state.pt")
     assert not (tmp_path / "owned").exists()
 
 

@@ -24,7 +24,7 @@ from fastdynat.evaluation.outcome import wilson
 from fastdynat.models.finite import not_numbers
 from fastdynat.runs import load_network
 from fastdynat.runs.manifest import sha256, write_manifest
-from fastdynat.training import trainer as trainer_module
+from fastdynat.training import validation
 from fastdynat.training.average import WeightAverage
 from fastdynat.training.average_share import average_note, first_share
 from fastdynat.training.trainer import Trainer
@@ -388,7 +388,7 @@ def test_a_collapse_in_a_run_is_said(
         def __init__(self, accuracy: float) -> None:
             self.accuracy = accuracy
 
-    monkeypatch.setattr(trainer_module, "measure", lambda *args, **options: Found(next(courses)[1]))
+    monkeypatch.setattr(validation, "measure", lambda *args, **options: Found(next(courses)[1]))
     trained, real = iter([0.04, 0.86, 0.9]), Trainer._validate
 
     def validate(

@@ -19,7 +19,7 @@ from fastdynat.commands.main import main
 from fastdynat.methods import Dynat, DynatOptions
 from fastdynat.methods.burn_in import BurnIn
 from fastdynat.training import parts as build
-from fastdynat.training import trainer as trainer_module
+from fastdynat.training import validation
 from fastdynat.training.step import TrainStep
 
 TINY = ["--train-size", "96", "--val-size", "20", "--batch-size", "32", "--steps", "2", "--quiet"]
@@ -184,7 +184,7 @@ def test_natural_weights_are_never_the_best_and_end_nothing(
         def __init__(self) -> None:
             self.accuracy = next(accuracies)
 
-    monkeypatch.setattr(trainer_module, "measure", lambda *args, **kwargs: Measured())
+    monkeypatch.setattr(validation, "measure", lambda *args, **kwargs: Measured())
     run = tmp_path / "run"
     train(
         run,

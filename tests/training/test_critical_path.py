@@ -20,10 +20,10 @@ from fastdynat.evaluation import KeptReplica, measure
 from fastdynat.runs import load_network
 from fastdynat.runs.failures import WriteError
 from fastdynat.training import background_writer as background
-from fastdynat.training import trainer
+from fastdynat.training import checkpoint_writer, trainer, validation
 from fastdynat.training.background_writer import BackgroundWriter
 from fastdynat.training.metrics import read_rows
-from fastdynat.training.state import snapshot
+from fastdynat.training.training_state import snapshot
 
 TINY = [
     "--method",
@@ -70,7 +70,7 @@ def test_validation_on_a_kept_replica_is_validation_on_a_new_one(
         )
         return found
 
-    monkeypatch.setattr(trainer, "measure", both)
+    monkeypatch.setattr(validation, "measure", both)
     command = [
         "train",
         "--run-dir",
@@ -131,7 +131,7 @@ def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: py
     """The disk is slower than an epoch; weights, momentum and metrics are those of the first epoch's end all
     the same.
     """
-    going_on, real, moments, written = threading.Event(), trainer.write_weights, [], []
+    going_on, real, moments, written = threading.Event(), checkpoint_writer.write_weights, [], []
 
     def slow(folder: Path, files: Any) -> None:
         going_on.wait(60)
@@ -149,13 +149,15 @@ def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: py
             going_on.set()
 
     save, train_epoch = trainer.Trainer._save, trainer.Trainer._train_epoch
-    monkeypatch.setattr(trainer, "write_weights", slow)
+    monkeypatch.setattr(checkpoint_writer, "write_weights", slow)
     monkeypatch.setattr(trainer.Trainer, "_save", remember)
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", step_on)
     stored: list[dict[str, Any]] = []
-    write_state = trainer.write_state
+    write_state = checkpoint_writer.write_training_state
     monkeypatch.setattr(
-        trainer, "write_state", lambda path, state: (stored.append(snapshot(state)), write_state(path, state))
+        checkpoint_writer,
+        "write_training_state",
+        lambda path, state: (stored.append(snapshot(state)), write_state(path, state)),
     )
     run = tmp_path / "r"
     assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "2"]) == 0
@@ -173,7 +175,7 @@ def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: py
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls, real = [], trainer.write_state
+    calls, real = [], checkpoint_writer.write_training_state
 
     def full(path: Path, state: Any) -> None:
         calls.append(path)
@@ -181,7 +183,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(
             raise WriteError(path, "No space left on device; 1,234 bytes are needed")
         real(path, state)
 
-    monkeypatch.setattr(trainer, "write_state", full)
+    monkeypatch.setattr(checkpoint_writer, "write_training_state", full)
     run = tmp_path / "r"
     assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "4"]) == 2
     err = capsys.readouterr().err
@@ -199,7 +201,7 @@ def test_the_last_write_that_fails_is_raised_too(tmp_path: Path, monkeypatch: py
     def full(path: Path, state: Any) -> None:
         raise WriteError(path, "No space left on device")
 
-    monkeypatch.setattr(trainer, "write_state", full)
+    monkeypatch.setattr(checkpoint_writer, "write_training_state", full)
     assert main(["train", "--run-dir", str(tmp_path / "r"), *TINY, "--epochs", "1"]) == 2
 
 
@@ -268,13 +270,13 @@ def test_one_snapshot_is_in_memory_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk
 ) -> None:
     """A disk that is slower than an epoch is waited for before the next copies are made, not after."""
-    beside, weights_now = [], trainer.weights_now
+    beside, weights_now = [], checkpoint_writer.weights_now
 
     def copied(*args: Any, **options: Any) -> Any:
         beside.append(disk.to_be_written)
         return weights_now(*args, **options)
 
-    monkeypatch.setattr(trainer, "weights_now", copied)
+    monkeypatch.setattr(checkpoint_writer, "weights_now", copied)
     assert main(["train", "--run-dir", str(tmp_path / "r"), *TINY, "--epochs", "3"]) == 0
     assert beside == [0, 0, 0]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastdynat.commands.main import main
 from fastdynat.config import RunConfig
-from fastdynat.training import trainer as trainer_module
+from fastdynat.training import validation
 from fastdynat.training.watch import Watch
 
 TINY = [
@@ -95,7 +95,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
             def __init__(self) -> None:
                 self.accuracy = next(it)
 
-        monkeypatch.setattr(trainer_module, "measure", lambda *args, **kwargs: Measured())
+        monkeypatch.setattr(validation, "measure", lambda *args, **kwargs: Measured())
 
     return script
 

@@ -30,7 +30,7 @@ from fastdynat.training import build_parts, open_split
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.resolved_config import ResolvedConfig
-from fastdynat.training.state import identity
+from fastdynat.training.training_state import fixed_settings
 from fastdynat.training.trial import settle_compile
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _check_place(run: RunPlan) -> None:
     stored = stored_config(run.path)
     engine = with_stored_choices(run.asked.engine, stored.engine)
     before, now = to_flat(stored), to_flat(run.config) | vars(engine)
-    for key in (*identity(run.config), "epochs", "stop_at", "patience", "on_collapse"):
+    for key in (*fixed_settings(run.config), "epochs", "stop_at", "patience", "on_collapse"):
         if before.get(key) != now[key]:
             raise UserError(
                 f"{run.path} was begun with {key} {before.get(key)}, not {now[key]}; keep it, or choose a new --out"

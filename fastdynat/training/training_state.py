@@ -1,6 +1,4 @@
-"""The training state on disk: everything beside the weights that makes a resumed run equal to an
-uninterrupted one.
-"""
+"""Training state on disk (state.pt): everything beside the weights that resuming a run exactly needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +16,8 @@ from fastdynat.runs.atomic_files import saving
 from fastdynat.user_code import without_place
 
 FORMAT = "fastdynat-state/1"
-
-
-# What a resumed run may change: where it runs and what it reports, nothing of what it computes. (epochs is
-# checked against the schedule, loader below.)
+# Options that a resumed run may change: where it runs and what it reports, not what it computes. `epochs` is
+# checked against the schedule, `loader` in `fixed_settings`.
 RESUMABLE = {
     "data_dir",
     "download",
@@ -47,7 +43,7 @@ RESUMABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Averages:
-    """`engine.metrics.Averages.state_dict`."""
+    """`metrics.Averages.state_dict`."""
 
     images: Count
     sums: dict[str, Any]
@@ -55,7 +51,7 @@ class _Averages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Watch:
-    """`engine.watch.Watch.state_dict`."""
+    """`watch.Watch.state_dict`."""
 
     best: Finite | None
     stale: Count
@@ -68,9 +64,7 @@ class _Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """`engine.trainer.Trainer.state_dict`, as far as it is plain values; what has tensors is checked where it
-    is put back.
-    """
+    """`trainer.Trainer.state_dict` without its tensors, which are checked where they are restored."""
 
     epoch: Count
     epoch_step: Count
@@ -89,29 +83,25 @@ class _State:
     row: dict[str, bool | int | float | None] | None = None
 
 
-def identity(config: TrainConfig[Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that a run keeps for life.
+def fixed_settings(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The options of a resolved configuration that a run keeps for life.
 
-    A method of a user's file may move with its file. An image folder keeps its loader, because decoders
-    differ; other data give every loader the same batches.
+    A method of a user's file may move with its file. For an image folder the loader is fixed too, because
+    decoders differ; other data look the same to all loaders.
     """
     free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
     kept = {key: value for key, value in to_flat(config).items() if key not in free}
     return kept | {"method": without_place(config.method)}
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values only, so that it opens with ``weights_only=True``). Raises
-    WriteError.
-    """
+def write_training_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`, tensors and plain values that open with ``weights_only=True``. Raises WriteError."""
     with saving(path, needed=bytes_of(state)) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 
 def snapshot(value: Any) -> Any:
-    """A nest of mappings and sequences with copies of its tensors on the CPU: nothing that goes on changes
-    it.
-    """
+    """`value`, a nest of mappings and sequences, with its tensors copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -128,8 +118,8 @@ def bytes_of(value: Any) -> int:
     return sum(bytes_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote, without running code from the file.
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read what `write_training_state` wrote, without running code from the file.
 
     Raises:
         UserError: missing, truncated, or not a training state.
