@@ -93,7 +93,7 @@ class Ascent:
 
     @property
     def max_halvings(self) -> int:
-        """How often compiled code lets a shrinking batch halve; 0 allows any size (`allowed_halvings`)."""
+        """Largest number of halvings of a shrinking batch for compiled code; 0 allows any size."""
         return 0
 
     def to_model_input(self, x: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Folding eval-mode batch norm into the convolution or linear layer before it, on the traced graph of a
-network.
+"""Folding of eval-mode batch norm into the convolution or linear layer before it, in the traced graph.
 
 In eval mode ``bn(conv(x)) = s * conv(x) + (beta - s * mean)`` with ``s = gamma / sqrt(var + eps)`` per
 channel, which is a convolution with weight ``s * W`` and a bias. The attack needs no gradient of gamma and
-beta, so nothing is lost but two passes over the activations; the sums are rounded in another order.
+beta, so folding only saves two passes over the activations; sums are rounded in another order.
 """
 
 import copy
@@ -16,8 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.attack_engine.epilogue_fusion import join_epilogues
-from fastdynat.attack_engine.fx_tracing import NotFoldable, drop_idle, is_plain, shapes_of, trace, uses_of
+from fastdynat.attack_engine.epilogue_fusion import fuse_epilogues
+from fastdynat.attack_engine.fx_tracing import (
+    NotFoldable,
+    call_counts,
+    drop_no_ops,
+    is_plain,
+    result_shapes,
+    trace,
+)
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -25,9 +31,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True)
 class Fold:
-    """One folded pair: `layer` and `bn` share their tensors with the network, `folded` has its own weight and
-    bias.
-    """
+    """One folded pair: `layer` and `bn` share the network's tensors, `folded` has its own weight and bias."""
 
     layer: nn.Module
     bn: _BatchNorm
@@ -36,37 +40,27 @@ class Fold:
 
 @torch.no_grad()
 def fold_batch_norm(
-    network: nn.Module, example: Tensor, *, join: bool = False
+    network: nn.Module, example: Tensor, *, fuse: bool = False
 ) -> tuple[fx.GraphModule, list[Fold]]:
-    """A traced copy of `network`, which is in eval mode, without the batch norms that follow a layer
-    directly.
+    """A traced copy of `network`, in eval mode, with each batch norm directly after a layer folded into it.
 
-    `example`: images that the network runs on, which it then does once. `join`: see `join_epilogues`.
+    The copy shares all tensors with `network` except those of the folded layers, which hold current values
+    until `refresh_folds`.
 
-    The copy shares all tensors with `network` but those of the folded layers, which hold their values of now.
+    Args:
+        example: images, for one forward pass of the traced network.
+        fuse: also fuse convolutions with their ReLU (`fuse_epilogues`).
 
     Raises:
-        NotFoldable: the network cannot be traced (its control flow depends on the data), or no pair is in it.
+        NotFoldable: the network cannot be traced (its control flow depends on the data), or has no such pair.
     """
-    try:
-        traced = trace(network)
-        drop_idle(traced)
-        shapes = shapes_of(traced, example)
-    except NotFoldable:
-        raise
-    except Exception as error:  # tracing runs foreign code on proxies: anything may come out of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NotFoldable(f"the network cannot be traced ({reason})") from None
-    if any(
-        node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes
-    ):
-        raise NotFoldable("its forward makes tensors that tracing would freeze")
+    traced, shapes = _traced(network, example)
     modules = dict(traced.named_modules())
-    uses = uses_of(traced)
+    uses = call_counts(traced)
     folds: dict[fx.Node, Fold] = {}
     for node in list(traced.graph.nodes):
         pair = _pair(node, modules, uses, shapes)
-        # A second batch norm after the same layer would be folded into it alone, and the first one lost.
+        # A second batch norm after the same layer would replace the first fold.
         if pair is None or node.args[0] in folds:
             continue
         layer, bn = pair
@@ -77,18 +71,35 @@ def fold_batch_norm(
         traced.graph.erase_node(node)
     if not folds:
         raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
-    put_tensors(list(folds.values()))
-    if join:
-        join_epilogues(traced, {id(fold.folded) for fold in folds.values()}, shapes)
+    refresh_folds(list(folds.values()))
+    if fuse:
+        fuse_epilogues(traced, {id(fold.folded) for fold in folds.values()}, shapes)
     traced.graph.lint()
     traced.recompile()
-    # fx's own prints what it fails of, also where that is handled.
+    # fx's own __call__ prints every error, even handled ones.
     type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
     traced.delete_all_unused_submodules()
-    # Graph and module would keep each other alive until the garbage collector comes, with all that the module
-    # holds.
+    # The cycle of graph and module would keep all tensors alive until garbage collection.
     traced.graph.owning_module = None
     return traced, list(folds.values())
+
+
+def _traced(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, dict[fx.Node, torch.Size | None]]:
+    """The traced `network` without no-op layers, and the shape of each node's result on `example`."""
+    try:
+        traced = trace(network)
+        drop_no_ops(traced)
+        shapes = result_shapes(traced, example)
+    except NotFoldable:
+        raise
+    except Exception as error:  # tracing runs foreign code, which may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotFoldable(f"the network cannot be traced ({reason})") from None
+    if any(
+        node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in traced.graph.nodes
+    ):
+        raise NotFoldable("its forward makes tensors that tracing would freeze")
+    return traced, shapes
 
 
 def _pair(
@@ -97,9 +108,7 @@ def _pair(
     uses: Counter[Any],
     shapes: Mapping[fx.Node, torch.Size | None],
 ) -> tuple[nn.Module, _BatchNorm] | None:
-    """The layer and the batch norm of `node` where they may be folded: each called once, the layer read by
-    nothing else.
-    """
+    """The layer and batch norm of `node` if they can be folded: each called once, with no other reader."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
         return None
@@ -117,19 +126,17 @@ def _pair(
         return None
     if not (is_plain(layer) and is_plain(bn)):
         return None
-    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; a fresh one does
-    # neither, so that comparing the networks' answers would not tell.
+    # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; in a fresh network
+    # it is the identity, so a comparison of logits would not notice.
     if isinstance(layer, nn.Linear) and len(shapes[source] or ()) != 2:
         return None
     return layer, bn
 
 
 def relu_in_place(traced: fx.GraphModule) -> None:
-    """Let each ReLU that alone reads a layer's result overwrite it, which no gradient needs: a pass over it
-    less.
-    """
+    """Run each ReLU in place that is the only reader of a layer: it saves a pass over the memory."""
     modules = dict(traced.named_modules())
-    uses = uses_of(traced)
+    uses = call_counts(traced)
     for node in traced.graph.nodes:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
@@ -141,7 +148,7 @@ def relu_in_place(traced: fx.GraphModule) -> None:
 
 
 def _empty_copy(layer: nn.Module) -> nn.Module:
-    """A layer like `layer` with a weight and bias of its own."""
+    """A copy of `layer` with an uninitialised weight and bias of its own."""
     new, weight = copy.copy(layer), layer.weight
     assert isinstance(weight, Tensor)
     new._parameters = {
@@ -152,11 +159,11 @@ def _empty_copy(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def put_tensors(folds: Sequence[Fold]) -> None:
-    """Fold the network's tensors of now, straight into the dtype and memory format of the folded layers.
+def refresh_folds(folds: Sequence[Fold]) -> None:
+    """Write the current folded weights and biases, in the dtype and memory format of the folded layers.
 
-    On a GPU one launch per weight, whose channels need scales of their own, and seven more whatever the
-    number of layers; layer by layer it would be eight launches each, every training step.
+    On a GPU this takes one kernel launch per weight and seven for all layers together; layer by layer it
+    would take eight each, at every training step.
     """
     if not folds:
         return
@@ -176,9 +183,7 @@ def put_tensors(folds: Sequence[Fold]) -> None:
 def _where_given(
     op: Callable[..., Any], tensors: Sequence[Tensor], others: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """`op` of each of `tensors` and the other one at its place; those whose other one is None stay as they
-    are.
-    """
+    """A foreach `op` on pairs of `tensors` and `others`; a tensor whose other is None stays as it is."""
     places = [i for i, other in enumerate(others) if other is not None]
     found = list(tensors)
     if places:

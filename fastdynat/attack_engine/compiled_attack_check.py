@@ -1,6 +1,4 @@
-"""Comparison of a compiled attack with the eager one, by loss reached and first gradient on a few images,
-same starts.
-"""
+"""Comparison of a compiled attack with the eager one: loss reached and first gradient, on a few images."""
 
 from dataclasses import replace
 
@@ -15,14 +13,15 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shortfall import falls_short
 from fastdynat.attack_engine.steps import start_point
 
-# Share of the eager gradient's L1 norm on pixels where the compiled one has the same sign: signs that turn by
-# rounding are those of gradients near 0. By the network's half-precision type; None is float32.
+# Least share of the eager gradient's L1 norm that must lie on pixels where the compiled gradient has the same
+# sign: rounding flips only signs of gradients near 0. By the network's half-precision type; None is float32.
 SIGNS = {None: 0.98, torch.float16: 0.95, torch.bfloat16: 0.85}
 
 
 def compiled_shortfall(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> str:
-    """In words, how `compiled` falls behind `eager` at images `x` that do not mix; "" where it does not.
-    Draws nothing.
+    """Describe in words why `compiled` is weaker than `eager` at images `x` that do not mix; "" if it is not.
+
+    Draws no random numbers from the global generators.
     """
     few = min(len(x), FEW_IMAGES)
     own, spec = replace(goal, target=goal.target[:few]), replace(spec, restarts=1)
@@ -43,5 +42,6 @@ def compiled_shortfall(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackG
     error = float((loss - reference).std(correction=0)) / few**0.5
     means = {"reference": float(reference.mean()), "clean": float(clean.mean())}
     if falls_short(float(loss.mean()), error=error, **means):
-        return f"it reaches loss {float(loss.mean()):.4g}, uncompiled {means['reference']:.4g} from the same starts"
+        reached, reference_loss = float(loss.mean()), means["reference"]
+        return f"it reaches loss {reached:.4g}, uncompiled {reference_loss:.4g} from the same starts"
     return ""

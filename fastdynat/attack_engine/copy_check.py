@@ -1,4 +1,4 @@
-"""Whether a copy of a network computes what the network computes, and with nothing but its own parts."""
+"""Check that a copy of a network computes the same, and only with its own parts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastdynat.attack_engine.network_comparison import answer_and_gradient, disagreement
+from fastdynat.attack_engine.network_comparison import disagreement, reference_logits_and_grad
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
-from fastdynat.attack_engine.reach import place
+from fastdynat.attack_engine.network_state import storage_key
 
 
 class _Watch(TorchFunctionMode):
-    """Notices functions of torch that are given one of `tensors`."""
+    """Detects calls of torch functions with one of `tensors`."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -30,18 +30,17 @@ class _Watch(TorchFunctionMode):
 
 
 def check_twin(model: nn.Module, twin: nn.Module, example: Tensor) -> None:
-    """Raise NotCopyable unless `twin`, a copy over the memory of `model`, is one that can be attacked in its
-    place.
+    """Raise NotCopyable unless `twin`, a copy over the memory of `model`, can be attacked in its place.
 
-    Copying carries functions over as they are, so one that closes over the original, or over a part of it,
-    goes on computing with the original: in train mode, moving its running statistics, with gradients reaching
-    its weights. Both answer to `example` in eval mode, the original's parts being in train mode while the
-    twin does; the twin must not touch the original's tensors or move a buffer, and must give the same logits
-    and input gradients. Modes, buffers and random streams are left as they were found.
+    A copy keeps functions as they are, so a function that closes over the original, or a part of it, goes on
+    computing with the original: in train mode it updates running statistics, and gradients reach the weights.
+    Both networks run on `example` in eval mode, with the original's modules in train mode while the twin
+    runs. The twin must not touch the original's tensors or change a buffer, and must give the same logits and
+    input gradients. Modes, buffers and random streams are restored.
     """
     for what in ("parameters", "buffers"):
         own, its = list(getattr(model, what)()), list(getattr(twin, what)())
-        if [place(t) for t in own] != [place(t) for t in its]:
+        if [storage_key(t) for t in own] != [storage_key(t) for t in its]:
             raise _refusal(model, f"its copy does not share its {what}")
     with attack_mode(model, "eval"):
         want = _answers(model, example)
@@ -60,7 +59,7 @@ def check_twin(model: nn.Module, twin: nn.Module, example: Tensor) -> None:
 
 
 class _Buffers(AbstractContextManager[None]):
-    """Puts a model's buffers back; `moved` says whether there was anything to put back."""
+    """Restores a model's buffers; `moved` says whether any had changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -68,7 +67,7 @@ class _Buffers(AbstractContextManager[None]):
 
     @torch.no_grad()
     def __exit__(self, *error: object) -> None:
-        for buffer, value in self._kept:  # by value: batch norm moves its statistics without another version
+        for buffer, value in self._kept:  # by value: batch norm updates do not bump the version
             if not torch.equal(buffer.nan_to_num(), value.nan_to_num()):
                 self.moved = True
                 buffer.copy_(value)
@@ -76,7 +75,7 @@ class _Buffers(AbstractContextManager[None]):
 
 def _answers(network: nn.Module, example: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(example.device.type, enabled=False):
-        return answer_and_gradient(network, example)
+        return reference_logits_and_grad(network, example)
 
 
 @contextmanager

@@ -80,16 +80,7 @@ class AttackEngine:
             prepare(example.device)  # operators verify themselves now: compilers and captures cannot wait
         self._recorder, self.fallbacks = recorder, fallbacks or WarnedFallbacks()
         self.replica = AttackReplica(
-            model,
-            example,
-            bn=bn,
-            dtype=s.dtype,
-            channels_last=s.channels_last,
-            fold=s.fold and bn == "eval",
-            fused_conv=s.fused_conv,
-            winograd=s.winograd,
-            static=static,
-            compares=self.compares,
+            model, example, bn=bn, static=static, compares=self.compares, **_replica_options(s, bn)
         )
         self.switches = s = replace(s, channels_last=self.replica.channels_last)
         if self.replica.note and has_batch_norm(model):
@@ -250,6 +241,16 @@ class Attacker:
     ) -> AttackResult:
         """`AttackEngine.run` with `spec`, or the run's own."""
         return self.engine.run(x, goal, spec or self.spec, x_start=x_start)
+
+
+def _replica_options(s: AttackSwitches, bn: str) -> dict[str, Any]:
+    return {
+        "dtype": s.dtype,
+        "channels_last": s.channels_last,
+        "fold": s.fold and bn == "eval",
+        "fused_conv": s.fused_conv,
+        "winograd": s.winograd,
+    }
 
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: torch.device) -> str:

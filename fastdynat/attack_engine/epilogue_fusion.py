@@ -1,6 +1,4 @@
-"""Epilogue fusion in the folded replica: a convolution with the residual sum and ReLU that follow it in the
-traced graph.
-"""
+"""Epilogue fusion in the folded graph: a convolution with the residual sum and ReLU that follow it."""
 
 import copy
 import operator
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastdynat.attack_engine.fx_tracing import is_plain, uses_of
+from fastdynat.attack_engine.fx_tracing import call_counts, is_plain
 from fastdynat.ops.conv_relu import conv_relu, result_shape
 
 ADD_FUNCTIONS, ADD_METHODS = (operator.add, operator.iadd, torch.add), ("add", "add_")
@@ -20,16 +18,16 @@ RELU_FUNCTIONS, RELU_METHODS = (F.relu, torch.relu, torch.relu_), ("relu", "relu
 
 
 class ConvReLU2d(nn.Conv2d):
-    """What `join_epilogues` makes of a convolution: it adds a residual, if there is one, and takes the ReLU.
+    """A convolution followed by an optional residual sum and a ReLU.
 
     Attributes:
-        fused: by one kernel of the device (`fastdynat.ops.conv_relu`); else one after the other.
+        fused: computed by one kernel of the device (`fastdynat.ops.conv_relu`), instead of one after another.
     """
 
     fused: bool = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """relu(convolution + residual), under autocast as convolution, sum and ReLU would be."""
+        """relu(convolution + residual), with the dtypes that autocast gives the separate operations."""
         weight = self.weight
         if self.fused and x.dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
@@ -40,7 +38,7 @@ class ConvReLU2d(nn.Conv2d):
         return conv_relu(x, weight, self.bias, residual, groups=self.groups, **geometry)
 
     def _fits(self, x: Tensor, residual: Tensor | None) -> bool:
-        """Not where the sum would be broadcast or in another dtype."""
+        """True if the sum is neither broadcast nor in another dtype."""
         if x.dim() != 4 or x.dtype != self.weight.dtype:
             return False
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
@@ -48,18 +46,21 @@ class ConvReLU2d(nn.Conv2d):
         return residual is None or (residual.shape == shape and residual.dtype == self.weight.dtype)
 
 
-def join_epilogues(
-    traced: fx.GraphModule, ours: set[int], shapes: Mapping[fx.Node, torch.Size | None]
+def fuse_epilogues(
+    traced: fx.GraphModule, owned: set[int], shapes: Mapping[fx.Node, torch.Size | None]
 ) -> list[ConvReLU2d]:
-    """Join each convolution in the graph with the ReLU that alone reads it, or alone reads its sum with
-    something of its shape.
+    """Fuse each convolution with the ReLU that is its only reader, or the only reader of its residual sum.
 
     Args:
-        ours: ids of the modules that nobody else has and that may be changed; of others a copy over the same
-            tensors is made.
+        owned: ids of the modules that the graph owns and may change; other modules are copied, sharing their
+            tensors.
         shapes: of each node's result.
     """
-    modules, uses, known = dict(traced.named_modules(remove_duplicate=False)), uses_of(traced), dict(shapes)
+    modules, uses, known = (
+        dict(traced.named_modules(remove_duplicate=False)),
+        call_counts(traced),
+        dict(shapes),
+    )
 
     def is_convolution(node: Any) -> bool:
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
@@ -72,23 +73,23 @@ def join_epilogues(
             usual and is_plain(layer) and uses[node.target] == 1 and len(node.args) == 1 and not node.kwargs
         )
 
-    joined: list[ConvReLU2d] = []
+    fused_layers: list[ConvReLU2d] = []
     for relu in list(traced.graph.nodes):
         if not _is_relu(relu, modules):
             continue
         source = relu.args[0]
         if len(source.users) != 1:
             continue
-        for convolution, residual in _terms(source):
+        for convolution, residual in _summands(source):
             alike = residual is None or (
                 known.get(residual) is not None and known[residual] == known.get(convolution)
             )
             if is_convolution(convolution) and alike:
-                made = _join(traced, relu, convolution, residual, ours)
+                made = _fuse(traced, relu, convolution, residual, owned)
                 known[made] = known[relu]
-                joined.append(traced.get_submodule(str(made.target)))  # type: ignore[arg-type]
+                fused_layers.append(traced.get_submodule(str(made.target)))  # type: ignore[arg-type]
                 break
-    return joined
+    return fused_layers
 
 
 def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -102,30 +103,30 @@ def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _terms(source: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """What `source` may be: a convolution alone, or a sum of one and a residual, by either order."""
+def _summands(source: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """(convolution, residual) candidates of `source`: itself alone, or either order of a sum."""
     function = source.op == "call_function" and source.target in ADD_FUNCTIONS
     method = source.op == "call_method" and source.target in ADD_METHODS
     if not (function or method):
         yield source, None
         return
     if source.kwargs or len(source.args) != 2 or not all(isinstance(arg, fx.Node) for arg in source.args):
-        return  # a number, or a factor
+        return  # a scalar operand, or alpha
     first, second = source.args
     if first is second:
         return
     yield first, second
-    # A sum that overwrites the residual would be missing where that is read again.
+    # An in-place sum overwrites the residual, which other nodes may read again.
     if source.target not in IN_PLACE:
         yield second, first
 
 
-def _join(
-    traced: fx.GraphModule, relu: fx.Node, convolution: fx.Node, residual: fx.Node | None, ours: set[int]
+def _fuse(
+    traced: fx.GraphModule, relu: fx.Node, convolution: fx.Node, residual: fx.Node | None, owned: set[int]
 ) -> fx.Node:
     name = str(convolution.target)
     layer: Any = traced.get_submodule(name)
-    if id(layer) not in ours:
+    if id(layer) not in owned:
         parameters, layer = layer._parameters, copy.copy(layer)
         layer._parameters = dict(parameters)
         traced.set_submodule(name, layer)

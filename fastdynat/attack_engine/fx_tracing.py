@@ -1,6 +1,4 @@
-"""Tracing a network with torch.fx: without layers that do nothing in eval mode, with the shapes of all
-results.
-"""
+"""Tracing of a network by torch.fx, with the shapes of all results and without no-op layers."""
 
 import threading
 from collections import Counter
@@ -15,27 +13,24 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 class NotFoldable(Exception):
-    """The network cannot be folded; the message, written for the user, says why."""
+    """The network cannot be folded; the message says why."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` runs the ``forward`` of its class and nothing else: no hook sees or changes
-    anything.
-    """
+    """True if calling `module` runs the ``forward`` of its class only, without hooks."""
     hooks = [getattr(module, name) for name in HOOKS] + [
         getattr(torch_module, f"_global{name}") for name in HOOKS
     ]
     return not any(hooks) and "forward" not in vars(module)
 
 
-# Tracing changes how every module is called, in every thread: one trace at a time, and others' calls pass
-# through it.
+# Tracing patches the call of every module in every thread: one trace runs at a time, and calls of other
+# threads pass through it.
 _tracing = threading.Lock()
 
 
 class _Tracer(fx.Tracer):
-    # Else what is computed from a buffer alone, such as 1 / std, is computed once, and does not follow the
-    # buffer.
+    # Otherwise an expression of buffers alone, such as 1 / std, is computed once and never again.
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
@@ -56,15 +51,14 @@ class _Tracer(fx.Tracer):
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """`network` as a graph over the same modules. Whatever its own code raises on proxies comes out."""
+    """`network` as a graph over the same modules. Exceptions of its code on proxies are passed on."""
     tracer = _Tracer()
     try:
         with _tracing:
             graph = tracer.trace(network)
         return fx.GraphModule(network, graph)
     finally:
-        # A tracer is in reference cycles with the functions it patches; the network need not wait for the
-        # collector with them.
+        # A tracer is in reference cycles with the functions it patches, which would keep the network alive.
         tracer.root = tracer.tensor_attrs = tracer.submodule_paths = None  # type: ignore[assignment]
 
 
@@ -79,17 +73,15 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def shapes_of(traced: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size | None]:
-    """The shape of each node's result for the images `example`; None where it is no tensor."""
+def result_shapes(traced: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size | None]:
+    """The shape of each node's result on `example`; None where it is no tensor."""
     shapes = _Shapes(traced)
     shapes.run(example)
     return shapes.of
 
 
-def drop_idle(traced: fx.GraphModule) -> None:
-    """Leave out layers that return what they are given, identities and dropout in eval mode: they part others
-    that join.
-    """
+def drop_no_ops(traced: fx.GraphModule) -> None:
+    """Remove layers that return their input, identities and dropout in eval mode, from between others."""
     modules = dict(traced.named_modules(remove_duplicate=False))
     for node in list(traced.graph.nodes):
         if (
@@ -106,7 +98,7 @@ def drop_idle(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
-def uses_of(traced: fx.GraphModule) -> Counter[Any]:
-    """How often the graph calls each module; reading a tensor inside it counts as a call."""
+def call_counts(traced: fx.GraphModule) -> Counter[Any]:
+    """Number of calls of each module in the graph; reading a tensor of it counts as a call."""
     nodes = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
     return Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes)

@@ -1,4 +1,4 @@
-"""What an inner attack maximises, stated as data so that an engine may choose how to compute it."""
+"""Attack goals: the function of the logits that an attack maximises, as data."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ AttackLoss = Literal["ce", "kl", "margin", "dlr"]
 GoalKind = tuple[AttackLoss, bool, bool, float]
 
 
-FAINT = 1e-6  # probabilities of float32 that differ by less differ by rounding
+FAINT = 1e-6  # smaller differences of float32 probabilities are rounding errors
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -24,19 +24,18 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{k != y} z_k - z_y`` per image, (N,): positive exactly where the prediction is wrong (Carlini &
-    Wagner 2017).
+    """``max_{k != y} z_k - z_y`` per image, (N,): positive exactly where the prediction is wrong.
+
+    The margin loss of Carlini & Wagner 2017 (arXiv 1608.04644).
     """
     true = logits.gather(1, labels[:, None]).squeeze(1)
     return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - true
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-(z_y - max_{k != y} z_k) / (z_(1) - z_(3))`` per image, (N,): the margin over the gap between first
-    and third.
+    """``-(z_y - max_{k != y} z_k) / (z_(1) - z_(3))`` per image, (N,): difference of logits ratio.
 
-    The difference of logits ratio of Croce & Hein 2020 (arXiv 2003.01690), eq. 6; needs three classes. Where
-    the denominator is 0 the value is 0.
+    Croce & Hein 2020 (arXiv 2003.01690), eq. 6; needs three classes. 0 where the denominator is 0.
     """
     top = logits.topk(3, dim=1).values
     gap = top[:, 0] - top[:, 2]
@@ -49,23 +48,23 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def kl_from_log_probs(log_p: Tensor, logits: Tensor) -> Tensor:
-    """``KL(p || softmax(z))`` per image, (N,); `log_p` are log-probabilities, so a vanishing p gives 0 and
-    never NaN.
-    """
+    """``KL(p || softmax(z))`` per image, (N,). `log_p` are log-probabilities, so p = 0 gives 0, never NaN."""
     return F.kl_div(F.log_softmax(logits, dim=1), log_p, reduction="none", log_target=True).sum(1)
 
 
-def faint_difference(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """``softmax(z) - q``, (N, K), each row times a positive factor; and (N, 1) bool, where the plain one is
-    mere rounding.
+def scaled_softmax_difference(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(z) - q``, with each row scaled by a positive factor, where the difference may underflow.
 
-    It comes of logarithms, so that two that give the same class all probability, as far as floats can tell,
-    still differ. A row whose logarithms are equal is 0.
+    Computed from log-probabilities, so that two distributions that both give one class all the probability,
+    up to rounding, still differ. A row with equal log-probabilities is 0.
+
+    Returns:
+        The scaled difference (N, K), and (N, 1) bool: the unscaled difference is only rounding.
     """
     log_p, log_q = wide(logits).log_softmax(1), wide(log_q)
     p = log_p.exp()
     lost = (p - log_q.exp()).abs().amax(1, keepdim=True) < FAINT
-    apart = (log_p - log_q).masked_fill(log_p == log_q, 0)  # of two infinities too
+    apart = (log_p - log_q).masked_fill(log_p == log_q, 0)  # also of two infinities
     size = torch.maximum(log_p, log_q) + torch.log(-torch.expm1(-apart.abs()))
     size = size.masked_fill(
         log_p > log_p.amax(1, keepdim=True) - 1, -math.inf
@@ -77,30 +76,30 @@ def faint_difference(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rival_loss(logits: Tensor, labels: Tensor, floor: float = 0.0) -> Tensor:
-    """``-log(floor + 1 - max_{k != y} p_k)`` per image, (N,), of logits (N, K) and labels (N,) int64: MART's
-    second term.
+    """``-log(floor + 1 - max_{k != y} p_k)`` per image, (N,): the second term of MART's loss.
+
+    logits: (N, K). labels: (N,) int64.
     """
     rival = logits.detach().scatter(1, labels[:, None], -math.inf).argmax(1, keepdim=True)
     others = logits.scatter(1, rival, -math.inf).logsumexp(1)
-    # 1 - p is the sigmoid of what the others have over the rival; taken from p it would be 0 from a gap of 17
-    # on.
+    # 1 - p is the sigmoid of the others' log-odds over the rival; 1 - p itself is 0 from a gap of 17 on.
     log_rest = F.logsigmoid(others - logits.gather(1, rival).squeeze(1))
     return -(torch.logaddexp(log_rest, torch.full_like(log_rest, math.log(floor))) if floor > 0 else log_rest)
 
 
 @dataclass(frozen=True)
 class AttackGoal:
-    """The function of the attacked network's logits that the attack drives up (or down, if `targeted`).
+    """The function of the network's logits that the attack increases, or decreases if `targeted`.
 
     Attributes:
         loss: "ce" cross-entropy, "kl" Kullback-Leibler divergence from `target`, "margin" the Carlini-Wagner
             margin, "dlr" the difference of logits ratio.
         target: (N,) int64 classes; for "ce" also (N, K) probabilities; for "kl" (N, K) log-probabilities.
-        targeted: drive towards `target` instead of away from it.
-        track: also count, per image, at how many iterates the network still gives the goal's class
+        targeted: move towards `target` instead of away from it.
+        track: also count, per image, the iterates at which the network predicts the goal's class
             (`AttackResult.kept`).
-        confidence: a value above this counts as this, so that the image is driven no further: C&W's kappa,
-            for "margin".
+        confidence: upper limit of the value: an image that reaches it is driven no further. C&W's kappa, for
+            "margin".
     """
 
     loss: AttackLoss
@@ -111,19 +110,19 @@ class AttackGoal:
 
     @property
     def kind(self) -> GoalKind:
-        """Everything but the target: goals of one kind are computed by the same code."""
+        """All fields but the target. Goals of one kind share compiled code."""
         return self.loss, self.targeted, self.track, self.confidence
 
     @classmethod
     def from_kind(cls, kind: GoalKind, target: Tensor) -> "AttackGoal":
-        """The goal of `kind` about `target`."""
+        """The goal of `kind` with `target`."""
         loss, targeted, track, confidence = kind
         return cls(loss, target, targeted, track, confidence)
 
     def per_image(self, logits: Tensor) -> Tensor:
-        """The value to maximise, (N,), at least float32. The sum over images is what attacks differentiate:
+        """The value to maximise, (N,), at least float32.
 
-        a mean would divide each image's gradient by N, which half precision flushes to zero.
+        Attacks differentiate its sum: a mean would divide each gradient by N, and half precision underflows.
         """
         logits = wide(logits)
         if self.loss == "kl":
@@ -140,21 +139,22 @@ class AttackGoal:
         return value if self.confidence == math.inf else value.clamp_max(self.confidence)
 
     def logit_grad(self, logits: Tensor, *, rescale: bool = False, loss_scale: float = 1.0) -> Tensor:
-        """Gradient of ``per_image(logits).sum()`` with respect to `logits`, in their dtype, in closed form.
+        """Gradient of ``per_image(logits).sum()`` at `logits`, in their dtype, in closed form.
 
-        rescale: multiply each image's by a power of two that brings it to order one, so that half precision
-        does not flush it to zero on its way to the pixels. Signs and directions stay what they are only while
-        images do not mix: not in a network that is in batch norm's train mode.
-        loss_scale: one factor for all images, applied before the gradient is rounded to the logits' dtype.
+        Args:
+            rescale: multiply each image's gradient by the power of two that brings it to order one, so that
+                it does not underflow in half precision on its way to the pixels. Exact only while images do
+                not mix, so not with batch norm in train mode.
+            loss_scale: one factor for all images, applied before rounding to the dtype of the logits.
         """
-        # What half precision has flushed to zero cannot be scaled any more.
+        # A value that half precision has flushed to zero cannot be scaled back.
         source = logits.detach() if loss_scale == 1.0 else wide(logits.detach())
         grad = attack_logit_grad(
             source, self.target, loss=self.loss, rescale=rescale, targeted=self.targeted
         ).grad
         if rescale and self.target.dim() == 2:  # for classes, the operator does this
             log_q = self.target if self.loss == "kl" else self.target.log()
-            faint, lost = faint_difference(source, log_q)
+            faint, lost = scaled_softmax_difference(source, log_q)
             grad = torch.where(lost, (-faint if self.targeted else faint).to(grad.dtype), grad)
         if self.confidence < math.inf:
             grad = grad.masked_fill((self.per_image(source) >= self.confidence)[:, None], 0)
@@ -162,25 +162,24 @@ class AttackGoal:
 
     @property
     def open_ended(self) -> bool:
-        """No image is ever `satisfied`."""
+        """True if no image is ever `satisfied`."""
         return self.confidence == math.inf and not (self.targeted and self.loss == "ce")
 
     def satisfied(self, logits: Tensor) -> Tensor:
-        """(N,) bool: the gradient is 0 by intention: the value is at `confidence`, or the image is at the
-        target of "ce".
+        """(N,) bool: the goal is met, so a zero gradient is intended.
+
+        The value has reached `confidence`, or a targeted "ce" has reached its target.
         """
         if self.targeted and self.loss == "ce":
             return self.reached(logits)
         return self.per_image(logits) >= self.confidence
 
     def reached(self, logits: Tensor) -> Tensor:
-        """(N,) bool: the prediction left the goal's class, or arrived at it if `targeted`."""
+        """(N,) bool: the prediction is no longer the goal's class, or is its target if `targeted`."""
         classes = self.target if self.target.dim() == 1 else self.target.argmax(1)
         predictions = logits.argmax(1)
         return predictions == classes if self.targeted else predictions != classes
 
     def clone(self) -> "AttackGoal":
-        """A copy whose target may be saved for a backward pass even if it was made under
-        ``inference_mode``.
-        """
+        """A copy whose target autograd may save, even if it was made under ``inference_mode``."""
         return replace(self, target=self.target.clone())

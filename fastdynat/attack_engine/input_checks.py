@@ -1,4 +1,4 @@
-"""What a call is given, checked in one way by all attacks; on a GPU without waiting for it."""
+"""Checks of images, labels and numbers, the same for all attacks; they do not synchronise a GPU."""
 
 import math
 import operator
@@ -10,26 +10,28 @@ from torch import Tensor, nn
 
 from fastdynat.errors import UserError
 
-# Undoing a normalisation rounds; pixels that were never scaled to [0, 1] are far beyond.
+# Pixels may leave [0, 1] by this much: undoing a normalisation rounds. Unscaled pixels leave it by far more.
 SLACK = 1e-3
 HALF_SLACK = 1e-2
-ROW_SLACK = 5e-3  # of the sum of a row of probabilities, which half precision may have rounded
-STANDARDISED = 10.0  # no image that is normalised by mean and standard deviation is farther from 0
+ROW_SLACK = 5e-3  # of the sum of a row of probabilities, after rounding to half precision
+STANDARDISED = 10.0  # bound of images normalised by mean and standard deviation
 UNNORMALISE = "make their normalisation the model's first layer"
 
 
 def slack(dtype: torch.dtype) -> float:
-    """By how much images may leave [0, 1] through rounding; attacks clamp them."""
+    """Distance by which rounding may take images out of [0, 1]; attacks clamp them."""
     return HALF_SLACK if dtype in (torch.float16, torch.bfloat16) else SLACK
 
 
 def check_range(
     low: float, high: float, within: float = SLACK, *, which: str = "", normalised: str = UNNORMALISE
 ) -> None:
-    """Raise UserError unless pixels from `low` to `high` are in [0, 1], but for rounding; its advice fits
-    what was seen.
+    """Raise UserError, with fitting advice, unless pixels from `low` to `high` are in [0, 1] up to rounding.
 
-    normalised: what to do about images that are.
+    Args:
+        within: the slack allowed.
+        which: added to "images" in the message.
+        normalised: the advice for normalised images.
     """
     if low >= -within and high <= 1 + within:
         return
@@ -50,9 +52,9 @@ def check_range(
 
 
 def as_labels(labels: Any, x: Tensor) -> Tensor:
-    """A copy of `labels` beside the images `x`: int64 classes (N,), or probabilities (N, K) in their dtype.
+    """A copy of `labels` on the device of `x`: int64 classes (N,), or probabilities (N, K) in their dtype.
 
-    labels: a tensor, or what `torch.as_tensor` takes: a list, a numpy array.
+    labels: a tensor, or anything `torch.as_tensor` takes, as a list or numpy array.
 
     Raises:
         UserError: another shape, or classes that are no integers.
@@ -74,13 +76,14 @@ def as_labels(labels: Any, x: Tensor) -> Tensor:
         raise UserError(f"labels must be classes, got {labels.dtype}; use labels.long()")
     if labels.dim() == 2 and not labels.is_floating_point():
         raise UserError(
-            f"rows of labels must be probabilities, got {labels.dtype}; use labels.float(), or labels.argmax(1)"
+            f"rows of labels must be probabilities, got {labels.dtype}; "
+            "use labels.float(), or labels.argmax(1)"
         )
     return labels.detach().to(x.device, torch.int64 if labels.dim() == 1 else x.dtype, copy=True)
 
 
-def check_classes(labels: Tensor | None, classes: int) -> None:
-    """Raise UserError where rows of probabilities are not about `classes`."""
+def check_label_rows(labels: Tensor | None, classes: int) -> None:
+    """Raise UserError where labels are rows of probabilities for another number of classes."""
     if labels is not None and labels.dim() == 2 and labels.shape[1] != classes:
         raise UserError(
             f"labels are rows of {labels.shape[1]} probabilities, the model has {classes} classes"
@@ -88,29 +91,26 @@ def check_classes(labels: Tensor | None, classes: int) -> None:
 
 
 def check_model(model: object) -> None:
-    """Raise UserError unless `model` is a module: what is no module has no mode to be put in and no weights
-    to be followed.
-    """
+    """Raise UserError unless `model` is a module, which has modes to set and weights to follow."""
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; wrap what computes the logits in one"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; "
+            "wrap what computes the logits in one"
         )
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise UserError unless all that a user's function returned, int64 (N,), are classes. Waits for the
-    device.
-    """
+    """Raise UserError unless the result of a user's function, int64 (N,), are classes. Synchronises."""
     outside = targets[(targets < 0) | (targets >= classes)]
     if outside.numel():
         raise UserError(
-            f"target_map_function returned class {int(outside[0])}, but the model's classes are 0 to {classes - 1}; "
-            "return one of them for each image"
+            f"target_map_function returned class {int(outside[0])}, "
+            f"but the model's classes are 0 to {classes - 1}; return one of them for each image"
         )
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise UserError unless `value` is one number; a tensor or an array of one counts."""
+    """Raise UserError unless `value` is one number, or a tensor or array of one."""
     try:
         number = float(value) if not isinstance(value, str) else math.nan
     except (TypeError, ValueError, RuntimeError):
@@ -120,7 +120,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise UserError unless `value` is a whole number from `least` on."""
+    """Raise UserError unless `value` is an integer of at least `least`."""
     try:
         enough = operator.index(value) >= least
     except TypeError:
@@ -129,16 +129,15 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise UserError(f"{name} must be >= {least}, got {value}")
 
 
-class Deferred:
-    """Has numbers judged that are still being computed.
+class DeferredCheck:
+    """Checks numbers that a device is still computing, without waiting for it.
 
-    On the CPU at once. On a GPU the first ones are waited for; later ones are copied to the host beside what
-    else is done, and judged by the next call that finds them there: a verdict then comes a call late, but no
-    call waits.
+    On the CPU the check runs at once. On a GPU the first one waits; later numbers are copied to the host
+    asynchronously and checked by the next call that finds them there: an error then comes one call late.
     """
 
     def __init__(self, judge: Callable[..., None]) -> None:
-        """judge: called with the numbers, what they were given with, and which call they are of, in words."""
+        """judge: called with the numbers, `about`, and the call they belong to, in words."""
         self._judge, self._first = judge, True
         self._pending: tuple[torch.cuda.Event, Tensor, tuple[Any, ...]] | None = None
 
@@ -161,13 +160,14 @@ class Deferred:
 
 
 class InputCheck:
-    """Refuses images outside [0, 1], classes outside [0, K), and rows of numbers that are no probabilities
-    (see `Deferred`).
+    """Raises UserError for images outside [0, 1], classes outside [0, K) and rows that are no probabilities.
+
+    Checks are deferred on a GPU (`DeferredCheck`).
     """
 
     def __init__(self, normalised: str = UNNORMALISE) -> None:
-        """normalised: what to do about images that are normalised."""
-        self._normalised, self._later = normalised, Deferred(self._judge)
+        """normalised: the advice for normalised images."""
+        self._normalised, self._later = normalised, DeferredCheck(self._judge)
 
     def __call__(
         self,
@@ -177,8 +177,12 @@ class InputCheck:
         *,
         within: float = SLACK,
     ) -> None:
-        """x: (N, C, H, W) floats. labels: as `as_labels` gives them. None: not to be checked. classes: K;
-        None: not known.
+        """
+        Args:
+            x: (N, C, H, W) floats; None is not checked.
+            labels: as `as_labels` returns them; None is not checked.
+            classes: K; None where it is not known.
+            within: the slack allowed for images.
         """
         some = labels if x is None else x
         if some is None or some.numel() == 0:

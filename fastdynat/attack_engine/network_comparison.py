@@ -1,4 +1,4 @@
-"""Outputs of two networks on the same images and how far they differ, both in full float32 (no TF32)."""
+"""Comparison of two networks on the same images, both in full float32 (no TF32)."""
 
 import random
 import sys
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from fastdynat.execution.float32 import full_float32
 
-# Largest difference of logits, and of the sum of input gradients, as a share of their largest value and their
-# sum, between two ways of computing the same thing. Single units that rounding switches on or off move
-# gradients more than logits.
-LOGITS, GRADIENTS = 1e-3, 1e-2
-# Rounding in float32 with folded batch norms and Winograd convolutions is mostly below a tenth of `LOGITS`,
-# always below this.
-ROUNDING = 1e-2
-HALF = {torch.float16: (2e-2, 1e-1), torch.bfloat16: (1e-1, 3e-1)}
+# Largest relative difference between two ways of computing the same thing: of the largest logit, and of the
+# sum of input gradients. Rounding switches single units on or off, which moves gradients more than logits.
+LOGIT_TOLERANCE, GRAD_TOLERANCE = 1e-3, 1e-2
+# Float32 rounding with folded batch norms and Winograd convolutions is mostly below a tenth of
+# `LOGIT_TOLERANCE`, and always below this.
+FLOAT32_TOLERANCE = 1e-2
+# (logits, input gradients) of networks in half precision.
+HALF_TOLERANCES = {torch.float16: (2e-2, 1e-1), torch.bfloat16: (1e-1, 3e-1)}
 
 
 @contextmanager
-def same_draws(device: torch.device) -> Iterator[None]:
-    """Leaves the random streams of torch, Python and NumPy as they were: what runs in the next such block
-    draws the same.
+def preserve_rng(device: torch.device) -> Iterator[None]:
+    """Restores the random state of torch, Python and NumPy at the end of the block.
+
+    Everything that runs in the next such block draws the same numbers.
     """
     numpy: Any = sys.modules.get("numpy")
     kept, others = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -37,17 +38,15 @@ def same_draws(device: torch.device) -> Iterator[None]:
                 numpy.random.set_state(others)
 
 
-def answer(network: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-    """Detached logits, (N, K)."""
-    with full_float32(), torch.inference_mode(False), torch.no_grad(), same_draws(x.device):
+def reference_logits(network: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Detached logits (N, K), in full float32."""
+    with full_float32(), torch.inference_mode(False), torch.no_grad(), preserve_rng(x.device):
         return network(x).detach()
 
 
-def answer_and_gradient(network: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Detached logits, and the input gradient of a combination of them; of zeros where none reaches the
-    input.
-    """
-    with full_float32(), torch.inference_mode(False), torch.enable_grad(), same_draws(x.device):
+def reference_logits_and_grad(network: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Detached logits, and the input gradient of a fixed combination of them; zeros if none reaches `x`."""
+    with full_float32(), torch.inference_mode(False), torch.enable_grad(), preserve_rng(x.device):
         leaf = x.detach().clone().requires_grad_()
         logits = network(leaf)
         grad = None
@@ -59,41 +58,42 @@ def answer_and_gradient(network: Callable[[Tensor], Any], x: Tensor) -> tuple[Te
     return logits.detach(), torch.zeros_like(leaf).detach() if grad is None else grad
 
 
-def differs(want: Tensor, got: Tensor, most: float = LOGITS) -> Tensor:
-    """Whether logits differ by more than rounding: a bool on their device."""
+def logits_differ(want: Tensor, got: Tensor, most: float = LOGIT_TOLERANCE) -> Tensor:
+    """True if logits differ by more than rounding: a bool on their device."""
     difference, size = _difference(want, got)
-    # NaN, where one alone is finite, is no agreement.
+    # A NaN in one of them alone is a difference.
     return ~(difference <= most * size.amax().clamp_min(torch.finfo(torch.float32).tiny)).all()
 
 
-def share(want: Tensor, got: Tensor, by: Callable[[Tensor], Tensor]) -> float:
-    """How large ``got - want`` is, as a share of `want`, both measured by `by`; NaN or infinite where one
-    alone is finite.
+def relative_difference(want: Tensor, got: Tensor, by: Callable[[Tensor], Tensor]) -> float:
+    """``by(|got - want|) / by(|want|)``; NaN or infinite where an element of one alone is finite.
+
+    by: a norm of non-negative values, as `torch.max`.
     """
     difference, size = (float(by(value)) for value in _difference(want, got))
     return difference / size if size > 0 else difference
 
 
 def disagreement(
-    want: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], most: tuple[float, float] = (LOGITS, GRADIENTS)
+    want: tuple[Tensor, Tensor],
+    got: tuple[Tensor, Tensor],
+    most: tuple[float, float] = (LOGIT_TOLERANCE, GRAD_TOLERANCE),
 ) -> str:
-    """In words, by how much two `answer_and_gradient` differ; "" where rounding explains it."""
-    most = HALF.get(want[0].dtype, most)
+    """The difference of two `reference_logits_and_grad`, in words; "" where rounding explains it."""
+    most = HALF_TOLERANCES.get(want[0].dtype, most)
     measures: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("logits", torch.max),
         ("input gradients", torch.sum),
     ]
     for i, (what, by) in enumerate(measures):
-        found = share(want[i], got[i], by)
+        found = relative_difference(want[i], got[i], by)
         if not found <= most[i]:  # NaN fails too
             return f"{what} differ by {found:.1g} of theirs"
     return ""
 
 
 def _difference(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each element; 0 where both are the same, NaN and infinity included. And the sizes, 0 where not
-    finite.
-    """
+    """``|got - want|``, 0 where both are the same NaN or infinity, and ``|want|``, 0 where not finite."""
     want, got = want.double(), got.double()
     same = (want == got) | (want.isnan() & got.isnan())
     return (want - got).abs().masked_fill(same, 0), want.abs().masked_fill(~want.isfinite(), 0)

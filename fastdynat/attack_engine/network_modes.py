@@ -1,4 +1,4 @@
-"""Train/eval state of the attacked network: set for the attack, put back module by module."""
+"""Train/eval modes of the attacked network, and copies of it that share its memory."""
 
 import copy
 import threading
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.attack_engine.reach import reach
+from fastdynat.attack_engine.network_state import network_state
 from fastdynat.errors import UserError, unknown_name
 
 BNMode = Literal["eval", "train", "frozen"]
@@ -19,11 +19,11 @@ MODES = frozenset({"train", "eval"})
 
 
 def set_attack_mode(model: nn.Module, bn: str) -> None:
-    """Put `model` in the state in which it is attacked.
+    """Set the train/eval modes in which `model` is attacked.
 
-    Everything is in eval mode (no dropout noise in the attack); batch norm follows `bn`: "eval" uses the
-    running statistics (TRADES, MART, LBGAT, DYNAT), "train" the batch's and updates the running ones (Rice et
-    al., Wong et al.), "frozen" the batch's without updating (Gowal et al.).
+    Everything is in eval mode (no dropout noise in the attack), except batch norm, which follows `bn`: "eval"
+    uses the running statistics (TRADES, MART, LBGAT, DYNAT), "train" the batch's and updates the running ones
+    (Rice et al., Wong et al.), "frozen" the batch's without updating (Gowal et al.).
     """
     if bn not in get_args(BNMode):
         raise unknown_name("attack BN mode", bn, get_args(BNMode))
@@ -37,12 +37,12 @@ def set_attack_mode(model: nn.Module, bn: str) -> None:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the mode of `set_attack_mode` makes a difference to `model`, beside dropout."""
+    """True if `model` has batch norm, whose mode `set_attack_mode` chooses."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 class NotCopyable(UserError):
-    """A network that ``copy.deepcopy`` refuses."""
+    """The network cannot be copied for an attack; the message says why."""
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -56,11 +56,10 @@ def _lock_of(model: nn.Module) -> threading.RLock:
 
 @contextmanager
 def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
-    """`set_attack_mode` for the duration; restores each module's own flags, so a layer frozen by the user
-    stays frozen.
+    """`set_attack_mode` for the duration; then every module gets its own mode back.
 
-    Also restored are the plain attributes that a ``train`` of the user's own sets. Two threads that attack
-    one model take turns: each would take the other's modes for the user's.
+    Attributes that a user's own ``train`` method sets are restored too. Threads that attack the same model
+    take turns, since each would take the other's modes for the user's.
     """
     with _lock_of(model):
         saved = [(m, m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
@@ -96,12 +95,12 @@ def _has_own_train(module: nn.Module) -> bool:
 
 
 def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
-    """A second module over the same memory whose parameters need no gradient, fixed in the attack's mode.
+    """A copy of `model` over the same memory, in attack mode, whose parameters need no gradient.
 
-    In-place changes of any tensor that `model` holds show in the twin at once. The training network itself is
-    then never switched between modes, no attack can reach its ``.grad``, and a compiled twin computes input
-    gradients only (compiling the trainable network and asking for the input gradient builds all weight
-    gradients too). No tensor object is shared, so that who computes with which is told apart (`check_twin`).
+    In-place changes of any tensor of `model` show in the twin. The training network never switches modes, no
+    attack can reach its ``.grad``, and a compiled twin computes input gradients only; a compiled trainable
+    network would compute all weight gradients too. No tensor object is shared, so `check_twin` can tell which
+    of the two computes.
 
     Raises:
         NotCopyable: a UserError.
@@ -112,13 +111,13 @@ def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
     return twin
 
 
-def loose_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[Tensor]]:
-    """A `frozen_twin` in eval mode that has some tensors to itself, and these: whoever changes them changes
-    nothing of `model`.
+def perturbable_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[Tensor]]:
+    """A `frozen_twin` in eval mode with some tensors of its own, and these tensors, which may be changed.
 
-    They are what tells little about a network while it is fresh, or may be read as a number while it is
-    traced: those of batch norms, constant ones, and tensors that are neither parameters nor buffers. With
-    `dtype`, parameters and buffers are of it.
+    They are the tensors that say little in a fresh network, or that tracing may read as constants: those of
+    batch norms, constant tensors, and tensors that are neither parameters nor buffers.
+
+    dtype: of the twin's parameters and buffers; None keeps theirs.
     """
     norms = {
         id(t)
@@ -127,7 +126,9 @@ def loose_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.M
         for t in (*m.parameters(False), *m.buffers(False))
     }
     usual = {id(t) for t in (*model.parameters(), *model.buffers())}
-    loose = [t for t in reach(model).tensors if id(t) in norms or id(t) not in usual or _is_constant(t)]
+    loose = [
+        t for t in network_state(model).tensors if id(t) in norms or id(t) not in usual or _is_constant(t)
+    ]
     frozen = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     own: dict[int, Any] = {id(t): t.detach().clone() for t in loose}
     own = {key: nn.Parameter(value, False) if key in frozen else value for key, value in own.items()}
@@ -138,7 +139,7 @@ def loose_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.M
     plain = [value for key, value in own.items() if key not in usual]
     parameters = [p for p in twin.parameters() if id(p) in own_here]
     if dtype is not None:
-        twin.to(dtype)  # puts other tensors in the buffers' places
+        twin.to(dtype)  # replaces the buffers
     return twin, [*plain, *parameters, *(module._buffers[name] for module, name in names)]
 
 
@@ -148,8 +149,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def unmoved_twin(model: nn.Module) -> nn.Module:
-    """A second module with the same parameters, in train mode, whose forward passes leave running statistics
-    as they are.
+    """A module with the same parameters, in train mode, whose forward passes update no running statistics.
 
     Raises:
         NotCopyable: a UserError.
@@ -163,8 +163,8 @@ def unmoved_twin(model: nn.Module) -> nn.Module:
 
 
 def _held(model: nn.Module) -> dict[int, Any]:
-    """For every tensor and array that `model` holds, by its id, one over the same memory."""
-    found = reach(model)
+    """A deepcopy memo: each tensor and array of `model`, by id, mapped to one over the same memory."""
+    found = network_state(model)
     tensors = {
         id(t): nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) else t.detach()
         for t in found.tensors
@@ -175,11 +175,12 @@ def _held(model: nn.Module) -> dict[int, Any]:
 def _over_same_memory(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise NotCopyable(
-            f"no replica of {type(model).__name__} can be made: copies of TorchScript do not follow its weights"
+            f"no replica of {type(model).__name__} can be made: "
+            "copies of TorchScript do not follow its weights"
         )
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # copying a module runs foreign code: anything may come out of it
+    except Exception as error:  # copying a module runs foreign code, which may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotCopyable(
             f"no replica of {type(model).__name__} can be made ({reason}); make it copy.deepcopy-able"

@@ -1,4 +1,4 @@
-"""Projected gradient ascent (Madry et al. 2018), the attack of training and evaluation."""
+"""Projected gradient descent on an attack goal (PGD, Madry et al. 2018, arXiv 1706.06083)."""
 
 import warnings
 from collections.abc import Callable
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
-from fastdynat.attack_engine.input_checks import Deferred, InputCheck, as_labels, check_classes, check_model
+from fastdynat.attack_engine.input_checks import (
+    DeferredCheck,
+    InputCheck,
+    as_labels,
+    check_label_rows,
+    check_model,
+)
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import pgd_step, start_point
-from fastdynat.attack_engine.zero_gradients import remedy_for, vanished
+from fastdynat.attack_engine.zero_gradients import zero_gradient_message, zero_gradient_remedy
 from fastdynat.errors import UserError
 from fastdynat.models.logits import Output, half_of, logits_of, with_output
 
@@ -24,16 +30,16 @@ _check_images, _check_labels = InputCheck(), InputCheck()
 
 def _tell(numbers: list[int], gradients: int, remedy: str, which: str) -> None:
     if numbers[0]:
-        warnings.warn(vanished(numbers[0], gradients, remedy, which), stacklevel=4)
+        warnings.warn(zero_gradient_message(numbers[0], gradients, remedy, which), stacklevel=4)
 
 
-_watch = Deferred(_tell)
+_watch = DeferredCheck(_tell)
 
 
 def ascend(
     ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor, tick: Tick = no_tick
 ) -> AttackResult:
-    """`spec.steps` steps of projected ascent from `x_start`. The caller owns modes and grad mode."""
+    """`spec.steps` projected steps from `x_start`. The caller sets train/eval and grad modes."""
     goal_gradient = ascent.goal_gradient(goal.kind)
     x_adv, model_input = x_start, ascent.to_model_input(x_start)
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -54,7 +60,7 @@ def ascend(
         done = new.moved if found.satisfied is None else new.moved | found.satisfied
         zero_grads = zero_grads + (~done).sum()
         kept = None if kept is None or found.kept is None else kept + found.kept
-    # A step ends inside the image range; a Gaussian start that no step has touched may not.
+    # Every step ends in [0, 1]; a Gaussian start without any step may not be in it.
     x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
     return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)
 
@@ -68,9 +74,7 @@ def run_pgd(
     x_start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> AttackResult:
-    """`ascend` with random start and restarts, or from `x_start`, on a network that is already in the
-    attack's mode.
-    """
+    """`ascend` with random start and restarts, or from `x_start`; the network is in the attack's mode."""
     if goal.track and spec.restarts != 1:
         raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")
     if x_start is not None:
@@ -113,32 +117,30 @@ def pgd(
     output: Output | None = None,
     warn: bool = True,
 ) -> AttackResult:
-    """Attack `model` at `x`, whatever state the caller is in.
+    """Attack `model` at `x` by PGD.
 
-    Works under ``no_grad`` and ``inference_mode``, leaves every parameter's ``.grad`` and every module's own
-    train/eval flag as they were, and returns a detached tensor.
+    Works under ``no_grad`` and ``inference_mode``, leaves every parameter's ``.grad`` and every module's
+    train/eval flag as they were, and returns detached tensors.
 
     Args:
         model: images in [0, 1] -> logits (N, K).
-        x: (N, C, H, W), float32 or float64 as the model, in [0, 1]; a model in half precision reads it
-            rounded.
+        x: (N, C, H, W), float32 or float64 as the model, in [0, 1]; rounded for a model in half precision.
         goal: what to maximise; its target has N rows.
         spec: norm, radius, steps, start, restarts.
         bn: batch norm during the attack: "eval", "train" or "frozen" (`set_attack_mode`).
-        x_start: begin exactly here instead of drawing a start (one run, `spec.restarts` must be 1).
+        x_start: starting points; None draws them. Only with one run (`spec.restarts` of 1).
         generator: source of the random start; None is torch's global one.
-        amp_dtype: autocast the network to this dtype; the iterate stays in `x`'s.
-        rescale: bring each image's gradient to order one before it goes through the network
-            (`AttackGoal.logit_grad`), so that a confident network's does not underflow; None does so wherever
-            it is exact, that is unless `bn` mixes the images.
-        warn: of images that are not attacked because their gradient is zero or not finite
+        amp_dtype: autocast the network to this dtype; the iterate keeps the dtype of `x`.
+        rescale: scale each image's gradient to order one before it passes through the network
+            (`AttackGoal.logit_grad`), so that the gradient of a confident network does not underflow; None
+            does so wherever it is exact, that is unless `bn` mixes the images.
+        output: where the logits are in the model's output: a key, an index or a function (`picked`).
+        warn: warn of images that are not attacked because their gradient is zero or not finite
             (`AttackResult.zero_grads`).
-        output: where the model returns more than logits, which part they are: a key, an index or a function
-            (`picked`).
 
     Raises:
-        UserError: `x` or the goal's target is not what is said here, or not in its range; the model returns
-            no logits, or no gradient reaches the images; `rescale` where images mix.
+        UserError: `x` or the target has a wrong shape, dtype or range; the model returns no logits, or no
+            gradient reaches the images; `rescale` where images mix.
     """
     check_model(model)
     goal = check_batch(x, goal)
@@ -147,18 +149,22 @@ def pgd(
     rescale = bn == "eval" if rescale is None else rescale
     network = _Checked(with_output(model, output), goal)
     ascent = Ascent(network, Underflow.guard(bn, dtype, rescale), dtype)
-    # Copies made outside inference mode may be saved for backward; inference tensors may not.
+    # Autograd may save copies made outside inference mode for backward, but not inference tensors.
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, bn):
-        x, goal = x.detach().clamp(0, 1), goal.clone()  # clamp: of what rounding left beyond
+        x, goal = x.detach().clamp(0, 1), goal.clone()  # rounding may have left [0, 1]
         x_start = None if x_start is None else x_start.detach().clone()
         result = run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
     if warn:
-        _watch(result.zero_grads[None], result.gradients, remedy_for(dtype, rescale, exact=bn == "eval"))
+        _watch(
+            result.zero_grads[None],
+            result.gradients,
+            zero_gradient_remedy(dtype, rescale, exact=bn == "eval"),
+        )
     return result
 
 
 class _Checked:
-    """`network`, at whose first answer, which shows how many classes there are, the labels are checked."""
+    """`network` that checks the labels at its first call, when the number of classes is known."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], goal: AttackGoal) -> None:
         self._network, self._goal, self._done = network, goal, False
@@ -167,7 +173,7 @@ class _Checked:
         logits = logits_of(self._network(x), len(x))
         if not self._done:
             classes, target = logits.shape[1], self._goal.target
-            check_classes(target, classes)
+            check_label_rows(target, classes)
             if self._goal.loss == "dlr" and classes < 3:
                 raise UserError(f"the loss dlr needs 3 classes, the model has {classes}; use the loss margin")
             _check_labels(None, None if self._goal.loss == "kl" else target, classes)
@@ -176,9 +182,7 @@ class _Checked:
 
 
 def check_batch(x: Tensor, goal: AttackGoal) -> AttackGoal:
-    """`goal` with its target beside `x`; UserError unless `x` are images that can be attacked and it is about
-    as many.
-    """
+    """`goal` with its target on the device of `x`; UserError unless `x` are images and it fits them."""
     if not isinstance(x, Tensor):
         raise UserError(f"images must be a tensor (N, C, H, W), got {type(x).__name__}; use torch.as_tensor")
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:

@@ -10,12 +10,11 @@ from fastdynat.errors import UserError, unknown_name
 
 @dataclass(frozen=True)
 class PGDSpec:
-    """The numbers of one attack. Sizes in [0, 1] pixel units; under L0 eps is a number of pixels, `step_size`
-    an L1 length.
+    """Hyperparameters of one attack. Sizes in [0, 1] pixel units.
 
-    The last iterate is returned (no best-loss selection, no freezing of images that are already
-    misclassified); with several restarts an image keeps the run that fools the network, or else the one with
-    the highest loss.
+    Under L0, `eps` is a number of pixels and `step_size` an L1 length. The attack returns the last iterate:
+    it neither keeps the best loss nor stops at misclassified images. With several restarts an image keeps the
+    run that fools the network, or else the run with the highest loss.
     """
 
     eps: float
@@ -37,10 +36,10 @@ class PGDSpec:
         if self.norm == "l0" and self.eps != int(self.eps):
             raise UserError(f"eps under l0 is how many pixels may change, a whole number, got {self.eps:g}")
         if self.norm == "l0" and self.start != "none":
-            # Noise takes all the pixels that may change, and others are taken instead only once they have
-            # come further.
+            # Noise uses up the pixels that may change; others replace them only after moving further.
             raise UserError(
-                f"start must be none under l0, got {self.start}: noise would keep the attack from choosing pixels"
+                f"start must be none under l0, got {self.start}: "
+                "noise would keep the attack from choosing pixels"
             )
         if not 0 < self.step_size < math.inf:
             raise UserError(f"step_size must be above 0 and finite (pixel units), got {self.step_size:g}")

@@ -1,4 +1,4 @@
-"""The state that a captured attack reads and changes besides its images, on which its graph is checked."""
+"""The state of a captured attack beside its images, for the check of its graph."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from fastdynat.execution.graph_check import Stateless
 
 @dataclass(frozen=True)
 class ReplicaState(Stateless):
-    """A `FunctionState` of `fastdynat.execution`. Only the replica's own weights are moved: others may be the
-    caller's.
+    """A `FunctionState`: a replica as the check of a captured graph sees it; only the replica's own weights are perturbed.
 
     Attributes:
-        moves: whether an attack moves running statistics, which are the model's.
+        replica: the attacked network.
+        moves: whether an attack updates running statistics, which are the model's.
     """
 
     replica: AttackReplica
@@ -25,7 +25,7 @@ class ReplicaState(Stateless):
         buffers = (
             {f"buffer {name}": t for name, t in self.replica.network.named_buffers()} if self.moves else {}
         )
-        return {f"weight {name}": t for name, t in self.replica.derived().items()} | buffers
+        return {f"weight {name}": t for name, t in self.replica.own_tensors().items()} | buffers
 
     def weights(self) -> Sequence[Tensor]:
-        return [*self.replica.derived().values()]
+        return [*self.replica.own_tensors().values()]

@@ -1,6 +1,4 @@
-"""Iterations over a batch that shrinks: images that are finished are taken out of it, so that no pass is
-spent on them.
-"""
+"""Iterations over a shrinking batch: finished images leave it, so that no pass is spent on them."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -10,34 +8,33 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S")
-# How often a batch may halve on devices where each size costs: cuDNN looks for its algorithms, and memory is
-# not used again.
+# How often a batch may halve on devices where each new size costs: cuDNN searches its algorithms again, and
+# cached memory is not reused.
 HALVINGS = {"cuda": 4}
-# Told the share of the work that is done, in [0, 1], several times a second to several times a minute; may
-# raise to stop it.
+# Progress callback: gets the share of the work done, in [0, 1], several times a second to several times a
+# minute; may raise to stop the work.
 Tick = Callable[[float], None]
 
 
 def no_tick(share: float) -> None:
-    """A `Tick` that nobody listens to."""
+    """A `Tick` that does nothing."""
 
 
 def part(tick: Tick, k: int, of: int) -> Tick:
-    """The `Tick` of the k-th of `of` parts of equal size."""
+    """The `Tick` of part `k` of `of` equal parts of the work of `tick`."""
     return lambda share: tick((k + share) / of)
 
 
 def allowed_halvings(compiled: int, x: Tensor) -> int:
-    """The `max_halvings` of `iterate` for images `x` on their device; `compiled` is that of compiled code, 0 where
-    there is none.
+    """The `max_halvings` of `iterate` for images `x` on their device.
+
+    compiled: the limit of compiled code (`Ascent.max_halvings`); 0 where the code is not compiled.
     """
     return compiled or HALVINGS.get(x.device.type, 0)
 
 
 def batch_sizes(most: int, halvings: int) -> list[int]:
-    """The sizes that a batch of at most `most` images has then: `most` divided by 1, 2, 4, ..., rounded
-    up.
-    """
+    """Sizes of a batch of `most` images after 0, 1, ... `halvings` halvings, rounded up."""
     return [-(-most // 2**k) for k in range(halvings + 1)]
 
 
@@ -54,18 +51,18 @@ def iterate(
 ) -> S:
     """``state = step(state, i)`` for i in 0 .. steps - 1, on the images that are not done.
 
-    Finished images are looked for after every `every`-th step, which on a GPU waits for it, and leave the
-    batch when at most the share `least` of it is unfinished; they come back, as they were then, at the end.
-    The result is that of running all images to the end as long as the step treats each image by itself and
-    leaves finished ones as they are.
+    After every `every`-th step, finished images are looked for, which synchronises a GPU. They leave the
+    batch once the unfinished share of it is at most `least`, and are put back, as they were, at the end. The
+    result is that of running all images to the end, as long as the step treats images independently and does
+    not change finished ones.
 
     Args:
-        state: a dataclass; every tensor in it has a row per image, anything else in it is kept.
-        done: the state -> (N,) bool, images that need no further step.
+        state: a dataclass; each tensor in it has a row per image, other fields are kept.
+        done: state -> (N,) bool, images that need no further step.
         max_halvings: 0 lets the batch have any size; n >= 1 only the first size divided by 1, 2, 4, ..., 2^n
             (rounded up), filled up with finished images, so that code compiled or captured per shape is made
             at most n + 1 times.
-        tick: told the share of steps done.
+        tick: gets the share of steps done.
     """
     whole, rows = state, torch.arange(_images(state), device=_some(state).device)
     sizes = batch_sizes(len(rows), max_halvings)
@@ -79,7 +76,7 @@ def iterate(
             size = min(size for size in sizes if size >= count) if max_halvings else count
             if size < len(unfinished) and count <= least * len(unfinished):
                 whole = _put(whole, rows, state)
-                # Unfinished ones first, in their order; then as many finished ones as fill the shape.
+                # Unfinished images first, in order, then finished ones to fill the shape.
                 chosen = (~unfinished).int().argsort(stable=True)[:size]
                 rows, state = rows[chosen], _take(state, chosen)
         state = step(state, i)
@@ -100,21 +97,21 @@ def _images(state: Any) -> int:
 
 
 def _take(state: S, rows: Tensor) -> S:
-    return replace(state, **{name: t.index_select(0, rows) for name, t in _tensors(state).items()})  # type: ignore[type-var]
+    chosen = {name: t.index_select(0, rows) for name, t in _tensors(state).items()}
+    return replace(state, **chosen)  # type: ignore[type-var]
 
 
 def _put(whole: S, rows: Tensor, part: S) -> S:
-    if len(rows) == _images(whole):  # nothing was ever taken out
+    if len(rows) == _images(whole):  # no image has left the batch
         return part
     old = _tensors(whole)
-    return replace(whole, **{name: old[name].index_copy(0, rows, t) for name, t in _tensors(part).items()})  # type: ignore[type-var]
+    merged = {name: old[name].index_copy(0, rows, t) for name, t in _tensors(part).items()}
+    return replace(whole, **merged)  # type: ignore[type-var]
 
 
 def replace_rows(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`into` with the images `rows` (N,) bool replaced by those of `values`; on the CPU in place, touching no
-    other image.
-    """
-    if into.is_cuda:  # whose count of rows would have to be waited for
+    """`into` with images `rows` (N,) bool replaced by those of `values`; in place on the CPU."""
+    if into.is_cuda:  # counting the rows would synchronise
         return torch.where(rows.view(-1, *[1] * (into.dim() - 1)), values, into)
     index = rows.nonzero().squeeze(1)
     return into.index_copy_(0, index, values.index_select(0, index)) if len(index) else into

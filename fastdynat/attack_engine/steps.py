@@ -1,4 +1,4 @@
-"""Starting points and steps of projected gradient ascent, per norm. Inputs (N, C, H, W) float in [0, 1]."""
+"""Starting points and projected gradient steps per norm; images are (N, C, H, W) floats in [0, 1]."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from fastdynat.ops import AttackStep, attack_step_l2, attack_step_linf, pgd_step
 
 GAUSSIAN_STD = 0.001  # TRADES' start, kept by LBGAT and DYNAT
 STARTS = ("none", "uniform", "gaussian")
-AT_THE_END = 1e-6  # a pixel that is no farther from 0 or 1 has no room left
+NO_ROOM = 1e-6  # a pixel this close to 0 or 1 counts as at the bound
 
 
 def attack_step_l1(
@@ -22,15 +22,14 @@ def attack_step_l1(
     eps: float,
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
-    """`pgd_step_l1` on the 1 % of the entries with the largest gradient, of those that have room to follow
-    it.
+    """`pgd_step_l1` on the 1 % of entries with the largest gradient, without pixels stuck at a bound.
 
-    A pixel at an end of the range that the gradient drives outwards would only take the place of one that can
-    move; the authors' code (Tramer & Boneh 2019, arXiv 1904.13000) leaves it out as well.
+    A pixel at 0 or 1 that the gradient drives outwards would take the place of one that can move; the
+    authors' code (Tramer & Boneh 2019, arXiv 1904.13000) leaves it out too.
     """
-    stuck = torch.where(grad > 0, x_adv > 1 - AT_THE_END, x_adv < AT_THE_END)
+    stuck = torch.where(grad > 0, x_adv > 1 - NO_ROOM, x_adv < NO_ROOM)
     x = pgd_step_l1(x_adv, grad.masked_fill(stuck, 0), x0, step_size=step_size, eps=eps)
-    return _told(x, grad, low_dtype)
+    return _attack_step(x, grad, low_dtype)
 
 
 def attack_step_l0(
@@ -43,10 +42,10 @@ def attack_step_l0(
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
     """`pgd_step_l0`, whose radius `eps` is a number of pixels."""
-    return _told(pgd_step_l0(x_adv, grad, x0, step_size=step_size, pixels=int(eps)), grad, low_dtype)
+    return _attack_step(pgd_step_l0(x_adv, grad, x0, step_size=step_size, pixels=int(eps)), grad, low_dtype)
 
 
-def _told(x: Tensor, grad: Tensor, low_dtype: torch.dtype | None) -> AttackStep:
+def _attack_step(x: Tensor, grad: Tensor, low_dtype: torch.dtype | None) -> AttackStep:
     moved = grad.nan_to_num(0.0).abs().flatten(1).amax(1) > 0
     return AttackStep(x, None if low_dtype is None else x.to(low_dtype), moved)
 
@@ -56,35 +55,36 @@ NORMS = tuple(STEPS)
 
 
 def diameter(norm: str, shape: Sequence[int]) -> float:
-    """The largest distance between two images of `shape` (C, H, W)."""
+    """The largest distance between two images of `shape` (C, H, W) under `norm`."""
     entries, pixels = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
     return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries), "l0": float(pixels)}[norm]
 
 
 def usual_step(norm: str, eps: float) -> float:
-    """The step size that goes with a radius where none is named: eps / 4; under L0, an L1 length, 10 eps."""
-    # The L0 step is shared by all entries of the image before all but eps pixels are reset.
+    """The default step size for radius `eps`: eps / 4; under L0, as an L1 length, 10 eps."""
+    # The L0 step is spread over all entries of the image before all but eps pixels are reset.
     return 10 * eps if norm == "l0" else eps / 4
 
 
 def start_point(
     x: Tensor, start: str, *, norm: str, eps: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Where the attack begins, inside [0, 1].
+    """Starting points of the attack.
 
-    "none": the image. "gaussian": image + 0.001 N(0, I), not projected on the ball (TRADES, DYNAT).
-    "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in [0, eps]; L0 has
-    none.
+    Args:
+        start: "none": the image. "gaussian": image + 0.001 N(0, I), not projected on the ball (TRADES,
+            DYNAT). "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in
+            [0, eps]; not defined for L0.
     """
     if start == "none":
         return x.clone()
     if start not in STARTS:
         raise unknown_name("start", start, STARTS)
-    # The operator's generator is counter-based. Its key and counter come from torch's, on the device:
-    # whatever seeds, saves or captures that one governs this one too.
+    # The operator's generator is counter-based. Its key and counter are drawn from torch's generator on the
+    # device, so seeding, saving and capturing that one covers this one too.
     state = torch.randint(2**62, (2,), generator=generator, device=x.device)
     if start == "gaussian":
-        # The published loops do not clip this start; the first projected step does.
+        # The published loops do not clip this start either; the first projected step does.
         return random_start(x, state, kind="gaussian", scale=GAUSSIAN_STD)
     if norm == "l1":
         radius = eps * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=x.dtype)
@@ -93,7 +93,7 @@ def start_point(
 
 
 def _l1_direction(x: Tensor, state: Tensor) -> Tensor:
-    """Uniform on the unit sphere of L1, per image: independent Laplace variables over their length."""
+    """Uniform on the L1 unit sphere, per image: independent Laplace variables over their L1 norm."""
     u = random_start(torch.zeros_like(x), state, kind="uniform", scale=1.0, lo=-1.0)
     laplace = -u.sign() * torch.log1p(-u.abs().clamp_max(1 - 2**-24))
     return laplace / laplace.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-20)
@@ -109,7 +109,7 @@ def pgd_step(
     eps: float,
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
-    """One projected ascent step under `norm`; new tensors, never in place."""
+    """One projected gradient ascent step under `norm`; returns new tensors, never in place."""
     if norm not in STEPS:
         raise unknown_name("norm", norm, NORMS)
     return STEPS[norm](x_adv, grad, x0, step_size=step_size, eps=eps, low_dtype=low_dtype)

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.network_comparison import HALF, LOGITS, ROUNDING, answer, differs, share
+from fastdynat.attack_engine.network_comparison import (
+    FLOAT32_TOLERANCE,
+    HALF_TOLERANCES,
+    LOGIT_TOLERANCE,
+    logits_differ,
+    reference_logits,
+    relative_difference,
+)
 from fastdynat.compat.runner import OnModel, OnReplica
 
 COMPARED = 2  # images of each batch
@@ -22,7 +29,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self._shapes: set[torch.Size] = set()
-        self._most = LOGITS
+        self._most = LOGIT_TOLERANCE
         self._whole = False  # the model does not take a batch of two
 
     def __call__(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
@@ -43,29 +50,31 @@ class Agreement:
         return agrees
 
     def _agree(self, on_model: OnModel, replica: OnReplica, x: Tensor) -> bool:
-        want = answer(on_model.eval_logits, x)
+        want = reference_logits(on_model.eval_logits, x)
         try:
-            got = answer(replica.eval_logits, x)
+            got = reference_logits(replica.eval_logits, x)
         except Exception:
             # The model takes these images: its code has changed, or a view needs another layout at this size.
             return False
         dtype = on_model.dtype or want.dtype
-        most = HALF[dtype][0] if dtype in HALF else self._most
-        if not _read(differs(want, got, most)):
+        most = HALF_TOLERANCES[dtype][0] if dtype in HALF_TOLERANCES else self._most
+        if not _read(logits_differ(want, got, most)):
             return True
         if (
             on_model.dtype is not None
-            and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF
+            and next((p.dtype for p in on_model.model.parameters()), x.dtype) not in HALF_TOLERANCES
         ):
             # Half precision itself may cost this network more.
-            exact = answer(OnModel(on_model.model, on_model.modes, None).eval_logits, x)
-            return share(exact, got, torch.max) <= most + 3 * share(exact, want, torch.max)
-        if dtype in HALF or self._shapes:
+            exact = reference_logits(OnModel(on_model.model, on_model.modes, None).eval_logits, x)
+            return relative_difference(exact, got, torch.max) <= most + 3 * relative_difference(
+                exact, want, torch.max
+            )
+        if dtype in HALF_TOLERANCES or self._shapes:
             return False
         # A new replica, already checked: its difference is rounding.
-        found = share(want, got, torch.max)
-        self._most = min(5 * found, ROUNDING)
-        return found <= ROUNDING
+        found = relative_difference(want, got, torch.max)
+        self._most = min(5 * found, FLOAT32_TOLERANCE)
+        return found <= FLOAT32_TOLERANCE
 
 
 def _read(flag: Tensor) -> bool:

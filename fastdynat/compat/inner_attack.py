@@ -10,7 +10,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.input_checks import (
     InputCheck,
     as_labels,
-    check_classes,
+    check_label_rows,
     check_model,
     check_number,
 )
@@ -93,7 +93,7 @@ class InnerAttack:
         with torch.inference_mode(False):
             self._x = x.detach().clone()
             self._runner = cache.runner(model, self._x)
-        check_classes(self.labels, cache.classes)
+        check_label_rows(self.labels, cache.classes)
         check(self._x, self.labels, cache.classes)
         self._x.clamp_(0, 1)
         self._watch = cache.watch

@@ -13,10 +13,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
-from fastdynat.attack_engine.network_comparison import answer
+from fastdynat.attack_engine.network_comparison import reference_logits
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
-from fastdynat.attack_engine.reach import reach
-from fastdynat.attack_engine.zero_gradients import remedy_for
+from fastdynat.attack_engine.network_state import network_state
+from fastdynat.attack_engine.zero_gradients import zero_gradient_remedy
 from fastdynat.attacks import AttackResult
 from fastdynat.compat.agreement import Agreement
 from fastdynat.compat.arguments import GradientWatch
@@ -89,7 +89,7 @@ class ReplicaCache:
 
     The replica is made at the first call and takes over in-place changes of tensors at each call. It is made
     anew after any other visible change: a tensor replaced, moved or converted, a Python number, a function, a
-    hook, a global that the network's code names (`reach`). Every call compares its logits with the model's
+    hook, a global that the network's code names (`network_state`). Every call compares its logits with the model's
     (`Agreement`); where they differ a new replica is made. Where that does not help, or the model changes at
     every call, the model itself is attacked from then on. Options that cannot be used are warned of once and
     named in `path`. The cache does not keep the model alive. Threads take turns.
@@ -183,7 +183,7 @@ class ReplicaCache:
             return self._make_replica(network, self._example(on_model, x), x, modes, dtype, compiled=compiled)
 
         with self._lock:
-            made_for = (reach(unwrapped(model)).marks, modes, x.dtype, x.device, dtype, compiled)
+            made_for = (network_state(unwrapped(model)).marks, modes, x.dtype, x.device, dtype, compiled)
             self._follow(made_for, on_model, make, x)
             if self._replica is not None and not self._agrees(on_model, self._replica, x):
                 self._remake(on_model, make, x)
@@ -222,7 +222,7 @@ class ReplicaCache:
         """Two example images, or `x` where the network takes no other batch size."""
         example = two_images(x)
         try:
-            answer(on_model.eval_logits, example)
+            reference_logits(on_model.eval_logits, example)
         except (RuntimeError, ValueError):  # a UserError about the output is one too, and comes up again
             return x
         return example
@@ -294,7 +294,7 @@ class ReplicaCache:
         dtype, rescale = (
             (None, bool(self._rescale)) if self._dtype is None else (self._dtype, self._rescale is not False)
         )
-        self._watch(result, remedy_for(dtype, rescale, exact=not modes.model))
+        self._watch(result, zero_gradient_remedy(dtype, rescale, exact=not modes.model))
 
 
 def _make_lazy_weights(network: nn.Module, x: Tensor) -> None:

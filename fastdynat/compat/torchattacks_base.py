@@ -12,7 +12,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.input_checks import (
     InputCheck,
     as_labels,
-    check_classes,
+    check_label_rows,
     check_model,
     check_number,
     check_targets,
@@ -175,7 +175,7 @@ class TorchAttack(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             x, labels = self._take(inputs, labels)
             runner = self._runner = self._cache.runner(self.model, x, self._modes, self.normalization_used)
-            check_classes(labels, self._cache.classes)
+            check_label_rows(labels, self._cache.classes)
             self._check(x, labels, self._cache.classes, within=slack(inputs.dtype))
             x.clamp_(0, 1)
             if spec is not None and len(x):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import wide
-from fastdynat.attack_engine.zero_gradients import vanished
+from fastdynat.attack_engine.zero_gradients import zero_gradient_message
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import NO_CLASS, answers
 
@@ -42,7 +42,7 @@ def check_answers(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, ra
 def check_gradients(name: str, zero: int, gradients: int) -> None:
     """Warn of images whose gradient is zero."""
     if zero:
-        warn(f"{name}: {vanished(zero, gradients)}")
+        warn(f"{name}: {zero_gradient_message(zero, gradients)}")
 
 
 def check_classified(classes: Tensor, which: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.attack_engine.winograd import RULE
+from fastdynat.attack_engine.winograd_layers import RULE
 from fastdynat.execution.float32 import float32_name
 from fastdynat.ops import operators_in_use
 from fastdynat.runs.environment import UNUSED

@@ -52,7 +52,7 @@ class StepState:
 
     @torch.no_grad()
     def spoil(self) -> None:
-        for tensor in self.networks.attack.replica.derived().values():
+        for tensor in self.networks.attack.replica.own_tensors().values():
             tensor.fill_(torch.nan)
 
     def restored(self) -> None:

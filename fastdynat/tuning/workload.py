@@ -52,7 +52,7 @@ class Layer:
 
     def repays(self, batch: int, passes: float, channels_last: bool) -> bool:
         """Whether it is computed by Winograd's algorithm where that is allowed, as
-        `fastdynat.attack_engine.winograd` decides.
+        `fastdynat.attack_engine.winograd_layers` decides.
         """
         shape = (self.kernel, self.stride, self.padding, self.groups)
         if shape != (3, 1, 1, 1) or min(self.channels_in, self.channels_out) < WINOGRAD_CHANNELS:

@@ -1,6 +1,4 @@
-"""The attack engine computes the reference's attack: folded, copied, compiled and captured, or it says what
-it does instead.
-"""
+"""The engine computes the reference attack, folded, compiled and captured, or says what it does instead."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -88,7 +86,8 @@ def test_weights_are_shared_where_they_can_be_and_followed_where_not() -> None:
     assert {t.data_ptr() for t in plain.network.parameters()} <= memory
     low = AttackReplica(model, x, dtype=torch.bfloat16)
     weights = [m.weight for m in low.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    assert all(w.dtype == torch.bfloat16 and w.data_ptr() not in memory for w in weights)  # type: ignore[operator, union-attr]
+    assert all(w.dtype == torch.bfloat16 for w in weights)  # type: ignore[union-attr]
+    assert all(w.data_ptr() not in memory for w in weights)  # type: ignore[operator, union-attr]
     for replica in (plain, low):
         assert not any(p.requires_grad for p in replica.network.parameters())
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -300,9 +299,7 @@ class Backwards(TorchDispatchMode):
 
 
 def two_convs() -> nn.Module:
-    """The second convolution sees activations that need a gradient, so a careless attack would compute its
-    weight's.
-    """
+    """The second convolution's input needs a gradient: a careless attack would compute its weight's too."""
     layers = [
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
@@ -438,9 +435,7 @@ def graphed(
 
 @pytest.mark.parametrize("start", [False, True], ids=["own start", "given start"])
 def test_a_captured_attack_is_the_attack(start: bool) -> None:
-    """Three ordinary calls per shape, then replays that see new images, labels and weights; results stay what
-    they were.
-    """
+    """Three eager calls per shape, then replays on new images, labels and weights; results are kept."""
     model = tiny_cnn()
     plain, (engine, recorder, said) = (
         AttackEngine(model, torch.rand(2, 3, 8, 8)),

@@ -1,6 +1,4 @@
-"""Batch norm is folded anew in few launches: the values of the formula, in the replica's own dtype, layout
-and memory.
-"""
+"""Refolding of batch norm: the formula's values in the replica's dtype and layout, in few launches."""
 
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
-from fastdynat.attack_engine.batch_norm_folding import fold_batch_norm, put_tensors
+from fastdynat.attack_engine.batch_norm_folding import fold_batch_norm, refresh_folds
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
@@ -23,9 +21,7 @@ ONE_EACH = 8  # launches that do not grow with the number of layers
 
 
 class Launches(TorchDispatchMode):
-    """The kernels that a GPU would be given: one for a foreach operator on torch's fast route, else one per
-    tensor.
-    """
+    """Kernels that a GPU would launch: one per foreach operator on the fast route, else one per tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +55,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def parts() -> nn.Module:
-    """Each form of a layer and a batch norm: with and without bias, affine values, and one after a linear
-    layer.
-    """
+    """Layers and batch norms with and without bias and affine parameters, and one after a linear layer."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
@@ -142,7 +136,7 @@ def test_float64_replicas_are_folded_in_float64() -> None:
     model = parts().double().eval()
     _, folds = fold_batch_norm(model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
     shake(model)
-    put_tensors(folds)
+    refresh_folds(folds)
     for fold in folds:
         for got, want in zip((fold.folded.weight, fold.folded.bias), wanted(fold), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
@@ -153,9 +147,7 @@ def test_float64_replicas_are_folded_in_float64() -> None:
 def test_a_refresh_is_one_launch_per_weight_and_a_few(
     name: str, layers: int, dtype: torch.dtype | None
 ) -> None:
-    """Not eight per layer: 160 for ResNet-18. A model in the replica's own layout, as in training, is copied
-    in one.
-    """
+    """Not eight per layer (160 for ResNet-18); a model in the replica's layout is copied in one launch."""
     model = network_of(name).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     replica = AttackReplica(model, torch.rand(2, 3, 8, 8), dtype=dtype, channels_last=True, winograd=False)
     with Launches() as launches:
@@ -189,9 +181,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_no_step_of_an_attack_converts_a_weight(last: bool) -> None:
-    """Under autocast frozen float32 weights would be converted at every call: its cache keeps only trainable
-    ones.
-    """
+    """Autocast would convert frozen float32 weights at every call: its cache holds trainable ones only."""
     model = tiny_cnn().eval()
     x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
     engine = AttackEngine(model, x[:2], switches=AttackSwitches(dtype=torch.bfloat16, channels_last=last))

@@ -1,6 +1,4 @@
-"""The table of callers: unusual networks and inputs through every entry point, with the value or the sentence
-that is right.
-"""
+"""Unusual networks and inputs through every entry point: the right value, or the right message."""
 
 import copy
 from collections.abc import Callable
@@ -105,9 +103,7 @@ def test_a_wrong_part_is_named() -> None:
 
 
 def test_a_binary_score_becomes_logits_by_the_remedy() -> None:
-    """The sigmoid's probability of the score is the softmax's, so the attack goes down the score of class
-    1.
-    """
+    """The softmax of the remedy is the sigmoid of the score, so the attack lowers the score of class 1."""
     x, _ = batch()
     score = Answers(net(), lambda z: z[:, 0])
     y = (score(x) > 0).long()
@@ -465,7 +461,8 @@ def test_gradients_of_micro_batches_add_up() -> None:
     (x, y), alone = batch(), copy.deepcopy(model)
     torch.manual_seed(2)
     for rows in (slice(0, 3), slice(3, 6)):
-        loss = trades_loss(model, x[rows], y[rows], None, epsilon=EPS, perturb_steps=2, zero_grad=False)  # type: ignore[arg-type]
+        numbers: Any = {"epsilon": EPS, "perturb_steps": 2, "zero_grad": False}
+        loss = trades_loss(model, x[rows], y[rows], None, **numbers)  # type: ignore[arg-type]
         (loss / 2).backward()
     torch.manual_seed(2)
     expected = 0.0
@@ -517,9 +514,7 @@ def test_marts_floor_is_the_releases() -> None:
     [("linf", [0, 0.01, 0.05]), ("l2", [0, 0.1, 0.5]), ("l1", [0, 1, 5]), ("l0", [0, 1, 3, 6])],
 )
 def test_curves_in_every_norm(norm: str, radii: list[float]) -> None:
-    """Each point is the accuracy under the attack with the step that goes with the radius, of what stood
-    before.
-    """
+    """Each point is the accuracy under the attack, with the radius's step, of images robust so far."""
     x = torch.rand(40, 3, 8, 8)
     model = net()
     images = images_of(x, model((x * 255).round() / 255).argmax(1))

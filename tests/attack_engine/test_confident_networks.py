@@ -9,7 +9,7 @@ from support.callers import net
 from torch import Tensor, nn
 
 from fastdynat import PGD, TPGD, trades_loss
-from fastdynat.attack_engine.goal import AttackGoal, faint_difference
+from fastdynat.attack_engine.goal import AttackGoal, scaled_softmax_difference
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import APGD, CarliniL2, DeepFool, SigmaZero, parse_attack
@@ -134,7 +134,7 @@ def test_the_faint_difference_of_probabilities() -> None:
     p, q = z.double().softmax(1), other.double().softmax(1)
     exact = p - q
     exact[:2, 0] = -exact[:2, 1:].sum(1)  # where 1 - 1 is all that float64 has
-    found, lost = faint_difference(z, other.log_softmax(1))
+    found, lost = scaled_softmax_difference(z, other.log_softmax(1))
     assert lost[:, 0].tolist() == [True, False, False]
     ratio = (found.double()[0] / exact[0])[:3]
     torch.testing.assert_close(ratio / ratio[0], torch.ones(3, dtype=torch.float64), rtol=1e-4, atol=0)
@@ -178,9 +178,7 @@ def test_searches_find_as_much_at_any_scale(name: str, scale: float) -> None:
 
 
 def test_the_mean_of_random_answers_is_not_of_rescaled_gradients() -> None:
-    """Each draw counts by its own size: of two alternating networks the one decides that is 2^10 times as
-    steep.
-    """
+    """Draws keep their sizes: of two alternating networks, the one that is 2^10 times as steep decides."""
 
     class Alternating(nn.Module):
         def __init__(self) -> None:

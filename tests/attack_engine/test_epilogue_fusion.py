@@ -1,6 +1,4 @@
-"""Convolution, bias, residual and ReLU as one operator: the definition's values and gradients, and found
-where they may be.
-"""
+"""Fused convolution, bias, residual and ReLU: values, gradients, and the layers that are fused."""
 
 import re
 from collections import Counter
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat import verification as verified
-from fastdynat.attack_engine import fused_choice
+from fastdynat.attack_engine import fusion_choice
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
@@ -497,7 +495,7 @@ def test_on_a_gpu_it_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_layers_that_may_not_be_fused_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_choice, "runs_right", lambda dtype, device: dtype is not torch.float32)
+    monkeypatch.setattr(fusion_choice, "runs_right", lambda dtype, device: dtype is not torch.float32)
     model, total, _, x = made("small")
     refused, allowed = (
         AttackReplica(model, x, fused_conv=True, dtype=dtype, winograd=False)
@@ -532,7 +530,7 @@ def test_layers_that_are_slower_fused_go_back() -> None:
         sizes.append(size)
         return min(calls, key=lambda each: seconds(calls[each]))
 
-    fused_choice.keep_where_faster(replica.network, replica._fused, x, choose)
+    fusion_choice.fuse_where_faster(replica.network, replica._fused, x, choose)
     assert [layer.fused for layer in replica._fused] == [layer.out_channels < 128 for layer in replica._fused]
     assert len(convolutions) == 2 * 17
     # The stem, and in each of four stages: with and without residual, and, but in the first, the one that
@@ -544,9 +542,7 @@ def test_layers_that_are_slower_fused_go_back() -> None:
 
 
 def test_the_next_process_chooses_the_same_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What was measured is kept: a resumed run goes on with the same kernels, whatever its own timings would
-    be.
-    """
+    """Stored timings make a resumed run use the same kernels, whatever it would measure itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, _, _, x = made("small")
     races: list[str] = []
@@ -561,7 +557,7 @@ def test_the_next_process_chooses_the_same_layers(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         monkeypatch.setattr(speed, "_winners", {})
         replica = AttackReplica(model, x, fused_conv=True, winograd=False)
-        fused_choice.keep_where_faster(replica.network, replica._fused, x)
+        fusion_choice.fuse_where_faster(replica.network, replica._fused, x)
         chosen.append([layer.fused for layer in replica._fused])
         if len(chosen) == 1:
             first = len(races)
@@ -586,9 +582,7 @@ def test_compiled_it_is_still_one_operator(dtype: torch.dtype | None) -> None:
 
 @pytest.mark.slow
 def test_inductor_makes_one_kernel_of_mask_and_residual_sum() -> None:
-    """In the compiled attack one pointwise kernel at most is between two convolutions, forward and back: no
-    switch needed.
-    """
+    """Compiled, at most one pointwise kernel lies between two convolutions, forward and backward."""
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""Attacks whose batches shrink give the network few sizes of batch where each size costs, and the same
-verdicts.
-"""
+"""Shrinking batches come in few sizes where each size costs, with the same verdicts."""
 
 from typing import Any
 

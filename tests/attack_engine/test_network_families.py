@@ -1,6 +1,4 @@
-"""Every family of torchvision and timm: the drop-in attack is the plain one on the model itself, which it
-leaves as it was.
-"""
+"""Every family of torchvision and timm: the drop-in attack equals the plain one and changes nothing."""
 
 import warnings
 from typing import Any
@@ -112,9 +110,7 @@ def build(library: str, name: str, size: int) -> nn.Module:
 
 
 def vgg() -> nn.Module:
-    """VGG-11 with batch norm without its 120 million weights of linear layers, which take the time of making
-    them.
-    """
+    """VGG-11 with batch norm, without its 120 million linear weights, which take long to initialise."""
     from torchvision.models.vgg import cfgs, make_layers
 
     torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""`iterate`: a batch that shrinks gives what running everything gives, and spends no step on what is
-finished.
-"""
+"""`iterate`: a shrinking batch gives the full batch's results without a step on finished images."""
 
 from dataclasses import dataclass, replace
 
@@ -35,15 +33,15 @@ def done(state: Count) -> Tensor:
     steps=st.integers(0, 25),
     every=st.integers(1, 7),
     least=st.floats(0, 1),
-    shapes=st.integers(0, 3),
+    max_halvings=st.integers(0, 3),
 )
 @settings(deadline=None)
 def test_the_result_is_that_of_running_all(
-    goals: list[int], steps: int, every: int, least: float, shapes: int
+    goals: list[int], steps: int, every: int, least: float, max_halvings: int
 ) -> None:
     goal = torch.tensor(goals)
     start = Count(torch.zeros_like(goal), goal)
-    out = iterate(start, step, steps, done=done, every=every, least=least, shapes=shapes)
+    out = iterate(start, step, steps, done=done, every=every, least=least, max_halvings=max_halvings)
     assert out.value.tolist() == goal.clamp_max(steps).tolist()
     assert out.goal.tolist() == goals
     assert out.name == "kept"
@@ -66,7 +64,7 @@ def test_finished_images_cost_nothing() -> None:
 
 
 def test_shapes_are_few() -> None:
-    assert set(run([*range(1, 9), 40], every=1, shapes=2)) == {9, 5, 3}
+    assert set(run([*range(1, 9), 40], every=1, max_halvings=2)) == {9, 5, 3}
 
 
 def test_ticks_tell_the_share_and_may_stop() -> None:

@@ -1,6 +1,4 @@
-"""Which convolutions Winograd's algorithm computes: by a stated cost, never with stale weights, never
-transformed in vain.
-"""
+"""Choice of Winograd convolutions: by a stated cost, never with stale weights, never in vain."""
 
 import copy
 import itertools
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastdynat import PGD
-from fastdynat.attack_engine import winograd as layers
+from fastdynat.attack_engine import winograd_layers as layers
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
-from fastdynat.attack_engine.winograd import WinogradConv2d
+from fastdynat.attack_engine.winograd_layers import WinogradConv2d
 from fastdynat.evaluation.measure import attacked
 from fastdynat.machine import capability, vector_bits
 from fastdynat.tuning import Convolution, Costs
@@ -129,9 +127,7 @@ def test_the_vectors_of_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Net(nn.Sequential):
-    """On 4 images of 16x16 its three convolutions of 64 channels and more pay from 2, 13 and 7 pairs of
-    passes on.
-    """
+    """On 4 images of 16x16 its three wide convolutions pay from 2, 13 and 7 pairs of passes on."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -269,7 +265,8 @@ def test_the_attack_is_that_of_the_direct_convolutions(net: nn.Module, channels_
             each.refresh()
             each.prepare(x)
         got, want = (each.gradient(x, AttackGoal("ce", y)) for each in (fast, slow))
-        used = [m.filters.current for m in fast.replica.network.modules() if isinstance(m, WinogradConv2d)]
+        layers_of = (m for m in fast.replica.network.modules() if isinstance(m, WinogradConv2d))
+        used = [layer.transformed.current for layer in layers_of]
         assert used == [True, True, True]
         assert float((got - want).norm() / want.norm()) < 2e-2  # ReLUs at zero switch
         torch.testing.assert_close(fast.logits(x), slow.logits(x), rtol=1e-4, atol=1e-4)

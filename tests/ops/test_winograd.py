@@ -23,7 +23,7 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
-from fastdynat.attack_engine.winograd import WinogradConv2d
+from fastdynat.attack_engine.winograd_layers import WinogradConv2d
 from fastdynat.commands.main import main
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.models import build_model
@@ -328,7 +328,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def used(network: nn.Module) -> int:
-    return sum(m.filters.current for m in network.modules() if isinstance(m, WinogradConv2d))
+    return sum(m.transformed.current for m in network.modules() if isinstance(m, WinogradConv2d))
 
 
 @needs("ext")

@@ -43,13 +43,13 @@ TINY = [
 def test_nothing_is_traced_after_the_first_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced, real = [], replica.rehearse
+    traced, real = [], replica.check_folding
 
     def counted(*args: Any, **options: Any) -> None:
         traced.append(1)
         real(*args, **options)
 
-    monkeypatch.setattr(replica, "rehearse", counted)
+    monkeypatch.setattr(replica, "check_folding", counted)
     counts = []
     for epochs in (1, 3):
         traced.clear()

@@ -1,6 +1,4 @@
-"""What a network's answer may depend on beside the values of its tensors: everything that its Python objects
-reach.
-"""
+"""Everything that a network's output may depend on beside tensor values: all objects that it reaches."""
 
 import functools
 import sys
@@ -20,27 +18,27 @@ PLAIN = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis)}
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
 )
-# Not state: modes are set by whoever attacks; what compilation keeps is made from the rest.
+# Not state: the attack sets modes itself, and compiled code derives from the rest.
 NOT_STATE = frozenset(
     {"training", "_compiled_call_impl", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 )
-# Objects of these packages are taken as they are: what is inside them is no number that a forward reads.
+# Objects of these packages count by identity: a forward pass reads no numbers inside them.
 OPAQUE = frozenset(
     {"torch", "logging", "threading", "_thread", "weakref", "io", "random", "concurrent", "multiprocessing"}
 )
-MOST = 200_000  # marks; beyond, only the comparison of answers tells
+MOST = 200_000  # marks; beyond them, only the comparison of logits detects changes
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What was found.
+class NetworkState:
+    """Objects reached from a network.
 
     Attributes:
-        marks: equal from call to call as long as nothing has changed but values of tensors (which a replica
-            shares), training flags and gradients.
-        tensors: all tensors that modules and plain objects hold; parameters and buffers among them.
-        arrays: the same of NumPy.
-        hidden: modules that are held without being registered as submodules.
+        marks: equal between calls as long as nothing but tensor values (which a replica shares), training
+            flags and gradients has changed.
+        tensors: all tensors in modules and plain objects, including parameters and buffers.
+        arrays: the same for NumPy arrays.
+        hidden: modules that are held but not registered as submodules.
     """
 
     marks: list[Any]
@@ -49,21 +47,20 @@ class Reach:
     hidden: list[nn.Module]
 
 
-def reach(model: nn.Module) -> Reach:
-    """Walk from `model` through attributes, containers, hooks, functions, closures and the globals that they
-    name.
+def network_state(model: nn.Module) -> NetworkState:
+    """Traverse `model`: attributes, containers, hooks, functions, closures and the globals they name.
 
-    Code and objects of installed packages count by identity; their modules' attributes are followed all the
-    same. Nothing is called, so a property or a file that changes its answer is not seen.
+    Code and objects of installed packages count by identity, but attributes of their modules are followed.
+    Nothing is called, so changes of a property's value or of a file are not seen.
     """
-    walk = _Walk(model)
-    walk.visit(model)
+    traversal = _Traversal(model)
+    traversal.visit(model)
     for name in ("forward", "forward_pre", "backward", "backward_pre"):
-        walk.visit_all(getattr(torch_module, f"_global_{name}_hooks").values())
-    return Reach(walk.marks, walk.tensors, walk.arrays, walk.hidden)
+        traversal.visit_all(getattr(torch_module, f"_global_{name}_hooks").values())
+    return NetworkState(traversal.marks, traversal.tensors, traversal.arrays, traversal.hidden)
 
 
-class _Walk:
+class _Traversal:
     def __init__(self, model: nn.Module) -> None:
         self.marks: list[Any] = []
         self.tensors: list[Tensor] = []
@@ -71,7 +68,7 @@ class _Walk:
         self.hidden: list[nn.Module] = []
         self._registered = {id(module) for module in model.modules()}
         self._seen: dict[int, int] = {}
-        self._kept: list[Any] = []  # what was met stays alive, so that no address means two things
+        self._kept: list[Any] = []  # keeps visited objects alive, so that ids stay unique
 
     def visit(self, value: Any) -> None:
         kind = type(value)
@@ -80,7 +77,7 @@ class _Walk:
             return
         if len(self.marks) > MOST:
             return
-        if self._met(value):
+        if self._visited(value):
             return
         if isinstance(value, Tensor):
             self._tensor(value)
@@ -99,8 +96,8 @@ class _Walk:
         else:
             self._callable_or_object(value, kind)
 
-    def _met(self, value: Any) -> bool:
-        """Whether `value` was met before; then its number says that it is the same one."""
+    def _visited(self, value: Any) -> bool:
+        """True if `value` was visited before; its number then stands for it in the marks."""
         known = self._seen.get(id(value))
         if known is None:
             self._seen[id(value)] = len(self._seen)
@@ -114,12 +111,12 @@ class _Walk:
             self.visit(value)
 
     def _tensor(self, tensor: Tensor) -> None:
-        self.marks.append(place(tensor))
+        self.marks.append(storage_key(tensor))
         self.tensors.append(tensor)
 
     def _module(self, module: nn.Module) -> None:
         registered = id(module) in self._registered
-        # A new module is never equal to a dead one, whatever its address.
+        # A weak reference: a new module never equals a dead one at the same address.
         self.marks.append(weakref.ref(module))
         if not registered:
             self.hidden.append(module)
@@ -137,7 +134,7 @@ class _Walk:
                 self.tensors.append(value)
             elif name.endswith(("_hooks", "_hooks_with_kwargs")) and isinstance(value, dict):
                 self.marks.append(name)
-                self.visit_all(value.values())  # their numbers are new at each registration
+                self.visit_all(value.values())  # their keys change at each registration
             else:
                 self.marks.append(name)
                 self.visit(value)
@@ -165,7 +162,7 @@ class _Walk:
 
     def _function(self, function: types.FunctionType) -> None:
         self.marks.append(function.__code__)
-        if installed(function.__module__):
+        if is_installed(function.__module__):
             return
         for cell in function.__closure__ or ():
             try:
@@ -178,12 +175,12 @@ class _Walk:
             found = function.__globals__.get(name)
             if not isinstance(found, types.ModuleType):
                 self.visit(found)
-            elif not installed(found.__name__):
+            elif not is_installed(found.__name__):
                 inside = (vars(found).get(other) for other in names)
                 self.visit_all(value for value in inside if not isinstance(value, types.ModuleType))
 
     def _class(self, kind: type) -> None:
-        if not self._met(kind):
+        if not self._visited(kind):
             self._class_marks(kind)
 
     def _class_marks(self, kind: type) -> None:
@@ -191,7 +188,7 @@ class _Walk:
         for base in kind.__mro__:
             if base in (object, nn.Module):
                 continue
-            if installed(base.__module__):
+            if is_installed(base.__module__):
                 self.marks.append(id(vars(base).get("forward")))
                 continue
             for name, value in list(vars(base).items()):
@@ -219,31 +216,25 @@ class _Walk:
 
 
 def _recomputed(module: nn.Module, name: str) -> bool:
-    """Whether a hook of torch's pruning, spectral or weight norm sets this attribute anew at every forward
-    pass.
-    """
+    """True if pruning, spectral or weight norm of torch sets this attribute at every forward pass."""
     return f"{name}_orig" in module._parameters or f"{name}_v" in module._parameters
 
 
-def place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where and as what a tensor's values lie; equal as long as another tensor over the same memory follows
-    it.
-    """
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Memory, dtype and layout of a tensor: equal for tensors that always have the same values."""
     try:
         return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
     except (
         RuntimeError,
         NotImplementedError,
         ValueError,
-    ):  # sparse, quantised, not initialised: no memory of that kind
+    ):  # sparse, quantised or uninitialised tensors have no data pointer
         return id(tensor), tensor.dtype, tensor.device
 
 
 @functools.lru_cache(maxsize=4096)
-def installed(module: str | None) -> bool:
-    """Whether code of this module comes with Python or an installed package, and so does not change while a
-    script runs.
-    """
+def is_installed(module: str | None) -> bool:
+    """True if this module belongs to Python or a package, and so does not change while a script runs."""
     if module is None:
         return False
     top = module.partition(".")[0]
@@ -254,6 +245,6 @@ def installed(module: str | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Globals and attributes that `code` and the functions in it name."""
+    """Names of globals and attributes in `code` and its nested functions."""
     nested = (name for inner in code.co_consts if isinstance(inner, types.CodeType) for name in _names(inner))
     return tuple(dict.fromkeys((*code.co_names, *nested)))

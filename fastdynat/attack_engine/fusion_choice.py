@@ -1,6 +1,4 @@
-"""Choice of the replica's convolutions to fuse with their ReLU in cuDNN's kernel: those verified and measured
-faster.
-"""
+"""Choice of the convolutions that run fused with their ReLU in cuDNN: verified and measured faster."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,32 +12,29 @@ from fastdynat.execution.float32 import tf32_convolutions
 from fastdynat.ops.conv_relu import conv_relu_check_name, runs_right
 
 FUSED, APART = "cudnn", "apart"
-# Which of these calls is the fastest for check `name` on a device at a size, as `verified.fastest`.
+# (name of the check, device, size, calls by name) -> name of the fastest call, as `verification.fastest`.
 Choose = Callable[[str, torch.device, str, dict[str, Callable[[], object]]], str]
 
 
-def use_where_right(layers: Sequence[ConvReLU2d], device: torch.device) -> None:
-    """Let `layers` use the operator where it was found right on `device` for their dtype; verified at its
-    first use there.
-    """
+def fuse_where_verified(layers: Sequence[ConvReLU2d], device: torch.device) -> None:
+    """Fuse `layers` where the operator is verified on `device` for their dtype, at its first use there."""
     right = {dtype: runs_right(dtype, device) for dtype in {layer.weight.dtype for layer in layers}}
     for layer in layers:
         layer.fused = right[layer.weight.dtype]
 
 
-def keep_where_faster(
+def fuse_where_faster(
     network: Callable[[Tensor], Tensor],
     layers: Sequence[ConvReLU2d],
     x: Tensor,
     choose: Choose = verified.fastest,
 ) -> None:
-    """Time each layer on what it reads of `x` in `network`, and let those go back that are clearly slower
-    fused.
+    """Time each fused layer on its input of `x` in `network`, and unfuse those that are clearly slower fused.
 
-    The other way is the convolution without bias and one pass over its result, which is what a compiler makes
-    of the rest; without one it takes up to three passes. cuDNN has had engines for the fused form that were
-    much slower (pytorch#68506). Timings are kept for this device, so that another process, such as one that
-    resumes a run, chooses alike.
+    The unfused form is the convolution without bias and one pass over its result, as a compiler would fuse
+    the rest; eager code takes up to three passes. Some cuDNN engines for the fused form have been much slower
+    (pytorch#68506). Timings are stored per device, so another process, as one that resumes a run, chooses the
+    same.
     """
 
     def time(layer: Any, args: tuple[Tensor, ...]) -> None:
@@ -60,7 +55,7 @@ def keep_where_faster(
             )
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        handles.pop(layer).remove()  # not at the calls that are timed
+        handles.pop(layer).remove()  # the timed calls must not run it
         time(layer, args)
 
     handles: dict[nn.Module, Any] = {
@@ -75,7 +70,7 @@ def keep_where_faster(
 
 
 def _size(layer: ConvReLU2d, read: Tensor, rest: Sequence[Tensor]) -> str:
-    """All that the times of a layer depend on: shapes, memory formats, geometry, and what it adds."""
+    """Everything that a layer's timing depends on: shapes, memory formats, geometry, what it adds."""
     tensors = ["x".join(map(str, t.shape)) + _layout(t) for t in (read, layer.weight, *rest)]
     geometry = (
         f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation} groups {layer.groups}"

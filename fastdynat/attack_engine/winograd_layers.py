@@ -1,0 +1,208 @@
+"""Winograd's algorithm for convolutions of the attacked network: float32 on the CPU, limited by arithmetic.
+
+Transforming the weights takes as long as many passes, so a layer uses the algorithm only where that repays
+(`fastdynat.tuning.Convolution`), and transforms its weights at the first such use after they changed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdynat.attack_engine.network_comparison import reference_logits
+from fastdynat.attack_engine.network_modes import attack_mode
+from fastdynat.machine import vector_bits
+from fastdynat.ops import available_backends, winograd_conv3x3, winograd_weights
+from fastdynat.tuning import Convolution, Costs
+
+# oneDNN's time over Winograd's on one AVX2 core is 1.2 with 48 channels, 0.9 with 32, 0.4 with 3.
+MIN_CHANNELS = 64
+# Name of the rule of `WinogradConv2d` in run records; another rule rounds differently and needs a new name.
+RULE = "per layer, where it repays its weights"
+
+
+class TransformedWeights:
+    """The transformed weights of one layer; shared by shallow copies of the layer.
+
+    Attributes:
+        weights: (36, C, K) and (36, K, C); None until first needed.
+        source: the weight that they were made of, where weights are compared.
+        current: they belong to the layer's present weight.
+        kept: every refresh transforms them again.
+    """
+
+    def __init__(self) -> None:
+        self.weights: tuple[Tensor, Tensor] | None = None
+        self.source: Tensor | None = None
+        self.current = self.kept = False
+
+
+class WinogradPolicy:
+    """State that all Winograd layers of a replica share.
+
+    Attributes:
+        passes: pairs of forward and backward passes that the present weights have served or are about to
+            serve; infinite until the first refresh.
+        static: calls may be compiled or captured, so layers cannot transform their weights during a call.
+        compares: a refresh compares weights to see if they have changed.
+        recorded: a list where layers append their calls, while they compute directly; None records nothing.
+    """
+
+    def __init__(self, *, static: bool, compares: bool) -> None:
+        self.passes, self.static, self.compares = math.inf, static, compares
+        self.costs = Costs.with_vectors(vector_bits())
+        self.recorded: list[tuple[WinogradConv2d, Convolution]] | None = None
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A convolution that may use Winograd's algorithm. Its weight and bias stay, for others to read."""
+
+    transformed: TransformedWeights
+    policy: WinogradPolicy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Conv2d.forward``, which computes what Winograd's algorithm does not improve."""
+        if not (self._supports(x) and self._uses_winograd(x)):
+            return super().forward(x)
+        assert self.transformed.weights is not None
+        out = winograd_conv3x3(x, *self.transformed.weights, self.bias, backend="cpp")
+        # As nn.Conv2d returns it: later views may need a contiguous result.
+        return out if self._channels_last(x) else out.contiguous()
+
+    def _supports(self, x: Tensor) -> bool:
+        if x.dim() != 4 or x.numel() == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        return not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
+
+    def _uses_winograd(self, x: Tensor) -> bool:
+        transformed, policy = self.transformed, self.policy
+        (n, c, height, width), k = x.shape, self.out_channels
+        work = Convolution(n, c, k, height, width, self._channels_last(x))
+        if policy.recorded is not None:
+            policy.recorded.append((self, work))
+            return False
+        if policy.static or torch.compiler.is_compiling():
+            return transformed.kept and work.gain(policy.costs) > 0
+        if not transformed.current and work.repays(policy.costs, policy.passes):
+            self.transform()
+        return transformed.current and work.gain(policy.costs) > 0
+
+    def _channels_last(self, x: Tensor) -> bool:
+        last = torch.channels_last
+        return x.is_contiguous(memory_format=last) or self.weight.is_contiguous(memory_format=last)
+
+    def transform(self) -> None:
+        """Transform the present weight, in place after the first time."""
+        transformed = self.transformed
+        with torch.inference_mode(False), torch.no_grad():
+            transformed.weights = winograd_weights(self.weight, out=transformed.weights, backend="cpp")
+            if self.policy.compares:
+                transformed.source = _copy_of(self.weight, transformed.source)
+        transformed.current = True
+
+
+class WinogradLayers:
+    """The convolutions of `network` that may use Winograd's algorithm.
+
+    They become `WinogradConv2d` in place, so that every reference to them sees the change. Call `refresh`
+    after every change of their weights and `prepare` before an attack.
+    """
+
+    def __init__(self, network: nn.Module, *, static: bool = False, compares: bool = False) -> None:
+        """
+        Args:
+            static: calls may be compiled or captured (`WinogradPolicy`).
+            compares: compare weights at a refresh; otherwise all count as changed.
+        """
+        self._policy = WinogradPolicy(static=static, compares=compares)
+        self._network = network
+        self.layers = use_winograd(network, self._policy)
+        self._calls_of: dict[Any, list[tuple[WinogradConv2d, Convolution]]] = {}
+        self._witness = self._copy_of_smallest() if compares and self.layers else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Update to the present weights. Unless weights are compared, all of them count as changed."""
+        if not self.layers:
+            return
+        compares = self._policy.compares
+        if self._witness is None or not torch.equal(self._witness, self._smallest().weight):
+            self._policy.passes = 0.0
+            self._witness = self._copy_of_smallest() if compares else None
+        for layer in self.layers:
+            transformed = layer.transformed
+            transformed.current = transformed.current and compares and _same(transformed.source, layer.weight)
+            if transformed.kept and not transformed.current:
+                layer.transform()
+
+    def prepare(self, x: Tensor, passes: float) -> None:
+        """Prepare for `passes` pairs of passes on `x` (N, C, H, W), in the network's memory format."""
+        if not self.layers:
+            return
+        self._policy.passes += passes
+        if self._policy.static:
+            self._keep(x)
+
+    def _keep(self, x: Tensor) -> None:
+        """Make every refresh transform the layers that pay at images like `x`, for compiled code to read."""
+        key = (x.shape, x.stride(), x.dtype)
+        if key not in self._calls_of:
+            self._calls_of[key] = self._record_calls(x)
+        for layer, work in self._calls_of[key]:
+            if not layer.transformed.kept and work.repays(self._policy.costs, self._policy.passes):
+                layer.transformed.kept = True
+                if not layer.transformed.current:
+                    layer.transform()
+
+    def _record_calls(self, x: Tensor) -> list[tuple[WinogradConv2d, Convolution]]:
+        """The layers' calls in a forward pass of `x`, which updates no statistics."""
+        seen: list[tuple[WinogradConv2d, Convolution]] = []
+        self._policy.recorded = seen
+        try:
+            with attack_mode(self._network, "eval"):
+                reference_logits(self._network, x)
+        finally:
+            self._policy.recorded = None
+        return seen
+
+    def _smallest(self) -> WinogradConv2d:
+        return min(self.layers, key=lambda layer: layer.weight.numel())
+
+    def _copy_of_smallest(self) -> Tensor:
+        return _copy_of(self._smallest().weight, None)
+
+
+def use_winograd(network: nn.Module, policy: WinogradPolicy) -> Sequence[WinogradConv2d]:
+    """Turn suitable convolutions of `network` into `WinogradConv2d`, in place; none without the extension."""
+    if available_backends()["cpp"] is not None:
+        return ()
+    changed: list[Any] = [module for module in network.modules() if _is_candidate(module)]
+    for module in changed:
+        module.__class__ = WinogradConv2d
+        module.transformed, module.policy = TransformedWeights(), policy
+    return changed
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    layer: Any = module
+    return (
+        type(module) is nn.Conv2d
+        and (layer.kernel_size, layer.stride, layer.dilation, layer.groups) == ((3, 3), (1, 1), (1, 1), 1)
+        and (layer.padding, layer.padding_mode) in (((1, 1), "zeros"), ("same", "zeros"))
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
+        and not layer.weight.requires_grad
+        and min(layer.in_channels, layer.out_channels) >= MIN_CHANNELS
+        # Hooks would still run, but they may compute weights or call something else.
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    )
+
+
+def _copy_of(weight: Tensor, out: Tensor | None) -> Tensor:
+    return weight.detach().clone() if out is None else out.copy_(weight.detach())
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and torch.equal(one, other)
