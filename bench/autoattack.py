@@ -183,7 +183,8 @@ def show(case: dict[str, Any]) -> None:
         table.add_row(row["stage"], *map(str, numbers))
     Console(width=130).print(table)
     print(
-        f"all stages: {case['seconds']['ours']:.1f} s and {case['seconds']['reference']:.1f} s, {case['ratio']:.2f}x"
+        f"all stages: {case['seconds']['ours']:.1f} s and {case['seconds']['reference']:.1f} s, "
+        f"{case['ratio']:.2f}x"
     )
 
 

@@ -55,7 +55,8 @@ def main() -> None:
     ours.json.write_text(json.dumps(found, indent=1) + "\n")
     told = f"{found['epochs']} epochs, {found['train_seconds']} s of training, {ours.wall:.1f} s in all"
     print(
-        f"{found['score']} {found['target']:g} {'reached' if found['reached'] else 'not reached'}: best {found['best']}, {told}"
+        f"{found['score']} {found['target']:g} {'reached' if found['reached'] else 'not reached'}: best "
+        f"{found['best']}, {told}"
     )
     sys.exit(0 if found["reached"] else 1)
 

@@ -37,7 +37,8 @@ def about(name):
     except PackageNotFoundError:
         return None
 out = {"python": platform.python_version(), "executable": sys.executable}
-out["versions"] = {name: about(name) for name in ("torch", "torchvision", "triton", "numpy", "pytest", "timm")}
+names = ("torch", "torchvision", "triton", "numpy", "pytest", "timm")
+out["versions"] = {name: about(name) for name in names}
 try:
     import torch
     out["versions"]["torch"], out["cuda"] = torch.__version__, torch.version.cuda

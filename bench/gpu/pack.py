@@ -270,12 +270,14 @@ def describe(folder: Path) -> str:
         lines.append(f"  {entry['name']:<20} {entry['version']:<12} {kind:<12} {entry['for']}")
     if (extension := manifest["extension"]) is not None:
         lines.append(
-            f"  {EXTENSION:<33} {extension['architectures']}, glibc >= {extension['glibc']}, torch {extension['torch']}"
+            f"  {EXTENSION:<33} {extension['architectures']}, glibc >= {extension['glibc']}, torch "
+            f"{extension['torch']}"
         )
     if (data := manifest["data"]) is not None:
         lines.append(f"  {data['file']:<33} {data['images']} of {data['of']} images")
     lines.append(f"  left out: {TOO_LARGE}")
     lines.append(
-        f"  {folder_bytes(folder) / 2**20:.1f} MiB, and the checkout's own files {checkout_bytes() / 2**20:.1f} MiB"
+        f"  {folder_bytes(folder) / 2**20:.1f} MiB, and the checkout's own files "
+        f"{checkout_bytes() / 2**20:.1f} MiB"
     )
     return "\n".join(lines)

@@ -220,7 +220,10 @@ class Check:
             if (n := self._count(what))
         ]
         about = [f"{key}: {value}" for key, value in self.about.items() if isinstance(value, str)]
-        done = f"{len(self.parts)} parts: {', '.join(counts)}; {self.total - self.left():.0f} of {self.total:g} s"
+        done = (
+            f"{len(self.parts)} parts: {', '.join(counts)}; {self.total - self.left():.0f} of "
+            f"{self.total:g} s"
+        )
         return "\n".join([*about, *(f"remark: {word}" for word in self.words), "", *lines, done])
 
     def _count(self, status: str) -> int:

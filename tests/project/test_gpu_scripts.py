@@ -219,7 +219,8 @@ folder = Path({str(tmp_path)!r})
 commands = {{"a": ["true"], "b": ["sleep", "600"], "c": ["true"]}}
 parts = [Part(name=name, seconds=9, command=command) for name, command in commands.items()]
 try:
-    Check("gpu_check", parts, total=60, work=folder, out=folder, cwd=folder, env={{"PATH": "/usr/bin:/bin"}}).run()
+    paths = {{"PATH": "/usr/bin:/bin"}}
+    Check("gpu_check", parts, total=60, work=folder, out=folder, cwd=folder, env=paths).run()
 except Stopped as stopped:
     print(stopped)
 """

@@ -1,5 +1,6 @@
-"""Who may import whom: a module imports only its own room and lower ones, and no modules import each other in a
-circle; kernels/ imports only torch and triton."""
+"""Who may import whom: a module imports only its own room and lower ones, and no modules import each other in
+a circle; kernels/ imports only torch and triton.
+"""
 
 import ast
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Lowest first. A room is a module or package of fastdynat, or a package inside one ("commands.evaluate"); what lies
-# in none of the inner rooms belongs to the outer one. Rooms of one layer do not import each other.
+# Lowest first. A room is a module or package of fastdynat, or a package inside one ("commands.evaluate");
+# what lies in none of the inner rooms belongs to the outer one. Rooms of one layer do not import each other.
 LAYERS = [
     {"errors", "kernels", "lazy"},
     {"units"},
@@ -88,7 +89,9 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
 
 
 def imports() -> dict[str, set[str]]:
-    """The modules that each module imports. Packages are left out: they offer again what their modules have."""
+    """The modules that each module imports. Packages are left out: they offer again what their modules
+    have.
+    """
     files = sources()
     known = {name for name, path in files.items() if path.name != "__init__.py"}
     graph = {}

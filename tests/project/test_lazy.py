@@ -1,4 +1,6 @@
-"""Imports that wait: which of a module's imports run at once, when the others follow, and what stays as it was."""
+"""Imports that wait: which of a module's imports run at once, when the others follow, and what stays as it
+was.
+"""
 
 import subprocess
 import sys

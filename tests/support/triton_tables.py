@@ -1,6 +1,8 @@
-"""Count the Triton kernels that verifying compiles, without compiling them: run by test_first_contact.py as a script.
+"""Count the Triton kernels that verifying compiles, without compiling them: run by test_first_contact.py as a
+script.
 
-Prints a line of JSON for each case of each operator: the kernels that it launches, each by name, types, constants and options.
+Prints a line of JSON for each case of each operator: the kernels that it launches, each by name, types,
+constants and options.
 """
 
 import json
