@@ -43,7 +43,7 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def by_ours(model: nn.Module, x: Tensor, y: Tensor, stages: list[str], ours: argparse.Namespace) -> Tensor:
-    """Which images stay correctly classified, (N,) bool."""
+    """Mask (N,) bool of the images that stay correctly classified."""
     attack = AutoAttack(
         model, norm=ours.norm, eps=ours.eps, seed=ours.seed, device=str(x.device), verbose=False
     )

@@ -1,4 +1,4 @@
-"""What is timed: each operator at the sizes that matter, beside the plain torch that it replaces.
+"""Cases to time: each operator at the sizes that matter, beside the plain torch that it replaces.
 
 A case builds its tensors once and hands out thunks. `plain` is the usual way to write the operation in torch,
 which is also what `torch.compile` gets; `operator(backend)` is ours. `bytes` is what a perfect single pass

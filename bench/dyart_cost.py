@@ -1,5 +1,4 @@
-"""What DyART costs beside PGD training, and its boundary search beside the released one's method, as a table
-and as JSON.
+"""Cost of DyART beside PGD training, and of its boundary search beside the released one, as table and JSON.
 
     python bench/dyart_cost.py --json bench/results/dyart_cost_cpu.json
 

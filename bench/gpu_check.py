@@ -37,7 +37,7 @@ PREPARE = 30.0  # of these, before the parts
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a GPU and a test on a CPU differ in."""
+    """Sizes that differ between a GPU and a test on a CPU."""
 
     resnet18: str = "resnet18"
     guide: str = "resnet18_s1122"

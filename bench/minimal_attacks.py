@@ -35,7 +35,7 @@ Attack = Callable[[], Tensor]  # -> x_adv
 
 
 def ours(net: nn.Module, x: Tensor, labels: Tensor, search: FastAttack) -> Tensor:
-    """With the making of the replica, as an evaluation pays for it."""
+    """Our attack, the making of its replica included, as an evaluation pays for it."""
     return search(AttackEngine(net, x[:2]).ascent, x, labels).x_adv
 
 

@@ -1,4 +1,4 @@
-"""How long a run took to reach the validation accuracy that its --stop-at asked for.
+"""Time that a run took to reach the validation accuracy of its --stop-at.
 
     python bench/time_to_accuracy.py RUN --wall 123.4 --json time_to_accuracy.json
 

@@ -66,7 +66,7 @@ SIMULATED_CUDA = pytest.param("cuda", id="cuda-simulated", marks=[needs("cxx"), 
 
 
 def pytest_report_header() -> str:
-    """Which copy of the package is under test: an editable install of another checkout is easy to miss."""
+    """The copy of the package under test: an editable install of another checkout is easy to miss."""
     from fastdynat import kernels, ops
 
     usable = [name for name, why_not in ops.available_backends().items() if why_not is None]

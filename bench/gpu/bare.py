@@ -171,7 +171,7 @@ class Bare:
         }
 
     def why_no_build(self) -> str:
-        """Why the extension is not built here, "" where it is."""
+        """The reason why the extension is not built here; "" where it is."""
         if self._extension is not None and (self._extension["with_cuda"] or self.device == "cpu"):
             return f"a built {EXTENSION} loads"
         if not self._known and (ROOT / "fastdynat" / EXTENSION).is_file():
@@ -196,7 +196,9 @@ class Bare:
         return Part(name="build", seconds=seconds, command=command, env=env, why_not=self.why_no_build())
 
     def why_no_calls(self) -> str:
-        """Why the extension's operators cannot be called before a build; a build may still bring them."""
+        """The reason why the extension's operators cannot be called before a build; a build may still bring
+        them.
+        """
         return (
             ""
             if self._extension is not None or not self._known or not self.why_no_build()

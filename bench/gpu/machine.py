@@ -114,12 +114,12 @@ def digest(*patterns: str, root: Path = ROOT) -> str:
 
 
 def extension_sources() -> str:
-    """What decides how fastdynat._C comes out."""
+    """Digest of the sources that fastdynat._C is built from."""
     return digest("csrc/**/*", "setup.py")
 
 
 def tree() -> str:
-    """What decides what a check measures."""
+    """Digest of the files that decide what a check measures."""
     return digest(
         "fastdynat/**/*.py",
         "kernels/**/*.py",

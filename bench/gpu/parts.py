@@ -51,7 +51,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What came of a part. `status`: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or
+    """Outcome of a part. `status`: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or
     not run.
     """
 

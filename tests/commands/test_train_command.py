@@ -1,5 +1,5 @@
-"""What cannot work is refused before work, and what went wrong is said in words: weights, batches of one,
-threads.
+"""Training that cannot work is refused before work, and failures are reported in words: weights, batches of
+one, threads.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What runs in the caller's process gives the process back as it was: after success, refusal, divergence and
+"""Commands that run in the caller's process give it back as it was: after success, refusal, divergence and
 interruption.
 """
 

@@ -1,4 +1,4 @@
-"""What the inputs are damaged copies of: one small run with everything that can be beside it."""
+"""The undamaged input: one small run with everything that can lie beside it."""
 
 import contextlib
 import io

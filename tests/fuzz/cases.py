@@ -1,4 +1,4 @@
-"""What is tried, as hypothesis strategies of `Case`."""
+"""Damaged and odd inputs, as Hypothesis strategies of `Case`."""
 
 import hashlib
 import json

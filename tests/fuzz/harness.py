@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Tally:
-    """What came of the inputs: exit codes by kind, and failures as (kind, what, label)."""
+    """Outcomes of the inputs: exit codes by kind, and failures as (kind, what, label)."""
 
     codes: Counter[tuple[str, int]] = field(default_factory=Counter)
     failures: list[tuple[str, str, str]] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Tally:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What every entry under `folder` is, links and pipes by their kind, files by their content."""
+    """Digest of every entry under `folder`: links and pipes by kind, files by content."""
     found = {}
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):

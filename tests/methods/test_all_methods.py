@@ -1,5 +1,5 @@
-"""What the engine promises for every method: trains, resumes exactly, captured and compiled it computes the
-same.
+"""The promises of the engine for every method: it trains, resumes exactly, captured and compiled it computes
+the same.
 """
 
 import dataclasses

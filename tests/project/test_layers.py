@@ -1,5 +1,5 @@
-"""Who may import whom: a module imports only its own room and lower ones, and no modules import each other in
-a circle; kernels/ imports only torch and triton.
+"""Layers: a module imports only its own room and lower ones, and no import circles. kernels/ imports only
+torch and triton.
 """
 
 import ast

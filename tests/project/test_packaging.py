@@ -1,4 +1,4 @@
-"""What is shipped."""
+"""Contents of the wheel and of the source distribution."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What each recipe's own training objects do per epoch and per batch, against the tables of `releases`.
+"""Each recipe's training objects per epoch and per batch, against the tables of `releases`.
 
 Images are 8x8 and networks are narrow; number of images, configuration, loader, step, optimiser and average
 are the recipe's.

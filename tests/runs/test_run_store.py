@@ -1,4 +1,4 @@
-"""What a run directory keeps and removes: only its own, found by manifests, with or without links."""
+"""Files that a run directory keeps and removes: only its own, found by manifests, with or without links."""
 
 import contextlib
 import json

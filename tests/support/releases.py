@@ -1,4 +1,4 @@
-"""What the released code of each recipe does per epoch and per batch, written down from that code and without
+"""The released code of each recipe, per epoch and per batch, written down from that code and without
 ours.
 
 Rates and momenta are functions (epoch, step in the epoch, steps per epoch), all from 0, of the epochs of the

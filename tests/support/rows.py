@@ -1,4 +1,4 @@
-"""What the tests of the operators on logits share."""
+"""Helpers of the tests of operators on logits."""
 
 import pytest
 import torch
