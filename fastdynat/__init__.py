@@ -1,13 +1,48 @@
-"""Fast dynamic-label adversarial training."""
+"""Fast adversarial training and evaluation of image classifiers.
 
-import importlib
+The public API, imported at its first use: ``import fastdynat`` does not import torch.
+"""
+
 import logging
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
+    from fastdynat import (
+        attacks,
+        compat,
+        config,
+        data,
+        errors,
+        evaluation,
+        methods,
+        models,
+        ops,
+        recipes,
+        runs,
+        training,
+        units,
+    )
+    from fastdynat.api.evaluation_table import Evaluation, evaluate
+    from fastdynat.api.trained_run import TrainedRun, train
     from fastdynat.compat.losses import dynat_loss, lbgat_loss, mart_loss, trades_loss
     from fastdynat.compat.torchattacks import BIM, FFGSM, FGSM, PGD, PGDL2, TPGD
+    from fastdynat.errors import UserError
+    from fastdynat.evaluation.autoattack import AutoAttack
+    from fastdynat.runs.weights import load_network
 
+# Public names by the module that has them.
+_NAMES = {
+    "api.evaluation_table": ("Evaluation", "evaluate"),
+    "api.trained_run": ("TrainedRun", "train"),
+    "compat.losses": ("dynat_loss", "lbgat_loss", "mart_loss", "trades_loss"),
+    "compat.torchattacks": ("BIM", "FFGSM", "FGSM", "PGD", "PGDL2", "TPGD"),
+    "errors": ("UserError",),
+    "evaluation.autoattack": ("AutoAttack",),
+    "runs.weights": ("load_network",),
+}
+_ORIGIN = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "BIM",
     "FFGSM",
@@ -15,47 +50,46 @@ __all__ = [
     "PGD",
     "PGDL2",
     "TPGD",
+    "AutoAttack",
+    "Evaluation",
+    "TrainedRun",
+    "UserError",
     "__version__",
+    "attacks",
+    "compat",
+    "config",
+    "data",
     "dynat_loss",
+    "errors",
+    "evaluate",
+    "evaluation",
     "lbgat_loss",
+    "load_network",
     "mart_loss",
+    "methods",
+    "models",
+    "ops",
+    "recipes",
+    "runs",
     "trades_loss",
+    "train",
+    "training",
+    "units",
 ]
-__version__ = "0.1.0"
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# What `import fastdynat` is enough for; the command line is no library.
-_PARTS = (
-    *(
-        "attacks",
-        "compat",
-        "config",
-        "data",
-        "engine",
-        "errors",
-        "evaluation",
-        "export",
-        "methods",
-        "models",
-        "ops",
-    ),
-    *("recipes", "report", "runs", "units"),
-)
-
 
 def __getattr__(name: str) -> Any:
-    """The attacks, losses and sub-packages, imported at their first use: `import fastdynat` takes no
-    torch.
-    """
-    if name in _PARTS:
-        return importlib.import_module(f"fastdynat.{name}")
+    import importlib
+
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "losses" if name.endswith("_loss") else "torchattacks"
-    value = globals()[name] = getattr(importlib.import_module(f"fastdynat.compat.{module}"), name)
+    if name not in _ORIGIN:
+        return importlib.import_module(f"fastdynat.{name}")
+    value = globals()[name] = getattr(importlib.import_module(f"fastdynat.{_ORIGIN[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PARTS})
+    return sorted({*globals(), *__all__})

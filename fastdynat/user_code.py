@@ -33,6 +33,11 @@ def is_user_code(name: str) -> bool:
     return bool(colon and kind and rest) and kind.lower() not in PUBLISHED and not is_object(name)
 
 
+def is_own(name: str) -> bool:
+    """Whether `name` means a network or data of the user: code, or an object given in Python."""
+    return is_user_code(name) or is_object(name)
+
+
 def is_object(name: str) -> bool:
     """Whether `name` stands for a Python object that was given to `fastdynat.train`."""
     return name.startswith(OBJECT)

@@ -12,6 +12,7 @@ from typing import Any
 from fastdynat.config import AttackConfig, DataConfig, OptimConfig, TrainConfig, check_seed, limits
 from fastdynat.errors import UserError, shown, unknown_name
 from fastdynat.units import parse_size
+from fastdynat.user_code import is_own
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
@@ -138,7 +139,7 @@ def check_config(config: TrainConfig[Any]) -> None:
 
 def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
-    if data.data not in DATASETS:
+    if data.data not in DATASETS and not is_own(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
 
 

@@ -20,8 +20,10 @@ from fastdynat.data.image_sets import (
     resize_square,
 )
 from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
+from fastdynat.data.own_data import OwnData, own_data
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.user_code import is_own
 
 KNOWN = DATASETS
 
@@ -32,10 +34,12 @@ def known_datasets() -> list[str]:
 
 
 def dataset_info(name: str) -> DatasetInfo | None:
-    """Return what is known without reading data; None for imagefolder, whose facts are in its files.
+    """Return what is known without reading data; None for image folders and data of the user.
 
     Raises: UserError for an unknown name.
     """
+    if is_own(name):
+        return None
     if name not in KNOWN:
         raise unknown_name("dataset", name, KNOWN)
     if name == "imagefolder":
@@ -100,7 +104,7 @@ def open_train(
     looked at.
 
     Args:
-        name: One of `known_datasets()`.
+        name: One of `known_datasets()`, or data of the user (`own_data`).
         data_dir: Folder of the data; digits needs none.
         val_size: Validation images as a number, or as a share if a float in (0, 1); 0 gives an empty set;
             None 1,000 images, or 10 % of fewer than 10,000.
@@ -114,12 +118,49 @@ def open_train(
     Raises: UserError for unknown names, missing or broken data, bad labels, or a val_size or limit that
         leaves a class without a training image.
     """
-    info, source = _open(name, data_dir, "train", image_size=image_size, download=download)
+    own = _own(name, image_size)
+    if own is not None and own.val is not None:
+        return _with_own_validation(own, val_size=val_size, seed=seed, limit=limit, labelled=labelled)
+    info, source = (
+        _open(name, data_dir, "train", image_size=image_size, download=download)
+        if own is None
+        else (own.info, ImageSource(own.train.labels, own.train.read))
+    )
     check_label_values(source.labels, info.num_classes, name)
     train, val = stratified_split(source.labels, val_size=val_size, limit=limit, seed=seed)
     return TrainSplit(
         info, source, train, val, None if labelled is None else _hide(source.labels[train], labelled, seed)
     )
+
+
+def _own(name: str, image_size: int | None) -> OwnData | None:
+    """The user's data called `name`; None where the name is one of `known_datasets`."""
+    if not is_own(name):
+        return None
+    own = own_data(name)
+    if image_size not in (None, *own.info.image_shape[1:]):
+        raise UserError(
+            f"image_size {image_size}: data of your own come in their size; resize them where they are made"
+        )
+    return own
+
+
+def _with_own_validation(
+    own: OwnData, *, val_size: int | float | None, seed: int, limit: int | None, labelled: int | None
+) -> TrainSplit:
+    """A split whose validation images the user has chosen."""
+    assert own.val is not None
+    if val_size is not None:
+        raise UserError(
+            f"val_size {val_size:g}: {own.info.name} brings validation images of its own; leave it out"
+        )
+    train, _ = stratified_split(own.train.labels, val_size=0, limit=limit, seed=seed)
+    images = ImageSet(
+        torch.cat([own.train.images, own.val.images]), torch.cat([own.train.labels, own.val.labels])
+    )
+    val = torch.arange(len(own.train), len(images))
+    hidden = None if labelled is None else _hide(own.train.labels[train], labelled, seed)
+    return TrainSplit(own.info, ImageSource(images.labels, images.read), train, val, hidden)
 
 
 def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
@@ -149,6 +190,13 @@ def load_test(
 
     Raises: UserError as `open_train`.
     """
+    own = _own(name, image_size)
+    if own is not None:
+        if own.test is None:
+            raise UserError(
+                f"{own.info.name} has no test images; return a dict with train and test, or (train, test)"
+            )
+        return own.info, own.test
     info, source = _open(name, data_dir, "test", image_size=image_size, download=download)
     return info, source.take(torch.arange(len(source.labels)), info)
 

@@ -48,6 +48,9 @@ def stored_config(path: Path, method: str | None = None) -> TrainConfig[Any]:
             )
         values["method"] = name = asked
     config = default_config(name)
-    return update(
+    config = update(
         config, {key: old for key, old in BEFORE.items() if key in to_flat(config)} | values, origin
     )
+    for name in (config.data.data, config.model.model, config.model.guide):
+        check_stored(name, origin)
+    return config

@@ -96,6 +96,18 @@ def own_network(
     return model
 
 
+def count_logits(model: nn.Module, name: str, image_shape: Shape) -> int:
+    """The number of logits of `model` for images of this shape.
+
+    Raises:
+        UserError: see `check_logits`.
+    """
+    check_logits(model, name, None, image_shape)
+    out = look(model, torch.zeros(2, *image_shape))
+    assert isinstance(out, Tensor)
+    return out.shape[1]
+
+
 def check_logits(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
     """Run two random images through `model` in eval mode; returns "" or why its outputs may be no logits.
 

@@ -23,6 +23,7 @@ from fastdynat.runs.atomic_files import replacing, write_text
 from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
+from fastdynat.user_code import check_stored, is_object, short_name
 
 FORMAT = "fastdynat-weights/1"
 Side = Annotated[int, Meta(ge=1, le=4096)]  # pixels; what --image-size takes
@@ -98,6 +99,7 @@ def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
         )
     for name in (stored.architecture, stored.dataset, stored.method):
         check_text(name, f"{sidecar}: a name")
+    check_stored(stored.architecture, str(sidecar))
     return Sidecar(**values), promised
 
 
@@ -174,16 +176,32 @@ def guide_weights(path: Path | str) -> Path:
 
 
 @process_state_kept()
-def load_network(path: Path | str) -> tuple[nn.Module, Sidecar]:
-    """The trained network at `path` (.safetensors), on the CPU in eval mode, and its sidecar.
+def load_network(path: Path | str, *, into: nn.Module | None = None) -> tuple[nn.Module, Sidecar]:
+    """The trained network at `path`, in eval mode, and its sidecar.
+
+    Args:
+        path: a .safetensors file, or a run directory, of which it is the best checkpoint's model.
+        into: a network of the same architecture that takes the weights, where it is; needed for one that was
+            trained as a Python object. None builds the network on the CPU.
 
     Raises:
         UserError: see `load_state` and `load_into`; also for weights that are NaN or infinite.
     """
-    path = Path(path)
+    path = guide_weights(path)
     state, sidecar = load_state(path)
-    network = build_from_sidecar(sidecar)
-    load_into(network, state, path, sidecar.architecture)
+    if into is None and is_object(sidecar.architecture):
+        raise UserError(
+            f"{path} is of a {short_name(sidecar.architecture)} that was given to fastdynat.train as a Python object: "
+            f"pass one, fastdynat.load_network({str(path)!r}, into=my_module)"
+        )
+    network = build_from_sidecar(sidecar) if into is None else into
+    before = {key: value.clone() for key, value in into.state_dict().items()} if into is not None else None
+    try:
+        load_into(network, state, path, short_name(sidecar.architecture))
+    except UserError:
+        if before is not None:  # what fits has been put in before the rest failed
+            network.load_state_dict(before)
+        raise
     check_finite(network, path)
     return network.eval(), sidecar
 

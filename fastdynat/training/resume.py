@@ -16,6 +16,7 @@ from fastdynat.methods.configs import stored_config
 from fastdynat.ops import use_backend
 from fastdynat.runs import ENVIRONMENT, STATE, RunDir, check_manifest, newest_checkpoint, record_start
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.training.own_code import pin_own_code, refuse_changed_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
 from fastdynat.training.permitted_changes import (
     changed_key,
@@ -45,7 +46,8 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
             another run.
     """
-    stored = stored_config(path, config.method)
+    config, stored = pin_own_code(config), stored_config(path, config.method)
+    refuse_changed_code(stored, config)
     run = RunDir.open(path)
     try:
         trainer = _restored_trainer(run, stored, config)

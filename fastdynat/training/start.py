@@ -16,6 +16,7 @@ from fastdynat.ops import use_backend
 from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name, record_start, release_name
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.training.own_code import data_folder_name, pin_own_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
 from fastdynat.training.resolve import check_sizes, resolve, resolve_loader, warn_of_first_epoch
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -34,7 +35,8 @@ def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
         UserError: anything in `config`, the data or the directory that cannot work; nothing has been written
             then.
     """
-    stem = f"{config.data.data}-{method_label(config.method)}"
+    config = pin_own_code(config)
+    stem = f"{data_folder_name(config.data.data)}-{method_label(config.method)}"
     _check_before_data(config, stem)
     split = open_split(config)
     check_sizes(config, split)

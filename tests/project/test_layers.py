@@ -31,6 +31,7 @@ LAYERS = [
     {"training"},
     {"commands.parsing"},
     {"commands"},
+    {"api"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -33,6 +33,7 @@ from fastdynat.runs import (
 )
 from fastdynat.runs.layout import real
 from fastdynat.units import parse_size
+from fastdynat.user_code import check_stored, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Planner:
         stored = read_yaml(path / CONFIG)
         if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
             raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
-        data = stored["data"] if config.data == "auto" else config.data
+        data = check_stored(stored["data"], str(path / CONFIG)) if config.data == "auto" else config.data
         # Another dataset is not looked for, nor downloaded, where the run's own lies.
         folder = stored["data_dir"] if data == stored["data"] else DataConfig().data_dir
         size = stored.get("image_size") if config.image_size is None else config.image_size
@@ -160,6 +161,7 @@ class Planner:
             if difference := data_difference(sidecar, info):
                 raise UserError(f"{path} was trained on {difference}")
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
+            trained["architecture"] = short_name(sidecar.architecture)
             radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
             targets.append(
                 self._target(str(path), checkpoint, weights, network, trained, radius, info, images, kept)

@@ -1,0 +1,241 @@
+"""`fastdynat.evaluate`: accuracies of a network under named attacks, in Python."""
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastdynat.api.trained_run import TrainedRun
+from fastdynat.attack_engine.steps import diameter, usual_step
+from fastdynat.commands.evaluate.cells import Cells
+from fastdynat.commands.evaluate.columns import check_classes, parse_columns
+from fastdynat.commands.evaluate.measurement_store import as_measurement
+from fastdynat.commands.evaluate.record import make_record
+from fastdynat.commands.evaluate.settle import check_config
+from fastdynat.commands.evaluate.targets import Radius, Target
+from fastdynat.config.evaluation import EvalConfig
+from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.data.own_data import own_parts
+from fastdynat.errors import UserError
+from fastdynat.evaluation.measure import exact_float32
+from fastdynat.evaluation.outcome import Measurement
+from fastdynat.execution.process_state import process_state_kept
+from fastdynat.models.foreign import load_foreign
+from fastdynat.models.own_networks import count_logits
+from fastdynat.ops import use_backend
+from fastdynat.runs import load_network, looks_like_run
+from fastdynat.terminal.consoles import PlainTable
+from fastdynat.terminal.evaluation_progress import Meter
+from fastdynat.units import describe
+
+
+@dataclass(frozen=True)
+class Evaluation(Mapping[str, float]):
+    """Accuracies in [0, 1] by attack, in the order of the attacks; prints as a table.
+
+    Attributes:
+        measurements: by attack: `accuracy`, its 95 % interval `ci`, `correct`, `images`, `seconds`, ...
+        norm, eps: the threat model; eps in [0, 1] pixel units.
+        images: number of images.
+        worst: share of images that stay correct under every attack of this norm; None for fewer than two attacks.
+        worst_ci: its 95 % interval.
+    """
+
+    measurements: dict[str, Measurement]
+    norm: str
+    eps: float
+    images: int
+    worst: float | None
+    worst_ci: tuple[float, float] | None
+
+    def __getitem__(self, attack: str) -> float:
+        return self.measurements[attack].accuracy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.measurements)
+
+    def __len__(self) -> int:
+        return len(self.measurements)
+
+    def __str__(self) -> str:
+        title = f"accuracy on {self.images} images, {self.norm} eps {describe(self.eps)}"
+        table = PlainTable(title=title, title_justify="left")
+        table.add_column("attack")
+        for column in ("accuracy in %", "95 % interval", "seconds"):
+            table.add_column(column, justify="right")
+        for name, found in self.measurements.items():
+            table.add_row(name, *_percent(found.accuracy, found.ci), f"{found.seconds:.1f}")
+        if self.worst is not None and self.worst_ci is not None:
+            table.add_row("worst case", *_percent(self.worst, self.worst_ci), "")
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(table)
+        return text.getvalue().rstrip()
+
+    __repr__ = __str__
+
+
+def _percent(share: float, interval: tuple[float, float]) -> tuple[str, str]:
+    return f"{100 * share:.2f}", f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
+
+
+@process_state_kept()
+def evaluate(
+    model: nn.Module | TrainedRun | str,
+    data: Any = None,
+    attacks: str = "clean,pgd20,fast-autoattack",
+    *,
+    eps: float = 8 / 255,
+    norm: str = "linf",
+    step_size: float | None = None,
+    num_images: int | None = None,
+    batch_size: int = 500,
+    seed: int = 1,
+    data_dir: str | Path = "data",
+    **keys: Any,
+) -> Evaluation:
+    """Attack `model` on `data` and count what it still classifies correctly, with 95 % confidence intervals.
+
+    The numbers are those of ``fastdynat eval``: attacks run on a fast replica of the network, and the network
+    itself, in float32 and eval mode, judges each image. Nothing is written.
+
+    Example::
+
+        print(fastdynat.evaluate(net, (images, labels), "clean,pgd50-10", eps=8 / 255))
+
+    Args:
+        model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K); a `TrainedRun`; or a name as
+            for ``fastdynat eval``: robustbench:NAME, torchvision:NAME, timm:NAME, path/to/file.py:callable.
+        data: (images, labels) or a torch Dataset; of a pair (train, test) and of a dict the test part; or the name of
+            a data set. See `fastdynat.train`.
+        attacks: names separated by commas; ``fastdynat eval --list-attacks`` prints all.
+        eps: radius, in [0, 1] pixel units for linf.
+        norm: linf, l2, l1 or l0.
+        step_size: step of attacks with a fixed one; None is eps / 4 (10 eps under l0).
+        num_images: use only the first so many images.
+        batch_size: images per batch; halved where memory does not suffice.
+        seed: of the random starts.
+        data_dir: where a data set given by its name lies.
+        keys: device, amp, compile and kernels, as for ``fastdynat eval``.
+
+    Raises:
+        UserError: an argument that cannot work.
+    """
+    allowed = ("device", "amp", "compile", "kernels")
+    if unknown := next((key for key in keys if key not in allowed), None):
+        raise UserError(f"fastdynat.evaluate: unknown key {unknown!r}; the others are {', '.join(allowed)}")
+    config = EvalConfig(
+        attacks=attacks,
+        eps=eps,
+        norm=norm,  # type: ignore[arg-type]
+        step_size="auto" if step_size is None else step_size,
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+        cache="off",
+        **keys,
+    )
+    device = check_config(config)
+    info, images = _images(data, str(data_dir), model)
+    network, name = _network(model, info)
+    info = _with_logits(info, count_logits(network, name, info.image_shape))
+    if num_images is not None:
+        images = ImageSet(images.images[:num_images], images.labels[:num_images])
+    if not 0 <= eps <= diameter(norm, info.image_shape):
+        raise UserError(f"eps must be a {norm} radius in [0, 1] pixel units, such as 8 / 255, got {eps:g}")
+    step = usual_step(norm, eps) if step_size is None else step_size
+    columns = parse_columns(attacks, eps=eps, step_size=step, norm=norm, amp=config.amp)
+    if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
+        raise UserError(f"{transfer} needs two networks: use fastdynat.evaluation.transfer_matrix")
+    check_classes(columns, info.num_classes)
+    target = Target(
+        name=name,
+        checkpoint=None,
+        weights="",
+        network=network,
+        trained={"method": None, "architecture": name, "dataset": info.name, "epoch": None},
+        columns=columns,
+        radius=Radius(norm, eps, step),
+        info=info,
+        everything=images,
+        shard=None,
+        digest="",
+        folder=None,
+        source=None,
+    )
+    quiet = Meter(Console(file=io.StringIO()))
+    with exact_float32(), use_backend(config.kernels), _prepared(network, device), quiet:
+        cells = Cells(target, network, config, device, known={}, meter=quiet, should_stop=lambda: False)
+        results = [cells.cell(column) for column in columns]
+    record = make_record(target, results, [], None)
+    worst = record["worst"]
+    return Evaluation(
+        {column.name: _measurement(result) for column, result in zip(columns, results, strict=True)},
+        norm,
+        eps,
+        len(images),
+        None if worst is None else worst["accuracy"],
+        None if worst is None else worst["ci"],
+    )
+
+
+def _measurement(result: dict[str, Any]) -> Measurement:
+    return as_measurement({key: value for key, value in result.items() if key != "stages"})
+
+
+def _images(data: Any, data_dir: str, model: object) -> tuple[DatasetInfo, ImageSet]:
+    """The test images, and what is known about them."""
+    if data is None:
+        if not isinstance(model, TrainedRun):
+            raise UserError(
+                "fastdynat.evaluate needs data: (images, labels), a Dataset or the name of a data set"
+            )
+        stored = model.config.data
+        return load_test(stored.data, stored.data_dir, image_size=stored.image_size, download=stored.download)
+    if isinstance(data, str):
+        return load_test(data, data_dir)
+    own = own_parts(data, "data")
+    if isinstance(data, Mapping) and own.test is None:
+        raise UserError("data: no 'test' in the dict; for other images give (images, labels)")
+    return own.info, own.train if own.test is None else own.test
+
+
+def _with_logits(info: DatasetInfo, logits: int) -> DatasetInfo:
+    """`info` of as many classes as there are logits: some images need not have all of them."""
+    if info.num_classes > logits:
+        raise UserError(
+            f"{info.name} has labels 0 to {info.num_classes - 1}, but the network only {logits} logits: it was made for "
+            "other data"
+        )
+    names = (*info.class_names, *map(str, range(info.num_classes, logits)))
+    return replace(info, num_classes=logits, class_names=names)
+
+
+def _network(model: nn.Module | TrainedRun | str, info: DatasetInfo) -> tuple[nn.Module, str]:
+    if isinstance(model, TrainedRun):
+        return model.model, str(model.run_dir)
+    if isinstance(model, nn.Module):
+        return model, type(model).__name__
+    if not isinstance(model, str | Path):
+        raise UserError(f"model must be a torch.nn.Module, a run or a name, got a {type(model).__name__}")
+    if looks_like_run(model):
+        return load_network(model)[0], str(model)
+    return load_foreign(str(model), image_shape=info.image_shape).model, str(model)
+
+
+@contextmanager
+def _prepared(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it the network is on `device`; afterwards where it was."""
+    place = next(
+        (tensor.device for part in (network.parameters(), network.buffers()) for tensor in part), device
+    )
+    try:
+        network.to(device)
+        yield
+    finally:
+        network.to(place)

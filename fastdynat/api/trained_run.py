@@ -1,0 +1,200 @@
+"""`fastdynat.train`: train a network in Python; what it leaves is a run directory like that of the command line."""
+
+import json
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdynat.commands.parsing.effects import check_effects
+from fastdynat.config import TrainConfig, update
+from fastdynat.config.rules import check_config
+from fastdynat.data.own_data import check_logit_count, given_data, own_parts
+from fastdynat.errors import UserError
+from fastdynat.execution.process_state import process_state_kept
+from fastdynat.methods import method_name
+from fastdynat.methods.configs import default_config, stored_config
+from fastdynat.methods.options import check_options
+from fastdynat.models.own_networks import count_logits, given_network
+from fastdynat.runs import BEST, LAST, find_checkpoint, load_network
+from fastdynat.runs.layout import METRICS
+from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished or paused run.
+
+    Attributes:
+        model: the trained network in eval mode, with the weights of the best checkpoint.
+        run_dir: the run directory, which `fastdynat eval`, `report`, `export` and ``train --resume`` take.
+        metrics: one row per epoch, as in metrics.jsonl: losses, accuracies in [0, 1], seconds.
+        config: the resolved configuration.
+        finished: whether all epochs are done; False after ``stop_after``.
+    """
+
+    model: nn.Module
+    run_dir: Path
+    metrics: list[dict[str, Any]]
+    config: TrainConfig[Any]
+    finished: bool
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The row of the last epoch."""
+        return self.metrics[-1]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the epoch with the best checkpoint: the highest validation score, the last one without any."""
+        return [row for row in self.metrics if row["best"]][-1]
+
+    def load(self, checkpoint: str = BEST, *, into: nn.Module | None = None) -> nn.Module:
+        """The network of the "best" or the "last" checkpoint, in eval mode.
+
+        Args:
+            into: see `fastdynat.load_network`.
+        """
+        folder = find_checkpoint(self.run_dir, checkpoint) if checkpoint in (BEST, LAST) else None
+        if folder is None:
+            raise UserError(
+                f"checkpoint must be {BEST} or {LAST}, and there: {self.run_dir} has no {checkpoint!r}"
+            )
+        return load_network(folder / "model.safetensors", into=into)[0]
+
+    def __repr__(self) -> str:
+        epochs = f"{len(self.metrics)} epochs{'' if self.finished else ', not finished'}"
+        return f"<run {self.run_dir}: {self.config.method}, {epochs}>"
+
+
+@process_state_kept()
+def train(
+    model: nn.Module | str = "auto",
+    data: Any = "digits",
+    method: str | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    **keys: Any,
+) -> TrainedRun:
+    """Train `model` on `data` against adversarial examples, and keep everything in a run directory.
+
+    A module that is given holds the trained weights, in eval mode, when this returns: those of the best
+    checkpoint. Training works on a copy, so an error or an interruption leaves the module as it was. The
+    generators, threads and flags of the process are put back as they were.
+
+    Example::
+
+        run = fastdynat.train(net, (images, labels), method="trades", eps=8 / 255, epochs=10, run_dir="runs/mine")
+        run.model, run.best["val_pgd10_acc"]
+
+    Args:
+        model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K), with its normalisation
+            inside; or a name: resnet18, wrn-34-10, timm:NAME, torchvision:NAME, path/to/file.py:callable.
+        data: (images, labels), uint8 or float in [0, 1] (N, C, H, W) and whole numbers (N,); a torch Dataset of
+            (image, label); (train, test) of these; a dict with train and optionally test, val and classes; or a
+            name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable. Validation images
+            are held out of the training images where none are given. No augmentation unless `augment` says so.
+        method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
+        run_dir: folder of the run; None is a new one under runs/.
+        resume: run directory to go on with, exactly as if it had never stopped; with the same model and data where
+            these were given as objects.
+        keys: any other key of the configuration, by the name of its flag with underscores: eps, steps, step_size,
+            epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in [0, 1] pixel units.
+
+    Raises:
+        UserError: an argument that cannot work, before anything is written.
+        fastdynat.training.Diverged: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C; the run is saved, and `resume` goes on.
+    """
+    if not isinstance(model, str | nn.Module):
+        raise UserError(f"model must be a torch.nn.Module or a name, got a {type(model).__name__}")
+    with _named_data(data, model) as data_name, _named_model(model) as model_name:
+        given = {"model": model_name, "data": data_name, **keys}
+        if resume is not None:
+            config = _resumed_config(Path(resume), given, method, run_dir)
+            begun = resumed_run(Path(resume), config, log.info)
+        else:
+            name = method or "dynat"
+            values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
+            config = update(default_config(name), values, "fastdynat.train")
+            _check(config)
+            check_effects(config, keys)
+            begun = new_run(config, log.info)
+        with begun as trainer:
+            outcome = _fit(trainer)
+            path, config = trainer.run.path, trainer.config
+    if outcome.signal is not None:
+        signal.raise_signal(outcome.signal)  # by default Ctrl-C is a KeyboardInterrupt, SIGTERM the end
+    best = find_checkpoint(path, BEST) or find_checkpoint(path, LAST)
+    if best is None:
+        raise UserError(
+            f"{path} has no checkpoint yet; go on with fastdynat.train(..., resume={str(path)!r})"
+        )
+    weights = best / "model.safetensors"
+    trained = load_network(weights)[0] if isinstance(model, str) else load_network(weights, into=model)[0]
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    return TrainedRun(trained, path, rows, config, outcome.finished)
+
+
+def _check(config: TrainConfig[Any]) -> None:
+    check_config(config)
+    check_options(config.options)
+
+
+@contextmanager
+def _named_model(model: nn.Module | str) -> Iterator[str]:
+    if isinstance(model, str):
+        yield model
+    else:
+        with given_network(model) as name:
+            yield name
+
+
+@contextmanager
+def _named_data(data: Any, model: nn.Module | str) -> Iterator[str]:
+    if isinstance(data, str):
+        yield data
+    else:
+        own = own_parts(data, "data")
+        if isinstance(model, nn.Module):
+            check_logit_count(own, count_logits(model, type(model).__name__, own.info.image_shape))
+        with given_data(own) as name:
+            yield name
+
+
+def _resumed_config(
+    path: Path, given: Mapping[str, Any], method: str | None, run_dir: str | Path | None
+) -> TrainConfig[Any]:
+    stored = stored_config(path)
+    if method is not None and method_name(method) != stored.method:
+        raise UserError(f"{path} trains by {stored.method}, not by {method}; start a new run for that")
+    if run_dir is not None or "overwrite" in given:
+        raise UserError("resume names the run directory; leave run_dir and overwrite out")
+    stored = replace(stored, run=replace(stored.run, stop_after=None, run_dir=str(path), overwrite=False))
+    # A name that was left out is the run's own.
+    values = {k: v for k, v in given.items() if not (k in ("model", "data") and v in ("auto", "digits"))}
+    config = update(stored, values, "fastdynat.train")
+    _check(config)
+    return config
+
+
+def _fit(trainer: Trainer) -> Outcome:
+    if trainer.finished():
+        return Outcome(True)
+    try:
+        return trainer.fit()
+    except Diverged as error:
+        kept = (
+            "the last checkpoint is from before"
+            if find_checkpoint(trainer.run.path, LAST)
+            else "nothing is saved"
+        )
+        raise Diverged(f"{error}; {kept} in {trainer.run.path}. Use a lower lr, or clip_grad=1") from None

@@ -1,0 +1,305 @@
+"""Data of the user: tensors, a torch Dataset or parts of these, as the image sets that training reads.
+
+They come from a callable in a file (`--data my.py:make_data`) or as objects (`fastdynat.train(data=...)`).
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdynat.data.image_sets import CONVERT_CHUNK, DatasetInfo, ImageSet, channel_stats
+from fastdynat.errors import UserError, shown
+from fastdynat.machine.free_memory import check_room
+from fastdynat.user_code import OBJECT, call_object, import_object, is_object, short_name
+
+FORMS = (
+    "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and optionally "
+    "test, val and classes"
+)
+PARTS, KEYS = ("train", "val", "test"), ("train", "val", "test", "classes")
+ROUNDING = 0.02  # of 1/255: what float images may be away from 8 bits before it is said
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """The parts of the user's data, checked; `val` and `test` may be missing."""
+
+    info: DatasetInfo
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet | None
+
+
+_given: ContextVar[dict[str, OwnData] | None] = ContextVar("given data", default=None)
+_called: dict[str, OwnData] = {}  # the last callable's data, by its pinned name
+
+
+@contextmanager
+def given_data(data: OwnData) -> Iterator[str]:
+    """Let `open_train` and `load_test` know `data` within the block, by the name that is yielded."""
+    name = f"{OBJECT}{data.info.name}"
+    token = _given.set({name: data})
+    try:
+        yield name
+    finally:
+        _given.reset(token)
+
+
+def own_data(name: str) -> OwnData:
+    """The data that the user's code called `name` makes, or that was given by that name.
+
+    Raises:
+        UserError: there is no such code, it fails, or what it makes is not data (`own_parts`).
+    """
+    if is_object(name):
+        given = (_given.get() or {}).get(name)
+        if given is None:
+            raise UserError(
+                f"{name} stands for data that were given to fastdynat.train as a Python object and cannot be read by "
+                "their name: name them with --data my.py:make_data; or in Python use fastdynat.evaluate(model, data), "
+                "or fastdynat.train(model, data, resume=RUN)"
+            )
+        return given
+    if name in _called:  # pinned: the content of the file is part of the name
+        return _called[name]
+    made, _ = import_object(name)
+    if callable(made) and not hasattr(made, "__getitem__"):
+        made = call_object(made, name, {}, "data")
+    found = own_parts(made, short_name(name))
+    _called.clear()
+    if "#" in name:
+        _called[name] = found
+    return found
+
+
+def own_parts(data: object, name: str) -> OwnData:
+    """`data` as image sets.
+
+    Args:
+        data: a pair (images, labels); a torch Dataset of (image, label); a pair (train, test) of these; or a dict
+            with "train" and optionally "test", "val" and "classes" (a number or the names). Images: uint8
+            (N, C, H, W), or floats in [0, 1], which are kept with 8 bits per channel. Labels: whole numbers (N,)
+            from 0.
+        name: of the data, for messages.
+
+    Raises:
+        UserError: any other form, range, shape or type, in one line.
+    """
+    raw = _split_parts(data, name)
+    declared = raw.pop("classes", None)
+    parts = {part: _image_set(value, f"{name} ({part})") for part, value in raw.items() if value is not None}
+    shapes = {part: tuple(images.images.shape[1:]) for part, images in parts.items()}
+    for part, shape in shapes.items():
+        if shape != shapes["train"]:
+            raise UserError(
+                f"{name}: {part} images are {shape}, training images {shapes['train']}; give all one size"
+            )
+    names = _class_names(declared, parts, name)
+    train = parts["train"]
+    mean, std = channel_stats(train.images)
+    info = DatasetInfo(
+        name=name,
+        num_classes=len(names),
+        image_shape=(int(shapes["train"][0]), int(shapes["train"][1]), int(shapes["train"][2])),
+        class_names=names,
+        mean=mean,
+        std=std,
+        augment="none",  # what suits the images, only their owner knows
+    )
+    return OwnData(info, train, parts.get("val"), parts.get("test"))
+
+
+def check_logit_count(data: OwnData, logits: int) -> None:
+    """Raise UserError unless a network with so many `logits` fits the classes of `data`."""
+    classes, name = data.info.num_classes, data.info.name
+    if logits == classes:
+        return
+    more = f', or say {{"train": ..., "classes": {logits}}}' if logits > classes else ""
+    raise UserError(
+        f"{name} has {classes} classes, labels 0 to {classes - 1}, but the network has {logits} logits: give its last "
+        f"layer {classes} outputs{more}"
+    )
+
+
+def _split_parts(data: object, name: str) -> dict[str, Any]:
+    """The parts of `data` by name, each a pair or a Dataset."""
+    if isinstance(data, Mapping):
+        unknown = [key for key in data if key not in KEYS]
+        if unknown or data.get("train") is None:
+            problem = f"unknown key {shown(str(unknown[0]))}" if unknown else "no 'train'"
+            raise UserError(
+                f"{name}: {problem} in the dict; it has train and optionally test, val and classes"
+            )
+        return dict(data)
+    if _is_pair(data) or not isinstance(data, tuple | list):
+        return {"train": data}
+    if len(data) == 2:
+        return {"train": data[0], "test": data[1]}
+    raise UserError(f"{name}: a {type(data).__name__} of {len(data)} parts is ambiguous; {FORMS}")
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_pair(data: object) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and all(_is_array(part) for part in data)
+
+
+def _image_set(part: Any, name: str) -> ImageSet:
+    if _is_pair(part):
+        images, labels = (torch.as_tensor(side) for side in part)
+    elif (
+        hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, tuple | list | str)
+    ):
+        images, labels = _read_dataset(part, name)
+    elif hasattr(part, "dataset") and hasattr(part, "batch_size"):
+        raise UserError(
+            f"{name} is a DataLoader; give its dataset, which is loaded, shuffled and batched here"
+        )
+    elif hasattr(part, "__iter__") and not isinstance(part, tuple | list | str):
+        raise UserError(
+            f"{name} is a {type(part).__name__} without a length; give a Dataset with __len__ and __getitem__"
+        )
+    else:
+        raise UserError(f"{name} is a {type(part).__name__}, not data; {FORMS}")
+    return ImageSet(_pixels(images, name), _classes(labels, len(images), name))
+
+
+def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
+    """All images and labels of a Dataset, in its order."""
+    count = len(data)
+    if count == 0:
+        raise UserError(f"{name} has no images")
+    first, again = (_image(data, 0, name)[0] for _ in range(2))
+    if not torch.equal(first, again):
+        raise UserError(
+            f"{name}: image 0 is another one each time it is read: leave random transforms out (augment= is for that)"
+        )
+    check_room(count * first.nbytes, f"{name}: its {count} images are read into memory, which takes")
+    images, labels = (
+        torch.empty((count, *first.shape), dtype=first.dtype),
+        torch.empty(count, dtype=torch.int64),
+    )
+    for index in range(count):
+        image, label = _image(data, index, name)
+        if image.shape != first.shape or image.dtype != first.dtype:
+            raise UserError(
+                f"{name}: image {index} is {_text(image)}, image 0 {_text(first)}; give all one size and type"
+            )
+        images[index], labels[index] = image, label
+    return images, labels
+
+
+def _image(data: Any, index: int, name: str) -> tuple[Tensor, int]:
+    """Image (C, H, W) and label of an item; a PIL image becomes uint8."""
+    item = data[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise UserError(f"{name}: item {index} is a {type(item).__name__}, not a pair (image, label)")
+    image, label = item
+    if hasattr(image, "getbands"):  # of PIL
+        if image.mode not in ("L", "RGB"):
+            raise UserError(f"{name}: image {index} has mode {image.mode}; convert it to RGB or L")
+        pixels = torch.from_numpy(np.array(image))
+        image = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    if not _is_array(image):
+        raise UserError(
+            f"{name}: image {index} is a {type(image).__name__}, not a tensor (C, H, W) or a PIL image"
+        )
+    if isinstance(label, bool | float) or not hasattr(label, "__index__"):
+        raise UserError(f"{name}: label {index} is {shown(repr(label))}, not the number of a class")
+    try:
+        return torch.as_tensor(image), label.__index__()
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: label {index} is {shown(repr(label))}, not the number of a class") from None
+
+
+def _text(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _pixels(images: Tensor, name: str) -> Tensor:
+    """Images (N, C, H, W) as uint8 on the CPU."""
+    if images.ndim != 4:
+        remedy = "add the channels: images[:, None]" if images.ndim == 3 else "give one image per row"
+        raise UserError(f"{name}: images must be (N, C, H, W), got {_text(images)}; {remedy}")
+    if len(images) == 0:
+        raise UserError(f"{name} has no images")
+    if images.shape[1] > 4 and images.shape[-1] <= 4:
+        raise UserError(
+            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): images.permute(0, 3, 1, 2)"
+        )
+    images = images.detach()
+    if images.dtype == torch.uint8:
+        return images.cpu().contiguous()
+    if not images.is_floating_point():
+        raise UserError(
+            f"{name}: images must be uint8 or floats in [0, 1], got {_text(images)}; use images.to(torch.uint8)"
+        )
+    return _rounded(images, name)
+
+
+def _rounded(images: Tensor, name: str) -> Tensor:
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+    largest = 0.0
+    for start in range(0, len(images), CONVERT_CHUNK):
+        chunk = images[start : start + CONVERT_CHUNK].cpu().to(torch.float32)
+        low, high = float(chunk.min()), float(chunk.max())
+        if not (low >= 0 and high <= 1):  # NaN neither
+            remedy = (
+                "divide by 255" if 1 < high <= 255 and low >= 0 else "put the normalisation into the network"
+            )
+            raise UserError(f"{name}: float images must be in [0, 1], got [{low:g}, {high:g}]; {remedy}")
+        levels = 255 * chunk
+        whole = levels.round()
+        largest = max(largest, float((levels - whole).abs().max()))
+        pixels[start : start + CONVERT_CHUNK] = whole.to(torch.uint8)
+    if largest > ROUNDING:
+        warnings.warn(
+            f"{name}: images are kept with 8 bits per channel, which moves values by up to {largest / 255:.2g}",
+            stacklevel=2,
+        )
+    return pixels
+
+
+def _classes(labels: Tensor, images: int, name: str) -> Tensor:
+    """Labels (N,) as int64 on the CPU."""
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise UserError(f"{name}: labels must be whole numbers (N,), got {_text(labels)}; use labels.long()")
+    if labels.ndim != 1:
+        raise UserError(
+            f"{name}: labels must be (N,), got {_text(labels)}; of one-hot rows use labels.argmax(1)"
+        )
+    if len(labels) != images:
+        raise UserError(f"{name}: {images} images but {len(labels)} labels; give one label per image")
+    return labels.detach().cpu().to(torch.int64)
+
+
+def _class_names(declared: object, parts: Mapping[str, ImageSet], name: str) -> tuple[str, ...]:
+    """The names of the classes, "0", "1", ... where none are given; checks all labels against their number."""
+    largest = max(int(part.labels.max()) for part in parts.values())
+    names: tuple[str, ...]
+    if declared is None:
+        names = tuple(map(str, range(largest + 1)))
+    elif isinstance(declared, int) and not isinstance(declared, bool):
+        names = tuple(map(str, range(declared)))
+    elif isinstance(declared, Sequence) and not isinstance(declared, str):
+        names = tuple(map(str, declared))
+    else:
+        raise UserError(f"{name}: classes must be a number or the names, got {shown(repr(declared))}")
+    for part, images in parts.items():
+        bad = ((images.labels < 0) | (images.labels >= len(names))).nonzero().flatten()
+        if len(bad):
+            index = int(bad[0])
+            raise UserError(
+                f"{name} ({part}): label {int(images.labels[index])} at index {index} is outside [0, {len(names)}); "
+                f"number the {len(names)} classes from 0"
+            )
+    return names

@@ -1,0 +1,38 @@
+"""Networks and data of the user in the configuration of a run."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from fastdynat.config import TrainConfig
+from fastdynat.errors import UserError
+from fastdynat.user_code import is_own, pin, short_name, unpinned
+
+
+def pin_own_code(config: TrainConfig[Any]) -> TrainConfig[Any]:
+    """`config` with the absolute path and a digest of each file of the user that it names.
+
+    Raises:
+        UserError: such a file cannot be read.
+    """
+    model = replace(config.model, model=pin(config.model.model), guide=pin(config.model.guide))
+    return replace(config, data=replace(config.data, data=pin(config.data.data)), model=model)
+
+
+def refuse_changed_code(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> None:
+    """Raise UserError where a file of the user has changed since the run `stored` began; both are pinned."""
+    for before, now in (
+        (stored.data.data, asked.data.data),
+        (stored.model.model, asked.model.model),
+        (stored.model.guide, asked.model.guide),
+    ):
+        if before != now and unpinned(before) == unpinned(now):
+            raise UserError(
+                f"{unpinned(now)}: the file has changed since the run began with it; bring its old content back, or "
+                "start a new run"
+            )
+
+
+def data_folder_name(data: str) -> str:
+    """The part of a run directory's name that says what it was trained on."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", short_name(data)).strip("-") if is_own(data) else data

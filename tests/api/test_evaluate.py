@@ -1,0 +1,99 @@
+"""fastdynat.evaluate: accuracies with intervals, in Python."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.own import FILE, own_net, own_tensors, own_test
+from torch import nn
+
+import fastdynat
+from fastdynat.commands.main import main
+from fastdynat.errors import UserError
+from fastdynat.evaluation.outcome import wilson
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """A network after a few epochs of natural training."""
+    images, labels = own_tensors()
+    found = own_net()
+    optimizer = torch.optim.Adam(found.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(found(images / 255), labels).backward()
+        optimizer.step()
+    return found
+
+
+def test_numbers_are_those_of_the_command(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks = "clean,pgd5,fast-autoattack"
+    net.train()
+    found = fastdynat.evaluate(net, own_test(), attacks, eps=0.05)
+    assert net.training  # as it was
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert list(found) == attacks.split(",")
+    assert found["clean"] > 0.8
+    assert found["fast-autoattack"] <= found["pgd5"] < found["clean"]
+    assert found.worst == found["fast-autoattack"]
+    for measured in found.measurements.values():
+        assert measured.ci == wilson(measured.correct, 100)
+
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(FILE)
+    torch.save(net.state_dict(), "w.pt")
+    command = ["eval", "own.py:make_net", "--weights", "w.pt", "--data", "own.py:make_data", "--eps", "0.05"]
+    assert main([*command, "--attacks", attacks, "--cache", "off", "--json", "found.json"]) == 0
+    record = json.loads(Path("found.json").read_text())["results"][0]
+    assert {a["attack"]: a["accuracy"] for a in record["attacks"]} == dict(found)
+    by_name = fastdynat.evaluate("own.py:make_net", "own.py:make_data", "clean", num_images=10)
+    assert by_name.images == 10
+
+
+def test_it_prints_as_a_table(net: nn.Module) -> None:
+    lines = str(fastdynat.evaluate(net, own_test(50), "clean,fgsm", eps=8 / 255)).splitlines()
+    assert lines[0].startswith("accuracy on 50 images, linf eps 0.0314 (8/255)")
+    assert [line.split()[0] for line in lines[-3:]] == ["clean", "fgsm", "worst"]
+    assert " to " in lines[-1]
+
+
+def test_fewer_classes_in_the_images_than_logits(net: nn.Module) -> None:
+    images, labels = own_test()
+    few = labels < 3
+    assert fastdynat.evaluate(net, (images[few], labels[few]), "clean,apgd-t2", eps=0.1).images == int(
+        few.sum()
+    )
+
+
+def test_a_pair_of_parts_means_its_test_part(net: nn.Module) -> None:
+    both = (own_tensors(), own_test(20))
+    assert fastdynat.evaluate(net, both, "clean").images == 20
+    assert fastdynat.evaluate(net, {"train": own_tensors(), "test": own_test(10)}, "clean").images == 10
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "attack": ({"attacks": "pdg20"}, "unknown attack 'pdg20'"),
+    "eps": ({"eps": 8}, r"eps must be a linf radius in \[0, 1\] pixel units"),
+    "key": ({"batchsize": 8}, "unknown key 'batchsize'"),
+    "transfer": ({"attacks": "transfer-pgd2"}, "needs two networks"),
+    "labels": (
+        {"data": (own_test()[0], own_test()[1] + 1)},
+        "labels 0 to 10, but the network only 10 logits",
+    ),
+    "no data": ({"data": None}, "needs data"),
+    "no test": ({"data": {"train": own_test()}}, "no 'test' in the dict"),
+    "model": ({"model": 3}, "model must be a torch.nn.Module, a run or a name, got a int"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused(case: str) -> None:
+    keys, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        fastdynat.evaluate(**{"model": own_net(), "data": own_test(), "attacks": "clean", **keys})
+    assert "\n" not in str(caught.value)

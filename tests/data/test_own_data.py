@@ -1,0 +1,183 @@
+"""Data of the user: which forms are read, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from fastdynat.data import load_test, open_train
+from fastdynat.data.own_data import check_logit_count, given_data, own_parts
+from fastdynat.errors import UserError
+
+LABELS = torch.arange(12) % 3
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randint(
+        0, 256, (12, *(shape or (3, 4, 5))), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+class Pictures:
+    """Items (PIL image, int), as torchvision's data sets have without a transform."""
+
+    def __init__(self, mode: str = "RGB", transform: Any = None) -> None:
+        self.mode, self.transform = mode, transform or (lambda image: image)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        pixels = images()[index].permute(1, 2, 0).numpy()
+        return self.transform(Image.fromarray(pixels).convert(self.mode)), int(LABELS[index])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (images(), LABELS),
+        (images().double() / 255, LABELS.int()),
+        (images().numpy(), LABELS.numpy()),
+        [images(), LABELS],
+        TensorDataset(images(), LABELS),
+        TensorDataset(images().float() / 255, LABELS),
+        Pictures(),
+        {"train": Pictures(), "classes": ["a", "b", "c"]},
+    ],
+)
+def test_every_form_gives_the_same_images(data: object) -> None:
+    own = own_parts(data, "data")
+    assert torch.equal(own.train.images, images())
+    assert torch.equal(own.train.labels, LABELS)
+    assert own.info.image_shape == (3, 4, 5)
+    assert own.info.num_classes == 3
+    assert own.info.augment == "none"
+
+
+def test_parts_and_their_use() -> None:
+    parts = {
+        "train": (images(), LABELS),
+        "val": (images()[:3], LABELS[:3]),
+        "test": (images()[3:9], LABELS[3:9]),
+    }
+    with given_data(own_parts(parts, "data")) as name:
+        split = open_train(name, None, val_size=None, seed=0)
+        assert torch.equal(split.train_images().images, images())
+        assert torch.equal(split.val_images().images, images()[:3])
+        few = open_train(name, None, val_size=None, seed=0, limit=6)
+        assert torch.bincount(few.train_images().labels).tolist() == [2, 2, 2]
+        assert torch.equal(load_test(name, None)[1].images, images()[3:9])
+        with pytest.raises(
+            UserError, match="val_size 4: data brings validation images of its own; leave it out"
+        ):
+            open_train(name, None, val_size=4, seed=0)
+        with pytest.raises(UserError, match="image_size 8: data of your own come in their size"):
+            open_train(name, None, val_size=None, seed=0, image_size=8)
+    with pytest.raises(UserError, match="object:data stands for data that were given to"):
+        open_train(name, None, val_size=None, seed=0)
+    with given_data(own_parts(((images(), LABELS), (images()[:3], LABELS[:3])), "data")) as name:
+        assert len(load_test(name, None)[1]) == 3
+        split = open_train(name, None, val_size=3, seed=0)
+        assert (len(split.train), len(split.val)) == (9, 3)
+    with (
+        given_data(own_parts((images(), LABELS), "data")) as name,
+        pytest.raises(UserError, match="data has no test images; return a dict with train and test"),
+    ):
+        load_test(name, None)
+
+
+def test_rounding_to_8_bits_is_said() -> None:
+    with pytest.warns(UserWarning, match="kept with 8 bits per channel, which moves values by up to 0.002"):
+        own_parts((torch.rand(12, 3, 4, 5), LABELS), "data")
+
+
+class Sizes:
+    """Items of growing width."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(3, 4, 4 + index, dtype=torch.uint8), index
+
+
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def normalised(low: float, high: float) -> Tensor:
+    x = torch.rand(12, 3, 4, 5)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = low, high
+    return x
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "normalised": (
+        (normalised(-2, 2), LABELS),
+        r"in \[0, 1\], got \[-2, 2\]; put the normalisation into the",
+    ),
+    "0 to 255": ((normalised(0, 200), LABELS), r"in \[0, 1\], got \[0, 200\]; divide by 255"),
+    "not a number": ((normalised(0, float("nan")), LABELS), r"in \[0, 1\], got \[nan, nan\]"),
+    "int64 images": ((images().long(), LABELS), r"must be uint8 or floats in \[0, 1\], got int64"),
+    "channels last": ((images(8, 9, 3), LABELS), r"\(12, 8, 9, 3\), channels last; .*permute\(0, 3, 1, 2\)"),
+    "no channels": (
+        (images(8, 9), LABELS),
+        r"must be \(N, C, H, W\), got uint8 \(12, 8, 9\); add the channels",
+    ),
+    "negative label": ((images(), LABELS - 1), r"label -1 at index 0 is outside \[0, 2\)"),
+    "label too large": (
+        {"train": (images(), LABELS), "classes": 2},
+        r"data \(train\): label 2 at index 2 is outside \[0, 2\)",
+    ),
+    "float labels": ((images(), LABELS.float()), r"labels must be whole numbers \(N,\), got float32 \(12,\)"),
+    "one-hot": (
+        (images(), torch.eye(12, 3, dtype=torch.int64)),
+        r"labels must be \(N,\), got int64 \(12, 3\)",
+    ),
+    "fewer labels": ((images(), LABELS[:11]), "12 images but 11 labels"),
+    "no images": ((images()[:0], LABELS[:0]), "data .train. has no images"),
+    "three parts": (((images(), LABELS), (images(), LABELS), (images(), LABELS)), "of 3 parts is ambiguous"),
+    "unknown part": ({"train": (images(), LABELS), "valid": 1}, "unknown key 'valid' in the dict"),
+    "no train": ({"test": (images(), LABELS)}, "no 'train' in the dict"),
+    "other test size": (
+        {"train": (images(), LABELS), "test": (images(3, 5, 5), LABELS)},
+        r"test images are \(3, 5, 5\), training images \(3, 4, 5\)",
+    ),
+    "loader": (DataLoader(TensorDataset(images(), LABELS)), "is a DataLoader; give its dataset"),
+    "iterable": (Endless(), "without a length"),
+    "a number": (3, "is a int, not data; give"),
+    "items": (TensorDataset(images()), "item 0 is a tuple, not a pair"),
+    "random transform": (
+        Pictures(transform=lambda image: torch.rand(3, 4, 5)),
+        "image 0 is another one each time it is read",
+    ),
+    "mode": (Pictures("RGBA"), "image 0 has mode RGBA; convert it to RGB or L"),
+    "items of two sizes": (
+        Sizes(),
+        r"image 1 is uint8 \(3, 4, 5\), image 0 uint8 \(3, 4, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_data_is_refused_in_one_line(case: str) -> None:
+    data, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        own_parts(data, "data")
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_and_logits() -> None:
+    own = own_parts((images(), LABELS), "data")
+    check_logit_count(own, 3)
+    with pytest.raises(
+        UserError, match="3 classes, labels 0 to 2, but the network has 2 logits: give its last layer 3"
+    ):
+        check_logit_count(own, 2)
+    with pytest.raises(UserError, match='"classes": 5'):
+        check_logit_count(own, 5)
+    check_logit_count(own_parts({"train": (images(), LABELS), "classes": 5}, "data"), 5)
