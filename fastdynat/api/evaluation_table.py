@@ -225,7 +225,9 @@ def _network(model: nn.Module | TrainedRun | str, info: DatasetInfo) -> tuple[nn
         raise UserError(f"model must be a torch.nn.Module, a run or a name, got a {type(model).__name__}")
     if looks_like_run(model):
         return load_network(model)[0], str(model)
-    return load_foreign(str(model), image_shape=info.image_shape).model, str(model)
+    return load_foreign(str(model), num_classes=info.num_classes, image_shape=info.image_shape).model, str(
+        model
+    )
 
 
 @contextmanager

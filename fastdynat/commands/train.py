@@ -17,6 +17,7 @@ from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.methods.options import check_options
 from fastdynat.recipes import read_recipe
 from fastdynat.runs import LAST, WriteError, find_checkpoint
+from fastdynat.user_code import short_name
 
 if TYPE_CHECKING:
     from fastdynat.training import Trainer
@@ -109,9 +110,10 @@ def _fit(trainer: "Trainer") -> int:
     from fastdynat.training import Diverged
 
     path, c = trainer.run.path, trainer.config
-    guide = f" with guide {c.model.guide}" if c.model.guide != "none" else ""
+    guide = f" with guide {short_name(c.model.guide)}" if c.model.guide != "none" else ""
     logger.info(
-        f"{method_label(c.method)}: {c.model.model}{guide} on {c.data.data}, {trainer.loader.num_images} images, {c.engine.device}"
+        f"{method_label(c.method)}: {short_name(c.model.model)}{guide} on {short_name(c.data.data)}, "
+        f"{trainer.loader.num_images} images, {c.engine.device}"
     )
     logger.info(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""

@@ -44,7 +44,7 @@ def test_the_module_holds_the_best_weights(run: tuple[nn.Module, fastdynat.Train
     assert [row["epoch"] for row in trained.metrics] == [1, 2, 3]
     assert trained.last is trained.metrics[-1]
     assert trained.best["val_pgd10_acc"] == max(row["val_pgd10_acc"] for row in trained.metrics)
-    assert trained.best["val_clean_acc"] > 0.5
+    assert trained.best["val_clean_acc"] > 0.2  # chance is 0.1
     loaded = trained.load("best", into=own_net(seed=1)).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in net.state_dict().items())
     assert not torch.equal(net[2].weight, own_net()[2].weight)

@@ -10,9 +10,11 @@ import inspect
 from functools import cache, partial
 
 from fastdynat import errors
+from fastdynat.errors import UserError
 from fastdynat.models import build, external, resnet, small, wide_resnet
 from fastdynat.models import layer_styles as style
 from fastdynat.models.build import our_network
+from fastdynat.user_code import is_own, short_name
 
 MODULES = (errors, style, external, resnet, small, wide_resnet, build)
 BUILD = '''
@@ -49,6 +51,11 @@ def architecture_source(
 
 def _backbone_call(architecture: str, num_classes: int, image_shape: tuple[int, int, int]) -> str:
     """The expression that makes the backbone; `build_model` chooses among the same three."""
+    if is_own(architecture):
+        raise UserError(
+            f"{short_name(architecture)} is a network of your own, whose source this cannot write: use --format torch or "
+            "onnx, or pass your file on with RUN/best/model.safetensors"
+        )
     if make := our_network(architecture):
         function, keywords = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
         values = {**keywords, "num_classes": num_classes, "in_channels": image_shape[0]}

@@ -1,0 +1,143 @@
+"""A network and data of the user on the command line: `--model my.py:make_net --data my.py:make_data`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.own import FILE
+
+import fastdynat
+from fastdynat import user_code
+from fastdynat.commands.main import main
+from fastdynat.errors import UserError
+
+QUICK = ["--method", "madry", "--steps", "1", "--eps", "0.02", "--batch-size", "64", "--quiet"]
+OWN = ["--model", "own.py:make_net", "--data", "own.py:make_data"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with the user's file in it and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(user_code, "_remembered", set())
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    Path("own.py").write_text(FILE)
+    return work
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_train_resume_eval_and_export(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", *QUICK, *OWN, "--epochs", "2"]
+    assert main([*command, "--run-dir", "whole"]) == 0
+    assert main([*command, "--run-dir", "run", "--stop-after", "1"]) == 0
+    assert "--model own.py" not in (folder / "run" / "config.yaml").read_text()
+
+    monkeypatch.chdir(folder.parent)  # the run names the file by its whole path
+    assert main(["train", "--resume", "work/run"]) == 0
+    weights = [load_file(f"work/{name}/last/model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert set(weights[0]) == {"2.weight", "2.bias", "4.weight", "4.bias"}  # nothing is put in front
+
+    assert main(["eval", "work/run", "--attacks", "clean", "--json", "found.json"]) == 0
+    record = json.loads(Path("found.json").read_text())["results"][0]
+    assert (record["architecture"], record["data"], record["images"]) == (
+        "own.py:make_net",
+        "own.py:make_data",
+        100,
+    )
+    network, sidecar = fastdynat.load_network("work/run")
+    assert sidecar.num_classes == 10
+    assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    assert main(["export", "work/run", "--format", "torch", "--out", "net.pt2"]) == 0
+    assert "source this cannot write" in refusal(["export", "work/run", "--out", "net.pt"], capsys)
+
+    monkeypatch.chdir(folder)
+    Path("own.py").write_text(FILE.replace("32", "16"))
+    again = ["train", "--resume", "run", "--epochs", "3"]
+    for changed in (again, [*again, *OWN], ["eval", "run"]):
+        assert "own.py" in (line := refusal(changed, capsys))
+        assert "the file has changed since the run began" in line
+    Path("own.py").unlink()
+    assert "bring the file back" in refusal(["eval", "run"], capsys)
+
+
+def test_a_run_from_elsewhere_does_not_execute_its_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *QUICK, *OWN, "--epochs", "1", "--run-dir", "run"]) == 0
+    monkeypatch.setattr(user_code, "_remembered", set())
+    shutil.rmtree(folder.parent / "cache" / "fastdynat" / "user_code")
+    for command in (["eval", "run"], ["train", "--resume", "run", "--epochs", "2"]):
+        assert "was never trained with on this account" in refusal(command, capsys)
+    # Who names the file has read it.
+    assert main(["train", "--resume", "run", "--epochs", "2", *OWN]) == 0
+    assert main(["eval", "run", "--attacks", "clean", "--cache", "off"]) == 0
+
+
+@pytest.mark.parametrize(("key", "file"), [("model", "config.yaml"), ("data", "config.yaml")])
+def test_code_without_a_digest_in_a_run_is_refused(
+    key: str, file: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            ["train", *QUICK, "--epochs", "1", "--run-dir", "run", "--train-size", "100", "--model", "small"]
+        )
+        == 0
+    )
+    path = folder / "run" / file
+    Path("evil.py").write_text("raise SystemExit('executed')")
+    lines = [f"{key}: {folder}/evil.py:x" if line.startswith(f"{key}:") else line for line in path.open()]
+    path.write_text("\n".join(line.rstrip("\n") for line in lines))
+    assert "names code without its digest" in refusal(["train", "--resume", "run"], capsys)
+    if key == "data":
+        assert "names code without its digest" in refusal(["eval", "run"], capsys)
+
+
+def test_a_sidecar_that_names_code_is_refused(folder: Path) -> None:
+    assert (
+        main(
+            ["train", *QUICK, "--epochs", "1", "--run-dir", "run", "--train-size", "100", "--model", "small"]
+        )
+        == 0
+    )
+    sidecar = folder / "run" / "best" / "model.json"
+    about = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({**about, "architecture": "os:getcwd"}))
+    with pytest.raises(UserError, match="names code without its digest"):
+        fastdynat.load_network(folder / "run" / "best" / "model.safetensors")
+
+
+REFUSED = {
+    "module": (["--model", "own:make_net"], "name its file: path/to/file.py:make_net"),
+    "no file": (["--model", "none.py:make_net"], "cannot read none.py (No such file or directory)"),
+    "no callable": (["--model", "own.py:make_nut"], "own.py has no 'make_nut'"),
+    "data as network": (["--model", "own.py:make_data"], "makes a dict, not a torch.nn.Module"),
+    "network as data": (["--data", "own.py:make_one"], "own.py:make_one is a Sequential, not data"),
+    "normalize": ([*OWN, "--normalize", "dataset"], "own.py:make_net takes images in [0, 1] as they are"),
+    "data folder": (
+        [*OWN, "--data-dir", "x"],
+        "--data-dir has no effect: --data own.py:make_data brings its images",
+    ),
+    "object": (["--data", "object:data"], "object:data stands for data that were given to fastdynat.train"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, message = REFUSED[case]
+    with Path("own.py").open("a") as file:
+        file.write("\n\ndef make_one():\n    return make_net(10)\n")
+    assert message in refusal(["train", *QUICK, *flags, "--run-dir", "run"], capsys)
+    assert not Path("run").exists()
