@@ -25,7 +25,8 @@ class DataConfig:
     """Images."""
 
     data: str = "digits"
-    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, or imagefolder."""
+    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, imagefolder, or path/to/file.py:callable, which
+    returns tensors or a torch Dataset."""
     data_dir: str = "data"
     """Where the dataset is, or is downloaded to; for imagefolder the folder that holds train/ and test/."""
     download: bool = True
@@ -70,7 +71,8 @@ class ModelConfig:
     model: str = "auto"
     """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn
     or -silu-gn for SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's
-    code), torchvision:NAME, timm:NAME; auto is small for digits, else resnet18."""
+    code), torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module; auto is small for
+    digits, else resnet18."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122
     (the released code's), or small beside small."""

@@ -23,7 +23,8 @@ FORMS = (
     "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and optionally "
     "test, val and classes"
 )
-PARTS, KEYS = ("train", "val", "test"), ("train", "val", "test", "classes")
+KEYS = ("train", "val", "test", "classes")
+NOT_DATA = (tuple, list, str, torch.nn.Module)  # although they have a length and items
 ROUNDING = 0.02  # of 1/255: what float images may be away from 8 bits before it is said
 
 
@@ -156,15 +157,13 @@ def _is_pair(data: object) -> bool:
 def _image_set(part: Any, name: str) -> ImageSet:
     if _is_pair(part):
         images, labels = (torch.as_tensor(side) for side in part)
-    elif (
-        hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, tuple | list | str)
-    ):
+    elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, NOT_DATA):
         images, labels = _read_dataset(part, name)
     elif hasattr(part, "dataset") and hasattr(part, "batch_size"):
         raise UserError(
             f"{name} is a DataLoader; give its dataset, which is loaded, shuffled and batched here"
         )
-    elif hasattr(part, "__iter__") and not isinstance(part, tuple | list | str):
+    elif hasattr(part, "__iter__") and not isinstance(part, NOT_DATA):
         raise UserError(
             f"{name} is a {type(part).__name__} without a length; give a Dataset with __len__ and __getitem__"
         )

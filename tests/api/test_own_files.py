@@ -98,8 +98,11 @@ def test_code_without_a_digest_in_a_run_is_refused(
     )
     path = folder / "run" / file
     Path("evil.py").write_text("raise SystemExit('executed')")
-    lines = [f"{key}: {folder}/evil.py:x" if line.startswith(f"{key}:") else line for line in path.open()]
-    path.write_text("\n".join(line.rstrip("\n") for line in lines))
+    lines = [
+        f"{key}: {folder}/evil.py:x" if line.startswith(f"{key}:") else line
+        for line in path.read_text().splitlines()
+    ]
+    path.write_text("\n".join(lines))
     assert "names code without its digest" in refusal(["train", "--resume", "run"], capsys)
     if key == "data":
         assert "names code without its digest" in refusal(["eval", "run"], capsys)
