@@ -33,7 +33,7 @@ def is_user_code(name: str) -> bool:
     return bool(colon and kind and rest) and kind.lower() not in PUBLISHED and not is_object(name)
 
 
-def is_own(name: str) -> bool:
+def is_user_supplied(name: str) -> bool:
     """Whether `name` means a network or data of the user: code, or an object given in Python."""
     return is_user_code(name) or is_object(name)
 

@@ -31,7 +31,7 @@ from fastdynat.models.own_networks import count_logits
 from fastdynat.ops import use_backend
 from fastdynat.runs import load_network, looks_like_run
 from fastdynat.terminal.consoles import PlainTable
-from fastdynat.terminal.evaluation_progress import Meter
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.units import describe
 
 
@@ -168,9 +168,9 @@ def evaluate(
         folder=None,
         source=None,
     )
-    quiet = Meter(Console(file=io.StringIO()))
-    with exact_float32(), use_backend(config.kernels), _prepared(network, device), quiet:
-        cells = Cells(target, network, config, device, known={}, meter=quiet, should_stop=lambda: False)
+    display = ProgressDisplay(Console(file=io.StringIO()), quiet=True)
+    with exact_float32(), use_backend(config.kernels), _prepared(network, device):
+        cells = Cells(target, network, config, device, known={}, display=display, should_stop=lambda: False)
         results = [cells.cell(column) for column in columns]
     record = make_record(target, results, [], None)
     worst = record["worst"]

@@ -1,7 +1,6 @@
 """`fastdynat.train`: train a network in Python; what it leaves is a run directory like that of the command line."""
 
 import json
-import logging
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +23,6 @@ from fastdynat.models.own_networks import count_logits, given_network
 from fastdynat.runs import BEST, LAST, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,14 +117,14 @@ def train(
         given = {"model": model_name, "data": data_name, **keys}
         if resume is not None:
             config = _resumed_config(Path(resume), given, method, run_dir)
-            begun = resumed_run(Path(resume), config, log.info)
+            begun = resumed_run(Path(resume), config)
         else:
             name = method or "dynat"
             values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
             config = update(default_config(name), values, "fastdynat.train")
             _check(config)
             check_effects(config, keys)
-            begun = new_run(config, log.info)
+            begun = new_run(config)
         with begun as trainer:
             outcome = _fit(trainer)
             path, config = trainer.run.path, trainer.config

@@ -7,7 +7,7 @@ from typing import Literal
 from fastdynat.config import CompileMode, EvalAmp, Kernels
 from fastdynat.config.rules import DATASETS, check_limits, check_radii
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,6 @@ def check_eval(config: EvalConfig) -> None:
     """
     check_limits(config)
     check_radii(config, config.norm)
-    if config.data not in ("auto", *DATASETS) and not is_own(config.data):
+    if config.data not in ("auto", *DATASETS) and not is_user_supplied(config.data):
         raise unknown_name("dataset", config.data, DATASETS)
     parse_shard(config.shard)

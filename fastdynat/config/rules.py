@@ -12,7 +12,7 @@ from typing import Any
 from fastdynat.config import AttackConfig, DataConfig, OptimConfig, TrainConfig, check_seed, limits
 from fastdynat.errors import UserError, shown, unknown_name
 from fastdynat.units import parse_size
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
@@ -139,7 +139,7 @@ def check_config(config: TrainConfig[Any]) -> None:
 
 def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
-    if data.data not in DATASETS and not is_own(data.data):
+    if data.data not in DATASETS and not is_user_supplied(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
 
 

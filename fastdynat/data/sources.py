@@ -23,7 +23,7 @@ from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.own_data import OwnData, own_data
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 KNOWN = DATASETS
 
@@ -38,7 +38,7 @@ def dataset_info(name: str) -> DatasetInfo | None:
 
     Raises: UserError for an unknown name.
     """
-    if is_own(name):
+    if is_user_supplied(name):
         return None
     if name not in KNOWN:
         raise unknown_name("dataset", name, KNOWN)
@@ -135,7 +135,7 @@ def open_train(
 
 def _own(name: str, image_size: int | None) -> OwnData | None:
     """The user's data called `name`; None where the name is one of `known_datasets`."""
-    if not is_own(name):
+    if not is_user_supplied(name):
         return None
     own = own_data(name)
     if image_size not in (None, *own.info.image_shape[1:]):

@@ -19,7 +19,7 @@ from fastdynat.models.own_networks import look, output_shape, own_network
 from fastdynat.models.resnet import PreActResNet18, ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.wide_resnet import WideResNet, check_size
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
@@ -87,7 +87,7 @@ def build_model(
     channels = image_shape[0]
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2, got {num_classes}")
-    if is_own(name):
+    if is_user_supplied(name):
         return own_network(name, num_classes=num_classes, image_shape=image_shape, mean=mean)
     normalize = Normalize(
         _per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat.models.build import build_model
 from fastdynat.tuning import Layer
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 
 def convolutions(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
@@ -16,7 +16,7 @@ def convolutions(name: str, *, num_classes: int, image_shape: tuple[int, int, in
 
     A network of the user is built with its weights: its code may not work on the meta device.
     """
-    if is_own(name):
+    if is_user_supplied(name):
         return _watched(name, num_classes, image_shape, "cpu")
     return _found(name, num_classes, image_shape)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdynat.errors import UserError
 from fastdynat.models.external import build_timm, build_torchvision
 from fastdynat.models.finite import check_finite
-from fastdynat.models.own_networks import Shape, check_logits, network_of
+from fastdynat.models.own_networks import Shape, check_network_output, network_of
 from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
 
@@ -80,7 +80,7 @@ def load_foreign(
         )
     model.eval()
     check_finite(model, name if weights is None else weights)
-    suspicion = "" if image_shape is None else check_logits(model, name, num_classes, image_shape)
+    suspicion = "" if image_shape is None else check_network_output(model, name, num_classes, image_shape)
     return ForeignModel(
         model=model,
         name=name,

@@ -90,7 +90,7 @@ def own_network(
     else:
         model = network_of(name, {"num_classes": num_classes, "image_shape": image_shape})[0]
     check_finite(model, short_name(name))
-    suspicion = check_logits(model, short_name(name), num_classes, image_shape)
+    suspicion = check_network_output(model, short_name(name), num_classes, image_shape)
     if suspicion:
         warnings.warn(f"{short_name(name)}: {suspicion}", stacklevel=2)
     return model
@@ -100,15 +100,15 @@ def count_logits(model: nn.Module, name: str, image_shape: Shape) -> int:
     """The number of logits of `model` for images of this shape.
 
     Raises:
-        UserError: see `check_logits`.
+        UserError: see `check_network_output`.
     """
-    check_logits(model, name, None, image_shape)
+    check_network_output(model, name, None, image_shape)
     out = look(model, torch.zeros(2, *image_shape))
     assert isinstance(out, Tensor)
     return out.shape[1]
 
 
-def check_logits(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
+def check_network_output(model: nn.Module, name: str, num_classes: int | None, image_shape: Shape) -> str:
     """Run two random images through `model` in eval mode; returns "" or why its outputs may be no logits.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
-from fastdynat.user_code import is_own, pin, short_name, unpinned
+from fastdynat.user_code import is_user_supplied, pin, short_name, unpinned
 
 
 def pin_own_code(config: TrainConfig[Any]) -> TrainConfig[Any]:
@@ -35,4 +35,4 @@ def refuse_changed_code(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> No
 
 def data_folder_name(data: str) -> str:
     """The part of a run directory's name that says what it was trained on."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", short_name(data)).strip("-") if is_own(data) else data
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", short_name(data)).strip("-") if is_user_supplied(data) else data

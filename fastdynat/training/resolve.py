@@ -22,7 +22,7 @@ from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedConfig, ResolvedData, filled_in
 from fastdynat.training.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.tuning import Workload
-from fastdynat.user_code import is_own
+from fastdynat.user_code import is_user_supplied
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[
         check_dali()
     batch_size = BATCH_SIZE.get(info.name, USUAL_BATCH_SIZE) if data.batch_size is None else data.batch_size
     augment = info.augment if data.augment == "auto" else data.augment
-    if data.augment == "auto" and is_own(data.data):
-        say("data of your own are not augmented unless --augment asks for it, for example crop-flip")
+    if data.augment == "auto" and is_user_supplied(data.data):
+        logger.info("data of your own are not augmented unless --augment asks for it, for example crop-flip")
     if data.pad_mode != "zeros" and "crop" not in augment:
         notes.append(f"pad_mode {data.pad_mode} has no effect: augmentation {augment} takes no crops")
     return filled_in(ResolvedData, data, batch_size=batch_size, augment=augment)

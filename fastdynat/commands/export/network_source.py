@@ -14,7 +14,7 @@ from fastdynat.errors import UserError
 from fastdynat.models import build, external, resnet, small, wide_resnet
 from fastdynat.models import layer_styles as style
 from fastdynat.models.build import our_network
-from fastdynat.user_code import is_own, short_name
+from fastdynat.user_code import is_user_supplied, short_name
 
 MODULES = (errors, style, external, resnet, small, wide_resnet, build)
 BUILD = '''
@@ -51,7 +51,7 @@ def architecture_source(
 
 def _backbone_call(architecture: str, num_classes: int, image_shape: tuple[int, int, int]) -> str:
     """The expression that makes the backbone; `build_model` chooses among the same three."""
-    if is_own(architecture):
+    if is_user_supplied(architecture):
         raise UserError(
             f"{short_name(architecture)} is a network of your own, whose source this cannot write: use --format torch or "
             "onnx, or pass your file on with RUN/best/model.safetensors"

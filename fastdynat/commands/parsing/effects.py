@@ -9,7 +9,7 @@ from typing import Any
 from fastdynat.config import GROUPS, TrainConfig
 from fastdynat.errors import UserError
 from fastdynat.methods.options import MethodOptions
-from fastdynat.user_code import is_own, short_name
+from fastdynat.user_code import is_user_supplied, short_name
 
 
 def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
     found = dict(config.options.idle()) if isinstance(config.options, MethodOptions) else {}
     if data.data == "digits":
         found |= dict.fromkeys(("data_dir", "download"), "--data digits is embedded")
-    if is_own(data.data):
+    if is_user_supplied(data.data):
         own = f"--data {short_name(data.data)} brings its images"
         found |= dict.fromkeys(("data_dir", "download", "image_size"), own)
     if data.data == "imagefolder":
