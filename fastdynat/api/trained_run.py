@@ -16,7 +16,6 @@ from fastdynat.config.rules import check_config
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
-from fastdynat.methods import method_name
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.methods.options import check_options
 from fastdynat.models.own_networks import count_logits, given_network
@@ -73,8 +72,8 @@ class TrainedRun:
 
 @process_state_kept()
 def train(
-    model: nn.Module | str = "auto",
-    data: Any = "digits",
+    model: nn.Module | str | None = None,
+    data: Any = None,
     method: str | None = None,
     *,
     run_dir: str | Path | None = None,
@@ -95,9 +94,10 @@ def train(
     Args:
         model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K), with its normalisation
             inside; or a name: resnet18, wrn-34-10, timm:NAME, torchvision:NAME, path/to/file.py:callable.
+            None is resnet18, or small for digits; of a resumed run its own.
         data: (images, labels), uint8 or float in [0, 1] (N, C, H, W) and whole numbers (N,); a torch Dataset of
             (image, label); (train, test) of these; a dict with train and optionally test, val and classes; or a
-            name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable. Validation images
+            name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable; None is digits, or of a resumed run its own. Validation images
             are held out of the training images where none are given. No augmentation unless `augment` says so.
         method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
         run_dir: folder of the run; None is a new one under runs/.
@@ -111,10 +111,11 @@ def train(
         fastdynat.training.Diverged: the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the run is saved, and `resume` goes on.
     """
-    if not isinstance(model, str | nn.Module):
+    if not isinstance(model, str | nn.Module | None):
         raise UserError(f"model must be a torch.nn.Module or a name, got a {type(model).__name__}")
     with _named_data(data, model) as data_name, _named_model(model) as model_name:
-        given = {"model": model_name, "data": data_name, **keys}
+        named = {"model": model_name, "data": data_name}
+        given = {**{key: name for key, name in named.items() if name is not None}, **keys}
         if resume is not None:
             config = _resumed_config(Path(resume), given, method, run_dir)
             begun = resumed_run(Path(resume), config)
@@ -136,7 +137,7 @@ def train(
             f"{path} has no checkpoint yet; go on with fastdynat.train(..., resume={str(path)!r})"
         )
     weights = best / "model.safetensors"
-    trained = load_network(weights)[0] if isinstance(model, str) else load_network(weights, into=model)[0]
+    trained = load_network(weights, into=model if isinstance(model, nn.Module) else None)[0]
     rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
     return TrainedRun(trained, path, rows, config, outcome.finished)
 
@@ -147,8 +148,8 @@ def _check(config: TrainConfig[Any]) -> None:
 
 
 @contextmanager
-def _named_model(model: nn.Module | str) -> Iterator[str]:
-    if isinstance(model, str):
+def _named_model(model: nn.Module | str | None) -> Iterator[str | None]:
+    if not isinstance(model, nn.Module):
         yield model
     else:
         with given_network(model) as name:
@@ -156,8 +157,8 @@ def _named_model(model: nn.Module | str) -> Iterator[str]:
 
 
 @contextmanager
-def _named_data(data: Any, model: nn.Module | str) -> Iterator[str]:
-    if isinstance(data, str):
+def _named_data(data: Any, model: nn.Module | str | None) -> Iterator[str | None]:
+    if data is None or isinstance(data, str):
         yield data
     else:
         own = own_parts(data, "data")
@@ -170,15 +171,11 @@ def _named_data(data: Any, model: nn.Module | str) -> Iterator[str]:
 def _resumed_config(
     path: Path, given: Mapping[str, Any], method: str | None, run_dir: str | Path | None
 ) -> TrainConfig[Any]:
-    stored = stored_config(path)
-    if method is not None and method_name(method) != stored.method:
-        raise UserError(f"{path} trains by {stored.method}, not by {method}; start a new run for that")
+    stored = stored_config(path, method)
     if run_dir is not None or "overwrite" in given:
         raise UserError("resume names the run directory; leave run_dir and overwrite out")
     stored = replace(stored, run=replace(stored.run, stop_after=None, run_dir=str(path), overwrite=False))
-    # A name that was left out is the run's own.
-    values = {k: v for k, v in given.items() if not (k in ("model", "data") and v in ("auto", "digits"))}
-    config = update(stored, values, "fastdynat.train")
+    config = update(stored, given, "fastdynat.train")
     _check(config)
     return config
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
-from fastdynat.user_code import is_user_supplied, pin, short_name, unpinned
+from fastdynat.user_code import is_user_supplied, pin, short_name, unpinned, without_place
 
 
 def pin_own_code(config: TrainConfig[Any]) -> TrainConfig[Any]:
@@ -26,7 +26,7 @@ def refuse_changed_code(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> No
         (stored.model.model, asked.model.model),
         (stored.model.guide, asked.model.guide),
     ):
-        if before != now and unpinned(before) == unpinned(now):
+        if without_place(before) != without_place(now) and unpinned(before) == unpinned(now):
             raise UserError(
                 f"{unpinned(now)}: the file has changed since the run began with it; bring its old content back, or "
                 "start a new run"

@@ -30,6 +30,7 @@ from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.training_state import read_training_state
 from fastdynat.training.weight_files import load_weights
+from fastdynat.user_code import without_place
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[
     """A trainer in the state of the newest checkpoint of `run`, whose files stay as they are."""
     last = newest_checkpoint(run.path)
     state = {} if last is None else _checked_state(last)
-    if asked.data.data != stored.data.data:  # before the other data is looked for
+    if without_place(asked.data.data) != without_place(
+        stored.data.data
+    ):  # before the other data is looked for
         raise changed_key("data", stored.data.data, asked.data.data)
     check_trained(run.path, stored, asked, state)
     split = open_split(asked)

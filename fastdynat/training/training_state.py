@@ -86,12 +86,12 @@ class _State:
 def fixed_settings(config: TrainConfig[Any]) -> dict[str, Any]:
     """The options of a resolved configuration that a run keeps for life.
 
-    A method of a user's file may move with its file. For an image folder the loader is fixed too, because
+    A file of the user's may move. For an image folder the loader is fixed too, because
     decoders differ; other data look the same to all loaders.
     """
     free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
     kept = {key: value for key, value in to_flat(config).items() if key not in free}
-    return kept | {"method": without_place(config.method)}
+    return kept | {key: without_place(str(kept[key])) for key in ("method", "data", "model", "guide")}
 
 
 def write_training_state(path: Path, state: dict[str, Any]) -> None:

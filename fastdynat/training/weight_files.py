@@ -15,6 +15,7 @@ from fastdynat.runs import Sidecar, load_into, load_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.training_state import snapshot
+from fastdynat.user_code import short_name, without_place
 
 
 def _files(networks: NetworkSet, config: ResolvedConfig[Any]) -> Iterator[tuple[str, nn.Module, str]]:
@@ -106,9 +107,10 @@ def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]
     for name, network, architecture in _files(networks, config):
         file = folder / f"{name}.safetensors"
         state, sidecar = load_state(file)
-        method = method_label(config.method)
-        if (sidecar.architecture, sidecar.method) != (architecture, method):
-            found = f"{sidecar.architecture} of {sidecar.method}"
-            raise UserError(f"{file} is a {found}, this run's is a {architecture} of {method}")
-        load_into(network, state, file, architecture)
+        kept, own = without_place(sidecar.architecture), without_place(architecture)
+        if (kept, sidecar.method) != (own, method_label(config.method)):
+            found = f"{short_name(sidecar.architecture)} of {sidecar.method}"
+            wanted = f"{short_name(architecture)} of {method_label(config.method)}"
+            raise UserError(f"{file} is a {found}, this run's is a {wanted}")
+        load_into(network, state, file, short_name(architecture))
         check_finite(network, file)

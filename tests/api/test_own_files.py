@@ -63,7 +63,14 @@ def test_train_resume_eval_and_export(
     assert main(["export", "work/run", "--format", "torch", "--out", "net.pt2"]) == 0
     assert "source this cannot write" in refusal(["export", "work/run", "--out", "net.pt"], capsys)
 
+    moved = folder.parent / "moved.py"
+    shutil.copy(folder / "own.py", moved)
+    again = ["train", "--resume", "work/run", "--epochs", "3", "--model", "moved.py:make_net"]
+    assert main([*again, "--data", "moved.py:make_data"]) == 0
+
     monkeypatch.chdir(folder)
+    shutil.rmtree("run")
+    shutil.move("whole", "run")
     Path("own.py").write_text(FILE.replace("32", "16"))
     again = ["train", "--resume", "run", "--epochs", "3"]
     for changed in (again, [*again, *OWN], ["eval", "run"]):
