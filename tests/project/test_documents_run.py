@@ -3,7 +3,6 @@
 What a block above is marked with says what is not run, and why (`support.documents`).
 """
 
-import importlib
 import os
 import re
 import shlex
@@ -23,7 +22,6 @@ from support.documents import PAGES, ROOT, Block, blocks, name_of
 from support.networks import tiny_cnn
 
 from fastdynat.commands.main import main
-from fastdynat.methods import METHODS
 
 EXTEND = ROOT / "docs" / "extend.md"
 IMAGES = "--val-size 4 --batch-size 4"
@@ -167,13 +165,10 @@ def test_the_page_runs_with_its_slow_blocks(page: Path, folder: Path) -> None:
 def test_the_example_method_without_its_own_term_is_madrys(folder: Path) -> None:
     (block,) = [block for block in blocks(EXTEND) if block.title == "squeeze.py"]
     Path("squeeze.py").write_text(block.text)
-    importlib.import_module("squeeze")
-    try:
-        for method, flags in (("squeeze", "--squeeze-weight 0"), ("madry", "")):
-            words = ["train", "--method", method, "--run-dir", f"runs/{method}", "--epochs", "2"]
-            assert main(small(words, flags)) == 0
-    finally:
-        del METHODS["squeeze"]
+    for method, flags in (("squeeze.py:Squeeze", "--squeeze-weight 0"), ("madry", "")):
+        name = method.partition(".")[0]
+        words = ["train", "--method", method, "--run-dir", f"runs/{name}", "--epochs", "2"]
+        assert main(small(words, flags)) == 0
     left, right = (load_file(f"runs/{name}/last/model.safetensors") for name in ("squeeze", "madry"))
     learned = [key for key in left if key.endswith(("weight", "bias"))]
     assert learned
