@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from support.documents import PAGES, ROOT, Block, blocks, name_of
 from support.networks import tiny_cnn
 
 from fastdynat.commands.main import main
+from fastdynat.methods import METHODS
 
 EXTEND = ROOT / "docs" / "extend.md"
 IMAGES = "--val-size 4 --batch-size 4"
@@ -139,13 +141,14 @@ SLOW = [page for page in RUNNABLE if any(b.slow for b in blocks(page))]
 
 
 @pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of `home` for one page, and the current folder."""
     copy = tmp_path / "home"
     shutil.copytree(home, copy, symlinks=True)
     monkeypatch.chdir(copy)
     monkeypatch.syspath_prepend(str(copy))
-    return copy
+    yield copy
+    METHODS.pop("squeeze", None)  # registered by the page's file; another copy of it would be another method
 
 
 @pytest.mark.filterwarnings("ignore")  # of a network that has seen 60 images much is to be warned of
