@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from support.documents import PAGES, ROOT, Block, blocks, name_of
 from support.networks import tiny_cnn
 
+from fastdynat.attacks import registry
 from fastdynat.commands.main import main
 from fastdynat.methods import METHODS
 
@@ -148,7 +149,10 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.chdir(copy)
     monkeypatch.syspath_prepend(str(copy))
     yield copy
-    METHODS.pop("squeeze", None)  # registered by the page's file; another copy of it would be another method
+    # What the page's files have registered; another copy of them would be another method or attack.
+    METHODS.pop("squeeze", None)
+    for pattern in [p for p, e in registry._registered.items() if e.module.startswith("user_file")]:
+        del registry._registered[pattern], registry._constructors[pattern]
 
 
 @pytest.mark.filterwarnings("ignore")  # of a network that has seen 60 images much is to be warned of
