@@ -32,7 +32,7 @@ from fastdynat.ops import use_backend
 from fastdynat.runs import load_network, looks_like_run
 from fastdynat.terminal.consoles import PlainTable
 from fastdynat.terminal.progress import ProgressDisplay
-from fastdynat.units import describe
+from fastdynat.units import describe_size
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Evaluation(Mapping[str, float]):
         return len(self.measurements)
 
     def __str__(self) -> str:
-        title = f"accuracy on {self.images} images, {self.norm} eps {describe(self.eps)}"
+        title = f"accuracy on {self.images} images, {self.norm} eps {describe_size(self.eps)}"
         table = PlainTable(title=title, title_justify="left")
         table.add_column("attack")
         for column in ("accuracy in %", "95 % interval", "seconds"):
