@@ -13,14 +13,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fastdynat.config import read_yaml
+from fastdynat.config import read_config_file
 from fastdynat.methods import method_class
 from fastdynat.runs import CONFIG, source_commit
 
 
 def describe(run: Path, wall: float) -> dict[str, Any]:
     """The times of a run directory, as plain values."""
-    config = read_yaml(run / CONFIG)
+    config = read_config_file(run / CONFIG)
     score, target = method_class(config["method"]).select_by, config["stop_at"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     elapsed = list(accumulate(row["train_seconds"] for row in rows))

@@ -19,7 +19,7 @@ from fastdynat.commands.evaluate.measurement_store import as_measurement
 from fastdynat.commands.evaluate.record import make_record
 from fastdynat.commands.evaluate.settle import check_config
 from fastdynat.commands.evaluate.targets import Radius, Target
-from fastdynat.config.evaluation import EvalConfig
+from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.data.own_data import own_parts
 from fastdynat.errors import UserError

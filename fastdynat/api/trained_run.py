@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from fastdynat.commands.parsing.effects import check_effects
-from fastdynat.config import TrainConfig, update
-from fastdynat.config.rules import check_config
+from fastdynat.config import TrainConfig, override
+from fastdynat.config.train_checks import check_train_config
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
@@ -122,7 +122,7 @@ def train(
         else:
             name = method or "dynat"
             values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
-            config = update(default_config(name), values, "fastdynat.train")
+            config = override(default_config(name), values, "fastdynat.train")
             _check(config)
             check_effects(config, keys)
             begun = new_run(config)
@@ -143,7 +143,7 @@ def train(
 
 
 def _check(config: TrainConfig[Any]) -> None:
-    check_config(config)
+    check_train_config(config)
     check_options(config.options)
 
 
@@ -175,7 +175,7 @@ def _resumed_config(
     if run_dir is not None or "overwrite" in given:
         raise UserError("resume names the run directory; leave run_dir and overwrite out")
     stored = replace(stored, run=replace(stored.run, stop_after=None, run_dir=str(path), overwrite=False))
-    config = update(stored, given, "fastdynat.train")
+    config = override(stored, given, "fastdynat.train")
     _check(config)
     return config
 

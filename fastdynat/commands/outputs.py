@@ -12,7 +12,7 @@ from fastdynat.commands.message_flags import MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import parse
 from fastdynat.commands.report import ReportConfig
 from fastdynat.commands.report.report_config import check_report
-from fastdynat.config.rules import check_limits
+from fastdynat.config.value_ranges import check_values
 from fastdynat.errors import UserError
 from fastdynat.runs import check_results, require_run
 
@@ -58,7 +58,7 @@ class BoundaryCommand:
 def export(argv: list[str]) -> int:
     """Export a run."""
     command = parse(ExportCommand, argv, "export").command
-    check_limits(command.export)
+    check_values(command.export)
     require_run(command.run)
 
     from fastdynat.terminal.consoles import error_console

@@ -21,7 +21,8 @@ from fastdynat.config import (
     RunConfig,
     TrainConfig,
 )
-from fastdynat.config.rules import check_config, check_limits
+from fastdynat.config.train_checks import check_train_config
+from fastdynat.config.value_ranges import check_values
 from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.methods.options import check_options
@@ -87,7 +88,7 @@ def bench(argv: list[str]) -> int:
         if f.name not in ("bench", "messages")
     }
     config: TrainConfig[Any] = TrainConfig(**groups)
-    check_config(config)
+    check_train_config(config)
     check_options(config.options)
     check_bench(command.bench)
 
@@ -115,12 +116,12 @@ def compare(argv: list[str]) -> int:
     asked = replace(
         shared, run=RunConfig(**vars(command.run)), **{name: getattr(command, name) for name in groups}
     )
-    check_config(asked)
-    check_limits(command.compare)
+    check_train_config(asked)
+    check_values(command.compare)
     parse_seeds(command.compare.seeds, asked.engine.seed)
     for method, config in method_configs(asked, command.compare).items():
         try:
-            check_config(config)
+            check_train_config(config)
             check_options(config.options)
         except UserError as error:
             raise UserError(f"{method}: {error}") from None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from fastdynat.commands.message_flags import LevelFlag, printed_messages
 from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.commands.parsing.parse import OtherMethodsFlags, Parsed, early_flags, of_options, parse
-from fastdynat.config import TrainConfig, read_yaml, update
-from fastdynat.config.rules import check_config
+from fastdynat.config import TrainConfig, override, read_config_file
+from fastdynat.config.train_checks import check_train_config
 from fastdynat.errors import UserError
 from fastdynat.methods import method_label, method_name, options_type
 from fastdynat.methods.configs import default_config, stored_config
@@ -74,7 +74,7 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
     run = parsed.command.train.run
     if resume is not None and (run.run_dir != resume or run.overwrite):
         raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
-    check_config(parsed.command.train)
+    check_train_config(parsed.command.train)
     check_options(parsed.command.train.options)
     if resume is None:
         check_effects(parsed.command.train, parsed.given)
@@ -91,7 +91,7 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
         stored = stored_config(Path(resume), method)
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=resume, overwrite=False))
     recipe = {} if recipe_name is None else read_recipe(recipe_name)[0]
-    values = {} if file is None else read_yaml(Path(file))
+    values = {} if file is None else read_config_file(Path(file))
     name = method or values.get("method") or recipe.get("method") or "dynat"
     if not isinstance(name, str):
         raise UserError(f"{file}: method must be a name, got {name!r}")
@@ -99,8 +99,8 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
         raise UserError(
             f"recipe {recipe_name} is for method {recipe['method']}, not {name}; leave one of them out"
         )
-    config = update(default_config(name), recipe, f"recipe {recipe_name}")
-    return update(config, {**values, "method": name}, file or "defaults")
+    config = override(default_config(name), recipe, f"recipe {recipe_name}")
+    return override(config, {**values, "method": name}, file or "defaults")
 
 
 def _fit(trainer: "Trainer") -> int:

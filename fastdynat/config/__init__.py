@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, flat."""
 
-from fastdynat.config.flat import read_yaml, to_flat, to_yaml, update
-from fastdynat.config.groups import (
+from fastdynat.config.flat_keys import override, read_config_file, to_flat, to_yaml
+from fastdynat.config.train_config import (
     GROUPS,
     AttackConfig,
     AutoAmp,
@@ -18,8 +18,8 @@ from fastdynat.config.groups import (
     RunConfig,
     Switch,
     TrainConfig,
-    check_seed,
 )
+from fastdynat.config.value_ranges import check_seed
 
 __all__ = [
     "GROUPS",
@@ -39,8 +39,8 @@ __all__ = [
     "Switch",
     "TrainConfig",
     "check_seed",
-    "read_yaml",
+    "override",
+    "read_config_file",
     "to_flat",
     "to_yaml",
-    "update",
 ]

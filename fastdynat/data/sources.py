@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdynat.config.rules import DATASETS
+from fastdynat.config.train_checks import DATASETS
 from fastdynat.data import digits, torchvision_sets
 from fastdynat.data.image_sets import (
     UNLABELLED,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastdynat.config import TrainConfig, read_yaml, to_flat, update
+from fastdynat.config import TrainConfig, override, read_config_file, to_flat
 from fastdynat.errors import UserError
 from fastdynat.methods import method_name, options_type
 from fastdynat.runs import CONFIG, require_run
@@ -36,7 +36,7 @@ def stored_config(path: Path, method: str | None = None) -> TrainConfig[Any]:
     """
     require_run(path)
     origin = str(path / CONFIG)
-    values = read_yaml(path / CONFIG)
+    values = read_config_file(path / CONFIG)
     if not isinstance(values.get("method"), str):
         raise UserError(f"{origin} names no method: it is truncated or was edited")
     name = check_stored(values["method"], origin)
@@ -48,7 +48,7 @@ def stored_config(path: Path, method: str | None = None) -> TrainConfig[Any]:
             )
         values["method"] = name = asked
     config = default_config(name)
-    config = update(
+    config = override(
         config, {key: old for key, old in BEFORE.items() if key in to_flat(config)} | values, origin
     )
     for name in (config.data.data, config.model.model, config.model.guide):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastdynat.config import DataConfig, ModelConfig, TrainConfig
-from fastdynat.config.rules import check_config
+from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class, method_name
@@ -44,7 +44,7 @@ def resolve(
     Raises:
         UserError: a value that cannot work, by name and remedy.
     """
-    check_config(config)
+    check_train_config(config)
     method = method_class(config.method)(config.options)
     notes: list[str] = []
     data, model = _data(config.data, info, method, notes), _model(config.model, info, method)

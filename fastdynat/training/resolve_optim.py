@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastdynat.config import OptimConfig, TrainConfig
-from fastdynat.config.rules import WARMUP
+from fastdynat.config.train_checks import WARMUP
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.training.resolved_config import ResolvedOptim, filled_in

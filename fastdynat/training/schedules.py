@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 
-from fastdynat.config.rules import WARMUP
+from fastdynat.config.train_checks import WARMUP
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedOptim
 
 # DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100. The boundaries

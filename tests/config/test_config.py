@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdynat.commands.main import main
-from fastdynat.config import GROUPS, read_yaml, to_flat, to_yaml, update
+from fastdynat.config import GROUPS, override, read_config_file, to_flat, to_yaml
 from fastdynat.methods import METHODS
 from fastdynat.methods.configs import default_config, stored_config
 
@@ -43,7 +43,7 @@ def test_every_flag_has_one_name_and_a_help_text(method: str, capsys: pytest.Cap
 def test_yaml_round_trip(method: str, tmp_path: Path) -> None:
     config = default_config(method)
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    assert update(default_config(method), read_yaml(tmp_path / "c.yaml"), "x") == config
+    assert override(default_config(method), read_config_file(tmp_path / "c.yaml"), "x") == config
 
 
 def test_flags_win_over_the_file_and_both_are_resolved_and_stored(

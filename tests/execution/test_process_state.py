@@ -121,7 +121,7 @@ def test_a_command_in_the_callers_process(
 
 
 def tiny_config(path: Path) -> TrainConfig[Any]:
-    from fastdynat.config import update
+    from fastdynat.config import override
 
     values = {
         "train_size": 40,
@@ -132,7 +132,7 @@ def tiny_config(path: Path) -> TrainConfig[Any]:
         "run_dir": str(path),
         "quiet": True,
     }
-    return update(default_config("madry"), {"method": "madry", "deterministic": True, **values}, "test")
+    return override(default_config("madry"), {"method": "madry", "deterministic": True, **values}, "test")
 
 
 def test_the_engine_as_a_library(before: dict[str, Any], tmp_path: Path) -> None:

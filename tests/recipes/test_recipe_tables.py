@@ -16,7 +16,7 @@ import torch
 from support.releases import RELEASES, Release
 from torch import Tensor, nn
 
-from fastdynat.config import TrainConfig, to_yaml, update
+from fastdynat.config import TrainConfig, override, to_yaml
 from fastdynat.data import Batch, DatasetInfo, TrainLoader, TrainSplit, dataset_info
 from fastdynat.data.image_sets import ImageSource
 from fastdynat.data.split import stratified_split
@@ -92,7 +92,7 @@ def teacher(config: TrainConfig[Any], info: DatasetInfo, folder: Path) -> str:
 
 def build(name: str, folder: Path) -> Built:
     values, _ = read_recipe(name)
-    config = update(default_config(values["method"]), values, name)
+    config = override(default_config(values["method"]), values, name)
     known = dataset_info(config.data.data)
     info = FOLDER if known is None else replace(known, image_shape=(3, SIDE, SIDE))
     method = method_class(config.method)

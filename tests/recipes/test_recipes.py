@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fastdynat.commands.main import main
-from fastdynat.config import to_flat, update
+from fastdynat.config import override, to_flat
 from fastdynat.data import DatasetInfo, dataset_info
 from fastdynat.errors import UserError
 from fastdynat.methods import METHODS, method_class
@@ -37,7 +37,7 @@ TINY = [
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_key_is_a_flag_and_the_whole_can_start(name: str) -> None:
     values, about = read_recipe(name)
-    config = update(default_config(values["method"]), values, name)
+    config = override(default_config(values["method"]), values, name)
     method = method_class(config.method)
     if method.uses_guide and "guide" not in method.trains:
         with pytest.raises(UserError, match="--guide-from RUN"):
@@ -70,7 +70,7 @@ def test_milestones_fall_between_the_published_epochs() -> None:
     }
     for name, drops in published.items():
         values, _ = read_recipe(name)
-        config = update(default_config(values["method"]), values, name).optim
+        config = override(default_config(values["method"]), values, name).optim
         factor = schedule_factor(config, 10)
         assert config.epochs is not None
         found = tuple(e for e in range(1, 10 * config.epochs) if factor(e) < factor(e - 1))
@@ -87,7 +87,7 @@ def test_larger_batches_follow_the_linear_rule(images: int) -> None:
     assert differing == {"batch_size", "lr"} | ({"schedule", "warmup"} if images == 512 else set())
 
     def rates(values: dict[str, object], steps: int) -> list[float]:
-        config = update(default_config("dynat"), values, "recipe").optim
+        config = override(default_config("dynat"), values, "recipe").optim
         assert config.lr is not None
         assert config.epochs is not None
         factor = schedule_factor(config, steps)
@@ -161,4 +161,4 @@ def test_recipe_methods_exist() -> None:
 @pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off")])
 def test_yaml_reads_on_and_off_as_words(word: str, value: str) -> None:
     values = yaml.safe_load(f"fold: {word}")
-    assert update(default_config("madry"), values, "a file").engine.fold == value
+    assert override(default_config("madry"), values, "a file").engine.fold == value

@@ -21,8 +21,8 @@ from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.commands.evaluate.settle import settled
 from fastdynat.commands.parsing.aliases import BARE
 from fastdynat.compat.torchattacks import PGD
-from fastdynat.config import EngineConfig, TrainConfig, update
-from fastdynat.config.evaluation import EvalConfig
+from fastdynat.config import EngineConfig, TrainConfig, override
+from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import dataset_info
 from fastdynat.machine import OtherLoad, capability, free_cores
 from fastdynat.machine.capability import processor
@@ -258,7 +258,7 @@ def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Mach
 def test_configurations_of_earlier_still_open() -> None:
     for amp in ("off", "bf16", "fp16"):
         for mode in ("off", "default", "max-autotune"):
-            found = update(config(), {"amp": amp, "compile": mode, "winograd": "auto"}, "config.yaml").engine
+            found = override(config(), {"amp": amp, "compile": mode, "winograd": "auto"}, "config.yaml").engine
             assert (found.amp, found.compile) == (amp, mode)
 
 

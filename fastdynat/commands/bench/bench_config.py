@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastdynat.commands.figures import PICTURES, check_picture
-from fastdynat.config.rules import check_limits
+from fastdynat.config.value_ranges import check_values
 from fastdynat.errors import UserError
 from fastdynat.runs import check_results
 
@@ -45,7 +45,7 @@ class BenchConfig:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
-    check_limits(config)
+    check_values(config)
     if config.auto:
         for name in ("peers", "switches", "epoch", "chart", "profile", "baseline"):
             if getattr(config, name):

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from fastdynat.commands.figures import check_picture
-from fastdynat.config import TrainConfig, check_seed, read_yaml, to_flat, update
-from fastdynat.config.rules import check_limits
+from fastdynat.config import TrainConfig, check_seed, override, read_config_file, to_flat
+from fastdynat.config.value_ranges import check_values
 from fastdynat.documents import parse_yaml
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.methods import METHODS, method_class, method_label, method_name, options_type
@@ -68,19 +68,19 @@ def shared_config(path: Path | None) -> TrainConfig[NoOptions]:
     Raises:
         UserError: the file cannot be read, or has a key that is not shared.
     """
-    values = {} if path is None else read_yaml(path)
+    values = {} if path is None else read_config_file(path)
     for key in values:
         if key in OWN:
             raise UserError(f"{path}: a comparison has no {key}: {OWN[key]}")
         owner = next((name for name in METHODS if key in (f.name for f in fields(options_type(name)))), None)
         if owner is not None:
             raise UserError(f"{path}: {key} is an option of {owner}: use --set {owner}.{key}={values[key]}")
-    return update(TrainConfig(method="", options=NoOptions()), values, str(path))
+    return override(TrainConfig(method="", options=NoOptions()), values, str(path))
 
 
 def check_compare(config: CompareConfig) -> None:
     """Raise UserError for a value that cannot work; nothing is written."""
-    check_limits(config)
+    check_values(config)
     from fastdynat.commands.evaluate.columns import parse_columns  # needs torch, which the flags do not
 
     columns = parse_columns(config.attacks, eps=0.1, step_size=0.1, norm="linf", amp="off")
@@ -164,7 +164,7 @@ def method_configs(shared: TrainConfig[NoOptions], config: CompareConfig) -> dic
             plain = replace(
                 plain, model=replace(shared.model, guide="auto")
             )  # --guide is for the methods that have one
-        configs[label] = update(plain, own[label], f"--set {label}")
+        configs[label] = override(plain, own[label], f"--set {label}")
     check_same(configs, SAME)
     if config.budget_seconds is not None and any(c.optim.epochs is not None for c in configs.values()):
         raise UserError("--budget-seconds decides the number of epochs; leave --epochs out")

@@ -8,7 +8,7 @@ import tyro
 from fastdynat.commands.evaluate.attack_names import check_attack_names, known_names
 from fastdynat.commands.message_flags import MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import parse
-from fastdynat.config.evaluation import EvalConfig, check_eval
+from fastdynat.config.eval_config import EvalConfig, check_eval_config
 from fastdynat.errors import UserError
 
 
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
         return 0
     if not command.models:
         raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
-    check_eval(command.eval)
+    check_eval_config(command.eval)
     check_attack_names(command.eval.attacks, command.eval.norm)
 
     messages = command.messages

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from fastdynat.commands.evaluate.columns import check_user_attacks, needs_float32
-from fastdynat.config.evaluation import EvalConfig, Shard, check_eval, parse_shard
+from fastdynat.config.eval_config import EvalConfig, Shard, check_eval_config, parse_shard
 from fastdynat.tuning.devices import check_compile, check_kernels, pick_amp, pick_device
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def check_config(config: EvalConfig) -> torch.device:
     Raises:
         UserError: a value that cannot work.
     """
-    check_eval(config)
+    check_eval_config(config)
     device = pick_device(config.device)
     check_compile(config.compile, device)
     check_kernels(config.kernels, device)

@@ -14,7 +14,7 @@ from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.commands.evaluate.columns import Column, check_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import FOLDER
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
-from fastdynat.config import DataConfig, read_yaml
+from fastdynat.config import DataConfig, read_config_file
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation.masking import radius_of_grey
@@ -145,7 +145,7 @@ class Planner:
 
     def _run(self, path: Path) -> list[Target]:
         config = self.config
-        stored = read_yaml(path / CONFIG)
+        stored = read_config_file(path / CONFIG)
         if not isinstance(stored.get("data"), str) or not isinstance(stored.get("data_dir"), str):
             raise UserError(f"{path / CONFIG} names no data and data_dir: it was damaged or edited")
         data = check_stored(stored["data"], str(path / CONFIG)) if config.data == "auto" else config.data

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 
-from fastdynat.config.rules import check_limits
+from fastdynat.config.value_ranges import check_values
 from fastdynat.errors import UserError
 
 
@@ -31,7 +31,7 @@ class ReportConfig:
 
 def check_report(config: ReportConfig) -> None:
     """Raise UserError where no report can be written, before any work is done."""
-    check_limits(config)
+    check_values(config)
     if config.checkpoint not in ("best", "last"):
         raise UserError(f"--checkpoint must be best or last, got {config.checkpoint!r}")
     for name in ("matplotlib", "jinja2"):

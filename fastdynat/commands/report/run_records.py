@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdynat.commands.evaluate.measurement_store import read_measurements
-from fastdynat.config import read_yaml
+from fastdynat.config import read_config_file
 from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
 from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
@@ -98,7 +98,7 @@ def _read(path: Path, name: str) -> Record:
     return Record(
         name,
         path,
-        read_yaml(path / CONFIG),
+        read_config_file(path / CONFIG),
         read_rows(metrics) if metrics.exists() else [],
         checkpoints,
         stale,

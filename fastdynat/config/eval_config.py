@@ -1,11 +1,12 @@
-"""What `fastdynat eval` is asked. It lies outside of `fastdynat.evaluation`, which needs torch."""
+"""The flags of `fastdynat eval`, which need no torch; and shards of an evaluation."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from fastdynat.config import CompileMode, EvalAmp, Kernels
-from fastdynat.config.rules import DATASETS, check_limits, check_radii
+from fastdynat.config.train_checks import DATASETS
+from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.user_code import is_user_supplied
 
@@ -98,11 +99,9 @@ def parse_shard(text: str | None) -> Shard | None:
     return Shard(int(match[1]), int(match[2]))
 
 
-def check_eval(config: EvalConfig) -> None:
-    """Raise UserError for what cannot work in `config`, whatever the networks, the data and the machine
-    are.
-    """
-    check_limits(config)
+def check_eval_config(config: EvalConfig) -> None:
+    """Raise UserError for a value that cannot work with any network, data or machine."""
+    check_values(config)
     check_radii(config, config.norm)
     if config.data not in ("auto", *DATASETS) and not is_user_supplied(config.data):
         raise unknown_name("dataset", config.data, DATASETS)

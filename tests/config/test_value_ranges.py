@@ -11,9 +11,7 @@ from fastdynat.commands.compare import CompareConfig
 from fastdynat.commands.evaluate.settle import EvalConfig
 from fastdynat.commands.report import ReportConfig
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
-from fastdynat.config.limits import MOST, check_limits
-from fastdynat.config.rules import LIMITS
-from fastdynat.config.rules import check_limits as check_all_limits
+from fastdynat.config.value_ranges import LARGEST, RANGES, check_largest, check_values
 from fastdynat.errors import UserError
 
 CONFIGS = [
@@ -47,20 +45,20 @@ def numbers(config: type) -> list[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_every_number_has_a_largest_value(config: type) -> None:
-    missing = [name for name in numbers(config) if name not in MOST and name not in BOUNDED]
-    assert not missing, f"add to fastdynat.config.limits.MOST: {missing}"
-    for name in set(numbers(config)) & MOST.keys():
-        check_limits(dataclasses.replace(config(), **{name: MOST[name]}))
-        for beyond in (2 * MOST[name], 10**400, float("inf")):
+    missing = [name for name in numbers(config) if name not in LARGEST and name not in BOUNDED]
+    assert not missing, f"add to fastdynat.config.value_ranges.LARGEST: {missing}"
+    for name in set(numbers(config)) & LARGEST.keys():
+        check_largest(dataclasses.replace(config(), **{name: LARGEST[name]}))
+        for beyond in (2 * LARGEST[name], 10**400, float("inf")):
             with pytest.raises(UserError, match=f"^{name} must be at most "):
-                check_limits(dataclasses.replace(config(), **{name: beyond}))
+                check_largest(dataclasses.replace(config(), **{name: beyond}))
 
 
 def test_every_upper_bound_has_one_owner() -> None:
-    """What ends in `limits.MOST` has no other end in `checks.LIMITS`, and what has none there ends in
-    `limits.MOST`.
+    """What ends in `limits.LARGEST` has no other end in `checks.RANGES`, and what has none there ends in
+    `limits.LARGEST`.
     """
-    assert {key for key, limit in LIMITS.items() if limit.most == math.inf} == LIMITS.keys() & MOST.keys()
+    assert {key for key, limit in RANGES.items() if limit.most == math.inf} == RANGES.keys() & LARGEST.keys()
 
 
 @pytest.mark.parametrize(
@@ -78,4 +76,4 @@ def test_every_upper_bound_has_one_owner() -> None:
 )
 def test_the_ends_of_the_optimisers_numbers(key: str, value: float, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
-        check_all_limits(dataclasses.replace(OptimConfig(), **{key: value}))
+        check_values(dataclasses.replace(OptimConfig(), **{key: value}))

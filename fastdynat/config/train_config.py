@@ -9,8 +9,6 @@ field is its help text.
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from fastdynat.errors import UserError
-
 OptionsT = TypeVar("OptionsT")
 AutoAmp = Literal["default", "auto", "off", "bf16", "fp16"]
 EvalAmp = Literal["off", "auto", "bf16", "fp16"]
@@ -284,9 +282,3 @@ class TrainConfig(Generic[OptionsT]):
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def check_seed(seed: int) -> None:
-    """Raise UserError for a seed that torch's generators do not take."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed must be in [0, 2**63), got {seed}")

@@ -1,0 +1,75 @@
+"""Combinations of training keys that exclude each other, refused before anything is imported or read.
+
+Needs neither data nor torch; what depends on data, method or machine is checked by `fastdynat.training.resolve`.
+"""
+
+import math
+from typing import Any
+
+from fastdynat.config.train_config import AttackConfig, DataConfig, OptimConfig, TrainConfig
+from fastdynat.config.value_ranges import check_radii, check_values
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.user_code import is_user_supplied
+
+DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
+# Peak of the one-cycle and triangular schedules, as a share of the run: torch's OneCycleLR, Wong et al. 2020.
+WARMUP = {"onecycle": 0.3, "triangular": 0.5}
+
+
+def check_train_config(config: TrainConfig[Any]) -> None:
+    """Raise UserError for a value or a combination that cannot work with any data, method or machine."""
+    for part in (config.data, config.model, config.attack, config.optim, config.engine, config.run):
+        check_values(part)
+    check_data(config.data)
+    check_attack(config.attack)
+    check_optim(config.optim)
+    check_run(config.run, config.data)
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise UserError for an unknown dataset."""
+    if data.data not in DATASETS and not is_user_supplied(data.data):
+        raise unknown_name("dataset", data.data, DATASETS)
+
+
+def check_attack(attack: AttackConfig) -> None:
+    """Raise UserError for radii and steps that cannot work."""
+    check_radii(attack, attack.norm)
+    steps = 1e6 if attack.steps is None else attack.steps
+    if attack.early_steps is not None and not 0 <= attack.early_steps <= steps:
+        raise UserError(f"early_steps must be between 0 and steps ({steps:g}), got {attack.early_steps}")
+
+
+def check_optim(optim: OptimConfig) -> None:
+    """Raise UserError for options of the optimiser and the schedule that exclude each other."""
+    most = math.inf if optim.epochs is None else optim.epochs
+    if not 0 <= optim.burn_in < min(most, 1e6):
+        below = "" if optim.epochs is None else f" ({optim.epochs})"
+        raise UserError(f"burn_in must be a number of epochs below --epochs{below}, got {optim.burn_in}")
+    if optim.ema == 0 and (optim.ema_warmup > 0 or optim.ema_buffers != "average"):
+        name = "ema_warmup" if optim.ema_warmup > 0 else "ema_buffers"
+        raise UserError(
+            f"{name} {getattr(optim, name)}: there is no weight average; "
+            "turn it on with --ema 0.995, or leave this out"
+        )
+    if optim.nesterov and optim.momentum == 0:
+        raise UserError("nesterov needs momentum above 0")
+    if not all(0 < m < 1 for m in optim.milestones):
+        raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
+    if optim.warmup is not None and optim.schedule not in WARMUP:
+        those = " or ".join(WARMUP)
+        raise UserError(
+            f"warmup {optim.warmup:g}: schedule {optim.schedule} has none; "
+            f"leave it out, or use --schedule {those}"
+        )
+
+
+def check_run(run: Any, data: DataConfig) -> None:
+    """Raise UserError for a stop that needs validation images where there are none."""
+    for name, used in (
+        ("stop_at", run.stop_at),
+        ("patience", run.patience),
+        ("on_collapse stop", run.on_collapse == "stop"),
+    ):
+        if used and data.val_size == 0:
+            raise UserError(f"{name} needs validation images: leave --val-size 0 out")
