@@ -24,7 +24,7 @@ MethodT = TypeVar("MethodT", bound=type[Method[Any]])
 
 
 class Methods(MutableMapping[str, type[Method[Any]]]):
-    """The methods by name: those of the files of this folder, in alphabetical order, and what was added since.
+    """The methods by name, in alphabetical order: those of the files of this folder, and what was added since.
 
     A method of one's own is put in as into a dictionary, or by `register`.
     """
@@ -57,7 +57,7 @@ class Methods(MutableMapping[str, type[Method[Any]]]):
 
     def __iter__(self) -> Iterator[str]:
         self._find_all()
-        return iter(self._classes)
+        return iter(sorted(self._classes))
 
     def __len__(self) -> int:
         self._find_all()

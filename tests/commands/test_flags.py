@@ -337,7 +337,7 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
         (["train", "--epoch-s", "3"], "did you mean --epochs"),
         (
             ["train", "--method", "madry", "--beta", "3"],
-            "unknown flag --beta: it is an option of --method dynat or trades",
+            "unknown flag --beta: it is an option of --method dynat or hat or iad or mail or mart or trades",
         ),
         (["compare", "--beta", "3"], "write --set METHOD.KEY=VALUE"),
         (["train", "--gpu", "0,1"], "--gpu must be the number of one GPU, got '0,1'"),
