@@ -11,7 +11,7 @@ import yaml
 
 from fastdynat import documents
 from fastdynat.config.train_config import GROUPS, TrainConfig
-from fastdynat.documents import check_text, shown
+from fastdynat.documents import check_text, short_repr
 from fastdynat.errors import UserError, unknown_name
 
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1 reads as true and false
@@ -42,7 +42,7 @@ def override(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -
     known = to_flat(config)
     for key in values:
         if not isinstance(key, str):
-            raise UserError(f"{origin}: a key must be a name, got {shown(key)}")
+            raise UserError(f"{origin}: a key must be a name, got {short_repr(key)}")
         if key not in known:
             raise UserError(f"{origin}: {unknown_name('key', str(key), known)}")
     parts = {}
@@ -63,12 +63,12 @@ def _converted(key: str, value: Any, hint: Any, origin: str) -> Any:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal and value not in options:
         raise UserError(
-            f"{origin}: {unknown_name(key, value if isinstance(value, str) else shown(value), options)}"
+            f"{origin}: {unknown_name(key, value if isinstance(value, str) else short_repr(value), options)}"
         )
     try:
         converted = documents.convert(value, hint, origin=origin)
     except documents.DocumentError:
-        raise UserError(f"{origin}: {key} must be {_in_words(hint)}, got {shown(value)}") from None
+        raise UserError(f"{origin}: {key} must be {_in_words(hint)}, got {short_repr(value)}") from None
     return check_text(converted, f"{origin}: {key}") if isinstance(converted, str) else converted
 
 
@@ -106,7 +106,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is not YAML of `key: value` lines.
     """
-    values = documents.read_yaml(path)
+    values = documents.read_yaml_value(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

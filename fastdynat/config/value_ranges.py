@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdynat.documents import shown
+from fastdynat.documents import short_repr
 from fastdynat.errors import UserError
 from fastdynat.units import parse_size
 
@@ -140,7 +140,7 @@ def check_values(part: Any) -> None:
             raise UserError(f"{key} must not be empty; leave it out for its default")
         elif key == "device" and not DEVICE.fullmatch(value):
             raise UserError(
-                f"device {shown(value)} cannot be used (only cpu and cuda are supported): "
+                f"device {short_repr(value)} cannot be used (only cpu and cuda are supported): "
                 "write cpu, cuda, cuda:N or auto"
             )
 
@@ -150,7 +150,7 @@ def check_largest(part: Any) -> None:
     for field in fields(part):
         value, most = getattr(part, field.name), LARGEST.get(field.name)
         if most is not None and isinstance(value, (int, float)) and value > most:
-            raise UserError(f"{field.name} must be at most {most:g}, got {shown(value)}")
+            raise UserError(f"{field.name} must be at most {most:g}, got {short_repr(value)}")
 
 
 def check_seed(seed: int) -> None:

@@ -13,14 +13,15 @@ from fastdynat.documents.files import (
     read_bytes,
     read_text,
     regular_file,
-    shown,
+    short_repr,
 )
 from fastdynat.documents.pickles import check_pickle
-from fastdynat.documents.records import convert, parse_json, read_json, read_json_lines
-from fastdynat.documents.yamls import parse_yaml, read_yaml
+from fastdynat.documents.records import as_json, convert, parse_json, read_json, read_json_lines
+from fastdynat.documents.yamls import parse_yaml, read_yaml_value
 
 __all__ = [
     "DocumentError",
+    "as_json",
     "check_pickle",
     "check_text",
     "convert",
@@ -31,7 +32,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_text",
-    "read_yaml",
+    "read_yaml_value",
     "regular_file",
-    "shown",
+    "short_repr",
 ]

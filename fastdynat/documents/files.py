@@ -18,10 +18,10 @@ class DocumentError(UserError):
     """A file or a text that is not what it should be."""
 
 
-def shown(value: object, length: int = 60) -> str:
+def short_repr(value: object, length: int = 60) -> str:
     """`value` as a message shows it: as Python writes it, at most `length` characters.
 
-    >>> shown("x" * 100, 10)
+    >>> short_repr("x" * 100, 10)
     "'xxxxx ..."
     """
     try:
@@ -38,7 +38,7 @@ def check_text(text: str, what: str) -> str:
         DocumentError: it has a NUL character, or a surrogate that stands for no byte of a path.
     """
     if (reason := not_a_name(text)) is not None:
-        raise DocumentError(f"{what} {reason}: {shown(text)}")
+        raise DocumentError(f"{what} {reason}: {short_repr(text)}")
     return text
 
 

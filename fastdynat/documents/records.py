@@ -87,6 +87,11 @@ def convert(value: Any, kind: type[T], *, origin: str, why: str = DAMAGED) -> T:
         raise DocumentError(f"{origin}: {' '.join(str(error).split())}: {why}") from None
 
 
+def as_json(value: Any) -> Any:
+    """`value` as it comes back from JSON: tuples are lists, keys are text. For comparison with a stored one."""
+    return json.loads(json.dumps(value))
+
+
 def check_depth(value: Any, origin: str) -> None:
     """Raise DocumentError where lists and dictionaries in `value` are nested more than 64 deep."""
     level, depth = [value], 0

@@ -13,7 +13,7 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from fastdynat.documents.files import KIB, DocumentError, read_text, shown
+from fastdynat.documents.files import KIB, DocumentError, read_text, short_repr
 
 LIMIT = 256 * KIB  # bytes of a file; a full configuration has 4 KiB
 DEPTH, NODES = 16, 20_000
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
             if name in lines:
                 where = f"on lines {lines[name]} and {line}" if lines[name] != line else "on one line"
                 raise ConstructorError(
-                    None, None, f"{shown(key.value)} is given twice, {where}", key.start_mark
+                    None, None, f"{short_repr(key.value)} is given twice, {where}", key.start_mark
                 )
             lines[name] = line
         return super().construct_mapping(node, deep)
@@ -86,7 +86,7 @@ for _name, _pattern, _first in (
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
 
 
-def read_yaml(path: Path, *, remedy: str = "") -> Any:
+def read_yaml_value(path: Path, *, remedy: str = "") -> Any:
     """The plain value in the YAML file at `path`; a pipe will do.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdynat.documents import shown
+from fastdynat.documents import short_repr
 from fastdynat.documents.tensor_files import read_pickle, read_safetensors, starts_as_a_page
 from fastdynat.errors import UserError, first_line
 from fastdynat.models.build import Normalize
@@ -53,7 +53,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise UserError(
-                f"{path}: {shown(key)} is no plain tensor ({value.layout}, {value.dtype} on {value.device})"
+                f"{path}: {short_repr(key)} is no plain tensor ({value.layout}, {value.dtype} on {value.device})"
             )
     return state
 

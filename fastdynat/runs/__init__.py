@@ -12,15 +12,14 @@ if TYPE_CHECKING:
     from fastdynat.runs.manifest import check_manifest
     from fastdynat.runs.output_checks import check_output, check_results, check_writable
     from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock_folder, release_name
+    from fastdynat.runs.sidecar import Sidecar, read_sidecar
     from fastdynat.runs.weights import (
-        Sidecar,
         data_difference,
         guide_weights,
         load_checkpoint,
         load_into,
         load_network,
         load_state,
-        read_sidecar,
         save_weights,
     )
 
@@ -56,15 +55,14 @@ __getattr__, __dir__ = lazy_names(
             "lock_folder",
             "release_name",
         ),
+        "sidecar": ("Sidecar", "read_sidecar"),
         "weights": (
-            "Sidecar",
             "data_difference",
             "guide_weights",
             "load_checkpoint",
             "load_network",
             "load_state",
             "load_into",
-            "read_sidecar",
             "save_weights",
         ),
     },

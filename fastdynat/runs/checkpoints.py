@@ -17,8 +17,7 @@ from fastdynat.runs.atomic_files import replace_link, sync_folder
 from fastdynat.runs.failures import explained
 from fastdynat.runs.find import (
     NUMBERED,
-    Checkpoint,
-    completed_epochs,
+    CheckpointFolder,
     find_checkpoint,
     is_own,
     own_checkpoints,
@@ -34,6 +33,7 @@ from fastdynat.runs.manifest import (
     sha256,
     write_manifest,
 )
+from fastdynat.runs.sidecar import completed_epochs
 
 # Files in the folder `.partial` that versions without run ids left when they were killed.
 OLD_PARTIAL = re.compile(
@@ -191,7 +191,7 @@ def is_replaceable(path: Path) -> bool:
     )
 
 
-def remove_checkpoint(checkpoint: Checkpoint) -> bool:
+def remove_checkpoint(checkpoint: CheckpointFolder) -> bool:
     """Remove one of the run's own checkpoints, its manifest last. Returns whether the folder is gone."""
     for name, digest in checkpoint.manifest.files.items():
         remove_listed(checkpoint.folder, name, digest)

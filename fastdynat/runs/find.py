@@ -10,17 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdynat.documents import read_json, read_json_lines
-from fastdynat.documents.numbers import Count
 from fastdynat.errors import UserError
 from fastdynat.runs.layout import BEST, CHECKPOINTS, LAST, METRICS, STATE, real, run_id
 from fastdynat.runs.manifest import MANIFEST, Manifest, Origin, read_manifest
+from fastdynat.runs.metrics_rows import best_epoch
+from fastdynat.runs.sidecar import completed_epochs
 
 NUMBERED = re.compile(r"[0-9]{6,12}")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointFolder:
     """A checkpoint folder with its manifest. `best`: it was the best when it was written."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Checkpoint:
         return self.manifest.origin is not None and self.manifest.origin.best
 
 
-def own_checkpoints(run: Path) -> list[Checkpoint]:
+def own_checkpoints(run: Path) -> list[CheckpointFolder]:
     """The run's own checkpoints, oldest first; their files are not checked."""
     found, identity = _with_manifests(run), identity_of(run)
     own = (
@@ -58,12 +58,12 @@ def identity_of(run: Path) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def _with_manifests(run: Path) -> list[Checkpoint]:
+def _with_manifests(run: Path) -> list[CheckpointFolder]:
     """All folders in RUN/checkpoints with a manifest, of this run or another."""
     found = []
     for folder in real_folders(run / CHECKPOINTS):
         with suppress(UserError):
-            found.append(Checkpoint(folder, read_manifest(folder)))
+            found.append(CheckpointFolder(folder, read_manifest(folder)))
     return found
 
 
@@ -114,7 +114,7 @@ def _named(run: Path, role: str) -> Path | None:
     return real(path) if path.is_dir() else None
 
 
-def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
+def _unnamed(run: Path, own: list[CheckpointFolder], role: str) -> Path | None:
     """The newest or best checkpoint of a run of a version without ids whose links are gone."""
     resumable = [checkpoint.folder for checkpoint in own if (checkpoint.folder / STATE).is_file()]
     others = [checkpoint.folder for checkpoint in own if checkpoint.folder not in resumable]
@@ -122,37 +122,9 @@ def _unnamed(run: Path, own: list[Checkpoint], role: str) -> Path | None:
         return resumable[-1] if resumable else None
     if others:  # only the newest keeps its state
         return others[-1]
-    return resumable[-1] if resumable and completed_epochs(resumable[-1]) == _best_epoch(run) else None
-
-
-def _best_epoch(run: Path) -> int | None:
-    """The last epoch that is marked as best in the metrics."""
-    with suppress(UserError):
-        rows = read_json_lines(run / METRICS, _Row, what="a run's metrics")
-        return max((row.epoch for row in rows if row.best), default=None)
-    return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """The part of a row of the metrics that is read here."""
-
-    epoch: Count
-    best: bool | None = None
-
-
-def completed_epochs(folder: Path) -> int:
-    """Completed epochs of a checkpoint by its sidecar; 0 where that is damaged."""
-    with suppress(UserError):
-        return read_json(folder / "model.json", _Epoch, what="a sidecar").epoch
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Epoch:
-    """The part of a sidecar that is read here."""
-
-    epoch: Count
+    return (
+        resumable[-1] if resumable and completed_epochs(resumable[-1]) == best_epoch(run / METRICS) else None
+    )
 
 
 def newest_checkpoint(run: Path) -> Path | None:

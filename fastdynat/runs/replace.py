@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastdynat.runs.checkpoints import CheckpointStore, is_copied, is_replaceable, remove_checkpoint
-from fastdynat.runs.find import Checkpoint, identity_of, own_checkpoints
+from fastdynat.runs.find import CheckpointFolder, identity_of, own_checkpoints
 from fastdynat.runs.layout import BEST, CHECKPOINTS, ENVIRONMENT, LAST, MADE, METRICS, TABLE, real
 from fastdynat.runs.manifest import read_manifest
 
@@ -33,7 +33,7 @@ def remove_run(path: Path) -> list[Path]:
     return kept
 
 
-def _checkpoints(path: Path) -> list[Checkpoint]:
+def _checkpoints(path: Path) -> list[CheckpointFolder]:
     """All checkpoints of the run, also those that only RUN/last and RUN/best lead to."""
     found = {real(checkpoint.folder): checkpoint for checkpoint in own_checkpoints(path)}
     if (path / CHECKPOINTS).is_symlink():
@@ -41,7 +41,7 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
     identity = identity_of(path)
     for role in (LAST, BEST):
         if is_copied(path / role, identity or ""):
-            found[real(path / role)] = Checkpoint(path / role, read_manifest(path / role))
+            found[real(path / role)] = CheckpointFolder(path / role, read_manifest(path / role))
     return list(found.values())
 
 

@@ -1,61 +1,22 @@
 """Weights as safetensors with a JSON sidecar: read without running code, checked before use."""
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-from msgspec import Meta
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdynat import __version__
 from fastdynat.data import DatasetInfo
-from fastdynat.documents import DocumentError, check_text, read_json
-from fastdynat.documents.files import MIB
-from fastdynat.documents.numbers import Count, Finite, Radius, Share
 from fastdynat.documents.tensor_files import check_safetensors, read_safetensors
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models import build_model
 from fastdynat.models.finite import check_finite
-from fastdynat.runs.atomic_files import replacing, write_text
+from fastdynat.runs.atomic_files import replacing
 from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
-from fastdynat.user_code import check_stored, is_object, short_name
-
-FORMAT = "fastdynat-weights/1"
-Side = Annotated[int, Meta(ge=1, le=4096)]  # pixels; what --image-size takes
-Channels = Annotated[int, Meta(ge=1, le=64)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """`NAME.json` beside `NAME.safetensors`: the network and its training. eps in [0, 1] pixel units."""
-
-    architecture: str
-    num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
-    image_shape: tuple[Channels, Side, Side]
-    mean: tuple[Finite, ...] | None
-    std: tuple[Finite, ...] | None
-    dataset: str
-    class_names: tuple[str, ...]
-    role: str  # "model" or "guide"
-    method: str
-    norm: str
-    eps: Radius
-    eval_eps: Radius
-    epoch: Count  # epochs completed
-    val_clean_acc: Share | None
-    val_pgd10_acc: Share | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored(Sidecar):
-    """A sidecar as the file holds it."""
-
-    sha256: str
+from fastdynat.runs.sidecar import Sidecar, read_sidecar, write_sidecar
+from fastdynat.user_code import is_object, short_name
 
 
 def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -> None:
@@ -65,42 +26,7 @@ def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -
     # safetensors makes files that only their owner can read; `replacing` gives this one the usual mode.
     with replacing(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as file:
         save_file(tensors, file, metadata={"format": "pt"})
-    about = {
-        "format": FORMAT,
-        "fastdynat": __version__,
-        "weights": path.name,
-        "sha256": sha256(path),
-        **asdict(sidecar),
-    }
-    write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
-
-
-def read_sidecar(path: Path | str) -> tuple[Sidecar, str]:
-    """The sidecar of the weights at `path`, and the sha256 that it says they have.
-
-    Raises:
-        UserError: it is missing, not JSON, of another format, or has an impossible value; names it.
-    """
-    path = Path(path)
-    sidecar = path.with_suffix(".json")
-    stored = read_json(
-        sidecar,
-        _Stored,
-        what="a fastdynat checkpoint",
-        format=FORMAT,
-        remedy="weights and the .json that was written with them belong together",
-        limit=16 * MIB,
-    )
-    values = vars(stored).copy()
-    promised = values.pop("sha256")
-    if len(stored.class_names) != stored.num_classes:
-        raise DocumentError(
-            f"{sidecar}: num_classes is {stored.num_classes}, but class_names has {len(stored.class_names)}"
-        )
-    for name in (stored.architecture, stored.dataset, stored.method):
-        check_text(name, f"{sidecar}: a name")
-    check_stored(stored.architecture, str(sidecar))
-    return Sidecar(**values), promised
+    write_sidecar(path, sidecar, sha256(path))
 
 
 def load_state(path: Path | str) -> tuple[dict[str, Tensor], Sidecar]:

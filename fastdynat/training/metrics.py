@@ -4,19 +4,15 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from msgspec import Meta
 from torch import Tensor
 
-from fastdynat.documents import convert, read_json_lines
-from fastdynat.documents.numbers import Positive, Whole
 from fastdynat.errors import UserError
 from fastdynat.runs.atomic_files import write_text
+from fastdynat.runs.metrics_rows import read_rows
 
 
 class Averages:
@@ -113,28 +109,3 @@ class MetricsLog:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.csv, text.getvalue())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """Columns of every row; the others depend on the method."""
-
-    epoch: Positive
-    train_seconds: Annotated[float, Meta(ge=0, le=1e12)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one per epoch, in order. Raises UserError where it is damaged."""
-    remedy = "move it away to go on without the rows of earlier epochs"
-    rows = read_json_lines(
-        path, dict[str, bool | Whole | float | None], what="a run's metrics", remedy=remedy
-    )
-    origins = [f"{path}, line {number}" for number in range(1, len(rows) + 1)]
-    why = f"it is damaged or was edited; {remedy}"
-    epochs = [
-        convert(row, _Row, origin=origin, why=why).epoch for row, origin in zip(rows, origins, strict=True)
-    ]
-    for origin, (before, epoch) in zip(origins[1:], pairwise(epochs), strict=True):
-        if epoch <= before:
-            raise UserError(f"{origin}: epoch {epoch} follows epoch {before}: {why}")
-    return rows

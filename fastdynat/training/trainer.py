@@ -17,8 +17,8 @@ from fastdynat.terminal.training_progress import TrainingProgress
 from fastdynat.training.average_share import run_average_note
 from fastdynat.training.checkpoint_writer import CheckpointWriter
 from fastdynat.training.epoch_checks import boundary_columns, fidelity_columns
+from fastdynat.training.fit_outcome import Diverged, Outcome
 from fastdynat.training.metrics import Averages, MetricsLog
-from fastdynat.training.outcome import Diverged, Outcome
 from fastdynat.training.parts import RunParts
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state

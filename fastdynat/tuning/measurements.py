@@ -4,16 +4,26 @@ nothing fails.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdynat.documents import DocumentError, as_json, read_json
+from fastdynat.documents.numbers import AboveZero
 from fastdynat.machine import replace_text, user_cache
 
 FORMAT = "fastdynat-measured/1"
 MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The document in the file."""
+
+    key: dict[str, Any]
+    seconds: dict[str, AboveZero]
 
 
 def measurements_folder() -> Path | None:
@@ -31,23 +41,12 @@ def load_seconds(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | 
     believed.
     """
     path = _path(key)
-    try:
-        if path is None or not path.is_file() or path.stat().st_size > MAX_BYTES:
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if (
-        not isinstance(found, dict)
-        or found.get("format") != FORMAT
-        or found.get("key") != json.loads(json.dumps(key))
-    ):
-        return None
-    seconds = found.get("seconds")
-    if not isinstance(seconds, dict) or set(seconds) != names:
-        return None
-    ok = all(isinstance(t, float) and math.isfinite(t) and t > 0 for t in seconds.values())
-    return seconds if ok else None
+    with suppress(DocumentError, OSError):
+        if path is not None and path.is_file():
+            found = read_json(path, _Stored, what="a measurement", format=FORMAT, limit=MAX_BYTES)
+            if found.key == as_json(key) and found.seconds.keys() == names:
+                return found.seconds
+    return None
 
 
 def save_seconds(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:

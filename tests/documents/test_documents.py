@@ -21,9 +21,9 @@ from fastdynat.documents import (
     read_json,
     read_json_lines,
     read_text,
-    read_yaml,
+    read_yaml_value,
     regular_file,
-    shown,
+    short_repr,
 )
 
 
@@ -124,13 +124,13 @@ def test_pipes_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(files, "PATIENCE", 0.05)
     with pytest.raises(DocumentError, match="nothing came through this pipe"):
-        read_yaml(tmp_path / "pipe")
+        read_yaml_value(tmp_path / "pipe")
     with pytest.raises(DocumentError, match="/dev/zero has more than 256 KiB"):
-        read_yaml(Path("/dev/zero"))
+        read_yaml_value(Path("/dev/zero"))
     monkeypatch.setattr(files, "PATIENCE", 10)
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("epochs: 3"))
     writer.start()
-    assert read_yaml(tmp_path / "pipe") == {"epochs": 3}
+    assert read_yaml_value(tmp_path / "pipe") == {"epochs": 3}
     writer.join()
 
 
@@ -146,7 +146,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfepochs: 3\n")
     assert read_text(tmp_path / "a", limit=99) == "epochs: 3\n"
-    assert read_yaml(tmp_path / "a") == {"epochs": 3}
+    assert read_yaml_value(tmp_path / "a") == {"epochs": 3}
 
 
 def test_values_that_are_not_plain() -> None:
@@ -161,8 +161,8 @@ def test_values_that_are_not_plain() -> None:
 
 def test_text_of_names() -> None:
     assert check_text("caf\xe9\udc80", "a name") == "caf\xe9\udc80"  # bytes of a path that are no UTF-8
-    assert len(shown("x" * 1000)) == 60
-    assert shown(10**5000) == "a int"
+    assert len(short_repr("x" * 1000)) == 60
+    assert short_repr(10**5000) == "a int"
 
 
 @pytest.mark.parametrize(

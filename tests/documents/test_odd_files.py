@@ -28,7 +28,7 @@ from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.find import identity_of
 from fastdynat.runs.layout import BEST, LAST
 from fastdynat.runs.manifest import check_manifest, sha256
-from fastdynat.training.metrics import read_rows
+from fastdynat.runs.metrics_rows import read_rows
 
 OUTSIDE = {"pipe": os.mkfifo, "loop": lambda p: p.symlink_to(p.name), "other": lambda p: None}
 FILES, FOLDERS = (

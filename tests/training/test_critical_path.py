@@ -19,10 +19,10 @@ from fastdynat.data import ImageSet
 from fastdynat.evaluation import KeptReplica, measure
 from fastdynat.runs import load_network
 from fastdynat.runs.failures import WriteError
+from fastdynat.runs.metrics_rows import read_rows
 from fastdynat.training import background_writer as background
 from fastdynat.training import checkpoint_writer, trainer, validation
 from fastdynat.training.background_writer import BackgroundWriter
-from fastdynat.training.metrics import read_rows
 from fastdynat.training.training_state import snapshot
 
 TINY = [

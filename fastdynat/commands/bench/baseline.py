@@ -1,6 +1,5 @@
 """Comparison with the results of earlier."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from fastdynat.commands.bench.results import FORMAT, machine, settings
 from fastdynat.config import TrainConfig
-from fastdynat.documents import convert, read_json, shown
+from fastdynat.documents import as_json, convert, read_json, short_repr
 from fastdynat.documents.numbers import AboveZero
 from fastdynat.errors import UserError
 from fastdynat.terminal.consoles import AS_IS, PlainTable
@@ -66,7 +65,7 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
         raise UserError(
             f"{path} is from an unfinished measurement, with each row timed once; measure again with --json {path}"
         )
-    _agree(path, "setting", doc["settings"], json.loads(json.dumps(settings(config))))
+    _agree(path, "setting", doc["settings"], as_json(settings(config)))
     _agree(
         path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine()))
     )
@@ -77,7 +76,7 @@ def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, 
     for key in sorted({*stored, *ours}):
         if stored.get(key) != ours.get(key):
             raise UserError(
-                f"{path} is of another {what}: {key} was {shown(stored.get(key))} and is {shown(ours.get(key))}; "
+                f"{path} is of another {what}: {key} was {short_repr(stored.get(key))} and is {short_repr(ours.get(key))}; "
                 "measure both alike, or leave --baseline out"
             )
 

@@ -15,7 +15,7 @@ from fastdynat.commands.compare.run_plans import Plan, RunPlan
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.runs import ENVIRONMENT, describe_environment, source_commit
 from fastdynat.runs.environment import read_starts
-from fastdynat.training.metrics import read_rows
+from fastdynat.runs.metrics_rows import read_rows
 
 FORMAT = "fastdynat-compare/1"
 Values = dict[str, Any]

@@ -13,7 +13,7 @@ from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
 from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
 from fastdynat.runs.layout import real
-from fastdynat.training.metrics import read_rows
+from fastdynat.runs.metrics_rows import read_rows
 
 WEIGHTS = "model.safetensors"
 
