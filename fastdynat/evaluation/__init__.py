@@ -1,5 +1,11 @@
-"""Evaluation of a network: accuracy under named attacks, AutoAttack, masking checks, margins, transfer and
-saliency.
+"""Evaluation of a network, as a library user calls it.
+
+- `measure`: accuracy under one attack, as a `Measurement` (`outcome`);
+- `autoattack`: AutoAttack by the calls of its package, on `staged`;
+- `curves`, `margins`, `transfer`: accuracy over the radius, distances, transfer between networks;
+- `masking`, on `probes`: signs of masked gradients; `defences`: warnings of an unreliable evaluation;
+- `saliency`: what the network looks at; `boundary_speed`: how training moves the decision boundary;
+- `fidelity`: the fast attack against the reference; `halving`: smaller batches when memory runs out.
 """
 
 from fastdynat.evaluation.autoattack import AutoAttack

@@ -1,6 +1,4 @@
-"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the fast attack engine, with the constructor of the
-authors' package.
-"""
+"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the attack engine, by the calls of its package."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attack_engine.input_checks import as_labels, check_range
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack, stages
 from fastdynat.attacks.ball import inside
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
+from fastdynat.evaluation.autoattack_inputs import check_and_clamp, check_labels, check_place
 from fastdynat.evaluation.defences import check_answers, check_classified, check_gradients, check_square, warn
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
@@ -31,16 +29,17 @@ BATCH_SIZE = 250
 
 
 class AutoAttack:
-    """Worst case over the attacks of a version, each on the images that those before it left standing.
+    """Worst case over the attacks of a version, each on the images that are still robust.
 
-    The attacks work on a fast replica of the network; every verdict is the network's own, in its precision
-    and, for an ``nn.Module``, in eval mode, on a point that is in the ball and in [0, 1]. Its modes and
-    gradients stay as they were, and the caller may be under ``no_grad``. What is no ``nn.Module`` runs as it
-    is: a defence that needs its train mode is given as a function that calls it.
+    The attacks run on a fast replica of the network. An image counts as broken only if the network itself
+    misclassifies the adversarial image, which must lie in the ball and in [0, 1]; the network predicts in its
+    own precision and, for an ``nn.Module``, in eval mode. Its modes and gradients are restored, and the
+    caller may be under ``no_grad``. Any other callable is called as it is: pass a defence that needs train
+    mode as a function.
 
     Attributes:
-        stages: the attacks with their numbers, in order; a list that may be changed.
-        seconds: by stage, of the last evaluation.
+        stages: the attacks with their parameters, in order; the list may be changed.
+        seconds: time of each stage in the last evaluation.
     """
 
     def __init__(
@@ -66,22 +65,22 @@ class AutoAttack:
             norm: Linf, L2 or L1.
             eps: radius in [0, 1] pixel units.
             seed: of every batch of every stage; None draws one for each evaluation.
-            verbose: print a line per stage.
+            verbose: print a line for each stage.
             attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
                 square.
             version: standard, plus, rand or custom.
             is_tf_model: must be False.
-            device: where images are attacked; None is where the model is, or for a function the images.
-            log_path: append the lines to this file.
-            output: where the model returns more than logits, which part they are: a key, an index or a
-                function (`picked`).
+            device: of the attack; None is the model's device, or for a function the images'.
+            log_path: file to append the lines to.
+            output: the logits in a model's output that holds more: a key, an index or a function.
 
         Raises:
-            UserError: arguments that do not fit.
+            UserError: invalid arguments.
         """
         if is_tf_model:
             raise UserError(
-                "is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes them"
+                "is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes "
+                "them"
             )
         if norm.lower() not in NORMS:
             raise UserError(f"norm must be Linf, L2 or L1, got {norm!r}")
@@ -121,20 +120,20 @@ class AutoAttack:
         """Attack every image.
 
         Args:
-            x: (N, C, H, W), float32 or float64 as the model, in [0, 1]; what rounding left beyond is clamped.
+            x: (N, C, H, W), in [0, 1] up to rounding, float32 or float64 like the model.
             y: (N,) integer classes.
-            bs, batch_size: images per batch; halved, with a note, where memory runs out.
-            return_labels: also return the classes that the network gives to the result.
-            state_path: a JSON file, written after every batch; where it exists the evaluation goes on from
-                there, with the same verdicts. Images that fell before are then returned as they are.
+            bs, batch_size: images per batch; halved, with a warning, when memory runs out.
+            return_labels: also return the network's predictions on the result.
+            state_path: a JSON file, written after every batch; an existing one resumes the evaluation, with
+                the same result. Images broken before the resume are returned unperturbed.
 
         Returns:
-            (N, C, H, W), detached, where `x` is, the image itself where it stands; with `return_labels` also
-            (N,) int64.
+            (N, C, H, W), detached, on the device of `x`, the image itself where it is robust; with
+            `return_labels` also (N,) int64.
 
         Raises:
-            UserError: images or labels do not fit, too few classes, logits that are NaN, or the state is of
-                another evaluation.
+            UserError: invalid images or labels, too few classes, NaN logits, or the state of another
+                evaluation.
         """
         return self._evaluate(
             self.stages,
@@ -154,7 +153,7 @@ class AutoAttack:
         *,
         batch_size: int | None = None,
     ) -> dict[str, Any]:
-        """By name of the stage, what `run_standard_evaluation` returns for this stage alone."""
+        """The result of `run_standard_evaluation` for each stage alone, by its name."""
         return {
             stage.name: self._evaluate([stage], x, y, batch_size or bs, return_labels, None)
             for stage in self.stages
@@ -163,8 +162,8 @@ class AutoAttack:
     def clean_accuracy(
         self, x: Tensor, y: Tensor, bs: int = BATCH_SIZE, *, batch_size: int | None = None
     ) -> float:
-        """The share of images that the network classifies as labelled."""
-        with self._settled():
+        """The accuracy without an attack, in [0, 1]."""
+        with self._evaluation_context():
             x, y = check_and_clamp(x, y, batch_size or bs)
             accuracy = float((self._clean(x, batch_size or bs) == y).double().mean())
         self._report(f"clean accuracy: {accuracy:.2%}")
@@ -179,7 +178,7 @@ class AutoAttack:
         return_labels: bool,
         path: Path | None,
     ) -> Any:
-        with self._settled():
+        with self._evaluation_context():
             x, y = check_and_clamp(x, y, bs)
             first = x[:bs].to(self._place(x))
             clean = self._clean(x, bs)
@@ -209,13 +208,13 @@ class AutoAttack:
             return (x_adv, self._classes(x_adv, bs)) if return_labels else x_adv
 
     def _fitted(self, stage: NamedAttack, classes: int) -> NamedAttack:
-        """`stage` for a network of so many classes."""
+        """`stage` with no more target classes than a network of `classes` classes has."""
         stage.check_classes(classes)
         search: Any = stage.search
         if getattr(search, "targets", 0) < classes:
             return stage
         self._report(
-            f"{stage.name}: {classes - 1} target classes instead of {search.targets}, the network has no more"
+            f"{stage.name}: {classes - 1} target classes instead of {search.targets}, all that the network has"
         )
         return replace(stage, search=replace(search, targets=classes - 1))
 
@@ -224,18 +223,18 @@ class AutoAttack:
         return predict_in_batches(self._network, x, bs, self._place(x))
 
     def _clean(self, x: Tensor, bs: int) -> Tensor:
-        """The same of images as they are, which must have one."""
+        """The class of each clean image; UserError where logits are NaN."""
         classes = self._classes(x, bs)
         check_classified(classes, "images")
         return classes
 
     def _place(self, x: Tensor) -> torch.device:
-        """Where images `x` are attacked."""
+        """The device on which images `x` are attacked."""
         return self.device or x.device
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Full float32, eval mode and gradients, whatever the caller is in."""
+    def _evaluation_context(self) -> Iterator[None]:
+        """Full float32, eval mode and gradients, whatever the caller's context."""
         if self.device is not None:
             check_place(self.model, self.device)
         mode = attack_mode(self.model, "eval") if isinstance(self.model, nn.Module) else nullcontext()
@@ -255,7 +254,7 @@ class AutoAttack:
 
 
 class _Batches:
-    """Attacks batches on a replica and judges by the network itself."""
+    """Attacks batches on a replica; the network itself decides whether they are fooled."""
 
     def __init__(
         self,
@@ -272,7 +271,7 @@ class _Batches:
         self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
         plain = Ascent(model, Underflow(rescale=True), allow_no_gradient=True)
         self.ascent = attacked(model, example) if isinstance(model, nn.Module) else plain
-        self.lost = 0  # images that fell because the network gives them no class
+        self.lost = 0  # images misclassified by NaN or infinite logits
         self.zero: dict[str, tuple[Tensor, int]] = {}
 
     def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -303,55 +302,8 @@ class _Batches:
     def warn(self) -> None:
         if self.lost:
             warn(
-                f"{self.lost} images count as misclassified because the network's logits are NaN or infinite at what an attack "
-                "returned: look for an overflow or a division by 0 in it"
+                f"{self.lost} images count as misclassified because the network's logits are NaN or infinite "
+                "at their adversarial images: look for an overflow or a division by 0 in the network"
             )
         for name, (zero, gradients) in self.zero.items():
             check_gradients(name, int(zero), gradients)
-
-
-def check_place(model: object, device: torch.device) -> None:
-    """Raise UserError where the weights of `model` are not on `device`."""
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if weight is None:
-        return
-    other = device.index is not None and weight.device.index != device.index
-    if weight.device.type != device.type or other:
-        raise UserError(
-            f"the model is on {weight.device}, images are attacked on {device}; use device={str(weight.device)!r}"
-        )
-
-
-def check_labels(y: Tensor, classes: int) -> None:
-    """Raise UserError unless every label is a class of the network."""
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes:
-        raise UserError(f"y must be in 0 .. {classes - 1}, the network's classes; it is in {low} .. {high}")
-
-
-def check_and_clamp(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The images, detached and clamped, and their labels beside them as int64.
-
-    Raises:
-        UserError: `x` are no images in [0, 1], `y` no classes of as many, or there are none.
-    """
-    if (
-        not isinstance(x, Tensor)
-        or x.dtype not in (torch.float32, torch.float64)
-        or x.dim() != 4
-        or len(x) == 0
-    ):
-        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(
-            f"x must be float32 or float64 images (N, C, H, W) in [0, 1], got {given}; use x.float()"
-        )
-    x = x.detach()
-    check_range(float(x.min()), float(x.max()))
-    labels = as_labels(y, x)
-    if labels.dim() != 1:
-        raise UserError(
-            f"y must be {len(x)} integer classes, got shape {tuple(labels.shape)}; use y.argmax(1)"
-        )
-    if batch_size < 1:
-        raise UserError(f"bs must be >= 1, got {batch_size}")
-    return x.clamp(0, 1), labels

@@ -1,8 +1,7 @@
-"""How fast the decision boundary moves towards or away from images while the weights move (arXiv 2302.03015,
-section 4).
+"""Speed of the decision boundary relative to images during training (arXiv 2302.03015, section 4).
 
-By the envelope theorem the margin R of an image changes under a move of the weights as the soft margin at the
-nearest boundary point does, over the L1 norm of its gradient there::
+By the envelope theorem, a change of the weights changes the margin R of an image by the change of the soft
+margin at the nearest boundary point, divided by the L1 norm of its gradient there::
 
     s = <grad_theta Phi(x^), d theta> / ||grad_x Phi(x^)||_1
 
@@ -27,17 +26,17 @@ from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import soft_margin_grad
 from fastdynat.runs.atomic_files import make_folder, write_bytes
 
-FOLDER = "boundary"  # of a run: one file per validation
+FOLDER = "boundary"  # of a run; one file per validation
 
 
 @dataclass(frozen=True)
 class BoundarySpeed:
-    """Margins of images and how they change.
+    """Margins of images and their change per update.
 
     Attributes:
         margin: (N,) L-inf distance to the boundary of the soft margin, in [0, 1] pixel units; NaN where no
             point was found.
-        speed: (N,) what the move of the weights adds to the margin; above 0 where the boundary moves away;
+        speed: (N,) change of the margin by the change of the weights; above 0 where the boundary moves away;
             NaN likewise.
         correct: (N,) bool: the image itself is classified as labelled.
     """
@@ -47,9 +46,7 @@ class BoundarySpeed:
     correct: Tensor
 
     def columns(self, near: float) -> dict[str, float | None]:
-        """What a log keeps, with the images whose margin is below `near` apart; None where there are no such
-        images.
-        """
+        """Columns of the log, separately for images with margins below `near`; None without such images."""
         found = self.margin.isfinite()
         close = found & (self.margin < near)
         columns = {"margin_found": float(found.double().mean()), "margin": _mean(self.margin, found)}
@@ -59,7 +56,7 @@ class BoundarySpeed:
         return columns
 
     def save(self, path: Path | str, near: float) -> None:
-        """Write the three, and `near`, as arrays of a .npz file, whole or not at all."""
+        """Write margin, speed, correct and `near` as arrays of a .npz file, atomically."""
         path = Path(path)
         data = BytesIO()
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("margin", "speed", "correct")}
@@ -83,18 +80,17 @@ def boundary_speed(
     x_start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> BoundarySpeed:
-    """Margins at `x`, and what a small move of the weights does to them, in eval mode and full float32.
+    """Margins at `x` and their change under a small change of the weights, in eval mode and full float32.
 
-    Leaves the model's modes, buffers and gradients, and with a `generator` the global random stream, as they
-    were.
+    The model's modes, buffers and gradients, and with a `generator` the global random stream, are left alone.
 
     Args:
         model: images in [0, 1] -> logits (N, K).
         x: (N, C, H, W), float32 or float64, in [0, 1].
         labels: (N,) int64.
-        move: by name of the parameters; those that are not there stay where they are. Its length sets the
-            speed's unit: a whole update makes it the change per update.
-        x_start, generator: of the search, as in `boundary`.
+        move: change of each parameter by its name; other parameters stay fixed. Its length sets the unit of
+            the speed: a whole update gives the change per update.
+        x_start, generator: as in `boundary`.
 
     Raises:
         UserError: `x` or `labels` do not fit, or an operator of the model has no forward-mode derivative.

@@ -1,4 +1,4 @@
-"""Accuracy over the radius, as the distances of one attack give it and as one attack per radius does."""
+"""Accuracy over the radius: from the distances of one attack, or from one attack per radius."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from fastdynat.evaluation.outcome import Measurement, unpack_bits, wilson
 
 @dataclass(frozen=True, kw_only=True)
 class EpsCurve:
-    """Accuracy over the radius of the ball; plain values, as JSON holds them.
+    """Accuracy over the radius of the ball; plain JSON values.
 
     Attributes:
         norm: linf, l2, l1 or l0.
         attack: its name.
-        eps: radii in [0, 1] pixel units, as they were asked for.
+        eps: radii in [0, 1] pixel units, in the order asked for.
         accuracy: at each radius, in [0, 1].
         ci: the 95 % interval (`wilson`) of each.
     """
@@ -35,7 +35,7 @@ class EpsCurve:
 
     @classmethod
     def of(cls, norm: str, attack: str, correct: dict[float, int], images: int) -> "EpsCurve":
-        """From how many of the images are right at each radius."""
+        """From the number of correct images at each radius."""
         counts = correct.values()
         return cls(
             norm=norm,
@@ -50,13 +50,13 @@ def curve_of_distances(measurement: Measurement, norm: str, eps: Sequence[float]
     """The share of images whose nearest adversarial image lies beyond each radius.
 
     Args:
-        measurement: of an attack that looks for the nearest adversarial image. Where it found none the image
-            is right at every radius; where the image is misclassified as it is, at none, not even at 0.
-        norm: in which the distances were measured.
+        measurement: of a minimum-norm attack. An image without an adversarial one is correct at every radius;
+            a misclassified clean image at none, not even at 0.
+        norm: of the distances.
         eps: radii >= 0.
 
     Raises:
-        UserError: the attack gave no distances, or a radius is negative.
+        UserError: the attack gives no distances, or a radius is negative.
     """
     distances = distances_of(measurement)
     radii = _radii(eps)
@@ -65,7 +65,7 @@ def curve_of_distances(measurement: Measurement, norm: str, eps: Sequence[float]
 
 
 def distances_of(measurement: Measurement) -> list[float | None]:
-    """The measurement's distances, or a UserError where its attack gives none."""
+    """The measurement's distances; UserError if its attack gives none."""
     if measurement.distances is None:
         raise UserError(
             f"{measurement.attack} stays in one ball and gives no distances; use an attack such as deepfool"
@@ -88,13 +88,13 @@ def accuracy_over_eps(
 ) -> EpsCurve:
     """Run `attack` at every radius, smallest first, with the steps that go with it (`usual_step`).
 
-    An image that fell at one radius is not attacked at larger ones, whose balls hold what broke it; so the
-    curve never rises. The radius 0 is clean accuracy.
+    An image broken at one radius is not attacked at larger ones, whose balls contain its adversarial image;
+    so the curve never rises. Radius 0 is clean accuracy.
 
     Args:
         attack: a name of `parse_attack`.
         eps: radii >= 0 in [0, 1] pixel units; under "l0" whole numbers of pixels.
-        advance: as in `measure`; in all it is told ``len(images)`` for each radius.
+        advance: as in `measure`; its total is ``len(images)`` for each radius.
 
     Raises:
         UserError: a radius is negative; the attack is unknown or does not depend on the radius.
@@ -131,7 +131,7 @@ def _radii(eps: Sequence[float]) -> list[float]:
 def _at(attack: str, eps: float, norm: str) -> NamedAttack:
     if eps == 0:
         return NamedAttack("clean")
-    # Another radius, to see whether the attack has one; under L0 it is a whole number.
+    # A second radius shows whether the attack depends on it; under L0 it is a whole number.
     other = eps + 1 if norm == "l0" else eps / 2
     here, there = (
         parse_attack(attack, eps=e, step_size=usual_step(norm, e), norm=norm) for e in (eps, other)

@@ -1,4 +1,4 @@
-"""Signs that an evaluation by AutoAttack should not be believed; each warning says what to do."""
+"""Warnings of an unreliable AutoAttack evaluation, each with a remedy."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,26 +9,25 @@ from torch import Tensor
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import NO_CLASS, answers
+from fastdynat.evaluation.measure import NO_CLASS, model_logits
 
-MOVES = 1e-4  # normalised logits of one image move by more only in networks that answer at random
+MOVES = 1e-4  # most change of normalised logits between passes of a deterministic network
 NEAR_ONE = 1e-5
 SQUARE_GAIN = 0.002
 
 
 def check_answers(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, randomised: bool) -> int:
-    """Warn of a network that answers at random (unless `randomised` says so) or with probabilities; returns
-    its classes.
+    """Warn of a randomised network, unless `randomised`, or of probabilities; returns the number of classes.
 
     x: (n, C, H, W), one batch is enough.
     """
     with torch.no_grad():
-        passes = [wide(answers(model, x)) for _ in range(1 if randomised else 5)]
+        passes = [wide(model_logits(model, x)) for _ in range(1 if randomised else 5)]
     units = torch.stack([a / (a.norm(dim=1, keepdim=True) + 1e-10) for a in passes])
     moved = (units[:, None] - units[None]).norm(dim=-1).amax()
     correct = {int((a.argmax(1) == y).sum()) for a in passes}
     if len(correct) > 1 or float(moved) > MOVES:
-        warn("the network answers at random: equal images get different logits; use version='rand'")
+        warn("the network is randomised: equal images get different logits; use version='rand'")
     first = passes[0]
     if (
         first.min() > -NEAR_ONE
@@ -46,30 +45,31 @@ def check_gradients(name: str, zero: int, gradients: int) -> None:
 
 
 def check_classified(classes: Tensor, which: str) -> None:
-    """Refuse a network that gives images no class (`predict`), which would be counted as misclassified."""
+    """Refuse NaN or infinite logits, which would count as misclassifications."""
     lost = int((classes == NO_CLASS).sum())
     if lost:
         raise UserError(
-            f"the network's logits are NaN or infinite for {lost} of {len(classes)} {which}: there is no verdict about them; "
-            "check its weights, and its precision for an overflow"
+            f"the network's logits are NaN or infinite for {lost} of {len(classes)} {which}, which cannot be "
+            "judged; check its weights, and its precision for an overflow"
         )
 
 
 def check_square(accuracies: Mapping[str, float]) -> None:
-    """Warn where Square breaks what attacks with gradients do not.
+    """Warn if Square breaks images that gradient attacks do not.
 
-    accuracies: what was robust after each stage, in order, and what was correct before under "clean".
+    accuracies: robust accuracy after each stage, in order, after the clean accuracy under "clean".
     """
     names = list(accuracies)
     before = [accuracies[name] for name in names[: names.index("square")]] if "square" in names else []
-    # What comes after it is no evidence: it begins with what Square left.
+    # Later stages are no evidence: they start from the images that Square left.
     if len(before) > 1 and accuracies["square"] < min(before) - SQUARE_GAIN:
         warn(
-            f"Square, which knows no gradient, broke {min(before) - accuracies['square']:.2%} of the images that attacks with "
-            "gradients left standing: the gradients may be masked; run Square with more queries, or an adaptive attack"
+            f"Square, which uses no gradient, broke {min(before) - accuracies['square']:.2%} of the images "
+            "that gradient attacks left robust: the gradients may be masked; run Square with more queries, or an "
+            "adaptive attack"
         )
 
 
 def warn(text: str) -> None:
-    """As a UserWarning."""
+    """Issue a UserWarning."""
     warnings.warn(text, stacklevel=3)

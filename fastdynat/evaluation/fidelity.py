@@ -1,6 +1,4 @@
-"""Whether speed has weakened an attack: the engine's beside the reference's, from the same starting
-points.
-"""
+"""Fidelity of the fast attack: the engine's attack against the reference's, from the same starting points."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,8 +26,7 @@ class Fidelity:
 
     Attributes:
         images: how many were attacked.
-        loss_clean, loss_reference, loss_fast: mean of the goal at the images and at what each attack made of
-            them.
+        loss_clean, loss_reference, loss_fast: mean of the goal at clean images and at each attack's images.
         loss_error: standard error of ``loss_fast - loss_reference``, from the differences per image.
         acc_reference, acc_fast: share still classified as labelled.
         only_fast_right, only_reference_right: images that just one of the attacks left classified as
@@ -54,23 +51,21 @@ class Fidelity:
 
     @property
     def weaker(self) -> bool:
-        """The fast attack is weaker than the reference, by more than chance does to attacks that round
-        differently.
+        """The fast attack is weaker than the reference by more than rounding and chance explain.
 
         Either of:
 
-        - its loss falls short by more than 1 % of what the reference added to the clean loss, and by more
-          than two standard errors. The rise, not the loss, is the scale, because the clean loss is no merit
-          of the attack; a rise below 0.001 counts as 0.001, so that an attack that achieves nothing is not
-          compared in rounding errors. Rounding sends single images to other maxima, better and worse alike:
-          the standard error says how far that moves the mean.
-        - it leaves more images right than the reference, by more than two standard deviations. Both attack
-          the same images from the same starts, so only those where they disagree tell: under equal strength
-          each goes either way with probability 1/2, and the difference of the two counts has variance
-          ``only_fast_right + only_reference_right`` (McNemar 1947).
+        - its loss falls short by more than 1 % of the reference's rise over the clean loss, and by more than
+          two standard errors. The scale is the rise, because the clean loss is no merit of the attack; a rise
+          below 0.001 counts as 0.001, so that rounding errors of a useless attack are not compared. Rounding
+          sends single images to other maxima, better and worse alike; the standard error is its effect on the
+          mean.
+        - it leaves more images correct than the reference, by more than two standard deviations. Both attack
+          the same images from the same starts, so only images on which they disagree count: under equal
+          strength each goes either way with probability 1/2, and the difference of the two counts has
+          variance ``only_fast_right + only_reference_right`` (McNemar 1947).
 
-        Two deviations one-sided are a false alarm in 2 % of the checks at the margin, few enough to look
-        after.
+        Two standard deviations, one-sided, are a false alarm in 2 % of the borderline checks.
         """
         short = falls_short(
             self.loss_fast, reference=self.loss_reference, clean=self.loss_clean, error=self.loss_error
@@ -82,7 +77,7 @@ class Fidelity:
         return short or surplus > SIGMAS * discordant**0.5
 
     def columns(self) -> dict[str, float | bool]:
-        """What a log keeps."""
+        """Columns of the log."""
         kept = (
             "loss_fast",
             "loss_reference",
@@ -97,7 +92,7 @@ class Fidelity:
 
 
 def true_class(x: Tensor, labels: Tensor) -> AttackGoal:
-    """Cross-entropy to the labels."""
+    """The cross-entropy to the labels."""
     return AttackGoal("ce", labels)
 
 
@@ -111,20 +106,19 @@ def check_fidelity(
     seed: int = 0,
     goal_of: Callable[[Tensor, Tensor], AttackGoal] = true_class,
 ) -> Fidelity:
-    """Attack `batches` with `engine` as it is and with `pgd` on `model` in full float32, without TF32, from
-    the same starts.
+    """Attack `batches` with `engine` and with `pgd` on `model` in full float32, from the same starts.
 
-    Weights, buffers, modes, gradients and global random streams are afterwards what they were. Where `bn` is
-    "train" both attacks, and the judge, see batch statistics as "frozen" does.
+    Weights, buffers, modes, gradients and global random streams are restored. With `bn` "train", both attacks
+    and the judge use batch statistics as "frozen" does.
 
     Args:
-        engine: follows `model`; is refreshed first.
+        engine: of `model`; refreshed first.
         model: images in [0, 1] -> logits, float32 or float64.
         batches: (N, C, H, W) images in [0, 1] and (N,) labels, on the model's device.
-        spec: the attack; it is run once, whatever its restarts.
+        spec: the attack, run once without restarts.
         bn: batch norm during the attack, the engine's.
         seed: of the random starts.
-        goal_of: what both attacks maximise at (images, labels).
+        goal_of: (images, labels) -> the goal of both attacks.
 
     Raises:
         UserError: no images.
@@ -138,9 +132,8 @@ def check_fidelity(
         whole = 0
         for x, y in batches:
             whole = whole or len(x)
-            with (
-                uncompiled() if len(x) < whole else nullcontext()
-            ):  # nothing is compiled for the last few images alone
+            # Nothing is compiled for a smaller last batch.
+            with uncompiled() if len(x) < whole else nullcontext():
                 parts.append(_compare(engine, model, x, y, goal_of(x, y), spec, bn, generator))
         if not sum(len(part["sign_mass"]) for part in parts):
             raise UserError("fidelity needs at least one image")
@@ -151,9 +144,7 @@ def check_fidelity(
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Puts the buffers and the random streams back: an engine in batch norm's train mode shares and moves the
-    buffers.
-    """
+    """Restore buffers and random streams: an engine in batch norm's train mode updates shared buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
@@ -175,16 +166,13 @@ def _compare(
     bn: str,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Per image: goal and correctness at the image and after each attack, agreement of signs. Zero gradients
-    per batch.
-    """
+    """Goal and correctness per image, clean and after each attack, sign agreement, and zero gradients."""
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
     fast = engine.run(x, goal, spec, x_start=start)
     signs = engine.gradient(start, goal).sign().to(x.dtype)
     with full_float32():
-        reference = pgd(
-            model, x, goal, spec, bn=bn, x_start=start, warn=False
-        )  # `Fidelity.zero_reference` says it
+        # `Fidelity.zero_reference` counts zero gradients in place of the warning.
+        reference = pgd(model, x, goal, spec, bn=bn, x_start=start, warn=False)
     with full_float32(), attack_mode(model, bn):
         judge = Ascent(model)
         exact = judge.gradient(start, goal)

@@ -1,4 +1,4 @@
-"""Half the batch where memory does not suffice."""
+"""Smaller batches when memory runs out."""
 
 import gc
 import logging
@@ -14,13 +14,12 @@ T = TypeVar("T")
 
 
 def with_halving(run: Callable[[int], T], batch_size: int) -> T:
-    """``run(batch_size)``, from its beginning with half as many images as often as memory runs out.
+    """``run(batch_size)``, started again with half the batch size each time memory runs out.
 
-    Whatever `run` draws, it draws anew: the result is the one of the smaller batch size, given from the
-    start.
+    `run` must draw its random numbers anew: the result is then the one of the smaller batch size.
 
     Raises:
-        UserError: not even one image at a time fits.
+        UserError: not even one image fits.
     """
     while True:
         try:
@@ -29,7 +28,7 @@ def with_halving(run: Callable[[int], T], batch_size: int) -> T:
             if not out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        # Outside the except block: until its end the traceback keeps the tensors of the failed run alive.
+        # Outside the except block, whose traceback keeps the tensors of the failed run alive.
         if batch_size == 1:
             raise UserError(
                 f"memory does not suffice for one image at a time ({reason[:160]}); use another --device"

@@ -1,16 +1,15 @@
-"""What a clean accuracy that is no better than guessing suggests."""
+"""Hint about a clean accuracy that is no better than guessing."""
 
 from typing import Any
 
-SURE = 0.05  # of seeing so few hits by chance
+SURE = 0.05  # probability of so few hits by chance
 
 
 def clean_hint(record: dict[str, Any]) -> str | None:
-    """In words, why `record`'s network may be wrong about nearly all images as they are; None where nothing
-    is odd.
+    """A hint why the network of `record` may fail on clean images; None if nothing is suspicious.
 
-    Below chance is odd for every network: one that has learnt nothing guesses. At chance is odd for one that
-    was not trained here, whose classes nobody has compared with the data's.
+    Accuracy below chance is suspicious for every network: an untrained one guesses. Accuracy at chance is
+    suspicious for a foreign network, whose classes may be in another order than the data's.
     """
     clean = next((a for a in record["attacks"] if a["attack"] == "clean"), None)
     classes = len(record["class_names"])
@@ -25,7 +24,7 @@ def clean_hint(record: dict[str, Any]) -> str | None:
     how = "below" if below else "no better than"
     order = ", ".join(repr(name) for name in record["class_names"][:3]) + (", ..." if classes > 3 else "")
     return (
-        f"warning: clean accuracy is {100 * clean['accuracy']:.2f} %, {how} chance ({100 * chance:.3g} %), so robust "
-        f"accuracies say nothing: see that the network numbers its classes from 0 in the data's order ({order}) and takes RGB "
-        "images in [0, 1]"
+        f"warning: clean accuracy is {100 * clean['accuracy']:.2f} %, {how} chance ({100 * chance:.3g} %), "
+        "so robust accuracies say nothing: check that the network numbers its classes from 0 in the data's "
+        f"order ({order}) and takes RGB images in [0, 1]"
     )

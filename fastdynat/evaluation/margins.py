@@ -1,4 +1,4 @@
-"""Margins: how far the nearest adversarial image of each image is, as an attack found it."""
+"""Margins: the distances to the nearest adversarial images that an attack found."""
 
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -13,16 +13,17 @@ from fastdynat.evaluation.outcome import Measurement
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """The distances of an attack that looks for the nearest adversarial image: upper bounds of the true ones.
+    """The distances of a minimum-norm attack: upper bounds of the true margins.
 
     Attributes:
-        norm: in which they were measured.
+        norm: of the distances.
         attack: its name.
-        median: over all images; a misclassified one has distance 0, one where nothing was found an infinite
-            one. None where the median is infinite.
-        found: share of images for which there is a distance, in [0, 1].
-        edges: ends of the histogram's bins, from 0 to the largest distance; one more than bins.
-        counts: images per bin, misclassified ones in the first, ones without a distance in none.
+        median: over all images; a misclassified clean image has distance 0, one without an adversarial image
+            an infinite one. None if the median is infinite.
+        found: share of images with a distance, in [0, 1].
+        edges: of the histogram's bins, from 0 to the largest distance; one more than bins.
+        counts: images per bin; misclassified clean images are in the first bin, images without a distance in
+            none.
     """
 
     norm: str
@@ -37,7 +38,7 @@ def margins(measurement: Measurement, norm: str, *, bins: int = 30) -> Margins:
     """The median and the histogram of the distances of `measurement`.
 
     Raises:
-        UserError: the attack gave no distances, or there is no bin.
+        UserError: the attack gives no distances, or `bins` is below 1.
     """
     if bins < 1:
         raise UserError(f"a histogram needs at least one bin, got {bins}")

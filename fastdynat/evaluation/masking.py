@@ -1,14 +1,12 @@
-"""Signs that a robust accuracy is not one: gradients that are masked, not absent.
+"""Signs of masked gradients, which make a robust accuracy untrustworthy.
 
 The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and Carlini et al. 2019 (arXiv
-1902.06705). A robust network trained as it should be shows none of them; a network that shows one may still
-be robust, but not by these numbers.
+1902.06705). A soundly trained robust network shows none of them; a network that shows one may still be
+robust, but these numbers do not prove it.
 
-Two attacks are compared image by image. A difference counts only where it exceeds what sound networks show
-(the constants below say how much) by more than the choice of the images explains: `at_least` is its lower 99 % bound, so
-that of a hundred sound networks, each at the edge of what is usual, one would be suspected; most are far from
-the edge.
-"""
+Two attacks are compared image by image. A difference counts only if it exceeds that of sound networks (the
+constants below) by more than the choice of images explains: `at_least` is its lower 99 % bound, so that one
+of a hundred sound networks at the usual limit would be suspected; most are far below it."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,32 +26,30 @@ from fastdynat.evaluation.outcome import Measurement, wilson
 from fastdynat.evaluation.probes import ProbedNetwork, RobustImages, ScaledLogits
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
-# What sound networks show, as shares of the images. On small CIFAR-10 networks trained by Madry's method and
-# LBGAT, on 2,000 images, it was 0, 0.001, 0.027 and 0 (net of images that fall to the other attack only).
-USUAL_FGSM = (
-    0.01  # fall to FGSM, not to PGD-20: the largest cross-entropy need not be the largest of a wrong class
-)
-USUAL_STEPS = 0.01  # fall to PGD-50 with two starts, not to PGD-20
-USUAL_LOSS = 0.04  # fall to PGD on the margin, not on the cross-entropy
-USUAL_BLACK_BOX = 0.01  # fall to a black-box attack, to no white-box one
-UNBOUNDED = 0.01  # stand in a ball that holds a grey image, the same one for all classes
-NO_GRADIENT = (
-    0.01  # have no gradient although the network is right: images that the attack does not attack at all
-)
+# Shares of images in sound networks. On small CIFAR-10 networks trained by Madry's method and LBGAT, on 2,000
+# images, the first four were 0, 0.001, 0.027 and 0 (net of images broken by the other attack only).
+USUAL_FGSM = 0.01  # broken by FGSM, not by PGD-20: cross-entropy is not the margin
+USUAL_STEPS = 0.01  # broken by PGD-50 with two starts, not by PGD-20
+USUAL_LOSS = 0.04  # broken by PGD on the margin, not on the cross-entropy
+USUAL_BLACK_BOX = 0.01  # broken by a black-box attack, by no white-box one
+UNBOUNDED = 0.01  # robust in a ball that holds a grey image, the same one for all classes
+NO_GRADIENT = 0.01  # correct but without a gradient, so not attacked at all
 WHITE_BOX = ("fgsm", "pgd20", "cw20", "pgd50-2")
-RANDOM = 1e-4  # of the largest logit, between passes over the same images: AutoAttack's own limit; rounding is below 1e-5
+# Largest change of logits between passes, relative to the largest: AutoAttack's limit; rounding is below
+# 1e-5.
+RANDOM = 1e-4
 BLACK_BOX = "square1000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingCheck:
-    """One sign of masking that was looked for.
+    """Result of the check for one sign of masking.
 
     Attributes:
         name: of the check.
-        passed: the sign is not there.
+        passed: the sign is absent.
         evidence: the numbers, in words.
-        remedy: what to run next, as a command where there is one; "" if passed.
+        remedy: the next step, as a command where there is one; "" if passed.
     """
 
     name: str
@@ -64,7 +60,7 @@ class MaskingCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingReport:
-    """All checks, and the measurements that they rest on."""
+    """All checks with their measurements."""
 
     checks: list[MaskingCheck]
     measurements: list[Measurement]
@@ -76,9 +72,10 @@ class MaskingReport:
 
 
 def at_least(more: int, less: int, images: int) -> float:
-    """The lower 99 % bound of a difference of two shares of the same images, of which `more` count for the
-    first only and `less` for the second only (Agresti & Min 2005, Statistics in Medicine 24:729: half an
-    image added to each of four cells).
+    """Lower 99 % bound of the difference of two paired shares.
+
+    Of the same images, `more` count for the first share only and `less` for the second only. Agresti & Min
+    2005 (Statistics in Medicine 24:729): half an image is added to each of four cells.
     """
     more_, less_, total = more + 0.5, less + 0.5, images + 2
     difference = (more_ - less_) / total
@@ -99,19 +96,18 @@ def check_masking(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> MaskingReport:
-    """Attack `model` in ways whose order is known for a network that masks nothing, and say where it is
-    another.
+    """Attack `model` by attacks whose order of strength is known without masking, and report violations.
 
     Args:
         model: images in [0, 1] -> logits, on `device`.
-        images: two hundred show what is grossly wrong; differences of a few points need thousands.
+        images: two hundred show gross masking; differences of a few points need thousands.
         norm: linf, l2 or l1.
-        eps: radius of the ball, of which the robust accuracy is claimed.
-        source: another network on `device`, whose adversarial images are one of the black-box attacks.
-        advance: as in `measure`; in all it is told ``len(images)``.
+        eps: radius of the ball of the claimed robust accuracy.
+        source: another network on `device`, for a transfer attack among the black-box attacks.
+        advance: as in `measure`; its total is ``len(images)``.
 
     Raises:
-        UserError: an unknown norm, or no radius of it.
+        UserError: an unknown norm, or an invalid radius.
         Stopped: `should_stop` said so.
     """
     grey = radius_of_grey(norm, images)
@@ -121,7 +117,7 @@ def check_masking(
     )
     boxes = _black_boxes(norm, eps, source, pgd)
     probed = ProbedNetwork(model, images, device, batch_size, seed, should_stop, advance)
-    # The label's logit then leads by at most 1 in half of the images: far from where the softmax saturates.
+    # The label's logit then leads by at most 1 for half of the images, far from the softmax's saturation.
     scale = max(1.0, probed.median_lead())
     probed.runs = 5 + (scale > 1) + len(boxes)
     checks = [_repeats(probed.instability()), _has_gradients(probed, norm, eps)]
@@ -148,10 +144,10 @@ def check_masking(
 
 
 def radius_of_grey(norm: str, images: ImageSet) -> float:
-    """The radius of a ball around any image that holds the grey one.
+    """Radius at which the ball around any image contains the grey image.
 
     Raises:
-        UserError: a norm that the checks do not know.
+        UserError: a norm without masking checks.
     """
     pixels = images.images[0].numel()
     radii = {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}
@@ -163,9 +159,9 @@ def radius_of_grey(norm: str, images: ImageSet) -> float:
 def _black_boxes(
     norm: str, eps: float, source: nn.Module | None, pgd: NamedAttack
 ) -> list[tuple[NamedAttack, nn.Module | None]]:
-    """Attacks that use no gradient of the network, with the network that they use instead."""
+    """Attacks that do not use the network's gradient, each with the network that it uses instead."""
     boxes: list[tuple[NamedAttack, nn.Module | None]] = []
-    with suppress(UserError):  # not in every norm
+    with suppress(UserError):  # not for every norm
         boxes.append((parse_attack(BLACK_BOX, eps=eps, step_size=usual_step(norm, eps), norm=norm), None))
     if source is not None:
         boxes.append((NamedAttack(f"{pgd.name} on another network", pgd.search), source))
@@ -183,14 +179,17 @@ def _on_small_logits(
 
 def _repeats(instability: float) -> MaskingCheck:
     if isnan(instability):
-        remedy = "look for a division by zero or an overflow in the network: what it computes is no number"
+        remedy = "look for a division by zero or an overflow in the network"
         return _check(
             "repeated answers",
             False,
-            "logits are NaN or infinite, which no attack or accuracy can rest on",
+            "logits are NaN or infinite, so no attack or accuracy means anything",
             remedy,
         )
-    evidence = f"logits of equal images differ by up to {instability:.2g} of the largest, rounding by less than {RANDOM:g}"
+    evidence = (
+        f"logits of equal images differ by up to {instability:.2g} of the largest, "
+        f"rounding by less than {RANDOM:g}"
+    )
     remedy = "switch the randomness off, or attack its mean: AutoAttack's version 'rand' averages 20 draws"
     return _check("repeated answers", instability <= RANDOM, evidence, remedy)
 
@@ -199,9 +198,15 @@ def _has_gradients(probed: ProbedNetwork, norm: str, eps: float) -> MaskingCheck
     silent, correct = probed.without_gradient(norm, eps)
     shares = {goal: count / max(correct, 1) for goal, count in silent.items()}
     parts = ", ".join(f"{goal} {100 * share:.1f} %" for goal, share in shares.items())
-    evidence = f"share of {correct} correctly classified images without any gradient: {parts}; {100 * NO_GRADIENT:g} % is much"
+    evidence = (
+        f"share of {correct} correctly classified images without any gradient: {parts}; "
+        f"{100 * NO_GRADIENT:g} % is much"
+    )
     if shares["margin"] > NO_GRADIENT:
-        remedy = "fastdynat eval RUN --attacks square; then replace what has no gradient by a smooth function (BPDA)"
+        remedy = (
+            "fastdynat eval RUN --attacks square; "
+            "then replace the operation without a gradient by a smooth one (BPDA)"
+        )
     else:
         remedy = "fastdynat eval RUN --attacks cw50-10,apgd-t,square"
     return _check("gradients", max(shares.values()) <= NO_GRADIENT, evidence, remedy)
@@ -209,21 +214,24 @@ def _has_gradients(probed: ProbedNetwork, norm: str, eps: float) -> MaskingCheck
 
 def _unbounded(far: RobustImages) -> MaskingCheck:
     share = float(far.robust.float().mean())
-    evidence = f"{_share(far)}, although its ball holds a grey image; a sound attack leaves at most {100 * UNBOUNDED:g} %"
+    evidence = (
+        f"{_share(far)}, although its ball holds a grey image; "
+        f"a sound attack leaves at most {100 * UNBOUNDED:g} %"
+    )
     return _check(
         "unbounded attack", share <= UNBOUNDED, evidence, "fastdynat eval RUN --attacks cw50-10,apgd-t,square"
     )
 
 
 def _compare(name: str, base: RobustImages, rival: RobustImages, usual: float, attacks: str) -> MaskingCheck:
-    """Fails where `rival` breaks more images than `base`, by more than `usual` and chance."""
+    """A check that fails if `rival` breaks more images than `base`, beyond `usual` and chance."""
     more, less = (int((a.robust & ~b.robust).sum()) for a, b in ((base, rival), (rival, base)))
     images = len(base.robust)
     lowest = at_least(more, less, images)
     evidence = (
-        f"{_share(base)}, {_share(rival)}; {more} of {images} images fall to the second only, {less} to the first only: "
-        f"{100 * (more - less) / images:+.1f} points, with 99 % confidence {100 * lowest:+.1f} or more; usual are "
-        f"up to {100 * usual:+.0f}"
+        f"{_share(base)}, {_share(rival)}; {more} of {images} images fall to the second only, "
+        f"{less} to the first only: {100 * (more - less) / images:+.1f} points, "
+        f"with 99 % confidence {100 * lowest:+.1f} or more; usual are up to {100 * usual:+.0f}"
     )
     return _check(name, lowest <= usual, evidence, f"fastdynat eval RUN --attacks {attacks}")
 

@@ -22,16 +22,16 @@ from fastdynat.execution.float32 import full_float32
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.models.logits import half_of, logits_of, own_dtype
 
-NO_CLASS = -1  # nobody's label
+NO_CLASS = -1  # of NaN or infinite logits; equals no label
 
 
 class Stopped(Exception):
-    """The caller asked to stop; nothing was measured."""
+    """The caller asked to stop; the measurement is dropped."""
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What attacks work with; `refresh` takes over the weights of now."""
+    """The gradients that attacks use; `refresh` takes over the current weights."""
 
     ascent: Ascent
     refresh: Callable[[], None]
@@ -39,9 +39,7 @@ class Attacked:
 
 @dataclass
 class BatchTick:
-    """A `Tick` of one batch: tells `advance` how many images were done since the last time, and raises
-    Stopped if asked to.
-    """
+    """A `Tick` of one batch: calls `advance` with the images done since the last call; may raise Stopped."""
 
     images: int
     should_stop: Callable[[], bool]
@@ -57,18 +55,16 @@ class BatchTick:
 
 
 class KeptReplica:
-    """What attacks on a network work with, made at its first measurement and brought up to date for each
-    later one.
+    """The replica of a network, made at its first measurement and refreshed for each later one.
 
-    For a caller whose networks change by their weights alone, as training changes them: nothing is traced and
-    checked again.
-    """
+    For a caller that changes only the network's weights, as training does: nothing is traced and checked
+    again."""
 
     def __init__(self) -> None:
         self._made: tuple[nn.Module, tuple[Any, ...], Attacked] | None = None
 
     def of(self, model: nn.Module, how: tuple[Any, ...], make: Callable[[], "Attacked"]) -> Ascent:
-        """`make()`, or what it made for the same `model` and `how` before, with the weights of now."""
+        """`make()`, or its earlier result for the same `model` and `how`, with the current weights."""
         if self._made is None or self._made[0] is not model or self._made[1] != how:
             self._made = model, how, make()
         else:
@@ -78,9 +74,7 @@ class KeptReplica:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Full float32, without TF32 and outside the caller's autocast: what all that is evaluated or validated
-    is computed in.
-    """
+    """The precision of every evaluation: full float32, without TF32 and the caller's autocast."""
     with full_float32(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
@@ -105,29 +99,27 @@ def measure(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Measurement:
-    """Attack `model` (images in [0, 1] -> logits) on every image of `images` and count what it still gets
-    right.
+    """Accuracy of `model` (images in [0, 1] -> logits) on `images` under `attack`.
 
-    Every image counts; one that is misclassified without an attack stays so, whatever the attack makes of it.
-    The attack works on a fast replica of the network; the prediction that is counted is `model`'s own, in
-    eval mode and full float32, on what the attack returns; an adversarial image farther away than the
-    attack's ball (`Nearest.eps`) does not count against it. The random start comes from a generator of its
-    own, so equal seeds give equal numbers and the global generator is left alone.
+    Every image counts; a misclassified clean image stays misclassified, whatever the attack returns. The
+    attack runs on a fast replica of the network; the prediction that counts is `model`'s own, in eval mode
+    and full float32, at the adversarial image; one outside the attack's ball (`Nearest.eps`) does not count.
+    The random start has a generator of its own, so equal seeds give equal numbers and the global generator is
+    left alone.
 
     Args:
-        batch_size: images per batch; changes memory and, through the random start, the sample of the attack.
-        amp_dtype: autocast for the attack; None is the images' float32, without TF32 like everything here.
+        batch_size: images per batch; changes memory and the random starts.
+        amp_dtype: autocast dtype of the attack; None is float32 without TF32.
         winograd: let the attack use Winograd's algorithm where that is faster.
-        source: another network, on which the attack is made (a transfer attack); the prediction stays
+        source: another network, on which the attack runs (a transfer attack); the prediction stays
             `model`'s, and a distance is that of an image that fools `model`.
-        standing: (N,) bool: attack only these images; the others count as misclassified, by an attack that
-            came before.
+        standing: (N,) bool: attack only these images; the others count as misclassified, by earlier attacks.
         compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`).
         kept: where the replica is kept for the next measurement of the same network; None makes it for this
             one.
         fallbacks: collects what could not be compiled; None logs it.
-        should_stop: asked between batches and within long attacks.
-        advance: told how many images, or parts of one, were done since the last time.
+        should_stop: called between batches and within long attacks.
+        advance: called with the number of images done since the last call, also fractions.
 
     Raises:
         Stopped: `should_stop` said so.
@@ -166,13 +158,13 @@ def measure(
                         if source is None
                         else _transferred(model, batch.labels, right, result)
                     )
-                    # What was found outside the ball says nothing about it: the image itself counts.
+                    # An adversarial image outside the ball does not count; the clean image does.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
-                # What is wrong as it is stays so: a targeted attack may lead it to its label.
+                # A misclassified clean image stays so: a targeted attack may lead it to its label.
                 right &= predict(model, x) == batch.labels
             robust.append(right)
             tick(1)
-        # Waits for the device, so the clock stops after the work.
+        # Waits for the device before the clock stops.
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.cpu() for part in robust)])
     nobody = torch.zeros(len(images.labels), dtype=torch.bool)
     mask = found if wanted is None else nobody.index_copy(0, wanted, found)
@@ -199,14 +191,13 @@ def attacked(
     compile_mode: str = "off",
     fallbacks: Fallbacks | None = None,
 ) -> Ascent:
-    """What attacks on `model` work with: a replica (`AttackEngine`), or the model itself where none can be
+    """Gradients of `model` for attacks: of a replica (`AttackEngine`), or of the model where none can be
     made.
 
-    Each image's gradient is rescaled unless told otherwise, so that a confident network is attacked. One
-    without gradients is no error: what attacks that need none break, and how many gradients were zero, is
-    what an evaluation is to find.
+    Each image's gradient is rescaled by default, so that a confident network can be attacked. A network
+    without gradients is no error: an evaluation counts zero gradients, and gradient-free attacks still run.
 
-    x: images that it can take, on its device; a model in half precision reads them rounded.
+    x: example images on the model's device; a model in half precision takes them rounded.
     """
     return _attacked(
         model,
@@ -251,33 +242,33 @@ def _attacked(
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
-    """The distances (N,) of what was found on another network as `model` sees it: 0 where it is not `right`
-    (N,) about the image itself, infinite where it is not fooled.
+    """(N,) distances for `model` of images found on another network.
+
+    0 where `model` is not `right` (N,) about the clean image, infinite where it is not fooled.
     """
     fooled = predict(model, result.x_adv) != labels
     return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 
-def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The logits (N, K) that `model` gives to `x`, which it reads rounded to its dtype where that is a half
-    precision.
+def model_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The logits (N, K) of `model` at `x`, rounded to the model's dtype if that is a half precision.
 
     Raises:
-        UserError: it returns no logits, or is in float32 at float64 images or the other way round.
+        UserError: the model returns no logits, or its dtype and the images' are float32 and float64.
     """
     half = half_of(model, x.dtype)
     return logits_of(model(x if half is None else x.to(half)), len(x))
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The classes (N,) that `model` gives to `x`; `NO_CLASS` where a logit is NaN or infinitely high."""
+    """Predicted classes (N,) of `model` at `x`; `NO_CLASS` where a logit is NaN or +inf."""
     with torch.no_grad():
-        logits = answers(model, x)
+        logits = model_logits(model, x)
     return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), NO_CLASS)
 
 
 def predict_in_batches(
     model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
-    """`predict` for images of any number, moved to `device` batch by batch; (N,) where `x` is."""
+    """`predict` in batches moved to `device`; (N,) on the device of `x`."""
     return torch.cat([predict(model, part.to(device)).to(x.device) for part in x.split(batch_size)])

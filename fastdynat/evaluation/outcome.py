@@ -1,4 +1,4 @@
-"""What an attack left standing, image by image, and what follows from it."""
+"""The result of an evaluation under one attack, image by image, with its statistics."""
 
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -18,20 +18,19 @@ Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One cell of an evaluation table; plain values, as JSON holds them.
+    """One cell of an evaluation table; plain JSON values.
 
     Attributes:
         accuracy: share of all images classified correctly after the attack, in [0, 1].
-        ci: its 95 % confidence interval (`wilson`): what other images of the same kind would have given.
-        per_class: the accuracy of each class's images; None where there are none.
-        robust_bits: which images are classified correctly after the attack (`unpack_bits`), in the test set's
+        ci: its 95 % confidence interval over images (`wilson`).
+        per_class: accuracy of each class; None for a class without images.
+        robust_bits: the images classified correctly after the attack (`unpack_bits`), in the test set's
             order.
         zero_grad_share: share of the attack's image gradients that were zero in every pixel; None for clean
             accuracy.
-        distances: of an attack that looks for the nearest adversarial image: each image's distance in the
-            attack's norm, 0 where it is misclassified as it is, None where nothing was found. None for other
-            attacks.
-        batch_size: images per batch, after halvings for want of memory.
+        distances: of a minimum-norm attack, each image's distance in its norm; 0 for a misclassified clean
+            image, None where nothing was found. None for other attacks.
+        batch_size: images per batch, after halvings when memory ran out.
     """
 
     attack: str
@@ -48,9 +47,7 @@ class Measurement:
     batch_size: Positive
 
     def check(self, origin: str) -> "Measurement":
-        """This measurement, if its numbers agree with each other; else DocumentError. `origin` names the file
-        it is from.
-        """
+        """This measurement, or DocumentError if its numbers disagree. `origin` names its file."""
         if len(self.robust_bits) != 2 * (-(-self.images // 8)) or set(self.robust_bits) - set(
             "0123456789abcdef"
         ):
@@ -79,9 +76,8 @@ class Measurement:
         zero_grad_share: float | None = None,
         distances: Tensor | None = None,
     ) -> "Measurement":
-        """From which images stay correct, `robust` (N,) bool, their `labels` and `distances` (N,), infinite:
-        none found.
-        """
+        """From the images that stay correct, `robust` (N,) bool, and `distances` (N,), infinite if none
+        found."""
         correct, total = int(robust.sum()), len(robust)
         return cls(
             attack=attack,
@@ -100,7 +96,7 @@ class Measurement:
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927): not empty at 0 % and 100 %, never outside [0, 1]."""
+    """Wilson's 95 % interval of a share (Wilson 1927), never empty and never outside [0, 1]."""
     share, spread = correct / total, Z95**2 / total
     half = Z95 * sqrt(share * (1 - share) / total + spread / (4 * total))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
@@ -109,7 +105,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def class_accuracies(robust: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    """The share of `robust` (N,) bool among the images of each class; None for a class without any."""
+    """The share of `robust` (N,) bool among the images of each class; None for a class without images."""
     total = torch.bincount(labels, minlength=classes)
     correct = torch.bincount(labels[robust], minlength=classes)
     return [c / t if t else None for c, t in zip(correct.tolist(), total.tolist(), strict=True)]
@@ -121,7 +117,7 @@ def pack_bits(mask: Tensor) -> str:
 
 
 def unpack_bits(bits: str, images: int) -> Tensor:
-    """The (N,) bool tensor that `pack_bits` was given."""
+    """The inverse of `pack_bits`: (N,) bool."""
     return torch.from_numpy(
         np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images).astype(bool)
     )

@@ -1,6 +1,4 @@
-"""What the masking checks ask a network beside its accuracy: does it answer twice alike, and does it have
-gradients?
-"""
+"""Measurements of the masking checks: accuracy, repeatability of the logits, and missing gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import NamedAttack
 from fastdynat.data import ImageSet, eval_batches
-from fastdynat.evaluation.measure import Stopped, answers, attacked, measure
+from fastdynat.evaluation.measure import Stopped, attacked, measure, model_logits
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 
 PASSES = 5
@@ -34,7 +32,7 @@ class ScaledLogits(nn.Module):
 
 @dataclass(frozen=True)
 class RobustImages:
-    """Which images stand after `attack`: (N,) bool."""
+    """The images that are robust under `attack`: (N,) bool."""
 
     attack: str
     robust: Tensor
@@ -42,10 +40,10 @@ class RobustImages:
 
 @dataclass
 class ProbedNetwork:
-    """A network under examination, and what was measured of it.
+    """A network under test, with the measurements of it.
 
     Attributes:
-        runs: how many calls of `run` there will be; each tells `advance` an equal part of ``len(images)``.
+        runs: expected calls of `run`; each advances the progress by an equal part of ``len(images)``.
     """
 
     model: nn.Module
@@ -61,7 +59,7 @@ class ProbedNetwork:
     def run(
         self, attack: NamedAttack, *, source: nn.Module | None = None, standing: Tensor | None = None
     ) -> RobustImages:
-        """`measure`; images that are not `standing` count as broken."""
+        """`measure` `attack`; images that are not `standing` count as broken."""
         total, told = len(self.images), 0.0
 
         def advance(images: float) -> None:
@@ -86,35 +84,34 @@ class ProbedNetwork:
         return RobustImages(attack.name, unpack_bits(found.robust_bits, total))
 
     def instability(self) -> float:
-        """By how much logits differ between passes over the same images (the first batch), over the largest
-        of them; NaN where some are no numbers.
+        """Largest difference of logits between passes over the first batch, relative to the largest logit.
+
+        NaN if a logit is not finite.
         """
         with self._batches() as batches, torch.no_grad():
             x = next(batches)[0]
-            passes = torch.stack([answers(self.model, x) for _ in range(PASSES)])
+            passes = torch.stack([model_logits(self.model, x) for _ in range(PASSES)])
         if not bool(passes.isfinite().all()):
             return float("nan")
         largest = passes.abs().amax().clamp_min(torch.finfo(passes.dtype).tiny)
         return float((passes.amax(0) - passes.amin(0)).amax() / largest)
 
     def median_lead(self) -> float:
-        """The label's logit minus the largest other: the median over correctly classified images; 0 without
-        any.
-        """
+        """Median lead of the label's logit over correctly classified images; 0 without any."""
         with self._batches() as batches, torch.no_grad():
-            leads = torch.cat([-margin(answers(self.model, x), labels) for x, labels in batches])
+            leads = torch.cat([-margin(model_logits(self.model, x), labels) for x, labels in batches])
         right = leads[leads > 0]
         return float(right.median()) if len(right) else 0.0
 
     def without_gradient(self, norm: str, eps: float) -> tuple[dict[AttackLoss, int], int]:
-        """How many images that are classified correctly at a random start in the ball have no gradient there
-        (zero or NaN).
+        """Count images that are correct at a random start in the ball but have no gradient there (zero or
+        NaN).
 
-        Only those: the ratio of logits is constant, and rightly so, once the label is third. The gradients
-        are the plain ones, as other libraries' attacks take them, and not rescaled as in our own.
+        Misclassified images are left out, because the DLR loss is constant once the label is third. Gradients
+        are not rescaled, as in other libraries' attacks.
 
         Returns:
-            Their number for each goal (dlr needs three classes), and how many are classified correctly.
+            Their number for each goal (dlr needs three classes), and the number of correct images.
         """
         generator = torch.Generator(self.device).manual_seed(self.seed)
         silent: dict[AttackLoss, int] = {}
@@ -125,7 +122,7 @@ class ProbedNetwork:
                 ascent = ascent or attacked(self.model, x, rescale=False)
                 start = start_point(x, "uniform", norm=norm, eps=eps, generator=generator)
                 with torch.no_grad():
-                    logits = answers(self.model, start)
+                    logits = model_logits(self.model, start)
                 right = logits.argmax(1) == labels
                 correct += int(right.sum())
                 for goal in GOALS if logits.shape[1] > 2 else GOALS[:-1]:
@@ -135,7 +132,7 @@ class ProbedNetwork:
 
     @contextmanager
     def _batches(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """Images and labels, with the model in eval mode; asks `should_stop` before each batch."""
+        """Images and labels, with the model in eval mode; checks `should_stop` before each batch."""
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in eval_batches(self.images, batch_size=self.batch_size, device=self.device):

@@ -1,11 +1,8 @@
-"""Interpretability: which pixels a network's answer hangs on, and how much that looks like the object's
-edges.
+"""Interpretability: saliency maps, SmoothGrad, and their agreement with the image's edges.
 
-Saliency is the absolute gradient of the label's logit at the image, over channels the largest (Simonyan et
-al. 2014, arXiv 1312.6034). The logit and not the loss: a loss that is saturated has no gradient, although the
-network still looks at something. Robust networks have saliency that people can read (Tsipras et al. 2019,
-arXiv 1805.12152).
-"""
+Saliency is the absolute gradient of the label's logit at the image, its maximum over channels (Simonyan et
+al. 2014, arXiv 1312.6034). The logit is used because a saturated loss has no gradient. Robust networks have
+saliency maps that people can read (Tsipras et al. 2019, arXiv 1805.12152)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,27 +18,26 @@ from fastdynat.attack_engine.pgd import check_batch
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import attacked, exact_float32
 
-CHUNK = 256  # images in one forward and backward pass, and maps ranked at one time; bounds the memory
-BRIGHTEST = (
-    0.99  # quantile of a map that is shown as 1: single pixels would darken all others (Smilkov et al. 2017)
-)
+CHUNK = 256  # images per forward and backward pass, and maps ranked at a time; bounds the memory
+# Quantile of a map that is shown as 1: single bright pixels would darken all others (Smilkov et al. 2017).
+BRIGHTEST = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What `explain` found about n images; tensors are float32 on the CPU.
+    """Result of `explain` for n images; tensors are float32 on the CPU.
 
     Attributes:
-        saliency: (n, H, W) in [0, 1], each map over its 99 % quantile: for looking at. All numbers are of the
-            map itself.
+        saliency: (n, H, W) in [0, 1] for display, each map divided by its 99 % quantile. All numbers below
+            are of the unscaled maps.
         smooth_grad: (n, H, W), the same of the gradient averaged over noisy copies of the image (SmoothGrad).
         edge_alignment: Spearman's rank correlation over pixels of the saliency and the image's edges (Sobel),
             mean over images, in [-1, 1]. Adebayo et al. 2018 (arXiv 1810.03292) compare saliency maps by it.
             0 for a map that is constant.
         smooth_edge_alignment: the same of SmoothGrad.
         image_alignment: ``|<x, g>| / ||g||``, mean over images (Etmann et al. 2019, arXiv 1905.04172).
-        concentration: Gini index of the saliency, mean over images: 0 for a uniform map, close to 1 where one
-            pixel has it all (Chalasani et al. 2020, arXiv 1810.06583).
+        concentration: Gini index of the saliency, mean over images: 0 for a uniform map, close to 1 for a
+            single pixel (Chalasani et al. 2020, arXiv 1810.06583).
         reference_alignment: Spearman's correlation with the saliency of the reference network; None without
             one.
     """
@@ -66,20 +62,19 @@ def explain(
     noise: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Explanation:
-    """Saliency of `model` at images `x`, SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825), and numbers
-    about them.
+    """Saliency and SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825) of `model` at `x`, with statistics.
 
     Args:
         model: images in [0, 1] -> logits, on the images' device; in eval mode during the call.
         x: (n, C, H, W), float32 or float64, in [0, 1].
         labels: (n,) int64, whose logits are explained.
-        reference: another network, with whose saliency to compare.
+        reference: another network, whose saliency is compared.
         samples: noisy copies per image.
-        noise: their standard deviation over the image's range of values; the paper finds 0.1 to 0.2 best.
+        noise: their standard deviation, relative to the image's range; the paper finds 0.1 to 0.2 best.
         generator: source of the noise; None is torch's global one.
 
     Raises:
-        UserError: no images, or not as many labels; no samples, or negative noise.
+        UserError: no images, another number of labels, no samples, or negative noise.
     """
     check_batch(x, AttackGoal("ce", labels))
     if len(x) == 0 or samples < 1 or noise < 0:
@@ -91,8 +86,8 @@ def explain(
     saliency, smooth_saliency, edges = flat(gradient), flat(smooth), sobel(x)
     other = None if reference is None else flat(_mean_gradient(reference, x, labels))
     return Explanation(
-        saliency=_shown(saliency),
-        smooth_grad=_shown(smooth_saliency),
+        saliency=_for_display(saliency),
+        smooth_grad=_for_display(smooth_saliency),
         edge_alignment=float(spearman(saliency, edges).mean()),
         smooth_edge_alignment=float(spearman(smooth_saliency, edges).mean()),
         image_alignment=float(image_alignment(x, gradient).mean()),
@@ -183,11 +178,11 @@ def _mean_gradient(
                 read = read + sigma[rows] * torch.randn(
                     read.shape, dtype=x.dtype, device=x.device, generator=generator
                 )
-            total.index_add_(0, rows, _pull(ascent, read, labels[rows]))
+            total.index_add_(0, rows, _label_gradient(ascent, read, labels[rows]))
     return total / samples
 
 
-def _pull(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
+def _label_gradient(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
     return ascent.value_and_grad(
         x, lambda logits: (F.one_hot(labels, logits.shape[1]).to(logits.dtype), None)
     )[1]
@@ -199,9 +194,9 @@ def _chunks(images: int, samples: int, device: torch.device) -> Iterator[Tensor]
         yield torch.arange(start, min(start + CHUNK, images * samples), device=device) % images
 
 
-def _shown(maps: Tensor) -> Tensor:
+def _for_display(maps: Tensor) -> Tensor:
     top = maps.flatten(1).quantile(BRIGHTEST, dim=1)[:, None, None]
-    # Where at most one pixel in a hundred has a gradient at all, the largest is what there is to divide by.
+    # Where at most one pixel in a hundred has a gradient, the map is divided by its largest value.
     top = torch.where(top > 0, top, maps.amax((1, 2), keepdim=True))
     return (
         torch.where(top > 0, maps / top.clamp_min(torch.finfo(maps.dtype).tiny), 0.0)

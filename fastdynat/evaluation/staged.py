@@ -1,6 +1,4 @@
-"""Attacks one after the other, each on the images that all before it left standing: the worst case, and where
-it stopped.
-"""
+"""Attacks in stages, each on the images that are still robust, with a state file to resume from."""
 
 import hashlib
 import json
@@ -30,16 +28,16 @@ Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, image
 
 @dataclass
 class Progress:
-    """How far a worst case has come; plain values, as JSON holds them. Masks are `pack_bits`.
+    """State of a staged evaluation; plain JSON values. Masks are packed by `pack_bits`.
 
     Attributes:
-        identity: everything that the outcome depends on, by name.
+        identity: everything that the result depends on, by name.
         seed: of every batch of every stage.
-        entering: stood when the current stage began.
-        robust: stands now.
-        batches: of the current stage that are done.
-        seconds: by stage; the current one's so far.
-        accuracies: robust after each stage that is done.
+        entering: images that were robust when the current stage began.
+        robust: images that are robust now.
+        batches: finished batches of the current stage.
+        seconds: time of each stage so far.
+        accuracies: robust accuracy after each finished stage.
     """
 
     identity: dict[str, Any]
@@ -52,20 +50,18 @@ class Progress:
 
 
 def evaluation_identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
-    """`numbers`, and digests of images with labels and of the model: its weights, or its answers `clean`
-    where it has none.
-    """
+    """`numbers` with digests of images, labels and model: of its weights, or of its predictions `clean`."""
     weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
     return {"model": digest(weights or [clean]), "images": digest([x, y]), **numbers}
 
 
 def standing(progress: Progress, images: int) -> Tensor:
-    """Which images stand now, (N,) bool on the CPU."""
+    """(N,) bool on the CPU: the images that are robust now."""
     return unpack_bits(progress.robust, images)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """The sha256 of their values, types and shapes."""
+    """The sha256 of the values, types and shapes of `tensors`."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -74,10 +70,10 @@ def digest(tensors: Sequence[Tensor]) -> str:
 
 
 def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
-    """What `path` remembers of the evaluation with the identity `own`; None without a file.
+    """The state at `path` of the evaluation with the identity `own`; None without a file.
 
     Raises:
-        UserError: the file cannot be written or read, or belongs to another evaluation; says what differs.
+        UserError: the file cannot be written or read, or belongs to another evaluation; names what differs.
     """
     if path is None:
         return None
@@ -110,13 +106,12 @@ def run_stages(
     path: Path | None,
     done: StageDone,
 ) -> Tensor:
-    """Run those of `stages` that are not finished; `progress` is kept up to date, and stored at `path` after
-    every batch.
+    """Run the unfinished ones of `stages`; updates `progress`, and stores it at `path` after every batch.
 
     done: called after each stage.
 
     Returns:
-        The adversarial images (N, C, H, W), an image itself where it stands or fell before a resume.
+        Adversarial images (N, C, H, W); the clean image where it is robust or was broken before a resume.
     """
     x_adv, robust = x.clone(), unpack_bits(progress.robust, len(x))
     for name in stages:
@@ -143,12 +138,12 @@ def run_stages(
 
 
 def stage_summary(name: str, accuracy: float, seconds: float) -> str:
-    """The line about a finished stage, in AutoAttack's words."""
+    """The line for a finished stage, as AutoAttack prints it."""
     return f"robust accuracy after {name.upper()}: {accuracy:.2%} (total time {seconds:.1f} s)"
 
 
 def begin(own: dict[str, Any], clean: Tensor, seed: int) -> Progress:
-    """No stage done; `clean` (N,) bool are the images that stand."""
+    """The state before the first stage; `clean` (N,) bool are the correctly classified images."""
     bits = pack_bits(clean)
     return Progress(own, seed, bits, bits)
 

@@ -1,4 +1,4 @@
-"""Which network's adversarial images fool which: the transfer matrix."""
+"""The transfer matrix: accuracy of each network on the adversarial images of each other."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, pre
 
 @dataclass(frozen=True, kw_only=True)
 class TransferMatrix:
-    """Accuracies of all networks on the adversarial images of each; plain values, as JSON holds them.
+    """Accuracies of all networks on the adversarial images of each; plain JSON values.
 
     Attributes:
         names: of the networks.
@@ -45,13 +45,12 @@ def transfer_matrix(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> TransferMatrix:
-    """Attack every network once and let all of them classify what came out: as many attacks as networks, not
-    pairs.
+    """Attack every network once and classify the adversarial images by all of them: one attack per network.
 
     Args:
         networks: images in [0, 1] -> logits, on `device`, by name.
         seed: of the random start, the same for every source.
-        advance: told how many images, or parts of one, were done; in all ``len(images)`` for each network.
+        advance: called with the number of images done; its total is ``len(images)`` for each network.
 
     Raises:
         UserError: no network, or `attack` is "clean".
@@ -59,7 +58,8 @@ def transfer_matrix(
     """
     if not networks or attack.search is None:
         raise UserError(
-            f"a transfer matrix needs networks and an attack, got {len(networks)} networks and {attack.name!r}"
+            f"a transfer matrix needs networks and an attack, got {len(networks)} networks and "
+            f"{attack.name!r}"
         )
     targets = list(networks.values())
     correct = torch.zeros(len(targets), len(targets), dtype=torch.int64, device=device)
@@ -75,7 +75,7 @@ def transfer_matrix(
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 x_adv = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick).x_adv
-                # As in `measure`, what is wrong as it is stays so.
+                # As in `measure`, a misclassified clean image stays misclassified.
                 right = _right(targets, batch.x, batch.labels)
                 correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)
                 if source == 0:
@@ -90,5 +90,5 @@ def transfer_matrix(
 
 
 def _right(networks: list[nn.Module], x: Tensor, labels: Tensor) -> Tensor:
-    """Which of `x` each network gets right, (len(networks), N) bool."""
+    """(len(networks), N) bool: the images that each network classifies correctly."""
     return torch.stack([predict(network, x) == labels for network in networks])
