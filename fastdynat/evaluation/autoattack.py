@@ -214,7 +214,7 @@ class AutoAttack:
         if getattr(search, "targets", 0) < classes:
             return stage
         self._report(
-            f"{stage.name}: {classes - 1} target classes instead of {search.targets}, all that the network has"
+            f"{stage.name}: {classes - 1} target classes instead of {search.targets}, all of the network's"
         )
         return replace(stage, search=replace(search, targets=classes - 1))
 

@@ -65,8 +65,8 @@ def check_square(accuracies: Mapping[str, float]) -> None:
     if len(before) > 1 and accuracies["square"] < min(before) - SQUARE_GAIN:
         warn(
             f"Square, which uses no gradient, broke {min(before) - accuracies['square']:.2%} of the images "
-            "that gradient attacks left robust: the gradients may be masked; run Square with more queries, or an "
-            "adaptive attack"
+            "that gradient attacks left robust: the gradients may be masked; run Square with more queries "
+            "or an adaptive attack"
         )
 
 

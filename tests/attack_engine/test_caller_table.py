@@ -205,7 +205,7 @@ def test_nan_logits_are_told_of_and_refused() -> None:
     with torch.no_grad():
         broken[-1].bias.fill_(float("nan"))
     with pytest.raises(
-        UserError, match=f"logits are NaN or infinite for {N} of {N} images: there is no verdict"
+        UserError, match=f"logits are NaN or infinite for {N} of {N} images, which cannot be judged"
     ):
         by_autoattack(broken, x, y)
     with pytest.warns(UserWarning, match="gradients were zero or not finite"):

@@ -237,7 +237,7 @@ def test_a_module_without_weights_is_known_by_its_answers(
 
 
 def test_batches_are_halved_until_they_fit(
-    task: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+    task: tuple[nn.Module, Tensor, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, x, y = task
 
@@ -247,7 +247,7 @@ def test_batches_are_halved_until_they_fit(
         return model(x)
 
     x_adv = evaluator(small).run_standard_evaluation(x, y, 30)
-    assert capsys.readouterr().out.count("out of memory") == 2
+    assert caplog.text.count("out of memory") == 2
     assert 3 < int((model(x_adv).argmax(1) != y).sum()) < N
 
 

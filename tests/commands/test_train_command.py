@@ -452,6 +452,6 @@ def test_a_network_that_counts_classes_from_one(
     assert main(["eval", f"{tmp_path / 'net.py'}:make", "--data", "digits", "--attacks", "clean"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        "chance (10 %), so robust accuracies say nothing: see that the network numbers its classes from 0"
+        "chance (10 %), so robust accuracies say nothing: check that the network numbers its classes from 0"
         in out
     )
