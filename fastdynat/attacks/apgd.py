@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,10 @@ from fastdynat.attack_engine.shrinking_batch import (
     replace_rows,
 )
 from fastdynat.attacks import apgd_steps as moves
+from fastdynat.attacks.apgd_loss import APGDLoss, loss_and_grad
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.ops import attack_logit_grad
-from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
-APGDLoss = Literal["ce", "dlr", "dlr-t"]
 # (gradient at the logits, (losses, which images are misclassified)); named, because Dynamo traces no nested
 # generic alias.
 LogitGradAndLoss = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -154,23 +152,6 @@ class _Run:
     moved: Tensor
     over: Tensor
     zero: Tensor
-
-
-def targeted_dlr(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Targeted DLR ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, (N,), and its gradient (N, K).
-
-    Croce & Hein 2020, eq. 7. Needs four classes. Where the denominator is 0, value and gradient are 0.
-    """
-    top = logits.topk(4, dim=1)
-    gap = top.values[:, :1] - top.values[:, 2:].mean(1, keepdim=True)
-    inverse = torch.where(gap > 0, 1 / gap, 0)
-    pair = torch.stack((target, labels), 1)
-    ahead = logits.gather(1, pair)
-    value = (ahead[:, :1] - ahead[:, 1:]) * inverse
-    signs = torch.tensor([[1.0, -1.0]], dtype=logits.dtype, device=logits.device)
-    parts = torch.tensor([[-1.0, 0.0, 0.5, 0.5]], dtype=logits.dtype, device=logits.device)
-    grad = torch.zeros_like(logits).scatter_add_(1, pair, signs * inverse)
-    return value.squeeze(1), grad.scatter_add_(1, top.indices, parts * value * inverse)
 
 
 def checkpoints(steps: int, norm: str) -> dict[int, int]:
@@ -366,7 +347,7 @@ def _look(
     rescale = ascent.underflow.rescale and (spec.eot == 1 or ascent.dtype is not None)
 
     def logit_grad(logits: Tensor) -> LogitGradAndLoss:
-        loss, weights = _loss(spec, wide(logits), labels, target, rescale)
+        loss, weights = loss_and_grad(spec.loss, wide(logits), labels, target, rescale=rescale)
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
 
     (loss, wrong), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
@@ -374,24 +355,6 @@ def _look(
         (loss, wrong), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
         grad = grad + more
     return grad.to(x_adv.dtype), loss, wrong
-
-
-def _loss(spec: APGD, logits: Tensor, labels: Tensor, target: Tensor, rescale: bool) -> tuple[Tensor, Tensor]:
-    """The loss (N,), for "ce" as `_rank` ranks it, and its gradient at the logits."""
-    if spec.loss != "dlr-t":
-        grad, loss = attack_logit_grad(logits, labels, loss=spec.loss, rescale=rescale)
-        return _rank(logits, labels) if spec.loss == "ce" else loss, grad
-    loss, grad = targeted_dlr(logits, labels, target)
-    return loss, grad * inverse_power_of_two(grad.abs().amax(1, keepdim=True)) if rescale else grad
-
-
-def _rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """``logsumexp_{k != y} z_k - z_y``, (N,); the cross-entropy is its softplus.
-
-    Losses are only compared, and this one still differs where the cross-entropy rounds to 0.
-    """
-    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
-    return others - logits.gather(1, labels[:, None]).squeeze(1)
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:

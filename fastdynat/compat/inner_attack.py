@@ -19,8 +19,9 @@ from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.attacks.plane_search import length as length_of
 from fastdynat.attacks.plane_search import per_image
-from fastdynat.compat.replica_cache import ReplicaCache, Speed, hashable, unwrapped
+from fastdynat.compat.replica_cache import ReplicaCache, unwrapped
 from fastdynat.compat.runner import Runner
+from fastdynat.compat.speed_options import Speed, hashable
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.logits import HALF, own_dtype
 

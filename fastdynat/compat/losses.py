@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 
 from fastdynat.attack_engine.goal import kl_from_log_probs, rival_loss, wide
 from fastdynat.compat.inner_attack import InnerAttack
-from fastdynat.compat.replica_cache import Speed
+from fastdynat.compat.speed_options import Speed
 from fastdynat.errors import UserError
 from fastdynat.models.logits import logits_of, with_output
 from fastdynat.ops import dynamic_label_cross_entropy

@@ -1,10 +1,9 @@
 """The replica of a model that attacks run on, kept from call to call while the model changes."""
 
 import threading
-import types
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,36 +28,6 @@ from fastdynat.tuning.devices import pick_half
 
 EVAL = TrainingModes()
 MOST_IN_A_ROW = 3  # calls that each find the model changed: making a replica costs more than it saves
-
-
-class Speed(TypedDict, total=False):
-    """Keyword-only arguments of every attack.
-
-    Attributes:
-        amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a
-            warning, float32; a dtype insists on it.
-        compile: True compiles gradients with torch.compile where that is faster, measured at the first call;
-            a string is a mode and insists. A model made by torch.compile is treated as with True.
-        channels_last: run the network in channels-last memory format; None is what is fast on this machine.
-        graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
-        fold: fold batch norm into the layers before it.
-        winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds
-            about five times as coarsely.
-        output: the logits in a model's output that holds more: a key or attribute, an index, or a function
-            of the output. A key or index leaves a plain tensor as it is.
-        rescale: scale each image's gradient to order one by an exact power of two, so that a confident
-            network's gradient does not underflow in float32 either (logit gaps above about 104); in eval
-            mode. None does so in half precision alone.
-    """
-
-    amp: bool | torch.dtype
-    compile: bool | str
-    channels_last: bool | None
-    graphs: bool | None
-    fold: bool
-    winograd: bool
-    output: Output | None
-    rescale: bool | None
 
 
 class Once:
@@ -89,10 +58,10 @@ class ReplicaCache:
 
     The replica is made at the first call and takes over in-place changes of tensors at each call. It is made
     anew after any other visible change: a tensor replaced, moved or converted, a Python number, a function, a
-    hook, a global that the network's code names (`network_state`). Every call compares its logits with the model's
-    (`Agreement`); where they differ a new replica is made. Where that does not help, or the model changes at
-    every call, the model itself is attacked from then on. Options that cannot be used are warned of once and
-    named in `path`. The cache does not keep the model alive. Threads take turns.
+    hook, a global that the network's code names (`network_state`). Every call compares its logits with the
+    model's (`Agreement`); where they differ a new replica is made. Where that does not help, or the model
+    changes at every call, the model itself is attacked from then on. Options that cannot be used are warned
+    of once and named in `path`. The cache does not keep the model alive. Threads take turns.
 
     Attributes:
         amp: as given.
@@ -315,19 +284,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def hashable(speed: Speed) -> Hashable:
-    """`speed` as a dictionary key.
-
-    A function without defaults counts by its code and closure, since a lambda in a call is a new object at
-    each call.
-    """
-    output = speed.get("output")
-    known: Any = output
-    if isinstance(output, types.FunctionType) and not (output.__defaults__ or output.__kwdefaults__):
-        known = (output.__code__, tuple(map(id, output.__closure__ or ())))
-    return tuple(sorted((key, value) for key, value in speed.items() if key != "output")), known
 
 
 def two_images(x: Tensor) -> Tensor:

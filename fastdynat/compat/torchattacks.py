@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
-from fastdynat.compat.replica_cache import Speed
 from fastdynat.compat.runner import Runner
+from fastdynat.compat.speed_options import Speed
 from fastdynat.compat.torchattacks_base import TorchAttack
 
 

@@ -19,8 +19,9 @@ from fastdynat.attack_engine.input_checks import (
     slack,
 )
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.compat.replica_cache import ReplicaCache, Speed
+from fastdynat.compat.replica_cache import ReplicaCache
 from fastdynat.compat.runner import Runner, TrainingModes
+from fastdynat.compat.speed_options import Speed
 from fastdynat.errors import UserError
 from fastdynat.models.logits import with_output
 

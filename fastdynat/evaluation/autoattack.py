@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack, stages
-from fastdynat.attacks.ball import inside
 from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.autoattack_inputs import check_and_clamp, check_labels, check_place
-from fastdynat.evaluation.defences import check_answers, check_classified, check_gradients, check_square, warn
-from fastdynat.evaluation.halving import with_halving
-from fastdynat.evaluation.measure import NO_CLASS, attacked, exact_float32, predict_in_batches
+from fastdynat.evaluation.batch_attacks import BatchAttacks
+from fastdynat.evaluation.defences import check_answers, check_classified, check_square
+from fastdynat.evaluation.measure import exact_float32, predict_in_batches
 from fastdynat.models.logits import Output, with_output
 from fastdynat.runs import check_output
 from fastdynat.tuning.devices import pick_device
@@ -198,7 +196,7 @@ class AutoAttack:
             correct = float((clean == y).double().mean())
             names = [stage.name for stage in fitted]
             self._report(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
-            run = _Batches(self._network, fitted, first, self.norm, self.eps, progress.seed, bs)
+            run = BatchAttacks(self._network, fitted, first, self.norm, self.eps, progress.seed, bs)
             x_adv = staged.run_stages(
                 run.attack, run.fooled, x, y, progress, names, bs, path, self._stage_done
             )
@@ -251,59 +249,3 @@ class AutoAttack:
         if self.log_path is not None:
             with self.log_path.open("a") as file:
                 file.write(text + "\n")
-
-
-class _Batches:
-    """Attacks batches on a replica; the network itself decides whether they are fooled."""
-
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        chosen: Sequence[NamedAttack],
-        example: Tensor,
-        norm: str,
-        eps: float,
-        seed: int,
-        size: int,
-    ) -> None:
-        self.model, self.norm, self.eps, self.seed, self.size = model, norm, eps, seed, size
-        self.device = example.device
-        self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
-        plain = Ascent(model, Underflow(rescale=True), allow_no_gradient=True)
-        self.ascent = attacked(model, example) if isinstance(model, nn.Module) else plain
-        self.lost = 0  # images misclassified by NaN or infinite logits
-        self.zero: dict[str, tuple[Tensor, int]] = {}
-
-    def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        def pieces(size: int) -> Tensor:
-            self.size = size
-            generator = torch.Generator(self.device).manual_seed(self.seed)
-            return torch.cat(
-                [
-                    self._piece(name, *part, generator)
-                    for part in zip(x.split(size), y.split(size), strict=True)
-                ]
-            )
-
-        return with_halving(pieces, self.size)
-
-    def _piece(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        result = self.searches[name](self.ascent, x.to(self.device), y.to(self.device), generator=generator)
-        zero, gradients = self.zero.get(name, (0, 0))
-        self.zero[name] = zero + result.zero_grads, gradients + result.gradients
-        return result.x_adv.to(x.device)
-
-    def fooled(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        classes = predict_in_batches(self.model, x_adv, self.size, self.device)
-        fooled = (classes != y) & inside(x_adv, x, self.norm, self.eps)
-        self.lost += int((fooled & (classes == NO_CLASS)).sum())
-        return fooled
-
-    def warn(self) -> None:
-        if self.lost:
-            warn(
-                f"{self.lost} images count as misclassified because the network's logits are NaN or infinite "
-                "at their adversarial images: look for an overflow or a division by 0 in the network"
-            )
-        for name, (zero, gradients) in self.zero.items():
-            check_gradients(name, int(zero), gradients)
