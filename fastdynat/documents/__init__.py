@@ -1,10 +1,8 @@
-"""Every document that the product stores or takes is read here: type, range, depth and size are checked
-before use.
+"""Reading of stored and given documents, with type, range, depth and size checked before use.
 
-A document that cannot be used raises `DocumentError`, a `UserError` of one line: the file, the key, what was
-expected, and the remedy. Nothing here runs code from a file, waits for a pipe without a limit, or imports
-torch.
-"""
+A document that cannot be used raises `DocumentError`, a `UserError` of one line: the file, the key, the
+expected value, and the remedy. Nothing here runs code from a file, waits for a pipe without a limit, or (but
+for `tensor_files`) imports torch."""
 
 from fastdynat.documents.files import (
     DocumentError,
@@ -16,12 +14,11 @@ from fastdynat.documents.files import (
     short_repr,
 )
 from fastdynat.documents.pickles import check_pickle
-from fastdynat.documents.records import as_json, convert, parse_json, read_json, read_json_lines
+from fastdynat.documents.records import convert, parse_json, read_json, read_json_lines, through_json
 from fastdynat.documents.yamls import parse_yaml, read_yaml_value
 
 __all__ = [
     "DocumentError",
-    "as_json",
     "check_pickle",
     "check_text",
     "convert",
@@ -35,4 +32,5 @@ __all__ = [
     "read_yaml_value",
     "regular_file",
     "short_repr",
+    "through_json",
 ]

@@ -1,6 +1,4 @@
-"""Bytes and text of a file that a user can touch: no folder, no pipe that never ends, no more than a
-limit.
-"""
+"""Bytes and text of files that a user can change: no folders, no endless pipes, no more than a limit."""
 
 import os
 import select
@@ -15,24 +13,24 @@ PATIENCE = 10.0  # seconds that a pipe may be silent
 
 
 class DocumentError(UserError):
-    """A file or a text that is not what it should be."""
+    """A file or text that cannot be used: missing, damaged, or another kind of document."""
 
 
 def short_repr(value: object, length: int = 60) -> str:
-    """`value` as a message shows it: as Python writes it, at most `length` characters.
+    """``repr(value)`` for a message, cut to `length` characters.
 
     >>> short_repr("x" * 100, 10)
     "'xxxxx ..."
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of more than 4,300 digits, a list within itself
+    except (ValueError, RecursionError):  # a number of over 4,300 digits, a list that contains itself
         text = f"a {type(value).__name__}"
     return text if len(text) <= length else f"{text[: length - 4]} ..."
 
 
 def check_text(text: str, what: str) -> str:
-    """`text`, unless it cannot be a name or a path.
+    """Return `text` if it can be a name or a path.
 
     Raises:
         DocumentError: it has a NUL character, or a surrogate that stands for no byte of a path.
@@ -55,9 +53,7 @@ def regular_file(path: Path, *, remedy: str = "") -> int:
 
 
 def open_file(path: Path, *, remedy: str = "") -> BufferedReader:
-    """The file at `path`, open for reading. Raises DocumentError as `regular_file` does; opening never
-    waits.
-    """
+    """The file at `path`, open for reading, without waiting. Raises DocumentError as `regular_file` does."""
     descriptor, _ = _open(path, remedy, stream=False)
     return os.fdopen(descriptor, "rb")
 
@@ -67,7 +63,7 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
 
     Args:
         limit: the most bytes that a good file has.
-        remedy: what to do where it cannot be read, for the message.
+        remedy: the advice in the message where it cannot be read.
         stream: take a pipe too, such as ``/dev/stdin`` or the shell's ``<(command)``.
 
     Raises:
@@ -99,9 +95,8 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
 
 
 def read_text(path: Path, *, limit: int, remedy: str = "", stream: bool = False) -> str:
-    """`read_bytes` as UTF-8, with or without a byte order mark. Raises DocumentError as it does, and for
-    other encodings.
-    """
+    """`read_bytes` decoded as UTF-8, with or without byte order mark. Raises DocumentError, also for
+    others."""
     try:
         return read_bytes(path, limit=limit, remedy=remedy, stream=stream).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,9 +106,7 @@ def read_text(path: Path, *, limit: int, remedy: str = "", stream: bool = False)
 
 
 def _open(path: Path, remedy: str, *, stream: bool) -> tuple[int, int | None]:
-    """A descriptor of `path` and its size; None for a pipe. Never waits: a pipe without a writer is opened
-    too.
-    """
+    """A descriptor of `path` and its size, None for a pipe. Never waits, not even for a pipe's writer."""
     check_text(str(path), "the path")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Ranges that several documents share; NaN is in none of them."""
+"""Ranges of numbers and names that several documents share; none contains NaN."""
 
 from typing import Annotated
 

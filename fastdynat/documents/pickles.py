@@ -1,8 +1,7 @@
-"""What a pickle would become, found out from its opcodes before anything is made of it.
+"""Size and depth of the values in a pickle, found from its opcodes before anything is built.
 
-Few bytes can stand for endless work: a tuple of two references to a tuple of two references, forty deep,
-takes 2**40 steps to hash, as a key of a dictionary, or to print, in an error message.
-"""
+A few bytes can stand for endless work: a tuple of two references to a tuple of two references, forty deep,
+takes 2**40 steps to hash as a key of a dictionary, or to print in an error message."""
 
 import pickletools
 from collections.abc import Iterable
@@ -11,18 +10,16 @@ from typing import IO
 from fastdynat.documents.files import MIB, DocumentError
 
 MAX_BYTES = 256 * MIB  # of the part of a torch.save file that is not tensors
-VALUES, DEPTH = (
-    1_000_000,
-    200,
-)  # shared ones counted wherever they are referred to; a large training state has 10**5
-PARTS = 5  # pickles at the beginning of a file in torch's format from before 1.6
+VALUES = 1_000_000  # a shared one counts wherever it is referred to; a large training state has 10**5
+DEPTH = 200
+PARTS = 5  # pickles at the beginning of a file in the format of torch before 1.6
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 _MUTATORS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _MARK, _LEAF = -1, 0
 
 
 class _Limited:
-    """A file that gives at most MAX_BYTES in all, whatever lengths its opcodes claim."""
+    """A file that gives at most MAX_BYTES in all, whatever lengths the opcodes claim."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file, self._name, self._left = file, name, MAX_BYTES
@@ -46,13 +43,13 @@ class _Limited:
 
 
 def check_pickle(file: IO[bytes], name: str, parts: int = PARTS) -> None:
-    """Refuse pickles at the beginning of `file` that would become too much.
+    """Refuse pickles at the beginning of `file` that would become too large.
 
-    What is no pickle, or a damaged one, passes from where it is that: the reader's business.
+    Data that is no pickle, or is damaged, passes from there on: the library that reads it will refuse it.
 
     Args:
-        name: of the file, for messages.
-        parts: how many pickles may follow each other.
+        name: the file's name, for messages.
+        parts: number of pickles that may follow each other.
 
     Raises:
         DocumentError: more than 1,000,000 values, shared ones counted in full; nested more than 200 deep; a
@@ -73,7 +70,7 @@ def check_pickle(file: IO[bytes], name: str, parts: int = PARTS) -> None:
 
 
 class _Graph:
-    """The values that a pickle makes, as nodes with references; those without any are one node."""
+    """The values of a pickle as nodes with references; all values without references are one node."""
 
     def __init__(self, name: str) -> None:
         self.name, self.steps = name, 0
@@ -82,7 +79,7 @@ class _Graph:
         self._memo: dict[int, int] = {}
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
-        """Do to the nodes what `opcode` does to the values."""
+        """Apply `opcode` to the nodes as it would apply to the values."""
         name, stack = opcode.name, self._stack
         self.steps += 1
         if self.steps > VALUES:
@@ -105,7 +102,7 @@ class _Graph:
                 stack += [self._node(taken) if taken or empty else _LEAF for _ in opcode.stack_after]
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> list[int]:
-        """What the opcode takes from the stack, without the mark."""
+        """Take the operands of the opcode from the stack, without the mark."""
         before, stack = opcode.stack_before, self._stack
         count = len(before)
         if pickletools.markobject in before:
@@ -127,7 +124,7 @@ class _Graph:
         )
 
     def check(self) -> None:
-        """Raise DocumentError where a node stands for too much."""
+        """Raise DocumentError where a node stands for too many values, or is nested too deep."""
         sizes, depths, entered = {_LEAF: 1}, {_LEAF: 0}, set[int]()
         for root in range(1, len(self.children)):
             path = [root]

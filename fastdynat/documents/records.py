@@ -1,4 +1,4 @@
-"""JSON documents as typed values, by msgspec: a type is the schema."""
+"""JSON documents as typed values, by msgspec: a Python type is the schema."""
 
 import json
 import re
@@ -31,8 +31,8 @@ def read_json(
         kind: a dataclass, a msgspec.Struct or a type such as ``dict[str, int]``; ranges are `msgspec.Meta`.
             Keys that it does not have are left out.
         what: the document in words with its article, for messages.
-        format: what the document says under "format", if it says something.
-        remedy: what to do where it cannot be used, for messages.
+        format: the value of its key "format", if it has one.
+        remedy: the advice in the message where it cannot be used.
         limit: the most bytes that a good file has.
 
     Raises:
@@ -47,7 +47,7 @@ def read_json(
 def read_json_lines(
     path: Path, kind: type[T], *, what: str, remedy: str = "", limit: int = 256 * MIB
 ) -> list[T]:
-    """The lines of the file at `path`, a JSON document each; see `read_json`."""
+    """The lines of the file at `path`, each a JSON document; see `read_json`."""
     try:
         lines = read_text(path, limit=limit).split("\n")
         return [
@@ -72,11 +72,11 @@ def parse_json(text: str, kind: type[T], *, origin: str, what: str, format: str 
 
 
 def convert(value: Any, kind: type[T], *, origin: str, why: str = DAMAGED) -> T:
-    """The plain `value`, as a parser or torch made it, as a `kind`; lists become tuples where `kind` says so.
+    """The plain `value` of a parser or of torch as a `kind`; lists become tuples where `kind` says so.
 
     Raises:
-        DocumentError: a value is missing, of another type or out of range, or nested more than 64 deep; says
-            which. `why` is what that says about `origin`.
+        DocumentError: a value is missing, of another type, out of range, or nested more than 64 deep; names
+            it. `why` is the explanation in the message.
     """
     check_depth(value, origin)
     try:
@@ -87,8 +87,9 @@ def convert(value: Any, kind: type[T], *, origin: str, why: str = DAMAGED) -> T:
         raise DocumentError(f"{origin}: {' '.join(str(error).split())}: {why}") from None
 
 
-def as_json(value: Any) -> Any:
-    """`value` as it comes back from JSON: tuples are lists, keys are text. For comparison with a stored one."""
+def through_json(value: Any) -> Any:
+    """`value` as it comes back from JSON: tuples are lists, keys are text. For comparison with a stored
+    one."""
     return json.loads(json.dumps(value))
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors: checked before a library opens them, read without running code."""
+"""Files of tensors, checked before a library opens them and read without running code."""
 
 import io
 import json
@@ -63,8 +63,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path, *, what: str, remedy: str = REMEDY) -> Any:
-    """What `torch.save` wrote to `path`, tensors on the CPU; only tensors and plain values open, and no code
-    of the file runs.
+    """The content of a `torch.save` file, tensors on the CPU. No code of the file runs.
 
     what: the content in words with its article, for messages.
 
@@ -87,9 +86,7 @@ def read_pickle(path: Path, *, what: str, remedy: str = REMEDY) -> Any:
 
 
 def _check_content(path: Path, what: str) -> None:
-    """Refuse what would fill the memory or never end when it is opened; what is merely damaged is left to
-    torch.
-    """
+    """Refuse files that would fill the memory or never finish loading; other damage is left to torch."""
     with open_file(path) as file:
         if file.read(4) != b"PK\x03\x04":
             file.seek(0)
@@ -97,16 +94,15 @@ def _check_content(path: Path, what: str) -> None:
             return
     _check_members(path, what)
     try:
-        record: bytes = torch._C.PyTorchFileReader(str(path)).get_record(
-            "data.pkl"
-        )  # the very bytes that torch.load opens
+        # The very bytes that torch.load opens.
+        record: bytes = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
     except Exception:
         return
     check_pickle(io.BytesIO(record), str(path), parts=1)
 
 
 def _check_members(path: Path, what: str) -> None:
-    """Refuse a zip that torch.save did not write: one that is compressed could fill the memory."""
+    """Refuse a zip that torch.save did not write: a compressed one could fill the memory."""
     try:
         with zipfile.ZipFile(path) as file:
             members = file.infolist()
@@ -122,8 +118,6 @@ def _check_members(path: Path, what: str) -> None:
 
 
 def starts_as_a_page(path: Path) -> bool:
-    """Whether `path` begins as HTML does: a download that was answered by a web page. Raises DocumentError as
-    `read_pickle`.
-    """
+    """True if `path` begins like HTML, as a failed download does. Raises DocumentError as `read_pickle`."""
     with open_file(path, remedy=REMEDY) as file:
         return file.read(1) == b"<"

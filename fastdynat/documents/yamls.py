@@ -1,9 +1,7 @@
-"""YAML as configuration files need it: a safe loader without surprises and with limits.
+"""YAML for configuration files: a safe loader without surprises and with limits.
 
-Read differently from YAML 1.1, so that what is written is what is meant: ``no``, ``off``, dates, ``010`` and
-``1:30`` are text; a key may stand only once. Whether text is a switch or a number is for the key's type to
-say.
-"""
+It differs from YAML 1.1: ``no``, ``off``, dates, ``010`` and ``1:30`` are text, and a key may occur only
+once. The type of a key decides whether its text is a switch or a number."""
 
 import re
 from pathlib import Path
@@ -87,7 +85,7 @@ for _name, _pattern, _first in (
 
 
 def read_yaml_value(path: Path, *, remedy: str = "") -> Any:
-    """The plain value in the YAML file at `path`; a pipe will do.
+    """The plain value in the YAML file, or pipe, at `path`.
 
     Raises:
         DocumentError: it cannot be read, is not YAML, or goes beyond a limit.
@@ -96,9 +94,7 @@ def read_yaml_value(path: Path, *, remedy: str = "") -> Any:
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """The plain value of the YAML `text`; `origin` stands for a file's name in messages. Raises
-    DocumentError.
-    """
+    """The plain value of the YAML `text`, which messages call `origin`. Raises DocumentError."""
     try:
         return yaml.load(text, _Loader)  # a safe loader
     except yaml.MarkedYAMLError as error:

@@ -12,7 +12,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from fastdynat.documents import as_json, read_json
+from fastdynat.documents import read_json, through_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
@@ -84,7 +84,7 @@ def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
     known = read_json(
         path, Progress, what="the state of an AutoAttack evaluation", format=FORMAT, remedy=remedy
     )
-    own = as_json(own)
+    own = through_json(own)
     different = [
         name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)
     ]

@@ -163,7 +163,7 @@ class CheckpointStore:
 
 
 def is_copied(path: Path, identity: str) -> bool:
-    """Whether `path` is a folder, not a link, with a checkpoint of the run `identity`."""
+    """True if `path` is a folder, not a link, with a checkpoint of the run `identity`."""
     if path.is_symlink() or not path.is_dir():
         return False
     try:
@@ -174,7 +174,7 @@ def is_copied(path: Path, identity: str) -> bool:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a link of the run may replace `path`: it is free, such a link, or an archive's copy of one."""
+    """True if a link of the run may replace `path`: it is free, such a link, or an archive's copy of one."""
     if not os.path.lexists(path):
         return True
     if path.is_symlink():

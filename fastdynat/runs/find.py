@@ -76,7 +76,7 @@ def real_folders(store: Path) -> list[Path]:
 
 
 def is_own(folder: Path, origin: Origin | None, identity: str | None) -> bool:
-    """Whether `folder` belongs to the run with the id `identity`, by its manifest's `origin`."""
+    """True if `folder` belongs to the run with the id `identity`, by its manifest's `origin`."""
     if origin is None:  # a version without run ids
         return identity is None and NUMBERED.fullmatch(folder.name) is not None
     return origin.folder == folder.name and identity in (origin.run, None)

@@ -56,7 +56,7 @@ def run_of_file(path: Path) -> Path | None:
 
 
 def looks_like_run(path: Path | str) -> bool:
-    """Whether `path` holds a config.yaml that a run wrote; other tools write files of this name too."""
+    """True if `path` holds a config.yaml that a run wrote; other tools write files of this name too."""
     return _first_lines(Path(path), 1)[0].rstrip() == HEADER.encode()
 
 
@@ -72,7 +72,7 @@ def require_run(path: Path | str) -> None:
 
 
 def _is_forbidden(path: Path) -> bool:
-    """Whether this user lacks the permission to read `path`."""
+    """True if this user lacks the permission to read `path`."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
     except PermissionError:

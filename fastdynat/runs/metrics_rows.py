@@ -1,4 +1,4 @@
-"""Rows of a run's metrics.jsonl, one per epoch, as they are read; `fastdynat.training.metrics` writes them."""
+"""Reading of a run's metrics.jsonl, one row per epoch; `fastdynat.training.metrics` writes it."""
 
 from contextlib import suppress
 from dataclasses import dataclass

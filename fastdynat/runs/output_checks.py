@@ -82,7 +82,7 @@ def check_results(
 
 
 def _may_be_results(file: Path, is_picture: bool) -> bool:
-    """Whether a command may have written `file` as results, or it is empty."""
+    """True if a command may have written `file` as results, or it is empty."""
     with open_file(file) as opened:
         start = opened.read(4096)
     if start and file.suffix.lower() in SOURCES:

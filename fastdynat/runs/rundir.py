@@ -122,7 +122,7 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether `name` may be left from a start that was killed before it wrote its configuration."""
+    """True if `name` may be left from a start that was killed before it wrote its configuration."""
     return name in (LOCK, OLD_LEFTOVER) or TEMPORARY.fullmatch(name) is not None
 
 

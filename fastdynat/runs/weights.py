@@ -117,8 +117,8 @@ def load_network(path: Path | str, *, into: nn.Module | None = None) -> tuple[nn
     state, sidecar = load_state(path)
     if into is None and is_object(sidecar.architecture):
         raise UserError(
-            f"{path} is of a {short_name(sidecar.architecture)} that was given to fastdynat.train as a Python object: "
-            f"pass one, fastdynat.load_network({str(path)!r}, into=my_module)"
+            f"{path} is of a {short_name(sidecar.architecture)} that was given to fastdynat.train as a "
+            f"Python object: pass one, fastdynat.load_network({str(path)!r}, into=my_module)"
         )
     network = build_from_sidecar(sidecar) if into is None else into
     before = {key: value.clone() for key, value in into.state_dict().items()} if into is not None else None

@@ -39,13 +39,13 @@ def target_file(path: Path) -> Path | None:
 
 
 def is_file_target(path: Path) -> bool:
-    """Whether writing `path` replaces a file, so that it can be written again and again."""
+    """True if writing `path` replaces a file, so that it can be written again and again."""
     with explained(path):
         return target_file(path) is not None
 
 
 def in_locked_folder(file: Path) -> bool:
-    """Whether no other file can be made beside `file`, so that only its content may change."""
+    """True if no other file can be made beside `file`, so that only its content may change."""
     return not os.access(file.parent, os.W_OK | os.X_OK)
 
 

@@ -97,5 +97,5 @@ def attack_switches(engine: ResolvedEngine) -> AttackSwitches:
 
 
 def has_gradient_scaler(engine: ResolvedEngine) -> bool:
-    """Whether the update scales its loss, as float16 needs."""
+    """True if the update scales its loss, as float16 needs."""
     return AMP_DTYPES[engine.amp] is torch.float16

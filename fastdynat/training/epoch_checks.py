@@ -21,9 +21,7 @@ logger = logging.getLogger(__name__)
 def fidelity_columns(
     config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet
 ) -> dict[str, float | bool]:
-    """--check-fidelity N: whether the attack as it is computed is as strong as the reference, on N images of
-    `val`.
-    """
+    """--check-fidelity N: strength of the fast attack against the eager float32 one, on N images of `val`."""
     count = config.engine.check_fidelity
     if count == 0:
         return {}
@@ -51,9 +49,7 @@ def fidelity_columns(
 def boundary_columns(
     config: ResolvedConfig[Any], step: TrainStep, val: ImageSet, folder: Path, epoch: int
 ) -> dict[str, float | None]:
-    """--boundary-speed N: how the decision boundary of N images of `val` moves; `epoch` counts completed
-    ones.
-    """
+    """--boundary-speed N: movement of the decision boundary of N images of `val`, after `epoch` epochs."""
     count = config.engine.boundary_speed
     if count == 0:
         return {}

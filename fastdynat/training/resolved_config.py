@@ -60,21 +60,21 @@ class ResolvedEngine(EngineConfig):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether `device` is a CUDA device."""
+        """True if `device` is a CUDA device."""
         return self.device.startswith("cuda")
 
     @property
     def uses_fused_conv(self) -> bool:
-        """Whether the attacked network's convolutions run as cuDNN kernels with bias, residual and ReLU."""
+        """True if the attacked network's convolutions run as cuDNN kernels with bias, residual and ReLU."""
         return switched_on(self.fused_conv, self.on_gpu and self.fold == "on")
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether the training step is captured as a CUDA graph, wherever it can be."""
+        """True if the training step is captured as a CUDA graph, wherever it can be."""
         return switched_on(self.graphs, self.on_gpu)
 
     def uses_guide_stream(self, method: Method[Any]) -> bool:
-        """Whether the guide of `method` runs on a CUDA stream of its own."""
+        """True if the guide of `method` runs on a CUDA stream of its own."""
         return switched_on(self.guide_stream, self.on_gpu and method.uses_guide)
 
 
@@ -94,5 +94,5 @@ def filled_in(kind: type[GroupT], group: object, **values: object) -> GroupT:
 
 
 def switched_on(value: Switch, automatic: bool) -> bool:
-    """Whether a switch is on, where "auto" means `automatic`."""
+    """True if a switch is on, where "auto" means `automatic`."""
     return automatic if value == "auto" else value == "on"

@@ -130,7 +130,7 @@ def _check_momentum(trainer: Trainer) -> None:
 
 
 def _place(trainer: Trainer) -> str:
-    """Where training continues, in words."""
+    """The point where training continues, in words."""
     epoch, step, steps = trainer.epoch, trainer.epoch_step, trainer.loader.steps_per_epoch
     if step == 0:
         return f"after epoch {epoch}"
@@ -148,7 +148,7 @@ def _rewrite_record(trainer: Trainer) -> None:
 
 
 def _how_to_train_longer(path: Path, trainer: Trainer) -> str:
-    """That the run is finished, and what would make it longer."""
+    """The message for a finished run, with the options that would make it longer."""
     config, epochs = trainer.config, trainer.epoch
     done = f"{path} is finished after {epochs} epochs"
     if why := trainer.watch.ended():

@@ -9,9 +9,7 @@ import torch
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed every global generator; with `deterministic` also refuse operations that have no deterministic
-    form.
-    """
+    """Seed every global generator; `deterministic` also refuses operations without a deterministic form."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -24,9 +22,7 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """All global generator states as tensors and plain values, so that the file opens with
-    ``weights_only=True``.
-    """
+    """All global generator states, as tensors and plain values that open with ``weights_only=True``."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = cast(
         tuple[str, Any, int, int, float], np.random.get_state(legacy=True)
@@ -46,7 +42,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+    """Restore what `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -79,9 +79,7 @@ def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[in
 
 
 def momentum_at(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:
-    """The function update -> SGD momentum: `config.momentum`, in the burn-in too, or the schedule's cycle
-    after it.
-    """
+    """The function update -> SGD momentum: `config.momentum`, or after the burn-in the schedule's cycle."""
     position, total = _position(config, steps_per_epoch), _total(config, steps_per_epoch)
     warmup = _peak(config)
     base, most = cycled_momentum(config) if config.cycle_momentum else (config.momentum, config.momentum)

@@ -104,6 +104,22 @@ class TrainStep:
         statistics_resets: as given.
         path: how the step runs, in words.
         fallbacks: speed-ups that were asked for and are not used.
+
+    Args:
+        recorder: captures the whole step as a graph; None runs it uncaptured. Not with a gradient scaler,
+            which waits for the device.
+        steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
+        guide_stream: CUDA stream of the method's inner half and its losses, beside the attack; None is the
+            current one.
+        awp: perturbs the model's weights around its loss.
+        momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
+        statistics_resets: numbers of the updates whose passes replace the model's running statistics by the
+            batch's.
+        whole: images in a full batch. Smaller batches run uncompiled and uncaptured, with the same
+            mathematics: graphs of their own would take a minute. None compiles and captures batches of any
+            size.
+        fallbacks: collects why graphs are off (a capture fails, a replay differs from the step) and that
+            partial batches run uncompiled; None warns.
     """
 
     def __init__(
@@ -124,23 +140,6 @@ class TrainStep:
         whole: int | None = None,
         fallbacks: Fallbacks | None = None,
     ) -> None:
-        """
-        Args:
-            recorder: capture the whole step as a graph; None runs it as it is. Not with a gradient scaler,
-                which waits for the device.
-            steps_of: the attack's number of steps in an epoch, counted from 0; None is always `spec.steps`.
-            guide_stream: where the method's inner half and its losses run, beside the attack; None is where
-                everything runs.
-            awp: perturbs the model's weights around its loss; None does not.
-            momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
-            statistics_resets: numbers of the updates whose passes replace the model's running statistics by
-                the batch's.
-            whole: images of the batches that are compiled and captured; smaller ones run as they are, which
-                is the same mathematics without the minute that graphs of their own would take. None: batches
-                of any size are.
-            fallbacks: collects why graphs are off (a capture fails, a replay differs from the step) and that
-                partial batches run uncompiled; None warns.
-        """
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
         self.peak_lr = optim.lr

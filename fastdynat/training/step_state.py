@@ -16,12 +16,13 @@ from fastdynat.training.networks import NetworkSet
 
 @dataclass(frozen=True)
 class StepState:
-    """A `Subject` of `fastdynat.execution`. The weight average and the epoch's sums are moved after the step,
-    not in it.
+    """The state of a step, for `fastdynat.execution.graph_check`.
+
+    The weight average and the epoch's sums change after the step, so they are not part of it.
 
     Attributes:
-        method: has buffers.
-        rates: tensors that each step is to read anew.
+        method: its buffers are part of the state.
+        rates: tensors that each step reads anew.
     """
 
     networks: NetworkSet

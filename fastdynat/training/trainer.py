@@ -70,7 +70,7 @@ class Trainer:
         self.row: dict[str, Any] | None = None
 
     def finished(self) -> bool:
-        """Whether all epochs are done, or `Watch.ended`."""
+        """True if all epochs are done, or `Watch.ended`."""
         return self.epoch >= self.config.optim.epochs or self.watch.ended() is not None
 
     def fit(self) -> Outcome:
@@ -82,14 +82,9 @@ class Trainer:
         """
         epochs = self.config.optim.epochs
         until = min(epochs, self.config.run.stop_after or epochs)
-        total, done = until * self.loader.steps_per_epoch, self._steps_done()
-        with (
-            StopRequest() as stop,
-            TrainingProgress.shown(
-                total_steps=total, done_steps=done, quiet=self.config.run.quiet
-            ) as progress,
-            self._writer,
-        ):
+        steps = {"total_steps": until * self.loader.steps_per_epoch, "done_steps": self._steps_done()}
+        shown = TrainingProgress.shown(**steps, quiet=self.config.run.quiet)
+        with StopRequest() as stop, shown as progress, self._writer:
             self._warn_of_average()
             while self.epoch < until and not self.watch.ended():
                 try:

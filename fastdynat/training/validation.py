@@ -55,6 +55,6 @@ class Validation:
         return int(torch.bincount(self.images.labels).max()) / len(self.images)
 
     def sees_initial_weights(self) -> bool:
-        """Whether the deployed network is an average that is still mostly its first weights."""
+        """True if the deployed network is an average that is still mostly its first weights."""
         ema = self._networks.ema
         return ema is not None and first_share(ema.decay, warmup=ema.warmup, updates=ema.updates) > MOSTLY

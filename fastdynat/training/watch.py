@@ -64,7 +64,7 @@ class Watch:
         )
 
     def _vanished(self, robust: float, trained: float) -> bool:
-        """Whether PGD accuracy has sunk to next to zero while the network beats the training attack."""
+        """True if PGD accuracy has sunk to next to zero while the network beats the training attack."""
         if not self._comparable or not (robust <= NONE_LEFT and robust < self.robust):
             return False
         return self.collapsed or (trained >= self.trained + RISE and trained >= robust + APART)

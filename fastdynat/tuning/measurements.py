@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdynat.documents import DocumentError, as_json, read_json
+from fastdynat.documents import DocumentError, read_json, through_json
 from fastdynat.documents.numbers import AboveZero
 from fastdynat.machine import replace_text, user_cache
 
@@ -44,7 +44,7 @@ def load_seconds(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | 
     with suppress(DocumentError, OSError):
         if path is not None and path.is_file():
             found = read_json(path, _Stored, what="a measurement", format=FORMAT, limit=MAX_BYTES)
-            if found.key == as_json(key) and found.seconds.keys() == names:
+            if found.key == through_json(key) and found.seconds.keys() == names:
                 return found.seconds
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.documents import DocumentError, as_json, parse_json, read_text
+from fastdynat.documents import DocumentError, parse_json, read_text, through_json
 from fastdynat.machine import processor, replace_text, user_cache, versions
 from fastdynat.verification.operator_check import CandidateVerdict, OperatorCheck
 
@@ -56,7 +56,7 @@ def load_verdicts(key: Mapping[str, Any]) -> Stored:
         if path is not None and path.is_file():
             text = read_text(path, limit=LIMIT)
             found = parse_json(text, Stored, origin=str(path), what="a list of verdicts", format=FORMAT)
-            return found if found.key == as_json(key) else nothing
+            return found if found.key == through_json(key) else nothing
     return nothing
 
 

@@ -258,7 +258,9 @@ def test_a_resumed_run_keeps_what_it_began_with_on_another_machine(machine: Mach
 def test_configurations_of_earlier_still_open() -> None:
     for amp in ("off", "bf16", "fp16"):
         for mode in ("off", "default", "max-autotune"):
-            found = override(config(), {"amp": amp, "compile": mode, "winograd": "auto"}, "config.yaml").engine
+            found = override(
+                config(), {"amp": amp, "compile": mode, "winograd": "auto"}, "config.yaml"
+            ).engine
             assert (found.amp, found.compile) == (amp, mode)
 
 

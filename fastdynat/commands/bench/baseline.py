@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastdynat.commands.bench.results import FORMAT, machine, settings
 from fastdynat.config import TrainConfig
-from fastdynat.documents import as_json, convert, read_json, short_repr
+from fastdynat.documents import convert, read_json, short_repr, through_json
 from fastdynat.documents.numbers import AboveZero
 from fastdynat.errors import UserError
 from fastdynat.terminal.consoles import AS_IS, PlainTable
@@ -65,7 +65,7 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
         raise UserError(
             f"{path} is from an unfinished measurement, with each row timed once; measure again with --json {path}"
         )
-    _agree(path, "setting", doc["settings"], as_json(settings(config)))
+    _agree(path, "setting", doc["settings"], through_json(settings(config)))
     _agree(
         path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine()))
     )
