@@ -1,4 +1,4 @@
-"""Configurations as flat keys, in a dictionary or a YAML file; values from outside are converted and checked."""
+"""Configurations as flat keys, in a dictionary or a YAML file, with values converted and checked."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ def _converted(key: str, value: Any, hint: Any, origin: str) -> Any:
 
 
 def _as_meant(value: Any, hint: Any) -> Any:
-    """`value` as YAML 1.1 reads it for a field of the type `hint`: our reader leaves on, off and 1e-4 as text."""
+    """`value` as YAML 1.1 means it for the type `hint`: our reader leaves on, off and 1e-4 as text."""
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is tuple:
         return [_as_meant(item, kinds[0]) for item in value] if isinstance(value, list | tuple) else value

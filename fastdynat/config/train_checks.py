@@ -1,6 +1,7 @@
 """Combinations of training keys that exclude each other, refused before anything is imported or read.
 
-Needs neither data nor torch; what depends on data, method or machine is checked by `fastdynat.training.resolve`.
+Needs neither data nor torch; what depends on data, method or machine is checked by
+`fastdynat.training.resolve`.
 """
 
 import math

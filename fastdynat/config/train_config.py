@@ -23,8 +23,8 @@ class DataConfig:
     """Images."""
 
     data: str = "digits"
-    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, imagefolder, or path/to/file.py:callable, which
-    returns tensors or a torch Dataset."""
+    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, imagefolder, or
+    path/to/file.py:callable, which returns tensors or a torch Dataset."""
     data_dir: str = "data"
     """Where the dataset is, or is downloaded to; for imagefolder the folder that holds train/ and test/."""
     download: bool = True
@@ -72,10 +72,10 @@ class ModelConfig:
     code), torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module; auto is small for
     digits, else resnet18."""
     guide: str = "auto"
-    """Guide network (DYNAT, LBGAT, AdaGAT, or a teacher); auto is that of --guide-from, else resnet18_s1122
-    (the released code's), or small beside small."""
+    """Guide network (DYNAT, LBGAT, AdaGAT, HAT and distillation); auto is that of --guide-from, else
+    resnet18_s1122 (the released code's), or small beside small."""
     guide_from: str | None = None
-    """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen teacher
+    """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen guide
     of hat, ard, rslad, iad and distillation, or where a guide's own training starts."""
     bn_momentum: float | None = None
     """Share of a new batch in batch norm's running statistics; None is the network's own, 0.1 in ours."""
@@ -185,7 +185,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How it is computed."""
+    """Device, precision and speed."""
 
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""

@@ -1,7 +1,7 @@
-"""The range of every number of a configuration, by its key; groups and commands that share a key mean the same.
+"""Ranges of the numbers of a configuration, by key: a key means the same in every group and command.
 
-A largest value is either a share's end or a bound that no run reaches, beyond which a number is a typing error.
-Numbers that depend on other keys are in `fastdynat.config.train_checks`.
+A largest value is either a share's end or a bound that no run reaches, beyond which a number is a typing
+error. Numbers that depend on other keys are in `fastdynat.config.train_checks`.
 """
 
 import math
@@ -60,8 +60,8 @@ class Range:
     """The values that a number may have.
 
     Attributes:
-        least, most: the ends, which belong to the range unless `open_least` or `open_most` says otherwise. Only
-            shares have a finite `most` here; `LARGEST` bounds the other numbers.
+        least, most: the ends, which belong to the range unless `open_least` or `open_most` says otherwise.
+            Only shares have a finite `most` here; `LARGEST` bounds the other numbers.
         text: the range in words, after "must be".
         remedy: appended to the message, after the number that was given.
     """
@@ -160,7 +160,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_radii(part: Any, norm: str) -> None:
-    """Raise UserError for a radius or step of the dataclass `part` that cannot be one under `norm` or "auto"."""
+    """Raise UserError for a radius or step of the dataclass `part` that is invalid under `norm` (or auto)."""
     for key in RADII:
         value = getattr(part, key, "auto")
         if value != "auto":

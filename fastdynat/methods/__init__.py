@@ -16,6 +16,14 @@ from fastdynat.methods.base import (
     Networks,
     Outer,
 )
+from fastdynat.methods.method_registry import (
+    METHODS,
+    method_class,
+    method_label,
+    method_name,
+    options_type,
+    register_method,
+)
 from fastdynat.methods.options import (
     MOST,
     MethodOptions,
@@ -23,14 +31,6 @@ from fastdynat.methods.options import (
     check_numbers,
     check_options,
     check_positive,
-)
-from fastdynat.methods.registry import (
-    METHODS,
-    method_class,
-    method_label,
-    method_name,
-    options_type,
-    register,
 )
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "method_label",
     "method_name",
     "options_type",
-    "register",
+    "register_method",
 ]
 
 

@@ -1,13 +1,17 @@
-"""AdaGAT (arXiv 2508.17265): LBGAT without the KL, and a guide that is held back by the model.
+"""AdaGAT (arXiv 2508.17265): LBGAT without the KL term, and with a guide that the model holds back.
 
-    minimise CE(f_g(x), y) + MSE(f_t(x'), f_g(x)) + pull * MSE(sg[f_t(x')], f_g(x)),   x' = PGD on KL(p_t(x)
-    || p_t(.))
+    min  CE(f_g(x), y) + MSE(f(x'), f_g(x)) + pull * MSE(sg[f(x')], f_g(x)),   x' = PGD on KL(p(x) || p(.))
 
-Facts about the released code: what it runs (pull 0) is LBGAT at alpha 0 to the letter; the last term, which
-reaches only the guide, is a line in comments there, with pull 2.5, although the text's point is the
-stop-gradient that keeps the guide from becoming much better than the model. It switches the guide to eval
-mode while it attacks, which has no effect (the attack does not ask it), and adds 1e-5 inside a logarithm of
-its KL, which is constant in the attack.
+The last term reaches only the guide: sg stops the gradient.
+
+Details of the released code, and how they are treated here:
+
+- with its settings (pull 0) it is LBGAT at alpha 0 exactly. The term with the stop-gradient, which keeps the
+  guide from becoming much better than the model and is the point of the paper, is commented out there, with
+  pull 2.5.
+- it switches the guide to eval mode during the attack, which has no effect: the attack does not use the
+  guide.
+- it adds 1e-5 inside a logarithm of the attack's KL, which changes no gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.errors import UserError
-from fastdynat.methods import check_numbers, register
+from fastdynat.methods import check_numbers, register_method
 from fastdynat.methods.lbgat import Lbgat, LbgatOptions
 
 
@@ -39,9 +43,9 @@ class AdagatOptions(LbgatOptions):
             raise UserError(f"pull {self.pull:g}: --freeze-guide leaves nothing to pull; use --pull 0")
 
 
-@register("adagat")
+@register_method("adagat")
 class Adagat(Lbgat):
-    """`Lbgat` with the guide pulled towards the model's logits on attacked images."""
+    """LBGAT with the guide pulled towards the model's logits on attacked images."""
 
     options_type = AdagatOptions
     options: AdagatOptions

@@ -1,12 +1,11 @@
-"""Adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373), in the form that later work trains as a
-baseline.
+"""ALP: adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373).
 
-    min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing * MSE(f(x), f(x')),   x' = PGD on CE(f(.), y)
+    min  1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing * MSE(f(x), f(x')),   x' = PGD on CE(f(.), y)
 
-The mean square is over images and classes, and its gradient flows into both arguments. The paper's code is
-for ImageNet and TensorFlow; start (x + 0.001 N(0, I)), halves and order of the passes are those of the code
-of Pang et al. 2020 (AT_HE), whose clean batch goes through the network before the attacked one, so that both
-move the running statistics.
+The mean square is over images and classes; its gradient flows into both arguments. The paper's code is for
+ImageNet and TensorFlow. The start (x + 0.001 N(0, I)), the factors 1/2 and the order of the passes are those
+of the baseline of Pang et al. 2020 (AT_HE): the clean batch passes through the network before the attacked
+one, and both update the running statistics.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -43,7 +42,7 @@ class AlpOptions(MethodOptions):
         check_numbers(self, "logit_pairing")
 
 
-@register("alp")
+@register_method("alp")
 class Alp(Method[AlpOptions]):
     """``min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing MSE(f(x), f(x'))``."""
 
@@ -60,7 +59,7 @@ class Alp(Method[AlpOptions]):
         ]
         pairing = F.mse_loss(wide(clean), wide(adv))
         loss = 0.5 * fits[0].loss + 0.5 * fits[1].loss + self.options.logit_pairing * pairing
-        accuracies = [share(fit.target_correct, batch) for fit in fits]
+        accuracies = [batch_share(fit.target_correct, batch) for fit in fits]
         return Outer(
             {"model": loss},
             {"loss": loss.detach(), "train_acc": accuracies[0], "train_adv_acc": accuracies[1]},

@@ -1,19 +1,19 @@
 """ARD: adversarially robust distillation (Goldblum et al. 2020, arXiv 1905.09747).
 
-The student learns on attacked images what a frozen, robust teacher says of the clean ones::
+The model learns on attacked images what a frozen, robust guide predicts on the clean ones::
 
-    x' = PGD on CE(f_s(.), y), uniform start
-    minimise alpha T^2 KL(softmax(f_g(x) / T) || softmax(f_s(x') / T)) + (1 - alpha) CE(f_s(x), y)
+    x' = PGD on CE(f(.), y), uniform start
+    min  alpha T^2 KL(softmax(f_g(x) / T) || softmax(f(x') / T)) + (1 - alpha) CE(f(x), y)
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- its KL is torch's default mean over all N K entries, which is the divergence divided by K: `kl_mean`.
-- at alpha 1 it still runs the clean batch through the student in train mode, after the attacked one, which
-  moves the running statistics that evaluation uses. Kept: `bn_clean_forward`.
-- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train.
-  The default here is eval, as for every other method.
-- its learning rate falls once, not twice: the drop at 150 of 200 epochs starts again from the initial rate.
-  --epochs 200 --schedule multistep --milestones 0.5 is what it does, --milestones 0.5 0.75 what it says.
+- its KL is torch's default mean over all N K entries, the divergence divided by K: `kl_mean`.
+- at alpha 1 it still runs the clean batch through the model in train mode, after the attacked one. This
+  updates the running statistics that evaluation uses. Kept: `bn_clean_forward`.
+- it attacks the model in train mode, so every attack step updates the running statistics too: --attack-bn
+  train. The default here is eval, as for every other method.
+- its learning rate falls once, not twice: the drop at 150 of 200 epochs starts from the initial rate again.
+  The code is --epochs 200 --schedule multistep --milestones 0.5, the paper --milestones 0.5 0.75.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fastdynat.methods import (
     Outer,
     check_numbers,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import KlMean, accuracy, clean_statistics_pass, mean_kl, teacher_logits
+from fastdynat.methods.building_blocks import KlMean, accuracy, clean_statistics_pass, guide_logits, mean_kl
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -46,13 +46,13 @@ class ArdOptions(MethodOptions):
     images."""
 
     temperature: float = 30.0
-    """Divides the logits of teacher and student in the distillation, which is multiplied by its square."""
+    """Divides the logits of guide and model in the distillation, which is multiplied by its square."""
 
     kl_mean: KlMean = "entries"
     """What the KL, summed over K classes, is divided by: K (entries), 10 (tenth), or nothing (batch)."""
 
     bn_clean_forward: bool = True
-    """At alpha 1, let the clean batch move the student's running statistics, after the attacked one."""
+    """At alpha 1, let the clean batch move the model's running statistics, after the attacked one."""
 
     def check(self) -> None:
         check_numbers(self, "alpha", most=1.0)
@@ -60,22 +60,22 @@ class ArdOptions(MethodOptions):
 
     def idle(self) -> dict[str, str]:
         return (
-            {"bn_clean_forward": "--alpha below 1 takes the clean batch through the student anyway"}
+            {"bn_clean_forward": "--alpha below 1 takes the clean batch through the model anyway"}
             if self.alpha < 1
             else {}
         )
 
 
-@register("ard")
+@register_method("ard")
 class Ard(Method[ArdOptions]):
-    """Adversarially robust distillation; the guide is a robust teacher."""
+    """Adversarially robust distillation; the guide is a robust network."""
 
     options_type = ArdOptions
     uses_guide = True
     guide_made_by = "madry"
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=teacher_logits(nets, batch.x))
+        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=guide_logits(nets, batch.x))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.dynamic_labels is not None

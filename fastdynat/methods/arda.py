@@ -1,16 +1,15 @@
-"""Adversarial data augmentation: batches of clean and attacked images (Goodfellow et al. 2015, Kurakin et al.
-2017).
+"""Adversarial data augmentation: mixed batches (Goodfellow et al. 2015, Kurakin et al. 2017).
 
-    min (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
+    min  (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
 
-The first `adversarial_share` of each (shuffled) batch is attacked, the rest is clean, and both go through the
-network as one batch, so that batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of 0 is
-natural training, a share of 1 is Madry's, to the last bit. The published attacks are single steps, against
-which a network can learn to hide its gradient; the default is Madry's ten, and ``--steps 1 --start none
---step-size EPS`` is Goodfellow's FGSM.
+The first `adversarial_share` of each (shuffled) batch is attacked and the rest stays clean. Both parts pass
+through the network as one batch, so batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of
+0 is natural training and a share of 1 is Madry's method, bit for bit. The published attacks take a single
+step, against which a network can learn to mask its gradient; the default is Madry's ten steps, and ``--steps
+1 --start none --step-size EPS`` is Goodfellow's FGSM.
 
-The form of this idea for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), needs an attack whose goal
-sees the image; it is not here.
+The variant for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), is not implemented: its attack goal
+depends on the image.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.base import unattacked
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -50,7 +49,7 @@ class ArdaOptions(MethodOptions):
         return {"loss_share": "with this --adversarial-share all images are of one kind"} if one_kind else {}
 
 
-@register("arda")
+@register_method("arda")
 class Arda(Method[ArdaOptions]):
     """Cross-entropy on batches of attacked and clean images."""
 
@@ -79,7 +78,7 @@ class Arda(Method[ArdaOptions]):
         )
         return Outer(
             {"model": fit.loss},
-            {"loss": fit.loss.detach(), "train_mixed_acc": share(fit.target_correct, batch)},
+            {"loss": fit.loss.detach(), "train_mixed_acc": batch_share(fit.target_correct, batch)},
         )
 
     def weights(self, batch: Batch) -> Tensor | None:

@@ -1,13 +1,13 @@
-"""The interface every training method implements: a min-max problem, its two halves stated separately.
+"""The interface of a training method: a min-max problem, stated in two halves.
 
-A method says what the attack maximises (`inner`) and what each network then minimises (`outer`). The engine
-owns the rest: it runs the attack between the two (a method with a search of its own overrides `perturb`), the
-backward pass, the optimisers, precision and compilation. Both halves of a step run under autocast; `inner`
-may leave a graph in `Inner` for `outer` to use, of the guide's logits only: weight perturbation moves the
-model's weights in between.
+`inner` states what the attack maximises, `outer` what each network then minimises. Training does the rest:
+the attack between the two (a method with its own search overrides `perturb`), backward pass, optimisers,
+precision and compilation. Both halves run under autocast. `inner` may pass a graph to `outer` in `Inner`, of
+the guide's logits only: weight perturbation changes the model's weights in between.
 
-A step may be captured as a CUDA graph: nothing in a method may wait for the device or choose by the value of
-a tensor, shapes are fixed, and what Python computes from the epoch is declared in `constants`.
+A step may be captured as a CUDA graph. A method must therefore never synchronise with the device or branch on
+the value of a tensor; shapes are fixed, and numbers that Python computes from the epoch are declared in
+`constants`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Networks:
     Attributes:
         model: the network being trained for robustness, in train mode.
         attacked: the same weights in the attack's BN mode, without parameter gradients.
-        unmoved: the model in train mode with its parameters' gradients, but leaving its running statistics as
-            they are.
-        guide: the second network; None without one. In train mode where the method trains it (DYNAT, LBGAT);
-            where it is a teacher trained before, the same as `guide_eval`.
+        unmoved: the model in train mode with gradients of its parameters, without updates of its running
+            statistics.
+        guide: the second network; None without one. In train mode if the method trains it (DYNAT, LBGAT); the
+            same as `guide_eval` if it was trained before.
         guide_eval: the guide's weights in eval mode, without parameter gradients; None without a guide.
     """
 
@@ -57,7 +57,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class AttackDefaults:
-    """The inner attack that a method was published with, where the user does not say otherwise.
+    """The inner attack that a method was published with, the default of its runs.
 
     Attributes:
         start: as in `PGDSpec`.
@@ -76,13 +76,10 @@ class Inner:
 
     Attributes:
         goal: what the attack maximises; None trains on the clean images.
-        guide: the guide's loss to the true labels on the clean batch, with its graph, where the method
-            computed it.
-        dynamic_labels: what the guide says the model should answer: (N,) int64 classes, or the guide's logits
-            (N, K).
-        losses: scalars with their graph, keyed like `Outer.losses`, that do not depend on the attack. The
-            engine takes their gradient at once, beside the attack where it can, and `Outer.losses` leaves
-            them out.
+        guide: the guide's loss on the clean batch and true labels, with its graph; None if not computed.
+        dynamic_labels: labels from the guide: (N,) int64 classes, or the guide's logits (N, K).
+        losses: scalars with their graph, keyed like `Outer.losses`, that do not depend on the attack. Their
+            gradient is taken at once, beside the attack where possible, and `Outer.losses` leaves them out.
     """
 
     goal: AttackGoal | None
@@ -96,9 +93,9 @@ class Outer:
     """The outer minimisation of one batch.
 
     Attributes:
-        losses: one scalar with its graph per trained network, keyed "model" and "guide", that `Inner` had no
-            loss for.
-        logs: detached scalars, averaged over the epoch's images under the same key in metrics.jsonl.
+        losses: one scalar with its graph per trained network, keyed "model" and "guide", unless
+            `Inner.losses` has it.
+        logs: detached scalars; metrics.jsonl has their average over the epoch's images under the same key.
     """
 
     losses: dict[str, Tensor]
@@ -106,31 +103,39 @@ class Outer:
 
 
 class Method(ABC, Generic[OptionsT]):
-    """A training method. Subclasses are one file each and hold no tensors of their own but `buffers`."""
+    """A training method. Subclasses are one file each and hold tensors in `buffers` only.
+
+    Attributes:
+        name: its name on the command line and in tables.
+        options_type: a frozen dataclass; its fields are the method's flags and keys.
+        uses_guide: whether there is a second network.
+        trains: the networks that have losses. A guide that is not among them was trained before: frozen.
+        guide_made_by: the method, with its flags, that usually trains a frozen guide.
+        semi_supervised: whether labels may be UNLABELLED.
+        attack_defaults: the attack that the method was published with.
+        select_by: the validation score that selects the best checkpoint.
+        logs_adv_acc: whether `outer` logs train_adv_acc, which `--on-collapse` compares with validation.
+        replays: updates per batch, each with both halves and the attack.
+        searches: whether an attack starts from the present weights, which weight perturbation needs.
+        attacks: whether training attacks at all.
+        unused_attack: keys of the attack that training ignores.
+        epoch: epochs completed, after the burn-in; set before each epoch.
+        epochs: epochs in all, after the burn-in; set before each epoch.
+    """
 
     name: ClassVar[str]
-    options_type: ClassVar[type]  # frozen dataclass; its fields are the method's command-line options
+    options_type: ClassVar[type]
     uses_guide: ClassVar[bool] = False
-    semi_supervised: ClassVar[bool] = False  # whether labels may be UNLABELLED
-    guide_made_by: str = (
-        "natural"  # the method that usually trains a frozen guide, with flags where it needs them
-    )
-    attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
-    select_by: ClassVar[str] = "val_pgd10_acc"  # what makes a checkpoint the best
-    logs_adv_acc: ClassVar[bool] = (
-        True  # whether `outer` logs train_adv_acc, by which a collapse of robustness is known
-    )
-    replays: int = 1  # updates per batch, each with both halves and the attack
-    searches: bool = (
-        True  # whether there is an inner search that starts from the weights of now; AWP needs one
-    )
-    attacks: bool = True  # whether training attacks anything
-    unused_attack: tuple[str, ...] = ()  # keys of the attack that training does not look at
-
-    # The networks that have losses. A guide that is not among them is a teacher: trained before, frozen.
     trains: tuple[str, ...] = ("model",)
-    # Set by the engine before each epoch: epochs completed, and epochs in all, both after the burn-in. For
-    # warm-ups and ramps.
+    guide_made_by: str = "natural"
+    semi_supervised: ClassVar[bool] = False
+    attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
+    select_by: ClassVar[str] = "val_pgd10_acc"
+    logs_adv_acc: ClassVar[bool] = True
+    replays: int = 1
+    searches: bool = True
+    attacks: bool = True
+    unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1
 
@@ -144,16 +149,16 @@ class Method(ABC, Generic[OptionsT]):
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
-        """Tensors to keep from batch to batch, changed in place only; a checkpoint holds them. x: zeros like
-        a full batch.
+        """Tensors to keep from batch to batch, changed in place only; checkpoints hold them.
+
+        x: zeros of a full batch's shape.
         """
         return {}
 
     def constants(self) -> tuple[float, ...]:
-        """Every number that the halves compute in Python and that changes in the course of a run, such as a
-        ramp's value.
+        """The numbers that the halves compute in Python and that change during a run, such as a ramp's value.
 
-        A captured step has them built in; it is captured again where they change.
+        A captured step has them built in; it is captured again when they change.
         """
         return ()
 
@@ -162,10 +167,9 @@ class Method(ABC, Generic[OptionsT]):
         """State the inner problem of `batch` (images (N, C, H, W) in [0, 1], labels (N,) int64)."""
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
-        """The attacked images: the engine's PGD on the goal, the clean ones without a goal; or a search of
-        the method's own.
+        """The attacked images: by default PGD on the goal, or the clean images if there is no goal.
 
-        Runs outside autocast; what it returns, which may be more than an `AttackResult`, goes to `outer`.
+        Runs outside autocast. Its result, which may be a subclass of `AttackResult`, is passed to `outer`.
         """
         return unattacked(batch.x) if inner.goal is None else attack(batch.x, inner.goal)
 
@@ -174,26 +178,23 @@ class Method(ABC, Generic[OptionsT]):
         """State the losses on what `perturb` returned."""
 
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
-        """What weight perturbation drives up: the model's own loss. `nets.model` leaves its running
-        statistics alone here.
+        """The loss that weight perturbation maximises: the model's own.
+
+        `nets.model` does not update its running statistics here.
         """
         return self.outer(nets, batch, inner, attacked).losses["model"]
 
     def after_attack(self, nets: Networks, batch: Batch, attacked: AttackResult) -> None:
-        """Called once `perturb` is done, before weights are perturbed; for passes that only move running
-        statistics.
-        """
+        """Update running statistics by further passes after `perturb`, before weights are perturbed."""
 
     def after_update(self, nets: Networks, batch: Batch) -> None:
-        """Called after the update, when perturbed weights are back; for passes that only move running
-        statistics.
-        """
+        """Update running statistics by passes of the method's own, after the update."""
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
-        """Called between backward pass and update; may change `buffers` in place."""
+        """Change `buffers` in place, between backward pass and update."""
 
 
-# The keys of the attack that only training has a use for.
+# The attack's keys that matter to training only.
 TRAINING_ATTACK = ("steps", "early_steps", "step_size", "start", "attack_bn")
 
 

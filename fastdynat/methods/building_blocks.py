@@ -1,4 +1,4 @@
-"""Terms and passes that several methods' losses are made of."""
+"""Terms and passes that several methods share."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from fastdynat.methods.base import Networks
 KlMean = Literal["tenth", "entries", "batch"]
 
 
-def share(count: Tensor | None, batch: Batch) -> Tensor:
-    """`count` of the batch's images as a share, for a log; a loss that was given the labels has counts."""
+def batch_share(count: Tensor | None, batch: Batch) -> Tensor:
+    """`count` images as a share of the batch, for a log; losses that get the labels return counts."""
     assert count is not None
     return count / len(batch.labels)
 
 
 def accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    """The share of the batch's images that `logits` get right, for a log."""
+    """Share of the batch that `logits` classify correctly, for a log."""
     return (logits.detach().argmax(1) == batch.labels).float().mean()
 
 
 def clean_statistics_pass(nets: Networks, batch: Batch) -> None:
-    """Let the clean batch move the model's running statistics; nothing else comes of it."""
+    """Update the model's running statistics by the clean batch, and nothing else."""
     statistics_pass(nets, batch.x)
 
 
 def statistics_pass(nets: Networks, x: Tensor) -> None:
-    """Let `x` move the model's running statistics; nothing else comes of it."""
+    """Update the model's running statistics by `x`, and nothing else."""
     with torch.no_grad():
         nets.model(x)
 
 
-def teacher_logits(nets: Networks, x: Tensor) -> Tensor:
-    """(N, K) of the frozen guide, at least float32, without gradient."""
+def guide_logits(nets: Networks, x: Tensor) -> Tensor:
+    """Logits (N, K) of the frozen guide in eval mode, at least float32, without gradient."""
     assert nets.guide_eval is not None
     with torch.no_grad():
         return wide(nets.guide_eval(x))
@@ -46,11 +46,10 @@ def teacher_logits(nets: Networks, x: Tensor) -> Tensor:
 def mean_kl(
     from_logits: Tensor, logits: Tensor, *, temperature: float = 1.0, mean: KlMean = "batch"
 ) -> Tensor:
-    """KL(softmax(from_logits / T) || softmax(logits / T)), scalar, from log-probabilities; gradient through
-    both arguments.
+    """KL(softmax(from_logits / T) || softmax(logits / T)), a scalar with gradient through both arguments.
 
-    mean: "batch" is over the batch of the sum over classes; "entries" that divided by K (torch's
-    `KLDivLoss`), "tenth" by 10.
+    mean: "batch" averages the sum over classes over the batch; "entries" divides that by K, as torch's
+        `KLDivLoss` does, and "tenth" by 10.
     """
     over = {"batch": 1, "entries": logits.shape[1], "tenth": 10}[mean]
     log_p = (wide(from_logits) / temperature).log_softmax(1)

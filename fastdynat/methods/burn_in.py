@@ -8,7 +8,7 @@ from typing import Any
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, Networks, Outer
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.methods.natural import Natural, NaturalOptions
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -35,6 +35,6 @@ class BurnIn(Natural):
             return outer
         guide = {
             "guide_loss": inner.guide.loss.detach(),
-            "guide_acc": share(inner.guide.target_correct, batch),
+            "guide_acc": batch_share(inner.guide.target_correct, batch),
         }
         return replace(outer, logs=outer.logs | guide)

@@ -1,4 +1,4 @@
-"""Whole configurations of a method, without torch: its defaults, and what a run has stored."""
+"""Configurations for training: the defaults of a method, and the one that a run stores."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from fastdynat.methods import method_name, options_type
 from fastdynat.runs import CONFIG, require_run
 from fastdynat.user_code import check_stored, short_name, without_place
 
-# What a run did before there was the option: its config.yaml does not name it, and it goes on as it began.
+# Behaviour of runs from before an option existed, whose config.yaml lacks it.
 BEFORE = {"flat_pixel_test": False}
 
 
@@ -31,8 +31,8 @@ def stored_config(path: Path, method: str | None = None) -> TrainConfig[Any]:
         method: the run's method as the user names it now, or None; a user's file may have moved since.
 
     Raises:
-        UserError: not a run; its config.yaml is damaged; `method` is another one, or the file of the run's method
-            is gone or has changed.
+        UserError: not a run; its config.yaml is damaged; `method` is another one; or the file of the run's
+            method is gone or has changed.
     """
     require_run(path)
     origin = str(path / CONFIG)
@@ -44,7 +44,8 @@ def stored_config(path: Path, method: str | None = None) -> TrainConfig[Any]:
         asked = method_name(method)
         if without_place(asked) != without_place(name):
             raise UserError(
-                f"{path} trains by {short_name(name)}, not by {_as_asked(asked, name)}; start a new run for that"
+                f"{path} trains by {short_name(name)}, not by {_as_asked(asked, name)}; "
+                "start a new run for that"
             )
         values["method"] = name = asked
     config = default_config(name)

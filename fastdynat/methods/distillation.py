@@ -1,14 +1,14 @@
 """Defensive distillation (Papernot et al. 2016, arXiv 1511.04508): a control that looks robust and is not.
 
-    minimise CE(softmax(f_g(x) / T), softmax(f_s(x) / T))      on clean images; at test time T is 1
+    min  CE(softmax(f_g(x) / T), softmax(f(x) / T))      on clean images; T is 1 at test time
 
-The teacher is trained at the same temperature: --method natural --temperature T. There is no attack in
-training and, as in the paper, no factor T^2.
+The guide is a natural network trained at the same temperature: --method natural --temperature T. Training
+uses no attack and, as in the paper, no factor T^2.
 
-Logits become about T times larger, so that at T = 1 the softmax saturates and the gradient of the
-cross-entropy underflows: PGD as most libraries have it goes nowhere and reports robust accuracy. That is
-masking (`fastdynat eval --checks` says so). An attack on the margin of the logits (--attacks cw) breaks it,
-as Carlini & Wagner 2017 did; so does our evaluation's PGD, which rescales each image's gradient.
+Logits become about T times larger. At T = 1 the softmax saturates and the gradient of the cross-entropy
+underflows, so ordinary PGD makes no progress and reports robust accuracy: gradient masking, which `fastdynat
+eval --checks` detects. An attack on the margin of the logits (--attacks cw) breaks it, as in Carlini & Wagner
+2017, and so does the PGD of `fastdynat eval`, which rescales each image's gradient.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, share, teacher_logits
+from fastdynat.methods.building_blocks import accuracy, batch_share, guide_logits
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -37,14 +37,14 @@ class DistillationOptions(MethodOptions):
     """Options of defensive distillation."""
 
     temperature: float = 20.0
-    """T of teacher and student; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr
+    """T of guide and model; the paper tries 1 to 100. The gradient is about T times smaller: raise --lr
     with it."""
 
     def check(self) -> None:
         check_positive(self, "temperature")
 
 
-@register("distillation")
+@register_method("distillation")
 class Distillation(Method[DistillationOptions]):
     """Defensive distillation; the guide is a natural network trained at the same temperature."""
 
@@ -61,7 +61,7 @@ class Distillation(Method[DistillationOptions]):
         self.guide_made_by = f"natural --temperature {options.temperature:g}"
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(goal=None, dynamic_labels=teacher_logits(nets, batch.x))
+        return Inner(goal=None, dynamic_labels=guide_logits(nets, batch.x))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.dynamic_labels is not None
@@ -75,7 +75,7 @@ class Distillation(Method[DistillationOptions]):
         )
         logs = {
             "loss": fit.loss.detach(),
-            "train_acc": share(fit.target_correct, batch),
+            "train_acc": batch_share(fit.target_correct, batch),
             "guide_acc": accuracy(inner.dynamic_labels, batch),
         }
         return Outer({"model": fit.loss}, logs)

@@ -1,24 +1,22 @@
-"""DyART: dynamics-aware robust training, which moves the decision boundary away from the images (arXiv
-2302.03015, ICLR 2023).
+"""DyART: dynamics-aware robust training (Xu et al., ICLR 2023, arXiv 2302.03015).
 
-R(x) is the L-inf distance of an image to the zeros of its soft margin Phi, and the model minimises::
+The update moves the decision boundary away from the images. R(x) is the L-inf distance of x to the zero set
+of the soft margin Phi::
 
-    CE(f(x), y) + margin_weight * h(R(x)),   h(R) = exp(-decay R) / decay below r0, constant from r0 on
+    min  CE(f(x), y) + margin_weight * h(R(x)),   h(R) = exp(-decay R) / decay for R < r0, constant from r0 on
 
-R has a gradient in closed form, that of Phi at the nearest boundary point x^ over ||grad_x Phi(x^)||_1, so
-that nothing is differentiated through the search. What is minimised here has that gradient, with w constant::
+The gradient of R has a closed form: that of Phi at the nearest boundary point x^, over ||grad_x Phi(x^)||_1.
+Nothing is differentiated through the search. The loss here has this gradient, with w a constant::
 
-    -(margin_weight / N) sum_i w_i Phi(x^_i),   w = exp(-decay R) / ||grad_x Phi(x^)||_1 where R < r0, else 0
+    -(margin_weight / N) sum_i w_i Phi(x^_i),   w = exp(-decay R) / ||grad_x Phi(x^)||_1 for R < r0, else 0
 
-Images that the model gets wrong (Phi <= 0), for which no point is found, or whose point fails the quality
-filter have weight 0 and contribute only their cross-entropy; N counts them all. The model sees the points
-first and then the images, in train mode, as two batches of batch norm; search, R and the gradient norm use
-eval mode.
+An image contributes only its cross-entropy (w = 0) if the model misclassifies it (Phi <= 0), no boundary
+point is found, or the point fails the quality filter; N counts all images. The model sees the boundary points
+first and then the images, in train mode, as two batches; search, R and gradient norm use eval mode.
 
-One thing differs from the released code: it hands the model only the points that pass, a batch of another
-size at every step.
-Here the batch keeps its shape, and in the places of the others stand what the search ended with: the image
-itself where nothing was found. That shows in batch norm's statistics of this pass alone.
+One difference to the released code: there the model sees only the points that pass, a batch of another size
+at every step. Here the batch keeps its shape, and a failed search leaves its last point, the image itself if
+nothing was found. This affects the batch statistics of that pass alone.
 """
 
 from __future__ import annotations
@@ -47,9 +45,9 @@ from fastdynat.methods import (
     Outer,
     check_numbers,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
 from fastdynat.units import parse_size
 
@@ -88,7 +86,7 @@ class DyartOptions(MethodOptions):
         check_positive(self, "temperature")
 
 
-@register("dyart")
+@register_method("dyart")
 class Dyart(Method[DyartOptions]):
     """Dynamics-aware robust training, L-inf."""
 
@@ -136,11 +134,11 @@ class Dyart(Method[DyartOptions]):
         logs = {
             "loss": loss.detach(),
             "clean_loss": fit.loss.detach(),
-            "train_acc": share(fit.target_correct, batch),
+            "train_acc": batch_share(fit.target_correct, batch),
             "boundary_distance": points.distance.sum() / found.clamp_min(1),
-            "boundary_found": share(found, batch),
-            "boundary_usable": share(points.usable.sum(), batch),
-            "boundary_near": share((points.found & (points.distance < self._r0)).sum(), batch),
+            "boundary_found": batch_share(found, batch),
+            "boundary_usable": batch_share(points.usable.sum(), batch),
+            "boundary_near": batch_share((points.found & (points.distance < self._r0)).sum(), batch),
         }
         return Outer({"model": loss}, logs)
 

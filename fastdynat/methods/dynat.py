@@ -1,34 +1,35 @@
-"""DYNAT: dynamic labels from a guide (arXiv 2408.13102).
+"""DYNAT: dynamic-label adversarial training (arXiv 2408.13102).
 
-Guide and model are trained together from scratch. The guide learns the true labels on clean images; its
-prediction on the clean batch is the label against which the model is attacked and which it learns on the
-attacked images::
+Guide and model are trained together from scratch. The guide learns the true labels on clean images. Its
+prediction on the clean batch, the dynamic label l, is what the model is attacked against and what it learns
+on attacked images::
 
-    l_nat = argmax f_g(x)                      from the guide's train-mode logits, no gradient x'    = PGD on
-    CE(f_t(.), l_nat)           model in eval mode, start x + 0.001 N(0, I), no projection of the start guide
-    minimises CE(f_g(x), y),   model minimises beta * CE(f_t(x'), l_nat)
+    l  = argmax f_g(x)             guide in train mode, no gradient
+    x' = PGD on CE(f(.), l)        model in eval mode, start x + 0.001 N(0, I), the start is not projected
+    guide:  min CE(f_g(x), y)
+    model:  min beta * CE(f(x'), l)
 
-The two losses share no parameter and no gradient path, so under SGD beta scales the model's learning rate
-(and divides its weight decay) and trades nothing against the guide.
+The losses share no parameter and no gradient path. Under SGD, beta therefore scales the model's learning rate
+(and divides its weight decay); it does not trade the model's loss against the guide's.
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- it runs the clean batch through the model in train mode although the result is unused; that second pass
-  gives the clean images 52.6 % of the running statistics that attack and evaluation use. Kept, after the
-  attacked batch as there: `bn_clean_forward`.
-- it evaluates the guide again in every attack step. The label cannot change between steps (same batch, same
-  weights, batch statistics), so one pass serves label and guide loss. Only the guide's running statistics
-  differ (1 update per batch, not 11), and nothing reads them during training unless `guide_mode` is "eval".
-- it accepts --beta, which its script sets to 6, and ignores it. Here `beta` weighs the model's loss; 1 is the
+- it runs the clean batch through the model in train mode and discards the result. This pass gives the clean
+  images 52.6 % of the running statistics that attack and evaluation use. Kept, after the attacked batch:
+  `bn_clean_forward`.
+- it evaluates the guide in every attack step. The label cannot change between steps (same batch, same
+  weights, batch statistics), so one pass serves label and loss here. Only the guide's running statistics
+  differ (1 update per batch, not 11); training uses them only if `guide_mode` is "eval".
+- it accepts --beta, set to 6 in its script, and ignores it. Here `beta` weights the model's loss: 1 is the
   release's active line, 0.2 its commented one.
 
 Variants, each a set of options:
 
 - "no inner" is ``--inner-loss kl_self``.
-- DYNAT-AWP as released is
-  ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 9 --awp-objective trades``.
-- `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight, computed with the dynamic
-  labels. No such hybrid is published; the rules and their sources are in `weighting.py`.
+- DYNAT-AWP as released is ``--inner-loss kl_self --extra-kl-weight 1 --beta 0.2 --awp 0.005 --awp-warmup 9
+  --awp-objective trades``.
+- `weighting` multiplies each image's cross-entropy by GAIRAT's or MAIL's weight under the dynamic labels. No
+  such combination is published; `weighting.py` names the sources of both rules.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ from fastdynat.methods import (
     check_given,
     check_numbers,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import clean_statistics_pass, share
+from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass
 from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
 from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -131,8 +132,9 @@ class DynatOptions(MethodOptions):
         check_given(self, "weight_from", most=1.0)
         if self.weighting == "gairat" and COUNTED.get(self.inner_loss) != self.weight_labels:
             raise UserError(
-                f"weighting gairat counts how often the attack has not yet left the {self.weight_labels} label, and "
-                f"inner_loss {self.inner_loss} has no such label: use --inner-loss "
+                "weighting gairat counts how often the attack has not yet left the "
+                f"{self.weight_labels} label, and inner_loss {self.inner_loss} has no such label: "
+                "use --inner-loss "
                 f"{'ce_true' if self.weight_labels == 'true' else 'ce_dynamic'}"
             )
 
@@ -151,9 +153,9 @@ class DynatOptions(MethodOptions):
         return found
 
 
-@register("dynat")
+@register_method("dynat")
 class Dynat(Method[DynatOptions]):
-    """Dynamic-label adversarial training, `DynatOptions` for the variants."""
+    """Dynamic-label adversarial training; `DynatOptions` has the variants."""
 
     options_type = DynatOptions
     uses_guide = True
@@ -225,9 +227,11 @@ class Dynat(Method[DynatOptions]):
         logs = {
             "loss": loss.detach(),
             "guide_loss": inner.guide.loss.detach(),
-            "train_adv_acc": share(fit.target_correct, batch),
-            "guide_acc": share(inner.guide.target_correct, batch),
-            "label_agreement": share(fit.guide_correct if guided else (hard == batch.labels).sum(), batch),
+            "train_adv_acc": batch_share(fit.target_correct, batch),
+            "guide_acc": batch_share(inner.guide.target_correct, batch),
+            "label_agreement": batch_share(
+                fit.guide_correct if guided else (hard == batch.labels).sum(), batch
+            ),
         }
         return Outer({"model": loss}, logs)
 

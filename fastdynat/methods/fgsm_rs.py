@@ -1,6 +1,4 @@
-"""FGSM adversarial training from a random start, "fast" adversarial training (Wong et al. 2020, arXiv
-2001.03994).
-"""
+"""FGSM-RS: FGSM adversarial training from a random start (Wong et al. 2020, arXiv 2001.03994)."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from dataclasses import dataclass
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.errors import UserError
-from fastdynat.methods import AttackDefaults, register
+from fastdynat.methods import AttackDefaults, register_method
 from fastdynat.methods.madry import Madry, MadryOptions
 
 
@@ -17,7 +15,7 @@ class FgsmRsOptions(MadryOptions):
     """FGSM-RS is Madry's method with another attack, and has its options."""
 
 
-@register("fgsm_rs")
+@register_method("fgsm_rs")
 class FgsmRs(Madry):
     """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of
     the paper).

@@ -1,6 +1,4 @@
-"""Free adversarial training: weights and perturbation from one backward pass (Shafahi et al. 2019, arXiv
-1904.12843).
-"""
+"""Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843)."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ from fastdynat.attack_engine.steps import pgd_step
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods import AttackDefaults, Inner, Method, MethodOptions, Networks, Outer, register
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods import AttackDefaults, Inner, Method, MethodOptions, Networks, Outer, register_method
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 MOST_REPLAYS = 10_000
@@ -36,7 +34,7 @@ class FreeOptions(MethodOptions):
             )
 
 
-@register("free")
+@register_method("free")
 class Free(Method[FreeOptions]):
     """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign
     grad_d)`` (algorithm 1).
@@ -58,7 +56,8 @@ class Free(Method[FreeOptions]):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.steps != 1 or spec.start != "none":
             raise UserError(
-                f"free takes 1 step per replay from where the last one ended, got steps {spec.steps} and start {spec.start}; "
+                "free takes 1 step per replay from where the last one ended, "
+                f"got steps {spec.steps} and start {spec.start}; "
                 "leave --steps and --start out, or use --method madry"
             )
 
@@ -77,7 +76,7 @@ class Free(Method[FreeOptions]):
         fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
         return Outer(
             {"model": fit.loss},
-            {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)},
+            {"loss": fit.loss.detach(), "train_adv_acc": batch_share(fit.target_correct, batch)},
         )
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:

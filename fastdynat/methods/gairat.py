@@ -1,22 +1,21 @@
 """GAIRAT: geometry-aware instance-reweighted adversarial training (Zhang et al. 2021, arXiv 2010.01736).
 
-    min mean w_i CE(f(x'_i), y_i),   x' = PGD on CE(f(.), y) from a uniform start
-    w_i ~ 1 + tanh(lam + 5 (1 - 2 kappa_i / S)), mean 1
+    min  mean w_i CE(f(x'_i), y_i),   x' = PGD on CE(f(.), y), uniform start
+    w_i ~ 1 + tanh(lam + 5 (1 - 2 kappa_i / S)), scaled to mean 1
 
-kappa_i counts the S attack steps at which the image was still classified correctly: images near the boundary
-weigh more.
+kappa_i is the number of the S attack steps at which the image is still classified correctly: images near the
+decision boundary weigh more.
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- all weights are 1 in the first half of the run: `weight_from`. (It counts epochs from 1 and begins with
-  number 60 of 120, one epoch before the half; 30 of 100 for ResNet-18.)
-- it halves S as an integer, so that its weights differ from the formula's where S is odd, and S = 1 divides
-  by zero. Here the formula holds for any S.
-- its schedule "piecewise" for lambda never reaches the second and third piece. There is one lambda here, as
-  in its default.
+- all weights are 1 in the first half of the run: `weight_from`. (It counts epochs from 1 and starts at number
+  60 of 120, one epoch before the half; 30 of 100 for ResNet-18.)
+- it halves S as an integer, so its weights differ from the formula for odd S, and S = 1 divides by zero. Here
+  the formula holds for any S.
+- its schedule "piecewise" for lambda never reaches the second and third piece. Here lambda is constant, its
+  default.
 
-Its authors concede that the robustness gained does not hold against other attacks than PGD: evaluate with cw
-beside pgd20.
+The authors concede that the gain does not hold against attacks other than PGD: evaluate with cw beside pgd20.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from dataclasses import dataclass
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.methods.weighting import GAIRAT_FROM, begun, gairat_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -48,9 +47,9 @@ class GairatOptions(MethodOptions):
         check_numbers(self, "weight_from", most=1.0)
 
 
-@register("gairat")
+@register_method("gairat")
 class Gairat(Method[GairatOptions]):
-    """``min mean w_i CE(f(x'_i), y_i)``."""
+    """``min mean w_i CE(f(x'_i), y_i)`` with weights from the number of steps that an attack needs."""
 
     options_type = GairatOptions
 
@@ -70,5 +69,5 @@ class Gairat(Method[GairatOptions]):
         fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels, weights=weights)
         return Outer(
             {"model": fit.loss},
-            {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)},
+            {"loss": fit.loss.detach(), "train_adv_acc": batch_share(fit.target_correct, batch)},
         )

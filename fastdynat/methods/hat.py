@@ -1,19 +1,19 @@
 """HAT: helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022).
 
-TRADES with a third term: beyond the attacked image, the model shall answer what a naturally trained network
-is fooled into::
+TRADES with a third term: on a helper image beyond the attacked one, the label is what a naturally trained
+guide predicts on the attacked image::
 
-    x'   = PGD on KL(p(x) || p(.))            model in eval mode, start x + 0.001 N(0, I)
-    y'   = argmax f_g(x')                     frozen guide in eval mode, asked at x'
-    minimise CE(f(x), y) + beta KL(p(x) || p(x')) + helper_weight CE(f(x + helper_scale (x' - x)), y')
+    x' = PGD on KL(p(x) || p(.))            model in eval mode, start x + 0.001 N(0, I)
+    y' = argmax f_g(x')                     frozen guide in eval mode
+    min  CE(f(x), y) + beta KL(p(x) || p(x')) + helper_weight CE(f(x + helper_scale (x' - x)), y')
 
 KL is summed over classes, averaged over the batch, with gradient through both arguments.
 
-Silent effects of the released code, reproduced here:
+Details of the released code, reproduced here:
 
 - helper images are not clipped: they leave [0, 1] and, at helper_scale 2, lie up to 2 eps from x.
-- clean, attacked and helper batch each pass through the model in train mode, in this order, and each moves
-  the running statistics that attack and evaluation use. At helper_weight 0 the helper batch still does.
+- clean, attacked and helper batch pass through the model in train mode in this order, and each updates the
+  running statistics that attack and evaluation use. At helper_weight 0 the helper batch still does.
 - the guide's label is taken at x', not at the helper image.
 - `--gamma 1` and no beta are its parser's defaults; those below are the paper's and its README's.
 
@@ -35,9 +35,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, mean_kl, share, teacher_logits
+from fastdynat.methods.building_blocks import accuracy, batch_share, guide_logits, mean_kl
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -62,7 +62,7 @@ class HatOptions(MethodOptions):
         return {"helper_scale": "needs --helper-weight above 0"} if self.helper_weight == 0 else {}
 
 
-@register("hat")
+@register_method("hat")
 class Hat(Method[HatOptions]):
     """Helper-based adversarial training; the guide is a naturally trained network."""
 
@@ -74,7 +74,7 @@ class Hat(Method[HatOptions]):
         return Inner(kl_to_self(nets, batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
-        fooled_into = teacher_logits(nets, attacked.x_adv).argmax(1)
+        fooled_into = guide_logits(nets, attacked.x_adv).argmax(1)
         x_helper = batch.x + self.options.helper_scale * (attacked.x_adv - batch.x)
         clean, logits = wide(nets.model(batch.x)), wide(nets.model(attacked.x_adv))
         helper = dynamic_label_cross_entropy(nets.model(x_helper), fooled_into)
@@ -84,7 +84,7 @@ class Hat(Method[HatOptions]):
         )
         logs = {
             "loss": loss.detach(),
-            "train_acc": share(fit.target_correct, batch),
+            "train_acc": batch_share(fit.target_correct, batch),
             "train_adv_acc": accuracy(logits, batch),
             "guide_fooled": (fooled_into != batch.labels).float().mean(),
         }

@@ -1,30 +1,31 @@
 """IAD: introspective adversarial distillation (Zhu et al., ICLR 2022, arXiv 2106.04928).
 
-A robust teacher is trusted as far as it is right on the student's own attacked images, and the student relies
-on itself for the rest, once it has had `begin` of the run to learn. Per image, with a = p_g(x')_y ^ beta (a =
-1 before that)::
+The model trusts a robust guide as far as the guide is right on the model's own attacked images, and relies on
+itself for the rest, from the share `begin` of the run on. Per image, with trust a = p_g(x')_y ^ beta (a = 1
+before that)::
 
-    x'          = PGD on CE(f_s(.), y), uniform start
-    KL_self     = KL(p_s(x) || p_s(x'))                                 gradient through both arguments
-    variant I   : alpha [T^2 KL(g_T(x) || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x), y)
-    variant II  : alpha T^2 [a KL(g_T(x') || s_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f_s(x'), y)
+    x'          = PGD on CE(f(.), y), uniform start
+    KL_self     = KL(p(x) || p(x'))                                   gradient through both arguments
+    variant I   : alpha [T^2 KL(g_T(x) || p_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f(x), y)
+    variant II  : alpha T^2 [a KL(g_T(x') || p_T(x')) + (1 - a) KL_self] + (1 - alpha) CE(f(x'), y)
 
-g_T and s_T are the softmax of logits / T; KL is summed over classes and averaged over the batch. A run has
-one guide, so variant II is the released one without its second, naturally trained teacher (its alpha2 is 0).
+g_T and p_T are the softmax of guide's and model's logits / T; KL is summed over classes and averaged over the
+batch. A run has one guide, so variant II is the released one without its second, naturally trained teacher
+(alpha2 = 0).
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- variant I does not multiply the teacher's term by a, and asks the teacher about x; II multiplies, and asks
-  about x'. Kept.
-- T^2 multiplies KL_self in variant II only. Kept; both take it at T = 1.
-- variant I runs the clean batch through the student in train mode after the attacked one, even where no loss
-  needs it, and a second time from `begin` on: each moves the running statistics that evaluation uses. Kept:
+- variant I does not multiply the guide's term by a and evaluates the guide at x; II multiplies it and
+  evaluates the guide at x'. Kept.
+- T^2 multiplies KL_self in variant II only. Kept; the two agree at T = 1.
+- variant I runs the clean batch through the model in train mode after the attacked one even if no loss needs
+  it, and a second time from `begin` on; each pass updates the running statistics that evaluation uses. Kept:
   `bn_clean_passes`. Variant II has one such pass from `begin` on.
-- it attacks the student in train mode, where every step moves the running statistics too: --attack-bn train.
-  The default here is eval, as for every other method.
-- its learning rate falls once, at half of the run, not twice: see ARD, whose loop it is.
+- it attacks the model in train mode, so every attack step updates the running statistics too: --attack-bn
+  train. The default here is eval, as for every other method.
+- its learning rate falls once, at half of the run, not twice: its loop is ARD's.
 - variant II declares --beta twice and therefore does not start as shipped; the second declaration's 0.1 is
-used here.
+  used here.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from fastdynat.methods import (
     check_given,
     check_numbers,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, teacher_logits
+from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, guide_logits
 from fastdynat.ops import dynamic_label_cross_entropy
 
 ALPHA, BEGIN = {"I": 1.0, "II": 0.5}, {"I": 0.3, "II": 0.2}
@@ -67,17 +68,17 @@ class IadOptions(MethodOptions):
     II."""
 
     temperature: float = 1.0
-    """Divides the logits in the teacher's term, which is multiplied by its square."""
+    """Divides the logits in the guide's term, which is multiplied by its square."""
 
     beta: float = 0.1
-    """Exponent of the teacher's probability for the true class; 0 trusts it always."""
+    """Exponent of the guide's probability for the true class; 0 trusts it always."""
 
     begin: float | None = None
     """Share of the epochs after which trust is measured; None is 0.3 for variant I, 0.2 for II (60 and 40 of
     200)."""
 
     bn_clean_passes: bool = True
-    """Variant I: let the clean batch move the student's running statistics once before `begin` and twice
+    """Variant I: let the clean batch move the model's running statistics once before `begin` and twice
     after; else only where a loss needs the clean batch."""
 
     def check(self) -> None:
@@ -89,9 +90,9 @@ class IadOptions(MethodOptions):
         return {"bn_clean_passes": "needs --variant I"} if self.variant == "II" else {}
 
 
-@register("iad")
+@register_method("iad")
 class Iad(Method[IadOptions]):
-    """Introspective adversarial distillation; the guide is a robust teacher."""
+    """Introspective adversarial distillation; the guide is a robust network."""
 
     options_type = IadOptions
     uses_guide = True
@@ -110,8 +111,8 @@ class Iad(Method[IadOptions]):
         return self.epoch >= round(self.begin * self.epochs)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        teacher = teacher_logits(nets, batch.x) if self.options.variant == "I" else None
-        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=teacher)
+        guide = guide_logits(nets, batch.x) if self.options.variant == "I" else None
+        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=guide)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         options, first, introspective = self.options, self.options.variant == "I", self.introspective()
@@ -122,15 +123,13 @@ class Iad(Method[IadOptions]):
         if first and options.bn_clean_passes and (introspective or clean is None):
             clean_statistics_pass(nets, batch)
 
-        teacher = (
-            teacher_logits(nets, attacked.x_adv) if inner.dynamic_labels is None else inner.dynamic_labels
-        )
-        log_p = (teacher / options.temperature).log_softmax(1)
+        guide = guide_logits(nets, attacked.x_adv) if inner.dynamic_labels is None else inner.dynamic_labels
+        log_p = (guide / options.temperature).log_softmax(1)
         taught = options.temperature**2 * kl_from_log_probs(log_p, logits / options.temperature)
         trust = torch.ones_like(taught)
         if introspective:
             assert clean is not None
-            log_trust = self._log_trust(teacher_logits(nets, attacked.x_adv) if first else teacher, batch)
+            log_trust = self._log_trust(guide_logits(nets, attacked.x_adv) if first else guide, batch)
             trust = log_trust.exp()
             own = -log_trust.expm1() * kl_from_log_probs(clean.log_softmax(1), logits)
             taught = taught + own if first else trust * taught + options.temperature**2 * own

@@ -1,23 +1,23 @@
 """LBGAT: learnable boundary guided adversarial training (Cui et al. 2021, arXiv 2011.11164).
 
-A guide learns the true labels on clean images, and the model's logits on attacked images shall be the guide's
-on clean ones::
+A guide learns the true labels on clean images; the model matches on attacked images the guide's logits on
+clean ones::
 
-    x'    = PGD on KL(p_t(x) || p_t(.))        model in eval mode, start x + 0.001 N(0, I)
-    minimise CE(f_g(x), y) + MSE(f_t(x'), f_g(x)) + alpha KL(p_t(x) || p_t(x'))
+    x' = PGD on KL(p(x) || p(.))             model in eval mode, start x + 0.001 N(0, I)
+    min  CE(f_g(x), y) + MSE(f(x'), f_g(x)) + alpha KL(p(x) || p(x'))
 
-MSE is the mean over all N K logits; its gradient reaches the guide too (nothing is detached), which is what
-makes the boundary learnable. KL is summed over classes, averaged over the batch, with gradient through both
-arguments. No true label enters the model's own losses.
+MSE is the mean over all N K logits. Its gradient reaches the guide too (nothing is detached), which makes the
+boundary learnable. KL is summed over classes, averaged over the batch, with gradient through both arguments.
+The true labels do not appear in the model's own losses.
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- at alpha 0 it still runs the clean batch through the model in train mode, which moves the running statistics
-  that attack and evaluation use (after the attacked batch's). Kept: `bn_clean_forward`.
-- its attack computes the clean prediction again in every step. It cannot change between steps: once is
-  enough.
-- its script trains beside a ResNet-18 guide, while the manuscript's rows for alpha 0 and 6 had a ResNet-152:
---guide.
+- at alpha 0 it still runs the clean batch through the model in train mode, after the attacked batch. This
+  updates the running statistics that attack and evaluation use. Kept: `bn_clean_forward`.
+- its attack computes the clean prediction again in every step. It cannot change between steps; here it is
+  computed once.
+- its script trains beside a ResNet-18 guide, but the paper's rows for alpha 0 and 6 used a ResNet-152:
+  --guide.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, mean_kl, share
+from fastdynat.methods.building_blocks import accuracy, batch_share, clean_statistics_pass, mean_kl
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -74,9 +74,9 @@ class LbgatOptions(MethodOptions):
         )
 
 
-@register("lbgat")
+@register_method("lbgat")
 class Lbgat(Method[LbgatOptions]):
-    """Learnable boundary guided adversarial training, `LbgatOptions` for the variants."""
+    """Learnable boundary guided adversarial training; `LbgatOptions` has the variants."""
 
     options_type: ClassVar[type] = LbgatOptions
     uses_guide = True
@@ -117,7 +117,7 @@ class Lbgat(Method[LbgatOptions]):
             "loss": loss.detach(),
             "guide_loss": inner.guide.loss.detach(),
             "train_adv_acc": accuracy(logits, batch),
-            "guide_acc": share(inner.guide.target_correct, batch),
+            "guide_acc": batch_share(inner.guide.target_correct, batch),
         }
         return Outer(losses, logs)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, register
-from fastdynat.methods.building_blocks import clean_statistics_pass, share, statistics_pass
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, register_method
+from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass, statistics_pass
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -29,7 +29,7 @@ class MadryOptions(MethodOptions):
     training accuracy."""
 
 
-@register("madry")
+@register_method("madry")
 class Madry(Method[MadryOptions]):
     """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
 
@@ -44,7 +44,7 @@ class Madry(Method[MadryOptions]):
             clean_statistics_pass(nets, batch)
         return Outer(
             {"model": fit.loss},
-            {"loss": fit.loss.detach(), "train_adv_acc": share(fit.target_correct, batch)},
+            {"loss": fit.loss.detach(), "train_adv_acc": batch_share(fit.target_correct, batch)},
         )
 
     def after_attack(self, nets: Networks, batch: Batch, attacked: AttackResult) -> None:

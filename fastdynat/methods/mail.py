@@ -1,19 +1,21 @@
-"""MAIL: weights from the probabilistic margin of the attacked image (Liu et al. 2021, arXiv 2106.07904).
+"""MAIL: margin-aware instance reweighting learning (Liu et al. 2021, arXiv 2106.07904).
 
-    base at:      min mean w_i CE(f(x'_i), y_i),                         x' = PGD on CE(f(.), y)
-    base trades:  min CE(f(x), y) + beta mean w_i KL(p(x_i) || p(x'_i)),  x' = PGD on KL(p(x) || p(.))
+    base at:      min  mean w_i CE(f(x'_i), y_i),                          x' = PGD on CE(f(.), y)
+    base trades:  min  CE(f(x), y) + beta mean w_i KL(p(x_i) || p(x'_i)),  x' = PGD on KL(p(x) || p(.))
     w_i = 3 sigmoid(slope (m_i + bias)),   m_i = max_{k != y} p_k(x'_i) - p_y(x'_i)
 
-Both attacks start at x + 0.001 N(0, I). The base mart is not here.
+The weights follow the probabilistic margin m of the attacked image. Both attacks start at x + 0.001 N(0, I).
+The base MART of the paper is not implemented.
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- it multiplies by 3, where the paper divides by the batch's mean: weights then have no mean of 1, and the
+- it multiplies by 3 where the paper divides by the batch's mean, so the weights do not have mean 1 and the
   loss changes its size when they begin: `weight_scale`.
-- weights begin after epoch 75 of 120, by loading the unweighted run's weights and restarting the optimiser
-  without its momentum (and from a file of epoch 70): here at `weight_from` of one run, which keeps it.
-- the trades base has two passes in train mode, clean and attacked, and not the three of TRADES' own code.
-- it knows data of ten classes only.
+- the weights begin after epoch 75 of 120, by loading the weights of the unweighted run (a file of epoch 70)
+  and restarting the optimiser without its momentum. Here they begin at `weight_from` of one run, which keeps
+  both.
+- the base trades has two passes in train mode, clean and attacked, and not the three of TRADES' own code.
+- it supports data of ten classes only.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from fastdynat.methods import (
     Outer,
     check_given,
     check_numbers,
-    register,
+    register_method,
 )
 from fastdynat.methods.building_blocks import accuracy
 from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
@@ -75,7 +77,7 @@ class MailOptions(MethodOptions):
         return {"beta": "needs --base trades"} if self.base == "at" else {}
 
 
-@register("mail")
+@register_method("mail")
 class Mail(Method[MailOptions]):
     """Adversarial training with margin-aware weights."""
 

@@ -1,18 +1,18 @@
-"""MART: misclassification-aware adversarial training (Wang et al. 2020, ICLR).
+"""MART: misclassification-aware adversarial training (Wang et al., ICLR 2020).
 
-    min BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x)),   x' = PGD on CE(f(.), y), start x + 0.001 N(0, I)
+    min  BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x)),   x' = PGD on CE(f(.), y), start x + 0.001 N(0, I)
     BCE(x', y) = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
 - the weight 1 - p_y(x) is not a constant: its gradient makes the network more confident on clean images.
   Kept.
-- it takes -log(1.0001 - p): the second half of BCE never exceeds 9.21, and its gradient vanishes for images
-  that the attack turns with confidence, just where the exact term pulls hardest. Exact by default; `floor`
-  0.0001 is the release's.
-- it takes logarithms of probabilities, with 1e-12 added (which cuts the KL where p(x') is below that). Here
-  everything comes from logits: exact and with a finite gradient for any gap.
-- the clean batch goes through the network before the attacked one: running statistics depend on the order.
+- it takes -log(1.0001 - p), so the second half of BCE never exceeds 9.21 and its gradient vanishes for images
+  that the attack turns with confidence, where the exact term is steepest. Exact by default; `floor` 0.0001 is
+  the release's.
+- it takes logarithms of probabilities plus 1e-12, which cuts the KL off where p(x') is smaller. Here all
+  terms come from logits: exact, with a finite gradient for any gap.
+- the clean batch passes through the network before the attacked one, which matters to running statistics.
   Kept.
 
 Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4
@@ -36,9 +36,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, share
+from fastdynat.methods.building_blocks import accuracy, batch_share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -57,7 +57,7 @@ class MartOptions(MethodOptions):
         check_numbers(self, "beta", "floor")
 
 
-@register("mart")
+@register_method("mart")
 class Mart(Method[MartOptions]):
     """``min BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x))``."""
 
@@ -78,7 +78,7 @@ class Mart(Method[MartOptions]):
             + rival_loss(wide(adv), batch.labels, self.options.floor).mean()
             + self.options.beta * robust
         )
-        adv_acc = share(fit.target_correct, batch)
+        adv_acc = batch_share(fit.target_correct, batch)
         return Outer(
             {"model": loss},
             {"loss": loss.detach(), "train_acc": accuracy(clean, batch), "train_adv_acc": adv_acc},

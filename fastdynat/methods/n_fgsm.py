@@ -10,7 +10,7 @@ from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
-from fastdynat.methods import MOST, AttackDefaults, Inner, Networks, register
+from fastdynat.methods import MOST, AttackDefaults, Inner, Networks, register_method
 from fastdynat.methods.madry import Madry, MadryOptions
 
 
@@ -28,12 +28,11 @@ class NFgsmOptions(MadryOptions):
             )
 
 
-@register("n_fgsm")
+@register_method("n_fgsm")
 class NFgsm(Madry):
-    """``x' = x + n + eps sign grad CE(f(x + n), y)`` with n uniform in k times the ball (algorithm 1 of the
-    paper).
+    """``x' = x + n + eps sign grad CE(f(x + n), y)``, n uniform in k times the ball (algorithm 1).
 
-    Nothing brings x' back into the ball: it is up to (k + 1) eps from x, clipped to the image range only.
+    x' is not projected onto the ball: it is up to (k + 1) eps from x, and clipped to the image range only.
     """
 
     options_type = NFgsmOptions
@@ -55,6 +54,6 @@ class NFgsm(Madry):
         assert inner.goal is not None
         spec = attack.spec
         x_start = start_point(batch.x, "uniform", norm="linf", eps=self.noise * spec.eps)
-        # A ball that nothing leaves: one step beyond the noise, or all of the image range.
+        # A ball that the step cannot leave: noise plus one step, or the whole image range.
         wide = min(1.0, self.noise * spec.eps + spec.step_size)
         return attack(batch.x, inner.goal, spec=replace(spec, eps=wide, start="none"), x_start=x_start)

@@ -1,4 +1,4 @@
-"""Natural training: the control without an attack."""
+"""Natural training: cross-entropy on clean images, the control without an attack."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_positive,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import share
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import dynamic_label_cross_entropy
 
 
@@ -26,13 +26,13 @@ class NaturalOptions(MethodOptions):
     """Options of natural training."""
 
     temperature: float = 1.0
-    """Divides the logits in the loss; above 1 it makes the teacher of defensive distillation."""
+    """Divides the logits in the loss; above 1 it trains the guide of defensive distillation."""
 
     def check(self) -> None:
         check_positive(self, "temperature")
 
 
-@register("natural")
+@register_method("natural")
 class Natural(Method[NaturalOptions]):
     """``min CE(f(x) / temperature, y)``."""
 
@@ -51,5 +51,6 @@ class Natural(Method[NaturalOptions]):
         logits = wide(nets.model(attacked.x_adv)) / self.options.temperature
         fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels)
         return Outer(
-            {"model": fit.loss}, {"loss": fit.loss.detach(), "train_acc": share(fit.target_correct, batch)}
+            {"model": fit.loss},
+            {"loss": fit.loss.detach(), "train_acc": batch_share(fit.target_correct, batch)},
         )

@@ -1,26 +1,22 @@
-"""What all options of methods have, and the checks of their numbers. Nothing here needs torch: the command
-line reads it.
-"""
+"""Base class of methods' options, and checks of their numbers."""
 
 import math
 from typing import Any
 
 from fastdynat.errors import UserError
 
-# No weight, temperature or exponent of a loss means anything beyond it.
+# Bound of every weight, temperature and exponent of a loss; a larger one is a typing error.
 MOST = 1e9
 
 
 class MethodOptions:
-    """Base of a built-in method's options, which are a frozen dataclass. A method of one's own may do
-    without.
-    """
+    """Base of a method's options, a frozen dataclass. Optional for a method of your own."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""
 
     def idle(self) -> dict[str, str]:
-        """The options that change nothing beside the others as they are set, each with what it would need."""
+        """Options without effect next to the values of the others, each with what it would need."""
         return {}
 
 
@@ -59,8 +55,6 @@ def _at_most(value: float) -> str:
 
 
 def check_options(options: Any) -> None:
-    """Raise UserError for options, of a built-in method or of one's own, that cannot work as far as they can
-    tell.
-    """
+    """Raise UserError for options that their own `check`, if they have one, refuses."""
     if isinstance(options, MethodOptions):
         options.check()

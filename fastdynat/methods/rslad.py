@@ -1,20 +1,21 @@
 """RSLAD: robust soft label adversarial distillation (Zi et al. 2021, arXiv 2108.07969).
 
-A frozen, robust teacher's prediction on clean images is the label for everything; no true label is used::
+The prediction of a frozen, robust guide on clean images is the label of every term; true labels are not
+used::
 
-    x' = PGD on KL(p_g(x) || p_s(.))          student in eval mode, start x + 0.001 N(0, I)
-    minimise attacked_weight KL(p_g(x) || p_s(x')) + clean_weight KL(p_g(x) || p_s(x))
+    x' = PGD on KL(p_g(x) || p(.))          model in eval mode, start x + 0.001 N(0, I)
+    min  attacked_weight KL(p_g(x) || p(x')) + clean_weight KL(p_g(x) || p(x))
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- its KL is the mean over all N K entries on CIFAR-10, and ten times that on CIFAR-100: the sum over classes
-  divided by 10 in both. That is the default here for any K: `kl_mean`.
-- it adds 1e-5 inside the logarithm of the teacher's probabilities. That changes the value it prints by a
-  constant and no gradient; here the KL is exact.
-- the student sees the attacked batch before the clean one, both in train mode; kept.
+- its KL is the mean over all N K entries on CIFAR-10, and ten times that on CIFAR-100: in both the sum over
+  classes divided by 10. This is the default here for any K: `kl_mean`.
+- it adds 1e-5 inside the logarithm of the guide's probabilities. That shifts the printed value by a constant
+  and changes no gradient; here the KL is exact.
+- the model sees the attacked batch before the clean one, both in train mode. Kept.
 
-Published with 300 epochs, the rate falling by 10 at 215, 260 and 285:
---epochs 300 --schedule multistep --milestones 0.7166 0.8666 0.95.
+Published with 300 epochs, the rate falling by 10 at 215, 260 and 285: --epochs 300 --schedule multistep
+--milestones 0.7166 0.8666 0.95.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
-from fastdynat.methods.building_blocks import KlMean, accuracy, mean_kl, teacher_logits
+from fastdynat.methods.building_blocks import KlMean, accuracy, guide_logits, mean_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class RsladOptions(MethodOptions):
         check_numbers(self, "attacked_weight", "clean_weight")
 
 
-@register("rslad")
+@register_method("rslad")
 class Rslad(Method[RsladOptions]):
-    """Robust soft label adversarial distillation; the guide is a robust teacher."""
+    """Robust soft label adversarial distillation; the guide is a robust network."""
 
     options_type = RsladOptions
     uses_guide = True
@@ -64,19 +65,19 @@ class Rslad(Method[RsladOptions]):
     attack_defaults = AttackDefaults(start="gaussian")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        teacher = teacher_logits(nets, batch.x)
-        return Inner(AttackGoal("kl", teacher.log_softmax(1)), dynamic_labels=teacher)
+        guide = guide_logits(nets, batch.x)
+        return Inner(AttackGoal("kl", guide.log_softmax(1)), dynamic_labels=guide)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
-        teacher, options = inner.dynamic_labels, self.options
-        assert teacher is not None
+        guide, options = inner.dynamic_labels, self.options
+        assert guide is not None
         logits, clean = wide(nets.model(attacked.x_adv)), wide(nets.model(batch.x))
-        loss = options.attacked_weight * mean_kl(teacher, logits, mean=options.kl_mean)
-        loss = loss + options.clean_weight * mean_kl(teacher, clean, mean=options.kl_mean)
+        loss = options.attacked_weight * mean_kl(guide, logits, mean=options.kl_mean)
+        loss = loss + options.clean_weight * mean_kl(guide, clean, mean=options.kl_mean)
         logs = {
             "loss": loss.detach(),
             "train_acc": accuracy(clean, batch),
             "train_adv_acc": accuracy(logits, batch),
-            "guide_acc": accuracy(teacher, batch),
+            "guide_acc": accuracy(guide, batch),
         }
         return Outer({"model": loss}, logs)

@@ -1,20 +1,19 @@
-"""TRADES: a natural loss and a bound on what the attack adds to it (Zhang et al. 2019, arXiv 1901.08573).
+"""TRADES: natural loss plus a bound on the robustness gap (Zhang et al. 2019, arXiv 1901.08573).
 
-    min CE(f(x), y) + beta KL(p(x) || p(x')),   x' = PGD on KL(p(x) || p(.)), start x + 0.001 N(0, I)
+    min  CE(f(x), y) + beta KL(p(x) || p(x')),   x' = PGD on KL(p(x) || p(.)), start x + 0.001 N(0, I)
 
-The KL is summed over classes, averaged over the batch, and differentiated through both arguments.
+KL is summed over classes, averaged over the batch, with gradient through both arguments.
 
-Silent effects of the released code, and what is done with them here:
+Details of the released code, and how they are treated here:
 
-- its outer loss calls the network three times in train mode: clean, attacked, clean again. The third call
-  computes what the first has computed, but moves the running statistics that attack and evaluation use, which
-  end as 0.729 r + 0.181 clean + 0.09 attacked and not as 0.81 r + 0.09 clean + 0.1 attacked. Kept without its
-  gradient: `bn_third_pass`.
+- its loss calls the network three times in train mode: clean, attacked, clean again. The third call computes
+  what the first has computed, but updates the running statistics that attack and evaluation use, which end as
+  0.729 r + 0.181 clean + 0.09 attacked and not as 0.81 r + 0.09 clean + 0.1 attacked. Kept, without gradient:
+  `bn_third_pass`.
 - it takes the KL from probabilities: NaN as soon as one underflows, at a logit gap of 104. Here it is taken
   from logits.
-- it computes p(x) again in each attack step. In eval mode that is the same each time; here it is computed
-  once.
-- drop-out would draw another mask for the third call; here the KL sees the first call's.
+- it computes p(x) again in each attack step, with the same result in eval mode. Here it is computed once.
+- with dropout, its third call draws another mask. Here the KL uses the first call's logits.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
 from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass
 from fastdynat.ops import dynamic_label_cross_entropy
@@ -55,7 +54,7 @@ class TradesOptions(MethodOptions):
         check_numbers(self, "beta")
 
 
-@register("trades")
+@register_method("trades")
 class Trades(Method[TradesOptions]):
     """``min CE(f(x), y) + beta KL(p(x) || p(x'))``."""
 

@@ -1,7 +1,7 @@
 """Methods of users' files: ``path/to/file.py:NAME``, a subclass of `Method` with its options.
 
-Such a name is pinned with a digest of the file (`fastdynat.user_code`), so that a run resumes by the code that it
-began with. The digest covers the file itself, not what it imports.
+Such a name is pinned with a digest of the file (`fastdynat.user_code`), so that a run resumes by the code
+that it began with. The digest covers the file itself, not what it imports.
 """
 
 import re
@@ -17,10 +17,10 @@ _loaded: dict[str, type[Method[Any]]] = {}  # by pinned name: one class, however
 
 
 def pinned_method(name: str) -> str:
-    """``path/to/file.py:NAME`` with its absolute path and digest, once its class is loaded and can be trained by.
+    """``path/to/file.py:NAME`` with absolute path and digest; loads and checks the class.
 
     Raises:
-        UserError: the file or the class is missing, or the class is no method; a pinned name's file has changed.
+        UserError: the file or the class is missing, the class is no method, or a pinned file has changed.
     """
     pinned = pin(name)
     if pinned not in _loaded:

@@ -1,15 +1,15 @@
-"""Virtual adversarial training (Miyato et al. 2018, arXiv 1704.03976): smoothness that needs no labels.
+"""VAT: virtual adversarial training (Miyato et al. 2018, arXiv 1704.03976), smoothness that needs no labels.
 
     r    = radius * g / ||g||_2,   g = grad_d KL(p(x) || p(x + d)) at d = xi * (a random unit vector)
-    loss = CE(f(x), y) + weight * KL(sg[p(x)] || p(x + r))
+    loss = CE(f(x), y) + vat_weight * KL(sg[p(x)] || p(x + r))
 
 Every pass is in train mode; those of perturbed images leave the running statistics alone, as in the released
-code. Images that are UNLABELLED take part in the second term only (``--labelled N``). As a defence under
-L-inf take ``--search pgd``: then x + r comes from the engine's PGD on the same divergence, which makes the
-second term TRADES' regulariser, without a gradient through p(x).
+code. Images without a label (`UNLABELLED`; ``--labelled N``) take part in the second term only. For
+robustness under L-inf use ``--search pgd``: x + r then comes from PGD on the same divergence, and the second
+term is TRADES' regulariser without a gradient through p(x).
 
-Two sizes are not the released ones, for images in [0, 1]: its radius of 8 is in units of whitened images, and
-its xi of 1e-6 moves each pixel by less than float32 resolves.
+Two sizes differ from the released ones, for images in [0, 1]: its radius of 8 is in units of whitened images,
+and its xi of 1e-6 moves each pixel by less than float32 resolves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
-    register,
+    register_method,
 )
 from fastdynat.methods.trades import kl_to_self
 
@@ -84,7 +84,7 @@ class VatOptions(MethodOptions):
         )
 
 
-@register("vat")
+@register_method("vat")
 class Vat(Method[VatOptions]):
     """``min CE(f(x), y) + weight KL(sg[p(x)] || p(x + r))``, equations 5 to 8 of the paper."""
 

@@ -1,7 +1,6 @@
-"""How much each image of a batch counts, by how near the attack brought it to the decision boundary: GAIRAT's
-and MAIL's rules.
+"""GAIRAT's and MAIL's weights of the images of a batch, by their distance to the decision boundary.
 
-Weights are constants of the loss: no gradient flows into them.
+The weights are constants of the loss: no gradient flows into them.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ GAIRAT_FROM, MAIL_FROM = 0.5, 0.625
 def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
     """``1 + tanh(lam + 5 (1 - 2 kappa / S))``, scaled to mean 1: (N,) float64 (arXiv 2010.01736).
 
-    kappa is at how many of the S attack steps the network still gave the image's class: few steps, high
-    weight.
+    kappa is the number of the S attack steps at which the image was still classified correctly: few steps,
+    high weight.
 
     Args:
-        attacked: by a goal that is tracked, in one run.
+        attacked: of a goal with ``track=True``, from one run.
         lam: lambda; the higher, the more equal the weights.
     """
     assert attacked.kept is not None
@@ -54,7 +53,7 @@ def mail_weights(
 
 
 def begun(method: Method[Any], share: float) -> bool:
-    """Whether the method has completed `share` of the run's epochs."""
+    """Whether the share `share` of the method's epochs is completed."""
     return method.epoch >= share * method.epochs
 
 

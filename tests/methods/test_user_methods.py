@@ -1,4 +1,4 @@
-"""Methods of users' files on the command line: flags, training, resuming, comparing, and refusals before any work."""
+"""Methods of users' files on the command line: flags, training, resuming, comparing, refusals."""
 
 import json
 import re
@@ -187,9 +187,13 @@ def test_compare_takes_it_beside_built_in_ones(file: Path) -> None:
     assert {row["method"] for row in json.loads(Path("c.json").read_text())["runs"]} == {"natural", "squeeze"}
 
 
-OPTIONS = "from dataclasses import dataclass\nfrom fastdynat.methods import Method, register\n"
+OPTIONS = "from dataclasses import dataclass\nfrom fastdynat.methods import Method, register_method\n"
 FROZEN = "@dataclass(frozen=True)\nclass Options:\n    {field}\n"
-CLASS = "class Mine(Method[Options]):\n    options_type = Options\n    {name}\n    inner = outer = lambda *_: None\n"
+CLASS = """class Mine(Method[Options]):
+    options_type = Options
+    {name}
+    inner = outer = lambda *_: None
+"""
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,10 @@ CLASS = "class Mine(Method[Options]):\n    options_type = Options\n    {name}\n 
             "name '../x' must be one word",
         ),
         (
-            OPTIONS + FROZEN.format(field="x: int = 1") + "@register('trades')\n" + CLASS.format(name=""),
+            OPTIONS
+            + FROZEN.format(field="x: int = 1")
+            + "@register_method('trades')\n"
+            + CLASS.format(name=""),
             "choose another name",
         ),
     ],
@@ -256,8 +263,8 @@ def test_two_files_of_one_name_are_two_methods(file: Path) -> None:
 
 
 def test_a_registered_class_of_a_file_is_one_method(file: Path) -> None:
-    source = SQUEEZE.replace("class Squeeze(", "@register('logit_squeezing')\nclass Squeeze(")
-    file.write_text(source.replace("import AttackDefaults", "import register, AttackDefaults"))
+    source = SQUEEZE.replace("class Squeeze(", "@register_method('logit_squeezing')\nclass Squeeze(")
+    file.write_text(source.replace("import AttackDefaults", "import register_method, AttackDefaults"))
     try:
         assert method_label("my_method.py:Squeeze") == "logit_squeezing"
         assert METHODS["logit_squeezing"] is method_class("my_method.py:Squeeze")

@@ -146,11 +146,11 @@ for name in ("trades", "rslad"):
     assert "__late_imports__" in vars(sys.modules[f"fastdynat.methods.{name}"])
 assert "torch._dynamo" in sys.modules
 METHODS["trades"]
-from fastdynat.methods.trades import trades_loss
+from fastdynat.methods.trades import trades_loss_from_logits
 torch.manual_seed(0)
 clean, adv, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-compiled = torch.compile(trades_loss, backend="eager", fullgraph=True)
-assert torch.equal(compiled(clean, adv, labels, 6.0), trades_loss(clean, adv, labels, 6.0))
+compiled = torch.compile(trades_loss_from_logits, backend="eager", fullgraph=True)
+assert torch.equal(compiled(clean, adv, labels, 6.0), trades_loss_from_logits(clean, adv, labels, 6.0))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -24,7 +24,7 @@ MethodT = TypeVar("MethodT", bound=type[Method[Any]])
 
 
 class Methods(MutableMapping[str, type[Method[Any]]]):
-    """The methods by name, in alphabetical order: those of the files of this folder, and what was added since.
+    """The methods by name, in alphabetical order: one per file of this folder, and those added since.
 
     A method of one's own is put in as into a dictionary, or by `register`.
     """
@@ -78,7 +78,7 @@ class Methods(MutableMapping[str, type[Method[Any]]]):
         self._classes[name] = method
 
     def _find(self, name: str) -> None:
-        """Import the file of this folder that is called like the method, if there is one: the others can wait."""
+        """Import the file of this folder that has the name of the method, if there is one."""
         if find_spec(f"{PACKAGE}.{name}") is not None:
             import_late(f"{PACKAGE}.{name}")
 
@@ -93,7 +93,7 @@ class Methods(MutableMapping[str, type[Method[Any]]]):
 METHODS = Methods()
 
 
-def register(name: str) -> Callable[[MethodT], MethodT]:
+def register_method(name: str) -> Callable[[MethodT], MethodT]:
     """Add the decorated class to `METHODS` as `name`, which becomes its `name`."""
 
     def add(method: MethodT) -> MethodT:
@@ -107,8 +107,8 @@ def register(name: str) -> Callable[[MethodT], MethodT]:
 def method_name(name: str) -> str:
     """The method that `name` means, as a configuration holds it.
 
-    A name of `METHODS` may have any case; ``path/to/file.py:CLASS`` is loaded, and gets its absolute path and a
-    digest of the file. A colon makes the difference.
+    A name of `METHODS` may have any case. ``path/to/file.py:CLASS`` is loaded; its absolute path and a digest
+    of the file are the name that a run stores.
 
     Raises:
         UserError: there is no such method (suggests the nearest), or its file or class cannot be used.
@@ -138,7 +138,7 @@ def method_label(name: str) -> str:
 
 
 def options_type(name: str) -> type:
-    """The options of the method that `name` means, a frozen dataclass; a built-in method's come without torch.
+    """The options of the method that `name` means, a frozen dataclass; built-in ones need no torch.
 
     Raises UserError as `method_name` does.
     """
@@ -147,7 +147,7 @@ def options_type(name: str) -> type:
 
 
 def check_label(method: type[Method[Any]], origin: str) -> None:
-    """Raise UserError if `method`, of a user's file, has the name of another method, or none for a folder."""
+    """Raise UserError if the `name` of a user's method is taken, or cannot be part of a folder's name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", method.name):
         raise UserError(f"{origin}: name {method.name!r} must be one word of letters, digits, _ and -")
     if method.name in METHODS and METHODS.registered(method.name) is not method:

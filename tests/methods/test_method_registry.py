@@ -14,7 +14,7 @@ from fastdynat.methods import (
     method_class,
     method_name,
     options_type,
-    register,
+    register_method,
 )
 from fastdynat.methods.madry import Madry
 
@@ -22,7 +22,7 @@ FOLDER = Path(fastdynat.methods.__file__).parent
 
 
 def test_every_file_that_registers_a_class_is_a_method() -> None:
-    files = {path.stem for path in FOLDER.glob("*.py") if "\n@register(" in path.read_text()}
+    files = {path.stem for path in FOLDER.glob("*.py") if "\n@register_method(" in path.read_text()}
     assert len(files) > 20
     assert set(METHODS) == files
     assert len(METHODS) == len(files)
@@ -42,7 +42,7 @@ def test_names_in_any_case_and_unknown_ones() -> None:
 def test_classes_and_options_are_names_of_the_package() -> None:
     assert fastdynat.methods.Trades is METHODS["trades"]
     assert fastdynat.methods.TradesOptions is options_type("trades")
-    assert {"Trades", "TradesOptions", "METHODS", "register"} <= set(dir(fastdynat.methods))
+    assert {"Trades", "TradesOptions", "METHODS", "register_method"} <= set(dir(fastdynat.methods))
     with pytest.raises(AttributeError, match="no attribute 'Tradse'"):
         fastdynat.methods.Tradse  # noqa: B018
 
@@ -75,7 +75,7 @@ def test_a_method_of_ones_own_is_put_in(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_method_of_ones_own_is_registered() -> None:
     try:
 
-        @register("squeeze")
+        @register_method("squeeze")
         class Squeeze(Madry):
             options_type = SqueezeOptions
 
@@ -100,7 +100,7 @@ def loose() -> object:
     ],
 )
 def test_what_is_no_method_is_refused(make: object, says: str) -> None:
-    for add in (register("squeeze"), lambda method: METHODS.__setitem__("squeeze", method)):
+    for add in (register_method("squeeze"), lambda method: METHODS.__setitem__("squeeze", method)):
         with pytest.raises(UserError, match=says):
             add(make())  # type: ignore[operator]
     assert "squeeze" not in METHODS
@@ -110,5 +110,5 @@ def test_a_name_that_is_taken_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"method trades is fastdynat\.methods\.trades\.Trades: choose another"
     ):
-        register("trades")(type("Mine", (Madry,), {"options_type": SqueezeOptions}))
+        register_method("trades")(type("Mine", (Madry,), {"options_type": SqueezeOptions}))
     assert METHODS["trades"].__name__ == "Trades"
