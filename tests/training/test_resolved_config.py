@@ -1,0 +1,83 @@
+"""Resolved configurations: automatic values are gone, the stored form has the keys and order of the asked one."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastdynat.config import to_flat
+from fastdynat.data import dataset_info
+from fastdynat.errors import UserError
+from fastdynat.methods import METHODS
+from fastdynat.methods.configs import default_config
+from fastdynat.training.permitted_changes import stored_epochs
+from fastdynat.training.resolve import resolve
+from fastdynat.training.resolved_config import (
+    ResolvedAttack,
+    ResolvedConfig,
+    ResolvedData,
+    ResolvedEngine,
+    ResolvedOptim,
+)
+from fastdynat.training.resume import _place
+
+NARROWED = {
+    "data": ResolvedData,
+    "attack": ResolvedAttack,
+    "optim": ResolvedOptim,
+    "engine": ResolvedEngine,
+}
+
+
+def resolved(method: str) -> ResolvedConfig[Any]:
+    info = dataset_info("digits")
+    assert info is not None
+    config = default_config(method)
+    return resolve(replace(config, engine=replace(config.engine, device="cpu", winograd="off")), info)
+
+
+@pytest.mark.parametrize("method", ["madry", "dynat", "natural"])
+def test_no_narrowed_field_is_automatic(method: str) -> None:
+    assert method in METHODS
+    config = resolved(method)
+    for name, kind in NARROWED.items():
+        group = getattr(config, name)
+        assert type(group) is kind
+        for key in kind.__annotations__:
+            assert getattr(group, key) not in (None, "auto", "default"), key
+
+
+def test_the_stored_form_is_that_of_the_configuration_that_was_asked_for() -> None:
+    asked = default_config("dynat")
+    assert list(to_flat(resolved("dynat"))) == list(to_flat(asked))
+    for name, kind in NARROWED.items():
+        assert [f.name for f in fields(kind)] == [f.name for f in fields(getattr(asked, name))]
+
+
+def test_a_resolved_configuration_resolves_to_itself() -> None:
+    info = dataset_info("digits")
+    assert info is not None
+    once = resolved("dynat")
+    assert resolve(once, info) == once
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "text"),
+    [
+        (2, 0, "after epoch 2"),
+        (1, 1, "at epoch 2, after 1 of 2 steps"),
+        (1, 2, "at the end of epoch 2, before its validation"),
+    ],
+)
+def test_the_place_where_training_continues(epoch: int, step: int, text: str) -> None:
+    trainer: Any = SimpleNamespace(epoch=epoch, epoch_step=step, loader=SimpleNamespace(steps_per_epoch=2))
+    assert _place(trainer) == text
+
+
+def test_a_stored_configuration_that_lost_its_epochs_is_refused() -> None:
+    config = default_config("madry")
+    with pytest.raises(UserError, match=r"run/config.yaml has no epochs"):
+        stored_epochs(Path("run"), config)
+    assert stored_epochs(Path("run"), replace(config, optim=replace(config.optim, epochs=3))) == 3
