@@ -16,7 +16,7 @@ class EvalConfig:
     """Evaluate networks on the test set, in float32 unless told otherwise."""
 
     attacks: str = "clean,fgsm,pgd20,cw"
-    """Comma-separated; --list-attacks prints every name."""
+    """Comma-separated; --list-attacks prints every name; path/to/file.py:NAME is an attack of your own."""
     eps: float | str = "auto"
     """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps, 8/255 for another model under
     linf."""
