@@ -27,7 +27,7 @@ from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.compiled_ascent import CompiledAscent
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks.boundary_search import BoundarySpec, boundary_start, run_boundary
-from fastdynat.commands.bench.timing import Samples, Stopwatch
+from fastdynat.commands.bench.stopwatch import Samples, Stopwatch
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.execution.fallbacks import Fallbacks

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attacks import CarliniL2, DeepFool
 from fastdynat.attacks.interface import Attack as FastAttack
-from fastdynat.commands.bench.timing import Samples, Stopwatch
+from fastdynat.commands.bench.stopwatch import Samples, Stopwatch
 from fastdynat.runs import describe_environment, load_network, source_commit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

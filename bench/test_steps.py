@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdynat.commands.bench.settings import settled
+from fastdynat.commands.bench.settings import resolved_setting
 from fastdynat.commands.bench.work import Work, engine_attack, engine_step
 from fastdynat.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from fastdynat.data import dataset_info
@@ -34,7 +34,7 @@ def work(kind: str, amp: Any) -> Work:
     )
     make = engine_attack if kind == "attack" else engine_step
     split = random_split(info, BATCH_SIZE, seed=1)
-    return make(settled(asked, split), split)
+    return make(resolved_setting(asked, split), split)
 
 
 @pytest.mark.parametrize("kind", ["attack", "step"])

@@ -11,13 +11,17 @@ from typing import Any
 
 from tables import table
 
-from fastdynat.commands.about import DoctorCommand, RecipesCommand
+from fastdynat.commands.bench.command import BenchCommand
+from fastdynat.commands.boundary.command import BoundaryCommand
+from fastdynat.commands.compare.command import CompareCommand
+from fastdynat.commands.doctor.command import DoctorCommand
 from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.commands.evaluate.command import EvalCommand
-from fastdynat.commands.outputs import BoundaryCommand, ExportCommand, ReportCommand
+from fastdynat.commands.export.command import ExportCommand
 from fastdynat.commands.parsing.aliases import GPU, SPELLINGS, VALUES
 from fastdynat.commands.parsing.flags import Flag, flags_of
-from fastdynat.commands.timing import BenchCommand, CompareCommand
+from fastdynat.commands.recipes import RecipesCommand
+from fastdynat.commands.report.command import ReportCommand
 from fastdynat.commands.train import TrainCommand
 from fastdynat.methods import METHODS, options_type
 from fastdynat.recipes import read_recipe, recipe_names

@@ -1,6 +1,5 @@
 """`fastdynat.evaluate`: accuracies of a network under named attacks, in Python."""
 
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from fastdynat.api.trained_run import TrainedRun
 from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.commands.evaluate.cells import Cells
-from fastdynat.commands.evaluate.columns import check_classes, parse_columns
+from fastdynat.commands.evaluate.columns import check_target_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import as_measurement
 from fastdynat.commands.evaluate.record import make_record
-from fastdynat.commands.evaluate.settle import check_config
+from fastdynat.commands.evaluate.settle import check_eval_device
 from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import DatasetInfo, ImageSet, load_test
@@ -30,7 +28,7 @@ from fastdynat.models.foreign import load_foreign
 from fastdynat.models.own_networks import count_logits
 from fastdynat.ops import use_backend
 from fastdynat.runs import load_network, looks_like_run
-from fastdynat.terminal.consoles import PlainTable
+from fastdynat.terminal.consoles import PlainTable, as_text, error_console
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.units import describe_size
 
@@ -73,9 +71,7 @@ class Evaluation(Mapping[str, float]):
             table.add_row(name, *_percent(found.accuracy, found.ci), f"{found.seconds:.1f}")
         if self.worst is not None and self.worst_ci is not None:
             table.add_row("worst case", *_percent(self.worst, self.worst_ci), "")
-        text = io.StringIO()
-        Console(file=text, width=100, color_system=None).print(table)
-        return text.getvalue().rstrip()
+        return as_text(table)
 
     __repr__ = __str__
 
@@ -140,7 +136,7 @@ def evaluate(
         cache="off",
         **keys,
     )
-    device = check_config(config)
+    device = check_eval_device(config)
     info, images = _images(data, str(data_dir), model)
     network, name = _network(model, info)
     info = _with_logits(info, count_logits(network, name, info.image_shape))
@@ -152,7 +148,7 @@ def evaluate(
     columns = parse_columns(attacks, eps=eps, step_size=step, norm=norm, amp=config.amp)
     if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
         raise UserError(f"{transfer} needs two networks: use fastdynat.evaluation.transfer_matrix")
-    check_classes(columns, info.num_classes)
+    check_target_classes(columns, info.num_classes)
     target = Target(
         name=name,
         checkpoint=None,
@@ -168,7 +164,7 @@ def evaluate(
         folder=None,
         source=None,
     )
-    display = ProgressDisplay(Console(file=io.StringIO()), quiet=True)
+    display = ProgressDisplay(error_console(), quiet=True)
     with exact_float32(), use_backend(config.kernels), _prepared(network, device):
         cells = Cells(target, network, config, device, known={}, display=display, should_stop=lambda: False)
         results = [cells.cell(column) for column in columns]

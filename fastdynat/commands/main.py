@@ -28,17 +28,17 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   doctor   what this machine can use, and why not
 """
 
-# Each command's function, as MODULE.FUNCTION of fastdynat.commands: only the asked one is imported.
+# The module of each command in fastdynat.commands, whose function NAME_command runs it; only that one is imported.
 COMMANDS = {
-    "train": "train.run",
-    "eval": "evaluate.command.run",
-    "compare": "timing.compare",
-    "export": "outputs.export",
-    "report": "outputs.report",
-    "boundary": "outputs.boundary",
-    "recipes": "about.recipes",
-    "bench": "timing.bench",
-    "doctor": "about.doctor",
+    "train": "train",
+    "eval": "evaluate.command",
+    "compare": "compare.command",
+    "export": "export.command",
+    "report": "report.command",
+    "boundary": "boundary.command",
+    "recipes": "recipes",
+    "bench": "bench.command",
+    "doctor": "doctor.command",
 }
 
 
@@ -162,5 +162,6 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise unknown_name("command", argv[0], COMMANDS)
-    module, _, function = COMMANDS[argv[0]].rpartition(".")
-    return getattr(importlib.import_module(f"fastdynat.commands.{module}"), function)(argv[1:])
+    module = importlib.import_module(f"fastdynat.commands.{COMMANDS[argv[0]]}")
+    code: int = getattr(module, f"{argv[0]}_command")(argv[1:])
+    return code

@@ -41,8 +41,8 @@ class TrainCommand(Generic[OptionsT]):
     train: TrainConfig[OptionsT]
 
 
-def run(argv: list[str]) -> int:
-    """Train, or go on with a run."""
+def train_command(argv: list[str]) -> int:
+    """Run `fastdynat train`."""
     early = early_flags(argv)
     parsed = parse_train(argv, early)
     config, resume = parsed.command.train, early.get("--resume")

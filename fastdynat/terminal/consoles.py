@@ -3,6 +3,7 @@
 Names come from users, so rich reads no markup, emoji or numbers into them.
 """
 
+import io
 import sys
 from contextlib import suppress
 from functools import cache
@@ -69,6 +70,13 @@ def error_console() -> Console:
     """The console of standard error, for progress and messages."""
     file: Any = _StandardError()
     return TerminalConsole(file=file, **AS_IS)
+
+
+def as_text(table: Table) -> str:
+    """`table` as plain text, as wide as its content."""
+    text = io.StringIO()
+    TerminalConsole(file=text, color_system=None, **AS_IS).print(table)
+    return text.getvalue().rstrip()
 
 
 def plain_column(template: str) -> TextColumn:

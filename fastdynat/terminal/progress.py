@@ -42,7 +42,7 @@ class ProgressDisplay:
     @contextmanager
     def task(
         self, title: str, total: float, *, completed: int = 0, unit: str | None = None
-    ) -> Iterator["Task"]:
+    ) -> Iterator["ProgressTask"]:
         """Follow work of `total` steps, `completed` of which are done.
 
         unit: what the steps are, such as "images"; None prints no lines where there is no terminal.
@@ -51,14 +51,14 @@ class ProgressDisplay:
             self._bars.start()
         bar = self._bars.add_task(title, total=total, completed=completed, note="")
         try:
-            yield Task(self, self._bars, bar, unit)
+            yield ProgressTask(self, self._bars, bar, unit)
         finally:
             self._bars.remove_task(bar)
             if not self._bars.tasks:
                 self._bars.stop()
 
 
-class Task:
+class ProgressTask:
     """Work in progress, made by `ProgressDisplay.task`."""
 
     def __init__(self, display: ProgressDisplay, bars: Progress, bar: TaskID, unit: str | None) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastdynat.terminal.consoles import error_console
-from fastdynat.terminal.progress import ProgressDisplay, Task
+from fastdynat.terminal.progress import ProgressDisplay, ProgressTask
 
 # Columns of metrics.jsonl by their short names on screen; accuracies in %.
 LOSSES = {"loss": "loss", "guide_loss": "guide loss"}
@@ -37,7 +37,7 @@ def summary(row: Mapping[str, Any]) -> list[str]:
 class TrainingProgress:
     """Progress over all epochs: a bar with images/s, remaining time, losses and accuracies; a line per epoch."""
 
-    def __init__(self, display: ProgressDisplay, task: Task) -> None:
+    def __init__(self, display: ProgressDisplay, task: ProgressTask) -> None:
         self._display, self._task = display, task
 
     @classmethod

@@ -23,12 +23,12 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.commands.bench import auto, rows, work
-from fastdynat.commands.bench import run_bench as run
+from fastdynat.commands.bench import benchmark as run
 from fastdynat.commands.bench.flops import count, count_step
 from fastdynat.commands.bench.plain_dynat import NOISE, PlainDynat
 from fastdynat.commands.bench.profiling import KINDS, profile_step
-from fastdynat.commands.bench.settings import SWITCHES, settled, shown
-from fastdynat.commands.bench.timing import Samples, Stopwatch, take_turns
+from fastdynat.commands.bench.settings import SWITCHES, resolved_setting, switch_values
+from fastdynat.commands.bench.stopwatch import Samples, Stopwatch, take_turns
 from fastdynat.commands.bench.work import (
     engine_attack,
     engine_step,
@@ -65,7 +65,7 @@ def setting(
         engine=EngineConfig(device="cpu", **engine),
     )
     split = random_split(info, batch_size, seed=1)
-    return settled(config, split), split
+    return resolved_setting(config, split), split
 
 
 def bench(*flags: str, code: int = 0) -> None:
@@ -300,7 +300,7 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttackEngine, "run", spied)
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)  # that it is asked for is enough
     config, split = setting(amp="bf16")
-    task = rows.Task(config, config, lambda c: c, split, 1, 1)
+    task = rows.BenchSetup(config, config, lambda c: c, split, 1, 1)
     engine_attack(config, split).call()
     asked, found = built[-1], {}
     for plan in rows._switched(task):
@@ -326,11 +326,11 @@ def test_every_switch_turns_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_switches_are_named_after_flags_and_say_why_not() -> None:
     config, split = setting()
-    task = rows.Task(config, config, lambda c: c, split, 1, 1)
+    task = rows.BenchSetup(config, config, lambda c: c, split, 1, 1)
     reasons = {(plan.switch, plan.kind): plan.why_not for plan in rows._switched(task)}
     assert reasons[("graphs", "attack")] == "needs a CUDA device"
     assert reasons[("guide_stream", "step")] == "needs a CUDA device"
-    assert {s.name for s in SWITCHES} >= shown(config).keys() >= {"amp", "fold", "kernels"}
+    assert {s.name for s in SWITCHES} >= switch_values(config).keys() >= {"amp", "fold", "kernels"}
 
 
 # The command
@@ -568,7 +568,7 @@ def test_our_attack_is_not_slower_than_torchattacks() -> None:
 
 
 def automatic(config: TrainConfig[Any], amp: str = "off", mode: str = "off") -> TrainConfig[Any]:
-    """As `settled`, on a machine where `amp` and `mode` are fast and channels-last is not."""
+    """As `resolved_setting`, on a machine where `amp` and `mode` are fast and channels-last is not."""
     e = config.engine
     e = replace(
         e,
@@ -615,7 +615,9 @@ def test_autos_ratio_is_to_the_best_that_was_timed() -> None:
 def test_auto_prints_stores_and_exits_by_the_worst_choice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
+    monkeypatch.setattr(
+        run, "resolved_setting", lambda config, split: automatic(settled_before(config, split))
+    )
     calls: list[str] = []
 
     def fake(config: Any, split: Any, fallbacks: Any) -> Any:
@@ -644,7 +646,9 @@ def test_auto_times_compiled_code_after_both_of_its_checks(
     """It is compared with the uncompiled at its first call, and once more when that has changed the
     weights.
     """
-    monkeypatch.setattr(run, "settled", lambda config, split: automatic(settled_before(config, split)))
+    monkeypatch.setattr(
+        run, "resolved_setting", lambda config, split: automatic(settled_before(config, split))
+    )
     now = [0.0]
 
     def fake(config: Any, split: Any, fallbacks: Any) -> Any:
@@ -664,11 +668,11 @@ def test_auto_times_compiled_code_after_both_of_its_checks(
 
 
 def settled_before(config: TrainConfig[Any], split: TrainSplit) -> TrainConfig[Any]:
-    """`settled` without a trial of torch.compile, which takes a compiler's minute."""
+    """`resolved_setting` without a trial of torch.compile, which takes a compiler's minute."""
     engine = replace(
         config.engine, compile="off" if config.engine.compile == "auto" else config.engine.compile
     )
-    return settled(replace(config, engine=engine), split)
+    return resolved_setting(replace(config, engine=engine), split)
 
 
 def test_auto_goes_with_no_other_measurement(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,12 +29,12 @@ NAMES = [
 ]
 
 
-def by_name(**kwargs: Any) -> dict[str, doctor.Check]:
-    return {check.name: check for check in doctor.report(**kwargs)}
+def by_name(**kwargs: Any) -> dict[str, doctor.MachineCheck]:
+    return {check.name: check for check in doctor.check_machine(**kwargs)}
 
 
 def test_reports_every_component_with_a_reason_and_a_remedy() -> None:
-    checks = doctor.report()
+    checks = doctor.check_machine()
     timings = [check for check in checks if check.name.startswith("time: ")]
     assert [check.name for check in checks] == [*NAMES, *(check.name for check in timings)]
     assert {"time: float32, contiguous", "time: float32, channels-last"} <= {check.name for check in timings}
@@ -53,7 +53,7 @@ def test_says_plainly_that_there_is_no_gpu(
     assert found["CUDA device"].status == "missing"
     assert "CUDA_VISIBLE_DEVICES" in found["CUDA device"].remedy
     assert found["bf16 / tensor cores"].status == "missing"
-    assert doctor.run(json=False) == 0
+    assert doctor.report_machine(json=False) == 0
     assert "no GPU is usable here" in " ".join(capsys.readouterr().out.split())
 
 
@@ -107,7 +107,7 @@ def test_compile_is_tried_and_its_failure_explained(monkeypatch: pytest.MonkeyPa
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run(json=True) == 0
+    assert doctor.report_machine(json=True) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows if not row["name"].startswith("time: ")] == NAMES
     assert set(rows[0]) == {"name", "status", "detail", "remedy"}

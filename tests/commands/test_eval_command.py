@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attacks import NamedAttack, Nearest, parse_attack, register, registry
 from fastdynat.commands.evaluate import cells
-from fastdynat.commands.evaluate.columns import Column, parse_columns
+from fastdynat.commands.evaluate.columns import AttackColumn, parse_columns
 from fastdynat.commands.evaluate.record import counts_in_ball, median_distance, worst_case
-from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard, settled
+from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard, with_amp_chosen
 from fastdynat.commands.evaluate.tables import print_results
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet, load_test
@@ -202,11 +202,11 @@ def test_worst_leaves_out_other_norms_and_searches_without_a_radius() -> None:
         (Step(0.1, "l2"), [0.1], False),
         (None, None, True),
     ):
-        column = Column("near", NamedAttack("near", search))
+        column = AttackColumn("near", NamedAttack("near", search))
         assert counts_in_ball(column, {"distances": distances}, "linf") is counts
     pgd = parse_attack("pgd2", eps=0.1, step_size=0.1)
-    assert counts_in_ball(Column("pgd2", pgd), {"distances": None}, "linf")
-    assert not counts_in_ball(Column("pgd2", pgd), {"distances": None}, "l2")
+    assert counts_in_ball(AttackColumn("pgd2", pgd), {"distances": None}, "linf")
+    assert not counts_in_ball(AttackColumn("pgd2", pgd), {"distances": None}, "l2")
 
 
 # Models that we did not train
@@ -401,7 +401,7 @@ def test_a_bare_amp_is_float32_where_an_attack_needs_it(
         "fastdynat.commands.evaluate.settle.pick_amp",
         lambda mode, *rest: AmpChoice("bf16" if mode == "auto" else mode),
     )
-    assert settled(EvalConfig(amp="auto", attacks=attacks)).amp == amp
+    assert with_amp_chosen(EvalConfig(amp="auto", attacks=attacks)).amp == amp
     assert [("not shown to be as strong" in line) for line in messages] == [True] * (amp == "off")
 
 

@@ -15,11 +15,12 @@ from conftest import needs
 from torch import Tensor, nn
 
 from fastdynat.commands.evaluate.measurement_store import FORMAT
-from fastdynat.commands.export import ExportConfig, export_run
 from fastdynat.commands.export.accuracies import stored_accuracies
 from fastdynat.commands.export.export_check import largest_difference
+from fastdynat.commands.export.export_config import ExportConfig
 from fastdynat.commands.export.network_source import architecture_source
 from fastdynat.commands.export.robustbench import Paper, check_keys, model_info
+from fastdynat.commands.export.write_export import export_run
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement

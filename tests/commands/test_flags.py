@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fastdynat.commands import about, outputs, train
-from fastdynat.commands import timing as measure
-from fastdynat.commands.compare import shared_config
-from fastdynat.commands.compare.compare_config import CompareConfig, NoOptions, method_configs
+from fastdynat.commands import recipes, train
+from fastdynat.commands.bench import command as bench
+from fastdynat.commands.boundary.command import BoundaryCommand
+from fastdynat.commands.compare.command import CompareCommand
+from fastdynat.commands.compare.compare_config import CompareConfig, NoOptions, method_configs, shared_config
+from fastdynat.commands.doctor.command import DoctorCommand
 from fastdynat.commands.evaluate import command as evaluate
+from fastdynat.commands.export.command import ExportCommand
 from fastdynat.commands.main import main
 from fastdynat.commands.parsing import aliases
 from fastdynat.commands.parsing.aliases import ALIASES, BARE, normalize
@@ -20,6 +23,7 @@ from fastdynat.commands.parsing.flags import Flag, flags_of
 from fastdynat.commands.parsing.naming import name_flags
 from fastdynat.commands.parsing.parse import early_flags, of_options
 from fastdynat.commands.parsing.words import read_words
+from fastdynat.commands.report.command import ReportCommand
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
 from fastdynat.methods import METHODS, options_type
@@ -33,15 +37,15 @@ TRAIN = {
 }
 OTHERS: dict[str, dict[str, Flag]] = {
     "eval": flags_of(evaluate.EvalCommand),
-    "export": flags_of(outputs.ExportCommand),
-    "report": flags_of(outputs.ReportCommand),
-    "boundary": flags_of(outputs.BoundaryCommand),
-    "recipes": flags_of(about.RecipesCommand),
-    "doctor": flags_of(about.DoctorCommand),
-    "compare": flags_of(measure.CompareCommand),
+    "export": flags_of(ExportCommand),
+    "report": flags_of(ReportCommand),
+    "boundary": flags_of(BoundaryCommand),
+    "recipes": flags_of(recipes.RecipesCommand),
+    "doctor": flags_of(DoctorCommand),
+    "compare": flags_of(CompareCommand),
     "bench": flags_of(
-        of_options(measure.BenchCommand, options_type("dynat")),
-        measure.BenchCommand(options=options_type("dynat")()),
+        of_options(bench.BenchCommand, options_type("dynat")),
+        bench.BenchCommand(options=options_type("dynat")()),
     ),
 }
 TABLES: dict[str, tuple[list[str], dict[str, Flag]]] = {

@@ -134,7 +134,8 @@ from fastdynat import PGD, trades_loss
 from fastdynat.methods import Dynat, DynatOptions, METHODS
 from fastdynat.methods.dynat import DynatOptions as same
 from fastdynat.runs import load_network
-from fastdynat.commands.export import ExportConfig, export_run
+from fastdynat.commands.export.export_config import ExportConfig
+from fastdynat.commands.export.write_export import export_run
 from fastdynat.commands.evaluate.settle import EvalConfig
 assert DynatOptions is same is Dynat.options_type and METHODS["dynat"] is Dynat
 assert {"Dynat", "DynatOptions"} <= set(dir(fastdynat.methods))

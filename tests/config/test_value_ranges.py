@@ -6,10 +6,10 @@ import typing
 
 import pytest
 
-from fastdynat.commands.bench import BenchConfig
-from fastdynat.commands.compare import CompareConfig
+from fastdynat.commands.bench.bench_config import BenchConfig
+from fastdynat.commands.compare.compare_config import CompareConfig
 from fastdynat.commands.evaluate.settle import EvalConfig
-from fastdynat.commands.report import ReportConfig
+from fastdynat.commands.report.report_config import ReportConfig
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from fastdynat.config.value_ranges import LARGEST, RANGES, check_largest, check_values
 from fastdynat.errors import UserError

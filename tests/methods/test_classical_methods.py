@@ -503,8 +503,7 @@ def test_a_resumed_run_keeps_the_epoch_at_which_weights_begin(
     assert main(["train", "--resume", run, "--epochs", "4"]) == 2
     assert (
         "the loss of method gairat changes over the run and depends on the number of epochs "
-        "(2 in this run, 4 asked)"
-        in capsys.readouterr().err
+        "(2 in this run, 4 asked)" in capsys.readouterr().err
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from support.networks import tiny_cnn
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
-from fastdynat.commands.evaluate.settle import settled
+from fastdynat.commands.evaluate.settle import with_amp_chosen
 from fastdynat.commands.parsing.aliases import BARE
 from fastdynat.compat.torchattacks import PGD
 from fastdynat.config import EngineConfig, TrainConfig, override
@@ -266,11 +266,11 @@ def test_configurations_of_earlier_still_open() -> None:
 
 def test_evaluation_takes_the_fast_precision_too(machine: Machine) -> None:
     machine.lacking, machine.milliseconds = ONLY_BF16, half("bf16", 4)
-    assert settled(EvalConfig(amp="auto", device="cpu")).amp == "bf16"
-    assert settled(EvalConfig(device="cpu")).amp == "off"
+    assert with_amp_chosen(EvalConfig(amp="auto", device="cpu")).amp == "bf16"
+    assert with_amp_chosen(EvalConfig(device="cpu")).amp == "off"
     machine.forget()
     machine.lacking = NEITHER
-    assert settled(EvalConfig(amp="auto", device="cpu")).amp == "off"
+    assert with_amp_chosen(EvalConfig(amp="auto", device="cpu")).amp == "off"
 
 
 def test_drop_in_attacks_with_amp(machine: Machine) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastdynat.commands.bench.results import machine, settings
-from fastdynat.commands.bench.settings import shown
-from fastdynat.commands.bench.timing import Samples, rounds
+from fastdynat.commands.bench.results import machine, setting_values
+from fastdynat.commands.bench.settings import switch_values
+from fastdynat.commands.bench.stopwatch import Samples, rounds
 from fastdynat.commands.bench.work import engine_step
 from fastdynat.config import EngineConfig, TrainConfig
 from fastdynat.data import TrainSplit
@@ -37,7 +37,7 @@ Settle = Callable[[TrainConfig[Any]], ResolvedConfig[Any]]
 
 
 @dataclass
-class Setting:
+class StepSetting:
     """A resolved configuration of the training step with its time.
 
     Attributes:
@@ -73,11 +73,11 @@ class Decision:
     """What is decided for a user who types `flags`, and what it is compared with."""
 
     flags: str
-    chosen: Setting
-    others: tuple[Setting, ...]
+    chosen: StepSetting
+    others: tuple[StepSetting, ...]
 
     @property
-    def best(self) -> Setting:
+    def best(self) -> StepSetting:
         return max((self.chosen, *self.others), key=lambda setting: setting.rate)
 
     @property
@@ -100,30 +100,30 @@ class _Settings:
 
     def __init__(self, asked: TrainConfig[Any], settle: Settle) -> None:
         self._asked, self._settle = asked, settle
-        self.all: list[Setting] = []
+        self.all: list[StepSetting] = []
 
-    def typed(self, **engine: Any) -> Setting:
+    def typed(self, **engine: Any) -> StepSetting:
         """What a user gets who types these flags of the engine, and leaves the others out."""
         blank = EngineConfig()
         left = {name: getattr(blank, name) for name in SWITCHES} | engine
         return self._put(self._settle(replace(self._asked, engine=replace(self._asked.engine, **left))))
 
-    def turned(self, base: Setting, **engine: Any) -> Setting:
+    def turned(self, base: StepSetting, **engine: Any) -> StepSetting:
         return self._put(self._settle(replace(base.config, engine=replace(base.config.engine, **engine))))
 
-    def _put(self, config: ResolvedConfig[Any]) -> Setting:
+    def _put(self, config: ResolvedConfig[Any]) -> StepSetting:
         if config.engine.winograd == "on":  # which "auto" is as well, where it is not resolved to "off"
             config = replace(config, engine=replace(config.engine, winograd="auto"))
         found = next((s for s in self.all if s.config.engine == config.engine), None)
         if found is None:
-            found = Setting(config)
+            found = StepSetting(config)
             self.all.append(found)
         return found
 
 
 def decisions(
     asked: TrainConfig[Any], settle: Settle, half: str = "bf16"
-) -> tuple[list[Setting], list[Decision]]:
+) -> tuple[list[StepSetting], list[Decision]]:
     """All settings to be timed, those that need no compiler first, and what is decided between them."""
     known = _Settings(asked, settle)
     plain = known.typed(amp="off", compile="off")
@@ -149,7 +149,7 @@ def decisions(
 
 
 def time_settings(
-    all_settings: Sequence[Setting],
+    all_settings: Sequence[StepSetting],
     split: TrainSplit,
     seconds: float,
     repeats: int | None,
@@ -219,7 +219,7 @@ def run_auto(
         "convolutions": [
             {"setting": name, "seconds": t, "remark": remark} for name, t, remark in choice_table(device)
         ],
-        "settings": {key: value for key, value in settings(plain).items() if key not in SWITCHES},
+        "settings": {key: value for key, value in setting_values(plain).items() if key not in SWITCHES},
         "rows": [_row(setting, all_settings) for setting in all_settings],
         "decisions": [decision.values() for decision in found],
         "other_load": load.share(),
@@ -228,9 +228,9 @@ def run_auto(
     return doc, all(decision.ratio >= LEAST for decision in found)
 
 
-def _row(setting: Setting, all_settings: Sequence[Setting]) -> dict[str, Any]:
+def _row(setting: StepSetting, all_settings: Sequence[StepSetting]) -> dict[str, Any]:
     best = max(s.rate for s in all_settings)
-    switches = {name: value for name, value in shown(setting.config).items() if name in SWITCHES}
+    switches = {name: value for name, value in switch_values(setting.config).items() if name in SWITCHES}
     return {
         "name": setting.name,
         "setting": switches,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastdynat.commands.bench.results import FORMAT, machine, settings
+from fastdynat.commands.bench.results import FORMAT, machine, setting_values
 from fastdynat.config import TrainConfig
 from fastdynat.documents import convert, read_json, short_repr, through_json
 from fastdynat.documents.numbers import AboveZero
@@ -65,7 +65,7 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
         raise UserError(
             f"{path} is from an unfinished measurement, with each row timed once; measure again with --json {path}"
         )
-    _agree(path, "setting", doc["settings"], through_json(settings(config)))
+    _agree(path, "setting", doc["settings"], through_json(setting_values(config)))
     _agree(
         path, "machine", *({key: env.get(key) for key in MACHINE} for env in (doc["environment"], machine()))
     )
@@ -81,7 +81,7 @@ def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, 
             )
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+def compare_with_baseline(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rate now over that of before, for each of our own rows that both have and that is valid in both."""
     old = {(row["kind"], row["name"]): row for row in before["rows"]}
     found = []

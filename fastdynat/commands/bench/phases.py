@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastdynat.commands.bench.timing import Samples, Stopwatch
+from fastdynat.commands.bench.stopwatch import Samples, Stopwatch
 from fastdynat.data import Batch
 from fastdynat.training import TrainStep
 

@@ -11,7 +11,7 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from fastdynat.commands.bench.timing import Stopwatch
+from fastdynat.commands.bench.stopwatch import Stopwatch
 
 CONV_FORWARD, CONV_INPUT, CONV_WEIGHT = "conv forward", "conv input gradient", "conv weight gradient"
 BATCH_NORM, FUSED, OPTIMISER, POINTWISE, OVERHEAD = (

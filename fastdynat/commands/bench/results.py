@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fastdynat.commands.bench.predictions import prediction_values, print_predictions
 from fastdynat.commands.bench.roofline import print_roofline
-from fastdynat.commands.bench.rows import Row
-from fastdynat.commands.bench.timing import Samples
+from fastdynat.commands.bench.rows import BenchRow
+from fastdynat.commands.bench.stopwatch import Samples
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.execution.float32 import tf32_allowed
 from fastdynat.runs import describe_environment, source_commit
@@ -43,7 +43,7 @@ RUN_ONLY = {
 REFERENCES = {"attack": "torchattacks.PGD", "step": "released loop in plain PyTorch"}
 
 
-def settings(config: TrainConfig[Any]) -> dict[str, Any]:
+def setting_values(config: TrainConfig[Any]) -> dict[str, Any]:
     """The part of a resolved configuration that decides how long its steps take."""
     values = {key: value for key, value in to_flat(config).items() if key not in NOT_COMPARED | RUN_ONLY}
     # As it was before the switch existed: baselines from then do not name it.
@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
     return describe_environment() | {"tf32_convolutions": tf32_allowed()}
 
 
-def row_values(row: Row, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
+def row_values(row: BenchRow, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
     """One row; `matmul_rates`: FLOP/s by precision."""
     plan, seconds = row.plan, row.samples.summary()
     values: dict[str, Any] = {"name": plan.name, "kind": plan.kind, "ours": plan.ours, "switch": plan.switch}
@@ -85,8 +85,8 @@ def row_values(row: Row, matmul_rates: Mapping[str, float]) -> dict[str, Any]:
 RATE_QUANTILES = {"median": "median", "p20": "p80", "p80": "p20"}  # the fastest rate has the shortest time
 
 
-def document(
-    config: TrainConfig[Any], rows: list[Row], skipped: list[dict[str, str]], **more: Any
+def bench_document(
+    config: TrainConfig[Any], rows: list[BenchRow], skipped: list[dict[str, str]], **more: Any
 ) -> dict[str, Any]:
     """Everything, as the JSON file holds it."""
     # Its fastest round: what the machine can do, whatever else it had to do at times.
@@ -99,7 +99,7 @@ def document(
         "command": shlex.join(["fastdynat", *sys.argv[1:]]),
         "commit": source_commit(),
         "environment": machine(),
-        "settings": settings(config),
+        "settings": setting_values(config),
         "rows": values,
         "skipped": skipped,
         "switches": gains(values),
@@ -108,7 +108,7 @@ def document(
     }
 
 
-def first_looks(rows: list[Row]) -> list[str]:
+def first_looks(rows: list[BenchRow]) -> list[str]:
     """A line's worth of the rates so far, for a log that may be all that is left."""
     return [
         f"{row.plan.kind} {row.plan.name} {row.rate:,.1f} images/s"
@@ -141,7 +141,7 @@ def phase_values(phases: Mapping[str, Samples]) -> dict[str, Any]:
     return {name: samples.summary() for name, samples in phases.items()}
 
 
-def epoch_values(row: Row | None, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+def epoch_values(row: BenchRow | None, measured: Mapping[str, Any] | None) -> dict[str, Any]:
     """Seconds of an epoch: of 50,000 images at the step's rate, and measured where that was asked for."""
     values: dict[str, Any] = {"measured": measured}
     if row is not None:

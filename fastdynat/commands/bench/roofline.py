@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from fastdynat.commands.bench.flops import Kernels, StepFlops, total
-from fastdynat.commands.bench.rows import Row
-from fastdynat.commands.bench.timing import Stopwatch
+from fastdynat.commands.bench.rows import BenchRow
+from fastdynat.commands.bench.stopwatch import Stopwatch
 from fastdynat.config import TrainConfig
 from fastdynat.terminal.consoles import AS_IS, PlainTable
 
@@ -74,7 +74,7 @@ def copy_rate(watch: Stopwatch, device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / min(times[1:])
 
 
-def peak_of(rows: Sequence[Row], config: TrainConfig[Any], copied: float) -> Peak | None:
+def peak_of(rows: Sequence[BenchRow], config: TrainConfig[Any], copied: float) -> Peak | None:
     """This machine's rates in the precision of `config`, by the best round of its matrix product; None before
     it was timed.
     """
@@ -85,7 +85,7 @@ def peak_of(rows: Sequence[Row], config: TrainConfig[Any], copied: float) -> Pea
     return Peak(best, copied, f"measured here: {products[0].plan.name}, copy")
 
 
-def measured_parts(rows: Sequence[Row], phases: Mapping[str, float]) -> dict[str, float]:
+def measured_parts(rows: Sequence[BenchRow], phases: Mapping[str, float]) -> dict[str, float]:
     """Seconds per batch of the setting that was asked for. `phases`: of its step, where these run one after
     the other.
     """

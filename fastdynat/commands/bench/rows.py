@@ -11,8 +11,16 @@ import torch
 
 from fastdynat.commands.bench import work
 from fastdynat.commands.bench.bench_config import BenchConfig
-from fastdynat.commands.bench.settings import SWITCHES, Kind, grid, label, precision_name, shown, why_not
-from fastdynat.commands.bench.timing import Samples, Stopwatch, take_turns
+from fastdynat.commands.bench.settings import (
+    SWITCHES,
+    Kind,
+    grid,
+    label,
+    precision_name,
+    switch_values,
+    why_not_turned,
+)
+from fastdynat.commands.bench.stopwatch import Samples, Stopwatch, take_turns
 from fastdynat.commands.bench.work import Work
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
@@ -30,7 +38,7 @@ WEIGHT_GRADIENTS = "weight gradients"
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """A row to be prepared.
 
     Attributes:
@@ -54,12 +62,12 @@ class Plan:
 
 
 @dataclass
-class Row:
+class BenchRow:
     """A plan with what came of it: `invalid` says why its timing does not count, `notices` what the engine
     said about it.
     """
 
-    plan: Plan
+    plan: RowPlan
     work: Work
     first_seconds: float
     peak_memory: int | None
@@ -79,7 +87,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchSetup:
     """What all rows have in common.
 
     Attributes:
@@ -96,32 +104,34 @@ class Task:
     step_flops: int
 
 
-def plans(task: Task, bench: BenchConfig) -> list[Plan]:
+def plans(setup: BenchSetup, bench: BenchConfig) -> list[RowPlan]:
     """Every row, as the tables show them."""
-    full = task.full
+    full = setup.full
     attacks = method_class(full.method).searches
-    settings = grid(task.asked, task.settle) if bench.peers else [full]
-    rows = [_ours(task, "attack", s) for s in settings if attacks]
-    rows += _peer_attacks(task) if bench.peers and attacks else []
+    settings = grid(setup.asked, setup.settle) if bench.peers else [full]
+    rows = [_ours(setup, "attack", s) for s in settings if attacks]
+    rows += _peer_attacks(setup) if bench.peers and attacks else []
     rows += [
-        _ours(task, "step", s)
+        _ours(setup, "step", s)
         for s in ([settings[0], full] if bench.peers and settings[0] != full else [full])
     ]
-    rows += [_plain(task)] if bench.peers else []
-    rows += _switched(task) if bench.switches else []
+    rows += [_plain(setup)] if bench.peers else []
+    rows += _switched(setup) if bench.switches else []
     devices = dict.fromkeys(row.amp for row in rows if not row.why_not)
     return rows + [_matmul(amp, torch.device(full.engine.device)) for amp in devices]
 
 
-def _ours(task: Task, kind: Kind, config: ResolvedConfig[Any], name: str = "", switch: str = "") -> Plan:
+def _ours(
+    setup: BenchSetup, kind: Kind, config: ResolvedConfig[Any], name: str = "", switch: str = ""
+) -> RowPlan:
     build = work.engine_attack if kind == "attack" else work.engine_step
-    per_image = task.attack_flops if kind == "attack" else task.step_flops
-    return Plan(
+    per_image = setup.attack_flops if kind == "attack" else setup.step_flops
+    return RowPlan(
         name or label(config),
         kind,
         config.data.batch_size,
-        shown(config),
-        partial(build, config, task.split),
+        switch_values(config),
+        partial(build, config, setup.split),
         switch,
         flops=per_image * config.data.batch_size,
         amp=config.engine.amp,
@@ -129,22 +139,22 @@ def _ours(task: Task, kind: Kind, config: ResolvedConfig[Any], name: str = "", s
     )
 
 
-def _peer_attacks(task: Task) -> list[Plan]:
+def _peer_attacks(setup: BenchSetup) -> list[RowPlan]:
     reason = (
         "" if importlib.util.find_spec("torchattacks") else "not installed: pip install 'fastdynat[peer]'"
     )
-    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    plain = replace(setup.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
     settings = [plain]
-    if task.full.engine.amp != "off":
-        settings.append(replace(plain, amp=task.full.engine.amp, channels_last="on"))
+    if setup.full.engine.amp != "off":
+        settings.append(replace(plain, amp=setup.full.engine.amp, channels_last="on"))
     rows = []
     for engine in settings:
-        config = task.settle(replace(task.asked, engine=engine))
+        config = setup.settle(replace(setup.asked, engine=engine))
         name = "torchattacks.PGD" + (
             _rounding(config) if engine.amp == "off" else f" under {engine.amp} autocast"
         )
-        ours = _ours(task, "attack", config, name)
-        prepare = partial(work.torchattacks_attack, config, task.split)
+        ours = _ours(setup, "attack", config, name)
+        prepare = partial(work.torchattacks_attack, config, setup.split)
         rows.append(replace(ours, setting={"amp": engine.amp}, prepare=prepare, ours=False, why_not=reason))
     return rows
 
@@ -157,31 +167,31 @@ def _rounding(config: TrainConfig[Any]) -> str:
     return "" if name == "fp32" else f", {name}"
 
 
-def _plain(task: Task) -> Plan:
-    plain = replace(task.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
-    config = task.settle(replace(task.asked, engine=plain))
+def _plain(setup: BenchSetup) -> RowPlan:
+    plain = replace(setup.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
+    config = setup.settle(replace(setup.asked, engine=plain))
     reason = (
         "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
     )
-    ours = _ours(task, "step", config, "released loop in plain PyTorch" + _rounding(config))
-    prepare = partial(work.plain_step, config, task.split)
+    ours = _ours(setup, "step", config, "released loop in plain PyTorch" + _rounding(config))
+    prepare = partial(work.plain_step, config, setup.split)
     return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
 
 
-def _switched(task: Task) -> list[Plan]:
+def _switched(setup: BenchSetup) -> list[RowPlan]:
     rows = []
     for switch in SWITCHES:
-        reason = why_not(switch, task.full)
-        turned = task.full if reason else task.settle(switch.turned(task.full))
+        reason = why_not_turned(switch, setup.full)
+        turned = setup.full if reason else setup.settle(switch.turned(setup.full))
         flag = switch.name.replace("_", "-")
         name = flag if reason else f"{flag} {_word(switch.value(turned))}"
         for kind in switch.kinds:
-            if kind == "attack" and not method_class(task.full.method).searches:
+            if kind == "attack" and not method_class(setup.full.method).searches:
                 continue
-            rows.append(replace(_ours(task, kind, turned, name, switch=switch.name), why_not=reason or ""))
-    if method_class(task.full.method).searches:
-        row = _ours(task, "attack", task.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
-        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, task.full, task.split)))
+            rows.append(replace(_ours(setup, kind, turned, name, switch=switch.name), why_not=reason or ""))
+    if method_class(setup.full.method).searches:
+        row = _ours(setup, "attack", setup.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
+        rows.append(replace(row, prepare=partial(work.weight_gradient_attack, setup.full, setup.split)))
     return sorted(rows, key=lambda row: row.kind)  # attacks first
 
 
@@ -189,31 +199,31 @@ def _word(value: Any) -> str:
     return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _matmul(amp: str, device: torch.device) -> Plan:
+def _matmul(amp: str, device: torch.device) -> RowPlan:
     dtype = AMP_DTYPES[amp] or torch.float32
     ready, flops = work.matrix_product(dtype, device)
     precision = amp if amp != "off" else "fp32 (TF32)" if tf32_convolutions(device) else "fp32"
     name = f"matrix product, {precision}"
-    return Plan(
+    return RowPlan(
         name, "matmul", 1, {"amp": amp}, lambda: ready, ours=False, flops=flops, amp=amp, precision=precision
     )
 
 
-def prepare(
-    row_plans: Sequence[Plan],
+def prepare_rows(
+    row_plans: Sequence[RowPlan],
     watch: Stopwatch,
     device: torch.device,
     bench: BenchConfig,
     display: ProgressDisplay,
-    keep: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
+    keep: Callable[[list[BenchRow]], None] = lambda rows: None,
+) -> list[BenchRow]:
     """Build, call for the first time, check and warm up every plan that can be; the others are not in the
     result.
 
     keep: called after every row with those so far, timed by their warm-up alone, in the order of `row_plans`.
     """
     place = {id(plan): i for i, plan in enumerate(row_plans)}
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     begin = time.perf_counter()
     for plan in by_weight(row_plans):
         if plan.why_not or plan.prepare is None:
@@ -227,15 +237,15 @@ def prepare(
 
 
 def _prepared(
-    plan: Plan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, display: ProgressDisplay
-) -> Row:
+    plan: RowPlan, build: Callable[[], Work], watch: Stopwatch, device: torch.device, display: ProgressDisplay
+) -> BenchRow:
     display.line(f"preparing: {plan.kind}, {plan.name}")
     memory = PeakMemory(device)
     with MessageCollector() as heard:  # a row that fell back to something slower must show it
         ready = build()
         started = time.perf_counter()
         watch.time(ready.call)
-        row = Row(plan, ready, time.perf_counter() - started, None)
+        row = BenchRow(plan, ready, time.perf_counter() - started, None)
         row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
     row.peak_memory, row.notices = memory.bytes(), tuple(heard.texts)
     if ready.fidelity is not None:
@@ -244,13 +254,13 @@ def _prepared(
     return row
 
 
-def by_weight(row_plans: Iterable[Plan]) -> list[Plan]:
+def by_weight(row_plans: Iterable[RowPlan]) -> list[RowPlan]:
     """What is prepared first, since a budget or an interruption cuts the end off: the machine's rate, which
     every share needs; then the setting that was asked for with the peer that it is compared with, the step
     before the attack; then the rest.
     """
 
-    def weight(plan: Plan) -> tuple[int, bool]:
+    def weight(plan: RowPlan) -> tuple[int, bool]:
         if plan.kind == "matmul":
             return 0, False
         headline = plan is asked.get(plan.kind) or plan is peers.get(plan.kind)
@@ -270,7 +280,7 @@ def _weaker(f: Fidelity) -> str:
     return f"weaker than the reference: {reached}"
 
 
-def time_rows(rows: list[Row], watch: Stopwatch, bench: BenchConfig) -> None:
+def time_rows(rows: list[BenchRow], watch: Stopwatch, bench: BenchConfig) -> None:
     """Fill in the samples; a row that computed something that is no number is marked invalid."""
     taken = take_turns(watch, [row.work.call for row in rows], seconds=bench.seconds, repeats=bench.repeats)
     for row, samples in zip(rows, taken, strict=True):
@@ -279,7 +289,7 @@ def time_rows(rows: list[Row], watch: Stopwatch, bench: BenchConfig) -> None:
             row.invalid = "the loss is not a number any more"
 
 
-def left_out(row_plans: Iterable[Plan], rows: Iterable[Row]) -> list[dict[str, str]]:
+def left_out(row_plans: Iterable[RowPlan], rows: Iterable[BenchRow]) -> list[dict[str, str]]:
     """The plans without a row, each with the reason."""
     done = {id(row.plan) for row in rows}
     return [

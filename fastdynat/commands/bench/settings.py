@@ -64,7 +64,9 @@ SWITCHES = (
 )
 
 
-def settled(asked: TrainConfig[Any], split: TrainSplit, *, announce: bool = False) -> ResolvedConfig[Any]:
+def resolved_setting(
+    asked: TrainConfig[Any], split: TrainSplit, *, announce: bool = False
+) -> ResolvedConfig[Any]:
     """`resolve` and `resolve_loader`, and what a run leaves to its device, the graphs and the guide's stream,
     as on or off.
     """
@@ -81,7 +83,7 @@ def settled(asked: TrainConfig[Any], split: TrainSplit, *, announce: bool = Fals
     return replace(config, engine=settled_engine)
 
 
-def why_not(switch: Switch, config: TrainConfig[Any]) -> str | None:
+def why_not_turned(switch: Switch, config: TrainConfig[Any]) -> str | None:
     """Why `switch` cannot be turned the other way in the resolved `config`, or None where it can."""
     device = torch.device(config.engine.device)
     if switch.gpu and device.type != "cuda":
@@ -138,6 +140,6 @@ def grid(
     ]
 
 
-def shown(config: TrainConfig[Any]) -> dict[str, Any]:
+def switch_values(config: TrainConfig[Any]) -> dict[str, Any]:
     """The switches of a row as plain values."""
     return {s.name: s.value(config) for s in SWITCHES}

@@ -1,1 +1,1 @@
-"""`fastdynat boundary`: the speed of the decision boundary over the margin, as a chart."""
+"""`fastdynat boundary`: a chart of the speed of the decision boundary over the margin."""

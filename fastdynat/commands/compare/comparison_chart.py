@@ -25,7 +25,7 @@ LEADER = {
 Curve = list[tuple[float, float]]  # (training seconds, accuracy in %)
 
 
-def draw_curves(doc: Mapping[str, Any], path: Path) -> None:
+def draw_comparison(doc: Mapping[str, Any], path: Path) -> None:
     """A line for each method: the mean over its seeds, each seed as a thin line; the name stands at the right
     edge.
     """

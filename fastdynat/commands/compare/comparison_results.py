@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastdynat.commands.compare.compare_config import CompareConfig, NoOptions, parse_settings
-from fastdynat.commands.compare.run_plans import Plan, RunPlan
+from fastdynat.commands.compare.run_plans import ComparisonPlan, RunPlan
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.runs import ENVIRONMENT, describe_environment, source_commit
 from fastdynat.runs.environment import read_starts
@@ -21,8 +21,11 @@ FORMAT = "fastdynat-compare/1"
 Values = dict[str, Any]
 
 
-def document(
-    plan: Plan, shared: TrainConfig[NoOptions], compare: CompareConfig, records: dict[str, list[Values]]
+def comparison_document(
+    plan: ComparisonPlan,
+    shared: TrainConfig[NoOptions],
+    compare: CompareConfig,
+    records: dict[str, list[Values]],
 ) -> Values:
     """Everything, as the JSON file holds it. `records`: those of `evaluation.measure_runs` by run name."""
     runs = [_run_values(run, plan, records.get(run.name, [])) for run in plan.runs]
@@ -50,14 +53,14 @@ def document(
     }
 
 
-def _settings(plan: Plan, compare: CompareConfig) -> dict[str, Values]:
+def _settings(plan: ComparisonPlan, compare: CompareConfig) -> dict[str, Values]:
     """The keys of --set by method, with their values as they were read."""
     asked = {run.method: to_flat(run.asked) for run in plan.runs}
     given = parse_settings(compare.settings, list(asked))
     return {method: {key: asked[method][key] for key in keys} for method, keys in given.items()}
 
 
-def _run_values(run: RunPlan, plan: Plan, records: list[Values]) -> Values:
+def _run_values(run: RunPlan, plan: ComparisonPlan, records: list[Values]) -> Values:
     path, metrics = run.path / "metrics.jsonl", []
     if path.exists():  # not where the first epoch diverged
         metrics = read_rows(path)

@@ -10,7 +10,7 @@ from fastdynat.units import describe_size
 Values = dict[str, Any]
 
 
-def print_table(doc: Values, console: Console) -> None:
+def print_comparison(doc: Values, console: Console) -> None:
     """One row for each method and checkpoint, and what the numbers are."""
     names = list(dict.fromkeys(name for row in doc["rows"] for name in row["accuracy"]))
     budget = doc["compare"]["budget_seconds"]

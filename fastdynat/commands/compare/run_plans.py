@@ -56,7 +56,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What a comparison has to do.
 
     Attributes:
@@ -82,7 +82,7 @@ class _ReadOnce(TrainSplit):
         return self._images
 
 
-def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Plan:
+def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> ComparisonPlan:
     """Check everything and, with a budget, measure the methods that have not been measured yet. Nothing is
     written but, at the end, an empty folder where the comparison chooses its own.
 
@@ -124,7 +124,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Plan:
         # meanwhile.
         out = claim_name(stem)
         ledger.move(out)
-    return Plan(out, _runs(configs, resolved, seeds, out, ledger), ledger, tests, len(split.train))
+    return ComparisonPlan(out, _runs(configs, resolved, seeds, out, ledger), ledger, tests, len(split.train))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ NO_GPU = "no CUDA device"
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class MachineCheck:
     """One line of the report. `remedy` is empty where nothing needs to be done."""
 
     name: str
@@ -32,7 +32,7 @@ class Check:
     remedy: str = ""
 
 
-def report(*, try_compile: bool = False) -> list[Check]:
+def check_machine(*, try_compile: bool = False) -> list[MachineCheck]:
     """Every check, in the order of the report. Never raises for something that is missing.
 
     try_compile: also compile a tiny function with torch.compile and run it (seconds; tens of seconds when
@@ -58,51 +58,53 @@ def report(*, try_compile: bool = False) -> list[Check]:
     ]
 
 
-def _python() -> Check:
-    return Check("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+def _python() -> MachineCheck:
+    return MachineCheck("Python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
-def _torch() -> Check:
+def _torch() -> MachineCheck:
     cuda = torch.version.cuda
     if cuda is None:
         remedy = (
             "for training on a GPU install a CUDA build of torch (https://pytorch.org/get-started/locally)"
         )
-        return Check("torch", "warn", f"{torch.__version__}, built without CUDA", remedy)
-    return Check("torch", "ok", f"{torch.__version__}, built for CUDA {cuda}")
+        return MachineCheck("torch", "warn", f"{torch.__version__}, built without CUDA", remedy)
+    return MachineCheck("torch", "ok", f"{torch.__version__}, built for CUDA {cuda}")
 
 
-def _torchvision() -> Check:
+def _torchvision() -> MachineCheck:
     found = _version("torchvision")
     if found is None:
-        return Check("torchvision", "missing", "not installed", "pip install torchvision")
-    return Check("torchvision", "ok", found)
+        return MachineCheck("torchvision", "missing", "not installed", "pip install torchvision")
+    return MachineCheck("torchvision", "ok", found)
 
 
-def _cuda_device() -> Check:
+def _cuda_device() -> MachineCheck:
     name = "CUDA device"
     if torch.cuda.is_available():
         seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return Check(name, "ok", "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB" for p in seen))
+        return MachineCheck(
+            name, "ok", "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB" for p in seen)
+        )
     if torch.version.cuda is None:
-        return Check(
+        return MachineCheck(
             name, "missing", "none: this torch is built without CUDA", "install a CUDA build of torch"
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return Check(
+        return MachineCheck(
             name, "missing", "none: CUDA_VISIBLE_DEVICES hides them all", "unset CUDA_VISIBLE_DEVICES"
         )
     driver = shutil.which("nvidia-smi")
     why = "torch cannot use the driver" if driver else "no NVIDIA driver found (nvidia-smi is not on PATH)"
     remedy = f"run nvidia-smi and install a driver for CUDA {torch.version.cuda}; until then everything runs on the CPU"
-    return Check(name, "missing", f"none: {why}", remedy)
+    return MachineCheck(name, "missing", f"none: {why}", remedy)
 
 
-def _tensor_cores() -> Check:
+def _tensor_cores() -> MachineCheck:
     name = "bf16 / tensor cores"
     if not torch.cuda.is_available():
         lacking = half_types(torch.device("cpu"))["bf16"]
-        return Check(
+        return MachineCheck(
             name,
             "missing",
             f"{NO_GPU}; {lacking or 'this CPU has bf16 instructions'}",
@@ -111,89 +113,91 @@ def _tensor_cores() -> Check:
     capability = torch.cuda.get_device_capability()
     detail = f"compute capability {capability[0]}.{capability[1]}"
     if capability < (8, 0):
-        return Check(name, "warn", f"{detail}: no bf16 tensor cores", "train with float32 on this GPU")
-    return Check(name, "ok", detail)
+        return MachineCheck(name, "warn", f"{detail}: no bf16 tensor cores", "train with float32 on this GPU")
+    return MachineCheck(name, "ok", detail)
 
 
-def _triton() -> Check:
+def _triton() -> MachineCheck:
     name = "Triton"
     found = _version("triton")
     if found is None:
-        return Check(name, "missing", "not installed", "pip install triton")
+        return MachineCheck(name, "missing", "not installed", "pip install triton")
     if os.environ.get("TRITON_INTERPRET"):
-        return Check(
+        return MachineCheck(
             name, "warn", f"{found}, interpreting kernels (TRITON_INTERPRET is set)", "unset TRITON_INTERPRET"
         )
     if not torch.cuda.is_available():
-        return Check(
+        return MachineCheck(
             name, "warn", f"{found}, cannot run kernels here: {NO_GPU}", "TRITON_INTERPRET=1 to debug them"
         )
-    return Check(name, "ok", found)
+    return MachineCheck(name, "ok", found)
 
 
-def _extension() -> Check:
+def _extension() -> MachineCheck:
     name = "C++ extension"
     try:
         from fastdynat import ops  # raises where the extension is broken, which is a finding here
     except ImportError as error:
-        return Check(name, "missing", str(error), "pip install -e . --no-build-isolation")
+        return MachineCheck(name, "missing", str(error), "pip install -e . --no-build-isolation")
     backends = ops.available_backends()
     if backends["cpp"] is not None:
-        return Check(
+        return MachineCheck(
             name, "warn", f"{backends['cpp']}; eager operators are used", "install a C++ compiler, reinstall"
         )
     if backends["cuda"] is None:
-        return Check(name, "ok", "loaded, with its CUDA half")
-    return Check(name, "ok", f"loaded; its CUDA half is not usable: {backends['cuda']}")
+        return MachineCheck(name, "ok", "loaded, with its CUDA half")
+    return MachineCheck(name, "ok", f"loaded; its CUDA half is not usable: {backends['cuda']}")
 
 
-def _cxx_compiler() -> Check:
+def _cxx_compiler() -> MachineCheck:
     name = "C++ compiler"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
         detail = (
             f"CXX={compiler} not found" if compiler else "none on PATH; torch.compile on the CPU needs one"
         )
-        return Check(name, "missing", detail, "apt-get install g++ (or conda install cxx-compiler)")
-    return Check(name, "ok", f"{compiler}: {_first_line([compiler, '--version'])}")
+        return MachineCheck(name, "missing", detail, "apt-get install g++ (or conda install cxx-compiler)")
+    return MachineCheck(name, "ok", f"{compiler}: {_first_line([compiler, '--version'])}")
 
 
-def _nvcc() -> Check:
+def _nvcc() -> MachineCheck:
     name = "nvcc"
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None)
     if nvcc is None:
         remedy = "optional, only to build the extension's CUDA half: install the CUDA toolkit"
-        return Check(name, "warn", "not on PATH and not under CUDA_HOME", remedy)
+        return MachineCheck(name, "warn", "not on PATH and not under CUDA_HOME", remedy)
     lines = _output([nvcc, "--version"])
     release = next((line.strip() for line in lines if "release" in line), "version unknown")
-    return Check(name, "ok", f"{nvcc}: {release}")
+    return MachineCheck(name, "ok", f"{nvcc}: {release}")
 
 
-def _compile(try_it: bool) -> Check:
+def _compile(try_it: bool) -> MachineCheck:
     name = "torch.compile"
     if sys.platform != "linux":
-        return Check(name, "warn", f"not tested on {sys.platform}", "run with compilation off")
+        return MachineCheck(name, "warn", f"not tested on {sys.platform}", "run with compilation off")
     needed = _triton() if torch.cuda.is_available() else _cxx_compiler()
     if needed.status != "ok":
-        return Check(name, "missing", f"needs {needed.name}: {needed.detail}", needed.remedy)
+        return MachineCheck(name, "missing", f"needs {needed.name}: {needed.detail}", needed.remedy)
     if not try_it:
-        return Check(name, "ok", f"its compiler is there ({needed.name}); not tried")
+        return MachineCheck(name, "ok", f"its compiler is there ({needed.name}); not tried")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quiet_about_cuda()
     try:
         x = torch.linspace(0, 1, 8, device=device)
         same = torch.equal(torch.compile(_tiny, fullgraph=True)(x), _tiny(x))
     except Exception as error:  # whatever goes wrong in there is the finding
-        return Check(name, "missing", f"failed on {device}: {_one_line(error)}", "run with compilation off")
+        return MachineCheck(
+            name, "missing", f"failed on {device}: {_one_line(error)}", "run with compilation off"
+        )
     if not same:
-        return Check(
+        return MachineCheck(
             name, "warn", f"compiles on {device}, but the result differs", "run with compilation off"
         )
-    return Check(name, "ok", f"compiled and ran a function on {device}")
+    return MachineCheck(name, "ok", f"compiled and ran a function on {device}")
 
 
-def _decisions() -> list[Check]:
+def _decisions() -> list[MachineCheck]:
     """What --amp, --channels-last auto and --winograd auto take on this machine, and the timings that decide
     it.
     """
@@ -202,13 +206,15 @@ def _decisions() -> list[Check]:
         found, full = choose(device), choose(device, amps=("off",))
         rows = choice_table(device)
     except (ImportError, RuntimeError) as error:
-        return [Check("precision", "warn", f"cannot be measured: {_one_line(error)}", "leave --amp out")]
+        return [
+            MachineCheck("precision", "warn", f"cannot be measured: {_one_line(error)}", "leave --amp out")
+        ]
     amp = "float32" if found.amp == "off" else found.amp
     last = {True: "channels-last", False: "contiguous"}
     checks = [
-        Check("processor", "ok", _processor(device)),
-        Check("--amp", "ok", f"{amp}, {last[found.channels_last]}: {found.why}"),
-        Check(
+        MachineCheck("processor", "ok", _processor(device)),
+        MachineCheck("--amp", "ok", f"{amp}, {last[found.channels_last]}: {found.why}"),
+        MachineCheck(
             "without --amp",
             "ok",
             f"{last[full.channels_last]}, Winograd's algorithm {'on' if full.winograd else 'off'}",
@@ -216,7 +222,7 @@ def _decisions() -> list[Check]:
     ]
     for name, seconds, remark in rows:
         detail = remark if seconds is None else f"{1000 * seconds:.2f} ms, {remark}"
-        checks.append(Check(f"time: {name}", "ok", detail))
+        checks.append(MachineCheck(f"time: {name}", "ok", detail))
     return checks
 
 
@@ -232,14 +238,14 @@ def _tiny(x: torch.Tensor) -> torch.Tensor:
     return (x * 2).clamp(0, 1)
 
 
-def _optional(name: str, distribution: str, extra: str, purpose: str) -> Check:
+def _optional(name: str, distribution: str, extra: str, purpose: str) -> MachineCheck:
     found = _version(distribution)
     if found is None:
-        return Check(name, "warn", f"not installed: no {purpose}", f"pip install 'fastdynat[{extra}]'")
-    return Check(name, "ok", found)
+        return MachineCheck(name, "warn", f"not installed: no {purpose}", f"pip install 'fastdynat[{extra}]'")
+    return MachineCheck(name, "ok", found)
 
 
-def _dali() -> Check:
+def _dali() -> MachineCheck:
     check = _optional(
         "DALI", "nvidia-dali-cuda130", "dali", "GPU image decoding; the built-in loaders are used instead"
     )
@@ -248,7 +254,7 @@ def _dali() -> Check:
     try:
         importlib.import_module("fastdynat.data.dali_loader")
     except (ImportError, OSError) as error:
-        return Check(
+        return MachineCheck(
             "DALI",
             "warn",
             f"{check.detail}, cannot be used: {_one_line(error)}",
@@ -287,12 +293,12 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def as_json(checks: list[Check]) -> str:
+def machine_json(checks: list[MachineCheck]) -> str:
     """The report as a JSON list of objects with name, status, detail and remedy."""
     return json_module.dumps([asdict(check) for check in checks], indent=2)
 
 
-def print_report(checks: list[Check]) -> None:
+def print_machine(checks: list[MachineCheck]) -> None:
     """Print the report as a table, and one line that says where training would run."""
     from rich import box
     from rich.text import Text
@@ -316,13 +322,13 @@ def print_report(checks: list[Check]) -> None:
     console.print(f"Training runs {place}.", **AS_IS)
 
 
-def run(json: bool, *, try_compile: bool = False) -> int:
+def report_machine(*, json: bool, try_compile: bool = False) -> int:
     """Print the report, as JSON or as a table. Returns the exit code 0: missing things are findings, not
     failures.
     """
-    checks = report(try_compile=try_compile)
+    checks = check_machine(try_compile=try_compile)
     if json:
-        print(as_json(checks))
+        print(machine_json(checks))
     else:
-        print_report(checks)
+        print_machine(checks)
     return 0

@@ -1,7 +1,7 @@
 """`fastdynat doctor --check`: every operator implementation compared with eager again, and timed."""
 
 import importlib
-import json
+import json as json_module
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +13,7 @@ import torch
 from fastdynat import verification as verified
 from fastdynat.machine import copy_bandwidth
 from fastdynat.ops import available_backends
+from fastdynat.terminal.progress import ProgressDisplay, ProgressTask
 from fastdynat.verification import REFERENCE, OperatorCheck
 from fastdynat.verification.isolated_run import apart
 
@@ -24,7 +25,7 @@ REGISTER = ("fastdynat.ops.checks", "fastdynat.attacks")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class OperatorRow:
     """An implementation of an operator on a device.
 
     Attributes:
@@ -49,22 +50,28 @@ def devices() -> list[torch.device]:
     return [*gpu, torch.device("cpu")]
 
 
-def check_device(device: torch.device) -> list[Row]:
-    """Check and time everything that is registered on `device`, whatever was found before.
+def check_operators_on(device: torch.device, task: ProgressTask) -> list[OperatorRow]:
+    """Check and time all that is registered on `device`, whatever earlier verdicts say; `task` counts them.
 
     Raises DeviceLost where a kernel breaks the CUDA context; the next call leaves it out.
     """
+    bandwidth = apart(lambda: copy_bandwidth(device)) if device.type == "cuda" else None
+    rows = []
+    for check in verified.registered().values():
+        task.update(title=f"{check.name} on {device}")
+        rows += _rows(check, device, bandwidth)
+        task.advance(1)
+    return rows
+
+
+def check_all(display: ProgressDisplay) -> list[OperatorRow]:
+    """The rows of every device, by operator; what can run on one of them is not missing on another."""
     for module in REGISTER:
         importlib.import_module(module)
-    bandwidth = apart(lambda: copy_bandwidth(device)) if device.type == "cuda" else None
-    return [row for check in verified.registered().values() for row in _rows(check, device, bandwidth)]
-
-
-def check_all() -> list[Row]:
-    """`check_device` on every device, by operator; what can run on one of them is not missing on another."""
-    rows = [row for device in devices() for row in check_device(device)]
+    with display.task("operators", len(verified.registered()) * len(devices())) as task:
+        rows = [row for device in devices() for row in check_operators_on(device, task)]
     present = {(row.operator, row.implementation) for row in rows if row.status in ("right", "wrong")}
-    kept: dict[tuple[str, ...], Row] = {}
+    kept: dict[tuple[str, ...], OperatorRow] = {}
     for row in rows:
         name = (row.operator, row.implementation)
         if row.status != "missing":
@@ -76,7 +83,7 @@ def check_all() -> list[Row]:
     return sorted(kept.values(), key=lambda row: order.index(row.operator))
 
 
-def _rows(check: OperatorCheck, device: torch.device, bandwidth: float | None) -> list[Row]:
+def _rows(check: OperatorCheck, device: torch.device, bandwidth: float | None) -> list[OperatorRow]:
     missing = {name: check.why_not(name, device) for name in check.candidates}
     found = verified.verdicts(check.name, device, afresh=True) if None in missing.values() else {}
     size, seconds = (
@@ -85,11 +92,11 @@ def _rows(check: OperatorCheck, device: torch.device, bandwidth: float | None) -
         else ("", {})
     )
 
-    def row(name: str, status: Status, detail: str = "") -> Row:
+    def row(name: str, status: Status, detail: str = "") -> OperatorRow:
         if name not in seconds or check.timed is None:
-            return Row(check.name, name, str(device), status, detail)
+            return OperatorRow(check.name, name, str(device), status, detail)
         share = None if bandwidth is None else check.timed().bytes / seconds[name] / bandwidth
-        return Row(check.name, name, str(device), status, detail, size, 1000 * seconds[name], share)
+        return OperatorRow(check.name, name, str(device), status, detail, size, 1000 * seconds[name], share)
 
     rows = [row(REFERENCE, "reference")]
     for name, why_not in missing.items():
@@ -122,12 +129,12 @@ def _times(check: OperatorCheck, device: torch.device, right: list[str]) -> tupl
     return timing.name, apart(run)
 
 
-def as_json(rows: list[Row]) -> str:
+def operators_json(rows: list[OperatorRow]) -> str:
     """The rows as a JSON list of objects."""
-    return json.dumps([asdict(row) for row in rows], indent=2)
+    return json_module.dumps([asdict(row) for row in rows], indent=2)
 
 
-def print_table(rows: list[Row]) -> None:
+def print_operators(rows: list[OperatorRow]) -> None:
     """Print the rows, an operator after the other."""
     from rich import box
     from rich.text import Text
@@ -156,15 +163,16 @@ def print_table(rows: list[Row]) -> None:
     )
 
 
-def run(json: bool) -> int:
-    """Check, and print a table or JSON. Returns the exit code: 1 where an implementation that is built is
-    wrong.
+def report_operators(*, json: bool, display: ProgressDisplay) -> int:
+    """Check all operators and print a table or JSON.
+
+    Returns the exit code: 1 where an implementation that is built is wrong.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the table says it
-        rows = check_all()
+        warnings.simplefilter("ignore", RuntimeWarning)  # the table names wrong implementations
+        rows = check_all(display)
     if json:
-        print(as_json(rows))
+        print(operators_json(rows))
     else:
-        print_table(rows)
+        print_operators(rows)
     return int(any(row.status == "wrong" for row in rows))

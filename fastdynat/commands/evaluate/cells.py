@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attacks import NamedAttack
-from fastdynat.commands.evaluate.columns import Column, Reference
+from fastdynat.commands.evaluate.columns import AttackColumn, Reference
 from fastdynat.commands.evaluate.measurement_store import (
     Key,
     Store,
@@ -64,7 +64,7 @@ class Cells:
         self._store = None if target.folder is None else Store(target.folder, target.about)
         self._images = target.images
 
-    def cell(self, column: Column) -> dict[str, Any]:
+    def cell(self, column: AttackColumn) -> dict[str, Any]:
         """The column's measurement as JSON holds it; of one with stages also theirs.
 
         Raises:
@@ -109,7 +109,7 @@ class Cells:
         batch_size = max(1, min(config.batch_size, images))
         return self._once(key, standing, lambda: with_halving(run, batch_size))
 
-    def _staged(self, column: Column) -> dict[str, Any]:
+    def _staged(self, column: AttackColumn) -> dict[str, Any]:
         """The stages one after the other, each on what the ones before left standing, beginning with clean
         accuracy.
         """

@@ -21,7 +21,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Column:
+class AttackColumn:
     """One column: exactly one of the three ways to fill it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Column:
     transfer: bool = False
 
 
-def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: str) -> list[Column]:
+def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: str) -> list[AttackColumn]:
     """The columns that the comma-separated `names` stand for.
 
     Raises:
@@ -53,7 +53,7 @@ def parse_columns(names: str, *, eps: float, step_size: float, norm: str, amp: s
     return columns
 
 
-def check_classes(columns: list[Column], classes: int) -> None:
+def check_target_classes(columns: list[AttackColumn], classes: int) -> None:
     """Raise UserError where an attack of `columns` is not defined for a network with so few classes."""
     for column in columns:
         own = (
@@ -66,21 +66,21 @@ def check_classes(columns: list[Column], classes: int) -> None:
                 attack.check_classes(classes)
 
 
-def _column(name: str, *, eps: float, step_size: float, norm: str) -> Column:
+def _column(name: str, *, eps: float, step_size: float, norm: str) -> AttackColumn:
     if name == AUTOATTACK:
         require_reference(norm)
-        return Column(name, reference=Reference(norm, eps))
+        return AttackColumn(name, reference=Reference(norm, eps))
     if name == FAST_AUTOATTACK:
         named = (NamedAttack(f"{FAST_AUTOATTACK}/{stage.name}", stage.search) for stage in stages(norm, eps))
-        return Column(name, stages=tuple(named))
+        return AttackColumn(name, stages=tuple(named))
     inner = name.removeprefix(TRANSFER)
     attack = parse_attack(inner, eps=eps, step_size=step_size, norm=norm, known=known_names())
     if inner == name:
-        return Column(attack.name, attack)
+        return AttackColumn(attack.name, attack)
     if attack.search is None:
         raise UserError(f"{name}: clean accuracy is not an attack, so nothing transfers; name an attack")
     transferred = replace(attack, name=f"{TRANSFER}{attack.name}")
-    return Column(transferred.name, transferred, transfer=True)
+    return AttackColumn(transferred.name, transferred, transfer=True)
 
 
 def check_user_attacks(names: str) -> None:
@@ -115,13 +115,13 @@ def needs_float32(names: str, norm: str) -> str:
     return ""
 
 
-def _proven_in_half(column: Column) -> bool:
+def _proven_in_half(column: AttackColumn) -> bool:
     if column.stages or column.reference is not None:
         return False
     return column.attack is None or column.attack.half_precision
 
 
-def _check_amp(column: Column, amp: str) -> None:
+def _check_amp(column: AttackColumn, amp: str) -> None:
     if amp != "off" and not _proven_in_half(column):
         raise UserError(
             f"{column.name} was not shown to be as strong in half precision: leave --amp {amp} out, or the attack"

@@ -24,8 +24,8 @@ class EvalCommand:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-def run(argv: list[str]) -> int:
-    """Evaluate."""
+def eval_command(argv: list[str]) -> int:
+    """Run `fastdynat eval`."""
     command = parse(EvalCommand, argv, "eval").command
     from fastdynat.terminal.consoles import PlainTable, output_console
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastdynat.commands.evaluate.cells import Cells, Known
 from fastdynat.commands.evaluate.record import FORMAT, Values, make_record
-from fastdynat.commands.evaluate.settle import EvalConfig, check_config, settled
+from fastdynat.commands.evaluate.settle import EvalConfig, check_eval_device, with_amp_chosen
 from fastdynat.commands.evaluate.tables import print_results
 from fastdynat.commands.evaluate.targets import Planner, Target, TestSets, check_names
 from fastdynat.evaluation.halving import with_halving
@@ -46,9 +46,9 @@ def evaluate_runs(
     # Of path/to/file.py:callable, the file.
     files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
     check_results((config.json,), inputs=(config.weights, *files))
-    check_config(config)
+    check_eval_device(config)
     check_names(names, config)
-    config = settled(config)
+    config = with_amp_chosen(config)
     display = ProgressDisplay(console, quiet=quiet)
     records: list[Values] = []
     file = Path(config.json) if config.json else None
@@ -106,8 +106,8 @@ def measure_runs(
             not fit.
         Stopped: `should_stop` said so; `known` and the cache have what was measured.
     """
-    device = check_config(config)
-    config = config if config.amp != "auto" else settled(config)
+    device = check_eval_device(config)
+    config = config if config.amp != "auto" else with_amp_chosen(config)
     known = {} if known is None else known  # best and last are often one folder, which is then measured once
     records: list[Values] = []
     targets = Planner(config, {} if tests is None else tests).plan(names)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.commands.evaluate.columns import Column
+from fastdynat.commands.evaluate.columns import AttackColumn
 from fastdynat.commands.evaluate.targets import Target
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits, wilson
 
@@ -53,7 +53,7 @@ def make_record(
     }
 
 
-def counts_in_ball(column: Column, result: Values, norm: str) -> bool:
+def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
     """Whether a column's accuracy is one inside the ball of `norm`: not of another norm, nor of a search
     without a radius.
     """

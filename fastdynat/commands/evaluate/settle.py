@@ -13,7 +13,7 @@ from fastdynat.tuning.devices import check_compile, check_kernels, pick_amp, pic
 logger = logging.getLogger(__name__)
 
 
-def check_config(config: EvalConfig) -> torch.device:
+def check_eval_device(config: EvalConfig) -> torch.device:
     """Check what needs neither data nor networks; returns the device.
 
     Raises:
@@ -27,13 +27,13 @@ def check_config(config: EvalConfig) -> torch.device:
     return device
 
 
-def settled(config: EvalConfig) -> EvalConfig:
+def with_amp_chosen(config: EvalConfig) -> EvalConfig:
     """`config` with the precision that "auto" is on this machine, which is logged.
 
     "auto" is float32 where an attack is asked for that half precision might weaken.
 
     Raises:
-        UserError: as `check_config`.
+        UserError: as `check_eval_device`.
     """
     slow = (
         needs_float32(config.attacks, "linf" if config.norm == "auto" else config.norm)
@@ -41,13 +41,13 @@ def settled(config: EvalConfig) -> EvalConfig:
         else ""
     )
     if slow:
-        check_config(config)
+        check_eval_device(config)
         logger.info("--amp: %s in half precision is not shown to be as strong; computing in float32", slow)
         return replace(config, amp="off")
-    amp, note = pick_amp(config.amp, check_config(config))
+    amp, note = pick_amp(config.amp, check_eval_device(config))
     if note:
         logger.info(note)
     return replace(config, amp=cast(Any, amp))
 
 
-__all__ = ["EvalConfig", "Shard", "check_config", "parse_shard", "settled"]
+__all__ = ["EvalConfig", "Shard", "check_eval_device", "parse_shard", "with_amp_chosen"]

@@ -45,8 +45,8 @@ def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
         table.add_column(column, justify="right", no_wrap=True)
     for r in records:
         about = [_text(r[key]) for key in ("run", "method", "checkpoint", "epoch")]
-        cells = {a["attack"]: share(a, between) for a in r["attacks"]}
-        worst = "-" if r["worst"] is None else share(r["worst"], between)
+        cells = {a["attack"]: accuracy_text(a, between) for a in r["attacks"]}
+        worst = "-" if r["worst"] is None else accuracy_text(r["worst"], between)
         gap = "-" if r["robustness_gap"] is None else f"{100 * r['robustness_gap']:.2f}"
         table.add_row(
             *about, _radius(r).replace(" ", between), *(cells.get(name, "-") for name in names), worst, gap
@@ -54,7 +54,7 @@ def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
     return table
 
 
-def share(values: Values, between: str = " ") -> str:
+def accuracy_text(values: Values, between: str = " ") -> str:
     """An accuracy with half the width of its interval, in %."""
     low, high = values["ci"]
     return f"{100 * values['accuracy']:.2f}{between}±{50 * (high - low):.2f}"

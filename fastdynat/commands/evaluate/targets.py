@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdynat import __version__
 from fastdynat.attack_engine.steps import diameter, usual_step
-from fastdynat.commands.evaluate.columns import Column, check_classes, parse_columns
+from fastdynat.commands.evaluate.columns import AttackColumn, check_target_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import FOLDER
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
 from fastdynat.config import DataConfig, read_config_file
@@ -77,7 +77,7 @@ class Target:
     weights: str
     network: nn.Module
     trained: dict[str, Any]
-    columns: list[Column]
+    columns: list[AttackColumn]
     radius: Radius
     info: DatasetInfo
     everything: ImageSet
@@ -210,7 +210,7 @@ class Planner:
         columns = parse_columns(
             config.attacks, eps=radius.eps, step_size=radius.step_size, norm=radius.norm, amp=config.amp
         )
-        check_classes(columns, info.num_classes)
+        check_target_classes(columns, info.num_classes)
         if self.shard is not None and self.shard.count > len(images):
             raise UserError(
                 f"--shard {self.shard} of {len(images)} images leaves shards without any; use fewer"

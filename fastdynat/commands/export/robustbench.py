@@ -40,7 +40,7 @@ def side_files(path: Path) -> tuple[Path, Path]:
     return path.with_suffix(".json"), path.with_suffix(".py")
 
 
-def check_name(path: Path) -> None:
+def check_model_name(path: Path) -> None:
     """Raise UserError where the weights' name cannot be a model's in RobustBench, which is also a Python
     module's.
     """

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdynat.commands.report import findings
-from fastdynat.commands.report.findings import Means, Subject
+from fastdynat.commands.report.findings import AttackedNetwork, Means
 from fastdynat.commands.report.findings_cache import Cache
 from fastdynat.commands.report.report_config import ReportConfig
-from fastdynat.commands.report.run_records import Checkpoint, Record
+from fastdynat.commands.report.run_records import Record, ReportedCheckpoint
 from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
@@ -20,9 +20,9 @@ from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.tuning.devices import pick_device
 
 # Of one network. Tests put functions of their own here.
-KINDS: dict[str, Callable[[Subject, Means], dict[str, Any]]] = {
+KINDS: dict[str, Callable[[AttackedNetwork, Means], dict[str, Any]]] = {
     "curve": findings.curve,
-    "nearest": findings.nearest,
+    "nearest": findings.nearest_distances,
     "examples": findings.examples,
     "masking": findings.masking,
 }
@@ -44,7 +44,7 @@ class _Target:
     """A run's checkpoint that is attacked."""
 
     record: Record
-    checkpoint: Checkpoint
+    checkpoint: ReportedCheckpoint
 
     @property
     def data(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class _Workshop:
     def __init__(self, config: ReportConfig) -> None:
         self.config, self.device = config, pick_device(config.device)
         self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, ImageSet]] = {}
-        self._subjects: dict[str, Subject] = {}
+        self._subjects: dict[str, AttackedNetwork] = {}
 
     def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet]:
         """What `target`'s dataset is, and its first test images."""
@@ -89,7 +89,7 @@ class _Workshop:
             self._tests[key] = info, images
         return self._tests[key]
 
-    def subject(self, target: _Target) -> Subject:
+    def subject(self, target: _Target) -> AttackedNetwork:
         """The network of `target` on the device, and its images."""
         name = target.record.name
         if name not in self._subjects:
@@ -98,7 +98,7 @@ class _Workshop:
             if difference := data_difference(sidecar, info):
                 raise UserError(f"{target.record.path} was trained on {difference}")
             network = network.to(self.device).requires_grad_(False)
-            self._subjects[name] = Subject(
+            self._subjects[name] = AttackedNetwork(
                 network, images, sidecar.norm, sidecar.eval_eps, sidecar.class_names
             )
         return self._subjects[name]
@@ -179,7 +179,9 @@ def _transfers(targets: Sequence[_Target], settings: dict[str, Any], found: Find
         key = {"kind": "transfer", "weights": weights, **group[0].threat, **group[0].data, **settings}
 
         def compute(shop: _Workshop, means: Means, group: list[_Target] = group) -> dict[str, Any]:
-            return findings.transfer({target.record.name: shop.subject(target) for target in group}, means)
+            return findings.transfer_between(
+                {target.record.name: shop.subject(target) for target in group}, means
+            )
 
         if len(group) > 1:
             yield _Task(

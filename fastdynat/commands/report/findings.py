@@ -44,7 +44,7 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Subject:
+class AttackedNetwork:
     """A network under the threat model it was trained for, with the images of its dataset."""
 
     network: nn.Module
@@ -54,7 +54,7 @@ class Subject:
     class_names: tuple[str, ...]
 
 
-def curve(subject: Subject, means: Means) -> dict[str, Any]:
+def curve(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     """`EpsCurve` of `ATTACK`."""
     radii = [share * subject.eps for share in RADII]
     return asdict(
@@ -62,7 +62,7 @@ def curve(subject: Subject, means: Means) -> dict[str, Any]:
     )
 
 
-def nearest(subject: Subject, means: Means) -> dict[str, Any]:
+def nearest_distances(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     """`Measurement` of the norm's attack in `NEAREST`."""
     attack = _parse(NEAREST[subject.norm], subject.norm, subject.eps)
     return asdict(measure(subject.network, subject.images, attack, **vars(means)))
@@ -72,14 +72,14 @@ def _parse(name: str, norm: str, eps: float) -> NamedAttack:
     return parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm)
 
 
-def masking(subject: Subject, means: Means) -> dict[str, Any]:
+def masking(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     """`MaskingReport`."""
     return asdict(
         check_masking(subject.network, subject.images, norm=subject.norm, eps=subject.eps, **vars(means))
     )
 
 
-def transfer(subjects: Mapping[str, Subject], means: Means) -> dict[str, Any]:
+def transfer_between(subjects: Mapping[str, AttackedNetwork], means: Means) -> dict[str, Any]:
     """`TransferMatrix` of networks with one dataset and one threat model."""
     first = next(iter(subjects.values()))
     attack = _parse(ATTACK, first.norm, first.eps)
@@ -87,7 +87,7 @@ def transfer(subjects: Mapping[str, Subject], means: Means) -> dict[str, Any]:
     return asdict(transfer_matrix(networks, first.images, attack, **vars(means)))
 
 
-def examples(subject: Subject, means: Means) -> dict[str, Any]:
+def examples(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     """Images of several classes under `ATTACK` with what the gradients show; the numbers are over the first
     `EXPLAINED`.
     """

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fastdynat.commands.report.report_charts import best_index
-from fastdynat.commands.report.run_records import Checkpoint, Measured, Record
+from fastdynat.commands.report.run_records import Measured, Record, ReportedCheckpoint
 from fastdynat.evaluation import Measurement
 
 
@@ -21,7 +21,7 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Column:
+class AccuracyColumn:
     """A column of the accuracies: an attack and what it was allowed."""
 
     attack: str
@@ -31,7 +31,7 @@ class Column:
     source: str | None = None
 
     @classmethod
-    def of(cls, measured: Measured) -> "Column":
+    def of(cls, measured: Measured) -> "AccuracyColumn":
         radius = ("", 0.0) if measured.result.attack == "clean" else (measured.norm, measured.eps)
         return cls(measured.result.attack, *radius, measured.dataset, measured.source)
 
@@ -90,18 +90,18 @@ def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(checkpoint: Checkpoint) -> dict[Column, Measurement]:
+def cells(checkpoint: ReportedCheckpoint) -> dict[AccuracyColumn, Measurement]:
     """One measurement for each column: that of most images, of equal ones the lowest."""
-    found: dict[Column, Measurement] = {}
+    found: dict[AccuracyColumn, Measurement] = {}
     for measured in checkpoint.measured:
-        column, new = Column.of(measured), measured.result
+        column, new = AccuracyColumn.of(measured), measured.result
         old = found.get(column)
         if old is None or (new.images, -new.accuracy) > (old.images, -old.accuracy):
             found[column] = new
     return found
 
 
-def strongest(checkpoint: Checkpoint) -> tuple[Column, Measurement] | None:
+def strongest(checkpoint: ReportedCheckpoint) -> tuple[AccuracyColumn, Measurement] | None:
     """The attack under which least is left, of those within the radius that the run is for."""
     sidecar = checkpoint.sidecar
     own = [
@@ -110,7 +110,7 @@ def strongest(checkpoint: Checkpoint) -> tuple[Column, Measurement] | None:
     return min(own, key=lambda pair: pair[1].accuracy, default=None)
 
 
-def clean(checkpoint: Checkpoint) -> Measurement | None:
+def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
     """The measurement without an attack."""
     return next((m for c, m in cells(checkpoint).items() if c.attack == "clean"), None)
 

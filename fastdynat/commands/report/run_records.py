@@ -34,7 +34,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ReportedCheckpoint:
     """A checkpoint: `names` are best, last or both; `weights` is their sha256."""
 
     names: tuple[str, ...]
@@ -55,10 +55,10 @@ class Record:
     path: Path
     config: dict[str, Any]
     rows: list[dict[str, Any]]
-    checkpoints: list[Checkpoint]
+    checkpoints: list[ReportedCheckpoint]
     stale: int
 
-    def checkpoint(self, wanted: str) -> Checkpoint | None:
+    def checkpoint(self, wanted: str) -> ReportedCheckpoint | None:
         """The best or the last checkpoint, as `wanted`; the one that is there where there is only one."""
         return next(
             (c for c in self.checkpoints if wanted in c.names),
@@ -93,7 +93,7 @@ def _read(path: Path, name: str) -> Record:
     checkpoints = []
     for folder, links, sidecar, weights in _sidecars(path):
         own = [m for of, m in measured if of == weights]
-        checkpoints.append(Checkpoint(tuple(links), folder / WEIGHTS, weights, sidecar, own))
+        checkpoints.append(ReportedCheckpoint(tuple(links), folder / WEIGHTS, weights, sidecar, own))
     stale = sum(of not in {c.weights for c in checkpoints} for of, _ in measured)
     return Record(
         name,

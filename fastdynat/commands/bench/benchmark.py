@@ -1,4 +1,4 @@
-"""`fastdynat bench` from the configuration to the tables and files."""
+"""A benchmark from its configuration to the tables and files."""
 
 import json
 import time
@@ -11,16 +11,22 @@ import torch
 from rich.console import Console
 
 from fastdynat.commands.bench.auto import run_auto
-from fastdynat.commands.bench.baseline import compare, read_baseline, report_baseline
+from fastdynat.commands.bench.baseline import compare_with_baseline, read_baseline, report_baseline
 from fastdynat.commands.bench.bench_config import BenchConfig, check_bench
 from fastdynat.commands.bench.flops import StepFlops, count_step
 from fastdynat.commands.bench.phases import time_phases
 from fastdynat.commands.bench.profiling import profile_step
-from fastdynat.commands.bench.results import document, epoch_values, first_looks, phase_values, print_document
+from fastdynat.commands.bench.results import (
+    bench_document,
+    epoch_values,
+    first_looks,
+    phase_values,
+    print_document,
+)
 from fastdynat.commands.bench.roofline import copy_rate, measured_parts, peak_of, roofline_values
-from fastdynat.commands.bench.rows import Row, Task, left_out, plans, prepare, time_rows
-from fastdynat.commands.bench.settings import label, settled
-from fastdynat.commands.bench.timing import MIN_ROUNDS, Samples, Stopwatch
+from fastdynat.commands.bench.rows import BenchRow, BenchSetup, left_out, plans, prepare_rows, time_rows
+from fastdynat.commands.bench.settings import label, resolved_setting
+from fastdynat.commands.bench.stopwatch import MIN_ROUNDS, Samples, Stopwatch
 from fastdynat.commands.bench.work import Work, engine_step
 from fastdynat.commands.figures import PICTURES
 from fastdynat.config import TrainConfig
@@ -42,7 +48,9 @@ from fastdynat.tuning.devices import AMP_DTYPES
 
 
 @process_state_kept()
-def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, display: ProgressDisplay) -> int:
+def run_benchmark(
+    asked: TrainConfig[Any], bench: BenchConfig, console: Console, display: ProgressDisplay
+) -> int:
     """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
 
     Raises:
@@ -52,17 +60,17 @@ def run_bench(asked: TrainConfig[Any], bench: BenchConfig, console: Console, dis
     split = _images(asked, bench)
     if bench.auto:
         doc, ok = run_auto(
-            asked, split, lambda c: settled(c, split), bench.seconds, bench.repeats, console, display
+            asked, split, lambda c: resolved_setting(c, split), bench.seconds, bench.repeats, console, display
         )
         _store(doc, bench)
         return 0 if ok else 1
-    full = settled(asked, split, announce=True)
+    full = resolved_setting(asked, split, announce=True)
     before = None if bench.baseline is None else read_baseline(Path(bench.baseline), full)
     doc = _measure(asked, full, split, bench, display)
     print_document(doc, console)
     ok = True
     if before is not None:
-        doc["baseline"] = compare(before, doc)
+        doc["baseline"] = compare_with_baseline(before, doc)
         ok = report_baseline(doc["baseline"], str(bench.baseline), bench.tolerance, console)
     _store(doc, bench)
     return 0 if ok else 1
@@ -91,17 +99,17 @@ def _measure(
     watch, load = Stopwatch(device), OtherLoad()
     flops, copied = _count(full, split.info), copy_rate(watch, device)
 
-    task = Task(
+    task = BenchSetup(
         asked,
         full,
-        lambda config: settled(config, split),
+        lambda config: resolved_setting(config, split),
         split,
         full.attack.steps * flops.attack_step,
         flops.step,
     )
     row_plans = plans(task, bench)
 
-    def so_far(ready: list[Row]) -> None:
+    def so_far(ready: list[BenchRow]) -> None:
         display.line(f"so far: {', '.join(first_looks(ready))}")
         about = {
             "flops": flops.values(),
@@ -112,12 +120,12 @@ def _measure(
         about["roofline"] = roofline_values(
             flops, full, peak_of(ready, full, copied), measured_parts(ready, {})
         )
-        doc = document(
+        doc = bench_document(
             full, ready, left_out(row_plans, ready), **about, profile=None, other_load=load.share()
         )
         _keep_partial(doc, bench)
 
-    rows = prepare(row_plans, watch, device, bench, display, so_far)
+    rows = prepare_rows(row_plans, watch, device, bench, display, so_far)
     display.line("timing")
     time_rows(rows, watch, bench)
     so_far(rows)
@@ -125,7 +133,7 @@ def _measure(
     phases, kinds, setting = _inside(task, own, watch, bench)
     apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
     measured = _epoch(full, split, watch, display) if bench.epoch else None
-    return document(
+    return bench_document(
         full,
         rows,
         left_out(row_plans, rows),
@@ -139,7 +147,7 @@ def _measure(
     )
 
 
-def asked_step(rows: list[Row]) -> Row | None:
+def asked_step(rows: list[BenchRow]) -> BenchRow | None:
     """The training step of the setting that was asked for, where it was prepared."""
     return next(
         (row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch),
@@ -165,7 +173,7 @@ def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
 
 
 def _inside(
-    task: Task, own: Row | None, watch: Stopwatch, bench: BenchConfig
+    task: BenchSetup, own: BenchRow | None, watch: Stopwatch, bench: BenchConfig
 ) -> tuple[dict[str, Samples], dict[str, float] | None, str]:
     """Phases and kinds of operation of one step, and in words of which."""
     engine = task.full.engine
@@ -188,7 +196,7 @@ def _inside(
     return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
 
 
-def _again(config: ResolvedConfig[Any], task: Task, watch: Stopwatch) -> Work:
+def _again(config: ResolvedConfig[Any], task: BenchSetup, watch: Stopwatch) -> Work:
     """The step of `config`, warm."""
     ready = engine_step(config, task.split)
     watch.time(ready.call, 3)

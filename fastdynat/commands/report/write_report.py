@@ -1,4 +1,4 @@
-"""`fastdynat report` from run directories to files."""
+"""A report from run directories to files."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PAGE, FINDINGS = "index.html", "findings.json"
 
 
 @process_state_kept()
-def run_report(paths: Sequence[Path | str], config: ReportConfig, display: ProgressDisplay) -> int:
+def write_report(paths: Sequence[Path | str], config: ReportConfig, display: ProgressDisplay) -> int:
     """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what
     was done.
 

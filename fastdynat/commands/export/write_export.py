@@ -1,4 +1,4 @@
-"""`fastdynat export`: one checkpoint of a run as a file for others."""
+"""The export of one checkpoint of a run to a file."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 from fastdynat.commands.export.accuracies import stored_accuracies
 from fastdynat.commands.export.export_config import ExportConfig
 from fastdynat.commands.export.programs import check_onnx, write_onnx, write_torch
-from fastdynat.commands.export.robustbench import THREATS, check_name, side_files, write_robustbench
+from fastdynat.commands.export.robustbench import THREATS, check_model_name, side_files, write_robustbench
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.runs import Sidecar, check_output, find_checkpoint, load_checkpoint, require_run
@@ -50,7 +50,7 @@ def _check_out(out: Path, config: ExportConfig) -> None:
         raise UserError(f"--out of --format {config.format} must end in {suffix}, got {config.out!r}")
     files: tuple[Path, ...] = (out,)
     if config.format == "robustbench":
-        check_name(out)
+        check_model_name(out)
         files += side_files(out)
     if config.format == "onnx":
         check_onnx()

@@ -1,4 +1,4 @@
-"""`fastdynat compare` from the configuration to table, files and chart."""
+"""A comparison from its configuration to table, files and chart."""
 
 import gc
 import json
@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from fastdynat.commands.compare.compare_config import CompareConfig, NoOptions
-from fastdynat.commands.compare.comparison_results import document
-from fastdynat.commands.compare.comparison_table import print_table
-from fastdynat.commands.compare.run_plans import Plan, RunPlan, make_plan
+from fastdynat.commands.compare.comparison_results import comparison_document
+from fastdynat.commands.compare.comparison_table import print_comparison
+from fastdynat.commands.compare.run_plans import ComparisonPlan, RunPlan, make_plan
 from fastdynat.commands.evaluate.measure_runs import measure_runs
 from fastdynat.commands.evaluate.settle import EvalConfig
 from fastdynat.config import TrainConfig
@@ -35,7 +35,7 @@ RESULTS = "compare.json"
 
 
 @process_state_kept()
-def run_compare(
+def compare_methods(
     shared: TrainConfig[NoOptions], compare: CompareConfig, console: Console, display: ProgressDisplay
 ) -> int:
     """Train, evaluate, print and store. Returns 0, 1 where a run diverged, 128+n where signal n stopped it.
@@ -59,8 +59,8 @@ def run_compare(
                     "stopped and saved; the same command goes on, with --out %s", shlex.quote(str(plan.out))
                 )
                 return stopped
-        doc = document(plan, shared, compare, records)
-        print_table(doc, console)
+        doc = comparison_document(plan, shared, compare, records)
+        print_comparison(doc, console)
         _store(doc, plan.out, compare)
         logger.info("done: %s", plan.out / RESULTS)
     return 1 if any(run["ended"] == "diverged" for run in doc["runs"]) else 0
@@ -76,7 +76,7 @@ def _how_to_go_on(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _train(run: RunPlan, plan: Plan) -> int:
+def _train(run: RunPlan, plan: ComparisonPlan) -> int:
     """Begin, or go on with, `run` if it has not ended. Returns 0, or the exit code of the signal that stopped
     it.
     """
@@ -107,7 +107,7 @@ def _train(run: RunPlan, plan: Plan) -> int:
 
 def _evaluate(
     run: RunPlan,
-    plan: Plan,
+    plan: ComparisonPlan,
     compare: CompareConfig,
     records: dict[str, list[dict[str, Any]]],
     display: ProgressDisplay,
@@ -134,7 +134,7 @@ def _store(doc: dict[str, Any], out: Path, compare: CompareConfig) -> None:
             write_text(Path(path), json.dumps(doc, indent=1) + "\n")
     if compare.chart:
         from fastdynat.commands.compare.comparison_chart import (
-            draw_curves,  # extra `plots`, which `check_compare` has looked for
+            draw_comparison,  # extra `plots`, which `check_compare` has looked for
         )
 
-        draw_curves(doc, Path(compare.chart))
+        draw_comparison(doc, Path(compare.chart))

@@ -1,0 +1,41 @@
+"""`fastdynat export`: the flags and the checks that need no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastdynat.commands.export.export_config import ExportConfig
+from fastdynat.commands.message_flags import MessageFlags, printed_messages
+from fastdynat.commands.parsing.parse import parse
+from fastdynat.config.value_ranges import check_values
+from fastdynat.runs import require_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Hand RUN's network over as a file, which is read again and compared with the network before it is
+    kept.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    messages: MessageFlags = field(default_factory=MessageFlags)
+    export: ExportConfig
+
+
+def export_command(argv: list[str]) -> int:
+    """Run `fastdynat export`."""
+    command = parse(ExportCommand, argv, "export").command
+    check_values(command.export)
+    require_run(command.run)
+
+    from fastdynat.terminal.consoles import error_console
+
+    messages = command.messages
+    with printed_messages(messages.log_level, error_console(), quiet=messages.quiet):
+        from fastdynat.commands.export.write_export import export_run
+
+        export_run(command.run, command.export)
+    return 0
