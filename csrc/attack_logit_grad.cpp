@@ -33,7 +33,8 @@ FASTDYNAT_INLINE void scales(const A* largest, bool rescale, A sign, A* scale) {
 
 // Cross-entropy with class labels. z are the logits and become the gradient; `again` is a second tile.
 template <typename A, typename Tile>
-FASTDYNAT_INLINE void hard_tile(const Tile& tile, const Pointers<A>& at, bool rescale, A sign, A* z, A* again) {
+FASTDYNAT_INLINE void hard_tile(
+    const Tile& tile, const Pointers<A>& at, bool rescale, A sign, A* z, A* again) {
   const int64_t end = tile.end();
   Lanes<A> top, others, rest, ours, inverse, scale;
   Lanes<int32_t> prediction, label;
@@ -65,7 +66,8 @@ FASTDYNAT_INLINE void hard_tile(const Tile& tile, const Pointers<A>& at, bool re
     rest[j] *= inverse[j];
     faint |= rest[j] < kFaint<A>;
   }
-  for (int32_t j = 0; j < tile.rows; ++j) at.value[tile.first + j] = sign * (log1p_nonnegative(others[j]) - ours[j]);
+  for (int32_t j = 0; j < tile.rows; ++j)
+    at.value[tile.first + j] = sign * (log1p_nonnegative(others[j]) - ours[j]);
   scales(rest, rescale, sign, scale);
   for (int64_t i = 0; i < end; i += kLanes) {
     A* to = z + i;
@@ -78,7 +80,8 @@ FASTDYNAT_INLINE void hard_tile(const Tile& tile, const Pointers<A>& at, bool re
     Lanes<int32_t> which;
     tile.load(at.logits, again);
     for (int64_t i = 0; i < end; i += kLanes) {
-      for (int32_t j = 0; j < kLanes; ++j) again[i + j] = tile.class_of(i, j) == label[j] ? -kInfinity<A> : again[i + j];
+      for (int32_t j = 0; j < kLanes; ++j)
+        again[i + j] = tile.class_of(i, j) == label[j] ? -kInfinity<A> : again[i + j];
     }
     tile.best(again, best, which);
     for (int32_t j = 0; j < kLanes; ++j) sum[j] = A(0);
@@ -101,7 +104,8 @@ FASTDYNAT_INLINE void hard_tile(const Tile& tile, const Pointers<A>& at, bool re
   store_grad(tile, z, at);
 }
 
-// Cross-entropy with probabilities, or the divergence from exp(target) if kKl. z become the gradient, q the probabilities.
+// Cross-entropy with probabilities, or the divergence from exp(target) if kKl. z become the gradient, q the
+// probabilities.
 template <typename A, bool kKl, typename Tile>
 FASTDYNAT_INLINE void soft_tile(const Tile& tile, const Pointers<A>& at, bool rescale, A sign, A* z, A* q) {
   const int64_t end = tile.end();
@@ -111,7 +115,8 @@ FASTDYNAT_INLINE void soft_tile(const Tile& tile, const Pointers<A>& at, bool re
   tile.best(z, top, prediction);
   tile.load(at.target, q);
   if (kKl) {
-    for (int64_t i = 0; i < end; ++i) q[i] = q[i] > A(0) ? A(0) : q[i];  // a log-probability, but for rounding
+    for (int64_t i = 0; i < end; ++i)
+      q[i] = q[i] > A(0) ? A(0) : q[i];  // a log-probability, but for rounding
   }
   for (int32_t j = 0; j < kLanes; ++j) others[j] = mass[j] = value[j] = largest[j] = A(0);
   for (int64_t i = 0; i < end; i += kLanes) {
@@ -149,7 +154,8 @@ FASTDYNAT_INLINE void soft_tile(const Tile& tile, const Pointers<A>& at, bool re
     for (int32_t j = 0; j < kLanes; ++j) z[i + j] *= scale[j];
   }
   for (int32_t j = 0; j < tile.rows; ++j) {
-    at.value[tile.first + j] = sign * (value[j] + (others[j] - others[j]));  // p = 0 everywhere hides a NaN row
+    at.value[tile.first + j] =
+        sign * (value[j] + (others[j] - others[j]));  // p = 0 everywhere hides a NaN row
   }
   store_grad(tile, z, at);
 }

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of fastdynat::attack_logit_grad share: the arithmetic, the checks, the outputs.
+// Shared by the CPU and the CUDA half of fastdynat::attack_logit_grad: the arithmetic, the checks, the
+// outputs.
 #pragma once
 
 #include "rows.h"
@@ -7,13 +8,16 @@ namespace fastdynat {
 
 enum class AttackLoss : int64_t { kCe, kKl, kMargin, kDlr, kSoftCe };
 
-FASTDYNAT_INLINE bool is_soft(AttackLoss loss) { return loss == AttackLoss::kKl || loss == AttackLoss::kSoftCe; }
+FASTDYNAT_INLINE bool is_soft(AttackLoss loss) {
+  return loss == AttackLoss::kKl || loss == AttackLoss::kSoftCe;
+}
 
 // Rows whose largest entry is below are not rescaled but made anew from the logits' differences.
 template <typename A>
 constexpr A kFaint = A(5.421010862427522e-20);  // 2^-64
 
-// 2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it at both ends; 1 for 0, NaN and infinity.
+// 2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it at both ends; 1 for 0, NaN and
+// infinity.
 FASTDYNAT_INLINE float inverse_power_of_two(float x) {
   const uint32_t exponent = (bits_of(x) >> 23) & 0xffu;
   const uint32_t inverse = exponent > 252u ? 1u : 253u - exponent;
@@ -76,14 +80,16 @@ struct LogitGrad {
 // Calls launch(LogitGrad&) with checked, contiguous tensors; returns (grad, value).
 template <typename Launch>
 std::tuple<Tensor, Tensor> run_logit_grad(
-    const Tensor& logits, const Tensor& labels, int64_t loss, bool rescale, bool targeted, const Launch& launch) {
+    const Tensor& logits, const Tensor& labels, int64_t loss, bool rescale, bool targeted,
+    const Launch& launch) {
   const char* op = "attack_logit_grad";
   const Checker check{op, "logits", logits};
   check_logits(check);
   STD_TORCH_CHECK(loss >= 0 && loss <= 4, op, ": loss must be in [0, 4], got ", loss);
   const auto kind = static_cast<AttackLoss>(loss);
   const int64_t least = kind == AttackLoss::kDlr ? 3 : 2;
-  STD_TORCH_CHECK(logits.size(1) >= least, op, ": logits need ", least, " classes, got shape ", shape_of(logits));
+  STD_TORCH_CHECK(
+      logits.size(1) >= least, op, ": logits need ", least, " classes, got shape ", shape_of(logits));
   if (is_soft(kind)) {
     check.same_shape_and_device("labels", labels);
     STD_TORCH_CHECK(is_float(labels.scalar_type()), op, ": labels must be probabilities of a floating dtype");
@@ -92,9 +98,15 @@ std::tuple<Tensor, Tensor> run_logit_grad(
   }
   const int64_t n = logits.size(0);
   LogitGrad g{
-      torch::stable::contiguous(logits), torch::stable::contiguous(labels),
-      torch::stable::new_empty(logits, {n, logits.size(1)}), torch::stable::new_empty(logits, {n}, wide_type(logits)),
-      kind, rescale, targeted, n, static_cast<int32_t>(logits.size(1))};
+      torch::stable::contiguous(logits),
+      torch::stable::contiguous(labels),
+      torch::stable::new_empty(logits, {n, logits.size(1)}),
+      torch::stable::new_empty(logits, {n}, wide_type(logits)),
+      kind,
+      rescale,
+      targeted,
+      n,
+      static_cast<int32_t>(logits.size(1))};
   if (n > 0) launch(g);
   return {g.grad, g.value};
 }

@@ -8,8 +8,10 @@
 namespace fastdynat {
 namespace {
 
-// The bytes of one image, (channels, height, width): rows are copied or mirrored, what lies outside the stored image is 0.
-FASTDYNAT_INLINE void cut_out(const uint8_t* image, uint8_t* to, const Cut& cut, int64_t channels, int64_t height, int64_t width) {
+// Writes the crop of one image, (channels, height, width): rows are copied or mirrored, pixels outside the
+// stored image are 0.
+FASTDYNAT_INLINE void cut_out(
+    const uint8_t* image, uint8_t* to, const Cut& cut, int64_t channels, int64_t height, int64_t width) {
   // Columns [left, right) of the cut lie in the image.
   const int64_t left = std::min(width, std::max<int64_t>(0, -cut.right));
   const int64_t right = std::max(left, std::min(width, width - cut.right));
@@ -33,7 +35,8 @@ template <typename T>
 void augment_images(const uint8_t* store, AugmentTensors& s, bool channels_last) {
   T* out = mutable_data<T>(s.out);
   const Draws draws = s.draws;
-  const int64_t channels = s.channels, height = s.height, width = s.width, plane = height * width, row = channels * plane;
+  const int64_t channels = s.channels, height = s.height, width = s.width, plane = height * width,
+                row = channels * plane;
   parallel<T>(s.images, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<uint8_t> buffer(row);
     const uint8_t* bytes = buffer.data();
@@ -57,16 +60,17 @@ void augment_images(const uint8_t* store, AugmentTensors& s, bool channels_last)
 }
 
 Tensor augment_cpu(
-    const Tensor& images, const Tensor& indices, const std::optional<Tensor>& shifts, const std::optional<Tensor>& flips,
-    int64_t pad, ScalarType dtype, bool channels_last) {
+    const Tensor& images, const Tensor& indices, const std::optional<Tensor>& shifts,
+    const std::optional<Tensor>& flips, int64_t pad, ScalarType dtype, bool channels_last) {
   return run_augment(images, indices, shifts, flips, pad, dtype, channels_last, [&](AugmentTensors& s) {
     const Draws& draws = s.draws;
     for (int64_t n = 0; n < s.images; ++n) {
       STD_TORCH_CHECK(
-          draws.is_stored(n), "augment: index ", draws.indices[n], " is outside [0, ", draws.stored, "), the images of the store");
+          draws.is_stored(n), "augment: index ", draws.indices[n], " is outside [0, ", draws.stored,
+          "), the images of the store");
       STD_TORCH_CHECK(
-          draws.is_padded(n), "augment: shift (", draws.tops[n], ", ", draws.lefts[n], ") is outside [0, ", 2 * pad,
-          "], twice the padding");
+          draws.is_padded(n), "augment: shift (", draws.tops[n], ", ", draws.lefts[n], ") is outside [0, ",
+          2 * pad, "], twice the padding");
     }
     with_float_type("augment", "dtype", dtype, [&](auto type) {
       augment_images<decltype(type)>(data<uint8_t>(images), s, channels_last);

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of fastdynat::augment share: the geometry, the checks, the output.
+// Shared by the CPU and the CUDA half of fastdynat::augment: the geometry, the checks, the output.
 #pragma once
 
 #include "inline.h"
@@ -19,8 +19,8 @@ FASTDYNAT_INLINE double unit<double>(uint8_t pixel) {
   return pixel / 255.0;
 }
 
-// How one image is cut out of the store: pixel (y, x) of the result is (y + down, (flip ? width - 1 - x : x) + right) of image
-// `index`, or zero outside of it.
+// The crop of one stored image: pixel (y, x) of the result is (y + down, (flip ? width - 1 - x : x)
+// + right) of image `index`, or zero outside of it.
 struct Cut {
   int64_t index, down, right;
   bool flip;
@@ -54,8 +54,9 @@ struct AugmentTensors {
 // Calls launch(AugmentTensors&) and returns the batch, in the memory format asked for.
 template <typename Launch>
 Tensor run_augment(
-    const Tensor& store, const Tensor& indices, const std::optional<Tensor>& shifts, const std::optional<Tensor>& flips,
-    int64_t pad, ScalarType dtype, bool channels_last, const Launch& launch) {
+    const Tensor& store, const Tensor& indices, const std::optional<Tensor>& shifts,
+    const std::optional<Tensor>& flips, int64_t pad, ScalarType dtype, bool channels_last,
+    const Launch& launch) {
   STD_TORCH_CHECK(
       store.dim() == 4 && store.scalar_type() == ScalarType::Byte && store.is_contiguous(),
       "augment: images must be a contiguous uint8 tensor of shape (M, C, H, W), got shape ", shape_of(store));
@@ -72,26 +73,34 @@ Tensor run_augment(
     STD_TORCH_CHECK(
         shifts->dim() == 2 && shifts->size(0) == 2 && shifts->size(1) == indices.size(0) &&
             shifts->scalar_type() == ScalarType::Long && (shifts->size(1) <= 1 || shifts->stride(1) == 1),
-        "augment: shifts must be an int64 tensor of shape (2, ", indices.size(0), ") with contiguous rows, got shape ",
-        shape_of(*shifts));
+        "augment: shifts must be an int64 tensor of shape (2, ", indices.size(0),
+        ") with contiguous rows, got shape ", shape_of(*shifts));
     check.same_device("shifts", *shifts);
   }
   STD_TORCH_CHECK(
-      pad >= 0 && pad <= std::numeric_limits<int32_t>::max(), "augment: pad must be 0 or more pixels, below 2^31, got ", pad);
-  const int64_t images = indices.size(0), channels = store.size(1), height = store.size(2), width = store.size(3);
+      pad >= 0 && pad <= std::numeric_limits<int32_t>::max(),
+      "augment: pad must be 0 or more pixels, below 2^31, got ", pad);
+  const int64_t images = indices.size(0), channels = store.size(1), height = store.size(2),
+                width = store.size(3);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(
-      images <= kMost && channels * height * width <= kMost, "augment: a batch of ", images, " images of shape ", shape_of(store),
-      " is too large");
+      images <= kMost && channels * height * width <= kMost, "augment: a batch of ", images,
+      " images of shape ", shape_of(store), " is too large");
   using torch::stable::new_empty;
   using torch::stable::transpose;
-  Tensor out = channels_last ? transpose(transpose(new_empty(store, {images, height, width, channels}, dtype), 1, 3), 2, 3)
-                             : new_empty(store, {images, channels, height, width}, dtype);
+  Tensor out =
+      channels_last
+          ? transpose(transpose(new_empty(store, {images, height, width, channels}, dtype), 1, 3), 2, 3)
+          : new_empty(store, {images, channels, height, width}, dtype);
   if (out.numel() == 0) return out;
   const int64_t* tops = shifts ? data<int64_t>(*shifts) : nullptr;
   const Draws draws{
-      data<int64_t>(indices), tops, shifts ? tops + shifts->stride(0) : nullptr, flips ? data<bool>(*flips) : nullptr,
-      store.size(0), pad};
+      data<int64_t>(indices),
+      tops,
+      shifts ? tops + shifts->stride(0) : nullptr,
+      flips ? data<bool>(*flips) : nullptr,
+      store.size(0),
+      pad};
   AugmentTensors s{out, draws, images, channels, height, width};
   launch(s);
   return out;

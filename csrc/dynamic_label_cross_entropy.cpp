@@ -16,10 +16,12 @@ struct Pointers {
   A* grad;  // may be null
 };
 
-// One tile: z becomes exp(z - max z) and then the gradient; t are the guide's logits and then the label's distribution.
+// One tile: z becomes exp(z - max z) and then the gradient; t are the guide's logits and then the label's
+// distribution.
 template <typename A, bool kSoft, typename Tile>
 FASTDYNAT_INLINE void cross_entropy_tile(
-    const Tile& tile, const Pointers<A>& at, SmoothedLabel<A> smooth, A inverse_temperature, A grad_scale, A* z, A* t) {
+    const Tile& tile, const Pointers<A>& at, SmoothedLabel<A> smooth, A inverse_temperature, A grad_scale,
+    A* z, A* t) {
   const int64_t end = tile.end();
   Lanes<A> top, guide_top, others, cost, weight, inverse;
   Lanes<int32_t> prediction, label;
@@ -37,7 +39,8 @@ FASTDYNAT_INLINE void cross_entropy_tile(
   }
   if (kSoft) {
     tile.exponentials(t, guide_top, inverse_temperature, label, others);
-    for (int32_t j = 0; j < kLanes; ++j) inverse[j] = smooth.inverse(others[j] + (guide_top[j] - guide_top[j]));
+    for (int32_t j = 0; j < kLanes; ++j)
+      inverse[j] = smooth.inverse(others[j] + (guide_top[j] - guide_top[j]));
   }
   if (kSoft || smooth.uniform != A(0)) {
     for (int64_t i = 0; i < end; i += kLanes) {
@@ -53,7 +56,8 @@ FASTDYNAT_INLINE void cross_entropy_tile(
     tile.total(cost);
   }
   if (!kSoft) {
-    for (int32_t j = 0; j < Tile::kRows; ++j) cost[j] += smooth.cost(smooth.keep, z[tile.value_of(label[j], j)] - top[j]);
+    for (int32_t j = 0; j < Tile::kRows; ++j)
+      cost[j] += smooth.cost(smooth.keep, z[tile.value_of(label[j], j)] - top[j]);
   }
 
   tile.exponentials(z, top, A(1), prediction, others);
@@ -85,7 +89,8 @@ FASTDYNAT_INLINE void cross_entropy_tile(
   for (int64_t i = 0; i < end; i += kLanes) {
     A* x = z + i;
     const A* p = t + i;
-    for (int32_t j = 0; j < kLanes; ++j) x[j] = weight[j] * (x[j] * inverse[j] - (kSoft ? p[j] : smooth.uniform));
+    for (int32_t j = 0; j < kLanes; ++j)
+      x[j] = weight[j] * (x[j] * inverse[j] - (kSoft ? p[j] : smooth.uniform));
   }
   if (!kSoft) {
     for (int32_t j = 0; j < Tile::kRows; ++j) z[tile.value_of(label[j], j)] = weight[j] * cost[j];
@@ -117,7 +122,8 @@ void cross_entropy_rows(CrossEntropy& c) {
     });
   } else {
     for_tiles<A>(c.n, c.classes, 2, [=](const auto& tile, A* scratch, int64_t size) FASTDYNAT_INLINE_BODY {
-      cross_entropy_tile<A, false>(tile, at, smooth, inverse_temperature, grad_scale, scratch, scratch + size);
+      cross_entropy_tile<A, false>(
+          tile, at, smooth, inverse_temperature, grad_scale, scratch, scratch + size);
     });
   }
 }
@@ -131,7 +137,8 @@ void reduce_rows(CrossEntropy& c) {
     for (int64_t i = 0; i < c.n; ++i) sums[i % kLanes] += static_cast<double>(row_loss[i]);
     double sum = 0;
     for (const double part : sums) sum += part;
-    *mutable_data<A>(c.loss) = static_cast<A>(c.reduction == Reduction::kMean ? sum / static_cast<double>(c.n) : sum);
+    *mutable_data<A>(c.loss) =
+        static_cast<A>(c.reduction == Reduction::kMean ? sum / static_cast<double>(c.n) : sum);
   }
   if (!c.labels) return;
   const auto* labels = data<int64_t>(*c.labels);
@@ -148,10 +155,12 @@ void reduce_rows(CrossEntropy& c) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dynamic_label_cross_entropy_cpu(
-    const Tensor& logits, const Tensor& guide, const std::optional<Tensor>& labels, const std::optional<Tensor>& weights, bool soft,
-    double temperature, double smoothing, int64_t reduction, bool with_grad) {
+    const Tensor& logits, const Tensor& guide, const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& weights, bool soft, double temperature, double smoothing, int64_t reduction,
+    bool with_grad) {
   return run_cross_entropy(
-      logits, guide, labels, weights, soft, temperature, smoothing, reduction, with_grad, [](CrossEntropy& c) {
+      logits, guide, labels, weights, soft, temperature, smoothing, reduction, with_grad,
+      [](CrossEntropy& c) {
         with_wide_type(c.logits, [&](auto wide) {
           cross_entropy_rows<decltype(wide)>(c);
           reduce_rows<decltype(wide)>(c);

@@ -1,5 +1,5 @@
-// exp and log1p for the CPU and CUDA halves alike: plain arithmetic without calls or branches, so that compilers vectorise the
-// loops around them, and the same bits wherever it runs.
+// exp and log1p for the CPU and CUDA halves alike: plain arithmetic without calls or branches, so that
+// compilers vectorise the loops around them, and the same bits wherever it runs.
 #pragma once
 
 #include <cmath>
@@ -28,16 +28,19 @@ FASTDYNAT_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
-// exp(x) = mantissa * 2^exponent, the mantissa between about sqrt(1/2) and sqrt(2): says what exp(-10000) is like.
+// exp(x) = mantissa * 2^exponent, the mantissa between about sqrt(1/2) and sqrt(2): says what exp(-10000) is
+// like.
 template <typename A>
 struct ExpParts {
   A mantissa;
   int32_t exponent;
 };
 
-// For |x| up to 20000. Cephes' expf: reduction by n * ln 2 in two parts, the first of which is exact, and a polynomial.
+// For |x| up to 20000. Cephes' expf: reduction by n * ln 2 in two parts, the first of which is exact, and a
+// polynomial.
 FASTDYNAT_INLINE ExpParts<float> exp_parts(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -65,10 +68,12 @@ FASTDYNAT_INLINE float exp_nonpositive(float x) {
 
 FASTDYNAT_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// log(1 + x) for 0 <= x < infinity, within 2 units in the last place; NaN for NaN. FreeBSD's log1pf without its branches.
+// log(1 + x) for 0 <= x < infinity, within 2 units in the last place; NaN for NaN. FreeBSD's log1pf without
+// its branches.
 FASTDYNAT_INLINE float log1p_nonnegative(float x) {
   constexpr uint32_t kOne = 0x3f800000, kRootHalf = 0x3f3504f3;
-  const bool small = x < 0.41421354f;  // 1 + x < sqrt(2): x itself is the reduced argument, and nothing is rounded
+  const bool small =
+      x < 0.41421354f;  // 1 + x < sqrt(2): x itself is the reduced argument, and nothing is rounded
   const float u = 1.0f + x;
   const uint32_t bits = bits_of(u) + (kOne - kRootHalf);
   const float k = small ? 0.0f : static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);

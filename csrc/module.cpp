@@ -1,8 +1,10 @@
-// The Python module fastdynat._C. Importing it loads the library, whose static initialisers register the operators.
+// The Python module fastdynat._C. Importing it loads the library, whose static initialisers register the
+// operators.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef def = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&def);
 #ifdef FASTDYNAT_WITH_CUDA
   const long with_cuda = 1;

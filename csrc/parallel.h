@@ -1,5 +1,6 @@
-// CPU loops: split over torch's threads; those that compute in float are compiled for several instruction sets, the best of
-// which is taken at run time. Loops in double are for checking, not for speed: one copy of them saves a third of the build.
+// CPU loops: split over torch's threads; those that compute in float are compiled for several instruction
+// sets, the best of which is taken at run time. Loops in double are for checking, not for speed: one copy of
+// them saves a third of the build.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,12 +18,15 @@
 
 namespace fastdynat {
 
-constexpr int64_t kGrainSize = 32768;  // elements per task: small enough to share a batch, large enough to pay for it
+constexpr int64_t kGrainSize =
+    32768;  // elements per task: small enough to share a batch, large enough to pay for it
 
 #if FASTDYNAT_X86
-// `body` is a template argument marked always_inline, so each of these holds a copy of it with its own instructions.
+// `body` is a template argument marked always_inline, so each of these holds a copy of it with its own
+// instructions.
 template <typename Body>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Body& body, int64_t a, int64_t b) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(
+    const Body& body, int64_t a, int64_t b) {
   body(a, b);
 }
 template <typename Body>
@@ -54,12 +58,14 @@ void run_vectorised(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }
 
-// Calls body(begin, end), which computes in T, on parts of [0, count) in parallel; an item is `cost` elements of work.
+// Calls body(begin, end), which computes in T, on parts of [0, count) in parallel; an item is `cost` elements
+// of work.
 template <typename T, typename Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrainSize / std::max<int64_t>(1, cost));
   if (count <= grain) return run_vectorised<T>(body, 0, count);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run_vectorised<T>(body, begin, end); });
+  torch::stable::parallel_for(
+      0, count, grain, [&](int64_t begin, int64_t end) { run_vectorised<T>(body, begin, end); });
 }
 
 }  // namespace fastdynat

@@ -13,7 +13,8 @@ FASTDYNAT_INLINE double gradient_length(const G* grad, int64_t row) {
   double lanes[kLanes] = {};
   const int64_t whole = row / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(absolute(finite_gradient<T>(grad[i + lane])));
+    for (int lane = 0; lane < kLanes; ++lane)
+      lanes[lane] += static_cast<double>(absolute(finite_gradient<T>(grad[i + lane])));
   }
   double length = 0;
   for (int lane = 0; lane < kLanes; ++lane) length += lanes[lane];
@@ -24,16 +25,19 @@ FASTDYNAT_INLINE double gradient_length(const G* grad, int64_t row) {
 // `score` is scratch for one image.
 template <typename T, typename G>
 FASTDYNAT_INLINE void step_image(
-    const T* x_adv, const G* grad, const T* x0, T* out, T* score, const PixelGrid& grid, double step_size, int64_t pixels, T lo, T hi) {
+    const T* x_adv, const G* grad, const T* x0, T* out, T* score, const PixelGrid& grid, double step_size,
+    int64_t pixels, T lo, T hi) {
   const double length = gradient_length<T>(grad, grid.channels * grid.pixels);
   const L0Step<T> step{length > 0 ? step_size / length : 0.0, lo, hi};
-  for (int64_t p = 0; p < grid.pixels; ++p) score[p] = pixel_score(x_adv, grad, x0, p * grid.pixel_stride, grid, step);
+  for (int64_t p = 0; p < grid.pixels; ++p)
+    score[p] = pixel_score(x_adv, grad, x0, p * grid.pixel_stride, grid, step);
   const T threshold = from_bits<T>(largest_that<T>([&](T v) FASTDYNAT_INLINE_BODY {
     int32_t found = 0;
     for (int64_t p = 0; p < grid.pixels; ++p) found += score[p] >= v ? 1 : 0;
     return found >= pixels;
   }));
-  int64_t equal_left = pixels;  // what the pixels above the threshold leave to those on it, the first of which are kept
+  int64_t equal_left =
+      pixels;  // what the pixels above the threshold leave to those on it, the first of which are kept
   for (int64_t p = 0; p < grid.pixels; ++p) equal_left -= score[p] > threshold ? 1 : 0;
   for (int64_t p = 0; p < grid.pixels; ++p) {
     const bool kept = score[p] > threshold || (score[p] == threshold && equal_left-- > 0);
@@ -58,7 +62,8 @@ void step_images(StepTensors& s, PixelGrid grid, double step_size, int64_t pixel
 }
 
 Tensor pgd_step_l0_cpu(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo, double hi) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo,
+    double hi) {
   return run_l0_step(x_adv, grad, x0, pixels, [&](StepTensors& s, PixelGrid grid) {
     with_step_types("pgd_step_l0", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);

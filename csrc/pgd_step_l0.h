@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of fastdynat::pgd_step_l0 share: the arithmetic, where the pixels lie, the checks.
+// Shared by the CPU and the CUDA half of fastdynat::pgd_step_l0: the arithmetic, where the pixels lie, the
+// checks.
 #pragma once
 
 #include "pgd_step_l1.h"
@@ -30,9 +31,10 @@ struct L0Step {
   }
 };
 
-// How far a pixel has come, squared. 0 where there is a NaN.
+// The squared displacement of a pixel from x0; 0 for a NaN.
 template <typename T, typename G>
-FASTDYNAT_INLINE T pixel_score(const T* x_adv, const G* grad, const T* x0, int64_t at, const PixelGrid& grid, const L0Step<T>& step) {
+FASTDYNAT_INLINE T pixel_score(
+    const T* x_adv, const G* grad, const T* x0, int64_t at, const PixelGrid& grid, const L0Step<T>& step) {
   T score = 0;
   for (int64_t c = 0; c < grid.channels; ++c) {
     const int64_t i = at + c * grid.channel_stride;
@@ -44,7 +46,8 @@ FASTDYNAT_INLINE T pixel_score(const T* x_adv, const G* grad, const T* x0, int64
 
 template <typename T, typename G>
 FASTDYNAT_INLINE void write_pixel(
-    const T* x_adv, const G* grad, const T* x0, T* out, int64_t at, const PixelGrid& grid, const L0Step<T>& step, bool kept) {
+    const T* x_adv, const G* grad, const T* x0, T* out, int64_t at, const PixelGrid& grid,
+    const L0Step<T>& step, bool kept) {
   for (int64_t c = 0; c < grid.channels; ++c) {
     const int64_t i = at + c * grid.channel_stride;
     const T x = step(x_adv[i], finite_gradient<T>(grad[i]));
@@ -54,16 +57,20 @@ FASTDYNAT_INLINE void write_pixel(
 
 // Calls launch(StepTensors&, PixelGrid) as run_step does; returns the new point.
 template <typename Launch>
-Tensor run_l0_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t pixels, const Launch& launch) {
+Tensor run_l0_step(
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t pixels, const Launch& launch) {
   STD_TORCH_CHECK(x_adv.dim() == 4, "pgd_step_l0: x_adv must be (N, C, H, W), has shape ", shape_of(x_adv));
   STD_TORCH_CHECK(pixels >= 0, "pgd_step_l0: pixels must not be negative, got ", pixels);
-  STD_TORCH_CHECK(x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l0: images of 2**31 entries or more");
+  STD_TORCH_CHECK(
+      x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l0: images of 2**31 entries or more");
   const Tensor read = beside("pgd_step_l0", "grad", x_adv, grad);
   const auto on_grid = [&](StepTensors& s) { launch(s, *pixel_grid(s.x_adv)); };
-  if (pixel_grid(x_adv)) return std::get<0>(run_step("pgd_step_l0", x_adv, read, x0, std::nullopt, true, on_grid));
+  if (pixel_grid(x_adv))
+    return std::get<0>(run_step("pgd_step_l0", x_adv, read, x0, std::nullopt, true, on_grid));
   Tensor out = torch::stable::empty_like(x_adv);
   const Tensor plain = torch::stable::contiguous(x_adv);
-  torch::stable::copy_(out, std::get<0>(run_step("pgd_step_l0", plain, read, x0, std::nullopt, true, on_grid)));
+  torch::stable::copy_(
+      out, std::get<0>(run_step("pgd_step_l0", plain, read, x0, std::nullopt, true, on_grid)));
   return out;
 }
 

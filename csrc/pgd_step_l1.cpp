@@ -11,17 +11,19 @@ constexpr int kLanes = 16;  // independent sums: enough to hide an addition's la
 // `gradient` and `delta` are scratch for one image.
 template <typename T, typename G>
 FASTDYNAT_INLINE void step_image(
-    const T* x_adv, const G* grad, const T* x0, T* out, T* gradient, T* delta, int64_t row, double step_size, double eps,
-    int64_t count, L1Ball<T> ball) {
+    const T* x_adv, const G* grad, const T* x0, T* out, T* gradient, T* delta, int64_t row, double step_size,
+    double eps, int64_t count, L1Ball<T> ball) {
   for (int64_t i = 0; i < row; ++i) gradient[i] = finite_gradient<T>(grad[i]);
   const auto at_least = [&](T v) FASTDYNAT_INLINE_BODY {
     int32_t found = 0;
     for (int64_t i = 0; i < row; ++i) found += absolute(gradient[i]) >= v ? 1 : 0;
     return found;
   };
-  const T threshold = from_bits<T>(largest_that<T>([&](T v) FASTDYNAT_INLINE_BODY { return at_least(v) >= count; }));
+  const T threshold =
+      from_bits<T>(largest_that<T>([&](T v) FASTDYNAT_INLINE_BODY { return at_least(v) >= count; }));
   int32_t chosen = 0;
-  for (int64_t i = 0; i < row; ++i) chosen += absolute(gradient[i]) >= threshold && gradient[i] != T(0) ? 1 : 0;
+  for (int64_t i = 0; i < row; ++i)
+    chosen += absolute(gradient[i]) >= threshold && gradient[i] != T(0) ? 1 : 0;
   const double move = step_size / static_cast<double>(chosen > 0 ? chosen : 1);
   for (int64_t i = 0; i < row; ++i) delta[i] = moved_delta(x_adv[i], gradient[i], x0[i], threshold, move);
 
@@ -29,7 +31,8 @@ FASTDYNAT_INLINE void step_image(
     double lanes[kLanes] = {};
     const int64_t whole = row / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(ball.kept(delta[i + lane], x0[i + lane], tau));
+      for (int lane = 0; lane < kLanes; ++lane)
+        lanes[lane] += static_cast<double>(ball.kept(delta[i + lane], x0[i + lane], tau));
     }
     double length = 0;
     for (int lane = 0; lane < kLanes; ++lane) length += lanes[lane];
@@ -51,17 +54,21 @@ void step_images(StepTensors& s, double step_size, double eps, int64_t count, L1
     std::vector<T> scratch(2 * row);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * row;
-      step_image(x_adv + at, grad + at, x0 + at, out + at, scratch.data(), scratch.data() + row, row, step_size, eps, count, ball);
+      step_image(
+          x_adv + at, grad + at, x0 + at, out + at, scratch.data(), scratch.data() + row, row, step_size, eps,
+          count, ball);
     }
   });
 }
 
 Tensor pgd_step_l1_cpu(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count, double lo, double hi) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count,
+    double lo, double hi) {
   return run_l1_step(x_adv, grad, x0, count, [&](StepTensors& s) {
     with_step_types("pgd_step_l1", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      step_images<T, decltype(gradient)>(s, step_size, eps, count, L1Ball<T>{static_cast<T>(lo), static_cast<T>(hi)});
+      step_images<T, decltype(gradient)>(
+          s, step_size, eps, count, L1Ball<T>{static_cast<T>(lo), static_cast<T>(hi)});
     });
   });
 }

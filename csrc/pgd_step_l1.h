@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of fastdynat::pgd_step_l1 share: the arithmetic, bisection on the bits of a float, the checks.
+// Shared by the CPU and the CUDA half of fastdynat::pgd_step_l1: the arithmetic, bisection on the bits of a
+// float, the checks.
 #pragma once
 
 #include "pgd_step_l2.h"
@@ -28,7 +29,8 @@ FASTDYNAT_INLINE T from_bits(typename FloatBits<T>::Type bits) {
   return value;
 }
 
-// The bits of the largest T >= 0 of which holds() is true. It has to be true of 0, and of all T below one that it is true of.
+// The bits of the largest T >= 0 of which holds() is true. It has to be true of 0, and of all T below one
+// that it is true of.
 template <typename T, typename Holds>
 FASTDYNAT_INLINE typename FloatBits<T>::Type largest_that(const Holds& holds) {
   using Bits = typename FloatBits<T>::Type;
@@ -49,7 +51,7 @@ template <typename T>
 struct L1Ball {
   T lo, hi;
 
-  // What the projection leaves of |delta| at multiplier tau. 0 for a NaN.
+  // The projection of |delta| at multiplier tau; 0 for a NaN.
   FASTDYNAT_INLINE T kept(T delta, T x0, T tau) const {
     const T size = absolute(delta);
     const T room = delta > T(0) ? hi - x0 : x0 - lo;
@@ -67,7 +69,8 @@ struct L1Ball {
   }
 };
 
-// The difference to x0 after the step, in which entries with gradients of at least `threshold` move by `move`.
+// The difference to x0 after the step, in which entries with gradients of at least `threshold` move by
+// `move`.
 template <typename T>
 FASTDYNAT_INLINE T moved_delta(T x_adv, T gradient, T x0, T threshold, double move) {
   const bool chosen = absolute(gradient) >= threshold && gradient != T(0);
@@ -77,10 +80,13 @@ FASTDYNAT_INLINE T moved_delta(T x_adv, T gradient, T x0, T threshold, double mo
 
 // Calls launch(StepTensors&) as run_step does; returns the new point.
 template <typename Launch>
-Tensor run_l1_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t count, const Launch& launch) {
+Tensor run_l1_step(
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, int64_t count, const Launch& launch) {
   STD_TORCH_CHECK(count >= 1, "pgd_step_l1: count must be at least 1, got ", count);
-  STD_TORCH_CHECK(x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l1: images of 2**31 entries or more");
-  return std::get<0>(run_step("pgd_step_l1", x_adv, beside("pgd_step_l1", "grad", x_adv, grad), x0, std::nullopt, true, launch));
+  STD_TORCH_CHECK(
+      x_adv.numel() == 0 || per_image(x_adv) <= INT32_MAX, "pgd_step_l1: images of 2**31 entries or more");
+  return std::get<0>(run_step(
+      "pgd_step_l1", x_adv, beside("pgd_step_l1", "grad", x_adv, grad), x0, std::nullopt, true, launch));
 }
 
 }  // namespace fastdynat

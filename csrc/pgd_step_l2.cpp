@@ -10,7 +10,8 @@ constexpr int64_t kTile = 1024;  // elements; small enough for the first-level c
 constexpr int kLanes = 16;       // independent sums: enough to hide an addition's latency
 
 template <typename T, typename G>
-FASTDYNAT_INLINE void add_lanes(const T* x_adv, const G* grad, const T* x0, int count, double* gg, double* dg, double* dd) {
+FASTDYNAT_INLINE void add_lanes(
+    const T* x_adv, const G* grad, const T* x0, int count, double* gg, double* dg, double* dd) {
   for (int lane = 0; lane < count; ++lane) {
     const double g = static_cast<double>(finite_gradient<T>(grad[lane]));
     const double d = static_cast<double>(x_adv[lane]) - static_cast<double>(x0[lane]);
@@ -37,7 +38,8 @@ FASTDYNAT_INLINE L2Sums sum_image(const T* x_adv, const G* grad, const T* x0, in
 
 template <typename T, typename G>
 FASTDYNAT_INLINE bool step_image(
-    const T* x_adv, const G* grad, const T* x0, T* out, LowCopy low, int64_t at, int64_t row, L2Step<T> step) {
+    const T* x_adv, const G* grad, const T* x0, T* out, LowCopy low, int64_t at, int64_t row,
+    L2Step<T> step) {
   const L2Sums sums = sum_image(x_adv, grad, x0, row);
   const L2Scales scales = step.scales(sums);
   for (int64_t begin = 0; begin < row; begin += kTile) {
@@ -69,15 +71,17 @@ void step_images(StepTensors& s, L2Step<T> step) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cpu(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
-    std::optional<ScalarType> low_dtype) {
-  return run_step("pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true, [&](StepTensors& s) {
-    with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
-      using T = decltype(image);
-      const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
-      step_images<T, decltype(gradient)>(s, step);
-    });
-  });
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
+    double hi, std::optional<ScalarType> low_dtype) {
+  return run_step(
+      "pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true,
+      [&](StepTensors& s) {
+        with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
+          using T = decltype(image);
+          const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
+          step_images<T, decltype(gradient)>(s, step);
+        });
+      });
 }
 
 }  // namespace

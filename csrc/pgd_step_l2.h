@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of fastdynat::pgd_step_l2 share, and the other steps that need a whole image: the arithmetic.
+// Shared by the CPU and the CUDA half of fastdynat::pgd_step_l2, and the other steps that need a whole
+// image: the arithmetic.
 #pragma once
 
 #include "inline.h"
@@ -9,8 +10,8 @@
 
 namespace fastdynat {
 
-// A gradient entry as float: NaN is 0 and infinity the largest finite value, whose square is safe in double. In integers,
-// which vectorise better than three chained comparisons of floats.
+// A gradient entry as float: NaN is 0 and infinity the largest finite value, whose square is safe in double.
+// In integers, which vectorise better than three chained comparisons of floats.
 FASTDYNAT_INLINE float finite(float g) {
   constexpr int32_t kInfinity = 0x7f800000;
   int32_t bits;
@@ -40,8 +41,8 @@ FASTDYNAT_INLINE T finite_gradient(G g) {
   }
 }
 
-// Sums over one image, with d = x_adv - x0 and g the gradient: they give the norm of d + a g for any a, so that the moved
-// point is not needed to know how far it is out of the ball.
+// Sums over one image, with d = x_adv - x0 and g the gradient: they give the norm of d + a g for any a, so
+// that the moved point is not needed to know how far it is out of the ball.
 struct L2Sums {
   double gg = 0, dg = 0, dd = 0;
 };
@@ -57,8 +58,8 @@ struct L2Step {
 
   FASTDYNAT_INLINE L2Scales scales(const L2Sums& sums) const {
     const double a = sums.gg > 0 ? step_size / std::sqrt(sums.gg) : 0.0;
-    // Cancellation matters only where the result is far shorter than its parts, and then it is not scaled. Rounding may
-    // leave less than 0; a NaN stays.
+    // Cancellation matters only where the result is far shorter than its parts, and then it is not scaled.
+    // Rounding may leave less than 0; a NaN stays.
     const double squared = sums.dd + a * (2 * sums.dg + a * sums.gg);
     const double norm = std::sqrt(squared < 0 ? 0.0 : squared);
     return {a, norm <= eps ? 1.0 : eps / norm};

@@ -8,10 +8,11 @@ namespace {
 
 constexpr int64_t kTile = 1024;  // elements; small enough for the first-level cache
 
-// One image, or a part of everything where images are not counted. Returns whether any gradient moves a pixel.
+// Steps one image, or any range where `moved` is not asked for. Returns whether any gradient moves a pixel.
 template <typename T, typename G>
 FASTDYNAT_INLINE bool step_range(
-    const T* x_adv, const G* grad, const T* x0, T* out, LowCopy low, int64_t from, int64_t to, PgdStep<T> step) {
+    const T* x_adv, const G* grad, const T* x0, T* out, LowCopy low, int64_t from, int64_t to,
+    PgdStep<T> step) {
   int moved = 0;
   for (int64_t begin = from; begin < to; begin += kTile) {
     const int64_t n = to - begin < kTile ? to - begin : kTile;
@@ -42,17 +43,19 @@ void step_images(StepTensors& s, PgdStep<T> step) {
     return;
   }
   parallel<T>(s.rows, row, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
-    for (int64_t n = begin; n < end; ++n) moved[n] = step_range(x_adv, grad, x0, out, low, n * row, (n + 1) * row, step);
+    for (int64_t n = begin; n < end; ++n)
+      moved[n] = step_range(x_adv, grad, x0, out, low, n * row, (n + 1) * row, step);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cpu(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
-    std::optional<ScalarType> low_dtype, bool count) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
+    double hi, std::optional<ScalarType> low_dtype, bool count) {
   return run_step(kStepName, x_adv, signs_of(x_adv, grad), x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      const PgdStep<T> step{static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
+      const PgdStep<T> step{
+          static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
       step_images<T, decltype(gradient)>(s, step);
     });
   });

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of fastdynat::pgd_step_linf share: the arithmetic and the types.
+// Shared by the CPU and the CUDA half of fastdynat::pgd_step_linf: the arithmetic and the types.
 #pragma once
 
 #include "inline.h"
@@ -6,7 +6,8 @@
 
 namespace fastdynat {
 
-// A 16-bit float seen as bits: only its sign is needed, and integer tests vectorise without conversion instructions.
+// A 16-bit float seen as bits: only its sign is needed, and integer tests vectorise without conversion
+// instructions.
 template <uint16_t kInfinity>
 struct Bits16 {
   uint16_t bits;
@@ -22,7 +23,8 @@ FASTDYNAT_INLINE int sign(G g) {
 
 template <uint16_t kInfinity>
 FASTDYNAT_INLINE int sign(Bits16<kInfinity> g) {
-  // In 32 bits and without branches, which is what vectorises: a narrower type or a && costs the CPU a factor of 30.
+  // In 32 bits and without branches, which is what vectorises: a narrower type or a && costs the CPU a factor
+  // of 30.
   const int32_t bits = g.bits;
   const int32_t magnitude = bits & 0x7fff;
   const int32_t moves = static_cast<int32_t>(magnitude != 0) & static_cast<int32_t>(magnitude <= kInfinity);
@@ -42,13 +44,15 @@ struct PgdStep {
     x = x > upper ? upper : x;
     x = x < lo ? lo : x;
     x = x > hi ? hi : x;
-    return x0 == x0 ? x : x0;  // comparisons with a NaN bound are false: like torch.clamp, the result is that NaN
+    return x0 == x0 ? x
+                    : x0;  // comparisons with a NaN bound are false: like torch.clamp, the result is that NaN
   }
 };
 
 constexpr const char* kStepName = "pgd_step_linf";
 
-// The gradient as the kernels for `x_adv` read it. A float64 one stays beside float32 images: converting could lose a sign.
+// The gradient as the kernels for `x_adv` read it. A float64 one stays beside float32 images: converting
+// could lose a sign.
 inline Tensor signs_of(const Tensor& x_adv, const Tensor& grad) {
   return grad.scalar_type() == ScalarType::Double ? grad : beside(kStepName, "grad", x_adv, grad);
 }

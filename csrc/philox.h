@@ -1,5 +1,6 @@
-// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and the
-// two distributions drawn from it. Plain float32 arithmetic, so that every implementation gives the same bits.
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011), and the two distributions drawn from it. Plain float32 arithmetic, so that every implementation
+// gives the same bits.
 #pragma once
 
 #include "inline.h"
@@ -51,7 +52,9 @@ struct Philox {
 };
 
 // In [0, 1), a multiple of 2^-24; 2u - 1 is exact.
-FASTDYNAT_INLINE float unit_uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
+FASTDYNAT_INLINE float unit_uniform(uint32_t word) {
+  return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;
+}
 
 // log(u) for a normal u > 0, to one unit in the last place: Cephes' logf.
 FASTDYNAT_INLINE float log_normal_range(float u) {
@@ -77,17 +80,21 @@ FASTDYNAT_INLINE float log_normal_range(float u) {
   return x + y + 0.693359375f * e;
 }
 
-// Two independent standard normals from two words by Box-Muller: radius sqrt(-2 log u), angle 2 pi word1 / 2^32.
+// Two independent standard normals from two words by Box-Muller: radius sqrt(-2 log u), angle 2 pi word1 /
+// 2^32.
 FASTDYNAT_INLINE void normal_pair(uint32_t word0, uint32_t word1, float& first, float& second) {
   // Multiples of 2^-31, moved off zero: the tail reaches 6.6 standard deviations.
   const float u = static_cast<float>(static_cast<int32_t>(word0 >> 1)) * 0x1p-31f + 0x1p-32f;
   const float radius = std::sqrt(-2.0f * log_normal_range(u));
-  // The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are made.
+  // The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are
+  // made.
   const uint32_t quarter = (word1 + (1u << 29)) >> 30;
   const float t = static_cast<float>(static_cast<int32_t>(word1 - (quarter << 30))) * 1.4629180792671596e-9f;
   const float z = t * t;
   const float sine = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * t + t;
-  const float cosine = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+  const float cosine =
+      ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z +
+      1.0f;
   const bool odd = (quarter & 1) != 0;
   const float c = odd ? sine : cosine;
   const float s = odd ? cosine : sine;

@@ -26,14 +26,17 @@ FASTDYNAT_INLINE double sum(const double (&lanes)[kLanes]) {
 
 // `direction` is scratch for one image; `out` holds the starting point until the end.
 template <bool kL2, typename T, typename W>
-FASTDYNAT_INLINE void project(const T* x, const W* w, double value, const T* at, T* out, T* direction, int64_t row, Box<T> box) {
+FASTDYNAT_INLINE void project(
+    const T* x, const W* w, double value, const T* at, T* out, T* direction, int64_t row, Box<T> box) {
   double products[kLanes] = {};
   T largest_of[kLanes] = {};
   over_lanes(row, [&](int64_t i, int lane) FASTDYNAT_INLINE_BODY {
     out[i] = box.clip(x[i]);
     direction[i] = weight<T>(w[i]);
-    products[lane] += static_cast<double>(direction[i]) * (static_cast<double>(out[i]) - static_cast<double>(at[i]));
-    largest_of[lane] = magnitude(direction[i]) > largest_of[lane] ? magnitude(direction[i]) : largest_of[lane];
+    products[lane] +=
+        static_cast<double>(direction[i]) * (static_cast<double>(out[i]) - static_cast<double>(at[i]));
+    largest_of[lane] =
+        magnitude(direction[i]) > largest_of[lane] ? magnitude(direction[i]) : largest_of[lane];
   });
   T largest = 0;
   for (int lane = 0; lane < kLanes; ++lane) largest = largest_of[lane] > largest ? largest_of[lane] : largest;
@@ -70,7 +73,9 @@ void project_images(Projection& p, Box<T> box) {
     std::vector<T> direction(row);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t from = n * row;
-      project<kL2>(x + from, w + from, static_cast<double>(value[n]), at + from, out + from, direction.data(), row, box);
+      project<kL2>(
+          x + from, w + from, static_cast<double>(value[n]), at + from, out + from, direction.data(), row,
+          box);
     }
   });
 }

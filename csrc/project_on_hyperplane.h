@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of fastdynat::project_on_hyperplane share: the arithmetic, Newton's method, the checks.
+// Shared by the CPU and the CUDA half of fastdynat::project_on_hyperplane: the arithmetic, Newton's method,
+// the checks.
 #pragma once
 
 #include "inline.h"
@@ -55,10 +56,10 @@ struct Box {
   }
 };
 
-// `direction` below is w times the side of the plane that x is on, so that x moves against it, scaled so that its largest
-// entry is in [1, 2): squares then neither overflow nor vanish.
+// `direction` below is w times the side of the plane that x is on, so that x moves against it, scaled so that
+// its largest entry is in [1, 2): squares then neither overflow nor vanish.
 
-// What one entry adds to the way that multiplier t makes towards the plane, and to the slope of that in t.
+// One entry's share of the distance that multiplier t covers towards the plane, and of its slope in t.
 template <bool kL2, typename T>
 FASTDYNAT_INLINE void add_reached(T x, T direction, T t, Box<T> box, T& reached, T& slope) {
   const T size = magnitude(direction);
@@ -70,16 +71,16 @@ FASTDYNAT_INLINE void add_reached(T x, T direction, T t, Box<T> box, T& reached,
   slope += free ? rate : T(0);
 }
 
-// Where the entry ends. The direction may be NaN where t is 0.
+// The projected entry. The direction may be NaN where t is 0.
 template <bool kL2, typename T>
 FASTDYNAT_INLINE T moved(T x, T direction, double t, Box<T> box) {
   const double by = kL2 ? t * static_cast<double>(direction) : direction > T(0) ? t : -t;
   return direction == T(0) || t == 0 ? x : box.clip(static_cast<T>(static_cast<double>(x) - by));
 }
 
-// Newton's method for the multiplier t at which the way made is `target`. It is concave and piecewise linear in t, so the
-// steps climb towards the root, and one that meets no further bound is the last. Each leaves (missing way) * (slope) at a
-// quarter or less, hence the limit, which images do not come near.
+// Newton's method for the multiplier t at which the way made is `target`. It is concave and piecewise linear
+// in t, so the steps climb towards the root, and one that meets no further bound is the last. Each leaves
+// (missing way) * (slope) at a quarter or less, hence the limit, which images do not come near.
 template <typename T>
 struct Newton {
   double target;
@@ -87,7 +88,7 @@ struct Newton {
   double slope_before = -1;
   int steps_left = 64;
 
-  // Where to evaluate: finite, so that it can be multiplied by 0.
+  // The multiplier to evaluate at: finite, so that it can be multiplied by 0.
   FASTDYNAT_INLINE T at() const {
     constexpr double kLargest = static_cast<double>(std::numeric_limits<T>::max());
     return static_cast<T>(t < kLargest ? t : kLargest);
@@ -98,7 +99,8 @@ struct Newton {
     const double missing = target - reached;
     if (!(missing > 0)) return false;
     if (!(slope > 0)) {
-      t = std::numeric_limits<double>::infinity();  // the box ends before the plane: all entries go to their bounds
+      t = std::numeric_limits<double>::infinity();  // the box ends before the plane: all entries go to their
+                                                    // bounds
       return false;
     }
     t = static_cast<double>(at()) + missing / slope;
@@ -108,7 +110,8 @@ struct Newton {
   }
 };
 
-// The signed factor that makes w the direction, and how far the plane is in those units: 0 where there is no plane to go to.
+// The signed factor that makes w the direction, and how far the plane is in those units: 0 where there is no
+// plane to go to.
 template <typename T>
 struct Plane {
   T factor;
@@ -130,9 +133,11 @@ struct Projection {
 
 constexpr const char* kProjectName = "project_on_hyperplane";
 
-// Calls launch(Projection&) with tensors in an order that the kernels can walk; returns the result, laid out as x.
+// Calls launch(Projection&) with tensors in an order that the kernels can walk; returns the result, laid out
+// as x.
 template <typename Launch>
-Tensor run_projection(const Tensor& x, const Tensor& given_w, const Tensor& value, const Tensor& at, const Launch& launch) {
+Tensor run_projection(
+    const Tensor& x, const Tensor& given_w, const Tensor& value, const Tensor& at, const Launch& launch) {
   const Checker check{kProjectName, "x", x};
   STD_TORCH_CHECK(x.dim() > 0, kProjectName, ": x needs a first dimension of images");
   const Tensor w = beside(kProjectName, "w", x, given_w);
@@ -152,7 +157,13 @@ Tensor run_projection(const Tensor& x, const Tensor& given_w, const Tensor& valu
   }
   const Tensor plain = torch::stable::contiguous(x);
   Projection projection{
-      plain, torch::stable::contiguous(w), values, torch::stable::contiguous(at), torch::stable::empty_like(plain), rows, row};
+      plain,
+      torch::stable::contiguous(w),
+      values,
+      torch::stable::contiguous(at),
+      torch::stable::empty_like(plain),
+      rows,
+      row};
   launch(projection);
   torch::stable::copy_(out, projection.out);
   return out;

@@ -24,7 +24,8 @@ FASTDYNAT_INLINE T sum_of_squares(const float* z, int64_t count) {
   T partial[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += static_cast<T>(z[i + lane]) * static_cast<T>(z[i + lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      partial[lane] += static_cast<T>(z[i + lane]) * static_cast<T>(z[i + lane]);
   }
   for (; i < count; ++i) partial[0] += static_cast<T>(z[i]) * static_cast<T>(z[i]);
   T sum = 0;
@@ -44,7 +45,8 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
     for (int64_t n = begin; n < end; ++n) {
       const auto image = static_cast<uint32_t>(n);
       draw<kNoise>(z, groups, random, image);
-      const Start<T> mine = kNoise == Noise::kL2 ? start.to_radius(random, image, sum_of_squares<T>(z, row)) : start;
+      const Start<T> mine =
+          kNoise == Noise::kL2 ? start.to_radius(random, image, sum_of_squares<T>(z, row)) : start;
       const T* from = x + n * row;
       T* to = out + n * row;
       if (channels == 1) {
@@ -60,7 +62,8 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
   });
 }
 
-Tensor random_start_cpu(const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
+Tensor random_start_cpu(
+    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
   return run_start(x, state, kind, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {
       using T = decltype(image);

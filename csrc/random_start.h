@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of fastdynat::random_start share: the arithmetic, the checks, the output.
+// Shared by the CPU and the CUDA half of fastdynat::random_start: the arithmetic, the checks, the output.
 #pragma once
 
 #include "inline.h"
@@ -11,9 +11,14 @@ namespace fastdynat {
 
 constexpr const char* kStartName = "random_start";
 
-enum class Noise : int64_t { kUniform, kGaussian, kL2 };  // in the order of KINDS in fastdynat/ops/random_start.py
+enum class Noise : int64_t {
+  kUniform,
+  kGaussian,
+  kL2
+};  // in the order of KINDS in fastdynat/ops/random_start.py
 
-constexpr uint32_t kRadiusGroup = 0xffffffff;  // holds the radius of an image's L2 start: no image has so many elements
+constexpr uint32_t kRadiusGroup =
+    0xffffffff;  // holds the radius of an image's L2 start: no image has so many elements
 
 // Four numbers of an image: uniform in [-1, 1) or standard normal.
 template <Noise kNoise>
@@ -66,12 +71,14 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// Calls launch(StartTensors&) and returns the output: in x's layout where that is contiguous or channels-last, else contiguous.
+// Calls launch(StartTensors&) and returns the output: in x's layout where that is contiguous or
+// channels-last, else contiguous.
 template <typename Launch>
 Tensor run_start(const Tensor& x, const Tensor& state, int64_t kind, const Launch& launch) {
   STD_TORCH_CHECK(x.dim() >= 1, "random_start: x needs a first dimension of images, got a scalar");
   STD_TORCH_CHECK(
-      state.dim() == 1 && state.size(0) == 2 && state.scalar_type() == ScalarType::Long && state.is_contiguous(),
+      state.dim() == 1 && state.size(0) == 2 && state.scalar_type() == ScalarType::Long &&
+          state.is_contiguous(),
       "random_start: state must be a contiguous int64 tensor of shape (2), got shape ", shape_of(state));
   Checker{kStartName, "x", x}.same_device("state", state);
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "random_start: kind must be 0, 1 or 2, got ", kind);

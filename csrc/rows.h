@@ -1,4 +1,5 @@
-// Rows of class scores: what the operators on logits share. A is the type computed in: float, or double for float64 logits.
+// Rows of class scores, shared by the operators on logits. A is the type computed in: float, or double for
+// float64 logits.
 #pragma once
 
 #include <tuple>
@@ -9,8 +10,8 @@
 
 namespace fastdynat {
 
-// (N, K) of any floating dtype, contiguous. The dtype is looked at while loading, so that kernels exist once per A and not
-// once per combination of dtypes.
+// (N, K) of any floating dtype, contiguous. The dtype is a run-time value, so that kernels are compiled
+// once per A and not once per combination of dtypes.
 struct FloatRows {
   const void* data;
   ScalarType dtype;
@@ -70,16 +71,20 @@ void with_wide_type(const Tensor& logits, const F& f) {
 inline void check_logits(const Checker& check) {
   const Tensor& logits = check.first;
   STD_TORCH_CHECK(
-      logits.dim() == 2 && logits.size(1) > 0 && logits.size(1) <= std::numeric_limits<int32_t>::max(), check.op, ": ",
-      check.first_name, " must be (N, K) with K >= 1, got shape ", shape_of(logits));
-  STD_TORCH_CHECK(is_float(logits.scalar_type()), check.op, ": ", check.first_name, " must be float32, float64, float16 or bfloat16");
+      logits.dim() == 2 && logits.size(1) > 0 && logits.size(1) <= std::numeric_limits<int32_t>::max(),
+      check.op, ": ", check.first_name, " must be (N, K) with K >= 1, got shape ", shape_of(logits));
+  STD_TORCH_CHECK(
+      is_float(logits.scalar_type()), check.op, ": ", check.first_name,
+      " must be float32, float64, float16 or bfloat16");
 }
 
-// On the CPU, where looking costs next to nothing, a class that does not exist is an error.
-inline void check_classes(const char* op, const char* name, const int64_t* classes, int64_t count, int64_t known) {
+// Refuses classes out of range, on the CPU only: on a GPU reading them would wait for the device.
+inline void check_classes(
+    const char* op, const char* name, const int64_t* classes, int64_t count, int64_t known) {
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(
-        classes[i] >= 0 && classes[i] < known, op, ": ", name, "[", i, "] is ", classes[i], ", expected a class in [0, ", known, ")");
+        classes[i] >= 0 && classes[i] < known, op, ": ", name, "[", i, "] is ", classes[i],
+        ", expected a class in [0, ", known, ")");
   }
 }
 

@@ -9,7 +9,8 @@ namespace {
 // One tile: z becomes e, 0 at the label, and then the gradient. `grad` may be null.
 template <typename A, typename Tile>
 FASTDYNAT_INLINE void soft_margin_tile(
-    const Tile& tile, const FloatRows& logits, const int64_t* labels, SoftMargin<A> soft, A* margin, A* grad, A* z) {
+    const Tile& tile, const FloatRows& logits, const int64_t* labels, SoftMargin<A> soft, A* margin, A* grad,
+    A* z) {
   Lanes<A> own, top, sum;
   Lanes<int32_t> label;
   tile.load(logits, z);
@@ -41,7 +42,8 @@ FASTDYNAT_INLINE void soft_margin_tile(
   tile.store(z, grad);
 }
 
-std::tuple<Tensor, Tensor> soft_margin_cpu(const Tensor& logits, const Tensor& labels, double temperature, bool with_grad) {
+std::tuple<Tensor, Tensor> soft_margin_cpu(
+    const Tensor& logits, const Tensor& labels, double temperature, bool with_grad) {
   return run_soft_margin(logits, labels, temperature, with_grad, [&](SoftMarginRows& rows) {
     check_classes("soft_margin", "labels", data<int64_t>(rows.labels), rows.n, rows.classes);
     with_wide_type(rows.logits, [&](auto wide) {

@@ -1,4 +1,4 @@
-// What every PGD step shares on the CPU and on CUDA devices: the checks, the layouts, the outputs.
+// Shared by all PGD steps on the CPU and on CUDA devices: the checks, the layouts, the outputs.
 #pragma once
 
 #include <tuple>
@@ -8,20 +8,21 @@
 
 namespace fastdynat {
 
-// What a step is asked for and gives back. `low` and `moved` are of size 0 where they are not asked for.
+// The inputs and outputs of a step. `low` and `moved` have no elements where they are not asked for.
 struct StepTensors {
   Tensor x_adv, grad, x0;  // dense, of one memory order; each image one block where `moved` is asked for
   Tensor out, low, moved;
   int64_t rows, row;  // images and elements per image, or 1 and all elements where `moved` is not asked for
 };
 
-// Where the half-precision copy of the result goes: nowhere, or to a tensor of either type.
+// The half-precision copy of the result: none, or a tensor of either type.
 struct LowCopy {
   void* to;  // may be null
   bool half;
 
   explicit LowCopy(StepTensors& s)
-      : to(s.low.numel() > 0 ? s.low.mutable_data_ptr() : nullptr), half(s.low.scalar_type() == ScalarType::Half) {}
+      : to(s.low.numel() > 0 ? s.low.mutable_data_ptr() : nullptr),
+        half(s.low.scalar_type() == ScalarType::Half) {}
 
   // Copies values[0, n) to the places from `at` on.
   template <typename T>
@@ -37,11 +38,12 @@ struct LowCopy {
   }
 };
 
-// Calls launch(StepTensors&) with tensors in an order that the kernels can walk; returns (out, low, moved), laid out as x_adv.
+// Calls launch(StepTensors&) with tensors in an order that the kernels can walk; returns (out, low, moved),
+// laid out as x_adv.
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor> run_step(
-    const char* op, const Tensor& x_adv, const Tensor& grad, const Tensor& x0, std::optional<ScalarType> low_dtype, bool count,
-    const Launch& launch) {
+    const char* op, const Tensor& x_adv, const Tensor& grad, const Tensor& x0,
+    std::optional<ScalarType> low_dtype, bool count, const Launch& launch) {
   const Checker check{op, "x_adv", x_adv};
   STD_TORCH_CHECK(!count || x_adv.dim() > 0, op, ": x_adv needs a first dimension of images");
   check.same_shape_and_device("grad", grad);
@@ -55,8 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> run_step(
   Tensor moved = count ? torch::stable::new_zeros(x_adv, {x_adv.size(0)}, ScalarType::Bool)
                        : torch::stable::new_empty(x_adv, {0}, ScalarType::Bool);
   if (x_adv.numel() == 0) return {out, low, moved};
-  const bool direct = is_dense(x_adv) && same_order(x_adv, grad) && same_order(x_adv, x0) && same_order(out, x_adv) &&
-                      (!low_dtype || same_order(low, x_adv)) && (!count || images_are_blocks(x_adv));
+  const bool direct = is_dense(x_adv) && same_order(x_adv, grad) && same_order(x_adv, x0) &&
+                      same_order(out, x_adv) && (!low_dtype || same_order(low, x_adv)) &&
+                      (!count || images_are_blocks(x_adv));
   const int64_t rows = count ? x_adv.size(0) : 1;
   const int64_t row = x_adv.numel() / rows;
   if (direct) {

@@ -1,5 +1,5 @@
-// What every operator needs to know about its tensors: checks whose messages name the argument, layouts, dtypes.
-// torch.ops can be called directly, so what fastdynat.ops checked is checked again. Nothing here waits for the device.
+// Tensors of the operators: checks whose messages name the argument, layouts, dtypes. torch.ops can be called
+// directly, so the checks of fastdynat.ops are repeated. Nothing here waits for the device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,20 +50,21 @@ struct Checker {
 
   void same_shape_and_device(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(
-        same_shape(t, first), op, ": ", name, " has shape ", shape_of(t), " but ", first_name, " has shape ", shape_of(first));
+        same_shape(t, first), op, ": ", name, " has shape ", shape_of(t), " but ", first_name, " has shape ",
+        shape_of(first));
     same_device(name, t);
   }
 
   void same_dtype(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.scalar_type() == first.scalar_type(), op, ": ", name, " and ", first_name, " must have one dtype");
+    STD_TORCH_CHECK(
+        t.scalar_type() == first.scalar_type(), op, ": ", name, " and ", first_name, " must have one dtype");
   }
 
   // (N,) for a first argument of N rows.
   void one_per_row(const char* name, const Tensor& t, ScalarType dtype, const char* dtype_name) const {
     STD_TORCH_CHECK(
-        t.dim() == 1 && first.dim() >= 1 && t.size(0) == first.size(0),
-        op, ": ", name, " has shape ", shape_of(t), ", expected one entry per row of ", first_name, ", which has shape ",
-        shape_of(first));
+        t.dim() == 1 && first.dim() >= 1 && t.size(0) == first.size(0), op, ": ", name, " has shape ",
+        shape_of(t), ", expected one entry per row of ", first_name, ", which has shape ", shape_of(first));
     STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name);
     same_device(name, t);
   }
@@ -84,7 +85,8 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// Whether each image (entry of dimension 0) is one block of a dense tensor: contiguous and channels-last both are.
+// Whether each image (entry of dimension 0) is one block of a dense tensor: contiguous and channels-last both
+// are.
 inline bool images_are_blocks(const Tensor& t) {
   return t.dim() > 0 && (t.size(0) == 1 || t.numel() == 0 || t.stride(0) * t.size(0) == t.numel());
 }
@@ -104,22 +106,27 @@ inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   const std::optional<torch::stable::Device> device;
   const std::optional<bool> pin_memory;
   const std::optional<torch::headeronly::MemoryFormat> memory_format;
-  std::array<StableIValue, 6> stack{
-      from(t), from(std::optional<ScalarType>(dtype)), from(layout), from(device), from(pin_memory), from(memory_format)};
+  std::array<StableIValue, 6> stack{from(t),          from(std::optional<ScalarType>(dtype)),
+                                    from(layout),     from(device),
+                                    from(pin_memory), from(memory_format)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
 }
 
-// `t`, of any floating dtype, as kernels for `images` read it. float64 stands only beside float64: `t` is converted otherwise,
-// which is all that kernels would do to its values, and they need not exist for every pair of types.
+// `t`, of any floating dtype, as kernels for `images` read it. float64 stands only beside float64: `t` is
+// converted otherwise, which is all that kernels would do to its values, and they need not exist for every
+// pair of types.
 inline Tensor beside(const char* op, const char* name, const Tensor& images, const Tensor& t) {
-  STD_TORCH_CHECK(is_float(t.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(
+      is_float(t.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16");
   const ScalarType type = images.scalar_type();
-  if (t.scalar_type() == type || (type != ScalarType::Double && t.scalar_type() != ScalarType::Double)) return t;
+  if (t.scalar_type() == type || (type != ScalarType::Double && t.scalar_type() != ScalarType::Double))
+    return t;
   Tensor out = empty_like(t, type);
   torch::stable::copy_(out, t);
   return out;
@@ -161,7 +168,8 @@ void with_image_type(const char* op, const char* name, ScalarType dtype, const F
 
 // Calls f(T{}, G{}) with the types of images and of what has been put `beside` them.
 template <typename F>
-void with_types_beside(const char* op, const char* images_name, const Tensor& images, const Tensor& other, const F& f) {
+void with_types_beside(
+    const char* op, const char* images_name, const Tensor& images, const Tensor& other, const F& f) {
   with_image_type(op, images_name, images.scalar_type(), [&](auto t) {
     using T = decltype(t);
     if constexpr (std::is_same_v<T, double>) {

@@ -1,5 +1,6 @@
-// How the CPU walks rows of class scores: kLanes values side by side, which are kLanes rows where rows are short (the tile is
-// transposed, so that no vector straddles two rows) and kLanes consecutive classes of one row where they are long.
+// The loops of the CPU over rows of class scores: kLanes values side by side, which are kLanes rows where rows are
+// short (the tile is transposed, so that no vector straddles two rows) and kLanes consecutive classes of one
+// row where they are long.
 #pragma once
 
 #include <memory>
@@ -9,8 +10,8 @@
 
 namespace fastdynat {
 
-// More than compilers unroll, so that loops over lanes are still loops when the vectoriser sees them. Offsets are int64:
-// Python's flags define the overflow of int, which hides from the vectoriser that i + 1 follows i.
+// More than compilers unroll, so that loops over lanes are still loops when the vectoriser sees them. Offsets
+// are int64: Python's flags define the overflow of int, which hides from the vectoriser that i + 1 follows i.
 constexpr int32_t kLanes = 32;
 constexpr int64_t kShortRow = 128;  // classes up to which lanes are rows
 
@@ -33,8 +34,10 @@ struct Tile {
   FASTDYNAT_INLINE int32_t class_of(int64_t i, int32_t j) const {
     return kAcrossRows ? static_cast<int32_t>(i / kLanes) : static_cast<int32_t>(i) + j;
   }
-  // Where a class of the row in lane j is.
-  FASTDYNAT_INLINE int64_t value_of(int32_t k, int32_t j) const { return kAcrossRows ? int64_t{k} * kLanes + j : k; }
+  // The position of a class of the row in lane j.
+  FASTDYNAT_INLINE int64_t value_of(int32_t k, int32_t j) const {
+    return kAcrossRows ? int64_t{k} * kLanes + j : k;
+  }
   FASTDYNAT_INLINE int64_t row_of(int32_t j) const { return kAcrossRows && j < rows ? first + j : first; }
 
   // Values of the tile; lanes without a class get -inf, lanes without a row repeat the first one.
@@ -98,7 +101,8 @@ struct Tile {
     across(top, larger);
     for (int64_t i = 0; i < end(); i += kLanes) {
       const A* x = values + i;
-      if (!kAcrossRows) {  // one row: nothing before its maximum has to be looked at lane by lane, nor anything after it
+      if (!kAcrossRows) {  // one row: nothing before its maximum has to be looked at lane by lane, nor
+                           // anything after it
         int32_t here = 0;
         for (int32_t j = 0; j < kLanes; ++j) here |= (x[j] == top[j]) | ((x[j] != x[j]) & (top[j] != top[j]));
         if (here == 0) continue;
@@ -115,7 +119,8 @@ struct Tile {
 
   // values = exp((values - top) * factor), and their sum over all classes but `without`.
   template <typename A>
-  FASTDYNAT_INLINE void exponentials(A* values, const A* top, A factor, const int32_t* without, A* sum) const {
+  FASTDYNAT_INLINE void exponentials(
+      A* values, const A* top, A factor, const int32_t* without, A* sum) const {
     for (int32_t j = 0; j < kLanes; ++j) sum[j] = A(0);
     for (int64_t i = 0; i < end(); i += kLanes) {
       A* x = values + i;
@@ -129,19 +134,24 @@ struct Tile {
   }
 };
 
-// Calls body(tile, scratch, size) for every tile of (n, classes), in parallel; scratch holds `buffers` tiles of `size` values.
+// Calls body(tile, scratch, size) for every tile of (n, classes), in parallel; scratch holds `buffers` tiles
+// of `size` values.
 template <typename A, bool kAcrossRows, typename Body>
 void for_tiles_of(int64_t n, int32_t classes, int32_t buffers, const Body& body) {
   using T = Tile<kAcrossRows>;
   const int64_t size = T{0, 0, classes}.end();
   constexpr int64_t kWork = 4;  // an exponential is worth about four elements of an ordinary loop
-  parallel<A>((n + T::kRows - 1) / T::kRows, kWork * size, [=, &body](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
-    const std::unique_ptr<A[]> scratch(new A[buffers * size]);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * T::kRows;
-      body(T{first, static_cast<int32_t>(std::min<int64_t>(T::kRows, n - first)), classes}, scratch.get(), size);
-    }
-  });
+  parallel<A>(
+      (n + T::kRows - 1) / T::kRows, kWork * size,
+      [=, &body](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+        const std::unique_ptr<A[]> scratch(new A[buffers * size]);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = i * T::kRows;
+          body(
+              T{first, static_cast<int32_t>(std::min<int64_t>(T::kRows, n - first)), classes}, scratch.get(),
+              size);
+        }
+      });
 }
 
 template <typename A, typename Body>

@@ -1,4 +1,5 @@
-// fastdynat::winograd_conv3x3 and fastdynat::winograd_weights: on the CPU only, as cuDNN has Winograd convolutions of its own.
+// fastdynat::winograd_conv3x3 and fastdynat::winograd_weights: on the CPU only, as cuDNN has Winograd
+// convolutions of its own.
 #include "winograd.h"
 
 #include "parallel.h"
@@ -11,8 +12,8 @@ namespace {
 
 constexpr const char* kConvName = "winograd_conv3x3";
 constexpr const char* kWeightsName = "winograd_weights";
-// Bytes per thread of transformed tiles that are worked on at a time: they stay in the second cache from the first transform
-// to the last. Fewer tiles than kFewTiles would read the weights too often.
+// Bytes per thread of transformed tiles that are worked on at a time: they stay in the second cache from the
+// first transform to the last. Fewer tiles than kFewTiles would read the weights too often.
 constexpr int64_t kChunk = 1 << 20;
 constexpr int64_t kFewTiles = 64;
 constexpr int64_t kLanes = 16;  // filters that are transformed side by side
@@ -26,7 +27,8 @@ FASTDYNAT_INLINE void for_blocks(int64_t channels, const Body& body) {
 }
 
 // x: (N, H, W, C) -> v: (36, count, C), the windows of tiles [first, first + count).
-void transform_input(const float* x, float* v, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
+void transform_input(
+    const float* x, float* v, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
   parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
     for (int64_t t = begin; t < end; ++t) {
@@ -46,7 +48,8 @@ void transform_input(const float* x, float* v, const Tiles& tiles, int64_t chann
             }
           }
           for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {window[0][c], window[1][c], window[2][c], window[3][c], window[4][c], window[5][c]};
+            const float d[kWindow] = {window[0][c], window[1][c], window[2][c],
+                                      window[3][c], window[4][c], window[5][c]};
             float s[kWindow];
             input_transform(d, s);
             for (int64_t i = 0; i < kWindow; ++i) half[i][j][c] = s[i];
@@ -69,7 +72,8 @@ void transform_input(const float* x, float* v, const Tiles& tiles, int64_t chann
 
 // m: (36, count, K) -> y: (N, H, W, K) at the tiles [first, first + count).
 void transform_output(
-    const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
+    const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t first,
+    int64_t count) {
   parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
     for (int64_t t = begin; t < end; ++t) {
@@ -81,7 +85,8 @@ void transform_output(
           const float* q = m + j * plane + t * channels + c0;
           const int64_t next = kWindow * plane;
           for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {q[c], q[next + c], q[2 * next + c], q[3 * next + c], q[4 * next + c], q[5 * next + c]};
+            const float d[kWindow] = {
+                q[c], q[next + c], q[2 * next + c], q[3 * next + c], q[4 * next + c], q[5 * next + c]};
             float s[kTile];
             output_transform(d, s);
             for (int64_t i = 0; i < kTile; ++i) half[i][j][c] = s[i];
@@ -120,8 +125,8 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
   const Checker check{kConvName, "x", x};
   STD_TORCH_CHECK(x.dim() == 4, kConvName, ": x has shape ", shape_of(x), ", expected (N, C, H, W)");
   STD_TORCH_CHECK(
-      weight.dim() == 3 && weight.size(0) == kPoints && weight.size(1) == x.size(1), kConvName, ": weight has shape ",
-      shape_of(weight), ", expected (36, ", x.size(1), ", K)");
+      weight.dim() == 3 && weight.size(0) == kPoints && weight.size(1) == x.size(1), kConvName,
+      ": weight has shape ", shape_of(weight), ", expected (36, ", x.size(1), ", K)");
   const int64_t outputs = weight.size(2);
   check_float(kConvName, "x", x);
   check.same_dtype("weight", weight);
@@ -129,7 +134,8 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
   std::optional<Tensor> shift;
   if (bias) {
     STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == outputs, kConvName, ": bias has shape ", shape_of(*bias), ", expected (", outputs, ",)");
+        bias->dim() == 1 && bias->size(0) == outputs, kConvName, ": bias has shape ", shape_of(*bias),
+        ", expected (", outputs, ",)");
     check.same_dtype("bias", *bias);
     check.same_device("bias", *bias);
     shift = torch::stable::contiguous(*bias);
@@ -160,9 +166,11 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
 }
 
 // w: `to` filters of 3 x 3 taps for each of `from` channels -> u: (36, from, to).
-// Filter (f, t) begins at w[f * from_stride + t * to_stride]; `step` is 1, or -1 from the last tap for filters turned by 180 degrees.
+// Filter (f, t) begins at w[f * from_stride + t * to_stride]; `step` is 1, or -1 from the last tap for
+// filters turned by 180 degrees.
 void transform_weights(
-    const float* w, int64_t from_stride, int64_t to_stride, int64_t step, float* u, int64_t from, int64_t to) {
+    const float* w, int64_t from_stride, int64_t to_stride, int64_t step, float* u, int64_t from,
+    int64_t to) {
   parallel<float>(from, kPoints * to, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t f = begin; f < end; ++f) {
       for (int64_t t0 = 0; t0 < to; t0 += kLanes) {
@@ -201,16 +209,18 @@ void transform_weights(
 void check_points(const char* name, const Tensor& t, int64_t from, int64_t to) {
   const bool fits = t.dim() == 3 && t.size(0) == kPoints && t.size(1) == from && t.size(2) == to;
   // Strides of dimensions of size 1 do not matter, nor any of an empty tensor.
-  const bool contiguous = fits && (t.numel() == 0 || (t.stride(0) == from * to && (from == 1 || t.stride(1) == to) &&
-                                                      (to == 1 || t.stride(2) == 1)));
+  const bool contiguous =
+      fits && (t.numel() == 0 || (t.stride(0) == from * to && (from == 1 || t.stride(1) == to) &&
+                                  (to == 1 || t.stride(2) == 1)));
   STD_TORCH_CHECK(
-      contiguous, kWeightsName, ": ", name, " has shape ", shape_of(t), ", expected contiguous (36, ", from, ", ", to, ")");
+      contiguous, kWeightsName, ": ", name, " has shape ", shape_of(t), ", expected contiguous (36, ", from,
+      ", ", to, ")");
 }
 
 void winograd_weights_cpu(const Tensor& weight, Tensor forward, Tensor backward) {
   STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, kWeightsName, ": weight has shape ", shape_of(weight),
-      ", expected (K, C, 3, 3)");
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, kWeightsName, ": weight has shape ",
+      shape_of(weight), ", expected (K, C, 3, 3)");
   const Checker check{kWeightsName, "weight", weight};
   const int64_t outputs = weight.size(0), channels = weight.size(1);
   check_float(kWeightsName, "weight", weight);

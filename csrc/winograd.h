@@ -1,4 +1,5 @@
-// Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): the one-dimensional transforms and the tiles.
+// Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015, arXiv 1509.09308): the one-dimensional
+// transforms and the tiles.
 #pragma once
 
 #include "inline.h"
@@ -10,7 +11,8 @@ namespace fastdynat {
 constexpr int64_t kTile = 4;             // outputs of a tile, in each direction
 constexpr int64_t kWindow = kTile + 2;   // inputs that they read
 constexpr int64_t kPoints = kWindow * kWindow;
-constexpr int64_t kChannels = 64;        // that a tile is transformed for at a time: 36 x 64 values fit the nearest cache
+constexpr int64_t kChannels =
+    64;  // that a tile is transformed for at a time: 36 x 64 values fit the nearest cache
 
 // B^T d, of one column or row of a window.
 FASTDYNAT_INLINE void input_transform(const float (&d)[kWindow], float (&v)[kWindow]) {
@@ -45,13 +47,16 @@ FASTDYNAT_INLINE void filter_transform(const double (&w)[3], double (&u)[kWindow
   u[5] = w[2];
 }
 
-// How images of (height, width) fall into tiles, which are numbered by image, row and column.
+// The division of images of (height, width) into tiles, which are numbered by image, row and column.
 struct Tiles {
   int64_t height, width;
   int64_t down, across;
 
   Tiles(int64_t height, int64_t width)
-      : height(height), width(width), down((height + kTile - 1) / kTile), across((width + kTile - 1) / kTile) {}
+      : height(height),
+        width(width),
+        down((height + kTile - 1) / kTile),
+        across((width + kTile - 1) / kTile) {}
 
   struct At {
     int64_t image, top, left;  // of its outputs

@@ -1,4 +1,5 @@
-// fastdynat::attack_logit_grad on CUDA devices: a warp per row, which it reads from memory once and from the cache after that.
+// fastdynat::attack_logit_grad on CUDA devices: a warp per row, which it reads from memory once and from the
+// cache after that.
 #include "../attack_logit_grad.h"
 
 #include "launch.cuh"
@@ -12,7 +13,8 @@ constexpr int kRowsPerBlock = kRowThreads / kWarp;
 
 template <typename A, typename Combine>
 __device__ __forceinline__ A warp_reduce(A value, const Combine& combine) {
-  for (int offset = kWarp / 2; offset > 0; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = kWarp / 2; offset > 0; offset >>= 1)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;
 }
 
@@ -62,9 +64,9 @@ struct Row {
   }
 };
 
-
 template <typename A, typename T>
-__device__ __forceinline__ void hard_row(const Row<A, T>& row, int32_t label, bool rescale, A sign, T* grad, A* value) {
+__device__ __forceinline__ void hard_row(
+    const Row<A, T>& row, int32_t label, bool rescale, A sign, T* grad, A* value) {
   const int32_t first = row.best_but(-1, -1);
   const A top = row[first];
   const A ours = row[label] - top;
@@ -74,7 +76,8 @@ __device__ __forceinline__ void hard_row(const Row<A, T>& row, int32_t label, bo
     others += k == first ? A(0) : e;
     rest += k == label ? A(0) : e;
   });
-  others = warp_sum(others) + (top - top);  // NaN where the maximum is infinite or NaN: all of the row becomes NaN
+  others =
+      warp_sum(others) + (top - top);  // NaN where the maximum is infinite or NaN: all of the row becomes NaN
   const A inverse = A(1) / (A(1) + others);
   rest = warp_sum(rest) * inverse;
   if (row.lane == 0) *value = sign * (log1p_nonnegative(others) - ours);
@@ -85,25 +88,31 @@ __device__ __forceinline__ void hard_row(const Row<A, T>& row, int32_t label, bo
       row.each([&](int32_t k, A z) { sum += k == label ? A(0) : exp_of(z - best); });
       sum = warp_sum(sum);
       const A scale = sign * inverse_power_of_two(sum);
-      row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -sum : exp_of(z - best))); });
+      row.each(
+          [&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -sum : exp_of(z - best))); });
       return;
     }
   }
   const A scale = rescale ? sign * inverse_power_of_two(rest) : sign;
-  row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (k == label ? -rest : exp_of(z - top) * inverse)); });
+  row.each([&](int32_t k, A z) {
+    grad[k] = static_cast<T>(scale * (k == label ? -rest : exp_of(z - top) * inverse));
+  });
 }
 
 // `targets` are read from value `from` on.
 template <typename A, typename T>
 __device__ __forceinline__ void soft_row(
-    const Row<A, T>& row, const FloatRows& targets, int64_t from, bool kl, bool rescale, A sign, T* grad, A* value) {
+    const Row<A, T>& row, const FloatRows& targets, int64_t from, bool kl, bool rescale, A sign, T* grad,
+    A* value) {
   const int32_t first = row.best_but(-1, -1);
   const A top = row[first];
   const auto log_probability = [&](int32_t k) {
     const A q = load_value<A>(targets, from + k);
     return q > A(0) ? A(0) : q;  // but for rounding
   };
-  const auto probability = [&](int32_t k) { return kl ? exp_of(log_probability(k)) : load_value<A>(targets, from + k); };
+  const auto probability = [&](int32_t k) {
+    return kl ? exp_of(log_probability(k)) : load_value<A>(targets, from + k);
+  };
   A others = 0, mass = 0;
   row.each([&](int32_t k, A z) {
     others += k == first ? A(0) : exp_of(z - top);
@@ -125,7 +134,8 @@ __device__ __forceinline__ void soft_row(
   largest = warp_reduce(largest, [](A a, A b) { return a > b ? a : b; });
   if (row.lane == 0) *value = sign * sum;
   const A scale = rescale ? sign * inverse_power_of_two(largest) : sign;
-  row.each([&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (exp_of(z - top) * factor - probability(k))); });
+  row.each(
+      [&](int32_t k, A z) { grad[k] = static_cast<T>(scale * (exp_of(z - top) * factor - probability(k))); });
 }
 
 template <typename A, typename T>
@@ -147,9 +157,10 @@ __device__ __forceinline__ void sparse_row(
 
 template <typename A, typename T>
 __global__ void __launch_bounds__(kRowThreads) attack_logit_grad_kernel(
-    const T* __restrict__ logits, const int64_t* __restrict__ labels, FloatRows targets, T* __restrict__ grad, A* __restrict__ value,
-    int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
-  for (int64_t i = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp; i < n; i += int64_t{gridDim.x} * kRowsPerBlock) {
+    const T* __restrict__ logits, const int64_t* __restrict__ labels, FloatRows targets, T* __restrict__ grad,
+    A* __restrict__ value, int64_t n, int32_t classes, AttackLoss loss, bool rescale, A sign) {
+  for (int64_t i = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kWarp; i < n;
+       i += int64_t{gridDim.x} * kRowsPerBlock) {
     const Row<A, T> row{logits + i * classes, classes, static_cast<int32_t>(threadIdx.x % kWarp)};
     T* to = grad + i * classes;
     if (is_soft(loss)) {
@@ -177,9 +188,10 @@ std::tuple<Tensor, Tensor> attack_logit_grad_cuda(
       using T = decltype(element);
       using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
       launch(
-          attack_logit_grad_kernel<A, T>, blocks_for(g.n, kRowsPerBlock), kRowThreads, device.stream, data<T>(g.logits),
-          is_soft(g.loss) ? nullptr : data<int64_t>(g.labels), FloatRows(g.labels), mutable_data<T>(g.grad),
-          mutable_data<A>(g.value), g.n, g.classes, g.loss, g.rescale, g.targeted ? A(-1) : A(1));
+          attack_logit_grad_kernel<A, T>, blocks_for(g.n, kRowsPerBlock), kRowThreads, device.stream,
+          data<T>(g.logits), is_soft(g.loss) ? nullptr : data<int64_t>(g.labels), FloatRows(g.labels),
+          mutable_data<T>(g.grad), mutable_data<A>(g.value), g.n, g.classes, g.loss, g.rescale,
+          g.targeted ? A(-1) : A(1));
     });
   });
 }

@@ -15,8 +15,8 @@ struct Shape {
 // A block writes one part of one image, kPack neighbours in memory per thread.
 template <typename T, bool kChannelsLast, int kPack>
 __global__ void __launch_bounds__(kThreads) augment_kernel(
-    const uint8_t* __restrict__ store, T* __restrict__ out, Draws draws, Shape shape, uint32_t packs, uint32_t parts,
-    uint32_t total_parts) {
+    const uint8_t* __restrict__ store, T* __restrict__ out, Draws draws, Shape shape, uint32_t packs,
+    uint32_t parts, uint32_t total_parts) {
   const int64_t row = int64_t{shape.channels} * shape.height * shape.width;
   for (uint32_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
     const int64_t n = part / parts;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(
     const uint8_t* image = store + cut.index * row;
     const uint32_t pack = part % parts * blockDim.x + threadIdx.x;
     if (pack >= packs) continue;
-    // Where in the image the pack's first element is; the others follow in memory order, innermost first.
+    // The position of the pack's first element in the image; the others follow in memory order, innermost first.
     uint32_t rest = pack * kPack, c = 0;
     if constexpr (kChannelsLast) {
       c = rest % shape.channels;
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(
       const int64_t from_y = y + cut.down;
       const int64_t from_x = (cut.flip ? shape.width - 1 - x : x) + cut.right;
       const bool inside = from_y >= 0 && from_y < shape.height && from_x >= 0 && from_x < shape.width;
-      const uint8_t pixel = fits && inside ? image[(c * int64_t{shape.height} + from_y) * shape.width + from_x] : 0;
+      const uint8_t pixel =
+          fits && inside ? image[(c * int64_t{shape.height} + from_y) * shape.width + from_x] : 0;
       result.v[k] = fits ? unit<T>(pixel) : static_cast<T>(NAN);
       if constexpr (kChannelsLast) {
         if (++c < shape.channels) continue;
@@ -71,18 +72,21 @@ void launch_augment(const uint8_t* store, AugmentTensors& s, cudaStream_t stream
   const int64_t total = parts * s.images;  // fits 32 bits: each is an image or hundreds of elements
   auto* kernel = packed ? augment_kernel<T, kChannelsLast, 4> : augment_kernel<T, kChannelsLast, 1>;
   const Shape shape{u32(s.channels), u32(s.height), u32(s.width)};
-  launch(kernel, std::min(total, kMaxBlocks), kThreads, stream, store, out, s.draws, shape, u32(packs), u32(parts), u32(total));
+  launch(
+      kernel, std::min(total, kMaxBlocks), kThreads, stream, store, out, s.draws, shape, u32(packs),
+      u32(parts), u32(total));
 }
 
 Tensor augment_cuda(
-    const Tensor& images, const Tensor& indices, const std::optional<Tensor>& shifts, const std::optional<Tensor>& flips,
-    int64_t pad, ScalarType dtype, bool channels_last) {
+    const Tensor& images, const Tensor& indices, const std::optional<Tensor>& shifts,
+    const std::optional<Tensor>& flips, int64_t pad, ScalarType dtype, bool channels_last) {
   const OnDevice device(images);
   return run_augment(images, indices, shifts, flips, pad, dtype, channels_last, [&](AugmentTensors& s) {
     with_float_type("augment", "dtype", dtype, [&](auto type) {
       using T = decltype(type);
       const uint8_t* store = data<uint8_t>(images);
-      channels_last ? launch_augment<T, true>(store, s, device.stream) : launch_augment<T, false>(store, s, device.stream);
+      channels_last ? launch_augment<T, true>(store, s, device.stream)
+                    : launch_augment<T, false>(store, s, device.stream);
     });
   });
 }

@@ -1,4 +1,5 @@
-// fastdynat::dynamic_label_cross_entropy on CUDA devices: one kernel for the rows, one block for their sum and the counts.
+// fastdynat::dynamic_label_cross_entropy on CUDA devices: one kernel for the rows, one block for their sum
+// and the counts.
 #include "../dynamic_label_cross_entropy.h"
 
 #include "rows.cuh"
@@ -25,7 +26,8 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(Arguments<ty
   using A = typename Walk::A;
   using View = typename Walk::View;
   const bool exists = Walk::row() < a.n;
-  const int64_t row = exists ? Walk::row() : a.n - 1;  // the rest of a last block computes along, for the shuffles
+  const int64_t row =
+      exists ? Walk::row() : a.n - 1;  // the rest of a last block computes along, for the shuffles
   const View z(a.logits, row, a.classes);
   const View g(a.guide, row, a.classes);
 
@@ -49,14 +51,19 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(Arguments<ty
   others = Walk::sum(others) + poison;
   if (kSoft) {
     A sum = 0;
-    Walk::each(g, [&](int32_t k, A x) { sum += k == label ? A(0) : exp_nonpositive((x - guide_top) * a.inverse_temperature); });
+    Walk::each(g, [&](int32_t k, A x) {
+      sum += k == label ? A(0) : exp_nonpositive((x - guide_top) * a.inverse_temperature);
+    });
     guide_inverse = a.smooth.inverse(Walk::sum(sum) + (guide_top - guide_top));
   }
   const auto target = [&](A guide) {
-    return kSoft ? a.smooth.target(exp_nonpositive((guide - guide_top) * a.inverse_temperature) * guide_inverse) : a.smooth.uniform;
+    return kSoft
+               ? a.smooth.target(exp_nonpositive((guide - guide_top) * a.inverse_temperature) * guide_inverse)
+               : a.smooth.uniform;
   };
   if (kSoft || a.smooth.uniform != A(0)) {
-    Walk::template each_pair<kSoft>(z, g, [&](int32_t, A x, A guide) { cost += a.smooth.cost(target(guide), x - top); });
+    Walk::template each_pair<kSoft>(
+        z, g, [&](int32_t, A x, A guide) { cost += a.smooth.cost(target(guide), x - top); });
     cost = Walk::sum(cost);
   }
   const A at_label = z.at(label) - top;
@@ -79,11 +86,13 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(Arguments<ty
   });
 }
 
-// One block, so that the order of the sum is fixed. `loss` and `counts` may be null; inputs are where there are no rows.
+// One block, so that the order of the sum is fixed. `loss` and `counts` may be null; inputs are where there
+// are no rows.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(
-    const A* __restrict__ row_loss, const int64_t* __restrict__ predictions, const int64_t* __restrict__ dynamic_labels,
-    const int64_t* __restrict__ labels, A* __restrict__ loss, int64_t* __restrict__ counts, int64_t n, bool mean) {
+    const A* __restrict__ row_loss, const int64_t* __restrict__ predictions,
+    const int64_t* __restrict__ dynamic_labels, const int64_t* __restrict__ labels, A* __restrict__ loss,
+    int64_t* __restrict__ counts, int64_t n, bool mean) {
   __shared__ double sums[32];
   __shared__ long long shared_counts[32];
   double sum = 0;
@@ -142,11 +151,13 @@ void launch_cross_entropy(CrossEntropy& c, cudaStream_t stream) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dynamic_label_cross_entropy_cuda(
-    const Tensor& logits, const Tensor& guide, const std::optional<Tensor>& labels, const std::optional<Tensor>& weights, bool soft,
-    double temperature, double smoothing, int64_t reduction, bool with_grad) {
+    const Tensor& logits, const Tensor& guide, const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& weights, bool soft, double temperature, double smoothing, int64_t reduction,
+    bool with_grad) {
   const OnDevice device(logits);
   return run_cross_entropy(
-      logits, guide, labels, weights, soft, temperature, smoothing, reduction, with_grad, [&](CrossEntropy& c) {
+      logits, guide, labels, weights, soft, temperature, smoothing, reduction, with_grad,
+      [&](CrossEntropy& c) {
         with_wide_type(c.logits, [&](auto wide) { launch_cross_entropy<decltype(wide)>(c, device.stream); });
       });
 }

@@ -1,4 +1,4 @@
-// What every kernel launch needs: the device and stream of the tensors, 16-byte accesses, block sizes.
+// Parts of every kernel launch: the device and stream of the tensors, 16-byte accesses, block sizes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@ namespace fastdynat {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // loops in the kernels cover the rest
 
-// The library and dispatch key under which a .cu file registers. tests/support/cuda_sim compiles the same files for the CPU, where
-// a simulation runs them, and registers them elsewhere.
+// The library and dispatch key under which a .cu file registers. tests/support/cuda_sim compiles the same
+// files for the CPU, where a simulation runs them, and registers them elsewhere.
 #ifndef FASTDYNAT_LIBRARY
 #define FASTDYNAT_LIBRARY fastdynat
 #define FASTDYNAT_KEY CUDA
@@ -58,9 +58,11 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
-inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
-// The second output in a 16-bit type, which is an argument of kernels and not one more type to compile them for.
+// The dtype of the half-precision output: an argument of kernels, so that they are not compiled for each.
 enum class Low : int { kNone, kHalf, kBFloat16 };
 
 inline Low low_of(std::optional<ScalarType> dtype) {
@@ -71,16 +73,18 @@ __device__ __forceinline__ uint16_t low_bits(float value, Low low) {
   return low == Low::kHalf ? Half(value).x : BFloat16(value).x;
 }
 
-// The sum, or another reduction, over a block of kThreads threads; every thread gets it. `shared` holds 32 values.
+// The sum, or another reduction, over a block of kThreads threads; every thread gets it. `shared` holds 32.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, T* shared, T identity, const Combine& combine) {
-  for (int offset = 16; offset > 0; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = 16; offset > 0; offset >>= 1)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
   const int warps = static_cast<int>(blockDim.x + 31) / 32;
   __syncthreads();  // the last call's values may still be read
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   value = static_cast<int>(threadIdx.x % 32) < warps ? shared[threadIdx.x % 32] : identity;
-  for (int offset = 16; offset > 0; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = 16; offset > 0; offset >>= 1)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;
 }
 

@@ -14,7 +14,8 @@ struct L0Pointers {
   const G* __restrict__ grad;
   const T* __restrict__ x0;
   T* __restrict__ out;
-  T* __restrict__ score;  // (rows, pixels) scratch; a thread reads only what it wrote itself, from the first-level cache
+  T* __restrict__ score;  // (rows, pixels) scratch; a thread reads only what it wrote itself, from the
+                          // first-level cache
 };
 
 template <typename T, typename G>
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l0_kernel(
     const T* x0 = p.x0 + image * row;
     T* score = p.score + image * grid.pixels;
     double length = 0;
-    for (int64_t i = threadIdx.x; i < row; i += blockDim.x) length += static_cast<double>(absolute(finite_gradient<T>(grad[i])));
+    for (int64_t i = threadIdx.x; i < row; i += blockDim.x)
+      length += static_cast<double>(absolute(finite_gradient<T>(grad[i])));
     length = block_reduce(length, shared, 0.0, plus);
     const L0Step<T> step{length > 0 ? step_size / length : 0.0, lo, hi};
     for (int64_t i = threadIdx.x; i < grid.pixels; i += blockDim.x) {
@@ -42,15 +44,19 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l0_kernel(
       for (int64_t i = threadIdx.x; i < grid.pixels; i += blockDim.x) found += predicate(score[i], i);
       return block_reduce(found, shared_count, 0, plus);
     };
-    const T threshold = from_bits<T>(largest_that<T>([&](T v) { return count([=](T s, int64_t) { return s >= v; }) >= pixels; }));
-    // Of the pixels on the threshold, the first: those up to the last index that has fewer than are wanted before it.
+    const T threshold = from_bits<T>(
+        largest_that<T>([&](T v) { return count([=](T s, int64_t) { return s >= v; }) >= pixels; }));
+    // Of the pixels on the threshold, the first: those up to the last index that has fewer than are wanted
+    // before it.
     const int64_t wanted = pixels - count([=](T s, int64_t) { return s > threshold; });
     int64_t last = wanted > 0 ? grid.pixels : -1;
     if (wanted > 0 && count([=](T s, int64_t) { return s == threshold; }) > wanted) {
       last = 0;
       for (int64_t bit = int64_t{1} << 30; bit > 0; bit >>= 1) {
         const int64_t candidate = last | bit;
-        if (candidate < grid.pixels && count([=](T s, int64_t i) { return s == threshold && i < candidate; }) < wanted) last = candidate;
+        if (candidate < grid.pixels &&
+            count([=](T s, int64_t i) { return s == threshold && i < candidate; }) < wanted)
+          last = candidate;
       }
     }
     for (int64_t i = threadIdx.x; i < grid.pixels; i += blockDim.x) {
@@ -61,7 +67,8 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l0_kernel(
 }
 
 Tensor pgd_step_l0_cuda(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo, double hi) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, int64_t pixels, double lo,
+    double hi) {
   const OnDevice device(x_adv);
   return run_l0_step(x_adv, grad, x0, pixels, [&](StepTensors& s, PixelGrid grid) {
     with_step_types("pgd_step_l0", s.x_adv, s.grad, [&](auto image, auto gradient) {
@@ -73,8 +80,8 @@ Tensor pgd_step_l0_cuda(
       // Four pixels per thread of a CIFAR image.
       const int threads = static_cast<int>(std::min<int64_t>(kMaxThreads, (grid.pixels + 127) / 128 * 32));
       launch(
-          pgd_step_l0_kernel<T, G>, std::min(s.rows, kMaxBlocks), threads, device.stream, p, s.rows, grid, step_size, pixels,
-          static_cast<T>(lo), static_cast<T>(hi));
+          pgd_step_l0_kernel<T, G>, std::min(s.rows, kMaxBlocks), threads, device.stream, p, s.rows, grid,
+          step_size, pixels, static_cast<T>(lo), static_cast<T>(hi));
     });
   });
 }

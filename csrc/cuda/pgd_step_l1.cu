@@ -7,7 +7,8 @@ namespace fastdynat {
 namespace {
 
 constexpr int kHeld = 6;         // packs per thread that stay in registers: CIFAR images in 128 threads
-constexpr int kMaxThreads = 512;  // so a block holds up to 12288 floats; larger images are read again in every pass
+constexpr int kMaxThreads =
+    512;  // so a block holds up to 12288 floats; larger images are read again in every pass
 
 template <typename T, typename G>
 struct L1Pointers {
@@ -40,7 +41,8 @@ struct L1Pack {
 
   __device__ __forceinline__ void step(T threshold, double move) {
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) delta.v[k] = moved_delta(delta.v[k], gradient.v[k], x0.v[k], threshold, move);
+    for (int k = 0; k < kPack; ++k)
+      delta.v[k] = moved_delta(delta.v[k], gradient.v[k], x0.v[k], threshold, move);
   }
 
   __device__ __forceinline__ double length(const L1Ball<T>& ball, T tau) const {
@@ -60,14 +62,16 @@ struct L1Pack {
 
 template <bool kHold, typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
-    L1Pointers<T, G> p, int64_t rows, int64_t packs, double step_size, double eps, int64_t count, L1Ball<T> ball) {
+    L1Pointers<T, G> p, int64_t rows, int64_t packs, double step_size, double eps, int64_t count,
+    L1Ball<T> ball) {
   __shared__ double shared[32];
   __shared__ int shared_count[32];
   const auto plus = [](auto a, auto b) { return a + b; };
   for (int64_t image = blockIdx.x; image < rows; image += gridDim.x) {
     const int64_t base = image * packs;
     L1Pack<T, kPack> held[kHold ? kHeld : 1];
-    // Calls f(L1Pack&, index) for the packs of this thread; prepare(L1Pack&) comes before where they are read anew.
+    // Calls f(L1Pack&, index) for the packs of this thread; prepare(L1Pack&) comes before where they are read
+    // anew.
     const auto each = [&](const auto& prepare, const auto& f) {
       if constexpr (kHold) {
 #pragma unroll
@@ -85,7 +89,8 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
     };
     const auto as_read = [](L1Pack<T, kPack>&) {};
     if constexpr (kHold) each(as_read, [&](L1Pack<T, kPack>& pack, int64_t i) { pack.load(p, i); });
-    // Gradients of 0 do not count, so that with fewer others than asked for the threshold is 0 and all of these move.
+    // Gradients of 0 do not count, so that with fewer others than asked for the threshold is 0 and all of
+    // these move.
     const auto at_least = [&](T threshold) {
       int found = 0;
       each(as_read, [&](const L1Pack<T, kPack>& pack, int64_t) { found += pack.at_least(threshold); });
@@ -109,17 +114,19 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
 
 template <int kPack, typename T, typename G>
 void launch_step(
-    const StepTensors& s, const L1Pointers<T, G>& p, double step_size, double eps, int64_t count, L1Ball<T> ball,
-    cudaStream_t stream) {
+    const StepTensors& s, const L1Pointers<T, G>& p, double step_size, double eps, int64_t count,
+    L1Ball<T> ball, cudaStream_t stream) {
   const int64_t packs = s.row / kPack;
   const bool hold = packs <= kHeld * kMaxThreads;
   const int threads = hold ? static_cast<int>((packs + kHeld * 32 - 1) / (kHeld * 32)) * 32 : kMaxThreads;
   auto* kernel = hold ? pgd_step_l1_kernel<true, T, G, kPack> : pgd_step_l1_kernel<false, T, G, kPack>;
-  launch(kernel, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs, step_size, eps, count, ball);
+  launch(
+      kernel, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs, step_size, eps, count, ball);
 }
 
 Tensor pgd_step_l1_cuda(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count, double lo, double hi) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count,
+    double lo, double hi) {
   const OnDevice device(x_adv);
   return run_l1_step(x_adv, grad, x0, count, [&](StepTensors& s) {
     with_step_types("pgd_step_l1", s.x_adv, s.grad, [&](auto image, auto gradient) {
@@ -128,8 +135,8 @@ Tensor pgd_step_l1_cuda(
       constexpr int kPack = 16 / sizeof(T);
       const L1Ball<T> ball{static_cast<T>(lo), static_cast<T>(hi)};
       const L1Pointers<T, G> p{data<T>(s.x_adv), data<G>(s.grad), data<T>(s.x0), mutable_data<T>(s.out)};
-      const bool packed = s.row % kPack == 0 && aligned(p.x_adv, 16) && aligned(p.x0, 16) && aligned(p.out, 16) &&
-                          aligned(p.grad, sizeof(Pack<G, kPack>));
+      const bool packed = s.row % kPack == 0 && aligned(p.x_adv, 16) && aligned(p.x0, 16) &&
+                          aligned(p.out, 16) && aligned(p.grad, sizeof(Pack<G, kPack>));
       packed ? launch_step<kPack>(s, p, step_size, eps, count, ball, device.stream)
              : launch_step<1>(s, p, step_size, eps, count, ball, device.stream);
     });

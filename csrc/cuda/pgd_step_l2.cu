@@ -1,4 +1,5 @@
-// fastdynat::pgd_step_l2 on CUDA devices: one kernel where an image fits in a block's registers, two where it does not.
+// fastdynat::pgd_step_l2 on CUDA devices: one kernel where an image fits in a block's registers, two where it
+// does not.
 #include "../pgd_step_l2.h"
 
 #include "launch.cuh"
@@ -7,7 +8,7 @@ namespace fastdynat {
 namespace {
 
 constexpr int kHeld = 3;            // packs per thread that stay in registers: CIFAR images in 256 threads
-constexpr int kMaxThreads = 512;    // so a block holds up to 6144 floats, and a thread's registers do not spill
+constexpr int kMaxThreads = 512;  // so a block holds up to 6144 floats, and a thread's registers do not spill
 constexpr int kPacksPerThread = 8;  // of an image split over blocks: 64 ImageNet images make 1216 blocks
 
 template <typename T, typename G>
@@ -44,10 +45,12 @@ struct L2Pack {
     }
   }
 
-  __device__ __forceinline__ void step(const L2Pointers<T, G>& p, int64_t pack, const L2Step<T>& step, L2Scales scales) const {
+  __device__ __forceinline__ void step(
+      const L2Pointers<T, G>& p, int64_t pack, const L2Step<T>& step, L2Scales scales) const {
     Pack<T, kPack> result;
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) result.v[k] = step(x_adv.v[k], finite_gradient<T>(grad.v[k]), x0.v[k], scales);
+    for (int k = 0; k < kPack; ++k)
+      result.v[k] = step(x_adv.v[k], finite_gradient<T>(grad.v[k]), x0.v[k], scales);
     reinterpret_cast<Pack<T, kPack>*>(p.out)[pack] = result;
     if (p.low_kind != Low::kNone) {
       Pack<uint16_t, kPack> narrow;
@@ -70,7 +73,8 @@ __device__ __forceinline__ L2Sums block_sums(L2Sums sums) {
 
 // A block per image, which is read once.
 template <typename T, typename G, int kPack>
-__global__ void __launch_bounds__(kMaxThreads) pgd_step_l2_kernel(L2Pointers<T, G> p, int64_t rows, int64_t packs, L2Step<T> step) {
+__global__ void __launch_bounds__(kMaxThreads)
+    pgd_step_l2_kernel(L2Pointers<T, G> p, int64_t rows, int64_t packs, L2Step<T> step) {
   for (int64_t image = blockIdx.x; image < rows; image += gridDim.x) {
     const int64_t base = image * packs;
     L2Pack<T, G, kPack> held[kHeld];
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) pgd_step_l2_sums_kernel(
 
 template <typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kThreads) pgd_step_l2_apply_kernel(
-    L2Pointers<T, G> p, int64_t packs, int64_t parts, int64_t total_parts, const L2Sums* __restrict__ partial, L2Step<T> step) {
+    L2Pointers<T, G> p, int64_t packs, int64_t parts, int64_t total_parts, const L2Sums* __restrict__ partial,
+    L2Step<T> step) {
   for (int64_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
     const int64_t image = part / parts;
     L2Sums sums;
@@ -137,7 +142,9 @@ void launch_step(StepTensors& s, const L2Pointers<T, G>& p, const L2Step<T>& ste
   const int64_t packs = s.row / kPack;
   if (packs <= kHeld * kMaxThreads) {
     const int threads = static_cast<int>((packs + kHeld * 32 - 1) / (kHeld * 32)) * 32;
-    launch(pgd_step_l2_kernel<T, G, kPack>, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs, step);
+    launch(
+        pgd_step_l2_kernel<T, G, kPack>, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs,
+        step);
     return;
   }
   constexpr int64_t kPart = kThreads * kPacksPerThread;
@@ -151,24 +158,33 @@ void launch_step(StepTensors& s, const L2Pointers<T, G>& p, const L2Step<T>& ste
 }
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
-    std::optional<ScalarType> low_dtype) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
+    double hi, std::optional<ScalarType> low_dtype) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
-  return run_step("pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true, [&](StepTensors& s) {
-    with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
-      using T = decltype(image);
-      using G = decltype(gradient);
-      constexpr int kPack = 16 / sizeof(T);
-      const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
-      auto* low = low_dtype ? static_cast<uint16_t*>(s.low.mutable_data_ptr()) : nullptr;
-      const L2Pointers<T, G> p{
-          data<T>(s.x_adv), data<G>(s.grad), data<T>(s.x0), mutable_data<T>(s.out), low, mutable_data<bool>(s.moved), low_kind};
-      const bool packed = s.row % kPack == 0 && aligned(p.x_adv, 16) && aligned(p.x0, 16) && aligned(p.out, 16) &&
-                          aligned(p.grad, sizeof(Pack<G, kPack>)) && aligned(low, sizeof(Pack<uint16_t, kPack>));
-      packed ? launch_step<T, G, kPack>(s, p, step, device.stream) : launch_step<T, G, 1>(s, p, step, device.stream);
-    });
-  });
+  return run_step(
+      "pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true,
+      [&](StepTensors& s) {
+        with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
+          using T = decltype(image);
+          using G = decltype(gradient);
+          constexpr int kPack = 16 / sizeof(T);
+          const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
+          auto* low = low_dtype ? static_cast<uint16_t*>(s.low.mutable_data_ptr()) : nullptr;
+          const L2Pointers<T, G> p{data<T>(s.x_adv),
+                                   data<G>(s.grad),
+                                   data<T>(s.x0),
+                                   mutable_data<T>(s.out),
+                                   low,
+                                   mutable_data<bool>(s.moved),
+                                   low_kind};
+          const bool packed = s.row % kPack == 0 && aligned(p.x_adv, 16) && aligned(p.x0, 16) &&
+                              aligned(p.out, 16) && aligned(p.grad, sizeof(Pack<G, kPack>)) &&
+                              aligned(low, sizeof(Pack<uint16_t, kPack>));
+          packed ? launch_step<T, G, kPack>(s, p, step, device.stream)
+                 : launch_step<T, G, 1>(s, p, step, device.stream);
+        });
+      });
 }
 
 }  // namespace

@@ -10,8 +10,8 @@ namespace {
 template <typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kThreads) pgd_step_linf_kernel(
     const T* __restrict__ x_adv, const G* __restrict__ grad, const T* __restrict__ x0, T* __restrict__ out,
-    uint16_t* __restrict__ low, bool* __restrict__ moved, int64_t row, int64_t parts, int64_t total_parts, PgdStep<T> step,
-    Low low_kind) {
+    uint16_t* __restrict__ low, bool* __restrict__ moved, int64_t row, int64_t parts, int64_t total_parts,
+    PgdStep<T> step, Low low_kind) {
   using Images = Pack<T, kPack>;
   using Grads = Pack<G, kPack>;
   using Lows = Pack<uint16_t, kPack>;
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kThreads) pgd_step_linf_kernel(
         reinterpret_cast<Lows*>(low)[base + i] = narrow;
       }
     }
-    if (moved != nullptr && __syncthreads_or(any) && threadIdx.x == 0) moved[image] = true;  // blocks write one value
+    if (moved != nullptr && __syncthreads_or(any) && threadIdx.x == 0)
+      moved[image] = true;  // blocks write one value
   }
 }
 
@@ -55,22 +56,25 @@ void launch_step(StepTensors& s, PgdStep<T> step, Low low_kind, cudaStream_t str
   const bool packed = s.row % kPack == 0 && aligned(x_adv, 16) && aligned(x0, 16) && aligned(out, 16) &&
                       aligned(grad, sizeof(Pack<G, kPack>)) && aligned(low, sizeof(Pack<uint16_t, kPack>));
   const int64_t items = packed ? s.row / kPack : s.row;
-  const int64_t parts = std::max<int64_t>(1, items / kThreads);  // of an image; each thread has one or two packs
+  const int64_t parts =
+      std::max<int64_t>(1, items / kThreads);  // of an image; each thread has one or two packs
   const int64_t total = parts * s.rows;
   const int64_t grid = std::min<int64_t>(total, kMaxBlocks);
   auto* kernel = packed ? pgd_step_linf_kernel<T, G, kPack> : pgd_step_linf_kernel<T, G, 1>;
-  launch(kernel, grid, kThreads, stream, x_adv, grad, x0, out, low, moved, s.row, parts, total, step, low_kind);
+  launch(
+      kernel, grid, kThreads, stream, x_adv, grad, x0, out, low, moved, s.row, parts, total, step, low_kind);
 }
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cuda(
-    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo, double hi,
-    std::optional<ScalarType> low_dtype, bool count) {
+    const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
+    double hi, std::optional<ScalarType> low_dtype, bool count) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
   return run_step(kStepName, x_adv, signs_of(x_adv, grad), x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      const PgdStep<T> step{static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
+      const PgdStep<T> step{
+          static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
       launch_step<T, decltype(gradient)>(s, step, low_kind, device.stream);
     });
   });

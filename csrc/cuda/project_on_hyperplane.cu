@@ -7,7 +7,8 @@ namespace fastdynat {
 namespace {
 
 constexpr int kHeld = 3;           // packs per thread that stay in registers: CIFAR images in 256 threads
-constexpr int kMaxThreads = 1024;  // so a block holds up to 12288 floats; larger images are read again in every step
+constexpr int kMaxThreads =
+    1024;  // so a block holds up to 12288 floats; larger images are read again in every step
 
 template <typename T, typename W>
 struct PlanePointers {
@@ -34,11 +35,14 @@ struct PlanePack {
     }
   }
 
-  __device__ __forceinline__ void add_to(const T* at_pointer, int64_t pack, double& product, T& largest) const {
+  __device__ __forceinline__ void add_to(
+      const T* at_pointer, int64_t pack, double& product, T& largest) const {
     const Pack<T, kPack> at = reinterpret_cast<const Pack<T, kPack>*>(at_pointer)[pack];
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
-      product = fma(static_cast<double>(direction.v[k]), static_cast<double>(x.v[k]) - static_cast<double>(at.v[k]), product);
+      product =
+          fma(static_cast<double>(direction.v[k]), static_cast<double>(x.v[k]) - static_cast<double>(at.v[k]),
+              product);
       largest = magnitude(direction.v[k]) > largest ? magnitude(direction.v[k]) : largest;
     }
   }
@@ -62,7 +66,8 @@ struct PlanePack {
 };
 
 template <bool kL2, bool kHold, typename T, typename W, int kPack>
-__global__ void __launch_bounds__(kMaxThreads) project_kernel(PlanePointers<T, W> p, int64_t rows, int64_t packs, Box<T> box) {
+__global__ void __launch_bounds__(kMaxThreads)
+    project_kernel(PlanePointers<T, W> p, int64_t rows, int64_t packs, Box<T> box) {
   __shared__ double shared[32];
   __shared__ T shared_largest[32];
   const auto plus = [](double a, double b) { return a + b; };
@@ -70,7 +75,8 @@ __global__ void __launch_bounds__(kMaxThreads) project_kernel(PlanePointers<T, W
   for (int64_t image = blockIdx.x; image < rows; image += gridDim.x) {
     const int64_t base = image * packs;
     PlanePack<T, kPack> held[kHold ? kHeld : 1];
-    // Calls f(PlanePack&, index) for the packs of this thread; what is not held is read with w times `factor`.
+    // Calls f(PlanePack&, index) for the packs of this thread; what is not held is read with w times
+    // `factor`.
     const auto each = [&](T factor, const auto& f) {
       if constexpr (kHold) {
 #pragma unroll
@@ -106,17 +112,22 @@ __global__ void __launch_bounds__(kMaxThreads) project_kernel(PlanePointers<T, W
     while (more) {
       const T t = newton.at();
       double reached = 0, slope = 0;
-      each(plane.factor, [&](const PlanePack<T, kPack>& pack, int64_t) { pack.template add_reached<kL2>(t, box, reached, slope); });
+      each(plane.factor, [&](const PlanePack<T, kPack>& pack, int64_t) {
+        pack.template add_reached<kL2>(t, box, reached, slope);
+      });
       reached = block_reduce(reached, shared, 0.0, plus);
       slope = block_reduce(slope, shared, 0.0, plus);
       more = newton.advance(reached, slope);
     }
-    each(plane.factor, [&](const PlanePack<T, kPack>& pack, int64_t i) { pack.template store<kL2>(p.out, i, newton.t, box); });
+    each(plane.factor, [&](const PlanePack<T, kPack>& pack, int64_t i) {
+      pack.template store<kL2>(p.out, i, newton.t, box);
+    });
   }
 }
 
 template <bool kL2, int kPack, typename T, typename W>
-void launch_projection(const Projection& projection, const PlanePointers<T, W>& p, Box<T> box, cudaStream_t stream) {
+void launch_projection(
+    const Projection& projection, const PlanePointers<T, W>& p, Box<T> box, cudaStream_t stream) {
   const int64_t packs = projection.row / kPack;
   const bool hold = packs <= kHeld * kMaxThreads;
   const int threads = hold ? static_cast<int>((packs + kHeld * 32 - 1) / (kHeld * 32)) * 32 : kMaxThreads;
@@ -136,8 +147,8 @@ Tensor project_on_hyperplane_cuda(
       const PlanePointers<T, W> p{
           data<T>(projection.x), data<W>(projection.w), data<T>(projection.value), data<T>(projection.at),
           mutable_data<T>(projection.out)};
-      const bool packed = projection.row % kPack == 0 && aligned(p.x, 16) && aligned(p.at, 16) && aligned(p.out, 16) &&
-                          aligned(p.w, sizeof(Pack<W, kPack>));
+      const bool packed = projection.row % kPack == 0 && aligned(p.x, 16) && aligned(p.at, 16) &&
+                          aligned(p.out, 16) && aligned(p.w, sizeof(Pack<W, kPack>));
       const auto run = [&](auto norm) {
         packed ? launch_projection<norm.value, kPack>(projection, p, box, device.stream)
                : launch_projection<norm.value, 1>(projection, p, box, device.stream);

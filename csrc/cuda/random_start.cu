@@ -6,10 +6,11 @@
 namespace fastdynat {
 namespace {
 
-// How an image lies in memory, and in which order its groups of four elements are worked on.
+// The memory layout of an image, and the order in which its groups of four elements are processed.
 struct Walk {
   uint32_t row, groups, channels, pixels;
-  bool fours;  // channels-last, whole groups in each channel: four pixels through all channels, so that neighbours stay near
+  bool fours;  // channels-last, whole groups in each channel: four pixels through all channels, so that
+               // neighbours stay near
 
   __device__ __forceinline__ uint32_t group(uint32_t item) const {
     return fours ? item % channels * (pixels / 4) + item / channels : item;
@@ -20,11 +21,12 @@ struct Walk {
   }
 };
 
-// A block works on one part of one image; under L2 on the whole image, whose numbers it draws twice instead of storing them.
+// A block works on one part of one image; under L2 on the whole image, whose numbers it draws twice instead
+// of storing them.
 template <typename T, Noise kNoise, bool kPacked>
 __global__ void __launch_bounds__(kThreads) random_start_kernel(
-    const T* __restrict__ x, const int64_t* __restrict__ state, T* __restrict__ out, Walk walk, uint32_t parts,
-    uint32_t total_parts, Start<T> start) {
+    const T* __restrict__ x, const int64_t* __restrict__ state, T* __restrict__ out, Walk walk,
+    uint32_t parts, uint32_t total_parts, Start<T> start) {
   using Four = Pack<T, 16 / sizeof(T)>;  // of a group's elements, or half of them
   constexpr int kPacks = sizeof(T) / 4;
   const Philox random(state);
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) random_start_kernel(
         for (int k = 0; k < kPacks; ++k) {
           Four four = reinterpret_cast<const Four*>(from)[group * kPacks + k];
 #pragma unroll
-          for (int i = 0; i < 4 / kPacks; ++i) four.v[i] = mine.template apply<kNoise>(four.v[i], z.v[4 / kPacks * k + i]);
+          for (int i = 0; i < 4 / kPacks; ++i)
+            four.v[i] = mine.template apply<kNoise>(four.v[i], z.v[4 / kPacks * k + i]);
           reinterpret_cast<Four*>(to)[group * kPacks + k] = four;
         }
       } else {
@@ -79,15 +82,19 @@ void launch_start(StartTensors& s, const int64_t* state, Start<T> start, cudaStr
   T* out = mutable_data<T>(s.out);
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const int64_t groups = (s.row + 3) / 4;
-  const Walk walk{u32(s.row), u32(groups), u32(s.channels), u32(s.pixels), s.channels > 1 && s.pixels % 4 == 0};
+  const Walk walk{
+      u32(s.row), u32(groups), u32(s.channels), u32(s.pixels), s.channels > 1 && s.pixels % 4 == 0};
   const bool packed = s.channels == 1 && s.row % 4 == 0 && aligned(x, 16) && aligned(out, 16);
   const int64_t parts = kNoise == Noise::kL2 ? 1 : (groups + kThreads - 1) / kThreads;
   const int64_t total = parts * s.images;  // fits 32 bits: each is an image or hundreds of elements
   auto* kernel = packed ? random_start_kernel<T, kNoise, true> : random_start_kernel<T, kNoise, false>;
-  launch(kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, out, walk, u32(parts), u32(total), start);
+  launch(
+      kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, out, walk, u32(parts),
+      u32(total), start);
 }
 
-Tensor random_start_cuda(const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
+Tensor random_start_cuda(
+    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
   const OnDevice device(x);
   return run_start(x, state, kind, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {

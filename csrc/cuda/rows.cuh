@@ -1,5 +1,6 @@
-// How CUDA walks rows of class scores: kGroup threads per row (part of a warp, a warp or a block) hold its values in registers,
-// so that memory is read once, or read them again from the caches where a row is too long for that.
+// The loops of CUDA kernels over rows of class scores: kGroup threads per row (part of a warp, a warp or a block) hold its
+// values in registers, so that memory is read once, or read them again from the caches where a row is too
+// long for that.
 #pragma once
 
 #include <limits>
@@ -12,9 +13,11 @@ namespace fastdynat {
 
 constexpr int32_t kNoClass = std::numeric_limits<int32_t>::max();
 
-// `count` values from class k on; -inf where there is no class. whole: all of them exist, and may be loaded as one.
+// `count` values from class k on; -inf where there is no class. whole: all of them exist, and may be loaded
+// as one.
 template <typename A, int kCount>
-__device__ __forceinline__ Pack<A, kCount> load_pack(const FloatRows& from, int64_t row, int32_t classes, int32_t k, bool whole) {
+__device__ __forceinline__ Pack<A, kCount> load_pack(
+    const FloatRows& from, int64_t row, int32_t classes, int32_t k, bool whole) {
   Pack<A, kCount> values;
   with_pointer(from, [&](const auto* data) {
     using T = std::decay_t<decltype(*data)>;
@@ -31,7 +34,8 @@ __device__ __forceinline__ Pack<A, kCount> load_pack(const FloatRows& from, int6
   return values;
 }
 
-// kPacks packs of kPack values per thread; kPacks = 0: as many as the row needs, loaded whenever they are looked at.
+// kPacks packs of kPack values per thread; kPacks = 0: as many as the row needs, loaded whenever they are
+// looked at.
 template <typename A_, int kGroup_, int kPacks, int kPack>
 struct RowWalk {
   using A = A_;
@@ -49,7 +53,10 @@ struct RowWalk {
     Values held[kHeld ? kPacks : 1];
 
     __device__ __forceinline__ View(const FloatRows& from, int64_t row, int32_t classes)
-        : from(from), row(row), classes(classes), vectors(kPack > 1 && classes % kPack == 0 && from.aligned_for(kPack)) {
+        : from(from),
+          row(row),
+          classes(classes),
+          vectors(kPack > 1 && classes % kPack == 0 && from.aligned_for(kPack)) {
       if constexpr (kHeld) {
         if (from.data == nullptr) return;
 #pragma unroll
@@ -65,7 +72,9 @@ struct RowWalk {
       return load(i);
     }
     // Any value, from memory, where its cache line was just read.
-    __device__ __forceinline__ A at(int32_t k) const { return load_pack<A, 1>(from, row, classes, k, false).v[0]; }
+    __device__ __forceinline__ A at(int32_t k) const {
+      return load_pack<A, 1>(from, row, classes, k, false).v[0];
+    }
   };
 
   __device__ static __forceinline__ bool leads() { return threadIdx.x % kGroup == 0; }
@@ -114,7 +123,8 @@ struct RowWalk {
   template <bool kSecond, typename T, typename F>
   __device__ static __forceinline__ void write(T* out, const View& view, const View& second, const F& f) {
     T* to = out + view.row * view.classes;
-    const bool whole = kPack > 1 && view.classes % kPack == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<T, kPack>) == 0;
+    const bool whole = kPack > 1 && view.classes % kPack == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % sizeof(Pack<T, kPack>) == 0;
     packs(view.classes, [&](int i) {
       const int32_t k = first(i);
       const Values values = view.pack(i);
@@ -170,7 +180,9 @@ struct RowWalk {
 
   // One group of threads per row and no loop over rows: the groups of a warp take part in the same shuffles.
   static int64_t blocks(int64_t n) { return (n + kRowsPerBlock - 1) / kRowsPerBlock; }
-  __device__ static __forceinline__ int64_t row() { return int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kGroup; }
+  __device__ static __forceinline__ int64_t row() {
+    return int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kGroup;
+  }
 };
 
 // Calls f(RowWalk{}) with the walk for rows of this many classes.

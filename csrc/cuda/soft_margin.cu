@@ -1,5 +1,5 @@
-// fastdynat::soft_margin on CUDA devices: a warp per row, which its registers hold; a block for a longer row, read again from
-// the caches.
+// fastdynat::soft_margin on CUDA devices: a warp per row, which its registers hold; a block for a longer row,
+// read again from the caches.
 #include "../soft_margin.h"
 
 #include "launch.cuh"
@@ -10,7 +10,8 @@ namespace {
 constexpr int kWarpsPerBlock = 4;  // few, so that a batch of some hundred rows reaches every multiprocessor
 constexpr int kMostHeld = 32;      // values per lane: up to 1024 classes
 
-// A row in the registers of a warp. Each lane has `each` see its own classes; `reduce` combines what the lanes have.
+// A row in the registers of a warp. Each lane has `each` see its own classes; `reduce` combines what the
+// lanes have.
 template <typename A, int kHeld>
 struct WarpRow {
   static constexpr bool kHolds = true;
@@ -38,7 +39,8 @@ struct WarpRow {
 
   template <typename Combine>
   __device__ __forceinline__ A reduce(A value, A, const Combine& combine) const {
-    for (int offset = 16; offset > 0; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    for (int offset = 16; offset > 0; offset >>= 1)
+      value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
     return value;
   }
 };
@@ -55,7 +57,8 @@ struct BlockRow {
   __device__ __forceinline__ static int64_t in_block() { return 0; }
   __device__ __forceinline__ static bool first_thread() { return threadIdx.x == 0; }
 
-  __device__ __forceinline__ BlockRow(const FloatRows& rows, int64_t row, int32_t k) : rows(rows), row(row), classes(k) {}
+  __device__ __forceinline__ BlockRow(const FloatRows& rows, int64_t row, int32_t k)
+      : rows(rows), row(row), classes(k) {}
 
   template <typename F>
   __device__ __forceinline__ void each(const F& f) {
@@ -77,10 +80,11 @@ struct BlockRow {
 
 template <typename A, typename Row>
 __global__ void __launch_bounds__(Row::kBlock) soft_margin_kernel(
-    FloatRows logits, const int64_t* __restrict__ labels, int64_t n, int32_t classes, SoftMargin<A> soft, A* __restrict__ margin,
-    A* __restrict__ grad) {
+    FloatRows logits, const int64_t* __restrict__ labels, int64_t n, int32_t classes, SoftMargin<A> soft,
+    A* __restrict__ margin, A* __restrict__ grad) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * Row::kRowsPerBlock;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * Row::kRowsPerBlock + Row::in_block(); i < n; i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * Row::kRowsPerBlock + Row::in_block(); i < n;
+       i += step) {
     const int64_t given = labels[i];
     const int32_t label = given >= 0 && given < classes ? static_cast<int32_t>(given) : -1;
     const A own = label >= 0 ? load_value<A>(logits, i * classes + label) : kNaN<A>;
@@ -105,16 +109,17 @@ __global__ void __launch_bounds__(Row::kBlock) soft_margin_kernel(
   }
 }
 
-std::tuple<Tensor, Tensor> soft_margin_cuda(const Tensor& logits, const Tensor& labels, double temperature, bool with_grad) {
+std::tuple<Tensor, Tensor> soft_margin_cuda(
+    const Tensor& logits, const Tensor& labels, double temperature, bool with_grad) {
   const OnDevice device(logits);
   return run_soft_margin(logits, labels, temperature, with_grad, [&](SoftMarginRows& rows) {
     with_wide_type(rows.logits, [&](auto wide) {
       using A = decltype(wide);
       const auto start = [&](auto kernel, int64_t per_block, int block) {
         launch(
-            kernel, blocks_for(rows.n, per_block), block, device.stream, FloatRows(rows.logits), data<int64_t>(rows.labels), rows.n,
-            rows.classes, SoftMargin<A>{static_cast<A>(temperature)}, mutable_data<A>(rows.margin),
-            with_grad ? mutable_data<A>(rows.grad) : static_cast<A*>(nullptr));
+            kernel, blocks_for(rows.n, per_block), block, device.stream, FloatRows(rows.logits),
+            data<int64_t>(rows.labels), rows.n, rows.classes, SoftMargin<A>{static_cast<A>(temperature)},
+            mutable_data<A>(rows.margin), with_grad ? mutable_data<A>(rows.grad) : static_cast<A*>(nullptr));
       };
       const auto start_warps = [&](auto held) {
         using Row = WarpRow<A, decltype(held)::value>;
