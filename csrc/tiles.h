@@ -1,6 +1,6 @@
-// The loops of the CPU over rows of class scores: kLanes values side by side, which are kLanes rows where rows are
-// short (the tile is transposed, so that no vector straddles two rows) and kLanes consecutive classes of one
-// row where they are long.
+// The loops of the CPU over rows of class scores: kLanes values side by side, which are kLanes rows where
+// rows are short (the tile is transposed, so that no vector straddles two rows) and kLanes consecutive
+// classes of one row where they are long.
 #pragma once
 
 #include <memory>

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads) augment_kernel(
     const uint8_t* image = store + cut.index * row;
     const uint32_t pack = part % parts * blockDim.x + threadIdx.x;
     if (pack >= packs) continue;
-    // The position of the pack's first element in the image; the others follow in memory order, innermost first.
+    // The position of the pack's first element in the image; the others follow in memory order, innermost
+    // first.
     uint32_t rest = pack * kPack, c = 0;
     if constexpr (kChannelsLast) {
       c = rest % shape.channels;

@@ -1,6 +1,6 @@
-// The loops of CUDA kernels over rows of class scores: kGroup threads per row (part of a warp, a warp or a block) hold its
-// values in registers, so that memory is read once, or read them again from the caches where a row is too
-// long for that.
+// The loops of CUDA kernels over rows of class scores: kGroup threads per row (part of a warp, a warp or a
+// block) hold its values in registers, so that memory is read once, or read them again from the caches where
+// a row is too long for that.
 #pragma once
 
 #include <limits>
