@@ -1,11 +1,16 @@
-"""Operators: one function each, the same result whichever implementation runs.
+"""Operators: one function each, with the same result in every implementation ("backend").
 
-Implementations ("backends"): `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built),
-`triton` (kernels/, CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the best that the
-tensors allow and that is right on this machine, which is verified at the first use (`checks`).
+Backends: `eager` (plain torch, any device), `cpp` and `cuda` (csrc/, where it is built), `triton` (kernels/,
+CUDA tensors; CPU tensors under TRITON_INTERPRET=1). `auto` takes the fastest one that runs on the tensors and
+was found correct on this machine; that is verified at the first use.
 
-To add an operator: a file here with the public function, its schema, its fake and its table of
-implementations, and its table of cases in `checks`.
+In reading order:
+- an operator's own file, such as `pgd_step_linf`: eager form, registration, public function;
+- `_register`: the dispatcher schema, inferred from the eager form, and the table of implementations;
+- `_select` and `_timed`: the choice of the implementation; `_extension`: the compiled extension, if any;
+- `_step`, `_rows`, `_layout`: parts shared by the PGD steps, by the operators on logits, and by all;
+- `checks`: the cases on which `fastdynat.verification` compares implementations;
+- ``python -m fastdynat.ops.new NAME``: the files of a new operator.
 """
 
 from fastdynat.ops._select import (

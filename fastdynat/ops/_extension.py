@@ -1,4 +1,4 @@
-"""The compiled extension fastdynat._C: absent is normal, present but unloadable is an error."""
+"""The compiled extension fastdynat._C, which may be absent; one that is present must load."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ REBUILD = "pip install -e . --no-build-isolation"
 
 
 def _load() -> tuple[bool, bool]:
-    """Load fastdynat._C if it is there. Returns (loaded, with the CUDA half)."""
+    """Load fastdynat._C if it is built. Returns (loaded, built with CUDA kernels)."""
     spec = importlib.util.find_spec("fastdynat._C")
     if spec is None:
         return False, False
@@ -28,6 +28,6 @@ LOADED, WITH_CUDA = _load()
 
 
 def files() -> tuple[Path, ...]:
-    """The extension's file, where there is one: another build is another file."""
+    """The extension's file, or nothing without one. Verdicts depend on it."""
     spec = importlib.util.find_spec("fastdynat._C")
     return () if spec is None or spec.origin is None else (Path(spec.origin),)

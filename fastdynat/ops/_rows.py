@@ -1,4 +1,4 @@
-"""What the operators on logits share: checks, and the backward pass of those that stored their gradient."""
+"""Shared parts of the operators on logits: argument checks, and the backward pass from a stored gradient."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def wide_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype that losses are computed in: float32, or float64 for float64 logits."""
+    """The dtype of the computation: float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -37,41 +37,34 @@ def check_same_device(op: str, name: str, values: Tensor, logits: Tensor) -> Non
 
 
 def check_class_indices(op: str, name: str, classes: Tensor, logits: Tensor) -> None:
-    """Raise ValueError unless `classes` is (N,) int64; the values are not looked at."""
+    """Raise ValueError unless `classes` is (N,) int64; its values are not read."""
     check_per_row(op, name, classes, logits)
     if classes.dtype != torch.int64:
         raise ValueError(f"{op}: {name} must be int64 class indices, got {classes.dtype}")
 
 
 def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.dtype, op: str) -> None:
-    """Keep an operator's own output `grad` for `scale_grad`; `others` are its outputs that no gradient flows
-    through.
-    """
+    """Save output `grad` of an operator for `scale_grad`; `others` are its outputs without a gradient."""
     ctx.save_for_backward(grad)
     ctx.mark_non_differentiable(grad, *others)
     ctx.set_materialize_grads(False)
     ctx.dtype, ctx.op = dtype, op
 
 
-def scale_grad(ctx: Any, upstream: Tensor | None) -> Tensor | None:
-    """The gradient saved by `save_grad` times `upstream`, scalar or (N,); rounded to the logits' dtype
-    once.
-    """
-    if upstream is None:
+def scale_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
+    """The gradient saved by `save_grad` times `grad_output`, scalar or (N,), rounded once to the logits' dtype."""
+    if grad_output is None:
         return None
     if torch.is_grad_enabled():
-        # The stored gradient is a constant to autograd, so a second derivative would silently lack its main
-        # part.
+        # The stored gradient is a constant to autograd: a second derivative would silently lack its main part.
         raise RuntimeError(f'{ctx.op}: no second derivative (create_graph=True); backend="eager" has one')
     (grad,) = ctx.saved_tensors
     if grad.dim() != 2:
-        raise RuntimeError(f"{ctx.op}: called without with_grad, so that there is no gradient to return")
-    return (grad * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype)
+        raise RuntimeError(f"{ctx.op}: called without with_grad: there is no gradient to return")
+    return (grad * (grad_output if grad_output.dim() == 0 else grad_output[:, None])).to(ctx.dtype)
 
 
 def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:
-    """(N,) zeros, NaN where a class does not exist. For the eager forms: gathers that never leave the row,
-    and no waiting.
-    """
+    """(N,) zeros, with NaN for a class outside [0, K). Eager forms add it, as raising would wait for a GPU."""
     known = (classes >= 0) & (classes < logits.shape[1])
     return torch.zeros_like(classes, dtype=wide_dtype(logits)).masked_fill(~known, float("nan"))

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why another one cannot."""
+"""Selection of the implementation that an operator runs, with reasons why others cannot run."""
 
 import contextlib
 import importlib
@@ -17,7 +17,7 @@ from fastdynat.ops._timed import fastest_of
 
 BACKENDS = ("triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "FASTDYNAT_KERNELS"
-OPERATORS: list[str] = []  # by name, as they register
+OPERATORS: list[str] = []  # names, in order of registration
 
 # Best first. The Triton interpreter is for debugging, so "auto" never takes it.
 _PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpp", "eager")}
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _known(name: str) -> str:
-    """`name`, or UserError where it is no backend."""
+    """Return `name`; raise UserError unless it is a backend or "auto"."""
     if name != "auto" and name not in BACKENDS:
         raise unknown_name("backend", name, ("auto", *BACKENDS))
     return name
@@ -38,8 +38,8 @@ def _known(name: str) -> str:
 def set_backend(name: str) -> None:
     """Use backend `name` for every operator of this process; "auto" ends the override.
 
-    A call's own `backend=` goes first; this goes before the environment variable FASTDYNAT_KERNELS.
-    Raises UserError for an unknown name. Whether it can run is known only when an operator is called.
+    A call's `backend=` takes precedence over it; it takes precedence over the environment variable
+    FASTDYNAT_KERNELS. Raises UserError for an unknown name; a backend that cannot run is refused at the call.
     """
     global _override
     _override = _known(name)
@@ -47,9 +47,9 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend(name)` for the body of a with statement; "auto" leaves as it is what is in force.
+    """`set_backend(name)` for the body of a with statement; "auto" keeps the current setting.
 
-    Holds for the process, not for the thread.
+    The setting is the process's, not the thread's.
     """
     before = _override
     set_backend(before if name == "auto" else name)
@@ -60,12 +60,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels on the CPU (read by Triton when the kernels are imported)."""
+    """Whether Triton interprets its kernels on the CPU; Triton reads this when kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _why_not_native(name: str) -> str | None:
-    """Why the csrc backend `name` is not in this build, or None."""
+    """The reason why csrc backend `name` is missing in this build, or None."""
     if not _extension.LOADED:
         return f"the extension fastdynat._C is not built ({_extension.REBUILD})"
     if name == "cuda" and not _extension.WITH_CUDA:
@@ -74,7 +74,7 @@ def _why_not_native(name: str) -> str | None:
 
 
 def why_unavailable(name: str, device_type: str) -> str | None:
-    """Why backend `name` cannot take tensors on `device_type` ("cpu", "cuda", ...), or None when it can."""
+    """The reason why backend `name` cannot take tensors on `device_type` ("cpu", "cuda", ...), or None."""
     if name == "eager":
         return None
     if name == "triton":
@@ -88,7 +88,7 @@ def why_unavailable(name: str, device_type: str) -> str | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can run on this machine, else the reason why not."""
+    """Every backend by name, with None if it can run on this machine, else the reason why not."""
     has_gpu = torch.cuda.is_available()
     found = {name: why_unavailable(name, "cpu" if name == "cpp" else "cuda") for name in BACKENDS}
     if not has_gpu:
@@ -98,7 +98,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def selected_backend(device_type: str, backend: str = "auto") -> str:
-    """The name of the backend that runs for tensors on `device_type`, for a log line.
+    """The name of the backend that runs for tensors on `device_type`, for log lines.
 
     Raises UserError for an unknown name and RuntimeError when the backend asked for cannot run.
     """
@@ -110,16 +110,17 @@ def selected_backend(device_type: str, backend: str = "auto") -> str:
 
 
 def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor) -> F:
-    """The implementation of `op` to call: `backend`, else the override, else FASTDYNAT_KERNELS, else the best
-    that is right.
+    """The implementation of `op` to call.
 
-    A call that names its backend runs it as it is; what the override or the environment insist on is verified
-    first.
+    The order is: `backend`, the override of `set_backend`, FASTDYNAT_KERNELS, the fastest correct one. A backend
+    that the call names runs unverified; one from the override or the environment is verified first.
 
-    implementations: by backend name; "eager" must be there.
-    like: the tensor whose device decides.
+    Args:
+        implementations: by backend name, "eager" among them.
+        like: the tensor whose device and size decide.
 
-    Raises: as `selected_backend`; WrongImplementation where the one insisted on is wrong on this machine.
+    Raises: as `selected_backend`; WrongImplementation where the override or the environment names an
+        implementation that is wrong on this machine.
     """
     asked = _asked(backend)
     if asked == "auto":
@@ -134,18 +135,15 @@ def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor
 
 
 def is_native(name: str, device_type: str) -> bool:
-    """Whether backend `name` runs on such a device for use, not in an interpreter or a simulation."""
+    """Whether backend `name` runs natively on the device, not interpreted or simulated."""
     return name in _PREFERENCE.get(device_type, ()) and name != verification.REFERENCE
 
 
 def prepare(device: torch.device) -> None:
-    """Verify now, on `device`, the implementations of all operators that would be verified at their first
-    use.
+    """Verify now, on `device`, all implementations that would be verified at their first use.
 
-    For whoever captures CUDA graphs or compiles. Where the override or the environment insist on one, it is
-    verified alone.
-
-    Raises WrongImplementation where it is wrong.
+    Call it before CUDA graphs are captured or networks compiled. A backend that the override or the environment
+    names is verified alone; raises WrongImplementation if it is wrong.
     """
     _load_checks()
     device = _with_index(device)
@@ -158,7 +156,7 @@ def prepare(device: torch.device) -> None:
 
 
 def operators_in_use(device: torch.device) -> str:
-    """`selected_backend` with the operators that it is not right for, as far as is known; for a log line."""
+    """`selected_backend`, and the operators for which another one runs as it is wrong; for log lines."""
     name = selected_backend(device.type)
     if _asked("auto") != "auto":
         return name
@@ -174,7 +172,7 @@ def operators_in_use(device: torch.device) -> str:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """`device` as tensors on it name it."""
+    """`device` with its index, as tensors on it have it."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -198,7 +196,7 @@ def _check_possible(op: str, offered: Collection[str], asked: str, device_type: 
 
 
 def _candidates(offered: Collection[str], device_type: str) -> list[str]:
-    """Those of `offered` that can run, best first, without eager."""
+    """The backends of `offered` that can run, best first, without eager."""
     order = _PREFERENCE.get(device_type, ())
     return [
         n
@@ -208,9 +206,7 @@ def _candidates(offered: Collection[str], device_type: str) -> list[str]:
 
 
 def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[str, ...]:
-    """The implementations that are right on `device`, the preferred one first; the preferred one alone while
-    compiling.
-    """
+    """The correct implementations on `device`, the preferred one first; only that one while compiling."""
     names = _candidates(offered, device.type)
     if not names or verification.checking():
         return (*names[:1], verification.REFERENCE)[:1]
@@ -226,9 +222,7 @@ def _usable(op: str, offered: Collection[str], device: torch.device) -> tuple[st
 
 @torch.compiler.assume_constant_result
 def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | None) -> str:
-    """The best where nothing can be run: the verdict of this process or of an earlier one, and eager where
-    there is none.
-    """
+    """The best implementation by verdicts of this or an earlier process, else eager. Runs nothing."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     _load_checks()
     if op not in verification.registered():
@@ -238,7 +232,7 @@ def _best_known(op: str, names: tuple[str, ...], device_type: str, index: int | 
 
 
 def _verdicts(op: str, device: torch.device) -> Mapping[str, verification.CandidateVerdict]:
-    """On every candidate that can run on `device`; of an operator without a check none."""
+    """The verdicts on all candidates that can run on `device`; empty for an operator without a check."""
     _load_checks()
     return verification.verdicts(op, device) if op in verification.registered() else {}
 
@@ -262,5 +256,5 @@ def capturing(device: torch.device) -> bool:
 
 
 def _load_checks() -> None:
-    """The tables are made when they are needed, which is not where a command only says what there is."""
+    """Import the cases, which commands that only list operators do not need."""
     importlib.import_module("fastdynat.ops.checks")

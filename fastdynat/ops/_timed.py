@@ -1,6 +1,4 @@
-"""The fastest of an operator's correct implementations at the current size, timed on the first call's
-arguments.
-"""
+"""Choice of the fastest correct implementation at a size, timed on the arguments of the first call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -11,14 +9,14 @@ from torch import Tensor, nn
 from fastdynat import verification
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Whether Winograd's algorithm pays is decided where it is chosen, against direct convolutions.
+# `fastdynat.attack_engine.winograd` decides on Winograd's algorithm against direct convolutions.
 NOT_TIMED = ("winograd_conv3x3", "winograd_weights")
 
 _racing = False
 
 
 def size_of(like: Tensor) -> str:
-    """What counts as the same size: dtype, and rows and elements up to a factor of two."""
+    """The key of a size: dtype, and the number of rows and elements up to a factor of two."""
     rows = like.shape[0] if like.dim() else 1
     return f"{str(like.dtype)[6:]} {rows.bit_length()} {like.numel().bit_length()}"
 
@@ -31,11 +29,10 @@ def fastest_of(
     *,
     capturing: Callable[..., bool],
 ) -> F:
-    """The fastest of `names` for tensors like `like`; where that is not known yet, what finds out when it is
-    called.
+    """The fastest of `names` for tensors like `like`; if not known yet, a function that times them at its call.
 
-    Nothing is timed in a captured graph, in deterministic mode, within modes and for tensors that are not
-    plain: there the first name, the preferred one, is taken.
+    Nothing is timed during CUDA graph capture, in deterministic mode, under dispatch modes or for tensor
+    subclasses: there `names[0]`, the preferred one, is returned.
     """
     preferred = implementations[names[0]]
     if op in NOT_TIMED or torch.are_deterministic_algorithms_enabled():
@@ -54,7 +51,7 @@ def fastest_of(
         return preferred
 
     def find_out(*args: Any) -> Any:
-        result = preferred(*args)  # the caller's mistakes are raised here, as ever
+        result = preferred(*args)  # raises the caller's errors as an ordinary call does
         found = _race(op, {name: implementations[name] for name in names}, like.device, size, args)
         return result if found == names[0] else implementations[found](*args)
 
@@ -74,7 +71,7 @@ def _race(
 
 
 def _call(run: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], object]:
-    """A call with its backward pass, if the caller's has one."""
+    """One call, with its backward pass if the caller needs gradients."""
     given = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
     leaves = (
         [a for a in given if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []

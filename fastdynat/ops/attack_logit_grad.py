@@ -1,6 +1,4 @@
-"""The closed-form gradient of an attack's loss with respect to the logits: no loss graph, one pass over each
-row.
-"""
+"""The gradient of an attack's loss with respect to the logits in closed form, in one pass over each row."""
 
 from typing import Any, NamedTuple
 
@@ -15,17 +13,15 @@ from fastdynat.ops._select import select
 OP = "attack_logit_grad"
 LOSSES = ("ce", "kl", "margin", "dlr")
 SOFT_CE = len(LOSSES)  # the code of "ce" with probabilities
-FAINT = (
-    2.0**-64
-)  # rows whose largest entry is below are not rescaled but made anew from the logits' differences
+FAINT = 2.0**-64  # a row whose largest entry is below is recomputed from the differences of logits
 
 
 class AttackGrad(NamedTuple):
-    """The gradient that an attack sends into the network.
+    """The gradient that an attack passes back into the network.
 
     Attributes:
         grad: (N, K) in the logits' dtype, of the sum over images.
-        loss: (N,) what is maximised; float32, float64 for float64 logits.
+        loss: (N,) the maximised loss; float64 for float64 logits, else float32.
     """
 
     grad: Tensor
@@ -33,9 +29,7 @@ class AttackGrad(NamedTuple):
 
 
 def inverse_power_of_two(values: Tensor) -> Tensor:
-    """2^-e for values = m 2^e with m in [0.5, 1), as near as normal numbers come to it; 1 for 0, NaN and
-    infinity.
-    """
+    """2^-e for values = m 2^e with m in [0.5, 1), within normal numbers; 1 for 0, NaN and infinity."""
     usable = (values > 0) & values.isfinite()
     smallest = -126 if values.dtype == torch.float32 else -1022
     exponent = torch.frexp(torch.where(usable, values, 0.5))[1].clamp(smallest, -smallest)
@@ -63,7 +57,7 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
         z = z + bad_classes(logits, labels)[:, None]
         others = z.scatter(1, label, float("-inf"))
         best, second = others.max(1, keepdim=True)
-        # Where all others are -inf, they tie with the label's place.
+        # If all others are -inf they tie with the label's entry, which is -inf here, too.
         second = torch.where(second == label, (label == 0).long(), second)
         ours = z.gather(1, label)
         value = (best - ours).squeeze(1)

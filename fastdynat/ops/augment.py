@@ -1,4 +1,4 @@
-"""A training batch from a resident uint8 set: gather, crop, flip and conversion in one pass."""
+"""Training batches from a uint8 set in device memory: gather, crop, flip and convert in one pass."""
 
 from typing import Any
 
@@ -14,10 +14,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def reflect(images: Tensor, pad: int) -> Tensor:
-    """Pad (N, C, H, W) images of any dtype by mirroring them at their outermost pixels: (N, C, H + 2 pad, W +
-    2 pad).
+    """Pad (N, C, H, W) images by reflection, as numpy's mode "reflect": (N, C, H + 2 pad, W + 2 pad).
 
-    As numpy's mode "reflect". Raises UserError unless pad is below H and W.
+    Raises UserError unless pad is below H and W.
     """
     if pad >= min(images.shape[2:]):
         height, width = images.shape[2:]
@@ -44,22 +43,22 @@ def crop(images: Tensor, shifts: Tensor, pad: int, *, pad_mode: str = "zeros") -
 
 
 def flip(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirror those (N, C, H, W) images left to right whose entry of `flips`, bool (N,), is set."""
+    """Mirror the (N, C, H, W) images left to right where `flips`, bool (N,), is set."""
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def to_unit(images: Tensor, *, channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Convert uint8 0..255 to `dtype` in [0, 1], in the memory format asked for."""
+    """Convert uint8 0..255 to `dtype` in [0, 1], contiguous or channels-last."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    # A tensor on the device, because CUDA divides by a Python number as a product with its reciprocal: other
-    # last bits.
+    # The divisor is a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which rounds
+    # differently.
     return images.to(dtype, memory_format=memory_format).div_(
         torch.full((), 255.0, dtype=dtype, device=images.device)
     )
 
 
 def _outside(values: Tensor, last: int) -> Tensor:
-    """Which of the values are not in [0, last]."""
+    """A mask of the values outside [0, last]."""
     return (values < 0) | (values > last)
 
 
@@ -81,12 +80,12 @@ def _eager(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """The reference: what every other implementation equals bit by bit."""
+    """The reference, which every other implementation equals bit for bit."""
     outside = None
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         _raise_outside(indices, shifts, images.shape[0], pad)
     else:
-        # Looking at the values would wait for the device.
+        # Raising for a value would wait for the device.
         outside = _outside(indices, images.shape[0] - 1)
         indices = indices.clamp(0, images.shape[0] - 1)
         if shifts is not None:
@@ -121,17 +120,16 @@ def augment(
     channels_last: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the batch images[indices], zero-padded, cropped back, mirrored and divided by 255: (N, C, H, W)
-    in [0, 1].
+    """Return images[indices], zero-padded, cropped, mirrored and divided by 255: (N, C, H, W) in [0, 1].
 
     Bitwise the same in every backend: the quotient is that of a true division, rounded to `dtype`.
 
     Args:
         images: the whole set, uint8 (M, C, H, W), contiguous.
-        indices: int64 (N,), which images, in [0, M).
+        indices: int64 (N,), the images to take, in [0, M).
         shifts: int64 (2, N), top and left corner of each crop in the image padded by `pad`, in [0, 2 * pad].
             None: no crop.
-        flips: bool (N,), which of the crops to mirror left to right. None: none.
+        flips: bool (N,), True to mirror the crop left to right. None: no mirroring.
         pad: pixels of zeros on each side.
         dtype: float32, float64, bfloat16 or float16.
         channels_last: give the batch in channels-last memory format.

@@ -1,8 +1,7 @@
-"""ReLU(convolution + bias + residual) as one kernel, for networks whose weights are constants: cuDNN's, on a
-GPU.
+"""ReLU(convolution + bias + residual) as one cuDNN kernel on a GPU, for networks with constant weights.
 
-Without it eager PyTorch passes over the result up to four times (convolution, bias, residual, ReLU), and a
-compiler, which sees a convolution as a kernel of others, twice.
+Eager PyTorch passes over the result up to four times (convolution, bias, residual, ReLU). A compiler does so
+twice, as it leaves the convolution to a library.
 """
 
 import importlib
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastdynat import verification
 
-NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: torch itself has the kernel
+NAME = "fastdynat_cudnn::conv_relu"  # not in csrc's namespace: the kernel comes with torch
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 
@@ -35,16 +34,13 @@ def reference(
 
 
 def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
-    """One call of cuDNN, which sums in float32 and rounds once, after the ReLU. CUDA tensors only; no
-    gradient.
-    """
+    """The operator by cuDNN, which sums in float32 and rounds after the ReLU. CUDA tensors only, no gradient."""
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
 
-# Anywhere else the definition stands in, so that networks that were rewritten to use the operator are tested
-# without a GPU.
+# On other devices the definition runs, so that networks rewritten to use the operator can be tested there.
 torch.library.define(
     NAME, torch.library.infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
 )
@@ -59,19 +55,20 @@ def conv_relu_check_name(dtype: torch.dtype) -> str:
 
 
 def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the operator may be used on `device` for `dtype`: on a GPU where cuDNN's kernel was found
-    right, which is verified at the first question; elsewhere it is its definition. Not while a graph is
-    captured or compiled.
+    """Whether the operator may be used on `device` for `dtype`.
+
+    On a GPU that is whether cuDNN's kernel is correct, which the first call verifies; do not call it while a
+    graph is captured or a network compiled. Other devices run the definition: True.
     """
     if device.type != "cuda":
         return True
-    importlib.import_module("fastdynat.ops.checks")  # registers the tables, which import this file
+    importlib.import_module("fastdynat.ops.checks")  # registers the checks, which import this file
     name = conv_relu_check_name(dtype)
     return name in verification.registered() and "cudnn" in verification.right(name, device)
 
 
 class _ConvReLU(torch.autograd.Function):
-    """Has its context set apart, which torch.func needs."""
+    """The operator with a separate setup_context, which torch.func needs."""
 
     @staticmethod
     def forward(
@@ -89,8 +86,7 @@ class _ConvReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, output = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        # ReLU passes a gradient where its result is above zero; what it passes is the residual's gradient
-        # too.
+        # The gradient of ReLU, which is the residual's gradient, too.
         passed = torch.ops.aten.threshold_backward(grad, output, 0)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -125,7 +121,7 @@ def conv_relu(
 
     Args:
         x: (N, C, H, W), in the dtype of `weight`; autocast is not applied.
-        weight, bias: (K, C / groups, R, S) and (K,); no gradient of either is computed.
+        weight, bias: (K, C / groups, R, S) and (K,); neither gets a gradient.
         residual: of the result's shape and dtype, or None.
 
     Returns:
@@ -152,7 +148,7 @@ def conv_relu(
 
 
 def result_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> torch.Size:
-    """(N, K, H', W')."""
+    """The shape of the convolution: (N, K, H', W')."""
     stride, padding, dilation, _ = geometry
     sides = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1

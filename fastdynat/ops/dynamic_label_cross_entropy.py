@@ -1,6 +1,4 @@
-"""Cross-entropy against the label that a guide network gives: loss, gradient, predictions and counts from one
-pass.
-"""
+"""Cross-entropy against a guide network's label: loss, gradient, predictions and counts in one pass."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -28,15 +26,15 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class DynamicLabelLoss(NamedTuple):
-    """The loss against dynamic labels, and what a training loop wants to know of the same logits.
+    """The loss against dynamic labels, with predictions and counts of the same logits.
 
     Attributes:
-        loss: scalar, or (N,) with reduction "none"; float32, float64 for float64 logits. All else is
-            detached.
+        loss: scalar, or (N,) with reduction "none"; float64 for float64 logits, else float32. All other
+            fields are detached.
         predictions: (N,) int64, the target's arg-max.
-        dynamic_labels: (N,) int64, the guide's arg-max, or the class it gave.
-        target_correct: scalar int64, how many predictions equal `labels`; None without labels.
-        guide_correct: the same of the dynamic labels.
+        dynamic_labels: (N,) int64, the guide's arg-max, or its classes.
+        target_correct: scalar int64, number of predictions equal to `labels`; None without labels.
+        guide_correct: the same for the dynamic labels.
     """
 
     loss: Tensor
@@ -57,17 +55,13 @@ def _eager(
     reduction: int,
     with_grad: bool,
 ) -> Outputs:
-    """The reference: differentiable by autograd itself, and with its gradient in closed form if
-    `with_grad`.
-    """
+    """The reference: differentiable by autograd, and with its gradient in closed form if `with_grad`."""
     wide = wide_dtype(target_logits)
     n, k = target_logits.shape
     predictions = target_logits.detach().argmax(1)
     dynamic = guide.clone() if guide.dtype == torch.int64 else guide.argmax(1)
     top = target_logits.detach().amax(1).to(wide)
-    z = (
-        target_logits.to(wide) + (top - top + bad_classes(target_logits, dynamic))[:, None]
-    )  # NaN where a row means nothing
+    z = target_logits.to(wide) + (top - top + bad_classes(target_logits, dynamic))[:, None]
     log_q = F.log_softmax(z, 1)
     label = dynamic.clamp(0, k - 1)[:, None]
     if soft:
@@ -83,7 +77,7 @@ def _eager(
     loss = hard_loss
     if label_smoothing > 0:
         loss = -label_smoothing / k * log_q.sum(1)
-        if label_smoothing < 1:  # nothing of an infinite loss is nothing
+        if label_smoothing < 1:  # else 0 * inf would be NaN
             loss = loss + (1 - label_smoothing) * hard_loss
     scale = torch.ones_like(top) if weights is None else weights.detach()
     loss = loss * scale
@@ -152,27 +146,26 @@ def dynamic_label_cross_entropy(
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> DynamicLabelLoss:
-    """Cross-entropy of the target's logits z against the label that the guide gives, loss_i = -sum_k t_ik log
-    softmax(z_i)_k.
+    """Cross-entropy of the target's logits z against the guide's label t: -sum_k t_ik log softmax(z_i)_k.
 
-    t is one at the guide's arg-max (the first of equal maxima; a NaN counts as the largest, as in
-    torch.argmax), or with `soft` the guide's softmax, in either case smoothed. The gradient with respect to
-    z, softmax(z) - t, comes from the same pass; for a hard label its entry is minus the sum of the others, so
-    that it never vanishes before they do. Nothing flows into `guide`. DYNAT (arXiv 2408.13102), the loss of
-    the target network; weights as in GAIRAT (arXiv 2010.01736) and MAIL (2106.07904).
+    t is one-hot at the guide's arg-max (the first of equal maxima; NaN counts as the largest, as in
+    torch.argmax), or with `soft` the guide's softmax; both are smoothed by `label_smoothing`. The gradient with
+    respect to z, softmax(z) - t, comes from the same pass. For a hard label, the label's entry is computed as
+    minus the sum of the others, so that it does not vanish before they do. `guide` gets no gradient. Source:
+    the target network's loss of DYNAT (arXiv 2408.13102); weights as in GAIRAT (arXiv 2010.01736) and MAIL
+    (arXiv 2106.07904).
 
-    Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class of logit -inf has
-    probability 0, and costs nothing where t is 0 there. A row with NaN, with +inf or with -inf only has a NaN
-    loss and a NaN gradient, and so has one whose soft label comes from such a row of `guide`; no other row is
-    touched. There is no second derivative, nor torch.func, except with backend "eager", which autograd
-    differentiates itself.
+    Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class with logit -inf has
+    probability 0 and adds nothing where t is 0. A row that holds NaN or +inf, or only -inf, has a NaN loss and
+    gradient, as has a row whose soft label comes from such a row of `guide`; other rows are not affected.
+    Second derivatives and torch.func need backend "eager".
 
     Args:
         target_logits: (N, K), float32, float64, bfloat16 or float16. Computed in float32 at least.
-        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. A class outside [0, K) is an error
-            in backend "cpp"; elsewhere nobody waits for the device to see it, and that row becomes NaN.
-        labels: (N,) int64, the true classes, to count correct predictions; they do not enter the loss.
-        weights: (N,) float32, factors of the rows' losses; constants, no gradient flows into them.
+        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. Backend "cpp" raises
+            for a class outside [0, K); other backends, which would have to wait for the device, return NaN.
+        labels: (N,) int64, the true classes, used to count correct predictions only.
+        weights: (N,) float32, factors of the rows' losses; they get no gradient.
         soft: use softmax(guide / temperature) instead of its arg-max.
         temperature: of `soft`, > 0.
         label_smoothing: s in [0, 1]: t becomes t * (1 - s) + s / K.

@@ -1,6 +1,4 @@
-"""The nearest point of a box on a hyperplane, per image: what the search for a decision boundary does in
-every step.
-"""
+"""Projection of images onto hyperplanes within a box, the step of searches for a decision boundary."""
 
 from typing import Any
 
@@ -14,14 +12,13 @@ from fastdynat.ops._select import select
 from fastdynat.ops._step import GRAD_DTYPES, IMAGE_DTYPES
 
 NORMS = ("linf", "l2")
-# Newton's method leaves what is missing, times the slope, at a quarter or less in each step. Under L-inf that
-# halves the bound on what is missing, so that 64 steps are more than float64 can tell from 0. Images need 4
-# to 8.
+# Each step of Newton's method cuts (remaining distance) * slope to a quarter or less. Under L-inf that halves
+# the bound on the distance: 64 steps exceed the precision of float64. Images need 4 to 8.
 STEPS = 64
 
 
 def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float, hi: float) -> Tensor:
-    """The reference, in float64 and with a fixed number of steps, as stopping would wait for the device."""
+    """The reference, in float64 and with a fixed number of steps: a stopping test would wait for the device."""
     if x.numel() == 0:
         return torch.empty_like(x)
     shape = (-1, *[1] * (x.dim() - 1))
@@ -43,7 +40,7 @@ def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float,
         reached = total(size * torch.minimum(move, room))
         slope = total(torch.where(move < room, size * size if l2 else size, 0.0))
         missing = target - reached
-        # Without a slope everything is at its bound: far, but not at infinity, which times 0 is no number.
+        # A slope of 0 means that every entry is at its bound; 1e300 instead of infinity, as 0 * inf is NaN.
         t = t + torch.where(missing > 0, missing / slope, 0.0).clamp_max(1e300)
     move = t.reshape(shape) * (direction if l2 else direction.sign())
     z = torch.where(usable.reshape(shape) & (direction != 0), start - move, start)
@@ -68,17 +65,16 @@ def project_on_hyperplane(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return, per image, the point z of the box [lo, hi] on the plane value + w . (z - at) = 0 that is
-    nearest to x.
+    """Return, per image, the point z in [lo, hi] nearest to x on the plane value + w . (z - at) = 0.
 
     z = clamp(x - t * s * sign(w), lo, hi) under "linf" and clamp(x - t * s * w, lo, hi) under "l2", where s
-    is the side of the plane that x is on and t >= 0 the smallest multiplier that reaches it. What is reached
-    is a concave, piecewise linear function of t, so that Newton's method from t = 0 climbs to the root
-    without passing it and is exact once no further entry meets its bound: no sorting, no tolerance. Where the
-    box ends before the plane, z is the point of the box that comes closest to it: every entry with w != 0 at
-    its bound. Croce & Hein 2020 (arXiv 1907.02044); used by DyART, Xu et al. 2023 (arXiv 2302.03015).
+    is the side of the plane that x is on and t >= 0 the smallest multiplier that reaches the plane. The
+    distance covered is a concave, piecewise linear function of t: Newton's method from t = 0 approaches the
+    root from below and is exact once no further entry reaches its bound, without sorting or tolerances. If the
+    plane does not meet the box, z is the point of the box closest to it: every entry with w != 0 at its bound.
+    Source: Croce & Hein 2020 (arXiv 1907.02044); used by DyART, Xu et al. 2023 (arXiv 2302.03015).
 
-    Entries of `x` outside the box are taken to lie on its border. Entries with w = 0 do not move. Where w is
+    Entries of `x` outside the box are clipped to it first. Entries with w = 0 do not move. Where w is
     0 throughout, x is NaN somewhere, w, value or at is NaN or infinite somewhere, or w . (x - at) overflows
     float64, the image is returned as it is, clipped to the box; so is one that is on the plane already.
     Bounds may be infinite. Sums are in float64; the terms that Newton's method sums are products in the dtype
@@ -92,7 +88,7 @@ def project_on_hyperplane(
         w: normals of the planes, i.e. gradients at `at`, shape of `x`, float32, float64, bfloat16 or float16.
         value: (N,), dtype of `x`: the linearised function at `at`.
         at: where it was linearised, shape and dtype of `x`; `x` itself and other points are both used.
-        norm: "linf" or "l2": the distance that is made small.
+        norm: "linf" or "l2": the distance that is minimised.
         lo, hi: the box, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 

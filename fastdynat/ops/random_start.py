@@ -1,4 +1,4 @@
-"""The random starting point of an attack, from a counter-based generator that a CUDA graph can advance."""
+"""Random starting points of attacks, from a counter-based generator that CUDA graphs can advance."""
 
 from typing import Any
 
@@ -44,14 +44,12 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def _unit_uniform(word: Tensor) -> Tensor:
-    """In [0, 1), a multiple of 2^-24: float32."""
+    """A multiple of 2^-24 in [0, 1), float32."""
     return (word >> 8).float() * 2**-24
 
 
 def _log(u: Tensor) -> Tensor:
-    """log(u) for normal float32 u > 0: Cephes' polynomial, because math libraries differ in their last
-    bits.
-    """
+    """log(u) for normal float32 u > 0, by Cephes' polynomial: math libraries differ in their last bits."""
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa is in [sqrt(1/2), sqrt(2))
     x = (bits - (exponent << 23)).view(torch.float32) - 1
@@ -66,15 +64,12 @@ def _log(u: Tensor) -> Tensor:
 
 
 def _normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals by Box-Muller: radius sqrt(-2 log u), angle 2 pi word1 / 2^32.
-    float32.
-    """
+    """Two independent standard normals, float32, by Box-Muller: sqrt(-2 log u) at angle 2 pi word1 / 2^32."""
     # Multiples of 2^-31, moved off zero: the tail reaches 6.6 standard deviations.
     u = (word0 >> 1).float() * 2**-31 + 2**-32
     # Through float64, because torch does not round the float32 square root correctly on the CPU.
     radius = torch.sqrt((-2 * _log(u)).double()).float()
-    # The nearest quarter turn, exactly, and the rest, in [-pi/4, pi/4], for which Cephes' polynomials are
-    # made.
+    # The nearest quarter turn, exactly, and the remainder in [-pi/4, pi/4], the range of Cephes' polynomials.
     quarter = (word1 + 2**29) >> 30
     t = (word1 - (quarter << 30)).float() * 1.4629180792671596e-9
     z = t * t
@@ -105,9 +100,8 @@ def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: flo
     noise = torch.stack(lanes, 2).flatten(1)[:, :row].to(x.dtype)
     length: Tensor | float = scale
     if KINDS[kind] == "l2":
-        first, *_ = philox(
-            ((image & 0) | _RADIUS_GROUP, image, *counter), key
-        )  # a constant tensor: Inductor folds its products beyond int64
+        # Not a constant tensor: Inductor folds products of constants beyond int64.
+        first, *_ = philox(((image & 0) | _RADIUS_GROUP, image, *counter), key)
         radius = scale * _unit_uniform(first).to(x.dtype)
         length = radius / noise.norm(dim=1, keepdim=True).clamp_min(1e-20)
     moved = x.reshape(images, row) + noise * length
@@ -133,7 +127,7 @@ def random_start(
     hi: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return images moved to the random point where an attack begins, out of place and detached.
+    """Return the random points near the images at which an attack starts, as a new, detached tensor.
 
     ========== ======================= ==================================================================
     kind       scale                   result
@@ -157,7 +151,7 @@ def random_start(
         state: int64 (2,) on the device of x, [seed, counter], any values. Read on the device and not changed:
             add 1 to state[1], or draw both anew, for the next start; a captured CUDA graph that does so draws
             anew at each replay.
-        kind: one of the table's.
+        kind: a kind of the table.
         scale: >= 0, in units of the pixel range.
         lo, hi: the pixel range, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.

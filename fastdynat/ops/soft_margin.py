@@ -23,11 +23,11 @@ TEMPERATURES = (1e-30, 1e30)  # far inside float32, so that neither T nor 1/T is
 
 
 class MarginGrad(NamedTuple):
-    """The soft margin and what it sends into the network.
+    """The soft margin and its gradient.
 
     Attributes:
-        margin: (N,) float32, float64 for float64 logits.
-        grad: (N, K) in the margin's dtype, of the margins' sum with respect to the logits.
+        margin: (N,), float64 for float64 logits, else float32.
+        grad: (N, K) in the margin's dtype, gradient of the sum of margins with respect to the logits.
     """
 
     margin: Tensor
@@ -35,18 +35,14 @@ class MarginGrad(NamedTuple):
 
 
 def _eager(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """The reference: differentiable by autograd itself, and with its gradient in closed form if
-    `with_grad`.
-    """
+    """The reference: differentiable by autograd, and with its gradient in closed form if `with_grad`."""
     z = logits.to(wide_dtype(logits))
     label = labels.clamp(0, logits.shape[1] - 1)[:, None]
     own = z.gather(1, label)[:, 0]
     others = z.scatter(1, label, float("-inf"))
-    top = others.detach().amax(
-        1
-    )  # a constant: what it adds to the margin and what it takes away have the same derivative
+    top = others.detach().amax(1)  # constant for autograd: it cancels in the margin
     log_sum = ((others - top[:, None]) * temperature).logsumexp(1)
-    # A factor that makes a row without meaning NaN as a whole: margin, and gradient in every entry.
+    # A factor that turns the margin and the whole gradient of an invalid row into NaN.
     valid = (
         torch.ones_like(top).masked_fill(~(own < float("inf")) | ~log_sum.isfinite(), float("nan")).detach()
     )
@@ -89,21 +85,20 @@ IMPLEMENTATIONS = register_operator(
 def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto") -> Tensor:
     """The soft margin of each row z of the logits, with y its label: z_y - (1/T) log sum_{k != y} exp(T z_k).
 
-    Between the margin z_y - max_{k != y} z_k and log(K - 1) / T below it; the temperature T multiplies, so
-    that a larger one is closer to the margin. Positive only where y is the prediction. The gradient with
-    respect to z, 1 at y and minus the softmax of T z over the other classes, comes from the same pass. DyART
-    (arXiv 2302.03015), where it is the function whose zeros are the decision boundary.
+    It lies at most log(K - 1) / T below the margin z_y - max_{k != y} z_k; a larger T is closer to the margin.
+    It is positive only if y is the prediction. The gradient with respect to z, 1 at y and minus the softmax of
+    T z over the other classes, comes from the same pass. Source: DyART (arXiv 2302.03015), where its zeros are
+    the decision boundary.
 
-    Never overflows for finite logits whose difference is finite: gaps of 1e4 are as exact as the logits'
-    dtype. A class of logit -inf counts for nothing; at the label it makes the margin -inf, with the gradient
-    as it is otherwise. A row with NaN or +inf, or with -inf in all classes but the label, has a NaN margin
-    and a NaN gradient; no other row is touched. There is no second derivative, nor torch.func, except with
-    backend "eager", which autograd differentiates itself.
+    It does not overflow if the differences of logits are finite: gaps of 1e4 are as exact as the logits' dtype.
+    A class with logit -inf adds nothing; at the label it makes the margin -inf and leaves the gradient as it is.
+    A row that holds NaN or +inf, or -inf in all classes but the label, has a NaN margin and gradient; other rows
+    are not affected. Second derivatives and torch.func need backend "eager".
 
     Args:
         logits: (N, K) with K >= 2, float32, float64, bfloat16 or float16. Computed in float32 at least.
-        labels: (N,) int64 classes. One outside [0, K) is an error in backend "cpp"; elsewhere nobody waits
-            for the device to see it, and that row becomes NaN.
+        labels: (N,) int64 classes. Backend "cpp" raises for one outside [0, K); other backends,
+            which would have to wait for the device, return NaN.
         temperature: T, in units of 1 / logit; from 1e-30 to 1e30.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
@@ -121,8 +116,7 @@ def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, bac
 def soft_margin_grad(
     logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto"
 ) -> MarginGrad:
-    """`soft_margin` and its gradient with respect to the logits, both detached: what a search sends back
-    through a network.
+    """`soft_margin` and its gradient with respect to the logits, both detached, for vector-Jacobian products.
 
     Arguments and errors as `soft_margin`.
     """

@@ -1,9 +1,7 @@
-"""3x3 convolutions with four times fewer multiplications, for the CPU: Winograd's F(4x4, 3x3), and its input
-gradient.
+"""Winograd's 3x3 convolution F(4x4, 3x3) on the CPU, with a quarter of the multiplications; input gradient.
 
-Y = A^T [sum_c (G w G^T) * (B^T d B)] A for tiles of 4x4 outputs, which read windows d of 6x6 inputs: 36
-multiplications for each channel where the sum over taps takes 144. Lavin & Gray 2015 (arXiv 1509.09308), from
-whom the matrices are.
+Y = A^T [sum_c (G w G^T) * (B^T d B)] A for tiles of 4x4 outputs, each from a 6x6 window d of inputs: 36
+multiplications per channel instead of 144. Source: Lavin & Gray 2015 (arXiv 1509.09308), also of the matrices.
 """
 
 from typing import Any
@@ -73,7 +71,7 @@ def _fake_weights(**_: Any) -> None:
     return None
 
 
-# For the CPU alone: on a GPU cuDNN has Winograd kernels of its own, and tensor cores that are faster still.
+# For the CPU only: on a GPU cuDNN has Winograd kernels of its own, and tensor cores are faster still.
 CONV_IMPLEMENTATIONS = register_operator(CONV, eager=_eager_conv, fake=_fake_conv, gpu=False)
 WEIGHTS_IMPLEMENTATIONS = register_operator(
     WEIGHTS, eager=_eager_weights, fake=_fake_weights, gpu=False, mutates=("forward", "backward")
@@ -99,7 +97,7 @@ class _Conv(torch.autograd.Function):
 
 
 def _owned(y: Tensor) -> Tensor:
-    """`y`, which is a permuted view, as a tensor of its own over the same memory.
+    """Return the permuted view `y` as a tensor that is no view, over the same memory.
 
     Autograd refuses to overwrite a view that a custom function made, and networks do overwrite the result of
     a convolution: ReLU in place, ``x += shortcut``. Nothing of the result is saved for the backward pass, so
@@ -116,11 +114,10 @@ def winograd_conv3x3(
     Differentiable in `x` alone, to any order, by autograd and torch.func: the gradient of a convolution is
     the convolution with the filters turned by 180 degrees and channels exchanged, which `backward` holds.
 
-    In float32 it rounds about five times as coarsely as a direct convolution: the transforms multiply by up
-    to 8 and subtract again. The largest error, relative to the largest output, is around 7e-6 where direct
-    convolution's is 1.5e-6. Where a direct convolution's output is NaN or infinite, so is this one's, but as
-    the transforms mix a tile's values, others of the same 4x4 tile may be too (and infinities become NaN); no
-    other tile and no other image is touched.
+    Rounding errors in float32 are about five times those of a direct convolution, as the transforms multiply by
+    up to 8 and subtract again: 7e-6 of the largest output instead of 1.5e-6. Where a direct convolution gives
+    NaN or infinity, the other outputs of the same 4x4 tile may be NaN, too, and infinities become NaN; other
+    tiles and images are not affected.
 
     Args:
         x: (N, C, H, W), float32, any size from 0 and any layout; channels-last is read as it lies.
