@@ -52,11 +52,11 @@ def save_grad(ctx: Any, grad: Tensor, others: tuple[Tensor, ...], dtype: torch.d
 
 
 def scale_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
-    """The gradient saved by `save_grad` times `grad_output`, scalar or (N,), rounded once to the logits' dtype."""
+    """The gradient saved by `save_grad` times `grad_output`, scalar or (N,), rounded to the logits' dtype."""
     if grad_output is None:
         return None
     if torch.is_grad_enabled():
-        # The stored gradient is a constant to autograd: a second derivative would silently lack its main part.
+        # The stored gradient is a constant to autograd: a second derivative would lack its main part.
         raise RuntimeError(f'{ctx.op}: no second derivative (create_graph=True); backend="eager" has one')
     (grad,) = ctx.saved_tensors
     if grad.dim() != 2:
@@ -65,6 +65,6 @@ def scale_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 
 
 def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:
-    """(N,) zeros, with NaN for a class outside [0, K). Eager forms add it, as raising would wait for a GPU."""
+    """(N,) zeros, NaN for a class outside [0, K); for eager forms, where raising would wait for a GPU."""
     known = (classes >= 0) & (classes < logits.shape[1])
     return torch.zeros_like(classes, dtype=wide_dtype(logits)).masked_fill(~known, float("nan"))

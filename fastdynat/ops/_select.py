@@ -112,8 +112,8 @@ def selected_backend(device_type: str, backend: str = "auto") -> str:
 def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor) -> F:
     """The implementation of `op` to call.
 
-    The order is: `backend`, the override of `set_backend`, FASTDYNAT_KERNELS, the fastest correct one. A backend
-    that the call names runs unverified; one from the override or the environment is verified first.
+    The order is: `backend`, the override of `set_backend`, FASTDYNAT_KERNELS, the fastest correct one. A
+    backend that the call names runs unverified; one from the override or the environment is verified first.
 
     Args:
         implementations: by backend name, "eager" among them.
@@ -142,9 +142,8 @@ def is_native(name: str, device_type: str) -> bool:
 def prepare(device: torch.device) -> None:
     """Verify now, on `device`, all implementations that would be verified at their first use.
 
-    Call it before CUDA graphs are captured or networks compiled. A backend that the override or the environment
-    names is verified alone; raises WrongImplementation if it is wrong.
-    """
+    Call it before CUDA graphs are captured or networks compiled. A backend that the override or the
+    environment names is verified alone; raises WrongImplementation if it is wrong."""
     _load_checks()
     device = _with_index(device)
     asked = _asked("auto")

@@ -29,7 +29,7 @@ def fastest_of(
     *,
     capturing: Callable[..., bool],
 ) -> F:
-    """The fastest of `names` for tensors like `like`; if not known yet, a function that times them at its call.
+    """The fastest of `names` for tensors like `like`, or if unknown a function that times them at its call.
 
     Nothing is timed during CUDA graph capture, in deterministic mode, under dispatch modes or for tensor
     subclasses: there `names[0]`, the preferred one, is returned.

@@ -50,8 +50,8 @@ def flip(images: Tensor, flips: Tensor) -> Tensor:
 def to_unit(images: Tensor, *, channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Convert uint8 0..255 to `dtype` in [0, 1], contiguous or channels-last."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    # The divisor is a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which rounds
-    # differently.
+    # The divisor is a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which
+    # rounds differently.
     return images.to(dtype, memory_format=memory_format).div_(
         torch.full((), 255.0, dtype=dtype, device=images.device)
     )

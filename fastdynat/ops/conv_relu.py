@@ -34,7 +34,7 @@ def reference(
 
 
 def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
-    """The operator by cuDNN, which sums in float32 and rounds after the ReLU. CUDA tensors only, no gradient."""
+    """The operator by cuDNN, which sums in float32 and rounds after the ReLU. CUDA tensors, no gradient."""
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)

@@ -149,15 +149,15 @@ def dynamic_label_cross_entropy(
     """Cross-entropy of the target's logits z against the guide's label t: -sum_k t_ik log softmax(z_i)_k.
 
     t is one-hot at the guide's arg-max (the first of equal maxima; NaN counts as the largest, as in
-    torch.argmax), or with `soft` the guide's softmax; both are smoothed by `label_smoothing`. The gradient with
-    respect to z, softmax(z) - t, comes from the same pass. For a hard label, the label's entry is computed as
-    minus the sum of the others, so that it does not vanish before they do. `guide` gets no gradient. Source:
-    the target network's loss of DYNAT (arXiv 2408.13102); weights as in GAIRAT (arXiv 2010.01736) and MAIL
-    (arXiv 2106.07904).
+    torch.argmax), or with `soft` the guide's softmax; both are smoothed by `label_smoothing`. The gradient
+    with respect to z, softmax(z) - t, comes from the same pass. For a hard label, the label's entry is
+    computed as minus the sum of the others, so that it does not vanish before they do. `guide` gets no
+    gradient. Source: the target network's loss of DYNAT (arXiv 2408.13102); weights as in GAIRAT (arXiv
+    2010.01736) and MAIL (arXiv 2106.07904).
 
     Exact for any finite logits: a label 1e4 below the maximum has loss 1e4. A class with logit -inf has
-    probability 0 and adds nothing where t is 0. A row that holds NaN or +inf, or only -inf, has a NaN loss and
-    gradient, as has a row whose soft label comes from such a row of `guide`; other rows are not affected.
+    probability 0 and adds nothing where t is 0. A row that holds NaN or +inf, or only -inf, has a NaN loss
+    and gradient, as has a row whose soft label comes from such a row of `guide`; other rows are not affected.
     Second derivatives and torch.func need backend "eager".
 
     Args:

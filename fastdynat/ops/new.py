@@ -1,4 +1,4 @@
-"""``python -m fastdynat.ops.new NAME``: the files of a new operator, with an example that runs and is tested."""
+"""``python -m fastdynat.ops.new NAME``: the files of a new operator, with a tested example."""
 
 import keyword
 import re
@@ -46,7 +46,7 @@ def check_operator_name(name: str, root: Path) -> None:
 
 
 def add_operator(name: str, root: Path = ROOT) -> list[Path]:
-    """Write the files of operator `name` into the checkout `root`; returns them and the files that changed."""
+    """Write the files of operator `name` into the checkout `root`; returns all files that changed."""
     check_operator_name(name, root)
     class_name = "".join(word.title() for word in name.split("_")) + "Op"
     written = []

@@ -16,7 +16,7 @@ OP = "$name"
 
 
 def _eager(x: Tensor, scale: float, lo: float, hi: float) -> Tensor:
-    """The reference. Its signature is the operator's schema: kernels take the same arguments in this order."""
+    """The reference. Its signature is the operator's schema: kernels take the same arguments."""
     return (scale * x).clamp(lo, hi)
 
 
@@ -183,12 +183,14 @@ __global__ void __launch_bounds__(kThreads) ${name}_kernel(
 template <typename T>
 void launch_elements(const Tensor& x, Tensor& out, $Class<T> op, cudaStream_t stream) {
   const int64_t n = out.numel();
-  launch(${name}_kernel<T>, blocks_for(n, kThreads), kThreads, stream, data<T>(x), mutable_data<T>(out), n, op);
+  const int64_t grid = blocks_for(n, kThreads);
+  launch(${name}_kernel<T>, grid, kThreads, stream, data<T>(x), mutable_data<T>(out), n, op);
 }
 
 Tensor ${name}_cuda(const Tensor& x, double scale, double lo, double hi) {
   const OnDevice device(x);
-  return run_$name(x, scale, lo, hi, [&](Tensor& out, auto op) { launch_elements(x, out, op, device.stream); });
+  return run_$name(
+      x, scale, lo, hi, [&](Tensor& out, auto op) { launch_elements(x, out, op, device.stream); });
 }
 
 }  // namespace

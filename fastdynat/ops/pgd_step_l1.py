@@ -65,10 +65,10 @@ def pgd_step_l1(
     Per image, the round((1 - sparsity) * d) entries (at least one) with the largest |grad|, and all that tie
     with the last of them, move by the same amount along their signs; the moves sum to `step_size`. Entries
     with a gradient of 0 never move (Tramer & Boneh 2019, arXiv 1904.13000). The result is the L2-nearest
-    point with ||z - x0||_1 <= eps and lo <= z <= hi: x0 + sign(d) * min(max(|d| - tau, 0), room), with
-    tau = 0 or the multiplier at which the L1 length is eps, by bisection (Croce & Hein 2021, arXiv 2103.01208).
-    The common projection onto the ball alone, clipped afterwards, makes steps shorter than allowed. Kernels
-    end at the smallest tau in the dtype of `x_adv` that stays in the ball. The result is detached.
+    point with ||z - x0||_1 <= eps and lo <= z <= hi: x0 + sign(d) * min(max(|d| - tau, 0), room), with tau =
+    0 or the multiplier at which the L1 length is eps, by bisection (Croce & Hein 2021, arXiv 2103.01208). The
+    common projection onto the ball alone, clipped afterwards, makes steps shorter than allowed. Kernels end
+    at the smallest tau in the dtype of `x_adv` that stays in the ball. The result is detached.
 
     Gradient entries that are NaN count as 0, infinite ones as the largest finite value (float64 images:
     1e150, and less than 1e-150 is 0). Where all are 0 the image makes no step. A NaN in `x_adv` or `x0` stays

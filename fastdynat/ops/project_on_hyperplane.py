@@ -18,7 +18,7 @@ STEPS = 64
 
 
 def _eager(x: Tensor, w: Tensor, value: Tensor, at: Tensor, l2: bool, lo: float, hi: float) -> Tensor:
-    """The reference, in float64 and with a fixed number of steps: a stopping test would wait for the device."""
+    """The reference, in float64, with a fixed number of steps: a stopping test would wait for the device."""
     if x.numel() == 0:
         return torch.empty_like(x)
     shape = (-1, *[1] * (x.dim() - 1))
@@ -70,9 +70,9 @@ def project_on_hyperplane(
     z = clamp(x - t * s * sign(w), lo, hi) under "linf" and clamp(x - t * s * w, lo, hi) under "l2", where s
     is the side of the plane that x is on and t >= 0 the smallest multiplier that reaches the plane. The
     distance covered is a concave, piecewise linear function of t: Newton's method from t = 0 approaches the
-    root from below and is exact once no further entry reaches its bound, without sorting or tolerances. If the
-    plane does not meet the box, z is the point of the box closest to it: every entry with w != 0 at its bound.
-    Source: Croce & Hein 2020 (arXiv 1907.02044); used by DyART, Xu et al. 2023 (arXiv 2302.03015).
+    root from below and is exact once no further entry reaches its bound, without sorting or tolerances. If
+    the plane does not meet the box, z is the point of the box closest to it: every entry with w != 0 at its
+    bound. Source: Croce & Hein 2020 (arXiv 1907.02044); used by DyART, Xu et al. 2023 (arXiv 2302.03015).
 
     Entries of `x` outside the box are clipped to it first. Entries with w = 0 do not move. Where w is
     0 throughout, x is NaN somewhere, w, value or at is NaN or infinite somewhere, or w . (x - at) overflows

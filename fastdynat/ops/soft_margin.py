@@ -85,15 +85,15 @@ IMPLEMENTATIONS = register_operator(
 def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, backend: str = "auto") -> Tensor:
     """The soft margin of each row z of the logits, with y its label: z_y - (1/T) log sum_{k != y} exp(T z_k).
 
-    It lies at most log(K - 1) / T below the margin z_y - max_{k != y} z_k; a larger T is closer to the margin.
-    It is positive only if y is the prediction. The gradient with respect to z, 1 at y and minus the softmax of
-    T z over the other classes, comes from the same pass. Source: DyART (arXiv 2302.03015), where its zeros are
-    the decision boundary.
+    It lies at most log(K - 1) / T below the margin z_y - max_{k != y} z_k; a larger T is closer to the
+    margin. It is positive only if y is the prediction. The gradient with respect to z, 1 at y and minus the
+    softmax of T z over the other classes, comes from the same pass. Source: DyART (arXiv 2302.03015), where
+    its zeros are the decision boundary.
 
-    It does not overflow if the differences of logits are finite: gaps of 1e4 are as exact as the logits' dtype.
-    A class with logit -inf adds nothing; at the label it makes the margin -inf and leaves the gradient as it is.
-    A row that holds NaN or +inf, or -inf in all classes but the label, has a NaN margin and gradient; other rows
-    are not affected. Second derivatives and torch.func need backend "eager".
+    It does not overflow if the differences of logits are finite: gaps of 1e4 are as exact as the logits'
+    dtype. A class with logit -inf adds nothing; at the label it makes the margin -inf and leaves the gradient
+    as it is. A row that holds NaN or +inf, or -inf in all classes but the label, has a NaN margin and
+    gradient; other rows are not affected. Second derivatives and torch.func need backend "eager".
 
     Args:
         logits: (N, K) with K >= 2, float32, float64, bfloat16 or float16. Computed in float32 at least.

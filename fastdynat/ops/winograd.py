@@ -1,8 +1,8 @@
 """Winograd's 3x3 convolution F(4x4, 3x3) on the CPU, with a quarter of the multiplications; input gradient.
 
 Y = A^T [sum_c (G w G^T) * (B^T d B)] A for tiles of 4x4 outputs, each from a 6x6 window d of inputs: 36
-multiplications per channel instead of 144. Source: Lavin & Gray 2015 (arXiv 1509.09308), also of the matrices.
-"""
+multiplications per channel instead of 144. Source: Lavin & Gray 2015 (arXiv 1509.09308), also of the
+matrices."""
 
 from typing import Any
 
@@ -114,10 +114,10 @@ def winograd_conv3x3(
     Differentiable in `x` alone, to any order, by autograd and torch.func: the gradient of a convolution is
     the convolution with the filters turned by 180 degrees and channels exchanged, which `backward` holds.
 
-    Rounding errors in float32 are about five times those of a direct convolution, as the transforms multiply by
-    up to 8 and subtract again: 7e-6 of the largest output instead of 1.5e-6. Where a direct convolution gives
-    NaN or infinity, the other outputs of the same 4x4 tile may be NaN, too, and infinities become NaN; other
-    tiles and images are not affected.
+    Rounding errors in float32 are about five times those of a direct convolution, as the transforms multiply
+    by up to 8 and subtract again: 7e-6 of the largest output instead of 1.5e-6. Where a direct convolution
+    gives NaN or infinity, the other outputs of the same 4x4 tile may be NaN, too, and infinities become NaN;
+    other tiles and images are not affected.
 
     Args:
         x: (N, C, H, W), float32, any size from 0 and any layout; channels-last is read as it lies.

@@ -1,4 +1,4 @@
-"""Cases of `augment`, bit for bit: every dtype and layout, with and without crops and flips, strided plans."""
+"""Cases of `augment`, bit for bit: every dtype and layout, with and without crops and flips, strides."""
 
 import math
 from functools import partial

@@ -27,7 +27,7 @@ def register_cases(
     timed: Callable[[], Timing],
     candidates: Sequence[str] = ("cuda", "triton", "cpp"),
 ) -> verification.OperatorCheck:
-    """Register the check of operator `name`, which compares ``run(*args, backend=NAME)`` with backend "eager".
+    """Register the check of operator `name`: ``run(*args, backend=NAME)`` against backend "eager".
 
     tolerance: (relative, absolute) by dtype; twice an implementation's distance from the exact value.
     """

@@ -1,4 +1,4 @@
-"""Cases of cuDNN's convolution with bias, residual and ReLU: one check per dtype, as devices differ in them."""
+"""Cases of cuDNN's convolution with bias, residual and ReLU: one check per dtype."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cases of the operators on logits: numbers of classes, dtypes, gaps of 1e4, ties, non-finite rows, no rows."""
+"""Cases of the operators on logits: numbers of classes, dtypes, gaps of 1e4, ties, non-finite rows."""
 
 import math
 from collections.abc import Sequence
@@ -206,7 +206,7 @@ def dynamic_label_cases() -> list[Case]:
 
 
 def run_margin(logits: Tensor, labels: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
-    """The margin and its gradient, by autograd and from `soft_margin_grad`, and the margin without a gradient."""
+    """The margin and its gradient, by autograd and from `soft_margin_grad`, and the margin alone."""
     z = logits.detach().requires_grad_()
     found = soft_margin(z, labels, backend=backend, **options)
     (grad,) = torch.autograd.grad(found.sum(), z)

@@ -1,4 +1,4 @@
-"""Cases of the PGD steps: odd sizes, dtypes of images and gradients, layouts, zeros, NaN, ties, empty batch."""
+"""Cases of the PGD steps: odd sizes, dtypes, layouts, zeros, NaN, ties, no images."""
 
 import math
 from collections.abc import Callable, Sequence

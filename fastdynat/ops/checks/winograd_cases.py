@@ -32,7 +32,7 @@ LARGE: Size = (32, 128, 128, 16, 16)
 def convolution_arguments(
     device: torch.device, *, size: Size, layout: str, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(x, forward, backward, bias), scaled so that outputs are around 1; the filters come from the eager form."""
+    """(x, forward, backward, bias), with outputs around 1; the filters come from the eager form."""
     n, c, k, height, width = size
     x, weight = normal((n, c, height, width), 1), normal((k, c, 3, 3), 2) / (3 * max(c, 1) ** 0.5)
     filters = winograd_weights(weight.to(device, torch.float32), backend="eager")
