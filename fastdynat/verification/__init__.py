@@ -1,30 +1,40 @@
-"""Implementations that are compared with a reference on the machine where they are to run, before they run.
+"""Verification: every implementation of an operator is compared with its reference before it is used.
 
-To add one: describe the computation once, where its implementations are, and ask which of them is right.
+The check runs on the machine at hand. Describe the computation once, next to its implementations, and ask
+which of them are correct:
 
-    CHECK = verified.register(verified.Check(
-        name="convolution_relu", candidates={"cudnn": fused},                       # take the arguments of a
-        case; the preferred one first reference=lambda x, w: F.relu(F.conv2d(x, w)), cases=lambda:
-        [verified.Case("float32, 2x3x9x7", make)],   # make(device) -> (x, w), always the same
-        tolerance={torch.float32: (1e-5, 1e-6)},           # relative and absolute, by dtype; else bit by bit
-        why_not=lambda name, device: None if device.type == "cuda" else "needs a GPU",
-        sources=(Path(__file__),), within=exact_float32,
-    ))
-
-    if "cudnn" in verified.right("convolution_relu", x.device):
+    CHECK = verification.register_check(
+        verification.OperatorCheck(
+            name="convolution_relu",
+            candidates={"cudnn": fused},  # by preference; each takes the arguments of a case
+            reference=lambda x, w: F.relu(F.conv2d(x, w)),
+            # make(device) -> (x, w), the same at every call
+            cases=lambda: [verification.Case("float32, 2x3x9x7", make)],
+            # (relative, absolute) by dtype; other dtypes bit for bit
+            tolerance={torch.float32: (1e-5, 1e-6)},
+            why_not=lambda name, device: None if device.type == "cuda" else "needs a GPU",
+            sources=(Path(__file__),),
+        )
+    )
+    if "cudnn" in verification.right("convolution_relu", x.device):
         ...
-    verified.fastest("convolution_relu", x.device, "128x64x32x32", {"cudnn": call, "eager": other})   # of
-    right ones
 
-The first question on a device runs the table, on a thread of its own: the caller's generators, grad mode,
-autocast, default device and current stream are not touched; the allocator's peak statistics on a GPU include
-the few MiB of the cases. An implementation with a wrong value, an exception or a result that changes from
-call to call is left out, with one warning. One that crashes the process is recognised by the mark that its
-check left and not tried again (`marks`). What says nothing about an implementation, such as no memory or no
-compiler for Triton, leaves it out in this process only. Verdicts are kept in the user's cache folder for this
-processor or GPU, driver, version of torch, Triton and fastdynat, and these sources. Nothing is run while
-torch.compile traces or a CUDA graph is captured: `prepare_checks` before. ``fastdynat doctor --check`` shows all
-that is registered, checked with the cases that are too many to compile at a first use (`Case.deep`) as well.
+The first question on a device runs the cases, on a thread of its own: the caller's generators, grad mode,
+autocast, default device and current stream are not touched. A candidate that gives a wrong value, raises,
+or changes its result from call to call is left out, with one warning. A candidate that crashes the process
+is recognised by the mark that its check left behind and is not tried again. A failure that says nothing
+about the candidate, such as a lack of memory or of Triton's compiler, leaves it out in this process only.
+
+Verdicts are stored in the user's cache folder, by processor or GPU, driver, versions of torch, Triton and
+fastdynat, and source files. Nothing runs while torch.compile traces or a CUDA graph is captured: call
+`prepare_checks` before. ``fastdynat doctor --check`` checks all that is registered, including the cases
+that are too slow to compile at a first use (`Case.deep`).
+
+In reading order:
+- `operator_check`: checks, cases, verdicts; `comparison`: outputs against the reference's;
+- `isolated_run`: one candidate on all cases; `crash_marks`: candidates that ended their process;
+- `judge`: verdicts of this process, stored or made now; `verdict_store`: their files;
+- `speed`: the fastest correct implementation at a size.
 """
 
 from fastdynat.verification.isolated_run import DeviceLost, checking

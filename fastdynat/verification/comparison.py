@@ -1,4 +1,4 @@
-"""Comparison of outputs with the reference's, reported in words."""
+"""Comparison of a candidate's outputs with the reference's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ Tolerances = Mapping[torch.dtype, tuple[float, float]]
 
 
 def difference(got: Any, expected: Any, tolerances: Tolerances, scale: float = 1.0) -> str:
-    """What is wrong with the outputs `got`; empty where they are `expected` within `tolerances`.
+    """Describe how `got` differs from `expected`; empty if it is equal within `tolerances`.
 
     got, expected: a tensor, None, or a tuple of these.
     tolerances: see `OperatorCheck.tolerance`; `scale` multiplies the absolute ones.
@@ -46,7 +46,7 @@ def _of_values(got: Tensor, expected: Tensor, relative: float, absolute: float, 
     allowed = (relative, absolute * scale)
     if got.dtype.is_floating_point:
         ours, theirs = got.double(), expected.double()
-        # An infinity, or an error that is no number, is right only where it is the same one.
+        # Infinities and NaN must be the reference's own; a NaN error is never within the tolerance.
         near = (ours - theirs).abs() <= allowed[1] + allowed[0] * theirs.abs()
         right = (
             (ours == theirs) | (ours.isnan() & theirs.isnan()) | (near & ours.isfinite() & theirs.isfinite())
@@ -62,7 +62,8 @@ def _of_values(got: Tensor, expected: Tensor, relative: float, absolute: float, 
         size = wrong.double()
     place = _place(int(size.reshape(-1).argmax()), got)
     a, b = ours[place].item(), theirs[place].item()
-    text = f"{int(wrong.sum())} of {wrong.numel()} {_short(got.dtype)} values differ, most at {list(place)}: {a!r}, expected {b!r}"
+    how_many = f"{int(wrong.sum())} of {wrong.numel()} {_short(got.dtype)} values differ"
+    text = f"{how_many}, most at {list(place)}: {a!r}, expected {b!r}"
     if not got.dtype.is_floating_point:
         return text
     return f"{text} (off by {abs(a - b):.3g}, allowed {allowed[1] + allowed[0] * abs(b):.3g})"

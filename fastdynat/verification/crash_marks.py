@@ -1,8 +1,8 @@
-"""Marks by which a check that ended its process is recognised.
+"""Mark files that identify candidates whose check ended the process.
 
 A signal of a crash (SIGSEGV, SIGABRT, SIGBUS, SIGILL, SIGFPE) is written into the mark while the process
-dies, and counts at once. Any other end, such as kill -9, SIGTERM, no memory or a power cut, says little about
-the candidate: it is checked once more, and counts where the process ends at the same case again.
+dies, and counts at once. Any other end, such as kill -9, SIGTERM, a lack of memory or a power cut, says
+little about the candidate: it is checked once more, and counts if the process ends at the same case again.
 """
 
 import faulthandler
@@ -22,16 +22,14 @@ LENGTH = 4000  # bytes of a mark that are read
 
 @dataclass(frozen=True)
 class Left:
-    """What earlier processes have left: the case at which they ended, how often, and the crash, if it was
-    one.
-    """
+    """The mark of earlier processes: the case at which they ended, how often, and the crash, if any."""
 
     case: str = ""
     ends: int = 0
     crash: str = ""
 
     def __str__(self) -> str:
-        """Why the candidate is not to be tried again; empty where it may be."""
+        """The reason not to try the candidate again; empty if there is none."""
         if self.crash:
             return f"the process that checked it crashed there ({self.crash})"
         return "two processes that checked it ended there" if self.ends > 1 else ""
@@ -39,12 +37,10 @@ class Left:
 
 @contextmanager
 def mark(key: Mapping[str, Any], candidate: str) -> Iterator[tuple[Left, Note]]:
-    """Leave a mark for as long as `candidate` is being checked, which outlives this process where the check
-    ends it.
+    """Keep a mark file while `candidate` is checked; it remains if the check ends this process.
 
-    Yields what earlier processes have left and a function that writes the case that is next into ours. A mark
-    that its process still holds says nothing.
-    """
+    Yields the mark of earlier processes, and a function that notes the next case in this process's mark. A
+    mark that another process still holds is ignored."""
     handle = _locked(key, candidate)
     if handle is None:
         yield Left(), _write_nothing
@@ -57,7 +53,7 @@ def mark(key: Mapping[str, Any], candidate: str) -> Iterator[tuple[Left, Note]]:
             os.truncate(handle, os.pwrite(handle, f"{case}\n{ends}\n".encode()[:LENGTH], 0))
             os.lseek(handle, 0, os.SEEK_END)  # where faulthandler writes
 
-    # Who has enabled it already has use for what it writes elsewhere.
+    # A caller that has enabled it already wants its output elsewhere.
     ours = not faulthandler.is_enabled()
     try:
         if ours:
@@ -77,7 +73,7 @@ def _path(key: Mapping[str, Any], candidate: str) -> Any:
 
 
 def _locked(key: Mapping[str, Any], candidate: str) -> int | None:
-    """The open file of the mark, which this process alone holds; None where that is impossible."""
+    """The open and locked mark file; None if it cannot be locked."""
     path = _path(key, candidate)
     if path is None:
         return None
@@ -95,7 +91,7 @@ def _locked(key: Mapping[str, Any], candidate: str) -> int | None:
 
 
 def _read(handle: int) -> Left:
-    """What is in the file; one end in marks that were written without their number."""
+    """Parse the mark; marks of older versions have no number and count as one end."""
     text = os.pread(handle, LENGTH, 0).decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines()]
     if not lines or not lines[0]:

@@ -1,4 +1,4 @@
-"""Running one candidate on the table of cases, on a thread that shares no state with the caller's."""
+"""One candidate on all cases, on a thread that shares no state with the caller's."""
 
 import subprocess
 import threading
@@ -16,17 +16,17 @@ from fastdynat.verification.operator_check import RIGHT, CandidateVerdict, Case,
 
 Value = TypeVar("Value")
 CALLS = 2  # of each case: a race between threads may show in the second one only
-PATIENCE = 5.0  # seconds after Ctrl-C
+PATIENCE = 5.0  # seconds to finish a case after Ctrl-C
 _here = threading.local()
 _stop = threading.Event()
 
 
 class DeviceLost(UserError):
-    """A kernel has made this process' CUDA context unusable: every further call fails, whatever it is."""
+    """A kernel has broken the CUDA context of this process: every further CUDA call fails."""
 
 
 def checking() -> bool:
-    """Whether this thread is the one that runs a check."""
+    """Whether this thread runs a check."""
     return getattr(_here, "checking", False)
 
 
@@ -34,9 +34,8 @@ def apart(run: Callable[[], Value]) -> Value:
     """`run()` on a thread of its own.
 
     Grad and inference mode, autocast, default device, dispatch modes, functorch levels, the current CUDA
-    device and stream belong to a thread: there they are what they are at the start of a process, and the
-    caller's are not touched. Warnings are dropped meanwhile: as errors, which filters can make them, they
-    would be taken for the candidate's.
+    device and stream belong to a thread: a new one has their defaults, and the caller's are not touched.
+    Warnings are dropped meanwhile: where filters turn them into errors, they would count as the candidate's.
     """
     result: list[Value] = []
     errors: list[BaseException] = []
@@ -47,7 +46,7 @@ def apart(run: Callable[[], Value]) -> Value:
         try:
             with waits_on_purpose():
                 result.append(run())
-        except BaseException as error:  # goes on in the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=body, name="fastdynat-verified", daemon=True)
@@ -56,7 +55,7 @@ def apart(run: Callable[[], Value]) -> Value:
         thread.start()
         try:
             thread.join()
-        except BaseException:  # Ctrl-C: a kernel that hangs keeps its mark, and any other case is soon over
+        except BaseException:  # Ctrl-C: a hanging kernel keeps its mark, any other case ends soon
             _stop.set()
             thread.join(PATIENCE)
             raise
@@ -70,21 +69,19 @@ class CheckInterrupted(Exception):
 
 
 class NotNow(Exception):
-    """A candidate could not be checked: at which case, and why."""
+    """A candidate could not be checked. Arguments: the case and the reason."""
 
 
 def not_now(error: Exception) -> str:
-    """Why there is no verdict."""
+    """The reason why there is no verdict."""
     return f"cannot be checked now: {type(error).__name__}: {first_line(error)}"
 
 
 class Prepared:
-    """A check's cases with their arguments and the reference's outputs on `device`, for all of its
-    candidates.
-    """
+    """A check's cases on `device`: their arguments and the reference's outputs, for all candidates."""
 
     def __init__(self, check: OperatorCheck, device: torch.device, *, full_size: bool | None = None) -> None:
-        """`full_size`: with the cases that are for GPUs only; None: where `device` is one."""
+        """`full_size`: include the cases for GPUs only; None: if `device` is a GPU."""
         self.check, self.device = check, device
         self.calls: list[tuple[Case, tuple[Any, ...], Any]] = []
         for case in check.cases():
@@ -94,13 +91,15 @@ class Prepared:
             self.calls.append((case, args, check.reference(*args)))
 
     def examine(self, candidate: str, note: Callable[[str], None], *, deep: bool = True) -> CandidateVerdict:
-        """Run `candidate` on every case. `note` is told which case comes next, before it can do any harm.
+        """Run `candidate` on every case.
 
-        deep: False spares a candidate that compiles at its calls the cases that are `Case.deep`.
+        Args:
+            note: called with the name of each case before it runs.
+            deep: False leaves out `Case.deep` cases for a candidate that compiles at its calls.
 
         Raises:
-            NotNow: there is no verdict, for want of memory or a compiler.
-            DeviceLost: nothing can run on the device any more. Its second argument is the verdict.
+            NotNow: there is no verdict, as memory or a compiler is missing.
+            DeviceLost: the CUDA context is broken. Its second argument is the verdict.
         """
         run = self.check.candidates[candidate]
         spared = not deep and candidate in self.check.compiling
@@ -112,7 +111,7 @@ class Prepared:
                 raise CheckInterrupted
             try:
                 found = self._of_case(run, case, args, expected)
-            except Exception as error:  # whatever goes wrong in there is the finding
+            except Exception as error:  # any error is the finding
                 if _of_the_moment(error) and not lost(self.device):
                     raise NotNow(case.name, not_now(error)) from None
                 found = f"failed: {type(error).__name__}: {first_line(error)}"
@@ -120,14 +119,14 @@ class Prepared:
                     verdict = CandidateVerdict(False, case.name, found)
                     raise DeviceLost(_lost(self.check.name, candidate, verdict), verdict) from None
             if found:
-                # The next candidate's arguments, if this one has written to them.
+                # Made anew for the next candidate, as this one may have written to them.
                 self.calls[number] = (case, case.make(self.device), expected)
                 return CandidateVerdict(False, case.name, found)
         return RIGHT
 
     def _of_case(self, run: Callable[..., Any], case: Case, args: tuple[Any, ...], expected: Any) -> str:
         before = [t.clone() if isinstance(t, Tensor) else t for t in args]
-        kept = []  # so that no call is given the memory of an earlier one, with the right values in it
+        kept = []  # alive, so that no call reuses the memory of an earlier one, which holds the right values
         for number in range(CALLS):
             _poison(expected)
             kept.append(run(*args))
@@ -139,14 +138,12 @@ class Prepared:
 
 
 def _poison(outputs: Any) -> None:
-    """Leave NaN in the memory that is probably given to the next outputs, so that an element never written
-    shows.
-    """
+    """Fill the memory that the next outputs will probably get with NaN, to reveal elements never written."""
     tensors = [
         t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if isinstance(t, Tensor)
     ]
     sizes = [(t.numel() * t.element_size(), t.device) for t in tensors] * 4
-    # All at once, so that each is a block of its own.
+    # Held all at once, so that each is a separate block.
     kept = [torch.empty(size, dtype=torch.uint8, device=device).fill_(0xFF) for size, device in sizes]
     kept.clear()
 
@@ -159,9 +156,7 @@ def _changed(args: tuple[Any, ...], before: list[Any]) -> str:
 
 
 def _of_the_moment(error: Exception) -> bool:
-    """Whether `error` says nothing about a candidate: no memory, no room on a disk, no compiler that Triton
-    needs.
-    """
+    """Whether `error` says nothing about the candidate: no memory, a full disk, no compiler for Triton."""
     missing = ("Failed to find C compiler", "Cannot find ptxas")
     return (
         shortage(error) is not None
@@ -171,7 +166,8 @@ def _of_the_moment(error: Exception) -> bool:
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the device fails on its own: an error of a kernel, unlike one of a launch, stays for good."""
+    """Whether the CUDA context is broken: an error inside a kernel, unlike one at its launch, is
+    permanent."""
     if device.type != "cuda":
         return False
     try:
@@ -183,6 +179,7 @@ def lost(device: torch.device) -> bool:
 
 def _lost(name: str, candidate: str, verdict: CandidateVerdict) -> str:
     return (
-        f"{name}: implementation {candidate!r} broke the CUDA context ({verdict.case}: {verdict.detail}), which no process "
-        f"survives; start again: from now on {candidate!r} is left out for {name} on this machine"
+        f"{name}: implementation {candidate!r} broke the CUDA context ({verdict.case}: {verdict.detail}), "
+        f"which no process survives; start again: from now on {candidate!r} is left out for {name} "
+        "on this machine"
     )

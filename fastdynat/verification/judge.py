@@ -1,4 +1,4 @@
-"""Verdicts of this process, of an earlier one, or made now; and what follows from them."""
+"""Verdicts on candidates: those of this process, stored ones, or made now."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ from fastdynat.verification.operator_check import REFERENCE, CandidateVerdict, O
 
 Verdicts = dict[str, CandidateVerdict]
 AGAIN = "`fastdynat doctor --check` checks it again"
-SAID_FROM = {"cpu": 10.0, "cuda": 0.5}  # seconds that a check may take without a word
+SAID_FROM = {"cpu": 10.0, "cuda": 0.5}  # seconds from which the duration of a check is logged
 
 _known: dict[tuple[str, torch.device], Verdicts] = {}
 _lost: dict[torch.device, str] = {}
@@ -24,7 +24,7 @@ _lock = threading.RLock()
 
 
 def _after_fork() -> None:
-    """Another thread of the parent may have held the lock."""
+    """Replace the lock, which another thread of the parent may have held."""
     global _lock
     _lock = threading.RLock()
 
@@ -33,21 +33,21 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def checking_lock() -> threading.RLock:
-    """Held while something is checked or timed."""
+    """The lock held while a candidate is checked or timed."""
     return _lock
 
 
 class WrongImplementation(UserError):
-    """An implementation that was asked for by name gives wrong results on this machine."""
+    """An implementation requested by name gives wrong results on this machine."""
 
 
 def peek(name: str, device: torch.device) -> Verdicts | None:
-    """The verdicts on check `name` that this process has. `device` has its index, as a tensor's has."""
+    """The verdicts of this process on check `name`; None if there are none. `device` has its index."""
     return _known.get((name, device))
 
 
 def known(name: str, device: torch.device) -> Verdicts | None:
-    """The verdicts on check `name` that this process has, or an earlier one left; nothing is run."""
+    """The verdicts on check `name` of this process, or else stored ones; runs nothing."""
     if (found := _known.get((name, device))) is None and name in registered():
         found = verdict_store.load_verdicts(verdict_store.key_of(registered()[name], device)).verdicts or None
         if found is not None:
@@ -57,15 +57,15 @@ def known(name: str, device: torch.device) -> Verdicts | None:
 
 
 def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdicts:
-    """The verdict on every candidate of check `name` that can run on `device`; what has none is checked now.
+    """The verdict on every candidate of check `name` that can run on `device`; checks those without one.
 
-    Warns of each that is not right, once a process. Must not be called while the current stream is being
-    captured, nor while torch.compile traces: `known` is for that.
+    Warns once per process of each wrong candidate. Must not be called while the current stream is captured or
+    torch.compile traces: use `known` there.
 
-    afresh: check again what was checked before, with the cases that a first use leaves out (`Case.deep`).
+    afresh: check again, with the cases that a first use leaves out (`Case.deep`).
 
     Raises:
-        DeviceLost: a candidate has broken the CUDA context. The verdict on it is stored before.
+        DeviceLost: a candidate has broken the CUDA context; its verdict is stored.
     """
     check = registered()[name]
     with _lock:
@@ -96,7 +96,7 @@ def _examine(
     *,
     deep: bool,
 ) -> Verdicts:
-    """Verdicts on `candidates`, made on a thread apart and stored."""
+    """Check `candidates` on a thread of its own and store the verdicts."""
     found, unsure = dict(stored.verdicts), Verdicts()
 
     def run() -> None:
@@ -149,13 +149,14 @@ def _warn(name: str, found: Verdicts) -> None:
 
 
 def describe_verdict(verdict: CandidateVerdict) -> str:
-    """The case and the deviation."""
+    """The wrong case and the deviation in it."""
     return f"wrong in case {verdict.case!r}: {verdict.detail}"
 
 
 def right(name: str, device: torch.device) -> tuple[str, ...]:
-    """The right candidates of check `name` on `device`, the preferred one first, then the reference. Checks
-    at first use.
+    """The correct candidates of check `name` on `device` by preference, then the reference.
+
+    Checks at first use.
     """
     check, found = registered()[name], verdicts(name, device)
     usable = [c for c in check.candidates if check.why_not(c, device) is None and found[c].right]
@@ -163,9 +164,8 @@ def right(name: str, device: torch.device) -> tuple[str, ...]:
 
 
 def insist(name: str, candidate: str, device: torch.device) -> None:
-    """Raise WrongImplementation unless `candidate`, which somebody asked for by name, is right. Checks at
-    first use.
-    """
+    """Raise WrongImplementation if `candidate`, which was requested by name, is wrong. Checks at first
+    use."""
     verdict = verdicts(name, device).get(candidate)
     if verdict is not None and not verdict.right:
         raise WrongImplementation(
@@ -174,11 +174,10 @@ def insist(name: str, candidate: str, device: torch.device) -> None:
 
 
 def prepare_checks(device: torch.device, names: Iterable[str] | None = None) -> None:
-    """Check now what would be checked at its first use: all that is registered, or `names`.
+    """Check now what would be checked at its first use: all registered checks, or `names`.
 
-    For whoever is about to capture a CUDA graph or to compile, where nothing can be checked any more. Says
-    how long it took where that is noticeable.
-    """
+    Call it before CUDA graphs are captured or networks compiled, when nothing can be checked any more. Logs
+    how long it took if that is noticeable."""
     begin = time.perf_counter()
     for name in registered() if names is None else names:
         verdicts(name, device)

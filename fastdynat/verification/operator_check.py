@@ -1,4 +1,4 @@
-"""`OperatorCheck`: one computation, its interchangeable implementations, and the cases on which they must agree."""
+"""Checks: a computation, its interchangeable implementations, and the cases on which they must agree."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,16 +14,16 @@ Outputs = Any  # a tensor, None, or a tuple of these
 
 @dataclass(frozen=True)
 class Case:
-    """One call.
+    """One call on which candidates are compared with the reference.
 
     Attributes:
-        name: as messages and tables name it: dtypes, shape, what is odd about it.
-        make: the arguments on a device, the same ones at every call. Draws from a generator of its own,
+        name: dtypes, shape and peculiarities, for messages and tables.
+        make: returns the arguments on a device, the same at every call: it uses a generator of its own and
             states every dtype.
-        scale: factor of the absolute tolerances, where values are larger than 1.
+        scale: factor of the absolute tolerances, for values larger than 1.
         gpu_only: skipped on the CPU, where it takes too long.
-        deep: one more specialisation of a kernel whose others are in the table. At first use, candidates that compile each of
-            them (`OperatorCheck.compiling`) are spared it; a deep check, ``fastdynat doctor --check``, is not.
+        deep: needs a further specialisation of a kernel. A first use leaves it out for candidates that
+            compile each specialisation (`OperatorCheck.compiling`); ``fastdynat doctor --check`` includes it.
     """
 
     name: str
@@ -35,8 +35,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """A call of the size that matters, for tables. `bytes`: read and written by one ideal pass over
-    memory.
+    """The call that tables time, of a realistic size.
+
+    Attributes:
+        bytes: read and written by one ideal pass over memory.
     """
 
     name: str
@@ -50,21 +52,21 @@ def _always(candidate: str, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class OperatorCheck:
-    """A computation with several implementations, of which only the right ones may run.
+    """A computation with several implementations, of which only correct ones are used.
 
     Attributes:
-        name: of the computation, as messages name it.
-        candidates: implementations by name, the preferred one first; each takes a case's arguments. They must
-            be functions of these alone: no random numbers of torch, nothing written to the arguments.
-        reference: the implementation that is right by definition.
-        cases: makes the table of calls; called at the first check only.
-        tolerance: (relative, absolute) by the dtype of an output; a dtype that is missing must be equal bit
-            by bit. NaN and infinities must be where the reference has them.
-        why_not: why a candidate cannot run on a device at all, or None.
-        sources: files that the verdict depends on: where one of them changes, everything is checked again.
-        within: made once for each check, entered around all calls; say, a context that turns TF32 off.
-        timed: the call that tables time; None: not timed.
-        compiling: the candidates that compile a kernel anew for each specialisation, at its first call.
+        name: of the computation, for messages.
+        candidates: implementations by name, the preferred one first; each takes a case's arguments and
+            depends on nothing else: no random numbers of torch, no writes to the arguments.
+        reference: the implementation that is correct by definition.
+        cases: returns the cases; called at the first check only.
+        tolerance: (relative, absolute) by the dtype of an output; other dtypes are compared bit for bit. NaN
+            and infinities must be where the reference has them.
+        why_not: returns the reason why a candidate cannot run on a device, or None.
+        sources: files that the verdicts depend on; a change of one invalidates them.
+        within: returns a context for all calls of the check, such as one that turns TF32 off.
+        timed: returns the call that tables time; None: not timed.
+        compiling: the candidates that compile each specialisation of a kernel at its first call.
     """
 
     name: str
@@ -81,12 +83,12 @@ class OperatorCheck:
 
 @dataclass(frozen=True)
 class CandidateVerdict:
-    """What became of a candidate.
+    """The result of checking a candidate.
 
     Attributes:
-        right: it may be used.
-        case: the name of the first case in which it was not right; empty where it is.
-        detail: what was wrong there.
+        right: the candidate is correct and may be used.
+        case: the first case in which it was wrong; empty if it is right.
+        detail: the deviation in that case.
     """
 
     right: bool
@@ -99,9 +101,8 @@ _registry: dict[str, OperatorCheck] = {}
 
 
 def register_check(check: OperatorCheck) -> OperatorCheck:
-    """Make `check` known to `prepare_checks` and to ``fastdynat doctor --check``; a later one of the same name takes
-    its place.
-    """
+    """Register `check` for `prepare_checks` and ``fastdynat doctor --check``, replacing one of the same
+    name."""
     if REFERENCE in check.candidates:
         raise ValueError(f"{check.name}: {REFERENCE!r} is the reference and cannot be a candidate")
     _registry[check.name] = check

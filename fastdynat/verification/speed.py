@@ -1,4 +1,4 @@
-"""The fastest correct implementation at a given size: measured once per size, and stored."""
+"""The fastest correct implementation at a size, measured once and stored."""
 
 import math
 import time
@@ -13,27 +13,26 @@ from fastdynat.verification import verdict_store
 from fastdynat.verification.judge import checking_lock
 from fastdynat.verification.operator_check import registered
 
-# By how much another one must be faster than the preferred one. On the CPU no timing near that decides, so
-# that machines of one kind choose alike, and what they compute is the same to the last bit.
+# Fraction of its time by which another candidate must beat the preferred one. On the CPU it is large, so that
+# noise never decides: machines of one kind then choose alike and compute the same bits.
 MARGIN = {"cpu": 0.5, "cuda": 0.1}
-SECONDS, AGAIN = 0.02, 0.2  # of a race, and of the second one that has to confirm an upset
+SECONDS, AGAIN = 0.02, 0.2  # of a race, and of the second race, which must confirm that another one won
 
 _winners: dict[tuple[str, torch.device, str], str] = {}
 
 
 def winner(name: str, device: torch.device, size: str) -> str | None:
-    """What `fastest` has said in this process."""
+    """The answer of `fastest` in this process; None if it was not asked."""
     return _winners.get((name, device, size))
 
 
 def fastest(name: str, device: torch.device, size: str, calls: Mapping[str, Callable[[], object]]) -> str:
-    """The fastest of `calls`, each a call of an implementation of check `name` that is right on `device`.
+    """The fastest of `calls`, each of a correct implementation of check `name` on `device`.
 
-    The first one is preferred: it wins unless another one is clearly faster (`MARGIN`), is the only one that
-    is not timed out of the race by an error, or where nothing can be remembered, as another process would
-    then choose otherwise.
+    The first one is preferred: it wins unless it raises or another one is clearly faster (`MARGIN`). It also
+    wins if the result cannot be stored, as another process might choose otherwise.
 
-    size: names what is measured, for whoever asks again.
+    size: the key of the measurement.
     """
     preferred = next(iter(calls))
     with checking_lock():
@@ -65,9 +64,7 @@ def _measured(
 
 
 def best(seconds: Mapping[str, float], device: torch.device) -> str:
-    """The first name in `seconds`, or the fastest where that is faster by `MARGIN`. Infinite: could not be
-    timed.
-    """
+    """The first name in `seconds`, or the fastest if it wins by `MARGIN`. Infinite: could not be timed."""
     preferred, quickest = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
     return (
         quickest if seconds[quickest] < (1 - MARGIN.get(device.type, 0.5)) * seconds[preferred] else preferred
@@ -89,7 +86,7 @@ def _race(calls: Mapping[str, Callable[[], object]], device: torch.device) -> di
 def timed(
     calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """Seconds per call, on whichever device; on the CPU of one thread, whose order is that of several."""
+    """Seconds per call on `device`; on the CPU with one thread, which ranks calls as several threads do."""
     if device.type == "cuda":
         return race_on_gpu(calls, device, seconds=seconds)
     with one_thread():
@@ -97,7 +94,5 @@ def timed(
 
 
 def _clock() -> float:
-    """What this thread computed, which other processes do not touch, and a tenth of all time, so that waiting
-    counts.
-    """
+    """This thread's CPU time, which other processes do not affect, plus a tenth of wall time for waiting."""
     return time.thread_time() + time.perf_counter() / 10

@@ -1,4 +1,4 @@
-"""Verdicts kept from one process to the next."""
+"""Files of verdicts and timings in the user's cache folder."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _said = False
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds. `fastest`: by size, seconds of a call by implementation."""
+    """The content of a file. `fastest`: seconds of a call by size and implementation."""
 
     key: dict[str, Any]
     verdicts: dict[str, CandidateVerdict]
@@ -32,7 +32,7 @@ class Stored:
 
 
 def key_of(check: OperatorCheck, device: torch.device) -> dict[str, Any]:
-    """Everything that the verdicts on `check` depend on; plain values."""
+    """Everything that the verdicts on `check` depend on, as plain values."""
     sources = {}
     for path in check.sources:
         with suppress(OSError):
@@ -43,13 +43,13 @@ def key_of(check: OperatorCheck, device: torch.device) -> dict[str, Any]:
 
 
 def path_of(key: Mapping[str, Any]) -> Path | None:
-    """The file of what is stored under `key`; None where there is no home."""
+    """The file for `key`; None without a home folder."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     return None if (base := user_cache("verified")) is None else base / f"{key['check']}-{digest}.json"
 
 
 def load_verdicts(key: Mapping[str, Any]) -> Stored:
-    """What was stored under `key`; nothing where the file is missing, damaged or of something else."""
+    """Load the file for `key`; an empty result if it is missing, damaged or has another key."""
     nothing = Stored(dict(key), {})
     path = path_of(key)
     with suppress(DocumentError, OSError):
@@ -61,7 +61,7 @@ def load_verdicts(key: Mapping[str, Any]) -> Stored:
 
 
 def writable() -> bool:
-    """Whether verdicts can be kept, as far as that can be known without writing one."""
+    """Whether verdicts can probably be stored; writes none."""
     base = user_cache("verified")
     with suppress(OSError):
         if base is not None:
@@ -71,7 +71,7 @@ def writable() -> bool:
 
 
 def save_verdicts(stored: Stored) -> bool:
-    """Keep `stored`. False, and a word at the first time, where that is impossible."""
+    """Store `stored`. If that fails, return False and log it once."""
     path = path_of(stored.key)
     try:
         if path is None:
