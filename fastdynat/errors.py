@@ -1,4 +1,4 @@
-"""Errors that are the caller's to fix: one line that names the value and the remedy."""
+"""Errors for the user to fix: one line that names the value and the remedy."""
 
 import difflib
 import os
@@ -26,8 +26,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def nearest(name: str, known: Iterable[str], n: int) -> str:
-    """Up to `n` of the names `known` that are most like `name`, best first, joined by "or"; empty where none
-    is.
+    """Up to `n` of the names `known` nearest to `name`, best first, joined by "or"; empty if none is near.
 
     >>> nearest("--ep-silon", ["--eps", "--epochs", "--lr"], n=1)
     '--epochs'
@@ -46,7 +45,7 @@ def shown(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, at most 160 characters; its type's name where it says nothing.
+    """The first line of `error`'s message, at most 160 characters, or the name of its type if it has none.
 
     >>> first_line(ValueError("no\nway")), first_line(ValueError())
     ('no', 'ValueError')
@@ -55,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def not_a_name(text: str) -> str | None:
-    """Why no file and no argument can be called `text`, to stand after what it is; None where one can.
+    """The reason why no file or argument can be named `text`, as a predicate; None if it can.
 
     >>> not_a_name("a\\0b")
     'has a NUL character'
@@ -81,9 +80,7 @@ def one_line(text: str) -> str:
 
 
 def shortage(error: BaseException) -> str | None:
-    """Which of memory and threads `error` is the lack of, in words with a remedy; None where it is something
-    else.
-    """
+    """Describe a lack of memory or threads in `error`, with a remedy; None if it is another error."""
     said = str(error)
     if isinstance(error, RuntimeError) and "start new thread" in said:
         return "the system lets this process start no more threads: end other programs, or raise ulimit -u"

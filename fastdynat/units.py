@@ -1,4 +1,4 @@
-"""The unit rule of perturbation sizes: everything inside the package is in [0, 1] pixel units.
+"""Units of perturbation sizes: everything inside the package is in [0, 1] pixel units.
 
 Published scripts write the same radius as ``8/255``, ``0.031`` or ``8``; a silent mix-up of the three is the
 most common reason for robust accuracies that do not compare. So one parser reads them all, and what it read
@@ -54,13 +54,15 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     """
     value, notice = parse_number(text, what), None
     if norm == "linf" and value > 1:
-        notice = f"{what} {text} is read as {value:g}/255 = {value / 255:.6g} (8-bit levels, because it is above 1)"
+        levels = f"{value:g}/255 = {value / 255:.6g}"
+        notice = f"{what} {text} is read as {levels} (8-bit levels, because it is above 1)"
         value /= 255
     if value <= 0:
         raise UserError(f"{what} must be above 0 (pixel range [0, 1]), got {text}")
     if value > limit:
+        got = f"{text} = {value:g}"
         raise UserError(
-            f"{what} must be at most {limit:g} in [0, 1] pixel units, got {text} = {value:g}; write it as 8/255"
+            f"{what} must be at most {limit:g} in [0, 1] pixel units, got {got}; write it as 8/255"
         )
     return Size(value, notice)
 

@@ -1,7 +1,6 @@
-"""Whether compiled code computes what its function does: compared at the first call with each signature, on
-its arguments.
+"""Comparison of compiled code with its function, on the arguments of the first call with each signature.
 
-And once more when the weights have changed, which shows code that has kept those of its compilation.
+It is repeated once after the weights have changed, to find code that keeps the weights of its compilation.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from fastdynat.execution.synchronization import waits_on_purpose
 # for one unit. A wrong gradient or a lost normalisation is a share of 0.3 and more.
 ALLOWED = {torch.float64: 1e-6, torch.float32: 2e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
 TF32 = 0.1  # rounds factors as float16 does
-# A result of dropout may differ four times as much as two eager runs differ from each other, and a result that is
-# mostly rounding, as the gradient of a bias before batch norm, four times as much as eager differs from float32.
+# A result of dropout may differ four times as much as two eager runs differ from each other, and a result
+# that is mostly rounding, as the gradient of a bias before batch norm, four times as much as eager differs
+# from float32.
 REPEATS = 4.0
 
 
@@ -30,10 +30,10 @@ class CompileCheck:
     """Compares compiled code with its function.
 
     Attributes:
-        module: whose parameters and buffers the function reads; a parameter's gradients and the buffers are
-            compared too.
-        rows: the function's own run gets so many images only, where they do not mix; None is all.
-        names: of the results of a function that returns a tuple; "" for one that is not compared.
+        module: the module whose parameters and buffers the function reads; gradients of parameters, and
+            buffers, are compared, too.
+        rows: number of images that the uncompiled run gets, if images do not mix; None is all.
+        names: names of a returned tuple's entries; "" for one that is not compared.
     """
 
     def __init__(self, module: nn.Module | None, rows: int | None = None, names: Sequence[str] = ()) -> None:
@@ -45,9 +45,7 @@ class CompileCheck:
         ] = {}  # version of the weights at a signature's first check; None after its second
 
     def due(self, signature: Any) -> bool:
-        """Whether this call is to be checked: never within a CUDA graph's capture, which nothing may wait
-        in.
-        """
+        """Whether this call is to be checked; never during a CUDA graph's capture, where nothing may wait."""
         if signature in self._seen:
             first = self._seen[signature]
             if first is None or first == self._version():

@@ -18,14 +18,14 @@ from fastdynat.execution.uncompiled import is_uncompiled
 from fastdynat.machine.racing import race
 
 # torch.compile's own modes capture CUDA graphs whose outputs the next call overwrites, while an attack chains
-# its calls; graphs are `fastdynat.execution`' business. Convolutions stay cuDNN's: Inductor's own templates
-# gave wrong results (pytorch#173068).
+# its calls; `fastdynat.execution` captures graphs itself. Convolutions stay with cuDNN: Inductor's own
+# templates gave wrong results (pytorch#173068).
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "max-autotune": {"max_autotune": True, "triton.cudagraphs": False, "max_autotune_conv_backends": "ATEN"},
 }
 AUTO = "auto"  # "default" where that is faster
-REASON_LENGTH = 200  # Dynamo's explanations fill pages
+REASON_LENGTH = 200  # characters; Dynamo's explanations fill pages
 # Graphs of one function; each takes seconds to make and megabytes to keep. Dynamo's own limit is the same by
 # default.
 MAX_SIGNATURES = 8
@@ -43,9 +43,9 @@ def compile_whole(
 ) -> Callable[..., Any]:
     """`fn` compiled as one graph, for each input signature anew; shapes are never made symbolic.
 
-    Where that is impossible, the reason is added to `fallbacks`, once, and from then on `otherwise` runs; None is `fn` in
-    several graphs, or as it is where the compiler itself fails. Signatures beyond the first `MAX_SIGNATURES`
-    run uncompiled, which is added to `fallbacks` once.
+    If that fails, the reason is added to `fallbacks`, once, and from then on `otherwise` runs; None is `fn`
+    in several graphs, or uncompiled if the compiler itself fails. Signatures beyond the first
+    `MAX_SIGNATURES` run uncompiled, which is added to `fallbacks` once.
 
     Args:
         fn: a Python function or a network; must not have run with another torch.compile wrapper of this
@@ -63,7 +63,7 @@ def compile_whole(
 
 
 class _Compiled:
-    """What `compile_whole` returns."""
+    """The callable that `compile_whole` returns."""
 
     def __init__(
         self,
@@ -113,10 +113,9 @@ class _Compiled:
     def _agrees(self, signature: Any, args: tuple[Any, ...]) -> bool:
         try:
             difference = self._check(signature, self._run, self._plain, args)
-        except torch.OutOfMemoryError:  # what is uncompiled may need more, so that it is no way out
-            self._fallbacks.add(
-                f"{self._what} is compiled, but there is not enough memory to compare it with the uncompiled one"
-            )
+        except torch.OutOfMemoryError:  # no fallback: the uncompiled function may need even more
+            why = "there is not enough memory to compare it with the uncompiled one"
+            self._fallbacks.add(f"{self._what} is compiled, but {why}")
             return True
         if difference is not None:
             self._fallbacks.add(f"{self._what} runs without torch.compile: when compiled, its {difference}")
@@ -126,9 +125,8 @@ class _Compiled:
     def _beyond(self, args: tuple[Any, ...]) -> Any:
         if not self._told:
             self._told = True
-            self._fallbacks.add(
-                f"{self._what} is compiled for {len(self._known)} shapes of input; others run without torch.compile"
-            )
+            shapes = f"{len(self._known)} shapes of input"
+            self._fallbacks.add(f"{self._what} is compiled for {shapes}; others run without torch.compile")
         return self._plain(*args)
 
     def _give_up(self, error: Exception) -> None:
@@ -142,7 +140,8 @@ class _Compiled:
         self._fallbacks.add(f"{self._what} runs {how}: {_reason(error)}")
 
     def _time(self, args: tuple[Any, ...]) -> None:
-        """Keep the faster one. On a GPU, where compiled code launches fewer kernels, that is known."""
+        """Keep the faster one. On a GPU that is the compiled one, which launches fewer kernels: it is not
+        timed."""
         self._to_be_timed = False
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(tensor.is_cuda for tensor in tensors):
@@ -174,7 +173,7 @@ def _no_advice_on_tf32() -> Iterator[None]:
 
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Dynamo compiles anew for: equal for two calls that run the same code."""
+    """The key of Dynamo's compilations: equal for two calls that run the same code."""
     found = (
         (arg.shape, arg.stride(), arg.dtype, arg.device, arg.requires_grad)
         if isinstance(arg, Tensor)

@@ -1,5 +1,4 @@
-"""Deviation of a fast form of a function (compiled, captured) from the function: outputs, weights, buffers,
-gradients.
+"""Deviation of a compiled or captured function from the function: outputs, weights, buffers, gradients.
 
 Results are tensors on the host by kind and name: "weight model.0.bias", "gradient ...", "output ...".
 """
@@ -12,19 +11,21 @@ import torch
 from torch import Tensor
 
 Results = dict[str, Tensor]
-# Tensors that hardly change are mostly rounding, such as the gradient of a bias before a batch norm: a
-# deviation of this share of what other tensors of the kind change by per element is none.
+# Tensors that hardly change, such as the gradient of a bias before a batch norm, are mostly rounding: a
+# change counts as at least this fraction of the usual change per element of tensors of the kind.
 STILL = 1e-3
-NUMBER, COUNT = (
-    0.5,
-    20,
-)  # numbers and counts below these are taken for as large: accuracies near 0, images without gradient
+# Scalars below these are compared as if they were as large: accuracies near 0, counts of images.
+NUMBER, COUNT = 0.5, 20
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a result is from what it should be: `share` of what `where` changes by, of which `allowed`
-    would be rounding.
+    """The deviation of a result from its expected value.
+
+    Attributes:
+        share: deviation, as a fraction of the result's change.
+        where: name of the result.
+        allowed: the fraction that rounding explains.
     """
 
     share: float
@@ -35,11 +36,12 @@ class Difference:
         where = self.where.removeprefix("output ")
         if self.share == float("inf"):
             return f"{where} are others"
-        return f"{where} differs by {self.share:.2g} of its change (rounding explains at most {self.allowed:.2g})"
+        allowed = f"rounding explains at most {self.allowed:.2g}"
+        return f"{where} differs by {self.share:.2g} of its change ({allowed})"
 
 
 class Comparison:
-    """Compares results with `want`, which are changes of `base`, or of 0 where that has none of the name."""
+    """Compares results with `want`; changes are relative to the tensor of that name in `base`, or to 0."""
 
     def __init__(self, want: Results, base: Mapping[str, Tensor]) -> None:
         self.want, self._base = want, base
@@ -52,9 +54,8 @@ class Comparison:
         self._usual = {kind: (total / max(count, 1)) ** 0.5 for kind, (total, count) in squares.items()}
 
     def shares(self, got: Results) -> Iterator[tuple[str, float]]:
-        """Of each result its name and by what share of its change it deviates; infinite where it has no
-        business to.
-        """
+        """Yield each result's name and its deviation as a fraction of its change; infinite if it must not
+        differ."""
         for name in sorted(got.keys() ^ self.want.keys()):
             yield name, float("inf")
         for name in sorted(got.keys() & self.want.keys()):
@@ -80,7 +81,7 @@ class Comparison:
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nest of mappings, sequences and dataclasses, by their way there."""
+    """Yield all tensors in nested mappings, sequences and dataclasses, with their paths as names."""
     if isinstance(value, Tensor):
         yield name, value
         return
@@ -98,12 +99,12 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def outputs(value: Any) -> dict[str, Tensor]:
-    """The tensors of what a function has returned, named as results are."""
+    """The tensors in a function's return value, named "output PATH"."""
     return {f"output {name}".rstrip(): tensor for name, tensor in tensors(value)}
 
 
 def on_host(results: Mapping[str, Tensor]) -> Results:
-    """Copies."""
+    """Copies of `results` on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in results.items()}
 
 
@@ -113,12 +114,12 @@ def norm(t: Tensor) -> float:
 
 
 def draws(device: torch.device) -> list[Tensor]:
-    """The states of torch's random streams that a function on `device` may draw from."""
+    """The states of torch's generators that a function on `device` may draw from."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_draws(device: torch.device, states: list[Tensor]) -> None:
-    """Put back what `draws` returned."""
+    """Restore generator states that `draws` returned."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
@@ -129,5 +130,5 @@ def _kind(name: str) -> str:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, but that any NaN is as good as another."""
+    """Whether both are equal bit for bit, where all NaN count as equal."""
     return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

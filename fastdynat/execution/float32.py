@@ -1,8 +1,8 @@
-"""Float32 that is float32: without TF32 or bfloat16 products, which torch allows cuDNN's convolutions unless
-told otherwise.
+"""True float32: contexts without TF32 or bfloat16 products, which torch allows cuDNN's convolutions by
+default.
 
-TF32 rounds the factors of a product to 10 bits. Training may do so; what is compared, judged or counted is
-computed in full.
+TF32 rounds the factors of a product to 10 bits. Training may use it; results that are compared or counted are
+computed in full float32.
 
 torch 2.9 and later have two interfaces to these flags: the older `allow_tf32` and
 `set_float32_matmul_precision`, and `fp32_precision` by backend and operation. The older one raises where it
@@ -29,8 +29,7 @@ Flags = list[tuple[tuple[str, str], str]]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within it float32 convolutions and matrix products are computed in float32, on every device; also a
-    decorator.
+    """A context (or decorator) in which float32 convolutions and matrix products use no TF32, on any device.
 
     The flags are the process's, not the thread's. A CUDA graph keeps the precision that it was captured in,
     and compiled code calls convolutions that read the flags when they run.
@@ -46,18 +45,18 @@ def full_float32() -> Iterator[None]:
 
 
 def tf32_allowed() -> bool:
-    """Whether cuDNN may compute float32 convolutions in TF32 as the flags are now."""
+    """Whether the current flags allow cuDNN to compute float32 convolutions in TF32."""
     return bool(C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 def tf32_convolutions(device: torch.device) -> bool:
-    """Whether float32 convolutions on `device` are computed in TF32 as the flags are now: from Ampere on."""
+    """Whether float32 convolutions on `device` currently use TF32: if allowed, from Ampere on."""
     return device.type == "cuda" and tf32_allowed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager
 def products_like_convolutions() -> Iterator[None]:
-    """Within it float32 matrix products on a GPU have the precision that its convolutions have now."""
+    """A context in which float32 matrix products on a GPU have the precision of its convolutions."""
     own, (_, allowed) = _read((("cuda", "matmul"),)), _read((("cuda", "conv"),))[0]
     _write([(("cuda", "matmul"), allowed)])
     try:
@@ -67,13 +66,13 @@ def products_like_convolutions() -> Iterator[None]:
 
 
 def float32_name(device: torch.device, name: str = "float32") -> str:
-    """`name`, with what becomes of its convolutions on `device` as the flags are now."""
+    """`name`, with "(TF32 convolutions)" if convolutions on `device` currently use TF32."""
     return f"{name} (TF32 convolutions)" if tf32_convolutions(device) else name
 
 
 @dataclass(frozen=True)
 class Float32Flags:
-    """What both interfaces say, each flag's own value: what it falls back to is apart."""
+    """The flags of both interfaces: each flag's own value, without the one it falls back to."""
 
     allow_tf32: bool
     matmul: str
@@ -81,7 +80,7 @@ class Float32Flags:
 
 
 def float32_flags() -> Float32Flags:
-    """The flags as they are now, however the caller has mixed the two interfaces."""
+    """The current flags, however the caller has mixed the two interfaces."""
     top = ("generic", "all")
     newer = [(top, C._get_fp32_precision_getter(*top))]
     # A flag's own value shows where nothing is left to fall back to.
@@ -102,7 +101,7 @@ def float32_flags() -> Float32Flags:
 
 
 def put_float32_flags(flags: Float32Flags) -> None:
-    """Make the flags what `float32_flags` returned."""
+    """Restore flags that `float32_flags` returned."""
     C._set_cudnn_allow_tf32(flags.allow_tf32)  # these two write newer flags as well
     C._set_float32_matmul_precision(flags.matmul)
     _write(flags.newer)

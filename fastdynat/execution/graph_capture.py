@@ -1,4 +1,4 @@
-"""Capturing CUDA graphs. A failed capture leaves no trace in streams, generators, allocators or threads."""
+"""Capture of CUDA graphs; a failed one leaves no trace in streams, generators, allocators or threads."""
 
 import gc
 import warnings
@@ -13,22 +13,19 @@ from fastdynat.errors import first_line
 
 
 class CaptureFailed(RuntimeError):
-    """Why a function could not be captured, in one line. It has not run, and everything is as it was
-    before.
-    """
+    """A function could not be captured, with the reason in one line. It has not run; no state has changed."""
 
 
 class Recorder(Protocol):
-    """Where graphs come from."""
+    """A way to capture graphs: `CudaRecorder`, or a simulation in tests."""
 
     def warm(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` once as it will be captured, and return what it returned."""
+        """Run `fn` once on the capture stream and return its result."""
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record `fn` without running it; return its outputs, which each call of the second result fills
-        anew.
+        """Capture `fn` without running it; return its outputs and `replay`, which fills them anew.
 
-        The second result may raise RuntimeError, having launched nothing and drawn nothing.
+        `replay` may raise RuntimeError; it has then launched nothing and drawn no random numbers.
 
         Raises:
             CaptureFailed: `fn` cannot be captured.
@@ -36,9 +33,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs on a stream of its own; all of its graphs share one memory pool, so they must not
-    run at once.
-    """
+    """Captures CUDA graphs on its own stream; they share one memory pool and must not run concurrently."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -53,21 +48,21 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(self._stream):
                 return fn()
-        finally:  # after an error too: what was launched may still be at work on tensors that are now freed
+        finally:  # after an error, too: launched kernels may still use tensors that are now freed
             here.wait_stream(self._stream)
 
     def capture(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         if not self._alive:
-            # The allocator takes no new graphs into a pool all of whose graphs are gone.
+            # The allocator accepts no new graph in a pool whose graphs are all gone.
             self._pool = torch.cuda.graph_pool_handle()
         graph, raised, outputs = torch.cuda.CUDAGraph(), list[BaseException](), None
-        # Loaders' threads may allocate meanwhile; only what this thread does must be fit for a graph.
+        # Only this thread's calls must be capturable: loaders' threads may allocate meanwhile.
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
         try:
-            # The outer stream context is for torch.cuda.graph, which leaves its stream current where a
-            # capture ends badly.
+            # The outer stream context restores the stream, as torch.cuda.graph does not where a capture
+            # fails.
             with torch.cuda.stream(self._stream), _undisturbed(), recording:
                 outputs = _noting(fn, raised)
         except BaseException as error:
@@ -96,7 +91,7 @@ class CudaRecorder:
         return replay
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undo what a capture that went wrong has left behind.
+        """Clean up after a failed capture.
 
         Up to torch 2.11 ``capture_end`` stops at its first error: the allocator goes on recording, which
         forbids it to give memory back, and the generator goes on capturing, which forbids it to draw. From
@@ -122,7 +117,7 @@ class CudaRecorder:
                     break
 
     def _draws(self) -> bool:
-        """Whether the device's generator gives numbers; none is used up."""
+        """Whether the device's generator can draw; its state is not advanced."""
         generator = torch.cuda.default_generators[self._index]
         offset = generator.get_offset()
         try:
@@ -132,9 +127,8 @@ class CudaRecorder:
         return True
 
     def _capture_nothing(self) -> None:
-        """A capture that ends well takes the generator out of its capturing state, and other graphs can go on
-        with it.
-        """
+        """Capture an empty graph: that ends the generator's capturing state, and other graphs keep
+        working."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the graph is empty
@@ -142,15 +136,13 @@ class CudaRecorder:
             graph.capture_end()
 
     def _other_generator_state(self) -> None:
-        """The last resort: the same seed and offset in a state that no graph knows; replays of earlier graphs
-        then raise.
-        """
+        """The last resort: a new generator state with the same seed and offset. Earlier graphs then raise."""
         generator = torch.cuda.default_generators[self._index]
         generator.graphsafe_set_state(generator.clone_state())
 
 
 def _noting(fn: Callable[[], Any], raised: list[BaseException]) -> Any:
-    """`fn`'s result; what it raises goes to `raised` too."""
+    """Call `fn`; an error is appended to `raised` and raised."""
     try:
         return fn()
     except BaseException as error:
@@ -160,10 +152,9 @@ def _noting(fn: Callable[[], Any], raised: list[BaseException]) -> Any:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keeps what waits for the device or frees its objects out of a capture: the garbage collector, cuDNN's
-    timings.
+    """A context without garbage collection and cuDNN benchmarking, which wait for the device or free memory.
 
-    Without `benchmark` cuDNN uses what it found in the warm-up, and its heuristics for what is new.
+    With `benchmark` off, cuDNN uses the algorithms found in the warm-up, and its heuristics for others.
     """
     collecting, timing = gc.isenabled(), torch.backends.cudnn.benchmark
     gc.disable()

@@ -1,13 +1,11 @@
-"""Comparison of a replay with its function: both run from the same state, on the same inputs, with the same
-random numbers.
+"""Comparison of a graph's replay with its function, from the same state, inputs and random numbers.
 
-Everything that tells a right graph from a wrong one is made to differ between capture and check: the inputs
-are other images than those at hand, the weights are moved, the generator stands elsewhere, what the function
-has to renew is spoilt, and rates are others while it is captured. Afterwards everything is put back bit for
-bit.
+Everything that a wrong graph might keep from its capture is changed before the check: the inputs are other
+images, the weights are moved, the generator is advanced, values that the function must recompute are
+overwritten, and rates are scaled during the capture. Afterwards everything is restored bit for bit.
 
-Copies are kept on the host, so the device needs room for little more than one tensor at a time; the function
-itself runs before the capture, when the graph's memory is not taken yet.
+Copies are kept on the host, so that the device needs little more memory than one tensor; the function runs
+before the capture, while the graph's memory is not taken yet.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,31 +33,30 @@ REPEATS, MOST = 4.0, 0.5
 
 
 class FunctionState(Protocol):
-    """What a function reads and changes beside its inputs and outputs."""
+    """The state that a function reads and changes besides its inputs and outputs."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """All tensors that it changes in place, and all that change between its calls, by kind and name
-        ("weight a.b").
-        """
+        """All tensors changed in place by the function or between its calls, by kind and name ("weight
+        a.b")."""
 
     def weights(self) -> Sequence[Tensor]:
-        """Those of `state` whose values may be moved a little for the check."""
+        """The tensors of `state` whose values the check may perturb."""
 
     def left(self) -> Mapping[str, Tensor]:
-        """What its last run, or its capture, has left elsewhere: gradients."""
+        """Tensors left elsewhere by the last run or capture: gradients."""
 
     def spoil(self) -> None:
-        """Overwrite what it renews from `state` before it reads it."""
+        """Overwrite values that the function must recompute from `state` before it reads them."""
 
     def restored(self) -> None:
-        """Called when `state` is put back after the check, for what is derived from it."""
+        """Called after `state` is restored, to update values derived from it."""
 
     def disguised(self) -> AbstractContextManager[None]:
-        """Within it numbers that it must read anew at each run are others."""
+        """A context that changes numbers which the function must read anew at each run."""
 
 
 class Stateless:
-    """A function that changes nothing."""
+    """The state of a function that changes nothing."""
 
     def state(self) -> Mapping[str, Tensor]:
         return {}
@@ -106,9 +103,8 @@ class GraphCheck:
     def compare(
         self, inputs: tuple[Tensor, ...], returned: Any, replay: Callable[[], None]
     ) -> Difference | None:
-        """Replay the graph, which reads `inputs` and fills `returned`, once; the largest difference where it
-        is no rounding.
-        """
+        """Replay the graph, which reads `inputs` and fills `returned`; the largest difference beyond
+        rounding."""
         left = self._subject.left()
         self._begin()
         self._subject.spoil()
@@ -133,14 +129,14 @@ class GraphCheck:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """State and random numbers as they were before the check."""
+        """Restore state and random streams."""
         for name, tensor in self._subject.state().items():
             tensor.copy_(self._before[name])
         set_draws(self._device, self._draws)
         self._subject.restored()
 
     def _begin(self) -> None:
-        """The state in which both run: other weights than at the capture, and the generator elsewhere."""
+        """Set the state in which both run: weights and generator differ from those at the capture."""
         self.put_back()
         for weight in self._subject.weights():
             _move(weight)
@@ -151,12 +147,12 @@ class GraphCheck:
         return self._results(returned, self._subject.left())
 
     def _results(self, returned: Any, left: Mapping[str, Tensor]) -> Results:
-        """All that can be compared, on the host."""
+        """All results to compare, on the host."""
         drawn = torch.cat([state.flatten() for state in draws(self._device)])
         return on_host({**outputs(returned), **left, **self._subject.state(), "random numbers": drawn})
 
     def _compared(self) -> Comparison:
-        """With what the function did: to its state, to its images."""
+        """The function's results with their baselines: the state before, the images before."""
         images = [t for t in self._inputs if t.dim() == 4]
         attacked = {
             name: x.to("cpu", want.dtype)
@@ -172,14 +168,14 @@ class GraphCheck:
 
 
 def _others(t: Tensor) -> Tensor:
-    """Another batch of the same kind, in the same memory format: the rows one further, images mirrored."""
+    """Another batch in the same memory format: rows rolled by one, images mirrored."""
     other = t.roll(1, 0) if t.dim() else t
     return torch.empty_like(t).copy_(other.flip(-1) if t.dim() == 4 else other)
 
 
 @torch.no_grad()
 def _move(weight: Tensor) -> None:
-    """By a tenth of each value at most, as differently as no normalisation would take back."""
+    """Move each value by up to a tenth, unevenly, so that no normalisation undoes it."""
     wave = (
         torch.arange(weight.numel(), device=weight.device)
         .mul(12.9898)
@@ -192,7 +188,7 @@ def _move(weight: Tensor) -> None:
 
 @contextmanager
 def scaled(numbers: Sequence[Tensor], factor: float) -> Iterator[None]:
-    """Within it `numbers` are `factor` times what they are."""
+    """A context in which `numbers` are multiplied by `factor`."""
     before = [number.clone() for number in numbers]
     for number in numbers:
         number.mul_(factor)

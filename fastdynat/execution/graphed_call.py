@@ -1,6 +1,5 @@
-"""A function captured as one graph per input signature after warm-up, with the function itself as the
-fallback.
-"""
+"""A function captured as one CUDA graph per input signature after warm-up, with a fallback to the
+function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,17 +28,16 @@ class _Captured:
 
 
 class GraphedCall:
-    """`fn`, run as it is for the first calls with each input signature, from then on as a graph.
+    """Runs `fn` eagerly for the first calls with each input signature and as a graph from then on.
 
     `fn` must do the same work for every input of one signature: no choice by value, no waiting for the
     device, no state of Python that changes between calls. The first calls are ordinary ones, not repetitions:
     a training step warms up on real batches and nothing has to be rolled back. Outputs are overwritten by the
     next call with the same signature.
 
-    Each graph is compared with `fn` before its first use (`GraphCheck`), which takes two runs and leaves no trace.
-    Where that, a capture or a replay fails, the reason is added to `fallbacks`, once, and `fn` runs without graphs
-    from then on. All of its graphs are let go then, with their memory.
-    """
+    Each graph is compared with `fn` before its first use (`GraphCheck`), which takes two runs and leaves no
+    trace. If that, a capture or a replay fails, the reason is added to `fallbacks`, all graphs are freed, and
+    `fn` runs without graphs from then on."""
 
     def __init__(
         self,
@@ -48,16 +46,15 @@ class GraphedCall:
         fallbacks: Fallbacks,
         subject: FunctionState | None = None,
     ) -> None:
-        """`subject`: what `fn` changes beside its outputs; None is nothing."""
+        """`subject`: the state that `fn` changes besides its outputs; None is none."""
         self._fn, self._recorder, self._fallbacks = fn, recorder, fallbacks
         self._subject = subject or Stateless()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
 
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> Any:
-        """`constants`: values of Python that `fn` reads from elsewhere; another set of them is another
-        graph.
-        """
+        """`constants`: Python values that `fn` reads from elsewhere; each set of them has a graph of its
+        own."""
         if self.failed or is_uncompiled():
             return self._fn(*inputs)
         signature = (*constants, *((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs))

@@ -1,6 +1,4 @@
-"""Runs in the caller's process leave its global state as they found it: generators, determinism, threads,
-warnings.
-"""
+"""Contexts that restore the process's global state: generators, determinism, threads, warnings."""
 
 import os
 import random
@@ -22,7 +20,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Put back, however the block ends: the generators of Python, NumPy and torch (CPU, CUDA), the
+    """Restore, however the block ends, the generators of Python, NumPy and torch (CPU, CUDA), the
     determinism flags of torch and cuDNN, TF32 and float32 precision, the number of threads, cuBLAS' workspace
     variable and the warning filters.
 
@@ -45,7 +43,7 @@ def process_state_kept() -> Iterator[None]:
 def keeping_process_state(
     make: Callable[Parameters, AbstractContextManager[Value]],
 ) -> Callable[Parameters, AbstractContextManager[Value]]:
-    """A context manager like that of `make`, within `process_state_kept`."""
+    """Return `make` with its context inside `process_state_kept`."""
 
     @wraps(make)
     @contextmanager
@@ -58,7 +56,7 @@ def keeping_process_state(
 
 def _generators() -> Callable[[], None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Asking for the state of CUDA's generators would start CUDA, for a run that may not use it.
+    # Reading the states of CUDA's generators would initialise CUDA.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
     def restore() -> None:
@@ -68,7 +66,7 @@ def _generators() -> Callable[[], None]:
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
         elif torch.cuda.is_initialized():
-            # What they would begin with: the seed of the CPU's generator.
+            # Their initial state: the seed of the CPU's generator.
             torch.cuda.manual_seed_all(torch.initial_seed())
 
     return restore

@@ -1,4 +1,4 @@
-"""Waiting for the GPU on purpose, where the caller has asked torch to report whatever waits for it."""
+"""A context in which waiting for the GPU is intended, for callers of `torch.cuda.set_sync_debug_mode`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def waits_on_purpose() -> Iterator[None]:
-    """Within it torch neither warns nor raises where the host waits for a GPU; also a decorator.
+    """A context (or decorator) in which torch neither warns nor raises where the host waits for a GPU.
 
     For comparisons that are made once. The mode (`torch.cuda.set_sync_debug_mode`) is the process's, not the
     thread's.

@@ -1,4 +1,4 @@
-"""A context without compiled code and captured graphs, for input shapes that do not repay making them."""
+"""A context without compiled code and CUDA graphs, for input shapes too rare to be worth making them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,7 @@ _aside: ContextVar[bool] = ContextVar("aside", default=False)
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within it what `compile_whole` and `GraphedCall` wrap runs as it is: nothing is compiled, captured or
-    replayed.
-    """
+    """A context in which functions of `compile_whole` and `GraphedCall` run eagerly."""
     token = _aside.set(True)
     try:
         yield

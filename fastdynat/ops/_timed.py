@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdynat import verification
 
 F = TypeVar("F", bound=Callable[..., Any])
-# `fastdynat.attack_engine.winograd` decides on Winograd's algorithm against direct convolutions.
+# `fastdynat.attack_engine.winograd_layers` decides on Winograd's algorithm against direct convolutions.
 NOT_TIMED = ("winograd_conv3x3", "winograd_weights")
 
 _racing = False

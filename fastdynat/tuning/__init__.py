@@ -1,4 +1,11 @@
-"""What is fast on this machine: known from its capabilities, or measured once and remembered."""
+"""Tuning: the fastest precision, memory format and convolution algorithm on this machine.
+
+In reading order:
+- `choices`: decisions from capabilities and timings, each with its reason;
+- `workload`: the convolutions that are timed; `convolution_costs`: a cost model of Winograd's algorithm;
+- `measurements`: stored timings;
+- `devices`: the device, precision and compiler of a command, with checks of flags.
+"""
 
 from fastdynat.machine import capability, half_types, processor, quiet_clock, race, racing
 from fastdynat.tuning.choices import (

@@ -1,4 +1,4 @@
-"""From capabilities and measurements to decisions, each with its reason in one sentence."""
+"""Choices of precision, memory format and convolution algorithm, each with its reason in one clause."""
 
 import json
 import math
@@ -22,23 +22,23 @@ from fastdynat.tuning.workload import (
     update_call,
 )
 
-# The surer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input
-# gradients need) wins unless another one is faster by so much: timings repeat to a few percent.
+# The safer alternative (float32, then direct convolutions, then channels-last, which oneDNN's strided input
+# gradients need) wins unless another one is faster by this fraction: timings repeat to a few percent.
 MARGIN = 0.03
 SECONDS = 1.0  # of all settings together, once per machine
-QUIET = 0.05  # share of the cores' time that other processes may take beside a timing on all threads
-_known: dict[str, dict[str, float]] = {}  # by key, of this process
+QUIET = 0.05  # fraction of the cores' time that other processes may take during a timing on all threads
+_known: dict[str, dict[str, float]] = {}  # timings of this process, by key
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is fast here.
+    """The fastest settings on a device.
 
     Attributes:
         amp: "off", "bf16" or "fp16".
         channels_last: memory format of images and convolution weights.
-        winograd: Winograd's algorithm for float32 convolutions pays.
-        why: the precision's reason, in a clause.
+        winograd: Winograd's algorithm is faster for float32 convolutions.
+        why: the reason for the precision, in a clause.
     """
 
     amp: str
@@ -58,12 +58,12 @@ def choose(
 ) -> Choice:
     """The fastest setting on `device` among those whose precision is in `amps`.
 
-    On a GPU it is known. On the CPU a precision without instructions is out of the question, and the others
-    are timed, once per machine, number of threads, version of torch and shapes of `work` (`store`).
+    On a GPU it follows from the device. On the CPU precisions without instructions are excluded and the
+    others timed, once per machine, number of threads, version of torch and shapes of `work` (`measurements`).
 
-    channels_last: the memory format, where it is not to be chosen.
-    winograd: whether Winograd's algorithm may be used at all.
-    work: the convolutions in hand.
+    channels_last: the memory format, if it is fixed; None to choose it.
+    winograd: whether Winograd's algorithm may be used.
+    work: the convolutions to time.
     """
     lacking = half_types(device)
     fast = faster_types(device)
@@ -77,7 +77,7 @@ def choose(
         if (s.amp in amps or s.amp in types) and (winograd or not s.winograd)
     ]
     allowed = [s for s in allowed if channels_last in (None, s.channels_last)]
-    if not allowed:  # a half type without instructions is insisted on: oneDNN's emulation is the least slow
+    if not allowed:  # half precision without instructions, as the caller insists: oneDNN emulates it
         return Choice(next(iter(amps)), True, False, lacking[next(iter(amps))])
     best = _best(allowed, timed)
     return Choice(best.amp, best.channels_last, best.winograd, _reason(best, allowed, timed, lacking, amps))
@@ -124,17 +124,14 @@ def _reason(
 def _timed(
     device: torch.device, types: list[str], clock: Clock | None, work: Workload = ANY
 ) -> dict[str, float]:
-    """Seconds per image of every setting of the CPU, by name: of this process, of an earlier one, or measured
-    now.
-    """
+    """Seconds per image of every setting on the CPU, by name: known, stored, or measured now."""
     return _remembered("convolutions", device, convolution_settings(types), clock, work)
 
 
 def slower_than_float32(amp: str, device: torch.device, clock: Clock | None = None) -> float:
-    """How many times longer than in float32 convolutions take in "bf16" or "fp16" on the CPU; below 1 where
-    they are faster.
+    """The time of convolutions in "bf16" or "fp16" on the CPU, as a multiple of float32's.
 
-    Where the type has no instructions, this times a single small layer.
+    A dtype without instructions is timed on a single small layer.
     """
     fast = faster_types(device)
     if amp in fast:
@@ -165,24 +162,23 @@ def _remembered(
     key = {"what": f"{what} on one thread", "settings": sorted(names), "layers": shapes, "passes": trained}
     if torch.get_num_threads() == 1:
         return remembered(key, device, names, alone)
-    # Memory formats differ in how well threads share the work: ResNet-18 at batch 8 is faster channels-last
-    # on one thread and contiguous on two. Beside other processes only one thread tells anything, by the time
-    # that it computed itself.
+    # Memory formats scale differently with threads: ResNet-18 at batch 8 is faster channels-last on one
+    # thread and contiguous on two. Under other load only a single thread can be timed, by its own CPU time.
     key_of_all = key | {"what": f"{what} on all threads"}
     try:
         return remembered(key_of_all, device, names, lambda: _undisturbed(wanted, work, clock))
     except _DisturbedError:
         found = remembered(key, device, names, alone)
-        _known[_text(key_of_all, device)] = found  # in this process the question is settled
+        _known[_text(key_of_all, device)] = found  # not timed again in this process
         return found
 
 
 class _DisturbedError(Exception):
-    """Other processes computed beside a timing on all threads."""
+    """Other processes used the CPU during a timing on all threads."""
 
 
 def _undisturbed(wanted: list[ConvolutionSetting], work: Workload, clock: Clock | None) -> dict[str, float]:
-    """`_race_layers` on all threads."""
+    """Run `_race_layers` on all threads; raise if other processes used the CPU meanwhile."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     if free_cores() < threads:
         raise _DisturbedError
@@ -194,17 +190,14 @@ def _undisturbed(wanted: list[ConvolutionSetting], work: Workload, clock: Clock 
 
 
 def _winograd(layer: Layer, work: Workload) -> list[float | None]:
-    """By memory format, the scale of Winograd's time where it would compute `layer`; all that the batch
-    decides beside how many images are timed.
-    """
+    """By memory format, the factor of Winograd's time for the full batch; None where it is not used for
+    `layer`."""
     layouts = (False, True)
     return [layer.scale(work.batch, o) if layer.repays(work.batch, work.passes, o) else None for o in layouts]
 
 
 def _race_layers(wanted: list[ConvolutionSetting], work: Workload, clock: Clock | None) -> dict[str, float]:
-    """Seconds per image of all of `work`'s layers together: of a pair of passes, and of its share of an
-    update.
-    """
+    """Seconds per image of all layers of `work`: a forward and backward pass, and its share of an update."""
     total = dict.fromkeys((setting.name for setting in wanted), 0.0)
     for layer in work.layers:
         images, scales = layer.timed_images(work.batch), _winograd(layer, work)
@@ -222,12 +215,10 @@ def _race_layers(wanted: list[ConvolutionSetting], work: Workload, clock: Clock 
 def _race_updates(
     wanted: list[ConvolutionSetting], work: Workload, layer: Layer, clock: Clock | None
 ) -> dict[str, float]:
-    """What an update adds to each pair of passes, which Winograd's algorithm has no part in; 0 where nothing
-    is trained.
+    """Seconds that the update adds to each pair of passes, without Winograd's algorithm; 0 without training.
 
-    Gradients of weights prefer other memory formats: of 512 channels on 4x4 maps they take three times as
-    long channels-last.
-    """
+    Weight gradients prefer other memory formats: with 512 channels on 4x4 maps they take three times as long
+    in channels-last."""
     direct = [setting for setting in wanted if not setting.winograd]
     if not math.isfinite(work.passes):
         return {setting.name: 0.0 for setting in direct}
@@ -239,8 +230,8 @@ def _race_updates(
 def remembered(
     key: Mapping[str, Any], device: torch.device, names: set[str], measure: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
-    """Seconds of `names` under `key` on this machine: those known already, here or in `store`, or what
-    `measure` returns.
+    """Seconds of `names` under `key` on this machine: those known already, here or in `measurements`, or
+    from `measure`.
     """
     text = _text(key, device)
     if text not in _known:
@@ -258,12 +249,12 @@ def _text(key: Mapping[str, Any], device: torch.device) -> str:
 
 
 def faster_types(device: torch.device) -> list[str]:
-    """The half-precision types that `device` has instructions for."""
+    """The half-precision dtypes, "bf16" or "fp16", that `device` has instructions for."""
     return [name for name, why_not in half_types(device).items() if not why_not]
 
 
 def choice_table(device: torch.device) -> list[tuple[str, float | None, str]]:
-    """What the choices on `device` rest on: (setting, seconds or None where it is not timed, remark)."""
+    """The basis of the choices on `device`: (setting, seconds or None if not timed, remark)."""
     lacking = half_types(device)
     if device.type == "cuda":
         return [
@@ -277,11 +268,6 @@ def choice_table(device: torch.device) -> list[tuple[str, float | None, str]]:
     ]
     for name, why_not in lacking.items():
         if why_not:
-            rows.append(
-                (
-                    name,
-                    None,
-                    f"{why_not}: {slower_than_float32(name, device):.2g}x slower than float32 on a small layer",
-                )
-            )
+            factor = slower_than_float32(name, device)
+            rows.append((name, None, f"{why_not}: {factor:.2g}x slower than float32 on a small layer"))
     return rows

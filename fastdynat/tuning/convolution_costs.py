@@ -1,4 +1,4 @@
-"""What 3x3 convolutions cost on a CPU, directly and by Winograd's algorithm: a model fitted to measurements.
+"""A cost model of 3x3 convolutions on a CPU, direct and by Winograd's algorithm, fitted to measurements.
 
 A cost is that of a forward pass and its input gradient together, in multiply-adds of a direct convolution.
 The constants were fitted to 350 timings on one AVX-512 core (AMD EPYC, oneDNN of torch 2.11): 64 to 640
@@ -10,15 +10,15 @@ so a run that is resumed decides as it did before.
 from dataclasses import dataclass
 
 TILE, POINTS = 4, 36  # of F(4x4, 3x3): 6x6 points are multiplied for 4x4 outputs
-# Tiles are worked on in parts that stay in the second cache (csrc/winograd.cpp); each part reads all weights.
+# Tiles are processed in parts that fit the second-level cache (csrc/winograd.cpp); each reads all weights.
 PART_BYTES, PART_TILES = 1 << 20, 64
-# Winograd's algorithm rounds more coarsely, so a draw is for the direct convolution.
+# Winograd's algorithm rounds more coarsely, so that the direct convolution wins a draw.
 MARGIN = 0.03
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of what is no multiply-add of a direct convolution, in such multiply-adds.
+    """Costs of other work, in multiply-adds of a direct convolution.
 
     Attributes:
         point: a multiply-add of Winograd's matrix products.
@@ -68,7 +68,7 @@ class Convolution:
         return self.channels_in * self.channels_out
 
     def direct(self, costs: Costs) -> float:
-        """Products with the padding are left out."""
+        """The cost of the direct convolution, without products with the padding."""
         taps = (3 * self.height - 2) * (3 * self.width - 2)
         return (
             2.0 * self.images * taps * self.filters
@@ -77,7 +77,7 @@ class Convolution:
         )
 
     def winograd(self, costs: Costs) -> float:
-        """With weights that are transformed already."""
+        """The cost by Winograd's algorithm, with transformed weights."""
         channels = self.channels_in + self.channels_out
         tiles = self.images * -(-self.height // TILE) * -(-self.width // TILE)
         parts = -(-tiles // max(PART_TILES, PART_BYTES // (4 * POINTS * channels)))
@@ -88,11 +88,11 @@ class Convolution:
         return cost
 
     def gain(self, costs: Costs) -> float:
-        """What Winograd's algorithm saves; 0 where that is within `MARGIN`."""
+        """The cost that Winograd's algorithm saves; 0 if that is within `MARGIN`."""
         direct = self.direct(costs)
         saved = direct - self.winograd(costs)
         return saved if saved > MARGIN * direct else 0.0
 
     def repays(self, costs: Costs, passes: float) -> bool:
-        """Whether so many pairs of passes save more than transforming the weights takes."""
+        """Whether `passes` pairs of passes save more than transforming the weights costs."""
         return self.gain(costs) * passes > 2 * POINTS * self.filters * costs.transformed

@@ -1,6 +1,4 @@
-"""Measurements kept from one process to the next, in the user's cache folder. Whatever is wrong with it,
-nothing fails.
-"""
+"""Files of timings in the user's cache folder. An unusable folder or file is never an error."""
 
 import hashlib
 import json
@@ -27,7 +25,7 @@ class _Stored:
 
 
 def measurements_folder() -> Path | None:
-    """Where the measurements are; None where there is no home."""
+    """The folder of the measurements; None without a home folder."""
     return user_cache("measured")
 
 
@@ -37,9 +35,7 @@ def _path(key: Mapping[str, Any]) -> Path | None:
 
 
 def load_seconds(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | None:
-    """The seconds of `names` that were measured under `key`; None where there are none, or none that can be
-    believed.
-    """
+    """The stored seconds of `names` under `key`; None if there are none, or the file is damaged."""
     path = _path(key)
     with suppress(DocumentError, OSError):
         if path is not None and path.is_file():
@@ -50,7 +46,7 @@ def load_seconds(key: Mapping[str, Any], names: set[str]) -> dict[str, float] | 
 
 
 def save_seconds(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-    """Keep `seconds` under `key`, for whoever measures next; without a word where that is impossible."""
+    """Store `seconds` under `key`; silently does nothing if that fails."""
     path = _path(key)
     if path is None:
         return

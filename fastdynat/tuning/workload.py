@@ -1,6 +1,4 @@
-"""The workload timed for the choice: forward pass and input gradient of a network's most expensive
-convolutions.
-"""
+"""The timed workload: forward passes and input gradients of a network's most expensive convolutions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -47,23 +45,20 @@ class Layer:
         return float(self.count * outputs * self.kernel**2 * (self.channels_in // self.groups))
 
     def timed_images(self, batch: int) -> int:
-        """How many images stand for `batch`."""
+        """The number of images that are timed in place of `batch`."""
         return min(batch, max(LEAST_IMAGES, round(ENOUGH * self.count / max(self.products, 1.0))))
 
     def repays(self, batch: int, passes: float, channels_last: bool) -> bool:
-        """Whether it is computed by Winograd's algorithm where that is allowed, as
-        `fastdynat.attack_engine.winograd_layers` decides.
-        """
+        """Whether `fastdynat.attack_engine.winograd_layers` computes it by Winograd's algorithm, where allowed."""
         shape = (self.kernel, self.stride, self.padding, self.groups)
         if shape != (3, 1, 1, 1) or min(self.channels_in, self.channels_out) < WINOGRAD_CHANNELS:
             return False
         return self._at(batch, channels_last).repays(Costs.with_vectors(vector_bits()), passes)
 
     def scale(self, batch: int, channels_last: bool) -> float:
-        """What a time of Winograd's algorithm on `timed_images` is to be multiplied by for `batch`, beside a
-        direct one's.
+        """The factor from Winograd's time on `timed_images` to that on `batch`, relative to a direct one's.
 
-        Its weights are four times as many, so that few images do not stand for a batch.
+        Its weights are four times as many, so that a few images are not representative of a batch.
         """
         costs = Costs.with_vectors(vector_bits())
         few, all_ = (self._at(n, channels_last) for n in (self.timed_images(batch), batch))
@@ -118,7 +113,7 @@ TINY = Workload((Layer(64, 64, 12, 12),), batch=1)
 
 @dataclass(frozen=True)
 class ConvolutionSetting:
-    """How convolutions are computed.
+    """Precision, memory format and algorithm of convolutions.
 
     Attributes:
         amp: "off" (float32), "bf16" or "fp16".
@@ -132,7 +127,7 @@ class ConvolutionSetting:
 
     @property
     def name(self) -> str:
-        """As tables print it, and under which its time is kept."""
+        """The name in tables and stored measurements."""
         words = [
             "float32" if self.amp == "off" else self.amp,
             "channels-last" if self.channels_last else "contiguous",
@@ -141,12 +136,12 @@ class ConvolutionSetting:
 
     @property
     def direct(self) -> "ConvolutionSetting":
-        """Without Winograd's algorithm."""
+        """The same setting without Winograd's algorithm."""
         return replace(self, winograd=False)
 
 
 def convolution_settings(types: Sequence[str]) -> list[ConvolutionSetting]:
-    """All that can be asked of the CPU in `types`, float32 before them."""
+    """All settings on the CPU: in float32, then in `types`, then with Winograd's algorithm."""
     found = [ConvolutionSetting(amp, last) for amp in ("off", *types) for last in (False, True)]
     if available_backends()["cpp"] is None:
         found += [ConvolutionSetting("off", last, winograd=True) for last in (False, True)]
@@ -156,9 +151,7 @@ def convolution_settings(types: Sequence[str]) -> list[ConvolutionSetting]:
 def passes(
     setting: ConvolutionSetting, layer: Layer = ANY.layers[0], images: int = LEAST_IMAGES
 ) -> Callable[[], object]:
-    """One forward pass and input gradient of `layer` under `setting`. Draws nothing from torch's
-    generators.
-    """
+    """A call of `layer`'s forward pass and input gradient under `setting`. Uses no global generator."""
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     c, k = layer.channels_in // layer.groups, layer.channels_out
@@ -177,9 +170,7 @@ def passes(
 
 
 def update_call(setting: ConvolutionSetting, layer: Layer, images: int) -> Callable[[], object]:
-    """As `passes`, with the gradient of the weights, which are float32 and trained: a layer's share of an
-    update.
-    """
+    """As `passes`, with the gradient of the weights, which are trained in float32."""
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     shape = (layer.channels_out, layer.channels_in // layer.groups, layer.kernel, layer.kernel)
