@@ -218,13 +218,13 @@ def test_a_run_with_wrong_code_is_the_run_without_compilation(
 
 
 def from_the_second_call(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Right where it is compared, wrong afterwards: only the loss that is reached shows it."""
+    """Correct where it is compared, wrong afterwards: only the loss that is reached shows it."""
     calls: list[int] = []
 
     def compiled(*args: Any) -> Any:
         calls.append(1)
-        grad, *others = fn(*args)
-        return (grad if len(calls) < 3 else -grad, *others)
+        found = fn(*args)
+        return found if len(calls) < 3 else found._replace(gradient=-found.gradient)
 
     return compiled
 

@@ -19,10 +19,9 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import Batch
-from fastdynat.execution import graph_check as check
+from fastdynat.execution import graph_check
 from fastdynat.execution.graphed_call import WARM_UP_CALLS, GraphedCall
 from fastdynat.methods import (
-    BurnIn,
     Dynat,
     DynatOptions,
     Free,
@@ -32,6 +31,7 @@ from fastdynat.methods import (
     Trades,
     TradesOptions,
 )
+from fastdynat.methods.burn_in import BurnIn
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.step import TrainStep
 
@@ -335,13 +335,13 @@ def test_a_check_waits_where_the_caller_forbids_it_and_the_mode_comes_back(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch._C, "_cuda_set_sync_debug_mode", modes.append)
-    on_host = check.on_host
+    on_host = graph_check.on_host
 
     def copy(tensors: Any) -> Any:
         waited.append(modes[-1])
         return on_host(tensors)
 
-    monkeypatch.setattr(check, "on_host", copy)
+    monkeypatch.setattr(graph_check, "on_host", copy)
     said: list[str] = []
     call = GraphedCall(lambda x: 2 * x, SimulatedRecorder(), CollectedIn(said))
     for _ in range(WARM_UP_CALLS + 2):
