@@ -149,7 +149,8 @@ def relu_in_place(traced: fx.GraphModule) -> None:
 
 def _empty_copy(layer: nn.Module) -> nn.Module:
     """A copy of `layer` with an uninitialised weight and bias of its own."""
-    new, weight = copy.copy(layer), layer.weight
+    new = copy.copy(layer)
+    weight = layer.weight
     assert isinstance(weight, Tensor)
     new._parameters = {
         "weight": nn.Parameter(torch.empty_like(weight), requires_grad=False),

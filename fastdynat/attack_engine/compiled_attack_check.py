@@ -24,20 +24,24 @@ def compiled_shortfall(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackG
     Draws no random numbers from the global generators.
     """
     few = min(len(x), FEW_IMAGES)
-    own, spec = replace(goal, target=goal.target[:few]), replace(spec, restarts=1)
+    few_goal = replace(goal, target=goal.target[:few])
+    spec = replace(spec, restarts=1)
     generator = torch.Generator(x.device).manual_seed(0)
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-    got = compiled.goal_gradient(goal.kind)(compiled.to_model_input(start), goal.target)[0][:few].double()
-    want = eager.goal_gradient(own.kind)(eager.to_model_input(start[:few]), own.target)[0].double()
-    mass = want.abs().sum()
-    same = float(torch.where(got.sign() == want.sign(), want.abs(), 0).sum() / mass) if mass > 0 else 1.0
-    if not same >= SIGNS[compiled.dtype]:
-        return f"{100 * same:.0f} % of its first gradient (by L1 norm) has the uncompiled attack's sign"
+    compiled_gradient = compiled.goal_gradient(goal.kind)(compiled.to_model_input(start), goal.target)
+    eager_gradient = eager.goal_gradient(goal.kind)(eager.to_model_input(start[:few]), few_goal.target)
+    actual = compiled_gradient.gradient[:few].double()
+    expected = eager_gradient.gradient.double()
+    norm = expected.abs().sum()
+    same_sign = torch.where(actual.sign() == expected.sign(), expected.abs(), 0).sum()
+    share = float(same_sign / norm) if norm > 0 else 1.0
+    if not share >= SIGNS[compiled.dtype]:
+        return f"{100 * share:.0f} % of its first gradient (by L1 norm) has the uncompiled attack's sign"
     fast = run_pgd(compiled, x, goal, spec, x_start=start).x_adv[:few]
-    slow = run_pgd(eager, x[:few], own, spec, x_start=start[:few]).x_adv
+    slow = run_pgd(eager, x[:few], few_goal, spec, x_start=start[:few]).x_adv
     with torch.no_grad():
         clean, reference, loss = (
-            own.per_image(eager.logits(images)).double() for images in (x[:few], slow, fast)
+            few_goal.per_image(eager.logits(images)).double() for images in (x[:few], slow, fast)
         )
     error = float((loss - reference).std(correction=0)) / few**0.5
     means = {"reference": float(reference.mean()), "clean": float(clean.mean())}

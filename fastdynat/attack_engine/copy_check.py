@@ -18,7 +18,8 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self._watched, self.seen = {id(t) for t in tensors}, False
+        self._watched = {id(t) for t in tensors}
+        self.seen = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -39,21 +40,23 @@ def check_twin(model: nn.Module, twin: nn.Module, example: Tensor) -> None:
     input gradients. Modes, buffers and random streams are restored.
     """
     for what in ("parameters", "buffers"):
-        own, its = list(getattr(model, what)()), list(getattr(twin, what)())
-        if [storage_key(t) for t in own] != [storage_key(t) for t in its]:
+        original = [storage_key(t) for t in getattr(model, what)()]
+        copied = [storage_key(t) for t in getattr(twin, what)()]
+        if original != copied:
             raise _refusal(model, f"its copy does not share its {what}")
     with attack_mode(model, "eval"):
-        want = _answers(model, example)
-        watch, buffers = _Watch([*model.parameters(), *model.buffers()]), _Buffers(model)
+        expected = _logits_and_grad(model, example)
+        watch = _Watch([*model.parameters(), *model.buffers()])
+        buffers = _Buffers(model)
         with attack_mode(twin, "eval"), _all_training(model), buffers, watch:
-            got = _answers(twin, example)
+            actual = _logits_and_grad(twin, example)
     if watch.seen:
         raise _refusal(
             model, "a function in it holds on to the original, with whose weights its copy computes"
         )
     if buffers.moved:
         raise _refusal(model, "its copy moves buffers in eval mode")
-    why = disagreement(want, got)
+    why = disagreement(expected, actual)
     if why:
         raise _refusal(model, f"its copy's {why}")
 
@@ -73,7 +76,7 @@ class _Buffers(AbstractContextManager[None]):
                 buffer.copy_(value)
 
 
-def _answers(network: nn.Module, example: Tensor) -> tuple[Tensor, Tensor]:
+def _logits_and_grad(network: nn.Module, example: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(example.device.type, enabled=False):
         return reference_logits_and_grad(network, example)
 

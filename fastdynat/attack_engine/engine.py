@@ -136,7 +136,8 @@ class AttackEngine:
             slower = self.replica.choose_fusion(self.ascent.to_model_input(x))
         if slower:
             self.fallbacks.add(
-                f"{slower} convolutions of the attack are not fused with their ReLU: fusion measured slower on this GPU"
+                f"{slower} convolutions of the attack are not fused with their ReLU: "
+                "fusion measured slower on this GPU"
             )
 
     def to_memory_format(self, x: Tensor) -> Tensor:

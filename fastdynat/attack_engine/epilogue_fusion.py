@@ -56,11 +56,9 @@ def fuse_epilogues(
             tensors.
         shapes: of each node's result.
     """
-    modules, uses, known = (
-        dict(traced.named_modules(remove_duplicate=False)),
-        call_counts(traced),
-        dict(shapes),
-    )
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    uses = call_counts(traced)
+    known = dict(shapes)
 
     def is_convolution(node: Any) -> bool:
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:

@@ -11,7 +11,7 @@ from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.execution.float32 import tf32_convolutions
 from fastdynat.ops.conv_relu import conv_relu_check_name, runs_right
 
-FUSED, APART = "cudnn", "apart"
+FUSED, SEPARATE = "cudnn", "apart"  # names in the stored timings
 # (name of the check, device, size, calls by name) -> name of the fastest call, as `verification.fastest`.
 Choose = Callable[[str, torch.device, str, dict[str, Callable[[], object]]], str]
 
@@ -37,26 +37,9 @@ def fuse_where_faster(
     same.
     """
 
-    def time(layer: Any, args: tuple[Tensor, ...]) -> None:
-        read, *rest = (arg.detach() for arg in args)
-        read = read.to(layer.weight.dtype)
-        rest = [residual.to(layer.weight.dtype) for residual in rest]
-        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-
-        def apart() -> Tensor:
-            out = nn.functional.conv2d(read, layer.weight, None, *geometry)
-            return torch.add(out, rest[0], out=out) if rest else out.relu_()
-
-        calls = {FUSED: lambda: layer(read, *rest), APART: apart}
-        with torch.no_grad():
-            layer.fused = (
-                choose(conv_relu_check_name(layer.weight.dtype), x.device, _size(layer, read, rest), calls)
-                == FUSED
-            )
-
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         handles.pop(layer).remove()  # the timed calls must not run it
-        time(layer, args)
+        _choose_fusion(layer, args, choose)
 
     handles: dict[nn.Module, Any] = {
         layer: layer.register_forward_pre_hook(hook) for layer in layers if layer.fused
@@ -69,13 +52,30 @@ def fuse_where_faster(
             handle.remove()
 
 
-def _size(layer: ConvReLU2d, read: Tensor, rest: Sequence[Tensor]) -> str:
+def _choose_fusion(layer: Any, args: tuple[Tensor, ...], choose: Choose) -> None:
+    """Keep `layer` fused if it is faster so on `args`: its input, and the residual if it adds one."""
+    dtype = layer.weight.dtype
+    layer_input, *residuals = (arg.detach().to(dtype) for arg in args)
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def separate() -> Tensor:
+        out = nn.functional.conv2d(layer_input, layer.weight, None, *geometry)
+        return torch.add(out, residuals[0], out=out) if residuals else out.relu_()
+
+    calls = {FUSED: lambda: layer(layer_input, *residuals), SEPARATE: separate}
+    size = _size(layer, layer_input, residuals)
+    with torch.no_grad():
+        fastest = choose(conv_relu_check_name(dtype), layer_input.device, size, calls)
+    layer.fused = fastest == FUSED
+
+
+def _size(layer: ConvReLU2d, layer_input: Tensor, residuals: Sequence[Tensor]) -> str:
     """Everything that a layer's timing depends on: shapes, memory formats, geometry, what it adds."""
-    tensors = ["x".join(map(str, t.shape)) + _layout(t) for t in (read, layer.weight, *rest)]
+    tensors = ["x".join(map(str, t.shape)) + _layout(t) for t in (layer_input, layer.weight, *residuals)]
     geometry = (
         f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation} groups {layer.groups}"
     )
-    tf32 = read.dtype == torch.float32 and tf32_convolutions(read.device)
+    tf32 = layer_input.dtype == torch.float32 and tf32_convolutions(layer_input.device)
     return " ".join([*tensors, geometry, *["bias"] * (layer.bias is not None), *["TF32"] * tf32])
 
 

@@ -136,21 +136,22 @@ class DeferredCheck:
     asynchronously and checked by the next call that finds them there: an error then comes one call late.
     """
 
-    def __init__(self, judge: Callable[..., None]) -> None:
-        """judge: called with the numbers, `about`, and the call they belong to, in words."""
-        self._judge, self._first = judge, True
+    def __init__(self, check: Callable[..., None]) -> None:
+        """check: called with the numbers, `about`, and the call they belong to, in words."""
+        self._check = check
+        self._first = True
         self._pending: tuple[torch.cuda.Event, Tensor, tuple[Any, ...]] | None = None
 
     def __call__(self, numbers: Tensor, *about: Any) -> None:
         """numbers: (n,), of one dtype."""
         if not numbers.is_cuda or self._first:
             self._first = False
-            self._judge(numbers.tolist(), *about, "")
+            self._check(numbers.tolist(), *about, "")
             return
         if self._pending is not None and self._pending[0].query():
-            _, earlier, its = self._pending
+            _, earlier, its_about = self._pending
             self._pending = None
-            self._judge(earlier.tolist(), *its, " (of an earlier call)")
+            self._check(earlier.tolist(), *its_about, " (of an earlier call)")
         if self._pending is None:
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
@@ -167,7 +168,8 @@ class InputCheck:
 
     def __init__(self, normalised: str = UNNORMALISE) -> None:
         """normalised: the advice for normalised images."""
-        self._normalised, self._later = normalised, DeferredCheck(self._judge)
+        self._normalised = normalised
+        self._later = DeferredCheck(self._check)
 
     def __call__(
         self,
@@ -195,7 +197,7 @@ class InputCheck:
         rows = labels is not None and labels.dim() == 2
         self._later(torch.stack([value.double() for value in check]), classes, rows, within)
 
-    def _judge(
+    def _check(
         self, numbers: list[float], classes: int | None, rows: bool, within: float, which: str
     ) -> None:
         low, high, *labels = numbers

@@ -28,14 +28,15 @@ def preserve_rng(device: torch.device) -> Iterator[None]:
     Everything that runs in the next such block draws the same numbers.
     """
     numpy: Any = sys.modules.get("numpy")
-    kept, others = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            random.setstate(kept)
+            random.setstate(python_state)
             if numpy is not None:
-                numpy.random.set_state(others)
+                numpy.random.set_state(numpy_state)
 
 
 def reference_logits(network: Callable[[Tensor], Any], x: Tensor) -> Tensor:
@@ -51,49 +52,47 @@ def reference_logits_and_grad(network: Callable[[Tensor], Any], x: Tensor) -> tu
         logits = network(leaf)
         grad = None
         if logits.requires_grad:
-            upstream = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device).view(
-                logits.shape
-            )
-            grad = torch.autograd.grad(logits, leaf, upstream, allow_unused=True)[0]
+            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device)
+            grad = torch.autograd.grad(logits, leaf, weights.view(logits.shape), allow_unused=True)[0]
     return logits.detach(), torch.zeros_like(leaf).detach() if grad is None else grad
 
 
-def logits_differ(want: Tensor, got: Tensor, most: float = LOGIT_TOLERANCE) -> Tensor:
+def logits_differ(expected: Tensor, actual: Tensor, tolerance: float = LOGIT_TOLERANCE) -> Tensor:
     """True if logits differ by more than rounding: a bool on their device."""
-    difference, size = _difference(want, got)
+    difference, size = _difference(expected, actual)
     # A NaN in one of them alone is a difference.
-    return ~(difference <= most * size.amax().clamp_min(torch.finfo(torch.float32).tiny)).all()
+    return ~(difference <= tolerance * size.amax().clamp_min(torch.finfo(torch.float32).tiny)).all()
 
 
-def relative_difference(want: Tensor, got: Tensor, by: Callable[[Tensor], Tensor]) -> float:
-    """``by(|got - want|) / by(|want|)``; NaN or infinite where an element of one alone is finite.
+def relative_difference(expected: Tensor, actual: Tensor, by: Callable[[Tensor], Tensor]) -> float:
+    """``by(|actual - expected|) / by(|expected|)``; NaN or infinite where an element of one alone is finite.
 
     by: a norm of non-negative values, as `torch.max`.
     """
-    difference, size = (float(by(value)) for value in _difference(want, got))
+    difference, size = (float(by(value)) for value in _difference(expected, actual))
     return difference / size if size > 0 else difference
 
 
 def disagreement(
-    want: tuple[Tensor, Tensor],
-    got: tuple[Tensor, Tensor],
-    most: tuple[float, float] = (LOGIT_TOLERANCE, GRAD_TOLERANCE),
+    expected: tuple[Tensor, Tensor],
+    actual: tuple[Tensor, Tensor],
+    tolerances: tuple[float, float] = (LOGIT_TOLERANCE, GRAD_TOLERANCE),
 ) -> str:
     """The difference of two `reference_logits_and_grad`, in words; "" where rounding explains it."""
-    most = HALF_TOLERANCES.get(want[0].dtype, most)
+    tolerances = HALF_TOLERANCES.get(expected[0].dtype, tolerances)
     measures: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("logits", torch.max),
         ("input gradients", torch.sum),
     ]
     for i, (what, by) in enumerate(measures):
-        found = relative_difference(want[i], got[i], by)
-        if not found <= most[i]:  # NaN fails too
+        found = relative_difference(expected[i], actual[i], by)
+        if not found <= tolerances[i]:  # NaN fails too
             return f"{what} differ by {found:.1g} of theirs"
     return ""
 
 
-def _difference(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
-    """``|got - want|``, 0 where both are the same NaN or infinity, and ``|want|``, 0 where not finite."""
-    want, got = want.double(), got.double()
-    same = (want == got) | (want.isnan() & got.isnan())
-    return (want - got).abs().masked_fill(same, 0), want.abs().masked_fill(~want.isfinite(), 0)
+def _difference(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """``|actual - expected|``, 0 for equal NaN or infinity; and ``|expected|``, 0 where not finite."""
+    expected, actual = expected.double(), actual.double()
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    return (expected - actual).abs().masked_fill(same, 0), expected.abs().masked_fill(~expected.isfinite(), 0)

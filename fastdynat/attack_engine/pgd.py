@@ -28,12 +28,12 @@ from fastdynat.models.logits import Output, half_of, logits_of, with_output
 _check_images, _check_labels = InputCheck(), InputCheck()
 
 
-def _tell(numbers: list[int], gradients: int, remedy: str, which: str) -> None:
+def _warn_zero_gradients(numbers: list[int], gradients: int, remedy: str, which: str) -> None:
     if numbers[0]:
         warnings.warn(zero_gradient_message(numbers[0], gradients, remedy, which), stacklevel=4)
 
 
-_watch = DeferredCheck(_tell)
+_warn_later = DeferredCheck(_warn_zero_gradients)
 
 
 def ascend(
@@ -56,7 +56,8 @@ def ascend(
             eps=spec.eps,
             low_dtype=ascent.dtype,
         )
-        x_adv, model_input = new.x_adv, new.x_adv if new.low is None else new.low
+        x_adv = new.x_adv
+        model_input = new.x_adv if new.low is None else new.low
         done = new.moved if found.satisfied is None else new.moved | found.satisfied
         zero_grads = zero_grads + (~done).sum()
         kept = None if kept is None or found.kept is None else kept + found.kept
@@ -91,7 +92,8 @@ def run_pgd(
             logits = ascent.logits(x_adv)
         return goal.reached(logits), goal.per_image(logits)
 
-    x_adv, zero_grads, (reached, loss) = best.x_adv, best.zero_grads, score(best.x_adv)
+    x_adv, zero_grads = best.x_adv, best.zero_grads
+    reached, loss = score(x_adv)
     for _ in range(spec.restarts - 1):
         start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
         run = ascend(ascent, x, goal, spec, x_start=start)
@@ -155,7 +157,7 @@ def pgd(
         x_start = None if x_start is None else x_start.detach().clone()
         result = run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
     if warn:
-        _watch(
+        _warn_later(
             result.zero_grads[None],
             result.gradients,
             zero_gradient_remedy(dtype, rescale, exact=bn == "eval"),
@@ -167,7 +169,9 @@ class _Checked:
     """`network` that checks the labels at its first call, when the number of classes is known."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], goal: AttackGoal) -> None:
-        self._network, self._goal, self._done = network, goal, False
+        self._network = network
+        self._goal = goal
+        self._done = False
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = logits_of(self._network(x), len(x))

@@ -117,10 +117,11 @@ class AttackReplica:
             with torch.autocast(example.device.type, enabled=False):
                 check_folding(model, example, fuse=fuse)
                 network, folds = fold_batch_norm(self.network, example, fuse=fuse)
-                one, other = (reference_logits_and_grad(each, example) for each in (self.network, network))
-                why = disagreement(one, other, (FLOAT32_TOLERANCE, 5 * FLOAT32_TOLERANCE))
-                if why:
-                    raise NotFoldable(f"the traced network's {why}")
+                expected = reference_logits_and_grad(self.network, example)
+                actual = reference_logits_and_grad(network, example)
+                difference = disagreement(expected, actual, (FLOAT32_TOLERANCE, 5 * FLOAT32_TOLERANCE))
+                if difference:
+                    raise NotFoldable(f"the traced network's {difference}")
         except NotFoldable as why:
             if fuse:
                 self._fold(model, example, bn, fuse=False)
@@ -177,7 +178,7 @@ class AttackReplica:
         x: images as the network gets them, inside its autocast region.
 
         Returns:
-            How many convolutions are slower fused.
+            The number of convolutions that are slower fused.
         """
         before, first = self.num_fused, not self.fusion_chosen
         self.fusion_chosen = True

@@ -11,7 +11,7 @@ from fastdynat.execution.graph_check import Stateless
 
 @dataclass(frozen=True)
 class ReplicaState(Stateless):
-    """A `FunctionState`: a replica as the check of a captured graph sees it; only the replica's own weights are perturbed.
+    """The state of a replica; the check perturbs only the replica's own weights, as others are the model's.
 
     Attributes:
         replica: the attacked network.

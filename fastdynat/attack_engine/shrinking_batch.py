@@ -64,7 +64,8 @@ def iterate(
             at most n + 1 times.
         tick: gets the share of steps done.
     """
-    whole, rows = state, torch.arange(_images(state), device=_some(state).device)
+    whole = state
+    rows = torch.arange(_batch_size(state), device=_first_tensor(state).device)
     sizes = batch_sizes(len(rows), max_halvings)
     for i in range(steps):
         tick(i / steps)
@@ -75,34 +76,34 @@ def iterate(
                 break
             size = min(size for size in sizes if size >= count) if max_halvings else count
             if size < len(unfinished) and count <= least * len(unfinished):
-                whole = _put(whole, rows, state)
+                whole = _put_back(whole, rows, state)
                 # Unfinished images first, in order, then finished ones to fill the shape.
                 chosen = (~unfinished).int().argsort(stable=True)[:size]
-                rows, state = rows[chosen], _take(state, chosen)
+                rows, state = rows[chosen], _select(state, chosen)
         state = step(state, i)
     tick(1.0)
-    return _put(whole, rows, state)
+    return _put_back(whole, rows, state)
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:
     return {f.name: value for f in fields(state) if isinstance(value := getattr(state, f.name), Tensor)}
 
 
-def _some(state: Any) -> Tensor:
+def _first_tensor(state: Any) -> Tensor:
     return next(iter(_tensors(state).values()))
 
 
-def _images(state: Any) -> int:
-    return len(_some(state))
+def _batch_size(state: Any) -> int:
+    return len(_first_tensor(state))
 
 
-def _take(state: S, rows: Tensor) -> S:
+def _select(state: S, rows: Tensor) -> S:
     chosen = {name: t.index_select(0, rows) for name, t in _tensors(state).items()}
     return replace(state, **chosen)  # type: ignore[type-var]
 
 
-def _put(whole: S, rows: Tensor, part: S) -> S:
-    if len(rows) == _images(whole):  # no image has left the batch
+def _put_back(whole: S, rows: Tensor, part: S) -> S:
+    if len(rows) == _batch_size(whole):  # no image has left the batch
         return part
     old = _tensors(whole)
     merged = {name: old[name].index_copy(0, rows, t) for name, t in _tensors(part).items()}

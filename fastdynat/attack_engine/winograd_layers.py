@@ -51,7 +51,9 @@ class WinogradPolicy:
     """
 
     def __init__(self, *, static: bool, compares: bool) -> None:
-        self.passes, self.static, self.compares = math.inf, static, compares
+        self.passes = math.inf
+        self.static = static
+        self.compares = compares
         self.costs = Costs.with_vectors(vector_bits())
         self.recorded: list[tuple[WinogradConv2d, Convolution]] | None = None
 
@@ -68,7 +70,7 @@ class WinogradConv2d(nn.Conv2d):
             return super().forward(x)
         assert self.transformed.weights is not None
         out = winograd_conv3x3(x, *self.transformed.weights, self.bias, backend="cpp")
-        # As nn.Conv2d returns it: later views may need a contiguous result.
+        # nn.Conv2d returns a contiguous result here, which later views may need.
         return out if self._channels_last(x) else out.contiguous()
 
     def _supports(self, x: Tensor) -> bool:
@@ -158,14 +160,14 @@ class WinogradLayers:
 
     def _record_calls(self, x: Tensor) -> list[tuple[WinogradConv2d, Convolution]]:
         """The layers' calls in a forward pass of `x`, which updates no statistics."""
-        seen: list[tuple[WinogradConv2d, Convolution]] = []
-        self._policy.recorded = seen
+        calls: list[tuple[WinogradConv2d, Convolution]] = []
+        self._policy.recorded = calls
         try:
             with attack_mode(self._network, "eval"):
                 reference_logits(self._network, x)
         finally:
             self._policy.recorded = None
-        return seen
+        return calls
 
     def _smallest(self) -> WinogradConv2d:
         return min(self.layers, key=lambda layer: layer.weight.numel())
@@ -181,7 +183,8 @@ def use_winograd(network: nn.Module, policy: WinogradPolicy) -> Sequence[Winogra
     changed: list[Any] = [module for module in network.modules() if _is_candidate(module)]
     for module in changed:
         module.__class__ = WinogradConv2d
-        module.transformed, module.policy = TransformedWeights(), policy
+        module.transformed = TransformedWeights()
+        module.policy = policy
     return changed
 
 
