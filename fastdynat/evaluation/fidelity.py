@@ -1,6 +1,6 @@
 """Fidelity of the fast attack: the engine's attack against the reference's, from the same starting points."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -91,11 +91,6 @@ class Fidelity:
         return {f"fidelity_{name}": getattr(self, name) for name in kept}
 
 
-def true_class(x: Tensor, labels: Tensor) -> AttackGoal:
-    """The cross-entropy to the labels."""
-    return AttackGoal("ce", labels)
-
-
 def check_fidelity(
     engine: AttackEngine,
     model: nn.Module,
@@ -104,7 +99,6 @@ def check_fidelity(
     *,
     bn: str = "eval",
     seed: int = 0,
-    goal_of: Callable[[Tensor, Tensor], AttackGoal] = true_class,
 ) -> Fidelity:
     """Attack `batches` with `engine` and with `pgd` on `model` in full float32, from the same starts.
 
@@ -118,7 +112,6 @@ def check_fidelity(
         spec: the attack, run once without restarts.
         bn: batch norm during the attack, the engine's.
         seed: of the random starts.
-        goal_of: (images, labels) -> the goal of both attacks.
 
     Raises:
         UserError: no images.
@@ -134,7 +127,7 @@ def check_fidelity(
             whole = whole or len(x)
             # Nothing is compiled for a smaller last batch.
             with uncompiled() if len(x) < whole else nullcontext():
-                parts.append(_compare(engine, model, x, y, goal_of(x, y), spec, bn, generator))
+                parts.append(_compare(engine, model, x, y, AttackGoal("ce", y), spec, bn, generator))
         if not sum(len(part["sign_mass"]) for part in parts):
             raise UserError("fidelity needs at least one image")
         return _summary(
