@@ -195,7 +195,10 @@ def test_spellings_of_the_issue_and_of_known_scripts() -> None:
     """As TRADES, MART, AWP, Rice et al., robustness, PyTorch's examples and RobustBench's scripts are
     called.
     """
-    trades = "--batch-size 128 --test-batch-size 128 --epochs 76 --weight_decay 2e-4 --lr 0.1 --epsilon 0.031 --num-steps 10"
+    trades = (
+        "--batch-size 128 --test-batch-size 128 --epochs 76 --weight_decay 2e-4 --lr 0.1 "
+        "--epsilon 0.031 --num-steps 10"
+    )
     assert words_of(
         "train trades", *trades.split(), "--step_size", "0.007", "--no-cuda", "--model-dir", "m"
     ) == [
@@ -221,7 +224,10 @@ def test_spellings_of_the_issue_and_of_known_scripts() -> None:
             "--data-dir=d",
         )
     ]
-    robustness = "--dataset cifar10 --constraint 2 --attack-lr 0.1 --attack-steps 7 --num-workers 4 --arch resnet18 --out-dir o"
+    robustness = (
+        "--dataset cifar10 --constraint 2 --attack-lr 0.1 --attack-steps 7 --num-workers 4 "
+        "--arch resnet18 --out-dir o"
+    )
     assert words_of("train madry", *robustness.split()) == [
         *(
             "--data=cifar10",

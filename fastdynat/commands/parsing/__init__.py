@@ -1,3 +1,1 @@
-"""From a command's words to its configuration: flags, spelling, defaults and refusals. Nothing here imports
-torch.
-"""
+"""Command-line parsing: arguments to configuration, without importing torch."""

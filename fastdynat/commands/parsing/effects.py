@@ -1,6 +1,4 @@
-"""Flags that would change nothing beside the others: refused with the reason, because whoever gives one
-expects something.
-"""
+"""Refusal of flags that have no effect next to the others, with the reason."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -13,9 +11,7 @@ from fastdynat.user_code import is_user_supplied, short_name
 
 
 def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
-    """Raise UserError for the first of the flags `given` that has no effect in `config`, unless it repeats
-    its default.
-    """
+    """Raise UserError for the first of the flags `given` without effect, unless at its default."""
     idle, defaults = idle_keys(config), _defaults(config)
     for flag in sorted(given):
         key = flag.removeprefix("--").replace("-", "_")
@@ -25,9 +21,7 @@ def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
 
 
 def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
-    """The keys of `config` that change nothing beside the others, as far as the configuration itself can
-    tell, with reasons.
-    """
+    """The keys of `config` without effect next to the others, with reasons; needs no data."""
     data, attack, optim = config.data, config.attack, config.optim
     found = dict(config.options.idle()) if isinstance(config.options, MethodOptions) else {}
     if data.data == "digits":

@@ -18,14 +18,14 @@ MOST_DIGITS = 25
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag, or the positional words.
+    """One flag, or the positional arguments.
 
     Attributes:
-        name: with its dashes; of the positional words their field's name.
+        name: with its dashes; the field's name for positional arguments.
         hint: type of one value.
         values: "none" (a switch), "one", "many" (up to the next flag), or "each" (one for each time it is
             given).
-        positional: whether it is the command's positional words.
+        positional: whether these are the command's positional arguments.
         required: whether it has no default.
     """
 
@@ -37,17 +37,17 @@ class Flag:
 
     @property
     def bare(self) -> str | None:
-        """The value that it has where it stands bare; None where it needs one."""
+        """The value of the flag without one; None if it needs a value."""
         return BARE[self.name][0] if self.name in BARE else None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The only values that there are; empty where there are others."""
+        """The allowed values of a Literal; empty for other types."""
         return typing.get_args(self.hint) if typing.get_origin(self.hint) is Literal else ()
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The types that a value may have."""
+        """The types of a value."""
         return (
             typing.get_args(self.hint)
             if typing.get_origin(self.hint) in (Union, types.UnionType)
@@ -55,9 +55,7 @@ class Flag:
         )
 
     def read(self, text: str) -> str:
-        """`text` as tyro takes it. Raises UserError for a value of another type; numbers have their limits
-        elsewhere.
-        """
+        """`text` as tyro takes it. Raises UserError for another type; ranges are checked later."""
         kinds = self.kinds
         if self.choices:
             return self._choice(text)
@@ -105,12 +103,11 @@ def _is_number(text: str) -> bool:
 
 
 def flags_of(command: Any, default: Any = None) -> dict[str, Flag]:
-    """The flags of a command's dataclass by name, nested ones among them; its positional words are
-    ``positional``.
+    """The flags of a command's dataclass by name, nested ones included; ``positional`` for the others.
 
     Args:
         command: the class, subscripted where it is generic.
-        default: an instance, which says what a generic part is.
+        default: an instance, whose values give the types of generic fields.
     """
     found: dict[str, Flag] = {}
     cls = typing.get_origin(command) or command

@@ -1,4 +1,4 @@
-"""Messages about keys, as their flags: a person who typed --step-size should not have to know `step_size`."""
+"""Error messages in terms of flags: --step-size where a check says step_size."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ from fastdynat.errors import shown
 
 
 def name_flags(message: str, argv: Sequence[str]) -> str:
-    """`message` about a configuration with the flag named, where the key or the value that it is about was
-    given by one.
+    """`message` about a configuration key or value, with the flag that gave it.
 
     >>> name_flags("step_size must be above 0, got 0", ["train", "--step_size=0"])
     '--step-size must be above 0, got 0'
@@ -29,9 +28,7 @@ def name_flags(message: str, argv: Sequence[str]) -> str:
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
-    """The flags in `argv` by the names that the commands have for them, each with the word that is its
-    value.
-    """
+    """The flags in `argv` by the commands' own names for them, each with the argument that is its value."""
     found: dict[str, str] = {}
     for i, word in enumerate(argv):
         if word.startswith("-"):

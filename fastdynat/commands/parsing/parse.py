@@ -1,4 +1,4 @@
-"""From a command's words to its configuration: checked here, typed by tyro, which also writes the help."""
+"""A command's arguments as its dataclass: checked here, converted by tyro, which also prints the help."""
 
 import contextlib
 import inspect
@@ -44,11 +44,11 @@ def parse(
     """The `command` called `name` with the flags in `argv`; what they leave out is as in `default`.
 
     Args:
-        elsewhere: flags that this command has with other flags only, each with what to say then.
+        elsewhere: flags that the command has only next to other flags, each with the explanation.
 
     Raises:
-        UserError: words that are not the command's, in one line.
-        SystemExit: the help was asked for.
+        UserError: an argument that the command does not take, in one line.
+        SystemExit: after printing the help.
     """
     given: Any = {} if default is None else {"default": default}
     asks = any(word in HELP or word.startswith("--tyro-") for word in argv)
@@ -82,21 +82,19 @@ def parse(
 
 
 def _about(command: Any) -> str:
-    """What `command` does, and the methods that its --method takes."""
+    """The description of `command`, with the names that its --method takes."""
     about = inspect.getdoc(typing.get_origin(command) or command)
     return f"{about}\n\nMethods: {', '.join(sorted(METHODS))}."
 
 
 def _plain(box: str) -> str:
-    """What tyro drew in a box, in one line: for what the checks above let through."""
+    """tyro's boxed error message in one line, for errors that the checks above do not find."""
     lines = (line.strip("│╭╮╰╯─ \t") for line in box.splitlines())
     return " ".join(line for line in lines if line)
 
 
 def early_flags(argv: Sequence[str]) -> dict[str, str]:
-    """Those of the flags `EARLY` that are in `argv`, with their values. Raises UserError for one without a
-    value.
-    """
+    """The flags of `EARLY` in `argv`, with their values. Raises UserError for one without a value."""
     found = {}
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -112,9 +110,9 @@ def early_flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 class OtherMethodsFlags(Mapping[str, str]):
-    """The flags of the other methods' options, each with what would give a command them.
+    """The flags of the other methods' options, each with the --method that has it.
 
-    All methods are imported at the first look, which only an unknown flag needs.
+    Methods are imported at the first lookup, which only an unknown flag causes.
     """
 
     def __init__(self, options: type) -> None:
@@ -142,5 +140,5 @@ class OtherMethodsFlags(Mapping[str, str]):
 
 
 def of_options(command: Any, options: type) -> Any:
-    """The generic `command` with `options` as its type of options, which is known only now."""
+    """The generic `command` with `options` as the type of its options."""
     return command.__class_getitem__(options)

@@ -1,4 +1,4 @@
-"""Reading a command's words: every refusal is one line that names the flag and the nearest right one."""
+"""Arguments of a command, split into flags and positionals; errors are one line with the nearest flag."""
 
 import os
 import re
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from fastdynat.commands.parsing.flags import Flag
 from fastdynat.errors import UserError, nearest, shown
 
-# What stands where a value is expected although it begins with a dash.
+# Values that begin with a dash.
 NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
 @dataclass
 class Words:
-    """What was read.
+    """The parsed arguments.
 
     Attributes:
-        positional: the words that belong to no flag.
-        given: each flag that was given with its values; of a switch, whether it is on.
-        notes: what should be said of them.
+        positional: arguments that belong to no flag.
+        given: the flags with their values; ("on",) or ("off",) for a switch.
+        notes: messages for the user.
     """
 
     positional: list[str] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Words:
     notes: list[str] = field(default_factory=list)
 
     def for_tyro(self, flags: Mapping[str, Flag]) -> list[str]:
-        """The same in the one form that cannot be misread."""
+        """The arguments in a form that tyro cannot misread."""
         out = list(self.positional)
         for name, values in self.given.items():
             if flags[name].values == "none":
@@ -42,15 +42,15 @@ class Words:
 def read_words(
     argv: Sequence[str], flags: Mapping[str, Flag], command: str, elsewhere: Mapping[str, str]
 ) -> Words:
-    """Read `argv`, in which other spellings have been replaced already.
+    """Parse `argv`, in which other spellings have been replaced already.
 
     Args:
         flags: of the command, as `flags_of` gives them.
         command: its name, for messages.
-        elsewhere: flags that the command does not have now, each with what would give it them.
+        elsewhere: flags that the command has only next to other flags, each with the explanation.
 
     Raises:
-        UserError: an unknown flag, a missing or wrong value, a word too many or too few.
+        UserError: an unknown flag, a missing or wrong value, an argument too many or too few.
     """
     found, words, places = Words(), list(argv), flags.get("positional")
     i = 0
@@ -86,7 +86,7 @@ def _negated(name: str) -> str:
 def _lookup(
     name: str, flags: Mapping[str, Flag], command: str, elsewhere: Mapping[str, str]
 ) -> tuple[Flag, bool]:
-    """The flag called `name`, and whether it is in its positive form."""
+    """The flag called `name`, and False if `name` is its negated form."""
     known = {key: (flag, True) for key, flag in flags.items() if not flag.positional}
     known |= {_negated(key): (flag, False) for key, (flag, _) in list(known.items()) if flag.values == "none"}
     if name in known:
@@ -131,9 +131,7 @@ def _fits(flag: Flag, text: str) -> bool:
 
 
 def _is_place(flag: Flag, text: str, missing: bool) -> bool:
-    """Whether `text` after the bare `flag` was meant as a run directory or a model; else it is a misspelt
-    value.
-    """
+    """Whether `text` after the bare `flag` is a run directory or a model, and not a misspelt value."""
     if ":" in text or "/" in text or os.path.exists(text):
         return True
     return missing and not nearest(text, flag.choices, n=1)
@@ -152,7 +150,7 @@ def _values(flag: Flag, on: bool, values: Sequence[str], equals: bool) -> tuple[
 
 
 def _put(found: Words, flag: Flag, values: tuple[str, ...]) -> None:
-    """The last one of a flag counts, as scripts with "$@" expect; of those that are collected, all."""
+    """Store the values of a flag: the last counts, as scripts with "$@" expect; all if it is repeatable."""
     before = found.given.get(flag.name, ())
     if flag.values == "each":
         values = (*before, *values)
@@ -162,7 +160,7 @@ def _put(found: Words, flag: Flag, values: tuple[str, ...]) -> None:
 
 
 def _check_places(words: Sequence[str], places: Flag | None, command: str) -> None:
-    """The positional words: as many as the command takes, and none of them empty."""
+    """Raise UserError for too many or too few positional arguments, or an empty one."""
     if places is None and words:
         raise UserError(
             f"unexpected {shown(words[0])}: fastdynat {command} takes only flags, which begin with --"
