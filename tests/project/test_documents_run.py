@@ -84,12 +84,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(model: torch.nn.Module) -> dict[str, Any]:
-    """What a page's Python blocks begin with: a network, and images that it gets right."""
-    x = torch.rand(16, 3, 8, 8)
-    y = model.eval()(x).argmax(1)
+    """What a page's Python blocks begin with: a network, images of every class, and images that it gets right."""
+    x, x_test = torch.rand(160, 3, 8, 8), torch.rand(16, 3, 8, 8)
+    y, y_test = torch.arange(160) % 10, model.eval()(x_test).argmax(1)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
-    found = {"model": model, "images": x, "labels": y, "x_test": x, "y_test": y, "optimizer": optimizer}
-    return {**found, "__name__": "page"}
+    found = {"model": model, "images": x, "labels": y, "x_test": x_test, "y_test": y_test}
+    return {**found, "optimizer": optimizer, "__name__": "page"}
 
 
 def run_shell(command: str, extra: str) -> None:
