@@ -1,4 +1,4 @@
-"""What all pictures share (extra `plots`): transparent, in colours that can be read on white and on black."""
+"""The style of all charts (extra `plots`): transparent, in colours that are legible on white and on black."""
 
 import importlib.util
 from io import BytesIO

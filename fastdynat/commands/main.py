@@ -28,7 +28,8 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   doctor   what this machine can use, and why not
 """
 
-# The module of each command in fastdynat.commands, whose function NAME_command runs it; only that one is imported.
+# The module of each command in fastdynat.commands, whose function NAME_command runs it; only that one is
+# imported.
 COMMANDS = {
     "train": "train",
     "eval": "evaluate.command",

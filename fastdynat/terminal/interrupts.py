@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP outside of what saves at them: one line and the usual exit code."""
+"""Ctrl-C, SIGTERM and SIGHUP as KeyboardInterrupt, with the usual exit code."""
 
 import os
 import signal
@@ -12,9 +12,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def in_child(pid: int, number: int) -> bool:
-    """In a process that was forked from `pid`, take the signal `number` as if there were no handler; whether
-    it is one.
-    """
+    """Give signal `number` its default effect in a child forked from `pid`; returns True in such a child."""
     if os.getpid() == pid:
         return False
     signal.signal(number, signal.SIG_DFL)
@@ -23,10 +21,10 @@ def in_child(pid: int, number: int) -> bool:
 
 
 class Handlers(ABC):
-    """While active, SIGINT, SIGTERM and SIGHUP are this object's, but for those that are left to others.
+    """Signal handlers for SIGINT, SIGTERM and SIGHUP while active.
 
     Attributes:
-        signal: the last one that came; None if none did.
+        signal: the last signal received; None before the first.
     """
 
     def __init__(self) -> None:
@@ -54,17 +52,17 @@ class Handlers(ABC):
 
     @abstractmethod
     def takes_over(self, number: Signals, handler: Any) -> bool:
-        """Whether `number`, whose present handler is `handler`, becomes this object's."""
+        """True where this object takes over signal `number` from `handler`."""
 
     @abstractmethod
     def received(self, number: Signals) -> None:
-        """What `number` does."""
+        """React to signal `number`."""
 
 
 class Interruption(Handlers):
     """While active, each of the signals raises KeyboardInterrupt, where nobody else has a handler for it.
 
-    What a library makes of the exception is still its work.
+    A library may still replace the exception by its own.
     """
 
     def takes_over(self, number: Signals, handler: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request to finish the step, save and leave."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to finish the step, save and stop."""
 
 import signal
 from signal import Signals

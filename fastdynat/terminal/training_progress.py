@@ -35,7 +35,7 @@ def summary(row: Mapping[str, Any]) -> list[str]:
 
 
 class TrainingProgress:
-    """Progress over all epochs: a bar with images/s, remaining time, losses and accuracies; a line per epoch."""
+    """A bar over all epochs with images/s, remaining time, losses and accuracies; a line per epoch."""
 
     def __init__(self, display: ProgressDisplay, task: ProgressTask) -> None:
         self._display, self._task = display, task

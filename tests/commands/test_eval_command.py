@@ -306,10 +306,16 @@ def test_the_json_keeps_its_keys(run: Path, tmp_path: Path) -> None:
     document = evaluate(tmp_path, run, "--attacks", "clean,fgsm", "--checkpoints", "last")
     assert set(document) == {"format", "complete", "config", "environment", "results"}
     (record,) = document["results"]
-    about = "run checkpoint weights_sha256 method architecture dataset epoch norm eps step_size data images images_sha256 shard"
+    about = (
+        "run checkpoint weights_sha256 method architecture dataset epoch norm eps step_size "
+        "data images images_sha256 shard"
+    )
     found = "class_names source_sha256 judged_in robustness_gap worst attacks cached checks"
     assert set(record) == {*about.split(), *found.split()}
-    numbers = "attack accuracy ci per_class robust_bits correct images seconds images_per_s zero_grad_share distances batch_size"
+    numbers = (
+        "attack accuracy ci per_class robust_bits correct images seconds images_per_s "
+        "zero_grad_share distances batch_size"
+    )
     assert set(record["attacks"][0]) == set(numbers.split())
 
 

@@ -90,7 +90,8 @@ net.load_state_dict(stored["state_dict"], strict=True)
 x = torch.load(sys.argv[2])
 with torch.no_grad():
     torch.save(net.eval()(x), sys.argv[3])
-assert not any(name.partition(".")[0] in ("fastdynat", "torchvision", "timm") for name in sys.modules), sorted(sys.modules)
+imported = {name.partition(".")[0] for name in sys.modules}
+assert not imported & {"fastdynat", "torchvision", "timm"}, sorted(imported)
 """
 
 
@@ -260,7 +261,10 @@ def test_model_info_has_robustbenchs_fields(finished: Path) -> None:
     nothing = stored_accuracies(finished, sha, dataset=sidecar.dataset, norm="linf", eps=1.0)
     info = model_info(sidecar, dataset="cifar10", paper=Paper(), accuracies=nothing)
     # As in robustbench's model_info files and its ModelInfo.
-    fields = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
+    fields = (
+        "link name authors additional_data number_forward_passes dataset venue "
+        "architecture eps clean_acc reported"
+    )
     assert set(info) == {*fields.split(), "autoattack_acc", "footnote", "unreliable"}
 
 

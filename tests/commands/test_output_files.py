@@ -91,7 +91,10 @@ def test_a_pipe_that_nobody_reads_is_an_error(tmp_path: Path, monkeypatch: pytes
 
 def test_standard_output_is_written_where_it_stands(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
-    code = "from fastdynat.runs.atomic_files import *; print('before'); write_text(Path('/dev/stdout'), 'json\\n'); print('after')"
+    code = (
+        "from fastdynat.runs.atomic_files import *; print('before'); "
+        "write_text(Path('/dev/stdout'), 'json\\n'); print('after')"
+    )
     with out.open("w") as file:
         subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
     assert out.read_text() == "before\njson\nafter\n"

@@ -28,14 +28,17 @@ TINY = [
 ]
 # In the page: tells the page around it how wide it is and where the fragment leads.
 PROBE = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify({
-  seen: innerWidth, wide: document.documentElement.scrollWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  seen: innerWidth, wide: document.documentElement.scrollWidth,
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
   broken: [...document.images].filter(image => !image.naturalWidth).length,
-  widest: Math.max(...[...document.querySelectorAll("svg")].map(chart => chart.getBoundingClientRect().width)),
+  widest: Math.max(...[...document.querySelectorAll("svg")]
+    .map(chart => chart.getBoundingClientRect().width)),
 }), "*"))</script></body>"""
 # A window cannot be as narrow as a phone, a frame can.
 FRAME = """<!DOCTYPE html><link rel="icon" href="data:,"><body style="margin: 0">
 <iframe src="page.html" style="width: {width}px; height: 880px; border: 0"></iframe>
-<script>addEventListener("message", event => document.documentElement.dataset.seen = event.data)</script></body>"""
+<script>addEventListener("message",
+  event => document.documentElement.dataset.seen = event.data)</script></body>"""
 
 
 def chromium(profile: Path, page: Path, *flags: str) -> tuple[str, list[str]]:

@@ -123,7 +123,10 @@ def test_a_mask_may_hold_infinity() -> None:
 
 
 def test_a_users_network_with_nan_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = "import torch\ndef make():\n    n = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))\n"
+    source = (
+        "import torch\ndef make():\n    n = torch.nn.Sequential(torch.nn.Flatten(), "
+        "torch.nn.Linear(1024, 10))\n"
+    )
     (tmp_path / "net.py").write_text(source + "    n[1].weight.data[3] = float('nan')\n    return n\n")
     assert main(["eval", f"{tmp_path / 'net.py'}:make", "--data", "digits", "--attacks", "clean"]) == 2
     assert "net.py:make: 1024 of 10240 values of 1.weight are NaN or infinite" in capsys.readouterr().err
@@ -221,7 +224,8 @@ def edited(run: Path, **changes: Any) -> None:
 CHANGES = {
     "threads": (
         {"threads": 77},
-        "threads change from 77 to {} (OMP_NUM_THREADS=77 keeps them): the run continues, but not bit for bit",
+        "threads change from 77 to {} (OMP_NUM_THREADS=77 keeps them): the run continues, but not bit for "
+        "bit",
     ),
     "torch": ({"torch": "1.0"}, "PyTorch changes from 1.0 to {}: the run continues, but not bit for bit"),
     "processor": (
@@ -444,7 +448,8 @@ def test_a_network_that_counts_classes_from_one(
     monkeypatch.chdir(tmp_path)  # results of networks that are no runs are kept under the working directory
     (tmp_path / "net.py").write_text(
         "import torch\nclass Off(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.scale = torch.nn.Parameter(torch.ones(()))\n"
+        "    def __init__(self):\n        super().__init__()\n        self.scale = "
+        "torch.nn.Parameter(torch.ones(()))\n"
         "    def forward(self, x):\n"
         "        return self.scale * x.flatten(1).sum(1, keepdim=True) * torch.eye(10)[0]\n"
         "def make():\n    return Off()\n"

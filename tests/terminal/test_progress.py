@@ -20,7 +20,10 @@ def test_a_dynat_epoch_on_one_line_of_a_terminal() -> None:
         "label_agreement": 0.838,
     }
     row |= {"zero_grad_share": 0.0, "val_clean_acc": 0.403, "val_pgd10_acc": 0.25}
-    expected = "loss 2.513  guide loss 1.029  adv acc 12.1  guide acc 83.8  agree 83.8  val clean 40.3  val pgd10 25.0"
+    expected = (
+        "loss 2.513  guide loss 1.029  adv acc 12.1  guide acc 83.8  agree 83.8  val "
+        "clean 40.3  val pgd10 25.0"
+    )
     assert "  ".join(summary(row)) == expected
 
 

@@ -70,7 +70,7 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided for a user who types `flags`, and what it is compared with."""
+    """The setting chosen for the flags `flags`, and the alternatives it is compared with."""
 
     flags: str
     chosen: StepSetting
@@ -103,7 +103,7 @@ class _Settings:
         self.all: list[StepSetting] = []
 
     def typed(self, **engine: Any) -> StepSetting:
-        """What a user gets who types these flags of the engine, and leaves the others out."""
+        """The setting for these engine flags, with all others left out."""
         blank = EngineConfig()
         left = {name: getattr(blank, name) for name in SWITCHES} | engine
         return self._put(self._settle(replace(self._asked, engine=replace(self._asked.engine, **left))))
@@ -203,7 +203,8 @@ def run_auto(
     device = torch.device(settle(asked).engine.device)
     if device.type != "cpu":
         raise UserError(
-            f"--auto times the decisions of the CPU; on {device} they are known: use --switches, or --device cpu"
+            f"--auto times the decisions of the CPU; on {device} they are known: use --switches, or "
+            "--device cpu"
         )
     load = OtherLoad()
     display.line("choosing settings: timing convolutions and, where torch.compile is open, a compiled step")
@@ -242,7 +243,10 @@ def _row(setting: StepSetting, all_settings: Sequence[StepSetting]) -> dict[str,
 
 def _print(doc: Mapping[str, Any], console: Console) -> None:
     s, p = doc["settings"], doc["processor"]
-    title = f"{s['method']}: {s['model']}, batch {s['batch_size']}, PGD-{s['steps']}, {p['model']}, {p['threads']} thread(s)"
+    title = (
+        f"{s['method']}: {s['model']}, batch {s['batch_size']}, PGD-{s['steps']}, "
+        f"{p['model']}, {p['threads']} thread(s)"
+    )
     console.print(f"{title}, {' '.join(p['flags'])}, torch {p['torch']}", **AS_IS)
     rates = PlainTable("training step", "images/s", "of the best", "rounds")
     for row in doc["rows"]:

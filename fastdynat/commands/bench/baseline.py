@@ -26,7 +26,7 @@ class _Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """What is compared of a row; those of a matrix product have no rates."""
+    """The compared fields of a row; a matrix product has no rates."""
 
     kind: str
     name: str
@@ -37,7 +37,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """What is read of a result."""
+    """The fields that are read from a result."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]
@@ -63,7 +63,8 @@ def read_baseline(path: Path, config: TrainConfig[Any]) -> dict[str, Any]:
     )
     if not found.complete:
         raise UserError(
-            f"{path} is from an unfinished measurement, with each row timed once; measure again with --json {path}"
+            f"{path} is from an unfinished measurement, with each row timed once; measure again with "
+            f"--json {path}"
         )
     _agree(path, "setting", doc["settings"], through_json(setting_values(config)))
     _agree(
@@ -76,7 +77,8 @@ def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, 
     for key in sorted({*stored, *ours}):
         if stored.get(key) != ours.get(key):
             raise UserError(
-                f"{path} is of another {what}: {key} was {short_repr(stored.get(key))} and is {short_repr(ours.get(key))}; "
+                f"{path} is of another {what}: {key} was {short_repr(stored.get(key))} and is "
+                f"{short_repr(ours.get(key))}; "
                 "measure both alike, or leave --baseline out"
             )
 

@@ -1,4 +1,4 @@
-"""What `fastdynat bench` measures beside the training flags, and where its results go."""
+"""The configuration of `fastdynat bench` beside the training flags."""
 
 from dataclasses import dataclass
 
@@ -34,13 +34,13 @@ class BenchConfig:
     chart: str | None = None
     """Draw the rates as bars into this .svg, .png or .pdf (extra `plots`)."""
     profile: str | None = None
-    """Where the time of one step goes, by kind of operation: as .json, or drawn as .svg, .png or .pdf (extra
+    """Time of one step by kind of operation: as .json, or drawn as .svg, .png or .pdf (extra
     `plots`)."""
     baseline: str | None = None
     """A --json file of earlier, of the same settings and machine: print the ratios, exit with 1 if a row got
     slower."""
     tolerance: float = 0.1
-    """How much slower than the --baseline a row may be, as a share."""
+    """Largest allowed slowdown of a row against the --baseline, as a fraction."""
 
 
 def check_bench(config: BenchConfig) -> None:

@@ -77,7 +77,7 @@ def run_benchmark(
 
 
 def _images(asked: TrainConfig[Any], bench: BenchConfig) -> TrainSplit:
-    """Random images, or the data where an epoch of them is asked for or only they say what they are."""
+    """Random images; the dataset where an epoch of it is timed or its shape is unknown."""
     info = dataset_info(asked.data.data)
     if info is None or bench.epoch:
         return open_split(asked)
@@ -99,7 +99,7 @@ def _measure(
     watch, load = Stopwatch(device), OtherLoad()
     flops, copied = _count(full, split.info), copy_rate(watch, device)
 
-    task = BenchSetup(
+    setup = BenchSetup(
         asked,
         full,
         lambda config: resolved_setting(config, split),
@@ -107,7 +107,7 @@ def _measure(
         full.attack.steps * flops.attack_step,
         flops.step,
     )
-    row_plans = plans(task, bench)
+    row_plans = plans(setup, bench)
 
     def so_far(ready: list[BenchRow]) -> None:
         display.line(f"so far: {', '.join(first_looks(ready))}")
@@ -130,7 +130,7 @@ def _measure(
     time_rows(rows, watch, bench)
     so_far(rows)
     own = asked_step(rows)
-    phases, kinds, setting = _inside(task, own, watch, bench)
+    phases, kinds, setting = _inside(setup, own, watch, bench)
     apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
     measured = _epoch(full, split, watch, display) if bench.epoch else None
     return bench_document(
@@ -173,16 +173,16 @@ def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
 
 
 def _inside(
-    task: BenchSetup, own: BenchRow | None, watch: Stopwatch, bench: BenchConfig
+    setup: BenchSetup, own: BenchRow | None, watch: Stopwatch, bench: BenchConfig
 ) -> tuple[dict[str, Samples], dict[str, float] | None, str]:
-    """Phases and kinds of operation of one step, and in words of which."""
-    engine = task.full.engine
+    """Phases and kinds of operation of one step, and the setting of that step in words."""
+    engine = setup.full.engine
     apart = replace(engine, graphs="off", guide_stream="off")
-    config = replace(task.full, engine=apart)
+    config = replace(setup.full, engine=apart)
     setting = label(config) + (" without CUDA graphs and guide stream" if apart != engine else "")
     if own is None:
         return {}, None, setting
-    ready = own.work if apart == engine else _again(config, task, watch)
+    ready = own.work if apart == engine else _again(config, setup, watch)
     assert ready.step is not None
     assert ready.stream is not None
     with use_backend(config.engine.kernels):
@@ -192,13 +192,13 @@ def _inside(
     if engine.compile != "off" and not watch.gpu:
         # Inductor's kernels on the CPU are seen by the profiler only if they were compiled to be.
         with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
-            ready = _again(config, task, watch)
+            ready = _again(config, setup, watch)
     return phases, profile_step(ready.call, watch, AMP_DTYPES[engine.amp] or torch.float32), setting
 
 
-def _again(config: ResolvedConfig[Any], task: BenchSetup, watch: Stopwatch) -> Work:
+def _again(config: ResolvedConfig[Any], setup: BenchSetup, watch: Stopwatch) -> Work:
     """The step of `config`, warm."""
-    ready = engine_step(config, task.split)
+    ready = engine_step(config, setup.split)
     watch.time(ready.call, 3)
     return ready
 
@@ -232,13 +232,13 @@ def _epoch(
 
 
 def _partial(bench: BenchConfig) -> Path | None:
-    """Where results lie until all are there; None where --json goes into a pipe, a device or nowhere."""
+    """The file of unfinished results; None where --json is a pipe, a device or absent."""
     path = None if bench.json is None else target_file(Path(bench.json))
     return None if path is None else path.with_name(path.name + ".partial")
 
 
 def _keep_partial(doc: Mapping[str, Any], bench: BenchConfig) -> None:
-    """What has been measured so far, which an interruption or a time limit leaves beside the --json file."""
+    """Write the results so far beside the --json file, for an interruption or a time limit."""
     path = _partial(bench)
     if path is not None:
         write_text(path, json.dumps({**doc, "complete": False}, indent=1) + "\n")

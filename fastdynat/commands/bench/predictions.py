@@ -1,5 +1,5 @@
-"""What each lever was predicted to give before a GPU was there to measure it, and why; printed by ``bench
---switches``.
+"""The predicted gain of each optimisation, made before a GPU could measure it, with reasons; printed by
+``bench --switches``.
 
 For one training step of DYNAT with ResNet-18 (guide ResNet-18, batch 128, PGD-10) on an H200 in bf16, unless
 said otherwise: 12 to 14 ms, of which 4.8 ms is arithmetic. Bytes and launches are counted, times at 4.3 TB/s
@@ -50,13 +50,15 @@ LEVERS = (
     Lever(
         "compile",
         "1.2 to 1.3",
-        "one kernel between two convolutions: 12.4 MB per image and attack step for 18.9, 83 launches for 131",
+        "one kernel between two convolutions: 12.4 MB per image and attack step for 18.9, 83 launches for "
+        "131",
         "first gradients compared with eager's",
     ),
     Lever(
         "mask and residual sum of the gradient",
         "in compile",
-        "Inductor already makes one kernel of both between two convolutions' gradients (its code for two residual blocks)",
+        "Inductor already makes one kernel of both between two convolutions' gradients (its code for two "
+        "residual blocks)",
         "test: pointwise kernels between convolutions",
     ),
     Lever(
@@ -68,14 +70,17 @@ LEVERS = (
     Lever(
         "fused_conv",
         "1.05 compiled, 1.15 to 1.25 not",
-        "2.2 MB per image and attack step less (0.66 ms), 17 launches fewer; not compiled up to four passes become one. With "
-        "mask and residual sum inside the gradient's convolution, which only cuDNN's own interface has, it would be 1.12",
+        "2.2 MB per image and attack step less (0.66 ms), 17 launches fewer; not compiled up to four "
+        "passes become one. With "
+        "mask and residual sum inside the gradient's convolution, which only cuDNN's own interface has, it "
+        "would be 1.12",
         "table against the definition at first contact; timed layer by layer",
     ),
     Lever(
         "refolding in one pass",
         "1.02 to 1.03",
-        "28 launches per step for 160 (ResNet-18); 67 MB are 16 us. One kernel for all weights would save 0.2 % more",
+        "28 launches per step for 160 (ResNet-18); 67 MB are 16 us. One kernel for all weights would save "
+        "0.2 % more",
         "tests: float64 formula, launches counted",
     ),
     Lever(
@@ -102,7 +107,8 @@ LEVERS = (
     Lever(
         "guide_stream",
         "1.03 to 1.07",
-        "the guide is 11 % of the arithmetic; its backward pass fills processors that 4x4 and 8x8 layers leave idle",
+        "the guide is 11 % of the arithmetic; its backward pass fills processors that 4x4 and 8x8 layers "
+        "leave idle",
         "tests: order of all accesses; gradients with and without",
     ),
     Lever(
@@ -120,7 +126,8 @@ LEVERS = (
     Lever(
         "evaluation beyond 500 images a batch",
         "under 1.03",
-        "500 images fill the device (250 tiles at 4x4 on 132 processors); random starts are drawn per batch, so that another "
+        "500 images fill the device (250 tiles at 4x4 on 132 processors); random starts are drawn per "
+        "batch, so that another "
         "size gives other images: not done",
         "-",
     ),

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kind of operation, from torch's profiler."""
+"""The time of a step by kind of operation, from torch's profiler."""
 
 import re
 import time
@@ -96,7 +96,7 @@ def _kind(event: FunctionEvent) -> tuple[str, FunctionEvent]:
 
 
 class _Halves:
-    """How the time of one call that takes both gradients of a convolution divides between them, by its
+    """The split of the time of one call that takes both gradients of a convolution between them, by its
     shapes.
     """
 

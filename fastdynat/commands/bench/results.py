@@ -124,7 +124,7 @@ def full_row(values: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
 
 
 def gains(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times faster the asked setting is than with one switch the other way."""
+    """The speedup of the requested setting over the one with one switch the other way."""
     found = []
     for v in values:
         full = full_row(values, v["kind"]) if v["switch"] else None
@@ -154,7 +154,10 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     s, env = doc["settings"], doc["environment"]
     guide = "" if s["guide"] == "none" else f", guide {s['guide']}"
     where = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
-    title = f"{s['method']}: {s['model']}{guide}, batch {s['batch_size']}, PGD-{s['steps']}, {where}, torch {env['torch']}"
+    title = (
+        f"{s['method']}: {s['model']}{guide}, batch {s['batch_size']}, PGD-{s['steps']}, "
+        f"{where}, torch {env['torch']}"
+    )
     console.print(title, **AS_IS)
     for kind, heading in (("attack", "attack"), ("step", "training step")):
         rows = [row for row in doc["rows"] if row["kind"] == kind]
@@ -246,7 +249,8 @@ def _print_notes(doc: Mapping[str, Any], console: Console) -> None:
     epoch = doc["epoch"]
     if "extrapolated_seconds" in epoch:
         note(
-            f"{epoch['images']:,} images at the step's rate: {epoch['extrapolated_seconds']:,} s (extrapolated, not measured)"
+            f"{epoch['images']:,} images at the step's rate: {epoch['extrapolated_seconds']:,} s "
+            "(extrapolated, not measured)"
         )
     if epoch["measured"]:
         m = epoch["measured"]

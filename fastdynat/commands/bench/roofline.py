@@ -48,7 +48,8 @@ EXPECTED: dict[tuple[str, bool, bool], tuple[float, float, str]] = {
     ("cuda", True, True): (
         0.34,
         0.40,
-        "convolutions of 32x32 images at 35 to 50 % of a product's rate, batch norm and ReLU between them bound by memory",
+        "convolutions of 32x32 images at 35 to 50 % of a product's rate, batch norm and ReLU between them "
+        "bound by memory",
     ),
     ("cuda", True, False): (
         0.15,
@@ -205,7 +206,10 @@ def print_roofline(values: Mapping[str, Any], console: Console) -> None:
     for name, side in (("floor", here), ("reference", reference)):
         if side is not None:
             peak = side["peak"]
-            rates = f"{peak['flops_per_s'] / 1e12:.3g} TFLOP/s, {peak['bytes_per_s'] / 1e12:.3g} TB/s ({peak['source']})"
+            rates = (
+                f"{peak['flops_per_s'] / 1e12:.3g} TFLOP/s, {peak['bytes_per_s'] / 1e12:.3g} "
+                f"TB/s ({peak['source']})"
+            )
             console.print(f"{name}: {rates}{_why(side)}", **AS_IS)
 
 

@@ -88,7 +88,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchSetup:
-    """What all rows have in common.
+    """The common part of all rows.
 
     Attributes:
         asked: the configuration as the user wrote it; `full` is that resolved.
@@ -160,9 +160,7 @@ def _peer_attacks(setup: BenchSetup) -> list[RowPlan]:
 
 
 def _rounding(config: TrainConfig[Any]) -> str:
-    """What a float32 row's name says where its convolutions are not computed in float32: torch's default on a
-    GPU.
-    """
+    """The suffix of a float32 row whose convolutions use TF32, torch's default on a GPU."""
     name = precision_name(config)
     return "" if name == "fp32" else f", {name}"
 
@@ -255,10 +253,9 @@ def _prepared(
 
 
 def by_weight(row_plans: Iterable[RowPlan]) -> list[RowPlan]:
-    """What is prepared first, since a budget or an interruption cuts the end off: the machine's rate, which
-    every share needs; then the setting that was asked for with the peer that it is compared with, the step
-    before the attack; then the rest.
-    """
+    """The order of preparation, most important first, since a budget or an interruption cuts the end off: the
+    machine's rate, which every fraction needs; then the setting that was asked for with the peer that it is
+    compared with, the step before the attack; then the rest."""
 
     def weight(plan: RowPlan) -> tuple[int, bool]:
         if plan.kind == "matmul":
@@ -273,10 +270,13 @@ def by_weight(row_plans: Iterable[RowPlan]) -> list[RowPlan]:
 
 
 def _weaker(f: Fidelity) -> str:
-    """Why an attack does not count, "" where it does."""
+    """The reason why an attack does not count; "" where it does."""
     if not f.weaker:
         return ""
-    reached = f"loss {f.loss_fast:.4g} and accuracy {f.acc_fast:.1%}, the reference {f.loss_reference:.4g} and {f.acc_reference:.1%}"
+    reached = (
+        f"loss {f.loss_fast:.4g} and accuracy {f.acc_fast:.1%}, the reference "
+        f"{f.loss_reference:.4g} and {f.acc_reference:.1%}"
+    )
     return f"weaker than the reference: {reached}"
 
 

@@ -1,4 +1,4 @@
-"""Which settings of the engine are compared with the one that was asked for."""
+"""The engine settings that are compared with the requested one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -84,7 +84,7 @@ def resolved_setting(
 
 
 def why_not_turned(switch: Switch, config: TrainConfig[Any]) -> str | None:
-    """Why `switch` cannot be turned the other way in the resolved `config`, or None where it can."""
+    """The reason why `switch` cannot be turned the other way in the resolved `config`; None where it can."""
     device = torch.device(config.engine.device)
     if switch.gpu and device.type != "cuda":
         return "needs a CUDA device"

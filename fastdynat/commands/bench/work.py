@@ -1,6 +1,4 @@
-"""What is timed: our attack and our step under a setting, theirs, and a matrix product of the same
-precision.
-"""
+"""The timed calls: our attack and step, those of peers, and a matrix product of the same precision."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What `fastdynat compare` is asked: methods, seeds, budget, and the configuration of each method."""
+"""The configuration of `fastdynat compare`: methods, seeds, budget, and that of each method."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,7 +31,7 @@ SAME = (
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What is compared."""
+    """The compared methods, seeds and attacks, and the outputs."""
 
     methods: str = "natural,madry,dynat"
     """Comma-separated training methods, each a name or path/to/file.py:CLASS."""
@@ -178,6 +178,7 @@ def check_same(configs: Mapping[str, TrainConfig[Any]], keys: Sequence[str]) -> 
         for key in keys:
             if flat[key] != reference[key]:
                 raise UserError(
-                    f"{key} is {reference[key]} for {first} and {flat[key]} for {name}: a comparison needs it alike; "
+                    f"{key} is {reference[key]} for {first} and {flat[key]} for {name}: a comparison needs "
+                    "it alike; "
                     f"give --{key.replace('_', '-')} for all of them"
                 )

@@ -44,7 +44,8 @@ def _title(doc: Values) -> str:
         return "no run has finished"
     r, error = records[0], doc["largest_standard_error"]
     parts = [
-        f"accuracy in %, {r['images']} test images of {r['dataset']}, {r['norm']} eps {describe_size(r['eps'])}"
+        f"accuracy in %, {r['images']} test images of {r['dataset']}, {r['norm']} eps "
+        f"{describe_size(r['eps'])}"
     ]
     parts.append(f"binomial standard error at most {100 * error:.1f} points")
     seeds = max(len(row["seeds"]) for row in doc["rows"])
@@ -83,7 +84,8 @@ def _times(row: Values, budget: float | None) -> list[str]:
 def _notes(doc: Values) -> list[str]:
     gpu = doc["runs"][0]["config"]["device"].startswith("cuda")
     lines = [
-        "s/epoch: median, without validation; train s: all epochs, with what they compile; gap: clean - strongest attack"
+        "s/epoch: median, without validation; train s: all epochs, with what they compile; gap: clean - "
+        "strongest attack"
     ]
     if all(row["peak_memory_bytes"] is None for row in doc["rows"]):
         lines.append("peak memory is left out: this system does not let a process reset its mark")

@@ -1,6 +1,4 @@
-"""How long an epoch of each method takes, and how many fit into a budget. What is trained meanwhile is thrown
-away.
-"""
+"""The duration of an epoch of each method, and the number of epochs within a budget."""
 
 import math
 import time
@@ -25,8 +23,8 @@ WARM_STEPS = 5  # a CUDA graph is captured after three ordinary steps
 
 
 def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float) -> dict[str, Any]:
-    """How long the resolved `config` takes to start, for an epoch of burn-in, for a first and for a later
-    epoch; and how many epochs fit into `budget` seconds.
+    """The seconds of `config` until it trains, of a burn-in, first and later epoch; and the epochs within
+    `budget`.
 
     First and later epochs are told apart where the attack has fewer steps early or weight perturbation begins
     later.

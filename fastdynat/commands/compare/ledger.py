@@ -1,4 +1,4 @@
-"""What a comparison remembers beside its runs, so that the same command goes on where it stopped."""
+"""The state of a comparison beside its runs, so that the same command continues where it stopped."""
 
 import json
 from collections.abc import Iterator, MutableMapping
@@ -29,7 +29,7 @@ class _Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """How a run ended."""
+    """The outcome of a run."""
 
     ended: Literal["finished", "diverged"] = "finished"  # where it is left out, the run has not ended
     reason: str = ""
@@ -102,13 +102,11 @@ class Ledger(MutableMapping[str, dict[str, Any]]):
         write_text(self.path, json.dumps(values | {"evaluations": self._known}, indent=1) + "\n")
 
     def has_ended(self, run: Path) -> bool:
-        """Whether the run in the folder `run` needs no more training."""
+        """True where the run in the folder `run` needs no more training."""
         return "ended" in self.runs.get(run.name, {}) and looks_like_run(run)
 
     def epochs(self, method: str) -> int | None:
-        """How many epochs of `method` fit into the budget; None without a budget, or before it was
-        measured.
-        """
+        """The number of epochs of `method` that fit into the budget; None without a budget or measurement."""
         return self.probes[method]["epochs"] if method in self.probes else None
 
     def __getitem__(self, key: str) -> dict[str, Any]:

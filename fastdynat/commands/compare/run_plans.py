@@ -57,7 +57,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a comparison has to do.
+    """The runs of a comparison and what they share.
 
     Attributes:
         tests: the test set, read, as `evaluation.measure_runs` takes it.
@@ -190,7 +190,8 @@ def _check_place(run: RunPlan) -> None:
     for key in (*fixed_settings(run.config), "epochs", "stop_at", "patience", "on_collapse"):
         if before.get(key) != now[key]:
             raise UserError(
-                f"{run.path} was begun with {key} {before.get(key)}, not {now[key]}; keep it, or choose a new --out"
+                f"{run.path} was begun with {key} {before.get(key)}, not {now[key]}; keep it, or choose a "
+                "new --out"
             )
 
 

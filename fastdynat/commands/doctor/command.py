@@ -8,7 +8,8 @@ from fastdynat.commands.parsing.parse import parse
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
-    """Report what this machine can use (torch, CUDA, Triton, the extension, DALI, torch.compile), or why not."""
+    """Report what this machine can use (torch, CUDA, Triton, the extension, DALI, torch.compile), or why
+    not."""
 
     json: bool = False
     """Print JSON instead of a table."""

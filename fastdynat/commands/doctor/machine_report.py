@@ -1,4 +1,4 @@
-"""What of this machine fastdynat can use, and for everything it cannot: why not, and the remedy."""
+"""The report of `fastdynat doctor`: what this machine can use, and the reason and remedy for the rest."""
 
 import importlib.util
 import json as json_module
@@ -96,7 +96,10 @@ def _cuda_device() -> MachineCheck:
         )
     driver = shutil.which("nvidia-smi")
     why = "torch cannot use the driver" if driver else "no NVIDIA driver found (nvidia-smi is not on PATH)"
-    remedy = f"run nvidia-smi and install a driver for CUDA {torch.version.cuda}; until then everything runs on the CPU"
+    remedy = (
+        f"run nvidia-smi and install a driver for CUDA {torch.version.cuda}; until then "
+        "everything runs on the CPU"
+    )
     return MachineCheck(name, "missing", f"none: {why}", remedy)
 
 
@@ -198,9 +201,8 @@ def _compile(try_it: bool) -> MachineCheck:
 
 
 def _decisions() -> list[MachineCheck]:
-    """What --amp, --channels-last auto and --winograd auto take on this machine, and the timings that decide
-    it.
-    """
+    """The choices of --amp, --channels-last auto and --winograd auto on this machine, and the timings that
+    decide it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found, full = choose(device), choose(device, amps=("off",))

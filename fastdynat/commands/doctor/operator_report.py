@@ -110,7 +110,7 @@ def _rows(check: OperatorCheck, device: torch.device, bandwidth: float | None) -
 
 
 def _times(check: OperatorCheck, device: torch.device, right: list[str]) -> tuple[str, dict[str, float]]:
-    """What was timed, and the seconds of the reference and of those that are `right`."""
+    """The name of the timed call, and the seconds of the reference and of those that are `right`."""
     if check.timed is None:
         return "", {}
     timing = check.timed()

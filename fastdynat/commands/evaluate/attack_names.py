@@ -7,7 +7,9 @@ AUTOATTACK, FAST_AUTOATTACK, TRANSFER = "autoattack", "fast-autoattack", "transf
 _COLUMNS = {
     AUTOATTACK: "AutoAttack (Croce & Hein 2020), standard version, by its reference package (extra "
     "`autoattack`), in float32",
-    FAST_AUTOATTACK: "the same four attacks in the same order (apgd-ce, apgd-t, fab-t, square) on the fast engine",
+    FAST_AUTOATTACK: (
+        "the same four attacks in the same order (apgd-ce, apgd-t, fab-t, square) on the fast engine"
+    ),
     f"{TRANSFER}NAME": "NAME made on the network of --source and counted on this one",
     "my_attack.py:MyAttack": "an attack of your own: path/to/file.py:NAME or module:NAME",
 }

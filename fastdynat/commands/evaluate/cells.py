@@ -131,9 +131,8 @@ class Cells:
         return found
 
     def _state(self, key: Key) -> Path | None:
-        """Where an interrupted run of the package leaves what it has; None, with a note, where nothing can be
-        written.
-        """
+        """The file in which an interrupted run of the package keeps its state; None, with a warning, where it
+        cannot be written."""
         if self._store is None:
             return None
         path = self._store.path(key.text(), ".state")
@@ -199,9 +198,8 @@ class Cells:
         )
 
     def _once(self, key: Key, standing: Tensor | None, run: Callable[[], Measurement]) -> Measurement:
-        """What is known under `key`, in this call, in a file or in files of shards; else what `run` gives,
-        which is kept.
-        """
+        """The measurement of `key` from this call, a file or files of shards; else the result of `run`, which
+        is kept."""
         text = key.text()
         if text in self._known:
             return as_measurement(self._known[text])

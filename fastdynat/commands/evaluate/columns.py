@@ -124,5 +124,6 @@ def _proven_in_half(column: AttackColumn) -> bool:
 def _check_amp(column: AttackColumn, amp: str) -> None:
     if amp != "off" and not _proven_in_half(column):
         raise UserError(
-            f"{column.name} was not shown to be as strong in half precision: leave --amp {amp} out, or the attack"
+            f"{column.name} was not shown to be as strong in half precision: leave --amp {amp} out, or the "
+            "attack"
         )

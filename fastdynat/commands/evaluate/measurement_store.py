@@ -59,7 +59,7 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class _Key:
-    """What every reader asks of a stored key."""
+    """The fields of a stored key that readers require."""
 
     weights: str
     attack: str
@@ -69,7 +69,7 @@ class _Key:
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
-    """What readers ask of what a measurement is about, each if it is there."""
+    """The optional fields that describe a measurement."""
 
     norm: str = ""
     eps: Radius = 0.0
@@ -86,7 +86,8 @@ class _Stored:
 
 
 def search_numbers(search: Any) -> dict[str, Any] | None:
-    """The plain values of an attack, a dataclass, with the name of its class (its `STORED_AS`, if renamed)."""
+    """The plain values of an attack, a dataclass, with the name of its class (its `STORED_AS`, if
+    renamed)."""
     if search is None:
         return None
     assert is_dataclass(search)
@@ -110,7 +111,7 @@ class Store(MutableMapping[str, dict[str, Any]]):
         self._refused = False
 
     def path(self, key: str, suffix: str = ".json") -> Path:
-        """Where the measurement is, or would be; with another suffix, where a file beside it would be."""
+        """The file of the measurement; with another suffix, a file beside it."""
         parts = json.loads(key)
         shard = f".{parts['shard'].replace('/', 'of')}" if "shard" in parts else ""
         name = f"{_slug(parts['attack'])}{shard}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -54,7 +54,7 @@ def make_record(
 
 
 def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
-    """Whether a column's accuracy is one inside the ball of `norm`: not of another norm, nor of a search
+    """True for a column whose accuracy is inside the ball of `norm`: not of another norm, nor of a search
     without a radius.
     """
     search = None if column.attack is None else column.attack.search

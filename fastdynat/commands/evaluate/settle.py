@@ -1,4 +1,4 @@
-"""What `fastdynat eval` is asked, checked where torch is at hand."""
+"""The checks and choices of `fastdynat eval` that need torch."""
 
 import logging
 from dataclasses import replace

@@ -123,7 +123,8 @@ def _classes(record: Values, console: Console) -> None:
 
 def _zero_gradients(records: list[Values]) -> list[str]:
     return [
-        f"{_title(r)}: {100 * a['zero_grad_share']:.2f} % of the image gradients of {a['attack']} are zero: such images are "
+        f"{_title(r)}: {100 * a['zero_grad_share']:.2f} % of the image gradients of {a['attack']} are "
+        "zero: such images are "
         "not attacked"
         for r in records
         for a in r["attacks"]

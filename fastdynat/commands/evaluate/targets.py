@@ -1,4 +1,4 @@
-"""What an evaluation is of: checkpoints of runs and foreign models, each with its images and attacks."""
+"""The targets of an evaluation: checkpoints of runs and other models, each with its images and attacks."""
 
 import hashlib
 import logging
@@ -97,7 +97,7 @@ class Target:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is stored beside each measurement."""
+        """The values stored beside each measurement."""
         sizes = {"norm": self.radius.norm, "eps": self.radius.eps, "step_size": self.radius.step_size}
         origin = {"run": self.name, "checkpoint": self.checkpoint, "dataset": self.info.name}
         return {**origin, **sizes, "images": len(self.images), "fastdynat": __version__}
@@ -111,7 +111,8 @@ def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
     """
     if config.weights is not None and not any(_is_model(str(name)) for name in names):
         raise UserError(
-            f"--weights {config.weights} is for models such as torchvision:NAME or module:callable; {names[0]} is a "
+            f"--weights {config.weights} is for models such as torchvision:NAME or module:callable; "
+            f"{names[0]} is a "
             "run, which brings its own: leave --weights out"
         )
     for name in names:
@@ -169,9 +170,7 @@ class Planner:
         return targets
 
     def _kept(self, run: Path) -> Path | None:
-        """Where the results of `run` are kept: nowhere where that is a link out of it, which nobody meant for
-        them.
-        """
+        """The folder for the results of `run`; None where it is a symbolic link out of the run."""
         folder = run / FOLDER
         if not folder.is_symlink() or real(folder).is_relative_to(real(run)):
             return folder
@@ -309,7 +308,7 @@ def _load_source(name: str, info: DatasetInfo) -> Source:
 
 
 def _is_model(name: str) -> bool:
-    """Whether `name` means a model that we did not train, not a path."""
+    """True where `name` means a model that was not trained here, rather than a path."""
     return ":" in name and not Path(name).exists()
 
 

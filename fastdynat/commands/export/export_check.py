@@ -29,7 +29,8 @@ def largest_difference(
         # Not `>`: that is false for nan.
         if not difference <= TOLERANCE * scale:
             raise UserError(
-                f"the exported network's logits differ from the run's by {difference:.1e} (largest logit {scale:.1e}, batch of "
+                f"the exported network's logits differ from the run's by {difference:.1e} (largest logit "
+                f"{scale:.1e}, batch of "
                 f"{count}); nothing was written; try another --format"
             )
         worst = max(worst, difference)

@@ -1,4 +1,4 @@
-"""What `fastdynat export` is asked."""
+"""The configuration of `fastdynat export`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """What only the authors know about a `model_info` entry."""
+    """The fields of a `model_info` entry that only the authors know."""
 
     link: str | None = None
     """Address of the paper."""
@@ -17,7 +17,7 @@ class Paper:
     venue: str | None = None
     """Venue and year, such as ICML 2020; Unpublished otherwise."""
     additional_data: bool = False
-    """Whether images beside the data set's own were trained on, also by a guide."""
+    """Training used images beyond the dataset's own, possibly through a guide."""
     footnote: str | None = None
     """Footnote on the leaderboard."""
 
@@ -35,7 +35,7 @@ class ExportConfig:
     """robustbench: weights, source and model_info; torch: a torch.export program; onnx needs the extra
     `export`."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which checkpoint."""
+    """Checkpoint to export."""
     overwrite: bool = False
     """Replace files that are there."""
     dataset: str = "auto"

@@ -53,7 +53,8 @@ def _backbone_call(architecture: str, num_classes: int, image_shape: tuple[int, 
     """The expression that makes the backbone; `build_model` chooses among the same three."""
     if is_user_supplied(architecture):
         raise UserError(
-            f"{short_name(architecture)} is a network of your own, whose source this cannot write: use --format torch or "
+            f"{short_name(architecture)} is a network of your own, whose source this cannot write: use "
+            "--format torch or "
             "onnx, or pass your file on with RUN/best/model.safetensors"
         )
     if make := our_network(architecture):
@@ -115,7 +116,7 @@ def _import_line(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
 
 
 def _defined_name(node: ast.stmt) -> str:
-    """What `node` defines; "" for anything but a function, a class or a constant."""
+    """The name that `node` defines; "" for anything but a function, a class or a constant."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
     target = (

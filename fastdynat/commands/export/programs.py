@@ -60,7 +60,7 @@ def _example(shape: Shape) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
 
 
 def _quietly(write: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """What `write` returns; the exporters' deprecation warnings are for their authors."""
+    """The result of `write`, without the exporters' deprecation warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

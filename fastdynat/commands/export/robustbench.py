@@ -1,4 +1,4 @@
-"""What RobustBench takes: weights that its loader reads unchanged, the architecture's source, and the
+"""A RobustBench submission: weights that its loader reads unchanged, the architecture's source, and the
 `model_info` entry.
 """
 
@@ -22,7 +22,9 @@ from fastdynat.runs.atomic_files import replacing, saving
 
 THREATS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 CUT = ("module.", "model.")  # robustbench/utils.py: rm_substr_from_state_dict, wherever in a key these stand
-HEADER = '''"""{name}: {architecture}, {dataset}, {threat}, for RobustBench. Written by fastdynat {version} (MIT licence).
+HEADER = '''"""{name}: {architecture}, {dataset}, {threat}, for RobustBench.
+
+Written by fastdynat {version} (MIT licence).
 
 To add it to robustbench:
 1. Copy this file to robustbench/model_zoo/architectures/{name}.py.
@@ -30,7 +32,8 @@ To add it to robustbench:
        from robustbench.model_zoo.architectures.{name} import build as {name}
    and in the dictionary of ThreatModel.{threat}
        ("{name}", {{"model": {name}, "gdrive_id": "<id of {name}.pt on Google Drive>"}}),
-3. {name}.json goes to model_info/{dataset}/{threat}/; a {name}.pt in models/{dataset}/{threat}/ spares the download.
+3. Copy {name}.json to model_info/{dataset}/{threat}/. A {name}.pt in models/{dataset}/{threat}/ saves the
+   download.
 """
 '''
 
@@ -46,7 +49,8 @@ def check_model_name(path: Path) -> None:
     """
     if not path.stem.isidentifier() or iskeyword(path.stem):
         raise UserError(
-            f"{path.name}: RobustBench calls the model {path.stem!r}; use letters, digits and _, as Rice2020Overfitting"
+            f"{path.name}: RobustBench calls the model {path.stem!r}; use letters, digits and _, as "
+            "Rice2020Overfitting"
         )
 
 
@@ -55,7 +59,8 @@ def check_keys(state: dict[str, Tensor]) -> None:
     for key in state:
         if cut := next((word for word in CUT if word in key), None):
             raise UserError(
-                f"RobustBench's loader cuts keys that contain {cut!r}, and this network has {key!r}: use --format torch"
+                f"RobustBench's loader cuts keys that contain {cut!r}, and this network has {key!r}: use "
+                "--format torch"
             )
 
 

@@ -52,9 +52,8 @@ class _Target:
 
     @property
     def threat(self) -> dict[str, Any]:
-        """What it is attacked under: the weights alone do not say, runs that differ in --eval-eps may share
-        them.
-        """
+        """The threat model, which the weights do not determine: runs that differ in --eval-eps may share
+        weights."""
         return {"norm": self.checkpoint.sidecar.norm, "eps": self.checkpoint.sidecar.eval_eps}
 
     @property
@@ -73,7 +72,7 @@ class _Workshop:
         self._subjects: dict[str, AttackedNetwork] = {}
 
     def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet]:
-        """What `target`'s dataset is, and its first test images."""
+        """The dataset of `target` and its first test images."""
         key = tuple(target.data.values())
         if key not in self._tests:
             folder = target.data["data_dir"] if self.config.data_dir == "auto" else self.config.data_dir

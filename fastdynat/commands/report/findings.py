@@ -1,4 +1,4 @@
-"""What a report computes of networks, as plain values: one function for each kind of finding."""
+"""The findings of a report as plain values: one function for each kind."""
 
 import base64
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ PICTURES = ("image", "perturbation", "adversarial", "saliency", "smooth_grad")
 
 @dataclass(frozen=True)
 class Means:
-    """How everything is computed; the names are those that the functions of `fastdynat.evaluation` take."""
+    """The keyword arguments that all functions of `fastdynat.evaluation` share."""
 
     device: torch.device
     batch_size: int

@@ -55,7 +55,7 @@ class Report:
     looks: Mapping[str, Look]
 
     def without(self, kind: str, what: str) -> list[Missing]:
-        """What to say of runs that lack the finding `kind`."""
+        """A note on the runs that lack the finding `kind`."""
         names = [r.name for r in self.records if r.checkpoints and r.name not in self.found.of_run[kind]]
         return [Missing(f"Not computed yet: {what} of {', '.join(names)}.", self.command)] if names else []
 
@@ -86,8 +86,10 @@ def trade(report: Report) -> Section:
         else []
     )
     text = (
-        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius it was trained for; "
-        "bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that is not the best one."
+        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius it "
+        "was trained for; "
+        "bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that is not "
+        "the best one."
     )
     return Section("trade-off", "Clean against robust", text, panels)
 
@@ -110,8 +112,10 @@ def progress(report: Report) -> Section:
         Missing(f"{r.name} has no finished epoch.", command("train", "--resume", r.path)) for r in empty
     ]
     text = (
-        "Left over epochs, right over seconds of training, validation left out. The ring is the epoch with the best robust "
-        "validation accuracy. Losses of different methods are different functions, so each is over its own first epoch."
+        "Left over epochs, right over seconds of training, validation left out. The ring is the epoch with "
+        "the best robust "
+        "validation accuracy. Losses of different methods are different functions, so each is over its own "
+        "first epoch."
     )
     return Section("training", "Training", text, panels, missing)
 
@@ -138,9 +142,12 @@ def radius(report: Report) -> Section:
                 )
             )
     text = (
-        f"{ATTACK} is run anew at each radius, with steps of a quarter of it. An attack that looks for the nearest adversarial "
-        "image gives each image a distance: the share of images beyond a radius is an accuracy at that radius. "
-        "No attack finds the very nearest one, so distances are upper bounds; those of misclassified images are 0. "
+        f"{ATTACK} is run anew at each radius, with steps of a quarter of it. An attack that looks for the "
+        "nearest adversarial "
+        "image gives each image a distance: the share of images beyond a radius is an accuracy at that "
+        "radius. "
+        "No attack finds the very nearest one, so distances are upper bounds; those of misclassified "
+        "images are 0. "
         "Bands are 95 % intervals."
     )
     missing = report.without("curve", "the accuracy over eps")
@@ -252,8 +259,10 @@ def transfer(report: Report) -> Section:
         drawn = charts.draw_heat(values, [*names, "no attack"], names, "attacked network")
         panels.append(Panel(title, f"{title}: {pairs}.", drawn, 1.3 + 0.3 * len(values)))
     text = (
-        "Rows are the networks on which the attack was made, columns the networks that it was tried on; the diagonal is the "
-        "white-box attack. A number below the diagonal's in its column means that the white-box attack was not the strongest: "
+        "Rows are the networks on which the attack was made, columns the networks that it was tried on; "
+        "the diagonal is the "
+        "white-box attack. A number below the diagonal's in its column means that the white-box attack was "
+        "not the strongest: "
         "a sign of masked gradients."
     )
     lacks = (

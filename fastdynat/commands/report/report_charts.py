@@ -31,7 +31,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Look:
-    """How a run is drawn everywhere."""
+    """Colour and line style of a run in every chart."""
 
     colour: str
     style: Any  # of matplotlib's, as text
@@ -117,7 +117,7 @@ def sheet(panels: Sequence[Panel], legend: Mapping[str, Look]) -> bytes:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """What seconds are divided by to be read easily, and its name."""
+    """A readable unit of time: its seconds, and its name."""
     return (3600, "hours") if seconds > 2 * 3600 else (60, "minutes") if seconds > 300 else (1, "seconds")
 
 
@@ -139,7 +139,7 @@ def series(record: Record, column: str, factor: float, unit: float | None) -> Po
 
 
 def best_index(record: Record) -> int | None:
-    """Which of the run's epochs is the best one, counted from 0; None where no epoch was validated."""
+    """The index of the run's best epoch, from 0; None where no epoch was validated."""
     return max((i for i, row in enumerate(record.rows) if row.get("best")), default=None)
 
 
@@ -188,7 +188,7 @@ def _rows_with(record: Record, column: str) -> list[dict[str, Any]]:
 
 
 def scale(norm: str) -> tuple[float, str]:
-    """What radii of `norm` are multiplied by for an axis, and their unit."""
+    """The factor for radii of `norm` on an axis, and their unit."""
     return (255, "1/255") if norm == "linf" else (1, "1")
 
 

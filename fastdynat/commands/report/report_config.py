@@ -1,4 +1,4 @@
-"""What a report is asked for."""
+"""The configuration of `fastdynat report`."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from fastdynat.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What is computed for the page, and where it goes."""
+    """The contents of the page and its folder."""
 
     out: str = "report"
     """Folder of index.html, of the PNG files and of findings.json, from which a second call only draws."""
     attacks: bool = True
     """--no-attacks draws only what is on disk."""
     num_images: int = 500
-    """What needs a network is computed on the first so many test images."""
+    """Number of test images, from the first, on which networks are measured."""
     checkpoint: str = "best"
     """Checkpoint that is attacked: best, or last; the other one where a run has only that."""
     batch_size: int = 250
     """Images per batch."""
     data_dir: str = "auto"
-    """Where the dataset is; auto is the run's."""
+    """Folder of the dataset; auto is the run's."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
     seed: int = 1

@@ -1,4 +1,4 @@
-"""Which files in a report's folder are the report's: others are neither replaced nor removed."""
+"""The files of a report in its folder; files of others are neither replaced nor removed."""
 
 import hashlib
 import json

@@ -69,7 +69,7 @@ def training_seconds(record: Record) -> float:
 
 
 def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What was trained."""
+    """One row per run: its configuration and training time."""
     rows = []
     for record in records:
         c = record.config
@@ -160,7 +160,7 @@ def _cell(m: Measurement | None, counted: bool) -> dict[str, str] | None:
 
 
 def unevaluated(records: Sequence[Record]) -> list[Missing]:
-    """What to run for the checkpoints that have no measurement."""
+    """The commands that measure the checkpoints without measurements."""
     found = []
     for record in records:
         if not record.checkpoints:

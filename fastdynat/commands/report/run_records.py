@@ -1,4 +1,4 @@
-"""What a report reads of a run: configuration, metrics, checkpoints and their measurements."""
+"""The record of a run that a report reads: configuration, metrics, checkpoints and measurements."""
 
 from collections import Counter
 from collections.abc import Sequence
