@@ -1,9 +1,9 @@
 """Python code of the user, named `path/to/file.py:NAME` or `module:NAME`, and how a run stores such a name.
 
 A run stores the absolute path with a digest of the file, ``/path/net.py:make_net#sha256=0123456789abcdef``: a
-pinned name. Opening it later runs code that a file on disk names, so it is refused unless the file has the same
-content and this account has trained with it before (a record in the cache folder), or the user names it again.
-"""
+pinned name. Opening it later runs code that a file on disk names, so it is refused unless the file has the
+same content and this account has trained with it before (a record in the cache folder), or the user names it
+again."""
 
 import hashlib
 import importlib
@@ -82,7 +82,8 @@ def without_place(name: str) -> str:
 
 
 def pin(name: str) -> str:
-    """`name`, which the user has given now, as a run stores it; later `import_object` opens it on this account.
+    """`name`, which the user has given now, as a run stores it; later `import_object` opens it on this
+    account.
 
     Raises:
         UserError: it names no file.
@@ -104,8 +105,8 @@ def import_object(name: str) -> tuple[object, bytes]:
     The current directory, and the file's own, can be imported from while this runs.
 
     Raises:
-        UserError: there is no such module or object, importing it fails, or a pinned name's file has changed, is
-            gone, or was never used by this account.
+        UserError: there is no such module or object, importing it fails, or a pinned name's file has changed,
+            is gone, or was never used by this account.
     """
     match = _PINNED.fullmatch(name)
     if match:
@@ -138,7 +139,8 @@ def source_of(module: ModuleType) -> bytes:
 
 
 def call_object(function: object, name: str, offered: Mapping[str, object], what: str) -> object:
-    """The result of `function`, called with those of `offered` that it has parameters for; `what` it should make.
+    """The result of `function`, called with those of `offered` that it has parameters for; `what` it should
+    make.
 
     Raises:
         UserError: it cannot be called, or fails.
@@ -192,7 +194,10 @@ def _module(origin: str, name: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # a script may end itself where it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{origin}.".startswith(f"{missing}."):
-            hint = "a name with a colon is robustbench:, torchvision:, timm:, module:callable or path/to/file.py:callable"
+            hint = (
+                "a name with a colon is robustbench:, torchvision:, timm:, module:callable or "
+                "path/to/file.py:callable"
+            )
             raise UserError(f"{name}: no module {missing!r}, here or installed; {hint}") from None
         raise UserError(f"{name}: importing {origin} failed: {error_with_place(error)}") from error
 
@@ -214,13 +219,14 @@ def _check_pinned(plain: str, digest: str) -> None:
     content = _content(Path(plain.rpartition(":")[0]), plain)
     if _digest(content)[:16] != digest:
         raise UserError(
-            f"{plain}: the file has changed since the run began with it; bring its old content back, or start a new run"
+            f"{plain}: the file has changed since the run began with it; bring its old content back, or "
+            f"start a new run"
         )
     if _key(plain, content) not in _remembered and not _is_recorded(plain, content):
         raise UserError(
-            f"{plain} was never trained with on this account, and opening the run would execute it: read the file, then "
-            "name it yourself (train --resume RUN --method FILE.py:NAME --model FILE.py:NAME --data FILE.py:NAME; or "
-            "eval FILE.py:NAME --weights RUN/best/model.safetensors)"
+            f"{plain} was never trained with on this account, and opening the run would execute it: read the "
+            "file, then name it yourself (train --resume RUN --method FILE.py:NAME --model FILE.py:NAME "
+            "--data FILE.py:NAME; or eval FILE.py:NAME --weights RUN/best/model.safetensors)"
         )
 
 

@@ -70,7 +70,10 @@ def pytest_report_header() -> str:
     from fastdynat import kernels, ops
 
     usable = [name for name, why_not in ops.available_backends().items() if why_not is None]
-    return f"fastdynat: {Path(ops.__file__).parents[1]}, kernels: {kernels.__path__[0]}, backends: {', '.join(usable)}"
+    return (
+        f"fastdynat: {Path(ops.__file__).parents[1]}, kernels: {kernels.__path__[0]}, backends: "
+        f"{', '.join(usable)}"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -141,7 +141,8 @@ class Bare:
                 continue
             if entry["native"] and python != ours:
                 self.words.append(
-                    f"{entry['name']} was packed for Python {python} and is compiled; this is {ours}: pack again"
+                    f"{entry['name']} was packed for Python {python} and is compiled; "
+                    f"this is {ours}: pack again"
                 )
                 continue
             usable.append(entry)
@@ -152,7 +153,8 @@ class Bare:
         self.missing = missing(self.env, WANTED)
         if (fatal := sorted(NOTHING_STARTS & set(self.missing))) != []:
             self.words.append(
-                f"missing: {', '.join(fatal)}: fastdynat does not start; bench/gpu_check.sh --pack takes them along"
+                f"missing: {', '.join(fatal)}: fastdynat does not start; "
+                "bench/gpu_check.sh --pack takes them along"
             )
         elif self.missing:
             self.words.append(f"missing: {', '.join(self.missing)}: parts that need them are skipped")
@@ -165,7 +167,8 @@ class Bare:
             "commit": self.env["FASTDYNAT_COMMIT"],
             "device": f"{name} ({self.device} asked for), {os.cpu_count()} cores",
             "card": graphics_card() if self.device != "cpu" else "not asked",
-            "software": f"Python {found.get('python')}, torch {torch}, triton {found['versions'].get('triton')}",
+            "software": f"Python {found.get('python')}, torch {torch}, "
+            f"triton {found['versions'].get('triton')}",
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": found,
         }

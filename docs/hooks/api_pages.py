@@ -1,4 +1,5 @@
-"""The public functions and classes of a package, for mkdocstrings: each by where it lies, under its public name."""
+"""The public functions and classes of a package, for mkdocstrings: each by where it lies, under its public
+name."""
 
 import importlib
 import inspect
@@ -28,6 +29,7 @@ def documented(value: object) -> bool:
 
 
 def entry(package: str, name: str, value: type) -> str:
-    """mkdocstrings' line for one name. A module of the same name would be taken in its place by the public path."""
+    """mkdocstrings' line for one name. A module of the same name would be taken in its place by the public
+    path."""
     where = f"{value.__module__}.{value.__qualname__}"
     return f"::: {where}\n    options:\n      heading: {package}.{name}\n      toc_label: {name}"

@@ -1,4 +1,5 @@
-"""Tables of the command line: every flag from the dataclasses that the commands parse, so that none is written by hand."""
+"""Tables of the command line: every flag from the dataclasses that the commands parse, so that none is
+written by hand."""
 
 import ast
 import dataclasses

@@ -40,7 +40,8 @@ def picture() -> str:
     for lines in rows:
         tall = ROW * len(lines)
         parts.append(
-            f'<rect class="layer" x="{LEFT - 20}" y="{y + 2}" width="{WIDTH - 20}" height="{tall - 4}" rx="6"/>'
+            f'<rect class="layer" x="{LEFT - 20}" y="{y + 2}" width="{WIDTH - 20}" height="{tall - 4}" '
+            f'rx="6"/>'
         )
         for i, line in enumerate(lines):
             x = LEFT
@@ -49,10 +50,14 @@ def picture() -> str:
                 x += wide(name) + 8
             if len(line) == 1:
                 parts.append(
-                    f'<text class="about" x="{x + 8}" y="{y + ROW * i + ROW // 2 + 4}">{short(line[0], x)}</text>'
+                    f'<text class="about" x="{x + 8}" '
+                    f'y="{y + ROW * i + ROW // 2 + 4}">{short(line[0], x)}</text>'
                 )
         y += tall
-    svg = f'<svg class="layers" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Layers">{"".join(parts)}</svg>'
+    svg = (
+        f'<svg class="layers" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="Layers">{"".join(parts)}</svg>'
+    )
     return f"<div>{svg}</div>"  # in one line, or Markdown makes paragraphs of it
 
 

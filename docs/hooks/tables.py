@@ -42,8 +42,8 @@ def made(*names: str) -> str:
         busy = machine.get("load_average") or machine.get("load_average_at_end")
         load = f", load average {busy[0]:.1f}" if busy else ""
         lines += [
-            f"    `bench/results/{name}.json`: {machine['cpu']}, {machine['threads']} threads{load}, {versions},"
-            f" {machine['time'][:10]}{commit}.",
+            f"    `bench/results/{name}.json`: {machine['cpu']}, {machine['threads']} threads{load}, "
+            f"{versions}, {machine['time'][:10]}{commit}.",
             "",
         ]
         commands = [entry["command"] for entry in values.get("commands", ())] or [values.get("command")]

@@ -41,7 +41,8 @@ class Evaluation(Mapping[str, float]):
         measurements: by attack: `accuracy`, its 95 % interval `ci`, `correct`, `images`, `seconds`, ...
         norm, eps: the threat model; eps in [0, 1] pixel units.
         images: number of images.
-        worst: share of images that stay correct under every attack of this norm; None for fewer than two attacks.
+        worst: share of images that stay correct under every attack of this norm; None for fewer than two
+            attacks.
         worst_ci: its 95 % interval.
     """
 
@@ -105,10 +106,11 @@ def evaluate(
         print(fastdynat.evaluate(net, (images, labels), "clean,pgd50-10", eps=8 / 255))
 
     Args:
-        model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K); a `TrainedRun`; or a name as
-            for ``fastdynat eval``: robustbench:NAME, torchvision:NAME, timm:NAME, path/to/file.py:callable.
-        data: (images, labels) or a torch Dataset; of a pair (train, test) and of a dict the test part; or the name of
-            a data set. See `fastdynat.train`.
+        model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K); a `TrainedRun`; or a
+            name as for ``fastdynat eval``: robustbench:NAME, torchvision:NAME, timm:NAME,
+            path/to/file.py:callable.
+        data: (images, labels) or a torch Dataset; of a pair (train, test) and of a dict the test part; or the
+            name of a data set. See `fastdynat.train`.
         attacks: names separated by commas; ``fastdynat eval --list-attacks`` prints all.
         eps: radius, in [0, 1] pixel units for linf.
         norm: linf, l2, l1 or l0.
@@ -205,8 +207,8 @@ def _with_logits(info: DatasetInfo, logits: int) -> DatasetInfo:
     """`info` of as many classes as there are logits: some images need not have all of them."""
     if info.num_classes > logits:
         raise UserError(
-            f"{info.name} has labels 0 to {info.num_classes - 1}, but the network only {logits} logits: it was made for "
-            "other data"
+            f"{info.name} has labels 0 to {info.num_classes - 1}, but the network only {logits} logits: it "
+            "was made for other data"
         )
     names = (*info.class_names, *map(str, range(info.num_classes, logits)))
     return replace(info, num_classes=logits, class_names=names)

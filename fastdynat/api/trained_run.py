@@ -1,4 +1,4 @@
-"""`fastdynat.train`: train a network in Python; what it leaves is a run directory like that of the command line."""
+"""`fastdynat.train`: train a network in Python; the run directory is that of the command line."""
 
 import json
 import signal
@@ -49,7 +49,7 @@ class TrainedRun:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row of the epoch with the best checkpoint: the highest validation score, the last one without any."""
+        """The row of the best checkpoint's epoch: the highest validation score, or the last epoch."""
         return [row for row in self.metrics if row["best"]][-1]
 
     def load(self, checkpoint: str = BEST, *, into: nn.Module | None = None) -> nn.Module:
@@ -88,23 +88,25 @@ def train(
 
     Example::
 
-        run = fastdynat.train(net, (images, labels), method="trades", eps=8 / 255, epochs=10, run_dir="runs/mine")
+        run = fastdynat.train(net, (images, labels), method="trades", eps=8 / 255, epochs=10)
         run.model, run.best["val_pgd10_acc"]
 
     Args:
         model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K), with its normalisation
             inside; or a name: resnet18, wrn-34-10, timm:NAME, torchvision:NAME, path/to/file.py:callable.
             None is resnet18, or small for digits; of a resumed run its own.
-        data: (images, labels), uint8 or float in [0, 1] (N, C, H, W) and whole numbers (N,); a torch Dataset of
-            (image, label); (train, test) of these; a dict with train and optionally test, val and classes; or a
-            name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable; None is digits, or of a resumed run its own. Validation images
-            are held out of the training images where none are given. No augmentation unless `augment` says so.
+        data: (images, labels), uint8 or float in [0, 1] (N, C, H, W) and whole numbers (N,); a torch Dataset
+            of (image, label); (train, test) of these; a dict with train and optionally test, val and classes;
+            or a name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable; None is
+            digits, or of a resumed run its own. Validation images are held out of the training images where
+            none are given. No augmentation unless `augment` says so.
         method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
         run_dir: folder of the run; None is a new one under runs/.
-        resume: run directory to go on with, exactly as if it had never stopped; with the same model and data where
-            these were given as objects.
-        keys: any other key of the configuration, by the name of its flag with underscores: eps, steps, step_size,
-            epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in [0, 1] pixel units.
+        resume: run directory to go on with, exactly as if it had never stopped; with the same model and data
+            where these were given as objects.
+        keys: any other key of the configuration, by the name of its flag with underscores: eps, steps,
+            step_size, epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in
+            [0, 1] pixel units.
 
     Raises:
         UserError: an argument that cannot work, before anything is written.

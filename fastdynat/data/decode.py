@@ -103,7 +103,8 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise UserError(
-            f"cannot decode image {str(path)!r} (cannot identify it as one of {known}); replace or remove the file"
+            f"cannot decode image {str(path)!r} (cannot identify it as one of {known}); replace or remove "
+            f"the file"
         ) from error
     except Exception as error:  # decoders raise many kinds on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

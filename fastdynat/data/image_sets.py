@@ -100,12 +100,13 @@ def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
     images, labels = data.images, data.labels
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise UserError(
-            f"{name}: images must be uint8 of shape (N, C, H, W), got {_dtype(images)} {tuple(images.shape)}; "
-            "convert them to 0..255"
+            f"{name}: images must be uint8 of shape (N, C, H, W), got {_dtype(images)} "
+            f"{tuple(images.shape)}; convert them to 0..255"
         )
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
         raise UserError(
-            f"{name}: labels must be int64 of shape ({len(images)},), one per image, got {_dtype(labels)} {tuple(labels.shape)}"
+            f"{name}: labels must be int64 of shape ({len(images)},), one per image, got {_dtype(labels)} "
+            f"{tuple(labels.shape)}"
         )
     check_label_values(labels, num_classes, name)
 

@@ -130,7 +130,8 @@ def open_imagefolder(
     """
     if data_dir is None or not Path(data_dir).is_dir():
         raise UserError(
-            f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is none"
+            f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is "
+            f"none"
         )
     root = Path(data_dir)
     train = list_files(root / "train")
@@ -276,9 +277,9 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
     needed, available = len(paths) * shape[0] * shape[1] * shape[2], available_memory()
     if available is not None and needed > available / 2:
         raise UserError(
-            f"{len(paths)} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of the "
-            f"{available / 2**30:.2f} GiB of memory available; pass a smaller --image-size, or for training images a "
-            "--train-size, or --loader dali or torch, which keep none in memory"
+            f"{len(paths)} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of "
+            f"the {available / 2**30:.2f} GiB of memory available; pass a smaller --image-size, or for "
+            "training images a --train-size, or --loader dali or torch, which keep none in memory"
         )
     store = np.empty((len(paths), *shape), dtype=np.uint8)
 

@@ -198,7 +198,8 @@ class PlannedLoader(ABC):
         for key, what in compared.items():
             if state[key] != getattr(self, key):
                 raise UserError(
-                    f"the checkpoint has {what} {state[key]}, this run has {getattr(self, key)}; resume with the same"
+                    f"the checkpoint has {what} {state[key]}, this run has {getattr(self, key)}; resume with "
+                    f"the same"
                 )
         if state["checksum"] != self._checksum:
             raise UserError(

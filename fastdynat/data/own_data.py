@@ -20,8 +20,8 @@ from fastdynat.machine.free_memory import check_room
 from fastdynat.user_code import OBJECT, call_object, import_object, is_object, short_name
 
 FORMS = (
-    "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and optionally "
-    "test, val and classes"
+    "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and "
+    "optionally test, val and classes"
 )
 KEYS = ("train", "val", "test", "classes")
 NOT_DATA = (tuple, list, str, torch.nn.Module)  # although they have a length and items
@@ -63,9 +63,9 @@ def own_data(name: str) -> OwnData:
         given = (_given.get() or {}).get(name)
         if given is None:
             raise UserError(
-                f"{name} stands for data that were given to fastdynat.train as a Python object and cannot be read by "
-                "their name: name them with --data my.py:make_data; or in Python use fastdynat.evaluate(model, data), "
-                "or fastdynat.train(model, data, resume=RUN)"
+                f"{name} stands for data that were given to fastdynat.train as a Python object and cannot be "
+                "read by their name: name them with --data my.py:make_data; or in Python use "
+                "fastdynat.evaluate(model, data), or fastdynat.train(model, data, resume=RUN)"
             )
         return given
     if name in _called:  # pinned: the content of the file is part of the name
@@ -84,10 +84,10 @@ def own_parts(data: object, name: str) -> OwnData:
     """`data` as image sets.
 
     Args:
-        data: a pair (images, labels); a torch Dataset of (image, label); a pair (train, test) of these; or a dict
-            with "train" and optionally "test", "val" and "classes" (a number or the names). Images: uint8
-            (N, C, H, W), or floats in [0, 1], which are kept with 8 bits per channel. Labels: whole numbers (N,)
-            from 0.
+        data: a pair (images, labels); a torch Dataset of (image, label); a pair (train, test) of these; or a
+            dict with "train" and optionally "test", "val" and "classes" (a number or the names). Images:
+            uint8 (N, C, H, W), or floats in [0, 1], which are kept with 8 bits per channel. Labels: whole
+            numbers (N,) from 0.
         name: of the data, for messages.
 
     Raises:
@@ -124,8 +124,8 @@ def check_logit_count(data: OwnData, logits: int) -> None:
         return
     more = f', or say {{"train": ..., "classes": {logits}}}' if logits > classes else ""
     raise UserError(
-        f"{name} has {classes} classes, labels 0 to {classes - 1}, but the network has {logits} logits: give its last "
-        f"layer {classes} outputs{more}"
+        f"{name} has {classes} classes, labels 0 to {classes - 1}, but the network has {logits} logits: give "
+        f"its last layer {classes} outputs{more}"
     )
 
 
@@ -180,7 +180,8 @@ def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
     first, again = (_image(data, 0, name)[0] for _ in range(2))
     if not torch.equal(first, again):
         raise UserError(
-            f"{name}: image 0 is another one each time it is read: leave random transforms out (augment= is for that)"
+            f"{name}: image 0 is another one each time it is read: leave random transforms out (augment= is "
+            f"for that)"
         )
     check_room(count * first.nbytes, f"{name}: its {count} images are read into memory, which takes")
     images, labels = (
@@ -233,14 +234,16 @@ def _pixels(images: Tensor, name: str) -> Tensor:
         raise UserError(f"{name} has no images")
     if images.shape[1] > 4 and images.shape[-1] <= 4:
         raise UserError(
-            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): images.permute(0, 3, 1, 2)"
+            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): images.permute(0, "
+            f"3, 1, 2)"
         )
     images = images.detach()
     if images.dtype == torch.uint8:
         return images.cpu().contiguous()
     if not images.is_floating_point():
         raise UserError(
-            f"{name}: images must be uint8 or floats in [0, 1], got {_text(images)}; use images.to(torch.uint8)"
+            f"{name}: images must be uint8 or floats in [0, 1], got {_text(images)}; use "
+            f"images.to(torch.uint8)"
         )
     return _rounded(images, name)
 
@@ -262,7 +265,8 @@ def _rounded(images: Tensor, name: str) -> Tensor:
         pixels[start : start + CONVERT_CHUNK] = whole.to(torch.uint8)
     if largest > ROUNDING:
         warnings.warn(
-            f"{name}: images are kept with 8 bits per channel, which moves values by up to {largest / 255:.2g}",
+            f"{name}: images are kept with 8 bits per channel, which moves values by up to "
+            f"{largest / 255:.2g}",
             stacklevel=2,
         )
     return pixels
@@ -282,7 +286,8 @@ def _classes(labels: Tensor, images: int, name: str) -> Tensor:
 
 
 def _class_names(declared: object, parts: Mapping[str, ImageSet], name: str) -> tuple[str, ...]:
-    """The names of the classes, "0", "1", ... where none are given; checks all labels against their number."""
+    """The names of the classes, "0", "1", ... where none are given; checks all labels against their
+    number."""
     largest = max(int(part.labels.max()) for part in parts.values())
     names: tuple[str, ...]
     if declared is None:
@@ -298,7 +303,7 @@ def _class_names(declared: object, parts: Mapping[str, ImageSet], name: str) -> 
         if len(bad):
             index = int(bad[0])
             raise UserError(
-                f"{name} ({part}): label {int(images.labels[index])} at index {index} is outside [0, {len(names)}); "
-                f"number the {len(names)} classes from 0"
+                f"{name} ({part}): label {int(images.labels[index])} at index {index} is outside [0, "
+                f"{len(names)}); number the {len(names)} classes from 0"
             )
     return names

@@ -167,8 +167,8 @@ def _hide(labels: Tensor, labelled: int, seed: int) -> Tensor:
     """(N,) bool: the images whose label is not shown."""
     if not 0 < labelled < len(labels):
         raise UserError(
-            f"labelled {labelled}: of {len(labels)} training images between 1 and {len(labels) - 1} can keep their label while "
-            "others are unlabelled; leave --labelled out to use all labels"
+            f"labelled {labelled}: of {len(labels)} training images between 1 and {len(labels) - 1} can keep "
+            "their label while others are unlabelled; leave --labelled out to use all labels"
         )
     classes = int(labels.unique().numel())
     if labelled < classes:

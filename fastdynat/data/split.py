@@ -72,8 +72,8 @@ def _num_val(val_size: int | float | None, num_images: int, present: int) -> int
         raise UserError(f"val_size {val_size} must not be negative; 0 holds out nothing")
     if num_val > num_images - present:
         raise UserError(
-            f"val_size {val_size} holds out {num_val} of {num_images} training images, but each of the {present} "
-            f"classes must keep one; use at most {num_images - present}"
+            f"val_size {val_size} holds out {num_val} of {num_images} training images, but each of the "
+            f"{present} classes must keep one; use at most {num_images - present}"
         )
     return num_val
 

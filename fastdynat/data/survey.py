@@ -93,7 +93,8 @@ def _each(look: Callable[[Path], Header], paths: Sequence[Path]) -> Iterator[Hea
 def _unusual(paths: Sequence[Path], headers: Sequence[Header]) -> Iterator[str]:
     kinds = {
         "alpha": "a transparency channel, which is dropped",
-        "turned": "an EXIF rotation, which is not applied (as in torchvision): turn the files themselves if it matters",
+        "turned": "an EXIF rotation, which is not applied (as in torchvision): "
+        "turn the files themselves if it matters",
         "frames": "several frames, of which the first is read",
         "deep": "16 bits per channel, which are rounded to 8",
     }

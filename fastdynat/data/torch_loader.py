@@ -62,7 +62,8 @@ class TorchLoader(PlannedLoader):
             # A spawned worker would need its own copy of the images.
             multiprocessing_context="fork" if self._workers else None,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that the attacks use
+            # DataLoader draws a seed: from this generator, not from the one that the attacks use.
+            generator=torch.Generator(),
         )
         for batch in batches:
             if isinstance(batch, UserError):

@@ -16,13 +16,13 @@ from fastdynat.errors import UserError
 
 CIFAR10_WORDS = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_WORDS = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-willow_tree wolf woman worm
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 DIGITS = tuple("0123456789")
 
@@ -86,13 +86,11 @@ def open_torchvision(
         raise UserError(f"data set {name!r} needs --data-dir DIR, the folder that holds {HELD_AS[name]}")
     try:
         images, labels = _read(name, data_dir, split, download)
-    except (
-        Exception
-    ) as error:  # the network, the file system, unpickling: every kind is the same news to the user
+    except Exception as error:  # the network, the file system, unpickling: all mean the same to the user
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"cannot load {name} from {str(data_dir)!r} ({type(error).__name__}: {reason}); --data-dir DIR must "
-            f"point at the folder that holds {HELD_AS[name]}; "
+            f"cannot load {name} from {str(data_dir)!r} ({type(error).__name__}: {reason}); "
+            f"--data-dir DIR must point at the folder that holds {HELD_AS[name]}; "
             "for folders of JPEG or PNG files use --data imagefolder --data-dir DIR"
         ) from error
     if images.dtype == torch.uint8 and images.ndim == 4 and image_size is not None:

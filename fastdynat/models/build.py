@@ -163,7 +163,8 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
         raise UserError(f"model {name!r} does not take {size} ({first_line(error)}); {remedy}") from error
     if output_shape(out) != (2, num_classes):
         raise UserError(
-            f"model {name!r} maps two {size} to {output_shape(out)}, not to logits (2, {num_classes}); {remedy}"
+            f"model {name!r} maps two {size} to {output_shape(out)}, not to logits (2, {num_classes}); "
+            f"{remedy}"
         )
 
 

@@ -35,8 +35,8 @@ def check_finite(network: nn.Module, origin: object) -> None:
     """
     if problem := not_numbers(network):
         raise UserError(
-            f"{origin}: {problem}, so the network predicts nothing; it has diverged or is damaged: take other weights, or "
-            "train again with a lower --lr or --clip-grad 1"
+            f"{origin}: {problem}, so the network predicts nothing; it has diverged or is damaged: take "
+            "other weights, or train again with a lower --lr or --clip-grad 1"
         )
 
 

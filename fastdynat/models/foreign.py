@@ -63,8 +63,8 @@ def load_foreign(
     kind, _, rest = name.partition(":")
     if not kind or not rest:
         raise UserError(
-            f"unknown network {name!r}: give robustbench:NAME, torchvision:NAME, timm:NAME, module:callable or "
-            "path/to/file.py:callable"
+            f"unknown network {name!r}: give robustbench:NAME, torchvision:NAME, timm:NAME, module:callable "
+            "or path/to/file.py:callable"
         )
     source = b""
     if kind == "robustbench":

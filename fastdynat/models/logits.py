@@ -94,7 +94,8 @@ def not_logits(out: Any, images: int, network: str = "the network") -> UserError
     """The error for an answer that is no logits."""
     remedy = _remedy(out, images)
     return UserError(
-        f"{network} maps {images} images to {describe_output(out)}, not to logits ({images}, classes); {remedy}"
+        f"{network} maps {images} images to {describe_output(out)}, not to logits ({images}, classes); "
+        f"{remedy}"
     )
 
 
@@ -148,7 +149,10 @@ def _remedy(out: Any, images: int) -> str:
 
 
 def _binary(logits: str) -> str:
-    return f"one class is nothing to attack; a binary network's score s becomes logits by output=lambda s: {logits} in Python"
+    return (
+        f"one class is nothing to attack; a binary network's score s becomes logits by output=lambda s: "
+        f"{logits} in Python"
+    )
 
 
 def own_dtype(network: object) -> torch.dtype | None:
@@ -178,6 +182,7 @@ class NoGradient(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no gradient of the network's logits reaches the images (detach, no_grad, integers or argmax in between): an "
-            "attack by gradients would return them as they are; replace that step by a smooth one, or attack by square"
+            "no gradient of the network's logits reaches the images (detach, no_grad, integers or argmax in "
+            "between): an attack by gradients would return them as they are; replace that step by a smooth "
+            "one, or attack by square"
         )

@@ -36,8 +36,8 @@ def given_network(module: nn.Module) -> Iterator[str]:
         copy.deepcopy(module)
     except Exception as error:
         raise UserError(
-            f"the model, a {type(module).__name__}, cannot be copied ({first_line(error)}): training works on a "
-            "copy; keep only modules, parameters and plain values in it"
+            f"the model, a {type(module).__name__}, cannot be copied ({first_line(error)}): training works "
+            "on a copy; keep only modules, parameters and plain values in it"
         ) from None
     token = _given.set({name: module})
     try:
@@ -50,8 +50,8 @@ def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]
     """The network that the user's code called `name` makes, and the bytes of the source file that it is in.
 
     Args:
-        offered: passed to the callable where it has a parameter of that name. A network in place of a callable is
-            taken as it is.
+        offered: passed to the callable where it has a parameter of that name. A network in place of a
+            callable is taken as it is.
 
     Raises:
         UserError: there is no such module or callable, it raises, or makes no nn.Module.
@@ -67,23 +67,24 @@ def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]
 def own_network(
     name: str, *, num_classes: int, image_shape: Shape, mean: Sequence[float] | None
 ) -> nn.Module:
-    """The network of the user called `name`: a fresh one of a callable, a copy of one that was given as an object.
+    """The network of the user called `name`: a fresh one of a callable, a copy of one that was given as an
+    object.
 
     Raises:
-        UserError: there is none, it does not map such images to so many logits, its weights are not finite, or a
-            normalisation (`mean`) is asked for.
+        UserError: there is none, it does not map such images to so many logits, its weights are not finite,
+            or a normalisation (`mean`) is asked for.
     """
     if mean is not None:
         raise UserError(
-            f"--normalize: {short_name(name)} takes images in [0, 1] as they are; normalise inside of it, and leave "
-            "--normalize out"
+            f"--normalize: {short_name(name)} takes images in [0, 1] as they are; normalise inside of it, "
+            "and leave --normalize out"
         )
     if is_object(name):
         given = (_given.get() or {}).get(name)
         if given is None:
             raise UserError(
-                f"{name} stands for a network that was given to fastdynat.train as a Python object and cannot be "
-                "rebuilt by its name: in Python, fastdynat.load_network(RUN, into=my_module) or "
+                f"{name} stands for a network that was given to fastdynat.train as a Python object and "
+                "cannot be rebuilt by its name: in Python, fastdynat.load_network(RUN, into=my_module) or "
                 "fastdynat.train(my_module, my_data, resume=RUN); or train with --model my.py:make_net"
             )
         model = copy.deepcopy(given)
@@ -128,12 +129,13 @@ def check_network_output(model: nn.Module, name: str, num_classes: int | None, i
         or out.shape[1] != (num_classes or out.shape[1])
     ):
         raise UserError(
-            f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or returns no logits"
+            f"{name} maps two {size} to {got}, not to logits {wanted}: it was made for other data, or "
+            f"returns no logits"
         )
     if bool(out.isnan().any(1).all()):
         raise UserError(
-            f"{name} answers two random {size} with NaN, so it predicts nothing: see that its forward does not overflow or "
-            "divide by zero, and that its weights are loaded"
+            f"{name} answers two random {size} with NaN, so it predicts nothing: see that its forward does "
+            "not overflow or divide by zero, and that its weights are loaded"
         )
     if bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all()):
         return PROBABILITIES

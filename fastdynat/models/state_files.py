@@ -53,7 +53,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise UserError(
-                f"{path}: {short_repr(key)} is no plain tensor ({value.layout}, {value.dtype} on {value.device})"
+                f"{path}: {short_repr(key)} is no plain tensor ({value.layout}, {value.dtype} on "
+                f"{value.device})"
             )
     return state
 
@@ -91,7 +92,8 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
         raise UserError(f"{origin} is of another architecture:{reason}".replace("\t", " ")) from None
     if missing or unexpected:
         raise UserError(
-            f"{origin} is of another architecture: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}"
+            f"{origin} is of another architecture: {_listed('missing', missing)}, "
+            f"{_listed('unexpected', unexpected)}"
         )
     return model
 
@@ -104,8 +106,8 @@ def _check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Pa
         own = wanted.get(key)
         if isinstance(own, Tensor) and own.is_floating_point() and not value.is_floating_point():
             raise UserError(
-                f"{origin}: {key} is {value.dtype}, the network's is {own.dtype}: it was quantised or belongs to another "
-                "network; save the weights as floating point"
+                f"{origin}: {key} is {value.dtype}, the network's is {own.dtype}: it was quantised or "
+                "belongs to another network; save the weights as floating point"
             )
 
 

@@ -147,7 +147,10 @@ def test_failing_download_is_one_line_with_the_remedy(error, monkeypatch, tmp_pa
         raise error
 
     replace_torchvision(monkeypatch, "cifar10", fail)
-    remedy = r"--data-dir DIR must point at the folder that holds cifar-10-batches-py; .*--data imagefolder --data-dir DIR"
+    remedy = (
+        r"--data-dir DIR must point at the folder that holds cifar-10-batches-py; .*--data imagefolder "
+        r"--data-dir DIR"
+    )
     with pytest.raises(
         UserError, match=rf"cannot load cifar10 from '.*' \({type(error).__name__}: .*\); {remedy}"
     ) as caught:

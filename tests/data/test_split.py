@@ -82,7 +82,8 @@ def test_no_validation_images():
         (
             9,
             None,
-            "val_size 9 holds out 9 of 10 training images, but each of the 2 classes must keep one; use at most 8",
+            "val_size 9 holds out 9 of 10 training images, but each of the 2 classes must keep one; use at "
+            "most 8",
         ),
         (0.95, None, "val_size 0.95 holds out 10 of 10"),
         (-1, None, "val_size -1 must not be negative"),

@@ -210,7 +210,10 @@ def test_the_name_says_what_torch_makes_of_float32(monkeypatch: pytest.MonkeyPat
 
 def test_inductors_advice_on_tf32_ends_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.11's words, under the filter of a strict caller."""
-    advice = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider setting `t"
+    advice = (
+        "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. "
+        "Consider setting `t"
+    )
     whole, said, compiled = torch.compile, [], []
 
     def backend(graph: Any, example: Any) -> Any:

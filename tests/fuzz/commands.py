@@ -62,8 +62,8 @@ STARTS: dict[str, list[str]] = {
     "recipes": ["recipes"],
 }
 OWN_FLAGS = {
-    "eval": "attacks eps step-size norm checkpoints weights source data data-dir image-size num-images shard batch-size device "
-    "amp kernels seed cache fresh checks per-class json list-attacks",
+    "eval": "attacks eps step-size norm checkpoints weights source data data-dir image-size num-images shard "
+    "batch-size device amp kernels seed cache fresh checks per-class json list-attacks",
     "report": "out num-images checkpoint batch-size data-dir device seed",
     "export": "out format checkpoint dataset paper",
     "boundary": "chart",

@@ -64,7 +64,8 @@ def test_barriers_shuffles_and_votes(samples: ctypes.CDLL) -> None:
     [
         (
             "part_of_the_block_at_a_barrier",
-            r"block 0: thread 0 waits in __syncthreads at samples.cu:\d+ with 32 of 64 threads, but thread 32 has returned",
+            r"block 0: thread 0 waits in __syncthreads at samples.cu:\d+ with 32 of 64 threads, but thread "
+            r"32 has returned",
         ),
         ("return_before_a_barrier", r"with 63 of 64 threads, but thread 40 has returned"),
         (

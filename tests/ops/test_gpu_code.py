@@ -58,7 +58,10 @@ def spilled(report: str) -> dict[str, int]:
     """How many bytes of registers each function keeps in memory, as `ptxas -v` reports it; without those that
     keep none.
     """
-    pattern = r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    pattern = (
+        r"Function properties for (\S+)\s+"
+        r"\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
     found = re.findall(pattern, report)
     assert found, report
     return {

@@ -1,4 +1,5 @@
-"""``python -m fastdynat.ops.new NAME``, run on a copy of the checkout: the example is built, run and tested."""
+"""``python -m fastdynat.ops.new NAME``, run on a copy of the checkout: the example is built, run and
+tested."""
 
 import os
 import shutil

@@ -13,7 +13,8 @@ from fastdynat.data import load_test, open_train
 
 
 def make_net(num_classes):
-    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, num_classes))
+    layers = [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, num_classes)]
+    return nn.Sequential(*layers)
 
 
 def make_data():

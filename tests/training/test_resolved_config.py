@@ -1,4 +1,5 @@
-"""Resolved configurations: automatic values are gone, the stored form has the keys and order of the asked one."""
+"""Resolved configurations: automatic values are gone, the stored form has the keys and order of the asked
+one."""
 
 from dataclasses import fields, replace
 from pathlib import Path

@@ -539,7 +539,8 @@ def test_this_machine_end_to_end() -> None:
 def test_the_processor_by_its_file(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\n"
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: EPYC\n"
+        "flags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\n"
     )
     assert capability._cpu_info(file) == ("AuthenticAMD EPYC", {"fpu", "avx2", "avx512_bf16"})
     assert capability._cpu_info(tmp_path / "none")[1] == set()

@@ -1,4 +1,5 @@
-"""What verifying costs where Triton compiles: few kernels at first use, all of them for `fastdynat doctor --check`."""
+"""What verifying costs where Triton compiles: few kernels at first use, all of them for `fastdynat doctor
+--check`."""
 
 import importlib
 import json
@@ -54,7 +55,8 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What triton_tables.py counted. A process of its own: under TRITON_INTERPRET=1 @triton.jit does not specialise."""
+    """What triton_tables.py counted. A process of its own: under TRITON_INTERPRET=1 @triton.jit does not
+    specialise."""
     env = {
         key: value
         for key, value in os.environ.items()

@@ -527,9 +527,13 @@ def crash(x):
         os.kill(os.getpid(), signal.SIGSEGV)
     return 2 * x
 def numbers(n):
-    return verification.Case(f"{n} numbers", lambda device: (torch.arange(n, dtype=torch.float32, device=device),))
+    def values(device):
+        return (torch.arange(n, dtype=torch.float32, device=device),)
+    return verification.Case(f"{n} numbers", values)
 cases = [numbers(8), numbers(9)]
-verification.register_check(verification.OperatorCheck("doubling", {"crash": crash, "good": lambda x: x + x}, lambda x: 2 * x, lambda: cases, {}))
+candidates = {"crash": crash, "good": lambda x: x + x}
+check = verification.OperatorCheck("doubling", candidates, lambda x: 2 * x, lambda: cases, {})
+verification.register_check(check)
 print(verification.right("doubling", torch.device("cpu")))
 """
 
