@@ -26,13 +26,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def nearest(name: str, known: Iterable[str], n: int) -> str:
-    """Up to `n` of the names `known` nearest to `name`, best first, joined by "or"; empty if none is near.
+    """Up to `n` of the names `known` that are near `name`, best first, joined by "or"; empty if none is near.
 
-    >>> nearest("--ep-silon", ["--eps", "--epochs", "--lr"], n=1)
+    Dashes in front do not count as alike, and names much farther than the best are left out.
+
+    >>> nearest("--epoch-s", ["--eps", "--epochs", "--lr"], n=3)
     '--epochs'
+    >>> nearest("--bogus", ["--bias", "--guide"], n=3)
+    ''
     """
-    found = difflib.get_close_matches(name[:LONGEST].lower(), list(known), n=n, cutoff=0.55)
-    return " or ".join(found)
+    plain, by_name = name[:LONGEST].lower().lstrip("-"), {text.lstrip("-"): text for text in known}
+    found = difflib.get_close_matches(plain, list(by_name), n=n)
+    ratios = [difflib.SequenceMatcher(None, text, plain).ratio() for text in found]
+    return " or ".join(
+        by_name[text] for text, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.15
+    )
 
 
 def shown(text: str) -> str:
