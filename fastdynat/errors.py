@@ -102,6 +102,6 @@ def shortage(error: BaseException) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a GPU's or the CPU allocator's lack of memory."""
+    """True if `error` means that a GPU or the CPU allocator ran out of memory."""
     said = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "bad_alloc")
     return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)

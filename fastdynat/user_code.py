@@ -28,18 +28,18 @@ _remembered: set[str] = set()  # by this process, for accounts without a cache f
 
 
 def is_user_code(name: str) -> bool:
-    """Whether `name` names code of the user: it has a colon, and no library or object before it."""
+    """True if `name` names code of the user: it has a colon, and no library or object before it."""
     kind, colon, rest = name.partition(":")
     return bool(colon and kind and rest) and kind.lower() not in PUBLISHED and not is_object(name)
 
 
 def is_user_supplied(name: str) -> bool:
-    """Whether `name` means a network or data of the user: code, or an object given in Python."""
+    """True if `name` means a network or data of the user: code, or an object given in Python."""
     return is_user_code(name) or is_object(name)
 
 
 def is_object(name: str) -> bool:
-    """Whether `name` stands for a Python object that was given to `fastdynat.train`."""
+    """True if `name` stands for a Python object that was given to `fastdynat.train`."""
     return name.startswith(OBJECT)
 
 

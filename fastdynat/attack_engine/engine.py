@@ -116,7 +116,7 @@ class AttackEngine:
 
     @property
     def path(self) -> str:
-        """How attacks are computed, in words, with everything that was given up so far."""
+        """The attack's execution in words: the modes in use and every one that was given up."""
         return "; ".join([self._planned, *self.fallbacks.texts])
 
     def refresh(self) -> None:

@@ -65,7 +65,7 @@ class WinogradConv2d(nn.Conv2d):
     policy: WinogradPolicy
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Conv2d.forward``, which computes what Winograd's algorithm does not improve."""
+        """``nn.Conv2d.forward`` for the shapes that Winograd's algorithm does not speed up."""
         if not (self._supports(x) and self._uses_winograd(x)):
             return super().forward(x)
         assert self.transformed.weights is not None

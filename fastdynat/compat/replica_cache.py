@@ -120,7 +120,7 @@ class ReplicaCache:
 
     @property
     def path(self) -> str:
-        """How attacks are computed, in words, with what could not be used; known from the first call on."""
+        """The attack's execution in words, with the modes given up; known from the first call on."""
         return self._path if self._replica is None else self._replica.path
 
     def runner(

@@ -23,7 +23,7 @@ class Runner(Protocol):
 
     @property
     def path(self) -> str:
-        """How attacks are computed, in words."""
+        """The attack's execution in words."""
 
     def refresh(self) -> None:
         """Take over the model's current weights and statistics."""

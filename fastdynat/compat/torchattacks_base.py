@@ -71,7 +71,7 @@ class TorchAttack(ABC):
 
     @property
     def path(self) -> str:
-        """How attacks are computed, in words, with what could not be used; known from the first call on."""
+        """The attack's execution in words, with the modes given up; known from the first call on."""
         return self._cache.path
 
     @property

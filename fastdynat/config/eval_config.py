@@ -25,7 +25,7 @@ class EvalConfig:
     norm: Literal["auto", "linf", "l2", "l1", "l0"] = "auto"
     """Threat model; auto is the one the run was trained for, linf for another model."""
     checkpoints: Literal["both", "best", "last"] = "both"
-    """Which checkpoints of a run."""
+    """Checkpoints of a run to evaluate."""
     weights: str | None = None
     """File of weights for a torchvision: or module:callable model."""
     source: str | None = None

@@ -42,7 +42,7 @@ class DataConfig:
     augment: Literal["auto", "none", "flip", "crop", "crop-flip"] = "auto"
     """Augmentation; auto is the dataset's usual one (crop-flip for CIFAR)."""
     pad_mode: Literal["zeros", "reflect"] = "zeros"
-    """What crops see beyond the image's border: zeros, or the image mirrored at it (Rice et al., AWP, Bag of
+    """Padding of the random crops: zeros, or the image mirrored at its border (Rice et al., AWP, Bag of
     Tricks)."""
     epoch_steps: int | None = None
     """Updates in an epoch; None is one pass. More go on with the images in another order, fewer end the epoch
@@ -55,7 +55,7 @@ class DataConfig:
     eval_batch_size: int = 500
     """Images per evaluation batch."""
     loader: Loader = "auto"
-    """Who makes training batches: resident (images in device memory), dali (extra `dali`), torch (worker
+    """Loader of training batches: resident (images in device memory), dali (extra `dali`), torch (worker
     processes); auto is resident where the images take at most a quarter of the memory, else dali where it is
     installed, else torch."""
     workers: int | None = None
@@ -147,9 +147,9 @@ class OptimConfig:
     """Weight decay also on what normalisation layers learn; --no-decay-norms leaves it out (DyART, Gowal et
     al.)."""
     burn_in: int = 0
-    """How many of the epochs train naturally (cross-entropy on clean images, peak rate) before the method
-    starts, from the weight average if there is one, with a fresh optimiser; schedule, warm-ups and ramps
-    count the epochs after them. Without --clip-grad."""
+    """Number of first epochs that train naturally (cross-entropy on clean images, peak rate) before the
+    method starts, from the weight average if there is one, with a fresh optimiser; schedule, warm-ups and
+    ramps count the epochs after them. Without --clip-grad."""
     burn_in_lr: float | None = None
     """Learning rate of the burn-in; None is --lr."""
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
@@ -240,9 +240,9 @@ class LogConfig:
     patience: int | None = None
     """Stop after this many validations without a better score (robust early stopping); None is never."""
     on_collapse: Literal["off", "warn", "stop"] = "warn"
-    """What to do where validation PGD accuracy falls by more than 20 points below its best while accuracy on
-    attacked training images does not (catastrophic overfitting of single-step attacks). Only for methods that
-    log that accuracy."""
+    """Reaction to catastrophic overfitting of single-step attacks: validation PGD accuracy more than 20
+    points below its best while accuracy on attacked training images is not. Only for methods that log that
+    accuracy."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1

@@ -1,6 +1,4 @@
-"""Image data: named data sets, held-out splits, and loaders that turn stored uint8 images into batches in [0,
-1].
-"""
+"""Image data: named data sets, held-out splits, and loaders of uint8 images as batches in [0, 1]."""
 
 from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, ImageSet, check_image_set
 from fastdynat.data.loader import Batch, ResidentLoader, TrainLoader, eval_batches

@@ -1,6 +1,4 @@
-"""Batches made by NVIDIA DALI: images in memory, or files that its threads (and on a GPU its decoder) read
-and decode.
-"""
+"""NVIDIA DALI loader: images in memory, or files decoded by DALI's threads (on a GPU by its decoder)."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -35,7 +33,7 @@ os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.c
 
 
 class _Feed:
-    """What the pipeline asks for its next batch: the requests of the epoch at hand, then none."""
+    """The requests of the current epoch, which the pipeline pulls one by one."""
 
     def __init__(self) -> None:
         self.requests: Iterator[tuple[Any, ...]] = iter(())
@@ -102,9 +100,7 @@ class DaliLoader(PlannedLoader):
         return pipeline
 
     def _graph(self) -> tuple[DataNode, ...]:
-        """The operators: images, uint8, and the (H, W, C) that each had in its file. Cropped and flipped
-        unless done here.
-        """
+        """DALI's graph: uint8 images, cropped and flipped unless done here, and the files' (H, W, C)."""
         in_files = isinstance(self._images, FileSet)
         data, corners, flips = fn.external_source(
             source=self._feed,
@@ -164,7 +160,7 @@ class DaliLoader(PlannedLoader):
         return images if flips is None else flip(images, flips)
 
     def _outputs(self, plan: EpochPlan, steps: range) -> Generator[Any]:
-        """What the pipeline makes for each of the steps, in memory that DALI takes back afterwards."""
+        """Yield the pipeline's output for each step, in memory that DALI takes back afterwards."""
         self._restart()
         requests = self._feed.requests = (self._request(plan, step) for step in steps)
         for step in steps:
@@ -175,9 +171,7 @@ class DaliLoader(PlannedLoader):
             yield images
 
     def _restart(self) -> None:
-        """Leave the pipeline with nothing under way: what an epoch that was given up had ordered is
-        dropped.
-        """
+        """Drain the pipeline: drop what an abandoned epoch had requested."""
         self._feed.requests = iter(())
         if self._pipeline is None:
             self._pipeline = self._build()
@@ -198,9 +192,7 @@ class DaliLoader(PlannedLoader):
         raise self._explained(reason, plan, step)
 
     def _request(self, plan: EpochPlan, step: int) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Pixels or file names, top left corners in the image itself, flips: one batch of what the pipeline
-        is fed.
-        """
+        """The pipeline's input for one batch: pixels or file names, top left corners of the crops, flips."""
         indices, shifts, flips = self._draws(plan, step)
         none = torch.zeros(len(indices))
         corners = torch.stack([none, none]) if shifts is None else shifts - self.pad
@@ -240,9 +232,7 @@ class DaliLoader(PlannedLoader):
             self._images.read(self._draws(plan, step)[0])  # says which
 
     def _explained(self, reason: str, plan: EpochPlan, step: int) -> UserError:
-        """What is wrong with the data where DALI failed: it may have been at work on the batches after
-        `step`.
-        """
+        """The error for a failure of DALI in `step`, or in a later step that it was prefetching."""
         if isinstance(self._images, FileSet):
             for ahead in range(step, min(step + PREFETCH + 1, self.steps_per_epoch)):
                 try:

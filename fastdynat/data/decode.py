@@ -1,6 +1,4 @@
-"""One image file as 8-bit RGB: the one decoder that every loader's values come from, and what a header
-says.
-"""
+"""Decoder of one image file to 8-bit RGB, shared by all loaders, and reader of its header."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ WHITE_IS_ZERO = 0
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its image before it is decoded. size: (height, width)."""
+    """Header of an image file. size: (height, width)."""
 
     size: tuple[int, int]
     alpha: bool
@@ -39,9 +37,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header. Raises: UserError naming a file that cannot be opened, is no image, or cannot
-    become 8-bit RGB.
-    """
+    """Read a file's header. Raises: UserError for a file that cannot be read or cannot become 8-bit RGB."""
     with _opened(path) as (image, file):
         deep, frames = _is_deep(image), _has_frames(image)
         _refuse_unknown_range(image, path)
@@ -53,8 +49,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_rgb(path: Path, image_size: int | None) -> np.ndarray:
-    """Decode a file to uint8 (3, H, W); with `image_size` the shorter side is resized to it and the centre
-    cut out.
+    """Decode a file to uint8 (3, H, W); `image_size` resizes the shorter side and crops the centre.
 
     The rules are those of torchvision's ImageFolder: grey becomes three equal channels, palettes and CMYK
     become RGB, transparency is dropped, an EXIF rotation is not applied, of several frames the first is read.
@@ -77,9 +72,7 @@ def read_rgb(path: Path, image_size: int | None) -> np.ndarray:
 
 
 def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
-    """Resize the shorter side to `image_size` (bilinear, antialiased) and cut the centre; None leaves the
-    image as it is.
-    """
+    """Resize the shorter side to `image_size` (bilinear, antialiased) and crop the centre, if not None."""
     if image_size is None or rgb.size == (image_size, image_size):
         return rgb
     scale = image_size / min(rgb.size)
@@ -115,9 +108,7 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits per channel. Pillow shows 16-bit colour only in how it would
-    unpack it.
-    """
+    """True for more than 8 bits per channel. Pillow shows 16-bit colour only in its decoder's raw mode."""
     return image.mode in DEEP_MODES or (image.format in ("PNG", "TIFF") and ";16" in _coding(image)[1])
 
 
@@ -167,9 +158,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _ends_well(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether the file ends with its format's end mark; where the format has none that is easily seen,
-    False.
-    """
+    """True if the file ends with its format's end mark; False for formats without a simple one."""
     mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(cast(str, image.format))
     if mark is None:
         return False
@@ -179,9 +168,7 @@ def _ends_well(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _beyond_dali(image: Image.Image, file: BinaryIO, *, deep: bool, frames: bool) -> str:
-    """Why DALI (2.4, measured) does not give Pillow's values for this kind of file; "" for the kinds where it
-    does.
-    """
+    """The reason why DALI (2.4, measured) decodes such files differently from Pillow; "" if it agrees."""
     kind = cast(str, image.format)
     if deep:
         return f"{image.mode} with more than 8 bits per channel"

@@ -34,9 +34,7 @@ def _all_digits() -> ImageSet:
 
 
 def open_digits(split: str) -> ImageSource:
-    """Return the "train" (1,438 images) or "test" (359) split of 1x32x32 digits; the cut is fixed and
-    stratified.
-    """
+    """Return the "train" (1,438 images) or "test" (359) split of 1x32x32 digits, fixed and stratified."""
     everything = _all_digits()
     train, test = stratified_split(everything.labels, val_size=TEST_SHARE, limit=None, seed=0)
     chosen = train if split == "train" else test

@@ -1,6 +1,4 @@
-"""What an epoch consists of: every random draw, and which of its positions a step of a shard takes. All
-loaders follow it.
-"""
+"""Plan of an epoch: all its random draws, and the positions of each step and shard. All loaders follow it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the loaders read: resident uint8 images with their labels, and what is known about a data set."""
+"""Resident uint8 images with their labels, and the facts about a data set."""
 
 import zlib
 from collections.abc import Callable
@@ -15,9 +15,7 @@ CONVERT_CHUNK = 1024  # images in float at one time while resizing or averaging;
 
 
 class TrainImages(Protocol):
-    """What a loader reads: images in memory (`ImageSet`), or files that are decoded when they are read
-    (`FileSet`).
-    """
+    """Input of a loader: images in memory (`ImageSet`), or files decoded on reading (`FileSet`)."""
 
     @property
     def labels(self) -> Tensor:
@@ -75,9 +73,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One split before it is cut: its labels, int64 (N,), and a reader of the images at given int64
-    indices.
-    """
+    """One split before it is cut: labels, int64 (N,), and a reader of the images at given int64 indices."""
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
@@ -130,9 +126,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def resize_square(images: Tensor, image_size: int) -> Tensor:
-    """Resize uint8 images (N, C, H, W) to (N, C, image_size, image_size): shorter side to fit, then the
-    centre.
-    """
+    """Resize uint8 (N, C, H, W) to (N, C, image_size, image_size): fit the shorter side, crop the centre."""
     height, width = images.shape[-2:]
     if (height, width) == (image_size, image_size):
         return images

@@ -1,6 +1,4 @@
-"""Folders of image files, DIR/train/CLASS/* and DIR/test/CLASS/*: looked at first, then decoded once or batch
-by batch.
-"""
+"""Image folders, DIR/train/CLASS/* and DIR/test/CLASS/*: surveyed first, then decoded once or per batch."""
 
 import logging
 import os
@@ -92,9 +90,7 @@ class FileSet:
         return torch.from_numpy(batch)
 
     def checksum(self) -> int:
-        """Of labels, class and file names and file sizes: the folder may move, and nothing is decoded for
-        it.
-        """
+        """Checksum of labels, class names, file names and sizes: no decoding, and the folder may move."""
         total = zlib.crc32(self.labels.contiguous().numpy().data)
         for name in self.paths:
             folder, file = os.path.split(name)
@@ -115,8 +111,7 @@ def open_imagefolder(
     *,
     image_size: int | None,
 ) -> tuple[DatasetInfo, FileSource]:
-    """Return facts and the "train" or "test" split of the folder; the test split may be named test, val or
-    valid.
+    """Return facts and the "train" or "test" split of the folder; test may be named test, val or valid.
 
     Every file of the split is looked at (`survey`), and with the training split also those of the test split,
     so that an evaluation does not fail after the training. What is left out, dropped or missing is logged.
@@ -178,8 +173,7 @@ def _source(
 
 
 def list_files(folder: Path) -> Files:
-    """List the images of a split folder without opening them; hidden names and other file types are passed
-    over.
+    """List the images of a split folder without opening them; skip hidden names and other file types.
 
     Raises: UserError where the folder, its class folders or their images are missing or cannot be read.
     """
@@ -218,7 +212,7 @@ def list_files(folder: Path) -> Files:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, but for hidden names and what file managers leave."""
+    """The folder's entries, sorted, without hidden names and the droppings of file managers."""
     try:
         return sorted(
             e for e in folder.iterdir() if not e.name.startswith(".") and e.name.lower() not in DROPPINGS
@@ -230,7 +224,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """What `left_out` calls it."""
+    """The entry's kind in the words of `files_left_out`."""
     return "folder(s)" if path.is_dir() else path.suffix.lower() or "without a suffix"
 
 
@@ -268,8 +262,7 @@ def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
 
 
 def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int | None) -> Tensor:
-    """Decode files to RGB, uint8 (N, 3, H, W), on a pool of threads (Pillow decodes without the interpreter
-    lock).
+    """Decode files to RGB, uint8 (N, 3, H, W), on a thread pool (Pillow decodes without the GIL).
 
     Raises: UserError naming the first file that cannot be decoded or has another size; or where the images
     would take more than half of the memory that is available.

@@ -1,6 +1,4 @@
-"""Loaders: uint8 images to float batches in [0, 1]; shuffling and augmentation depend on (seed, epoch)
-only.
-"""
+"""Loaders: uint8 images to float batches in [0, 1]; order and augmentation depend on (seed, epoch) only."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -27,9 +25,7 @@ Draws = tuple[
 
 @dataclass
 class Batch:
-    """x: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). indices: int64 (N,) into the set. All on one
-    device.
-    """
+    """x: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). indices: int64 (N,) into the set. One device."""
 
     x: Tensor
     labels: Tensor
@@ -37,7 +33,7 @@ class Batch:
 
 
 class TrainLoader(Protocol):
-    """What the training loop asks of a loader."""
+    """Interface of a training loader."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -48,9 +44,7 @@ class TrainLoader(Protocol):
         """Number of images in the set."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from `start_step` on, the same ones however often and wherever it
-        starts.
-        """
+        """Yield the batches of an epoch from `start_step` on; a restart yields the same ones."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and tensors that identify the data and the order of the current epoch."""
@@ -60,8 +54,7 @@ class TrainLoader(Protocol):
 
 
 class PlannedLoader(ABC):
-    """What all loaders share: batches that follow `plan_epoch`, and a state that a resumed run is checked
-    against.
+    """Base of the loaders: batches that follow `plan_epoch`, and a state that a resumed run checks.
 
     A loader for other data or another engine adds `_inputs` only. An epoch may be given up in the middle.
 
@@ -252,8 +245,7 @@ def eval_batches(
     limit: int | None = None,
     channels_last: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the first `limit` images (all if None) in order and without augmentation; the last batch may be
-    smaller.
+    """Yield the first `limit` images (all if None) in order, unaugmented; the last batch may be smaller.
 
     Raises: UserError for a batch size or limit below 1.
     """

@@ -1,4 +1,4 @@
-"""Which loader feeds the training: asked for by name, or by rule."""
+"""Choice of the training loader, by name or by rule."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ MAX_WORKERS = 8
 
 
 def dali_problem() -> str | None:
-    """Why the DALI loader cannot be used here, with the remedy; None where it can."""
+    """The reason why the DALI loader cannot be used here, with the remedy; None if it can."""
     try:
         importlib.import_module("fastdynat.data.dali_loader")
     except (ImportError, OSError) as error:
@@ -62,8 +62,7 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
 
 
 def make_loader(name: str, images: ImageSet | FileSet, *, workers: int, **options: Any) -> TrainLoader:
-    """Build the loader "resident", "dali" or "torch"; the resident one takes an `ImageSet`. Options:
-    `PlannedLoader`.
+    """Build the loader "resident" (of an `ImageSet`), "dali" or "torch". Options: `PlannedLoader`.
 
     Raises: UserError where DALI is asked for and cannot be used.
     """

@@ -286,8 +286,7 @@ def _classes(labels: Tensor, images: int, name: str) -> Tensor:
 
 
 def _class_names(declared: object, parts: Mapping[str, ImageSet], name: str) -> tuple[str, ...]:
-    """The names of the classes, "0", "1", ... where none are given; checks all labels against their
-    number."""
+    """The class names, "0", "1", ... by default; checks that every label is below their number."""
     largest = max(int(part.labels.max()) for part in parts.values())
     names: tuple[str, ...]
     if declared is None:

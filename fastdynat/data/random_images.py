@@ -1,6 +1,4 @@
-"""Random images that look like photographs to a processor: smooth shapes, noise, all 256 values, no zeros in
-a row.
-"""
+"""Random images that cost a processor what photographs do: smooth, noisy, all 256 values, few zeros."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,7 @@ NUM_BATCHES = 32
 
 
 def random_split(info: DatasetInfo, batch_size: int, seed: int, batches: int = NUM_BATCHES) -> TrainSplit:
-    """As many full `batches` of training images of the size of `info`'s, with random labels; nothing held
-    out.
-    """
+    """Training images for `batches` full batches, of `info`'s size, randomly labelled; nothing held out."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = info.image_shape
     number = batches * batch_size

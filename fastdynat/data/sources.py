@@ -1,6 +1,4 @@
-"""Data sets by name: training and validation images from the training split, test images from the test
-split.
-"""
+"""Data sets by name: train and val images from the training split, test images from the test split."""
 
 import math
 from dataclasses import dataclass, replace
@@ -62,7 +60,7 @@ class TrainSplit:
 
     @property
     def in_files(self) -> bool:
-        """Whether the images are in files that a loader can decode itself: `train_files`."""
+        """True for image files that a loader can decode itself: `train_files`."""
         return isinstance(self.source, FileSource)
 
     @property
@@ -100,8 +98,7 @@ def open_train(
     limit: int | None = None,
     labelled: int | None = None,
 ) -> TrainSplit:
-    """Open the training split and hold validation images out of it; of the test set only image files are
-    looked at.
+    """Open the training split and hold validation images out; of the test set only image files are surveyed.
 
     Args:
         name: One of `known_datasets()`, or data of the user (`own_data`).

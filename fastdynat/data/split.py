@@ -23,8 +23,7 @@ def seeded_generator(*key: int | str) -> torch.Generator:
 def stratified_split(
     labels: Tensor, *, val_size: int | float | None, limit: int | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (train, val) indices, int64 and ascending, disjoint, every class in proportion (to within one
-    image).
+    """Return (train, val) indices, int64, ascending, disjoint, every class in proportion (within one image).
 
     Args:
         labels: int64 (N,) classes of the whole training split.
@@ -79,9 +78,7 @@ def _num_val(val_size: int | float | None, num_images: int, present: int) -> int
 
 
 def _apportion(total: int, counts: list[int], *, low: list[int], high: list[int]) -> list[int]:
-    """Share `total` among classes in proportion to `counts`, each within [low, high]; low and high must allow
-    it.
-    """
+    """Share `total` among classes in proportion to `counts`, each within [low, high], which must allow it."""
     everything = max(sum(counts), 1)
     ideal = [total * count / everything for count in counts]
     shares = [min(max(int(want), lo), hi) for want, lo, hi in zip(ideal, low, high, strict=True)]

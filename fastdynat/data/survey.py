@@ -1,6 +1,4 @@
-"""A look at every file of a split before any work: what is wrong is refused by name, what is unusual is
-counted and said.
-"""
+"""Survey of a split's files before any work: bad files are refused by name, unusual ones are counted."""
 
 import os
 from collections import Counter
@@ -20,9 +18,7 @@ DECODED_BYTES = (
 
 @dataclass(frozen=True)
 class Survey:
-    """What the files of a split have in common. dali: by file, why DALI cannot read it as the other loaders
-    do; or "".
-    """
+    """Common properties of a split's files. dali: by file, why DALI decodes it differently; or ""."""
 
     notices: tuple[str, ...]
     dali: tuple[str, ...]
@@ -80,9 +76,7 @@ def _small(paths: Sequence[Path]) -> bool:
 
 
 def _each(look: Callable[[Path], Header], paths: Sequence[Path]) -> Iterator[Header]:
-    """`look` at each of the paths, in their order, so that the first error raised is that of the first bad
-    file.
-    """
+    """Map `look` over the paths in order, so that the first error raised is that of the first bad file."""
     with pool() as threads:
         for found in threads.map(
             lambda start: [*map(look, paths[start : start + CHUNK])], range(0, len(paths), CHUNK)
@@ -110,7 +104,7 @@ def _short(path: Path) -> str:
 
 
 def files_left_out(folder: Path, names: Counter[str], suffixes: Sequence[str]) -> str:
-    """What to say of files that are not taken, counted by suffix."""
+    """The message about files that are left out, counted by suffix."""
     counts = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
     return (
         f"left out of {str(folder)!r}: {counts}; images are {', '.join(suffixes)} directly in a class folder"

@@ -37,8 +37,7 @@ class _Steps(Dataset[Tensor | UserError]):
 
 
 class TorchLoader(PlannedLoader):
-    """Worker processes read, crop and flip uint8 batches; the device converts them. Works for every kind of
-    images.
+    """Worker processes read, crop and flip uint8 batches; the device converts them. Takes any image source.
 
     The workers are forked when an epoch begins and end with it, also with one that is given up. The values,
     and for image files the decoder (Pillow), are those of the resident loader.

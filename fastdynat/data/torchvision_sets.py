@@ -1,6 +1,4 @@
-"""CIFAR-10, CIFAR-100, SVHN and MNIST through torchvision, which downloads them and verifies their
-checksums.
-"""
+"""CIFAR-10, CIFAR-100, SVHN and MNIST, downloaded and verified by torchvision."""
 
 import warnings
 from pathlib import Path

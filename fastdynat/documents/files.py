@@ -95,8 +95,7 @@ def read_bytes(path: Path, *, limit: int, remedy: str = "", stream: bool = False
 
 
 def read_text(path: Path, *, limit: int, remedy: str = "", stream: bool = False) -> str:
-    """`read_bytes` decoded as UTF-8, with or without byte order mark. Raises DocumentError, also for
-    others."""
+    """`read_bytes` decoded as UTF-8, byte order mark allowed. Raises DocumentError for other encodings."""
     try:
         return read_bytes(path, limit=limit, remedy=remedy, stream=stream).decode("utf-8-sig")
     except UnicodeDecodeError as error:

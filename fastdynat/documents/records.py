@@ -88,8 +88,7 @@ def convert(value: Any, kind: type[T], *, origin: str, why: str = DAMAGED) -> T:
 
 
 def through_json(value: Any) -> Any:
-    """`value` as it comes back from JSON: tuples are lists, keys are text. For comparison with a stored
-    one."""
+    """`value` after a JSON round trip: tuples become lists, keys text. For comparison with a stored value."""
     return json.loads(json.dumps(value))
 
 

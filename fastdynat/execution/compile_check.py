@@ -45,7 +45,7 @@ class CompileCheck:
         ] = {}  # version of the weights at a signature's first check; None after its second
 
     def due(self, signature: Any) -> bool:
-        """Whether this call is to be checked; never during a CUDA graph's capture, where nothing may wait."""
+        """True if this call is to be checked; never during a CUDA graph's capture, where nothing may wait."""
         if signature in self._seen:
             first = self._seen[signature]
             if first is None or first == self._version():

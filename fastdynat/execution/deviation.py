@@ -130,5 +130,5 @@ def _kind(name: str) -> str:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether both are equal bit for bit, where all NaN count as equal."""
+    """True if both are equal bit for bit; all NaN count as equal."""
     return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

@@ -45,12 +45,12 @@ def full_float32() -> Iterator[None]:
 
 
 def tf32_allowed() -> bool:
-    """Whether the current flags allow cuDNN to compute float32 convolutions in TF32."""
+    """True if the current flags allow cuDNN to compute float32 convolutions in TF32."""
     return bool(C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 def tf32_convolutions(device: torch.device) -> bool:
-    """Whether float32 convolutions on `device` currently use TF32: if allowed, from Ampere on."""
+    """True if float32 convolutions on `device` currently use TF32: if allowed, from Ampere on."""
     return device.type == "cuda" and tf32_allowed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -117,7 +117,7 @@ class CudaRecorder:
                     break
 
     def _draws(self) -> bool:
-        """Whether the device's generator can draw; its state is not advanced."""
+        """True if the device's generator can draw; its state is not advanced."""
         generator = torch.cuda.default_generators[self._index]
         offset = generator.get_offset()
         try:

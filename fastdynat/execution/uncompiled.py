@@ -18,5 +18,5 @@ def uncompiled() -> Iterator[None]:
 
 
 def is_uncompiled() -> bool:
-    """Whether the caller is within `uncompiled`."""
+    """True within `uncompiled`."""
     return _aside.get()

@@ -61,7 +61,7 @@ def half_types(device: torch.device) -> dict[str, str]:
 
 
 def _on_cpu(question: str) -> bool:
-    """What oneDNN says, which also knows what the environment forbids it."""
+    """oneDNN's answer to `question`, which respects the limits set by the environment."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     try:

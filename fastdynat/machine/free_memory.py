@@ -29,7 +29,7 @@ def check_room(needed: int, what: str) -> None:
 
 
 def _limit_available() -> int | None:
-    """What `ulimit -v` leaves; None without it."""
+    """Bytes left under the limit of `ulimit -v`; None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None

@@ -1,4 +1,4 @@
-"""How busy other processes keep the CPU: timings beside much of it say little."""
+"""CPU load of other processes: timings taken under a high one say little."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class OtherLoad:
-    """How busy other processes kept the CPU since `__init__`."""
+    """CPU load of other processes since `__init__`."""
 
     def __init__(self) -> None:
         self._begin = _busy_seconds()

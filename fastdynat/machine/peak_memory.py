@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at once."""
+"""Peak memory of a piece of work."""
 
 import ctypes
 from contextlib import suppress
@@ -36,7 +36,7 @@ class PeakMemory:
         )
 
     def bytes(self) -> int | None:
-        """What was held above what was held before. None where the system does not tell."""
+        """Peak bytes above those held before; None where the system does not tell."""
         peak = self.peak()
         return None if self._before is None else (peak or self._before) - self._before
 

@@ -49,7 +49,7 @@ class ArdOptions(MethodOptions):
     """Divides the logits of guide and model in the distillation, which is multiplied by its square."""
 
     kl_mean: KlMean = "entries"
-    """What the KL, summed over K classes, is divided by: K (entries), 10 (tenth), or nothing (batch)."""
+    """Divisor of the KL, which is summed over K classes: K (entries), 10 (tenth), or nothing (batch)."""
 
     bn_clean_forward: bool = True
     """At alpha 1, let the clean batch move the model's running statistics, after the attacked one."""

@@ -57,7 +57,7 @@ class Arda(Method[ArdaOptions]):
     logs_adv_acc = False
 
     def num_attacked(self, batch: Batch) -> int:
-        """How many images of the batch are attacked: its first ones."""
+        """The number of attacked images in the batch: its first ones."""
         return math.floor(self.options.adversarial_share * len(batch.labels) + 0.5)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
@@ -82,9 +82,7 @@ class Arda(Method[ArdaOptions]):
         )
 
     def weights(self, batch: Batch) -> Tensor | None:
-        """Of mean 1, so that each kind of image has its share of the loss; None is 1, where there is one
-        kind.
-        """
+        """Per-image weights of mean 1 that give each kind its share; None, for all 1, with only one kind."""
         images, attacked = len(batch.labels), self.num_attacked(batch)
         if attacked in (0, images):
             return None

@@ -14,9 +14,7 @@ from fastdynat.ops import dynamic_label_cross_entropy
 
 
 class BurnIn(Natural):
-    """``min CE(f(x), y)`` for the model and, where `method` trains one, for the guide. Not a method of its
-    own.
-    """
+    """``min CE(f(x), y)`` for the model and, where `method` trains one, for the guide."""
 
     def __init__(self, method: Method[Any]) -> None:
         super().__init__(NaturalOptions())

@@ -54,16 +54,16 @@ from fastdynat.units import parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class DyartOptions(MethodOptions):
-    """Options of DyART; the defaults are the release's for CIFAR-10. `--steps` is the search's number of
-    iterations, and it starts half of `--eps` away from the image.
+    """Options of DyART, by default the release's for CIFAR-10.
+
+    `--steps` counts the iterations of the search, which starts eps / 2 away from the image.
     """
 
     margin_weight: float = 1000.0
     """Weight of the margin's loss beside the cross-entropy (the paper's lambda)."""
 
     decay: float = 3.0
-    """How much more small margins count than large ones, per unit of [0, 1] pixel range (the paper's
-    alpha)."""
+    """Decay of a margin's weight with its size, per unit of [0, 1] pixel range (the paper's alpha)."""
 
     r0: float | str = "16/255"
     """Margins from here on are large enough. As the radii: 16/255, 0.063, or 16 (read as 16/255)."""

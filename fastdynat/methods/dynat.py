@@ -73,11 +73,11 @@ class DynatOptions(MethodOptions):
     """Options of DYNAT; the defaults are the released code's."""
 
     inner_loss: Literal["ce_dynamic", "ce_true", "kl_self", "kl_guide"] = "ce_dynamic"
-    """What the attack maximises: cross-entropy to the dynamic or the true label, KL from the model's own or
-    the guide's clean prediction."""
+    """The attack's objective: cross-entropy to the dynamic or the true label, KL from the model's own or the
+    guide's clean prediction."""
 
     outer_label: Literal["dynamic", "true"] = "dynamic"
-    """What the model learns on attacked images."""
+    """The labels of the model's loss on attacked images."""
 
     beta: float = 1.0
     """Weight of the model's loss; the release's alternative is 0.2."""
@@ -100,7 +100,7 @@ class DynatOptions(MethodOptions):
     variant)."""
 
     awp_objective: Literal["own", "trades"] = "own"
-    """What --awp drives up: the model's own loss, or TRADES' with the true labels, as the release does."""
+    """The loss that --awp ascends: the model's own, or TRADES' with the true labels, as the release does."""
 
     weighting: Literal["none", "gairat", "mail"] = "none"
     """Weights of the images' cross-entropy."""
@@ -163,7 +163,7 @@ class Dynat(Method[DynatOptions]):
     attack_defaults = AttackDefaults(start="gaussian")
 
     def weighted(self) -> bool:
-        """Whether images are weighted in this epoch."""
+        """True if the images are weighted in this epoch."""
         given, published = self.options.weight_from, WEIGHT_FROM[self.options.weighting]
         return self.options.weighting != "none" and begun(self, published if given is None else given)
 
@@ -236,9 +236,7 @@ class Dynat(Method[DynatOptions]):
         return Outer({"model": loss}, logs)
 
     def weights(self, logits: Tensor, labels: Tensor, attacked: AttackResult) -> Tensor | None:
-        """Of the images' losses, by the attacked images' `logits` and the `labels` that the weights are
-        about; None is 1.
-        """
+        """Per-image weights from the attacked images' `logits` and their `labels`, (N,); None is 1."""
         if not self.weighted():
             return None
         o = self.options

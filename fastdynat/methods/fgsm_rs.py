@@ -17,8 +17,7 @@ class FgsmRsOptions(MadryOptions):
 
 @register_method("fgsm_rs")
 class FgsmRs(Madry):
-    """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))`` with d uniform in the ball (algorithm 3 of
-    the paper).
+    """``x' = clip(x + d + 1.25 eps sign grad CE(f(x + d), y))``, d uniform in the ball (algorithm 3).
 
     The released code attacks with the batch's statistics (``--attack-bn train``). Watch it for catastrophic
     overfitting.

@@ -36,8 +36,7 @@ class FreeOptions(MethodOptions):
 
 @register_method("free")
 class Free(Method[FreeOptions]):
-    """``min CE(f(x + d), y)``, each batch m times; after each backward pass ``d <- clip(d + eps sign
-    grad_d)`` (algorithm 1).
+    """``min CE(f(x + d), y)``, m times per batch, each with ``d <- clip(d + eps sign grad_d)`` (algorithm 1).
 
     The perturbation goes on from one batch to the next, image by position, and from checkpoint to resumed
     run. As in the re-implementation of Wong et al. it is clipped to the image range of the images it was made

@@ -54,7 +54,7 @@ class Gairat(Method[GairatOptions]):
     options_type = GairatOptions
 
     def weighted(self) -> bool:
-        """Whether images are weighted in this epoch."""
+        """True if the images are weighted in this epoch."""
         return begun(self, self.options.weight_from)
 
     def constants(self) -> tuple[float, ...]:

@@ -53,7 +53,7 @@ class HatOptions(MethodOptions):
     """Weight of the helper images' loss (gamma in the paper); 0 leaves TRADES."""
 
     helper_scale: float = 2.0
-    """How far the helper image is, in units of x' - x (h in the paper)."""
+    """Distance of the helper image, in units of x' - x (h in the paper)."""
 
     def check(self) -> None:
         check_numbers(self, "beta", "helper_weight", "helper_scale")

@@ -61,7 +61,7 @@ class IadOptions(MethodOptions):
     """Options of IAD; the defaults are the released code's."""
 
     variant: Literal["I", "II"] = "I"
-    """Which of the two published losses."""
+    """One of the two published losses."""
 
     alpha: float | None = None
     """Weight of the distillation; 1 - alpha is that of the cross-entropy; None is 1 for variant I, 0.5 for
@@ -107,7 +107,7 @@ class Iad(Method[IadOptions]):
         return (self.introspective(),)
 
     def introspective(self) -> bool:
-        """Whether trust is measured in the present epoch."""
+        """True if trust is measured in this epoch."""
         return self.epoch >= round(self.begin * self.epochs)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:

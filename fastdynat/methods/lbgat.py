@@ -122,5 +122,5 @@ class Lbgat(Method[LbgatOptions]):
         return Outer(losses, logs)
 
     def match(self, logits: Tensor, guide_logits: Tensor) -> Tensor:
-        """How far the model's logits on attacked images are from the guide's on clean ones."""
+        """Distance of the model's logits on attacked images from the guide's on clean ones."""
         return F.mse_loss(logits, guide_logits)

@@ -91,7 +91,7 @@ class Mail(Method[MailOptions]):
         self.bias = published[1] if options.bias is None else options.bias
 
     def weighted(self) -> bool:
-        """Whether images are weighted in this epoch."""
+        """True if the images are weighted in this epoch."""
         return begun(self, self.options.weight_from)
 
     def constants(self) -> tuple[float, ...]:

@@ -49,7 +49,7 @@ class RsladOptions(MethodOptions):
     """Weight of the KL on clean images."""
 
     kl_mean: KlMean = "tenth"
-    """What the KL, summed over K classes, is divided by: 10 (tenth), K (entries), or nothing (batch)."""
+    """Divisor of the KL, which is summed over K classes: 10 (tenth), K (entries), or nothing (batch)."""
 
     def check(self) -> None:
         check_numbers(self, "attacked_weight", "clean_weight")

@@ -83,9 +83,7 @@ class Trades(Method[TradesOptions]):
 
 
 def kl_to_self(nets: Networks, batch: Batch) -> AttackGoal:
-    """Away from the model's own prediction on the clean images, which is a constant of the attack: KL(p(x) ||
-    p(.)).
-    """
+    """``KL(p(x) || p(x'))``: away from the model's clean prediction, which is constant in the attack."""
     with torch.no_grad():
         return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
 

@@ -39,8 +39,8 @@ def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
 def mail_weights(
     logits: Tensor, labels: Tensor, *, slope: float, bias: float, scale: MailScale = "released"
 ) -> Tensor:
-    """``sigmoid(slope (m + bias))`` with the margin m = max_{k != y} p_k - p_y of the attacked images: (N,)
-    (arXiv 2106.07904).
+    """``sigmoid(slope (m + bias))``, m = max_{k != y} p_k - p_y of the attacked images: (N,) (arXiv
+    2106.07904).
 
     Args:
         logits: (N, K) of the attacked images.
@@ -53,7 +53,7 @@ def mail_weights(
 
 
 def begun(method: Method[Any], share: float) -> bool:
-    """Whether the share `share` of the method's epochs is completed."""
+    """True once the share `share` of the method's epochs is completed."""
     return method.epoch >= share * method.epochs
 
 

@@ -33,9 +33,7 @@ OURS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Normalize(nn.Module):
-    """Subtract a per-channel mean and divide by a per-channel standard deviation, both in [0, 1] pixel
-    units.
-    """
+    """Subtract a per-channel mean and divide by a per-channel standard deviation, in [0, 1] pixel units."""
 
     mean: Tensor
     std: Tensor
@@ -147,8 +145,7 @@ def _unknown_model(name: str) -> UserError:
 
 
 def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Run two zero images through the model in eval mode; its mode, its buffers and the random state stay as
-    they were.
+    """Run two zero images through the model in eval mode; mode, buffers and random state are restored.
 
     Raises: UserError naming the image size where the forward fails, returns anything but (2, num_classes), or
         takes more memory than there is.
@@ -169,8 +166,7 @@ def check_fit(model: nn.Module, name: str, *, num_classes: int, image_shape: tup
 
 
 def _dry_run(model: nn.Module, name: str, image_shape: tuple[int, int, int]) -> object:
-    """What `model` would return for two images, without values or their memory; None where its code needs
-    values.
+    """The output of `model` for two meta images, without memory; None if its code needs values.
 
     Raises: UserError where one operation reads and writes more than the memory that there is.
     """

@@ -12,8 +12,7 @@ from fastdynat.user_code import is_user_supplied
 
 
 def convolutions(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
-    """The convolutions with square filters of the network that `build_model` makes; none where it cannot be
-    built.
+    """The square convolutions of the network that `build_model` makes; none where it cannot be built.
 
     A network of the user is built with its weights: its code may not work on the meta device.
     """

@@ -48,8 +48,7 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
 
 
 def build_timm(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Build a timm model with its stem for these channels and, where the architecture asks for one, this
-    image size.
+    """Build a timm model with a stem for these channels and, where its architecture asks, this image size.
 
     Raises: UserError where timm is not installed, for an unknown name, or a size that the network refuses.
     """
@@ -92,8 +91,6 @@ def require_timm(name: str) -> Any:
 
 
 def unknown_of_many(kind: str, name: str, names: Sequence[str], lister: str) -> UserError:
-    """`unknown_name` for libraries with hundreds of names, of which only the nearest are worth printing;
-    `lister` gives all.
-    """
+    """`unknown_name` for libraries with hundreds of names: prints the nearest ones; `lister` gives all."""
     message = str(unknown_name(kind, name, names)).partition("known:")[0].rstrip()
     return UserError(f"{message} {lister} gives all {len(names)}")

@@ -1,4 +1,4 @@
-"""Whether a network's weights are numbers."""
+"""Check that a network's weights are finite numbers."""
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,7 @@ def not_numbers(network: nn.Module) -> str:
 
 
 def check_finite(network: nn.Module, origin: object) -> None:
-    """Raise UserError naming `origin`, where the weights came from, unless all of the network's weights are
-    numbers.
-    """
+    """Raise UserError, naming the weights' `origin`, unless all of the network's weights are finite."""
     if problem := not_numbers(network):
         raise UserError(
             f"{origin}: {problem}, so the network predicts nothing; it has diverged or is damaged: take "

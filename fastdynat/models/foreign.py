@@ -1,6 +1,4 @@
-"""Networks that this library did not train, for the evaluation: by the name they have elsewhere, or from the
-user's code.
-"""
+"""Networks trained elsewhere, for the evaluation: by their library's name, or from the user's code."""
 
 import hashlib
 from dataclasses import dataclass
@@ -43,8 +41,7 @@ def load_foreign(
     image_shape: Shape | None = None,
     weights: Path | str | None = None,
 ) -> ForeignModel:
-    """The network called `name`, checked to map images of `image_shape` to `num_classes` logits, as far as
-    these are given.
+    """The network called `name`, checked to map `image_shape` to `num_classes` logits where these are given.
 
     Args:
         name: one of ``robustbench:NAME[:DATASET[:THREAT]]`` (cifar10 and Linf unless given);

@@ -1,6 +1,4 @@
-"""What stands between a network's convolutions: normalisation and activation, named by suffixes of the
-network's name.
-"""
+"""Normalisation and activation layers of a network, named by suffixes of the network's name."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +11,7 @@ MAX_GROUPS = 32
 
 @dataclass(frozen=True)
 class Style:
-    """`norm`: channels -> normalisation layer. `activation`: -> activation layer, which has no state of its
-    own.
+    """`norm`: channels -> normalisation layer. `activation`: -> activation layer, stateless.
 
     `same_padding`: wide networks pad a strided 3x3 convolution as TensorFlow's "SAME" does, behind the image
     before around it.
@@ -38,8 +35,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def split_style(name: str) -> tuple[str, Style]:
-    """Split the name of one of our networks into its base, in lower case with `-` between the words, and its
-    style.
+    """Split a network's name into its base (lower case, `-` between the words) and its style.
 
     >>> split_style("WRN_28_10_silu-gn")[0], split_style("small")[0]
     ('wrn-28-10', 'small')

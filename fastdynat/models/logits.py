@@ -1,6 +1,4 @@
-"""What a network answers, made logits: one rule, and one sentence where they are none, for all attacks,
-losses and commands.
-"""
+"""Logits from a network's output: one rule and one error message for all attacks, losses and commands."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -29,9 +27,7 @@ class Answering(nn.Module):
 
 
 def with_output(network: Any, output: Output | None) -> Any:
-    """`network` itself without an `output`; else a module or function of the same weights that returns the
-    logits.
-    """
+    """`network` itself without `output`; else a module or function of the same weights returning logits."""
     if output is None:
         return network
     check_output_choice(output)
@@ -162,8 +158,7 @@ def own_dtype(network: object) -> torch.dtype | None:
 
 
 def half_of(network: object, images: torch.dtype) -> torch.dtype | None:
-    """The half precision that `network` itself is in, at images of dtype `images`; None where it has the
-    images' own.
+    """The half precision of `network` itself, for images of dtype `images`; None if it shares their dtype.
 
     Such a network is called on images rounded to its dtype; the images themselves stay as precise as they
     are.

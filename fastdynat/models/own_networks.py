@@ -67,8 +67,7 @@ def network_of(name: str, offered: dict[str, object]) -> tuple[nn.Module, bytes]
 def own_network(
     name: str, *, num_classes: int, image_shape: Shape, mean: Sequence[float] | None
 ) -> nn.Module:
-    """The network of the user called `name`: a fresh one of a callable, a copy of one that was given as an
-    object.
+    """The user's network called `name`: built anew by a callable, or a copy of the module given in Python.
 
     Raises:
         UserError: there is none, it does not map such images to so many logits, its weights are not finite,

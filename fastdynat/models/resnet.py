@@ -1,5 +1,4 @@
-"""ResNet-18 for small images: the usual one, the slower-striding guide of LBGAT/DYNAT, and the pre-activation
-form.
+"""ResNet-18 for small images: the usual one, LBGAT/DYNAT's slower-striding guide, and pre-activation.
 
 Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those
 load by key. Convolutions keep PyTorch's default initialisation, as the published training runs do. A `Style`
@@ -108,9 +107,7 @@ class ResNet18(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18 with a final BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56
-    GMAC).
-    """
+    """Pre-activation ResNet-18, BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56 GMAC)."""
 
     def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()

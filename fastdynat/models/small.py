@@ -1,6 +1,4 @@
-"""A small convolutional network for laptops and tests: it learns CIFAR-size images on two CPU cores in
-minutes.
-"""
+"""Small convolutional network for laptops and tests: it learns CIFAR-size images on two cores in minutes."""
 
 from torch import Tensor, nn
 
@@ -12,9 +10,7 @@ LAYERS = ((32, 2), (64, 2), (128, 2), (128, 1))
 
 
 class SmallNet(nn.Module):
-    """Four 3x3 convolutions with BatchNorm and ReLU, three of them striding: 0.24 M parameters, 4.9 MMAC at
-    3x32x32.
-    """
+    """Four 3x3 convolutions, BatchNorm, ReLU, three strided: 0.24 M parameters, 4.9 MMAC at 3x32x32."""
 
     def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""State dicts that others saved: read without running code, and put into a network whatever wrapper they were
-saved from.
-"""
+"""Foreign state dicts: read without running code, loaded whatever wrapper they were saved from."""
 
 import re
 from collections import OrderedDict
@@ -60,8 +58,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> nn.Module:
-    """`model` with all of `state`; behind a `Normalize` where the state has one, as this library saves it,
-    and the model none.
+    """`model` with all of `state`, behind a `Normalize` if only the state has one (as this library saves it).
 
     Wrappers' prefixes go from the front of a key, and only where the model has no such key. Batch norm's
     counter of batches, which predicts nothing, may be missing or left over.
@@ -99,9 +96,7 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
 
 
 def _check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Path) -> None:
-    """Raise UserError for whole, true/false or complex values of a weight: torch would convert them without a
-    word.
-    """
+    """Raise UserError for integer, boolean or complex weights, which torch would convert silently."""
     for key, value in state.items():
         own = wanted.get(key)
         if isinstance(own, Tensor) and own.is_floating_point() and not value.is_floating_point():

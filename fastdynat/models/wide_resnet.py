@@ -1,5 +1,4 @@
-"""WideResNet as TRADES uses it: ReLU, no dropout, shortcut from the pre-activated input where channels
-change.
+"""WideResNet as in TRADES: ReLU, no dropout, shortcut from the pre-activated input where channels change.
 
 With SiLU it has the activations of Gowal et al. 2020 and DyART (in each place of a ReLU), with
 `Style.same_padding` also their padding of strided convolutions.
@@ -20,9 +19,7 @@ MAX_DEPTH = 1000
 
 
 def check_size(depth: int, width: int, num_classes: int) -> None:
-    """Raise UserError for a network that no memory holds: depth and width may be any numbers of a file or a
-    flag.
-    """
+    """Raise UserError for a depth and width that fit into no memory: both may come from a file or a flag."""
     if depth > MAX_DEPTH:
         raise UserError(
             f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70"
@@ -78,8 +75,7 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width; WRN-34-10 has 46.16 M parameters and 6.66 GMAC at 32x32, WRN-28-10 36.48 M and 5.24
-    GMAC.
+    """WRN-depth-width; at 32x32, WRN-34-10 has 46.16 M parameters, 6.66 GMAC; WRN-28-10 36.48 M, 5.24 GMAC.
 
     Unlike the TRADES class it registers no second copy of the first stage (`sub_block1`), which never ran
     there but grew the parameter count and every checkpoint. Initialisation is that code's: convolutions

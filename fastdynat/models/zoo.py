@@ -1,6 +1,4 @@
-"""Networks of RobustBench, torchvision and timm with the weights that these publish, behind the normalisation
-those expect.
-"""
+"""Pretrained networks of RobustBench, torchvision and timm, behind the normalisation that they expect."""
 
 import importlib
 import importlib.util
@@ -33,9 +31,7 @@ def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
 
 
 def timm_pretrained(name: str) -> tuple[nn.Module, str]:
-    """timm's model `name`, with the tag of its weights or with the default ones, and a note on what stands in
-    front of it.
-    """
+    """timm's model `name`, by its weights' tag or the default one, and a note on its normalisation."""
     timm = require_timm(name)
     net = _downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     config = net.pretrained_cfg
@@ -45,8 +41,7 @@ def timm_pretrained(name: str) -> tuple[nn.Module, str]:
 
 
 def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
-    """RobustBench's model NAME[:DATASET[:THREAT]] (cifar10, Linf), with its own weights or those in the file
-    `weights`.
+    """RobustBench's model NAME[:DATASET[:THREAT]] (cifar10, Linf), with its weights or the file `weights`.
 
     Raises: UserError where robustbench is not installed, has no such model, or cannot download it.
     """
@@ -90,9 +85,7 @@ def _import_robustbench() -> tuple[Any, Any]:
 
 @contextmanager
 def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
-    """robustbench imports `autoattack`, which on PyPI, where it requires it from, is called
-    `pyautoattack`.
-    """
+    """Lend robustbench `pyautoattack`, which it requires on PyPI, under the name `autoattack` it imports."""
     lent = {"autoattack": "pyautoattack", "autoattack.state": "pyautoattack.state"}
     if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
         lent = {}
@@ -106,9 +99,7 @@ def _autoattack_by_its_name_on_pypi() -> Iterator[None]:
 
 @contextmanager
 def _pkg_resources() -> Iterator[None]:
-    """robustbench imports `pkg_resources`, which setuptools 82 removed, for the one function
-    `resource_filename`.
-    """
+    """Lend robustbench `pkg_resources.resource_filename`, which setuptools 82 no longer has."""
     name = "pkg_resources"
     if importlib.util.find_spec(name):
         yield
@@ -128,7 +119,7 @@ def _resource_filename(module: str, resource: str) -> str:
 
 
 def _downloaded(name: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns. A failed download raises what its library likes."""
+    """The result of `load`; a failed download, whatever its exception, becomes a UserError."""
     try:
         return load()
     except Exception as error:

@@ -60,7 +60,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels on the CPU; Triton reads this when kernels are imported."""
+    """True if Triton interprets its kernels on the CPU; Triton reads this when kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -135,7 +135,7 @@ def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor
 
 
 def is_native(name: str, device_type: str) -> bool:
-    """Whether backend `name` runs natively on the device, not interpreted or simulated."""
+    """True if backend `name` runs natively on the device, not interpreted or simulated."""
     return name in _PREFERENCE.get(device_type, ()) and name != verification.REFERENCE
 
 
@@ -250,7 +250,7 @@ def _insist(op: str, name: str, device: torch.device) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
+    """True while a CUDA graph is captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -55,7 +55,7 @@ def conv_relu_check_name(dtype: torch.dtype) -> str:
 
 
 def runs_right(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the operator may be used on `device` for `dtype`.
+    """True if the operator may be used on `device` for `dtype`.
 
     On a GPU that is whether cuDNN's kernel is correct, which the first call verifies; do not call it while a
     graph is captured or a network compiled. Other devices run the definition: True.

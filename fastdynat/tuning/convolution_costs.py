@@ -94,5 +94,5 @@ class Convolution:
         return saved if saved > MARGIN * direct else 0.0
 
     def repays(self, costs: Costs, passes: float) -> bool:
-        """Whether `passes` pairs of passes save more than transforming the weights costs."""
+        """True if `passes` pairs of passes save more than transforming the weights costs."""
         return self.gain(costs) * passes > 2 * POINTS * self.filters * costs.transformed

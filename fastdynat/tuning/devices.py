@@ -1,4 +1,4 @@
-"""Which device and precision a command runs with, and whether torch.compile can work there."""
+"""Device and precision of a command, and the use of torch.compile on that device."""
 
 import os
 import shutil
@@ -88,7 +88,7 @@ def pick_amp(
 
 
 def _slower(amp: str, device: torch.device) -> str:
-    """Why half precision `amp` is slower on `device` than float32, in a clause; "" where it is not."""
+    """The reason why half precision `amp` is slower on `device` than float32, as a clause; or ""."""
     lacking = half_types(device)[amp]
     if device.type == "cuda":
         return lacking
@@ -118,16 +118,12 @@ def pick_half(amp: bool | torch.dtype, device: torch.device) -> HalfChoice:
 def pick_channels_last(
     amp: str, device: torch.device, *, winograd: bool = True, work: Workload = ANY
 ) -> bool:
-    """Whether the channels-last memory format is the faster one on `device`, in precision `amp`, for
-    `work`.
-    """
+    """True if channels-last is the faster memory format on `device`, in precision `amp`, for `work`."""
     return choose(device, amps=(amp,), winograd=winograd, work=work).channels_last
 
 
 def winograd_pays(device: torch.device, amp: str, *, channels_last: bool, work: Workload = ANY) -> bool:
-    """Whether Winograd's algorithm is faster than the direct one on `device`; which layers it suits is for
-    `WinogradConv2d`.
-    """
+    """True if Winograd's algorithm beats the direct one on `device`; `WinogradConv2d` decides by layer."""
     if device.type != "cpu" or amp != "off":
         return False
     return choose(device, amps=("off",), channels_last=channels_last, work=work).winograd

@@ -49,8 +49,7 @@ class Layer:
         return min(batch, max(LEAST_IMAGES, round(ENOUGH * self.count / max(self.products, 1.0))))
 
     def repays(self, batch: int, passes: float, channels_last: bool) -> bool:
-        """Whether `fastdynat.attack_engine.winograd_layers` computes it by Winograd's algorithm, where
-        allowed."""
+        """True if `attack_engine.winograd_layers`, where allowed, uses Winograd's algorithm for it."""
         shape = (self.kernel, self.stride, self.padding, self.groups)
         if shape != (3, 1, 1, 1) or min(self.channels_in, self.channels_out) < WINOGRAD_CHANNELS:
             return False

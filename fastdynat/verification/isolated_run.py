@@ -26,7 +26,7 @@ class DeviceLost(UserError):
 
 
 def checking() -> bool:
-    """Whether this thread runs a check."""
+    """True if this thread runs a check."""
     return getattr(_here, "checking", False)
 
 
@@ -156,7 +156,7 @@ def _changed(args: tuple[Any, ...], before: list[Any]) -> str:
 
 
 def _of_the_moment(error: Exception) -> bool:
-    """Whether `error` says nothing about the candidate: no memory, a full disk, no compiler for Triton."""
+    """True if `error` says nothing about the candidate: no memory, a full disk, no compiler for Triton."""
     missing = ("Failed to find C compiler", "Cannot find ptxas")
     return (
         shortage(error) is not None
@@ -166,8 +166,7 @@ def _of_the_moment(error: Exception) -> bool:
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the CUDA context is broken: an error inside a kernel, unlike one at its launch, is
-    permanent."""
+    """True if the CUDA context is broken: an error inside a kernel is permanent, one at its launch is not."""
     if device.type != "cuda":
         return False
     try:

@@ -61,7 +61,7 @@ def load_verdicts(key: Mapping[str, Any]) -> Stored:
 
 
 def writable() -> bool:
-    """Whether verdicts can probably be stored; writes none."""
+    """True if verdicts can probably be stored; writes none."""
     base = user_cache("verified")
     with suppress(OSError):
         if base is not None:
