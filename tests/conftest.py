@@ -35,9 +35,7 @@ if not torch.cuda.is_available():
 
 
 def available(what: str) -> bool:
-    """Whether this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, chromium, or an importable
-    module.
-    """
+    """True if this machine has `what`: ext, gpu, triton, nvcc, cxx, dali, chromium, or a module."""
     if what == "gpu":
         return torch.cuda.is_available()
     if what == "nvcc":
@@ -78,7 +76,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured under tests, beside other tests, is not for the user's own runs."""
+    """Timings taken beside other tests must not reach the user's cache."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
@@ -168,9 +166,7 @@ VARIABLES = (
 
 @contextmanager
 def process_state_restored() -> Iterator[None]:
-    """Puts back what the block changes for the whole process, however it ends: the next test is the one that
-    it is alone.
-    """
+    """Restore process-wide state after the block, however it ends: tests must not depend on their order."""
     kept = dict(PROCESS_WIDE)
     if torch.cuda.is_initialized():
         kept["sync debug mode"] = (torch.cuda.get_sync_debug_mode, torch._C._cuda_set_sync_debug_mode)
@@ -194,9 +190,7 @@ def _process_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where tests compile C++: pytest's cache, so that the next session finds what has not
-    changed.
-    """
+    """Build folder for C++: pytest's cache, so that the next session rebuilds only what has changed."""
     cache = getattr(request.config, "cache", None)
     return tmp_path_factory.mktemp("compiled") if cache is None else cache.mkdir("compiled")
 

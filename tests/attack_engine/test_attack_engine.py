@@ -286,7 +286,7 @@ def test_a_given_start_is_begun_from() -> None:
 
 
 class Backwards(TorchDispatchMode):
-    """Which gradients each convolution's and linear layer's backward pass computes."""
+    """The gradients that each convolution's and linear layer's backward pass computes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -123,7 +123,7 @@ def test_the_formulas_values_arrive_where_the_replica_has_its_own(
 
 
 def wanted_terms(fold: Any) -> Tensor:
-    """How large the terms of the folded bias are."""
+    """The largest terms of the folded bias."""
     bn, layer = fold.bn, fold.layer
     scale = (torch.ones_like(bn.running_mean) if bn.weight is None else bn.weight).abs() / (
         bn.running_var + bn.eps

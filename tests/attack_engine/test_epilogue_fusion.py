@@ -252,7 +252,7 @@ def simple(self: Any, x: Tensor) -> Tensor:
 
 
 def parted(self: Any, x: Tensor) -> Tensor:
-    """As timm has it: layers that do nothing between the others."""
+    """timm's pattern: identity layers between the others."""
     return self.relu(self.idle(self.na(self.idle(self.a(x)))) + self.drop(x))
 
 
@@ -336,7 +336,7 @@ class Operators(TorchDispatchMode):
     "name", [*FORMS, *(pytest.param(name, marks=SLOW * (name in LARGE)) for name in NETWORKS)]
 )
 def test_joined_where_it_may_be_and_the_same_in_value_and_gradient(name: str) -> None:
-    """What the folded network without joins gives, also after its weights have moved."""
+    """The output of the folded network without joins, also after its weights have moved."""
     model, total, sums, x = made(name)
     model, x = (model.double(), x.double()) if name in FORMS else (model, x)
     joined, plain = (AttackReplica(model, x[:2], fused_conv=fused, winograd=False) for fused in (True, False))

@@ -1,6 +1,4 @@
-"""APGD: its targeted loss against autograd, its reviews against a list by hand, and against the authors'
-package.
-"""
+"""APGD: targeted loss against autograd, step-size reviews against a list by hand, the authors' package."""
 
 import math
 from dataclasses import replace

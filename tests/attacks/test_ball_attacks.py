@@ -1,6 +1,4 @@
-"""The norm-ball attacks of the evaluation: each beside its formula in float64, their invariants, and their
-names.
-"""
+"""The evaluation's norm-ball attacks: their formulas in float64, their invariants and their names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,7 +88,7 @@ def margin_loss(y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def confident(y: Tensor, kappa: float) -> Callable[[Tensor], Tensor]:
-    """What GAIRAT descends: max(z_y - max_{k != y} z_k + kappa, 0); ascended, so negated."""
+    """GAIRAT's loss: max(z_y - max_{k != y} z_k + kappa, 0), negated, since it is descended."""
     return lambda z: -(kappa - margin_loss(y)(z)).clamp_min(0)
 
 
@@ -158,9 +156,7 @@ def test_mim_follows_the_formula(norm: str, goal: str, decay: float) -> None:
 
 
 def slide(x: np.ndarray, g: np.ndarray, x0: np.ndarray, step: float, eps: float) -> np.ndarray:
-    """One image's L1 step: the 1 % largest of the entries with room; the projection by bisection on its
-    multiplier.
-    """
+    """One image's L1 step: the 1 % largest entries that have room; the projection by bisection."""
     g = np.where(((x > 1 - 1e-6) & (g > 0)) | ((x < 1e-6) & (g < 0)), 0, g)
     chosen = np.argsort(-np.abs(g))[: max(1, round(0.01 * g.size))]
     moved = x.copy()

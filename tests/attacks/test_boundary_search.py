@@ -1,6 +1,4 @@
-"""The search for the nearest boundary point against a transcription of the published algorithm in loops, and
-its invariants.
-"""
+"""Boundary search: a loop transcription of the published algorithm, and invariants."""
 
 from functools import partial
 from typing import Any
@@ -144,9 +142,7 @@ def test_start_is_half_the_radius_away() -> None:
 
 
 def test_quality_filter_counts_pixels() -> None:
-    """Ten pixels moved by (nearly) the maximum and two by less: at least ten of ten must have moved against
-    the gradient.
-    """
+    """Ten pixels move by (nearly) the maximum, two by less: at least ten must move against the gradient."""
     moved = torch.cat([torch.full((10,), 0.02), torch.full((2,), 0.01)]).double()
     moved[3] = -0.0199
     against = -moved.sign()

@@ -1,6 +1,4 @@
-"""FAB: the reference's verdicts and distances, the analytic ones of linear networks, and what always
-holds.
-"""
+"""FAB: the reference's verdicts and distances, analytic distances of linear networks, invariants."""
 
 from typing import Any
 
@@ -191,8 +189,7 @@ def test_ticks_come_in_order_and_end_at_one() -> None:
 
 
 def dual_bound(x: Tensor, w: Tensor, gap: float) -> float:
-    """The least ||d||_1 with w . d = -gap, 0 <= x + d <= 1, by linear programming's dual, which is piecewise
-    linear: inf where
+    """The least ||d||_1 with w . d = -gap, 0 <= x + d <= 1, by the dual linear program; inf if infeasible.
 
     there is none. g(l) = l gap + sum_i min over d_i of |d_i| + l w_i d_i; the minimum is at 0 or at a bound.
     """

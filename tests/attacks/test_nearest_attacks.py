@@ -1,6 +1,4 @@
-"""Searches for the nearest adversarial image: against transcriptions in float64, analytic distances and other
-libraries.
-"""
+"""Nearest-adversarial attacks: float64 transcriptions, analytic distances and other libraries."""
 
 import math
 from collections.abc import Callable
@@ -284,9 +282,7 @@ def test_wrong_numbers(make: Callable[[], Attack]) -> None:
 
 
 class Positive(nn.Module):
-    """Logits moved above 0: torchattacks takes rivals from logits in which the label's is 0, so negative ones
-    are lost.
-    """
+    """Logits above 0: torchattacks sets the label's logit to 0, which hides rivals with negative ones."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

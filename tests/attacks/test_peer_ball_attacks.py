@@ -32,9 +32,7 @@ FOOLBOX = {"linf": "Linf", "l2": "L2"}
 
 @pytest.fixture
 def case() -> tuple[nn.Module, Tensor, Tensor]:
-    """Six images, not a power of two: torchattacks averages over the batch, which in float64 cannot flip a
-    sign.
-    """
+    """Six images, not a power of two: torchattacks averages, and in float64 that flips no sign."""
     model = tiny_cnn(dtype=torch.float64).eval()
     return model, torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,))
 
@@ -123,9 +121,7 @@ def test_foolbox_pgd_from_its_own_start(norm: str, case: tuple[nn.Module, Tensor
 @needs("foolbox")
 @pytest.mark.parametrize("targeted", [False, True])
 def test_foolbox_slide_until_it_projects(targeted: bool, case: tuple[nn.Module, Tensor, Tensor]) -> None:
-    """Which entries move and how far, on images that no step takes out of the ball or to an end of the
-    range.
-    """
+    """The entries that move and by how much, for images that no step takes out of the ball or the range."""
     import foolbox
 
     model, x, y = case

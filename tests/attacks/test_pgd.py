@@ -145,9 +145,7 @@ def test_modes_come_back_after_an_error_inside_the_attack(images: Tensor, labels
 
 
 def test_the_three_bn_modes(images: Tensor, labels: Tensor) -> None:
-    """eval: running statistics; train: the batch's, and running ones move; frozen: the batch's, nothing
-    moves.
-    """
+    """eval: running statistics; train: the batch's, running ones move; frozen: the batch's, nothing moves."""
     goal, spec = AttackGoal("ce", labels), PGDSpec(0.1, 0.05, 2, start="none")
     results, moved = {}, {}
     for bn in ("eval", "train", "frozen"):
@@ -278,9 +276,7 @@ def test_a_given_start_is_used(images: Tensor, labels: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_attack_is_as_strong_in_float32(dtype: torch.dtype) -> None:
-    """Judged by the float32 loss it reaches, not by equal pixels: signs of tiny gradients differ between
-    precisions.
-    """
+    """Compares the float32 losses reached, not pixels: signs of tiny gradients differ between precisions."""
     model = tiny_cnn(classes=10)
     with torch.no_grad():
         model[-1].weight.mul_(20)  # a confident network, on which plain fp16 loses whole images

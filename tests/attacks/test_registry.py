@@ -71,7 +71,7 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it; modules of the package register only once."""
+    """Forget a test's registrations afterwards; modules of the package register only once."""
     for entry in entries():
         importlib.import_module(entry.module)
     for name in ("_registered", "_constructors"):

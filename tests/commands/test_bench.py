@@ -1,6 +1,4 @@
-"""`fastdynat bench`: what it times is what it says, its counts are right, its files come back, and bad input
-is refused.
-"""
+"""`fastdynat bench`: the right work is timed, counts are right, results read back, bad input is refused."""
 
 import copy
 import importlib.util
@@ -97,9 +95,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_released_loop_makes_our_update(updates: int) -> None:
-    """In float64 from the same noise: all weights, and the model's running statistics. The guide's have moved
-    more often.
-    """
+    """All weights and running statistics in float64, from one noise. The guide's move more often."""
     ours = [tiny_cnn(seed, classes=4, dtype=torch.float64) for seed in (1, 2)]
     theirs = copy.deepcopy(ours)
     networks = NetworkSet(*ours, image_shape=(3, 8, 8), device=CPU)
@@ -154,9 +150,7 @@ def test_flops_of_a_small_net_by_hand() -> None:
     [("resnet18", 1.1108, 2.2182), ("preact_resnet18", 1.1108, 2.2182), ("resnet18_s1122", 3.5268, 7.0500)],
 )
 def test_flops_of_resnets_are_the_published_ones(name: str, forward: float, backward: float) -> None:
-    """GFLOP per CIFAR image; PGD-10 on ResNet-18 for 50,000 images is 1.1108 PF of attack and 0.1664 PF of
-    update.
-    """
+    """GFLOP per CIFAR image; PGD-10, ResNet-18, 50,000 images: 1.1108 PF of attack, 0.1664 PF of update."""
     network = build_model(name, num_classes=10, image_shape=(3, 32, 32))
     flops = count_step(Madry(MadryOptions()), network, None, (3, 32, 32), attack_steps=10)
     assert flops.forward / 1e9 == pytest.approx(forward, abs=5e-5)
@@ -400,9 +394,7 @@ def test_rows_of_switches_budget_and_missing_peers(tmp_path: Path, monkeypatch: 
 def test_rows_are_kept_as_they_come_the_asked_setting_and_its_peer_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An interruption of the fourth row leaves the three before it, and the file of an earlier measurement as
-    it was.
-    """
+    """An interruption in the fourth row leaves the first three, and the file of an earlier measurement."""
     out, partial = tmp_path / "a.json", tmp_path / "a.json.partial"
     out.write_text("earlier")
     seen: list[list[tuple[str, str]]] = []
@@ -555,9 +547,7 @@ def test_a_baseline_of_something_else(
 @pytest.mark.slow
 @needs("torchattacks")
 def test_our_attack_is_not_slower_than_torchattacks() -> None:
-    """Float32, eager, side by side; by the fastest of each, which other work on the machine disturbs
-    least.
-    """
+    """Float32, eager, interleaved; compares the fastest of each, which other load disturbs least."""
     config, split = setting("resnet18", batch_size=8, channels_last="off")
     made = [make(config, split) for make in (engine_attack, torchattacks_attack)]
     ours, peer = take_turns(WATCH, [m.call for m in made], seconds=1.0, repeats=15)
@@ -568,7 +558,7 @@ def test_our_attack_is_not_slower_than_torchattacks() -> None:
 
 
 def automatic(config: TrainConfig[Any], amp: str = "off", mode: str = "off") -> TrainConfig[Any]:
-    """As `resolved_setting`, on a machine where `amp` and `mode` are fast and channels-last is not."""
+    """`resolved_setting` on a machine where `amp` and `mode` are fast and channels-last is not."""
     e = config.engine
     e = replace(
         e,
@@ -643,9 +633,7 @@ def test_auto_prints_stores_and_exits_by_the_worst_choice(
 def test_auto_times_compiled_code_after_both_of_its_checks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is compared with the uncompiled at its first call, and once more when that has changed the
-    weights.
-    """
+    """Compared with the uncompiled step at the first call, and once more after a change of the weights."""
     monkeypatch.setattr(
         run, "resolved_setting", lambda config, split: automatic(settled_before(config, split))
     )

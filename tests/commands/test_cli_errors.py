@@ -83,9 +83,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_combinations_are_refused_before_anything_is_measured(
     flags: list[str], refused: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Verifying operators and timing convolutions takes up to minutes on a busy machine at the first
-    start.
-    """
+    """Verifying operators and timing convolutions takes minutes on a busy machine at the first start."""
 
     def too_early(*args: object, **kwargs: object) -> None:
         raise AssertionError("measured before the refusal")

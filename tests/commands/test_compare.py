@@ -54,7 +54,7 @@ def weights(out: Path, run: str) -> list[bytes]:
 
 
 def timeless(doc: dict[str, Any]) -> Any:
-    """What must not depend on how often the comparison was stopped."""
+    """The part of the document that must not depend on how often the comparison was stopped."""
     runs = []
     for run in doc["runs"]:
         rows = [
@@ -404,9 +404,7 @@ def test_shared_flags_come_from_a_file_and_options_from_set(tmp_path: Path) -> N
 
 
 def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch of two steps, each of which waits a tenth of a second; more in later epochs where fewer attack
-    steps end.
-    """
+    """An epoch of two steps of at least 0.1 s; later epochs take longer where fewer attack steps end."""
     from fastdynat.training import open_split
     from fastdynat.training.resolve import resolve, resolve_loader
 

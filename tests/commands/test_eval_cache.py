@@ -1,6 +1,4 @@
-"""`fastdynat eval` measures nothing twice: files by key, shards, stages, and what a stop in the middle
-leaves.
-"""
+"""Cache of `fastdynat eval`: files by key, shards, stages, and the state after an interruption."""
 
 import json
 import os
@@ -57,7 +55,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def evaluate(model: object, *flags: object, code: int = 0) -> dict[str, Any]:
-    """What --json holds after evaluating the last checkpoint on 60 images."""
+    """The --json document of the last checkpoint on 60 images."""
     out = Path(os.environ["EVAL_JSON"])
     argv = ["eval", str(model), "--checkpoints", "last", "--num-images", "60", "--json", str(out)]
     assert main([*argv, *(str(flag) for flag in flags)]) == code

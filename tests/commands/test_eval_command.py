@@ -1,6 +1,4 @@
-"""`fastdynat eval` beyond runs: other models, batches that do not fit, checks of masking, what is printed and
-refused.
-"""
+"""`fastdynat eval` beyond runs: foreign models, ragged batches, masking checks, output and refusals."""
 
 import io
 import json
@@ -158,9 +156,7 @@ def test_worst_counts_images_that_survive_everything(
 
 @dataclass(frozen=True)
 class Step:
-    """A search for the nearest image along the gradient's sign whose distances are known: image i's is (i %
-    4) / 100.
-    """
+    """A nearest-image search along the gradient's sign with known distances: (i % 4) / 100 for image i."""
 
     eps: float = math.inf
     norm: str = "linf"

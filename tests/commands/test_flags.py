@@ -1,6 +1,4 @@
-"""Flags: other spellings are understood, and every refusal is one line that names the flag and the nearest
-right one.
-"""
+"""Flags: other spellings are understood; a refusal is one line with the flag and the nearest right one."""
 
 import random
 from dataclasses import replace
@@ -172,7 +170,7 @@ def test_all_refusals(
 
 
 def words_of(command: str, *argv: str) -> list[str]:
-    """What tyro gets for the words of a command."""
+    """The words of a command as they reach tyro."""
     flags = TABLES[command][1]
     return read_words(normalize(argv, flags), flags, command, {}).for_tyro(flags)
 
@@ -192,9 +190,7 @@ def test_every_spelling_means_its_flag(command: str) -> None:
 
 
 def test_spellings_of_the_issue_and_of_known_scripts() -> None:
-    """As TRADES, MART, AWP, Rice et al., robustness, PyTorch's examples and RobustBench's scripts are
-    called.
-    """
+    """The spellings of TRADES, MART, AWP, Rice et al., robustness, PyTorch's examples and RobustBench."""
     trades = (
         "--batch-size 128 --test-batch-size 128 --epochs 76 --weight_decay 2e-4 --lr 0.1 "
         "--epsilon 0.031 --num-steps 10"

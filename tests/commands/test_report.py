@@ -1,6 +1,4 @@
-"""`fastdynat report`: what the page holds and escapes, what it says is missing, what a second call does not
-do again.
-"""
+"""`fastdynat report`: the page's content and escaping, missing measurements, reuse by a second call."""
 
 import base64
 import json
@@ -417,9 +415,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_the_images_are_the_attacked_ones(trained: Path, written: Path) -> None:
-    """The pictures on the page, read back: within eps of the image, and the perturbation is their difference,
-    amplified.
-    """
+    """The page's pictures: within eps of the image; the perturbation is their amplified difference."""
     entries = json.loads((written / "findings.json").read_text())["findings"]
     value = next(e["value"] for e in entries if e["key"]["kind"] == "examples")
     assert len({example["label"] for example in value["examples"]}) == 6

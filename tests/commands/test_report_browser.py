@@ -58,7 +58,7 @@ def chromium(profile: Path, page: Path, *flags: str) -> tuple[str, list[str]]:
 
 
 def probed(folder: Path, html: str, width: int) -> tuple[dict[str, float], list[str]]:
-    """What the page says of itself in a frame of this width, and the console."""
+    """The measurements of the page in a frame of this width, and the console's messages."""
     (folder / "page.html").write_text(html.replace("</body>", PROBE))
     frame = folder / "frame.html"
     frame.write_text(FRAME.format(width=width))

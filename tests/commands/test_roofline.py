@@ -1,6 +1,4 @@
-"""Count, floor and expectation of a training step: the count by hand, the floors by definition, all of it in
-table and file.
-"""
+"""Roofline of a training step: counts by hand, floors by definition, their table and file."""
 
 import io
 import json
@@ -121,9 +119,7 @@ def test_the_guides_part_is_its_own(guide: str) -> None:
 
 
 def test_the_count_to_beat() -> None:
-    """ResNet-18, guide ResNet-18, batch 128: 3.84 TFLOP a step, 4.8 ms at 798 TFLOP/s, 12 to 14 ms
-    expected.
-    """
+    """ResNet-18 guided by one, batch 128: 3.84 TFLOP a step, 4.8 ms at 798 TFLOP/s, 12 to 14 ms expected."""
     flops = counted("dynat", "resnet18", "resnet18", batch_size=128)
     forward, backward = passes("resnet18")
     assert total(sum_of(flops)) == 128 * (20 * forward + (2 * forward + backward) + (forward + backward))
@@ -146,9 +142,7 @@ def test_the_count_to_beat() -> None:
 
 
 def test_floors_by_definition() -> None:
-    """Two kernels of 8 FLOPs on 2 numbers and one of 4 FLOPs on 10: 20 FLOPs; the last waits for 20 bytes of
-    half precision.
-    """
+    """Two kernels of 8 FLOPs on 2 numbers, one of 4 on 10, which waits for 20 bytes of half precision."""
     kernels = Counter({(8, 2): 2, (4, 10): 1})
     assert floors(kernels, Peak(2.0, 4.0, ""), 2) == (20 / 2, 8 / 2 + 8 / 2 + 20 / 4)
 

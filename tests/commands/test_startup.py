@@ -42,9 +42,7 @@ for line in sys.stdin.read().splitlines():
 
 
 def answers(*commands: list[str]) -> list[str]:
-    """What each command exits with, in one process where nothing heavy can be imported; after each its
-    standard error.
-    """
+    """Exit code and standard error of each command, in a process where nothing heavy can be imported."""
     text = "\n".join("\x1f".join(command) for command in commands)
     done = subprocess.run([sys.executable, "-c", BLOCKED], input=text, capture_output=True, text=True)
     assert "imported" not in done.stderr, done.stderr[-2000:]

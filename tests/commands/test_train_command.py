@@ -1,6 +1,4 @@
-"""Training that cannot work is refused before work, and failures are reported in words: weights, batches of
-one, threads.
-"""
+"""Training that cannot work is refused early, failures are explained: weights, batches of one, threads."""
 
 import json
 from pathlib import Path
@@ -56,9 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoilt(run: Path, key: str, value: float, copy: Path) -> Path:
-    """A copy of `run` whose weights hold `value` in two places of `key`, and whose records agree with
-    that.
-    """
+    """A copy of `run` with `value` in two entries of the weight `key`, and digests that match."""
     import shutil
 
     shutil.copytree(run, copy, symlinks=True)
@@ -263,9 +259,7 @@ def test_a_resume_says_what_makes_it_inexact(
 def test_the_share_of_the_first_weights_is_what_the_average_holds(
     decay: float, warmup: int, updates: int
 ) -> None:
-    """Weights that are 1 until the last copied step and 0 afterwards: the average is the share of the
-    former.
-    """
+    """Weights 1 until the last copied step and 0 afterwards: the average is the share of the ones."""
     model = nn.Linear(1, 1, bias=False).double()
     average = WeightAverage(model, decay)
     average.restart(warmup=warmup)

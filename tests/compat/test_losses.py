@@ -1,6 +1,4 @@
-"""The drop-in losses: the releases' loops in float64, written from their formulas, and what the releases do
-not do.
-"""
+"""Drop-in losses: the releases' loops in float64, from their formulas, and features beyond the releases."""
 
 import copy
 import gc
@@ -113,9 +111,7 @@ def released_attack(
 def released(
     name: str, model: nn.Module, guide: nn.Module, x: Tensor, y: Tensor, noise: Tensor, norm: str
 ) -> Any:
-    """Loss and attacked images; the passes come in the release's order, so buffers move as there (the guide's
-    once).
-    """
+    """Loss and attacked images; passes in the release's order, so that buffers move alike (guide's once)."""
     label, guide_logits = y, guide.train()(x) if name in GUIDED else x
     if name in ("trades", "lbgat"):
         with torch.no_grad():
@@ -348,9 +344,7 @@ def test_wrapped_models_give_the_same(wrap: Callable[[nn.Module], nn.Module]) ->
 
 
 def test_distributed() -> None:
-    """One process of a group: gradients are reduced, and the attack and the third pass stay out of the
-    reducer's way.
-    """
+    """One process of a group: gradients are reduced; attack and third pass stay out of the reducer's way."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -509,9 +503,7 @@ def test_signatures_are_the_releases(name: str) -> None:
 
 
 def test_dynat_loss_warns_once_where_beta_is_not_the_releases(recwarn: pytest.WarningsRecorder) -> None:
-    """Its script passes 6 and its loss ignores it: what a caller who copies the script gets here is another
-    loss.
-    """
+    """The release's script passes 6, which its loss ignores: a copied script gets another loss here."""
     losses._warn_of_beta.cache_clear()
     x, y = batch()
     called("dynat", tiny_cnn(dtype=torch.float64), tiny_cnn(1, dtype=torch.float64), x, y, beta=1.0)

@@ -200,9 +200,7 @@ def test_in_the_ball_and_in_range(
 
 
 def test_random_starts_are_uniform_and_seeded() -> None:
-    """Five thousand draws in the middle of the range: mean and spread of the uniform law, and another one per
-    call.
-    """
+    """Five thousand draws in mid-range: mean and spread of the uniform law, new ones at each call."""
     x, y = torch.full((32, 3, 8, 8), 0.5), torch.zeros(32, dtype=torch.int64)
     attack = PGD(tiny_cnn(), eps=0.1, steps=0)
     torch.manual_seed(1)
@@ -247,7 +245,7 @@ def test_works_where_gradients_are_off(context: type) -> None:
 
 
 def attacked_anew(attack: TorchAttack, x: Tensor, y: Tensor) -> Tensor:
-    """What a fresh attack makes of the model of now."""
+    """The result of a fresh attack on the model as it is now."""
     return PGD(attack.model, random_start=False)(x, y)
 
 

@@ -1,6 +1,4 @@
-"""Configuration: flat, unique names; files and flags mean the same; a stored configuration reads back as
-itself.
-"""
+"""Configuration: flat unique names; files and flags agree; a stored configuration reads back unchanged."""
 
 import dataclasses
 from pathlib import Path

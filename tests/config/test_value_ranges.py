@@ -55,9 +55,7 @@ def test_every_number_has_a_largest_value(config: type) -> None:
 
 
 def test_every_upper_bound_has_one_owner() -> None:
-    """What ends in `limits.LARGEST` has no other end in `checks.RANGES`, and what has none there ends in
-    `limits.LARGEST`.
-    """
+    """Each field has one upper end: `limits.LARGEST`, or that of `checks.RANGES`."""
     assert {key for key, limit in RANGES.items() if limit.most == math.inf} == RANGES.keys() & LARGEST.keys()
 
 

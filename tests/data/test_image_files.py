@@ -1,6 +1,4 @@
-"""Every kind of image file through every loader: the right 8-bit values, or a refusal by name before any
-work.
-"""
+"""Every kind of image file through every loader: right 8-bit values, or an early refusal by name."""
 
 import os
 import struct

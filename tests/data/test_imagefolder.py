@@ -1,6 +1,4 @@
-"""Folders of image files: what is read, in which order, and one clear line for each way a folder can be
-wrong.
-"""
+"""Image folders: the files read, their order, and one clear line for each kind of bad folder."""
 
 import os
 import shutil

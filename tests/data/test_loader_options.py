@@ -1,6 +1,4 @@
-"""Reflected crops and epochs that are not one pass: every loader the same, against numpy and the published
-sampler.
-"""
+"""Reflected crops and epochs of any length: all loaders agree, with numpy and the published sampler."""
 
 import math
 from pathlib import Path
@@ -81,9 +79,7 @@ def test_files_are_reflected_like_images_in_memory(loader: str, tmp_path: Path) 
 
 
 def published_sampler(num_images: int, batch: int, steps: int) -> list[tuple[int, int]]:
-    """DyART's loop: passes over fresh permutations in batches, the last of each short, until there are
-    enough: (pass, size).
-    """
+    """DyART's loop: fresh permutations in batches, the last of each short, until enough: (pass, size)."""
     out: list[tuple[int, int]] = []
     number = 0
     while len(out) < steps:

@@ -1,6 +1,4 @@
-"""Every loader against one slow reference of the plan: same images, crops, flips, order, shards and
-restarts.
-"""
+"""Every loader against one slow reference: images, crops, flips, order, shards and restarts."""
 
 import gc
 import json
@@ -453,7 +451,7 @@ def test_dali_refuses_sixteen_bits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where DALI is not installed."""
+    """A machine without DALI."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastdynat.data.dali_loader", raising=False)
 

@@ -1,6 +1,4 @@
-"""Named data sets: static facts, the torchvision sets (constructors replaced, no network), digits, and their
-errors.
-"""
+"""Named data sets: static facts, torchvision sets (constructors replaced, no network), digits, errors."""
 
 import pickle
 import struct

@@ -1,6 +1,4 @@
-"""Files, names and shortages that a command meets where it expects others: refused in one line, at once,
-nothing changed.
-"""
+"""Unexpected files, names and shortages: refused at once in one line, and nothing is changed."""
 
 import json
 import os
@@ -50,9 +48,7 @@ def new_run(path: Path, checkpoints: int = 0) -> Path:
 
 
 def spoil(path: Path, how: str, *, is_folder: bool) -> None:
-    """Put something at `path` that is neither a file nor a folder; with "other", a folder for a file and the
-    reverse.
-    """
+    """Put something at `path` that is neither file nor folder; "other": a folder for a file, or reverse."""
     if how != "other":
         OUTSIDE[how](path)
     elif is_folder:

@@ -1,6 +1,4 @@
-"""Pickles that a few bytes make endless: refused in a moment, before torch opens them; those that people have
-pass.
-"""
+"""Malicious pickles are refused at once, before torch opens them; ordinary ones pass."""
 
 import io
 import pickle

@@ -34,9 +34,7 @@ def moved_by(net: nn.Module, move: dict[str, Tensor], t: float) -> nn.Module:
 
 
 def converged(net: nn.Module, x: Tensor, y: Tensor) -> Boundary:
-    """The search again and again from where it ended, pulling back less and less: each time it meets the
-    boundary better.
-    """
+    """The search restarted from its end point, pulled back less each time: it gets nearer to the boundary."""
     found = boundary(net, x, y, BoundarySpec(steps=300, eta=1 + 1e-9))
     for beta in (0.99, 0.999, 0.9999):
         found = boundary(net, x, y, replace(FINE, beta_back=beta), x_start=found.x_adv)

@@ -1,6 +1,4 @@
-"""The gauge of speed against strength: silent on honest engines, loud on weakened ones, and without a trace
-of its own.
-"""
+"""Fidelity check: silent on honest engines, loud on weakened ones, without side effects."""
 
 import json
 import re

@@ -1,6 +1,4 @@
-"""Masking checks: silent on networks that mask nothing, and not on networks that do, each of which is known
-to.
-"""
+"""Gradient-masking checks: silent on networks without masking, loud on those known to mask."""
 
 import copy
 from math import comb
@@ -117,7 +115,7 @@ def test_a_network_that_is_not_robust_is_not_suspected_of_pretending_to_be() -> 
 
 
 def test_large_logits_are_found_to_saturate_the_cross_entropy(madry: nn.Sequential) -> None:
-    """What defensive distillation does, without the training."""
+    """The effect of defensive distillation, without its training."""
     loud = copy.deepcopy(madry)
     with torch.no_grad():
         loud[-1].weight.mul_(100)

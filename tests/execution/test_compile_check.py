@@ -1,6 +1,4 @@
-"""Compiled code that computes something else is found before its results are used, and the run goes on
-uncompiled.
-"""
+"""Wrong compiled code is found before its results are used, and the run goes on uncompiled."""
 
 import copy
 from collections.abc import Callable

@@ -1,6 +1,4 @@
-"""torch.compile within bounds: shapes, radii and kinds of attack cost no unbounded graphs, and the slower one
-is given up.
-"""
+"""torch.compile within bounds: shapes, radii and attacks make few graphs, and the slower one is dropped."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,9 +25,7 @@ SHAPES = range(1, 22)
 
 @pytest.fixture(autouse=True)
 def _traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dynamo traces, guards and counts as ever; what it traced runs as it is, which spares a C++ compiler's
-    seconds.
-    """
+    """Dynamo traces, guards and counts as usual; the traced code runs eagerly, which saves compile time."""
     real: Callable[..., Any] = torch.compile
 
     def traced(fn: Any, **kwargs: Any) -> Any:

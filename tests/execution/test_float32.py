@@ -45,9 +45,7 @@ KEYS = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), *LEAVES]
 
 
 def seen() -> dict[Any, Any]:
-    """What anybody can read of the flags; the older interface refuses to be read where the newer one
-    contradicts it.
-    """
+    """All readable precision flags; the older interface refuses where the newer one contradicts it."""
     found: dict[Any, Any] = {key: C._get_fp32_precision_getter(*key) for key in KEYS}
     for read in (C._get_cudnn_allow_tf32, C._get_cublas_allow_tf32, C._get_float32_matmul_precision):
         try:
@@ -138,9 +136,7 @@ def test_batch_norm_is_folded_on_a_gpu_whose_convolutions_are_tf32() -> None:
 
 
 def test_without_full_float32_that_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulation is as coarse as the GPU: two ways of the same gradient differ by more than the check
-    allows.
-    """
+    """The simulation is as coarse as the GPU: two ways to a gradient differ beyond the tolerance."""
     model, x = trained()
     monkeypatch.setattr(answers, "full_float32", nullcontext)
     monkeypatch.setattr(AttackReplica, "__init__", AttackReplica.__init__.__wrapped__)  # type: ignore[attr-defined]

@@ -1,6 +1,4 @@
-"""A capture that fails leaves nothing behind: the stream, the generator, the allocator, the collector are
-what they were.
-"""
+"""A failed capture leaves no trace in the stream, the generator, the allocator or the collector."""
 
 import gc
 import importlib

@@ -1,6 +1,4 @@
-"""A graph that does not do what its step does is found before its first use, and the run goes on as if it had
-never been.
-"""
+"""A graph that differs from its step is found before its first use, and the run goes on unchanged."""
 
 from collections.abc import Callable
 from typing import Any

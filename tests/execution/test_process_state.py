@@ -1,6 +1,4 @@
-"""Commands that run in the caller's process give it back as it was: after success, refusal, divergence and
-interruption.
-"""
+"""Commands restore the caller's process after success, refusal, divergence and interruption."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -49,9 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["plain", "unusual"])
 def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The state that must be there afterwards: as the process began, and one in which nothing has its
-    default.
-    """
+    """The state expected afterwards: that of a new process, or one in which no flag has its default."""
     torch.manual_seed(11)
     np.random.seed(12)
     random.seed(13)

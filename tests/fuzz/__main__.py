@@ -1,6 +1,4 @@
-"""Print the figures: ``PYTHONPATH=tests python -m fuzz --examples 1000 --kinds runs,yaml``; exit code 1 where
-one failed.
-"""
+"""Fuzzing by hand: ``PYTHONPATH=tests python -m fuzz --examples 1000 --kinds runs,yaml``; exits 0 or 1."""
 
 import argparse
 import sys

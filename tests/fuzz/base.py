@@ -12,9 +12,7 @@ from fuzz.commands import BENCH, STARTS, TINY
 
 
 def make_base(folder: Path) -> Path:
-    """A run with evaluations and speeds of the boundary, a report, a bench result, a comparison and a folder
-    of pictures.
-    """
+    """A run with evaluations, boundary speeds, a report, a bench result, a comparison and an image folder."""
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),

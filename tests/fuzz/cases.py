@@ -25,9 +25,7 @@ def _entries(folder: Path) -> list[str]:
 
 @st.composite
 def damaged_runs(draw: Draw, base: Path) -> Case:
-    """A run with one entry damaged, its digests made to fit or not, under one of the commands that read
-    it.
-    """
+    """A run with one damaged entry, digests adjusted or not, under one of the commands that read it."""
     name = draw(st.sampled_from(_entries(base)))
     others = ("kind", "content", "cut", "flip", "twice")
     how = draw(
@@ -86,9 +84,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _make_fit(path: Path) -> None:
-    """Let sidecar and manifest of the checkpoint that `path` is in promise what is there, as an attacker
-    would.
-    """
+    """Adjust sidecar and manifest of the checkpoint around `path` to its content, as an attacker would."""
     if path.parent.parent.name != "checkpoints":
         return
     sidecar = path.with_suffix(".json")

@@ -38,8 +38,7 @@ class Hang(BaseException):
 
 @dataclass(frozen=True)
 class Case:
-    """One input: `prepare` puts files into an empty folder that holds a copy of the base, and returns the
-    command.
+    """One input: `prepare` puts files into an empty folder with a copy of the base, and returns the command.
 
     label: everything that is needed to make it again, for the report of a failure.
     environ: variables that are set, or with None unset, while the command runs.
@@ -159,9 +158,7 @@ def _command(argv: list[str]) -> tuple[int, str | None]:
 
 
 class _Watchdog:
-    """Raises Hang after LIMIT seconds of waiting or of work; on a machine with other work beside, work is
-    processor time.
-    """
+    """Raise Hang after LIMIT seconds of waiting, or of processor time, which other load does not change."""
 
     def __init__(self) -> None:
         self.begin, self.start = time.monotonic(), time.process_time()

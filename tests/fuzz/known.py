@@ -1,6 +1,4 @@
-"""Inputs that once ended in a traceback, a hang or a loss, by what was wrong; each with the exit code that is
-right.
-"""
+"""Inputs that once caused a traceback, a hang or a loss, by defect, with the right exit code."""
 
 import json
 import os

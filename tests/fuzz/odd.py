@@ -247,9 +247,7 @@ KINDS = ("nothing", "folder", "full folder", "file", "pipe", "loop", "dangling",
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values within a JSON document, the outermost first; of a long list only the first
-    entries.
-    """
+    """The paths of all values in a JSON document, outermost first; of a long list only the first entries."""
     found = [at]
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -1,6 +1,4 @@
-"""Files for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no weights
-at all.
-"""
+"""Files for `eval --weights`: mutated pickles, safetensors with any header, files that are no weights."""
 
 import json
 import os
@@ -99,9 +97,7 @@ HEADERS: list[Any] = [
 
 @st.composite
 def weights(draw: Draw, base: Path) -> Case:
-    """A file for `eval --weights`: pickles of many things, cut and flipped; safetensors of any header; no
-    weights at all.
-    """
+    """A file for `eval --weights`: a mutated pickle, safetensors with any header, or no weights at all."""
     how = draw(st.sampled_from(("object", "raw pickle", "flip", "cut", "header", "content", "kind")))
     name = draw(st.sampled_from(OBJECTS))
     legacy, place, bit = draw(st.booleans()), draw(st.floats(0, 1)), draw(st.integers(0, 7))

@@ -1,6 +1,4 @@
-"""The promises of the engine for every method: it trains, resumes exactly, captured and compiled it computes
-the same.
-"""
+"""Every method trains, resumes exactly, and computes the same captured and compiled."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -156,9 +154,7 @@ def test_no_step_waits_for_the_gpu(variant: str, amp: str) -> None:
 def test_compiled_without_breaks_once_and_with_eagers_numbers(
     variant: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tracing and differentiation are what a method can break; Inductor's code for all of them takes
-    minutes.
-    """
+    """Methods can break tracing and differentiation; compiling all of them by Inductor takes minutes."""
     if backend != "inductor":
         whole = torch.compile
         monkeypatch.setattr(

@@ -1,6 +1,4 @@
-"""The burn-in: natural training first, then the method from there; in whole runs, captured, and across a
-pause.
-"""
+"""Burn-in: natural training first, then the method, in whole runs, captured, and across a pause."""
 
 import json
 import os

@@ -1,6 +1,7 @@
-"""TRADES, MART, ALP, mixed batches, GAIRAT, MAIL and DYNAT's weightings: one step each against a loop-based
-float64 transcription of the formulas, written without our code; their limits; captured, compiled, from the
-command line.
+"""TRADES, MART, ALP, mixed batches, GAIRAT, MAIL, DYNAT's weightings against float64 transcriptions.
+
+One step each against loops written from the formulas without our code; their limits; captured, compiled, and
+from the command line.
 """
 
 import copy
@@ -331,9 +332,7 @@ def test_mails_normalized_weights(seed: int, size: float, slope: float, bias: fl
 
 
 def test_iterates_that_keep_the_class_are_counted(batch: Batch) -> None:
-    """Away from what the network says of the clean images, by two measures; the independent count has its own
-    attack.
-    """
+    """Away from the clean prediction, by two measures; the independent count has its own attack."""
     model = moved_network(1)
     step = train_step(Gairat(GairatOptions()), model, None)
     labels = copy.deepcopy(model).eval()(batch.x).argmax(1)
@@ -364,9 +363,7 @@ EXTREME = {
 @pytest.mark.parametrize("gap", [0.0, 150.0, 1000.0])
 @pytest.mark.parametrize("name", EXTREME)
 def test_finite_at_any_gap(name: str, gap: float) -> None:
-    """Logits that are confident and right, confident and wrong, or undecided, clean and attacked in all
-    combinations.
-    """
+    """Confident right, confident wrong and undecided logits, clean and attacked, in all combinations."""
     rows = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [-1, 0, 0, 0]])
     clean, adv = (rows[index] for index in torch.cartesian_prod(torch.arange(5), torch.arange(5)).T)
     scale = nn.Parameter(torch.full((4,), gap))

@@ -1,6 +1,4 @@
-"""DyART: its gradient is that of the margin, its step the published one, captured, compiled and plain
-alike.
-"""
+"""DyART: the margin's gradient, the published step; captured, compiled and eager steps agree."""
 
 import copy
 from collections.abc import Iterator

@@ -24,9 +24,7 @@ def released_norm(x: Tensor, w: Weights, name: str, groups: bool) -> Tensor:
 
 
 def released_block(x: Tensor, w: Weights, name: str, stride: int, groups: bool) -> Tensor:
-    """The pre-activated input feeds the shortcut where widths change; strided convolutions are padded behind
-    the image only.
-    """
+    """The shortcut takes the pre-activated input; strided convolutions pad only bottom and right."""
     out = F.silu(released_norm(x, w, f"{name}.bn1", groups))
     shortcut = (
         F.conv2d(out, w[f"{name}.convShortcut.weight"], stride=stride)
@@ -68,7 +66,7 @@ def test_logits_and_gradients_are_the_releases(groups: bool) -> None:
 
 
 def test_without_it_the_network_is_another() -> None:
-    """What the recipe had before: no normalisation, and padding on all sides."""
+    """The recipe's former network: no normalisation, and padding on all sides."""
     x = torch.rand(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     same, around = ours("wrn-10-2-silu-same"), ours("wrn-10-2-silu")
     around.load_state_dict(same.state_dict())

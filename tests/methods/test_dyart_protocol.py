@@ -1,6 +1,4 @@
-"""Six updates of DyART's training loop in float64: search, filter, clipping, groups, cycled momentum,
-statistics, average.
-"""
+"""Six updates of DyART's loop in float64: search, filter, clipping, groups, momentum, statistics, average."""
 
 import copy
 import math
@@ -139,17 +137,13 @@ def test_six_updates_equal_the_release() -> None:
 
 
 def test_the_averages_first_update_is_the_recipes() -> None:
-    """The share that the recipe gives is the release's 2.5 % of 200 epochs and its counter's delay: update
-    1,175 of 39,200.
-    """
+    """The release's 2.5 % of 200 epochs, plus its counter's delay: update 1,175 of 39,200."""
     config = OptimConfig(epochs=211, burn_in=11, ema=TAU, ema_warmup=0.02997)
     assert average_warmup(config, 200, 196) == 0.025 * 200 * 196 + 196 - 1 == 1175
 
 
 def test_the_filter_drops_what_the_releases_drops_on_a_linear_network() -> None:
-    """On most images all pixels move as far as the farthest: the share of flat ones among the others is 0 /
-    0, not above 0.
-    """
+    """On most images all pixels move equally far: the share of flat ones among the others is 0 / 0."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).double()
     x = torch.rand(24, 3, 4, 4, dtype=torch.float64)

@@ -21,9 +21,7 @@ def batch() -> Batch:
 
 
 class Pair:
-    """A model and a guide with the views the engine gives a method, and untouched copies to compute
-    references with.
-    """
+    """Model and guide with the engine's views, and untouched copies for the references."""
 
     def __init__(self) -> None:
         self.model, self.guide = (

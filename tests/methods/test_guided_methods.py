@@ -1,6 +1,4 @@
-"""Guided and distilled methods: whole steps against float64 transcriptions of the formulas, limits, numerics,
-graphs.
-"""
+"""Guided and distilled methods: whole steps against float64 transcriptions, limits, numerics, graphs."""
 
 import copy
 import math
@@ -389,9 +387,7 @@ def test_unused_clean_passes_move_only_running_statistics(
 
 @pytest.mark.parametrize("gap", [150.0, 1000.0])
 def test_kl_of_certain_predictions_is_their_gap(gap: float) -> None:
-    """p and q have all mass on different classes: KL is the gap, its gradient the difference of the two, and
-    none at p.
-    """
+    """p and q on different classes: the KL is the gap, its gradient the difference; at p there is none."""
     p, q = ((gap * nn.functional.one_hot(torch.tensor([i]), K)).requires_grad_() for i in (0, 1))
     loss = mean_kl(p, q)
     loss.backward()
@@ -421,9 +417,7 @@ def test_kl_is_finite_and_a_divergence(values: list[float], temperature: float) 
 
 
 class Certain(nn.Module):
-    """Certain of a class that depends on the image alone, by `gap`; and of another one for brighter
-    images.
-    """
+    """Certain, by `gap`, of a class by the image alone, and of another one for brighter images."""
 
     def __init__(self, gap: float, first: int, dtype: torch.dtype) -> None:
         super().__init__()

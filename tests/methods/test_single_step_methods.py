@@ -1,6 +1,4 @@
-"""FGSM-RS, N-FGSM, Free and VAT: one step each against a float64 transcription of the published formulas, and
-their limits.
-"""
+"""FGSM-RS, N-FGSM, Free and VAT: one step against float64 transcriptions of the formulas, and limits."""
 
 import copy
 import math
@@ -173,9 +171,7 @@ def test_vat_follows_the_power_method(batch: Batch, hidden: int) -> None:
 
 
 def test_the_power_method_finds_the_direction_of_the_largest_curvature() -> None:
-    """With many iterations the direction is the top eigenvector of the divergence's Hessian, here by
-    eigendecomposition.
-    """
+    """With many iterations the direction is the top eigenvector of the divergence's Hessian."""
     model = moved_network(1)
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     nets = train_step(Vat(VatOptions()), model, None).networks

@@ -1,6 +1,4 @@
-"""One training step against a loop-based float64 transcription of the published formulas, written without our
-code.
-"""
+"""One training step against a float64 transcription of the published formulas, independent of our code."""
 
 import copy
 
@@ -45,9 +43,7 @@ def batch() -> Batch:
 def reference_dynat_step(
     model: nn.Module, guide: nn.Module, x: Tensor, y: Tensor, noise: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """algorithms A.2-A.5: label, attack, the two losses with their gradients, and the BN buffers, image by
-    image.
-    """
+    """Algorithms A.2-A.5 image by image: label, attack, both losses with gradients, and the BN buffers."""
     guide.train()
     guide_logits = guide(x)
     labels = [int(guide_logits[i].detach().argmax()) for i in range(N)]
@@ -104,9 +100,7 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("clean_pass", [False, True])
 def test_with_true_labels_dynat_is_madry_bitwise(batch: Batch, clean_pass: bool) -> None:
-    """`l_nat = y`: the same weights and buffers to the last bit after three updates (float32, momentum off or
-    on alike).
-    """
+    """`l_nat = y`: the same weights and buffers bit for bit after three float32 updates, any momentum."""
     batch = Batch(batch.x.float(), batch.labels, batch.indices)
     results = []
     for method, guide in (

@@ -1,6 +1,4 @@
-"""Networks from elsewhere: names, the user's own code, state dicts in wrappers, and the errors that say what
-is wrong.
-"""
+"""Foreign networks: names, the user's own code, wrapped state dicts, and clear errors."""
 
 import os
 import subprocess

@@ -114,9 +114,7 @@ def test_styles_replace_every_norm_and_activation_and_keep_weights_and_names(nam
 
 
 def test_silu_stands_where_gowals_network_has_it():
-    """deepmind-research's adversarial_robustness model zoo, block by block, at stride 1, where paddings
-    agree.
-    """
+    """deepmind-research's adversarial_robustness zoo, block by block, at stride 1, where paddings agree."""
     block = WideBlock(4, 6, 1, split_style("x-silu")[1]).double()
     x, norm, act = torch.randn(2, 4, 5, 5, dtype=torch.float64), F.batch_norm, F.silu
 

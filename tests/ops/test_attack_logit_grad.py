@@ -1,6 +1,4 @@
-"""The closed-form gradient of attack losses: autograd of the formulas in float64, rescaling, extreme
-logits.
-"""
+"""Closed-form gradient of attack losses: float64 autograd, rescaling, extreme logits."""
 
 import math
 from collections.abc import Callable
@@ -354,9 +352,7 @@ def test_errors_name_the_values(args: tuple[Tensor, Tensor], kwargs: dict[str, A
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_faint_soft_rows_are_finite(backend: str) -> None:
-    """The largest entry is subnormal or flushed: no power of two brings it to one half, and none may make it
-    infinite.
-    """
+    """The largest entry is subnormal or flushed: no power of two makes it one half, and none may overflow."""
     logits = torch.stack([torch.tensor([gap, 0.0]) for gap in (86.0, 88.6, 95.0, 103.0, 120.0)])
     target = torch.tensor([1.0, -INF]).expand(5, 2).log_softmax(1)
     for loss, labels in (("kl", target), ("soft-ce", target.exp())):

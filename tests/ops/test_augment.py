@@ -1,6 +1,4 @@
-"""Batches from a resident set: a per-image oracle, bitwise equality of the implementations, what is out of
-range.
-"""
+"""Augmented batches: a per-image oracle, bitwise equal implementations, indices out of range."""
 
 from typing import Any
 

@@ -1,5 +1,4 @@
-"""The CUDA kernels on the CPU: that the simulator finds what is wrong, and that the kernels' results are the
-reference's.
+"""The CUDA kernels in the CPU simulator: it finds planted faults, and results equal the reference's.
 
 What an operator computes is tested in its own file, which lists SIMULATED_CUDA among its backends; here is
 what the simulator does, and what only kernels that work in 16-byte packs have to fear.
@@ -31,7 +30,7 @@ def samples(compiled: Path) -> ctypes.CDLL:
 
 
 def run_sample(samples: ctypes.CDLL, name: str, x: Tensor, out: Tensor) -> str:
-    """What the simulator has to say, empty where it has nothing."""
+    """The simulator's report; empty without findings."""
     message = ctypes.create_string_buffer(1000)
     pointers = [ctypes.cast(t.data_ptr(), ctypes.POINTER(ctypes.c_float)) for t in (x, out)]
     code = samples.run_sample(name.encode(), *pointers, message, ctypes.c_size_t(len(message)))

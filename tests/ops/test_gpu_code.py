@@ -1,5 +1,4 @@
-"""Code for GPUs that are not here: kernels compile for sm_80 and sm_90, do not spill registers, read 16 bytes
-at a time.
+"""Kernels compile for sm_80 and sm_90 without a GPU, spill no registers and read 16 bytes at a time.
 
 What no compiler knows without a GPU, how fast it is, is left to bench/.
 """
@@ -55,9 +54,7 @@ def tool(name: str) -> str:
 
 
 def spilled(report: str) -> dict[str, int]:
-    """How many bytes of registers each function keeps in memory, as `ptxas -v` reports it; without those that
-    keep none.
-    """
+    """Spilled bytes by function, as `ptxas -v` reports them; functions without spills are left out."""
     pattern = (
         r"Function properties for (\S+)\s+"
         r"\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -71,9 +68,7 @@ def spilled(report: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What triton_launches.py compiled. A process of its own: under TRITON_INTERPRET=1 @triton.jit does not
-    compile.
-    """
+    """Compiled kernels, by triton_launches.py in its own process: TRITON_INTERPRET=1 disables compilation."""
     folder = tmp_path_factory.mktemp("triton")
     env = {
         key: value
@@ -125,9 +120,7 @@ def test_triton_kernels_read_16_bytes_at_a_time(launched: list[dict[str, Any]]) 
 
 @needs("triton")
 def test_triton_does_not_contract_into_fma(launched: list[dict[str, Any]]) -> None:
-    """So that elementwise results are equal to the other implementations'; exponentials and logarithms are
-    made of FMAs.
-    """
+    """Elementwise results must equal the other implementations'; exponentials and logarithms use FMAs."""
     elementwise = [
         line for line in launched[:-1] if re.match("augment|pgd_step|project|random_start", line["kernel"])
     ]
@@ -141,7 +134,7 @@ def test_triton_does_not_contract_into_fma(launched: list[dict[str, Any]]) -> No
 
 
 class CudaCode:
-    """What nvcc made of a source: its own report, and the machine code by function."""
+    """nvcc's report on a source, and the machine code by function."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         torch_include = Path(torch.__file__).parent / "include"

@@ -1,5 +1,4 @@
-"""``python -m fastdynat.ops.new NAME``, run on a copy of the checkout: the example is built, run and
-tested."""
+"""``python -m fastdynat.ops.new NAME`` on a copy of the checkout: its example builds, runs and passes."""
 
 import os
 import shutil

@@ -1,6 +1,4 @@
-"""The L1 and the L0 PGD step: exact oracles by sorting, agreement of the implementations, ball and range,
-ties.
-"""
+"""The L1 and L0 PGD steps: exact oracles by sorting, agreement of the implementations, range, ties."""
 
 from typing import Any
 
@@ -35,9 +33,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 def inputs(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
 ) -> Any:
-    """Points inside and outside the ball, saturated pixels, gradients with ties, zeros and NaN; every third
-    image has none.
-    """
+    """Points in and outside the ball, saturated; gradients with ties, 0, NaN; none for every third image."""
     x0 = (torch.rand(shape, dtype=dtype) * 1.4 - 0.2).clamp(0, 1)
     spread = 4 * EPS / max(1, x0[:1].numel()) * torch.rand(shape[:1] + (1,) * (len(shape) - 1), dtype=dtype)
     x_adv = (x0 + spread * torch.randn(shape, dtype=dtype)).clamp(0, 1)

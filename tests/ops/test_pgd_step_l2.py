@@ -1,6 +1,4 @@
-"""The L2 PGD step: a float64 oracle, agreement of the implementations, the ball, the pixel range, odd
-gradients.
-"""
+"""The L2 PGD step: float64 oracle, agreement of the implementations, ball, pixel range, odd gradients."""
 
 from typing import Any
 

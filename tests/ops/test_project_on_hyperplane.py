@@ -1,6 +1,4 @@
-"""Projection on a hyperplane inside a box: an exact oracle by sorting, optimality, what cannot be reached,
-odd planes.
-"""
+"""Projection on a hyperplane in a box: exact oracle by sorting, optimality, unreachable and odd planes."""
 
 from typing import Any
 
@@ -48,9 +46,7 @@ def inputs(
     w_dtype: torch.dtype | None = None,
     far: float = 0.1,
 ) -> Any:
-    """Images with saturated pixels, weights of all sizes with zeros among them; the planes' offset is `far`
-    of the reach.
-    """
+    """Saturated images, weights of all sizes and zeros; the planes' offset is `far` of the reach."""
     x = (torch.rand(shape, dtype=dtype) * 1.4 - 0.2).clamp(0, 1)
     w = torch.randn(shape, dtype=dtype) * torch.rand(shape, dtype=dtype) ** 4
     w = torch.where(torch.rand(shape) < 0.1, 0.0, w).to(w_dtype or dtype)
@@ -69,9 +65,7 @@ def project(x: Tensor, w: Tensor, value: Tensor, at: Tensor, **kwargs: Any) -> T
 def oracle(
     x: Tensor, w: Tensor, value: Tensor, at: Tensor, norm: str, lo: float = 0.0, hi: float = 1.0
 ) -> Tensor:
-    """By sorting the multipliers at which entries meet their bounds and walking along them, in float64
-    numpy.
-    """
+    """Sorts the multipliers at which entries meet their bounds and walks along them, in float64 numpy."""
     points, weights, origins = (t.double().reshape(len(x), x[:1].numel()).numpy() for t in (x, w, at))
     out = points.clip(lo, hi)
     for i in range(len(points)):
@@ -97,7 +91,7 @@ def oracle(
 
 
 def rest(z: Tensor, w: Tensor, value: Tensor, at: Tensor) -> Tensor:
-    """What is left of the linear function, (N,)."""
+    """The residual of the linear function, (N,)."""
     return value.double() + (w.double() * (z.double() - at.double())).flatten(1).sum(1)
 
 

@@ -1,6 +1,4 @@
-"""Random starts: published vectors, an oracle in numpy, bitwise equality of the implementations, the
-distributions.
-"""
+"""Random starts: published vectors, a numpy oracle, bitwise equal implementations, distributions."""
 
 import math
 from typing import Any
@@ -102,14 +100,12 @@ def assert_same(actual: Tensor, expected: Tensor, atol: float = 0.0) -> None:
 
 
 def tolerance(kind: str, scale: float = 1.0) -> float:
-    """How far implementations may be apart: a start under L2 by the rounding of the image's length."""
+    """Tolerance between implementations: under L2 the rounding of the image's length."""
     return 3e-7 * scale if kind == "l2" else 0.0
 
 
 def kolmogorov_smirnov(sample: Tensor, cdf: Any) -> float:
-    """The statistic times the square root of the sample's size: above 1.95 once in a thousand samples of
-    `cdf`.
-    """
+    """Kolmogorov-Smirnov statistic times sqrt(n): above 1.95 once in a thousand samples of `cdf`."""
     ordered = cdf(sample.double().flatten().sort().values)
     n = len(ordered)
     steps = torch.arange(n + 1, dtype=torch.float64) / n

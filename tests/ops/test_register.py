@@ -1,5 +1,4 @@
-"""Registration: the schema comes from the eager form, and the launchers in kernels/ take the same
-arguments."""
+"""Registration: schemas come from the eager forms, and the launchers in kernels/ take their arguments."""
 
 import importlib
 import inspect

@@ -1,5 +1,4 @@
-"""csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer: the CPU kernels, and the CUDA kernels in the
-simulator.
+"""csrc/ under AddressSanitizer and UBSan: the CPU kernels, and the CUDA kernels in the simulator.
 
 The calls are in sanitized_calls.py. Torch itself is not sanitized, but its memory is: the sanitizer's malloc
 fences tensors.

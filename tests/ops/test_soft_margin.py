@@ -1,6 +1,4 @@
-"""The soft margin: a float64 oracle, its gradient, the bounds that its paper gives, rows that mean
-nothing.
-"""
+"""Soft margin: float64 oracle, gradient, the paper's bounds, meaningless rows."""
 
 import math
 from collections.abc import Callable

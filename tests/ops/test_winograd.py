@@ -1,6 +1,4 @@
-"""Winograd convolutions: against conv2d in float64, gradients in every way of taking them, and the attack
-that uses them.
-"""
+"""Winograd convolutions: conv2d in float64, every kind of gradient, and attacks that use them."""
 
 import copy
 import sys
@@ -320,9 +318,7 @@ def move(net: nn.Module) -> None:
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it costs: on small images the direct convolution is faster
-    (tests/attack_engine/test_winograd_choice.py).
-    """
+    """Winograd at any cost: on small images it is slower (tests/attack_engine/test_winograd_choice.py)."""
     monkeypatch.setattr(Convolution, "repays", lambda *_: True)
     monkeypatch.setattr(Convolution, "gain", lambda *_: 1.0)
 
@@ -475,7 +471,7 @@ def test_a_run_uses_it_unless_told_otherwise(switch: str, used: bool) -> None:
 
 
 class Asked(Exception):
-    """How validation attacks."""
+    """Raised with validation's attack."""
 
 
 @needs("ext")

@@ -84,8 +84,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(model: torch.nn.Module) -> dict[str, Any]:
-    """What a page's Python blocks begin with: a network, images of every class, and images that it gets
-    right."""
+    """Variables of a page's Python blocks: a network, images of every class, images it classifies right."""
     x, x_test = torch.rand(160, 3, 8, 8), torch.rand(16, 3, 8, 8)
     y, y_test = torch.arange(160) % 10, model.eval()(x_test).argmax(1)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)

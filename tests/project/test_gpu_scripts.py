@@ -1,6 +1,4 @@
-"""bench/gpu_check.sh and gpu_train.sh: limits, order, results that stand, what is taken along. The GPU itself
-is not here.
-"""
+"""bench/gpu_check.sh and gpu_train.sh without a GPU: limits, order, kept results, packed files."""
 
 import json
 import os
@@ -27,9 +25,7 @@ SAY = [sys.executable, "-S", "-c"]  # without site-packages: starts at once
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[SimpleNamespace]:
-    """The modules of bench/gpu. bench/ is behind everything else on the path: it has an autoattack.py of its
-    own.
-    """
+    """The modules of bench/gpu; bench/ comes last on the path, because it has its own autoattack.py."""
     sys.path.append(str(ROOT / "bench"))
     try:
         names = ("archive", "bare", "keys", "machine", "pack", "parts", "unpack", "wheels")
@@ -394,9 +390,7 @@ REQUIRES = {
 
 @pytest.fixture
 def packed(gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pack of made-up wheels under the real names and of 2 x (12 + 6) images; only the download is not the
-    real one.
-    """
+    """A pack of made-up wheels under real names and of 2 x (12 + 6) images; only the download is replaced."""
     examples = {"pyautoattack": {"pyautoattack/examples/model.pt": "x" * 10_000}}
 
     def download(name: str, python: str, folder: Path) -> Path:
@@ -475,9 +469,7 @@ def test_too_many_images_become_a_balanced_subset(gpu: SimpleNamespace, tmp_path
 def test_the_callers_path_is_kept_and_only_what_lacks_is_added(
     gpu: SimpleNamespace, tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packages that this Python has are not taken from the pack: here all but odd-name are there, or none
-    is.
-    """
+    """Installed packages are not taken from the pack: all are installed but odd-name, or none is."""
     mine = tmp_path / "mine"
     mine.mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{mine}:relative")
@@ -508,9 +500,7 @@ def test_the_callers_path_is_kept_and_only_what_lacks_is_added(
 def test_a_slow_moment_does_not_hide_what_was_seen(
     gpu: SimpleNamespace, tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch is looked at again after the prebuilt extension was taken; where that takes too long, the first
-    look counts.
-    """
+    """torch is probed again with the prebuilt extension; if that takes too long, the first probe counts."""
     seen = {"versions": {"torch": "2.11.0", "triton": "3.6.0"}, "python": "3.12.3", "extension_error": "none"}
     looks = iter([seen, {"versions": {}, "torch_error": "importing it took longer than 30 s"}])
     monkeypatch.setenv("FASTDYNAT_GPU_PACK", str(packed))
@@ -714,9 +704,7 @@ sys.meta_path.insert(0, Hide())
 @pytest.mark.slow
 @needs("cxx")
 def test_gpu_check_from_a_pack_without_network(tmp_path: Path) -> None:
-    """Every part, on a CPU at tiny sizes, as on a bare machine: packages hidden, no network where that can be
-    had.
-    """
+    """Every part at tiny sizes on the CPU of a bare machine: no packages, where possible no network."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "sitecustomize.py").write_text(BARE)
     pack, python = tmp_path / "gpu-pack", f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,6 +1,4 @@
-"""Layers: a module imports only its own room and lower ones, and no import circles. kernels/ imports only
-torch and triton.
-"""
+"""Layers: modules import only their own and lower rooms, without circles; kernels/ only torch and triton."""
 
 import ast
 import sys
@@ -38,9 +36,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def sources() -> dict[str, Path]:
-    """Every Python file of the package by module name. kernels/ is read where it lies, not through the
-    link.
-    """
+    """All Python files of the package by module name; kernels/ is read in place, not through the link."""
     files = {
         path.relative_to(ROOT): path
         for path in (ROOT / "fastdynat").rglob("*.py")
@@ -90,9 +86,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
 
 
 def imports() -> dict[str, set[str]]:
-    """The modules that each module imports. Packages are left out: they offer again what their modules
-    have.
-    """
+    """Each module's imports. Packages are left out: they re-export their modules' names."""
     files = sources()
     known = {name for name, path in files.items() if path.name != "__init__.py"}
     graph = {}

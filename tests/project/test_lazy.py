@@ -1,6 +1,4 @@
-"""Imports that wait: which of a module's imports run at once, when the others follow, and what stays as it
-was.
-"""
+"""Lazy imports: those that run at once, the moment the others follow, and unchanged behaviour."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""The options that recipes need: what cannot work is refused, and a run stored before there were any goes on
-as it began.
-"""
+"""The recipes' options: what cannot work is refused; runs stored before an option existed resume alike."""
 
 import json
 from pathlib import Path
@@ -108,9 +106,7 @@ def forget(run: Path) -> None:
     ],
 )
 def test_a_run_from_before_goes_on_as_it_began(method: str, flags: list[str], tmp_path: Path) -> None:
-    """(Runs made by the commit before these options were resumed too, when they were made: equal to the last
-    bit.)
-    """
+    """(Runs made before these options existed were resumed too, at the time: equal to the last bit.)"""
     runs = [tmp_path / name for name in ("whole", "parts")]
     for run, more in zip(runs, ([], ["--stop-after", "1"]), strict=True):
         assert (

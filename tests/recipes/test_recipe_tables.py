@@ -204,9 +204,7 @@ def updates_with_edges(built: Built, release: Release) -> list[int]:
 
 
 def test_an_update_as_it_is_made(recipe: tuple[Built, Release]) -> None:
-    """What the optimiser is given, which weights are perturbed, and how many passes move the running
-    statistics.
-    """
+    """The optimiser's parameters, the weights that are perturbed, and the passes that move the statistics."""
     built, release = recipe
     step, begin = built.step, built.config.optim.burn_in * release.steps
     counters = [b for n, b in built.model().named_buffers() if n.endswith("num_batches_tracked")]

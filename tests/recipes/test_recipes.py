@@ -57,9 +57,7 @@ def test_every_file_begins_with_its_source(name: str) -> None:
 
 
 def test_milestones_fall_between_the_published_epochs() -> None:
-    """A share that is rounded the wrong way would drop the rate an epoch late. By update, ten of them to an
-    epoch.
-    """
+    """A share rounded the wrong way would drop the rate an epoch late. By update, ten to an epoch."""
 
     published = {
         "trades": (740,),

@@ -1,6 +1,4 @@
-"""Five steps of Rice et al.'s and AT-AWP's training loops, transcribed in float64, against ours with the
-recipes' options.
-"""
+"""Five steps of Rice et al.'s and AT-AWP's loops, transcribed in float64, against ours by the recipes."""
 
 import copy
 from typing import Any
@@ -26,9 +24,7 @@ SCHEDULE = OptimConfig(lr=LR, epochs=2, schedule="multistep", milestones=(0.5,),
 
 
 def released_attack(model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
-    """The perturbation found in train mode, every pass of which moves the running statistics; and a last look
-    at its loss.
-    """
+    """The train-mode attack, whose passes all move the running statistics, and a last look at its loss."""
     delta = (start - x).requires_grad_()
     for _ in range(STEPS):
         loss = F.cross_entropy(model(x + delta), y)
@@ -42,9 +38,7 @@ def released_attack(model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Te
 def released_step(
     model: nn.Module, optimizer: torch.optim.SGD, x: Tensor, y: Tensor, start: Tensor, gamma: float
 ) -> Tensor:
-    """One batch of the loop: attack, weight perturbation by a proxy, update, restoration, and the clean
-    images' accuracy.
-    """
+    """One batch of the loop: attack, perturbation by a proxy, update, restoration, clean accuracy."""
     model.train()
     x_adv = torch.clamp(x + released_attack(model, x, y, start), 0, 1)
     moves: dict[str, Tensor] = {}

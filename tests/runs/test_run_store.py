@@ -106,7 +106,7 @@ def test_newest_and_best_are_kept_and_the_state_only_of_the_newest(run: Path) ->
 
 
 def strange_things(run: Path, outside: Path) -> None:
-    """What a user may have put into RUN/checkpoints."""
+    """Foreign files in RUN/checkpoints."""
     store = run / "checkpoints"
     (store / "mine").mkdir()
     (store / "mine" / "thesis.txt").write_text("mine")

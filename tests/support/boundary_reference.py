@@ -1,6 +1,4 @@
-"""The published boundary search and quality filter (algorithms B.4), image by image in plain loops, without
-our code.
-"""
+"""The published boundary search and quality filter (algorithms B.4), in loops, independent of our code."""
 
 import math
 
@@ -20,9 +18,7 @@ def phi(net: nn.Module, x: Tensor, label: int, temperature: float) -> Tensor:
 
 
 def sorted_projection(point: Tensor, w: Tensor, offset: Tensor) -> Tensor:
-    """Displacement to the plane w . z = offset inside [0, 1], one image, flat: sort, cumulative sums,
-    bisection.
-    """
+    """Displacement to the plane w . z = offset in [0, 1], one flat image: sort, cumulate, bisect."""
     gap = float(w @ point - offset)
     towards = -math.copysign(1.0, gap) * w.sign()
     room = torch.where(towards > 0, 1 - point, point) * (w != 0)
@@ -69,8 +65,10 @@ def published_search(
 
 
 def published_filter(net: nn.Module, x: Tensor, y: int, point: Tensor, temperature: float) -> bool:
-    """Whether the found point passes: not deep, nine tenths of the pixels that moved farthest moved downhill,
-    and the share of the others that are flat, which is not a number where there are no others, is above 0.
+    """True if the found point passes the filter.
+
+    It is not deep, nine tenths of the pixels that moved farthest moved downhill, and the share of flat ones
+    among the others, which is not a number where there are no others, is above 0.
     """
     leaf = point.detach().requires_grad_()
     value = phi(net, leaf, y, temperature)

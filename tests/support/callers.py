@@ -42,7 +42,7 @@ class Answers(nn.Module):
 
 
 class TrainsWithMore(Answers):
-    """As torchvision's GoogLeNet: a tensor in eval mode, a named tuple in train mode."""
+    """torchvision's GoogLeNet: a tensor in eval mode, a named tuple in train mode."""
 
     def forward(self, x: Tensor) -> Any:
         return self.make(self.inner(x)) if self.training else self.inner(x)
@@ -58,7 +58,7 @@ Named = namedtuple("Named", ["logits", "features"])
 
 
 class ModelOutput(OrderedDict):  # type: ignore[type-arg]
-    """As of transformers: keys, and the same as attributes."""
+    """transformers' output class: keys, also as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]

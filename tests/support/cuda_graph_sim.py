@@ -1,5 +1,4 @@
-"""torch.cuda around graphs, on the CPU: streams, the generator's capturing state, the allocator's private
-pools.
+"""torch.cuda's graph support on the CPU: streams, the generator's capture state, private memory pools.
 
 Written after torch's own sources (ATen/cuda/CUDAGraph.cpp, CUDAGeneratorImpl.cpp,
 c10/cuda/CUDACachingAllocator.cpp); the context manager `torch.cuda.graph` is torch's own, with its order of

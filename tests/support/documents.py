@@ -74,7 +74,7 @@ def _blocks(page: Path) -> Iterator[Block]:
 
 
 def _notes(where: str, above: list[str]) -> tuple[str | None, bool, str]:
-    """What the comments directly above a block say: why it is not run, whether it is slow, further flags."""
+    """Directives in the comments above a block: why it is not run, slow, further flags."""
     not_run, slow, extra = None, False, ""
     for line in reversed(above):
         note = NOTE.match(line)

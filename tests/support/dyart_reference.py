@@ -11,9 +11,7 @@ from fastdynat.attacks.boundary_search import BoundarySpec
 def reference_step(
     net: nn.Module, x: Tensor, y: Tensor, start: Tensor, spec: BoundarySpec, r0: float
 ) -> list[str]:
-    """algorithms B.3 and B.4 on `net`, whose gradients and buffers are the result. Says what became of each
-    image.
-    """
+    """Algorithms B.3 and B.4 on `net`: sets its gradients and buffers, returns each image's outcome."""
     net.eval()
     points, weights, fates = [], [], []
     for i in range(N):

@@ -1,5 +1,4 @@
-"""CUDA graphs on the CPU: records the operators that a function calls, undoes what they did, replays them on
-the same memory.
+"""CUDA graphs on the CPU: record a function's operators, undo them, replay them on the same memory.
 
 Whatever Python computed while recording is frozen in the record, random numbers are drawn anew at each
 replay, and an operator that would make the host wait for the device is refused: as on a GPU. What torch.cuda
@@ -21,7 +20,7 @@ WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class Tape(TorchDispatchMode):
-    """What was called, with what, and what memory it wrote to that was there before."""
+    """A recorded call: operator, arguments, and the earlier memory that it wrote to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,9 +68,7 @@ class Tape(TorchDispatchMode):
 
 
 def written_tensors(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that `func` writes to, by its schema (that of batch norm keeps silent about the running
-    statistics).
-    """
+    """The tensors that `func` writes to, by its schema (batch norm's does not tell of running statistics)."""
     found: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         silent = func._opname == "native_batch_norm" and argument.name.startswith("running_")
@@ -82,8 +79,7 @@ def written_tensors(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class SimulatedRecorder:
-    """Stands in for `fastdynat.execution.CudaRecorder`. `fault`, if there is one, changes each tape before it
-    is replayed.
+    """Replaces `fastdynat.execution.CudaRecorder`. A `fault` changes each tape before it is replayed.
 
     Attributes:
         warmed, replayed: calls of a function and of its graphs, without those of the check

@@ -7,9 +7,7 @@ from torch import nn
 def tiny_cnn(
     seed: int = 0, *, classes: int = 10, dropout: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Conv-BN-ReLU-(dropout)-pool-linear for any RGB image of at least 4x4, with running statistics away from
-    their start.
-    """
+    """Conv-BN-ReLU-(dropout)-pool-linear for RGB images from 4x4, with non-initial running statistics."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1),

@@ -1,6 +1,4 @@
-"""Networks as people build them: each runs on (N, 3, 16, 16) in [0, 1] and has 10 classes. Changes that keep
-no parameter.
-"""
+"""Networks as people build them, all (N, 3, 16, 16) in [0, 1] to 10 classes, and parameter-free changes."""
 
 import dataclasses
 import functools
@@ -100,9 +98,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Frozen(Net):
-    """Batch norm stays in train mode, without running statistics, whatever mode is set; and noise follows the
-    mode.
-    """
+    """Batch norm always in train mode, without running statistics; noise follows the mode."""
 
     noise = 0.0
 

@@ -1,5 +1,4 @@
-"""A pytest plugin: a share of the tests, and a line for each that begins and ends, so that a killed run says
-what it did.
+"""Pytest plugin: runs a share of the tests, and logs their begin and end, so that killed runs tell more.
 
 Used by bench/gpu/shards.py. FASTDYNAT_SHARD=K/N takes every N-th test from the K-th on, without those that
 FASTDYNAT_OUTCOMES, the file of lines, already has.
@@ -101,7 +100,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _device_lost() -> bool:
-    """Whether the error is one after which every call to the GPU fails in this process."""
+    """True if every later call to the GPU fails in this process after such an error."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False

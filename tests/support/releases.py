@@ -1,5 +1,4 @@
-"""The released code of each recipe, per epoch and per batch, written down from that code and without
-ours.
+"""Each recipe's release per epoch and per batch, written down from its code, without ours.
 
 Rates and momenta are functions (epoch, step in the epoch, steps per epoch), all from 0, of the epochs of the
 method.
@@ -80,9 +79,7 @@ def by_time(lr: float, drops: dict[float, float]) -> Rates:
 
 @cache
 def stepped(name: str, lr: float, total: int, share: float) -> tuple[list[float], list[float]]:
-    """Rate and momentum after each call of `step` of torch's scheduler, as a release makes it: it cycles the
-    momentum.
-    """
+    """Rate and momentum after each `step` of torch's scheduler as releases make it: with cycled momentum."""
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
     if name == "onecycle":
         scheduler: LRScheduler = OneCycleLR(optimizer, max_lr=lr, pct_start=share, total_steps=total)
@@ -118,8 +115,7 @@ def cosinew(lr: float, epochs: int) -> Rates:
 
 
 def average_start(epochs: int, counted: int, made: int) -> int:
-    """The first update, from 0, at which DyART's step counter has reached 2.5 % of all the steps that it
-    counts on.
+    """The first update, from 0, at which DyART's step counter reaches 2.5 % of the steps that it counts on.
 
     The counter is (epoch - 1) * `counted` + step + 1 when the average is taken, with epochs from 0 and `made`
     steps in each.

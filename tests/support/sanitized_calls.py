@@ -55,9 +55,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def batches() -> Iterator[tuple[Callable[..., Tensor], tuple[int, ...]]]:
-    """Every (make, shape): make(size, dtype, special=True) is a tensor in one of the layouts, some of its
-    values NaN or inf.
-    """
+    """Every (make, shape): make(size, dtype, special=True) is a tensor of one layout, some NaN or inf."""
     layouts = list(LAYOUTS.values())
     for i, (shape, layout) in enumerate(itertools.product(SHAPES, layouts)):
         if shape not in IN_EVERY_LAYOUT and i % len(layouts) != i // len(layouts) % len(layouts):
@@ -259,9 +257,7 @@ CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] 
 
 
 def drawn_arguments(schema: torch.FunctionSchema, rng: random.Random) -> list[Any]:
-    """Arguments of the schema's types: mostly tensors that go together, as the checks would have them, and
-    some that do not.
-    """
+    """Arguments of the schema's types: mostly tensors that pass the checks, and some that do not."""
     shapes = [
         (0,),
         (1,),
@@ -358,9 +354,7 @@ def main(cpu_library: str, cuda_library: str) -> None:
 
 
 def on_device(device: str, backend: str, seconds: float) -> None:
-    """The calls in CALLS on tensors of `device`, all operators on a shape before the next one, until
-    `seconds` have passed.
-    """
+    """The calls in CALLS on tensors of `device`, shape by shape, until `seconds` have passed."""
     import fastdynat._C
     from support import cuda_sim
 

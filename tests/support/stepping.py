@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_network(seed: int) -> nn.Module:
-    """Convolution, batch norm, tanh, linear: (n, 3, 8, 8) -> (n, K), float64, no kink where a finite
-    difference could sit.
-    """
+    """Convolution, batch norm, tanh, linear: (n, 3, 8, 8) -> (n, K), float64, smooth everywhere."""
     torch.manual_seed(seed)
     layers = [nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, K)]
     return nn.Sequential(*layers).double()
@@ -42,9 +40,7 @@ def make_batch() -> Batch:
 
 
 def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, **optim: Any) -> TrainStep:
-    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp`, `recorder` as the engine has them, else of
-    OptimConfig.
-    """
+    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp`, `recorder` as in the engine."""
     networks = NetworkSet(
         model,
         guide,
@@ -66,9 +62,7 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
 
 
 def drawn_start(x: Tensor, start: str, eps: float = EPS) -> Tensor:
-    """The start that the next attack under the present random state takes; the state is put back. Its
-    distribution is tested in test_ops_random_start.
-    """
+    """The start of the next attack under the present random state, which is restored."""
     state = torch.get_rng_state()
     drawn = start_point(x, start, norm="linf", eps=eps)
     torch.set_rng_state(state)
@@ -76,9 +70,7 @@ def drawn_start(x: Tensor, start: str, eps: float = EPS) -> Tensor:
 
 
 def assert_same_step(model: nn.Module, before_and_reference: nn.Module) -> None:
-    """`model` was updated with the gradients of `before_and_reference`, which still has the weights from
-    before and the buffers from after the step.
-    """
+    """Check the update of `model` with `before_and_reference`: old weights and new buffers of the step."""
     for (name, p), q in zip(model.named_parameters(), before_and_reference.parameters(), strict=True):
         assert q.grad is not None
         assert float(q.grad.abs().sum()) > 0, name

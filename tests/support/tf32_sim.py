@@ -1,5 +1,4 @@
-"""TF32 on the CPU: within it, float32 convolutions and matrix products round their factors as an Ampere GPU's
-do.
+"""TF32 on the CPU: float32 convolutions and matrix products round their factors as Ampere GPUs do.
 
 Each honours the flag that cuDNN or cuBLAS would: `torch.backends.cudnn.conv.fp32_precision`, which allows
 TF32 by default, and `torch.backends.cuda.matmul.fp32_precision`, which does not.
@@ -17,9 +16,7 @@ PRODUCTS = {ATEN.mm.default: (0, 1), ATEN.bmm.default: (0, 1), ATEN.addmm.defaul
 
 
 def rounded(x: Tensor) -> Tensor:
-    """float32 with 10 bits after the leading one, to the nearest, ties to even (NVIDIA's `cvt.rna` differs on
-    ties only).
-    """
+    """float32 with a 10-bit fraction, to nearest, ties to even (NVIDIA's `cvt.rna` differs on ties only)."""
     bits = x.detach().view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 

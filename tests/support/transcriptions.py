@@ -27,9 +27,7 @@ def kl_goal(model: nn.Module, x: Tensor) -> Goal:
 
 
 def attack(model: nn.Module, x: Tensor, start: Tensor, goal: Goal) -> tuple[Tensor, list[list[int]]]:
-    """PGD image by image with the network in eval mode; and what each iterate that a step was taken from was
-    classified as.
-    """
+    """PGD image by image in eval mode, and the class of each iterate that a step was taken from."""
     model.eval()
     attacked, predictions = [], []
     for i in range(len(start)):

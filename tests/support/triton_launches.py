@@ -1,5 +1,4 @@
-"""Compile, for GPUs that are not here, every Triton kernel that the operators launch: run by test_gpu_code.py
-as a script.
+"""Compile the operators' Triton kernels for GPUs that are absent; test_gpu_code.py runs this script.
 
     python triton_launches.py FOLDER
 
@@ -171,7 +170,7 @@ LAUNCHES = [
 
 
 class Driver:
-    """As much of Triton's driver as compiling asks for."""
+    """The part of Triton's driver that compiling needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)

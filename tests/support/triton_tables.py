@@ -1,5 +1,4 @@
-"""Count the Triton kernels that verifying compiles, without compiling them: run by test_first_contact.py as a
-script.
+"""Count the Triton kernels that verification would compile; test_first_contact.py runs this script.
 
 Prints a line of JSON for each case of each operator: the kernels that it launches, each by name, types,
 constants and options.

@@ -28,9 +28,7 @@ def shake(model: nn.Module, step: int) -> dict[str, Tensor]:
 @settings(deadline=None, max_examples=20)
 @given(decay=st.floats(0.01, 0.999), warmup=st.integers(0, 6), steps=st.integers(1, 20))
 def test_equals_the_published_rule(decay: float, warmup: int, steps: int) -> None:
-    """Gowal et al.: a copy until the warm-up is over, then min(decay, (1 + s) / (10 + s)); without one:
-    torch's average.
-    """
+    """Gowal et al.: a copy in the warm-up, then min(decay, (1 + s) / (10 + s)); else torch's average."""
     model = tiny_cnn(dtype=torch.float64)
     average = WeightAverage(model, decay)
     average.restart(warmup=warmup)

@@ -1,6 +1,4 @@
-"""Adversarial weight perturbation against the released procedure, written out in float64 with its copied
-proxy network.
-"""
+"""AWP against the released procedure, in float64 with the release's copied proxy network."""
 
 import copy
 from collections.abc import Callable
@@ -28,9 +26,7 @@ RELEASED = DynatOptions(inner_loss="kl_self", extra_kl_weight=1.0, beta=0.2, awp
 
 
 def perturbed_update(model: nn.Module, optimizer: torch.optim.SGD, ascended: Loss, descended: Loss) -> Tensor:
-    """calc_awp, perturb, update and restore of the release: a copied proxy ascends, the weights move by ratio
-    of norms.
-    """
+    """The release's calc_awp, perturb, update, restore: a copied proxy ascends; steps by norm ratios."""
     proxy = copy.deepcopy(model)
     (-ascended(proxy)).backward()
     moves = {}
@@ -89,9 +85,7 @@ def test_two_updates_equal_the_released_procedure(name: str) -> None:
 
 
 def test_two_updates_of_dynat_awp_equal_the_released_procedure() -> None:
-    """A.8: the proxy ascends TRADES' loss with the true labels; the model descends 0.2 CE(x', l_nat) +
-    KL(p(x) || p(x')).
-    """
+    """A.8: the proxy ascends TRADES' loss on y; the model descends 0.2 CE(x', l_nat) + KL(p(x) || p(x'))."""
     batch, model, guide = make_batch(), moved_network(1), tiny_network(2)
     reference, reference_guide = copy.deepcopy(model), copy.deepcopy(guide)
     step = train_step(Dynat(RELEASED), model, guide, awp=GAMMA, weight_decay=DECAY, momentum=MOMENTUM)

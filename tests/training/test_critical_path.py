@@ -1,6 +1,4 @@
-"""What an epoch's end costs the training: no trace, no wait for the disk; and what is written is the moment
-that it says.
-"""
+"""An epoch's end costs training no trace and no wait for the disk; checkpoints are of their own moment."""
 
 import os
 import threading
@@ -128,9 +126,7 @@ def test_the_training_thread_never_waits_for_the_disk(
 
 
 def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is slower than an epoch; weights, momentum and metrics are those of the first epoch's end all
-    the same.
-    """
+    """The disk is slower than an epoch; weights, momentum and metrics are still those of the epoch's end."""
     going_on, real, moments, written = threading.Event(), checkpoint_writer.write_weights, [], []
 
     def slow(folder: Path, files: Any) -> None:
@@ -284,9 +280,7 @@ def test_one_snapshot_is_in_memory_at_a_time(
 def test_waiting_for_the_disk_is_no_time_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: LazyDisk
 ) -> None:
-    """Workers of the torch loader are forked when nothing is being written; images per second do not pay for
-    it.
-    """
+    """Workers of the torch loader are forked while nothing is written; images per second exclude the wait."""
     monkeypatch.setattr(trainer, "time", disk)
     run = tmp_path / "r"
     command = ["train", "--run-dir", str(run), *TINY, "--epochs", "3", "--loader", "torch", "--workers", "1"]

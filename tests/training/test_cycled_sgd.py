@@ -1,6 +1,4 @@
-"""SGD with a momentum in a tensor: torch's update to the last bits, from a step that sets it, captured and
-resumed.
-"""
+"""SGD with momentum in a tensor: torch's update to the last bits, from any step, captured, resumed."""
 
 import copy
 

@@ -1,6 +1,4 @@
-"""Guided and distilled methods through the command line: training, resuming, refusals, and the control that
-masks.
-"""
+"""Guided and distilled methods on the command line: training, resuming, refusals, the masking control."""
 
 import json
 import shutil
@@ -183,9 +181,7 @@ def test_alpha_is_the_methods_own_where_it_has_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_defensive_distillation_masks_and_the_margin_attack_shows_it(tmp_path: Path) -> None:
-    """At temperature 20 most images have no cross-entropy gradient in float32; an evaluation's PGD rescales
-    it, and like C&W's margin leaves next to none.
-    """
+    """At temperature 20 most cross-entropy gradients vanish in float32, and most of a margin's do too."""
     flags = [
         "--temperature",
         "20",

@@ -1,6 +1,4 @@
-"""The trainer's and the attack's hot path runs on the operators, whichever implementation, and comes to the
-same numbers.
-"""
+"""The hot path of trainer and attack runs on the operators, with the same numbers for each backend."""
 
 import json
 from collections import Counter

@@ -29,9 +29,7 @@ DYNAT = ["--method", "dynat", "--steps", "2", *SIZES]
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """How many graphs Dynamo has made; what it traced runs as it is, which spares a C++ compiler's
-    seconds.
-    """
+    """The number of Dynamo's graphs; the traced code runs eagerly, which saves compile time."""
     real: Callable[..., Any] = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, options, **kwargs: real(fn, backend="eager", **kwargs))
     torch._dynamo.reset()

@@ -1,6 +1,4 @@
-"""Curves, margins, transfer matrices and saliency, against what is known of linear networks and formulas
-written out.
-"""
+"""Curves, margins, transfer matrices and saliency, against linear networks and explicit formulas."""
 
 import math
 

@@ -1,5 +1,4 @@
-"""Resolved configurations: automatic values are gone, the stored form has the keys and order of the asked
-one."""
+"""Resolved configurations: no automatic values; stored keys and their order are those of the input."""
 
 from dataclasses import fields, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How exactly a run can be resumed, where that is said, and what `--deterministic` switches for it."""
+"""Exactness of resuming: what is promised, where it is printed, and the effect of `--deterministic`."""
 
 import json
 import os

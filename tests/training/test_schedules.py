@@ -67,9 +67,7 @@ def momenta(spe: int, **config: object) -> list[float]:
 @pytest.mark.parametrize("warmup", [0.025, 0.2, 0.5])
 @pytest.mark.parametrize("by", ["step", "epoch"])
 def test_the_momentum_cycles_as_torchs_does_by_default(name: str, warmup: float, by: str) -> None:
-    """0.95 -> 0.85 -> 0.95 for OneCycleLR, 0.9 -> 0.8 -> 0.9 for CyclicLR; stepped per update, or per epoch
-    of ten.
-    """
+    """0.95 -> 0.85 -> 0.95 for OneCycleLR, 0.9 -> 0.8 -> 0.9 for CyclicLR; by update or ten-step epoch."""
     config = {"epochs": 80, "schedule": name, "warmup": warmup, "cycle_momentum": True, "schedule_by": by}
     total, times = (80, 10) if by == "epoch" else (800, 1)
     want = torchs(name, total, warmup, cycle=True, by=times)

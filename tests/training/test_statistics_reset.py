@@ -1,6 +1,4 @@
-"""--bn-reset-epoch: the first step of an epoch replaces batch norm's running statistics, in whole runs and
-captured steps.
-"""
+"""--bn-reset-epoch: an epoch's first step replaces the running statistics, in runs and captured steps."""
 
 from dataclasses import replace
 from pathlib import Path

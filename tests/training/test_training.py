@@ -1,6 +1,4 @@
-"""Whole runs through the command line: resuming, stopping, precision, averaging, and what a run leaves
-behind.
-"""
+"""Whole runs on the command line: resuming, stopping, precision, averaging, and the files of a run."""
 
 import csv
 import json
@@ -179,7 +177,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     whole = train(tmp_path / "whole")
 
     class Killed(BaseException):
-        """What no command catches."""
+        """An exception that no command catches."""
 
     def killed(self: Trainer) -> None:
         raise Killed
@@ -349,9 +347,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 
 
 def test_methods_start_from_the_same_weights_data_and_validation_images(tmp_path: Path) -> None:
-    """Controls differ from DYNAT by the method alone: at learning rate ~0 all keep the same initial
-    weights.
-    """
+    """Controls differ from DYNAT by the method alone: at learning rate ~0 all keep their initial weights."""
     flags = ("--lr", "1e-30", "--epochs", "1", "--weight-decay", "0")
     runs = [train(tmp_path / m, "--method", m, *flags) for m in ("natural", "madry", "dynat")]
     states = [load_file(run / "last" / "model.safetensors") for run in runs]

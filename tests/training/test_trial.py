@@ -1,6 +1,4 @@
-"""`--compile` for a run: the faster of compiled and not, by the run's own step, stored, and not timed
-twice.
-"""
+"""`--compile` for a run: the faster mode by the run's own step, stored, and not timed twice."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""What is fast on this machine: capability before measurement, measurement before hope, and every reason
-said.
-"""
+"""Automatic choices: capability before measurement, measurement before assumption, all reasons told."""
 
 import json
 import os
@@ -73,7 +71,7 @@ class Machine:
         return call
 
     def forget(self) -> None:
-        """As in another process, which has the files alone."""
+        """A new process, which has the files alone."""
         choices._known.clear()
         self.timed.clear()
 

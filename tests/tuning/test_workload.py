@@ -1,6 +1,4 @@
-"""The choice is made for the convolutions in hand: which a network has, which of them are timed, at how many
-images.
-"""
+"""Choices for the network's own convolutions: their shapes, the timed ones, and the number of images."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def by_hooks(network: nn.Module, size: int) -> Counter[Layer]:
-    """What the convolutions of a network with weights are called with."""
+    """The shapes of the inputs of a network's convolutions."""
     found: Counter[Layer] = Counter()
 
     def note(module: Any, args: tuple[Any, ...]) -> None:
@@ -101,9 +99,7 @@ def test_few_images_stand_for_many(layer: Layer, batch: int, timed: int) -> None
 
 @pytest.fixture
 def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Layer, int]]:
-    """What was timed: on a machine where 512 channels take 30 % longer channels-last, others 10 % less, a
-    single image less.
-    """
+    """Timings: channels-last, 512 channels take 30 % longer, others 10 % less, a single image less."""
     timed: list[tuple[str, Layer, int]] = []
     now = [0.0]
 
@@ -193,9 +189,7 @@ def test_a_measurement_stands_for_all_batches_that_are_timed_alike(
 
 @needs("ext")
 def test_winograd_is_timed_where_a_layer_would_be_computed_so(clocked: list[tuple[str, Layer, int]]) -> None:
-    """ResNet-18's widest layers at batch 8: 3 pairs of passes do not repay transforming their weights, 100
-    do.
-    """
+    """ResNet-18's widest layers at batch 8: 3 pairs of passes do not repay the transform, 100 do."""
     assert not choose(CPU, work=Workload((WIDE,), 8, 3)).winograd
     assert not [name for name, _, _ in clocked if "Winograd" in name]
     assert choose(CPU, work=Workload((WIDE,), 128, 10)).winograd

@@ -1,5 +1,4 @@
-"""What verifying costs where Triton compiles: few kernels at first use, all of them for `fastdynat doctor
---check`."""
+"""Cost of verification with Triton: few kernels at first use, all of them for `fastdynat doctor --check`."""
 
 import importlib
 import json
@@ -55,8 +54,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What triton_tables.py counted. A process of its own: under TRITON_INTERPRET=1 @triton.jit does not
-    specialise."""
+    """Counts by triton_tables.py in its own process: under TRITON_INTERPRET=1 nothing is specialised."""
     env = {
         key: value
         for key, value in os.environ.items()

@@ -1,6 +1,4 @@
-"""Implementations are verified where they run: planted faults are found, named and left out, and nothing else
-changes.
-"""
+"""Verification on the machine at hand: planted faults are found, named and left out; nothing else changes."""
 
 import faulthandler
 import importlib

@@ -1,6 +1,4 @@
-"""The fastest of the right implementations at the size in hand: measured once, remembered, and never a close
-call.
-"""
+"""The fastest of the right implementations by size: measured once, remembered, never on a close call."""
 
 import json
 import time

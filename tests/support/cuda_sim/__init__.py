@@ -1,5 +1,4 @@
-"""The kernels of csrc/cuda on the CPU: the .cu files compiled as C++, every thread a fiber, every access to
-memory watched.
+"""CUDA simulator: .cu files compiled as C++, each thread a fiber, every memory access watched.
 
 `cuda_runtime.h` takes the place of the toolkit's header, `simulator.cpp` runs the blocks and lists what it
 finds wrong. A test that has ``SIMULATED_CUDA`` from conftest among its backends runs with backend="cuda" on
@@ -61,7 +60,7 @@ def run(*command: str | Path) -> str:
 
 @cache
 def fingerprint() -> str:
-    """What every object depends on besides its own source and flags."""
+    """The dependencies of every object besides its own source and flags."""
     headers = sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.*h"))
     parts = [run(compiler(), "--version"), torch.__version__, *(path.read_text() for path in headers)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
