@@ -1,4 +1,4 @@
-"""What every launcher needs."""
+"""Device context and register limits of all launchers."""
 
 import contextlib
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""What the kernels on logits share. A program holds BLOCK_ROWS rows of BLOCK_K >= K classes in registers."""
+"""Shared parts of the kernels on logits. A program holds BLOCK_ROWS rows of BLOCK_K >= K classes."""
 
 from typing import Any
 
@@ -13,9 +13,7 @@ PROGRAMS = 256  # that keep every multiprocessor of a large GPU busy
 
 @triton.jit
 def argmax_rows(values, cols):
-    """(R, K) values -> (R, 1) largest, NaN where there is one, and (R, 1) its first column. Padding must be
-    -inf.
-    """
+    """(R, K) values -> (R, 1) largest, NaN if a row has one, (R, 1) its first column. Padding must be -inf."""
     none = 2147483647
     is_nan = values != values
     top = tl.max(tl.where(is_nan, float("-inf"), values), axis=1, keep_dims=True)
@@ -48,9 +46,7 @@ def block_of(k: int) -> int:
 
 
 def blocks(n: int, k: int) -> tuple[int, dict[str, Any]]:
-    """The grid for (n, k) logits and the block sizes: about 2048 values a program, or one row where it is
-    longer.
-    """
+    """The grid for (n, k) logits and block sizes: about 2048 values per program, or one longer row."""
     block_k = block_of(k)
     # Rows of a small batch are spread over the GPU before they are gathered into full tiles.
     block_rows = min(max(1, 2048 // block_k), triton.next_power_of_2(triton.cdiv(max(n, 1), PROGRAMS)))

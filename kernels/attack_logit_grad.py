@@ -1,6 +1,4 @@
-"""The gradient of an attack's loss at the logits as one kernel: each row is read once and stays in
-registers.
-"""
+"""The gradient of an attack's loss at the logits as one kernel, which reads each row once."""
 
 import torch
 import triton
@@ -16,9 +14,7 @@ CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
 
 @triton.jit
 def inverse_power_of_two(x):
-    """2^-e for x = m 2^e with m in [0.5, 1), as near as normal floats come to it; 1 for 0, NaN and
-    infinity.
-    """
+    """2^-e for x = m 2^e with m in [0.5, 1), within normal numbers; 1 for 0, NaN and infinity."""
     usable = (x > 0) & (x < float("inf"))
     if x.dtype == tl.float64:
         exponent = (x.to(tl.int64, bitcast=True) >> 52) & 0x7FF
@@ -33,9 +29,7 @@ def inverse_power_of_two(x):
 
 @triton.jit
 def first_largest(z, k, candidates):
-    """The largest of the candidates in each row and the first class that has it; (-inf, large) without
-    any.
-    """
+    """The largest candidate of each row and the first class that has it; (-inf, large) if there is none."""
     best = tl.max(tl.where(candidates, z, float("-inf")), axis=1)
     at = tl.min(tl.where(candidates & (z == best[:, None]), k, 2147483647), axis=1)
     return best, at

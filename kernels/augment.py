@@ -1,6 +1,4 @@
-"""Gather, crop, flip and conversion of a batch as one kernel: one byte read and one number written per
-pixel.
-"""
+"""Gather, crop, flip and convert a batch as one kernel: one byte read and one number written per element."""
 
 import torch
 import triton

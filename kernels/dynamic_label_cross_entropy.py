@@ -1,6 +1,4 @@
-"""Cross-entropy with dynamic labels: each row of logits is read once, its gradient written once, then one
-block reduces.
-"""
+"""Cross-entropy with dynamic labels: one kernel that reads each row once, and one that sums."""
 
 import torch
 import triton
@@ -104,9 +102,7 @@ def reduce_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """factor * the sum of the losses, and how many classes are right; one program, so the order of the sum is
-    fixed.
-    """
+    """factor * the sum of the losses, and the correct counts; one program, so that the order is fixed."""
     total = tl.zeros((BLOCK,), tl.float64)
     target_correct = tl.zeros((BLOCK,), tl.int64)
     guide_correct = tl.zeros((BLOCK,), tl.int64)

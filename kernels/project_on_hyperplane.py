@@ -14,14 +14,14 @@ STEPS = 64  # what is missing falls so fast that images need 4 to 8: see the ref
 
 @triton.jit
 def clip(x, lo, hi):
-    """Into the box; a NaN stays."""
+    """Clamp to the box; a NaN stays."""
     x = tl.where(x < lo, lo, x)
     return tl.where(x > hi, hi, x)
 
 
 @triton.jit
 def load_entries(x_ptr, w_ptr, offsets, mask, lo, hi):
-    """(x in the box, w in the dtype of x)."""
+    """Load (x clamped to the box, w in the dtype of x)."""
     x = clip(tl.load(x_ptr + offsets, mask=mask, other=0.0), lo, hi)
     w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
     if w.dtype.primitive_bitwidth == 16:
@@ -43,7 +43,7 @@ def power_of_two_below(x):
 
 @triton.jit
 def add_reached(x, direction, t, lo, hi, L2: tl.constexpr):
-    """The way that multiplier t makes towards the plane, and the slope of that in t, in float64."""
+    """The distance that multiplier t covers towards the plane, and its slope in t, in float64."""
     size = tl.abs(direction)
     room = tl.where(direction > 0, x - lo, hi - x)
     move = t
@@ -62,7 +62,7 @@ def add_reached(x, direction, t, lo, hi, L2: tl.constexpr):
 
 @triton.jit
 def store_moved(x, direction, t, out_ptr, offsets, mask, lo, hi, L2: tl.constexpr):
-    """Where the entries end."""
+    """Store the projected entries."""
     # Not multiplied: t may be infinite, or 0 because of a direction that is NaN. The interpreter wants a
     # block to compare with.
     still = (direction == 0) | (tl.zeros_like(direction) == t)

@@ -1,6 +1,4 @@
-"""The random start of an attack as one kernel: one read and one write per pixel, the random numbers never in
-memory.
-"""
+"""Random starts as one kernel: one read and one write per pixel; random numbers never reach memory."""
 
 import torch
 import triton
@@ -31,15 +29,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def unit_uniform(word):
-    """In [0, 1), a multiple of 2^-24."""
+    """A multiple of 2^-24 in [0, 1)."""
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-8
 
 
 @triton.jit
 def log_normal_range(u):
-    """log(u) for normal u > 0 by Cephes' polynomial: the math library's last bits are not those of the
-    CPU.
-    """
+    """log(u) for normal u > 0, by Cephes' polynomial: math libraries differ in their last bits."""
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa is in [sqrt(1/2), sqrt(2))
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -127,7 +123,7 @@ def draw(
 
 @triton.jit
 def elements(first, row, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr):
-    """Where the elements that `draw` returns are in the image's memory, and which of them exist."""
+    """The offsets in memory of the elements that `draw` returns, and a mask of those that exist."""
     lanes = tl.arange(0, 4 * GROUPS)
     item = first + lanes // 4
     element = 4 * group_of(item, pixels, CHANNELS, FOURS) + lanes % 4

@@ -1,6 +1,4 @@
-"""The soft margin and its gradient: several rows per program where rows are short, a program per row in
-chunks where not.
-"""
+"""The soft margin and its gradient: several short rows per program, or one long row in two passes."""
 
 import torch
 import triton
@@ -16,7 +14,7 @@ CHUNK = 2048  # values of a longer row at a time
 
 @triton.jit
 def load_own(logits_ptr, labels_ptr, row, classes, WIDE: tl.constexpr):
-    """(the labels of the rows, their logits); -1 and NaN for a class that does not exist."""
+    """The labels of the rows and their logits; -1 and NaN for a class out of range."""
     label = tl.load(labels_ptr + row)
     label = tl.where((label >= 0) & (label < classes), label, -1).to(tl.int32)
     at = logits_ptr + row.to(tl.int64) * classes + label
@@ -25,7 +23,7 @@ def load_own(logits_ptr, labels_ptr, row, classes, WIDE: tl.constexpr):
 
 @triton.jit
 def load_others(logits_ptr, row, k, classes, label, WIDE: tl.constexpr):
-    """The values [row, k], -inf for the label and for classes that do not exist."""
+    """The values [row, k]; -inf for the label and beyond the last class."""
     at = logits_ptr + row.to(tl.int64)[:, None] * classes + k[None, :]
     z = tl.load(at, mask=k[None, :] < classes, other=float("-inf")).to(WIDE)
     # Not part of the mask, where it would keep several values from being loaded as one.
@@ -34,7 +32,7 @@ def load_others(logits_ptr, row, k, classes, label, WIDE: tl.constexpr):
 
 @triton.jit
 def store_margin(margin_ptr, row, own, top, total, temperature):
-    """Store the margins; returns the sums, NaN for rows that mean nothing."""
+    """Store the margins; returns the sums, NaN for invalid rows."""
     # `top` is infinite or NaN where one of the others is +inf or NaN (which the sum holds too), or all of
     # them are -inf.
     total = tl.where((own < float("inf")) & (tl.abs(top) < float("inf")), total, float("nan"))
@@ -90,7 +88,7 @@ def soft_margin_long_kernel(
     CHUNK: tl.constexpr,
     END: tl.constexpr,  # multiple of CHUNK >= classes
 ):
-    """Grid: (n,). The second reading, for the gradient, finds the row in the caches."""
+    """Grid: (n,). The second pass, for the gradient, finds the row in the caches."""
     wide: tl.constexpr = margin_ptr.dtype.element_ty
     t = tl.full((1,), temperature, wide)
     row = tl.program_id(0) + tl.arange(0, 1)

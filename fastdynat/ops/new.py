@@ -83,7 +83,7 @@ def _add_entry(path: Path, opening: str, entry: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m fastdynat.ops.new NAME", file=sys.stderr)
@@ -100,4 +100,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(sys.argv[1:]))

@@ -17,8 +17,8 @@ CPU_ONLY = ("winograd_conv3x3", "winograd_weights")
 def test_the_schema_is_that_of_the_eager_form() -> None:
     schema = str(torch.ops.fastdynat.pgd_step_linf.default._schema)
     assert schema == (
-        "fastdynat::pgd_step_linf(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, float "
-        "lo, float hi, ScalarType? low_dtype=None, bool count=False) -> (Tensor, Tensor, Tensor)"
+        "fastdynat::pgd_step_linf(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, "
+        "float lo, float hi, ScalarType? low_dtype=None, bool count=False) -> (Tensor, Tensor, Tensor)"
     )
     weights = torch.ops.fastdynat.winograd_weights.default._schema
     assert [argument.is_write for argument in weights.arguments] == [False, True, True]
