@@ -13,7 +13,7 @@ PROGRAMS = 256  # that keep every multiprocessor of a large GPU busy
 
 @triton.jit
 def argmax_rows(values, cols):
-    """(R, K) values -> (R, 1) largest, NaN if a row has one, (R, 1) its first column. Padding must be -inf."""
+    """(R, K) values -> (R, 1) largest, NaN if a row has one, (R, 1) its column. Padding must be -inf."""
     none = 2147483647
     is_nan = values != values
     top = tl.max(tl.where(is_nan, float("-inf"), values), axis=1, keep_dims=True)
