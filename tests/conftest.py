@@ -136,7 +136,7 @@ def _determinism() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-# What a test may change for the whole process: how it is read, and how it is put back.
+# Process-wide state that a test may change: its getter, and its setter.
 CUDNN: Any = torch.backends.cudnn
 PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),

@@ -28,7 +28,7 @@ class AttackResult:
     kept: Tensor | None = None
 
     def clone(self: R) -> R:
-        """A copy with tensors of its own."""
+        """A copy that shares no tensors."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {
             name: value.clone() for name, value in values.items() if isinstance(value, Tensor)

@@ -148,7 +148,7 @@ def relu_in_place(traced: fx.GraphModule) -> None:
 
 
 def _empty_copy(layer: nn.Module) -> nn.Module:
-    """A copy of `layer` with an uninitialised weight and bias of its own."""
+    """A copy of `layer` that owns its weight and bias, uninitialised."""
     new = copy.copy(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -112,7 +112,7 @@ def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
 
 
 def perturbable_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[Tensor]]:
-    """A `frozen_twin` in eval mode with some tensors of its own, and these tensors, which may be changed.
+    """A `frozen_twin` in eval mode that owns some of its tensors, and these tensors, which may be changed.
 
     They are the tensors that say little in a fresh network, or that tracing may read as constants: those of
     batch norms, constant tensors, and tensors that are neither parameters nor buffers.

@@ -97,7 +97,7 @@ class _Traversal:
             self._callable_or_object(value, kind)
 
     def _visited(self, value: Any) -> bool:
-        """True if `value` was visited before; its number then stands for it in the marks."""
+        """True if `value` was visited before; the marks then hold its number instead."""
         known = self._seen.get(id(value))
         if known is None:
             self._seen[id(value)] = len(self._seen)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S")
-# How often a batch may halve on devices where each new size costs: cuDNN searches its algorithms again, and
-# cached memory is not reused.
+# Number of times a batch may halve on devices where a new size is expensive: cuDNN searches its algorithms
+# again, and cached memory is not reused.
 HALVINGS = {"cuda": 4}
 # Progress callback: gets the share of the work done, in [0, 1], several times a second to several times a
 # minute; may raise to stop the work.

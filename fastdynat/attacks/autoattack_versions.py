@@ -43,7 +43,7 @@ def stages(norm: str, eps: float, version: str = "standard", names: Sequence[str
 
 
 def _numbers(name: str, norm: str, version: str) -> dict[str, Any]:
-    """Where the version's numbers differ from those that the name alone stands for."""
+    """The version's numbers that differ from the standard ones of that name."""
     l1 = norm == "l1" and version == "standard"
     many = version in ("plus", CUSTOM)
     if name in ("apgd-ce", "apgd-dlr"):

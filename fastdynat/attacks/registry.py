@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastdynat.attacks.interface import Attack
 
 NORMS = ("linf", "l2", "l1", "l0")
-CLEAN = "clean"  # the name that stands for clean accuracy
+CLEAN = "clean"  # the name of clean accuracy among the attacks
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -150,7 +150,7 @@ def listed() -> dict[str, str]:
 
 
 def find(name: str, known: Iterable[str] = ()) -> tuple[AttackEntry, re.Match[str]]:
-    """The attack that `name` stands for, and the match of its pattern.
+    """The attack called `name`, and the match of its pattern.
 
     Args:
         known: names to suggest beside the registered ones.

@@ -31,7 +31,7 @@ MOST_IN_A_ROW = 3  # calls that each find the model changed: making a replica co
 
 
 class Once:
-    """Issues each warning once. An object of its own, because a replica keeps a reference to it."""
+    """Issues each warning once. A separate object, because a replica keeps a reference to it."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -93,7 +93,7 @@ class ReplicaCache:
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The options alone, for copies in this or another process: a copy makes a replica of its own."""
+        """The options alone, for copies in this or another process: a copy makes a new replica."""
         asked = ("amp", "_channels_last", "_graphs", "_fold", "_winograd", "output", "_rescale", "_compile")
         return {name: getattr(self, name) for name in asked}
 

@@ -33,7 +33,7 @@ def to_flat(config: TrainConfig[Any]) -> dict[str, Any]:
 
 
 def override(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -> TrainConfig[Any]:
-    """`config` with the flat `values` in place of its own.
+    """`config` updated by the flat `values`.
 
     Raises:
         UserError: a key that no group or option has (the nearest are suggested), or a value of the wrong

@@ -51,7 +51,7 @@ class DataConfig:
     """Images per step; None is 128, or 64 for digits."""
     drop_last: bool = False
     """Leave out the images that an epoch has beyond whole batches; other ones in each epoch. Else they make a
-    smaller batch, which runs without torch.compile and CUDA graphs: both are made anew for each size."""
+    smaller batch, which runs without torch.compile and CUDA graphs: both are rebuilt for each size."""
     eval_batch_size: int = 500
     """Images per evaluation batch."""
     loader: Loader = "auto"
@@ -214,7 +214,7 @@ class EngineConfig:
     graphs: Switch = "auto"
     """Capture the training step as a CUDA graph; auto is on for a GPU."""
     guide_stream: Switch = "auto"
-    """Run the guide on a CUDA stream of its own, beside the attack; auto is on for a GPU."""
+    """Run the guide on a separate CUDA stream, beside the attack; auto is on for a GPU."""
     check_fidelity: int = 0
     """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is
     off."""

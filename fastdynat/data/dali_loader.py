@@ -243,7 +243,7 @@ class DaliLoader(PlannedLoader):
 
 
 def _copies(outputs: Any) -> list[np.ndarray]:
-    """Decoded images, uint8 (H, W, C) each of its own size."""
+    """Decoded images, uint8 (H, W, C) of different sizes."""
     return [np.array(outputs.at(i)) for i in range(len(outputs))]
 
 

@@ -14,8 +14,8 @@ from torchvision.io import ImageReadMode, decode_png
 
 from fastdynat.errors import UserError
 
-# The formats that are read, whatever the file's suffix says. Pillow's other readers (EPS starts a program)
-# are never asked.
+# The formats that are read, whatever the file's suffix. Pillow's other readers (EPS starts a program) are
+# never tried.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # more than 8 bits per channel
 DEEP_TO_EIGHT = 257  # 65535 / 255
@@ -84,7 +84,7 @@ def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """The image and its file; whatever the block raises becomes a UserError that names the file."""
+    """The image and its file; any exception of the block becomes a UserError that names the file."""
     try:
         # Opening a pipe would wait for a writer.
         if not S_ISREG(path.stat().st_mode):

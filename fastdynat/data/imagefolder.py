@@ -23,7 +23,7 @@ from fastdynat.machine.free_memory import available_memory
 
 logger = logging.getLogger(__name__)
 
-# What a file is, its content says; the suffix says whether it is meant as an image.
+# The content decides the format of a file; the suffix marks it as an image.
 SUFFIXES = (
     ".bmp",
     ".gif",

@@ -41,7 +41,7 @@ def default_workers() -> int:
 
 
 def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
-    """Return the name of the loader that `auto` stands for, and why.
+    """Return the name of the loader that `auto` chooses, and the reason.
 
     resident where the images take at most a quarter of the memory they would stay in: the GPU's, and for
     files also the host's (other data are in host memory already). Else dali where it is installed, else
@@ -64,7 +64,7 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
 def make_loader(name: str, images: ImageSet | FileSet, *, workers: int, **options: Any) -> TrainLoader:
     """Build the loader "resident" (of an `ImageSet`), "dali" or "torch". Options: `PlannedLoader`.
 
-    Raises: UserError where DALI is asked for and cannot be used.
+    Raises: UserError where DALI was chosen by name and cannot be used.
     """
     if name == "torch":
         return TorchLoader(images, workers=workers, **options)

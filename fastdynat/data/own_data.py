@@ -25,7 +25,7 @@ FORMS = (
 )
 KEYS = ("train", "val", "test", "classes")
 NOT_DATA = (tuple, list, str, torch.nn.Module)  # although they have a length and items
-ROUNDING = 0.02  # of 1/255: what float images may be away from 8 bits before it is said
+ROUNDING = 0.02  # of 1/255: distance of float images from 8 bits that needs no message
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ INFOS = {
         augment="crop",
     ),
 }
-# What released code for adversarial training divides by, where it is not the above.
+# Standard deviations in released code for adversarial training, where they differ.
 RELEASED_STD = {"cifar10": (0.2471, 0.2435, 0.2616)}
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "mnist": "MNIST"}
 HELD_AS = {

@@ -19,7 +19,7 @@ _MARK, _LEAF = -1, 0
 
 
 class _Limited:
-    """A file that gives at most MAX_BYTES in all, whatever lengths the opcodes claim."""
+    """A file limited to MAX_BYTES in all reads, regardless of the lengths that opcodes claim."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file, self._name, self._left = file, name, MAX_BYTES
@@ -124,7 +124,7 @@ class _Graph:
         )
 
     def check(self) -> None:
-        """Raise DocumentError where a node stands for too many values, or is nested too deep."""
+        """Raise DocumentError where a node expands to too many values, or is nested too deep."""
         sizes, depths, entered = {_LEAF: 1}, {_LEAF: 0}, set[int]()
         for root in range(1, len(self.children)):
             path = [root]

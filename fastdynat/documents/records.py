@@ -60,7 +60,7 @@ def read_json_lines(
 
 
 def parse_json(text: str, kind: type[T], *, origin: str, what: str, format: str | None = None) -> T:
-    """`text` as a `kind`; see `read_json`. `origin` stands for the file's name in messages."""
+    """`text` as a `kind`; see `read_json`. `origin` is the name of the file in messages."""
     try:
         # Not msgspec's own parser: NaN and Infinity, which Python writes, are no error here.
         value = json.loads(text)

@@ -22,7 +22,7 @@ class EpsCurve:
     Attributes:
         norm: linf, l2, l1 or l0.
         attack: its name.
-        eps: radii in [0, 1] pixel units, in the order asked for.
+        eps: radii in [0, 1] pixel units, in the order of the result.
         accuracy: at each radius, in [0, 1].
         ci: the 95 % interval (`wilson`) of each.
     """
@@ -98,7 +98,7 @@ def accuracy_over_eps(
 
     Raises:
         UserError: a radius is negative; the attack is unknown or does not depend on the radius.
-        Stopped: `should_stop` said so.
+        Stopped: `should_stop` returned True.
     """
     radii = _radii(eps)
     attacks = {e: _at(attack, e, norm) for e in sorted(radii)}

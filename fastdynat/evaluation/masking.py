@@ -108,7 +108,7 @@ def check_masking(
 
     Raises:
         UserError: an unknown norm, or an invalid radius.
-        Stopped: `should_stop` said so.
+        Stopped: `should_stop` returned True.
     """
     grey = radius_of_grey(norm, images)
     step_size = usual_step(norm, eps)

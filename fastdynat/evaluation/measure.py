@@ -104,7 +104,7 @@ def measure(
     Every image counts; a misclassified clean image stays misclassified, whatever the attack returns. The
     attack runs on a fast replica of the network; the prediction that counts is `model`'s own, in eval mode
     and full float32, at the adversarial image; one outside the attack's ball (`Nearest.eps`) does not count.
-    The random start has a generator of its own, so equal seeds give equal numbers and the global generator is
+    The random start has a separate generator, so equal seeds give equal numbers and the global generator is
     left alone.
 
     Args:
@@ -122,7 +122,7 @@ def measure(
         advance: called with the number of images done since the last call, also fractions.
 
     Raises:
-        Stopped: `should_stop` said so.
+        Stopped: `should_stop` returned True.
     """
     generator = torch.Generator(device).manual_seed(seed)
     wanted = None if standing is None else standing.nonzero().squeeze(1)

@@ -54,7 +54,7 @@ def transfer_matrix(
 
     Raises:
         UserError: no network, or `attack` is "clean".
-        Stopped: `should_stop` said so.
+        Stopped: `should_stop` returned True.
     """
     if not networks or attack.search is None:
         raise UserError(

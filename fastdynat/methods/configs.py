@@ -14,7 +14,7 @@ BEFORE = {"flat_pixel_test": False}
 
 
 def _as_asked(asked: str, stored: str) -> str:
-    """`asked` for a message, where it is another method than `stored`."""
+    """`asked` in the words of a message that sets it apart from `stored`."""
     other_content = " with another content" if short_name(asked) == short_name(stored) else ""
     return short_name(asked) + other_content
 

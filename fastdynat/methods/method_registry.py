@@ -26,7 +26,7 @@ MethodT = TypeVar("MethodT", bound=type[Method[Any]])
 class Methods(MutableMapping[str, type[Method[Any]]]):
     """The methods by name, in alphabetical order: one per file of this folder, and those added since.
 
-    A method of one's own is put in as into a dictionary, or by `register`.
+    Users add a method as to a dictionary, or by `register`.
     """
 
     def __init__(self) -> None:

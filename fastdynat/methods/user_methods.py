@@ -13,7 +13,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods.base import Method, check_method
 from fastdynat.user_code import import_object, pin, unpinned
 
-_loaded: dict[str, type[Method[Any]]] = {}  # by pinned name: one class, however often it is asked for
+_loaded: dict[str, type[Method[Any]]] = {}  # by pinned name: loaded once
 
 
 def pinned_method(name: str) -> str:

@@ -33,7 +33,7 @@ def _watched(
         with torch.random.fork_rng(devices=[]), torch.device(device), _Watch() as watch:
             build_model(name, num_classes=num_classes, image_shape=image_shape)  # runs it once
     except Exception:
-        # Of any kind: this is for a choice of speed alone, and a wrong name is refused by whoever builds it.
+        # Of any kind: this is for a choice of speed alone, and building the network refuses a wrong name.
         return ()
     return tuple(watch.found)
 

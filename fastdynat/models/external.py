@@ -36,7 +36,7 @@ def build_torchvision(name: str, *, num_classes: int, image_shape: tuple[int, in
     elif name.startswith("maxvit"):
         kwargs["input_size"] = (height, width)
     elif name in ("googlenet", "inception_v3"):
-        # Without auxiliary heads these return logits in train mode too; init_weights spares a warning.
+        # Without auxiliary heads these return logits in train mode too; init_weights avoids a warning.
         kwargs.update(aux_logits=False, init_weights=True)
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)

@@ -21,7 +21,7 @@ class ForeignModel:
 
     Attributes:
         model: float images (N, C, H, W) in [0, 1] -> logits (N, num_classes).
-        name: what it was asked for by.
+        name: the name given by the user.
         sha256: of that name, of the user's source file where there is one, and of all parameters and buffers
             by their names: what predicts something else has another digest. A change in a file that theirs
             imports is not seen.

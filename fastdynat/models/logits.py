@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fastdynat.errors import UserError
 
-# Which part of a network's answer are the logits: a key or attribute, an index, or a function of the answer.
+# The logits within a network's output: a key or attribute, an index, or a function of the answer.
 Output = str | int | Callable[[Any], Tensor]
 HALF = (torch.float16, torch.bfloat16)
 

@@ -21,7 +21,7 @@ from fastdynat.user_code import error_with_place
 
 
 def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
-    """torchvision's classifier `name` with its default weights, and a note on what stands in front of it."""
+    """torchvision's classifier `name` with its default weights, and a note on its normalisation."""
     name = name.lower()
     require_torchvision(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT

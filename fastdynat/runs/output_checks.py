@@ -51,7 +51,7 @@ def check_results(
     *,
     inputs: Iterable[str | Path | None] = (),
 ) -> None:
-    """`check_output` for all files of one command's results; None stands for one that was not asked for.
+    """`check_output` for all files of one command's results; None is a file that was not requested.
 
     Args:
         texts: text files (JSON).

@@ -229,7 +229,7 @@ class RunDir:
 
 
 def refuse_kinds(path: Path, *, links_go: bool = False) -> None:
-    """Raise UserError where something else stands in the place of a file or folder that training writes.
+    """Raise UserError where training would write a file but a folder exists, or the reverse.
 
     links_go: links, and what only a file can replace, will be removed first (`remove_run`).
     """

@@ -42,7 +42,7 @@ class WeightPerturbation:
 
     @contextmanager
     def around(self, loss: Tensor) -> Iterator[None]:
-        """Context with the weights moved to where `loss` is higher, whatever its scale; uses up its graph."""
+        """Context with the weights moved towards a higher `loss`, at any scale of it; frees its graph."""
         moves = self._moves(
             torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
         )

@@ -1,4 +1,4 @@
-"""SGD with a tensor for its momentum, as for its rate: a captured step reads both anew at each replay."""
+"""SGD with momentum and learning rate in tensors, which a captured step reads at each replay."""
 
 from typing import Any
 

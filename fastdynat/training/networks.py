@@ -63,7 +63,7 @@ class NetworkSet:
         if frozen_guide and guide is not None:
             guide.eval().requires_grad_(False)
         self.ema = WeightAverage(model, ema, copy_buffers=ema_buffers == "copy") if ema else None
-        # From a generator of its own: building the engine draws nothing from the run's random stream.
+        # From a separate generator: building the engine draws nothing from the run's random stream.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
         self.attack = AttackEngine(model, example, bn=attack_bn, switches=attack, fallbacks=fallbacks)

@@ -85,7 +85,7 @@ def _check_switches(
             "--boundary-speed measures L-inf margins along SGD's momentum: "
             "use --norm linf and momentum above 0"
         )
-    # Graphs and streams are stored as asked: the run may be resumed on another device.
+    # Graphs and streams are stored as configured: the run may be resumed on another device.
     for name in ("graphs", "guide_stream", "fused_conv"):
         if getattr(engine, name) == "on" and device.type != "cuda":
             raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
@@ -103,7 +103,7 @@ def _check_switches(
 
 
 def with_stored_choices(asked: EngineConfig, stored: EngineConfig) -> EngineConfig:
-    """`asked` with its automatic values replaced by those that the `stored`, resolved one has."""
+    """`asked` with its automatic values replaced by those of the resolved configuration `stored`."""
     names = [
         name for name in ("compile", "channels_last", "fold", "winograd") if getattr(asked, name) == "auto"
     ]

@@ -74,7 +74,7 @@ class ResolvedEngine(EngineConfig):
         return switched_on(self.graphs, self.on_gpu)
 
     def uses_guide_stream(self, method: Method[Any]) -> bool:
-        """True if the guide of `method` runs on a CUDA stream of its own."""
+        """True if the guide of `method` runs on a separate CUDA stream."""
         return switched_on(self.guide_stream, self.on_gpu and method.uses_guide)
 
 

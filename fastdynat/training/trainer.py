@@ -118,7 +118,7 @@ class Trainer:
             logger.warning(note)
 
     def _begin_method(self) -> None:
-        """Go from the burn-in to the method, whose optimiser and weight average start anew."""
+        """Switch from the burn-in to the method, with a new optimiser and weight average."""
         self._method_step.global_step = self.step.global_step
         self.step = self._method_step
         self._restart_average()

@@ -88,7 +88,7 @@ def test_a_run_from_elsewhere_does_not_execute_its_code(
     shutil.rmtree(folder.parent / "cache" / "fastdynat" / "user_code")
     for command in (["eval", "run"], ["train", "--resume", "run", "--epochs", "2"]):
         assert "was never trained with on this account" in refusal(command, capsys)
-    # Who names the file has read it.
+    # Naming the file again means that the user has read it.
     assert main(["train", "--resume", "run", "--epochs", "2", *OWN]) == 0
     assert main(["eval", "run", "--attacks", "clean", "--cache", "off"]) == 0
 

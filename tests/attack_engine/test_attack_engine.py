@@ -187,7 +187,7 @@ UNFOLDABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(conv()), nn.BatchNorm2d(3)),
         "no batch norm",
     ),
-    # As many channels as outputs, and a fresh batch norm, so that a wrong fold would show in no number yet.
+    # Channels equal outputs and batch norm is fresh, so that a wrong fold would show in no number yet.
     "linear on sequences": (
         lambda: Net(sequence, linear=nn.Linear(64, 3), bn=nn.BatchNorm1d(3)),
         "no batch norm",

@@ -430,7 +430,7 @@ def test_sums_that_would_be_broadcast_at_another_size_are_done_apart() -> None:
     assert torch.equal(got, F.relu(F.conv2d(x, layer.weight, layer.bias, padding=1) + residual))
 
 
-# What a GPU is asked at first contact, here on the CPU: the tables, and what follows from verdicts and
+# Questions to a GPU at first contact, here on the CPU: the tables, and what follows from verdicts and
 # timings.
 
 

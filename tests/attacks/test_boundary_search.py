@@ -81,7 +81,7 @@ def test_on_a_linear_network_the_point_is_the_projection() -> None:
     torch.testing.assert_close(exact.x_adv, projection, rtol=0, atol=1e-8)
     torch.testing.assert_close(exact.distance, radius, rtol=1e-8, atol=0)
     torch.testing.assert_close(exact.grad_norm, w.abs().sum(1))
-    # As published: a random start, 5 % beyond; less than 2 % of it is left.
+    # The published setting: a random start, 5 % beyond; less than 2 % of it is left.
     published = boundary(net, x, y, BoundarySpec())
     assert bool(((published.distance > radius) & (published.distance < 1.02 * radius)).all())
 

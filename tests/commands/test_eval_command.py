@@ -135,7 +135,7 @@ def test_a_halved_evaluation_is_that_of_the_smaller_batch(
     assert kept["attacks"] == halved["attacks"]
 
 
-# What counts
+# Verdicts
 
 
 def test_worst_counts_images_that_survive_everything(
@@ -295,7 +295,7 @@ def test_checks_are_printed_with_what_to_run_next(
     assert "fgsm 60.0 %" not in out
 
 
-# What is printed
+# Output
 
 
 def test_the_json_keeps_its_keys(run: Path, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"│ {name} " in out
 
 
-# What is refused
+# Refusals
 
 
 def test_refusals(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,7 +260,7 @@ def test_model_info_has_robustbenchs_fields(finished: Path) -> None:
     sidecar, sha = read_sidecar(weights_of(finished))
     nothing = stored_accuracies(finished, sha, dataset=sidecar.dataset, norm="linf", eps=1.0)
     info = model_info(sidecar, dataset="cifar10", paper=Paper(), accuracies=nothing)
-    # As in robustbench's model_info files and its ModelInfo.
+    # Fields of robustbench's model_info files and its ModelInfo.
     fields = (
         "link name authors additional_data number_forward_passes dataset venue "
         "architecture eps clean_acc reported"

@@ -50,7 +50,7 @@ TABLES: dict[str, tuple[list[str], dict[str, Flag]]] = {
     **{f"train {m}": (["train", "--method", m], flags) for m, flags in TRAIN.items()},
     **{name: ([name], flags) for name, flags in OTHERS.items()},
 }
-# What the commands need beside the flag under test, so that the flag is what is refused.
+# Arguments beside the flag under test, so that only the flag is refused.
 NEEDED = {"export": ["RUN", "--out", "x.pt"], "eval": ["RUN"], "report": ["RUN"], "boundary": ["RUN"]}
 
 
@@ -441,7 +441,7 @@ def test_a_flag_that_repeats_its_default_is_no_mistake(tmp_path: Path) -> None:
         "--quiet",
     ]
     assert main([*run, "--epochs", "1", "--method", "madry", *extra]) == 0
-    # What a run has stored is a configuration that starts another.
+    # A stored configuration starts another run.
     again = [
         "train",
         "--config",

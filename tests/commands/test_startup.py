@@ -9,7 +9,7 @@ import pytest
 
 from fastdynat.methods import METHODS, method_class, options_type
 
-# What a command line that only answers must not import. sklearn and matplotlib are slow, numpy is not free.
+# Modules that help and errors must not import. sklearn and matplotlib are slow, numpy is not free.
 HEAVY = (
     "torch",
     "torchvision",

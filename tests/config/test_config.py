@@ -72,7 +72,7 @@ def test_flags_win_over_the_file_and_both_are_resolved_and_stored(
         "none",
         True,
     )
-    # What is stored is itself a configuration file.
+    # The stored configuration is itself a configuration file.
     assert (
         main(["train", "--config", str(run / "config.yaml"), "--run-dir", str(tmp_path / "again"), "--quiet"])
         == 0

@@ -100,7 +100,7 @@ def three(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-# What is in a file, by name, and the RGB that it stands for.
+# Content of a file, by name, and the RGB that it stands for.
 
 
 def _make_deep(channels: slice):
@@ -325,7 +325,7 @@ def test_transparency_and_frames_are_said(root: Path) -> None:
     assert said(folder(root.parent / "plain")) == ""
 
 
-# What lies in the folders.
+# Files in the folders.
 
 
 def test_what_is_left_out_is_counted(root: Path) -> None:

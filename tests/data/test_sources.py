@@ -183,7 +183,7 @@ def test_digits():
     assert (len(splits.train), len(splits.val), len(test)) == (1338, 100, 359)
     assert splits.train.images.shape[1:] == info.image_shape == (1, 32, 32)
     assert (splits.train.images.min(), splits.train.images.max()) == (0, 255)
-    # Which image is which: the test set is fixed and no image of it is trained on.
+    # Identity of the images: the test set is fixed and no image of it is trained on.
     train = {image.numpy().tobytes() for image in torch.cat([splits.train.images, splits.val.images])}
     assert not train & {image.numpy().tobytes() for image in test.images}
     assert torch.bincount(test.labels).tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]

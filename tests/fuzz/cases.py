@@ -408,7 +408,7 @@ STRATEGIES = {
     "names": names,
     "surround": surroundings,
 }
-# How many of a hundred inputs are of a kind: the quick ones more often.
+# Inputs of each kind in a hundred: quick ones more often.
 SHARES = {
     "runs": 15,
     "yaml": 18,

@@ -28,7 +28,7 @@ LIMIT, TICK = 20, 5  # seconds of one command, and between two looks at it
 MEMORY = 6 << 30  # bytes that a command may add to the address space
 MAX_LINES = 12  # of standard error beside the refusal: notices
 CODES = (0, 1, 2, 130)
-# What a refused command may leave in a run: its lock, and results that were complete before the refusal.
+# Files that a refused command may leave in a run: its lock, and results completed before the refusal.
 FREE = (".lock", "evaluations", "report")
 
 

@@ -12,7 +12,7 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 DEEP_JSON, DEEP_YAML = "[" * 100_000, "lr: " + "[" * 1000
 
-# What may stand in JSON instead of any value.
+# JSON to put in place of any value.
 JSON_VALUES: list[Any] = [
     *(
         None,
@@ -52,7 +52,7 @@ JSON_VALUES: list[Any] = [
     json.loads("[" * 90 + "]" * 90),
 ]
 
-# What may stand after `key:` in YAML, and after `--set m.key=`.
+# Text for after `key:` in YAML, and after `--set m.key=`.
 YAML_VALUES = [
     *(
         "",
@@ -192,7 +192,7 @@ contents = st.one_of(
 )
 
 
-# What a file or folder may be called.
+# Names of files and folders.
 NAMES = [
     *(
         "a\nb",

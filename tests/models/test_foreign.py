@@ -220,7 +220,7 @@ def test_torchvisions_weights_stand_behind_their_normalisation(
 ) -> None:
     torch.manual_seed(1)
     theirs = torchvision.models.resnet18(num_classes=1000)
-    # What the download would have left in torch.hub's folder.
+    # The file that a download leaves in torch.hub's folder.
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     weights = torchvision.models.ResNet18_Weights.DEFAULT
     (tmp_path / "checkpoints").mkdir()

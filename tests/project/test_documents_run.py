@@ -149,7 +149,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.chdir(copy)
     monkeypatch.syspath_prepend(str(copy))
     yield copy
-    # What the page's files have registered; another copy of them would be another method or attack.
+    # The registrations by the page's files: another copy of them would be another method or attack.
     METHODS.pop("squeeze", None)
     for pattern in [p for p, e in registry._registered.items() if e.module.startswith("user_file")]:
         del registry._registered[pattern], registry._constructors[pattern]

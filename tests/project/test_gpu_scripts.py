@@ -359,7 +359,7 @@ def test_a_run_without_a_passing_test_is_no_success(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "1 skipped"
 
 
-# What is taken along
+# The pack
 
 
 def wheel(
@@ -674,7 +674,7 @@ def test_gpu_train_goes_on_in_a_second_call(tmp_path: Path) -> None:
     assert found["rows"][0] == rows(tmp_path / "a")["rows"][0]
 
 
-# As a bare machine: these modules are found in a pack only. On the path of every process, if the caller's
+# A bare machine: these modules are found in a pack only. On the path of every process, if the caller's
 # PYTHONPATH is kept.
 HIDDEN = (
     "tyro",

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-# As README of 0.1.0 wrote them: module, names.
+# Imports in the README of 0.1.0: module, names.
 IMPORTS = {
     "fastdynat": "PGD PGDL2 FGSM FFGSM BIM TPGD trades_loss mart_loss dynat_loss lbgat_loss compat ops",
     "fastdynat.attacks": "AttackGoal PGDSpec pgd wide",

@@ -109,7 +109,7 @@ NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a sequence of rows": (lambda z: z[:, None].expand(-1, 3, -1), r"\(\d+, 3, 10\), "),
 }
 
-# What keeps gradients from the images altogether.
+# Networks that give the images no gradient at all.
 BLIND: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "detached image": lambda inner: lambda x: inner(x.detach()),
     "detached logits": lambda inner: lambda x: inner(x).detach(),

@@ -313,7 +313,7 @@ def test_the_operators_are_right(name: str) -> None:
     assert len(cases) == len(set(cases))
 
 
-# What a check leaves as it was.
+# State that a check leaves unchanged.
 
 
 def state() -> list[Any]:

@@ -131,7 +131,7 @@ def _fits(flag: Flag, text: str) -> bool:
 
 
 def _is_place(flag: Flag, text: str, missing: bool) -> bool:
-    """Whether `text` after the bare `flag` is a run directory or a model, and not a misspelt value."""
+    """True if `text` after the bare `flag` is a run directory or a model, not a misspelt value."""
     if ":" in text or "/" in text or os.path.exists(text):
         return True
     return missing and not nearest(text, flag.choices, n=1)
