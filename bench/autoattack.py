@@ -1,5 +1,4 @@
-"""AutoAttack beside the reference package (extra `autoattack`): seconds and robust accuracy, stage by stage,
-image by image.
+"""AutoAttack beside the reference package (extra `autoattack`): seconds and accuracy by stage and image.
 
     python bench/autoattack.py RUN --data-dir CIFAR --num-images 200 --json
     bench/results/autoattack_small_cpu.json python bench/autoattack.py torchvision:resnet18 --train-steps 60

@@ -1,5 +1,4 @@
-"""Every check that needs a GPU, on one bare machine without a network, in under 9 minutes: tests, timings, a
-training.
+"""Every check that needs a GPU, on a bare machine without network in 9 minutes: tests, timings, training.
 
     bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default gpu-results)
     bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what

@@ -1,5 +1,4 @@
-"""A real training on one bare machine without a network, in under 9 minutes: seconds per epoch, time to a
-robust accuracy.
+"""A real training on a bare machine without network in 9 minutes: seconds per epoch, time to accuracy.
 
     bench/gpu_train.sh FOLDER [TARGET [FLAGS...]]
 

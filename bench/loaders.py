@@ -1,5 +1,4 @@
-"""Images per second of the loaders, as a table and as JSON: images in memory, and an image folder for those
-that stream it.
+"""Images per second of the loaders, as a table and JSON: images in memory, and a folder to stream.
 
     python bench/loaders.py --json bench/results/loaders_cpu.json --data-dir cifar10-jpeg
 

@@ -42,9 +42,7 @@ def run_to_its_end(command: list[str], env: dict[str, str]) -> int:
 
 
 def measure(only: str, without: str) -> tuple[list[dict[str, Any]], int]:
-    """Run the benchmarks. Returns a row per implementation of a case, microseconds per call, and pytest's
-    exit status.
-    """
+    """Run the benchmarks; return a row (us per call) per implementation and case, and the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
         command = [

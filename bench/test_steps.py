@@ -1,5 +1,4 @@
-"""Attack and training step by pytest-benchmark, in float32 and bfloat16: for tracking one over time beside
-the operators.
+"""Attack and training step by pytest-benchmark, in float32 and bfloat16, to be tracked over time.
 
 `fastdynat bench` compares them with peers and switch by switch. FASTDYNAT_BENCH_MODEL and
 FASTDYNAT_BENCH_DEVICE choose.

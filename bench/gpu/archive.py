@@ -1,6 +1,4 @@
-"""The archive of results: everything in a folder, with long files cut, and marked as cut, to fit a size
-limit.
-"""
+"""The archive of results: all files of a folder, long ones cut, and marked as cut, to a size limit."""
 
 import gzip
 import io
@@ -15,8 +13,7 @@ CUT = "cut.txt"
 
 
 def write_archive(folder: Path, target: Path, limit: int = LIMIT) -> list[str]:
-    """Write `target`, a .tar.gz of the files in `folder`, of at most `limit` bytes. Returns what was cut, in
-    words.
+    """Write `target`, a .tar.gz of the files in `folder`, within `limit` bytes; return the cuts in words.
 
     The biggest log is cut first (the oldest of equal ones), then the next; when all are cut, the biggest
     files are left out.
@@ -81,9 +78,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def split_file(path: Path, folder: Path, limit: int = LIMIT) -> list[Path]:
-    """Copy `path` into `folder` as NAME.0, NAME.1, ... of at most `limit` bytes each; `cat NAME.*` joins them
-    (under ten).
-    """
+    """Copy `path` to `folder` as NAME.0, NAME.1, ... of at most `limit` bytes; `cat NAME.*` joins them."""
     pieces = []
     with path.open("rb") as file:
         while data := file.read(limit):

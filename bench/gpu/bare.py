@@ -186,9 +186,7 @@ class Bare:
         return ""
 
     def build_part(self, seconds: float) -> Part:
-        """Build the extension, where none loads: many processors need half a minute, and nothing waits for it
-        longer.
-        """
+        """Build the extension where none loads; half a minute is enough on many processors."""
         env = {
             "FASTDYNAT_EXT": "1",
             "FASTDYNAT_CUDA": "0" if self.device == "cpu" else "1",
@@ -199,9 +197,7 @@ class Bare:
         return Part(name="build", seconds=seconds, command=command, env=env, why_not=self.why_no_build())
 
     def why_no_calls(self) -> str:
-        """The reason why the extension's operators cannot be called before a build; a build may still bring
-        them.
-        """
+        """The reason why the extension's operators cannot be called yet; a build may still provide them."""
         return (
             ""
             if self._extension is not None or not self._known or not self.why_no_build()

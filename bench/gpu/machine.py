@@ -58,9 +58,7 @@ print(json.dumps(out))
 
 
 def python_path(caller: str | None, packages: Sequence[Path] = ()) -> str:
-    """PYTHONPATH for everything that is started: this checkout, what the caller had, and packages taken
-    along.
-    """
+    """PYTHONPATH of all subprocesses: this checkout, the caller's path, and the pack's packages."""
     kept = [os.path.abspath(entry) for entry in (caller or "").split(os.pathsep) if entry]
     return os.pathsep.join(dict.fromkeys([str(ROOT), *kept, *map(str, packages)]))
 
@@ -71,7 +69,7 @@ def missing(env: Mapping[str, str], modules: Sequence[str]) -> list[str]:
 
 
 def look(env: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """What Python, torch, the GPU and fastdynat._C are; `torch_error` says why torch was not to be seen."""
+    """Versions of Python, torch, GPU and fastdynat._C; `torch_error`: the reason why torch does not load."""
     try:
         return _run(LOOK, env, seconds)
     except subprocess.TimeoutExpired:
@@ -136,9 +134,7 @@ def file_digest(path: Path) -> str:
 
 
 def commit(manifest: Mapping[str, Any] | None) -> str:
-    """The commit of this checkout; without git, that of the manifest, marked where files differ from what was
-    packed.
-    """
+    """The commit of this checkout, or without git of the manifest, marked where files have changed."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -162,8 +158,7 @@ def commit(manifest: Mapping[str, Any] | None) -> str:
 def take_extension(
     pack: Path, manifest: Mapping[str, Any], found: Mapping[str, Any], *, cuda: bool
 ) -> tuple[bool, str]:
-    """Put the prebuilt extension into the checkout where its own is missing, does not load or lacks the CUDA
-    half.
+    """Install the prebuilt extension if the checkout's is missing, does not load or lacks the CUDA half.
 
     Returns whether it was, and a word.
     """

@@ -1,6 +1,4 @@
-"""The pack for a bare machine: a folder with packages, CIFAR-10 as JPEG, the built extension and a
-manifest.
-"""
+"""The pack for a bare machine: packages, CIFAR-10 as JPEG, the built extension and a manifest."""
 
 import importlib.util
 import io
@@ -38,9 +36,7 @@ DATA = "cifar10-jpeg.tar.xz"
 
 
 def find_data(named: Path | None) -> Path | None:
-    """CIFAR-10 as JPEG: what the user names, else the environment's folder, else the archive beside the
-    checkout.
-    """
+    """CIFAR-10 as JPEG: the user's folder, else the environment's, else the archive beside the checkout."""
     places = [os.environ.get("FASTDYNAT_CIFAR10_JPEG"), ROOT.parent / "shared" / "data" / DATA]
     found = (
         [named] if named is not None else [Path(place) for place in places if place and Path(place).exists()]
@@ -51,8 +47,7 @@ def find_data(named: Path | None) -> Path | None:
 
 
 def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMIT) -> None:
-    """Fill `folder` for a machine with Python `python` ("3.12"), below `limit` bytes with the checkout's own
-    files.
+    """Fill `folder` for Python `python` ("3.12"), below `limit` bytes together with the checkout's own files.
 
     data: CIFAR-10 as JPEG: an archive or a folder with train/CLASS/* and test/CLASS/*.
 
@@ -156,9 +151,7 @@ def _members(data: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _data(data: Path, target: Path, room: int) -> dict[str, Any]:
-    """Store as many images as fit into `room` bytes: all of them, or equally many of each class of either
-    split.
-    """
+    """Store the images that fit into `room` bytes: all, or equally many of each class of either split."""
     classes: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
     for name, image in _members(data):
         classes[name.rpartition("/")[0]].append((name, image))
@@ -208,7 +201,7 @@ def _xz(images: list[tuple[str, bytes]]) -> bytes:
 
 
 def check_pack(folder: Path, limit: int = LIMIT) -> list[str]:
-    """What is missing in a pack, or does not fit this checkout, in words; nothing where it is complete."""
+    """The parts that a pack lacks, or that do not fit this checkout, in words; empty if it is complete."""
     manifest = read_manifest(folder)
     if manifest is None:
         return [f"{folder} has no {MANIFEST}"]

@@ -51,9 +51,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """Outcome of a part. `status`: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or
-    not run.
-    """
+    """Outcome of a part: ok, stopped, failed, timed out, interrupted, skipped (`key` says why) or not run."""
 
     name: str
     status: str = "not run"
@@ -99,9 +97,7 @@ class Check:
         return self.total - (time.monotonic() - self.begin)
 
     def limit(self, index: int) -> float:
-        """Seconds for a part that begins now: its own and what the parts before it left, never those of the
-        parts after it.
-        """
+        """Seconds for a part that begins now: its own and those left by earlier parts."""
         return min(
             self.parts[index].most, self.left() - sum(part.seconds for part in self.parts[index + 1 :])
         )
@@ -239,9 +235,7 @@ class Check:
 
 
 def finish(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process and all that it started in its session: SIGINT, so that it writes what it has, then
-    SIGKILL.
-    """
+    """End a process and its session's processes: SIGINT, so that it writes its results, then SIGKILL."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)

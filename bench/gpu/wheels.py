@@ -61,9 +61,7 @@ def canonical(name: str) -> str:
 
 
 def fetch_packages(folder: Path, python: str) -> list[dict[str, Any]]:
-    """Download and unpack wheels for `python` on Linux, with what they require, each into a folder of its
-    own.
-    """
+    """Download and unpack wheels for `python` on Linux with their dependencies, each into its own folder."""
     asked, found, entries = [*NEEDED, *WANTED], set(), []
     with tempfile.TemporaryDirectory() as temporary:
         while asked:
@@ -81,9 +79,7 @@ def fetch_packages(folder: Path, python: str) -> list[dict[str, Any]]:
 
 
 def download(name: str, python: str, folder: Path) -> Path | None:
-    """The wheel of the version that is installed here, else of the newest; None (and pip's words) where there
-    is none.
-    """
+    """The wheel of the installed version, else of the newest; None (and pip's message) if there is none."""
     try:
         pinned = f"{name}=={importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:

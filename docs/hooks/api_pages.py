@@ -1,5 +1,4 @@
-"""The public functions and classes of a package, for mkdocstrings: each by where it lies, under its public
-name."""
+"""The public functions and classes of a package for mkdocstrings: by module, under their public names."""
 
 import importlib
 import inspect
@@ -23,13 +22,12 @@ def api(package: str) -> str:
 
 
 def documented(value: object) -> bool:
-    """Whether `value` is a function or class of ours."""
+    """True if `value` is a function or class of fastdynat."""
     ours = str(getattr(value, "__module__", "")).startswith("fastdynat")
     return ours and (inspect.isclass(value) or inspect.isfunction(value))
 
 
 def entry(package: str, name: str, value: type) -> str:
-    """mkdocstrings' line for one name. A module of the same name would be taken in its place by the public
-    path."""
+    """mkdocstrings' line for one name; by its public path, a module of that name would be taken instead."""
     where = f"{value.__module__}.{value.__qualname__}"
     return f"::: {where}\n    options:\n      heading: {package}.{name}\n      toc_label: {name}"

@@ -1,5 +1,4 @@
-"""Tables of the command line: every flag from the dataclasses that the commands parse, so that none is
-written by hand."""
+"""Tables of all flags of the command line, generated from the dataclasses that the commands parse."""
 
 import ast
 import dataclasses
@@ -100,7 +99,7 @@ def own_flags(cls: Any) -> dict[str, Flag]:
 
 
 def kind(flag: Flag) -> str:
-    """What a flag takes, in a cell."""
+    """The values of a flag, for a cell."""
     if flag.values == "none":
         return "switch"
     if flag.choices:

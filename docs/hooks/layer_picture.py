@@ -62,7 +62,7 @@ def picture() -> str:
 
 
 def short(name: str, x: int) -> str:
-    """What fits of the description of `name` from pixel `x` on, ended at a colon, semicolon or full stop."""
+    """The part of `name`'s description that fits from pixel `x` on, cut at a punctuation mark."""
     text = re.split(r"[.:;] |[.:;]$", about(name).replace("`", ""))[0]
     most = (WIDTH - 40 - x) * 10 // 63
     return escape(text if len(text) <= most else f"{text[:most].rpartition(' ')[0]} ...")

@@ -94,7 +94,7 @@ def engine(name: str) -> str:
 
 
 def switches() -> str:
-    """What each switch of the engine gives."""
+    """The gain of each switch of the engine."""
     rows = [
         [entry["kind"], f"`{entry['turned']}`", f"{entry['gain']:.2f}"]
         for entry in read("engine_cpu")["switches"]
@@ -110,7 +110,7 @@ def profile() -> str:
 
 
 def auto() -> str:
-    """What `auto` chose, beside the best that was measured."""
+    """The choices of `auto`, beside the best that was measured."""
     rows = []
     for name, where in AUTO.items():
         for decision in read(name)["decisions"]:
@@ -128,7 +128,7 @@ def auto() -> str:
 
 
 def fidelity() -> str:
-    """How strong the fast attack is."""
+    """The strength of the fast attack."""
     rows = []
     for row in read("fidelity_small_cpu")["rows"]:
         if found := row["fidelity"]:
@@ -209,7 +209,7 @@ def loaders() -> str:
 
 
 def dyart() -> str:
-    """What DyART costs beside PGD training."""
+    """The cost of DyART beside PGD training."""
     rows = []
     for case in read("dyart_cost_cpu")["cases"]:
         for row in case["rows"]:

@@ -32,7 +32,7 @@ def number(value: float) -> str:
 
 
 def made(*names: str) -> str:
-    """How the files called `names` were made, folded away."""
+    """The origin of the files called `names`, folded away."""
     lines = ['??? note "How it was made"', ""]
     for name in names:
         values = read(name)

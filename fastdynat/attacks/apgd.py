@@ -338,9 +338,7 @@ def _move(
 def _look(
     ascent: Ascent, x_adv: Tensor, labels: Tensor, target: Tensor, *, spec: APGD
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient at `x_adv`, the loss, and which images are misclassified; of several answers, the last
-    one's.
-    """
+    """The gradient and the loss at `x_adv`, and the misclassified images (by the last of several outputs)."""
 
     # Draws of one image that were rescaled apart would not add up; in half precision they would be lost
     # without.

@@ -1,3 +1,1 @@
-"""The command line, one module or package per command. Parsing needs no torch; each command imports what it
-runs.
-"""
+"""Command line, a module or package per command; torch is imported by the commands that compute."""

@@ -20,7 +20,7 @@ OWN = ["--model", "own.py:make_net", "--data", "own.py:make_data"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with the user's file in it and a cache of its own."""
+    """The current directory, with the user's file in it and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(user_code, "_remembered", set())
     work = tmp_path / "work"

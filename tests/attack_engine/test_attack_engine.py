@@ -1,4 +1,4 @@
-"""The engine computes the reference attack, folded, compiled and captured, or says what it does instead."""
+"""The engine computes the reference attack, folded, compiled and captured, or reports its fallback."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -455,7 +455,7 @@ def test_a_goal_that_the_classes_do_not_allow() -> None:
 
 
 def test_gradients_of_micro_batches_add_up() -> None:
-    """Without batch norm, whose statistics a half has of its own; the noise is drawn per call."""
+    """Without batch norm, whose statistics would differ between halves; the noise is drawn per call."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     (x, y), alone = batch(), copy.deepcopy(model)

@@ -34,7 +34,7 @@ class Scaled(nn.Module):
 
 
 def task(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, images of whole pixel values, and what it says of them."""
+    """A network, images of whole pixel values, and its predictions on them."""
     inner = net(3, dtype=dtype)
     images = torch.randint(256, (N, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(dtype) / 255
     return inner, images, inner(images).argmax(1)

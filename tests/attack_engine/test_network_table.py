@@ -111,7 +111,7 @@ def test_which_networks_are_attacked_themselves() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("speed", [{}, {"channels_last": False}, {"amp": torch.bfloat16}])
 def test_views_that_take_contiguous_maps(speed: dict[str, Any]) -> None:
-    """Sixteen images, so that convolutions use Winograd; no note, since nothing was asked for in vain."""
+    """Sixteen images, so that convolutions use Winograd; no note, since no requested mode was given up."""
     model, (x, y) = make("a view of a map", odd_networks.NETWORKS), batch(16)
     y = y % 10
     attack = PGD(model, EPS, ALPHA, STEPS, random_start=False, **speed)

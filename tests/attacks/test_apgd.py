@@ -26,7 +26,7 @@ def images(seed: int = 0) -> Tensor:
 
 
 def victim() -> tuple[nn.Module, Tensor, Tensor]:
-    """A float64 network, images, and labels of which most are what it says."""
+    """A float64 network, images, and labels, most of which it predicts."""
     model, x = tiny_cnn(3, dtype=torch.float64).eval().requires_grad_(False), images()
     y = model(x).argmax(1)
     y[:3] = (y[:3] + 1) % CLASSES
@@ -160,7 +160,7 @@ def double() -> Any:
 def peers_run(
     spec: APGD, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The package's single run: the point with the highest loss, what stands, the highest loss."""
+    """The package's single run: the point with the highest loss, the robust images, the highest loss."""
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
     numbers: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The AutoAttack class and the authors' package: order, resuming, verdicts, warnings, and what is refused."""
+"""The AutoAttack class and the authors' package: order, resuming, verdicts, warnings and refusals."""
 
 import json
 import warnings

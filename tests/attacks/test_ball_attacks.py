@@ -293,7 +293,7 @@ def test_targets() -> None:
 
 @dataclass(frozen=True)
 class Counting(RestartedPGD):
-    """Remembers how many images each run is given, and what it makes of them."""
+    """Records the number of images and the result of each run."""
 
     runs: list[tuple[int, Tensor]] = field(default_factory=list, compare=False)
 
@@ -447,7 +447,7 @@ def test_an_image_that_is_misclassified_as_confidently_as_asked_has_no_masked_gr
 
 
 def test_a_run_that_ends_without_a_verdict_gives_way_to_the_next() -> None:
-    """Equal logits have no range; NaN, as half precision gives, is nobody's margin."""
+    """Equal logits have no range; NaN, as in half precision, is no margin."""
     x, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     bad, good = torch.full_like(x, 0.5), torch.ones_like(x)
 

@@ -1,4 +1,4 @@
-"""The attack loop: where it ends, what it climbs, and what it leaves untouched."""
+"""The attack loop: its end points, its objectives, and the state it leaves untouched."""
 
 import math
 

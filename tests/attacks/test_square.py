@@ -83,7 +83,7 @@ def test_from_the_same_draws_it_is_the_references_search(places: int) -> None:
 @needs("pyautoattack")
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_windows_move_as_the_references(norm: str) -> None:
-    """In a ball that is too small for anybody to fall: the reference draws only for those who stand."""
+    """The ball is too small to fool any image: the reference draws only for robust ones."""
     net, queries, eps = network(), 60, EPS[norm] / 64
     x, labels = batch(net)
     draws = drawn(x, norm, queries)

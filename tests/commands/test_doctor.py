@@ -1,4 +1,4 @@
-"""The doctor says what is missing, why, and what to do about it."""
+"""`fastdynat doctor`: missing parts, the reasons and the remedies."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Files for the user: through links, into pipes and devices, with the umask's mode, and nobody else's."""
+"""Files for the user: through links, into pipes and devices, with the umask's mode."""
 
 import json
 import os

@@ -42,7 +42,7 @@ FRAME = """<!DOCTYPE html><link rel="icon" href="data:,"><body style="margin: 0"
 
 
 def chromium(profile: Path, page: Path, *flags: str) -> tuple[str, list[str]]:
-    """Load the page; returns what is printed and the lines of the browser's console."""
+    """Load the page; return its output and the lines of the browser's console."""
     command = [
         "chromium",
         "--headless=new",

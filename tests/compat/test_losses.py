@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:dynat_loss multiplies")  # BETA 
 
 
 class Watched(nn.Module):
-    """A network that writes down what it is given in train mode."""
+    """A network that records its inputs in train mode."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Data of the user: which forms are read, and what is refused."""
+"""Data of the user: accepted forms, and refusals."""
 
 from typing import Any
 

@@ -119,7 +119,7 @@ def test_a_call_goes_on_uncaptured_with_the_same_numbers(cuda: SimulatedCuda, fa
 def test_an_interruption_is_not_taken_for_a_failure(
     cuda: SimulatedCuda, interruption: type[BaseException]
 ) -> None:
-    """Ending the broken capture raises a RuntimeError of its own, which must not replace Ctrl-C."""
+    """Ending the broken capture raises another RuntimeError, which must not replace Ctrl-C."""
     fn = forks(raises(interruption()))
     call = GraphedCall(fn, CudaRecorder(torch.device("cpu")), NoFallbacks())
     for _ in range(WARM_UP_CALLS):

@@ -136,7 +136,7 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> str | None:
 
 
 def _command(argv: list[str]) -> tuple[int, str | None]:
-    """The exit code, and what is wrong with how the command ended; None where nothing is."""
+    """The exit code, and the defect in the command's end, or None."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     previous = signal.signal(signal.SIGALRM, _Watchdog())

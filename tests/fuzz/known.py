@@ -21,7 +21,7 @@ Prepare = Callable[[Path], object]
 
 
 def becomes(name: str, kind: str) -> Prepare:
-    """Something else stands at `name`."""
+    """Put another kind of file at `name`."""
     return lambda work: odd.replace_kind(work / name, kind)
 
 

@@ -49,7 +49,7 @@ def margin_gradient(method: Dyart, net: nn.Module, batch: Batch, points: Boundar
 
 
 def test_on_a_linear_network_the_gradient_is_that_of_the_closed_form() -> None:
-    """R = phi / ||w||_1 for two classes, so that sum_i h(R_i) / N can be differentiated as it stands."""
+    """R = phi / ||w||_1 for two classes, so that sum_i h(R_i) / N can be differentiated directly."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).double()
     x = 0.5 + 0.2 * (torch.rand(6, 3, 4, 4, dtype=torch.float64) - 0.5)

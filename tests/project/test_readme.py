@@ -1,4 +1,4 @@
-"""README.md is short, says what is true, and its test command is the one that .ci/run runs."""
+"""README.md is short and true, and its test command is that of .ci/run."""
 
 import re
 import subprocess

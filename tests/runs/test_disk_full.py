@@ -1,4 +1,4 @@
-"""No room: one line with the file and the bytes, exit code 2, and what was there before is whole."""
+"""No room: one line with the file and the bytes, exit code 2, and earlier files are intact."""
 
 import json
 import os
@@ -37,7 +37,7 @@ FLAGS = [*TINY, "--epochs", "3"]
 def fastdynat(
     *arguments: object, limit: int | None = None, cwd: Path | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """The command line in a process of its own, where no file may have more than `limit` bytes."""
+    """The command line in a new process, where no file may exceed `limit` bytes."""
 
     def set_limit() -> None:
         if limit is not None:

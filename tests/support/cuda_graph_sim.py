@@ -107,7 +107,7 @@ class Stream:
 
 
 class StreamContext:
-    """`torch.cuda.stream`; never left where nobody calls its exit."""
+    """`torch.cuda.stream`; not left unless its exit is called."""
 
     def __init__(self, cuda: SimulatedCuda, stream: Stream) -> None:
         self._cuda, self._stream, self._before = cuda, stream, stream

@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def odd(forward: Callable[[Any, Tensor], Tensor], **attributes: Any) -> nn.Module:
-    """A `Net` of a class of its own."""
+    """A `Net` of a new class."""
     return type("Odd", (Net,), {"forward": forward, "__module__": __name__})(**attributes)
 
 

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """A file that cannot be imported: said by one of the processes, the others go on without it."""
+    """A file that cannot be imported: one process reports it, the others go on without it."""
     if report.failed and os.environ["FASTDYNAT_SHARD"].startswith("0/"):
         note(
             event="not collected",

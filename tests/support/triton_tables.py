@@ -34,7 +34,7 @@ def described(
     attrs: Any,
     warmup: bool,
 ) -> Kernel:
-    """In place of JITFunction._do_compile, which is asked once for each specialisation."""
+    """Replaces JITFunction._do_compile, which is called once per specialisation."""
     types = [kind for kind in signature.values() if kind != "constexpr"]
     kernel = Kernel(
         f"{self.__name__} on {' '.join(types)}, {constants}, {attrs}, num_warps={options.num_warps}"

@@ -1,4 +1,4 @@
-"""The weight average against its definition in float64, and what it does with buffers."""
+"""The weight average against its definition in float64, and its treatment of buffers."""
 
 import copy
 

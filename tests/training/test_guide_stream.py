@@ -1,4 +1,4 @@
-"""The guide on a stream of its own: every access to memory is ordered by an event after what it depends on.
+"""The guide on a separate stream: every access to memory is ordered by an event after what it depends on.
 
 Streams are simulated: each operator runs at once, as on the CPU, and is entered with the stream that it would
 be on. Vector clocks tell whether it comes after the last write of what it reads, and after all uses of what
@@ -32,7 +32,7 @@ Clock = dict[int, int]
 
 
 class Stream:
-    """Has a clock of what is known to be done before whatever comes next on it."""
+    """A stream with a vector clock of the work that precedes its next operation."""
 
     def __init__(self, number: int) -> None:
         self.number = number

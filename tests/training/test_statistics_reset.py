@@ -149,7 +149,7 @@ def test_a_network_without_batch_norm_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_no_option_of_the_step_changes_a_plain_one() -> None:
-    """Bit for bit what it was before there were resets and hooks for statistics."""
+    """Bit for bit the result from before resets and hooks for statistics existed."""
     a, b = (train_step(Madry(MadryOptions()), tiny_network(1), None, start="uniform") for _ in range(2))
     b.statistics_resets = frozenset({99})
     for step in (a, b):

@@ -41,7 +41,7 @@ ONLY_BF16 = {"bf16": "", "fp16": NEITHER["fp16"]}
 
 
 class Machine:
-    """A processor that is made up: what it has instructions for, and how long each setting takes (in ms)."""
+    """A made-up processor: its instructions, and the time of each setting (in ms)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.lacking, self.milliseconds = BOTH, dict[str, float]()

@@ -46,7 +46,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what this process knows, not what it stored."""
+    """Clear the verdicts in memory, not those on disk."""
     for name in ("_known", "_lost", "_warned"):
         monkeypatch.setattr(judge, name, type(getattr(judge, name))())
     monkeypatch.setattr(speed, "_winners", {})

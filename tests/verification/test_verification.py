@@ -43,7 +43,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what this process knows, not what it stored."""
+    """Clear the verdicts in memory, not those on disk."""
     for name in ("_known", "_lost", "_warned"):
         monkeypatch.setattr(judge, name, type(getattr(judge, name))())
     monkeypatch.setattr(speed, "_winners", {})
@@ -645,7 +645,7 @@ def test_a_broken_cuda_context_is_remembered_and_said(monkeypatch: pytest.Monkey
 def test_what_says_nothing_of_a_candidate_is_no_verdict(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """It is left out now, what was found of others is kept, and the next process checks it again."""
+    """It is left out now, other verdicts are kept, and the next process checks it again."""
 
     def hungry(x: Tensor) -> Tensor:
         raise error

@@ -1,6 +1,4 @@
-"""`fastdynat bench --auto`: every decision that is left to the machine, timed beside what else could have
-been taken.
-"""
+"""`fastdynat bench --auto`: every automatic decision, timed beside its alternatives."""
 
 import shlex
 import sys

@@ -13,9 +13,7 @@ OURS, PEER, INVALID = BLUE, GREY, RED
 
 
 def draw_rates(doc: Mapping[str, Any], path: Path) -> None:
-    """Images per second of every row as horizontal bars, with a whisker from the 20th to the 80th
-    percentile.
-    """
+    """Images per second of every row as bars, with whiskers from the 20th to the 80th percentile."""
     groups = {kind: [row for row in doc["rows"] if row["kind"] == kind] for kind in ("attack", "step")}
     groups = {kind: rows for kind, rows in groups.items() if rows}
     heights = [len(rows) for rows in groups.values()]

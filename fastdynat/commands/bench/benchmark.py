@@ -206,9 +206,7 @@ def _again(config: ResolvedConfig[Any], setup: BenchSetup, watch: Stopwatch) -> 
 def _epoch(
     config: ResolvedConfig[Any], split: TrainSplit, watch: Stopwatch, display: ProgressDisplay
 ) -> dict[str, Any]:
-    """One epoch of training on `split`, compiled and warm, with its shorter last batch and without
-    validation.
-    """
+    """One training epoch on `split`, compiled and warm, with its shorter last batch, without validation."""
     display.line("one epoch")
     _, step, loader = build_parts(config, split)
     with use_backend(config.engine.kernels):

@@ -1,6 +1,4 @@
-"""Counted floating-point operations (a multiply-add is two) of the products and convolutions in a step,
-without running it.
-"""
+"""Floating-point operations (a multiply-add is two) of a step's products and convolutions, by counting."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -34,8 +32,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 class FlopCount(TorchDispatchMode):
-    """Adds up what torch's table of formulas says of every operator call (torch's own counter fails under
-    autograd.grad).
+    """Adds up torch's flop formulas over operator calls (torch's own counter fails under autograd.grad).
 
     Attributes:
         kernels: the calls that were counted.
@@ -114,9 +111,7 @@ def count_step(
     batch_size: int = IMAGES,
     awp: bool = False,
 ) -> StepFlops:
-    """Count on the meta device; the networks are moved there, so hand over ones that nobody needs. `awp`:
-    with its pass.
-    """
+    """Count on the meta device, where the networks are left: pass disposable ones. `awp`: with its pass."""
     model, guide = model.to("meta").train(), None if guide is None else guide.to("meta").train()
     twin = frozen_twin(model, "eval")
     guide_eval = None if guide is None else frozen_twin(guide, "eval")

@@ -1,5 +1,4 @@
-"""The released DYNAT training loop in plain PyTorch, as its authors' code does it: what our step is measured
-against.
+"""The released DYNAT training loop in plain PyTorch, the baseline of our step.
 
 `lusti-Yu/Dynamic-label` at e079ace, with all its work: float32, contiguous images, start noise made on the
 CPU, and the guide run again in every attack step for a label that cannot change. The clean pass, whose result
@@ -32,9 +31,7 @@ class PlainDynat:
         weight_decay: float,
         draw: Callable[[torch.Size], Tensor] = torch.randn,
     ) -> None:
-        """eps, step_size: [0, 1] pixel units, L-inf. draw: standard normal noise of a shape, for the
-        start.
-        """
+        """eps, step_size: [0, 1] pixel units, L-inf. draw: normal noise of a shape, for the start."""
         self.model, self.guide = model, guide.train()
         self.eps, self.step_size, self.steps, self.draw = eps, step_size, steps, draw
         self.optimizers = [

@@ -1,5 +1,4 @@
-"""The predicted gain of each optimisation, made before a GPU could measure it, with reasons; printed by
-``bench --switches``.
+"""Predicted gains of the optimisations, from before a GPU measured them; see ``bench --switches``.
 
 For one training step of DYNAT with ResNet-18 (guide ResNet-18, batch 128, PGD-10) on an H200 in bf16, unless
 said otherwise: 12 to 14 ms, of which 4.8 ms is arithmetic. Bytes and launches are counted, times at 4.3 TB/s

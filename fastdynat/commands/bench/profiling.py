@@ -51,8 +51,7 @@ CALLS = 3
 
 
 def profile_step(call: Callable[[], object], watch: Stopwatch, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of one warm `call` by kind, in the order of `KINDS`; they add up to its time under the
-    profiler.
+    """Seconds of one warm `call` by kind, in the order of `KINDS`; they sum to its time when profiled.
 
     On a GPU these are the seconds of its kernels, and the last kind is the time in which none ran.
 
@@ -81,9 +80,7 @@ def profile_step(call: Callable[[], object], watch: Stopwatch, dtype: torch.dtyp
 
 
 def _kind(event: FunctionEvent) -> tuple[str, FunctionEvent]:
-    """The kind of an event, and the event that decides it: itself or the nearest one around it that says
-    something.
-    """
+    """The kind of an event, and the event that decides it: itself, or the nearest enclosing one that can."""
     chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
@@ -96,9 +93,7 @@ def _kind(event: FunctionEvent) -> tuple[str, FunctionEvent]:
 
 
 class _Halves:
-    """The split of the time of one call that takes both gradients of a convolution between them, by its
-    shapes.
-    """
+    """Time of a call that takes both gradients of a convolution, split between them by its shapes."""
 
     def __init__(self, watch: Stopwatch, dtype: torch.dtype) -> None:
         self._watch, self._dtype = watch, dtype

@@ -26,9 +26,7 @@ COPIED = {"cuda": 1 << 28, "cpu": 1 << 25}  # float32 numbers of the copy that i
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of a large matrix product and bytes per second (read and written) of a copy, and of what they
-    are.
-    """
+    """FLOP/s of a large matrix product, bytes per second (read and written) of a copy, and their source."""
 
     flops: float
     copied: float
@@ -76,9 +74,7 @@ def copy_rate(watch: Stopwatch, device: torch.device) -> float:
 
 
 def peak_of(rows: Sequence[BenchRow], config: TrainConfig[Any], copied: float) -> Peak | None:
-    """This machine's rates in the precision of `config`, by the best round of its matrix product; None before
-    it was timed.
-    """
+    """This machine's rates in `config`'s precision, by its best matrix product; None if untimed."""
     products = [row for row in rows if row.plan.kind == "matmul" and row.plan.amp == config.engine.amp]
     if not products:
         return None
@@ -103,9 +99,7 @@ def measured_parts(rows: Sequence[BenchRow], phases: Mapping[str, float]) -> dic
 
 
 def floors(kernels: Kernels, peak: Peak, item_bytes: int) -> tuple[float, float]:
-    """Seconds by arithmetic alone, and with memory: the sum over kernels of the longer of arithmetic and
-    traffic.
-    """
+    """Seconds by arithmetic alone, and by the longer of arithmetic and traffic per kernel."""
     both = sum(
         times * max(flops / peak.flops, elements * item_bytes / peak.copied)
         for (flops, elements), times in kernels.items()
