@@ -17,9 +17,7 @@ PALETTE = (BLUE, "#5aa9a3", "#8fb04a", "#c9a227", "#d1783c", "#b3568f", "#7d68c2
 
 
 def check_picture(flag: str, path: str | None, suffixes: tuple[str, ...] = PICTURES) -> None:
-    """Raise UserError where --FLAG cannot become the file `path`: another ending, or a picture without
-    matplotlib.
-    """
+    """Raise UserError if --FLAG cannot write `path`: an unknown suffix, or a picture without matplotlib."""
     if path is None:
         return
     suffix = Path(path).suffix

@@ -44,9 +44,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 diverged (bench: got slower), 2 bad input, 128+n stopped by
-    signal n.
-    """
+    """Run one command. Exit codes: 0 done, 1 diverged (bench: slower), 2 bad input, 128+n on signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     generator = (
         random.getstate()

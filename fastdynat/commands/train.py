@@ -59,9 +59,7 @@ def train_command(argv: list[str]) -> int:
 
 
 def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainCommand[Any]]:
-    """The command with the unresolved configuration that `argv` asks for; `early` is what `early_flags` found
-    in it.
-    """
+    """The command with `argv`'s unresolved configuration; `early` comes from `early_flags`."""
     defaults = _defaults(early)
     options, resume = options_type(defaults.method), early.get("--resume")
     default = TrainCommand(

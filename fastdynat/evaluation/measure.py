@@ -191,8 +191,7 @@ def attacked(
     compile_mode: str = "off",
     fallbacks: Fallbacks | None = None,
 ) -> Ascent:
-    """Gradients of `model` for attacks: of a replica (`AttackEngine`), or of the model where none can be
-    made.
+    """Gradients of `model` for attacks: by a replica (`AttackEngine`) if one can be made, else by the model.
 
     Each image's gradient is rescaled by default, so that a confident network can be attacked. A network
     without gradients is no error: an evaluation counts zero gradients, and gradient-free attacks still run.

@@ -104,8 +104,7 @@ class ProbedNetwork:
         return float(right.median()) if len(right) else 0.0
 
     def without_gradient(self, norm: str, eps: float) -> tuple[dict[AttackLoss, int], int]:
-        """Count images that are correct at a random start in the ball but have no gradient there (zero or
-        NaN).
+        """Count images that are correct at a random start in the ball but have a zero or NaN gradient there.
 
         Misclassified images are left out, because the DLR loss is constant once the label is third. Gradients
         are not rescaled, as in other libraries' attacks.

@@ -102,9 +102,7 @@ def flat(gradient: Tensor) -> Tensor:
 
 
 def sobel(x: Tensor) -> Tensor:
-    """The Sobel magnitude (n, H, W) of the grey images, the mean of the channels of `x` (n, C, H, W); borders
-    are repeated.
-    """
+    """Sobel magnitude (n, H, W) of the channel means of `x` (n, C, H, W); borders are replicated."""
     across = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = torch.stack([across, across.T])[:, None]
     return (
@@ -116,8 +114,7 @@ def sobel(x: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of each map of `a` (n, H, W) with that of `b`, (n,); ties share their mean
-    rank.
+    """Spearman's rank correlation of the maps of `a` and `b` (n, H, W), (n,); ties share their mean rank.
 
     0 where a map is constant.
     """

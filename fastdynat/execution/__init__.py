@@ -1,5 +1,4 @@
-"""Execution of functions: compiled by Inductor, captured as CUDA graphs, in true float32; checked against
-eager.
+"""Execution of functions: by Inductor, CUDA graphs, in true float32; checked against eager.
 
 In reading order:
 - `compiling`: torch.compile with one graph per input signature; `compile_check`: its comparison with eager;

@@ -56,8 +56,7 @@ class CompileCheck:
     def __call__(
         self, signature: Any, compiled: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...]
     ) -> Difference | None:
-        """The largest difference where it is more than rounding. Buffers and random streams are left as they
-        were.
+        """The largest difference beyond rounding; buffers and random streams are restored.
 
         Raises:
             what `compiled` and `plain` raise.

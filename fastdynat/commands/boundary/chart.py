@@ -1,6 +1,4 @@
-"""`fastdynat boundary RUN --chart FILE`: the boundary's speed over the margin, one panel per epoch (extra
-`plots`).
-"""
+"""`fastdynat boundary RUN --chart FILE`: boundary speed over margin, a panel per epoch (extra `plots`)."""
 
 import re
 from pathlib import Path

@@ -77,9 +77,7 @@ def _how_to_go_on(out: Path) -> Iterator[None]:
 
 
 def _train(run: RunPlan, plan: ComparisonPlan) -> int:
-    """Begin, or go on with, `run` if it has not ended. Returns 0, or the exit code of the signal that stopped
-    it.
-    """
+    """Start or resume `run` unless it has ended. Returns 0, or 128+n if signal n stopped it."""
     runs = plan.ledger.runs
     if plan.ledger.has_ended(run.path):
         return 0

@@ -26,9 +26,7 @@ Curve = list[tuple[float, float]]  # (training seconds, accuracy in %)
 
 
 def draw_comparison(doc: Mapping[str, Any], path: Path) -> None:
-    """A line for each method: the mean over its seeds, each seed as a thin line; the name stands at the right
-    edge.
-    """
+    """A line per method, the mean over its seeds; each seed as a thin line; names at the right edge."""
     methods = list(dict.fromkeys(run["method"] for run in doc["runs"]))
     height = max(HEIGHT, 1.0 + 0.2 * len(methods))
     figure = new_figure(height)
@@ -82,9 +80,7 @@ def _draw_method(axes: Axes, curves: list[Curve], colour: str, style: str) -> tu
 
 
 def _label(axes: Axes, ends: Sequence[tuple[str, tuple[float, float], str]], height: float) -> None:
-    """Names at the right edge, one under the other where lines end close together, each tied to the end of
-    its line.
-    """
+    """Names at the right edge, spread where lines end close together, each tied to the end of its line."""
     bottom, top = axes.get_ylim()
     gap = LABEL_POINTS * 1.3 / (72 * 0.85 * height)  # of the axes, which have about so much of the picture
     places: list[float] = []

@@ -1,6 +1,4 @@
-"""The results of a comparison as plain values: what each run did, and means over seeds by method and
-checkpoint.
-"""
+"""Results of a comparison as plain values: each run's, and means over seeds by method and checkpoint."""
 
 import math
 import shlex
@@ -109,9 +107,7 @@ def _row(checkpoint: str, runs: list[Values]) -> Values:
 
 
 def over_seeds(values: Sequence[float]) -> Values | None:
-    """Mean, standard deviation (of a sample; None for one value), and the values; None where there are
-    none.
-    """
+    """Mean, sample standard deviation (None for one value), and the values; None where there are none."""
     if not values:
         return None
     spread = statistics.stdev(values) if len(values) > 1 else None

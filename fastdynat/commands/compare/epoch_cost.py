@@ -57,9 +57,7 @@ def probe(config: ResolvedConfig[Any], split: TrainSplit, budget: float) -> dict
 def epochs_within(
     budget: float, first: float, later: float, config: TrainConfig[Any], burning: float = 0.0
 ) -> int:
-    """The most epochs, burn-in included, that take at most `budget` seconds; but at least 1 after the
-    burn-in.
-    """
+    """The most epochs, burn-in included, within `budget` seconds, but at least 1 after the burn-in."""
     epochs = config.optim.burn_in + 1
     while _cost(epochs + 1, first, later, config, burning) <= budget:
         epochs += 1

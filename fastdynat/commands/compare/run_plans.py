@@ -168,9 +168,7 @@ def _runs(
 
 
 def _placed(config: ConfigT, path: Path, seed: int, epochs: int | None) -> ConfigT:
-    """`config` in the folder `path`, with a seed, and with as many epochs as the budget gives it (None: its
-    own).
-    """
+    """`config` in the folder `path`, with a seed, and the budget's number of epochs (None: unchanged)."""
     return replace(
         config,
         optim=replace(config.optim, epochs=config.optim.epochs if epochs is None else epochs),

@@ -201,8 +201,7 @@ def _compile(try_it: bool) -> MachineCheck:
 
 
 def _decisions() -> list[MachineCheck]:
-    """The choices of --amp, --channels-last auto and --winograd auto on this machine, and the timings that
-    decide it."""
+    """The choices of --amp, --channels-last auto and --winograd auto here, with the timings behind them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found, full = choose(device), choose(device, amps=("off",))
@@ -325,9 +324,7 @@ def print_machine(checks: list[MachineCheck]) -> None:
 
 
 def report_machine(*, json: bool, try_compile: bool = False) -> int:
-    """Print the report, as JSON or as a table. Returns the exit code 0: missing things are findings, not
-    failures.
-    """
+    """Print the report as JSON or a table. Returns the exit code 0: missing parts are no failures."""
     checks = check_machine(try_compile=try_compile)
     if json:
         print(machine_json(checks))

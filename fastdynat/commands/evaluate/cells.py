@@ -110,9 +110,7 @@ class Cells:
         return self._once(key, standing, lambda: with_halving(run, batch_size))
 
     def _staged(self, column: AttackColumn) -> dict[str, Any]:
-        """The stages one after the other, each on what the ones before left standing, beginning with clean
-        accuracy.
-        """
+        """The stages in order, each on the images still robust after those before, first clean accuracy."""
         key = self._key(
             column.name, None, numbers={"stages": [search_numbers(stage.search) for stage in column.stages]}
         )
@@ -198,8 +196,7 @@ class Cells:
         )
 
     def _once(self, key: Key, standing: Tensor | None, run: Callable[[], Measurement]) -> Measurement:
-        """The measurement of `key` from this call, a file or files of shards; else the result of `run`, which
-        is kept."""
+        """The measurement of `key` from this call, a file or shards; else of `run`, then stored."""
         text = key.text()
         if text in self._known:
             return as_measurement(self._known[text])
@@ -251,9 +248,7 @@ def _standing(before: Measurement) -> Tensor:
 
 
 def _chain(name: str, stages: list[Measurement], labels: Tensor) -> Measurement:
-    """Stages as one attack: what the last one left standing, all their time, the largest share of zero
-    gradients.
-    """
+    """Stages as one attack: the images robust after the last, total time, largest share of zero gradients."""
     shares = [stage.zero_grad_share for stage in stages if stage.zero_grad_share is not None]
     return Measurement.of(
         name,

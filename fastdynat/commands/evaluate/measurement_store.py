@@ -86,8 +86,7 @@ class _Stored:
 
 
 def search_numbers(search: Any) -> dict[str, Any] | None:
-    """The plain values of an attack, a dataclass, with the name of its class (its `STORED_AS`, if
-    renamed)."""
+    """The values of an attack's dataclass, with the name of its class (`STORED_AS`, if renamed)."""
     if search is None:
         return None
     assert is_dataclass(search)

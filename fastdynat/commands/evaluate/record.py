@@ -54,9 +54,7 @@ def make_record(
 
 
 def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
-    """True for a column whose accuracy is inside the ball of `norm`: not of another norm, nor of a search
-    without a radius.
-    """
+    """True for accuracies inside the ball of `norm`: neither of another norm nor of a radius-free search."""
     search = None if column.attack is None else column.attack.search
     if search is None:  # clean, and AutoAttack, which takes the row's radius
         return True
@@ -80,9 +78,7 @@ def worst_case(results: list[Values]) -> Values | None:
 
 
 def median_distance(result: Values) -> float | None:
-    """Over all images: misclassified ones count as 0, those without a find as infinite; None where the median
-    is infinite.
-    """
+    """Over all images: misclassified ones count 0, robust ones infinite; None is an infinite median."""
     distances = [float("inf") if d is None else d for d in result["distances"]]
     median = statistics.median(distances)
     return None if median == float("inf") else median

@@ -133,8 +133,7 @@ def _fit(adversary: Any, model: nn.Module, x: Tensor) -> None:
 
 
 def _attack(adversary: Any, x: Tensor, y: Tensor, size: int) -> Tensor:
-    """The adversarial images of one batch; older packages return the images alone and call the batch size
-    `bs`."""
+    """The adversarial images of one batch; older packages return images alone and say `bs` for batch size."""
     with torch.enable_grad():
         try:
             found = adversary.run_standard_evaluation(x, y, batch_size=size)

@@ -18,8 +18,7 @@ def unite(
     labels: Tensor,
     standing: Tensor | None,
 ) -> Measurement | None:
-    """The measurement of all images, from the first division into one of `counts` shards of which none is
-    missing.
+    """The measurement of all images, from the first complete division into `counts` shards.
 
     Args:
         key: of all images.

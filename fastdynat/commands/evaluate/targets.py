@@ -131,9 +131,7 @@ class Planner:
         self._sources: dict[DatasetInfo, Source] = {}
 
     def plan(self, names: Sequence[str | Path]) -> list[Target]:
-        """The targets that `names` stand for: an existing path is a run, another name with a colon in it a
-        model.
-        """
+        """The targets called `names`: an existing path is a run, another name with a colon a model."""
         targets = []
         check_names(names, self.config)
         for name in names:

@@ -15,8 +15,7 @@ TOLERANCE = 1e-4  # of the largest logit
 def largest_difference(
     model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[int, int, int]
 ) -> float:
-    """The largest |difference| between the logits of `model` and `exported`, on uniform images (N, *shape) in
-    [0, 1].
+    """The largest |difference| between the logits of `model` and `exported` on uniform images in [0, 1].
 
     Raises: UserError where it is more than 1e-4 of the largest |logit|, or not a number.
     """

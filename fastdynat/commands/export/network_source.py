@@ -33,9 +33,7 @@ def architecture_source(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> str:
-    """Source of a module with a function `build() -> nn.Module`, whose state dict has the keys that
-    `build_model`'s has.
-    """
+    """Source of a module with `build() -> nn.Module`, whose state dict has the keys of `build_model`'s."""
     channels, height, width = image_shape
     text = BUILD.strip().format(
         channels=channels,
@@ -86,9 +84,7 @@ def _standalone(text: str) -> str:
 
 @cache
 def _library() -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Every top-level definition by its name, in an order that can be executed, and import lines by the name
-    they bind.
-    """
+    """Top-level definitions by name, in an executable order, and import lines by the name they bind."""
     definitions: dict[str, str] = {}
     imports: dict[str, set[str]] = {}
     for module in MODULES:

@@ -17,8 +17,7 @@ Shape = tuple[int, int, int]
 
 
 def write_torch(model: nn.Module, shape: Shape, path: Path) -> float:
-    """Write `model` (images (N, *shape) in [0, 1] -> logits) as a torch.export program with a free batch
-    size.
+    """Write `model` (images in [0, 1] -> logits) as a torch.export program with a dynamic batch size.
 
     Returns the largest difference of the logits after reading it again. Raises: UserError where there is no
     such program.
@@ -36,7 +35,7 @@ def write_torch(model: nn.Module, shape: Shape, path: Path) -> float:
 
 
 def write_onnx(model: nn.Module, shape: Shape, path: Path) -> float:
-    """As `write_torch`, in ONNX: input `x`, output `logits`. Read again with onnxruntime on the CPU."""
+    """Write `model` in ONNX: input `x`, output `logits`. Verified with onnxruntime on the CPU."""
 
     def write() -> Callable[[Tensor], Tensor]:
         args, dynamic_shapes = _example(shape)

@@ -44,9 +44,7 @@ def side_files(path: Path) -> tuple[Path, Path]:
 
 
 def check_model_name(path: Path) -> None:
-    """Raise UserError where the weights' name cannot be a model's in RobustBench, which is also a Python
-    module's.
-    """
+    """Raise UserError for file names that cannot be a RobustBench model's, which is a Python module's too."""
     if not path.stem.isidentifier() or iskeyword(path.stem):
         raise UserError(
             f"{path.name}: RobustBench calls the model {path.stem!r}; use letters, digits and _, as "
@@ -113,8 +111,7 @@ def _read_again(code: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def model_info(sidecar: Sidecar, *, dataset: str, paper: Paper, accuracies: Accuracies) -> dict[str, Any]:
-    """The entry of RobustBench's `model_info`, all fields; None where a number was not measured or a text not
-    given.
+    """The entry of RobustBench's `model_info`, all fields; None for unmeasured numbers and missing texts.
 
     Accuracies are percentages as text, as in the published entries. `reported` is what the paper will say: by
     default our own AutoAttack result. `unreliable` is for RobustBench's maintainers to set.

@@ -21,8 +21,7 @@ SUFFIXES = {"robustbench": ".pt", "torch": ".pt2", "onnx": ".onnx"}
 
 @process_state_kept()
 def export_run(run: Path | str, config: ExportConfig) -> Path:
-    """Write the file, read it again, compare its logits with the network's on random images, and only then
-    keep it.
+    """Write the file, read it back, compare its logits with the network's on random images, then keep it.
 
     Raises: UserError for a run, a file or a network that this cannot be done with; nothing was written then.
     """

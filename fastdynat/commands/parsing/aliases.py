@@ -90,8 +90,7 @@ BARE = {
 
 
 def normalize(argv: Sequence[str], flags: Container[str]) -> list[str]:
-    """`argv` with other scripts' spellings replaced, where `flags`, those of the command, have what they
-    stand for.
+    """`argv` with other scripts' spellings replaced by those among the command's `flags`.
 
     >>> normalize(["--epsilon=8", "--learning_rate", "0.1", "--gpu", "1"], {"--eps", "--lr", "--device"})
     ['--eps=8', '--lr', '0.1', '--device=cuda:1']

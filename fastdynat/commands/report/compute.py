@@ -52,8 +52,7 @@ class _Target:
 
     @property
     def threat(self) -> dict[str, Any]:
-        """The threat model, which the weights do not determine: runs that differ in --eval-eps may share
-        weights."""
+        """The threat model: runs that differ in --eval-eps alone may share their weights."""
         return {"norm": self.checkpoint.sidecar.norm, "eps": self.checkpoint.sidecar.eval_eps}
 
     @property

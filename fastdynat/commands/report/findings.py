@@ -88,9 +88,7 @@ def transfer_between(subjects: Mapping[str, AttackedNetwork], means: Means) -> d
 
 
 def examples(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
-    """Images of several classes under `ATTACK` with what the gradients show; the numbers are over the first
-    `EXPLAINED`.
-    """
+    """Images of several classes under `ATTACK` with saliency; the numbers are over the first `EXPLAINED`."""
     network = subject.network
     x = subject.images.images[:EXPLAINED].to(means.device).float() / 255
     labels = subject.images.labels[:EXPLAINED].to(means.device)
@@ -138,9 +136,7 @@ def one_of_each(labels: Tensor, count: int) -> Tensor:
 
 
 def amplification(delta: Tensor) -> float:
-    """By how much a perturbation is multiplied to be seen: its largest pixel becomes at most 0.5; two digits,
-    rounded down.
-    """
+    """Factor that makes a perturbation visible: its largest pixel becomes at most 0.5 (two digits, down)."""
     largest = float(delta.abs().max())
     if largest == 0:
         return 1.0

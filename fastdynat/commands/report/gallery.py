@@ -17,9 +17,7 @@ CELL = 0.6  # inches of a picture
 
 
 def draw_gallery(name: str, found: Mapping[str, Any]) -> bytes:
-    """A row of pictures for each kind, a column for each image; `found` is a finding of
-    `findings.examples`.
-    """
+    """A row of pictures per kind, a column per image; `found` is a finding of `findings.examples`."""
     columns = len(found["examples"])
     figure = Figure(figsize=(1.2 + CELL * columns, 0.4 + CELL * len(PICTURES)), layout="constrained")
     figure.suptitle(short(name), color=TEXT, fontsize=8)

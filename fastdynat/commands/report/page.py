@@ -155,9 +155,7 @@ def radius(report: Report) -> Section:
 
 
 def nearest_measurement(report: Report, record: Record) -> Measurement | None:
-    """The run's measurement with distances: the one on disk of most images, else the one that was computed
-    for the report.
-    """
+    """The run's measurement with distances: the stored one with most images, else the report's."""
     checkpoint = record.checkpoint(report.config.checkpoint)
     stored = [] if checkpoint is None else checkpoint.measured
     own = [s for s in stored if s.source is None and checkpoint and s.norm == checkpoint.sidecar.norm]
@@ -216,9 +214,7 @@ ClassRows = dict[str, list[float | None]]
 def _by_classes(
     report: Report, choose: Callable[..., Measurement | None]
 ) -> Iterator[tuple[tuple[str, ...], ClassRows]]:
-    """Runs whose classes have the same names, with the accuracies by class of the measurement that `choose`
-    gives.
-    """
+    """Runs with the same class names, with accuracies by class of the measurement chosen by `choose`."""
     groups: dict[tuple[str, ...], ClassRows] = {}
     for record in report.records:
         # The one that the report is about, unless only the other one was evaluated.

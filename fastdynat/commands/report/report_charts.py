@@ -1,6 +1,4 @@
-"""The charts of a report: each one drawn on one pair of axes, which becomes an SVG in the page and a part of
-a PNG file.
-"""
+"""Charts of a report: each on one pair of axes, as SVG in the page and as a panel of a PNG file."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -240,9 +238,7 @@ def draw_margins(found: Mapping[str, Margins], legend: Mapping[str, Look]) -> Ca
 def draw_trade(
     points: Mapping[str, Sequence[Mapping[str, Any]]], legend: Mapping[str, Look]
 ) -> Callable[[Axes], None]:
-    """Robust over clean accuracy, with 95 % intervals as a cross; a ring for a last checkpoint that is not
-    the best.
-    """
+    """Robust over clean accuracy, 95 % intervals as a cross; a ring for a last, not best, checkpoint."""
 
     def draw(axes: Axes) -> None:
         for name, marks in points.items():

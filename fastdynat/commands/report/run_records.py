@@ -20,8 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement with the threat model it was made under; `eps` is None where the attack looked for the
-    nearest image.
+    """A measurement with its threat model; `eps` is None for a search for the nearest image.
 
     source: sha256 of the weights that a transfer attack was made on; None for other attacks.
     """
@@ -106,9 +105,7 @@ def _read(path: Path, name: str) -> Record:
 
 
 def _sidecars(run: Path) -> list[tuple[Path, list[str], Sidecar, str]]:
-    """The folders of the run's checkpoints with their names (best, last), sidecars and the sha256 of their
-    weights.
-    """
+    """The folders of the run's checkpoints with names (best, last), sidecars and sha256 of the weights."""
     folders = _folders(run)
     while True:
         try:
@@ -129,9 +126,7 @@ def _folders(run: Path) -> dict[Path, list[str]]:
 
 
 def _in_full(run: Path) -> list[tuple[str, Measured]]:
-    """The run's measurements with the sha256 of the weights that they are of; neither stages nor parts of
-    one.
-    """
+    """The run's measurements with the sha256 of their weights, without stages and shards."""
     found = []
     for key, about, result in read_measurements(run):
         if "standing" in key or "shard" in key or not {"norm", "eps", "dataset"} <= about.keys():

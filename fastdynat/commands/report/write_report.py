@@ -19,8 +19,7 @@ PAGE, FINDINGS = "index.html", "findings.json"
 
 @process_state_kept()
 def write_report(paths: Sequence[Path | str], config: ReportConfig, display: ProgressDisplay) -> int:
-    """Write the page and its pictures. Returns 0, or 128+n where signal n stopped it, after the page of what
-    was done.
+    """Write the page and its pictures. Returns 0, or 128+n if signal n cut it short.
 
     Raises:
         UserError: a value that cannot work, a path that is no run, data that is not there; before anything is
