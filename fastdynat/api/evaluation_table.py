@@ -31,6 +31,7 @@ from fastdynat.runs import load_network, looks_like_run
 from fastdynat.terminal.consoles import PlainTable, as_text, error_console
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.units import describe_size
+from fastdynat.user_code import short_name
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Evaluation(Mapping[str, float]):
     worst_ci: tuple[float, float] | None
 
     def __getitem__(self, attack: str) -> float:
-        return self.measurements[attack].accuracy
+        # An attack of a user's file goes by its short name, and by the path that was asked for.
+        return self.measurements[attack if attack in self.measurements else short_name(attack)].accuracy
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.measurements)
