@@ -22,6 +22,7 @@ from fastdynat.models.own_networks import count_logits, given_network
 from fastdynat.runs import BEST, LAST, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
+from fastdynat.user_code import short_name
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TrainedRun:
 
     def __repr__(self) -> str:
         epochs = f"{len(self.metrics)} epochs{'' if self.finished else ', not finished'}"
-        return f"<run {self.run_dir}: {self.config.method}, {epochs}>"
+        return f"<run {self.run_dir}: {short_name(self.config.method)}, {epochs}>"
 
 
 @process_state_kept()

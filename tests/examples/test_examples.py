@@ -12,9 +12,9 @@ PRINTED = {
     "01_train_and_evaluate": ("best epoch", "pgd20", "worst case over the attacks", "small after"),
     "02_own_network_and_data": ("pgd20", "loaded from runs/example-02: clean accuracy"),
     "03_drop_in_losses": ("epoch 4: loss", "pgd20"),
-    "04_new_method": ("2 epochs", "pgd20"),
+    "04_new_method": ("04_new_method.py:Squeeze, 2 epochs", "pgd20"),
     "05_new_attack": ("Decaying", "PGD-20 leaves"),
-    "06_check_your_attack": ("adversarially trained: ", "quantised: ", "has no gradients"),
+    "06_check_your_attack": ("adversarially trained: ", "black box: ", "Fidelity("),
 }
 
 
