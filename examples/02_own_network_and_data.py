@@ -5,7 +5,8 @@ Run: python examples/02_own_network_and_data.py
 The same on the command line, where the run can be resumed and evaluated by its name alone:
 
     fastdynat train --model examples/02_own_network_and_data.py:make_net \\
-        --data examples/02_own_network_and_data.py:make_data --method trades --eps 0.1 --epochs 3 --run-dir runs/mine
+        --data examples/02_own_network_and_data.py:make_data \\
+        --method trades --eps 0.1 --epochs 3 --run-dir runs/mine
     fastdynat eval runs/mine
 """
 
@@ -17,7 +18,7 @@ import fastdynat
 
 
 def make_net() -> nn.Module:
-    """Any module from images (N, C, H, W) in [0, 1] to logits (N, K). A normalisation belongs inside of it."""
+    """Any module from images (N, C, H, W) in [0, 1] to logits (N, K). A normalisation goes inside."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),

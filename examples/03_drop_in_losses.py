@@ -25,7 +25,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 for epoch in range(4):
     total = 0.0
     for batch in torch.randperm(len(images)).split(64):
-        # The attack, TRADES' two terms and their graph; the model's mode and statistics are handled as in the release.
+        # Runs the attack and returns both terms of TRADES; mode and statistics are as in the release.
         loss = trades_loss(
             model, images[batch], labels[batch], optimizer,
             step_size=EPS / 4, epsilon=EPS, perturb_steps=3, beta=6.0,
