@@ -17,15 +17,15 @@ USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
 
 usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
-  train    train a model (default: DYNAT on the embedded digits); --resume RUN goes on
+  train    train a model (default: DYNAT on the embedded digits); --resume RUN continues
   eval     accuracy of one or more runs under attacks
-  compare  several training methods on the same data, budget and seeds
-  export   a run's network for RobustBench, torch.export or ONNX
-  report   runs as one HTML page with pictures
-  boundary picture of margins and the boundary's speed, of a run with --boundary-speed
-  recipes  the published protocols that train --recipe NAME follows
-  bench    how fast attack and training step are on this machine
-  doctor   what this machine can use, and why not
+  compare  train and evaluate several methods on the same data, budget and seeds
+  export   write a run's network for RobustBench, torch.export or ONNX
+  report   write one HTML page about one or more runs
+  boundary chart of the margins and speed of the decision boundary, for a run with --boundary-speed
+  recipes  list of the published protocols for train --recipe NAME
+  bench    speed of the attack and the training step on this machine
+  doctor   features available on this machine, and reasons for those missing
 """
 
 # The module of each command in fastdynat.commands, whose function NAME_command runs it; only that one is

@@ -18,7 +18,7 @@ class LevelFlag:
     """Messages on the terminal."""
 
     log_level: Level = "info"
-    """Least severe log messages to print."""
+    """Minimum severity of the log messages that are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class MessageFlags(LevelFlag):
     """Messages on the terminal."""
 
     quiet: bool = False
-    """No progress: only notices, warnings and errors."""
+    """Print no progress, only notices, warnings and errors."""
 
 
 @contextmanager

@@ -32,11 +32,11 @@ class TrainCommand(Generic[OptionsT]):
     """Train a network. Every flag is also a key of a --config file (underscores for dashes)."""
 
     recipe: str | None = None
-    """Published protocol to start from: `fastdynat recipes` lists them; --config and flags given here win."""
+    """Published protocol to start from; --config and flags override it. `fastdynat recipes` lists them."""
     config: str | None = None
-    """YAML file of flags; flags given here win."""
+    """YAML file of flags; flags on the command line override it."""
     resume: str | None = None
-    """Go on with the run in this directory, exactly as if it had never stopped."""
+    """Continue the run in this directory, exactly as if it had never stopped."""
     messages: LevelFlag = field(default_factory=LevelFlag)
     train: TrainConfig[OptionsT]
 

@@ -21,7 +21,7 @@ from fastdynat.attacks.plane_search import length as length_of
 from fastdynat.attacks.plane_search import per_image
 from fastdynat.compat.replica_cache import ReplicaCache, unwrapped
 from fastdynat.compat.runner import Runner
-from fastdynat.compat.speed_options import Speed, hashable
+from fastdynat.compat.speed_options import Speed, check_speed, hashable
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.models.logits import HALF, own_dtype
 
@@ -76,6 +76,7 @@ class InnerAttack:
         Raises:
             UserError: images, labels or numbers that do not fit; the message names the remedy.
         """
+        check_speed(one_class or "trades_loss", speed)
         if distance not in NORMS:
             raise unknown_name("distance", distance, NORMS)
         check_model(model)

@@ -39,6 +39,16 @@ class Speed(TypedDict, total=False):
     rescale: bool | None
 
 
+def check_speed(caller: str, speed: Speed) -> None:
+    """Raise TypeError for a keyword that `caller` does not take, such as a misspelt one."""
+    unknown = [key for key in speed if key not in Speed.__annotations__]
+    if unknown:
+        raise TypeError(
+            f"{caller}() got an unexpected keyword argument {unknown[0]!r}; besides the original arguments "
+            f"it takes {', '.join(Speed.__annotations__)}"
+        )
+
+
 def hashable(speed: Speed) -> Hashable:
     """`speed` as a dictionary key.
 

@@ -21,7 +21,7 @@ from fastdynat.attack_engine.input_checks import (
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.compat.replica_cache import ReplicaCache
 from fastdynat.compat.runner import Runner, TrainingModes
-from fastdynat.compat.speed_options import Speed
+from fastdynat.compat.speed_options import Speed, check_speed
 from fastdynat.errors import UserError
 from fastdynat.models.logits import with_output
 
@@ -45,6 +45,7 @@ class TorchAttack(ABC):
     supported_mode: tuple[str, ...] = ("default", "targeted")
 
     def __init__(self, name: str, model: nn.Module, **speed: Unpack[Speed]) -> None:
+        check_speed(name, speed)
         self._cache = ReplicaCache(**speed)
         self.attack = name
         self.set_model(model)

@@ -16,7 +16,7 @@ class EvalConfig:
     """Evaluate networks on the test set, in float32 unless told otherwise."""
 
     attacks: str = "clean,fgsm,pgd20,cw"
-    """Comma-separated; --list-attacks prints every name; path/to/file.py:NAME is an attack of your own."""
+    """Comma-separated; --list-attacks prints every name; path/to/file.py:NAME is your own attack."""
     eps: float | str = "auto"
     """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps, 8/255 for another model under
     linf."""
@@ -27,42 +27,42 @@ class EvalConfig:
     checkpoints: Literal["both", "best", "last"] = "both"
     """Checkpoints of a run to evaluate."""
     weights: str | None = None
-    """File of weights for a torchvision: or module:callable model."""
+    """File of weights for a torchvision:NAME, file.py:callable or module:callable model."""
     source: str | None = None
     """Run directory (its best checkpoint), .safetensors file or model name on which the transfer-NAME attacks
     are made."""
     data: str = "auto"
     """Dataset; auto is the run's."""
     data_dir: str = "auto"
-    """Where the dataset is; auto is the run's."""
+    """Folder of the dataset; auto is the run's."""
     image_size: int | None = None
     """Resize and centre-crop an image folder's images to this size; None is the run's."""
     num_images: int | None = None
-    """Use only the first so many test images (an image folder's classes take turns)."""
+    """Use only the first N test images (an image folder's classes take turns)."""
     shard: str | None = None
-    """I/N: only the images I, I + N, I + 2 N, ... (from 1). Once all N are there, the same command without
-    --shard unites them; one process per GPU, with --device, shares an evaluation."""
+    """I/N: evaluate only images I, I + N, I + 2 N, ... (counted from 1), for example in one process per GPU.
+    When all N shards are done, the same command without --shard merges them."""
     batch_size: int = 500
-    """Images per batch, which bounds the memory; halved where it does not suffice."""
+    """Images per batch, which bounds memory use; halved if memory runs out."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
     amp: EvalAmp = "off"
-    """Mixed precision of the attack, for PGD-like ones; what counts is the float32 network's prediction.
-    auto, or a bare --amp, is the fastest precision on this machine."""
+    """Mixed precision of PGD-like attacks. The float32 network still judges the images they find. auto, or a
+    bare --amp, is the fastest precision on this machine."""
     compile: CompileMode = "off"
     """torch.compile of the attack's gradients; auto, or a bare --compile, is default where that is faster."""
     kernels: Kernels = "auto"
-    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS where it is set, else the best that is
-    there."""
+    """Implementation of the fused operators; auto is FASTDYNAT_KERNELS if it is set, else the fastest
+    that is correct on this machine."""
     seed: int = 1
     """Seed of the random starts."""
     cache: str = "auto"
-    """Folder of the results, which are not measured twice; auto is RUN/evaluations (./evaluations for other
-    models); off."""
+    """Folder of cached results; auto is RUN/evaluations (./evaluations for other models), off disables the
+    cache."""
     fresh: bool = False
-    """Measure again what the cache has, and replace it."""
+    """Ignore cached results: measure again and replace them."""
     checks: bool = False
-    """Afterwards look for signs that the gradients are masked, and say what to run next."""
+    """Look for signs of masked gradients afterwards, and suggest what to run next."""
     per_class: bool = False
     """Also print the accuracy of each class."""
     json: str | None = None

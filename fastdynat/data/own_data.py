@@ -63,8 +63,8 @@ def own_data(name: str) -> OwnData:
         given = (_given.get() or {}).get(name)
         if given is None:
             raise UserError(
-                f"{name} stands for data that were given to fastdynat.train as a Python object and cannot be "
-                "read by their name: name them with --data my.py:make_data; or in Python use "
+                f"{name} is data that was given to fastdynat.train as a Python object and cannot be "
+                "read by name: use --data my.py:make_data; or in Python "
                 "fastdynat.evaluate(model, data), or fastdynat.train(model, data, resume=RUN)"
             )
         return given

@@ -82,8 +82,8 @@ def own_network(
         given = (_given.get() or {}).get(name)
         if given is None:
             raise UserError(
-                f"{name} stands for a network that was given to fastdynat.train as a Python object and "
-                "cannot be rebuilt by its name: in Python, fastdynat.load_network(RUN, into=my_module) or "
+                f"{name} is a network that was given to fastdynat.train as a Python object and "
+                "cannot be rebuilt from its name: in Python, fastdynat.load_network(RUN, into=my_module) or "
                 "fastdynat.train(my_module, my_data, resume=RUN); or train with --model my.py:make_net"
             )
         model = copy.deepcopy(given)

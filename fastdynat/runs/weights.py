@@ -16,7 +16,7 @@ from fastdynat.runs.find import find_checkpoint
 from fastdynat.runs.layout import BEST, STATE, real
 from fastdynat.runs.manifest import check_manifest, sha256
 from fastdynat.runs.sidecar import Sidecar, read_sidecar, write_sidecar
-from fastdynat.user_code import is_object, short_name
+from fastdynat.user_code import OBJECT, is_object, short_name
 
 
 def save_weights(path: Path | str, state: dict[str, Tensor], sidecar: Sidecar) -> None:
@@ -115,15 +115,17 @@ def load_network(path: Path | str, *, into: nn.Module | None = None) -> tuple[nn
     """
     path = guide_weights(path)
     state, sidecar = load_state(path)
+    network_name = short_name(sidecar.architecture).removeprefix(OBJECT)
     if into is None and is_object(sidecar.architecture):
         raise UserError(
-            f"{path} is of a {short_name(sidecar.architecture)} that was given to fastdynat.train as a "
-            f"Python object: pass one, fastdynat.load_network({str(path)!r}, into=my_module)"
+            f"{path} holds weights only: the network ({network_name}) was given to fastdynat.train as a "
+            f"Python object; pass such a module, fastdynat.load_network({str(path)!r}, into=my_module), or name a "
+            f"function that makes it, fastdynat eval my.py:make_net --weights {path}"
         )
     network = build_from_sidecar(sidecar) if into is None else into
     before = {key: value.clone() for key, value in into.state_dict().items()} if into is not None else None
     try:
-        load_into(network, state, path, short_name(sidecar.architecture))
+        load_into(network, state, path, network_name)
     except UserError:
         if before is not None:  # what fits has been put in before the rest failed
             network.load_state_dict(before)

@@ -140,7 +140,7 @@ REFUSED = {
         [*OWN, "--data-dir", "x"],
         "--data-dir has no effect: --data own.py:make_data brings its images",
     ),
-    "object": (["--data", "object:data"], "object:data stands for data that were given to fastdynat.train"),
+    "object": (["--data", "object:data"], "object:data is data that was given to fastdynat.train"),
 }
 
 

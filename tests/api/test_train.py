@@ -74,7 +74,7 @@ def test_weights_of_another_network_leave_the_module_as_it_was(
     other = own_net()
     other[4] = nn.Linear(32, 7)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(UserError, match="is not a object:Sequential: size mismatch"):
+    with pytest.raises(UserError, match="is not a Sequential: size mismatch"):
         fastdynat.load_network(run[1].run_dir, into=other)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 

@@ -132,6 +132,14 @@ def test_constructors_are_torchattacks(name: str) -> None:
     assert both("BIM", tiny_cnn(), steps=0)[0].steps == both("BIM", tiny_cnn(), steps=0)[1].steps
 
 
+def test_an_unknown_keyword_is_refused_by_the_name_of_the_attack_or_loss() -> None:
+    with pytest.raises(TypeError, match=r"^PGD\(\) got an unexpected keyword argument 'epsilon'.*amp, compile"):
+        PGD(tiny_cnn(), epsilon=0.1)  # type: ignore[call-arg]
+    x, y = batch()
+    with pytest.raises(TypeError, match=r"^trades_loss\(\) got an unexpected keyword argument 'eps'"):
+        fastdynat.trades_loss(tiny_cnn(), x, y, None, zero_grad=False, eps=0.1)  # type: ignore[call-arg]
+
+
 TRAINING = [
     (True, False, False),
     (True, True, False),

@@ -76,7 +76,7 @@ def test_parts_and_their_use() -> None:
             open_train(name, None, val_size=4, seed=0)
         with pytest.raises(UserError, match="image_size 8: data of your own come in their size"):
             open_train(name, None, val_size=None, seed=0, image_size=8)
-    with pytest.raises(UserError, match="object:data stands for data that were given to"):
+    with pytest.raises(UserError, match="object:data is data that was given to"):
         open_train(name, None, val_size=None, seed=0)
     with given_data(own_parts(((images(), LABELS), (images()[:3], LABELS[:3])), "data")) as name:
         assert len(load_test(name, None)[1]) == 3

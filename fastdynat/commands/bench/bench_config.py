@@ -15,29 +15,30 @@ class BenchConfig:
     seconds: float = 5.0
     """Seconds of timing for each row; all rows take turns, in at least 5 rounds."""
     repeats: int | None = None
-    """Rounds, instead of --seconds."""
+    """Number of timing rounds, instead of --seconds."""
     budget: float | None = None
-    """Prepare no further row once so many seconds have passed; what is left out is listed."""
+    """Start no new row after this many seconds; skipped rows are listed."""
     peers: bool = False
-    """Also torchattacks and a plain PyTorch loop of the released DYNAT, and ours in float32 and without
-    torch.compile."""
+    """Also time torchattacks, a plain PyTorch loop of the released DYNAT, and fastdynat in float32 and
+    without torch.compile."""
     switches: bool = False
-    """Also each switch of the engine turned the other way, alone."""
+    """Also time the setting with each switch of the engine flipped, one at a time."""
     auto: bool = False
-    """Instead: --amp --compile beside the four combinations of the two, and every other automatic choice of
-    the CPU beside its alternatives; exits with 1 if a choice is below 0.97x of the best."""
+    """Time instead the automatic choices against their alternatives: --amp --compile against the four
+    combinations of the two, and every other automatic choice of the CPU. Exit code 1 if a choice reaches less
+    than 0.97 of the best rate."""
     epoch: bool = False
-    """Also one whole epoch of --data. Without it the images are random ones of its size and nothing is
-    read."""
+    """Also time one whole epoch of --data. Without this flag, images are random, of the size of --data, and
+    no data is read."""
     json: str | None = None
-    """Write the results to this file; until all are there, what has been measured is in PATH.partial."""
+    """Write the results to this file; until all rows are done, PATH.partial holds those measured so far."""
     chart: str | None = None
-    """Draw the rates as bars into this .svg, .png or .pdf (extra `plots`)."""
+    """Draw the rates as a bar chart into this .svg, .png or .pdf (extra `plots`)."""
     profile: str | None = None
     """Time of one step by kind of operation: as .json, or drawn as .svg, .png or .pdf (extra
     `plots`)."""
     baseline: str | None = None
-    """A --json file of earlier, of the same settings and machine: print the ratios, exit with 1 if a row got
+    """An earlier --json file of the same settings and machine: print the ratios; exit code 1 if a row got
     slower."""
     tolerance: float = 0.1
     """Largest allowed slowdown of a row against the --baseline, as a fraction."""

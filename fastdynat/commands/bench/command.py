@@ -17,12 +17,12 @@ OptionsT = TypeVar("OptionsT")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCommand(Generic[OptionsT]):
-    """Time the attack and the training step of a setting; the training flags say which."""
+    """Time the attack and the training step of the setting given by the training flags."""
 
     messages: MessageFlags = field(default_factory=MessageFlags)
     bench: BenchConfig = field(default_factory=BenchConfig)
     method: str = "dynat"
-    """Training method, one of those that train takes, unless it has a search of its own."""
+    """Training method, as for train; not one with its own search instead of PGD, such as dyart."""
     options: OptionsT
     data: DataConfig = field(default_factory=lambda: DataConfig(data="cifar10"))
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -36,10 +36,11 @@ class CompareConfig:
     methods: str = "natural,madry,dynat"
     """Comma-separated training methods, each a name or path/to/file.py:CLASS."""
     seeds: str | None = None
-    """Comma-separated seeds; every method is trained once with each. None is --seed."""
+    """Comma-separated seeds; every method is trained once per seed. None is --seed."""
     budget_seconds: float | None = None
-    """Equal training time instead of equal --epochs: the seconds per epoch of each method are measured first,
-    and its schedule gets as many epochs as fit (at least 1). Compilation counts, validation does not."""
+    """Train every method for this many seconds instead of --epochs: the time per epoch is measured first, and
+    the schedule gets as many epochs as fit (at least 1). Compilation counts towards the budget, validation
+    does not."""
     settings: Annotated[
         tuple[str, ...], tyro.conf.arg(name="set", metavar="METHOD.KEY=VALUE"), tyro.conf.UseAppendAction
     ] = ()
@@ -49,7 +50,7 @@ class CompareConfig:
     """Attacks on the test set, as in fastdynat eval."""
     out: str | None = None
     """Folder of the comparison, one run directory for each method and seed; None is a new one under runs/.
-    With that of a stopped comparison and otherwise the same flags, it goes on."""
+    Given the folder of a stopped comparison and the same other flags, the comparison continues."""
     json: str | None = None
     """Also write the results to this file."""
     chart: str | None = None

@@ -16,8 +16,8 @@ class DoctorCommand:
     try_compile: bool = False
     """Also compile a tiny function with torch.compile (takes a while the first time)."""
     check: bool = False
-    """Compare every implementation of the operators with eager PyTorch instead, and time it; exit code 1 if
-    one is wrong."""
+    """Instead, compare every operator implementation with eager PyTorch and time it; exit code 1 if one is
+    wrong."""
     messages: MessageFlags = field(default_factory=MessageFlags)
 
 

@@ -15,9 +15,7 @@ from fastdynat.runs import require_run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Hand RUN's network over as a file, which is read again and compared with the network before it is
-    kept.
-    """
+    """Write RUN's network to a file, then read it back and compare its logits with the network's."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""

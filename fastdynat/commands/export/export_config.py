@@ -24,20 +24,18 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write one checkpoint as a file that others read; normalisation is inside, images are floats in [0,
-    1].
-    """
+    """Write one checkpoint for other tools; it includes normalisation and takes images in [0, 1]."""
 
     out: str
-    """File to write: NAME.pt for robustbench (NAME.json and NAME.py come beside it), .pt2 for torch, .onnx
-    for onnx."""
+    """File to write: NAME.pt for robustbench (NAME.json and NAME.py are written beside it), NAME.pt2 for
+    torch, NAME.onnx for onnx."""
     format: Literal["robustbench", "torch", "onnx"] = "robustbench"
     """robustbench: weights, source and model_info; torch: a torch.export program; onnx needs the extra
     `export`."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export."""
     overwrite: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
     dataset: str = "auto"
     """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
     paper: Paper = field(default_factory=Paper)

@@ -65,7 +65,7 @@ def parse(
         arguments = ["--help"]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _unbroken_help() if asks else contextlib.nullcontext():
             parsed = tyro.cli(
                 command,
                 args=arguments,
@@ -79,6 +79,26 @@ def parse(
             raise
         raise UserError(_plain(said.getvalue()) or f"see fastdynat {name} --help") from None
     return Parsed(parsed, frozenset(words.given if words is not None else ()))
+
+
+@contextlib.contextmanager
+def _unbroken_help() -> Iterator[None]:
+    """Within it, help texts have no line breaks; tyro keeps those of a docstring whose lines are indented."""
+    import docstring_parser
+
+    parse_from_object = docstring_parser.parse_from_object
+
+    def unbroken(cls: Any) -> Any:
+        found = parse_from_object(cls)
+        for param in found.params:
+            param.description = " ".join((param.description or "").split()) or None
+        return found
+
+    docstring_parser.parse_from_object = unbroken
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse_from_object
 
 
 def _about(command: Any) -> str:

@@ -16,7 +16,7 @@ from fastdynat.errors import UserError
 class ReportCommand:
     """RUNs as one HTML page: accuracies, curves, attacked images, saliency, transfer (extra `plots`).
 
-    A second call only draws.
+    Measurements are stored beside the page, so a second call only redraws it.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]

@@ -12,13 +12,13 @@ class ReportConfig:
     """The contents of the page and its folder."""
 
     out: str = "report"
-    """Folder of index.html, of the PNG files and of findings.json, from which a second call only draws."""
+    """Folder for index.html, the PNG files and findings.json, from which a second call redraws the page."""
     attacks: bool = True
-    """--no-attacks draws only what is on disk."""
+    """--no-attacks runs no attack and draws only stored results."""
     num_images: int = 500
-    """Number of test images, from the first, on which networks are measured."""
+    """Number of test images, counted from the first, to measure on."""
     checkpoint: str = "best"
-    """Checkpoint that is attacked: best, or last; the other one where a run has only that."""
+    """Checkpoint to attack: best or last; a run that has only one of them uses that one."""
     batch_size: int = 250
     """Images per batch."""
     data_dir: str = "auto"
