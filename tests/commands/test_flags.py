@@ -542,3 +542,13 @@ def test_early_flags() -> None:
     assert early_flags(["--method", "mart", "--epochs", "3", "--method=alp"]) == {"--method": "alp"}
     with pytest.raises(UserError, match="--resume needs a value"):
         early_flags(["--resume", "--quiet"])
+
+
+def test_help_texts_have_no_line_breaks_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "else the fastest that is correct on this machine. (default: auto)" in capsys.readouterr().out

@@ -133,7 +133,9 @@ def test_constructors_are_torchattacks(name: str) -> None:
 
 
 def test_an_unknown_keyword_is_refused_by_the_name_of_the_attack_or_loss() -> None:
-    with pytest.raises(TypeError, match=r"^PGD\(\) got an unexpected keyword argument 'epsilon'.*amp, compile"):
+    with pytest.raises(
+        TypeError, match=r"^PGD\(\) got an unexpected keyword argument 'epsilon'.*amp, compile"
+    ):
         PGD(tiny_cnn(), epsilon=0.1)  # type: ignore[call-arg]
     x, y = batch()
     with pytest.raises(TypeError, match=r"^trades_loss\(\) got an unexpected keyword argument 'eps'"):
