@@ -119,8 +119,8 @@ def load_network(path: Path | str, *, into: nn.Module | None = None) -> tuple[nn
     if into is None and is_object(sidecar.architecture):
         raise UserError(
             f"{path} holds weights only: the network ({network_name}) was given to fastdynat.train as a "
-            f"Python object; pass such a module, fastdynat.load_network({str(path)!r}, into=my_module), or name "
-            f"a function that makes it, fastdynat eval my.py:make_net --weights {path}"
+            f"Python object; pass such a module, fastdynat.load_network({str(path)!r}, into=my_module), or "
+            f"name a function that makes it, fastdynat eval my.py:make_net --weights {path}"
         )
     network = build_from_sidecar(sidecar) if into is None else into
     before = {key: value.clone() for key, value in into.state_dict().items()} if into is not None else None
