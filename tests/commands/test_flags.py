@@ -547,8 +547,8 @@ def test_early_flags() -> None:
 def test_help_texts_have_no_line_breaks_of_the_source(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "150")
     with pytest.raises(SystemExit) as end:
-        main(["train", "--help"])
+        main(["eval", "--help"])
     assert end.value.code == 0
-    assert "else the fastest that is correct on this machine. (default: auto)" in capsys.readouterr().out
+    assert "else the fastest that is correct on" in capsys.readouterr().out
