@@ -117,10 +117,10 @@ def evaluate(
         eps: radius, in [0, 1] pixel units for linf.
         norm: linf, l2, l1 or l0.
         step_size: step of attacks with a fixed one; None is eps / 4 (10 eps under l0).
-        num_images: use only the first so many images.
-        batch_size: images per batch; halved where memory does not suffice.
-        seed: of the random starts.
-        data_dir: where a data set given by its name lies.
+        num_images: use only the first `num_images` images.
+        batch_size: images per batch; halved if memory runs out.
+        seed: seed of the random starts.
+        data_dir: folder of a data set given by name.
         keys: device, amp, compile and kernels, as for ``fastdynat eval``.
 
     Raises:
@@ -128,7 +128,7 @@ def evaluate(
     """
     allowed = ("device", "amp", "compile", "kernels")
     if unknown := next((key for key in keys if key not in allowed), None):
-        raise UserError(f"fastdynat.evaluate: unknown key {unknown!r}; the others are {', '.join(allowed)}")
+        raise UserError(f"fastdynat.evaluate: unknown key {unknown!r}; the keys are {', '.join(allowed)}")
     config = EvalConfig(
         attacks=attacks,
         eps=eps,

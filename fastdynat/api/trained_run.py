@@ -31,10 +31,10 @@ class TrainedRun:
 
     Attributes:
         model: the trained network in eval mode, with the weights of the best checkpoint.
-        run_dir: the run directory, which `fastdynat eval`, `report`, `export` and ``train --resume`` take.
+        run_dir: the run directory. The command line opens it only if network and data were given by name.
         metrics: one row per epoch, as in metrics.jsonl: losses, accuracies in [0, 1], seconds.
         config: the resolved configuration.
-        finished: whether all epochs are done; False after ``stop_after``.
+        finished: True if all epochs are done; False after ``stop_after``.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class TrainedRun:
         folder = find_checkpoint(self.run_dir, checkpoint) if checkpoint in (BEST, LAST) else None
         if folder is None:
             raise UserError(
-                f"checkpoint must be {BEST} or {LAST}, and there: {self.run_dir} has no {checkpoint!r}"
+                f"{self.run_dir} has no checkpoint {checkpoint!r}; the names are {BEST} and {LAST}"
             )
         return load_network(folder / "model.safetensors", into=into)[0]
 
@@ -83,9 +83,9 @@ def train(
 ) -> TrainedRun:
     """Train `model` on `data` against adversarial examples, and keep everything in a run directory.
 
-    A module that is given holds the trained weights, in eval mode, when this returns: those of the best
-    checkpoint. Training works on a copy, so an error or an interruption leaves the module as it was. The
-    generators, threads and flags of the process are put back as they were.
+    On return, a module passed as `model` has the weights of the best checkpoint and is in eval mode. Training
+    works on a copy, so an error or an interruption leaves the module unchanged. Random generators, threads
+    and flags of the process are restored.
 
     Example::
 

@@ -62,14 +62,30 @@ def trades_loss(
     zero_grad: bool = True,
     **speed: Unpack[Speed],
 ) -> Tensor:
-    """``CE(f(x), y) + beta KL(p(x) || p(x'))``, the attack maximising the KL (Zhang et al. 2019, arXiv
-    1901.08573).
+    """TRADES loss, ``CE(f(x), y) + beta KL(p(x) || p(x'))``; the attack maximises the KL (arXiv 1901.08573).
 
-    y may also be (N, K) probabilities. bn_third_pass: the release computes ``f(x)`` again for the KL, so
-    running statistics see the clean images before and after the attacked ones: they are 67 % clean, at batch
-    norm's default momentum. Here that pass has no graph, since the gradients are the same without it (except
-    under dropout, whose mask the KL's clean term shares with the CE here). False leaves the pass out; the
-    statistics are then 47 % clean.
+    Args:
+        model: maps images in [0, 1] to logits (N, K).
+        x_natural: (N, C, H, W) float images in [0, 1].
+        y: (N,) integer classes, or (N, K) probabilities.
+        optimizer: its ``zero_grad`` is called between attack and loss; None with ``zero_grad=False``.
+        step_size: step of the attack in pixel units.
+        epsilon: radius of the attack in pixel units.
+        perturb_steps: number of attack steps.
+        beta: weight of the KL.
+        distance: "l_inf" or "l_2".
+        bn_third_pass: repeat the clean forward pass after the attacked one, as the release does, so that
+            running statistics are 67 % clean at batch norm's default momentum; without it, 47 %. The pass
+            has no graph. Gradients are the release's, except that under dropout the clean term of the KL
+            shares its mask with the CE.
+        zero_grad: False accumulates gradients over calls.
+        speed: `amp`, `compile`, `channels_last`, `graphs`, `fold`, `winograd`, `output`, `rescale` (`Speed`).
+
+    Returns:
+        The loss, a scalar with its graph, for ``backward()``.
+
+    Raises:
+        UserError: images, labels or numbers that do not fit; the message names the remedy.
     """
     _check_optimizer(optimizer, zero_grad)
     attack = InnerAttack(model, x_natural, y, step_size, epsilon, perturb_steps, distance, speed)

@@ -30,7 +30,16 @@ from fastdynat.compat.torchattacks_base import TorchAttack
 
 
 class PGD(TorchAttack):
-    """L-inf projected gradient ascent (Madry et al. 2018, arXiv 1706.06083) from a uniformly random start."""
+    """L-inf projected gradient ascent (Madry et al. 2018, arXiv 1706.06083) from a uniformly random start.
+
+    Args:
+        model: maps images in [0, 1] to logits (N, K).
+        eps: radius in pixel units.
+        alpha: step size in pixel units.
+        steps: number of steps.
+        random_start: start from a uniformly random point of the ball instead of the image.
+        speed: `amp`, `compile`, `channels_last`, `graphs`, `fold`, `winograd`, `output`, `rescale` (`Speed`).
+    """
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ def _with_own_validation(
     assert own.val is not None
     if val_size is not None:
         raise UserError(
-            f"val_size {val_size:g}: {own.info.name} brings validation images of its own; leave it out"
+            f"val_size {val_size:g}: {own.info.name} has its own validation images; leave val_size out"
         )
     train, _ = stratified_split(own.train.labels, val_size=0, limit=limit, seed=seed)
     images = ImageSet(

@@ -10,7 +10,7 @@ MOST = 1e9
 
 
 class MethodOptions:
-    """Base of a method's options, a frozen dataclass. Optional for a method of your own."""
+    """Base of a method's options, a frozen dataclass. A method without options needs none."""
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""

@@ -66,8 +66,7 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         method.check_attack(spec, attack.attack_bn)
     if attack.awp > 0 and not method.searches:
         raise UserError(
-            f"awp {attack.awp:g}: method {method.name} has no attack at the current weights to go with; "
-            "use --awp 0"
+            f"awp {attack.awp:g}: method {method.name} does not attack the current weights; use --awp 0"
         )
 
 
@@ -94,7 +93,7 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
     if "steps" in method.unused_attack:
         return f"{used}{_own_attack(method)}"
     if "step_size" in method.unused_attack:
-        used += f"{attack.steps} iterations of a search of its own"
+        used += f"{attack.steps} iterations of its own search"
     else:
         used += f"{attack.steps} steps of {describe_size(attack.step_size)}"
     if attack.early_steps is not None:
@@ -103,5 +102,5 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
 
 
 def _own_attack(method: Method[Any]) -> str:
-    what = "has a search of its own" if method.attacks else "attacks nothing in training"
+    what = "uses its own search" if method.attacks else "attacks nothing in training"
     return f"method {method.name} {what}"

@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"device {name!r} cannot be used ({reason}); `fastdynat doctor` says what this machine has"
+            f"device {name!r} cannot be used ({reason}); `fastdynat doctor` lists the devices of this machine"
         ) from None
     return device
 

@@ -242,7 +242,7 @@ def test_a_foreign_model_is_evaluated_like_a_run(
     ]
     assert (theirs["norm"], theirs["eps"], theirs["step_size"]) == ("linf", 8 / 255, 2 / 255)
     out = capsys.readouterr().out
-    assert "no --eps, so 8/255" in out
+    assert "no --eps given; using 8/255" in out
     assert "outputs look like probabilities" in out
     with torch.no_grad():
         right = network(images.images[:60] / 255).argmax(1) == images.labels[:60]

@@ -516,8 +516,8 @@ def test_what_a_start_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         == 0
     )
     said = capsys.readouterr().err
-    assert "method vat has a search of its own; evaluated" in said
-    assert "step_size 0.1 has no effect: method vat has a search of its own" in said
+    assert "method vat uses its own search; evaluated" in said
+    assert "step_size 0.1 has no effect: method vat uses its own search" in said
 
 
 def test_the_guide_of_a_comparison_is_for_the_methods_that_have_one() -> None:

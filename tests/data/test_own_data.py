@@ -71,7 +71,7 @@ def test_parts_and_their_use() -> None:
         assert torch.bincount(few.train_images().labels).tolist() == [2, 2, 2]
         assert torch.equal(load_test(name, None)[1].images, images()[3:9])
         with pytest.raises(
-            UserError, match="val_size 4: data brings validation images of its own; leave it out"
+            UserError, match="val_size 4: data has its own validation images; leave val_size out"
         ):
             open_train(name, None, val_size=4, seed=0)
         with pytest.raises(UserError, match="image_size 8: data of your own come in their size"):

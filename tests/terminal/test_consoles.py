@@ -81,7 +81,7 @@ def test_a_run_and_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "│ x:warning:y " in out
     assert "r[bold]:smile:" in out
     assert main(["export", str(run), "--out", str(tmp_path / "a[b]c.pt2"), "--format", "torch"]) == 0
-    assert "a[b]c.pt2: read again" in capsys.readouterr().err
+    assert "a[b]c.pt2: read back" in capsys.readouterr().err
 
 
 def calls(path: Path) -> list[ast.Call]:

@@ -50,7 +50,7 @@ def check_bench(config: BenchConfig) -> None:
     if config.auto:
         for name in ("peers", "switches", "epoch", "chart", "profile", "baseline"):
             if getattr(config, name):
-                raise UserError(f"--auto is a measurement of its own: leave --{name} out")
+                raise UserError(f"--auto is a separate measurement: leave --{name} out")
     check_picture("chart", config.chart)
     check_picture("profile", config.profile, (".json", *PICTURES))
     check_results((config.json,), (config.chart, config.profile))

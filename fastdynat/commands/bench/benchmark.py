@@ -159,7 +159,7 @@ def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
     method = method_class(config.method)(config.options)
     if type(method).perturb is not Method.perturb:
         raise UserError(
-            f"bench times PGD, but method {method.name} has a search of its own; bench another, such as madry"
+            f"bench times PGD, but method {method.name} uses its own search; time another, such as madry"
         )
 
     def build(name: str) -> torch.nn.Module:

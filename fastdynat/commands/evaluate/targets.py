@@ -185,7 +185,7 @@ class Planner:
         network, weights = _load_foreign(name, info, self.config.weights)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
         if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
-            logger.info("%s: no --eps, so 8/255 under linf", name)
+            logger.info("%s: no --eps given; using 8/255 under linf", name)
         radius = self._radius(info, "linf", DEFAULT_EPS)
         return self._target(name, None, weights, network, trained, radius, info, images, Path(FOLDER))
 

@@ -69,7 +69,7 @@ def _quietly(write: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tenso
     # Tracing fails in as many ways as networks can be written.
     except Exception as error:
         raise UserError(
-            f"this network cannot be exported so ({type(error).__name__}: {first_line(error)})"
+            f"this network cannot be exported in this format ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

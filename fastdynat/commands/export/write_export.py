@@ -36,7 +36,7 @@ def export_run(run: Path | str, config: ExportConfig) -> Path:
             write = write_torch if config.format == "torch" else write_onnx
             difference = write(model, sidecar.image_shape, path)
     logger.info(
-        "%s: read again, its logits differ by at most %.1e on random images, in batches of 1 and 5",
+        "%s: read back, its logits differ by at most %.1e on random images, in batches of 1 and 5",
         out,
         difference,
     )
