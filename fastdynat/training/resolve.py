@@ -118,7 +118,7 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[
     batch_size = BATCH_SIZE.get(info.name, USUAL_BATCH_SIZE) if data.batch_size is None else data.batch_size
     augment = info.augment if data.augment == "auto" else data.augment
     if data.augment == "auto" and is_user_supplied(data.data):
-        logger.info("your own data is not augmented by default; --augment crop-flip does so")
+        logger.info("your own data is not augmented by default; --augment crop-flip turns that on")
     if data.pad_mode != "zeros" and "crop" not in augment:
         notes.append(f"pad_mode {data.pad_mode} has no effect: augmentation {augment} takes no crops")
     return filled_in(ResolvedData, data, batch_size=batch_size, augment=augment)
