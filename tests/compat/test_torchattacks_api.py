@@ -415,7 +415,7 @@ def bad_inputs() -> list[Any]:
         pytest.param(lambda a: a(x), r"needs labels: attack\(images, labels\)", id="no labels"),
         pytest.param(lambda a: a(x, y[:3]), "6 images but labels of shape", id="too few labels"),
         pytest.param(lambda a: a(x, y.float()), r"labels.long\(\)", id="float labels"),
-        pytest.param(lambda a: a(x, y + 5), r"labels must be in \[0, 10\)", id="label 10"),
+        pytest.param(lambda a: a(x, y + 10), r"labels must be in \[0, 10\)", id="label 10"),
         pytest.param(
             lambda a: a(x.double(), y), "images are torch.float64 and the model torch.float32", id="dtypes"
         ),
