@@ -463,8 +463,8 @@ FAULTS: dict[str, Any] = {
 @pytest.mark.parametrize("dtype", list(checks.TOLERANCES), ids=str)
 @pytest.mark.parametrize("fault", ["", *FAULTS])
 def test_the_table_finds_planted_faults(fault: str, dtype: torch.dtype) -> None:
-    check = checks.check_of(dtype)
-    candidate = partial(checks.run, FAULTS[fault]) if fault else check.candidates["cudnn"]
+    check = checks.conv_relu_check(dtype)
+    candidate = partial(checks.run_conv_relu, FAULTS[fault]) if fault else check.candidates["cudnn"]
     check = replace(check, candidates={"cudnn": candidate}, why_not=lambda name, device: None)
     with check.within():
         verdict = Prepared(check, torch.device("cpu")).examine("cudnn", lambda case: None)

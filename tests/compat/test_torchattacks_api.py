@@ -455,7 +455,19 @@ def test_importing_fastdynat_is_cheap_and_the_names_are_there() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     losses = {"trades_loss", "mart_loss", "dynat_loss", "lbgat_loss"}
-    assert {*NAMES, *losses, "__version__"} == set(fastdynat.__all__)
+    api = {
+        "AutoAttack",
+        "Evaluation",
+        "TrainedRun",
+        "UserError",
+        "evaluate",
+        "load_network",
+        "train",
+        "units",
+    }
+    packages = {"attacks", "compat", "config", "data", "errors", "evaluation", "methods", "models", "ops"}
+    packages |= {"recipes", "runs", "training"}
+    assert {*NAMES, *losses, *api, *packages, "__version__"} == set(fastdynat.__all__)
     with pytest.raises(AttributeError, match="no attribute 'PDG'"):
         fastdynat.PDG  # noqa: B018
 

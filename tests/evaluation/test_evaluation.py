@@ -15,7 +15,7 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import parse_attack
 from fastdynat.commands.evaluate import cells as evaluation
-from fastdynat.commands.evaluate.columns import check_classes, parse_columns
+from fastdynat.commands.evaluate.columns import check_target_classes, parse_columns
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
@@ -263,6 +263,6 @@ def test_no_answer_is_no_right_answer() -> None:
 @pytest.mark.parametrize("name", ["apgd-t", "fast-autoattack", "autoattack", "transfer-apgd-t"])
 def test_too_few_classes_are_said_before_anything_is_measured(name: str) -> None:
     columns = parse_columns(f"clean,{name}", eps=0.1, step_size=0.1, norm="linf", amp="off")
-    check_classes(columns, 4)
+    check_target_classes(columns, 4)
     with pytest.raises(UserError, match="dlr-t needs 4 classes, the network has 3"):
-        check_classes(columns, 3)
+        check_target_classes(columns, 3)
