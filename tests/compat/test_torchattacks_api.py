@@ -466,7 +466,7 @@ def test_importing_fastdynat_is_cheap_and_the_names_are_there() -> None:
         "units",
     }
     packages = {"attacks", "compat", "config", "data", "errors", "evaluation", "methods", "models", "ops"}
-    packages |= {"recipes", "runs", "training"}
+    packages |= {"recipes", "runs", "training", "units"}
     assert {*NAMES, *losses, *api, *packages, "__version__"} == set(fastdynat.__all__)
     with pytest.raises(AttributeError, match="no attribute 'PDG'"):
         fastdynat.PDG  # noqa: B018
