@@ -5,7 +5,7 @@ import inspect
 import io
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -86,10 +86,10 @@ def _unbroken_help() -> Iterator[None]:
     """Within it, help texts have no line breaks; tyro keeps those of a docstring whose lines are indented."""
     import docstring_parser
 
-    parse_from_object = docstring_parser.parse_from_object
+    parse_from_object: Callable[..., Any] = docstring_parser.parse_from_object
 
-    def unbroken(cls: Any) -> Any:
-        found = parse_from_object(cls)
+    def unbroken(*args: Any, **kwargs: Any) -> Any:
+        found = parse_from_object(*args, **kwargs)
         for param in found.params:
             param.description = " ".join((param.description or "").split()) or None
         return found
