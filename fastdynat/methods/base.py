@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from fastdynat.errors import UserError
-from fastdynat.methods.options import check_options
+from fastdynat.methods.options import MethodOptions, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ class Method(ABC, Generic[OptionsT]):
 
     Attributes:
         name: its name on the command line and in tables.
-        options_type: a frozen dataclass; its fields are the method's flags and keys.
+        options_type: a frozen dataclass; its fields are the method's flags and keys. By default it has none.
         uses_guide: whether there is a second network.
         trains: the networks that have losses. A guide that is not among them was trained before: frozen.
         guide_made_by: the method, with its flags, that usually trains a frozen guide.
@@ -124,7 +124,7 @@ class Method(ABC, Generic[OptionsT]):
     """
 
     name: ClassVar[str]
-    options_type: ClassVar[type]
+    options_type: ClassVar[type] = MethodOptions
     uses_guide: ClassVar[bool] = False
     trains: tuple[str, ...] = ("model",)
     guide_made_by: str = "natural"
@@ -213,7 +213,12 @@ def check_method(method: Any) -> None:
     name = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")
-    options = getattr(method, "options_type", None)
-    parameters = getattr(options, "__dataclass_params__", None)
-    if not isinstance(options, type) or parameters is None or not parameters.frozen:
-        raise UserError(f"{name}.options_type must be a dataclass with frozen=True, which holds its options")
+    options: Any = method.options_type
+    # Of the class itself: an undecorated subclass of a dataclass would have flags for inherited fields only.
+    parameters = vars(options).get("__dataclass_params__") if isinstance(options, type) else None
+    if parameters is None or not parameters.frozen:
+        got = getattr(options, "__name__", repr(options))
+        raise UserError(
+            f"{name}.options_type must be a frozen dataclass, got {got}: decorate it by "
+            "@dataclass(frozen=True)"
+        )

@@ -1,6 +1,7 @@
 """Base class of methods' options, and checks of their numbers."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from fastdynat.errors import UserError
@@ -9,6 +10,7 @@ from fastdynat.errors import UserError
 MOST = 1e9
 
 
+@dataclass(frozen=True)
 class MethodOptions:
     """Base of a method's options, a frozen dataclass. A method without options needs none."""
 

@@ -1,7 +1,8 @@
 """The methods by name: found in their folder, registered by a decorator or by hand, refused with a reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from fastdynat.methods import (
     options_type,
     register_method,
 )
+from fastdynat.methods.base import check_method
 from fastdynat.methods.madry import Madry
 
 FOLDER = Path(fastdynat.methods.__file__).parent
@@ -86,6 +88,18 @@ def test_a_method_of_ones_own_is_registered() -> None:
         del METHODS["squeeze"]
 
 
+def test_a_method_without_options_has_no_flags() -> None:
+    bare: Any = type("Bare", (Method,), {})
+    check_method(bare)
+    assert bare.options_type is MethodOptions
+    assert not fields(MethodOptions)
+
+
+def undecorated() -> object:
+    options = type("Undecorated", (SqueezeOptions,), {"__annotations__": {"weight": float}, "weight": 1.0})
+    return type("Plain", (Madry,), {"options_type": options})
+
+
 def loose() -> object:
     return type("Loose", (Madry,), {"options_type": LooseOptions})
 
@@ -95,8 +109,8 @@ def loose() -> object:
     [
         (lambda: int, "int is not a subclass of fastdynat.methods.Method"),
         (lambda: 3, "3 is not a subclass"),
-        (lambda: type("Bare", (Method,), {}), "Bare.options_type must be a dataclass with frozen=True"),
-        (loose, "Loose.options_type must be a dataclass with frozen=True"),
+        (loose, "Loose.options_type must be a frozen dataclass, got LooseOptions: decorate it"),
+        (undecorated, "Plain.options_type must be a frozen dataclass, got Undecorated: decorate it"),
     ],
 )
 def test_what_is_no_method_is_refused(make: object, says: str) -> None:
