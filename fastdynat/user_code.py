@@ -162,16 +162,19 @@ def call_object(function: object, name: str, offered: Mapping[str, object], what
 
 
 def error_with_place(error: BaseException) -> str:
-    """Type, first line and place of an error in someone else's code."""
+    """Type, first line and place of an error in someone else's code: the last line outside this package."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen")
     ]
+    own = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+    frames = [frame for frame in frames if not frame.filename.startswith(own)] or frames
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
     if isinstance(error, SyntaxError):  # raised by the compiler, which has no frame in the file
         place = f"{error.filename}:{error.lineno}"
-    return f"{type(error).__name__}: {first_line(error)} ({place})"
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{kind}{first_line(error)} ({place})"
 
 
 @contextmanager

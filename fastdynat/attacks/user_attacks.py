@@ -126,7 +126,10 @@ def build_user_attack(name: str, radii: Radii) -> tuple[UserAttack, bool]:
         raise UserError(f"{name} cannot be built: {error_with_place(error)}") from error
     _check_class(type(attack), name)
     if getattr(attack, "norm", None) not in NORMS:
-        raise UserError(f"{name} is no attack: it needs a field or property norm: {', '.join(NORMS)}")
+        raise UserError(
+            f"{name} is no attack: it needs a field or property `norm`, one of {', '.join(NORMS)}; "
+            'for example the field norm: str = "linf"'
+        )
     try:
         json.dumps(asdict(attack))
     except (TypeError, ValueError) as error:
