@@ -1,6 +1,6 @@
 """`fastdynat.evaluate`: accuracies of a network under named attacks, in Python."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def _percent(share: float, interval: tuple[float, float]) -> tuple[str, str]:
 def evaluate(
     model: nn.Module | TrainedRun | str,
     data: Any = None,
-    attacks: str = "clean,pgd20,fast-autoattack",
+    attacks: str | Sequence[str] = "clean,pgd20,fast-autoattack",
     *,
     eps: float = 8 / 255,
     norm: str = "linf",
@@ -113,7 +113,7 @@ def evaluate(
             path/to/file.py:callable.
         data: (images, labels) or a torch Dataset; of a pair (train, test) and of a dict the test part; or the
             name of a data set. See `fastdynat.train`.
-        attacks: names separated by commas; ``fastdynat eval --list-attacks`` prints all.
+        attacks: names, separated by commas or in a list; ``fastdynat eval --list-attacks`` prints all.
         eps: radius, in [0, 1] pixel units for linf.
         norm: linf, l2, l1 or l0.
         step_size: step of attacks with a fixed one; None is eps / 4 (10 eps under l0).
@@ -129,6 +129,7 @@ def evaluate(
     allowed = ("device", "amp", "compile", "kernels")
     if unknown := next((key for key in keys if key not in allowed), None):
         raise UserError(f"fastdynat.evaluate: unknown key {unknown!r}; the keys are {', '.join(allowed)}")
+    attacks = _joined(attacks)
     config = EvalConfig(
         attacks=attacks,
         eps=eps,
@@ -182,6 +183,15 @@ def evaluate(
         None if worst is None else worst["accuracy"],
         None if worst is None else worst["ci"],
     )
+
+
+def _joined(attacks: object) -> str:
+    """The names of attacks, separated by commas."""
+    if isinstance(attacks, str):
+        return attacks
+    if isinstance(attacks, Sequence) and all(isinstance(name, str) for name in attacks):
+        return ",".join(attacks)
+    raise UserError(f"attacks must be names, such as 'clean,pgd20', got {type(attacks).__name__}")
 
 
 def _measurement(result: dict[str, Any]) -> Measurement:

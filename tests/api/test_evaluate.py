@@ -76,7 +76,12 @@ def test_a_pair_of_parts_means_its_test_part(net: nn.Module) -> None:
     assert fastdynat.evaluate(net, {"train": own_tensors(), "test": own_test(10)}, "clean").images == 10
 
 
+def test_attacks_as_a_list(net: nn.Module) -> None:
+    assert list(fastdynat.evaluate(net, own_test(10), ["fgsm", "clean"], eps=8 / 255)) == ["fgsm", "clean"]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "attack object": ({"attacks": fastdynat.FGSM(own_net())}, "attacks must be names, .*, got FGSM"),
     "attack": ({"attacks": "pdg20"}, "unknown attack 'pdg20'"),
     "eps": ({"eps": 8}, r"eps must be a linf radius in \[0, 1\] pixel units"),
     "key": ({"batchsize": 8}, "unknown key 'batchsize'"),
