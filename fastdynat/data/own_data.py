@@ -95,7 +95,9 @@ def own_parts(data: object, name: str) -> OwnData:
     """
     raw = _split_parts(data, name)
     declared = raw.pop("classes", None)
-    parts = {part: _image_set(value, f"{name} ({part})") for part, value in raw.items() if value is not None}
+    raw = {part: value for part, value in raw.items() if value is not None}
+    called = {part: f"{name} ({part})" if len(raw) > 1 else name for part in raw}
+    parts = {part: _image_set(value, called[part]) for part, value in raw.items()}
     shapes = {part: tuple(images.images.shape[1:]) for part, images in parts.items()}
     for part, shape in shapes.items():
         if shape != shapes["train"]:

@@ -134,7 +134,7 @@ REFUSED = {
     "no file": (["--model", "none.py:make_net"], "cannot read none.py (No such file or directory)"),
     "no callable": (["--model", "own.py:make_nut"], "own.py has no 'make_nut'"),
     "data as network": (["--model", "own.py:make_data"], "makes a dict, not a torch.nn.Module"),
-    "network as data": (["--data", "own.py:make_one"], "own.py:make_one (train) is a Sequential, not data"),
+    "network as data": (["--data", "own.py:make_one"], "own.py:make_one is a Sequential, not data"),
     "normalize": ([*OWN, "--normalize", "dataset"], "own.py:make_net takes images in [0, 1] as they are"),
     "data folder": (
         [*OWN, "--data-dir", "x"],

@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"labels must be \(N,\), got int64 \(12, 3\)",
     ),
     "fewer labels": ((images(), LABELS[:11]), "12 images but 11 labels"),
-    "no images": ((images()[:0], LABELS[:0]), "data .train. has no images"),
+    "no images": ((images()[:0], LABELS[:0]), "data has no images"),
     "three parts": (((images(), LABELS), (images(), LABELS), (images(), LABELS)), "of 3 parts is ambiguous"),
     "unknown part": ({"train": (images(), LABELS), "valid": 1}, "unknown key 'valid' in the dict"),
     "no train": ({"test": (images(), LABELS)}, "no 'train' in the dict"),
