@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdynat.commands.parsing.effects import check_effects
@@ -72,6 +73,8 @@ class TrainedRun:
 
 
 @process_state_kept()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: nn.Module | str | None = None,
     data: Any = None,

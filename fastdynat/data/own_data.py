@@ -3,7 +3,6 @@
 They come from a callable in a file (`--data my.py:make_data`) or as objects (`fastdynat.train(data=...)`).
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdynat.data.image_sets import CONVERT_CHUNK, DatasetInfo, ImageSet, channel_stats
+from fastdynat.data.image_sets import DatasetInfo, ImageSet, channel_stats
+from fastdynat.data.own_arrays import as_labels, as_pixels, dense_tensor, describe
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
-from fastdynat.user_code import OBJECT, call_object, import_object, is_object, short_name
+from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
 
 FORMS = (
     "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and "
@@ -25,7 +25,8 @@ FORMS = (
 )
 KEYS = ("train", "val", "test", "classes")
 NOT_DATA = (tuple, list, str, torch.nn.Module)  # although they have a length and items
-ROUNDING = 0.02  # of 1/255: distance of float images from 8 bits that needs no message
+READ_TWICE = 16  # images of a Dataset that must be the same when read again
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def _split_parts(data: object, name: str) -> dict[str, Any]:
         return dict(data)
     if _is_pair(data) or not isinstance(data, tuple | list):
         return {"train": data}
+    if len(data) == 2 and _is_array(data[0]) and isinstance(data[1], tuple | list):
+        raise UserError(f"{name}: the labels are a {type(data[1]).__name__}; use torch.tensor(labels)")
     if len(data) == 2:
         return {"train": data[0], "test": data[1]}
     raise UserError(f"{name}: a {type(data).__name__} of {len(data)} parts is ambiguous; {FORMS}")
@@ -158,7 +161,7 @@ def _is_pair(data: object) -> bool:
 
 def _image_set(part: Any, name: str) -> ImageSet:
     if _is_pair(part):
-        images, labels = (torch.as_tensor(side) for side in part)
+        images, labels = (dense_tensor(side, name) for side in part)
     elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, NOT_DATA):
         images, labels = _read_dataset(part, name)
     elif hasattr(part, "dataset") and hasattr(part, "batch_size"):
@@ -171,7 +174,7 @@ def _image_set(part: Any, name: str) -> ImageSet:
         )
     else:
         raise UserError(f"{name} is a {type(part).__name__}, not data; {FORMS}")
-    return ImageSet(_pixels(images, name), _classes(labels, len(images), name))
+    return ImageSet(as_pixels(images, name), as_labels(labels, len(images), name))
 
 
 def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -179,12 +182,13 @@ def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
     count = len(data)
     if count == 0:
         raise UserError(f"{name} has no images")
-    first, again = (_image(data, 0, name)[0] for _ in range(2))
-    if not torch.equal(first, again):
-        raise UserError(
-            f"{name}: image 0 is another one each time it is read: leave random transforms out (augment= is "
-            f"for that)"
-        )
+    for index in range(min(count, READ_TWICE)):  # a random flip leaves every other image as it is
+        if not _same(_image(data, index, name), _image(data, index, name)):
+            raise UserError(
+                f"{name}: image {index} is another one each time it is read: leave random transforms out "
+                "(augment= is for that)"
+            )
+    first = _image(data, 0, name)[0]
     check_room(count * first.nbytes, f"{name}: its {count} images are read into memory, which takes")
     images, labels = (
         torch.empty((count, *first.shape), dtype=first.dtype),
@@ -194,15 +198,23 @@ def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
         image, label = _image(data, index, name)
         if image.shape != first.shape or image.dtype != first.dtype:
             raise UserError(
-                f"{name}: image {index} is {_text(image)}, image 0 {_text(first)}; give all one size and type"
+                f"{name}: image {index} is {describe(image)}, image 0 {describe(first)}; give all one size "
+                "and type"
             )
         images[index], labels[index] = image, label
     return images, labels
 
 
+def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+    return torch.equal(one[0], other[0]) and one[1] == other[1]
+
+
 def _image(data: Any, index: int, name: str) -> tuple[Tensor, int]:
     """Image (C, H, W) and label of an item; a PIL image becomes uint8."""
-    item = data[index]
+    try:
+        item = data[index]
+    except Exception as error:
+        raise UserError(f"{name}: reading item {index} failed: {error_with_place(error)}") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise UserError(f"{name}: item {index} is a {type(item).__name__}, not a pair (image, label)")
     image, label = item
@@ -217,85 +229,26 @@ def _image(data: Any, index: int, name: str) -> tuple[Tensor, int]:
         )
     if isinstance(label, bool | float) or not hasattr(label, "__index__"):
         raise UserError(f"{name}: label {index} is {shown(repr(label))}, not the number of a class")
+    pixels = dense_tensor(image, name)
     try:
-        return torch.as_tensor(image), label.__index__()
+        return pixels, label.__index__()
     except (TypeError, ValueError):
         raise UserError(f"{name}: label {index} is {shown(repr(label))}, not the number of a class") from None
-
-
-def _text(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-
-
-def _pixels(images: Tensor, name: str) -> Tensor:
-    """Images (N, C, H, W) as uint8 on the CPU."""
-    if images.ndim != 4:
-        remedy = "add the channels: images[:, None]" if images.ndim == 3 else "give one image per row"
-        raise UserError(f"{name}: images must be (N, C, H, W), got {_text(images)}; {remedy}")
-    if len(images) == 0:
-        raise UserError(f"{name} has no images")
-    if images.shape[1] > 4 and images.shape[-1] <= 4:
-        raise UserError(
-            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): images.permute(0, "
-            f"3, 1, 2)"
-        )
-    images = images.detach()
-    if images.dtype == torch.uint8:
-        return images.cpu().contiguous()
-    if not images.is_floating_point():
-        raise UserError(
-            f"{name}: images must be uint8 or floats in [0, 1], got {_text(images)}; use "
-            f"images.to(torch.uint8)"
-        )
-    return _rounded(images, name)
-
-
-def _rounded(images: Tensor, name: str) -> Tensor:
-    pixels = torch.empty(images.shape, dtype=torch.uint8)
-    largest = 0.0
-    for start in range(0, len(images), CONVERT_CHUNK):
-        chunk = images[start : start + CONVERT_CHUNK].cpu().to(torch.float32)
-        low, high = float(chunk.min()), float(chunk.max())
-        if not (low >= 0 and high <= 1):  # NaN neither
-            remedy = (
-                "divide by 255" if 1 < high <= 255 and low >= 0 else "put the normalisation into the network"
-            )
-            raise UserError(f"{name}: float images must be in [0, 1], got [{low:g}, {high:g}]; {remedy}")
-        levels = 255 * chunk
-        whole = levels.round()
-        largest = max(largest, float((levels - whole).abs().max()))
-        pixels[start : start + CONVERT_CHUNK] = whole.to(torch.uint8)
-    if largest > ROUNDING:
-        warnings.warn(
-            f"{name}: images are kept with 8 bits per channel, which moves values by up to "
-            f"{largest / 255:.2g}",
-            stacklevel=2,
-        )
-    return pixels
-
-
-def _classes(labels: Tensor, images: int, name: str) -> Tensor:
-    """Labels (N,) as int64 on the CPU."""
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise UserError(f"{name}: labels must be whole numbers (N,), got {_text(labels)}; use labels.long()")
-    if labels.ndim != 1:
-        raise UserError(
-            f"{name}: labels must be (N,), got {_text(labels)}; of one-hot rows use labels.argmax(1)"
-        )
-    if len(labels) != images:
-        raise UserError(f"{name}: {images} images but {len(labels)} labels; give one label per image")
-    return labels.detach().cpu().to(torch.int64)
 
 
 def _class_names(declared: object, parts: Mapping[str, ImageSet], name: str) -> tuple[str, ...]:
     """The class names, "0", "1", ... by default; checks that every label is below their number."""
     largest = max(int(part.labels.max()) for part in parts.values())
+    if largest >= MOST_CLASSES:
+        raise UserError(
+            f"{name}: label {largest} is beyond {MOST_CLASSES:,} classes; number the classes from 0"
+        )
     names: tuple[str, ...]
     if declared is None:
         names = tuple(map(str, range(largest + 1)))
-    elif isinstance(declared, int) and not isinstance(declared, bool):
-        names = tuple(map(str, range(declared)))
-    elif isinstance(declared, Sequence) and not isinstance(declared, str):
+    elif isinstance(declared, int | np.integer) and not isinstance(declared, bool):
+        names = tuple(map(str, range(int(declared))))
+    elif isinstance(declared, Sequence | np.ndarray) and not isinstance(declared, str):
         names = tuple(map(str, declared))
     else:
         raise UserError(f"{name}: classes must be a number or the names, got {shown(repr(declared))}")

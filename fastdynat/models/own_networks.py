@@ -32,6 +32,8 @@ def given_network(module: nn.Module) -> Iterator[str]:
         UserError: the module cannot be copied.
     """
     name = f"{OBJECT}{type(module).__name__}"
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(f"the model, a {type(module).__name__}, has no parameter with requires_grad to train")
     try:
         copy.deepcopy(module)
     except Exception as error:
@@ -78,6 +80,7 @@ def own_network(
             f"--normalize: {short_name(name)} takes images in [0, 1] as they are; normalise inside of it, "
             "and leave --normalize out"
         )
+    given = None
     if is_object(name):
         given = (_given.get() or {}).get(name)
         if given is None:
@@ -93,6 +96,8 @@ def own_network(
     suspicion = check_network_output(model, short_name(name), num_classes, image_shape)
     if suspicion:
         warnings.warn(f"{short_name(name)}: {suspicion}", stacklevel=2)
+    if given is not None:
+        _check_independent(model, given, image_shape)
     return model
 
 
@@ -116,10 +121,13 @@ def check_network_output(model: nn.Module, name: str, num_classes: int | None, i
     """
     x = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     size = "x".join(map(str, image_shape)) + " images"
+    before = x.clone()
     try:
         out = look(model, x)
     except Exception as error:
         raise UserError(f"{name} does not take {size}: {error_with_place(error)}") from error
+    if not torch.equal(x, before):
+        raise UserError(f"{name} changes its input in place; write x = x - mean in place of x -= mean")
     got, wanted = output_shape(out), "(2, classes)" if num_classes is None else str((2, num_classes))
     if (
         not isinstance(out, Tensor)
@@ -141,20 +149,49 @@ def check_network_output(model: nn.Module, name: str, num_classes: int | None, i
     return ""
 
 
+def _check_independent(copied: nn.Module, given: nn.Module, image_shape: Shape) -> None:
+    """Raise UserError if `copied` computes with parameters of `given`, which training would not move.
+
+    A function or hook that was made with ``lambda: self.layer(...)`` is copied with the old ``self``.
+    """
+    parameters = {key: value for key, value in given.named_parameters() if value.requires_grad}
+    state = next(iter(parameters.values()))
+    with torch.enable_grad(), _eval_mode(copied):
+        out = copied(torch.zeros(2, *image_shape, device=state.device))
+        if not out.requires_grad:
+            return
+        gradients = torch.autograd.grad(out.sum(), list(parameters.values()), allow_unused=True)
+    for key, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            raise UserError(
+                f"a copy of the {type(given).__name__} still computes with {key} of the original, so "
+                "training would not change it: keep no lambda, inner function or hook in the model that refers to its "
+                "layers; use methods"
+            )
+
+
 @torch.no_grad()
 def look(model: nn.Module, x: Tensor) -> object:
     """The output of `model` in eval mode for `x`, which is moved to its device.
 
-    Its mode, its buffers and the random state stay.
+    Its modes, its buffers and the random state stay.
     """
-    was_training = model.training
     state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
+    with _eval_mode(model):
+        return model(x.to(state.device))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode within; afterwards each module has its own mode again, and the generators their state."""
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            return model(x.to(state.device))
+            yield
     finally:
-        model.train(was_training)
+        for part, training in modes:
+            part.training = training
 
 
 def output_shape(out: object) -> tuple[int, ...] | str:

@@ -55,6 +55,14 @@ def test_numbers_are_those_of_the_command(
     assert by_name.images == 10
 
 
+def test_every_module_keeps_its_mode() -> None:
+    net = nn.Sequential(own_net(), nn.BatchNorm1d(10), nn.Dropout())
+    net[1].eval()
+    found = fastdynat.evaluate(net, own_test(8), ["clean", "pgd1"])
+    assert list(found) == ["clean", "pgd1"]
+    assert [net.training, net[0].training, net[1].training, net[2].training] == [True, True, False, True]
+
+
 def test_it_prints_as_a_table(net: nn.Module) -> None:
     lines = str(fastdynat.evaluate(net, own_test(50), "clean,fgsm", eps=8 / 255)).splitlines()
     assert lines[0].startswith("accuracy on 50 images, linf eps 0.0313725 (8.00/255)")

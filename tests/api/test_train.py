@@ -124,7 +124,38 @@ class Wrong(nn.Module):
         return {"logits": x}
 
 
+class Closure(nn.Module):
+    """A function inside that deepcopy cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.head = lambda x: self.second(x)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.first(nn.functional.avg_pool2d(x, 4).flatten(1)).relu())
+
+
+def hooked() -> nn.Module:
+    net, extra = own_net(), nn.Linear(32, 32)
+    net.add_module("extra", extra)
+    net[2].register_forward_hook(lambda module, args, out: extra(out))
+    net.forward = lambda x: nn.Sequential.forward(net[:5], x)  # type: ignore[method-assign]
+    return net
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x -= 0.5
+        return super().forward(x.flatten(1))
+
+
 REFUSED = {
+    "in place": (lambda: InPlace(1024, 10), {}, "InPlace changes its input in place; write x = x - mean"),
+    "closure": (Closure, {}, "copy of the Closure still computes with second.weight of the original"),
+    "hook": (hooked, {}, "copy of the Sequential still computes with .*weight of the original"),
+    "frozen": (lambda: own_net().requires_grad_(False), {}, "no parameter with requires_grad"),
+    "no parameters": (lambda: nn.Flatten(), {}, "no parameter with requires_grad"),
     "unknown key": (lambda: own_net(), {"epsilon": 0.1}, "unknown key 'epsilon': did you mean 'eps'"),
     "wrong value": (lambda: own_net(), {"epochs": "ten"}, "epochs must be int or nothing, got 'ten'"),
     "no module": (lambda: own_net, {}, "model must be a torch.nn.Module or a name, got a function"),
@@ -152,6 +183,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case: str, tmp_p
         train(make(), own_tensors(), tmp_path / "run", **{"epochs": 1, **keys})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_gradient_mode_does_not_matter(tmp_path: Path) -> None:
+    plain = train(own_net(), own_tensors(128), tmp_path / "plain", epochs=1)
+    data = own_tensors(128)
+    with torch.no_grad():
+        trained = train(own_net(), data, tmp_path / "run", epochs=1)
+        assert not torch.is_grad_enabled()
+    expected = plain.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trained.model.state_dict().items())
 
 
 def test_names_work_too(tmp_path: Path) -> None:

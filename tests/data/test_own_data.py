@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -115,7 +116,38 @@ def normalised(low: float, high: float) -> Tensor:
     return x
 
 
+class Flipped(TensorDataset):
+    """Images that are mirrored at random; seldom the first one."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return (image.flip(-1) if index and torch.rand(()) < 0.5 else image), label
+
+
+class Broken(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if index == 11:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
+    "overshoot": (
+        (normalised(-0.01, 1.0000002), LABELS),
+        r"got \[-0\.01.*, 1\.0000002\]; use images.clamp\(0, 1\)",
+    ),
+    "labels in a column": ((images(), LABELS[:, None]), r"got int64 \(12, 1\); use labels.squeeze\(1\)"),
+    "labels in a list": ((images(), LABELS.tolist()), r"the labels are a list; use torch.tensor\(labels\)"),
+    "huge label": (
+        (images(), LABELS * 10**9),
+        "label 2000000000 is beyond 1,000,000 classes; number the classes",
+    ),
+    "objects": ((images().numpy().astype(object), LABELS), "an array of object holds no images"),
+    "label names": ((images(), np.array(["a"] * 12)), "an array of <U1 holds no images or labels"),
+    "sparse": ((images().float().to_sparse(), LABELS), "a torch.sparse_coo tensor on cpu cannot be read"),
+    "meta": ((images().to("meta"), LABELS), "tensor on meta cannot be read"),
+    "random flip": (Flipped(images(), LABELS), r"image \d+ is another one each time it is read"),
+    "unreadable item": (Broken(images(), LABELS), "reading item 11 failed: OSError: truncated file .*py:"),
     "normalised": (
         (normalised(-2, 2), LABELS),
         r"in \[0, 1\], got \[-2, 2\]; put the normalisation into the",
@@ -169,6 +201,18 @@ def test_what_is_no_data_is_refused_in_one_line(case: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         own_parts(data, "data")
     assert "\n" not in str(caught.value)
+
+
+def test_uint8_images_without_values_above_1_are_said() -> None:
+    with pytest.warns(UserWarning, match="no pixel of the uint8 images is above 1 of 255"):
+        own_parts((images() // 128, LABELS), "data")
+
+
+def test_mirrored_arrays_and_numpy_class_counts() -> None:
+    own = own_parts({"train": (images().numpy()[::-1], LABELS.numpy()[::-1]), "classes": np.int64(4)}, "data")
+    assert torch.equal(own.train.images, images().flip(0))
+    assert torch.equal(own.train.labels, LABELS.flip(0))
+    assert own.info.num_classes == 4
 
 
 def test_classes_and_logits() -> None:
