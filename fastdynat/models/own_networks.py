@@ -165,8 +165,8 @@ def _check_independent(copied: nn.Module, given: nn.Module, image_shape: Shape) 
         if gradient is not None:
             raise UserError(
                 f"a copy of the {type(given).__name__} still computes with {key} of the original, so "
-                "training would not change it: keep no lambda, inner function or hook in the model that refers to its "
-                "layers; use methods"
+                "training would not change it: keep no lambda, inner function or hook in the model that "
+                "refers to its layers; use methods"
             )
 
 

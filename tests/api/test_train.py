@@ -155,7 +155,11 @@ REFUSED = {
     "closure": (Closure, {}, "copy of the Closure still computes with second.weight of the original"),
     "hook": (hooked, {}, "copy of the Sequential still computes with .*weight of the original"),
     "frozen": (lambda: own_net().requires_grad_(False), {}, "no parameter with requires_grad"),
-    "no parameters": (lambda: nn.Flatten(), {}, "no parameter with requires_grad"),
+    "no parameters": (
+        lambda: nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.AdaptiveAvgPool1d(10)),
+        {},
+        "no parameter with requires_grad",
+    ),
     "unknown key": (lambda: own_net(), {"epsilon": 0.1}, "unknown key 'epsilon': did you mean 'eps'"),
     "wrong value": (lambda: own_net(), {"epochs": "ten"}, "epochs must be int or nothing, got 'ten'"),
     "no module": (lambda: own_net, {}, "model must be a torch.nn.Module or a name, got a function"),

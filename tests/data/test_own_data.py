@@ -134,7 +134,7 @@ class Broken(TensorDataset):
 REFUSED: dict[str, tuple[Any, str]] = {
     "overshoot": (
         (normalised(-0.01, 1.0000002), LABELS),
-        r"got \[-0\.01.*, 1\.0000002\]; use images.clamp\(0, 1\)",
+        r"got \[-0\.00.*, 1\.0000002\]; use images.clamp\(0, 1\)",
     ),
     "labels in a column": ((images(), LABELS[:, None]), r"got int64 \(12, 1\); use labels.squeeze\(1\)"),
     "labels in a list": ((images(), LABELS.tolist()), r"the labels are a list; use torch.tensor\(labels\)"),
