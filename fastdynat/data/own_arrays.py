@@ -34,12 +34,12 @@ def dense_tensor(value: "Tensor | np.ndarray[Any, Any]", name: str) -> Tensor:
     return value
 
 
-def describe(value: Tensor) -> str:
+def dtype_and_shape(value: Tensor) -> str:
     """Type and shape of `value`, for messages."""
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def as_pixels(images: Tensor, name: str) -> Tensor:
+def uint8_pixels(images: Tensor, name: str) -> Tensor:
     """Images (N, C, H, W), uint8 or floats in [0, 1], as uint8 on the CPU.
 
     Raises:
@@ -47,7 +47,7 @@ def as_pixels(images: Tensor, name: str) -> Tensor:
     """
     if images.ndim != 4:
         remedy = "add the channels: images[:, None]" if images.ndim == 3 else "give one image per row"
-        raise UserError(f"{name}: images must be (N, C, H, W), got {describe(images)}; {remedy}")
+        raise UserError(f"{name}: images must be (N, C, H, W), got {dtype_and_shape(images)}; {remedy}")
     if len(images) == 0:
         raise UserError(f"{name} has no images")
     if images.shape[1] > 4 and images.shape[-1] <= 4:
@@ -65,7 +65,7 @@ def as_pixels(images: Tensor, name: str) -> Tensor:
         return images.cpu().contiguous()
     if not images.is_floating_point():
         raise UserError(
-            f"{name}: images must be uint8 or floats in [0, 1], got {describe(images)}; use "
+            f"{name}: images must be uint8 or floats in [0, 1], got {dtype_and_shape(images)}; use "
             f"images.to(torch.uint8)"
         )
     return _rounded(images, name)
@@ -102,7 +102,7 @@ def _remedy(low: float, high: float) -> str:
     return "put the normalisation into the network"
 
 
-def as_labels(labels: Tensor, images: int, name: str) -> Tensor:
+def class_labels(labels: Tensor, images: int, name: str) -> Tensor:
     """Labels (N,) of `images` images as int64 on the CPU.
 
     Raises:
@@ -110,12 +110,12 @@ def as_labels(labels: Tensor, images: int, name: str) -> Tensor:
     """
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise UserError(
-            f"{name}: labels must be whole numbers (N,), got {describe(labels)}; use labels.long()"
+            f"{name}: labels must be whole numbers (N,), got {dtype_and_shape(labels)}; use labels.long()"
         )
     if labels.ndim != 1:
         column = labels.ndim == 2 and labels.shape[1] == 1  # whose argmax is 0 everywhere
         remedy = "use labels.squeeze(1)" if column else "of one-hot rows use labels.argmax(1)"
-        raise UserError(f"{name}: labels must be (N,), got {describe(labels)}; {remedy}")
+        raise UserError(f"{name}: labels must be (N,), got {dtype_and_shape(labels)}; {remedy}")
     if len(labels) != images:
         raise UserError(f"{name}: {images} images but {len(labels)} labels; give one label per image")
     return labels.detach().cpu().to(torch.int64)

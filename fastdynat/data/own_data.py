@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.image_sets import DatasetInfo, ImageSet, channel_stats
-from fastdynat.data.own_arrays import as_labels, as_pixels, dense_tensor, describe
+from fastdynat.data.own_arrays import class_labels, dense_tensor, dtype_and_shape, uint8_pixels
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
 from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
@@ -174,7 +174,7 @@ def _image_set(part: Any, name: str) -> ImageSet:
         )
     else:
         raise UserError(f"{name} is a {type(part).__name__}, not data; {FORMS}")
-    return ImageSet(as_pixels(images, name), as_labels(labels, len(images), name))
+    return ImageSet(uint8_pixels(images, name), class_labels(labels, len(images), name))
 
 
 def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -198,8 +198,8 @@ def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
         image, label = _image(data, index, name)
         if image.shape != first.shape or image.dtype != first.dtype:
             raise UserError(
-                f"{name}: image {index} is {describe(image)}, image 0 {describe(first)}; give all one size "
-                "and type"
+                f"{name}: image {index} is {dtype_and_shape(image)}, image 0 {dtype_and_shape(first)}; "
+                "give all one size and type"
             )
         images[index], labels[index] = image, label
     return images, labels
