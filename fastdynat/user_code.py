@@ -25,6 +25,7 @@ PUBLISHED = ("robustbench", "torchvision", "timm")  # in front of a colon: not t
 OBJECT = "object:"  # in front of the class of a Python object that was given to `fastdynat.train`
 _PINNED = re.compile(r"(?P<name>.+)#sha256=(?P<digest>[0-9a-f]{16})", re.DOTALL)
 _remembered: set[str] = set()  # by this process, for accounts without a cache folder
+_neighbours: dict[str, dict[str, ModuleType]] = {}  # modules that files of a folder have imported from it
 
 
 def is_user_code(name: str) -> bool:
@@ -179,16 +180,49 @@ def error_with_place(error: BaseException) -> str:
 
 @contextmanager
 def importing_beside(name: str) -> Iterator[None]:
-    """Let the file in `name` import its neighbours and modules in the current directory."""
+    """Let the file in `name` import its neighbours and modules in the current directory.
+
+    Files of two folders may each have a neighbour of the same name: each imports its own.
+    """
     origin = name.rpartition(":")[0]
-    folder = os.path.dirname(os.path.realpath(origin)) if origin.endswith(".py") else str(Path.cwd())
+    own_folder = origin.endswith(".py")
+    folder = os.path.dirname(os.path.realpath(origin)) if own_folder else str(Path.cwd())
     before = list(sys.path)
     sys.path[:0] = [folder, str(Path.cwd())]
     importlib.invalidate_caches()
+    aside = _set_aside(folder) if own_folder else {}
     try:
         yield
     finally:
         sys.path[:] = before
+        if own_folder:
+            _neighbours[folder] = {key: sys.modules[key] for key in list(sys.modules) if _is_in(folder, key)}
+        sys.modules.update(aside)
+
+
+def _set_aside(folder: str) -> dict[str, ModuleType]:
+    """Take modules of other folders that `folder` has neighbours of the same name for out of sys.modules."""
+    with suppress(OSError):
+        names = {os.path.splitext(entry)[0] for entry in os.listdir(folder)}
+        found = [key for key in sys.modules if key.partition(".")[0] in names]
+        found = [key for key in found if not _is_in(folder, key) and not _is_installed(key)]
+        aside = {key: sys.modules.pop(key) for key in found}
+        sys.modules.update(_neighbours.get(folder, {}))
+        return aside
+    return {}
+
+
+def _is_in(folder: str, module: str) -> bool:
+    file = str(getattr(sys.modules.get(module), "__file__", None) or "")
+    inside = os.path.realpath(file).startswith(os.path.join(folder, ""))
+    return inside and not module.startswith("user_file_") and not _is_installed(module)
+
+
+def _is_installed(module: str) -> bool:
+    """True for modules of Python itself, of installed packages and of this one."""
+    top = module.partition(".")[0]
+    file = str(getattr(sys.modules.get(top), "__file__", None) or "")
+    return not file or top in (*sys.stdlib_module_names, "fastdynat", "__main__") or "site-packages" in file
 
 
 def _module(origin: str, name: str) -> ModuleType:
