@@ -229,7 +229,8 @@ def read_entries(file: Path) -> list[AttackEntry]:
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
                 args = [ast.literal_eval(value) for value in call.args]
                 options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-                found.append(_read_entry(*args, **options, module=file.stem, constructor=node.name))  # type: ignore[attr-defined]
+                name: str = node.name  # type: ignore[attr-defined]
+                found.append(_read_entry(*args, **options, module=file.stem, constructor=name))
     return found
 
 

@@ -85,7 +85,8 @@ class _Graph:
         if self.steps > VALUES:
             raise self._too_much()
         if name in _PUTS or name == "MEMOIZE":
-            self._memo[len(self._memo) if name == "MEMOIZE" else int(argument)] = stack[-1]  # type: ignore[call-overload]
+            key = len(self._memo) if name == "MEMOIZE" else int(argument)  # type: ignore[call-overload]
+            self._memo[key] = stack[-1]
         elif name in _GETS:
             stack.append(self._memo[int(argument)])  # type: ignore[call-overload]
         elif name == "MARK":

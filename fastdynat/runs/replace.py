@@ -1,7 +1,7 @@
 """`--overwrite`: the files that an old run made are removed from its folder; others stay."""
 
 import os
-from collections.abc import Callable
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +26,9 @@ def remove_run(path: Path) -> list[Path]:
         if (path / name).is_symlink() or is_replaceable(path / name):
             (path / name).unlink(missing_ok=True)
     CheckpointStore(path, identity_of(path) or "").drop_partial()
-    kept = _empty(path / CHECKPOINTS, lambda p: False)
+    kept = _empty(path / CHECKPOINTS, None)
     for name, made in MADE.items():
-        kept += _empty(path / name, lambda p, made=made: made.fullmatch(p.name) is not None)  # type: ignore[misc]
+        kept += _empty(path / name, made)
     kept += [path / name for name in (LAST, BEST) if os.path.lexists(path / name)]
     return kept
 
@@ -45,15 +45,15 @@ def _checkpoints(path: Path) -> list[CheckpointFolder]:
     return list(found.values())
 
 
-def _empty(folder: Path, is_made: Callable[[Path], bool]) -> list[Path]:
-    """Remove the files in `folder` for which `is_made` is true, and the folder if empty; returns the rest."""
+def _empty(folder: Path, made: re.Pattern[str] | None) -> list[Path]:
+    """Remove the files in `folder` whose names match `made`, and the folder if empty; returns the rest."""
     if folder.is_symlink():
         folder.unlink()
         return []
     if not folder.is_dir():
         return [folder] if os.path.lexists(folder) else []
     for path in folder.iterdir():
-        if is_made(path) and path.is_file() and not path.is_symlink():
+        if made is not None and made.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
     left = sorted(folder.iterdir())
     if not left:
