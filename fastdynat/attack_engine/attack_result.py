@@ -3,7 +3,10 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+from fastdynat.errors import UserError
 
 R = TypeVar("R", bound="AttackResult")
 
@@ -34,3 +37,16 @@ class AttackResult:
             name: value.clone() for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
+
+
+def as_attack_result(found: object, x: Tensor, name: str) -> AttackResult:
+    """`found`, which the attack called `name` returned for `x`; images alone become `AttackResult.x_adv`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(found, Tensor):
+        return AttackResult(found.detach(), torch.zeros((), dtype=torch.int64, device=x.device), 0)
+    if not isinstance(found, AttackResult):
+        raise UserError(f"{name} returned {type(found).__name__}; return AttackResult or images")
+    return found

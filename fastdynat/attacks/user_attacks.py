@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.attack_result import AttackResult
+from fastdynat.attack_engine.attack_result import AttackResult, as_attack_result
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attacks.ball import distance, inside
 from fastdynat.attacks.interface import Attack, Nearest
@@ -64,11 +64,8 @@ class UserAttack:
         Raises:
             UserError: images of another shape or type, outside [0, 1], or outside the ball.
         """
-        result: Any = self.attack(ascent, x.clone(), labels, generator=generator, tick=tick)
-        if isinstance(result, Tensor):
-            result = AttackResult(result.detach(), torch.zeros((), dtype=torch.int64, device=x.device), 0)
-        if not isinstance(result, AttackResult):
-            raise UserError(f"{self.name} returned {type(result).__name__}; return AttackResult or images")
+        found = self.attack(ascent, x.clone(), labels, generator=generator, tick=tick)
+        result = as_attack_result(found, x, self.name)
         self._check(result, x)
         return result
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
@@ -150,7 +151,8 @@ def measure(
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
-                    result = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
+                    searched = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
+                result = as_attack_result(searched, batch.x, attack.name)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack
 from fastdynat.data import ImageSet, eval_batches
@@ -74,7 +75,8 @@ def transfer_matrix(
                 ascent = ascent or attacked(network, batch.x)
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
-                x_adv = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick).x_adv
+                found = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
+                x_adv = as_attack_result(found, batch.x, attack.name).x_adv
                 # As in `measure`, a misclassified clean image stays misclassified.
                 right = _right(targets, batch.x, batch.labels)
                 correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)

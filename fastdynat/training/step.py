@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD
 
+from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
@@ -20,6 +21,7 @@ from fastdynat.execution.graph_capture import Recorder
 from fastdynat.execution.graphed_call import GraphedCall
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.methods import Inner, Method
+from fastdynat.methods.halves import check_inner, check_outer
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.cycled_sgd import CycledSGD
 from fastdynat.training.networks import NetworkSet
@@ -234,12 +236,14 @@ class TrainStep:
         self.networks.attack.refresh()
         inner = self._inner(batch)
         attack = Attacker(self.networks.attack, self.spec)
-        attacked = self.method.perturb(self.networks.views, batch, inner, attack)
+        found = self.method.perturb(self.networks.views, batch, inner, attack)
+        attacked = as_attack_result(found, batch.x, f"{type(self.method).__name__}.perturb")
         with self.precision.autocast():
             self.method.after_attack(self.networks.views, batch, attacked)
         with self._perturbed_weights(batch, inner, attacked):
             with self.precision.autocast():
                 outer = self.method.outer(self.networks.views, batch, inner, attacked)
+            check_outer(self.method, inner, outer)
             self._backward(outer.losses)
             if self._guide_stream is not None:
                 torch.cuda.current_stream().wait_stream(self._guide_stream)
@@ -273,6 +277,7 @@ class TrainStep:
                 inner = self.method.inner(self.networks.views, batch)
             if side is not None:
                 labels_made = side.record_event()
+            check_inner(self.method, inner)
             self._backward(inner.losses)
         if labels_made is not None:
             torch.cuda.current_stream().wait_event(labels_made)

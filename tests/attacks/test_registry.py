@@ -17,7 +17,7 @@ from fastdynat.attacks.registry import entries, find, listed, read_entries, spli
 from fastdynat.attacks.user_attacks import UserAttack
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
-from fastdynat.evaluation import measure
+from fastdynat.evaluation import measure, transfer_matrix
 
 EPS = 8 / 255
 HOW: dict[str, Any] = {"device": torch.device("cpu"), "batch_size": 8, "seed": 0}
@@ -238,6 +238,12 @@ def test_files_that_cannot_be_loaded(file: Path, text: str | None, message: str)
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(UserError, match=message):
         parse_attack(f"{file}:Noise", eps=EPS, step_size=EPS)
+
+
+def test_a_built_in_attack_may_return_images(images: tuple[nn.Module, ImageSet]) -> None:
+    named = NamedAttack("grey", lambda ascent, x, labels, **_: x.clone())  # type: ignore[arg-type,return-value]
+    assert measure(*images, named, **HOW).accuracy == 1  # the labels are the predictions
+    assert transfer_matrix({"one": images[0]}, images[1], named, **HOW).names == ["one"]
 
 
 @pytest.mark.parametrize(
