@@ -209,10 +209,12 @@ def unattacked(x: Tensor) -> AttackResult:
 
 
 def check_method(method: Any) -> None:
-    """Raise UserError unless `method` is a subclass of `Method` whose options are a frozen dataclass."""
+    """Raise UserError unless `method` is a complete subclass of `Method` with a frozen dataclass of options."""
     name = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")
+    if missing := sorted(method.__abstractmethods__):
+        raise UserError(f"{name} does not define {' and '.join(missing)}, which every method has")
     options: Any = method.options_type
     # Of the class itself: an undecorated subclass of a dataclass would have flags for inherited fields only.
     parameters = vars(options).get("__dataclass_params__") if isinstance(options, type) else None

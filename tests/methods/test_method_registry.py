@@ -89,7 +89,7 @@ def test_a_method_of_ones_own_is_registered() -> None:
 
 
 def test_a_method_without_options_has_no_flags() -> None:
-    bare: Any = type("Bare", (Method,), {})
+    bare: Any = type("Bare", (Method,), {"inner": Madry.inner, "outer": Madry.outer})
     check_method(bare)
     assert bare.options_type is MethodOptions
     assert not fields(MethodOptions)

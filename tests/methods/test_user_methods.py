@@ -205,10 +205,13 @@ CLASS = """class Mine(Method[Options]):
         ("class Mine: pass", "Mine is not a subclass of fastdynat.methods.Method"),
         ("1 / 0", "mine.py failed: ZeroDivisionError: division by zero"),
         ("def f(:", "mine.py failed: SyntaxError: invalid syntax"),
-        (OPTIONS + "class Mine(Method): pass", "Mine.options_type must be a dataclass with frozen=True"),
+        (
+            OPTIONS + "class Mine(Method): pass",
+            "Mine does not define inner and outer, which every method has",
+        ),
         (
             OPTIONS + FROZEN.format(field="x: int = 1").replace("frozen", "order") + CLASS.format(name=""),
-            "Mine.options_type must be a dataclass with frozen=True",
+            "Mine.options_type must be a frozen dataclass, got Options: decorate it by @dataclass(frozen=True)",
         ),
         (
             OPTIONS + FROZEN.format(field="x: int") + CLASS.format(name=""),
