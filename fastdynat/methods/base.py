@@ -209,7 +209,7 @@ def unattacked(x: Tensor) -> AttackResult:
 
 
 def check_method(method: Any) -> None:
-    """Raise UserError unless `method` is a complete subclass of `Method` with a frozen dataclass of options."""
+    """Raise UserError unless `method` is a complete subclass of `Method` with frozen options."""
     name = getattr(method, "__name__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(f"{name} is not a subclass of fastdynat.methods.Method")

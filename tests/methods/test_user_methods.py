@@ -211,7 +211,7 @@ CLASS = """class Mine(Method[Options]):
         ),
         (
             OPTIONS + FROZEN.format(field="x: int = 1").replace("frozen", "order") + CLASS.format(name=""),
-            "Mine.options_type must be a frozen dataclass, got Options: decorate it by @dataclass(frozen=True)",
+            "Mine.options_type must be a frozen dataclass, got Options: decorate it by @dataclass",
         ),
         (
             OPTIONS + FROZEN.format(field="x: int") + CLASS.format(name=""),
