@@ -1,5 +1,6 @@
 """Data sets by name: train and val images from the training split, test images from the test split."""
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
 from fastdynat.data.own_data import OwnData, own_data
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.user_code import is_user_supplied
+from fastdynat.user_code import is_user_code, is_user_supplied
+
+logger = logging.getLogger(__name__)
 
 KNOWN = DATASETS
 
@@ -116,6 +119,13 @@ def open_train(
         leaves a class without a training image.
     """
     own = _own(name, image_size)
+    if own is not None and own.test is None and is_user_code(name):
+        logger.info(
+            "%s has no test images, so fastdynat eval cannot attack this run; to evaluate it, return a dict "
+            "with "
+            "train and test from the file now: a run keeps to the file that it began with",
+            own.info.name,
+        )
     if own is not None and own.val is not None:
         return _with_own_validation(own, val_size=val_size, seed=seed, limit=limit, labelled=labelled)
     info, source = (

@@ -151,3 +151,17 @@ def test_what_cannot_work_is_refused(case: str, folder: Path, capsys: pytest.Cap
         file.write("\n\ndef make_one():\n    return make_net(10)\n")
     assert message in refusal(["train", *QUICK, *flags, "--run-dir", "run"], capsys)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_data_without_test_images_are_said_before_training(
+    tested: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run keeps to the content of its file: test images cannot be added later."""
+    part = "(torch.arange(3 * 8 * 8 * 60, dtype=torch.uint8).view(60, 3, 8, 8), torch.arange(60) % 3)"
+    parts = f"({part}, {part})" if tested else part
+    Path("data.py").write_text(f"import torch\ndef make_data():\n    return {parts}\n")
+    flags = ["--method", "madry", "--steps", "1", "--eps", "0.02", "--batch-size", "20", "--epochs", "1"]
+    assert main(["train", *flags, "--model", "small", "--data", "data.py:make_data", "--run-dir", "run"]) == 0
+    out = capsys.readouterr()
+    assert ("data.py:make_data has no test images" in out.out + out.err) == (not tested)
