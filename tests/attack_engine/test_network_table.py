@@ -211,8 +211,9 @@ def test_what_changes_at_every_call_is_attacked_itself() -> None:
 
 
 def living_bytes() -> int:
-    """Of all tensors, each memory once."""
-    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"]
+    """Bytes of all dense tensors on the CPU, each memory once."""
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    tensors = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
