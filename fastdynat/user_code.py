@@ -196,20 +196,26 @@ def importing_beside(name: str) -> Iterator[None]:
     finally:
         sys.path[:] = before
         if own_folder:
-            _neighbours[folder] = {key: sys.modules[key] for key in list(sys.modules) if _is_in(folder, key)}
+            own = [key for key in _modules_named_as_in(folder) if _is_in(folder, key)]
+            _neighbours[folder] = {key: sys.modules[key] for key in own}
         sys.modules.update(aside)
 
 
 def _set_aside(folder: str) -> dict[str, ModuleType]:
     """Take modules of other folders that `folder` has neighbours of the same name for out of sys.modules."""
+    others = [key for key in _modules_named_as_in(folder) if not _is_in(folder, key)]
+    found = [key for key in others if not _is_installed(key)]
+    aside = {key: sys.modules.pop(key) for key in found}
+    sys.modules.update(_neighbours.get(folder, {}))
+    return aside
+
+
+def _modules_named_as_in(folder: str) -> list[str]:
+    """The imported modules whose top-level name is that of an entry of `folder`, wherever they come from."""
     with suppress(OSError):
         names = {os.path.splitext(entry)[0] for entry in os.listdir(folder)}
-        found = [key for key in sys.modules if key.partition(".")[0] in names]
-        found = [key for key in found if not _is_in(folder, key) and not _is_installed(key)]
-        aside = {key: sys.modules.pop(key) for key in found}
-        sys.modules.update(_neighbours.get(folder, {}))
-        return aside
-    return {}
+        return [key for key in sys.modules if key.partition(".")[0] in names]
+    return []
 
 
 def _is_in(folder: str, module: str) -> bool:
