@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "kernels", "lazy"},
     {"units"},
     {"documents", "terminal", "machine"},
-    {"user_code"},
+    {"user_code", "distributed"},
     {"config", "execution"},
     {"verification", "recipes"},
     {"ops"},

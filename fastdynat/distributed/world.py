@@ -1,0 +1,153 @@
+"""The processes of a program started by ``torchrun``: ranks, sums and broadcasts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# What torchrun sets for each process; other launchers (SLURM's, through submitit) set the same names.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# A rank that is still alive but does not come to a collective within this time is missing.
+MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together.
+
+    Attributes:
+        rank: number of this process, from 0; rank 0 writes files and progress.
+        size: number of processes.
+        local_rank: number of this process on its machine, which is the number of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """True on the one process that writes."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor`, in place, by its sum over the ranks; every rank must call it. Returns it."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def start_sum_(self, tensor: Tensor) -> "PendingSum":
+        """Begin `sum_`; `tensor` must not be touched before `PendingSum.wait`."""
+        return PendingSum(None if self.alone else dist.all_reduce(tensor, async_op=True))
+
+    def maximum(self, value: float) -> float:
+        """The largest `value` of all ranks; on the host."""
+        if self.alone:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
+    def broadcast_(self, tensors: list[Tensor], source: int = 0) -> None:
+        """Overwrite `tensors` on every rank by those of rank `source`."""
+        if not self.alone:
+            for tensor in tensors:
+                dist.broadcast(tensor, source)
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's `value`, any picklable object, on every rank; what other ranks pass is ignored."""
+        if self.alone:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The `value` of every rank, picklable objects, in the order of the ranks."""
+        if self.alone:
+            return [value]
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, value)
+        return held
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.maximum(0.0)
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum that is under way."""
+
+    work: Any
+
+    def wait(self) -> None:
+        """Let what follows (on a GPU: on the present stream) see the sum."""
+        if self.work is not None:
+            self.work.wait()
+
+
+ALONE = World()
+_replicated = False
+
+
+def launched() -> bool:
+    """True if a launcher has set up this process as one of several (or as the only one of them)."""
+    return all(name in os.environ for name in VARIABLES)
+
+
+def world() -> World:
+    """The processes of torch's default process group; `ALONE` where there is none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def batch_world() -> World:
+    """The processes that the present batch is dealt out to; `ALONE` inside `replicated_batch`."""
+    return ALONE if _replicated else world()
+
+
+@contextmanager
+def replicated_batch() -> Iterator[None]:
+    """Context of a batch that every rank has whole, so that statistics of the batch are each rank's own."""
+    global _replicated
+    before, _replicated = _replicated, True
+    try:
+        yield
+    finally:
+        _replicated = before
+
+
+def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
+    """Join the processes that the launcher started, or return `ALONE` where it started none.
+
+    Tensors on the CPU go through gloo and those on GPUs through NCCL, in one group. A group that the caller's
+    program has made is used as it is.
+
+    Args:
+        device_type: "cpu" or "cuda", the networks' device.
+        minutes: time limit of the rendezvous and of every collective.
+    """
+    if dist.is_initialized() or not launched():
+        return world()
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return world()
+
+
+def leave_world() -> None:
+    """Leave the group that `join_world` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
