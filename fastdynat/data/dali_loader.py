@@ -81,9 +81,8 @@ class DaliLoader(PlannedLoader):
 
     def _build(self) -> Pipeline:
         device_id = torch.empty(0, device=self.device).get_device() if self._gpu else None
-        largest = self._steps.positions(0)
         pipeline = Pipeline(
-            batch_size=largest.stop - largest.start,
+            batch_size=max(self._steps.share(step).images for step in range(self._steps.count)),
             num_threads=self._workers,
             device_id=device_id,
             prefetch_queue_depth=PREFETCH,

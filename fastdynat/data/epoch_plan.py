@@ -1,4 +1,4 @@
-"""Plan of an epoch: all its random draws, and the positions of each step and shard. All loaders follow it."""
+"""Plan of an epoch: all its random draws, and the positions of each step and rank. All loaders follow it."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.split import seeded_generator
+from fastdynat.distributed.shares import LEAST, Share, deal
 from fastdynat.errors import UserError
 
 
@@ -49,19 +50,18 @@ def _plan_pass(num_images: int, pad: int, *key: int | str) -> EpochPlan:
 
 
 class EpochSteps:
-    """Cuts the positions of an epoch into steps, and each step into equal shards.
+    """Cuts the positions of an epoch into steps, and deals each step out to the ranks (`shares.deal`).
 
-    A step takes `batch_size` positions, shard k of S the k-th S-th of them: the shards of a step, one after
-    the other, are the batch that one process would have. The rest of the epoch makes a last, smaller step,
-    shortened to a multiple of the number of shards, and is left out if `drop_last`, or if each shard would
-    get a single image of it: BatchNorm cannot train on one value per channel. What is left out is the end of
-    the permutation: other images in each epoch.
+    A step takes `batch_size` positions, whatever the number of ranks. The rest of the epoch makes a last,
+    smaller step, and is left out if `drop_last`, or if it is a single image: BatchNorm cannot train on one
+    value per channel. What is left out is the end of the permutation: other images in each epoch.
 
     epoch_steps: steps of an epoch, where that is not one pass; each pass is cut as above, and the last one
         ends early.
+    ranks, rank: processes that share each step, and which of them this is.
+    parts: micro-batches that each rank cuts its share into.
 
-    Raises: UserError for a batch size outside [1, num_images] or not divisible by the shards, or a shard that
-    is not there.
+    Raises: UserError for a batch size above num_images, or too small for the ranks and parts.
     """
 
     def __init__(
@@ -70,24 +70,21 @@ class EpochSteps:
         batch_size: int,
         *,
         drop_last: bool = False,
-        num_shards: int = 1,
-        shard: int = 0,
+        ranks: int = 1,
+        rank: int = 0,
+        parts: int = 1,
         epoch_steps: int | None = None,
     ):
         if not 1 <= batch_size <= num_images:
             raise UserError(
                 f"batch size {batch_size} must be between 1 and the number of training images, {num_images}"
             )
-        if num_shards < 1 or not 0 <= shard < num_shards:
-            raise UserError(f"shard {shard} of {num_shards} is none; shards are numbered from 0")
-        if batch_size % num_shards:
-            near = batch_size + num_shards - batch_size % num_shards
-            raise UserError(
-                f"batch size {batch_size} is not divisible by {num_shards} shards; use --batch-size {near}"
-            )
-        self._batch_size, self._num_shards, self._shard = batch_size, num_shards, shard
-        rest = num_images % batch_size // num_shards * num_shards
-        if drop_last or rest == num_shards:
+        if not 0 <= rank < ranks:
+            raise UserError(f"rank {rank} of {ranks} is none; ranks are numbered from 0")
+        check_shares(batch_size, ranks, parts)
+        self._batch_size, self._ranks, self._rank, self._parts = batch_size, ranks, rank, parts
+        rest = num_images % batch_size
+        if drop_last or rest == 1:
             rest = 0
         self._num_images, self._per_pass = num_images, num_images // batch_size * batch_size + rest
         self._pass_steps = -(-self._per_pass // batch_size)
@@ -96,10 +93,26 @@ class EpochSteps:
         over = self.count - (self.passes - 1) * self._pass_steps
         self.num_positions = (self.passes - 1) * self._per_pass + min(over * batch_size, self._per_pass)
 
+    def share(self, step: int) -> Share:
+        """This rank's share of the batch of `step`."""
+        begin = step % self._pass_steps * self._batch_size
+        total = min(self._batch_size, self._per_pass - begin)
+        return deal(total, self._rank, self._ranks, self._parts)
+
     def positions(self, step: int) -> slice:
-        """The positions that this shard takes in `step`."""
-        number, step = divmod(step, self._pass_steps)
-        begin = step * self._batch_size
-        share = min(self._batch_size, self._per_pass - begin) // self._num_shards
-        begin += number * self._num_images + self._shard * share
-        return slice(begin, begin + share)
+        """The positions in the epoch's plan that this rank takes in `step`."""
+        number, share = step // self._pass_steps, self.share(step)
+        begin = number * self._num_images + step % self._pass_steps * self._batch_size
+        return slice(begin + share.first, begin + share.total, share.stride)
+
+
+def check_shares(batch_size: int, ranks: int, parts: int = 1) -> None:
+    """Raise UserError for a batch that does not give each micro-batch of each rank two images."""
+    least = LEAST * ranks * parts
+    if ranks * parts == 1 or batch_size >= least:
+        return
+    shared = [f"{ranks} processes"] * (ranks > 1) + [f"--grad-accum-steps {parts}"] * (parts > 1)
+    raise UserError(
+        f"batch size {batch_size} is the global one and too small for {' and '.join(shared)}, which need at "
+        f"least {LEAST} images each; use --batch-size {least} or more"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdynat import ops
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
 from fastdynat.data.image_sets import ImageSet, TrainImages
+from fastdynat.distributed.shares import Share
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.augment import reflect, to_unit
 
@@ -25,11 +26,23 @@ Draws = tuple[
 
 @dataclass
 class Batch:
-    """x: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). indices: int64 (N,) into the set. One device."""
+    """Images of one step that this process takes.
+
+    Attributes:
+        x: float32 (N, C, H, W) in [0, 1].
+        labels: int64 (N,).
+        indices: int64 (N,), the images' numbers in the set. All on one device.
+        share: what part of the step's global batch these are; by default all of it.
+    """
 
     x: Tensor
     labels: Tensor
     indices: Tensor
+    share: Share = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.share is None:
+            self.share = Share(total=len(self.labels))
 
 
 class TrainLoader(Protocol):
@@ -60,7 +73,7 @@ class PlannedLoader(ABC):
 
     Args:
         images: The training set.
-        batch_size: Images of a step over all shards; at most the number of images.
+        batch_size: Images of a step over all ranks; at most the number of images.
         augment: "crop-flip", "crop", "flip" or "none".
         pad: Pixels of padding for the crops.
         pad_mode: What the padding holds: "zeros", or "reflect", the image mirrored at its border.
@@ -71,12 +84,12 @@ class PlannedLoader(ABC):
         channels_last: Give the batches in channels-last memory format.
         drop_last: Leave out the partial batch. (A partial batch of one image is always left out: see
             `EpochSteps`.)
-        num_shards: Processes that share each step.
-        shard: Which of them this is.
+        ranks: Processes that share each step.
+        rank: Which of them this is.
+        parts: Micro-batches that each rank cuts its share into.
 
-    Raises: UserError for a batch size outside [1, number of images] or not divisible by the shards, a
-        negative pad, or an unknown augmentation or padding; while reading also for a reflection wider than
-        the image.
+    Raises: UserError for a batch size above the number of images or too small for the ranks, a negative pad,
+        or an unknown augmentation or padding; while reading also for a reflection wider than the image.
     """
 
     def __init__(
@@ -92,15 +105,17 @@ class PlannedLoader(ABC):
         device: torch.device | str,
         channels_last: bool = False,
         drop_last: bool = False,
-        num_shards: int = 1,
-        shard: int = 0,
+        ranks: int = 1,
+        rank: int = 0,
+        parts: int = 1,
     ) -> None:
         steps = EpochSteps(
             len(images),
             batch_size,
             drop_last=drop_last,
-            num_shards=num_shards,
-            shard=shard,
+            ranks=ranks,
+            rank=rank,
+            parts=parts,
             epoch_steps=epoch_steps,
         )
         if augment not in AUGMENTATIONS:
@@ -143,7 +158,7 @@ class PlannedLoader(ABC):
         with closing(self._inputs(plan, steps)) as inputs:
             for step, x in zip(steps, inputs, strict=True):
                 indices = order[self._steps.positions(step)]
-                yield Batch(x, self._labels[indices], indices)
+                yield Batch(x, self._labels[indices], indices, self._steps.share(step))
 
     @abstractmethod
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
@@ -164,7 +179,7 @@ class PlannedLoader(ABC):
         """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
 
         Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same
-        for every shard, and for every loader of the same `TrainImages`.
+        for every rank, and for every loader of the same `TrainImages`.
         """
         return {
             "seed": self.seed,

@@ -178,37 +178,54 @@ def test_the_global_random_state_is_untouched(loader: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 8), st.integers(1, 8), st.booleans())
-def test_shards_are_a_partition(num_images: int, share: int, num_shards: int, drop_last: bool) -> None:
-    batch_size = share * num_shards
-    num_images += batch_size
-    shards = [
-        EpochSteps(num_images, batch_size, drop_last=drop_last, num_shards=num_shards, shard=k)
-        for k in range(num_shards)
+@given(st.integers(0, 90), st.integers(2, 40), st.integers(1, 8), st.integers(1, 3), st.booleans())
+def test_shares_of_the_ranks_partition_every_step(
+    more: int, batch_size: int, ranks: int, parts: int, drop_last: bool
+) -> None:
+    batch_size = max(batch_size, 2 * ranks * parts)
+    num_images = batch_size + more
+    whole = EpochSteps(num_images, batch_size, drop_last=drop_last)
+    cut = [
+        EpochSteps(num_images, batch_size, drop_last=drop_last, ranks=ranks, rank=k, parts=parts)
+        for k in range(ranks)
     ]
-    positions = []
-    for step in range(shards[0].count):
-        parts = [range(num_images)[shard.positions(step)] for shard in shards]
-        assert len({len(part) for part in parts}) == 1
-        assert len(parts[0]) == share or (step == shards[0].count - 1 and 1 < len(parts[0]) < share)
-        positions += [position for part in parts for position in part]
-    assert len({shard.count for shard in shards}) == 1
-    assert positions == list(range(shards[0].num_positions))
-    left_out = num_images - len(positions)
-    assert left_out == num_images % batch_size if drop_last else left_out < 2 * num_shards
+    assert {(one.count, one.num_positions) for one in cut} == {(whole.count, whole.num_positions)}
+    for step in range(whole.count):
+        shares = [one.share(step) for one in cut]
+        taken = [range(num_images)[one.positions(step)] for one in cut]
+        assert [len(positions) for positions in taken] == [share.images for share in shares]
+        expected = list(range(num_images)[whole.positions(step)])
+        if shares[0].replicated:
+            assert len(expected) < 2 * ranks * parts
+            assert all(list(positions) == expected for positions in taken)
+        else:
+            assert sorted(position for positions in taken for position in positions) == expected
+            assert max(map(len, taken)) - min(map(len, taken)) <= 1
+    left_out = num_images - whole.num_positions
+    rest = num_images % batch_size
+    assert left_out == (rest if drop_last or rest == 1 else 0)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(("num_images", "rest"), [(32, 0), (37, 4), (34, 0)])
-def test_shards_together_are_the_batch_of_one_process(loader: str, num_images: int, rest: int) -> None:
+@pytest.mark.parametrize(("num_images", "rest"), [(32, 0), (37, 5), (34, 2)])
+def test_shares_together_are_the_batch_of_one_process(loader: str, num_images: int, rest: int) -> None:
     images = random_set(num_images)
-    shards = [list(make(loader, images, num_shards=2, shard=k).epoch(1)) for k in range(2)]
-    together = [
-        Batch(*(torch.cat([getattr(part, f) for part in parts]) for f in ("x", "labels", "indices")))
-        for parts in zip(*shards, strict=True)
-    ]
+    by_rank = [list(make(loader, images, ranks=2, rank=k).epoch(1)) for k in range(2)]
+    together = [_joined(parts) for parts in zip(*by_rank, strict=True)]
     sizes = [8] * 4 + [rest] * (rest > 0)
     assert_follows_plan(together, sizes, reference(images, list(range(32 + rest)), 1))
+
+
+def _joined(parts: tuple[Batch, Batch]) -> Batch:
+    """The global batch of two ranks' shares."""
+    if parts[0].share.replicated:
+        assert torch.equal(parts[0].x, parts[1].x)
+        return parts[0]
+    x, labels, indices = (torch.cat([getattr(part, f) for part in parts]) for f in ("x", "labels", "indices"))
+    place = torch.cat(
+        [torch.arange(part.share.total)[part.share.first :: part.share.stride] for part in parts]
+    ).argsort()
+    return Batch(x[place], labels[place], indices[place])
 
 
 def children() -> set[int]:
@@ -245,10 +262,11 @@ def test_nothing_is_left_running(loader: str) -> None:
     ("options", "message"),
     [
         (
-            {"batch_size": 10, "num_shards": 4},
-            "batch size 10 is not divisible by 4 shards; use --batch-size 12",
+            {"batch_size": 10, "ranks": 3, "parts": 2},
+            "batch size 10 is the global one and too small for 3 processes and --grad-accum-steps 2, "
+            "which need at least 2 images each; use --batch-size 12 or more",
         ),
-        ({"num_shards": 2, "shard": 2}, "shard 2 of 2 is none"),
+        ({"ranks": 2, "rank": 2}, "rank 2 of 2 is none"),
         ({"batch_size": 99}, "batch size 99 must be between 1 and the number of training images, 40"),
         ({"augment": "flop"}, "unknown augmentation 'flop'"),
     ],
@@ -269,7 +287,7 @@ def test_state_of_other_data_or_another_rest_is_refused(loader: str) -> None:
         make(loader, changed).load_state_dict(state)
     state = make("resident", random_set(43)).state_dict()
     with pytest.raises(UserError, match="images per epoch 43, this run has 40"):
-        make(loader, random_set(43), num_shards=2).load_state_dict(state)
+        make(loader, random_set(43), drop_last=True).load_state_dict(state)
 
 
 @DALI
