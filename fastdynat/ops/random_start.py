@@ -84,13 +84,21 @@ def _normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
+def _eager(
+    x: Tensor,
+    state: Tensor,
+    kind: int,
+    scale: float,
+    lo: float,
+    hi: float,
+    images: Tensor | None = None,
+) -> Tensor:
     """The reference."""
     x = images_together(x)
-    images, row = x.shape[0], x[:1].numel()
+    count, row = x.shape[0], x[:1].numel()
     key = (state[0] & _WORD, (state[0] >> 32) & _WORD)
     counter = (state[1] & _WORD, (state[1] >> 32) & _WORD)
-    image = torch.arange(images, device=x.device).unsqueeze(1)
+    image = (torch.arange(count, device=x.device) if images is None else images & _WORD).unsqueeze(1)
     group = torch.arange((row + 3) // 4, device=x.device)
     words = philox((group, image, *counter), key)
     if KINDS[kind] == "uniform":
@@ -104,7 +112,7 @@ def _eager(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: flo
         first, *_ = philox(((image & 0) | _RADIUS_GROUP, image, *counter), key)
         radius = scale * _unit_uniform(first).to(x.dtype)
         length = radius / noise.norm(dim=1, keepdim=True).clamp_min(1e-20)
-    moved = x.reshape(images, row) + noise * length
+    moved = x.reshape(count, row) + noise * length
     if KINDS[kind] != "gaussian":
         moved = moved.clamp(lo, hi)
     return torch.empty_like(x).copy_(moved.view(x.shape))
@@ -114,7 +122,12 @@ def _fake(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(images_together(x))
 
 
-IMPLEMENTATIONS = register_operator("random_start", eager=_eager, fake=_fake)
+def _unnumbered(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
+    """`_eager` for the images 0 to N - 1."""
+    return _eager(x, state, kind, scale, lo, hi)
+
+
+IMPLEMENTATIONS = register_operator("random_start", eager=_unnumbered, fake=_fake)
 
 
 def random_start(
@@ -125,6 +138,7 @@ def random_start(
     scale: float,
     lo: float = 0.0,
     hi: float = 1.0,
+    images: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the random points near the images at which an attack starts, as a new, detached tensor.
@@ -138,9 +152,13 @@ def random_start(
     ========== ======================= ==================================================================
 
     The noise of element e (in (C, H, W) order) of image n depends on `state`, n and e only: not on the batch
-    size, the memory layout, the device or the implementation. It is drawn in float32 (in steps of 2^-23 *
-    scale if uniform) for float64 images too. Bitwise the same in every backend; "l2" up to the rounding of
-    the direction's length, a relative 1e-6 of the move. NaN pixels stay NaN.
+    size, the memory layout, the device or the implementation. n is the row of x, or with `images` the number
+    of the image that the caller gives, such as its index in the data set: then it does not depend on the
+    order of the batch either, nor on how many processes share it and which of them holds the image.
+
+    The noise is drawn in float32 (in steps of 2^-23 * scale if uniform) for float64 images too. Bitwise the
+    same in every backend; "l2" up to the rounding of the direction's length, a relative 1e-6 of the move. NaN
+    pixels stay NaN.
 
     Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: the seed. Counter: (e // 4, n, low word, high word
     of the state's counter), word e % 4 for element e. Normal numbers by Box-Muller from pairs of words.
@@ -154,6 +172,9 @@ def random_start(
         kind: a kind of the table.
         scale: >= 0, in units of the pixel range.
         lo, hi: the pixel range, lo <= hi.
+        images: int64 (N,) on the device of x, the number n of each image; None: 0 to N - 1. Numbers in
+            [0, 2^32), repeated ones get equal noise. Not checked, as that would wait for the device: of other
+            numbers the low 32 bits count, so that n + 2^32 draws what n does.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
     Raises:
@@ -180,6 +201,15 @@ def random_start(
         raise ValueError(f"random_start: scale must be >= 0 (in units of the pixel range), got {scale}")
     if not lo <= hi:
         raise ValueError(f"random_start: lo must not exceed hi, got lo={lo} and hi={hi}")
+    if images is not None and (images.shape != x.shape[:1] or images.dtype != torch.int64):
+        raise ValueError(
+            f"random_start: images must be int64 of shape ({len(x)},), one number per image of x, "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
+    if images is not None and images.device != x.device:
+        raise ValueError(f"random_start: images is on {images.device} but x is on {x.device}")
     run = select("random_start", IMPLEMENTATIONS, backend, x)
     x = images_together(x.detach())
+    if images is not None:  # the other implementations do not take numbers yet
+        return _eager(x, state, KINDS.index(kind), float(scale), float(lo), float(hi), images)
     return run(x, state.contiguous(), KINDS.index(kind), float(scale), float(lo), float(hi))

@@ -67,15 +67,16 @@ def philox_numpy(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], -1)
 
 
-def oracle(x: Tensor, state: Tensor, kind: str, scale: float, lo: float = 0.0, hi: float = 1.0) -> Tensor:
-    """The definition in float64 numpy."""
-    images, row = x.shape[0], x[:1].numel()
-    seed, count = state.tolist()
+def oracle(x: Tensor, state: Tensor, kind: str, scale: float, images: Tensor | None = None) -> Tensor:
+    """The definition in float64 numpy, clipped to [0, 1]."""
+    count, row = x.shape[0], x[:1].numel()
+    numbers = np.arange(count) if images is None else images.numpy() % 2**32
+    seed, counter = state.tolist()
     key = (seed % 2**32, seed // 2**32)
-    tail = np.array([count % 2**32, count // 2**32])
+    tail = np.array([counter % 2**32, counter // 2**32])
 
     def words(groups: np.ndarray) -> np.ndarray:
-        image, group = np.meshgrid(np.arange(images), groups, indexing="ij")
+        image, group = np.meshgrid(numbers, groups, indexing="ij")
         return philox_numpy(
             np.concatenate([np.stack([group, image], -1), np.broadcast_to(tail, (*group.shape, 2))], -1), key
         )
@@ -87,12 +88,12 @@ def oracle(x: Tensor, state: Tensor, kind: str, scale: float, lo: float = 0.0, h
         radius = np.sqrt(-2 * np.log((np.floor(drawn[..., 0::2] / 2) + 0.5) / 2**31))
         angle = 2 * math.pi * drawn[..., 1::2] / 2**32
         z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
-    z = z.reshape(images, -(-row // 4) * 4)[:, :row]
+    z = z.reshape(count, -(-row // 4) * 4)[:, :row]
     if kind == "l2":
         length = np.floor(words(np.array([2**32 - 1]))[:, :, 0].astype(np.float64) / 2**8) / 2**24
         z = z / np.linalg.norm(z, axis=1, keepdims=True) * length
     out = x.double() + scale * torch.tensor(z).view(x.shape)
-    return out if kind == "gaussian" else out.clamp(lo, hi)
+    return out if kind == "gaussian" else out.clamp(0, 1)
 
 
 def assert_same(actual: Tensor, expected: Tensor, atol: float = 0.0) -> None:
@@ -146,6 +147,42 @@ def test_agrees_with_the_definition(backend: str, kind: str) -> None:
             out = start(x, kind=kind, scale=0.5, backend=backend)
             assert out.dtype == dtype
             assert_same(out.double(), oracle(x, state_of(), kind, 0.5), atol)
+
+
+def numbered(count: int) -> Tensor:
+    """`count` numbers of images: the ends of the range, out of order, others and one twice."""
+    return torch.tensor([2**32 - 1, 7, 0, 2**31, 7, 123_456_789, 2**31 - 1])[torch.arange(count) % 7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_images_number_the_rows(backend: str, kind: str) -> None:
+    for shape in SHAPES[:-1]:
+        x = torch.rand(shape)
+        out = start(x, kind=kind, scale=0.5, images=numbered(len(x)), backend=backend)
+        assert_same(out.double(), oracle(x, state_of(), kind, 0.5, numbered(len(x))), 7e-7)
+        rows = start(x, kind=kind, images=torch.arange(len(x)), backend=backend)
+        assert_same(rows, start(x, kind=kind, backend=backend), tolerance(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_numbered_image_keeps_its_noise_in_any_batch(backend: str, kind: str) -> None:
+    """Bitwise, the radius of "l2" too: whatever the order, the batch and the share of it."""
+    x, images = torch.rand(7, 3, 5, 7), numbered(7)
+    whole = start(x, kind=kind, images=images, backend=backend)
+    order = torch.tensor([6, 2, 0, 4, 1, 5, 3])
+    assert torch.equal(start(x[order], kind=kind, images=images[order], backend=backend), whole[order])
+    for rank in range(3):
+        share = start(x[rank::3], kind=kind, images=images[rank::3], backend=backend)
+        assert torch.equal(share, whole[rank::3])
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_of_an_image_number_the_low_word_counts(backend: str) -> None:
+    x, images = torch.rand(4, 5), torch.tensor([3, 2**32 + 3, 3 - 2**32, 2**63 - 1])
+    low = torch.tensor([3, 3, 3, 2**32 - 1])
+    assert torch.equal(start(x, images=images, backend=backend), start(x, images=low, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -382,6 +419,9 @@ def test_compiles_as_one_graph(backend: str, kind: str) -> None:
         ({"scale": -0.1}, r"scale must be >= 0 .* got -0.1"),
         ({"scale": NAN}, "scale must be >= 0"),
         ({"lo": 2.0}, "lo=2.0 and hi=1.0"),
+        ({"images": torch.arange(3)}, r"images must be int64 of shape \(2,\), .* got torch.int64 \(3,\)"),
+        ({"images": torch.arange(2).int()}, r"images must be int64 .* got torch.int32 \(2,\)"),
+        ({"images": torch.arange(2, device="meta")}, "images is on meta but x is on cpu"),
     ],
 )
 def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
