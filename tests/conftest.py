@@ -204,3 +204,24 @@ def _simulation(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with cuda_sim.simulated_cuda(cuda_sim.build_kernels(request.getfixturevalue("compiled"))):
         yield
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[dict[int, Any]]:
+    pools: dict[int, Any] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pools: dict[int, Any]) -> Callable[[int], Any]:
+    """``ranks(W)``: a world of W gloo processes, a `support.ranks.RankPool`; all tests share them."""
+    from support.ranks import RankPool
+
+    def pool(size: int) -> RankPool:
+        if size not in _pools or _pools[size].closed:
+            _pools[size] = RankPool(size)
+        return _pools[size]
+
+    return pool
