@@ -9,6 +9,7 @@ In reading order:
 - `_register`: the dispatcher schema, inferred from the eager form, and the table of implementations;
 - `_select` and `_timed`: the choice of the implementation; `_extension`: the compiled extension, if any;
 - `_step`, `_rows`, `_layout`: parts shared by the PGD steps, by the operators on logits, and by all;
+- `image_draws`: random numbers of images, which attacks draw instead of those of a generator;
 - `checks`: the cases on which `fastdynat.verification` compares implementations;
 - ``python -m fastdynat.ops.new NAME``: the files of a new operator.
 """
