@@ -37,6 +37,10 @@ class TrainCommand(Generic[OptionsT]):
     """YAML file of flags; flags on the command line override it."""
     resume: str | None = None
     """Continue the run in this directory, exactly as if it had never stopped."""
+    submit: str | None = None
+    """Submit this training as a SLURM job (extra `slurm`), described by this YAML file of submitit's
+    parameters, instead of training here. The job is requeued and resumed at its time limit and on
+    preemption."""
     messages: LevelFlag = field(default_factory=LevelFlag)
     train: TrainConfig[OptionsT]
 
@@ -46,6 +50,10 @@ def train_command(argv: list[str]) -> int:
     early = early_flags(argv)
     parsed = parse_train(argv, early)
     config, resume = parsed.command.train, early.get("--resume")
+    if parsed.command.submit is not None:
+        from fastdynat.commands.submit.submission import submit_training
+
+        return submit_training(parsed.command.submit, argv, config, resumes=resume is not None)
 
     from fastdynat.terminal.consoles import error_console
 

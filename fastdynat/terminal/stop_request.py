@@ -2,15 +2,28 @@
 
 import signal
 from signal import Signals
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from fastdynat.terminal.interrupts import Handlers
+
+_active: list["StopRequest"] = []
 
 
 class StopRequest(Handlers):
     """While active, the first SIGINT, SIGTERM or SIGHUP only sets `signal`; a second one interrupts at
     once.
     """
+
+    def __enter__(self) -> Self:
+        _active.append(self)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        _active.remove(self)
 
     def takes_over(self, number: Signals, handler: Any) -> bool:
         return (
@@ -24,3 +37,13 @@ class StopRequest(Handlers):
 
     def requested(self) -> bool:
         return self.signal is not None
+
+
+def request_stop(number: Signals) -> bool:
+    """Make the active `StopRequest`s see signal `number`, which another handler has received.
+
+    Returns False if none is active. Repeated requests interrupt nothing.
+    """
+    for request in _active:
+        request.signal = request.signal or number
+    return bool(_active)

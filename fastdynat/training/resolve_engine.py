@@ -44,7 +44,7 @@ def resolved_engine(
         UserError: a device that is not there, or switches that exclude each other.
     """
     device = pick_device(engine.device)
-    _check_switches(engine, attack, optim, method, device)
+    check_switches(engine, attack, optim, method, device)
     check_kernels(engine.kernels, device)
     gpu = device.type == "cuda"
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
@@ -71,7 +71,7 @@ def resolved_engine(
     )
 
 
-def _check_switches(
+def check_switches(
     engine: EngineConfig,
     attack: ResolvedAttack,
     optim: ResolvedOptim,
