@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Bad input. The command line prints the message as one line and exits with code 2."""
 
 
+class ToldElsewhere(UserError):
+    """Bad input that another process of the same world reports: this one ends as silently as it can."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in `known`; suggests the nearest names.
 

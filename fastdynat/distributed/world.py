@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# What torchrun sets for each process; other launchers (SLURM's, through submitit) set the same names.
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# A rank that is still alive but does not come to a collective within this time is missing.
-MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,31 +39,37 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, in place, by its sum over the ranks; every rank must call it. Returns it."""
         if not self.alone:
+            _count_call()
             dist.all_reduce(tensor)
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> "PendingSum":
         """Begin `sum_`; `tensor` must not be touched before `PendingSum.wait`."""
-        return PendingSum(None if self.alone else dist.all_reduce(tensor, async_op=True))
+        if self.alone:
+            return PendingSum(None)
+        _count_call()
+        return PendingSum(dist.all_reduce(tensor, async_op=True))
 
     def maximum(self, value: float) -> float:
         """The largest `value` of all ranks; on the host."""
         if self.alone:
             return value
+        _count_call()
         found = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return float(found)
 
     def broadcast_(self, tensors: list[Tensor], source: int = 0) -> None:
         """Overwrite `tensors` on every rank by those of rank `source`."""
-        if not self.alone:
-            for tensor in tensors:
-                dist.broadcast(tensor, source)
+        for tensor in () if self.alone else tensors:
+            _count_call()
+            dist.broadcast(tensor, source)
 
     def from_first(self, value: T) -> T:
         """Rank 0's `value`, any picklable object, on every rank; what other ranks pass is ignored."""
         if self.alone:
             return value
+        _count_call()
         held: list[Any] = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]
@@ -77,6 +78,7 @@ class World:
         """The `value` of every rank, picklable objects, in the order of the ranks."""
         if self.alone:
             return [value]
+        _count_call()
         held: list[Any] = [None] * self.size
         dist.all_gather_object(held, value)
         return held
@@ -100,11 +102,17 @@ class PendingSum:
 
 ALONE = World()
 _replicated = False
+_calls = 0  # of this process, of the collectives above
 
 
-def launched() -> bool:
-    """True if a launcher has set up this process as one of several (or as the only one of them)."""
-    return all(name in os.environ for name in VARIABLES)
+def collective_calls() -> int:
+    """The number of collectives that this process has come to; a rank that is behind has fewer."""
+    return _calls
+
+
+def _count_call() -> None:
+    global _calls
+    _calls += 1
 
 
 def world() -> World:
@@ -128,26 +136,3 @@ def replicated_batch() -> Iterator[None]:
         yield
     finally:
         _replicated = before
-
-
-def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
-    """Join the processes that the launcher started, or return `ALONE` where it started none.
-
-    Tensors on the CPU go through gloo and those on GPUs through NCCL, in one group. A group that the caller's
-    program has made is used as it is.
-
-    Args:
-        device_type: "cpu" or "cuda", the networks' device.
-        minutes: time limit of the rendezvous and of every collective.
-    """
-    if dist.is_initialized() or not launched():
-        return world()
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    return world()
-
-
-def leave_world() -> None:
-    """Leave the group that `join_world` joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

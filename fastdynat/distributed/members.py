@@ -1,0 +1,81 @@
+"""The processes of a world by name (rank, host, pid, device), and what makes them unfit for each other."""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from fastdynat.launch import local_rank
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of a world.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        gpu: what no other GPU of the host is called; "" on the CPU.
+        problem: why this process cannot use its device; "" if it can.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    gpu: str = ""
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def dead(self) -> bool:
+        """True if this is a process of this host that has ended; False where that cannot be seen."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as file:
+                # Ended, but its parent has not asked for its exit code yet.
+                return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
+        except PermissionError:
+            return False
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+
+
+def member_here(rank: int, device_type: str) -> Member:
+    """This process, which is to compute on a device of `device_type`; a GPU is made torch's current one."""
+    import torch
+
+    host, pid = socket.gethostname(), os.getpid()
+    if device_type != "cuda":
+        return Member(rank, host, pid, device_type)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A launcher that shows each process its own GPU only leaves one to choose from.
+    index = 0 if count == 1 else local_rank()
+    if index >= count:
+        have = f"this machine has {count}" if count else "it has none"
+        return Member(rank, host, pid, device_type, "", f"needs GPU {index}, but {have}")
+    torch.cuda.set_device(index)
+    return Member(rank, host, pid, device_type, str(torch.cuda.get_device_properties(index).uuid))
+
+
+def unfit(members: Sequence[Member]) -> str:
+    """The first reason why `members` cannot work together, in words; "" where there is none."""
+    for member in members:
+        if member.problem:
+            return f"{member} {member.problem}; start one process per GPU, or use --device cpu"
+    for member in members:
+        if member.device != members[0].device:
+            gpu, none = (member, members[0]) if member.device == "cuda" else (members[0], member)
+            return f"{none} has no GPU, but {gpu} has one; use --device cpu, or GPUs on all machines"
+    seen: dict[tuple[str, str], Member] = {}
+    for member in members:
+        if member.gpu and (other := seen.setdefault((member.host, member.gpu), member)) is not member:
+            return f"{other} and {member} would share one GPU; start one process per GPU"
+    return ""

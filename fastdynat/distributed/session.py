@@ -1,0 +1,216 @@
+"""A process's part in a world: the others' names, failures told to all, and the watch over who is alive.
+
+Every rank renews a beat in the store. A thread of each looks every second for a failure that another rank has
+told, for processes of its machine that have ended, and for beats that stopped; then it ends this process,
+also where the main thread waits in a collective for a rank that will not come. The first rank to tell a
+failure is the one that reports it to the user.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fastdynat.distributed.members import Member
+from fastdynat.errors import ToldElsewhere, first_line, one_line
+
+PERIOD = 1.0  # seconds between beats, and between looks at the others
+SILENCE = 60.0  # a rank without a beat for so long is lost; a compiler may hold Python for a while
+GRACE = 5.0  # for the main thread to end by itself; also to find out who is to blame
+STORE_SECONDS = 20.0  # without an answer of the store
+FAILURE, STOP = "failure", "stop"
+# In the messages of collectives that another process did not take part in.
+COLLECTIVE = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "c10d")
+TOO_LATE = ("timed out", "timeout")
+
+
+class Session:
+    """This process in a world, from `join_world` on.
+
+    Attributes:
+        members: the processes of the world, by rank.
+        stop_wanted: a rank has been asked to stop.
+    """
+
+    def __init__(
+        self, store: Any, watched: Any, members: Sequence[Member], me: Member, minutes: float
+    ) -> None:
+        """
+        Args:
+            store: of this world alone.
+            watched: the same, by a connection of its own: one that waits blocks the other.
+            minutes: the time limit of a collective, for messages.
+        """
+        self.members, self.me, self.minutes = members, me, minutes
+        self.stop_wanted = False
+        self.calls: Callable[[], int] = lambda: 0
+        self._store, self._watched = store, watched
+        self._meetings = self._beats = 0
+        self._leaving, self._ended = threading.Event(), threading.Event()
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._parent = os.getppid()
+        self._thread = threading.Thread(target=self._watch, name="fastdynat-ranks", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def meet(self) -> None:
+        """Wait, without a limit, until all ranks are here: reading data or timing a step may take long.
+
+        Raises:
+            ToldElsewhere: another rank has failed.
+        """
+        self._meetings += 1
+        prefix = f"met/{self._meetings}/"
+        self._store.set(f"{prefix}{self.me.rank}", "1")
+        waiting = [f"{prefix}{member.rank}" for member in self.members]
+        pause = 0.001
+        while waiting := [key for key in waiting if not self._store.check([key])]:
+            if self._store.check([FAILURE]):
+                raise ToldElsewhere("another rank has failed")
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
+
+    def tell(self, text: str, code: int) -> bool:
+        """Tell all ranks that this process ends because of `text`; they end, too.
+
+        Returns whether this process is to report it: False where another rank has failed before.
+        """
+        value = json.dumps({"rank": self.me.rank, "text": text, "code": code})
+        try:
+            return bool(self._store.compare_set(FAILURE, "", value) == value.encode())
+        except RuntimeError:  # the store is gone, and with it the others' way to tell
+            return True
+
+    def failure(self) -> dict[str, Any] | None:
+        """The failure that a rank has told; None where none has."""
+        with suppress(RuntimeError):
+            if self._store.check([FAILURE]):
+                found: dict[str, Any] = json.loads(self._store.get(FAILURE))
+                return found
+        return None
+
+    def request_stop(self) -> None:
+        """Let `stop_wanted` become true on all ranks, within seconds."""
+        self.stop_wanted = True
+        with suppress(RuntimeError):
+            self._store.set(STOP, "1")
+
+    def lost(self, error: BaseException) -> str | None:
+        """The rank because of which `error` was raised here, in words; None where no other rank is to blame.
+
+        Takes up to `GRACE` seconds: what is to be found out happens at about the same time.
+        """
+        dead = next((str(member) for member in self._others() if member.dead), None)
+        said = str(error).lower()
+        if dead is None and not any(word in said for word in COLLECTIVE):
+            return None
+        before, until = self._beats_of_others(), time.monotonic() + GRACE
+        while dead is None and time.monotonic() < until:
+            if (told := self.failure()) is not None:
+                return str(told["text"])
+            time.sleep(0.1)
+            dead = next((str(member) for member in self._others() if member.dead), None)
+        if dead is not None:
+            return f"{dead} was lost: its process has ended"
+        now = self._beats_of_others()
+        silent = [str(self.members[rank]) for rank in before if before[rank] == now.get(rank)]
+        if silent:
+            return f"{silent[0]} was lost: it can no longer be reached"
+        if any(word in said for word in TOO_LATE):
+            return self._late(now)
+        return f"a collective of {self.me} failed: {first_line(error)}"
+
+    def _late(self, beats: dict[int, bytes]) -> str:
+        """The ranks that have come to fewer collectives than this one, in words."""
+        calls = {rank: int(beat.split()[1]) for rank, beat in beats.items()}
+        late = [str(self.members[rank]) for rank, count in sorted(calls.items()) if count < self.calls()]
+        limit = f"within {self.minutes:g} minutes (--rank-timeout)"
+        if not late:
+            return f"a collective did not end {limit}, although all ranks had come to it"
+        return f"{', '.join(late)} did not come to a collective {limit}"
+
+    def leave(self, barrier: Callable[[], None]) -> None:
+        """End the watch, when all ranks have come to `barrier`."""
+        self._leaving.set()
+        barrier()
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=STORE_SECONDS)
+
+    def _others(self) -> list[Member]:
+        return [member for member in self.members if member.rank != self.me.rank]
+
+    def _beats_of_others(self) -> dict[int, bytes]:
+        with suppress(RuntimeError):
+            ranks = [m.rank for m in self._others() if self._store.check([f"beat/{m.rank}"])]
+            values = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+            return dict(zip(ranks, values, strict=True))
+        return {}
+
+    def _watch(self) -> None:
+        answered = time.monotonic()
+        while not self._ended.is_set():
+            try:
+                self._look()
+                answered = time.monotonic()
+            except RuntimeError:
+                if time.monotonic() - answered > STORE_SECONDS and not self._leaving.is_set():
+                    self._end("the launcher's rendezvous store can no longer be reached", 1, told=False)
+            if os.getppid() != self._parent:
+                self._end("the launcher has ended without its processes", 1, told=False)
+            self._ended.wait(PERIOD)
+
+    def _look(self) -> None:
+        """Renew the beat, and end this process where a rank has failed or is lost."""
+        self._beats += 1
+        self._watched.set(f"beat/{self.me.rank}", f"{self._beats} {self.calls()}")
+        if self._watched.check([FAILURE]):
+            told = json.loads(self._watched.get(FAILURE))
+            if told["rank"] != self.me.rank:
+                self._end(told["text"], told["code"], told=True)
+            return
+        if not self.stop_wanted and self._watched.check([STOP]):
+            self.stop_wanted = True
+        if self._leaving.is_set():
+            return
+        for member in self._others():
+            if member.dead:
+                self._end(f"{member} was lost: its process has ended", 1, told=False)
+            if self._silent_for(member.rank) > SILENCE:
+                self._end(f"{member} was lost: not a sign of it for {SILENCE:.0f} s", 1, told=False)
+
+    def _silent_for(self, rank: int) -> float:
+        key, now = f"beat/{rank}", time.monotonic()
+        beat = self._watched.get(key) if self._watched.check([key]) else b""
+        if rank not in self._seen or self._seen[rank][0] != beat:
+            self._seen[rank] = beat, now
+        return now - self._seen[rank][1]
+
+    def _end(self, text: str, code: int, *, told: bool) -> None:
+        """End this process, at the latest after `GRACE`; report `text` unless another rank does."""
+        if self._leaving.is_set() and not told:
+            return
+        if not told and self.tell(text, code):
+            with suppress(OSError):
+                print(f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
+        if not self._ended.wait(GRACE):
+            os._exit(code)
+
+
+_present: Session | None = None
+
+
+def present_session() -> Session | None:
+    """This process's session; None where it has joined no world."""
+    return _present
+
+
+def set_session(session: Session | None) -> None:
+    """Make `session` the present one."""
+    global _present
+    _present = session

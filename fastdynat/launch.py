@@ -1,0 +1,39 @@
+"""What a launcher has told this process, by environment variables; needs no torch."""
+
+import os
+import socket
+
+# What torchrun sets for each process; other launchers (SLURM's, through submitit) set the same names.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# A rank that is still alive but does not come to a collective within this time is missing.
+MINUTES = 10.0
+
+
+def launched() -> bool:
+    """True if a launcher has set up this process as one of several (or as the only one of them)."""
+    return all(name in os.environ for name in VARIABLES)
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process; 0 without a launcher."""
+    return _number("RANK") if launched() else 0
+
+
+def launched_size() -> int:
+    """The number of processes that the launcher started; 1 without a launcher."""
+    return _number("WORLD_SIZE") if launched() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine; 0 without a launcher."""
+    return _number("LOCAL_RANK") if launched() else 0
+
+
+def place_of(rank: int) -> str:
+    """The process `rank` of this machine, in words."""
+    return f"rank {rank} ({socket.gethostname()})"
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    return int(text) if text.isdecimal() and text.isascii() else 0
