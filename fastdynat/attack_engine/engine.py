@@ -30,6 +30,7 @@ from fastdynat.execution.synchronization import waits_on_purpose
 from fastdynat.execution.uncompiled import is_uncompiled
 from fastdynat.models.logits import NoGradient
 from fastdynat.ops import prepare
+from fastdynat.ops.image_draws import ImageDraws, Randomness
 
 
 class AttackEngine:
@@ -166,40 +167,55 @@ class AttackEngine:
         spec: PGDSpec,
         *,
         x_start: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
     ) -> AttackResult:
         """`run_pgd` on the replica. x: (N, C, H, W) float32 or float64 in [0, 1]; the caller sets grad mode.
 
-        With a `generator` the attack is not captured: a graph draws from the device's default one.
+        With a ``torch.Generator`` the attack is not captured: a graph draws from the device's default one.
+        `ImageDraws` are inputs of the graph, and give the attack one draw (`ImageDraws.fork`).
         """
         x = self.to_memory_format(x)
         x_start = None if x_start is None else self.to_memory_format(x_start)
         self.prepare(x, spec.steps * spec.restarts)
         self._check_compiled(x, goal, spec)
-        if generator is not None:
+        if isinstance(generator, torch.Generator):
             return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
         starts = () if x_start is None else (x_start,)
-        return self._call(
-            partial(_run_pgd, kind=goal.kind, spec=spec), (x, goal.target, *starts), key=(goal.kind, spec)
-        )
+        attack = partial(_run_pgd, kind=goal.kind, spec=spec)
+        return self._call(attack, (x, goal.target, *starts), draws=generator, key=(goal.kind, spec))
 
-    def captured(self, fn: Callable[..., R], x: Tensor, *inputs: Tensor, key: Hashable, passes: float) -> R:
+    def captured(
+        self,
+        fn: Callable[..., R],
+        x: Tensor,
+        *inputs: Tensor,
+        key: Hashable,
+        passes: float,
+        draws: ImageDraws | None = None,
+    ) -> R:
         """``fn(ascent, x, *inputs)`` on the replica, as one CUDA graph where the engine captures attacks.
 
         Args:
-            fn: an attack that does the same work for all inputs of one shape (`GraphedCall`) and draws from
-                the device's default generator.
+            fn: an attack that does the same work for all inputs of one shape (`GraphedCall`). It draws from
+                the device's default generator, or with `draws` from the `ImageDraws` that it is passed as
+                `generator`.
             x: (N, C, H, W) images in [0, 1]; they and other images in `inputs` are brought to the replica's
                 memory format.
             key: equal for functions that compute the same.
             passes: pairs of forward and backward passes that `fn` takes.
+            draws: of the images; the attack takes one draw of them (`ImageDraws.fork`).
         """
         x = self.to_memory_format(x)
         self.prepare(x, passes)
         images_and_others = (self.to_memory_format(t) if t.dim() == 4 else t for t in inputs)
-        return self._call(fn, (x, *images_and_others), key=key)
+        return self._call(fn, (x, *images_and_others), draws=draws, key=key)
 
-    def _call(self, fn: Callable[..., R], inputs: tuple[Tensor, ...], *, key: Hashable) -> R:
+    def _call(
+        self, fn: Callable[..., R], inputs: tuple[Tensor, ...], *, draws: ImageDraws | None, key: Hashable
+    ) -> R:
+        if draws is not None:
+            own = draws.fork()
+            fn, inputs, key = partial(_drawing, fn), (*inputs, own.state, own.images), ("draws", key)
         attack: Callable[..., R] = partial(fn, self.ascent)
         if self._recorder is None:
             return attack(*inputs)
@@ -225,23 +241,56 @@ class AttackEngine:
 
 
 def _run_pgd(
-    ascent: Ascent, x: Tensor, target: Tensor, x_start: Tensor | None = None, *, kind: GoalKind, spec: PGDSpec
+    ascent: Ascent,
+    x: Tensor,
+    target: Tensor,
+    x_start: Tensor | None = None,
+    *,
+    kind: GoalKind,
+    spec: PGDSpec,
+    generator: Randomness = None,
 ) -> AttackResult:
-    return run_pgd(ascent, x, AttackGoal.from_kind(kind, target), spec, x_start=x_start)
+    goal = AttackGoal.from_kind(kind, target)
+    return run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
+
+
+def _drawing(fn: Callable[..., R], ascent: Ascent, *inputs: Tensor) -> R:
+    """`fn` with the draws of one attack, whose state and images are the last two inputs."""
+    *others, state, images = inputs
+    return fn(ascent, *others, generator=ImageDraws(state, images, 1))
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """An engine and the attack that a run is configured with, as a training method calls them."""
+    """An engine and the attack that a run is configured with, as a training method calls them.
+
+    Attributes:
+        draws: random numbers of the batch's images, for the attack and for what a method draws itself; None
+            is torch's global generator.
+    """
 
     engine: AttackEngine
     spec: PGDSpec
+    draws: ImageDraws | None = None
+
+    def take(self, rows: Tensor | slice) -> "Attacker":
+        """The attacker of some of the batch's images, by their indices, a mask or a slice."""
+        return self if self.draws is None else replace(self, draws=self.draws.take(rows))
 
     def __call__(
         self, x: Tensor, goal: AttackGoal, *, spec: PGDSpec | None = None, x_start: Tensor | None = None
     ) -> AttackResult:
-        """`AttackEngine.run` with `spec`, or the run's own."""
-        return self.engine.run(x, goal, spec or self.spec, x_start=x_start)
+        """`AttackEngine.run` with `spec`, or the run's own.
+
+        Raises:
+            ValueError: `x` are not the images that the draws are of.
+        """
+        if self.draws is not None and len(x) != len(self.draws):
+            raise ValueError(
+                f"the attack got {len(x)} images, but draws of {len(self.draws)}; attack some of a batch by "
+                "attack.take(rows)(x[rows], goal)"
+            )
+        return self.engine.run(x, goal, spec or self.spec, x_start=x_start, generator=self.draws)
 
 
 def _replica_options(s: AttackSwitches, bn: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastdynat.attack_engine.steps import pgd_step, start_point
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message, zero_gradient_remedy
 from fastdynat.errors import UserError
 from fastdynat.models.logits import Output, half_of, logits_of, with_output
+from fastdynat.ops.image_draws import Randomness
 
 _check_images, _check_labels = InputCheck(), InputCheck()
 
@@ -73,7 +74,7 @@ def run_pgd(
     spec: PGDSpec,
     *,
     x_start: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> AttackResult:
     """`ascend` with random start and restarts, or from `x_start`; the network is in the attack's mode."""
     if goal.track and spec.restarts != 1:
@@ -113,7 +114,7 @@ def pgd(
     *,
     bn: str = "eval",
     x_start: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     amp_dtype: torch.dtype | None = None,
     rescale: bool | None = None,
     output: Output | None = None,
@@ -131,7 +132,8 @@ def pgd(
         spec: norm, radius, steps, start, restarts.
         bn: batch norm during the attack: "eval", "train" or "frozen" (`set_attack_mode`).
         x_start: starting points; None draws them. Only with one run (`spec.restarts` of 1).
-        generator: source of the random start; None is torch's global one.
+        generator: source of the random start, a ``torch.Generator`` or `ImageDraws` of the images; None is
+            torch's global generator.
         amp_dtype: autocast the network to this dtype; the iterate keeps the dtype of `x`.
         rescale: scale each image's gradient to order one before it passes through the network
             (`AttackGoal.logit_grad`), so that the gradient of a confident network does not underflow; None

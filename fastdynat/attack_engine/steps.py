@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdynat.errors import unknown_name
 from fastdynat.ops import AttackStep, attack_step_l2, attack_step_linf, pgd_step_l0, pgd_step_l1, random_start
+from fastdynat.ops.image_draws import Randomness, next_state, uniform_like
 
 GAUSSIAN_STD = 0.001  # TRADES' start, kept by LBGAT and DYNAT
 STARTS = ("none", "uniform", "gaussian")
@@ -66,35 +67,32 @@ def usual_step(norm: str, eps: float) -> float:
     return 10 * eps if norm == "l0" else eps / 4
 
 
-def start_point(
-    x: Tensor, start: str, *, norm: str, eps: float, generator: torch.Generator | None = None
-) -> Tensor:
+def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: Randomness = None) -> Tensor:
     """Starting points of the attack.
 
     Args:
         start: "none": the image. "gaussian": image + 0.001 N(0, I), not projected on the ball (TRADES,
             DYNAT). "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in
             [0, eps]; not defined for L0.
+        generator: source of the noise.
     """
     if start == "none":
         return x.clone()
     if start not in STARTS:
         raise unknown_name("start", start, STARTS)
-    # The operator's generator is counter-based. Its key and counter are drawn from torch's generator on the
-    # device, so seeding, saving and capturing that one covers this one too.
-    state = torch.randint(2**62, (2,), generator=generator, device=x.device)
+    state, images = next_state(generator, x.device)
     if start == "gaussian":
         # The published loops do not clip this start either; the first projected step does.
-        return random_start(x, state, kind="gaussian", scale=GAUSSIAN_STD)
+        return random_start(x, state, images=images, kind="gaussian", scale=GAUSSIAN_STD)
     if norm == "l1":
-        radius = eps * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=x.dtype)
-        return (x + radius * _l1_direction(x, state)).clamp(0, 1)
-    return random_start(x, state, kind="uniform" if norm == "linf" else norm, scale=eps)
+        radius = eps * uniform_like(x, generator, 1, 1, 1)
+        return (x + radius * _l1_direction(x, state, images)).clamp(0, 1)
+    return random_start(x, state, images=images, kind="uniform" if norm == "linf" else norm, scale=eps)
 
 
-def _l1_direction(x: Tensor, state: Tensor) -> Tensor:
+def _l1_direction(x: Tensor, state: Tensor, images: Tensor | None) -> Tensor:
     """Uniform on the L1 unit sphere, per image: independent Laplace variables over their L1 norm."""
-    u = random_start(torch.zeros_like(x), state, kind="uniform", scale=1.0, lo=-1.0)
+    u = random_start(torch.zeros_like(x), state, images=images, kind="uniform", scale=1.0, lo=-1.0)
     laplace = -u.sign() * torch.log1p(-u.abs().clamp_max(1 - 2**-24))
     return laplace / laplace.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-20)
 

@@ -26,6 +26,7 @@ from fastdynat.attacks import apgd_steps as moves
 from fastdynat.attacks.apgd_loss import APGDLoss, loss_and_grad
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops.image_draws import Randomness
 
 # (gradient at the logits, (losses, which images are misclassified)); named, because Dynamo traces no nested
 # generic alias.
@@ -93,7 +94,7 @@ class APGD:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> APGDResult:
         return run_apgd(ascent, x, labels, self, generator=generator, tick=tick)
@@ -175,7 +176,7 @@ def run_apgd(
     spec: APGD,
     *,
     x_starts: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     tick: Tick = no_tick,
 ) -> APGDResult:
     """Attack images `x` (N, C, H, W) on a network in eval mode; the caller sets modes and grad mode.
@@ -223,7 +224,7 @@ def _one_run(
     spec: APGD,
     over: Tensor,
     start: Tensor | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
     tick: Tick,
 ) -> _Run:
     """All phases of one run on the images that are not `over`."""

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from fastdynat.attacks.plane_search import length, per_image, unit
 from fastdynat.ops import pgd_step_l1
+from fastdynat.ops.image_draws import Randomness, normal_like, uniform_like
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
 STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}  # the first step size in units of eps
 TINY = 1e-12
 
 
-def start(x: Tensor, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:
+def start(x: Tensor, norm: str, eps: float, generator: Randomness = None) -> Tensor:
     """A random point of the ball: on its surface for linf and l2, near it for l1; then clipped to [0, 1]."""
     if norm == "linf":
-        u = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
+        u = 2 * uniform_like(x, generator, *x.shape[1:]) - 1
     else:
-        u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        u = normal_like(x, generator, *x.shape[1:])
     if norm == "l1":
         return project_on_l1_ball(x + u, x, eps)
     return torch.addcmul(x, u, per_image(eps / (length(u, norm) + TINY), x)).clamp_(0, 1)

@@ -25,6 +25,7 @@ from fastdynat.attacks.plane_search import length, move, per_image, start_away
 from fastdynat.errors import UserError
 from fastdynat.models.logits import half_of
 from fastdynat.ops import soft_margin
+from fastdynat.ops.image_draws import Randomness
 
 # Images whose soft margin is no larger are misclassified and are not searched.
 LEAST_MARGIN = 1e-9
@@ -104,7 +105,7 @@ def run_boundary(
     x_start: Tensor | None = None,
     *,
     spec: BoundarySpec,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Boundary:
     """Search the boundary from `x` (N, C, H, W) on a network in eval mode; the caller sets grad mode.
 
@@ -145,7 +146,7 @@ def run_boundary(
     )
 
 
-def boundary_start(x: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
+def boundary_start(x: Tensor, eps: float, *, generator: Randomness = None) -> Tensor:
     """``clip(x + eps / 2 * u / ||u||_inf)``, u uniform: L-inf distance eps / 2 before clipping."""
     return start_away(x, eps / 2, generator=generator)
 
@@ -201,7 +202,7 @@ def boundary(
     spec: BoundarySpec,
     *,
     x_start: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Boundary:
     """Search the boundary of `model` in eval mode and full precision, independent of the caller's modes.
 
@@ -210,7 +211,8 @@ def boundary(
         x: (N, C, H, W), float32 or float64, in [0, 1].
         labels: (N,) int64.
         x_start: starting points; None draws them (`boundary_start`).
-        generator: source of the random start; None is torch's global one.
+        generator: source of the random start, a ``torch.Generator`` or `ImageDraws` of the images; None is
+            torch's global generator.
 
     Raises:
         UserError: `x` is not float32 or float64, or the number of labels differs.

@@ -18,6 +18,7 @@ from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.attacks.plane_search import length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
+from fastdynat.ops.image_draws import Randomness
 
 CHECKS = 10  # of the loss in a run
 LEAST_PROGRESS = 0.9999  # a run ends where the loss is above this share of the last check's
@@ -104,7 +105,7 @@ class CarliniL2:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> Nearest:
         return self.run(ascent, x, margin_goal(labels), tick=tick)

@@ -14,6 +14,7 @@ from fastdynat.attacks.nearest import margin_goal, result, score
 from fastdynat.attacks.plane_search import DUAL, length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops.image_draws import Randomness
 
 # The shortest move (the authors' code adds as much to each). Clipping shortens moves, so that iterates would
 # approach the boundary without crossing it, or cross it by no more than rounding.
@@ -71,7 +72,7 @@ class DeepFool:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> Nearest:
         with torch.no_grad():

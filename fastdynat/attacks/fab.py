@@ -20,6 +20,7 @@ from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.plane_search import DUAL, NORMS, length, move, per_image, start_away
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops.image_draws import Randomness
 
 EVERY = 5  # iterations between two checks for finished images
 
@@ -90,7 +91,7 @@ class FAB:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> AttackResult:
         """See `Attack`. Without `nearest`, `x_adv` is the image where nothing was found within `eps`."""

@@ -54,4 +54,7 @@ class Attack(Protocol):
         The network is in eval mode and its parameters need no gradient; grad mode is on. Images that are
         already misclassified need not be attacked. Equal generators give equal results. `tick` is called at
         least every few seconds.
+
+        The attacks of this package also take `ImageDraws`, and what they do to an image then does not depend
+        on the others. Attacks of other packages are given generators only (`NamedAttack.run`).
         """

@@ -2,11 +2,20 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor
+
+from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.attack_result import AttackResult, as_attack_result
+from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attacks.interface import Attack
 from fastdynat.attacks.registry import CLEAN, Radii, find
-from fastdynat.attacks.user_attacks import build_user_attack
+from fastdynat.attacks.user_attacks import UserAttack, build_user_attack
+from fastdynat.ops.image_draws import ImageDraws
 from fastdynat.user_code import is_user_code
+
+PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,32 @@ class NamedAttack:
     name: str
     search: Attack | None = None
     half_precision: bool = field(default=False, compare=False)
+
+    @property
+    def draws_per_image(self) -> bool:
+        """Its result for an image does not depend on how the images are batched.
+
+        True of the attacks of this package, and of classes derived from them that do not override the call.
+        """
+        attack = self.search.attack if isinstance(self.search, UserAttack) else self.search
+        call = type(attack).__call__
+        return attack is None or getattr(call, "__module__", "").partition(".")[0] == PACKAGE
+
+    def run(
+        self, ascent: Ascent, x: Tensor, labels: Tensor, *, draws: ImageDraws, tick: Tick = no_tick
+    ) -> AttackResult:
+        """Call `search`, which must not be None, on images `x` (N, C, H, W) and their `draws`.
+
+        Other packages' attacks are given a generator seeded from the draws and the first image: their results
+        depend on the batch.
+
+        Raises:
+            UserError: it returns neither a result nor images.
+        """
+        assert self.search is not None
+        search: Any = self.search  # the interface of other packages' attacks promises generators only
+        source = draws if self.draws_per_image else draws.generator()
+        return as_attack_result(search(ascent, x, labels, generator=source, tick=tick), x, self.name)
 
     def check_classes(self, classes: int) -> None:
         """Raise UserError where the attack is not defined for so few classes."""

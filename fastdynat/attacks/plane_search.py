@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastdynat.errors import unknown_name
 from fastdynat.ops import project_on_hyperplane, random_start
+from fastdynat.ops.image_draws import Randomness, next_state
 
 # The least length of a move in the weights of two moves, so that 0 / 0 does not occur.
 LEAST_MOVE = 1e-8
@@ -46,18 +47,15 @@ def _length_l2(moved: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(moved, dim=dims, dtype=torch.float64).to(moved.dtype)
 
 
-def start_away(
-    x: Tensor, distance: float, norm: str = "linf", *, generator: torch.Generator | None = None
-) -> Tensor:
+def start_away(x: Tensor, distance: float, norm: str = "linf", *, generator: Randomness = None) -> Tensor:
     """``clip(x + distance * u / ||u||)``: `distance` away from each image in a random direction.
 
     u is uniform in the cube under "linf" and Gaussian under "l2" and "l1".
     """
-    state = torch.randint(2**62, (2,), generator=generator, device=x.device)
-    if norm == "linf":
-        u = random_start(torch.zeros_like(x), state, kind="uniform", scale=1.0, lo=-1.0)
-    else:  # a tenth: well inside the range that random_start clips to
-        u = random_start(torch.zeros_like(x), state, kind="gaussian", scale=0.1, lo=-1.0)
+    state, images = next_state(generator, x.device)
+    # A tenth of a Gaussian: well inside the range that random_start clips to.
+    kind, scale = ("uniform", 1.0) if norm == "linf" else ("gaussian", 0.1)
+    u = random_start(torch.zeros_like(x), state, images=images, kind=kind, scale=scale, lo=-1.0)
     return (x + distance * u / per_image(length(u, norm).clamp_min(LEAST_MOVE), x)).clamp(0, 1)
 
 

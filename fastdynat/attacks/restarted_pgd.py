@@ -23,6 +23,7 @@ from fastdynat.attacks.registry import Radii, register
 from fastdynat.attacks.restarts import until_broken
 from fastdynat.attacks.target_classes import check_rule, target_classes
 from fastdynat.errors import UserError
+from fastdynat.ops.image_draws import Randomness
 
 MOST_STEPS = 100_000  # of all restarts together
 
@@ -59,7 +60,7 @@ class RestartedPGD:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> AttackResult:
         spec, classes = self.spec, labels[:, None]

@@ -19,6 +19,7 @@ from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.attacks.plane_search import length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
+from fastdynat.ops.image_draws import Randomness
 
 LAST_LR = 0.1  # of the first, at the end of the cosine
 LEAST_NORM = 1e-12
@@ -87,7 +88,7 @@ class SigmaZero:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> Nearest:
         return self.run(ascent, x, margin_goal(labels), tick=tick)

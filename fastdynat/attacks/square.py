@@ -20,6 +20,7 @@ from fastdynat.attacks.plane_search import NORMS, per_image
 from fastdynat.attacks.registry import register
 from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops.image_draws import Randomness
 
 # Most queries of an image in one pass.
 MOST_ABREAST = 64
@@ -73,7 +74,7 @@ class Square:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> AttackResult:
         """See `Attack`. `x_adv` is the image with the smallest margin found."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdynat.attacks.apgd_steps import project_on_l1_ball
 from fastdynat.attacks.plane_search import length, per_image
+from fastdynat.ops.image_draws import ImageDraws, Randomness
 
 # The share of the image that a square covers is halved after each of these queries, whatever their total.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -46,16 +47,29 @@ class Draws:
 
     @classmethod
     def draw(
-        cls, x: Tensor, norm: str, queries: int, p_init: float, *, generator: torch.Generator | None = None
+        cls, x: Tensor, norm: str, queries: int, p_init: float, *, generator: Randomness = None
     ) -> "Draws":
-        """For images `x` (N, C, H, W)."""
+        """For images `x` (N, C, H, W). Squares are the same for all images, as in the authors' code."""
         (n, c, height, width), linf = x.shape, norm == "linf"
 
         def rand(*shape: int) -> Tensor:
+            if isinstance(generator, ImageDraws):
+                return generator.shared_uniform(*shape)
             return torch.rand(shape, generator=generator, device=x.device)
 
-        def signs(*shape: int) -> Tensor:
-            return (2 * (rand(*shape) < 0.5).to(torch.int8) - 1).to(torch.int8)
+        def per_image(count: int) -> Tensor:
+            """(count, N, C): channels of each image."""
+            if isinstance(generator, ImageDraws):
+                return generator.uniform(count, c).transpose(0, 1)
+            return rand(count, n, c)
+
+        def stripes() -> Tensor:
+            return (
+                generator.uniform(c, 1, width) if isinstance(generator, ImageDraws) else rand(n, c, 1, width)
+            )
+
+        def signs(uniform: Tensor) -> Tensor:
+            return (2 * (uniform < 0.5).to(torch.int8) - 1).to(torch.int8).contiguous()
 
         sides = torch.tensor([side(k, p_init, height, width, linf) for k in range(queries)], device=x.device)
         room = torch.stack([height - sides, width - sides], 1)[:, None]
@@ -63,9 +77,9 @@ class Draws:
         return cls(
             sides=sides,
             corners=(rand(queries, 1 if linf else 2, 2) * room).long(),
-            signs=signs(queries, 1 if linf else n, c),
+            signs=signs(rand(queries, 1, c) if linf else per_image(queries)),
             turned=rand(queries) < 0.5,
-            start=signs(n, c, 1, width) if linf else signs(tiles, n, c),
+            start=signs(stripes() if linf else per_image(tiles)),
             start_turned=rand(tiles) < 0.5,
         )
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.errors import unknown_name
+from fastdynat.ops.image_draws import ImageDraws, Randomness
 
 RULES = ("least", "random", "second", "next", "all")
 
@@ -15,9 +16,7 @@ def check_rule(rule: str) -> str:
     return rule
 
 
-def target_classes(
-    rule: str, logits: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
-) -> Tensor:
+def target_classes(rule: str, logits: Tensor, labels: Tensor, *, generator: Randomness = None) -> Tensor:
     """(N, T) int64, never the label: the target classes of each image, in order.
 
     Args:
@@ -31,7 +30,10 @@ def target_classes(
     if check_rule(rule) == "next":
         return ((labels + 1) % classes)[:, None]
     if rule == "random":
-        drawn = torch.randint(classes - 1, labels.shape, generator=generator, device=labels.device)
+        if isinstance(generator, ImageDraws):
+            drawn = generator.integers(classes - 1)
+        else:
+            drawn = torch.randint(classes - 1, labels.shape, generator=generator, device=labels.device)
         return (drawn + (drawn >= labels))[:, None]
     # NaN would sort first; the label goes last.
     behind = logits.nan_to_num(0.0).scatter(1, labels[:, None], float("-inf"))

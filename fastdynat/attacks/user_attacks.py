@@ -18,6 +18,7 @@ from fastdynat.attacks.ball import distance, inside
 from fastdynat.attacks.interface import Attack, Nearest
 from fastdynat.attacks.registry import NORMS, AttackEntry, Radii, entries, from_fields
 from fastdynat.errors import UserError
+from fastdynat.ops.image_draws import Randomness
 from fastdynat.user_code import error_with_place, import_user_module, short_name, source_of
 
 
@@ -56,7 +57,7 @@ class UserAttack:
         x: Tensor,
         labels: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         tick: Tick = no_tick,
     ) -> AttackResult:
         """Attack, and check what comes back; a tensor alone is taken as `AttackResult.x_adv`.
@@ -64,7 +65,8 @@ class UserAttack:
         Raises:
             UserError: images of another shape or type, outside [0, 1], or outside the ball.
         """
-        found = self.attack(ascent, x.clone(), labels, generator=generator, tick=tick)
+        attack: Any = self.attack  # may be one of this package, with other numbers, and take `ImageDraws`
+        found = attack(ascent, x.clone(), labels, generator=generator, tick=tick)
         result = as_attack_result(found, x, self.name)
         self._check(result, x)
         return result

@@ -19,6 +19,7 @@ from fastdynat.evaluation.batch_attacks import BatchAttacks
 from fastdynat.evaluation.defences import check_answers, check_classified, check_square
 from fastdynat.evaluation.measure import exact_float32, predict_in_batches
 from fastdynat.models.logits import Output, with_output
+from fastdynat.ops import image_draws
 from fastdynat.runs import check_output
 from fastdynat.tuning.devices import pick_device
 
@@ -62,7 +63,8 @@ class AutoAttack:
                 precision.
             norm: Linf, L2 or L1.
             eps: radius in [0, 1] pixel units.
-            seed: of every batch of every stage; None draws one for each evaluation.
+            seed: of every stage; None draws one for each evaluation. Random numbers are functions of it and
+                of the image's index.
             verbose: print a line for each stage.
             attacks_to_run, attacks: for version "custom", the stages: apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
                 square.
@@ -187,7 +189,14 @@ class AutoAttack:
             fitted = [self._fitted(stage, classes) for stage in chosen]
             attacks = [[stage.name, asdict(stage.search)] for stage in fitted]  # type: ignore[call-overload]
             own = staged.evaluation_identity(
-                self.model, clean, x, y, attacks=attacks, seed=self.seed, **{"batch size": bs}
+                self.model,
+                clean,
+                x,
+                y,
+                attacks=attacks,
+                seed=self.seed,
+                draws=image_draws.VERSION,
+                **{"batch size": bs},
             )
             progress = staged.restore(path, own)
             if progress is None:

@@ -1,7 +1,6 @@
 """The attacks of AutoAttack on batches, for `staged.run_stages`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from fastdynat.attacks.ball import inside
 from fastdynat.evaluation.defences import check_gradients, warn
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import NO_CLASS, attacked, predict_in_batches
+from fastdynat.ops.image_draws import ImageDraws
 
 
 class BatchAttacks:
@@ -29,29 +29,28 @@ class BatchAttacks:
     ) -> None:
         self.model, self.norm, self.eps, self.seed, self.size = model, norm, eps, seed, size
         self.device = example.device
-        self.searches: dict[str, Any] = {stage.name: stage.search for stage in chosen}
+        self.stages = {stage.name: stage for stage in chosen}
         plain = Ascent(model, Underflow(rescale=True), allow_no_gradient=True)
         self.ascent = attacked(model, example) if isinstance(model, nn.Module) else plain
         self.lost = 0  # images misclassified by NaN or infinite logits
         self.zero: dict[str, tuple[Tensor, int]] = {}
 
-    def attack(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Adversarial images of stage `name`; in smaller batches when memory runs out."""
+    def attack(self, name: str, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
+        """Adversarial images of stage `name`; in smaller batches when memory runs out.
+
+        numbers: (N,) int64, the images' numbers in the evaluated set, by which they draw random numbers.
+        """
 
         def pieces(size: int) -> Tensor:
             self.size = size
-            generator = torch.Generator(self.device).manual_seed(self.seed)
-            return torch.cat(
-                [
-                    self._piece(name, *part, generator)
-                    for part in zip(x.split(size), y.split(size), strict=True)
-                ]
-            )
+            parts = zip(x.split(size), y.split(size), numbers.split(size), strict=True)
+            return torch.cat([self._piece(name, *part) for part in parts])
 
         return with_halving(pieces, self.size)
 
-    def _piece(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        result = self.searches[name](self.ascent, x.to(self.device), y.to(self.device), generator=generator)
+    def _piece(self, name: str, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
+        draws = ImageDraws.of(self.seed, numbers, self.device)
+        result = self.stages[name].run(self.ascent, x.to(self.device), y.to(self.device), draws=draws)
         zero, gradients = self.zero.get(name, (0, 0))
         self.zero[name] = zero + result.zero_grads, gradients + result.gradients
         return result.x_adv.to(x.device)

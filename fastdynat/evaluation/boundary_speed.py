@@ -24,6 +24,7 @@ from fastdynat.attacks.boundary_search import BoundarySpec, boundary
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import soft_margin_grad
+from fastdynat.ops.image_draws import Randomness
 from fastdynat.runs.atomic_files import make_folder, write_bytes
 
 FOLDER = "boundary"  # of a run; one file per validation
@@ -78,7 +79,7 @@ def boundary_speed(
     spec: BoundarySpec,
     *,
     x_start: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> BoundarySpeed:
     """Margins at `x` and their change under a small change of the weights, in eval mode and full float32.
 

@@ -18,6 +18,7 @@ from fastdynat.attack_engine.steps import start_point
 from fastdynat.errors import UserError
 from fastdynat.execution.float32 import full_float32
 from fastdynat.execution.uncompiled import uncompiled
+from fastdynat.ops.image_draws import ImageDraws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def check_fidelity(
         batches: (N, C, H, W) images in [0, 1] and (N,) labels, on the model's device.
         spec: the attack, run once without restarts.
         bn: batch norm during the attack, the engine's.
-        seed: of the random starts.
+        seed: of the random starts, each of which depends on its image's place in the sequence only.
 
     Raises:
         UserError: no images.
@@ -120,14 +121,15 @@ def check_fidelity(
     with _untouched(model), torch.inference_mode(False), torch.enable_grad():
         engine.refresh()
         device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
         parts: list[dict[str, Tensor]] = []
-        whole = 0
+        whole = images = 0
         for x, y in batches:
             whole = whole or len(x)
+            draws = ImageDraws.of(seed, range(images, images + len(x)), device)
+            images += len(x)
             # Nothing is compiled for a smaller last batch.
             with uncompiled() if len(x) < whole else nullcontext():
-                parts.append(_compare(engine, model, x, y, AttackGoal("ce", y), spec, bn, generator))
+                parts.append(_compare(engine, model, x, y, AttackGoal("ce", y), spec, bn, draws))
         if not sum(len(part["sign_mass"]) for part in parts):
             raise UserError("fidelity needs at least one image")
         return _summary(
@@ -157,10 +159,10 @@ def _compare(
     goal: AttackGoal,
     spec: PGDSpec,
     bn: str,
-    generator: torch.Generator,
+    draws: ImageDraws,
 ) -> dict[str, Tensor]:
     """Goal and correctness per image, clean and after each attack, sign agreement, and zero gradients."""
-    start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+    start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=draws)
     fast = engine.run(x, goal, spec, x_start=start)
     signs = engine.gradient(start, goal).sign().to(x.dtype)
     with full_float32():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
@@ -22,6 +21,7 @@ from fastdynat.execution.fallbacks import Fallbacks, SilentFallbacks
 from fastdynat.execution.float32 import full_float32
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.models.logits import half_of, logits_of, own_dtype
+from fastdynat.ops.image_draws import ImageDraws
 
 NO_CLASS = -1  # of NaN or infinite logits; equals no label
 
@@ -94,6 +94,7 @@ def measure(
     winograd: bool = True,
     source: nn.Module | None = None,
     standing: Tensor | None = None,
+    numbers: Tensor | None = None,
     compile_mode: str = "off",
     kept: KeptReplica | None = None,
     fallbacks: Fallbacks | None = None,
@@ -105,16 +106,20 @@ def measure(
     Every image counts; a misclassified clean image stays misclassified, whatever the attack returns. The
     attack runs on a fast replica of the network; the prediction that counts is `model`'s own, in eval mode
     and full float32, at the adversarial image; one outside the attack's ball (`Nearest.eps`) does not count.
-    The random start has a separate generator, so equal seeds give equal numbers and the global generator is
-    left alone.
+    Random numbers are functions of `seed` and the number of the image. An image's result is therefore that of
+    any other batch size, order or division of the images, up to the rounding of the network; the global
+    generator is left alone. Of an attack of another package (`NamedAttack.draws_per_image`), which draws from
+    a generator, it depends on the batch.
 
     Args:
-        batch_size: images per batch; changes memory and the random starts.
+        batch_size: images per batch, which bounds memory.
+        seed: of the random numbers, any integer.
         amp_dtype: autocast dtype of the attack; None is float32 without TF32.
         winograd: let the attack use Winograd's algorithm where that is faster.
         source: another network, on which the attack runs (a transfer attack); the prediction stays
             `model`'s, and a distance is that of an image that fools `model`.
         standing: (N,) bool: attack only these images; the others count as misclassified, by earlier attacks.
+        numbers: (N,) int64, the images' numbers in the set that they are a part of; None is 0 to N - 1.
         compile_mode: of the attack's gradients on whole batches (`AttackSwitches.compile`).
         kept: where the replica is kept for the next measurement of the same network; None makes it for this
             one.
@@ -125,9 +130,10 @@ def measure(
     Raises:
         Stopped: `should_stop` returned True.
     """
-    generator = torch.Generator(device).manual_seed(seed)
     wanted = None if standing is None else standing.nonzero().squeeze(1)
     chosen = images if wanted is None else ImageSet(images.images[wanted], images.labels[wanted])
+    numbers = torch.arange(len(images)) if numbers is None else numbers
+    numbers = (numbers if wanted is None else numbers[wanted]).to(device)
     victim = model if source is None else source
     robust, distances = [], []
     zero, gradients = torch.zeros((), dtype=torch.int64, device=device), 0
@@ -151,8 +157,8 @@ def measure(
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
-                    searched = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
-                result = as_attack_result(searched, batch.x, attack.name)
+                    draws = ImageDraws.of(seed, numbers[batch.indices], device)
+                    result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(

@@ -11,9 +11,10 @@ from fastdynat.attack_engine.goal import AttackGoal, AttackLoss, margin
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import NamedAttack
-from fastdynat.data import ImageSet, eval_batches
+from fastdynat.data import Batch, ImageSet, eval_batches
 from fastdynat.evaluation.measure import Stopped, attacked, measure, model_logits
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
+from fastdynat.ops.image_draws import ImageDraws
 
 PASSES = 5
 GOALS: tuple[AttackLoss, ...] = ("ce", "margin", "dlr")
@@ -89,7 +90,7 @@ class ProbedNetwork:
         NaN if a logit is not finite.
         """
         with self._batches() as batches, torch.no_grad():
-            x = next(batches)[0]
+            x = next(batches).x
             passes = torch.stack([model_logits(self.model, x) for _ in range(PASSES)])
         if not bool(passes.isfinite().all()):
             return float("nan")
@@ -99,7 +100,7 @@ class ProbedNetwork:
     def median_lead(self) -> float:
         """Median lead of the label's logit over correctly classified images; 0 without any."""
         with self._batches() as batches, torch.no_grad():
-            leads = torch.cat([-margin(model_logits(self.model, x), labels) for x, labels in batches])
+            leads = torch.cat([-margin(model_logits(self.model, b.x), b.labels) for b in batches])
         right = leads[leads > 0]
         return float(right.median()) if len(right) else 0.0
 
@@ -112,14 +113,15 @@ class ProbedNetwork:
         Returns:
             Their number for each goal (dlr needs three classes), and the number of correct images.
         """
-        generator = torch.Generator(self.device).manual_seed(self.seed)
         silent: dict[AttackLoss, int] = {}
         correct = 0
         with self._batches() as batches:
             ascent = None
-            for x, labels in batches:
+            for batch in batches:
+                x, labels = batch.x, batch.labels
                 ascent = ascent or attacked(self.model, x, rescale=False)
-                start = start_point(x, "uniform", norm=norm, eps=eps, generator=generator)
+                draws = ImageDraws.of(self.seed, batch.indices, self.device)
+                start = start_point(x, "uniform", norm=norm, eps=eps, generator=draws)
                 with torch.no_grad():
                     logits = model_logits(self.model, start)
                 right = logits.argmax(1) == labels
@@ -130,14 +132,14 @@ class ProbedNetwork:
         return silent, correct
 
     @contextmanager
-    def _batches(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """Images and labels, with the model in eval mode; checks `should_stop` before each batch."""
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """The images, with the model in eval mode; checks `should_stop` before each batch."""
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[Batch]:
             for batch in eval_batches(self.images, batch_size=self.batch_size, device=self.device):
                 if self.should_stop():
                     raise Stopped
-                yield batch.x, batch.labels
+                yield batch
 
         with torch.inference_mode(False), torch.enable_grad(), attack_mode(self.model, "eval"):
             yield batches()

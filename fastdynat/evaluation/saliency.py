@@ -17,6 +17,7 @@ from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import check_batch
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import attacked, exact_float32
+from fastdynat.ops.image_draws import ImageDraws, Randomness, normal_like
 
 CHUNK = 256  # images per forward and backward pass, and maps ranked at a time; bounds the memory
 # Quantile of a map that is shown as 1: single bright pixels would darken all others (Smilkov et al. 2017).
@@ -60,7 +61,7 @@ def explain(
     reference: nn.Module | None = None,
     samples: int = 25,
     noise: float = 0.1,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Explanation:
     """Saliency and SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825) of `model` at `x`, with statistics.
 
@@ -71,7 +72,8 @@ def explain(
         reference: another network, whose saliency is compared.
         samples: noisy copies per image.
         noise: their standard deviation, relative to the image's range; the paper finds 0.1 to 0.2 best.
-        generator: source of the noise; None is torch's global one.
+        generator: source of the noise, a ``torch.Generator`` or `ImageDraws` of the images; None is torch's
+            global generator.
 
     Raises:
         UserError: no images, another number of labels, no samples, or negative noise.
@@ -160,7 +162,7 @@ def _mean_gradient(
     labels: Tensor,
     samples: int = 1,
     noise: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """The mean gradient of each label's logit at `samples` copies of its image, noisy and not clipped, (n, C,
     H, W).
@@ -169,12 +171,14 @@ def _mean_gradient(
         total = torch.zeros_like(x)
         sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
         ascent = attacked(model, x)
-        for rows in _chunks(len(x), samples, x.device):
+        states = [generator.next_state() for _ in range(samples)] if isinstance(generator, ImageDraws) else []
+        for copies in _chunks(len(x), samples, x.device):
+            rows = copies % len(x)
             read = x[rows]
-            if noise:
-                read = read + sigma[rows] * torch.randn(
-                    read.shape, dtype=x.dtype, device=x.device, generator=generator
-                )
+            if noise and isinstance(generator, ImageDraws):
+                read = read + sigma[rows] * _noise(read, copies, generator.images, states)
+            elif noise:
+                read = read + sigma[rows] * normal_like(read, generator, *x.shape[1:])
             total.index_add_(0, rows, _label_gradient(ascent, read, labels[rows]))
     return total / samples
 
@@ -186,9 +190,19 @@ def _label_gradient(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chunks(images: int, samples: int, device: torch.device) -> Iterator[Tensor]:
-    """Every image's number, `samples` times, at most `CHUNK` at a time."""
+    """The numbers of all copies, `CHUNK` at a time: copy k is sample k // images of image k % images."""
     for start in range(0, images * samples, CHUNK):
-        yield torch.arange(start, min(start + CHUNK, images * samples), device=device) % images
+        yield torch.arange(start, min(start + CHUNK, images * samples), device=device)
+
+
+def _noise(x: Tensor, copies: Tensor, images: Tensor, states: list[Tensor]) -> Tensor:
+    """Normal numbers for each of `copies`, which depend on its sample and its image's number only."""
+    first, last = (int(copies[end]) // len(images) for end in (0, -1))
+    parts = []
+    for sample in range(first, last + 1):
+        rows = copies[copies // len(images) == sample] % len(images)
+        parts.append(ImageDraws(states[sample], images[rows], 1).normal(*x.shape[1:], dtype=x.dtype))
+    return torch.cat(parts)
 
 
 def _for_display(maps: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from fastdynat.runs.atomic_files import write_text
 FORMAT = "fastdynat-autoattack/1"
 Bits = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*$")]
 StageDone = Callable[[str, float, float], None]  # name, robust accuracy, total seconds
-Attack = Callable[[str, Tensor, Tensor], Tensor]  # name of a stage, images, labels -> adversarial images
+# Name of a stage, images, labels, and the images' numbers in the evaluated set -> adversarial images.
+Attack = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
 
 
@@ -32,7 +33,7 @@ class Progress:
 
     Attributes:
         identity: everything that the result depends on, by name.
-        seed: of every batch of every stage.
+        seed: of every stage.
         entering: images that were robust when the current stage began.
         robust: images that are robust now.
         batches: finished batches of the current stage.
@@ -122,7 +123,7 @@ def run_stages(
         progress.seconds.setdefault(name, 0.0)
         for rows in batches:
             start, at = time.perf_counter(), rows.to(x.device)
-            found = attack(name, x[at], y[at])
+            found = attack(name, x[at], y[at], rows)
             fell = fooled(found, x[at], y[at])
             x_adv[at[fell]] = found[fell]
             robust[rows[fell.cpu()]] = False

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
-from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack
 from fastdynat.data import ImageSet, eval_batches
 from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, predict
+from fastdynat.ops.image_draws import ImageDraws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def transfer_matrix(
 
     Args:
         networks: images in [0, 1] -> logits, on `device`, by name.
-        seed: of the random start, the same for every source.
+        seed: of each image's random numbers, the same for every source.
         advance: called with the number of images done; its total is ``len(images)`` for each network.
 
     Raises:
@@ -69,14 +69,13 @@ def transfer_matrix(
         for network in targets:
             modes.enter_context(attack_mode(network, "eval"))
         for source, network in enumerate(targets):
-            generator = torch.Generator(device).manual_seed(seed)
             ascent: Ascent | None = None
             for batch in eval_batches(images, batch_size=batch_size, device=device):
                 ascent = ascent or attacked(network, batch.x)
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
-                found = attack.search(ascent, batch.x, batch.labels, generator=generator, tick=tick)
-                x_adv = as_attack_result(found, batch.x, attack.name).x_adv
+                draws = ImageDraws.of(seed, batch.indices, device)
+                x_adv = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick).x_adv
                 # As in `measure`, a misclassified clean image stays misclassified.
                 right = _right(targets, batch.x, batch.labels)
                 correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)

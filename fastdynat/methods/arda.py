@@ -68,7 +68,7 @@ class Arda(Method[ArdaOptions]):
         if inner.goal is None:
             return unattacked(batch.x)
         attacked = self.num_attacked(batch)
-        found = attack(batch.x[:attacked], inner.goal)
+        found = attack.take(slice(attacked))(batch.x[:attacked], inner.goal)
         return AttackResult(torch.cat([found.x_adv, batch.x[attacked:]]), found.zero_grads, found.gradients)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:

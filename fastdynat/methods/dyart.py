@@ -121,7 +121,9 @@ class Dyart(Method[DyartOptions]):
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         spec = self.search(attack.spec)
         search = partial(run_boundary, spec=spec)
-        return attack.engine.captured(search, batch.x, batch.labels, key=spec, passes=spec.steps)
+        return attack.engine.captured(
+            search, batch.x, batch.labels, key=spec, passes=spec.steps, draws=attack.draws
+        )
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         points, options = cast(Boundary, attacked), self.options

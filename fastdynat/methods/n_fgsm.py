@@ -53,7 +53,8 @@ class NFgsm(Madry):
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         assert inner.goal is not None
         spec = attack.spec
-        x_start = start_point(batch.x, "uniform", norm="linf", eps=self.noise * spec.eps)
+        radius = self.noise * spec.eps
+        x_start = start_point(batch.x, "uniform", norm="linf", eps=radius, generator=attack.draws)
         # A ball that the step cannot leave: noise plus one step, or the whole image range.
-        wide = min(1.0, self.noise * spec.eps + spec.step_size)
+        wide = min(1.0, radius + spec.step_size)
         return attack(batch.x, inner.goal, spec=replace(spec, eps=wide, start="none"), x_start=x_start)

@@ -40,6 +40,7 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.trades import kl_to_self
+from fastdynat.ops.image_draws import normal_like
 
 MOST_ITERATIONS = 10_000
 
@@ -108,7 +109,7 @@ class Vat(Method[VatOptions]):
         # looked at.
         with torch.no_grad():
             divergence = AttackGoal("kl", wide(nets.unmoved(batch.x)).log_softmax(1))
-        direction = _unit(torch.randn_like(batch.x))
+        direction = _unit(_noise(batch.x, attack))
         zeros = torch.zeros((), dtype=torch.int64, device=batch.x.device)
         for _ in range(self.options.power_iterations):
             leaf = (batch.x + self.options.xi * direction).requires_grad_()
@@ -135,6 +136,11 @@ class Vat(Method[VatOptions]):
         return Outer(
             {"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right}
         )
+
+
+def _noise(x: Tensor, attack: Attacker) -> Tensor:
+    """Standard normal numbers in the shape of `x`."""
+    return torch.randn_like(x) if attack.draws is None else normal_like(x, attack.draws, *x.shape[1:])
 
 
 def _unit(d: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastdynat.ops.random_start import random_start
 
+# Changes whenever equal seeds draw other numbers than before; stored results are then made anew.
+VERSION = 1
 # Counters between two draws: one draw may stand for a whole attack, which makes this many of its own.
 ATTACK = 2**16
 NO_IMAGE = 2**32 - 1  # the number under which draws are made that belong to no image
@@ -81,8 +83,8 @@ class ImageDraws:
     def _at(self, beyond: int) -> Tensor:
         return torch.stack([self.state[0], self.state[1] + beyond])
 
-    def take(self, rows: Tensor) -> "ImageDraws":
-        """The draws of the images in `rows`, int64 indices or (N,) bool, as a part of the same sequence."""
+    def take(self, rows: Tensor | slice) -> "ImageDraws":
+        """The draws of the images in `rows` (int64 indices, (N,) bool or a slice), in the same sequence."""
         return ImageDraws(self.state, self.images[rows], self.stride, self._numbers)
 
     def fork(self) -> "ImageDraws":

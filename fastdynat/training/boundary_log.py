@@ -10,6 +10,7 @@ from fastdynat.attacks.boundary_search import BoundarySpec
 from fastdynat.data import Batch
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.boundary_speed import FOLDER
+from fastdynat.ops.image_draws import ImageDraws
 from fastdynat.training.step import TrainStep
 
 
@@ -24,10 +25,10 @@ def log_boundary(
         seed: of the search's random starts, the same at every validation.
     """
     model, move = step.networks.raw["model"], last_move(step)
-    generator = torch.Generator(step.precision.device).manual_seed(seed)
     spec = BoundarySpec(eps_start=near)
     parts = [
-        boundary_speed(model, batch.x, batch.labels, move, spec, generator=generator) for batch in batches
+        boundary_speed(model, b.x, b.labels, move, spec, generator=ImageDraws.of(seed, b.indices, b.x.device))
+        for b in batches
     ]
     whole = BoundarySpeed(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("margin", "speed", "correct"))

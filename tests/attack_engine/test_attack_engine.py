@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.batch_norm_folding import NotFoldable, fold_batch_norm
-from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.engine import AttackEngine, Attacker
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
@@ -25,6 +25,7 @@ from fastdynat.errors import UserError
 from fastdynat.execution.compiling import MODES
 from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.models import build_model
+from fastdynat.ops.image_draws import ImageDraws
 
 SPEC = PGDSpec(0.1, 0.03, 3, start="none")
 # Name, batch norms that directly follow a convolution, image size.
@@ -469,6 +470,45 @@ def test_every_replay_draws_its_own_noise() -> None:
     torch.manual_seed(3)
     for captured in drawn:
         assert torch.equal(plain.run(x, AttackGoal("ce", y), spec).x_adv, captured)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_draws_of_images_are_inputs_of_the_graph(norm: str) -> None:
+    """A replay draws what the plain attack draws for its step and its images; later draws are not touched."""
+    (x, y), spec = images(), PGDSpec(0.1, 0.03, 1, norm=norm, restarts=2)
+    (engine, recorder, _), plain = graphed(tiny_cnn(), x), AttackEngine(tiny_cnn(), x[:2])
+    state, drawn = torch.tensor([7, 0]), []
+    for step in range(WARM_UP_CALLS + 2):
+        state[1] = step << 32  # as training does: one memory, filled anew for each step
+        numbers = torch.arange(len(x)) + 10 * step
+        sources = [ImageDraws(state, numbers) for _ in range(2)]
+        found = [
+            one.run(x, AttackGoal("ce", y), spec, generator=source).x_adv
+            for one, source in zip((engine, plain), sources, strict=True)
+        ]
+        assert torch.equal(*found)
+        assert torch.equal(*(source.uniform(3) for source in sources))
+        drawn.append(tuple(found[0].flatten().tolist()))
+    assert recorder.replayed == 2
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_an_attacker_attacks_some_of_a_batch_as_in_the_whole() -> None:
+    (x, y), spec = images(), PGDSpec(0.1, 0.03, 2)
+    x = x.double()
+    engine = AttackEngine(tiny_cnn(dtype=torch.float64), x[:2])
+    rows = torch.tensor([4, 1])
+
+    def attacker() -> Attacker:
+        return Attacker(engine, spec, ImageDraws.of(3, range(len(x)), "cpu"))
+
+    whole = attacker()(x, AttackGoal("ce", y)).x_adv
+    for chosen in (rows, torch.arange(len(x)) < 2, slice(3)):
+        part = attacker().take(chosen)(x[chosen], AttackGoal("ce", y[chosen])).x_adv
+        torch.testing.assert_close(part, whole[chosen], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="take"):
+        attacker()(x[rows], AttackGoal("ce", y[rows]))
+    Attacker(engine, spec).take(rows)(x[rows], AttackGoal("ce", y[rows]))  # draws for any batch
 
 
 def test_a_capture_that_fails_is_said_once_and_the_attack_goes_on() -> None:

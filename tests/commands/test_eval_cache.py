@@ -22,6 +22,7 @@ from fastdynat.commands.main import main
 from fastdynat.data import load_test
 from fastdynat.evaluation import Measurement, measure
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
+from fastdynat.ops import image_draws
 from fastdynat.runs import load_network
 
 CPU = torch.device("cpu")
@@ -223,7 +224,6 @@ def test_what_was_measured_is_not_measured_again(
         ["--step-size", "0.01"],
         ["--norm", "l2", "--eps", "0.1", "--step-size", "0.025"],
         ["--seed", "2"],
-        ["--batch-size", "30"],
         ["--amp", "bf16"],
         ["--num-images", "59"],
         ["--shard", "1/2"],
@@ -237,6 +237,35 @@ def test_each_part_of_the_key_counts(flags: list[str], run: Path, names: list[st
     assert names == ["pgd2", "pgd2"]
     evaluate(run, "--attacks", "pgd2", *flags)
     assert names == ["pgd2"] * (3 if flags == ["--cache", "off"] else 2)
+
+
+def test_a_batch_size_counts_only_where_the_result_depends_on_it(
+    run: Path, names: list[str], tmp_path: Path
+) -> None:
+    (file := tmp_path / "my_attack.py").write_text(SHIFT)
+    asked = ("--attacks", f"clean,pgd2,{file}:Shift")
+    first = evaluate(run, *asked)
+    del names[:]
+    second = evaluate(run, *asked, "--batch-size", "7")
+    assert names == ["my_attack.py:Shift"]
+    assert accuracies(second) == accuracies(first)
+    assert accuracies(evaluate(run, *asked, "--batch-size", "7", "--fresh")) == accuracies(first)
+
+
+def test_results_of_other_random_numbers_are_made_again(
+    run: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(run, "--attacks", "clean,pgd2")
+    monkeypatch.setattr(image_draws, "VERSION", image_draws.VERSION + 1)
+    evaluate(run, "--attacks", "clean,pgd2")
+    assert names == ["clean", "pgd2"] * 2
+    store = Store(run / "evaluations", {})
+    for text, stored in list(store.items()):  # as keys were before draws had a version
+        key = {name: value for name, value in json.loads(text).items() if name != "draws"}
+        store[json.dumps({**key, "batch_size": 500}, sort_keys=True)] = stored
+        del store[text]
+    evaluate(run, "--attacks", "clean,pgd2")
+    assert names == ["clean", "pgd2"] * 3
 
 
 def test_other_weights_and_another_source_are_other_results(
@@ -317,13 +346,13 @@ def test_ctrl_c_in_a_long_attack(run: Path) -> None:
 
 
 def test_shards_unite_to_the_whole(run: Path, names: list[str]) -> None:
-    flags = ("--attacks", "clean,fgsm")
+    flags = ("--attacks", "clean,pgd2-2")
     whole = evaluate(run, *flags, "--cache", "off")["results"][0]
     sizes = [evaluate(run, *flags, "--shard", f"{i}/7")["results"][0]["images"] for i in range(1, 7)]
     assert sizes == [9, 9, 9, 9, 8, 8]
     del names[:]
     evaluate(run, *flags)
-    assert names == ["clean", "fgsm"]  # one shard is missing
+    assert names == ["clean", "pgd2-2"]  # one shard is missing
     for path in (run / "evaluations").glob("*.json"):
         if "of7" not in path.name:
             path.unlink()
@@ -332,7 +361,7 @@ def test_shards_unite_to_the_whole(run: Path, names: list[str]) -> None:
     del names[:]
     united = evaluate(run, *flags)["results"][0]
     assert names == []
-    assert united["cached"] == ["clean", "fgsm"]
+    assert united["cached"] == ["clean", "pgd2-2"]
     for left, right in zip(whole["attacks"], united["attacks"], strict=True):
         for key in ("attack", "correct", "images", "ci", "per_class", "robust_bits"):
             assert left[key] == right[key], key

@@ -27,6 +27,7 @@ from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 from fastdynat.execution.fallbacks import Fallbacks
+from fastdynat.ops import image_draws
 from fastdynat.runs import check_writable
 from fastdynat.runs.atomic_files import make_folder
 from fastdynat.terminal.progress import ProgressDisplay
@@ -96,6 +97,7 @@ class Cells:
                     amp_dtype=AMP_DTYPES[config.amp],
                     source=None if source is None else source.network.to(self.device).requires_grad_(False),
                     standing=standing,
+                    numbers=target.numbers,
                     compile_mode=config.compile,
                     fallbacks=self._fallbacks,
                     should_stop=self.should_stop,
@@ -103,7 +105,11 @@ class Cells:
                 )
 
         key = self._key(
-            attack.name, attack.search, standing=standing, source=None if source is None else source.weights
+            attack.name,
+            attack.search,
+            batch_size=None if attack.draws_per_image else config.batch_size,
+            standing=standing,
+            source=None if source is None else source.weights,
         )
         # More images than there are never make a batch.
         batch_size = max(1, min(config.batch_size, images))
@@ -111,9 +117,8 @@ class Cells:
 
     def _staged(self, column: AttackColumn) -> dict[str, Any]:
         """The stages in order, each on the images still robust after those before, first clean accuracy."""
-        key = self._key(
-            column.name, None, numbers={"stages": [search_numbers(stage.search) for stage in column.stages]}
-        )
+        numbers = {"stages": [search_numbers(stage.search) for stage in column.stages]}
+        key = self._key(column.name, None, numbers=numbers)
         stages = [self._attacked(CLEAN)]
         for stage in column.stages:
             stages.append(self._attacked(stage, standing=_standing(stages[-1])))
@@ -121,7 +126,7 @@ class Cells:
         return {**asdict(whole), "stages": [asdict(stage) for stage in stages]}
 
     def _reference(self, name: str, numbers: Reference) -> Measurement:
-        key = self._key(name, numbers)
+        key = self._key(name, numbers, batch_size=self.config.batch_size, own_draws=False)
         state = self._state(key)
         found = self._once(key, None, lambda: self._run_reference(name, numbers, state))
         if state is not None:
@@ -178,6 +183,8 @@ class Cells:
         name: str,
         search: Any,
         *,
+        batch_size: int | None = None,
+        own_draws: bool = True,
         numbers: dict[str, Any] | None = None,
         standing: Tensor | None = None,
         source: str | None = None,
@@ -188,7 +195,8 @@ class Cells:
             attack=name,
             search=search_numbers(search) if numbers is None else numbers,
             seed=self.config.seed,
-            batch_size=self.config.batch_size,
+            batch_size=batch_size,
+            draws=image_draws.VERSION if own_draws else None,
             amp=self.config.amp,
             source=source,
             standing=standing_digest(standing),

@@ -31,7 +31,8 @@ class Key:
         weights: sha256 of the network's weights.
         images: digest of all test images and labels, also where only a shard of them is measured.
         search: the attack's numbers and class; None for clean accuracy.
-        batch_size: as asked for; a halved one is in the measurement.
+        batch_size: as asked for, of attacks whose result depends on it; a halved one is in the measurement.
+        draws: `image_draws.VERSION`; None for the authors' AutoAttack, which makes its own.
         source: sha256 of the weights that a transfer attack is made on.
         standing: digest of which images are attacked (`standing_digest`); None is all.
         shard: which share of the images, "I/N".
@@ -43,16 +44,17 @@ class Key:
     attack: str
     search: dict[str, Any] | None
     seed: int
-    batch_size: int
     amp: str
+    batch_size: int | None = None
+    draws: int | None = None
     source: str | None = None
     standing: str | None = None
     shard: str | None = None
     version: str = __version__
 
     def text(self) -> str:
-        """As JSON; source, standing and shard are left out where they are None."""
-        left_out = ("source", "standing", "shard")
+        """As JSON; fields that may be None are left out where they are."""
+        left_out = ("batch_size", "draws", "source", "standing", "shard")
         parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
         return json.dumps(parts, sort_keys=True)
 

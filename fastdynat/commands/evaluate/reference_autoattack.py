@@ -81,7 +81,7 @@ def run_reference(
         adversary = _adversary(package, model, norm, eps, seed, device, version)
         _fit(adversary, model, x[:1].to(device))
 
-        def attack(name: str, x: Tensor, y: Tensor) -> Tensor:
+        def attack(name: str, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
             run = partial(_attack, adversary, x.to(device), y.to(device))
             return with_halving(run, batch_size).to(x.device)

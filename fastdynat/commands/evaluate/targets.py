@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastdynat import __version__
 from fastdynat.attack_engine.steps import diameter, usual_step
@@ -94,6 +95,11 @@ class Target:
     def images(self) -> ImageSet:
         rows = slice(None) if self.shard is None else self.shard.rows
         return ImageSet(self.everything.images[rows], self.everything.labels[rows])
+
+    @property
+    def numbers(self) -> Tensor:
+        """(N,) int64: the numbers of `images` among all test images."""
+        return torch.arange(len(self.everything))[slice(None) if self.shard is None else self.shard.rows]
 
     @property
     def about(self) -> dict[str, Any]:

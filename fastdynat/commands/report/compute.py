@@ -14,6 +14,7 @@ from fastdynat.data import DatasetInfo, ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
+from fastdynat.ops import image_draws
 from fastdynat.runs import data_difference, load_network
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
@@ -138,7 +139,7 @@ def _tasks(records: Sequence[Record], config: ReportConfig, found: Findings) -> 
     settings = {
         "images": config.num_images,
         "seed": config.seed,
-        "batch_size": config.batch_size,
+        "draws": image_draws.VERSION,
         "data_dir": config.data_dir,
     }
     targets = [_Target(r, c) for r in records if (c := r.checkpoint(config.checkpoint)) is not None]

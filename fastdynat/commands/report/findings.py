@@ -21,6 +21,7 @@ from fastdynat.evaluation.masking import check_masking
 from fastdynat.evaluation.measure import attacked
 from fastdynat.evaluation.saliency import explain
 from fastdynat.evaluation.transfer import transfer_matrix
+from fastdynat.ops.image_draws import ImageDraws
 
 ATTACK = "pgd20"  # of the curve, the images and the transfer matrix
 # A cheap attack for the smallest perturbation, by norm; a stronger one that was stored by `fastdynat eval` is
@@ -92,12 +93,11 @@ def examples(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     network = subject.network
     x = subject.images.images[:EXPLAINED].to(means.device).float() / 255
     labels = subject.images.labels[:EXPLAINED].to(means.device)
-    generator = torch.Generator(means.device).manual_seed(means.seed)
-    explanation = explain(network, x, labels, generator=generator)
+    draws = ImageDraws.of(means.seed, range(len(x)), means.device)
+    explanation = explain(network, x, labels, generator=draws)
     chosen = one_of_each(labels.cpu(), SHOWN).to(means.device)
     attack = _parse(ATTACK, subject.norm, subject.eps)
-    assert attack.search is not None
-    x_adv = attack.search(attacked(network, x), x[chosen], labels[chosen], generator=generator).x_adv
+    x_adv = attack.run(attacked(network, x), x[chosen], labels[chosen], draws=draws.take(chosen)).x_adv
     with torch.no_grad():
         before, after = (network(images).softmax(1).cpu() for images in (x[chosen], x_adv))
     delta = (x_adv - x[chosen]).cpu()
