@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 
 from fastdynat import __version__
 from fastdynat.commands.parsing.naming import name_flags
+from fastdynat.commands.rank_ends import lost_rank, report_crash, reported_by_this_rank
 from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
+from fastdynat.launch import launched
 from fastdynat.terminal.interrupts import Interruption
 
 USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
@@ -54,22 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_words(argv)
             return _run_and_flush(argv)
         except UserError as error:
-            return _fail(name_flags(str(error), argv))
+            return _fail(error, name_flags(str(error), argv))
         except BrokenPipeError:
             _drop_output()
             return 128 + signal.SIGPIPE
-        except KeyboardInterrupt:
-            return _interrupted(interruption)
+        except KeyboardInterrupt as error:
+            return _interrupted(error, interruption)
         except Exception as error:
-            if (
-                interruption.signal is not None
-            ):  # raised while something was imported or compiled, and made into this
-                return _interrupted(interruption)
+            # A signal while something was imported or compiled may have been made into this.
+            if interruption.signal is not None:
+                return _interrupted(error, interruption)
             reason = shortage(error) or _system_says(error)
-            if reason is None:
+            if reason is not None:
+                _drop_output()
+                return _fail(error, reason)
+            if (lost := lost_rank(error)) is not None:
+                return _fail(error, lost, code=1)
+            if not launched():
                 raise
-            _drop_output()
-            return _fail(reason)
+            report_crash(error)
+            return 1
         finally:
             random.setstate(generator)
 
@@ -121,18 +127,23 @@ def _run_and_flush(argv: list[str]) -> int:
         sys.stdout.flush()  # also where the help was printed, which ends by SystemExit
 
 
-def _fail(reason: str) -> int:
-    _say(f"fastdynat: error: {one_line(reason)}")
-    return 2
+def _fail(error: BaseException, reason: str, *, code: int = 2) -> int:
+    said = reported_by_this_rank(error, one_line(reason), code)
+    if said is not None:
+        _say(f"fastdynat: error: {said}")
+    return code
 
 
-def _interrupted(interruption: Interruption) -> int:
+def _interrupted(error: BaseException, interruption: Interruption) -> int:
+    if (lost := lost_rank(error)) is not None:  # torchrun ends the others by a signal
+        return _fail(error, lost, code=1)
     by = (
         ""
         if interruption.code == 128 + signal.SIGINT
         else f" by {signal.Signals(interruption.code - 128).name}"
     )
-    _say(f"fastdynat: interrupted{by}")
+    if reported_by_this_rank(error, f"interrupted{by}", interruption.code) is not None:
+        _say(f"fastdynat: interrupted{by}")
     return interruption.code
 
 

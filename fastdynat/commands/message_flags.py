@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fastdynat.errors import UserError
+from fastdynat.launch import launched_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,8 @@ class MessageFlags(LevelFlag):
 def printed_messages(level: Level, console: "Console", *, quiet: bool = False) -> Iterator[None]:
     """Within it, the package's log messages from `level` on are printed on `console`.
 
+    Of several processes the first prints them, the others only errors, with their rank.
+
     Raises:
         UserError: `quiet` together with debug messages.
     """
@@ -40,5 +43,6 @@ def printed_messages(level: Level, console: "Console", *, quiet: bool = False) -
         raise UserError("--quiet and --log-level debug contradict each other; leave one of them out")
     from fastdynat.terminal.messages import messages_shown
 
-    with messages_shown(console, level):
+    rank = launched_rank()
+    with messages_shown(console, level if rank == 0 else "error", prefix=f"rank {rank}: " if rank else ""):
         yield

@@ -59,11 +59,13 @@ def train_command(argv: list[str]) -> int:
 
     level = parsed.command.messages.log_level
     with printed_messages(level, error_console(), quiet=config.run.quiet):
+        from fastdynat.distributed import joined_world
         from fastdynat.training import new_run, resumed_run
 
-        begun = new_run(config) if resume is None else resumed_run(Path(resume), config)
-        with begun as trainer:
-            return 0 if trainer.finished() else _fit(trainer)
+        with joined_world(config.engine.device, config.engine.rank_timeout):
+            begun = new_run(config) if resume is None else resumed_run(Path(resume), config)
+            with begun as trainer:
+                return 0 if trainer.finished() else _fit(trainer)
 
 
 def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainCommand[Any]]:
@@ -115,11 +117,11 @@ def _fit(trainer: "Trainer") -> int:
     from fastdynat.ops import operators_in_use
     from fastdynat.training import Diverged
 
-    path, c = trainer.run.path, trainer.config
+    path, c, ranks = trainer.run.path, trainer.config, trainer.world.size
     guide = f" with guide {short_name(c.model.guide)}" if c.model.guide != "none" else ""
     logger.info(
         f"{method_label(c.method)}: {short_name(c.model.model)}{guide} on {short_name(c.data.data)}, "
-        f"{trainer.loader.num_images} images, {c.engine.device}"
+        f"{trainer.loader.num_images} images, {c.engine.device}" + f", {ranks} processes" * (ranks > 1)
     )
     logger.info(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
@@ -132,7 +134,8 @@ def _fit(trainer: "Trainer") -> int:
             if find_checkpoint(path, LAST)
             else "there is no checkpoint yet"
         )
-        logger.error(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
+        if trainer.world.first:  # all ranks find the same
+            logger.error(f"training diverged: {error}; {kept}. Lower --lr, or --clip-grad 1")
         return 1
     except WriteError as error:
         raise UserError(f"{error}; make room, then go on with: fastdynat train --resume {path}") from None

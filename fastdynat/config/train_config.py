@@ -234,6 +234,9 @@ class EngineConfig:
     run equals an uninterrupted one bit for bit on the same kind of GPU with the same versions; without it,
     within rounding. On the CPU it is exact either way, with the same processor, number of threads and
     versions."""
+    rank_timeout: float = 10.0
+    """Several processes (torchrun): minutes within which all of them must come to the rendezvous and to each
+    collective. Then the missing rank is named, and all end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ LARGEST: dict[str, float] = {
     "val_every": EPOCHS,
     "stop_after": EPOCHS,
     "save_every": 10**6,  # minutes
+    "rank_timeout": 10**5,
     "seconds": 10**6,
     "budget": 10**8,
     "budget_seconds": 10**8,
@@ -118,7 +119,7 @@ RANGES = {
     **dict.fromkeys(("check_fidelity", "boundary_speed"), VALIDATION_IMAGES),
     "stop_at": Range(0, 1, "a share in (0, 1]", "; write 45 % as 0.45", open_least=True),
     "patience": _from(1, "a number of validations >= 1"),
-    "save_every": _above(0, "minutes"),
+    **dict.fromkeys(("save_every", "rank_timeout"), _above(0, "minutes")),
     **dict.fromkeys(("val_every", "stop_after"), _from(1)),
     "seconds": _above(0),
     "repeats": _from(1),

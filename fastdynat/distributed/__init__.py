@@ -13,13 +13,14 @@ nothing.
 from fastdynat.distributed.decisions import all_can, first_decides, name_of, require_alike
 from fastdynat.distributed.joining import join_world, joined_world, leave_world
 from fastdynat.distributed.session import present_session
-from fastdynat.distributed.world import ALONE, World, batch_world, replicated_batch, world
+from fastdynat.distributed.world import ALONE, World, apart, batch_world, replicated_batch, world
 from fastdynat.launch import launched
 
 __all__ = [
     "ALONE",
     "World",
     "all_can",
+    "apart",
     "batch_world",
     "first_decides",
     "join_world",

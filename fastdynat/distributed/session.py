@@ -105,6 +105,8 @@ class Session:
 
         Takes up to `GRACE` seconds: what is to be found out happens at about the same time.
         """
+        if (told := self.failure()) is not None:
+            return str(told["text"])
         dead = next((str(member) for member in self._others() if member.dead), None)
         said = str(error).lower()
         if dead is None and not any(word in said for word in COLLECTIVE):

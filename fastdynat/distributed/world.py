@@ -101,7 +101,7 @@ class PendingSum:
 
 
 ALONE = World()
-_replicated = False
+_replicated = _apart = False
 _calls = 0  # of this process, of the collectives above
 
 
@@ -116,8 +116,8 @@ def _count_call() -> None:
 
 
 def world() -> World:
-    """The processes of torch's default process group; `ALONE` where there is none."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """The processes of torch's default process group; `ALONE` where there is none, and inside `apart`."""
+    if _apart or not (dist.is_available() and dist.is_initialized()):
         return ALONE
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -136,3 +136,14 @@ def replicated_batch() -> Iterator[None]:
         yield
     finally:
         _replicated = before
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Context of work that one rank does without the others, as if it were the only process."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastdynat.runs.manifest import check_manifest
     from fastdynat.runs.output_checks import check_output, check_results, check_writable
     from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock_folder, release_name
+    from fastdynat.runs.seen_run import SeenRun, marked_folder, require_shared
     from fastdynat.runs.sidecar import Sidecar, read_sidecar
     from fastdynat.runs.weights import (
         data_difference,
@@ -55,6 +56,7 @@ __getattr__, __dir__ = lazy_names(
             "lock_folder",
             "release_name",
         ),
+        "seen_run": ("SeenRun", "marked_folder", "require_shared"),
         "sidecar": ("Sidecar", "read_sidecar"),
         "weights": (
             "data_difference",
@@ -75,6 +77,7 @@ __all__ = [
     "LAST",
     "STATE",
     "RunDir",
+    "SeenRun",
     "Sidecar",
     "WriteError",
     "check_manifest",
@@ -94,11 +97,13 @@ __all__ = [
     "load_state",
     "lock_folder",
     "looks_like_run",
+    "marked_folder",
     "newest_checkpoint",
     "read_sidecar",
     "record_start",
     "release_name",
     "require_run",
+    "require_shared",
     "save_weights",
     "source_commit",
 ]

@@ -80,7 +80,13 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def record_start(
-    path: Path, *, operators: str, on_cpu: bool = True, precision: str = "float32", winograd: str = UNUSED
+    path: Path,
+    *,
+    operators: str,
+    on_cpu: bool = True,
+    precision: str = "float32",
+    winograd: str = UNUSED,
+    processes: int = 1,
 ) -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
@@ -91,13 +97,14 @@ def record_start(
         on_cpu: whether the run computes on the CPU, where threads and processor count.
         precision: that of training; validation is in float32 without TF32.
         winograd: the rule by which layers are computed by Winograd's algorithm; `UNUSED` where none may be.
+        processes: how many train together.
     """
     starts: list[dict[str, Any]] = []
     with suppress(UserError):  # the first start, or a damaged list, which resuming does not need
         starts = read_starts(path)
     precisions = {"training": precision, "validation": "float32"}
     starts.append({**describe_environment(), "operators": operators, "precision": precisions})
-    starts[-1] |= {"winograd": winograd, "command": sys.argv[1:]}
+    starts[-1] |= {"winograd": winograd, "command": sys.argv[1:], "processes": processes}
     write_text(path, json.dumps(starts, indent=2) + "\n")
     return _differences(*starts[-2:], on_cpu=on_cpu) if len(starts) > 1 else []
 
@@ -106,7 +113,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -
     """Differences between two starts, each with its remedy; an entry that is missing counts as unknown."""
     # No flag brings back a mixture such as "cpp, but eager for this one".
     mixed = "," in str(before.get("operators"))
-    remedies = {"operators": "" if mixed else " (--kernels {} keeps them)", "torch": ""}
+    remedies = {"processes": "", "operators": "" if mixed else " (--kernels {} keeps them)", "torch": ""}
     remedies |= {"threads": " (OMP_NUM_THREADS={} keeps them)", "processor": ""} if on_cpu else {"gpus": ""}
     names = {"torch": "PyTorch changes", "processor": "the processor changes", "gpus": "the GPUs change"}
     # The number of cores beside the processor's name is not part of it.

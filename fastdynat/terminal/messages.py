@@ -17,15 +17,15 @@ STYLES = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red"}
 class ConsoleHandler(logging.Handler):
     """Prints each record as one plain line: the message, marked where it is a warning or an error."""
 
-    def __init__(self, console: Console, level: int) -> None:
+    def __init__(self, console: Console, level: int, prefix: str = "") -> None:
         super().__init__(level)
-        self.console = console
+        self.console, self.prefix = console, prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print `record` on the console."""
         try:
             mark = Text(MARKS.get(record.levelno, ""), style=STYLES.get(record.levelno, ""))
-            self.console.print(mark + Text(self.format(record)), **AS_IS, soft_wrap=True)
+            self.console.print(mark + Text(self.prefix + self.format(record)), **AS_IS, soft_wrap=True)
         except BrokenPipeError:
             raise
         except Exception:
@@ -33,13 +33,13 @@ class ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def messages_shown(console: Console, level: str = "info") -> Iterator[None]:
-    """Within it, log messages of the package from `level` on are printed on `console`.
+def messages_shown(console: Console, level: str = "info", *, prefix: str = "") -> Iterator[None]:
+    """Within it, log messages of the package from `level` on are printed on `console`, after `prefix`.
 
     The loggers' own level and handlers are as before afterwards.
     """
     logger, threshold = logging.getLogger(PACKAGE), logging.getLevelNamesMapping()[level.upper()]
-    handler, before = ConsoleHandler(console, threshold), logger.level
+    handler, before = ConsoleHandler(console, threshold, prefix), logger.level
     logger.addHandler(handler)
     logger.setLevel(min(threshold, logging.INFO))
     try:

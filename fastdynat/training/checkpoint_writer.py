@@ -1,5 +1,6 @@
 """Checkpoints of a run: copied in the training thread, written to the disk in the background."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,57 @@ from fastdynat.training.training_state import snapshot, write_training_state
 from fastdynat.training.weight_files import weights_now, write_weights
 
 
-class CheckpointWriter(BackgroundWriter):
-    """A `BackgroundWriter` that adds checkpoints, and the rows of finished epochs, to a run directory."""
+class RunWriter(BackgroundWriter):
+    """What a run keeps: checkpoints, and the rows of finished epochs."""
+
+    @abstractmethod
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        validated: Mapping[str, float],
+        best: bool,
+        row: dict[str, Any] | None,
+    ) -> None:
+        """Begin to write a checkpoint of this moment."""
+
+    @abstractmethod
+    def restore_metrics(self, epochs: int, row: dict[str, Any] | None) -> None:
+        """Bring the rows in line with a checkpoint: `MetricsLog.restore`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish the files of a run that has ended."""
+
+
+class Unwritten(RunWriter):
+    """Of the processes that do not write the run: keeps nothing."""
+
+    def save(self, state: dict[str, Any], **about: Any) -> None:
+        """Do nothing."""
+
+    def restore_metrics(self, epochs: int, row: dict[str, Any] | None) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class CheckpointWriter(RunWriter):
+    """Adds checkpoints, and the rows of finished epochs, to a run directory."""
 
     def __init__(
-        self,
-        run: RunDir,
-        metrics: MetricsLog,
-        networks: NetworkSet,
-        config: ResolvedConfig[Any],
-        info: DatasetInfo,
+        self, run: RunDir, networks: NetworkSet, config: ResolvedConfig[Any], info: DatasetInfo
     ) -> None:
         super().__init__()
-        self._run, self._metrics, self._networks = run, metrics, networks
-        self._config, self._info = config, info
+        self._run, self._networks, self._config, self._info = run, networks, config, info
+        self._metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
+
+    def restore_metrics(self, epochs: int, row: dict[str, Any] | None) -> None:
+        self._metrics.restore(epochs, row)
+
+    def close(self) -> None:
+        self._metrics.close()
 
     def save(
         self,

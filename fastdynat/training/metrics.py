@@ -10,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdynat.distributed import World
 from fastdynat.errors import UserError
 from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.metrics_rows import read_rows
 
 
 class Averages:
-    """Means of scalars weighted by images, accumulated on the device without waiting for it."""
+    """Means of scalars weighted by images, accumulated on the device without waiting for it.
+
+    Attributes:
+        images: their number; a share of one where several ranks have the same image.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self.images = 0
+        self.images: float = 0
 
-    def add(self, logs: Mapping[str, Tensor], images: int) -> None:
+    def add(self, logs: Mapping[str, Tensor], images: float) -> None:
         """Add one batch's means, taken over `images` images."""
         for key, value in logs.items():
             term = value.detach().double() * images
@@ -33,8 +38,20 @@ class Averages:
         """The means so far (waits for the device)."""
         return {key: float(value) / self.images for key, value in self._sums.items()} if self.images else {}
 
+    def of_all(self, world: World) -> "Averages":
+        """The averages over the images of all ranks; every rank must call it (waits for the device)."""
+        if world.alone:
+            return self
+        found = Averages()
+        own = {key: float(value) for key, value in self._sums.items()}
+        for images, sums in world.gather((self.images, own)):
+            found.images += images
+            for key, value in sums.items():
+                found._sums[key] = found._sums.get(key, torch.zeros((), dtype=torch.float64)) + value
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "sums": {key: value.cpu() for key, value in self._sums.items()}}
+        return {"images": round(self.images), "sums": {key: value.cpu() for key, value in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.images = state["images"]

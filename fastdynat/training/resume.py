@@ -10,11 +10,21 @@ from typing import Any
 import torch
 
 from fastdynat.config import TrainConfig, to_yaml
+from fastdynat.data import TrainSplit
+from fastdynat.distributed import all_can, first_decides, world
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import keeping_process_state
 from fastdynat.methods.configs import stored_config
 from fastdynat.ops import use_backend
-from fastdynat.runs import ENVIRONMENT, STATE, RunDir, check_manifest, newest_checkpoint, record_start
+from fastdynat.runs import (
+    ENVIRONMENT,
+    STATE,
+    RunDir,
+    SeenRun,
+    check_manifest,
+    newest_checkpoint,
+    record_start,
+)
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.own_code import pin_own_code, refuse_changed_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
@@ -25,8 +35,15 @@ from fastdynat.training.permitted_changes import (
     check_trained,
     stored_epochs,
 )
+from fastdynat.training.rank_start import (
+    begin_alike,
+    require_same_command,
+    require_shared_folder,
+    settled_by_first,
+)
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.training_state import read_training_state
 from fastdynat.training.weight_files import load_weights
@@ -49,7 +66,8 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
     """
     config, stored = pin_own_code(config), stored_config(path, config.method)
     refuse_changed_code(stored, config)
-    run = RunDir.open(path)
+    require_same_command(config)
+    run = _opened(path)
     try:
         trainer = _restored_trainer(run, stored, config)
         if trainer.finished():
@@ -65,41 +83,70 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
             )
         elif why := rounding_of_resume(engine):
             logger.info("it continues within rounding, not bit for bit: %s", why)
-        _rewrite_record(trainer)  # only now, when nothing can be refused any more
         with use_backend(engine.kernels):
-            for change in record_start(path / ENVIRONMENT, **arithmetic(engine)):
-                logger.info("%s: the run continues, but not bit for bit", change)
+            if isinstance(run, RunDir):
+                _rewrite_record(run, trainer)  # only now, when nothing can be refused any more
             yield trainer
     finally:
         run.close()
 
 
-def _restored_trainer(run: RunDir, stored: TrainConfig[Any], asked: TrainConfig[Any]) -> Trainer:
-    """A trainer in the state of the newest checkpoint of `run`, whose files stay as they are."""
-    last = newest_checkpoint(run.path)
-    state = {} if last is None else _checked_state(last)
+def _opened(path: Path) -> RunDir | SeenRun:
+    """The run in `path`, opened by the process that writes it, which all others see."""
+    opened: list[RunDir] = []
+    first_decides(lambda: opened.append(RunDir.open(path)))
+    run = opened[0] if opened else SeenRun(path)
+    try:
+        require_shared_folder(path)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _restored_trainer(run: RunDir | SeenRun, stored: TrainConfig[Any], asked: TrainConfig[Any]) -> Trainer:
+    """A trainer in the state of the newest checkpoint of `run`, whose files stay as they are.
+
+    Of several processes the first reads the checkpoint; the others get weights and state from it.
+    """
+    found: list[tuple[Path | None, dict[str, Any]]] = []
+
+    def settle() -> tuple[ResolvedConfig[Any], TrainSplit]:
+        last = newest_checkpoint(run.path)
+        state = {} if last is None else _checked_state(last)
+        found.append((last, state))
+        return _settled(run.path, stored, asked, state)
+
+    config, split = settled_by_first(asked, settle)
+    last, state = world().from_first(found[0] if found else (None, {}))
+    val = all_can(split.val_images)
+    parts = all_can(lambda: build_parts(config, split, load_guide=last is None and world().first))
+    check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
+    trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step))
+    all_can(lambda: _restore(last, state, trainer))
+    begin_alike(parts, val)
+    if last is None:
+        logger.info("%s was stopped before its first checkpoint: starting again from the same seed", run.path)
+    elif not trainer.finished():
+        logger.info("resuming %s %s", run.path, _place(trainer))
+    return trainer
+
+
+def _settled(
+    path: Path, stored: TrainConfig[Any], asked: TrainConfig[Any], state: dict[str, Any]
+) -> tuple[ResolvedConfig[Any], TrainSplit]:
+    """The configuration to go on with, and its data; `state` is that of the newest checkpoint in `path`."""
     if without_place(asked.data.data) != without_place(
         stored.data.data
     ):  # before the other data is looked for
         raise changed_key("data", stored.data.data, asked.data.data)
-    check_trained(run.path, stored, asked, state)
+    check_trained(path, stored, asked, state)
     split = open_split(asked)
     asked = replace(asked, engine=with_stored_choices(asked.engine, stored.engine))
     resolved = resolve(asked, split.info, announce=False, carried_on=True)
     config = resolve_loader(resolved, split, announce=False)
     check_changes(stored, config)
-    val = split.val_images()
-    parts = build_parts(config, split, load_guide=last is None)
-    check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
-    trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step))
-    if last is None:
-        trainer.metrics.restore(0, None)
-        logger.info("%s was stopped before its first checkpoint: starting again from the same seed", run.path)
-        return trainer
-    _restore(last, state, trainer)
-    if not trainer.finished():
-        logger.info("resuming %s %s", run.path, _place(trainer))
-    return trainer
+    return config, split
 
 
 def _checked_state(checkpoint: Path) -> dict[str, Any]:
@@ -107,8 +154,13 @@ def _checked_state(checkpoint: Path) -> dict[str, Any]:
     return read_training_state(checkpoint / STATE)
 
 
-def _restore(checkpoint: Path, state: dict[str, Any], trainer: Trainer) -> None:
-    load_weights(checkpoint, trainer.networks, trainer.config)
+def _restore(checkpoint: Path | None, state: dict[str, Any], trainer: Trainer) -> None:
+    """Load the checkpoint's weights, in the process that writes, and its `state`; None is the beginning."""
+    if checkpoint is None:
+        trainer.restore_metrics(0, None)
+        return
+    if world().first:
+        load_weights(checkpoint, trainer.networks, trainer.config)
     try:
         trainer.load_state_dict(state)
         _check_momentum(trainer)
@@ -139,12 +191,15 @@ def _place(trainer: Trainer) -> str:
     return f"at epoch {epoch + 1}, after {step} of {steps} steps"
 
 
-def _rewrite_record(trainer: Trainer) -> None:
-    """Bring the run directory up to date: present form, present configuration, links."""
-    run, config = trainer.run, trainer.config
+def _rewrite_record(run: RunDir, trainer: Trainer) -> None:
+    """Bring the run directory up to date: present form, present configuration, links, this start."""
+    config = trainer.config
     run.adopt()
     run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
     run.checkpoints.link()
+    about = arithmetic(config.engine)
+    for change in record_start(run.path / ENVIRONMENT, processes=trainer.world.size, **about):
+        logger.info("%s: the run continues, but not bit for bit", change)
 
 
 def _how_to_train_longer(path: Path, trainer: Trainer) -> str:

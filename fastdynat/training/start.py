@@ -8,16 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from fastdynat.config import TrainConfig, to_yaml
-from fastdynat.data import dataset_info
+from fastdynat.data import TrainSplit, dataset_info
+from fastdynat.distributed import all_can, first_decides, world
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import keeping_process_state
 from fastdynat.methods import method_label
 from fastdynat.ops import use_backend
-from fastdynat.runs import ENVIRONMENT, RunDir, check_new, claim_name, free_name, record_start, release_name
+from fastdynat.runs import (
+    ENVIRONMENT,
+    RunDir,
+    SeenRun,
+    check_new,
+    claim_name,
+    free_name,
+    record_start,
+    release_name,
+)
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.own_code import data_folder_name, pin_own_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
+from fastdynat.training.rank_start import (
+    begin_alike,
+    require_same_command,
+    require_shared_folder,
+    settled_by_first,
+)
 from fastdynat.training.resolve import check_sizes, resolve, resolve_loader, warn_of_first_epoch
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trainer import Trainer
@@ -36,7 +52,25 @@ def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
             then.
     """
     config = pin_own_code(config)
+    require_same_command(config)
     stem = f"{data_folder_name(config.data.data)}-{method_label(config.method)}"
+    resolved, split = settled_by_first(config, lambda: _settled(config, stem))
+    val = all_can(split.val_images)
+    parts = all_can(lambda: build_parts(resolved, split, load_guide=world().first))
+    burn_in = burn_in_step(resolved, parts.step)
+    begin_alike(parts, val)
+    run, resolved = _make_folder(resolved, stem)  # only now, when nothing can be refused any more
+    try:
+        with use_backend(resolved.engine.kernels):
+            if isinstance(run, RunDir):
+                record_start(run.path / ENVIRONMENT, processes=world().size, **arithmetic(resolved.engine))
+            yield Trainer(resolved, split.info, val, parts, run, burn_in)
+    finally:
+        run.close()
+
+
+def _settled(config: TrainConfig[Any], stem: str) -> tuple[ResolvedConfig[Any], TrainSplit]:
+    """`config` with every choice made, and its data opened."""
     _check_before_data(config, stem)
     split = open_split(config)
     check_sizes(config, split)
@@ -44,17 +78,7 @@ def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
     warn_of_first_epoch(resolved)
     if why := rounding_of_resume(resolved.engine):
         logger.info("resuming this run will continue within rounding, not bit for bit: %s", why)
-    val = split.val_images()
-    resolved = settle_compile(resolved, split)
-    parts = build_parts(resolved, split)
-    burn_in = burn_in_step(resolved, parts.step)
-    run, resolved = _make_folder(resolved, stem)  # only now, when nothing can be refused any more
-    try:
-        with use_backend(resolved.engine.kernels):
-            record_start(run.path / ENVIRONMENT, **arithmetic(resolved.engine))
-            yield Trainer(resolved, split.info, val, parts, run, burn_in)
-    finally:
-        run.close()
+    return settle_compile(resolved, split), split
 
 
 def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
@@ -72,11 +96,31 @@ def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
         )
 
 
-def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir, ResolvedConfig[Any]]:
+def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir | SeenRun, ResolvedConfig[Any]]:
     """The open folder of a new run (runs/STEM where the user names none), and `config` as it is stored there.
 
     The path of the data is stored whole, so that the run can be resumed and evaluated from another directory.
+    Of several processes the first makes the folder, when all machines have been found to share its place.
     """
+    require_shared_folder(Path(config.run.run_dir) if config.run.run_dir else free_name(stem))
+    made: list[RunDir] = []
+
+    def make() -> dict[str, Any]:
+        run, stored = _made_folder(config, stem)
+        made.append(run)
+        return {"run_dir": stored.run.run_dir, "data_dir": stored.data.data_dir}
+
+    paths = first_decides(make)
+    stored = replace(
+        config,
+        run=replace(config.run, run_dir=paths["run_dir"], overwrite=False),
+        data=replace(config.data, data_dir=paths["data_dir"]),
+    )
+    return made[0] if made else SeenRun(Path(paths["run_dir"])), stored
+
+
+def _made_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir, ResolvedConfig[Any]]:
+    """`_make_folder` of the process that writes."""
     claimed = not config.run.run_dir
     path = claim_name(stem) if claimed else Path(str(config.run.run_dir))
     stored = replace(

@@ -8,38 +8,42 @@ from typing import Any
 import torch
 
 from fastdynat.data import DatasetInfo, ImageSet
+from fastdynat.distributed import apart, world
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.models.finite import not_numbers
-from fastdynat.runs import RunDir
-from fastdynat.terminal.stop_request import StopRequest
+from fastdynat.runs import RunDir, SeenRun
+from fastdynat.terminal.stop_request import StopRequest, request_stop
 from fastdynat.terminal.training_progress import TrainingProgress
 from fastdynat.training.average_share import run_average_note
-from fastdynat.training.checkpoint_writer import CheckpointWriter
+from fastdynat.training.checkpoint_writer import CheckpointWriter, RunWriter, Unwritten
 from fastdynat.training.epoch_checks import boundary_columns, fidelity_columns
 from fastdynat.training.fit_outcome import Diverged, Outcome
-from fastdynat.training.metrics import Averages, MetricsLog
+from fastdynat.training.method_buffers import load_buffers, rows_per_image, whole_buffers
+from fastdynat.training.metrics import Averages
 from fastdynat.training.parts import RunParts
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state
 from fastdynat.training.schedules import average_warmup, epochs_of_method
 from fastdynat.training.step import TrainStep
+from fastdynat.training.step_agreement import StepAgreement, stop_of_any_rank
 from fastdynat.training.training_state import fixed_settings
 from fastdynat.training.validation import Validation
 from fastdynat.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-REFRESH_SECONDS = 1.0  # between looks at the device's running averages, each of which waits for it
-
 
 class Trainer:
     """One run in one run directory.
 
+    Several processes train it together: all of them make every decision alike, and the first one writes.
+
     Attributes:
+        world: the processes.
         epoch: completed epochs.
         epoch_step: updates done in the epoch after them.
-        averages, seconds: means over that epoch's updates so far, and the time they took.
+        averages, seconds: means over this process's part of that epoch so far, and the time it took.
         row: the metrics of the last completed epoch.
         last_validation: the deployed network's scores after the last epoch; empty if not validated.
     """
@@ -50,22 +54,30 @@ class Trainer:
         info: DatasetInfo,
         val: ImageSet,
         parts: RunParts,
-        run: RunDir,
+        run: RunDir | SeenRun,
         burn_in: TrainStep | None = None,
     ) -> None:
-        """`burn_in`: the step of the first epochs, before that of `parts`."""
+        """
+        Args:
+            run: a `RunDir` in the process that writes it.
+            burn_in: the step of the first epochs, before that of `parts`.
+        """
+        self.world = world()
         self.config, self.info, self.val, self.run = config, info, val, run
         self.networks, step, self.loader = parts
         self.step, self._method_step = burn_in or step, step
         self.device = torch.device(config.engine.device)
-        self.metrics = MetricsLog(run.path, tensorboard=config.run.tensorboard)
         self._restart_average()
         self.epoch, self.epoch_step = 0, 0
         self.averages, self.seconds = Averages(), 0.0
         near = config.attack.eval_eps <= 1.5 * config.attack.eps
         self.watch = Watch(config.run, step.method.select_by, comparable=near)
         self._validation = Validation(config, self.networks, val)
-        self._writer = CheckpointWriter(run, self.metrics, self.networks, config, info)
+        self._writer: RunWriter = Unwritten()
+        if isinstance(run, RunDir):
+            self._writer = CheckpointWriter(run, self.networks, config, info)
+        self._together = StepAgreement(self.world)
+        self._per_image = rows_per_image(step.method, info.image_shape)
         self.last_validation: dict[str, float] = {}
         self.row: dict[str, Any] | None = None
 
@@ -83,7 +95,8 @@ class Trainer:
         epochs = self.config.optim.epochs
         until = min(epochs, self.config.run.stop_after or epochs)
         steps = {"total_steps": until * self.loader.steps_per_epoch, "done_steps": self._steps_done()}
-        shown = TrainingProgress.shown(**steps, quiet=self.config.run.quiet)
+        quiet = self.config.run.quiet or not self.world.first
+        shown = TrainingProgress.shown(**steps, quiet=quiet)
         with StopRequest() as stop, shown as progress, self._writer:
             self._warn_of_average()
             while self.epoch < until and not self.watch.ended():
@@ -93,7 +106,7 @@ class Trainer:
                 except Stopped:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
-        self.metrics.close()
+        self._writer.close()
         return Outcome(self.finished(), stop.signal)
 
     def _steps_done(self) -> int:
@@ -141,37 +154,37 @@ class Trainer:
     def _train_epoch(self, stop: StopRequest, progress: TrainingProgress) -> None:
         if self.config.data.loader == "torch":
             self._writer.wait()  # its workers are forked, which is not safe while another thread writes
-        saved = refreshed = begin = time.perf_counter()
+        saved = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
         self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
-            self.averages.add(self.step(batch), len(batch.labels))
-            images += len(batch.labels)
+            self.averages.add(self.step(batch), batch.share.images / batch.share.copies)
+            images += batch.share.total
             self.epoch_step += 1
-            now = time.perf_counter()
             progress.step(self._steps_done(), f"epoch {self.epoch + 1}")
-            if now - refreshed > REFRESH_SECONDS:
-                refreshed = now
-                rate = images / (now - begin)
-                progress.note(self._finite_means(), rate)
+            decided = self._together.after_step(stop.signal, self._save_is_due(saved))
+            now = time.perf_counter()
+            if decided.look:
+                progress.note(self._finite_means(), images / (now - begin))
             self.seconds = seconds_before + now - begin
             self._writer.check()
-            if stop.requested():
+            if decided.stop is not None:
+                request_stop(decided.stop)  # on the ranks that have not received the signal
                 raise Stopped
-            if (
-                now - saved > 60 * self.config.run.save_every
-                and self.epoch_step < self.loader.steps_per_epoch
-            ):
+            if decided.save and self.epoch_step < self.loader.steps_per_epoch:
                 self._save(best=False)
-                saved = time.perf_counter()
+                saved = now
         self._finite_means()  # waits for the device, so that the clock stops after the work
         self.seconds = seconds_before + time.perf_counter() - begin
+
+    def _save_is_due(self, saved: float) -> bool:
+        return time.perf_counter() - saved > 60 * self.config.run.save_every
 
     def _last_lr(self) -> float:
         return self.step.learning_rate(max(self.step.global_step - 1, 0))
 
     def _finite_means(self) -> dict[str, float]:
-        means = self.averages.means()
+        means = self.averages.of_all(self.world).means()
         bad = [key for key, value in means.items() if not math.isfinite(value)]
         if bad:
             raise Diverged(f"{bad[0]} is {means[bad[0]]} in epoch {self.epoch + 1} (lr {self._last_lr():g})")
@@ -186,7 +199,7 @@ class Trainer:
         row |= self._finite_means()
         row |= {
             "train_seconds": round(self.seconds, 3),
-            "images_per_s": round(self.averages.images / self.seconds, 1),
+            "images_per_s": round(self.averages.of_all(self.world).images / self.seconds, 1),
         }
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
         row |= self._validate(stop, progress, due=due, trained=row.get("train_adv_acc"))
@@ -213,7 +226,8 @@ class Trainer:
             self.last_validation = {}
             return {"val_clean_acc": None, "val_pgd10_acc": None, "best": False}
         found = self._validation.accuracies(
-            lambda name: progress.step(self._steps_done(), f"validating {name}"), stop.requested
+            lambda name: progress.step(self._steps_done(), f"validating {name}"),
+            stop_of_any_rank(stop.requested),
         )
         self.last_validation = found
         if self._burning_in():
@@ -227,12 +241,13 @@ class Trainer:
         return {**found, "best": self.watch.better(found)}
 
     def _measured_columns(self) -> dict[str, float | bool | None]:
-        """Columns of --check-fidelity and --boundary-speed."""
-        fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val)
-        return {
-            **fidelity,
-            **boundary_columns(self.config, self.step, self.val, self.run.path, self.epoch + 1),
-        }
+        """Columns of --check-fidelity and --boundary-speed, which the writing process measures."""
+        if not self.world.first:
+            return {}
+        with apart():
+            fidelity = fidelity_columns(self.config, self.networks, self.step.spec, self.val)
+            folder, epoch = self.run.path, self.epoch + 1
+            return {**fidelity, **boundary_columns(self.config, self.step, self.val, folder, epoch)}
 
     def _save(self, *, best: bool, row: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this moment, and the `row` of the epoch that has ended, in the background."""
@@ -245,7 +260,10 @@ class Trainer:
         self._writer.save(self.state_dict(), validated=validated, best=best, row=row)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the weights that resuming bit for bit needs; tensors and plain values only."""
+        """Everything beside the weights that resuming bit for bit needs; tensors and plain values only.
+
+        That of one process, whatever their number; every rank must call it.
+        """
         ema = self.networks.ema
         return {
             "epoch": self.epoch,
@@ -256,8 +274,8 @@ class Trainer:
             "ema_updates": None if ema is None else ema.updates,
             "rng": rng_state(),
             "loader": self.loader.state_dict(),
-            "averages": self.averages.state_dict(),
-            "method": self.step.method.buffers,
+            "averages": self.averages.of_all(self.world).state_dict(),
+            "method": whole_buffers(self.step.method.buffers, self._per_image, self.world),
             "seconds": self.seconds,
             "watch": self.watch.state_dict(),
             "last_validation": self.last_validation,
@@ -287,11 +305,15 @@ class Trainer:
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
             self.networks.ema.updates = state["ema_updates"]
-        for name, tensor in self.step.method.buffers.items():
-            tensor.copy_(state["method"][name])
-        self.averages.load_state_dict(state["averages"], self.device)
+        load_buffers(self.step.method.buffers, state["method"], self._per_image, self.world)
+        if self.world.first:  # the others' are part of its sums
+            self.averages.load_state_dict(state["averages"], self.device)
         self.seconds, self.last_validation = state["seconds"], state["last_validation"]
         self.watch.load_state_dict(state["watch"])
         set_rng_state(state["rng"])
         self.row = state.get("row")
-        self.metrics.restore(self.epoch, self.row)
+        self.restore_metrics(self.epoch, self.row)
+
+    def restore_metrics(self, epochs: int, row: dict[str, Any] | None) -> None:
+        """Bring the metrics in line with a checkpoint after `epochs` epochs, whose last row is `row`."""
+        self._writer.restore_metrics(epochs, row)

@@ -28,6 +28,7 @@ RESUMABLE = {
     "boundary_speed",
     "graphs",
     "guide_stream",
+    "rank_timeout",
     "epochs",
     "stop_after",
     "stop_at",

@@ -10,6 +10,8 @@ import fastdynat
 from fastdynat.config import to_flat
 from fastdynat.data import TrainSplit
 from fastdynat.data.random_images import random_split
+from fastdynat.distributed import apart, world
+from fastdynat.distributed.shares import deal
 from fastdynat.errors import UserError
 from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.machine.racing import race
@@ -62,7 +64,7 @@ def settle_compile(
     steps."""
     if config.engine.compile != "auto":
         return config
-    device = torch.device(config.engine.device)
+    asked, device = config, torch.device(config.engine.device)
     try:
         check_compile("default", device)
     except UserError:
@@ -70,6 +72,9 @@ def settle_compile(
         return _with(config, "off")
     if device.type == "cuda":
         return _with(config, "default")
+    here = world()
+    share = deal(config.data.batch_size, here.rank, here.size).images
+    config = replace(config, data=replace(config.data, batch_size=share))
     key = {
         "what": "compile",
         "shape": list(split.info.image_shape),
@@ -81,11 +86,12 @@ def settle_compile(
         _log(announce, "timing this run's step with and without torch.compile, once on this machine")
         return _timed(config, split)
 
-    seconds = remembered(key, device, {"off", "default"}, measure)
+    with apart():  # only rank 0 of several processes measures
+        seconds = remembered(key, device, {"off", "default"}, measure)
     gain = seconds["off"] / seconds["default"]
     mode = "default" if gain > 1 else "off"
     _log(announce, f"{mode}; a compiled step is {gain:.2f}x as fast as one without (measured)")
-    return _with(config, mode)
+    return _with(asked, mode)
 
 
 def _log(announce: bool, text: str) -> None:
@@ -109,7 +115,7 @@ def _deciding(config: ResolvedConfig[Any]) -> dict[str, Any]:
 
 
 def _timed(config: ResolvedConfig[Any], split: TrainSplit) -> dict[str, float]:
-    """Seconds of a step by compile mode."""
+    """Seconds of a step by compile mode, with the images of one process."""
     images = random_split(split.info, config.data.batch_size, config.engine.seed, batches=2)
     attack = replace(config.attack, steps=min(TRIAL_STEPS, config.attack.steps), early_steps=None)
     plain = replace(

@@ -16,6 +16,7 @@ from fastdynat.commands.parsing.aliases import normalize
 from fastdynat.commands.parsing.flags import flags_of
 from fastdynat.commands.parsing.words import read_words
 from fastdynat.errors import UserError
+from fastdynat.launch import launched_rank
 from fastdynat.methods import METHODS, options_type
 
 CommandT = TypeVar("CommandT")
@@ -58,7 +59,7 @@ def parse(
         if asks
         else read_words(normalize(argv, flags), flags, name, {} if elsewhere is None else elsewhere)
     )
-    for note in () if words is None else words.notes:
+    for note in () if words is None or launched_rank() > 0 else words.notes:
         print(f"fastdynat: note: {note}", file=sys.stderr)
     arguments = list(argv) if words is None else words.for_tyro(flags)
     if any(word in HELP for word in argv):

@@ -1,0 +1,84 @@
+"""How a command of several processes ends: one of them reports, the others are silent, none stays behind."""
+
+import json
+import os
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from fastdynat.errors import ToldElsewhere
+from fastdynat.launch import launched, launched_rank, place_of
+
+STORE_SECONDS = 5.0  # to reach the launcher's store before the ranks have joined
+FIRST_SECONDS = 3.0  # for rank 0 to find the same error, which it then reports
+
+
+def reported_by_this_rank(error: BaseException, text: str, code: int) -> str | None:
+    """What this process is to print about its end; None where another rank says why all end.
+
+    The other ranks are told, so that they end, too; torchrun finds `text` in its error file.
+
+    Args:
+        code: the exit code.
+    """
+    if not launched():
+        return text
+    if isinstance(error, ToldElsewhere):
+        return None
+    from fastdynat.distributed import present_session
+
+    session, rank = present_session(), launched_rank()
+    first = _told_before_joining(rank, text, code) if session is None else session.tell(text, code)
+    if not first:
+        return None
+    write_error_file(text, code)
+    names_rank = rank == 0 or text.startswith("rank ")
+    return text if names_rank else f"{place_of(rank)}: {text}"
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """The rank whose end caused `error` here, in words; None where there is none."""
+    if not launched():
+        return None
+    from fastdynat.distributed import present_session
+
+    session = present_session()
+    return None if session is None else session.lost(error)
+
+
+def report_crash(error: Exception) -> None:
+    """Print the traceback of an unexpected `error`, with the rank; the other ranks are told."""
+    text = "".join(traceback.format_exception(error))
+    said = reported_by_this_rank(error, f"{type(error).__name__}: {error}", 1)
+    write_error_file(text, 1)
+    if said is not None:
+        place = place_of(launched_rank())
+        with suppress(OSError):
+            os.write(2, "".join(f"{place}: {line}\n" for line in text.splitlines()).encode())
+
+
+def write_error_file(text: str, code: int) -> None:
+    """Write the file from which torchrun's summary takes the reason."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": text, "errorCode": code, "extraInfo": about}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+
+
+def _told_before_joining(rank: int, text: str, code: int) -> bool:
+    """Tell the other ranks; returns whether this one is the first."""
+    from fastdynat.distributed.session import FAILURE
+    from fastdynat.distributed.store import open_store
+
+    try:
+        store: Any = open_store(rank, timedelta(seconds=STORE_SECONDS))
+        until = time.monotonic() + (FIRST_SECONDS if rank else 0)
+        while time.monotonic() < until and not store.check([FAILURE]):
+            time.sleep(0.05)
+        value = json.dumps({"rank": rank, "text": text, "code": code})
+        return bool(store.compare_set(FAILURE, "", value) == value.encode())
+    except (RuntimeError, ValueError):  # no store, so nobody else can report
+        return True
