@@ -18,7 +18,7 @@ from fastdynat.commands.evaluate.record import make_record
 from fastdynat.commands.evaluate.settle import check_eval_device
 from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.config.eval_config import EvalConfig
-from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.data import DatasetInfo, Images, load_test
 from fastdynat.data.own_data import own_parts
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
@@ -146,7 +146,7 @@ def evaluate(
     network, name = _network(model, info)
     info = _with_logits(info, count_logits(network, name, info.image_shape))
     if num_images is not None:
-        images = ImageSet(images.images[:num_images], images.labels[:num_images])
+        images = images.part(slice(num_images))
     if not 0 <= eps <= diameter(norm, info.image_shape):
         raise UserError(f"eps must be a {norm} radius in [0, 1] pixel units, such as 8 / 255, got {eps:g}")
     step = usual_step(norm, eps) if step_size is None else step_size
@@ -198,7 +198,7 @@ def _measurement(result: dict[str, Any]) -> Measurement:
     return as_measurement({key: value for key, value in result.items() if key != "stages"})
 
 
-def _images(data: Any, data_dir: str, model: object) -> tuple[DatasetInfo, ImageSet]:
+def _images(data: Any, data_dir: str, model: object) -> tuple[DatasetInfo, Images]:
     """The test images, and what is known about them."""
     if data is None:
         if not isinstance(model, TrainedRun):

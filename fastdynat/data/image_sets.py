@@ -1,7 +1,8 @@
-"""Resident uint8 images with their labels, and the facts about a data set."""
+"""Sets of uint8 images with their labels, and the facts about a data set."""
 
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,21 +12,28 @@ from torch import Tensor
 
 from fastdynat.errors import UserError
 
-CONVERT_CHUNK = 1024  # images in float at one time while resizing or averaging; bounds the extra memory
+CONVERT_CHUNK = 1024  # images in float at one time while resizing; bounds the extra memory
 
 
-class TrainImages(Protocol):
-    """Input of a loader: images in memory (`ImageSet`), or files decoded on reading (`FileSet`)."""
+class Images(Protocol):
+    """A set of images with labels: in memory (`ImageSet`), or in files and decoded when they are read."""
 
     @property
     def labels(self) -> Tensor:
         """int64 (N,) on the CPU."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
 
     def __len__(self) -> int:
         """Number of images."""
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images at int64 `indices`, uint8 (n, C, H, W) on the CPU."""
+
+    def part(self, rows: slice | Tensor) -> "Images":
+        """The set of the images at `rows`, a slice or int64 indices; files are not read for it."""
 
     def checksum(self) -> int:
         """Return a number that other data would not have."""
@@ -41,11 +49,19 @@ class ImageSet:
     images: Tensor
     labels: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.images.shape
+        return (channels, height, width)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: Tensor) -> Tensor:
         return self.images[indices]
+
+    def part(self, rows: slice | Tensor) -> "ImageSet":
+        return ImageSet(self.images[rows], self.labels[rows])
 
     def checksum(self) -> int:
         return zlib.crc32(
@@ -86,6 +102,16 @@ class ImageSource:
         chosen = ImageSet(images, self.labels[indices])
         check_image_set(chosen, info.num_classes, info.name)
         return chosen
+
+
+@dataclass(frozen=True)
+class StreamedSource(ImageSource):
+    """A split in files: besides being read at once, it can be read as it is needed.
+
+    files: the images at int64 indices, none of them read.
+    """
+
+    files: Callable[[Tensor], Images]
 
 
 def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
@@ -142,18 +168,21 @@ def resize_square(images: Tensor, image_size: int) -> Tensor:
     return out
 
 
-def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the per-channel mean and standard deviation, in [0, 1] units, of uint8 images (N, C, H, W).
+def channel_stats(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the per-channel mean and standard deviation, in [0, 1] units, of uint8 images (n, C, H, W).
 
-    A constant channel gets standard deviation 1/255, so that dividing by it stays finite.
+    Exact up to the last division. A constant channel gets standard deviation 1/255, so that dividing by it
+    stays finite.
     """
-    total = torch.zeros(images.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    for chunk in torch.split(images, CONVERT_CHUNK):
-        values = chunk.double() / 255
-        total += values.sum(dim=(0, 2, 3))
-        squares += values.square().sum(dim=(0, 2, 3))
-    count = images.numel() // images.shape[1]
-    mean = total / count
-    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
+    counts = functools.reduce(torch.add, map(_value_counts, batches)).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt().clamp_min(1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _value_counts(images: Tensor) -> Tensor:
+    """int64 (C, 256): how often each value occurs in each channel."""
+    channels = images.transpose(0, 1).flatten(1)
+    return torch.stack([torch.bincount(channel, minlength=256) for channel in channels])

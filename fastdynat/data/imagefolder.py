@@ -5,8 +5,8 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import read_rgb
-from fastdynat.data.image_sets import DatasetInfo, ImageSource, channel_stats
+from fastdynat.data.image_sets import DatasetInfo, StreamedSource, channel_stats
+from fastdynat.data.read_ahead import pool, read_in_order
 from fastdynat.data.split import stratified_split
-from fastdynat.data.survey import files_left_out, other_size, pool, survey
+from fastdynat.data.survey import files_left_out, other_size, survey
 from fastdynat.errors import UserError
-from fastdynat.machine.free_memory import available_memory
+from fastdynat.machine.free_memory import own_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ SUFFIXES = (
 DROPPINGS = frozenset({"thumbs.db", "desktop.ini"})  # of file managers; not worth a word, like hidden files
 TEST_NAMES = ("test", "val", "valid")
 DECODE_CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
-STATS_IMAGES = 2048
+STATS_IMAGES, STATS_BATCH = 2048, 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class FileSet:
             row[:] = _decode_one(Path(os.fsdecode(name)), self.shape, self.image_size)
         return torch.from_numpy(batch)
 
+    def part(self, rows: slice | Tensor) -> "FileSet":
+        paths = self.paths[rows if isinstance(rows, slice) else rows.numpy()]
+        return replace(self, paths=paths, labels=self.labels[rows])
+
     def checksum(self) -> int:
         """Checksum of labels, class names, file names and sizes: no decoding, and the folder may move."""
         total = zlib.crc32(self.labels.contiguous().numpy().data)
@@ -98,19 +103,12 @@ class FileSet:
         return total
 
 
-@dataclass(frozen=True)
-class FileSource(ImageSource):
-    """A split in files: besides being read at once, it can be handed to a loader as it is."""
-
-    files: Callable[[Tensor], FileSet]
-
-
 def open_imagefolder(
     data_dir: str | Path | None,
     split: str,
     *,
     image_size: int | None,
-) -> tuple[DatasetInfo, FileSource]:
+) -> tuple[DatasetInfo, StreamedSource]:
     """Return facts and the "train" or "test" split of the folder; test may be named test, val or valid.
 
     Every file of the split is looked at (`survey`), and with the training split also those of the test split,
@@ -145,7 +143,9 @@ def open_imagefolder(
 def _facts(train: Files, shape: tuple[int, int, int], image_size: int | None) -> DatasetInfo:
     num_sampled = max(STATS_IMAGES, len(train.class_names))
     sample, _ = stratified_split(train.labels, val_size=0, limit=num_sampled, seed=0)
-    mean, std = channel_stats(decode([train.paths[i] for i in sample.tolist()], shape, image_size))
+    mean, std = channel_stats(
+        read_in_order(_file_set(train, sample, shape, image_size), STATS_BATCH, len(sample))
+    )
     return DatasetInfo(
         name="imagefolder",
         num_classes=len(train.class_names),
@@ -159,17 +159,21 @@ def _facts(train: Files, shape: tuple[int, int, int], image_size: int | None) ->
 
 def _source(
     files: Files, shape: tuple[int, int, int], image_size: int | None, dali: Sequence[str]
-) -> FileSource:
+) -> StreamedSource:
     def chosen(indices: Tensor) -> list[Path]:
         return [files.paths[i] for i in indices.tolist()]
 
     def streamed(indices: Tensor) -> FileSet:
         odd = next((i for i in indices.tolist() if dali[i]), None)
         problem = "" if odd is None else f"{str(files.paths[odd])!r} is {dali[odd]}"
-        paths = np.array([os.fsencode(path) for path in chosen(indices)])
-        return FileSet(paths, files.labels[indices], shape, image_size, problem)
+        return replace(_file_set(files, indices, shape, image_size), dali_problem=problem)
 
-    return FileSource(files.labels, lambda indices: decode(chosen(indices), shape, image_size), streamed)
+    return StreamedSource(files.labels, lambda indices: decode(chosen(indices), shape, image_size), streamed)
+
+
+def _file_set(files: Files, indices: Tensor, shape: tuple[int, int, int], image_size: int | None) -> FileSet:
+    paths = np.array([os.fsencode(files.paths[i]) for i in indices.tolist()])
+    return FileSet(paths, files.labels[indices], shape, image_size)
 
 
 def list_files(folder: Path) -> Files:
@@ -265,9 +269,9 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
     """Decode files to RGB, uint8 (N, 3, H, W), on a thread pool (Pillow decodes without the GIL).
 
     Raises: UserError naming the first file that cannot be decoded or has another size; or where the images
-    would take more than half of the memory that is available.
+    would take more than half of the memory that is available to this process.
     """
-    needed, available = len(paths) * shape[0] * shape[1] * shape[2], available_memory()
+    needed, available = len(paths) * shape[0] * shape[1] * shape[2], own_memory()
     if available is not None and needed > available / 2:
         raise UserError(
             f"{len(paths)} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of "

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdynat import ops
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
-from fastdynat.data.image_sets import ImageSet, TrainImages
+from fastdynat.data.image_sets import Images, ImageSet
+from fastdynat.data.read_ahead import read_in_order
 from fastdynat.distributed.shares import Share
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.augment import reflect, to_unit
@@ -94,7 +95,7 @@ class PlannedLoader(ABC):
 
     def __init__(
         self,
-        images: TrainImages,
+        images: Images,
         *,
         batch_size: int,
         augment: str,
@@ -179,7 +180,7 @@ class PlannedLoader(ABC):
         """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
 
         Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same
-        for every rank, and for every loader of the same `TrainImages`.
+        for every rank, and for every loader of the same `Images`.
         """
         return {
             "seed": self.seed,
@@ -253,27 +254,30 @@ class ResidentLoader(PlannedLoader):
 
 
 def eval_batches(
-    images: ImageSet,
+    images: Images,
     *,
     batch_size: int,
     device: torch.device | str,
     limit: int | None = None,
     channels_last: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the first `limit` images (all if None) in order, unaugmented; the last batch may be smaller.
 
-    Raises: UserError for a batch size or limit below 1.
+    Images in files are read ahead by threads, a few batches at most (`read_in_order`).
+
+    Raises: UserError for a batch size or limit below 1; while reading also for a file that cannot be decoded.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UserError(f"batch size and limit must be at least 1, got {batch_size} and {limit}")
     count = len(images) if limit is None else min(limit, len(images))
 
-    def batch(start: int) -> Batch:
-        stop = min(start + batch_size, count)
-        pixels = images.images[start:stop].to(device, non_blocking=True)
-        labels = images.labels[start:stop].to(device, non_blocking=True)
-        return Batch(
-            to_unit(pixels, channels_last=channels_last), labels, torch.arange(start, stop, device=device)
-        )
+    def batches() -> Generator[Batch]:
+        stop = 0
+        with closing(read_in_order(images, batch_size, count)) as read:
+            for pixels in read:
+                start, stop = stop, stop + len(pixels)
+                labels = images.labels[start:stop].to(device, non_blocking=True)
+                x = to_unit(pixels.to(device, non_blocking=True), channels_last=channels_last)
+                yield Batch(x, labels, torch.arange(start, stop, device=device))
 
-    return (batch(start) for start in range(0, count, batch_size))
+    return batches()

@@ -1,21 +1,19 @@
 """Choice of the training loader, by name or by rule."""
 
 import importlib
-import os
 from typing import Any
 
 import torch
 
-from fastdynat.data.image_sets import ImageSet
+from fastdynat.data.image_sets import Images, ImageSet
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import ResidentLoader, TrainLoader
-from fastdynat.data.sources import TrainSplit
+from fastdynat.data.sources import RESIDENT_SHARE, TrainSplit
 from fastdynat.data.torch_loader import TorchLoader
 from fastdynat.errors import UserError
-from fastdynat.machine.free_memory import available_memory
+from fastdynat.machine.free_memory import own_memory
+from fastdynat.machine.local_ranks import local_ranks, own_cores
 
-# Of a memory, for all training images as uint8: the rest is for weights, activations and other programs.
-RESIDENT_SHARE = 0.25
 MAX_WORKERS = 8
 
 
@@ -36,35 +34,42 @@ def check_dali() -> None:
 
 
 def default_workers() -> int:
-    """Worker processes, or threads of DALI: one per core that this process may use but one, from 1 to 8."""
-    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) - 1))
+    """Worker processes, or threads of DALI: one per core (`own_cores`) but one, from 1 to 8."""
+    return max(1, min(MAX_WORKERS, own_cores() - 1))
 
 
 def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
     """Return the name of the loader that `auto` chooses, and the reason.
 
     resident where the images take at most a quarter of the memory they would stay in: the GPU's, and for
-    files also the host's (other data are in host memory already). Else dali where it is installed, else
-    torch.
+    files also the host's, of which each process on this machine has an equal part (other data are in host
+    memory already). Else dali where it is installed and reads the files, else torch.
     """
     memories: dict[str, int | None] = {}
     if device.type == "cuda":
         memories["GPU memory"] = torch.cuda.get_device_properties(device).total_memory
     if split.in_files:
-        memories["memory available"] = available_memory()
+        ranks = local_ranks()
+        whose = "" if ranks == 1 else f" to each of {ranks} processes"
+        memories[f"memory available{whose}"] = own_memory()
     size = f"{split.num_bytes / 2**30:.2f} GiB of images"
     for name, amount in memories.items():
         if amount is not None and split.num_bytes > RESIDENT_SHARE * amount:
             why = f"{size} are more than {RESIDENT_SHARE:.0%} of the {amount / 2**30:.1f} GiB of {name}"
-            problem = dali_problem() or (split.train_files().dali_problem if split.in_files else "")
+            problem = dali_problem() or (dali_file_problem(split.train_files()) if split.in_files else "")
             return ("torch", f"{why}; {problem}") if problem else ("dali", why)
     return "resident", f"{size} fit in memory"
 
 
-def make_loader(name: str, images: ImageSet | FileSet, *, workers: int, **options: Any) -> TrainLoader:
+def dali_file_problem(files: Images) -> str:
+    """The reason why DALI would not read `files`, which are not in memory, as Pillow does; "" if it does."""
+    return files.dali_problem if isinstance(files, FileSet) else "DALI reads files of an image folder only"
+
+
+def make_loader(name: str, images: Images, *, workers: int, **options: Any) -> TrainLoader:
     """Build the loader "resident" (of an `ImageSet`), "dali" or "torch". Options: `PlannedLoader`.
 
-    Raises: UserError where DALI was chosen by name and cannot be used.
+    Raises: UserError where DALI was chosen by name and cannot be used, or cannot read `images`.
     """
     if name == "torch":
         return TorchLoader(images, workers=workers, **options)
@@ -72,6 +77,10 @@ def make_loader(name: str, images: ImageSet | FileSet, *, workers: int, **option
         check_dali()
         from fastdynat.data.dali_loader import DaliLoader  # needs the extra
 
+        if not isinstance(images, ImageSet | FileSet):
+            raise UserError(
+                f"--loader dali: {dali_file_problem(images)}; use --loader torch, or leave it out"
+            )
         return DaliLoader(images, workers=workers, **options)
     assert isinstance(images, ImageSet)
     return ResidentLoader(images, **options)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdynat.data.image_sets import DatasetInfo, ImageSet, channel_stats
+from fastdynat.data.image_sets import CONVERT_CHUNK, DatasetInfo, ImageSet, channel_stats
 from fastdynat.data.own_arrays import class_labels, dense_tensor, dtype_and_shape, uint8_pixels
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
@@ -107,7 +107,7 @@ def own_parts(data: object, name: str) -> OwnData:
             )
     names = _class_names(declared, parts, name)
     train = parts["train"]
-    mean, std = channel_stats(train.images)
+    mean, std = channel_stats(train.images.split(CONVERT_CHUNK))
     info = DatasetInfo(
         name=name,
         num_classes=len(names),

@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,26 @@ from fastdynat.data import digits, torchvision_sets
 from fastdynat.data.image_sets import (
     UNLABELLED,
     DatasetInfo,
+    Images,
     ImageSet,
     ImageSource,
+    StreamedSource,
     check_label_values,
     resize_square,
 )
-from fastdynat.data.imagefolder import FileSet, FileSource, open_imagefolder
+from fastdynat.data.imagefolder import open_imagefolder
 from fastdynat.data.own_data import OwnData, own_data
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.machine.free_memory import own_memory
 from fastdynat.user_code import is_user_code, is_user_supplied
 
 logger = logging.getLogger(__name__)
 
 KNOWN = DATASETS
+# Of a memory, for images as uint8 that stay in it: the rest is for weights, activations and other programs.
+RESIDENT_SHARE = 0.25
+KEPT_BYTES = 2**30  # of validation or test images in files: more of them are read anew by each measurement
 
 
 def known_datasets() -> list[str]:
@@ -63,8 +70,8 @@ class TrainSplit:
 
     @property
     def in_files(self) -> bool:
-        """True for image files that a loader can decode itself: `train_files`."""
-        return isinstance(self.source, FileSource)
+        """True for images in files, which a loader can read itself: `train_files`."""
+        return isinstance(self.source, StreamedSource)
 
     @property
     def num_bytes(self) -> int:
@@ -76,18 +83,41 @@ class TrainSplit:
         images = self.source.take(self.train, self.info)
         return replace(images, labels=self._shown(images.labels))
 
-    def train_files(self) -> FileSet:
-        """The training images as files, none of them opened; only where they are `in_files`."""
-        assert isinstance(self.source, FileSource)
-        files = self.source.files(self.train)
+    def train_files(self) -> Images:
+        """The training images in their files, none of them read; only where they are `in_files`."""
+        assert isinstance(self.source, StreamedSource)
+        files: Any = self.source.files(self.train)
         return replace(files, labels=self._shown(files.labels))
 
     def _shown(self, labels: Tensor) -> Tensor:
         return labels if self.unlabelled is None else labels.masked_fill(self.unlabelled, UNLABELLED)
 
-    def val_images(self) -> ImageSet:
-        """Read the validation images."""
-        return self.source.take(self.val, self.info)
+    def val_images(self) -> Images:
+        """The validation images, in memory where they are few (`keeps`)."""
+        return _kept_or_streamed(self.source, self.val, self.info, "validation")
+
+
+def keeps(num_bytes: int) -> bool:
+    """True for images in files that are few enough to be decoded once, for all measurements.
+
+    Their pixels take at most 1 GiB, and at most a quarter of the memory available to this process.
+    """
+    memory = own_memory()
+    return num_bytes <= KEPT_BYTES and (memory is None or num_bytes <= RESIDENT_SHARE * memory)
+
+
+def _kept_or_streamed(source: ImageSource, rows: Tensor, info: DatasetInfo, what: str) -> Images:
+    num_bytes = len(rows) * math.prod(info.image_shape)
+    if not isinstance(source, StreamedSource) or keeps(num_bytes):
+        return source.take(rows, info)
+    logger.info(
+        "%s %s images of %s stay in their files and are decoded batch by batch: they would take %.2f GiB",
+        f"{len(rows):,}",
+        what,
+        info.name,
+        num_bytes / 2**30,
+    )
+    return source.files(rows)
 
 
 def open_train(
@@ -192,8 +222,11 @@ def load_test(
     *,
     image_size: int | None = None,
     download: bool = True,
-) -> tuple[DatasetInfo, ImageSet]:
-    """Load the whole test split. The facts that come with it are those that `open_train` gives.
+) -> tuple[DatasetInfo, Images]:
+    """Open the whole test split. The facts that come with it are those that `open_train` gives.
+
+    The images are in memory (`ImageSet`), but for many that lie in files (`keeps`): those are read when they
+    are needed.
 
     Raises: UserError as `open_train`.
     """
@@ -205,7 +238,8 @@ def load_test(
             )
         return own.info, own.test
     info, source = _open(name, data_dir, "test", image_size=image_size, download=download)
-    return info, source.take(torch.arange(len(source.labels)), info)
+    check_label_values(source.labels, info.num_classes, name)
+    return info, _kept_or_streamed(source, torch.arange(len(source.labels)), info, "test")
 
 
 def _open(

@@ -1,13 +1,12 @@
 """Survey of a split's files before any work: bad files are refused by name, unusual ones are counted."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastdynat.data.decode import Header, read_header, read_rgb
+from fastdynat.data.read_ahead import pool
 from fastdynat.errors import UserError
 
 CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
@@ -22,11 +21,6 @@ class Survey:
 
     notices: tuple[str, ...]
     dali: tuple[str, ...]
-
-
-def pool() -> ThreadPoolExecutor:
-    """Threads for work that waits for the disk or for decoders, which do not hold the interpreter lock."""
-    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
 
 
 def survey(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdynat.data.epoch_plan import EpochPlan
-from fastdynat.data.image_sets import TrainImages
+from fastdynat.data.image_sets import Images
 from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import crop, flip, to_unit
@@ -19,7 +19,7 @@ class _Steps(Dataset[Tensor | UserError]):
 
     def __init__(
         self,
-        images: TrainImages,
+        images: Images,
         draws: Callable[[int], Draws],
         pad: int,
         pad_mode: str,
@@ -48,7 +48,7 @@ class TorchLoader(PlannedLoader):
         options: As for `PlannedLoader`.
     """
 
-    def __init__(self, images: TrainImages, *, workers: int, **options: Any) -> None:
+    def __init__(self, images: Images, *, workers: int, **options: Any) -> None:
         super().__init__(images, **options)
         self._workers = workers
 

@@ -206,8 +206,9 @@ class AutoAttack:
             names = [stage.name for stage in fitted]
             self._report(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
             run = BatchAttacks(self._network, fitted, first, self.norm, self.eps, progress.seed, bs)
-            x_adv = staged.run_stages(
-                run.attack, run.fooled, x, y, progress, names, bs, path, self._stage_done
+            x_adv = x.clone()  # of an image that is robust, or was broken before a resume, the image itself
+            staged.run_stages(
+                run.attack, run.fooled, x, y, progress, names, bs, path, self._stage_done, x_adv=x_adv
             )
             run.warn()
             check_square({"clean": correct, **progress.accuracies})

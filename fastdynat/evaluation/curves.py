@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import NamedAttack, parse_attack
-from fastdynat.data import ImageSet
+from fastdynat.data import Images
 from fastdynat.documents.numbers import Radius, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import measure
@@ -75,7 +75,7 @@ def distances_of(measurement: Measurement) -> list[float | None]:
 
 def accuracy_over_eps(
     model: nn.Module,
-    images: ImageSet,
+    images: Images,
     attack: str,
     eps: Sequence[float],
     *,

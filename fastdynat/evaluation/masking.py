@@ -11,7 +11,7 @@ of a hundred sound networks at the usual limit would be suspected; most are far 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isnan, sqrt
+from math import isnan, prod, sqrt
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import NamedAttack, RestartedPGD, parse_attack
-from fastdynat.data import ImageSet
+from fastdynat.data import Images
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement, wilson
@@ -85,7 +85,7 @@ def at_least(more: int, less: int, images: int) -> float:
 @exact_float32()
 def check_masking(
     model: nn.Module,
-    images: ImageSet,
+    images: Images,
     *,
     norm: str,
     eps: float,
@@ -143,13 +143,13 @@ def check_masking(
     return MaskingReport(checks=checks, measurements=probed.measurements)
 
 
-def radius_of_grey(norm: str, images: ImageSet) -> float:
+def radius_of_grey(norm: str, images: Images) -> float:
     """Radius at which the ball around any image contains the grey image.
 
     Raises:
         UserError: a norm without masking checks.
     """
-    pixels = images.images[0].numel()
+    pixels = prod(images.shape)
     radii = {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}
     if norm not in radii:
         raise UserError(f"the masking checks know {', '.join(radii)}, not {norm}: leave --checks out")

@@ -15,7 +15,7 @@ from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
 from fastdynat.attacks import NamedAttack, Nearest
-from fastdynat.data import ImageSet, eval_batches
+from fastdynat.data import Images, eval_batches
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.execution.fallbacks import Fallbacks, SilentFallbacks
 from fastdynat.execution.float32 import full_float32
@@ -83,7 +83,7 @@ def exact_float32() -> Iterator[None]:
 @exact_float32()
 def measure(
     model: nn.Module,
-    images: ImageSet,
+    images: Images,
     attack: NamedAttack,
     *,
     device: torch.device,
@@ -131,7 +131,7 @@ def measure(
         Stopped: `should_stop` returned True.
     """
     wanted = None if standing is None else standing.nonzero().squeeze(1)
-    chosen = images if wanted is None else ImageSet(images.images[wanted], images.labels[wanted])
+    chosen = images if wanted is None else images.part(wanted)
     numbers = torch.arange(len(images)) if numbers is None else numbers
     numbers = (numbers if wanted is None else numbers[wanted]).to(device)
     victim = model if source is None else source

@@ -11,7 +11,7 @@ from fastdynat.attack_engine.goal import AttackGoal, AttackLoss, margin
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import NamedAttack
-from fastdynat.data import Batch, ImageSet, eval_batches
+from fastdynat.data import Batch, Images, eval_batches
 from fastdynat.evaluation.measure import Stopped, attacked, measure, model_logits
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 from fastdynat.ops.image_draws import ImageDraws
@@ -48,7 +48,7 @@ class ProbedNetwork:
     """
 
     model: nn.Module
-    images: ImageSet
+    images: Images
     device: torch.device
     batch_size: int
     seed: int

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from fastdynat.data import Images, eval_batches
+from fastdynat.data.read_ahead import DIGEST_BATCH
 from fastdynat.documents import read_json, through_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
@@ -25,6 +27,29 @@ StageDone = Callable[[str, float, float], None]  # name, robust accuracy, total 
 # Name of a stage, images, labels, and the images' numbers in the evaluated set -> adversarial images.
 Attack = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
+
+
+@dataclass(frozen=True)
+class UnitImages:
+    """Images of a set as float32 (n, C, H, W) in [0, 1] on the CPU, read when rows of them are asked for."""
+
+    images: Images
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.images.shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.images.read(rows).float() / 255
+
+    def parts(self, size: int) -> Iterator[Tensor]:
+        """All images in order, `size` at a time."""
+        return (batch.x for batch in eval_batches(self.images, batch_size=size, device=self.device))
 
 
 @dataclass
@@ -50,7 +75,9 @@ class Progress:
     accuracies: dict[str, Share] = field(default_factory=dict)
 
 
-def evaluation_identity(model: object, clean: Tensor, x: Tensor, y: Tensor, **numbers: Any) -> dict[str, Any]:
+def evaluation_identity(
+    model: object, clean: Tensor, x: Tensor | UnitImages, y: Tensor, **numbers: Any
+) -> dict[str, Any]:
     """`numbers` with digests of images, labels and model: of its weights, or of its predictions `clean`."""
     weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
     return {"model": digest(weights or [clean]), "images": digest([x, y]), **numbers}
@@ -61,12 +88,13 @@ def standing(progress: Progress, images: int) -> Tensor:
     return unpack_bits(progress.robust, images)
 
 
-def digest(tensors: Sequence[Tensor]) -> str:
+def digest(tensors: Sequence[Tensor | UnitImages]) -> str:
     """The sha256 of the values, types and shapes of `tensors`."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in [tensor] if isinstance(tensor, Tensor) else tensor.parts(DIGEST_BATCH):
+            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -99,22 +127,22 @@ def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
 def run_stages(
     attack: Attack,
     fooled: Fooled,
-    x: Tensor,
+    x: Tensor | UnitImages,
     y: Tensor,
     progress: Progress,
     stages: Sequence[str],
     batch_size: int,
     path: Path | None,
     done: StageDone,
-) -> Tensor:
+    *,
+    x_adv: Tensor | None = None,
+) -> None:
     """Run the unfinished ones of `stages`; updates `progress`, and stores it at `path` after every batch.
 
     done: called after each stage.
-
-    Returns:
-        Adversarial images (N, C, H, W); the clean image where it is robust or was broken before a resume.
+    x_adv: (N, C, H, W); gets the adversarial images of those that are broken. None drops them.
     """
-    x_adv, robust = x.clone(), unpack_bits(progress.robust, len(x))
+    robust = unpack_bits(progress.robust, len(x))
     for name in stages:
         if name in progress.accuracies:
             continue
@@ -125,7 +153,8 @@ def run_stages(
             start, at = time.perf_counter(), rows.to(x.device)
             found = attack(name, x[at], y[at], rows)
             fell = fooled(found, x[at], y[at])
-            x_adv[at[fell]] = found[fell]
+            if x_adv is not None:
+                x_adv[at[fell]] = found[fell]
             robust[rows[fell.cpu()]] = False
             progress.robust, progress.batches = pack_bits(robust), progress.batches + 1
             progress.seconds[name] += time.perf_counter() - start
@@ -135,7 +164,6 @@ def run_stages(
         progress.entering, progress.batches = progress.robust, 0
         _store(progress, path)
         done(name, accuracy, sum(progress.seconds.values()))
-    return x_adv
 
 
 def stage_summary(name: str, accuracy: float, seconds: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack
-from fastdynat.data import ImageSet, eval_batches
+from fastdynat.data import Images, eval_batches
 from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, predict
@@ -37,7 +37,7 @@ class TransferMatrix:
 @exact_float32()
 def transfer_matrix(
     networks: Mapping[str, nn.Module],
-    images: ImageSet,
+    images: Images,
     attack: NamedAttack,
     *,
     device: torch.device,

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 from fastdynat.errors import UserError
+from fastdynat.machine.local_ranks import local_ranks
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -16,6 +17,12 @@ def available_memory() -> int | None:
     """
     amounts = (_system_available(), _cgroup_available(), _limit_available())
     return min((amount for amount in amounts if amount is not None), default=None)
+
+
+def own_memory() -> int | None:
+    """Return `available_memory` divided among the processes that the launcher started on this machine."""
+    available = available_memory()
+    return None if available is None else available // local_ranks()
 
 
 def check_room(needed: int, what: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.data import Batch, ImageSet, eval_batches
+from fastdynat.data import Batch, Images, eval_batches
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.training.boundary_log import log_boundary
 from fastdynat.training.networks import NetworkSet
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def fidelity_columns(
-    config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: ImageSet
+    config: ResolvedConfig[Any], networks: NetworkSet, spec: PGDSpec, val: Images
 ) -> dict[str, float | bool]:
     """--check-fidelity N: strength of the fast attack against the eager float32 one, on N images of `val`."""
     count = config.engine.check_fidelity
@@ -47,7 +47,7 @@ def fidelity_columns(
 
 
 def boundary_columns(
-    config: ResolvedConfig[Any], step: TrainStep, val: ImageSet, folder: Path, epoch: int
+    config: ResolvedConfig[Any], step: TrainStep, val: Images, folder: Path, epoch: int
 ) -> dict[str, float | None]:
     """--boundary-speed N: movement of the decision boundary of N images of `val`, after `epoch` epochs."""
     count = config.engine.boundary_speed
@@ -57,11 +57,11 @@ def boundary_columns(
     return log_boundary(step, _some(val, count, config), folder, epoch, near=near, seed=seed)
 
 
-def _some(val: ImageSet, count: int, config: ResolvedConfig[Any]) -> Iterator[Batch]:
+def _some(val: Images, count: int, config: ResolvedConfig[Any]) -> Iterator[Batch]:
     """`count` validation images in batches of the training's size, which is the shape that is compiled."""
     spread = torch.arange(count) * len(val) // count  # a folder's images may be in the order of their classes
     return eval_batches(
-        ImageSet(val.images[spread], val.labels[spread]),
+        val.part(spread),
         batch_size=config.data.batch_size,
         device=torch.device(config.engine.device),
         channels_last=config.engine.channels_last == "on",

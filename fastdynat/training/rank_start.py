@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastdynat
 from fastdynat.config import TrainConfig, override, to_flat
-from fastdynat.data import ImageSet, TrainSplit
+from fastdynat.data import Images, TrainSplit
 from fastdynat.distributed import all_can, first_decides, require_alike, world
 from fastdynat.launch import local_rank
 from fastdynat.runs import marked_folder, require_shared
@@ -96,7 +96,7 @@ def require_shared_folder(path: Path) -> None:
         all_can(lambda: require_shared(Path(place), path) if local_rank() == 0 else None)
 
 
-def begin_alike(parts: RunParts, val: ImageSet) -> None:
+def begin_alike(parts: RunParts, val: Images) -> None:
     """Refuse ranks with other networks or data; then all take over rank 0's weights."""
     here = world()
     if here.alone:

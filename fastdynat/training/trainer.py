@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.data import DatasetInfo, ImageSet
+from fastdynat.data import DatasetInfo, Images
 from fastdynat.distributed import apart, world
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
@@ -52,7 +52,7 @@ class Trainer:
         self,
         config: ResolvedConfig[Any],
         info: DatasetInfo,
-        val: ImageSet,
+        val: Images,
         parts: RunParts,
         run: RunDir | SeenRun,
         burn_in: TrainStep | None = None,

@@ -8,7 +8,7 @@ import torch
 
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import parse_attack
-from fastdynat.data import ImageSet
+from fastdynat.data import Images
 from fastdynat.distributed import apart, world
 from fastdynat.evaluation import KeptReplica, Measurement, Stopped, measure
 from fastdynat.training.average_share import MOSTLY, first_share
@@ -21,7 +21,7 @@ ATTACKS = ("clean", "pgd10")
 class Validation:
     """Measures the deployed network on the validation `images`; keeps the attacked replica between calls."""
 
-    def __init__(self, config: ResolvedConfig[Any], networks: NetworkSet, images: ImageSet) -> None:
+    def __init__(self, config: ResolvedConfig[Any], networks: NetworkSet, images: Images) -> None:
         self.images = images
         self._config, self._networks, self._replica = config, networks, KeptReplica()
 
@@ -46,7 +46,7 @@ class Validation:
         if here.alone:
             return self._measured(self.images, name, should_stop).accuracy
         rows = slice(here.rank, None, here.size) if len(self.images) >= here.size else slice(None)
-        part = ImageSet(self.images.images[rows], self.images.labels[rows])
+        part = self.images.part(rows)
         found: Measurement | None = None
         with suppress(Stopped):
             found = self._measured(part, name, should_stop)
@@ -56,7 +56,7 @@ class Validation:
             raise Stopped
         return sum(correct for correct, _ in parts) / sum(images for _, images in parts)
 
-    def _measured(self, images: ImageSet, name: str, should_stop: Callable[[], bool]) -> Measurement:
+    def _measured(self, images: Images, name: str, should_stop: Callable[[], bool]) -> Measurement:
         config = self._config
         norm, eps = config.attack.norm, config.attack.eval_eps
         with apart():

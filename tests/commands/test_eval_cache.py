@@ -22,6 +22,7 @@ from fastdynat.commands.main import main
 from fastdynat.data import load_test
 from fastdynat.evaluation import Measurement, measure
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
+from fastdynat.evaluation.staged import UnitImages
 from fastdynat.ops import image_draws
 from fastdynat.runs import load_network
 
@@ -434,7 +435,8 @@ def test_stages_go_on_after_a_stop_and_unite_over_shards(
 def fake_reference(monkeypatch: pytest.MonkeyPatch, seen: list[dict[str, Any]]) -> None:
     """`run_reference` that asks the network once and calls every second image broken."""
 
-    def run_reference(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> Any:
+    def run_reference(model: nn.Module, images: UnitImages, y: torch.Tensor, **kwargs: Any) -> Any:
+        x = images[torch.arange(len(images))]
         assert x.dtype == torch.float32
         assert 0 <= float(x.min()) <= float(x.max()) <= 1
         kwargs["state_path"].write_text("begun")
@@ -489,7 +491,7 @@ def test_a_stop_inside_the_reference_keeps_its_state(run: Path, monkeypatch: pyt
 def test_where_nothing_can_be_written_the_reference_runs_all_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_reference(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> Any:
+    def run_reference(model: nn.Module, images: UnitImages, y: torch.Tensor, **kwargs: Any) -> Any:
         assert kwargs["state_path"] is None
         return torch.zeros(len(y), dtype=torch.bool), {"apgd-ce": 1.0}
 

@@ -20,11 +20,9 @@ from fastdynat.data import (
     open_train,
     survey,
 )
-from fastdynat.data import (
-    loader_choice as choose,
-)
 from fastdynat.data.decode import read_header, read_rgb
 from fastdynat.errors import UserError
+from fastdynat.machine import free_memory as room
 from fastdynat.terminal.messages import MessageCollector
 
 HEIGHT, WIDTH = 11, 13
@@ -301,7 +299,7 @@ def test_dali_refuses_what_it_reads_differently(
     # The advice is right, and what auto follows where the images do not fit in memory.
     for got, expected in zip(_batches("torch", split), _batches("resident", split), strict=True):
         assert torch.equal(got, expected)
-    monkeypatch.setattr(choose, "available_memory", lambda: 1)
+    monkeypatch.setattr(room, "available_memory", lambda: 1)
     chosen, why = choose_loader(split, torch.device("cpu"))
     assert chosen == "torch"
     assert name in why

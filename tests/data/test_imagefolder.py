@@ -162,12 +162,12 @@ def test_no_data_dir(data_dir):
 
 
 def test_store_larger_than_half_of_the_memory(root, monkeypatch):
-    monkeypatch.setattr(imagefolder, "available_memory", lambda: 3000)
+    monkeypatch.setattr(room, "available_memory", lambda: 3000)
     with pytest.raises(
         UserError, match=r"8 images of 8x8 take .* GiB, more than half of .* pass a smaller --image-size"
     ):
         load(root)
-    monkeypatch.setattr(imagefolder, "available_memory", lambda: None)
+    monkeypatch.setattr(room, "available_memory", lambda: None)
     load(root)
 
 

@@ -27,7 +27,6 @@ from fastdynat.data import (
     TrainSplit,
     choose_loader,
     default_workers,
-    imagefolder,
     open_train,
 )
 from fastdynat.data import (
@@ -36,6 +35,7 @@ from fastdynat.data import (
 from fastdynat.data.epoch_plan import EpochSteps, plan_epoch
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.errors import UserError
+from fastdynat.machine import free_memory as room
 
 JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
 STREAMING = ["torch", pytest.param("dali", marks=DALI)]
@@ -476,10 +476,10 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_is_resident_where_the_images_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_train("imagefolder", folder(tmp_path), val_size=4, seed=0)
-    monkeypatch.setattr(choose, "available_memory", lambda: 4 * split.num_bytes)
+    monkeypatch.setattr(room, "available_memory", lambda: 4 * split.num_bytes)
     name, why = choose_loader(split, torch.device("cpu"))
     assert (name, why) == ("resident", "0.00 GiB of images fit in memory")
-    monkeypatch.setattr(choose, "available_memory", lambda: 4 * split.num_bytes - 1)
+    monkeypatch.setattr(room, "available_memory", lambda: 4 * split.num_bytes - 1)
     name, why = choose_loader(split, torch.device("cpu"))
     assert name in ("dali", "torch")
     assert "0.00 GiB of images are more than 25% of the 0.0 GiB of memory available" in why
@@ -490,7 +490,7 @@ def test_auto_is_resident_where_the_images_fit(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("no_dali")
 def test_auto_without_dali_is_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_train("imagefolder", folder(tmp_path), val_size=4, seed=0)
-    monkeypatch.setattr(choose, "available_memory", lambda: 1)
+    monkeypatch.setattr(room, "available_memory", lambda: 1)
     name, why = choose_loader(split, torch.device("cpu"))
     assert name == "torch"
     assert why.endswith("pip install 'fastdynat[dali]'")
@@ -566,9 +566,8 @@ def test_a_folder_larger_than_the_memory_is_streamed(
 ) -> None:
     root = folder(tmp_path / "data", count=14, size=(32, 32))
     split = open_train("imagefolder", root, val_size=4, seed=0)
-    for module in (imagefolder, choose):
-        # Room for the statistics and the validation images, but not to keep the training images at ease.
-        monkeypatch.setattr(module, "available_memory", lambda: 5 * split.num_bytes // 2)
+    # Room for the statistics and the validation images, but not to keep the training images at ease.
+    monkeypatch.setattr(room, "available_memory", lambda: 5 * split.num_bytes // 2)
     if loader == "torch":
         monkeypatch.setattr(choose, "dali_problem", lambda: "DALI is not installed")
     flags = ["--data", "imagefolder", "--data-dir", root]
@@ -578,7 +577,7 @@ def test_a_folder_larger_than_the_memory_is_streamed(
     run = train(tmp_path / "run", *flags)
     assert f"loader: {loader}\n" in (run / "config.yaml").read_text()
     monkeypatch.undo()
-    monkeypatch.setattr(imagefolder, "available_memory", lambda: split.num_bytes)
+    monkeypatch.setattr(room, "available_memory", lambda: split.num_bytes)
     with pytest.raises(UserError, match="for training images a --train-size, or --loader dali or torch"):
         split.train_images()
 

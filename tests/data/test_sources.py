@@ -191,7 +191,7 @@ def test_digits():
 
 def test_digits_constants_are_those_of_the_training_images():
     splits = load_train("digits", None, val_size=0, seed=0)
-    mean, std = channel_stats(splits.train.images)
+    mean, std = channel_stats([splits.train.images])
     assert splits.info.mean == pytest.approx(mean, abs=1e-4)
     assert splits.info.std == pytest.approx(std, abs=1e-4)
 
@@ -233,6 +233,6 @@ def test_resize_keeps_constant_images(shape, size):
 
 
 def test_stats_of_constant_images_stay_usable():
-    mean, std = channel_stats(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
+    mean, std = channel_stats([torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)])
     assert mean == pytest.approx((0.2, 0.2, 0.2))
     assert std == pytest.approx((1 / 255,) * 3)

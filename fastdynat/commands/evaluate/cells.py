@@ -26,6 +26,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
+from fastdynat.evaluation.staged import UnitImages
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.ops import image_draws
 from fastdynat.runs import check_writable
@@ -157,7 +158,7 @@ class Cells:
         labels = self._images.labels
         robust, seconds = run_reference(
             Watched(self.network, self.should_stop),
-            self._images.images.float() / 255,
+            UnitImages(self._images),
             labels,
             norm=numbers.norm,
             eps=numbers.eps,

@@ -26,7 +26,7 @@ NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 def run_reference(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | staged.UnitImages,
     y: Tensor,
     *,
     norm: str,
@@ -44,7 +44,7 @@ def run_reference(
     for a dynamic defence. The global random streams stay as they were.
 
     Args:
-        x: (N, C, H, W), float32 in [0, 1].
+        x: (N, C, H, W), float32 in [0, 1], in memory or read batch by batch.
         y: (N,) int64.
         norm: linf, l2 or l1.
         eps: radius in [0, 1] pixel units.
@@ -68,7 +68,8 @@ def run_reference(
         return predict_in_batches(model, x, batch_size, device).to(y.device)
 
     with _deterministic(device), attack_mode(model, "eval"), _package_warnings_logged():
-        clean = classes(x)
+        parts = x.split(batch_size) if isinstance(x, Tensor) else x.parts(batch_size)
+        clean = torch.cat([classes(part) for part in parts])
         numbers = {
             "norm": norm,
             "eps": eps,
@@ -79,7 +80,7 @@ def run_reference(
         own = staged.evaluation_identity(model, clean, x, y, **numbers, package=package.__name__)
         progress = staged.restore(state_path, own) or staged.begin(own, clean == y, seed)
         adversary = _adversary(package, model, norm, eps, seed, device, version)
-        _fit(adversary, model, x[:1].to(device))
+        _fit(adversary, model, x[torch.arange(1)].to(device))
 
         def attack(name: str, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]

@@ -1,6 +1,5 @@
 """The targets of an evaluation: checkpoints of runs and other models, each with its images and attacks."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from fastdynat.commands.evaluate.columns import AttackColumn, check_target_class
 from fastdynat.commands.evaluate.measurement_store import FOLDER
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
 from fastdynat.config import DataConfig, read_config_file
-from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.data import DatasetInfo, Images, load_test
+from fastdynat.data.read_ahead import pixel_digest
 from fastdynat.errors import UserError
 from fastdynat.evaluation.masking import radius_of_grey
 from fastdynat.runs import (
@@ -38,7 +38,7 @@ from fastdynat.user_code import check_stored, short_name
 
 logger = logging.getLogger(__name__)
 
-TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, ImageSet]]  # by data, folder and image size
+TestSets = dict[tuple[str, str, int | None], tuple[DatasetInfo, Images]]  # by data, folder and image size
 DEFAULT_EPS = 8 / 255  # of a model that we did not train, under L-inf
 
 
@@ -81,7 +81,7 @@ class Target:
     columns: list[AttackColumn]
     radius: Radius
     info: DatasetInfo
-    everything: ImageSet
+    everything: Images
     shard: Shard | None
     digest: str
     folder: Path | None
@@ -92,9 +92,8 @@ class Target:
         return self.name if self.checkpoint is None else f"{self.name} {self.checkpoint}"
 
     @property
-    def images(self) -> ImageSet:
-        rows = slice(None) if self.shard is None else self.shard.rows
-        return ImageSet(self.everything.images[rows], self.everything.labels[rows])
+    def images(self) -> Images:
+        return self.everything if self.shard is None else self.everything.part(self.shard.rows)
 
     @property
     def numbers(self) -> Tensor:
@@ -128,6 +127,15 @@ def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
             raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
 
 
+@dataclass(frozen=True)
+class MeasuredImages:
+    """The images of a test set that are measured, and their `pixel_digest`."""
+
+    info: DatasetInfo
+    images: Images
+    digest: str
+
+
 class Planner:
     """Loads and checks everything that one evaluation needs, each test set once."""
 
@@ -135,6 +143,7 @@ class Planner:
         self.config, self.tests = config, tests
         self.shard = parse_shard(config.shard)
         self._sources: dict[DatasetInfo, Source] = {}
+        self._measured: dict[tuple[str, str, int | None], MeasuredImages] = {}
 
     def plan(self, names: Sequence[str | Path]) -> list[Target]:
         """The targets called `names`: an existing path is a run, another name with a colon a model."""
@@ -162,15 +171,13 @@ class Planner:
         kept = self._kept(path)
         targets = []
         for checkpoint, network, sidecar, weights in loaded:
-            info, images = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
-            if difference := data_difference(sidecar, info):
+            test = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
+            if difference := data_difference(sidecar, test.info):
                 raise UserError(f"{path} was trained on {difference}")
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(sidecar.architecture)
-            radius = self._radius(info, sidecar.norm, sidecar.eval_eps)
-            targets.append(
-                self._target(str(path), checkpoint, weights, network, trained, radius, info, images, kept)
-            )
+            radius = self._radius(test.info, sidecar.norm, sidecar.eval_eps)
+            targets.append(self._target(str(path), checkpoint, weights, network, trained, radius, test, kept))
         return targets
 
     def _kept(self, run: Path) -> Path | None:
@@ -185,15 +192,14 @@ class Planner:
         return None
 
     def _model(self, name: str) -> Target:
-        info, images = self._test_set(
-            self.config.data, DataConfig().data_dir, self.config.image_size, download=True
-        )
+        test = self._test_set(self.config.data, DataConfig().data_dir, self.config.image_size, download=True)
+        info = test.info
         network, weights = _load_foreign(name, info, self.config.weights)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
         if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
             logger.info("%s: no --eps given; using 8/255 under linf", name)
         radius = self._radius(info, "linf", DEFAULT_EPS)
-        return self._target(name, None, weights, network, trained, radius, info, images, Path(FOLDER))
+        return self._target(name, None, weights, network, trained, radius, test, Path(FOLDER))
 
     def _target(
         self,
@@ -203,11 +209,10 @@ class Planner:
         network: nn.Module,
         trained: dict[str, Any],
         radius: Radius,
-        info: DatasetInfo,
-        images: ImageSet,
+        test: MeasuredImages,
         folder: Path | None,
     ) -> Target:
-        config = self.config
+        config, info, images = self.config, test.info, test.images
         if config.checks:
             radius_of_grey(radius.norm, images)  # refuses norms that the checks, which come last, do not know
         columns = parse_columns(
@@ -229,7 +234,7 @@ class Planner:
             info=info,
             everything=images,
             shard=self.shard,
-            digest=_digest(images),
+            digest=test.digest,
             folder={"auto": folder, "off": None}.get(config.cache, Path(config.cache)),
             source=self._source(info) if config.source is not None else None,
         )
@@ -253,16 +258,16 @@ class Planner:
         assert values[0] is not None
         return Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
 
-    def _test_set(
-        self, data: str, folder: str, size: int | None, *, download: bool
-    ) -> tuple[DatasetInfo, ImageSet]:
+    def _test_set(self, data: str, folder: str, size: int | None, *, download: bool) -> MeasuredImages:
         folder = folder if self.config.data_dir == "auto" else self.config.data_dir
         key = (data, folder, size)
         if key not in self.tests:
             self.tests[key] = load_test(data, folder, image_size=size, download=download)
-        info, images = self.tests[key]
-        count = self.config.num_images
-        return info, images if count is None else ImageSet(images.images[:count], images.labels[:count])
+        if key not in self._measured:
+            info, images = self.tests[key]
+            images = images.part(slice(self.config.num_images))
+            self._measured[key] = MeasuredImages(info, images, pixel_digest(images))
+        return self._measured[key]
 
     def _source(self, info: DatasetInfo) -> Source:
         name = self.config.source
@@ -314,11 +319,3 @@ def _load_source(name: str, info: DatasetInfo) -> Source:
 def _is_model(name: str) -> bool:
     """True where `name` means a model that was not trained here, rather than a path."""
     return ":" in name and not Path(name).exists()
-
-
-def _digest(images: ImageSet) -> str:
-    """The sha256 of all pixels and labels."""
-    digest = hashlib.sha256()
-    for tensor in (images.images, images.labels):
-        digest.update(tensor.contiguous().numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()

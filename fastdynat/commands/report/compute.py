@@ -10,7 +10,7 @@ from fastdynat.commands.report.findings import AttackedNetwork, Means
 from fastdynat.commands.report.findings_cache import Cache
 from fastdynat.commands.report.report_config import ReportConfig
 from fastdynat.commands.report.run_records import Record, ReportedCheckpoint
-from fastdynat.data import DatasetInfo, ImageSet, load_test
+from fastdynat.data import DatasetInfo, Images, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
@@ -68,10 +68,10 @@ class _Workshop:
 
     def __init__(self, config: ReportConfig) -> None:
         self.config, self.device = config, pick_device(config.device)
-        self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, ImageSet]] = {}
+        self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, Images]] = {}
         self._subjects: dict[str, AttackedNetwork] = {}
 
-    def images(self, target: _Target) -> tuple[DatasetInfo, ImageSet]:
+    def images(self, target: _Target) -> tuple[DatasetInfo, Images]:
         """The dataset of `target` and its first test images."""
         key = tuple(target.data.values())
         if key not in self._tests:
@@ -82,10 +82,7 @@ class _Workshop:
                 )
             except UserError as error:
                 raise UserError(f"{error}; or --no-attacks, which needs no data") from None
-            images = ImageSet(
-                images.images[: self.config.num_images], images.labels[: self.config.num_images]
-            )
-            self._tests[key] = info, images
+            self._tests[key] = info, images.part(slice(self.config.num_images))
         return self._tests[key]
 
     def subject(self, target: _Target) -> AttackedNetwork:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine.steps import usual_step
 from fastdynat.attacks import NamedAttack, parse_attack
-from fastdynat.data import ImageSet
+from fastdynat.data import Images, eval_batches
 from fastdynat.evaluation import measure
 from fastdynat.evaluation.curves import accuracy_over_eps
 from fastdynat.evaluation.masking import check_masking
@@ -49,7 +49,7 @@ class AttackedNetwork:
     """A network under the threat model it was trained for, with the images of its dataset."""
 
     network: nn.Module
-    images: ImageSet
+    images: Images
     norm: str
     eps: float
     class_names: tuple[str, ...]
@@ -91,8 +91,8 @@ def transfer_between(subjects: Mapping[str, AttackedNetwork], means: Means) -> d
 def examples(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
     """Images of several classes under `ATTACK` with saliency; the numbers are over the first `EXPLAINED`."""
     network = subject.network
-    x = subject.images.images[:EXPLAINED].to(means.device).float() / 255
-    labels = subject.images.labels[:EXPLAINED].to(means.device)
+    first = next(eval_batches(subject.images, batch_size=EXPLAINED, device=means.device))
+    x, labels = first.x, first.labels
     draws = ImageDraws.of(means.seed, range(len(x)), means.device)
     explanation = explain(network, x, labels, generator=draws)
     chosen = one_of_each(labels.cpu(), SHOWN).to(means.device)
