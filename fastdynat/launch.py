@@ -29,6 +29,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK") if launched() else 0
 
 
+def local_size() -> int:
+    """The number of processes that the launcher started on this machine; 1 without a launcher."""
+    return max(1, _number("LOCAL_WORLD_SIZE")) if launched() and "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
 def place_of(rank: int) -> str:
     """The process `rank` of this machine, in words."""
     return f"rank {rank} ({socket.gethostname()})"

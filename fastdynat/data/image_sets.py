@@ -44,10 +44,14 @@ UNLABELLED = -1  # the label of an image whose class training is not told
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Resident images, uint8 (N, C, H, W) on the CPU, and labels, int64 (N,)."""
+    """Resident images, uint8 (N, C, H, W) on the CPU, and labels, int64 (N,).
+
+    origin: the same images in files, whose checksum is also this set's; None where they are of no account.
+    """
 
     images: Tensor
     labels: Tensor
+    origin: Images | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,9 +65,12 @@ class ImageSet:
         return self.images[indices]
 
     def part(self, rows: slice | Tensor) -> "ImageSet":
-        return ImageSet(self.images[rows], self.labels[rows])
+        origin = None if self.origin is None else self.origin.part(rows)
+        return ImageSet(self.images[rows], self.labels[rows], origin)
 
     def checksum(self) -> int:
+        if self.origin is not None:
+            return self.origin.checksum()
         return zlib.crc32(
             self.images.contiguous().numpy().data, zlib.crc32(self.labels.contiguous().numpy().data)
         )

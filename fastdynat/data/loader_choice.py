@@ -11,8 +11,9 @@ from fastdynat.data.loader import ResidentLoader, TrainLoader
 from fastdynat.data.sources import RESIDENT_SHARE, TrainSplit
 from fastdynat.data.torch_loader import TorchLoader
 from fastdynat.errors import UserError
+from fastdynat.launch import local_size
+from fastdynat.machine.cores import own_cores
 from fastdynat.machine.free_memory import own_memory
-from fastdynat.machine.local_ranks import local_ranks, own_cores
 
 MAX_WORKERS = 8
 
@@ -49,7 +50,7 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         memories["GPU memory"] = torch.cuda.get_device_properties(device).total_memory
     if split.in_files:
-        ranks = local_ranks()
+        ranks = local_size()
         whose = "" if ranks == 1 else f" to each of {ranks} processes"
         memories[f"memory available{whose}"] = own_memory()
     size = f"{split.num_bytes / 2**30:.2f} GiB of images"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.image_sets import Images, ImageSet
-from fastdynat.machine.local_ranks import own_cores
+from fastdynat.machine.cores import own_cores
 
 BATCHES_AHEAD = 2  # read while one is in use; with the one being put together, four batches are in memory
 MAX_THREADS = 16

@@ -108,8 +108,12 @@ def keeps(num_bytes: int) -> bool:
 
 def _kept_or_streamed(source: ImageSource, rows: Tensor, info: DatasetInfo, what: str) -> Images:
     num_bytes = len(rows) * math.prod(info.image_shape)
-    if not isinstance(source, StreamedSource) or keeps(num_bytes):
+    if not isinstance(source, StreamedSource):
         return source.take(rows, info)
+    files = source.files(rows)
+    if keeps(num_bytes):
+        # Free memory decides, and may decide otherwise for another process: both have the same checksum.
+        return replace(source.take(rows, info), origin=files)
     logger.info(
         "%s %s images of %s stay in their files and are decoded batch by batch: they would take %.2f GiB",
         f"{len(rows):,}",
@@ -117,7 +121,7 @@ def _kept_or_streamed(source: ImageSource, rows: Tensor, info: DatasetInfo, what
         info.name,
         num_bytes / 2**30,
     )
-    return source.files(rows)
+    return files
 
 
 def open_train(

@@ -5,7 +5,7 @@ import resource
 from pathlib import Path
 
 from fastdynat.errors import UserError
-from fastdynat.machine.local_ranks import local_ranks
+from fastdynat.launch import local_size
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -22,7 +22,7 @@ def available_memory() -> int | None:
 def own_memory() -> int | None:
     """Return `available_memory` divided among the processes that the launcher started on this machine."""
     available = available_memory()
-    return None if available is None else available // local_ranks()
+    return None if available is None else available // local_size()
 
 
 def check_room(needed: int, what: str) -> None:

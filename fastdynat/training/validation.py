@@ -44,25 +44,24 @@ class Validation:
         """The share of the images that the network classifies correctly under the attack `name`."""
         here = world()
         if here.alone:
-            return self._measured(self.images, name, should_stop).accuracy
+            return self._measured(name, should_stop, slice(None)).accuracy
         rows = slice(here.rank, None, here.size) if len(self.images) >= here.size else slice(None)
-        part = self.images.part(rows)
         found: Measurement | None = None
         with suppress(Stopped):
-            found = self._measured(part, name, should_stop)
+            found = self._measured(name, should_stop, rows)
         told = here.gather(None if found is None else (found.correct, found.images))
         parts = [counts for counts in told if counts is not None]
         if len(parts) < here.size:
             raise Stopped
         return sum(correct for correct, _ in parts) / sum(images for _, images in parts)
 
-    def _measured(self, images: Images, name: str, should_stop: Callable[[], bool]) -> Measurement:
+    def _measured(self, name: str, should_stop: Callable[[], bool], rows: slice) -> Measurement:
         config = self._config
         norm, eps = config.attack.norm, config.attack.eval_eps
         with apart():
             return measure(
                 self._networks.deployed(),
-                images,
+                self.images.part(rows),
                 parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm),
                 device=torch.device(config.engine.device),
                 batch_size=config.data.eval_batch_size,
@@ -71,6 +70,7 @@ class Validation:
                 winograd=config.engine.winograd != "off",
                 kept=self._replica,
                 should_stop=should_stop,
+                numbers=torch.arange(len(self.images))[rows],
             )
 
     def chance(self) -> float:

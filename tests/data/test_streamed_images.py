@@ -28,7 +28,9 @@ from fastdynat.data.read_ahead import BATCHES_AHEAD, PIECE, pixel_digest
 from fastdynat.errors import UserError
 from fastdynat.evaluation import measure
 from fastdynat.evaluation.staged import UnitImages, digest
-from fastdynat.machine import free_memory, local_ranks
+from fastdynat.launch import VARIABLES
+from fastdynat.machine import cores as machine_cores
+from fastdynat.machine import free_memory
 from fastdynat.terminal.messages import MessageCollector
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,8 @@ def test_batches_parts_and_digests_are_those_of_images_in_memory(
             for a, b in pairs:
                 for name in ("x", "labels", "indices"):
                     assert torch.equal(getattr(a, name), getattr(b, name))
+        assert of_memory.checksum() == of_files.checksum()
+    assert kept.part(slice(5)).checksum() != kept.checksum()
     assert pixel_digest(kept) != pixel_digest(kept.part(slice(21)))
     as_floats = kept.images.float() / 255
     assert digest([as_floats]) == digest([UnitImages(streamed)]) == digest([UnitImages(kept)])
@@ -154,11 +158,18 @@ def test_the_first_bad_image_is_named(folder: Path, tmp_path: Path) -> None:
             next(batches)
 
 
+def launch(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
+    """Set what a launcher tells each of its `ranks` processes on one machine."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_images_are_kept_up_to_a_gib_and_a_quarter_of_a_processs_memory(
     ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    launch(monkeypatch, str(ranks))
     monkeypatch.setattr(free_memory, "available_memory", lambda: 400 << 20)
     assert sources.keeps((100 << 20) // ranks)
     assert not sources.keeps((100 << 20) // ranks + 1)
@@ -184,13 +195,13 @@ def test_images_are_kept_up_to_a_gib_and_a_quarter_of_a_processs_memory(
 def test_cores_of_a_process(
     ranks: str, torchrun: bool, usable: int, cores: int, own: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    launch(monkeypatch, ranks)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(usable)))
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert local_ranks.own_cores() == own
+    assert machine_cores.own_cores() == own
 
 
 def test_a_run_and_its_evaluation_give_the_same_numbers(

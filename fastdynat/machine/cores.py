@@ -1,12 +1,8 @@
-"""The part of this machine that is one process's, where a launcher has started several."""
+"""The cores of this machine that are one process's, where a launcher has started several."""
 
 import os
 
-
-def local_ranks() -> int:
-    """Number of processes that the launcher started on this machine; 1 without a launcher."""
-    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(given)) if given.isdecimal() else 1
+from fastdynat.launch import local_size
 
 
 def own_cores() -> int:
@@ -17,4 +13,4 @@ def own_cores() -> int:
     """
     usable = len(os.sched_getaffinity(0))
     shared = usable if "TORCHELASTIC_RUN_ID" in os.environ else max(usable, os.cpu_count() or 1)
-    return max(1, min(usable, shared // local_ranks()))
+    return max(1, min(usable, shared // local_size()))
