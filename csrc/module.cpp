@@ -2,6 +2,10 @@
 // operators.
 #include <Python.h>
 
+// Raised with every change to the arguments of an operator, here and in fastdynat/ops/_extension.py, which
+// refuses a library of another number.
+constexpr long kSignatures = 2;
+
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef def = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -11,7 +15,8 @@ PyMODINIT_FUNC PyInit__C(void) {
 #else
   const long with_cuda = 0;
 #endif
-  if (module != nullptr && PyModule_AddIntConstant(module, "WITH_CUDA", with_cuda) != 0) {
+  if (module != nullptr && (PyModule_AddIntConstant(module, "WITH_CUDA", with_cuda) != 0 ||
+                            PyModule_AddIntConstant(module, "SIGNATURES", kSignatures) != 0)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -38,12 +38,13 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
   const T* x = data<T>(s.x);
   T* out = mutable_data<T>(s.out);
   const int64_t row = s.row, channels = s.channels, pixels = s.pixels, groups = (row + 3) / 4;
+  const int64_t* images = s.images;
   const Philox random(state);
-  parallel<T>(s.images, groups * kGroupCost, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+  parallel<T>(s.count, groups * kGroupCost, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     std::vector<float> buffer(4 * groups);
     float* z = buffer.data();
     for (int64_t n = begin; n < end; ++n) {
-      const auto image = static_cast<uint32_t>(n);
+      const auto image = image_of(images, n);
       draw<kNoise>(z, groups, random, image);
       const Start<T> mine =
           kNoise == Noise::kL2 ? start.to_radius(random, image, sum_of_squares<T>(z, row)) : start;
@@ -63,8 +64,9 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
 }
 
 Tensor random_start_cpu(
-    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
-  return run_start(x, state, kind, [&](StartTensors& s) {
+    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi,
+    const std::optional<Tensor>& images) {
+  return run_start(x, state, kind, images, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {
       using T = decltype(image);
       const Start<T> start{static_cast<T>(scale), static_cast<T>(lo), static_cast<T>(hi)};

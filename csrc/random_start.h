@@ -20,6 +20,11 @@ enum class Noise : int64_t {
 constexpr uint32_t kRadiusGroup =
     0xffffffff;  // holds the radius of an image's L2 start: no image has so many elements
 
+// The number of row n in the generator's counter: the low word of the caller's, or n itself (null).
+FASTDYNAT_INLINE uint32_t image_of(const int64_t* images, int64_t n) {
+  return static_cast<uint32_t>(images == nullptr ? n : images[n]);
+}
+
 // Four numbers of an image: uniform in [-1, 1) or standard normal.
 template <Noise kNoise>
 FASTDYNAT_INLINE Floats4 noise(const Philox& random, uint32_t group, uint32_t image) {
@@ -57,7 +62,8 @@ struct Start {
 // Images in memory: element e of the C order is at (e % pixels) * channels + e / pixels.
 struct StartTensors {
   Tensor x, out;
-  int64_t images, row, channels, pixels;  // channels is 1 and pixels is row unless x is channels-last
+  const int64_t* images;  // the numbers of the images, or null: 0 to count - 1
+  int64_t count, row, channels, pixels;  // channels is 1 and pixels is row unless x is channels-last
 };
 
 // Whether the channels of a (N, C, H, W) tensor without gaps lie innermost.
@@ -74,13 +80,20 @@ inline bool is_channels_last(const Tensor& t) {
 // Calls launch(StartTensors&) and returns the output: in x's layout where that is contiguous or
 // channels-last, else contiguous.
 template <typename Launch>
-Tensor run_start(const Tensor& x, const Tensor& state, int64_t kind, const Launch& launch) {
+Tensor run_start(
+    const Tensor& x, const Tensor& state, int64_t kind, const std::optional<Tensor>& images,
+    const Launch& launch) {
   STD_TORCH_CHECK(x.dim() >= 1, "random_start: x needs a first dimension of images, got a scalar");
   STD_TORCH_CHECK(
       state.dim() == 1 && state.size(0) == 2 && state.scalar_type() == ScalarType::Long &&
           state.is_contiguous(),
       "random_start: state must be a contiguous int64 tensor of shape (2), got shape ", shape_of(state));
-  Checker{kStartName, "x", x}.same_device("state", state);
+  const Checker check{kStartName, "x", x};
+  check.same_device("state", state);
+  if (images) {
+    check.one_per_row("images", *images, ScalarType::Long, "int64");
+    STD_TORCH_CHECK(images->is_contiguous(), "random_start: images must be contiguous");
+  }
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "random_start: kind must be 0, 1 or 2, got ", kind);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // the generator counts in words of 32 bits
   STD_TORCH_CHECK(
@@ -88,7 +101,9 @@ Tensor run_start(const Tensor& x, const Tensor& state, int64_t kind, const Launc
       ", at most 2^31 - 1 images of as many elements are possible");
   const bool last = !x.is_contiguous() && is_channels_last(x);
   const Tensor source = last || x.is_contiguous() ? x : torch::stable::contiguous(x);
-  StartTensors s{source, torch::stable::empty_like(source), x.size(0), per_image(x), 1, per_image(x)};
+  const int64_t* numbers = images ? data<int64_t>(*images) : nullptr;
+  const int64_t row = per_image(x);
+  StartTensors s{source, torch::stable::empty_like(source), numbers, x.size(0), row, 1, row};
   if (last) {
     s.channels = x.size(1);
     s.pixels = x.size(2) * x.size(3);

@@ -87,6 +87,14 @@ def group_of(item, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr):
 
 
 @triton.jit
+def image_of(images_ptr, n, NUMBERED: tl.constexpr):
+    """The number of row n in the generator's counter, uint32: the low word of the caller's, or n itself."""
+    if NUMBERED:
+        return tl.load(images_ptr + n).to(tl.uint64, bitcast=True).to(tl.uint32)
+    return n.to(tl.uint32)
+
+
+@triton.jit
 def draw(
     first,
     image,
@@ -104,7 +112,7 @@ def draw(
     zero = tl.zeros_like(group)
     w0, w1, w2, w3 = philox(
         group,
-        zero + image.to(tl.uint32),
+        zero + image,
         zero + counter.to(tl.uint32),
         zero + (counter >> 32).to(tl.uint32),
         seed.to(tl.uint32),
@@ -137,6 +145,7 @@ def elements(first, row, pixels, CHANNELS: tl.constexpr, FOURS: tl.constexpr, GR
 def random_start_kernel(
     x_ptr,  # (images, row) float; each image (channels, pixels), or (pixels, CHANNELS) if CHANNELS > 1
     state_ptr,  # (2,) int64: seed, counter
+    images_ptr,  # (images,) int64: their numbers; unused unless NUMBERED
     out_ptr,  # as x; not aliased with it
     row,
     pixels,
@@ -146,6 +155,7 @@ def random_start_kernel(
     KIND: tl.constexpr,
     CHANNELS: tl.constexpr,
     FOURS: tl.constexpr,  # pixels % 4 == 0
+    NUMBERED: tl.constexpr,
     TILES: tl.constexpr,  # of GROUPS groups, per program: 1, or the whole image if KIND is "l2"
     GROUPS: tl.constexpr,
 ):
@@ -159,7 +169,8 @@ def random_start_kernel(
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
     if KIND == "l2":
-        image = tl.program_id(0)
+        n = tl.program_id(0)
+        image = image_of(images_ptr, n, NUMBERED)
         begin = 0
         squares = tl.zeros((4 * GROUPS,), dtype)
         for tile in range(TILES):
@@ -171,7 +182,7 @@ def random_start_kernel(
         seed = tl.load(state_ptr).to(tl.uint64, bitcast=True)
         word, _, _, _ = philox(
             tl.full((1,), 0xFFFFFFFF, tl.uint32),
-            image.to(tl.uint32),
+            image,
             counter.to(tl.uint32),
             (counter >> 32).to(tl.uint32),
             seed.to(tl.uint32),
@@ -181,9 +192,10 @@ def random_start_kernel(
         scale = scale * unit_uniform(word).to(dtype) / tl.maximum(length, 1e-20)
     else:
         blocks = tl.cdiv(tl.cdiv(row, 4), GROUPS)
-        image = tl.program_id(0) // blocks
+        n = tl.program_id(0) // blocks
+        image = image_of(images_ptr, n, NUMBERED)
         begin = (tl.program_id(0) % blocks) * GROUPS
-    base = image.to(tl.int64) * row
+    base = n.to(tl.int64) * row
     for tile in range(TILES):
         first = begin + tile * GROUPS
         z = draw(first, image, state_ptr, pixels, KIND, CHANNELS, FOURS, GROUPS).to(dtype)
@@ -196,24 +208,33 @@ def random_start_kernel(
         tl.store(out_ptr + base + element, x, mask=exists)
 
 
-def random_start(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
+def random_start(
+    x: Tensor,
+    state: Tensor,
+    kind: int,
+    scale: float,
+    lo: float,
+    hi: float,
+    images: Tensor | None = None,
+) -> Tensor:
     """Launch the kernel on the current stream; returns the moved images with the layout of `x`.
 
-    x must be contiguous or channels-last, its images below 2^31 elements.
+    x must be contiguous or channels-last, its images below 2^31 elements; `images` contiguous.
     """
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
-    images = x.shape[0]
-    row = x.numel() // images
+    count = x.shape[0]
+    row = x.numel() // count
     channels = 1 if x.is_contiguous() else x.shape[1]
     pixels = row // channels
     tiles = triton.cdiv(row, 4 * GROUPS)
     whole = KINDS[kind] == "l2"
     with on_device_of(x):
-        random_start_kernel[(images if whole else images * tiles,)](
+        random_start_kernel[(count if whole else count * tiles,)](
             x,
             state,
+            images if images is not None else state,
             out,
             row,
             pixels,
@@ -223,6 +244,7 @@ def random_start(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, h
             KIND=KINDS[kind],
             CHANNELS=channels,
             FOURS=pixels % 4 == 0,
+            NUMBERED=images is not None,
             TILES=tiles if whole else 1,
             GROUPS=GROUPS,
             enable_fp_fusion=False,

@@ -25,13 +25,14 @@ struct Walk {
 // of storing them.
 template <typename T, Noise kNoise, bool kPacked>
 __global__ void __launch_bounds__(kThreads) random_start_kernel(
-    const T* __restrict__ x, const int64_t* __restrict__ state, T* __restrict__ out, Walk walk,
-    uint32_t parts, uint32_t total_parts, Start<T> start) {
+    const T* __restrict__ x, const int64_t* __restrict__ state, const int64_t* __restrict__ images,
+    T* __restrict__ out, Walk walk, uint32_t parts, uint32_t total_parts, Start<T> start) {
   using Four = Pack<T, 16 / sizeof(T)>;  // of a group's elements, or half of them
   constexpr int kPacks = sizeof(T) / 4;
   const Philox random(state);
   for (uint32_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
-    const uint32_t image = part / parts;
+    const uint32_t n = part / parts;
+    const uint32_t image = image_of(images, n);
     const uint32_t first = part % parts * blockDim.x + threadIdx.x;
     const uint32_t stride = parts * blockDim.x;
     Start<T> mine = start;
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) random_start_kernel(
       squares = block_reduce(squares, shared, T(0), [](T a, T b) { return a + b; });
       mine = start.to_radius(random, image, squares);
     }
-    const T* from = x + int64_t{image} * walk.row;
-    T* to = out + int64_t{image} * walk.row;
+    const T* from = x + int64_t{n} * walk.row;
+    T* to = out + int64_t{n} * walk.row;
     for (uint32_t item = first; item < walk.groups; item += stride) {
       const uint32_t group = walk.group(item);
       const Floats4 z = noise<kNoise>(random, group, image);
@@ -86,17 +87,18 @@ void launch_start(StartTensors& s, const int64_t* state, Start<T> start, cudaStr
       u32(s.row), u32(groups), u32(s.channels), u32(s.pixels), s.channels > 1 && s.pixels % 4 == 0};
   const bool packed = s.channels == 1 && s.row % 4 == 0 && aligned(x, 16) && aligned(out, 16);
   const int64_t parts = kNoise == Noise::kL2 ? 1 : (groups + kThreads - 1) / kThreads;
-  const int64_t total = parts * s.images;  // fits 32 bits: each is an image or hundreds of elements
+  const int64_t total = parts * s.count;  // fits 32 bits: each is an image or hundreds of elements
   auto* kernel = packed ? random_start_kernel<T, kNoise, true> : random_start_kernel<T, kNoise, false>;
   launch(
-      kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, out, walk, u32(parts),
-      u32(total), start);
+      kernel, std::min<int64_t>(total, kMaxBlocks), kThreads, stream, x, state, s.images, out, walk,
+      u32(parts), u32(total), start);
 }
 
 Tensor random_start_cuda(
-    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi) {
+    const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi,
+    const std::optional<Tensor>& images) {
   const OnDevice device(x);
-  return run_start(x, state, kind, [&](StartTensors& s) {
+  return run_start(x, state, kind, images, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {
       using T = decltype(image);
       const Start<T> start{static_cast<T>(scale), static_cast<T>(lo), static_cast<T>(hi)};

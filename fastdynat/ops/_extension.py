@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+SIGNATURES = 2  # csrc/module.cpp has the same number; raised with every change to an operator's arguments
 REBUILD = "pip install -e . --no-build-isolation"
 
 
@@ -21,6 +22,11 @@ def _load() -> tuple[bool, bool]:
             f"fastdynat._C is built ({spec.origin}) but does not load in torch {torch.__version__}: {error}. "
             f"Rebuild it ({REBUILD}) or delete the file to go without it."
         ) from error
+    if getattr(extension, "SIGNATURES", 1) != SIGNATURES:
+        raise ImportError(
+            f"fastdynat._C ({spec.origin}) was built from another version of csrc/, whose operators take "
+            f"other arguments. Rebuild it ({REBUILD}) or delete the file to go without it."
+        )
     return True, bool(extension.WITH_CUDA)
 
 

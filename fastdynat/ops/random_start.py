@@ -36,9 +36,10 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # Wraps in int64, but the 64 bits are those of the unsigned product.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        # The multipliers less 2^32, which fits in int64: a product that wraps is undefined in the C++ that
+        # Inductor writes. The low word is the same, the high one is less by the other factor.
+        a, b = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
+        c0, c1, c2, c3 = ((b >> 32) + c2) ^ c1 ^ k0, b & _WORD, ((a >> 32) + c0) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
 
@@ -99,7 +100,8 @@ def _eager(
     key = (state[0] & _WORD, (state[0] >> 32) & _WORD)
     counter = (state[1] & _WORD, (state[1] >> 32) & _WORD)
     image = (torch.arange(count, device=x.device) if images is None else images & _WORD).unsqueeze(1)
-    group = torch.arange((row + 3) // 4, device=x.device)
+    # The mask makes it a tensor to Inductor, which would multiply the index itself in 32 bits.
+    group = torch.arange((row + 3) // 4, device=x.device) & _WORD
     words = philox((group, image, *counter), key)
     if KINDS[kind] == "uniform":
         lanes = [2 * _unit_uniform(word) - 1 for word in words]
@@ -108,8 +110,7 @@ def _eager(
     noise = torch.stack(lanes, 2).flatten(1)[:, :row].to(x.dtype)
     length: Tensor | float = scale
     if KINDS[kind] == "l2":
-        # Not a constant tensor: Inductor folds products of constants beyond int64.
-        first, *_ = philox(((image & 0) | _RADIUS_GROUP, image, *counter), key)
+        first, *_ = philox((torch.full_like(image, _RADIUS_GROUP), image, *counter), key)
         radius = scale * _unit_uniform(first).to(x.dtype)
         length = radius / noise.norm(dim=1, keepdim=True).clamp_min(1e-20)
     moved = x.reshape(count, row) + noise * length
@@ -122,12 +123,7 @@ def _fake(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(images_together(x))
 
 
-def _unnumbered(x: Tensor, state: Tensor, kind: int, scale: float, lo: float, hi: float) -> Tensor:
-    """`_eager` for the images 0 to N - 1."""
-    return _eager(x, state, kind, scale, lo, hi)
-
-
-IMPLEMENTATIONS = register_operator("random_start", eager=_unnumbered, fake=_fake)
+IMPLEMENTATIONS = register_operator("random_start", eager=_eager, fake=_fake)
 
 
 def random_start(
@@ -210,6 +206,5 @@ def random_start(
         raise ValueError(f"random_start: images is on {images.device} but x is on {x.device}")
     run = select("random_start", IMPLEMENTATIONS, backend, x)
     x = images_together(x.detach())
-    if images is not None:  # the other implementations do not take numbers yet
-        return _eager(x, state, KINDS.index(kind), float(scale), float(lo), float(hi), images)
-    return run(x, state.contiguous(), KINDS.index(kind), float(scale), float(lo), float(hi))
+    images = images.contiguous() if images is not None else None
+    return run(x, state.contiguous(), KINDS.index(kind), float(scale), float(lo), float(hi), images)

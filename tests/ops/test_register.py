@@ -1,13 +1,16 @@
 """Registration: schemas come from the eager forms, and the launchers in kernels/ take their arguments."""
 
+import hashlib
 import importlib
 import inspect
 import os
 
 import pytest
 import torch
+from conftest import needs
 from torch import Tensor
 
+from fastdynat.ops import _extension
 from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import OPERATORS
 
@@ -22,6 +25,31 @@ def test_the_schema_is_that_of_the_eager_form() -> None:
     )
     weights = torch.ops.fastdynat.winograd_weights.default._schema
     assert [argument.is_write for argument in weights.arguments] == [False, True, True]
+
+
+def test_other_arguments_are_another_number_of_signatures() -> None:
+    """A library of older arguments must be refused: the dispatcher would name numbers of arguments only."""
+    schemas = [str(getattr(torch.ops.fastdynat, name).default._schema) for name in sorted(OPERATORS)]
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
+    assert (_extension.SIGNATURES, digest) == (2, "121c62e14a4e23be"), (
+        "the arguments of an operator have changed: add 1 to SIGNATURES in fastdynat/ops/_extension.py and "
+        "csrc/module.cpp, then put number and digest here"
+    )
+
+
+@needs("ext")
+def test_an_extension_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastdynat._C as extension
+
+    assert _extension.LOADED
+    assert extension.SIGNATURES == _extension.SIGNATURES
+    message = r"fastdynat\._C \(.*\) was built from another version of csrc/.*Rebuild it \(pip install"
+    monkeypatch.setattr(extension, "SIGNATURES", _extension.SIGNATURES - 1)
+    with pytest.raises(ImportError, match=message):
+        _extension._load()
+    monkeypatch.delattr(extension, "SIGNATURES")  # libraries of before the number
+    with pytest.raises(ImportError, match=message):
+        _extension._load()
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name not in CPU_ONLY])

@@ -17,6 +17,7 @@ import ctypes
 import importlib.machinery
 import itertools
 import random
+import re
 import sys
 import time
 import types
@@ -117,10 +118,12 @@ def call_project_on_hyperplane(make: Callable[..., Tensor], shape: tuple[int, ..
 def call_random_start(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
     from fastdynat import ops
 
+    numbers = unaligned(torch.randint(2**32, shape[:1]))
+    state = torch.tensor([2**63 - 1, -1])
     for dtype, kind in itertools.product(DTYPES, ("uniform", "gaussian", "l2")):
-        ops.random_start(
-            make(*shape, dtype=dtype), torch.tensor([2**63 - 1, -1]), kind=kind, scale=0.2, backend=backend
-        )
+        for images in (None, numbers):
+            x = make(*shape, dtype=dtype)
+            ops.random_start(x, state, kind=kind, scale=0.2, images=images, backend=backend)
 
 
 def call_augment(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
@@ -328,11 +331,19 @@ def call_with_drawn_arguments(name: str) -> Counter[str]:
     return outcomes
 
 
+def signatures() -> int:
+    """The number of the operators' arguments in csrc, which the sanitized library does not tell."""
+    module = Path(__file__).parents[2] / "csrc" / "module.cpp"
+    found = re.search(r"kSignatures = (\d+);", module.read_text())
+    assert found is not None
+    return int(found[1])
+
+
 def main(cpu_library: str, cuda_library: str) -> None:
     # In the place of fastdynat._C, which is not sanitized.
     extension = types.ModuleType("fastdynat._C")
     extension.__spec__ = importlib.machinery.ModuleSpec("fastdynat._C", None)
-    extension.__dict__["WITH_CUDA"] = False
+    extension.__dict__.update(WITH_CUDA=False, SIGNATURES=signatures())
     sys.modules["fastdynat._C"] = extension
     torch.ops.load_library(cpu_library)
     from support import cuda_sim

@@ -60,7 +60,8 @@ def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
 
 
 def start(dtype: torch.dtype, kind: str) -> None:
-    ops.random_start(images(dtype), torch.zeros(2).long(), kind=kind, scale=0.1)
+    for numbers in (None, torch.zeros(64).long()):
+        ops.random_start(images(dtype), torch.zeros(2).long(), kind=kind, scale=0.1, images=numbers)
 
 
 def start_channels_last(shape: tuple[int, ...]) -> None:

@@ -25,20 +25,28 @@ from fastdynat.verification import Case, Timing
 
 SCALE = 8 / 255
 STATE = (0x0123456789ABCDEF, 0x7EDCBA9876543210)  # every bit of key and counter in use
+IMAGES = (2**32 - 1, 5, 2**31)  # every bit of a number in use
 LARGE = (256, 3, 32, 32)
 
 
 def start_arguments(
-    device: torch.device, *, shape: tuple[int, ...], dtype: torch.dtype, kind: str, layout: Layout
-) -> tuple[Tensor, Tensor, str]:
-    """(x, state, kind)."""
+    device: torch.device,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: str,
+    layout: Layout,
+    numbered: bool = False,
+) -> tuple[Tensor, Tensor, str, Tensor | None]:
+    """(x, state, kind, images)."""
     x = layout(uniform(shape, 1).to(device, dtype))
-    return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind
+    images = torch.tensor(IMAGES[: shape[0]], dtype=torch.int64, device=device) if numbered else None
+    return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind, images
 
 
-def run_start(x: Tensor, state: Tensor, kind: str, backend: str) -> Tensor:
+def run_start(x: Tensor, state: Tensor, kind: str, images: Tensor | None, backend: str) -> Tensor:
     """`random_start` in one implementation."""
-    return random_start(x, state, kind=kind, scale=SCALE, backend=backend)
+    return random_start(x, state, kind=kind, scale=SCALE, images=images, backend=backend)
 
 
 def start_cases() -> list[Case]:
@@ -63,6 +71,17 @@ def start_cases() -> list[Case]:
         make = partial(start_arguments, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
         spared = (shape, dtype, kind, layout) in deep
         cases.append(Case(name, make, scale=float(kind == "l2"), deep=spared))
+    for kind in KINDS:  # one kind at first use: all take the numbers alike
+        make = partial(
+            start_arguments,
+            shape=(3, 3, 5, 7),
+            dtype=torch.float32,
+            kind=kind,
+            layout=contiguous,
+            numbered=True,
+        )
+        name = f"{kind}, float32, 3x3x5x7, numbered images"
+        cases.append(Case(name, make, scale=float(kind == "l2"), deep=kind != "uniform"))
     return [*cases, at_full_size(start_timing(), scale=0.0)]
 
 
