@@ -118,8 +118,9 @@ def evaluate(
         norm: linf, l2, l1 or l0.
         step_size: step of attacks with a fixed one; None is eps / 4 (10 eps under l0).
         num_images: use only the first `num_images` images.
-        batch_size: images per batch; halved if memory runs out.
-        seed: seed of the random starts.
+        batch_size: images per batch; halved if memory runs out. Changes no result, except of attacks of your
+            own files and of autoattack.
+        seed: seed of the random numbers of each image.
         data_dir: folder of a data set given by name.
         keys: device, amp, compile and kernels, as for ``fastdynat eval``.
 

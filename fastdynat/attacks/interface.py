@@ -56,5 +56,6 @@ class Attack(Protocol):
         least every few seconds.
 
         The attacks of this package also take `ImageDraws`, and what they do to an image then does not depend
-        on the others. Attacks of other packages are given generators only (`NamedAttack.run`).
+        on the others. Attacks of other packages are given a generator (`NamedAttack.run`), seeded from the
+        draws and the first image of the batch: what they do depends on the batch.
         """

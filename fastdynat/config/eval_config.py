@@ -43,7 +43,8 @@ class EvalConfig:
     """I/N: evaluate only images I, I + N, I + 2 N, ... (counted from 1), for example in one process per GPU.
     When all N shards are done, the same command without --shard merges them."""
     batch_size: int = 500
-    """Images per batch, which bounds memory use; halved if memory runs out."""
+    """Images per batch, which bounds memory use; halved if memory runs out. Changes no result, except of
+    attacks of your own files and of autoattack."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
     amp: EvalAmp = "off"
@@ -55,7 +56,7 @@ class EvalConfig:
     """Implementation of the fused operators; auto is FASTDYNAT_KERNELS if it is set, else the fastest
     that is correct on this machine."""
     seed: int = 1
-    """Seed of the random starts."""
+    """Seed of the random numbers of each image."""
     cache: str = "auto"
     """Folder of cached results; auto is RUN/evaluations (./evaluations for other models), off disables the
     cache."""

@@ -16,7 +16,7 @@ T = TypeVar("T")
 def with_halving(run: Callable[[int], T], batch_size: int) -> T:
     """``run(batch_size)``, started again with half the batch size each time memory runs out.
 
-    `run` must draw its random numbers anew: the result is then the one of the smaller batch size.
+    `run` must draw its random numbers anew; the result is that of the smaller batch size.
 
     Raises:
         UserError: not even one image fits.
