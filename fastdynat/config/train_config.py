@@ -176,6 +176,9 @@ class OptimConfig:
     optimizers: Literal["separate", "joint"] = "separate"
     """One SGD per network, or one for both; they differ only in gradient clipping, where joint uses the joint
     norm."""
+    grad_accum_steps: int = 1
+    """Cut each process's share of a batch into this many micro-batches, which are attacked one by one and
+    update the networks together: less memory, the same update. Batch norm sees one micro-batch at a time."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0

@@ -27,6 +27,7 @@ LARGEST: dict[str, float] = {
     "check_fidelity": IMAGES,
     "boundary_speed": IMAGES,
     "batch_size": BATCH,
+    "grad_accum_steps": BATCH,
     "eval_batch_size": BATCH,
     "workers": 1024,
     "epoch_steps": 10**6,
@@ -97,7 +98,7 @@ KEEP_RATE = Range(0, 1, "in [0, 1)", open_most=True)
 SHARE_OF_RUN = Range(0, 1, "a share of the run in [0, 1)", open_most=True)
 VALIDATION_IMAGES = _from(0, "a number of validation images, 0 for none")
 RANGES = {
-    **dict.fromkeys(("batch_size", "eval_batch_size", "num_images"), _from(1)),
+    **dict.fromkeys(("batch_size", "eval_batch_size", "num_images", "grad_accum_steps"), _from(1)),
     **dict.fromkeys(("train_size", "labelled"), _from(1)),
     "val_size": _from(0, "a number of images or a share below 1"),
     "image_size": Range(1, MAX_IMAGE_SIZE, f"between 1 and {MAX_IMAGE_SIZE} pixels"),

@@ -50,6 +50,14 @@ class World:
         _count_call()
         return PendingSum(dist.all_reduce(tensor, async_op=True))
 
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """The `tensor` of every rank, stacked: (W, ...), in the order of the ranks."""
+        if self.alone:
+            return tensor[None]
+        held = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(held, tensor.contiguous())
+        return torch.stack(held)
+
     def maximum(self, value: float) -> float:
         """The largest `value` of all ranks; on the host."""
         if self.alone:

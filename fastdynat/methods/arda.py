@@ -57,8 +57,11 @@ class Arda(Method[ArdaOptions]):
     logs_adv_acc = False
 
     def num_attacked(self, batch: Batch) -> int:
-        """The number of attacked images in the batch: its first ones."""
-        return math.floor(self.options.adversarial_share * len(batch.labels) + 0.5)
+        """The number of attacked images in `batch`: its first ones, as in the whole global batch."""
+        return batch.share.below(self._all_attacked(batch))
+
+    def _all_attacked(self, batch: Batch) -> int:
+        return math.floor(self.options.adversarial_share * batch.share.total + 0.5)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         attacked = self.num_attacked(batch)
@@ -82,10 +85,11 @@ class Arda(Method[ArdaOptions]):
         )
 
     def weights(self, batch: Batch) -> Tensor | None:
-        """Per-image weights of mean 1 that give each kind its share; None, for all 1, with only one kind."""
-        images, attacked = len(batch.labels), self.num_attacked(batch)
+        """Weights of mean 1 in the global batch that give each kind its share; None where all are 1."""
+        images, attacked = batch.share.total, self._all_attacked(batch)
         if attacked in (0, images):
             return None
-        weights = batch.x.new_full((images,), (1 - self.options.loss_share) * images / (images - attacked))
-        weights[:attacked] = self.options.loss_share * images / attacked
+        clean = (1 - self.options.loss_share) * images / (images - attacked)
+        weights = batch.x.new_full((len(batch.labels),), clean)
+        weights[: self.num_attacked(batch)] = self.options.loss_share * images / attacked
         return weights

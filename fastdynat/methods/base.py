@@ -118,6 +118,8 @@ class Method(ABC, Generic[OptionsT]):
         replays: updates per batch, each with both halves and the attack.
         searches: whether an attack starts from the present weights, which weight perturbation needs.
         attacks: whether training attacks at all.
+        couples_images: whether the loss of an image depends on others of the batch, beyond batch norm: then
+            --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
@@ -135,6 +137,7 @@ class Method(ABC, Generic[OptionsT]):
     replays: int = 1
     searches: bool = True
     attacks: bool = True
+    couples_images: bool = False
     unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.goal import kl_from_log_probs, wide
 from fastdynat.data import Batch
+from fastdynat.distributed import batch_world
 from fastdynat.methods.base import Networks
 
 KlMean = Literal["tenth", "entries", "batch"]
@@ -18,6 +19,18 @@ def batch_share(count: Tensor | None, batch: Batch) -> Tensor:
     """`count` images as a share of the batch, for a log; losses that get the labels return counts."""
     assert count is not None
     return count / len(batch.labels)
+
+
+def mean_over(values: Tensor, chosen: Tensor, batch: Batch) -> Tensor:
+    """The mean of `values` (N,) over the `chosen` (N,) images of the global batch; 0 where none is chosen.
+
+    What is returned is this process's summand: such means, weighted by the processes' shares as every loss
+    and log is, add up to the mean over all of them. One number is summed over the processes. A micro-batch
+    counts its own images only (`Method.couples_images`).
+    """
+    count = batch_world().sum_(chosen.sum()).clamp_min(1)
+    share = len(chosen) / batch.share.images_of_all_ranks
+    return (values * chosen).sum() / (count * share)
 
 
 def accuracy(logits: Tensor, batch: Batch) -> Tensor:

@@ -47,7 +47,7 @@ from fastdynat.methods import (
     check_positive,
     register_method,
 )
-from fastdynat.methods.building_blocks import batch_share
+from fastdynat.methods.building_blocks import batch_share, mean_over
 from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
 from fastdynat.units import parse_size
 
@@ -137,7 +137,7 @@ class Dyart(Method[DyartOptions]):
             "loss": loss.detach(),
             "clean_loss": fit.loss.detach(),
             "train_acc": batch_share(fit.target_correct, batch),
-            "boundary_distance": points.distance.sum() / found.clamp_min(1),
+            "boundary_distance": mean_over(points.distance, points.found, batch),
             "boundary_found": batch_share(found, batch),
             "boundary_usable": batch_share(points.usable.sum(), batch),
             "boundary_near": batch_share((points.found & (points.distance < self._r0)).sum(), batch),

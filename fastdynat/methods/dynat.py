@@ -162,6 +162,11 @@ class Dynat(Method[DynatOptions]):
     trains = ("model", "guide")
     attack_defaults = AttackDefaults(start="gaussian")
 
+    def __init__(self, options: DynatOptions) -> None:
+        super().__init__(options)
+        normalized = options.weighting == "mail" and options.weight_scale == "normalized"
+        self.couples_images = normalized or options.weighting == "gairat"
+
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""
         given, published = self.options.weight_from, WEIGHT_FROM[self.options.weighting]

@@ -52,6 +52,7 @@ class Gairat(Method[GairatOptions]):
     """``min mean w_i CE(f(x'_i), y_i)`` with weights from the number of steps that an attack needs."""
 
     options_type = GairatOptions
+    couples_images = True
 
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""

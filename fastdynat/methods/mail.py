@@ -86,6 +86,7 @@ class Mail(Method[MailOptions]):
 
     def __init__(self, options: MailOptions) -> None:
         super().__init__(options)
+        self.couples_images = options.weight_scale == "normalized"
         published = PUBLISHED[options.base]
         self.slope = published[0] if options.slope is None else options.slope
         self.bias = published[1] if options.bias is None else options.bias

@@ -39,6 +39,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
+from fastdynat.methods.building_blocks import mean_over
 from fastdynat.methods.trades import kl_to_self
 from fastdynat.ops.image_draws import normal_like
 
@@ -92,6 +93,7 @@ class Vat(Method[VatOptions]):
     options_type = VatOptions
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
+    couples_images = True
     logs_adv_acc = False
 
     def __init__(self, options: VatOptions) -> None:
@@ -129,10 +131,10 @@ class Vat(Method[VatOptions]):
         labelled = batch.labels >= 0
         own = log_probs.gather(1, batch.labels.clamp_min(0)[:, None]).squeeze(1)
         # The mean over the images that have a label; where none has one, nothing.
-        cross_entropy = -(own * labelled).sum() / labelled.sum().clamp_min(1)
+        cross_entropy = mean_over(-own, labelled, batch)
         divergence = kl_from_log_probs(log_probs.detach(), wide(nets.unmoved(attacked.x_adv))).mean()
         loss = cross_entropy + self.options.vat_weight * divergence
-        right = ((log_probs.argmax(1) == batch.labels) & labelled).sum() / labelled.sum().clamp_min(1)
+        right = mean_over((log_probs.argmax(1) == batch.labels).double(), labelled, batch)
         return Outer(
             {"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right}
         )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attacks import AttackResult
+from fastdynat.distributed import batch_world
 from fastdynat.methods.base import Method
 
 MailScale = Literal["released", "normalized"]
@@ -58,5 +60,10 @@ def begun(method: Method[Any], share: float) -> bool:
 
 
 def _mean_one(log_weights: Tensor) -> Tensor:
-    """exp(log_weights) over their mean; finite however small they are."""
-    return len(log_weights) * log_weights.softmax(0)
+    """exp(log_weights) over their mean in the global batch; finite however small they are."""
+    here = batch_world()
+    if here.alone:
+        return len(log_weights) * log_weights.softmax(0)
+    own = torch.stack([log_weights.logsumexp(0), log_weights.new_tensor(len(log_weights))])
+    sizes, images = here.stacked(own).unbind(1)
+    return images.sum() * (log_weights - sizes.logsumexp(0)).exp()

@@ -6,7 +6,7 @@ the released code: its weight decay acts on w + v.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,11 +41,22 @@ class WeightPerturbation:
         self._weights: list[Tensor] = [p for p in module.parameters() if p.dim() >= 2 and p.requires_grad]
 
     @contextmanager
-    def around(self, loss: Tensor) -> Iterator[None]:
-        """Context with the weights moved towards a higher `loss`, at any scale of it; frees its graph."""
-        moves = self._moves(
-            torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
-        )
+    def around(
+        self,
+        losses: Iterable[Tensor],
+        sum_over_ranks: Callable[[Sequence[Tensor]], None] = lambda grads: None,
+    ) -> Iterator[None]:
+        """Context with the weights moved towards a higher sum of `losses`, at any scale of it.
+
+        Frees the graph of each loss before it takes the next. `sum_over_ranks` replaces gradients by their
+        sums over all processes.
+        """
+        grads: tuple[Tensor, ...] = ()
+        for loss in losses:
+            more = torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
+            grads = torch._foreach_add(grads, more) if grads else more
+        sum_over_ranks(grads)
+        moves = self._moves(grads)
         with torch.no_grad():
             torch._foreach_add_(self._weights, moves)
         yield

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
+from fastdynat.distributed import world
+from fastdynat.distributed.shares import deal
 from fastdynat.errors import UserError
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CudaRecorder
@@ -82,12 +84,12 @@ def build_parts(
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
     networks = build_networks(config, method, info, fallbacks, load_guide=load_guide)
-    batch_size = config.data.batch_size
     for name in method.trains:
-        check_single_values(networks.raw[name], info.image_shape, device, batch_size)
+        check_single_values(networks.raw[name], info.image_shape, device, config.data.batch_size)
     loader = _loader(config, split, device)
     method.epochs = epochs_of_method(config.optim)
-    method.buffers = method.make_buffers(torch.zeros(batch_size, *info.image_shape, device=device))
+    images = deal(config.data.batch_size, world().rank, world().size).images
+    method.buffers = method.make_buffers(torch.zeros(images, *info.image_shape, device=device))
     step = _step(config, method, networks, loader.steps_per_epoch, fallbacks)
     # Building a guide drew random numbers; two methods under one seed should still start their attacks alike.
     torch.manual_seed(engine.seed)
@@ -107,6 +109,9 @@ def _loader(config: ResolvedConfig[Any], split: TrainSplit, device: torch.device
         epoch_steps=data.epoch_steps,
         drop_last=data.drop_last,
         seed=engine.seed,
+        ranks=world().size,
+        rank=world().rank,
+        parts=config.optim.grad_accum_steps,
         device=device,
         channels_last=engine.channels_last == "on",
     )
@@ -135,6 +140,8 @@ def _step(
         statistics_resets=_statistics_resets(config, networks, steps_per_epoch),
         guide_stream=torch.cuda.Stream(device) if engine.uses_guide_stream(method) else None,
         whole=config.data.batch_size,
+        accumulate=optim.grad_accum_steps,
+        seed=engine.seed,
         fallbacks=fallbacks,
     )
 
@@ -153,6 +160,8 @@ def burn_in_step(config: ResolvedConfig[Any], step: TrainStep) -> TrainStep | No
         recorder=_recorder(config.engine),
         statistics_resets=step.statistics_resets,
         whole=config.data.batch_size,
+        accumulate=config.optim.grad_accum_steps,
+        seed=config.engine.seed,
         fallbacks=step.fallbacks,
     )
 

@@ -50,6 +50,7 @@ def resolve(
     data, model = _data(config.data, info, method, notes), _model(config.model, info, method)
     attack = resolved_attack(config.attack, info, method, notes)
     optim = resolved_optim(config, info)
+    _check_accumulation(config.optim.grad_accum_steps, method)
     _check_run(config, method)  # before anything is timed
     workload = functools.partial(_workload, model, data, attack, info)
     engine = resolved_engine(config.engine, attack, optim, method, notes, None if carried_on else workload)
@@ -145,6 +146,14 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
         )
     usual = "small" if split_style(name)[0] == "small" else "resnet18_s1122"
     return replace(model, model=name, guide=usual if model.guide == "auto" else model.guide)
+
+
+def _check_accumulation(parts: int, method: Method[Any]) -> None:
+    if parts > 1 and method.couples_images:
+        raise UserError(
+            f"grad_accum_steps {parts}: method {method.name} weighs the images of a batch by each other and "
+            "needs them at once; leave it out, and use more processes, a smaller --batch-size or --amp"
+        )
 
 
 def _check_run(config: TrainConfig[Any], method: Method[Any]) -> None:

@@ -1,21 +1,21 @@
 """One training step: inner attack, outer losses, backward pass, update."""
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.optim import SGD
 
 from fastdynat.attack_engine.attack_result import as_attack_result
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
+from fastdynat.distributed import replicated_batch, world
+from fastdynat.distributed.running_statistics import average_statistics
+from fastdynat.distributed.shares import Share
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.execution.graph_capture import Recorder
 from fastdynat.execution.graphed_call import GraphedCall
@@ -23,71 +23,22 @@ from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.methods import Inner, Method
 from fastdynat.methods.halves import check_inner, check_outer
 from fastdynat.training.awp import WeightPerturbation
-from fastdynat.training.cycled_sgd import CycledSGD
+from fastdynat.training.gradient_sums import GradientSums
+from fastdynat.training.micro_batches import (
+    MicroBatch,
+    buffer_rows,
+    image_buffers,
+    joined_logs,
+    micro_batches,
+    shared_loss,
+)
 from fastdynat.training.networks import NetworkSet
+from fastdynat.training.optimizers import build_optimizers
 from fastdynat.training.precision import Precision
+from fastdynat.training.replaced_statistics import replaced_statistics
 from fastdynat.training.resolved_config import ResolvedOptim
+from fastdynat.training.step_draws import StepDraws
 from fastdynat.training.step_state import StepState
-
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
-
-
-def build_optimizers(
-    networks: dict[str, nn.Module], config: ResolvedOptim, lr: Tensor, *, cycled: bool = False
-) -> list[SGD]:
-    """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
-
-    Args:
-        lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew
-            at each replay.
-        cycled: the caller will replace each group's momentum by such a tensor too.
-    """
-    groups = [_groups(module, config) for module in networks.values()]
-
-    def sgd(members: list[dict[str, Any]]) -> SGD:
-        usual: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.nesterov}
-        usual["weight_decay"] = config.weight_decay
-        # Fused: one pass over the parameters, and torch's only implementation that does not read a tensor
-        # rate.
-        optimizer = CycledSGD(members, **usual) if cycled else SGD(members, **usual, fused=True)
-        if config.momentum > 0:
-            # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-
-    return [sgd([*chain(*groups)])] if config.optimizers == "joint" else [sgd(group) for group in groups]
-
-
-def _groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
-    """The parameter groups of one network: normalisation layers apart where they have no weight decay."""
-    if config.decay_norms:
-        return [{"params": list(module.parameters())}]
-    norms = {
-        id(p)
-        for layer in module.modules()
-        if isinstance(layer, NORMS)
-        for p in layer.parameters(recurse=False)
-    }
-    decayed = [p for p in module.parameters() if id(p) not in norms]
-    rest = [p for p in module.parameters() if id(p) in norms]
-    return [{"params": decayed}] + [{"params": rest, "weight_decay": 0.0}] * bool(rest)
-
-
-@contextmanager
-def replaced_statistics(module: nn.Module) -> Iterator[None]:
-    """Context in which each pass in train mode replaces the running statistics of `module` (momentum 1)."""
-    layers = [
-        layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.momentum is not None
-    ]
-    usual = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = 1.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, usual, strict=True):
-            layer.momentum = momentum
 
 
 class StepResult(NamedTuple):
@@ -117,9 +68,13 @@ class TrainStep:
         momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
         statistics_resets: numbers of the updates whose passes replace the model's running statistics by the
             batch's.
-        whole: images in a full batch. Smaller batches run uncompiled and uncaptured, with the same
-            mathematics: graphs of their own would take a minute. None compiles and captures batches of any
-            size.
+        whole: images in a full batch of all ranks. Smaller batches run uncompiled and uncaptured, with the
+            same mathematics: graphs of their own would take a minute. None compiles and captures batches of
+            any size.
+        accumulate: micro-batches that a batch is cut into, to save memory: attacks and losses one by one, a
+            single update.
+        seed: of all random numbers of the attacks, which depend on it, the step and the image alone; None
+            draws from torch's global generator.
         fallbacks: collects why graphs are off (a capture fails, a replay differs from the step) and that
             partial batches run uncompiled; None warns.
     """
@@ -140,6 +95,8 @@ class TrainStep:
         momentum: Callable[[int], float] | None = None,
         statistics_resets: Collection[int] = (),
         whole: int | None = None,
+        accumulate: int = 1,
+        seed: int | None = None,
         fallbacks: Fallbacks | None = None,
     ) -> None:
         self.method, self.networks, self.spec = method, networks, spec
@@ -151,6 +108,10 @@ class TrainStep:
         self._momentum_at, self._momentum = momentum, torch.full_like(self._lr, optim.momentum)
         trained = {name: networks.raw[name] for name in method.trains}
         self.optimizers = build_optimizers(trained, optim, self._lr, cycled=momentum is not None)
+        self._world, self._accumulate, self._share = world(), accumulate, Share()
+        self._trained = [*trained.values()]
+        self._sums = GradientSums(self._trained, self._world)
+        self._draws = None if seed is None else StepDraws(seed, precision.device)
         self.statistics_resets = frozenset(statistics_resets)
         self.global_step = 0
         self._guide_stream = guide_stream
@@ -176,16 +137,26 @@ class TrainStep:
         They are overwritten by the next call where the step is a captured graph.
         """
         self._set_rates()
-        smaller = self._whole is not None and len(batch.labels) < self._whole
+        self._share = batch.share
+        smaller = self._whole is not None and batch.share.total < self._whole
         if smaller:
-            self._tell_of_smaller(len(batch.labels))
+            self._tell_of_smaller(batch.share.total)
         resets = self.global_step in self.statistics_resets
-        aside = uncompiled() if smaller else nullcontext()
-        with aside, replaced_statistics(self.networks.raw["model"]) if resets else nullcontext():
+        with (
+            uncompiled() if smaller else nullcontext(),
+            replaced_statistics(self.networks.raw["model"]) if resets else nullcontext(),
+            replicated_batch() if batch.share.replicated else nullcontext(),
+        ):
             if self._graphed is None:
                 result = self._run(batch.x, batch.labels, batch.indices)
             else:
-                constants = (self.spec.steps, self._awp_is_on(), resets, *self.method.constants())
+                constants = (
+                    self.spec.steps,
+                    self._awp_is_on(),
+                    resets,
+                    batch.share,
+                    *self.method.constants(),
+                )
                 result = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
         self.networks.average()
         self.global_step += 1
@@ -203,6 +174,8 @@ class TrainStep:
     def _set_rates(self) -> None:
         """Write this update's rate and cycled momentum into the tensors that a captured step reads."""
         self._lr.fill_(self.learning_rate(self.global_step))
+        if self._draws is not None:
+            self._draws.begin(self.global_step)
         if self._momentum_at is not None:
             self._momentum.fill_(self._momentum_at(self.global_step))
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -221,73 +194,123 @@ class TrainStep:
 
     def _subject(self) -> StepState:
         rates = {"of learning": self._lr, "of momentum": self._momentum}
-        return StepState(self.networks, self.optimizers, self.method, rates)
+        draws = {} if self._draws is None else {"random state": self._draws.state}
+        return StepState(self.networks, self.optimizers, self.method, rates, draws)
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""
-        batch = Batch(x, labels, indices)
-        for _ in range(self.method.replays):
-            result = self._one_update(batch)
+        batch = Batch(x, labels, indices, self._share)
+        for replay in range(self.method.replays):
+            result = self._one_update(batch, replay)
         return result
 
-    def _one_update(self, batch: Batch) -> StepResult:
+    def _one_update(self, batch: Batch, replay: int) -> StepResult:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.networks.attack.refresh()
-        inner = self._inner(batch)
-        attack = Attacker(self.networks.attack, self.spec)
-        found = self.method.perturb(self.networks.views, batch, inner, attack)
-        attacked = as_attack_result(found, batch.x, f"{type(self.method).__name__}.perturb")
-        with self.precision.autocast():
-            self.method.after_attack(self.networks.views, batch, attacked)
-        with self._perturbed_weights(batch, inner, attacked):
-            with self.precision.autocast():
-                outer = self.method.outer(self.networks.views, batch, inner, attacked)
-            check_outer(self.method, inner, outer)
-            self._backward(outer.losses)
-            if self._guide_stream is not None:
-                torch.cuda.current_stream().wait_stream(self._guide_stream)
-            self.method.after_backward(batch, attacked, attack)
+        parts = self._parts(batch, replay)
+        if self._awp_is_on():
+            for part in parts:
+                self._attack(part)
+            with self._perturbed_weights(parts):
+                for part in parts:
+                    self._minimize(part)
+                self._update()
+        else:
+            for part in parts:
+                self._attack(part)
+                self._minimize(part)
             self._update()
-        with self.precision.autocast():
-            self.method.after_update(self.networks.views, batch)
-        zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
-        return StepResult({**outer.logs, **zeros}, attacked.x_adv)
+        for part in parts:
+            with part.rows(), self.precision.autocast():
+                self.method.after_update(self.networks.views, part.batch)
+        average_statistics(self._trained, self._world, weight=batch.share.weight)
+        logs = joined_logs([part.logs for part in parts], [part.batch for part in parts])
+        return StepResult(logs, parts[-1].attacked.x_adv)
+
+    def _parts(self, batch: Batch, replay: int) -> list[MicroBatch]:
+        cut = micro_batches(batch, self._accumulate)
+        shared = len(cut) > 1 or batch.share.replicated
+        names = image_buffers(self.method, batch.x) if shared else frozenset[str]()
+        share, here = batch.share, self._world
+        return [
+            MicroBatch(
+                one,
+                Attacker(
+                    self.networks.attack,
+                    self.spec,
+                    draws=None if self._draws is None else self._draws.of(one.indices, replay),
+                ),
+                partial(buffer_rows, self.method, names, number, len(cut), share, here),
+                last=number == len(cut) - 1,
+            )
+            for number, one in enumerate(cut)
+        ]
 
     def _awp_is_on(self) -> bool:
         return self.awp is not None and self.method.epoch >= self.awp.warmup
 
-    def _perturbed_weights(
-        self, batch: Batch, inner: Inner, attacked: AttackResult
-    ) -> AbstractContextManager[None]:
-        if self.awp is None or not self._awp_is_on():
-            return nullcontext()
+    def _perturbed_weights(self, parts: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+        assert self.awp is not None
         nets = replace(self.networks.views, model=self.networks.views.unmoved)
-        with self.precision.autocast():
-            loss = self.method.awp_loss(nets, batch, inner, attacked)
-        return self.awp.around(self.precision.scaler.scale(loss))
 
-    def _inner(self, batch: Batch) -> Inner:
+        def loss(part: MicroBatch) -> Tensor:
+            with part.rows(), self.precision.autocast():
+                loss = self.method.awp_loss(nets, part.batch, part.inner, part.attacked)
+            return self.precision.scaler.scale(shared_loss(loss, part.batch))
+
+        return self.awp.around((loss(part) for part in parts), self._sums.sum_)
+
+    def _attack(self, part: MicroBatch) -> None:
+        """The inner half on one part, and the attack."""
+        with part.rows():
+            part.inner = self._inner(part)
+            name = f"{type(self.method).__name__}.perturb"
+            found = self.method.perturb(self.networks.views, part.batch, part.inner, part.attack)
+            part.attacked = as_attack_result(found, part.batch.x, name)
+            with self.precision.autocast():
+                self.method.after_attack(self.networks.views, part.batch, part.attacked)
+
+    def _minimize(self, part: MicroBatch) -> None:
+        """The outer half on one part, and the backward pass of its losses."""
+        batch, inner, attacked = part.batch, part.inner, part.attacked
+        with part.rows():
+            with self.precision.autocast():
+                outer = self.method.outer(self.networks.views, batch, inner, attacked)
+            check_outer(self.method, inner, outer)
+            self._backward(outer.losses, batch)
+            if self._guide_stream is not None:
+                torch.cuda.current_stream().wait_stream(self._guide_stream)
+            self.method.after_backward(batch, attacked, part.attack)
+        zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
+        part.logs = {**outer.logs, **zeros}
+
+    def _inner(self, part: MicroBatch) -> Inner:
         """The method's inner half and the backward pass of its losses, which do not depend on the attack."""
         side, labels_made = self._guide_stream, None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
         with nullcontext() if side is None else torch.cuda.stream(side):
             with self.precision.autocast():
-                inner = self.method.inner(self.networks.views, batch)
+                inner = self.method.inner(self.networks.views, part.batch)
             if side is not None:
                 labels_made = side.record_event()
             check_inner(self.method, inner)
-            self._backward(inner.losses)
+            self._backward(inner.losses, part.batch)
+            if part.last:
+                for name in inner.losses:  # their gradients are summed beside the attack
+                    self._sums.begin(self.networks.raw[name])
         if labels_made is not None:
             torch.cuda.current_stream().wait_event(labels_made)
         return inner
 
-    def _backward(self, losses: dict[str, Tensor]) -> None:
+    def _backward(self, losses: dict[str, Tensor], batch: Batch) -> None:
         if losses:
-            self.precision.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            loss = shared_loss(torch.stack(list(losses.values())).sum(), batch)
+            self.precision.scaler.scale(loss).backward()
 
     def _update(self) -> None:
+        self._sums.finish()
         scaler = self.precision.scaler
         for optimizer in self.optimizers:
             if self.optim.clip_grad > 0:

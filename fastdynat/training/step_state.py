@@ -1,8 +1,8 @@
 """State that a training step reads and changes besides its batch; its captured graph is checked on it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +22,21 @@ class StepState:
 
     Attributes:
         method: its buffers are part of the state.
-        rates: tensors that each step reads anew.
+        rates, draws: tensors that each step reads anew.
     """
 
     networks: NetworkSet
     optimizers: list[SGD]
     method: Method[Any]
     rates: dict[str, Tensor]
+    draws: dict[str, Tensor] = field(default_factory=dict)
 
     def state(self) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {f"weight {name}": parameter for name, parameter in self._parameters()}
         for role, module in self.networks.raw.items():
             found |= {f"buffer {role}.{name}": buffer for name, buffer in module.named_buffers()}
         found |= {f"buffer {name}": buffer for name, buffer in self.method.buffers.items()}
-        found |= {f"rate {name}": rate for name, rate in self.rates.items()}
+        found |= {f"rate {name}": rate for name, rate in self.rates.items()} | self.draws
         names = {id(parameter): name for name, parameter in self._parameters()}
         for parameter, kept in (item for optimizer in self.optimizers for item in optimizer.state.items()):
             found |= {
@@ -59,8 +60,10 @@ class StepState:
     def restored(self) -> None:
         self.networks.attack.refresh()
 
-    def disguised(self) -> AbstractContextManager[None]:
-        return scaled([*self.rates.values()], 0.5)
+    @contextmanager
+    def disguised(self) -> Iterator[None]:
+        with scaled([*self.rates.values()], 0.5), scaled([*self.draws.values()], 3):
+            yield
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for role, module in self.networks.raw.items():

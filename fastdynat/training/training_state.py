@@ -29,6 +29,7 @@ RESUMABLE = {
     "graphs",
     "guide_stream",
     "rank_timeout",
+    "grad_accum_steps",
     "epochs",
     "stop_after",
     "stop_at",

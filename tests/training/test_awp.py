@@ -140,7 +140,7 @@ def test_weights_move_by_gamma_of_their_norm_and_come_back() -> None:
     model, batch = moved_network(1), make_batch()
     before = copy.deepcopy(model.state_dict())
     loss = nn.functional.cross_entropy(model.eval()(batch.x), batch.labels)
-    with WeightPerturbation(model, GAMMA).around(loss):
+    with WeightPerturbation(model, GAMMA).around([loss]):
         for name, weight in model.named_parameters():
             share = GAMMA if weight.dim() >= 2 else 0.0
             torch.testing.assert_close((weight.detach() - before[name]).norm(), share * before[name].norm())
@@ -155,7 +155,7 @@ def test_a_gradient_that_points_nowhere_moves_nothing(factor: float) -> None:
     before = model.weight.detach().clone()
     spoilt = torch.ones(3, 5)
     spoilt[1, 2] = factor
-    with WeightPerturbation(model, GAMMA).around((model.weight * (spoilt if factor else 0.0)).sum()):
+    with WeightPerturbation(model, GAMMA).around([(model.weight * (spoilt if factor else 0.0)).sum()]):
         assert torch.equal(model.weight.detach(), before)
     assert torch.equal(model.weight.detach(), before)
 

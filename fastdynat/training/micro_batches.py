@@ -1,0 +1,112 @@
+"""Micro-batches of --grad-accum-steps: the parts of a batch, their rows of a method's tensors, their logs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attacks import AttackResult
+from fastdynat.data import Batch
+from fastdynat.distributed import World
+from fastdynat.distributed.shares import LEAST, Share
+from fastdynat.methods import Inner, Method
+
+
+@dataclass
+class MicroBatch:
+    """A part of a batch on its way through an update.
+
+    Attributes:
+        rows: context in which the method's buffers are those of its images.
+        last: no part follows.
+        inner, attacked, logs: set one after the other.
+    """
+
+    batch: Batch
+    attack: Attacker
+    rows: Callable[[], AbstractContextManager[None]]
+    last: bool
+    inner: Inner = field(init=False)
+    attacked: AttackResult = field(init=False)
+    logs: dict[str, Tensor] = field(init=False)
+
+
+def shared_loss(loss: Tensor, batch: Batch) -> Tensor:
+    """A mean over `batch` as its share of the mean over the global batch."""
+    return loss if batch.share.weight == 1 else loss * batch.share.weight
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """The `count` parts of `batch`, by stride; one where that would leave a part with a single image."""
+    if count == 1 or batch.share.replicated or batch.share.images < LEAST * count:
+        return [batch]
+    return [
+        replace(
+            batch,
+            x=batch.x[part::count],
+            labels=batch.labels[part::count],
+            indices=batch.indices[part::count],
+            share=batch.share.part(part, count),
+        )
+        for part in range(count)
+    ]
+
+
+def image_buffers(method: Method[Any], x: Tensor) -> frozenset[str]:
+    """Names of the `buffers` of `method` with one row per image of a batch like `x`, (N, C, H, W)."""
+    larger = torch.zeros(len(x) + 1, *x.shape[1:], dtype=x.dtype, device="meta")
+    small, large = (method.make_buffers(images) for images in (torch.empty_like(x, device="meta"), larger))
+    return frozenset(name for name, buffer in small.items() if buffer.shape != large[name].shape)
+
+
+@contextmanager
+def buffer_rows(
+    method: Method[Any], names: frozenset[str], part: int, count: int, share: Share, world: World
+) -> Iterator[None]:
+    """Context in which the buffers `names` of `method` are the rows of micro-batch `part` of `count`.
+
+    Row i on rank r of W belongs to position r + W i of the batch. For a batch that every rank has whole, the
+    rows of its positions are brought together, and each rank takes its own ones back.
+    """
+    whole, replicated = method.buffers, share.replicated
+    if not names or (count == 1 and not replicated):
+        yield
+        return
+    rows = {
+        name: _rows_of_all(whole[name], share.total, world) if replicated else whole[name][part::count]
+        for name in names
+    }
+    method.buffers = whole | rows
+    try:
+        yield
+        for name in names if replicated else ():
+            own = rows[name][world.rank :: world.size]
+            whole[name][: len(own)].copy_(own)
+    finally:
+        method.buffers = whole
+
+
+def _rows_of_all(buffer: Tensor, images: int, world: World) -> Tensor:
+    """The rows of positions 0 to `images`, of which each rank has every W-th."""
+    rows = buffer.new_zeros(images, *buffer.shape[1:])
+    own = rows[world.rank :: world.size]
+    own.copy_(buffer[: len(own)])
+    return world.sum_(rows)
+
+
+def joined_logs(logs: Sequence[dict[str, Tensor]], parts: Sequence[Batch]) -> dict[str, Tensor]:
+    """Means over the batch from means over its `parts`; what a part does not log counts as 0 there."""
+    if len(parts) == 1:
+        return logs[0]
+    images = sum(part.share.images for part in parts)
+    shares = [part.share.images / images for part in parts]
+    joined: dict[str, Tensor] = {}
+    for share, log in zip(shares, logs, strict=True):
+        for key, value in log.items():
+            term = share * value.double()
+            joined[key] = joined[key] + term if key in joined else term
+    return joined

@@ -1,0 +1,74 @@
+"""World-size invariance: one process and several train the same network, with every method."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.method_variants import VARIANTS
+from support.world_training import EPOCHS, SIZES, trained
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weight perturbation": ("trades", {"awp": 0.01}),
+    "weight perturbation of a guided method": ("dynat", {"awp": 0.01}),
+    "average and clipping": ("dynat", {"ema": 0.9, "clip_grad": 0.05}),
+    "joint clipping": ("dynat", {"clip_grad": 0.05, "optimizers": "joint"}),
+    "replays and perturbation kept by position": ("free-2", {"clip_grad": 0.5}),
+    "unlabelled images": ("vat", {"unlabelled": True}),
+    "nesterov and decay": ("madry", {"nesterov": True, "weight_decay": 5e-3, "decay_norms": False}),
+}
+
+
+def compare(ranks, size: int, variant: str, options: dict[str, Any], tolerance: float = 1e-10) -> None:
+    weights, logs = trained(variant, options)
+    assert len(logs) == EPOCHS * len(SIZES) == 20
+    for other, other_logs in ranks(size)(trained, variant, options):
+        assert float((other - weights).abs().max()) < tolerance
+        for row, other_row in zip(logs, other_logs, strict=True):
+            assert row.keys() == other_row.keys()
+            for key, value in row.items():
+                assert math.isclose(other_row[key], value, rel_tol=1e-6, abs_tol=1e-9), key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_the_network_of_one(ranks, variant: str) -> None:
+    compare(ranks, 2, variant, {})
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_of_the_update(ranks, case: str) -> None:
+    variant, options = OPTIONS[case]
+    compare(ranks, 2, variant, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dynat", "free-2", "dynat-gairat", "arda-quarter"])
+def test_four_processes(ranks, variant: str) -> None:
+    compare(ranks, 4, variant, {})
+
+
+@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "arda-quarter", "mail"])
+@pytest.mark.parametrize("options", [{}, {"awp": 0.01}])
+def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any]) -> None:
+    if options and variant == "free-2":
+        pytest.skip("free attacks by its own gradient, which weight perturbation does not go with")
+    whole, logs = trained(variant, options)
+    parts, part_logs = trained(variant, {**options, "accumulate": 3})
+    assert float((whole - parts).abs().max()) < 1e-10
+    for row, other in zip(logs, part_logs, strict=True):
+        assert row.keys() == other.keys()
+        assert all(math.isclose(row[key], other[key], rel_tol=1e-6, abs_tol=1e-9) for key in row)
+
+
+def test_micro_batches_on_two_processes(ranks) -> None:
+    whole, _ = trained("dynat", {})
+    for parts, _ in ranks(2)(trained, "dynat", {"accumulate": 2}):
+        assert float((whole - parts).abs().max()) < 1e-10
+
+
+def test_training_moves_the_weights() -> None:
+    """So that the comparisons above compare something."""
+    one, _ = trained("dynat", {})
+    other, _ = trained("dynat", {"lr": 0.04})
+    assert float((one - other).abs().max()) > 1e-3
+    assert bool(torch.isfinite(one).all())

@@ -1,0 +1,111 @@
+"""Twenty float64 steps of any method on tiny networks, by as many processes as there are."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from support.fallbacks import NoFallbacks
+from support.method_variants import make_method
+from torch import Tensor, nn
+
+from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.config import OptimConfig
+from fastdynat.data import Batch
+from fastdynat.distributed import world
+from fastdynat.distributed.shares import deal
+from fastdynat.training.awp import WeightPerturbation
+from fastdynat.training.networks import NetworkSet
+from fastdynat.training.precision import Precision
+from fastdynat.training.step import TrainStep
+
+SIZES = (9, 8, 8, 7, 3)  # uneven shares, and a tail that every process takes whole
+EPOCHS, IMAGES, CLASSES = 4, 40, 5
+CPU = torch.device("cpu")
+SPECS = {
+    "free": PGDSpec(0.1, 0.1, 1, start="none"),
+    "fgsm_rs": PGDSpec(0.1, 0.125, 1, start="uniform"),
+    "n_fgsm": PGDSpec(0.1, 0.1, 1, start="uniform"),
+}
+
+
+def network(seed: int, norm: str) -> nn.Module:
+    """Convolution, normalisation, tanh, linear: (n, 3, 8, 8) -> (n, CLASSES), float64, smooth everywhere."""
+    torch.manual_seed(seed)
+    layer = nn.GroupNorm(2, 6) if norm == "group" else nn.BatchNorm2d(6)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2), layer, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, CLASSES)
+    ).double()
+
+
+def step_of(
+    variant: str,
+    *,
+    norm: str = "group",
+    awp: float = 0.0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    attack_bn: str = "eval",
+    **optim: Any,
+) -> TrainStep:
+    """A step of this process; `optim` are fields of `OptimConfig`."""
+    method = make_method(variant)
+    model = network(1, norm)
+    networks = NetworkSet(
+        model,
+        network(2, norm) if method.uses_guide else None,
+        frozen_guide="guide" not in method.trains,
+        image_shape=(3, 8, 8),
+        device=CPU,
+        ema=ema,
+        attack_bn=attack_bn,
+        fallbacks=NoFallbacks(),
+    )
+    here = world()
+    method.epochs = EPOCHS
+    images = deal(max(SIZES), here.rank, here.size).images
+    method.buffers = method.make_buffers(torch.zeros(images, 3, 8, 8, dtype=torch.float64))
+    return TrainStep(
+        method,
+        networks,
+        SPECS.get(method.name, PGDSpec(0.1, 0.05, 3, start="gaussian")),
+        OptimConfig(**{"lr": 0.05, "epochs": EPOCHS, "momentum": 0.9, **optim}),
+        Precision("off", CPU),
+        lambda n: 1 / (1 + n / 10),
+        awp=WeightPerturbation(model, awp, warmup=1) if awp else None,
+        accumulate=accumulate,
+        seed=7,
+        fallbacks=NoFallbacks(),
+    )
+
+
+def batches(epoch: int, *, unlabelled: bool = False) -> Iterator[Batch]:
+    """This process's images of each step of an epoch."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(IMAGES, 3, 8, 8, dtype=torch.float64, generator=generator)
+    labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
+    if unlabelled:
+        labels[::3] = -1
+    order = torch.randperm(IMAGES, generator=generator.manual_seed(epoch))
+    here = world()
+    for chosen in order[: sum(SIZES)].split(SIZES):
+        share = deal(len(chosen), here.rank, here.size)
+        own = chosen[share.first :: share.stride]
+        yield Batch(images[own], labels[own], own, share)
+
+
+def trained(variant: str, options: dict[str, Any]) -> tuple[Tensor, list[dict[str, float]]]:
+    """Weights, statistics and the average's weights after all steps; each step's logs over all processes."""
+    torch.manual_seed(100 + world().rank)  # nothing may depend on the global generator
+    options = dict(options)
+    unlabelled = options.pop("unlabelled", False)
+    step, logs = step_of(variant, **options), []
+    for epoch in range(EPOCHS):
+        step.start_epoch(epoch)
+        for batch in batches(epoch, unlabelled=unlabelled):
+            found = {key: float(value) * batch.share.weight for key, value in step(batch).items()}
+            ranks = world().gather(found)
+            logs.append({key: sum(rank.get(key, 0.0) for rank in ranks) for key in sorted({*chain(*ranks)})})
+    networks = [*step.networks.raw.values(), *([step.networks.ema.module] if step.networks.ema else [])]
+    kept = [t.detach().double().flatten() for net in networks for t in net.state_dict().values()]
+    return torch.cat(kept), logs
