@@ -28,7 +28,7 @@ def mean_over(values: Tensor, chosen: Tensor, batch: Batch) -> Tensor:
     and log is, add up to the mean over all of them. One number is summed over the processes. A micro-batch
     counts its own images only (`Method.couples_images`).
     """
-    count = batch_world().sum_(chosen.sum()).clamp_min(1)
+    count = batch_world().sum_(chosen.sum()).clamp_min(1).to(values.dtype)
     share = len(chosen) / batch.share.images_of_all_ranks
     return (values * chosen).sum() / (count * share)
 

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
@@ -56,16 +55,9 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
-def image_buffers(method: Method[Any], x: Tensor) -> frozenset[str]:
-    """Names of the `buffers` of `method` with one row per image of a batch like `x`, (N, C, H, W)."""
-    larger = torch.zeros(len(x) + 1, *x.shape[1:], dtype=x.dtype, device="meta")
-    small, large = (method.make_buffers(images) for images in (torch.empty_like(x, device="meta"), larger))
-    return frozenset(name for name, buffer in small.items() if buffer.shape != large[name].shape)
-
-
 @contextmanager
 def buffer_rows(
-    method: Method[Any], names: frozenset[str], part: int, count: int, share: Share, world: World
+    method: Method[Any], names: set[str], part: int, count: int, share: Share, world: World
 ) -> Iterator[None]:
     """Context in which the buffers `names` of `method` are the rows of micro-batch `part` of `count`.
 

@@ -24,10 +24,10 @@ from fastdynat.methods import Inner, Method
 from fastdynat.methods.halves import check_inner, check_outer
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.gradient_sums import GradientSums
+from fastdynat.training.method_buffers import rows_per_image
 from fastdynat.training.micro_batches import (
     MicroBatch,
     buffer_rows,
-    image_buffers,
     joined_logs,
     micro_batches,
     shared_loss,
@@ -231,7 +231,7 @@ class TrainStep:
     def _parts(self, batch: Batch, replay: int) -> list[MicroBatch]:
         cut = micro_batches(batch, self._accumulate)
         shared = len(cut) > 1 or batch.share.replicated
-        names = image_buffers(self.method, batch.x) if shared else frozenset[str]()
+        names = rows_per_image(self.method, tuple(batch.x.shape[1:])) if shared else set[str]()
         share, here = batch.share, self._world
         return [
             MicroBatch(
