@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT")
+AUTO = "auto"  # of --resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,9 @@ class TrainCommand(Generic[OptionsT]):
     config: str | None = None
     """YAML file of flags; flags on the command line override it."""
     resume: str | None = None
-    """Continue the run in this directory, exactly as if it had never stopped."""
+    """Continue the run in this directory, exactly as if it had never stopped. With --run-dir, auto continues
+    the run there if it exists and starts it otherwise, for command lines that are run again after a
+    failure."""
     submit: str | None = None
     """Submit this training as a SLURM job (extra `slurm`), described by this YAML file of submitit's
     parameters, instead of training here. The job is requeued and resumed at its time limit and on
@@ -60,10 +63,13 @@ def train_command(argv: list[str]) -> int:
     level = parsed.command.messages.log_level
     with printed_messages(level, error_console(), quiet=config.run.quiet):
         from fastdynat.distributed import joined_world
-        from fastdynat.training import new_run, resumed_run
+        from fastdynat.training import new_run, resumed_run, run_of_command
 
         with joined_world(config.engine.device, config.engine.rank_timeout):
-            begun = new_run(config) if resume is None else resumed_run(Path(resume), config)
+            if resume == AUTO:
+                begun = run_of_command(config, _given_keys(early, parsed))
+            else:
+                begun = new_run(config) if resume is None else resumed_run(Path(resume), config)
             with begun as trainer:
                 return 0 if trainer.finished() else _fit(trainer)
 
@@ -75,16 +81,19 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
     default = TrainCommand(
         recipe=early.get("--recipe"), config=early.get("--config"), resume=resume, train=defaults
     )
+    resumes = resume not in (None, AUTO)
     command = of_options(TrainCommand, options)
     parsed: Parsed[TrainCommand[Any]] = parse(
         command, argv, "train", default=default, elsewhere=OtherMethodsFlags(options)
     )
     run = parsed.command.train.run
-    if resume is not None and (run.run_dir != resume or run.overwrite):
+    if resume == AUTO and (run.run_dir is None or run.overwrite):
+        raise UserError("--resume auto needs the run directory by --run-dir, and no --overwrite")
+    if resumes and (run.run_dir != resume or run.overwrite):
         raise UserError("--resume names the run directory; leave --run-dir and --overwrite out")
     check_train_config(parsed.command.train)
     check_options(parsed.command.train.options)
-    if resume is None:
+    if not resumes:
         check_effects(parsed.command.train, parsed.given)
     return parsed
 
@@ -93,7 +102,7 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
     method, recipe_name, file, resume = (
         early.get(flag) for flag in ("--method", "--recipe", "--config", "--resume")
     )
-    if resume is not None:
+    if resume is not None and resume != AUTO:
         if file is not None or recipe_name is not None:
             raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
         stored = stored_config(Path(resume), method)
@@ -109,6 +118,16 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
         )
     config = override(default_config(name), recipe, f"recipe {recipe_name}")
     return override(config, {**values, "method": name}, file or "defaults")
+
+
+def _given_keys(early: Mapping[str, str], parsed: Parsed[TrainCommand[Any]]) -> set[str]:
+    """The keys of the configuration that the command line, its --config file or its recipe set."""
+    keys = {flag.removeprefix("--").replace("-", "_") for flag in parsed.given}
+    if (recipe := early.get("--recipe")) is not None:
+        keys |= read_recipe(recipe)[0].keys()
+    if (file := early.get("--config")) is not None:
+        keys |= read_config_file(Path(file)).keys()
+    return keys
 
 
 def _fit(trainer: "Trainer") -> int:

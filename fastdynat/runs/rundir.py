@@ -12,6 +12,7 @@ RUN/last, RUN/best       links to two of them
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -126,8 +127,11 @@ def _is_leftover(name: str) -> bool:
     return name in (LOCK, OLD_LEFTOVER) or TEMPORARY.fullmatch(name) is not None
 
 
-def lock_folder(folder: Path) -> IO[str]:
+def lock_folder(folder: Path, *, seconds: float = 0.0) -> IO[str]:
     """Keep other fastdynat processes out of `folder` until the file that is returned is closed.
+
+    Args:
+        seconds: to wait for another process that uses it.
 
     Raises:
         UserError: another process uses it, or the lock file is not a file.
@@ -135,13 +139,17 @@ def lock_folder(folder: Path) -> IO[str]:
     path = folder / LOCK
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is not the lock file of a run; remove it")
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{folder} is in use by another fastdynat process") from None
-    return file
+    file, until = path.open("a"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() < until:
+                time.sleep(0.2)
+                continue
+            file.close()
+            raise UserError(f"{folder} is in use by another fastdynat process") from None
+        return file
 
 
 class RunDir:
@@ -152,19 +160,20 @@ class RunDir:
             made them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lock_seconds: float = 0.0) -> None:
+        """`lock_seconds`: to wait for another process that uses it."""
         self.path = path
         self.kept: list[Path] = []
-        self._lock = lock_folder(path)
+        self._lock = lock_folder(path, seconds=lock_seconds)
         self.identity = identity_of(path) or new_id()
         self.checkpoints = CheckpointStore(path, self.identity)
 
     @classmethod
-    def create(cls, path: Path, config: str, *, overwrite: bool) -> "RunDir":
+    def create(cls, path: Path, config: str, *, overwrite: bool, lock_seconds: float = 0.0) -> "RunDir":
         """Start a new run in `path`; an old one there is removed if `overwrite`."""
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
+            run = cls(path, lock_seconds=lock_seconds)
         try:
             with explained(path):
                 # Again: another process may have been here since the first check.
@@ -187,7 +196,7 @@ class RunDir:
         write_text(self.path / CONFIG, config_text(config, self.identity))
 
     @classmethod
-    def open(cls, path: Path | str) -> "RunDir":
+    def open(cls, path: Path | str, *, lock_seconds: float = 0.0) -> "RunDir":
         """Open an existing run.
 
         Raises:
@@ -199,7 +208,7 @@ class RunDir:
         _refuse_links(path)
         refuse_kinds(path)
         try:
-            run = cls(path)
+            run = cls(path, lock_seconds=lock_seconds)
         except OSError as error:
             raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
         drop_leftovers(path)

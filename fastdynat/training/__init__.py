@@ -9,13 +9,16 @@ In reading order:
 4. `trainer`: the loop over epochs (`validation`, `watch`, `metrics`, `epoch_checks`, `fit_outcome`).
 5. `checkpoint_writer`: weights (`weight_files`) and everything else (`training_state`) to the disk.
 
-`start` and `resume` join them: `new_run` and `resumed_run` give a `Trainer` that is ready to `fit`.
+`start` and `resume` join them: `new_run` and `resumed_run` give a `Trainer` that is ready to `fit`;
+`resume_or_start` chooses between the two. Under torchrun `rank_start` makes all ranks begin alike, and
+`step_agreement` lets them decide together.
 """
 
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.training.fit_outcome import Diverged, Outcome
 from fastdynat.training.parts import attack_switches, build_parts, open_split
 from fastdynat.training.resume import resumed_run
+from fastdynat.training.resume_or_start import run_of_command
 from fastdynat.training.start import new_run
 from fastdynat.training.step import TrainStep
 from fastdynat.training.trainer import Trainer
@@ -31,5 +34,6 @@ __all__ = [
     "new_run",
     "open_split",
     "resumed_run",
+    "run_of_command",
     "stored_config",
 ]

@@ -54,11 +54,12 @@ logger = logging.getLogger(__name__)
 
 @keeping_process_state
 @contextmanager
-def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
+def resumed_run(path: Path, config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[Trainer]:
     """A trainer that continues from the last checkpoint in `path`.
 
     Args:
         config: the stored configuration with permitted changes.
+        lock_seconds: to wait for another process that uses the run.
 
     Raises:
         UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
@@ -67,7 +68,7 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
     config, stored = pin_own_code(config), stored_config(path, config.method)
     refuse_changed_code(stored, config)
     require_same_command(config)
-    run = _opened(path)
+    run = _opened(path, lock_seconds)
     try:
         trainer = _restored_trainer(run, stored, config)
         if trainer.finished():
@@ -91,10 +92,10 @@ def resumed_run(path: Path, config: TrainConfig[Any]) -> Iterator[Trainer]:
         run.close()
 
 
-def _opened(path: Path) -> RunDir | SeenRun:
+def _opened(path: Path, lock_seconds: float) -> RunDir | SeenRun:
     """The run in `path`, opened by the process that writes it, which all others see."""
     opened: list[RunDir] = []
-    first_decides(lambda: opened.append(RunDir.open(path)))
+    first_decides(lambda: opened.append(RunDir.open(path, lock_seconds=lock_seconds)))
     run = opened[0] if opened else SeenRun(path)
     try:
         require_shared_folder(path)

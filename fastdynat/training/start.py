@@ -44,8 +44,11 @@ logger = logging.getLogger(__name__)
 
 @keeping_process_state
 @contextmanager
-def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
+def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[Trainer]:
     """A trainer for a new run directory, ready to `fit`.
+
+    Args:
+        lock_seconds: to wait for another process that uses the directory.
 
     Raises:
         UserError: anything in `config`, the data or the directory that cannot work; nothing has been written
@@ -59,7 +62,9 @@ def new_run(config: TrainConfig[Any]) -> Iterator[Trainer]:
     parts = all_can(lambda: build_parts(resolved, split, load_guide=world().first))
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
-    run, resolved = _make_folder(resolved, stem)  # only now, when nothing can be refused any more
+    run, resolved = _make_folder(
+        resolved, stem, lock_seconds
+    )  # only now, when nothing can be refused any more
     try:
         with use_backend(resolved.engine.kernels):
             if isinstance(run, RunDir):
@@ -96,7 +101,9 @@ def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
         )
 
 
-def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir | SeenRun, ResolvedConfig[Any]]:
+def _make_folder(
+    config: ResolvedConfig[Any], stem: str, lock_seconds: float
+) -> tuple[RunDir | SeenRun, ResolvedConfig[Any]]:
     """The open folder of a new run (runs/STEM where the user names none), and `config` as it is stored there.
 
     The path of the data is stored whole, so that the run can be resumed and evaluated from another directory.
@@ -106,7 +113,7 @@ def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir | SeenR
     made: list[RunDir] = []
 
     def make() -> dict[str, Any]:
-        run, stored = _made_folder(config, stem)
+        run, stored = _made_folder(config, stem, lock_seconds)
         made.append(run)
         return {"run_dir": stored.run.run_dir, "data_dir": stored.data.data_dir}
 
@@ -119,7 +126,9 @@ def _make_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir | SeenR
     return made[0] if made else SeenRun(Path(paths["run_dir"])), stored
 
 
-def _made_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir, ResolvedConfig[Any]]:
+def _made_folder(
+    config: ResolvedConfig[Any], stem: str, lock_seconds: float
+) -> tuple[RunDir, ResolvedConfig[Any]]:
     """`_make_folder` of the process that writes."""
     claimed = not config.run.run_dir
     path = claim_name(stem) if claimed else Path(str(config.run.run_dir))
@@ -129,7 +138,8 @@ def _made_folder(config: ResolvedConfig[Any], stem: str) -> tuple[RunDir, Resolv
         data=replace(config.data, data_dir=str(Path(config.data.data_dir).absolute())),
     )
     try:
-        run = RunDir.create(path, to_yaml(stored), overwrite=config.run.overwrite)
+        overwrite = config.run.overwrite
+        run = RunDir.create(path, to_yaml(stored), overwrite=overwrite, lock_seconds=lock_seconds)
     except BaseException:
         if claimed:
             release_name(path)
