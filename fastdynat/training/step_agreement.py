@@ -8,7 +8,7 @@ from signal import Signals
 from fastdynat.distributed import World, present_session
 
 SECONDS = 1.0  # between exchanges, and between looks at the device's running means, which wait for it
-MOST_STEPS = 1000
+MOST_STEPS, GROWTH = 1000, 4  # steps between exchanges at most, and times as many as before
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,28 @@ class StepAgreement:
         self._looked = self._exchanged = time.perf_counter()
         self._every = self._left = 1
 
-    def after_step(self, signal: Signals | None, wants_save: bool) -> Decision:
+    def after_step(self, signal: Signals | None, save_due: bool) -> Decision:
         """The decision after a step; every rank calls this after each of its steps.
 
         Args:
             signal: what has asked this process to stop.
-            wants_save: whether the time for a checkpoint has come.
+            save_due: whether the time for a checkpoint has come.
         """
         if self._world.alone:
             now = time.perf_counter()
             look = now - self._looked > SECONDS
             self._looked = now if look else self._looked
-            return Decision(signal, wants_save, look)
+            return Decision(signal, save_due, look)
         self._left -= 1
-        return self._exchange(signal, wants_save) if self._left == 0 else Decision()
+        return self._exchange(signal, save_due) if self._left == 0 else Decision()
 
     def _exchange(self, signal: Signals | None, save: bool) -> Decision:
         now = time.perf_counter()
         steps = round(self._every * SECONDS / max(now - self._exchanged, 1e-9))
         self._exchanged = now
-        told = self._world.gather((signal, save, max(1, min(MOST_STEPS, steps))))
+        # The step just timed may be faster than the next ones: the number grows slowly and falls at once.
+        steps = max(1, min(steps, GROWTH * self._every, MOST_STEPS))
+        told = self._world.gather((signal, save, steps))
         self._every = self._left = told[0][2]
         stop = next((asked for asked, _, _ in told if asked is not None), None)
         return Decision(stop, told[0][1], look=True)

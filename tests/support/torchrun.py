@@ -1,4 +1,4 @@
-"""`fastdynat train` on several processes of this machine, started by torchrun; and what it says and leaves."""
+"""`fastdynat train` on several processes of this machine, started by torchrun; what it says and leaves."""
 
 import os
 import signal
@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Words of torchrun's own report, which follows that of the processes.
-OF_TORCHRUN = ("W", "E", "I", "  ", "---", "===", "Traceback", "torch.distributed.elastic", "fastdynat FAILED")
+OF_TORCHRUN = (
+    "W",
+    "E",
+    "I",
+    "  ",
+    "---",
+    "===",
+    "Traceback",
+    "torch.distributed.elastic",
+    "fastdynat FAILED",
+)
 TINY = (
     *("--data", "digits", "--model", "small-gn", "--method", "madry", "--steps", "1"),
     *("--train-size", "64", "--val-size", "20", "--batch-size", "16", "--augment", "none"),
