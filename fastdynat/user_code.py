@@ -22,6 +22,7 @@ from types import ModuleType
 from fastdynat.errors import UserError, first_line
 
 PUBLISHED = ("robustbench", "torchvision", "timm")  # in front of a colon: not the user's
+HUB = "hf:"  # in front of a data set of the Hugging Face hub, or a folder in its formats
 OBJECT = "object:"  # in front of the class of a Python object that was given to `fastdynat.train`
 _PINNED = re.compile(r"(?P<name>.+)#sha256=(?P<digest>[0-9a-f]{16})", re.DOTALL)
 _remembered: set[str] = set()  # by this process, for accounts without a cache folder
@@ -31,7 +32,16 @@ _neighbours: dict[str, dict[str, ModuleType]] = {}  # modules that files of a fo
 def is_user_code(name: str) -> bool:
     """True if `name` names code of the user: it has a colon, and no library or object before it."""
     kind, colon, rest = name.partition(":")
-    return bool(colon and kind and rest) and kind.lower() not in PUBLISHED and not is_object(name)
+    return (
+        bool(colon and kind and rest)
+        and kind.lower() not in PUBLISHED
+        and not (is_object(name) or is_hub_data(name))
+    )
+
+
+def is_hub_data(name: str) -> bool:
+    """True if `name` names data that the library `datasets` loads: ``hf:NAME_OR_FOLDER``."""
+    return name.startswith(HUB) and len(name) > len(HUB)
 
 
 def is_user_supplied(name: str) -> bool:

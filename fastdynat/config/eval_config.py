@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdynat.config import CompileMode, EvalAmp, Kernels
-from fastdynat.config.train_checks import DATASETS
+from fastdynat.config.train_checks import DATASETS, is_data_name
 from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.user_code import is_user_supplied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +103,6 @@ def check_eval_config(config: EvalConfig) -> None:
     """Raise UserError for a value that cannot work with any network, data or machine."""
     check_values(config)
     check_radii(config, config.norm)
-    if config.data not in ("auto", *DATASETS) and not is_user_supplied(config.data):
+    if config.data != "auto" and not is_data_name(config.data):
         raise unknown_name("dataset", config.data, DATASETS)
     parse_shard(config.shard)

@@ -10,7 +10,7 @@ from typing import Any
 from fastdynat.config.train_config import AttackConfig, DataConfig, OptimConfig, TrainConfig
 from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.user_code import is_user_supplied
+from fastdynat.user_code import is_hub_data, is_user_supplied
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
 # Peak of the one-cycle and triangular schedules, as a share of the run: torch's OneCycleLR, Wong et al. 2020.
@@ -27,9 +27,14 @@ def check_train_config(config: TrainConfig[Any]) -> None:
     check_run(config.run, config.data)
 
 
+def is_data_name(name: str) -> bool:
+    """True for a dataset's name, data that `datasets` loads, and data of the user."""
+    return name in DATASETS or is_hub_data(name) or is_user_supplied(name)
+
+
 def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
-    if data.data not in DATASETS and not is_user_supplied(data.data):
+    if not is_data_name(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
 
 

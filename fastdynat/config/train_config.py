@@ -23,13 +23,14 @@ class DataConfig:
     """Images."""
 
     data: str = "digits"
-    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, imagefolder, or
-    path/to/file.py:callable, which returns tensors or a torch Dataset."""
+    """Dataset: digits (embedded), cifar10, cifar100, svhn, mnist, imagefolder,
+    hf:NAME_OR_FOLDER (parquet files, the Hugging Face hub), or path/to/file.py:callable, which returns
+    tensors or a torch Dataset."""
     data_dir: str = "data"
     """Folder of the dataset, where it is also downloaded to; for imagefolder, the folder that holds train/
     and test/."""
     download: bool = True
-    """Fetch a torchvision dataset that is not in --data-dir."""
+    """Fetch a torchvision dataset that is not in --data-dir, or a dataset of the Hugging Face hub."""
     image_size: int | None = None
     """Resize and centre-crop an image folder's images to this size; None keeps theirs."""
     train_size: int | None = None

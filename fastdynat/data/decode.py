@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, cast
@@ -21,6 +22,17 @@ DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # more than 8 bits p
 DEEP_TO_EIGHT = 257  # 65535 / 255
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x112, 258, 262  # tags of EXIF and TIFF
 WHITE_IS_ZERO = 0
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file that lies in a table; `name` says where, for messages."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def read_header(path: Path) -> Header:
         return Header((image.height, image.width), _has_alpha(image), turned, frames, deep, whole, dali)
 
 
-def read_rgb(path: Path, image_size: int | None) -> np.ndarray:
+def read_rgb(path: Path | EncodedImage, image_size: int | None) -> np.ndarray:
     """Decode a file to uint8 (3, H, W); `image_size` resizes the shorter side and crops the centre.
 
     The rules are those of torchvision's ImageFolder: grey becomes three equal channels, palettes and CMYK
@@ -83,13 +95,10 @@ def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
+def _opened(path: Path | EncodedImage) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image and its file; any exception of the block becomes a UserError that names the file."""
     try:
-        # Opening a pipe would wait for a writer.
-        if not S_ISREG(path.stat().st_mode):
-            raise UserError(f"{str(path)!r} is no regular file; replace or remove it")
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        with _bytes_of(path) as file, Image.open(file, formats=FORMATS) as image:
             yield image, file
     except UserError:
         raise
@@ -107,6 +116,15 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
         ) from error
 
 
+def _bytes_of(path: Path | EncodedImage) -> BinaryIO:
+    if isinstance(path, EncodedImage):
+        return BytesIO(path.data)
+    # Opening a pipe would wait for a writer.
+    if not S_ISREG(path.stat().st_mode):
+        raise UserError(f"{str(path)!r} is no regular file; replace or remove it")
+    return path.open("rb")
+
+
 def _is_deep(image: Image.Image) -> bool:
     """True for more than 8 bits per channel. Pillow shows 16-bit colour only in its decoder's raw mode."""
     return image.mode in DEEP_MODES or (image.format in ("PNG", "TIFF") and ";16" in _coding(image)[1])
@@ -118,7 +136,7 @@ def _coding(image: Image.Image) -> tuple[str, str]:
     return (tiles[0][0], str(tiles[0][3])) if tiles else ("", "")
 
 
-def _refuse_unknown_range(image: Image.Image, path: Path) -> None:
+def _refuse_unknown_range(image: Image.Image, path: Path | EncodedImage) -> None:
     """Raise UserError for values that cannot be scaled to 8 bits, because nothing says what white is."""
     tags = getattr(image, "tag_v2", {})
     problem = ""

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastdynat.data.decode import read_rgb
 from fastdynat.data.image_sets import DatasetInfo, StreamedSource, channel_stats
-from fastdynat.data.read_ahead import pool, read_in_order
+from fastdynat.data.read_ahead import check_fits, pool, read_in_order
 from fastdynat.data.split import stratified_split
 from fastdynat.data.survey import files_left_out, other_size, survey
 from fastdynat.errors import UserError
-from fastdynat.machine.free_memory import own_memory
 
 logger = logging.getLogger(__name__)
 
@@ -137,20 +136,23 @@ def open_imagefolder(
         notices += [test.left_out, *survey(test.paths, shape, image_size, decode=True).notices]
     for notice in filter(None, notices):
         logger.info(notice)
-    return _facts(train, shape, image_size), _source(files, shape, image_size, found.dali)
+    source = _source(train, shape, image_size, [""] * len(train.paths))
+    info = image_facts("imagefolder", train.class_names, source, shape)
+    return info, _source(files, shape, image_size, found.dali)
 
 
-def _facts(train: Files, shape: tuple[int, int, int], image_size: int | None) -> DatasetInfo:
-    num_sampled = max(STATS_IMAGES, len(train.class_names))
+def image_facts(
+    name: str, class_names: tuple[str, ...], train: StreamedSource, shape: tuple[int, int, int]
+) -> DatasetInfo:
+    """Facts about images (C, H, W) of `shape` in files, whose mean and deviation are those of a sample."""
+    num_sampled = max(STATS_IMAGES, len(class_names))
     sample, _ = stratified_split(train.labels, val_size=0, limit=num_sampled, seed=0)
-    mean, std = channel_stats(
-        read_in_order(_file_set(train, sample, shape, image_size), STATS_BATCH, len(sample))
-    )
+    mean, std = channel_stats(read_in_order(train.files(sample), STATS_BATCH, len(sample)))
     return DatasetInfo(
-        name="imagefolder",
-        num_classes=len(train.class_names),
+        name=name,
+        num_classes=len(class_names),
         image_shape=shape,
-        class_names=train.class_names,
+        class_names=class_names,
         mean=mean,
         std=std,
         augment="crop-flip",
@@ -271,13 +273,7 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int], image_size: int |
     Raises: UserError naming the first file that cannot be decoded or has another size; or where the images
     would take more than half of the memory that is available to this process.
     """
-    needed, available = len(paths) * shape[0] * shape[1] * shape[2], own_memory()
-    if available is not None and needed > available / 2:
-        raise UserError(
-            f"{len(paths)} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of "
-            f"the {available / 2**30:.2f} GiB of memory available; pass a smaller --image-size, or for "
-            "training images a --train-size, or --loader dali or torch, which keep none in memory"
-        )
+    check_fits(len(paths), shape)
     store = np.empty((len(paths), *shape), dtype=np.uint8)
 
     def fill(start: int) -> None:

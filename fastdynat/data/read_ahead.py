@@ -4,16 +4,19 @@ import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fastdynat.data.image_sets import Images, ImageSet
+from fastdynat.errors import UserError
 from fastdynat.machine.cores import own_cores
+from fastdynat.machine.free_memory import own_memory
 
 BATCHES_AHEAD = 2  # read while one is in use; with the one being put together, four batches are in memory
 MAX_THREADS = 16
-DIGEST_BATCH = 256
+DIGEST_BATCH = 256  # images read at a time where all of them pass by
 PIECE = 16  # images of one task: many enough to hide the pool's overhead, few enough to spread
 
 
@@ -54,6 +57,31 @@ def _read_ahead(images: Images, batches: Iterable[Tensor]) -> Generator[Tensor]:
 def _together(pieces: list[Future[Tensor]]) -> Tensor:
     # In order, so that the first error raised is that of the first bad image.
     return torch.cat([piece.result() for piece in pieces])
+
+
+def read_whole(images: Images) -> Tensor:
+    """All images, uint8 (N, C, H, W), read by threads.
+
+    Raises: UserError as `check_fits`, or naming the first image that cannot be read.
+    """
+    check_fits(len(images), images.shape)
+    found = torch.empty((len(images), *images.shape), dtype=torch.uint8)
+    start = 0
+    for part in read_in_order(images, DIGEST_BATCH, len(images)):
+        found[start : start + len(part)] = part
+        start += len(part)
+    return found
+
+
+def check_fits(count: int, shape: tuple[int, int, int]) -> None:
+    """Raise UserError where `count` images of `shape` take more than half of this process's free memory."""
+    needed, available = count * prod(shape), own_memory()
+    if available is not None and needed > available / 2:
+        raise UserError(
+            f"{count} images of {shape[1]}x{shape[2]} take {needed / 2**30:.2f} GiB, more than half of "
+            f"the {available / 2**30:.2f} GiB of memory available; pass a smaller --image-size, or for "
+            "training images a --train-size, or --loader dali or torch, which keep none in memory"
+        )
 
 
 def pixel_digest(images: Images) -> str:

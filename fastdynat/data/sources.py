@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdynat.config.train_checks import DATASETS
 from fastdynat.data import digits, torchvision_sets
+from fastdynat.data.hugging_face import open_hugging_face
 from fastdynat.data.image_sets import (
     UNLABELLED,
     DatasetInfo,
@@ -26,7 +27,7 @@ from fastdynat.data.own_data import OwnData, own_data
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.machine.free_memory import own_memory
-from fastdynat.user_code import is_user_code, is_user_supplied
+from fastdynat.user_code import is_hub_data, is_user_code, is_user_supplied
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,11 @@ def known_datasets() -> list[str]:
 
 
 def dataset_info(name: str) -> DatasetInfo | None:
-    """Return what is known without reading data; None for image folders and data of the user.
+    """Return what is known without reading data; None for image folders, ``hf:`` and data of the user.
 
     Raises: UserError for an unknown name.
     """
-    if is_user_supplied(name):
+    if is_user_supplied(name) or is_hub_data(name):
         return None
     if name not in KNOWN:
         raise unknown_name("dataset", name, KNOWN)
@@ -138,7 +139,7 @@ def open_train(
     """Open the training split and hold validation images out; of the test set only image files are surveyed.
 
     Args:
-        name: One of `known_datasets()`, or data of the user (`own_data`).
+        name: One of `known_datasets()`, ``hf:NAME_OR_FOLDER``, or data of the user (`own_data`).
         data_dir: Folder of the data; digits needs none.
         val_size: Validation images as a number, or as a share if a float in (0, 1); 0 gives an empty set;
             None 1,000 images, or 10 % of fewer than 10,000.
@@ -252,6 +253,8 @@ def _open(
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     info = dataset_info(name)
+    if is_hub_data(name):
+        return open_hugging_face(name, split, image_size=image_size, download=download)
     if info is None:
         return open_imagefolder(data_dir, split, image_size=image_size)
     if image_size is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdynat.data.decode import Header, read_header, read_rgb
+from fastdynat.data.decode import EncodedImage, Header, read_header, read_rgb
 from fastdynat.data.read_ahead import pool
 from fastdynat.errors import UserError
 
@@ -49,7 +49,7 @@ def survey(
     return Survey(tuple(_unusual(paths, headers)), tuple(header.dali for header in headers))
 
 
-def other_size(path: Path, size: tuple[int, ...], shape: tuple[int, int, int]) -> UserError:
+def other_size(path: Path | EncodedImage, size: tuple[int, ...], shape: tuple[int, int, int]) -> UserError:
     """The error for an image of `size` (H, W) where the first has `shape` (C, H, W)."""
     return UserError(
         f"{str(path)!r} is {size[0]}x{size[1]} but the first image is {shape[1]}x{shape[2]}; "

@@ -13,7 +13,7 @@ from fastdynat.documents.numbers import Count, Finite
 from fastdynat.documents.tensor_files import read_pickle
 from fastdynat.errors import UserError
 from fastdynat.runs.atomic_files import saving
-from fastdynat.user_code import without_place
+from fastdynat.user_code import is_hub_data, without_place
 
 FORMAT = "fastdynat-state/1"
 # Options that a resumed run may change: where it runs and what it reports, not what it computes. `epochs` is
@@ -88,10 +88,11 @@ class _State:
 def fixed_settings(config: TrainConfig[Any]) -> dict[str, Any]:
     """The options of a resolved configuration that a run keeps for life.
 
-    A file of the user's may move. For an image folder the loader is fixed too, because
-    decoders differ; other data look the same to all loaders.
+    A file of the user's may move. For images in files the loader is fixed too, because decoders differ;
+    other data look the same to all loaders.
     """
-    free = RESUMABLE if config.data.data == "imagefolder" else RESUMABLE | {"loader"}
+    in_files = config.data.data == "imagefolder" or is_hub_data(config.data.data)
+    free = RESUMABLE if in_files else RESUMABLE | {"loader"}
     kept = {key: value for key, value in to_flat(config).items() if key not in free}
     return kept | {key: without_place(str(kept[key])) for key in ("method", "data", "model", "guide")}
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastdynat.config import GROUPS, TrainConfig
 from fastdynat.errors import UserError
 from fastdynat.methods.options import MethodOptions
-from fastdynat.user_code import is_user_supplied, short_name
+from fastdynat.user_code import is_hub_data, is_user_supplied, short_name
 
 
 def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
@@ -29,6 +29,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
     if is_user_supplied(data.data):
         own = f"--data {short_name(data.data)} brings its images"
         found |= dict.fromkeys(("data_dir", "download", "image_size"), own)
+    if is_hub_data(data.data):
+        found["data_dir"] = f"--data {data.data} names its folder"
     if data.data == "imagefolder":
         found["download"] = "--data imagefolder is a folder of yours"
     if data.loader == "resident":
