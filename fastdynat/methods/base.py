@@ -173,6 +173,8 @@ class Method(ABC, Generic[OptionsT]):
         """The attacked images: by default PGD on the goal, or the clean images if there is no goal.
 
         Runs outside autocast. Its result, which may be a subclass of `AttackResult`, is passed to `outer`.
+        What it draws itself comes from `attack.draws`, unless that is None; ``attack.take(rows)`` attacks
+        some of the images.
         """
         return unattacked(batch.x) if inner.goal is None else attack(batch.x, inner.goal)
 

@@ -38,12 +38,13 @@ class ImageDraws:
         images: int64 (N,) on the same device, the images' numbers in their data set, in [0, 2^32 - 1). Equal
             numbers draw equally. Of others the low 32 bits count.
         stride: counters from one draw to the next: `ATTACK`, or 1 inside one attack (`fork`).
+        numbers: the numbers of the draws to come, from 0 unless given.
     """
 
     state: Tensor
     images: Tensor
     stride: int = ATTACK
-    _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
+    numbers: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.state.shape != (2,) or self.state.dtype != torch.int64:
@@ -78,14 +79,14 @@ class ImageDraws:
 
     def next_state(self) -> Tensor:
         """The state (2,) of the next draw, for an operator such as `random_start`; a new tensor."""
-        return self._at(next(self._numbers) * self.stride)
+        return self._at(next(self.numbers) * self.stride)
 
     def _at(self, beyond: int) -> Tensor:
         return torch.stack([self.state[0], self.state[1] + beyond])
 
     def take(self, rows: Tensor | slice) -> "ImageDraws":
         """The draws of the images in `rows` (int64 indices, (N,) bool or a slice), in the same sequence."""
-        return ImageDraws(self.state, self.images[rows], self.stride, self._numbers)
+        return ImageDraws(self.state, self.images[rows], self.stride, self.numbers)
 
     def fork(self) -> "ImageDraws":
         """The next draw as a sequence of its own, numbered from 0: the draws of one attack, at most 65536.

@@ -27,4 +27,4 @@ class StepDraws:
 
     def of(self, images: Tensor, replay: int) -> ImageDraws:
         """The draws for `images`, int64 (N,) numbers in the training set, in replay number `replay`."""
-        return ImageDraws(self.state, images, _numbers=itertools.count(replay * REPLAY))
+        return ImageDraws(self.state, images, numbers=itertools.count(replay * REPLAY))
