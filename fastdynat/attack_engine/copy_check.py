@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from fastdynat.attack_engine.network_comparison import disagreement, reference_logits_and_grad
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
 from fastdynat.attack_engine.network_state import storage_key
+from fastdynat.distributed import apart
 
 
 class _Watch(TorchFunctionMode):
@@ -44,7 +45,8 @@ def check_twin(model: nn.Module, twin: nn.Module, example: Tensor) -> None:
         copied = [storage_key(t) for t in getattr(twin, what)()]
         if original != copied:
             raise _refusal(model, f"its copy does not share its {what}")
-    with attack_mode(model, "eval"):
+    # What the copy holds on to may be in train mode, and other ranks do not look at a copy now.
+    with apart(), attack_mode(model, "eval"):
         expected = _logits_and_grad(model, example)
         watch = _Watch([*model.parameters(), *model.buffers()])
         buffers = _Buffers(model)

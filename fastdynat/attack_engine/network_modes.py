@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attack_engine.network_state import network_state
+from fastdynat.distributed.synchronized_batch_norm import plain_batch_norm
 from fastdynat.errors import UserError, unknown_name
 
 BNMode = Literal["eval", "train", "frozen"]
@@ -108,7 +109,7 @@ def frozen_twin(model: nn.Module, bn: str) -> nn.Module:
     parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     twin = _over_same_memory(model, {**_held(model), **parameters})
     set_attack_mode(twin, bn)
-    return twin
+    return plain_batch_norm(twin) if bn == "eval" else twin
 
 
 def perturbable_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[Tensor]]:
@@ -132,7 +133,7 @@ def perturbable_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tupl
     frozen = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     own: dict[int, Any] = {id(t): t.detach().clone() for t in loose}
     own = {key: nn.Parameter(value, False) if key in frozen else value for key, value in own.items()}
-    twin = _over_same_memory(model, {**_held(model), **frozen, **own})
+    twin = plain_batch_norm(_over_same_memory(model, {**_held(model), **frozen, **own}))
     set_attack_mode(twin, "eval")
     own_here = {id(t) for t in own.values()}
     names = [(m, name) for m in twin.modules() for name, b in m._buffers.items() if id(b) in own_here]

@@ -83,6 +83,13 @@ class ModelConfig:
     bn_momentum: float | None = None
     """Momentum of batch norm: the weight of a new batch in the running statistics; None keeps the network's
     own, which is 0.1 in the built-in networks."""
+    sync_bn: Switch = "auto"
+    """Several processes (torchrun): compute the batch statistics of batch norm, in training, over the images
+    of all of them, so that they do not depend on the number of processes; off uses each process's own images
+    and averages the running statistics after each update. auto is on where a process has fewer than 32 images
+    of a batch (--batch-size / processes / --grad-accum-steps), and for one process, where it changes nothing
+    until the run is resumed on several. With --attack-bn train or frozen, the attack's statistics are
+    synchronised too; with eval, it communicates nothing."""
     bn_reset_epoch: int | None = None
     """Epoch at whose first step the model's running statistics are replaced by those of the batch, counted
     from 0, and again from 0 after the burn-in; None is never (DyART's release: 1)."""

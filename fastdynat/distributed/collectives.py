@@ -4,53 +4,29 @@ Ranks whose shards differ in size compile different code. The operators have the
 compiler moves one past another: on every rank they run in the order of the program.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from fastdynat.distributed.world import batch_world, world
-
-_apart = False
+from fastdynat.distributed.world import batch_world
 
 
-@contextmanager
-def without_collectives() -> Iterator[None]:
-    """Context in which the operators of this module take this rank for the only one that has images.
-
-    For passes that other ranks may not make, as the check of compiled code at a new shape: what runs is the
-    same code, and nothing waits for another rank.
-    """
-    global _apart
-    before, _apart = _apart, True
-    try:
-        yield
-    finally:
-        _apart = before
-
-
-def _alone() -> bool:
-    """True where this process has the whole batch; read when an operator runs, not when it is compiled."""
-    return _apart or batch_world().alone
+def _ranks() -> int:
+    """The number of ranks for which code is compiled: inside `apart` and `replicated_batch`, too."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _gather(local: Tensor) -> Tensor:
-    everywhere = local.new_zeros(world().size, len(local))
-    if _alone():
-        everywhere[0] = local
-    else:
-        dist.all_gather_into_tensor(everywhere.view(-1), local)  # gloo wants the dimensions of `local`
-    return everywhere
+    rows = local.new_zeros(_ranks(), len(local))
+    batch_world().gather_rows_(rows, local)
+    return rows
 
 
 def _sum(local: Tensor) -> Tensor:
-    total = local.clone()
-    if not _alone():
-        dist.all_reduce(total)
-    return total
+    return batch_world().sum_(local.clone())
 
 
 def _register(name: str, run: Callable[[Tensor], Tensor], fake: Callable[[Tensor], Tensor]) -> None:
@@ -61,7 +37,7 @@ def _register(name: str, run: Callable[[Tensor], Tensor], fake: Callable[[Tensor
     torch.library._register_effectful_op(qualified, EffectType.ORDERED)
 
 
-_register("gather_over_ranks", _gather, lambda local: local.new_empty(world().size, len(local)))
+_register("gather_over_ranks", _gather, lambda local: local.new_empty(_ranks(), len(local)))
 _register("sum_over_ranks", _sum, torch.empty_like)
 
 
@@ -69,7 +45,7 @@ _register("sum_over_ranks", _sum, torch.empty_like)
 def gather_over_ranks(local: Tensor) -> Tensor:
     """The vectors `local` (n,) of all ranks as the rows of a (ranks, n) tensor; not differentiable.
 
-    Where the batch is this rank's own, the other rows are 0.
+    Where this process has the whole batch (`batch_world`), all rows but the first are 0.
     """
     if torch.compiler.is_compiling():
         return torch.ops.fastdynat.gather_over_ranks(local)

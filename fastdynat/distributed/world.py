@@ -43,6 +43,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather_rows_(self, rows: Tensor, own: Tensor) -> None:
+        """Fill `rows` (size, n) with the vectors `own` (n,) of the ranks; every rank must call it."""
+        if self.alone:
+            rows[0] = own
+            return
+        _count_call()
+        dist.all_gather_into_tensor(rows.view(-1), own)  # gloo wants the number of dimensions of `own`
+
     def start_sum_(self, tensor: Tensor) -> "PendingSum":
         """Begin `sum_`; `tensor` must not be touched before `PendingSum.wait`."""
         if self.alone:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 
+from fastdynat.distributed import apart
 from fastdynat.execution.compile_check import CompileCheck
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.uncompiled import is_uncompiled
@@ -112,7 +113,8 @@ class _Compiled:
 
     def _agrees(self, signature: Any, args: tuple[Any, ...]) -> bool:
         try:
-            difference = self._check(signature, self._run, self._plain, args)
+            with apart():  # other ranks may know this signature
+                difference = self._check(signature, self._run, self._plain, args)
         except torch.OutOfMemoryError:  # no fallback: the uncompiled function may need even more
             why = "there is not enough memory to compare it with the uncompiled one"
             self._fallbacks.add(f"{self._what} is compiled, but {why}")
@@ -146,7 +148,8 @@ class _Compiled:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(tensor.is_cuda for tensor in tensors):
             return
-        taken = race({"off": lambda: self._plain(*args), "on": lambda: self._run(*args)})
+        with apart():
+            taken = race({"off": lambda: self._plain(*args), "on": lambda: self._run(*args)})
         if taken["on"] > taken["off"]:
             ratio = taken["on"] / taken["off"]
             shape = tuple(tensors[0].shape) if tensors else ()

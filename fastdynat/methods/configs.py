@@ -10,7 +10,7 @@ from fastdynat.runs import CONFIG, require_run
 from fastdynat.user_code import check_stored, short_name, without_place
 
 # Behaviour of runs from before an option existed, whose config.yaml lacks it.
-BEFORE = {"flat_pixel_test": False}
+BEFORE = {"flat_pixel_test": False, "sync_bn": "on"}
 
 
 def _as_asked(asked: str, stored: str) -> str:

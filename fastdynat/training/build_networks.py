@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.data import DatasetInfo
+from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.methods import Method
@@ -31,7 +33,8 @@ def build_networks(
     load_guide: read the weights at --guide-from, if it is given.
 
     Raises:
-        UserError: the network at --guide-from does not fit the data or --guide.
+        UserError: the network at --guide-from does not fit the data or --guide; a network's layers
+            synchronise although --sync-bn is off, or cannot although it is on.
     """
     engine, names = config.engine, config.model
     mean, std = pixel_statistics(names, info)
@@ -51,6 +54,9 @@ def build_networks(
     if method.uses_guide:
         source = names.guide_from if load_guide else None
         guide = build(names.guide) if source is None else _trained_guide(source, names.guide, info)
+    trained = [model, *([guide] if guide is not None and "guide" in method.trains else [])]
+    if names.sync_bn == "off" and not world().alone:
+        _refuse_synchronising(trained)
     return NetworkSet(
         model,
         guide,
@@ -59,12 +65,23 @@ def build_networks(
         device=torch.device(engine.device),
         channels_last=engine.channels_last == "on",
         attack_bn=config.attack.attack_bn,
+        sync_bn=names.sync_bn == "on" and not world().alone,
         attack=attack_switches(engine),
         compile_mode=engine.compile,
         ema=config.optim.ema,
         ema_buffers=config.optim.ema_buffers,
         fallbacks=fallbacks,
     )
+
+
+def _refuse_synchronising(networks: list[nn.Module]) -> None:
+    """Refuse torch.nn.SyncBatchNorm, which averages over all processes and waits where one has no batch."""
+    for name, layer in (pair for network in networks for pair in network.named_modules()):
+        if isinstance(layer, nn.SyncBatchNorm):
+            raise UserError(
+                f"--sync-bn off: the layer {name} is a torch.nn.SyncBatchNorm, which synchronises by itself; "
+                "use --sync-bn on, or BatchNorm layers"
+            )
 
 
 def _trained_guide(source: str, architecture: str, info: DatasetInfo) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import frozen_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo
+from fastdynat.distributed.synchronized_batch_norm import synchronize_batch_norm
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.methods import Network, Networks
@@ -41,6 +42,7 @@ class NetworkSet:
         device: torch.device,
         channels_last: bool = False,
         attack_bn: str = "eval",
+        sync_bn: bool = False,
         attack: AttackSwitches | None = None,
         compile_mode: str = "off",
         ema: float = 0.0,
@@ -50,6 +52,8 @@ class NetworkSet:
         """
         Args:
             frozen_guide: the guide is not trained, and in eval mode.
+            sync_bn: in train mode, batch norm of the trained networks has the statistics of the batch on all
+                ranks, and of the attacked one, too, where `attack_bn` is not "eval".
             attack: settings of the attack engine.
             compile_mode: mode of torch.compile for the trained networks, or "off".
             ema: keep-rate of the weight average; 0 for none.
@@ -71,10 +75,16 @@ class NetworkSet:
         guide_eval = (
             None if guide is None else self._view(_frozen_guide(guide, example), "the guide in eval mode")
         )
+        unmoved = unmoved_twin(model)
+        if sync_bn:  # only now: no check of a copy has waited for other ranks
+            attacked = [] if attack_bn == "eval" else [self.attack.replica.network]
+            trained = [model, *([] if guide is None or frozen_guide else [guide])]
+            for network in (*trained, unmoved, *attacked):
+                synchronize_batch_norm(network)
         self.views = Networks(
             model=self._view(model, "the model"),
             attacked=self.attack.logits,
-            unmoved=self._view(unmoved_twin(model), "the model with frozen running statistics"),
+            unmoved=self._view(unmoved, "the model with frozen running statistics"),
             guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
             guide_eval=guide_eval,
         )

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from support.collectives import counted_collectives
 from torch import Tensor, nn
 
-from fastdynat.distributed import replicated_batch, world
-from fastdynat.distributed.collectives import without_collectives
+from fastdynat.distributed import apart, replicated_batch, world
 from fastdynat.distributed.synchronized_batch_norm import plain_batch_norm, synchronize_batch_norm
 from fastdynat.errors import UserError
 
@@ -170,7 +169,7 @@ def _quiet_passes() -> tuple[int, bool, bool, bool]:
         usual.eval()
         evaluated = torch.equal(network(x), usual(x))
         network.train()
-        with without_collectives():
+        with apart():
             network(x)
         plain_batch_norm(network)(x)
     return len(calls), equal, evaluated, type(network[0]) is nn.BatchNorm2d
@@ -259,18 +258,18 @@ def test_a_compiled_network_communicates_the_same(ranks, backend) -> None:
 
 
 def _shapes_of_one_rank() -> float:
-    """A pass without collectives, at a shape that the other rank does not have."""
+    """A pass at a shape that the other rank does not have."""
     x, _ = _data((4, 3, 3))
     layer = synchronized = _layer(nn.BatchNorm2d, {})
     usual = copy.deepcopy(layer)
     synchronize_batch_norm(synchronized)
     if world().first:
-        with without_collectives():
+        with apart():
             return float((synchronized(x[:3]) - usual(x[:3])).abs().max())
     return 0.0
 
 
-def test_without_collectives_a_rank_is_the_only_one(ranks) -> None:
+def test_apart_a_rank_is_the_only_one(ranks) -> None:
     assert max(ranks(2)(_shapes_of_one_rank)) < 1e-12
 
 
