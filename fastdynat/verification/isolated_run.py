@@ -30,7 +30,7 @@ def checking() -> bool:
     return getattr(_here, "checking", False)
 
 
-def apart(run: Callable[[], Value]) -> Value:
+def on_own_thread(run: Callable[[], Value]) -> Value:
     """`run()` on a thread of its own.
 
     Grad and inference mode, autocast, default device, dispatch modes, functorch levels, the current CUDA

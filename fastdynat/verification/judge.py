@@ -11,7 +11,7 @@ import torch
 from fastdynat.errors import UserError
 from fastdynat.verification import verdict_store
 from fastdynat.verification.crash_marks import mark
-from fastdynat.verification.isolated_run import DeviceLost, NotNow, Prepared, apart, lost, not_now
+from fastdynat.verification.isolated_run import DeviceLost, NotNow, Prepared, lost, not_now, on_own_thread
 from fastdynat.verification.operator_check import REFERENCE, CandidateVerdict, OperatorCheck, registered
 
 Verdicts = dict[str, CandidateVerdict]
@@ -117,7 +117,7 @@ def _examine(
                         raise
 
     try:
-        apart(run)
+        on_own_thread(run)
     except DeviceLost as error:
         verdict_store.save_verdicts(verdict_store.Stored(stored.key, found, stored.fastest))
         raise DeviceLost(error.args[0]) from None

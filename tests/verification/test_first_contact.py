@@ -28,7 +28,7 @@ from fastdynat.verification import (
     speed,
     verdict_store,
 )
-from fastdynat.verification.isolated_run import Prepared, apart
+from fastdynat.verification.isolated_run import Prepared, on_own_thread
 
 CPU = torch.device("cpu")
 AT_FIRST, IN_ALL = 105, 230  # Triton kernels: 104 of 235 when this was written
@@ -214,5 +214,7 @@ def test_a_fault_of_one_specialisation_is_found_in_a_deep_check(
 
     monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", fault)
     prepared = Prepared(verification.registered()[name], CPU)
-    assert apart(lambda: prepared.examine("triton", lambda case: None, deep=False)) == verification.RIGHT
-    assert apart(lambda: prepared.examine("triton", lambda case: None)).case == case
+    assert (
+        on_own_thread(lambda: prepared.examine("triton", lambda case: None, deep=False)) == verification.RIGHT
+    )
+    assert on_own_thread(lambda: prepared.examine("triton", lambda case: None)).case == case

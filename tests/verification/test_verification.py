@@ -27,7 +27,7 @@ from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
 from fastdynat.verification import Case, OperatorCheck, judge, operator_check, speed, verdict_store
 from fastdynat.verification.comparison import difference
 from fastdynat.verification.crash_marks import mark
-from fastdynat.verification.isolated_run import Prepared, apart
+from fastdynat.verification.isolated_run import Prepared, on_own_thread
 
 CPU = torch.device("cpu")
 STEP = {"step_size": 2 / 255, "eps": 8 / 255}
@@ -725,7 +725,7 @@ def test_errors_go_on_in_the_callers_thread() -> None:
         raise KeyError("here")
 
     with pytest.raises(KeyError, match="here"):
-        apart(fails)
+        on_own_thread(fails)
 
 
 @needs("ext")
@@ -797,7 +797,7 @@ def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(
         planted(monkeypatch, fault)
         small, full = Prepared(check, CPU), Prepared(check, CPU, full_size=True)
         found[name] = [
-            apart(lambda: prepared.examine("cpp", lambda case: None))  # noqa: B023 - called at once
+            on_own_thread(lambda: prepared.examine("cpp", lambda case: None))  # noqa: B023 - called at once
             for prepared in (small, full)
         ]
     assert found["right"] == [verification.RIGHT, verification.RIGHT]
@@ -812,7 +812,7 @@ def test_what_is_wrong_at_the_sizes_of_training_only_is_found_on_a_gpu(
 def test_right_implementations_pass_at_full_size(name: str) -> None:
     prepared = Prepared(verification.registered()[name], CPU, full_size=True)
     assert any(case.gpu_only for case, *_ in prepared.calls)
-    assert apart(lambda: prepared.examine("cpp", lambda case: None)) == verification.RIGHT
+    assert on_own_thread(lambda: prepared.examine("cpp", lambda case: None)) == verification.RIGHT
 
 
 # The tables, on what stands for a GPU here.
@@ -837,4 +837,4 @@ def test_the_kernels_of_gpus_pass_the_tables(name: str, candidate: str) -> None:
     prepared.calls = [
         call for call in prepared.calls if candidate != "triton" or "bfloat16" not in call[0].name
     ]
-    assert apart(lambda: prepared.examine(candidate, lambda case: None)) == verification.RIGHT
+    assert on_own_thread(lambda: prepared.examine(candidate, lambda case: None)) == verification.RIGHT

@@ -15,7 +15,7 @@ from fastdynat.machine import copy_bandwidth
 from fastdynat.ops import available_backends
 from fastdynat.terminal.progress import ProgressDisplay, ProgressTask
 from fastdynat.verification import REFERENCE, OperatorCheck
-from fastdynat.verification.isolated_run import apart
+from fastdynat.verification.isolated_run import on_own_thread
 
 Status = Literal["right", "wrong", "missing", "reference"]
 STYLES = {"right": "green", "wrong": "red", "missing": "", "reference": ""}
@@ -54,7 +54,7 @@ def check_operators_on(device: torch.device, task: ProgressTask) -> list[Operato
 
     Raises DeviceLost where a kernel breaks the CUDA context; the next call leaves it out.
     """
-    bandwidth = apart(lambda: copy_bandwidth(device)) if device.type == "cuda" else None
+    bandwidth = on_own_thread(lambda: copy_bandwidth(device)) if device.type == "cuda" else None
     rows = []
     for check in verified.registered().values():
         task.update(title=f"{check.name} on {device}")
@@ -125,7 +125,7 @@ def _times(check: OperatorCheck, device: torch.device, right: list[str]) -> tupl
             }
             return verified.timed(calls | {REFERENCE: partial(check.reference, *args)}, device, SECONDS)
 
-    return timing.name, apart(run)
+    return timing.name, on_own_thread(run)
 
 
 def operators_json(rows: list[OperatorRow]) -> str:
