@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdynat.attack_engine.network_modes import has_batch_norm
 from fastdynat.config import TrainConfig, to_yaml
 from fastdynat.data import TrainSplit
 from fastdynat.distributed import all_can, first_decides, world
@@ -25,6 +26,7 @@ from fastdynat.runs import (
     newest_checkpoint,
     record_start,
 )
+from fastdynat.runs.environment import read_starts
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.own_code import pin_own_code, refuse_changed_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
@@ -144,6 +146,8 @@ def _settled(
     check_trained(path, stored, asked, state)
     split = open_split(asked)
     asked = replace(asked, engine=with_stored_choices(asked.engine, stored.engine))
+    if asked.model.sync_bn == "auto":  # the number of processes may be another one now
+        asked = replace(asked, model=replace(asked.model, sync_bn=stored.model.sync_bn))
     resolved = resolve(asked, split.info, announce=False, carried_on=True)
     config = resolve_loader(resolved, split, announce=False)
     check_changes(stored, config)
@@ -199,8 +203,24 @@ def _rewrite_record(run: RunDir, trainer: Trainer) -> None:
     run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
     run.checkpoints.link()
     about = arithmetic(config.engine)
+    with suppress(UserError):  # no list, or a damaged one, which resuming does not need
+        _warn_of_statistics(read_starts(run.path / ENVIRONMENT)[-1].get("processes", 1), trainer)
     for change in record_start(run.path / ENVIRONMENT, processes=trainer.world.size, **about):
         logger.info("%s: the run continues, but not bit for bit", change)
+
+
+def _warn_of_statistics(before: int, trainer: Trainer) -> None:
+    """With --sync-bn off, warn where batch norm sees another part of a batch than in `before` processes."""
+    now, networks = trainer.world.size, trainer.networks.raw
+    trained = [networks[name] for name in trainer.step.method.trains]
+    if trainer.config.model.sync_bn == "off" and before != now and any(map(has_batch_norm, trained)):
+        logger.warning(
+            "--sync-bn off: batch norm now takes its statistics over a process's share of 1/%d of a batch, "
+            "before over 1/%d, so training goes on differently; %d process(es) would keep it as it was",
+            now,
+            before,
+            before,
+        )
 
 
 def _how_to_train_longer(path: Path, trainer: Trainer) -> str:

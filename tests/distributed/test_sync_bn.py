@@ -1,18 +1,22 @@
 """--sync-bn in a run: what is synchronised, what never communicates, and how the choice is made."""
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.collectives import counted_collectives
 from support.networks import tiny_cnn
+from support.tiny_run import TINY
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
+from fastdynat.commands.main import main
 from fastdynat.data import dataset_info
 from fastdynat.distributed import ALONE, World, world
 from fastdynat.distributed.synchronized_batch_norm import SynchronizedStatistics
@@ -148,3 +152,34 @@ def test_off_refuses_layers_that_synchronise_by_themselves() -> None:
     with pytest.raises(UserError, match=r"--sync-bn off: the layer 1 is a torch\.nn\.SyncBatchNorm"):
         build_networks._refuse_synchronising([network])
     build_networks._refuse_synchronising([tiny_cnn(0)])
+
+
+def _resumed(run: Path, *flags: str) -> int:
+    return main(["train", "--resume", str(run), "--quiet", "--stop-after", "1", *flags])
+
+
+def test_a_run_keeps_its_choice(tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), "--method", "natural", *TINY, "--stop-after", "1"]) == 0
+    config = run / "config.yaml"
+    assert "sync_bn: 'on'" in config.read_text()
+    assert _resumed(run, "--sync-bn", "auto") == 0
+    assert _resumed(run, "--sync-bn", "off") == 2
+    assert "sync_bn is on in this run, not off" in capsys.readouterr().err
+    lines = [line for line in config.read_text().splitlines(True) if "sync_bn" not in line]
+    config.write_text("".join(lines))  # a run of an earlier version, which knew one process only
+    assert _resumed(run) == 0
+    assert "sync_bn: 'on'" in config.read_text()
+
+
+def test_off_warns_where_a_run_goes_on_with_other_processes(tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    flags = ["--method", "natural", *TINY, "--stop-after", "1", "--sync-bn", "off"]
+    assert main(["train", "--run-dir", str(run), *flags]) == 0
+    assert _resumed(run) == 0
+    assert "--sync-bn" not in capsys.readouterr().err
+    starts = json.loads((run / "environment.json").read_text())
+    starts[-1]["processes"] = 2
+    (run / "environment.json").write_text(json.dumps(starts))
+    assert _resumed(run) == 0
+    assert "over a process's share of 1/1 of a batch, before over 1/2" in capsys.readouterr().err
