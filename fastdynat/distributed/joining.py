@@ -13,6 +13,7 @@ from fastdynat.distributed.store import below, find_each_other, open_store
 from fastdynat.distributed.world import World, collective_calls, world
 from fastdynat.errors import ToldElsewhere, UserError
 from fastdynat.launch import MINUTES, launched, launched_rank, launched_size
+from fastdynat.machine.cores import keep_to_own_cores
 
 
 def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
@@ -31,6 +32,7 @@ def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
     """
     if dist.is_initialized() or not launched():
         return world()
+    keep_to_own_cores()
     rank, size, limit = launched_rank(), launched_size(), timedelta(minutes=minutes)
     store = open_store(rank, limit)
     name, members = find_each_other(store, member_here(rank, device_type), size, limit)

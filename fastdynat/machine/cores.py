@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from fastdynat.launch import local_size
 
 
@@ -14,3 +16,9 @@ def own_cores() -> int:
     usable = len(os.sched_getaffinity(0))
     shared = usable if "TORCHELASTIC_RUN_ID" in os.environ else max(usable, os.cpu_count() or 1)
     return max(1, min(usable, shared // local_size()))
+
+
+def keep_to_own_cores() -> None:
+    """Let torch compute on no more threads than `own_cores`, unless OMP_NUM_THREADS decides."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > own_cores():
+        torch.set_num_threads(own_cores())

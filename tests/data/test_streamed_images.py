@@ -204,6 +204,22 @@ def test_cores_of_a_process(
     assert machine_cores.own_cores() == own
 
 
+def test_torch_keeps_to_the_cores_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    machine_cores.keep_to_own_cores()  # one process
+    launch(monkeypatch, "4")
+    machine_cores.keep_to_own_cores()
+    assert threads == [2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    machine_cores.keep_to_own_cores()
+    assert threads == [2]
+
+
 def test_a_run_and_its_evaluation_give_the_same_numbers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

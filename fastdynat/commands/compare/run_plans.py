@@ -27,6 +27,7 @@ from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.methods.configs import stored_config
 from fastdynat.runs import check_new, claim_name, free_name, looks_like_run
 from fastdynat.training import build_parts, open_split
+from fastdynat.training.own_code import data_folder_name
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolve_engine import with_stored_choices
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -93,7 +94,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
     check_compare(compare)
     seeds = parse_seeds(compare.seeds, shared.engine.seed)
     configs = method_configs(replace(shared, engine=replace(shared.engine, seed=seeds[0])), compare)
-    stem = f"compare-{shared.data.data}"
+    stem = f"compare-{data_folder_name(shared.data.data)}"
     out = Path(compare.out) if compare.out else free_name(stem)
     ledger = Ledger(out, compare.budget_seconds)  # refuses a folder of something else
     if not compare.out:
