@@ -41,6 +41,14 @@ def test_options_of_the_update(ranks, case: str) -> None:
     compare(ranks, 2, variant, options)
 
 
+@pytest.mark.parametrize("variant", ["dynat", "trades", "free-2"])
+@pytest.mark.parametrize("options", [{}, {"attack_bn": "train"}, {"awp": 0.01, "ema": 0.9}])
+def test_synchronised_batch_norm(ranks, variant: str, options: dict[str, Any]) -> None:
+    if variant == "free-2" and options:
+        pytest.skip("free attacks by its own gradient, without weight perturbation")
+    compare(ranks, 2, variant, {"norm": "batch", **options})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynat", "free-2", "dynat-gairat", "arda-quarter"])
 def test_four_processes(ranks, variant: str) -> None:

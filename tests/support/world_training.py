@@ -59,6 +59,7 @@ def step_of(
         device=CPU,
         ema=ema,
         attack_bn=attack_bn,
+        sync_bn=norm == "batch" and not world().alone,
         fallbacks=NoFallbacks(),
     )
     here = world()
