@@ -23,6 +23,7 @@ NAMES = [
     "torch.compile",
     "TensorBoard",
     "timm",
+    "datasets",
     "processor",
     "--amp",
     "without --amp",

@@ -20,6 +20,7 @@ HEAVY = (
     "safetensors",
     "PIL",
     "timm",
+    "datasets",
     "nvidia",
 )
 # An import of one of them fails, and says so.

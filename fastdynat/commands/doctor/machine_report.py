@@ -54,6 +54,7 @@ def check_machine(*, try_compile: bool = False) -> list[MachineCheck]:
             "TensorBoard", "tensorboard", "tensorboard", "TensorBoard logs; the other logs do not need it"
         ),
         _optional("timm", "timm", "timm", "models from timm; the built-in models do not need it"),
+        _optional("datasets", "datasets", "datasets", "--data hf:NAME_OR_FOLDER; other data do not need it"),
         *_decisions(),
     ]
 
