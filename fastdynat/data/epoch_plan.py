@@ -103,7 +103,8 @@ class EpochSteps:
         """The positions in the epoch's plan that this rank takes in `step`."""
         number, share = step // self._pass_steps, self.share(step)
         begin = number * self._num_images + step % self._pass_steps * self._batch_size
-        return slice(begin + share.first, begin + share.total, share.stride)
+        own = share.positions
+        return slice(begin + own.start, begin + own.stop, own.step)
 
 
 def check_shares(batch_size: int, ranks: int, parts: int = 1) -> None:

@@ -43,7 +43,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.share is None:
-            self.share = Share(total=len(self.labels))
+            self.share = Share(len(self.labels))
 
 
 class TrainLoader(Protocol):

@@ -45,10 +45,17 @@ class GraphedCall:
         recorder: Recorder,
         fallbacks: Fallbacks,
         subject: FunctionState | None = None,
+        *,
+        on_all: Callable[[bool], bool] = lambda captured: captured,
     ) -> None:
-        """`subject`: the state that `fn` changes besides its outputs; None is none."""
+        """
+        Args:
+            subject: the state that `fn` changes besides its outputs; None is none.
+            on_all: told whether this process has captured a graph; returns whether all processes have that
+                take part in collectives of `fn`. A replay on some of them would wait for the others.
+        """
         self._fn, self._recorder, self._fallbacks = fn, recorder, fallbacks
-        self._subject = subject or Stateless()
+        self._subject, self._on_all = subject or Stateless(), on_all
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.failed = False
 
@@ -73,17 +80,27 @@ class GraphedCall:
             check.reference()
             # clone keeps strides: the captured kernels are those of the inputs' memory format.
             entry.inputs = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in inputs)
-            with check.capturing():
-                entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
+            failure = self._record(entry, check)
+            if not self._on_all(failure is None):
+                self._stop(failure or "the capture failed in another process")
+                return
+            assert entry.replay is not None
             difference = check.compare(entry.inputs, entry.outputs, entry.replay)
             if difference is not None:
                 self._stop(f"a replay differs from the function it was captured from: {difference}")
-        except CaptureFailed as error:
-            self._stop(f"the capture failed: {error}")
         except RuntimeError as error:  # out of memory, for one
             self._stop(f"a replay could not be checked: {first_line(error)}")
         finally:
             check.put_back()
+
+    def _record(self, entry: _Captured, check: GraphCheck) -> str | None:
+        """Capture the graph of `entry`; the reason where that failed."""
+        try:
+            with check.capturing():
+                entry.outputs, entry.replay = self._recorder.capture(lambda: self._fn(*entry.inputs))
+        except CaptureFailed as error:
+            return f"the capture failed: {error}"
+        return None
 
     def _replay(self, entry: _Captured, inputs: tuple[Tensor, ...]) -> Any:
         assert entry.replay is not None

@@ -49,4 +49,4 @@ def load_buffers(
     for name, tensor in buffers.items():
         whole = saved[name]
         share = deal(len(whole), world.rank, world.size) if name in per_image else None
-        tensor.copy_(whole if share is None else whole[share.first :: share.stride])
+        tensor.copy_(whole if share is None else whole[[*share.positions]])

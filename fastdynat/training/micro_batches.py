@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.distributed import World
-from fastdynat.distributed.shares import LEAST, Share
+from fastdynat.distributed.shares import Share
 from fastdynat.methods import Inner, Method
 
 
@@ -39,44 +39,37 @@ def shared_loss(loss: Tensor, batch: Batch) -> Tensor:
     return loss if batch.share.weight == 1 else loss * batch.share.weight
 
 
-def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """The `count` parts of `batch`, by stride; one where that would leave a part with a single image."""
-    if count == 1 or batch.share.replicated or batch.share.images < LEAST * count:
-        return [batch]
-    return [
-        replace(
-            batch,
-            x=batch.x[part::count],
-            labels=batch.labels[part::count],
-            indices=batch.indices[part::count],
-            share=batch.share.part(part, count),
-        )
-        for part in range(count)
-    ]
+def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, slice]]:
+    """The micro-batches of `batch` (`Share.pieces`), each with its rows in it."""
+    found, row = [], 0
+    for share in batch.share.pieces(count):
+        rows = slice(row, row + share.images)
+        found.append((Batch(batch.x[rows], batch.labels[rows], batch.indices[rows], share), rows))
+        row = rows.stop
+    return found
 
 
 @contextmanager
 def buffer_rows(
-    method: Method[Any], names: set[str], part: int, count: int, share: Share, world: World
+    method: Method[Any], names: set[str], rows: slice, share: Share, world: World
 ) -> Iterator[None]:
-    """Context in which the buffers `names` of `method` are the rows of micro-batch `part` of `count`.
+    """Context in which the buffers `names` of `method` are the `rows` of a micro-batch of `share`.
 
     Row i on rank r of W belongs to position r + W i of the batch. For a batch that every rank has whole, the
     rows of its positions are brought together, and each rank takes its own ones back.
     """
     whole, replicated = method.buffers, share.replicated
-    if not names or (count == 1 and not replicated):
+    if not names:
         yield
         return
-    rows = {
-        name: _rows_of_all(whole[name], share.total, world) if replicated else whole[name][part::count]
-        for name in names
+    used = {
+        name: _rows_of_all(whole[name], share.total, world) if replicated else whole[name] for name in names
     }
-    method.buffers = whole | rows
+    method.buffers = whole | {name: buffer[rows] for name, buffer in used.items()}
     try:
         yield
         for name in names if replicated else ():
-            own = rows[name][world.rank :: world.size]
+            own = used[name][world.rank :: world.size]
             whole[name][: len(own)].copy_(own)
     finally:
         method.buffers = whole

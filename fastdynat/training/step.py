@@ -108,7 +108,7 @@ class TrainStep:
         self._momentum_at, self._momentum = momentum, torch.full_like(self._lr, optim.momentum)
         trained = {name: networks.raw[name] for name in method.trains}
         self.optimizers = build_optimizers(trained, optim, self._lr, cycled=momentum is not None)
-        self._world, self._accumulate, self._share = world(), accumulate, Share()
+        self._world, self._accumulate, self._share = world(), accumulate, Share(0)
         self._trained = [*trained.values()]
         self._sums = GradientSums(self._trained, self._world)
         self._draws = None if seed is None else StepDraws(seed, precision.device)
@@ -123,9 +123,11 @@ class TrainStep:
         )
         self.path = ", ".join(parts) or "eager"
         self.fallbacks, self._whole = fallbacks or WarnedFallbacks(), whole
-        self._graphed = (
-            None if recorder is None else GraphedCall(self._run, recorder, self.fallbacks, self._subject())
-        )
+        self._graphed: GraphedCall | None = None
+        if recorder is not None:
+            self._graphed = GraphedCall(
+                self._run, recorder, self.fallbacks, self._subject(), on_all=self._on_all_ranks
+            )
         attack = networks.attack.switches
         self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
         self._by_shape += ["CUDA graphs"] * (recorder is not None or attack.graphs)
@@ -192,6 +194,9 @@ class TrainStep:
         """The rate of update number `step`, counted from 0."""
         return self.peak_lr * self.lr_factor(step)
 
+    def _on_all_ranks(self, captured: bool) -> bool:
+        return self._world.maximum(float(not captured)) == 0
+
     def _subject(self) -> StepState:
         rates = {"of learning": self._lr, "of momentum": self._momentum}
         draws = {} if self._draws is None else {"random state": self._draws.state}
@@ -232,7 +237,6 @@ class TrainStep:
         cut = micro_batches(batch, self._accumulate)
         shared = len(cut) > 1 or batch.share.replicated
         names = rows_per_image(self.method, tuple(batch.x.shape[1:])) if shared else set[str]()
-        share, here = batch.share, self._world
         return [
             MicroBatch(
                 one,
@@ -241,10 +245,10 @@ class TrainStep:
                     self.spec,
                     draws=None if self._draws is None else self._draws.of(one.indices, replay),
                 ),
-                partial(buffer_rows, self.method, names, number, len(cut), share, here),
-                last=number == len(cut) - 1,
+                partial(buffer_rows, self.method, names, rows, batch.share, self._world),
+                last=one is cut[-1][0],
             )
-            for number, one in enumerate(cut)
+            for one, rows in cut
         ]
 
     def _awp_is_on(self) -> bool:

@@ -222,9 +222,7 @@ def _joined(parts: tuple[Batch, Batch]) -> Batch:
         assert torch.equal(parts[0].x, parts[1].x)
         return parts[0]
     x, labels, indices = (torch.cat([getattr(part, f) for part in parts]) for f in ("x", "labels", "indices"))
-    place = torch.cat(
-        [torch.arange(part.share.total)[part.share.first :: part.share.stride] for part in parts]
-    ).argsort()
+    place = torch.cat([torch.tensor([*part.share.positions]) for part in parts]).argsort()
     return Batch(x[place], labels[place], indices[place])
 
 

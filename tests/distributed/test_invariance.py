@@ -8,6 +8,8 @@ import torch
 from support.method_variants import VARIANTS
 from support.world_training import EPOCHS, SIZES, trained
 
+from fastdynat.methods import METHODS
+
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight perturbation": ("trades", {"awp": 0.01}),
     "weight perturbation of a guided method": ("dynat", {"awp": 0.01}),
@@ -42,11 +44,30 @@ def test_options_of_the_update(ranks, case: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["dynat", "trades", "free-2"])
-@pytest.mark.parametrize("options", [{}, {"attack_bn": "train"}, {"awp": 0.01, "ema": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"attack_bn": "train"}, {"attack_bn": "frozen"}, {"awp": 0.01, "ema": 0.9}]
+)
 def test_synchronised_batch_norm(ranks, variant: str, options: dict[str, Any]) -> None:
     if variant == "free-2" and options:
         pytest.skip("free attacks by its own gradient, without weight perturbation")
     compare(ranks, 2, variant, {"norm": "batch", **options})
+
+
+@pytest.mark.parametrize("variant", [name for name in METHODS if name not in ("dynat", "trades")])
+def test_synchronised_batch_norm_in_every_method(ranks, variant: str) -> None:
+    compare(ranks, 2, variant, {"norm": "batch"})
+
+
+def test_micro_batches_of_a_synchronised_batch_norm(ranks) -> None:
+    """A micro-batch has the same images at any world size, so its statistics are the same."""
+    compare(ranks, 2, "dynat", {"norm": "batch", "accumulate": 2})
+
+
+def test_batch_norm_of_each_rank_s_own_keeps_the_ranks_equal(ranks) -> None:
+    one, other = (weights for weights, _ in ranks(2)(trained, "dynat", {"norm": "batch", "sync_bn": False}))
+    assert torch.equal(one, other)
+    together, _ = trained("dynat", {"norm": "batch"})
+    assert float((one - together).abs().max()) > 1e-4  # another algorithm, as --help says
 
 
 @pytest.mark.slow

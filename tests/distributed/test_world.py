@@ -54,13 +54,16 @@ def test_a_replicated_batch_is_each_rank_s_own(ranks) -> None:
 def test_shares_partition_a_batch_and_weigh_one(total: int, ranks: int, parts: int) -> None:
     shares = [deal(total, rank, ranks, parts) for rank in range(ranks)]
     assert sum(share.weight for share in shares) == pytest.approx(1)
+    cut = [share.pieces(parts) for share in shares]
+    # The micro-batches of all ranks together are those of one process.
+    alone = [[*piece.positions] for piece in deal(total, 0, 1).pieces(parts)]
     if shares[0].replicated:
         assert total < 2 * ranks * parts
-        assert all(share.images == total for share in shares)
+        assert all([[*piece.positions] for piece in pieces] == alone for pieces in cut)
         return
-    pieces = [share.part(k, parts) for share in shares for k in range(parts)]
-    positions = sorted(p for piece in pieces for p in range(piece.first, total, piece.stride))
-    assert positions == list(range(total))
-    assert ranks == 1 or min(piece.images for piece in pieces) >= 2
+    assert [sorted(p for piece in same for p in piece.positions) for same in zip(*cut, strict=True)] == alone
+    pieces = [piece for one in cut for piece in one]
+    assert ranks * len(alone) == 1 or min(piece.images for piece in pieces) >= 2
+    assert [piece.images_of_all_ranks for piece in cut[0]] == [len(positions) for positions in alone]
     for position in (0, total // 3, total):
         assert sum(piece.below(position) for piece in pieces) == position

@@ -91,7 +91,7 @@ def batches(epoch: int, *, unlabelled: bool = False) -> Iterator[Batch]:
     here = world()
     for chosen in order[: sum(SIZES)].split(SIZES):
         share = deal(len(chosen), here.rank, here.size)
-        own = chosen[share.first :: share.stride]
+        own = chosen[[*share.positions]]
         yield Batch(images[own], labels[own], own, share)
 
 
