@@ -46,6 +46,7 @@ def step_of(
     accumulate: int = 1,
     ema: float = 0.0,
     attack_bn: str = "eval",
+    sync_bn: bool = True,
     **optim: Any,
 ) -> TrainStep:
     """A step of this process; `optim` are fields of `OptimConfig`."""
@@ -59,7 +60,7 @@ def step_of(
         device=CPU,
         ema=ema,
         attack_bn=attack_bn,
-        sync_bn=norm == "batch" and not world().alone,
+        sync_bn=sync_bn and norm == "batch" and not world().alone,
         fallbacks=NoFallbacks(),
     )
     here = world()
@@ -80,7 +81,7 @@ def step_of(
     )
 
 
-def batches(epoch: int, *, unlabelled: bool = False) -> Iterator[Batch]:
+def batches(epoch: int, pieces: int, *, unlabelled: bool = False) -> Iterator[Batch]:
     """This process's images of each step of an epoch."""
     generator = torch.Generator().manual_seed(3)
     images = torch.rand(IMAGES, 3, 8, 8, dtype=torch.float64, generator=generator)
@@ -90,7 +91,7 @@ def batches(epoch: int, *, unlabelled: bool = False) -> Iterator[Batch]:
     order = torch.randperm(IMAGES, generator=generator.manual_seed(epoch))
     here = world()
     for chosen in order[: sum(SIZES)].split(SIZES):
-        share = deal(len(chosen), here.rank, here.size)
+        share = deal(len(chosen), here.rank, here.size, pieces)
         own = chosen[[*share.positions]]
         yield Batch(images[own], labels[own], own, share)
 
@@ -103,7 +104,7 @@ def trained(variant: str, options: dict[str, Any]) -> tuple[Tensor, list[dict[st
     step, logs = step_of(variant, **options), []
     for epoch in range(EPOCHS):
         step.start_epoch(epoch)
-        for batch in batches(epoch, unlabelled=unlabelled):
+        for batch in batches(epoch, options.get("accumulate", 1), unlabelled=unlabelled):
             found = {key: float(value) * batch.share.weight for key, value in step(batch).items()}
             ranks = world().gather(found)
             logs.append({key: sum(rank.get(key, 0.0) for rank in ranks) for key in sorted({*chain(*ranks)})})
