@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from fastdynat import __version__
 from fastdynat.commands.parsing.naming import name_flags
-from fastdynat.commands.rank_ends import lost_rank, report_crash, reported_by_this_rank
+from fastdynat.commands.rank_ends import lost_rank, report_crash, report_end
 from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
 from fastdynat.launch import launched
 from fastdynat.terminal.interrupts import Interruption
@@ -53,31 +53,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # tyro draws from it; commands that train or measure keep the others themselves
     with Interruption() as interruption, _any_text():
         try:
-            check_words(argv)
-            return _run_and_flush(argv)
-        except UserError as error:
-            return _fail(error, name_flags(str(error), argv))
-        except BrokenPipeError:
-            _drop_output()
-            return 128 + signal.SIGPIPE
-        except KeyboardInterrupt as error:
+            return _run_or_report(argv, interruption)
+        except KeyboardInterrupt as error:  # a signal while an error was about to be reported
+            interruption.only_noted = True
             return _interrupted(error, interruption)
-        except Exception as error:
-            # A signal while something was imported or compiled may have been made into this.
-            if interruption.signal is not None:
-                return _interrupted(error, interruption)
-            reason = shortage(error) or _system_says(error)
-            if reason is not None:
-                _drop_output()
-                return _fail(error, reason)
-            if (lost := lost_rank(error)) is not None:
-                return _fail(error, lost, code=1)
-            if not launched():
-                raise
-            report_crash(error)
-            return 1
         finally:
             random.setstate(generator)
+
+
+def _run_or_report(argv: list[str], interruption: Interruption) -> int:
+    try:
+        check_words(argv)
+        return _run_and_flush(argv)
+    except UserError as error:
+        interruption.only_noted = True
+        return _fail(error, name_flags(str(error), argv))
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as error:
+        interruption.only_noted = True
+        return _interrupted(error, interruption)
+    except Exception as error:
+        # A signal while something was imported or compiled may have been made into this.
+        was_signal, interruption.only_noted = interruption.signal is not None, True
+        if was_signal:
+            return _interrupted(error, interruption)
+        reason = shortage(error) or _system_says(error)
+        if reason is not None:
+            _drop_output()
+            return _fail(error, reason)
+        if (lost := lost_rank(error)) is not None:
+            return _fail(error, lost, code=1)
+        if not launched():
+            raise
+        report_crash(error)
+        return 1
 
 
 def check_words(argv: Sequence[str]) -> None:
@@ -128,9 +139,7 @@ def _run_and_flush(argv: list[str]) -> int:
 
 
 def _fail(error: BaseException, reason: str, *, code: int = 2) -> int:
-    said = reported_by_this_rank(error, one_line(reason), code)
-    if said is not None:
-        _say(f"fastdynat: error: {said}")
+    report_end(error, one_line(reason), code)
     return code
 
 
@@ -142,14 +151,8 @@ def _interrupted(error: BaseException, interruption: Interruption) -> int:
         if interruption.code == 128 + signal.SIGINT
         else f" by {signal.Signals(interruption.code - 128).name}"
     )
-    if reported_by_this_rank(error, f"interrupted{by}", interruption.code) is not None:
-        _say(f"fastdynat: interrupted{by}")
+    report_end(error, f"interrupted{by}", interruption.code, kind="fastdynat: ")
     return interruption.code
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 import traceback
 from contextlib import suppress
@@ -15,27 +16,33 @@ STORE_SECONDS = 5.0  # to reach the launcher's store before the ranks have joine
 FIRST_SECONDS = 3.0  # for rank 0 to find the same error, which it then reports
 
 
-def reported_by_this_rank(error: BaseException, text: str, code: int) -> str | None:
-    """What this process is to print about its end; None where another rank says why all end.
+def report_end(error: BaseException, text: str, code: int, *, kind: str = "fastdynat: error: ") -> None:
+    """Print why this process ends, unless another rank of its world says why all end.
 
     The other ranks are told, so that they end, too; torchrun finds `text` in its error file.
 
     Args:
         code: the exit code.
+        kind: what is printed before `text`.
     """
     if not launched():
-        return text
+        _say(kind + text)
+        return
     if isinstance(error, ToldElsewhere):
-        return None
-    from fastdynat.distributed import present_session
+        return
+    rank = launched_rank()
+    text = text if rank == 0 or text.startswith("rank ") else f"{place_of(rank)}: {text}"
+    if _report(text, code, kind + text):
+        write_error_file(text, code)
 
-    session, rank = present_session(), launched_rank()
-    first = _told_before_joining(rank, text, code) if session is None else session.tell(text, code)
-    if not first:
-        return None
-    write_error_file(text, code)
-    names_rank = rank == 0 or text.startswith("rank ")
-    return text if names_rank else f"{place_of(rank)}: {text}"
+
+def report_crash(error: Exception) -> None:
+    """Print the traceback of an unexpected `error`, with the rank; the other ranks are told."""
+    text, place = "".join(traceback.format_exception(error)), place_of(launched_rank())
+    shown = "\n".join(f"{place}: {line}" for line in text.splitlines())
+    if not _report(f"{place}: {type(error).__name__}: {error}", 1, shown):
+        _say(shown)
+    write_error_file(text, 1)
 
 
 def lost_rank(error: BaseException) -> str | None:
@@ -48,17 +55,6 @@ def lost_rank(error: BaseException) -> str | None:
     return None if session is None else session.lost(error)
 
 
-def report_crash(error: Exception) -> None:
-    """Print the traceback of an unexpected `error`, with the rank; the other ranks are told."""
-    text = "".join(traceback.format_exception(error))
-    said = reported_by_this_rank(error, f"{type(error).__name__}: {error}", 1)
-    write_error_file(text, 1)
-    if said is not None:
-        place = place_of(launched_rank())
-        with suppress(OSError):
-            os.write(2, "".join(f"{place}: {line}\n" for line in text.splitlines()).encode())
-
-
 def write_error_file(text: str, code: int) -> None:
     """Write the file from which torchrun's summary takes the reason."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -66,6 +62,24 @@ def write_error_file(text: str, code: int) -> None:
         message = {"message": text, "errorCode": code, "extraInfo": about}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
+
+
+def _report(text: str, code: int, shown: str) -> bool:
+    """Print `shown` and tell the other ranks, unless one of them was first; returns whether this one was."""
+    from fastdynat.distributed import present_session
+
+    session = present_session()
+    if session is not None:
+        return session.report(text, code, shown)
+    first = _told_before_joining(launched_rank(), text, code)
+    if first:
+        _say(shown)
+    return first
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _told_before_joining(rank: int, text: str, code: int) -> bool:

@@ -53,6 +53,7 @@ class Session:
         self._leaving, self._ended = threading.Event(), threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._parent = os.getppid()
+        self._reporting, self._reported = threading.Lock(), False
         self._thread = threading.Thread(target=self._watch, name="fastdynat-ranks", daemon=True)
 
     def start(self) -> None:
@@ -75,16 +76,25 @@ class Session:
             time.sleep(pause)
             pause = min(0.1, 2 * pause)
 
-    def tell(self, text: str, code: int) -> bool:
-        """Tell all ranks that this process ends because of `text`; they end, too.
+    def report(self, text: str, code: int, shown: str | None = None) -> bool:
+        """Tell all ranks that this process ends because of `text`; they end, too, with exit code `code`.
 
-        Returns whether this process is to report it: False where another rank has failed before.
+        The first failure of the world is printed on standard error: as `shown`, or as an error. Returns
+        whether this was it.
         """
         value = json.dumps({"rank": self.me.rank, "text": text, "code": code})
-        try:
-            return bool(self._store.compare_set(FAILURE, "", value) == value.encode())
-        except RuntimeError:  # the store is gone, and with it the others' way to tell
-            return True
+        with self._reporting:  # both threads may find the same failure
+            if self._reported:
+                return False
+            self._reported = True
+            try:
+                first = bool(self._store.compare_set(FAILURE, "", value) == value.encode())
+            except RuntimeError:  # the store is gone, and with it the others' way to report
+                first = True
+            if first:
+                with suppress(OSError):
+                    print(shown or f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
+            return first
 
     def failure(self) -> dict[str, Any] | None:
         """The failure that a rank has told; None where none has."""
@@ -197,9 +207,8 @@ class Session:
         """End this process, at the latest after `GRACE`; report `text` unless another rank does."""
         if self._leaving.is_set() and not told:
             return
-        if not told and self.tell(text, code):
-            with suppress(OSError):
-                print(f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
+        if not told:
+            self.report(text, code)
         if not self._ended.wait(GRACE):
             os._exit(code)
 

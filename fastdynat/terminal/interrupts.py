@@ -63,14 +63,20 @@ class Interruption(Handlers):
     """While active, each of the signals raises KeyboardInterrupt, where nobody else has a handler for it.
 
     A library may still replace the exception by its own.
+
+    Attributes:
+        only_noted: from now on signals only set `signal`, so that the reason of an end can be reported.
     """
+
+    only_noted = False
 
     def takes_over(self, number: Signals, handler: Any) -> bool:
         return handler in (signal.SIG_DFL, signal.default_int_handler)  # an ignored one stays ignored: nohup
 
     def received(self, number: Signals) -> None:
         self.signal = number
-        raise KeyboardInterrupt
+        if not self.only_noted:
+            raise KeyboardInterrupt
 
     @property
     def code(self) -> int:

@@ -1,0 +1,287 @@
+"""Trainings on two processes under torchrun: one writer, resuming at any world size, failures, bad input."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.torchrun import TINY, Torchrun, torchrun
+
+from fastdynat.commands.main import main
+from fastdynat.runs import check_manifest, find_checkpoint
+from fastdynat.runs.environment import read_starts
+
+ENDS = 20.0  # seconds within which all processes must have ended after the failure of one
+
+
+def train(run: Path, *flags: object, epochs: int = 3) -> list[str]:
+    return [*map(str, ("train", "--run-dir", run, *TINY, "--epochs", epochs, *flags))]
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """The training state of the newest checkpoint, whose files are whole."""
+    last = find_checkpoint(run, "last")
+    assert last is not None
+    check_manifest(last)
+    found: dict[str, Any] = torch.load(last / "state.pt", weights_only=True)
+    return found
+
+
+def distance(run: Path, other: Path) -> float:
+    """The largest difference between the weights of two runs."""
+    a, b = (load_file(path / "last" / "model.safetensors") for path in (run, other))
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+HOOK = """
+import os, sys, time
+import torch
+import fastdynat
+from fastdynat.training import rank_start
+from fastdynat.training.step import TrainStep
+
+HOW, RANK = os.environ["HOW"], os.environ["RANK"]
+step, calls = TrainStep.__call__, []
+
+def call(self, batch):
+    calls.append(1)
+    if len(calls) == 6 and RANK == "1":
+        if HOW == "raise":
+            raise ZeroDivisionError("not on this rank")
+        if HOW == "memory":
+            raise MemoryError
+        if HOW == "stuck":
+            time.sleep(1000)
+        if HOW == "nan":
+            with torch.no_grad():
+                next(self.networks.raw["model"].parameters()).fill_(float("nan"))
+    return step(self, batch)
+
+TrainStep.__call__ = call
+if RANK == "1":
+    if HOW == "flags":
+        sys.argv += ["--lr", "0.2"]
+    if HOW == "version":
+        fastdynat.__version__ = "0.0"
+    if HOW == "source":
+        rank_start.package_digest = lambda: "another"
+    if HOW == "late":
+        time.sleep(1000)
+    if HOW == "elsewhere":
+        os.chdir(os.environ["ELSEWHERE"])
+        rank_start.require_shared.__globals__["VISIBLE_SECONDS"] = 0.1
+        exists = type(rank_start.Path()).exists
+        rank_start.Path.exists = lambda self, **how: ".fastdynat-" not in self.name and exists(self, **how)
+        os.environ["LOCAL_RANK"] = "0"
+from fastdynat.commands.main import main
+
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script that is `fastdynat`, but on rank 1 goes wrong in the way that HOW says."""
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path))
+    script = tmp_path / "hook.py"
+    script.write_text(HOOK)
+    return script
+
+
+def test_a_run_goes_on_at_any_world_size(tmp_path: Path) -> None:
+    """2 processes in mid-epoch (SIGINT), then one, then two, against one process from the beginning."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    command = train(run, "--resume", "auto", epochs=60)
+    with Torchrun(*command) as running:
+        running.wait_for(run / "metrics.jsonl")
+        running.process.send_signal(signal.SIGINT)
+        ended = running.end()
+    assert ended.errors == []
+    assert any("stopped and saved after" in line for line in ended.lines)
+    state = newest(run)
+    done = state["epoch"]
+    assert 1 <= done < 57
+    assert state["averages"]["images"] == 16 * state["epoch_step"], "those of both processes"
+    assert [start["processes"] for start in read_starts(run / "environment.json")] == [2]
+    assert main([*command, "--stop-after", str(done + 2)]) == 0
+    assert torchrun(*command, "--stop-after", done + 3).code == 0
+    assert main(train(alone, "--stop-after", done + 3, epochs=60)) == 0
+    assert distance(run, alone) < 1e-5
+    for ours, theirs in zip(rows(run), rows(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["val_pgd10_acc"] == theirs["val_pgd10_acc"]
+    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+    assert (run / "metrics.csv").read_text().count("\n") == done + 4
+    assert [start["processes"] for start in read_starts(run / "environment.json")] == [2, 1, 2]
+
+
+def test_the_end_of_one_process_ends_all(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Torchrun(*train(run, epochs=5000)) as running:
+        running.wait_for(run / "metrics.jsonl")
+        victim = running.pids()[1]
+        os.kill(victim, signal.SIGKILL)
+        ended = running.end(ENDS)
+        assert running.pids() == {}
+    assert ended.code == 1
+    assert len(ended.errors) == 1
+    assert ended.errors[0].startswith("fastdynat: error: rank 1 (")
+    assert f"pid {victim}) was lost" in ended.errors[0]
+    assert not any("Traceback" in line for line in ended.lines)
+    assert newest(run)["epoch"] >= 1
+
+
+def test_an_error_on_one_process_is_told_with_its_rank(
+    tmp_path: Path, hook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOW", "raise")
+    run = tmp_path / "run"
+    ended = torchrun(*train(run), script=hook)
+    assert ended.code == 1
+    told = [line for line in ended.lines if line.startswith("rank 1 (")]
+    assert told[-1].endswith("ZeroDivisionError: not on this rank")
+    assert ended.errors == []
+    assert "rank 0" not in "".join(ended.lines), "the others are silent"
+    assert newest(run)["epoch"] == 1
+
+
+REFUSED = [
+    ("flags", [], "the ranks differ in --lr: None on rank 0 ("),
+    ("source", [], "the ranks differ in the source of fastdynat: "),
+    ("version", [], "the ranks differ in the version of fastdynat: "),
+    ("late", ["--rank-timeout", "0.1"], "rank 1 of 2 did not come to the rendezvous within 0.1 minutes"),
+    ("elsewhere", [], "this machine does not see the run directory"),
+    ("", ["--batch-size", "2"], "batch"),
+    ("", ["--lr", "fast"], "--lr must be a number, got 'fast'"),
+    ("", ["--device", "cuda:0"], "--device cuda:0: each of 2 processes takes the GPU of its LOCAL_RANK"),
+    ("", ["--train-size", "500000"], "digits has"),
+]
+QUICK = ("flags", "--lr fast")
+
+
+@pytest.mark.parametrize(
+    ("how", "flags", "said"),
+    [
+        pytest.param(
+            *case,
+            id=case[0] or " ".join(case[1]),
+            marks=() if (case[0] or " ".join(case[1])) in QUICK else pytest.mark.slow,
+        )
+        for case in REFUSED
+    ],
+)
+def test_bad_input_is_one_line_of_one_process(
+    how: str, flags: list[str], said: str, tmp_path: Path, hook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOW", how)
+    run = tmp_path / "run"
+    ended = torchrun(*train(run, *flags), script=hook)
+    assert len(ended.errors) == 1, ended.said
+    assert said in ended.errors[0]
+    assert not any("Traceback" in line or line.startswith("rank ") for line in ended.lines)
+    assert "exitcode  : 2" in ended.said
+    assert not run.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hook.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("memory", "rank 1 ({host}): out of memory"),
+        ("stuck", "rank 1 ({host}, pid "),
+    ],
+)
+def test_failures_of_one_process_are_one_line(
+    how: str, said: str, tmp_path: Path, hook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    monkeypatch.setenv("HOW", how)
+    run = tmp_path / "run"
+    with Torchrun(*train(run, "--rank-timeout", 0.2), script=hook) as running:
+        ended = running.end()
+        assert running.pids() == {}
+    assert len(ended.errors) == 1
+    assert said.format(host=socket.gethostname()) in ended.errors[0]
+    assert how != "stuck" or ended.errors[0].endswith("a collective within 0.2 minutes (--rank-timeout)")
+    assert newest(run)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_process_ends_all(
+    tmp_path: Path, hook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOW", "nan")
+    run = tmp_path / "run"
+    ended = torchrun(*train(run), script=hook)
+    assert [line for line in ended.lines if "diverged" in line] == [
+        line for line in ended.lines if line.startswith("error: training diverged: ")
+    ]
+    assert sum("diverged" in line for line in ended.lines) == 1
+    assert newest(run)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Torchrun(*train(run, epochs=5000)) as running:
+        running.wait_for(run / "metrics.jsonl")
+        ranks = running.pids()
+        running.process.kill()
+        ended = running.end(60)  # reads until the ranks have closed their output, too
+    assert "the launcher has ended without its processes" in ended.said
+    assert [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_restarted_and_the_weights_are_the_same(victim: int, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["--resume", "auto", "--save-every", "0.01", "--loader", "torch", "--workers", "1"]
+    command = train(run, *flags, epochs=30)
+    options = ("--max-restarts", "3", "--standalone")
+    with Torchrun(*command, options=options) as running:
+        running.wait_for(run / "metrics.jsonl")
+        os.kill(running.pids()[victim], signal.SIGKILL)
+        ended = running.end()
+    assert ended.code == 0, ended.said
+    assert len(read_starts(run / "environment.json")) == 2
+    assert torchrun(*train(whole, *flags, epochs=30)).code == 0
+    assert distance(run, whole) == 0
+    assert [row["loss"] for row in rows(run)] == pytest.approx(
+        [row["loss"] for row in rows(whole)], rel=1e-12
+    )
+
+
+@pytest.mark.slow
+def test_other_data_are_refused_when_resuming(tmp_path: Path) -> None:
+    """A file of the user's whose images differ from those that the run began with."""
+    data, run = tmp_path / "data.py", tmp_path / "run"
+    text = (
+        "import os, torch\n"
+        "def make():\n"
+        "    images = torch.arange(80 * 64).view(80, 1, 8, 8).mul(7).remainder(256).to(torch.uint8)\n"
+        "    images[0] += int(os.environ.get('OTHER', '0')) * int(os.environ.get('RANK', '0'))\n"
+        "    return images, torch.arange(80) % 4\n"
+    )
+    data.write_text(text)
+    command = train(run, "--data", f"{data}:make", "--stop-after", 1)
+    assert torchrun(*command).code == 0
+    os.environ["OTHER"] = "1"
+    try:
+        ended = torchrun("train", "--resume", run)
+    finally:
+        del os.environ["OTHER"]
+    assert len(ended.errors) == 1
+    assert "data" in ended.errors[0]
+    assert newest(run)["epoch"] == 1
