@@ -15,6 +15,7 @@ from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.config import TrainConfig, override
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
+from fastdynat.distributed import joined_world
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.methods.configs import default_config, stored_config
@@ -88,7 +89,8 @@ def train(
 
     On return, a module passed as `model` has the weights of the best checkpoint and is in eval mode. Training
     works on a copy, so an error or an interruption leaves the module unchanged. Random generators, threads
-    and flags of the process are restored.
+    and flags of the process are restored. In a script that torchrun starts, all of its processes train
+    together.
 
     Example::
 
@@ -132,7 +134,8 @@ def train(
             _check(config)
             check_effects(config, keys)
             begun = new_run(config)
-        with begun as trainer:
+        engine = config.engine
+        with joined_world(engine.device, engine.rank_timeout), begun as trainer:
             outcome = _fit(trainer)
             path, config = trainer.run.path, trainer.config
     if outcome.signal is not None:

@@ -12,7 +12,7 @@ from fastdynat import __version__
 from fastdynat.commands.parsing.naming import name_flags
 from fastdynat.commands.rank_ends import lost_rank, report_crash, report_end
 from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
-from fastdynat.launch import launched
+from fastdynat.launch import launched, launched_size
 from fastdynat.terminal.interrupts import Interruption
 
 USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
@@ -43,6 +43,8 @@ COMMANDS = {
     "bench": "bench.command",
     "doctor": "doctor.command",
 }
+# Those that the processes of torchrun run together.
+TOGETHER = ("train", "eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,6 +177,10 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise unknown_name("command", argv[0], COMMANDS)
+    if launched_size() > 1 and argv[0] not in TOGETHER:
+        raise UserError(
+            f"fastdynat {argv[0]} is for one process, not {launched_size()}: start it without torchrun"
+        )
     module = importlib.import_module(f"fastdynat.commands.{COMMANDS[argv[0]]}")
     code: int = getattr(module, f"{argv[0]}_command")(argv[1:])
     return code

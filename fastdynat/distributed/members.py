@@ -17,6 +17,7 @@ class Member:
         device: "cpu" or "cuda".
         gpu: what no other GPU of the host is called; "" on the CPU.
         problem: why this process cannot use its device; "" if it can.
+        attempt: another one each time that a process comes to a rendezvous.
     """
 
     rank: int
@@ -25,6 +26,7 @@ class Member:
     device: str
     gpu: str = ""
     problem: str = ""
+    attempt: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
@@ -50,19 +52,23 @@ class Member:
 
 def member_here(rank: int, device_type: str) -> Member:
     """This process, which is to compute on a device of `device_type`; a GPU is made torch's current one."""
+    gpu, problem = _take_gpu() if device_type == "cuda" else ("", "")
+    attempt = os.urandom(8).hex()
+    return Member(rank, socket.gethostname(), os.getpid(), device_type, gpu, problem, attempt)
+
+
+def _take_gpu() -> tuple[str, str]:
+    """The name of this process's GPU, and why it has none."""
     import torch
 
-    host, pid = socket.gethostname(), os.getpid()
-    if device_type != "cuda":
-        return Member(rank, host, pid, device_type)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # A launcher that shows each process its own GPU only leaves one to choose from.
     index = 0 if count == 1 else local_rank()
     if index >= count:
         have = f"this machine has {count}" if count else "it has none"
-        return Member(rank, host, pid, device_type, "", f"needs GPU {index}, but {have}")
+        return "", f"needs GPU {index}, but {have}"
     torch.cuda.set_device(index)
-    return Member(rank, host, pid, device_type, str(torch.cuda.get_device_properties(index).uuid))
+    return str(torch.cuda.get_device_properties(index).uuid), ""
 
 
 def unfit(members: Sequence[Member]) -> str:

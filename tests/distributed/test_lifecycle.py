@@ -271,3 +271,16 @@ def test_resume_auto_waits_for_workers_of_a_killed_process(tmp_path: Path) -> No
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert main(command) == 0
     os.waitpid(child, 0)
+
+
+def test_commands_for_one_process_are_refused_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**launched, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["compare", "--methods", "madry"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "fastdynat: error: fastdynat compare is for one process, not 2: start it without torchrun\n"
+    )

@@ -249,7 +249,7 @@ def test_a_killed_process_is_restarted_and_the_weights_are_the_same(victim: int,
     run, whole = tmp_path / "run", tmp_path / "whole"
     flags = ["--resume", "auto", "--save-every", "0.01", "--loader", "torch", "--workers", "1"]
     command = train(run, *flags, epochs=30)
-    options = ("--max-restarts", "3", "--standalone")
+    options = ("--max-restarts", "3")
     with Torchrun(*command, options=options) as running:
         running.wait_for(run / "metrics.jsonl")
         os.kill(running.pids()[victim], signal.SIGKILL)

@@ -58,7 +58,8 @@ class Torchrun:
             script: what to run in the place of `fastdynat`.
         """
         what = ["-m", "fastdynat"] if script is None else [str(script)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
+        launcher += ["--nproc-per-node", str(ranks), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._begin = time.monotonic()
         self.process = subprocess.Popen(
