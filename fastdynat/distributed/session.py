@@ -167,15 +167,19 @@ class Session:
     def _watch(self) -> None:
         answered = time.monotonic()
         while not self._ended.is_set():
+            if os.getppid() != self._parent:  # its store has ended, too: nobody else can be told
+                self._end("the launcher has ended without its processes", 1, shown=self._lowest_here())
             try:
                 self._look()
                 answered = time.monotonic()
             except RuntimeError:
-                if time.monotonic() - answered > STORE_SECONDS and not self._leaving.is_set():
-                    self._end("the launcher's rendezvous store can no longer be reached", 1, told=False)
-            if os.getppid() != self._parent:
-                self._end("the launcher has ended without its processes", 1, told=False)
+                if time.monotonic() - answered > STORE_SECONDS:
+                    self._end("the launcher's store can no longer be reached", 1, shown=self._lowest_here())
             self._ended.wait(PERIOD)
+
+    def _lowest_here(self) -> bool:
+        """True on one process of each machine."""
+        return self.me.rank == min(m.rank for m in self.members if m.host == self.me.host)
 
     def _look(self) -> None:
         """Renew the beat, and end this process where a rank has failed or is lost."""
@@ -184,7 +188,7 @@ class Session:
         if self._watched.check([FAILURE]):
             told = json.loads(self._watched.get(FAILURE))
             if told["rank"] != self.me.rank:
-                self._end(told["text"], told["code"], told=True)
+                self._end(told["text"], told["code"], shown=False)
             return
         if not self.stop_wanted and self._watched.check([STOP]):
             self.stop_wanted = True
@@ -192,9 +196,9 @@ class Session:
             return
         for member in self._others():
             if member.dead:
-                self._end(f"{member} was lost: its process has ended", 1, told=False)
+                self._end_because(f"{member} was lost: its process has ended")
             if self._silent_for(member.rank) > SILENCE:
-                self._end(f"{member} was lost: not a sign of it for {SILENCE:.0f} s", 1, told=False)
+                self._end_because(f"{member} was lost: no sign of it for {SILENCE:.0f} s")
 
     def _silent_for(self, rank: int) -> float:
         key, now = f"beat/{rank}", time.monotonic()
@@ -203,12 +207,16 @@ class Session:
             self._seen[rank] = beat, now
         return now - self._seen[rank][1]
 
-    def _end(self, text: str, code: int, *, told: bool) -> None:
-        """End this process, at the latest after `GRACE`; report `text` unless another rank does."""
-        if self._leaving.is_set() and not told:
-            return
-        if not told:
-            self.report(text, code)
+    def _end_because(self, text: str) -> None:
+        """Report a failure that this process has found, if it is the first to do so, and end."""
+        self.report(text, 1)
+        self._end(text, 1, shown=False)
+
+    def _end(self, text: str, code: int, *, shown: bool) -> None:
+        """End this process, at the latest after `GRACE`; `shown` prints `text` before."""
+        if shown and not self._leaving.is_set():
+            with suppress(OSError):
+                print(f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
         if not self._ended.wait(GRACE):
             os._exit(code)
 

@@ -38,7 +38,9 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         """The lines in which fastdynat reports an error."""
-        return [line for line in self.lines if line.startswith("fastdynat: ")]
+        return [
+            line for line in self.lines if line.startswith(("fastdynat: error", "fastdynat: interrupted"))
+        ]
 
 
 class Torchrun:
