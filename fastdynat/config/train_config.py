@@ -187,6 +187,9 @@ class OptimConfig:
     grad_accum_steps: int = 1
     """Cut each process's share of a batch into this many micro-batches, which are attacked one by one and
     update the networks together: less memory, the same update. Batch norm sees one micro-batch at a time."""
+    zero1: bool = False
+    """Several processes (torchrun): each keeps the momentum of a part of the weights only, updates these and
+    broadcasts them (ZeRO stage 1). The update is the same. Not with CUDA graphs."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0

@@ -20,7 +20,7 @@ from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
-from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
+from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import seed_everything
 from fastdynat.training.schedules import attack_steps, epochs_of_method, momentum_at, schedule_factor
 from fastdynat.training.single_values import check_single_values
@@ -133,7 +133,7 @@ def _step(
         optim,
         Precision(engine.amp, device),
         schedule_factor(optim, steps_per_epoch),
-        recorder=_recorder(engine),
+        recorder=_recorder(config),
         steps_of=attack_steps(attack, epochs_of_method(optim)),
         awp=WeightPerturbation(model, attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
         momentum=momentum_at(optim, steps_per_epoch) if optim.cycle_momentum else None,
@@ -157,7 +157,7 @@ def burn_in_step(config: ResolvedConfig[Any], step: TrainStep) -> TrainStep | No
         replace(step.optim, clip_grad=0.0),  # the clipping that a method needs would only slow this down
         step.precision,
         step.lr_factor,
-        recorder=_recorder(config.engine),
+        recorder=_recorder(config),
         statistics_resets=step.statistics_resets,
         whole=config.data.batch_size,
         accumulate=config.optim.grad_accum_steps,
@@ -176,7 +176,9 @@ def _statistics_resets(config: ResolvedConfig[Any], networks: NetworkSet, steps_
     return {steps_per_epoch * e for e in (burn_in + epoch, *([epoch] if epoch < burn_in else []))}
 
 
-def _recorder(engine: ResolvedEngine) -> CudaRecorder | None:
-    if not engine.uses_graphs or has_gradient_scaler(engine):
+def _recorder(config: ResolvedConfig[Any]) -> CudaRecorder | None:
+    engine = config.engine
+    # An update of sharded momentum waits for broadcasts of PyTorch's own, which it starts one by one.
+    if not engine.uses_graphs or has_gradient_scaler(engine) or config.optim.zero1:
         return None
     return CudaRecorder(torch.device(engine.device))

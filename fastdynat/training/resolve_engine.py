@@ -89,6 +89,13 @@ def check_switches(
     for name in ("graphs", "guide_stream", "fused_conv"):
         if getattr(engine, name) == "on" and device.type != "cuda":
             raise UserError(f"--{name.replace('_', '-')} on needs a CUDA device, got {device}; leave it out")
+    if engine.graphs == "on" and optim.zero1:
+        raise UserError("--graphs on: the update of --zero1 cannot be captured; leave one of them out")
+    if engine.boundary_speed > 0 and optim.zero1:
+        raise UserError(
+            "--boundary-speed needs the momentum of every weight, of which --zero1 keeps a part: "
+            "leave one of them out"
+        )
     if engine.guide_stream == "on" and not method.uses_guide:
         raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")
     if engine.fold == "on" and attack.attack_bn != "eval":

@@ -28,6 +28,7 @@ from fastdynat.runs import (
 )
 from fastdynat.runs.environment import read_starts
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.training.optimizers import local_part
 from fastdynat.training.own_code import pin_own_code, refuse_changed_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
 from fastdynat.training.permitted_changes import (
@@ -179,7 +180,7 @@ def _restore(checkpoint: Path | None, state: dict[str, Any], trainer: Trainer) -
 
 def _check_momentum(trainer: Trainer) -> None:
     for optimizer in trainer.step.optimizers:
-        for parameter, kept in optimizer.state.items():
+        for parameter, kept in local_part(optimizer).state.items():
             shapes = {name: tuple(value.shape) for name, value in kept.items() if torch.is_tensor(value)}
             for name, shape in shapes.items():
                 if shape not in (tuple(parameter.shape), ()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import Optimizer
 
 from fastdynat.execution.graph_check import scaled
 from fastdynat.methods import Method
@@ -26,7 +26,7 @@ class StepState:
     """
 
     networks: NetworkSet
-    optimizers: list[SGD]
+    optimizers: list[Optimizer]
     method: Method[Any]
     rates: dict[str, Tensor]
     draws: dict[str, Tensor] = field(default_factory=dict)

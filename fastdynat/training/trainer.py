@@ -21,6 +21,7 @@ from fastdynat.training.epoch_checks import boundary_columns, fidelity_columns
 from fastdynat.training.fit_outcome import Diverged, Outcome
 from fastdynat.training.method_buffers import load_buffers, rows_per_image, whole_buffers
 from fastdynat.training.metrics import Averages
+from fastdynat.training.optimizers import load_optimizer_state, optimizer_state
 from fastdynat.training.parts import RunParts
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state
@@ -269,7 +270,7 @@ class Trainer:
             "epoch": self.epoch,
             "epoch_step": self.epoch_step,
             "global_step": self.step.global_step,
-            "optimizers": [optimizer.state_dict() for optimizer in self.step.optimizers],
+            "optimizers": [optimizer_state(optimizer) for optimizer in self.step.optimizers],
             "scaler": self.step.precision.scaler.state_dict(),
             "ema_updates": None if ema is None else ema.updates,
             "rng": rng_state(),
@@ -301,7 +302,7 @@ class Trainer:
             self._begin_method()
         self.step.global_step = state["global_step"]
         for optimizer, saved in zip(self.step.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer_state(optimizer, saved)
         self.step.precision.scaler.load_state_dict(state["scaler"])
         if self.networks.ema is not None:
             self.networks.ema.updates = state["ema_updates"]

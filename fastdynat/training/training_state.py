@@ -30,6 +30,7 @@ RESUMABLE = {
     "guide_stream",
     "rank_timeout",
     "grad_accum_steps",
+    "zero1",
     "epochs",
     "stop_after",
     "stop_at",
