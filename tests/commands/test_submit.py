@@ -1,9 +1,13 @@
 """`fastdynat train --submit`: refusals before submission, the job handed to SLURM, requeueing, resuming."""
 
+import json
 import os
+import pickle
 import signal
 import stat
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ pytestmark = needs("submitit")
 
 TINY = ["--method", "madry", "--model", "small", "--train-size", "64", "--val-size", "20"]
 TINY += ["--batch-size", "32", "--steps", "1", "--epochs", "2", "--quiet"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SLURM = "gpus_per_node: 4\nnodes: 2\ncpus_per_task: 8\ntimeout_min: 60\nslurm_partition: big\n"
 
 
@@ -302,3 +307,58 @@ def test_after_a_sigterm_alone_the_task_waits_for_slurm(
     with pytest.raises(Requeued):
         runs(monkeypatch, lambda argv: 143)()
     assert len(waited) == 3
+
+
+LOCAL = "cluster: local\ntasks_per_node: 2\ntimeout_min: 5\n"
+LONG = ["--epochs", "30", "--val-every", "30", "--run-dir", "run"]
+
+
+def submitted(folder: Path) -> int:
+    """The process that controls a job of two tasks on this machine: the training that `LONG` describes."""
+    command = [sys.executable, "-m", "fastdynat", "train", "--submit", job_file(folder, LOCAL), *TINY, *LONG]
+    # Not a pipe: the job inherits standard output, and a pipe would wait for its end.
+    with (folder / "said").open("w") as said:
+        subprocess.run(command, stdout=said, cwd=folder, env=ENVIRONMENT, check=True)
+    return int((folder / "said").read_text().split()[1])
+
+
+def wait(reached: Callable[[], object], job: int) -> None:
+    until = time.monotonic() + 180
+    while not reached():
+        if time.monotonic() > until:
+            os.kill(job, signal.SIGINT)
+            raise AssertionError("it took too long")
+        time.sleep(0.05)
+
+
+def tasks(job: int) -> list[int]:
+    """The processes of the job's tasks."""
+    return [int(word) for word in Path(f"/proc/{job}/task/{job}/children").read_text().split()]
+
+
+def rows(run: Path) -> int:
+    """Completed epochs."""
+    log = run / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def test_two_tasks_stop_at_the_signal_are_requeued_and_resume(tmp_path: Path) -> None:
+    """A job on this machine in place of SLURM's."""
+    job = submitted(tmp_path)
+    run, logs = tmp_path / "run", [tmp_path / "slurm" / f"{job}_{rank}_log.out" for rank in (0, 1)]
+    wait(lambda: rows(run) >= 3 or not Path(f"/proc/{job}").exists(), job)
+    assert rows(run) < 30, logs[0].read_text()
+    for process in tasks(job):
+        os.kill(process, signal.SIGUSR2)
+    wait(lambda: not Path(f"/proc/{job}").exists(), job)
+    first, second = (log.read_text() for log in logs)
+    assert rows(run) == 30, first
+    assert "Calling checkpoint method." in first
+    assert "Requeued job" in first
+    assert "\nresuming run " in first.partition("Requeued job")[2]
+    assert second.count("Starting with JobEnvironment") == 2
+    for rank in (0, 1):
+        result = tmp_path / "slurm" / f"{job}_{rank}_result.pkl"
+        assert pickle.loads(result.read_bytes()) == ("success", 0)
+    starts = json.loads((run / "environment.json").read_text())
+    assert len(starts) == 2
