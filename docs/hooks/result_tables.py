@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from scaling_tables import TABLES as SCALING_TABLES
 from tables import Values, made, number, percent, read, table
 
 METHODS = {
@@ -267,6 +268,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "minimal": (minimal, ("minimal_attacks_cpu",)),
     "loaders": (loaders, ("loaders_cpu",)),
     "dyart": (dyart, ("dyart_cost_cpu",)),
+    **SCALING_TABLES,
 }
 
 

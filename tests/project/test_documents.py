@@ -26,6 +26,14 @@ FOREIGN = {
     "--examples",
     "--pack",
     "--threads",
+    "--nproc-per-node",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--max-restarts",
+    "--backend",
+    "--kill-on-bad-exit",
+    "--requeue",
 }
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
@@ -100,7 +108,7 @@ def known_flags() -> set[str]:
 def test_every_flag_that_a_page_names_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     code = [*re.findall(r"`([^`\n]+)`", text), *(block.text for block in blocks(path))]
-    named = {flag for words in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", words)}
+    named = {flag for words in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", words)}
     assert named - known_flags() - FOREIGN - {"--help", "--squeeze-weight"} == set()
 
 
@@ -114,7 +122,8 @@ def test_every_stored_result_is_shown() -> None:
     tables = hooks("result_tables").TABLES
     shown = {name for _, sources in tables.values() for name in sources}
     assert {path.stem for path in RESULTS} == shown
-    used = set(re.findall(r"<!-- generated: results: (\S+) -->", (ROOT / "docs/results.md").read_text()))
+    pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    used = set(re.findall(r"<!-- generated: results: (\S+) -->", pages))
     assert used | {"summary"} == tables.keys()
 
 

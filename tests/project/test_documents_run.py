@@ -94,7 +94,10 @@ def names(model: torch.nn.Module) -> dict[str, Any]:
 
 def run_shell(command: str, extra: str) -> None:
     """One command of a shell block, in the current folder."""
-    if command.partition(" ")[0] != "fastdynat":
+    program = command.partition(" ")[0]
+    if program == "torchrun":  # its script need not be beside this Python
+        command = command.replace(program, f"{shlex.quote(sys.executable)} -m torch.distributed.run", 1)
+    if program != "fastdynat":
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         subprocess.run(["bash", "-c", command], check=True, env={**os.environ, "PATH": path})
         return

@@ -1,0 +1,90 @@
+"""Tables about many processes: what a model predicts for GPUs, and what was measured."""
+
+from tables import Values, number, percent, read, table
+
+
+def model() -> str:
+    """Predicted speed on 8 and 64 GPUs."""
+    rows = []
+    for row in read("scaling_model")["rows"]:
+        times = [row["compute_seconds"], row["all_reduce_seconds"]]
+        rows.append(
+            [
+                f"{row['network']}, {row['attack_steps']} steps",
+                str(row["gpus"]),
+                f"{row['global_batch']:,}",
+                str(row["images_per_gpu"]),
+                f"{row['bytes_per_gpu'] / 1e6:,.0f} MB",
+                *(f"{1e3 * seconds:.2f} ms" for seconds in times),
+                *(percent(row["kept_by_communication"][name]) for name in ("apart", "overlapped")),
+                percent(row["efficiency"]["apart"]),
+            ]
+        )
+    header = ["Network, attack", "GPUs", "Batch", "per GPU", "Sent per GPU", "Compute", "All-reduce"]
+    return table([*header, "Computing", "if overlapped", "Efficiency"], rows)
+
+
+def memory() -> str:
+    """Momentum of SGD, whole and sharded."""
+    rows = []
+    for name, row in {row["network"]: row for row in read("scaling_model")["rows"]}.items():
+        size = row["momentum_bytes"]
+        cells = [size, *(size / world for world in (8, 64))]
+        parameters = f"{row['parameters'] / 1e6:.1f} M"
+        rows.append([name, parameters, *(f"{value / 2**30:.2f} GiB" for value in cells)])
+    return table(["Network", "Parameters", "Momentum on each GPU", "over 8 GPUs", "over 64 GPUs"], rows)
+
+
+def constants() -> str:
+    """The assumptions of the model."""
+    c = read("scaling_model")["constants"]
+    latency = ", ".join(f"{1e6 * seconds:.0f} us on {gpus} GPUs" for gpus, seconds in c["latency"])
+    rows = [
+        [
+            "bf16 product",
+            f"{c['flops'] / 1e12:.0f} TFLOP/s, of which a step reaches {percent(c['share'], 0)}",
+        ],
+        ["memory", f"{c['copied'] / 1e12:.1f} TB/s"],
+        ["shortest kernel, in a CUDA graph", f"{1e6 * c['shortest']:.0f} us"],
+        ["NVLink 4, per GPU and direction", f"{c['nvlink'] / 1e9:.0f} GB/s"],
+        ["InfiniBand NDR, a 400 Gbit/s card per GPU", f"{c['nic'] / 1e9:.0f} GB/s"],
+        ["reached by a collective", percent(c["reached"], 0)],
+        ["latency of an all-reduce", latency],
+        ["bucket, if overlapped", f"{c['bucket'] >> 20} MiB"],
+    ]
+    return table(["Assumption", "Value"], rows)
+
+
+def measured() -> str:
+    """Images per second on several processes beside one."""
+    rows = []
+    for case in read("scaling_cpu")["cases"]:
+        for row in case["rows"]:
+            rows.append(line(case, row))
+    header = ["Network, global batch", "Processes", "Threads of each", "Images/s", "Times one process"]
+    return table([*header, "beside as many threads", "Handed to collectives", "of the ideal"], rows)
+
+
+def line(case: Values, row: Values) -> list[str]:
+    """One row of `measured`."""
+    spread = [row["seconds"][key] for key in ("p80", "p20")]
+    slow, fast = (number(case["global_batch"] / seconds) for seconds in spread)
+    ratios = [row.get(key) for key in ("speedup", "beside_threads")]
+    share = row["share_of_ideal"]
+    return [
+        f"`{case['network']}`, {case['global_batch']}",
+        str(row["processes"]),
+        str(row["threads_of_each"]),
+        f"{number(row['images_per_s'])} ({slow} to {fast})",
+        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        f"{row['bytes_handed_over'] / 1e6:.2f} MB" if row["processes"] > 1 else "",
+        "" if share is None else f"{share:.3f}",
+    ]
+
+
+TABLES = {
+    "scaling-model": (model, ("scaling_model",)),
+    "scaling-memory": (memory, ("scaling_model",)),
+    "scaling-constants": (constants, ("scaling_model",)),
+    "scaling": (measured, ("scaling_cpu",)),
+}
