@@ -1,4 +1,4 @@
-"""What a launcher has told this process, by environment variables; needs no torch."""
+"""Facts that a launcher tells this process by environment variables; needs no torch."""
 
 import os
 import socket

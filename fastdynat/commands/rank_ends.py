@@ -1,4 +1,4 @@
-"""How a command of several processes ends: one of them reports, the others are silent, none stays behind."""
+"""The end of a command of several processes: one reports, the others are silent, none stays behind."""
 
 import json
 import os

@@ -16,7 +16,7 @@ from fastdynat.training.weight_files import weights_now, write_weights
 
 
 class RunWriter(BackgroundWriter):
-    """What a run keeps: checkpoints, and the rows of finished epochs."""
+    """A writer of what a run keeps: checkpoints, and the rows of finished epochs."""
 
     @abstractmethod
     def save(

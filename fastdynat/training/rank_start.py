@@ -50,7 +50,7 @@ def package_digest() -> str:
 def settled_by_first(
     asked: TrainConfig[Any], settle: Callable[[], tuple[ResolvedConfig[Any], TrainSplit]]
 ) -> tuple[ResolvedConfig[Any], TrainSplit]:
-    """What `settle` of rank 0 returns: the configuration as it is, the data opened by each rank.
+    """The result of `settle` on rank 0: the configuration as it is, the data opened by each rank.
 
     Rank 0 opens the data first, then one process of each other machine, then the rest, so that data that are
     downloaded are downloaded once.

@@ -1,4 +1,4 @@
-"""What all ranks decide at the same step: stopping, saving, and looking at the running means."""
+"""Decisions that all ranks make at the same step: to stop, to save, to look at the running means."""
 
 import time
 from collections.abc import Callable
@@ -12,8 +12,8 @@ MOST_STEPS, GROWTH = 1000, 4  # steps between exchanges at most, and times as ma
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What is to be done after a step.
+class StepDecision:
+    """The work to do after a step, beside the next one.
 
     Attributes:
         stop: the signal that asks for it.
@@ -39,7 +39,7 @@ class StepAgreement:
         self._looked = self._exchanged = time.perf_counter()
         self._every = self._left = 1
 
-    def after_step(self, signal: Signals | None, save_due: bool) -> Decision:
+    def after_step(self, signal: Signals | None, save_due: bool) -> StepDecision:
         """The decision after a step; every rank calls this after each of its steps.
 
         Args:
@@ -50,11 +50,11 @@ class StepAgreement:
             now = time.perf_counter()
             look = now - self._looked > SECONDS
             self._looked = now if look else self._looked
-            return Decision(signal, save_due, look)
+            return StepDecision(signal, save_due, look)
         self._left -= 1
-        return self._exchange(signal, save_due) if self._left == 0 else Decision()
+        return self._exchange(signal, save_due) if self._left == 0 else StepDecision()
 
-    def _exchange(self, signal: Signals | None, save: bool) -> Decision:
+    def _exchange(self, signal: Signals | None, save: bool) -> StepDecision:
         now = time.perf_counter()
         steps = round(self._every * SECONDS / max(now - self._exchanged, 1e-9))
         self._exchanged = now
@@ -63,7 +63,7 @@ class StepAgreement:
         told = self._world.gather((signal, save, steps))
         self._every = self._left = told[0][2]
         stop = next((asked for asked, _, _ in told if asked is not None), None)
-        return Decision(stop, told[0][1], look=True)
+        return StepDecision(stop, told[0][1], look=True)
 
 
 def stop_of_any_rank(requested: Callable[[], bool]) -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""What each of two ranks reads of the training images in files: its own share, each image once."""
+"""Each of two ranks reads its own share of the training images in files, each image once."""
 
 import os
 from pathlib import Path

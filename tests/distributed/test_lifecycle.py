@@ -1,4 +1,4 @@
-"""What ranks decide together, tell each other and keep together: without a training."""
+"""Decisions, failures and states that ranks share, without a training."""
 
 import fcntl
 import os
