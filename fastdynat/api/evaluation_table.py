@@ -14,15 +14,19 @@ from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.commands.evaluate.cells import Cells
 from fastdynat.commands.evaluate.columns import check_target_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import as_measurement
+from fastdynat.commands.evaluate.rank_checks import require_same_config, require_same_targets
 from fastdynat.commands.evaluate.record import make_record
 from fastdynat.commands.evaluate.settle import check_eval_device
 from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import DatasetInfo, Images, load_test
 from fastdynat.data.own_data import own_parts
+from fastdynat.data.read_ahead import pixel_digest
+from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement
+from fastdynat.evaluation.staged import digest
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models.foreign import load_foreign
 from fastdynat.models.own_networks import count_logits
@@ -103,6 +107,10 @@ def evaluate(
     The numbers are those of ``fastdynat eval``: attacks run on a fast replica of the network, and the network
     itself, in float32 and eval mode, judges each image. Nothing is written.
 
+    Within torch's process group, every process must call this with the same network, data and arguments. They
+    share the images, and each returns the result of all. Inside ``fastdynat.distributed.apart()`` a process
+    evaluates alone.
+
     Example::
 
         print(fastdynat.evaluate(net, (images, labels), "clean,pgd50-10", eps=8 / 255))
@@ -142,6 +150,7 @@ def evaluate(
         cache="off",
         **keys,
     )
+    require_same_config([], config)
     device = check_eval_device(config)
     info, images = _images(data, str(data_dir), model)
     network, name = _network(model, info)
@@ -155,10 +164,13 @@ def evaluate(
     if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
         raise UserError(f"{transfer} needs two networks: use fastdynat.evaluation.transfer_matrix")
     check_target_classes(columns, info.num_classes)
+    weights, pixels = (
+        ("", "") if world().alone else (digest([*network.state_dict().values()]), pixel_digest(images))
+    )
     target = Target(
         name=name,
         checkpoint=None,
-        weights="",
+        weights=weights,
         network=network,
         trained={"method": None, "architecture": name, "dataset": info.name, "epoch": None},
         columns=columns,
@@ -166,10 +178,11 @@ def evaluate(
         info=info,
         everything=images,
         shard=None,
-        digest="",
+        digest=pixels,
         folder=None,
         source=None,
     )
+    require_same_targets([target])
     display = ProgressDisplay(error_console(), quiet=True)
     with exact_float32(), use_backend(config.kernels), _prepared(network, device):
         cells = Cells(target, network, config, device, known={}, display=display, should_stop=lambda: False)

@@ -67,6 +67,9 @@ class EvalConfig:
     """Also print the accuracy of each class."""
     json: str | None = None
     """Also write the results to this file, after each attack."""
+    rank_timeout: float = 10.0
+    """Several processes (torchrun): minutes within which all of them must come to the rendezvous and to each
+    collective. Then the missing rank is named, and all end."""
 
 
 @dataclass(frozen=True)

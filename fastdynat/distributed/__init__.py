@@ -10,7 +10,7 @@ together what one process would have. Nothing here wraps a module, so the attack
 nothing.
 """
 
-from fastdynat.distributed.decisions import all_can, first_decides, name_of, require_alike
+from fastdynat.distributed.decisions import all_can, first_decides, in_turns, name_of, require_alike
 from fastdynat.distributed.joining import join_world, joined_world, leave_world
 from fastdynat.distributed.session import present_session
 from fastdynat.distributed.world import ALONE, World, apart, batch_world, replicated_batch, world
@@ -23,6 +23,7 @@ __all__ = [
     "apart",
     "batch_world",
     "first_decides",
+    "in_turns",
     "join_world",
     "joined_world",
     "launched",

@@ -1,6 +1,7 @@
 """Decisions that all ranks share: what rank 0 finds, what every rank could do, what all must have alike."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from fastdynat.distributed.session import present_session
@@ -58,6 +59,25 @@ def all_can(act: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def in_turns(act: Callable[[], T]) -> T:
+    """`all_can` of what may download or prepare files: rank 0, then one rank of each other machine, then all.
+
+    Raises:
+        UserError, ToldElsewhere: as `all_can`.
+    """
+    here = world()
+    if here.alone:
+        return act()
+    done: list[T] = []
+    for turn in (here.first, here.local_rank == 0, True):
+        all_can(partial(_extend, done, act) if turn and not done else lambda: None)
+    return done[0]
+
+
+def _extend(done: list[T], act: Callable[[], T]) -> None:
+    done.append(act())
 
 
 def require_alike(facts: Mapping[str, object]) -> None:

@@ -1,6 +1,6 @@
 """Evaluation of a network, as a library user calls it.
 
-- `measure`: accuracy under one attack, as a `Measurement` (`outcome`);
+- `measure`: accuracy under one attack, as a `Measurement` (`outcome`); `measure_on_ranks`: by all processes;
 - `autoattack`: AutoAttack by the calls of its package, on `staged`;
 - `curves`, `margins`, `transfer`: accuracy over the radius, distances, transfer between networks;
 - `masking`, on `probes`: signs of masked gradients; `defences`: warnings of an unreliable evaluation;

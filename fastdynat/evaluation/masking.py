@@ -93,6 +93,7 @@ def check_masking(
     batch_size: int,
     seed: int,
     source: nn.Module | None = None,
+    on_ranks: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[float], None] = lambda images: None,
 ) -> MaskingReport:
@@ -103,7 +104,9 @@ def check_masking(
         images: two hundred show gross masking; differences of a few points need thousands.
         norm: linf, l2 or l1.
         eps: radius of the ball of the claimed robust accuracy.
+        batch_size: images per batch; halved where memory runs out.
         source: another network on `device`, for a transfer attack among the black-box attacks.
+        on_ranks: deal the images out to the processes of the world, all of which must call this alike.
         advance: as in `measure`; its total is ``len(images)``.
 
     Raises:
@@ -116,7 +119,7 @@ def check_masking(
         parse_attack(name, eps=eps, step_size=step_size, norm=norm) for name in WHITE_BOX
     )
     boxes = _black_boxes(norm, eps, source, pgd)
-    probed = ProbedNetwork(model, images, device, batch_size, seed, should_stop, advance)
+    probed = ProbedNetwork(model, images, device, batch_size, seed, should_stop, advance, on_ranks)
     # The label's logit then leads by at most 1 for half of the images, far from the softmax's saturation.
     scale = max(1.0, probed.median_lead())
     probed.runs = 5 + (scale > 1) + len(boxes)

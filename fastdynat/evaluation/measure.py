@@ -184,6 +184,7 @@ def measure(
         seconds=time.perf_counter() - start,
         batch_size=batch_size,
         zero_grad_share=int(zero) / gradients if gradients else None,
+        gradients=gradients if gradients else None,
         distances=torch.cat(distances).cpu() if distances else None,
     )
 

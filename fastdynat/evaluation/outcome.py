@@ -1,5 +1,6 @@
 """The result of an evaluation under one attack, image by image, with its statistics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Annotated
@@ -31,6 +32,8 @@ class Measurement:
         distances: of a minimum-norm attack, each image's distance in its norm; 0 for a misclassified clean
             image, None where nothing was found. None for other attacks.
         batch_size: images per batch, after halvings when memory ran out.
+        gradients: image gradients that the attack computed, those that `zero_grad_share` is a share of; None
+            where they were not counted.
     """
 
     attack: str
@@ -45,6 +48,12 @@ class Measurement:
     zero_grad_share: Share | None
     distances: list[Distance | None] | None
     batch_size: Positive
+    gradients: Count | None = None
+
+    @property
+    def zero_grads(self) -> int:
+        """The number of image gradients that were zero in every pixel; 0 where they were not counted."""
+        return round((self.zero_grad_share or 0.0) * (self.gradients or 0))
 
     def check(self, origin: str) -> "Measurement":
         """This measurement, or DocumentError if its numbers disagree. `origin` names its file."""
@@ -74,6 +83,7 @@ class Measurement:
         seconds: float,
         batch_size: int,
         zero_grad_share: float | None = None,
+        gradients: int | None = None,
         distances: Tensor | None = None,
     ) -> "Measurement":
         """From the images that stay correct, `robust` (N,) bool, and `distances` (N,), infinite if none
@@ -92,7 +102,20 @@ class Measurement:
             zero_grad_share=zero_grad_share,
             distances=None if distances is None else [d if isfinite(d) else None for d in distances.tolist()],
             batch_size=batch_size,
+            gradients=gradients,
         )
+
+
+def zero_gradients(parts: Sequence[Measurement]) -> tuple[float | None, int | None]:
+    """The share of zero gradients among those of all `parts`, and the number of these gradients.
+
+    Parts whose gradients were not counted, as those of several stages, are taken to be equally large.
+    """
+    shares = [part.zero_grad_share for part in parts if part.zero_grad_share is not None]
+    gradients = sum(part.gradients or 0 for part in parts)
+    if all(part.gradients for part in parts if part.zero_grad_share is not None):
+        return (sum(part.zero_grads for part in parts) / gradients, gradients) if gradients else (None, None)
+    return sum(shares) / len(shares), None
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

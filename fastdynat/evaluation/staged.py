@@ -5,6 +5,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 
 from fastdynat.data import Images, eval_batches
 from fastdynat.data.read_ahead import DIGEST_BATCH
+from fastdynat.distributed import ALONE, world
 from fastdynat.documents import read_json, through_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
+from fastdynat.evaluation.measure_on_ranks import on_all_ranks
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.runs import check_writable
 from fastdynat.runs.atomic_files import write_text
@@ -136,27 +140,46 @@ def run_stages(
     done: StageDone,
     *,
     x_adv: Tensor | None = None,
+    on_ranks: bool = False,
 ) -> None:
     """Run the unfinished ones of `stages`; updates `progress`, and stores it at `path` after every batch.
 
-    done: called after each stage.
-    x_adv: (N, C, H, W); gets the adversarial images of those that are broken. None drops them.
+    Args:
+        done: called after each stage.
+        x_adv: (N, C, H, W); gets the adversarial images of those that this process breaks. None drops them.
+        on_ranks: deal the batches, the same as one process has, out to the processes of the world, batch b to
+            rank b mod W; `progress` is the same on all of them.
+
+    Raises:
+        Stopped: `attack` or `fooled` raised it, on any rank.
     """
     robust = unpack_bits(progress.robust, len(x))
+    here = world() if on_ranks else ALONE
+
+    def fallen(name: str, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of each batch that fall."""
+        found_rows = []
+        for rows in batches:
+            at = rows.to(x.device)
+            found = attack(name, x[at], y[at], rows)
+            fell = fooled(found, x[at], y[at])
+            if x_adv is not None:
+                x_adv[at[fell]] = found[fell]
+            found_rows.append(rows[fell.cpu()])
+        return found_rows
+
     for name in stages:
         if name in progress.accuracies:
             continue
         standing = unpack_bits(progress.entering, len(x)).nonzero().squeeze(1)
         batches = standing.split(batch_size)[progress.batches :] if len(standing) else ()
         progress.seconds.setdefault(name, 0.0)
-        for rows in batches:
-            start, at = time.perf_counter(), rows.to(x.device)
-            found = attack(name, x[at], y[at], rows)
-            fell = fooled(found, x[at], y[at])
-            if x_adv is not None:
-                x_adv[at[fell]] = found[fell]
-            robust[rows[fell.cpu()]] = False
-            progress.robust, progress.batches = pack_bits(robust), progress.batches + 1
+        for first in range(0, len(batches), here.size):
+            start, now = time.perf_counter(), batches[first : first + here.size]
+            own = partial(fallen, name, now[here.rank : here.rank + 1])
+            for rows in chain(*(on_all_ranks(own) if on_ranks else [own()])):
+                robust[rows] = False
+            progress.robust, progress.batches = pack_bits(robust), progress.batches + len(now)
             progress.seconds[name] += time.perf_counter() - start
             _store(progress, path)
         accuracy = float(robust.double().mean())

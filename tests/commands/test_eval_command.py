@@ -310,7 +310,7 @@ def test_the_json_keeps_its_keys(run: Path, tmp_path: Path) -> None:
     assert set(record) == {*about.split(), *found.split()}
     numbers = (
         "attack accuracy ci per_class robust_bits correct images seconds images_per_s "
-        "zero_grad_share distances batch_size"
+        "zero_grad_share distances batch_size gradients"
     )
     assert set(record["attacks"][0]) == set(numbers.split())
 

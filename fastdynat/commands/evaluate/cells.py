@@ -22,9 +22,10 @@ from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.commands.evaluate.settle import EvalConfig
 from fastdynat.commands.evaluate.shards import unite
 from fastdynat.commands.evaluate.targets import Target
+from fastdynat.distributed import first_decides, world
 from fastdynat.errors import UserError
-from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import Stopped, measure
+from fastdynat.evaluation.measure_on_ranks import measure_on_ranks
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
 from fastdynat.evaluation.staged import UnitImages
 from fastdynat.execution.fallbacks import Fallbacks
@@ -42,6 +43,8 @@ CLEAN = NamedAttack("clean")
 
 class Cells:
     """Fills the columns of `target`, whose network is on `device`.
+
+    Every process of the world fills the same ones; the first reads and writes the files.
 
     Attributes:
         cached: names of the measurements that came from files.
@@ -63,7 +66,8 @@ class Cells:
         self.cached: list[str] = []
         self._fallbacks = Fallbacks()  # one for all attacks: each is reported once
         self._known = known
-        self._store = None if target.folder is None else Store(target.folder, target.about)
+        folder = target.folder if world().first else None
+        self._store = None if folder is None else Store(folder, target.about)
         self._images = target.images
 
     def cell(self, column: AttackColumn) -> dict[str, Any]:
@@ -86,7 +90,9 @@ class Cells:
         source = target.source if transfer else None
         images = len(self._images) if standing is None else int(standing.sum())
 
-        def run(batch_size: int) -> Measurement:
+        def run(own: Tensor | None, batch_size: int) -> Measurement:
+            # The images of this process stand for those of all.
+            scale = 1.0 if own is None else images / max(1, int(own.sum()))
             with self.display.task(f"{target.title} {attack.name}", images, unit="images") as task:
                 return measure(
                     self.network,
@@ -97,12 +103,12 @@ class Cells:
                     seed=config.seed,
                     amp_dtype=AMP_DTYPES[config.amp],
                     source=None if source is None else source.network.to(self.device).requires_grad_(False),
-                    standing=standing,
+                    standing=own,
                     numbers=target.numbers,
                     compile_mode=config.compile,
                     fallbacks=self._fallbacks,
                     should_stop=self.should_stop,
-                    advance=task.advance,
+                    advance=lambda done: task.advance(scale * done),
                 )
 
         key = self._key(
@@ -114,7 +120,12 @@ class Cells:
         )
         # More images than there are never make a batch.
         batch_size = max(1, min(config.batch_size, images))
-        return self._once(key, standing, lambda: with_halving(run, batch_size))
+        labels = self._images.labels
+
+        def measured() -> Measurement:
+            return measure_on_ranks(run, attack, labels, batch_size=batch_size, standing=standing)
+
+        return self._once(key, standing, measured)
 
     def _staged(self, column: AttackColumn) -> dict[str, Any]:
         """The stages in order, each on the images still robust after those before, first clean accuracy."""
@@ -209,7 +220,7 @@ class Cells:
         text = key.text()
         if text in self._known:
             return as_measurement(self._known[text])
-        found = None if self.config.fresh else self._find(key, standing)
+        found = None if self.config.fresh else first_decides(lambda: self._find(key, standing))
         if found is None:
             found, how = run(), ""
             if self._store is not None:

@@ -38,16 +38,17 @@ def eval_command(argv: list[str]) -> int:
         return 0
     if not command.models:
         raise UserError("eval needs at least one run directory or model: fastdynat eval RUN")
-    check_eval_config(command.eval)
-    check_attack_names(command.eval.attacks, command.eval.norm)
+    config, messages = command.eval, command.messages
+    check_eval_config(config)
+    check_attack_names(config.attacks, config.norm)
 
-    messages = command.messages
     with printed_messages(messages.log_level, console, quiet=messages.quiet):
         from fastdynat.commands.evaluate.measure_runs import evaluate_runs
+        from fastdynat.distributed import joined_world
         from fastdynat.terminal.stop_request import StopRequest
+        from fastdynat.training.step_agreement import stop_of_any_rank
 
-        with StopRequest() as stop:
-            evaluate_runs(
-                command.models, command.eval, console, quiet=messages.quiet, should_stop=stop.requested
-            )
+        with joined_world(config.device, config.rank_timeout), StopRequest() as stop:
+            wanted = stop_of_any_rank(stop.requested)
+            evaluate_runs(command.models, config, console, quiet=messages.quiet, should_stop=wanted)
     return 128 + stop.signal if stop.signal else 0

@@ -4,19 +4,19 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from fastdynat.commands.evaluate.cells import Cells, Known
+from fastdynat.commands.evaluate.rank_checks import require_same_config, require_same_targets
 from fastdynat.commands.evaluate.record import FORMAT, Values, make_record
 from fastdynat.commands.evaluate.settle import EvalConfig, check_eval_device, with_amp_chosen
 from fastdynat.commands.evaluate.tables import print_results
 from fastdynat.commands.evaluate.targets import Planner, Target, TestSets, check_names
-from fastdynat.evaluation.halving import with_halving
+from fastdynat.distributed import all_can, first_decides, in_turns, world
 from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.ops import use_backend
@@ -38,20 +38,23 @@ def evaluate_runs(
 ) -> list[Values]:
     """Measure, print tables, and return (and store) one record per network: `record.make_record`.
 
-    Where `should_stop` ends it, what was finished is printed, stored and returned.
+    Where `should_stop` ends it, what was finished is printed, stored and returned. Of several processes the
+    first prints and stores; every one returns all records.
 
     Raises:
         UserError: see `measure_runs`.
     """
+    first = world().first
     # Of path/to/file.py:callable, the file.
     files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
-    check_results((config.json,), inputs=(config.weights, *files))
-    check_eval_device(config)
-    check_names(names, config)
-    config = with_amp_chosen(config)
-    display = ProgressDisplay(console, quiet=quiet)
+    first_decides(lambda: check_results((config.json,), inputs=(config.weights, *files)))
+    require_same_config(names, config)
+    all_can(lambda: check_eval_device(config))
+    all_can(lambda: check_names(names, config))
+    config = _with_amp_of_first(config)
+    display = ProgressDisplay(console, quiet=quiet or not first)
     records: list[Values] = []
-    file = Path(config.json) if config.json else None
+    file = Path(config.json) if config.json and first else None
     # A pipe or a device is given the whole, once.
     partial = None if file is None or not is_file_target(file) else file
 
@@ -66,9 +69,10 @@ def evaluate_runs(
         stopped = False
     except Stopped:
         stopped = True
-    print_results(records, console, per_class=config.per_class)
-    _log_cached(records)
-    if stopped:
+    if first:
+        print_results(records, console, per_class=config.per_class)
+        _log_cached(records)
+    if stopped and first:
         kept = (
             "nothing was kept" if config.cache == "off" else "the same command goes on after what is finished"
         )
@@ -107,10 +111,12 @@ def measure_runs(
         Stopped: `should_stop` said so; `known` and the cache have what was measured.
     """
     device = check_eval_device(config)
-    config = config if config.amp != "auto" else with_amp_chosen(config)
+    config = config if config.amp != "auto" else _with_amp_of_first(config)
     known = {} if known is None else known  # best and last are often one folder, which is then measured once
     records: list[Values] = []
-    targets = Planner(config, {} if tests is None else tests).plan(names)
+    planner = Planner(config, {} if tests is None else tests)
+    targets = in_turns(lambda: planner.plan(names))
+    require_same_targets(targets)
     with exact_float32(), use_backend(config.kernels):
         for target in targets:
             done = list(records)
@@ -121,6 +127,11 @@ def measure_runs(
 
             _measure_target(target, config, device, known, display, should_stop, tell)
     return records
+
+
+def _with_amp_of_first(config: EvalConfig) -> EvalConfig:
+    """`config` with the precision that "auto" is on the machine of rank 0."""
+    return replace(config, amp=first_decides(lambda: with_amp_chosen(config).amp))
 
 
 def _measure_target(
@@ -158,22 +169,20 @@ def _check(
 
     source = None if target.source is None else target.source.network.to(device).requires_grad_(False)
 
-    def run(batch_size: int) -> Any:
-        with display.task(f"{target.title} checks", len(target.images), unit="images") as task:
-            return check_masking(
-                target.network,
-                target.images,
-                norm=target.radius.norm,
-                eps=target.radius.eps,
-                device=device,
-                batch_size=batch_size,
-                seed=config.seed,
-                source=source,
-                should_stop=should_stop,
-                advance=task.advance,
-            )
-
-    report = with_halving(run, config.batch_size)
+    with display.task(f"{target.title} checks", len(target.images), unit="images") as task:
+        report = check_masking(
+            target.network,
+            target.images,
+            norm=target.radius.norm,
+            eps=target.radius.eps,
+            device=device,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            source=source,
+            on_ranks=True,
+            should_stop=should_stop,
+            advance=task.advance,
+        )
     return [asdict(check) for check in report.checks]
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import VERSIONS
+from fastdynat.distributed import first_decides, world
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import exact_float32, predict_in_batches
+from fastdynat.evaluation.measure_on_ranks import on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,9 @@ def run_reference(
     """Attack `model` (images in [0, 1] -> logits, on `device`) in eval mode, float32 and deterministically.
 
     Each batch of each stage is one call of the package, which is what its own loop does: equal seeds give the
-    verdicts of one call for everything. The model is warmed up before, since the package takes a compilation
-    for a dynamic defence. The global random streams stay as they were.
+    verdicts of one call for everything. Several processes, all of which must call this alike, take turns at
+    the batches of each stage. The model is warmed up before, since the package takes a compilation for a
+    dynamic defence. The global random streams stay as they were.
 
     Args:
         x: (N, C, H, W), float32 in [0, 1], in memory or read batch by batch.
@@ -52,6 +55,7 @@ def run_reference(
         batch_size: images per batch; halved, with a note, where memory runs out.
         version: standard, plus or rand.
         state_path: a JSON file, written after every batch; where it exists the evaluation goes on from there.
+            None on all ranks but the first.
 
     Returns:
         (N,) bool on the CPU: which images stand; and seconds by stage.
@@ -68,8 +72,12 @@ def run_reference(
         return predict_in_batches(model, x, batch_size, device).to(y.device)
 
     with _deterministic(device), attack_mode(model, "eval"), _package_warnings_logged():
-        parts = x.split(batch_size) if isinstance(x, Tensor) else x.parts(batch_size)
-        clean = torch.cat([classes(part) for part in parts])
+
+        def clean_classes() -> Tensor:
+            parts = x.split(batch_size) if isinstance(x, Tensor) else x.parts(batch_size)
+            return torch.cat([classes(part) for part in parts])
+
+        clean = on_all_ranks(clean_classes)[0]
         numbers = {
             "norm": norm,
             "eps": eps,
@@ -78,9 +86,10 @@ def run_reference(
             "attacks": list(VERSIONS[version]),
         }
         own = staged.evaluation_identity(model, clean, x, y, **numbers, package=package.__name__)
-        progress = staged.restore(state_path, own) or staged.begin(own, clean == y, seed)
+        begun = staged.begin(own, clean == y, seed)
+        progress = first_decides(lambda: staged.restore(state_path, own) or begun)
         adversary = _adversary(package, model, norm, eps, seed, device, version)
-        _fit(adversary, model, x[torch.arange(1)].to(device))
+        on_all_ranks(lambda: _fit(adversary, model, x[torch.arange(1)].to(device)))
 
         def attack(name: str, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
             adversary.attacks_to_run = [name]
@@ -91,9 +100,18 @@ def run_reference(
             return classes(x_adv) != y
 
         staged.run_stages(
-            attack, fooled, x, y, progress, VERSIONS[version], batch_size, state_path, _stage_done
+            attack,
+            fooled,
+            x,
+            y,
+            progress,
+            VERSIONS[version],
+            batch_size,
+            state_path,
+            _stage_done,
+            on_ranks=True,
         )
-    return staged.standing(progress, len(x)), dict(progress.seconds)
+    return staged.standing(progress, len(x)), world().from_first(dict(progress.seconds))
 
 
 def require_reference(norm: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdynat.commands.evaluate.measurement_store import Key, standing_digest
 from fastdynat.commands.evaluate.settle import Shard
-from fastdynat.evaluation.outcome import Measurement, unpack_bits
+from fastdynat.evaluation.outcome import Measurement, unpack_bits, zero_gradients
 
 
 def unite(
@@ -47,7 +47,7 @@ def _union(parts: list[Measurement], labels: Tensor) -> Measurement:
         robust[rows] = unpack_bits(part.robust_bits, part.images)
         if distances is not None and part.distances is not None:
             distances[rows] = torch.tensor([float("inf") if d is None else d for d in part.distances])
-    shares = [part.zero_grad_share for part in parts if part.zero_grad_share is not None]
+    share, gradients = zero_gradients(parts)
     return Measurement.of(
         parts[0].attack,
         robust,
@@ -55,7 +55,7 @@ def _union(parts: list[Measurement], labels: Tensor) -> Measurement:
         classes=int(labels.max()) + 1,
         seconds=sum(part.seconds for part in parts),
         batch_size=min(part.batch_size for part in parts),
-        # The shards are equally large but for one image.
-        zero_grad_share=sum(shares) / len(shares) if shares else None,
+        zero_grad_share=share,
+        gradients=gradients,
         distances=distances,
     )
