@@ -113,6 +113,10 @@ class GraphedCall:
             return self._fn(*inputs)
         return entry.outputs
 
+    def release(self) -> None:
+        """Free all graphs; the next call captures anew."""
+        self._captured.clear()
+
     def _stop(self, why: str) -> None:
         self.failed = True
         self._captured.clear()

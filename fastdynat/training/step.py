@@ -185,6 +185,11 @@ class TrainStep:
             if self._momentum_at is not None:
                 group["momentum"] = self._momentum
 
+    def release(self) -> None:
+        """Free the step's graphs: the group whose collectives they hold cannot be left while they live."""
+        if self._graphed is not None:
+            self._graphed.release()
+
     def start_epoch(self, epoch: int) -> None:
         """Set the method's completed epochs and the attack's number of steps."""
         self.method.epoch = epoch

@@ -3,6 +3,8 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +100,7 @@ class Trainer:
         steps = {"total_steps": until * self.loader.steps_per_epoch, "done_steps": self._steps_done()}
         quiet = self.config.run.quiet or not self.world.first
         shown = TrainingProgress.shown(**steps, quiet=quiet)
-        with StopRequest() as stop, shown as progress, self._writer:
+        with StopRequest() as stop, shown as progress, self._writer, self._graphs():
             self._warn_of_average()
             while self.epoch < until and not self.watch.ended():
                 try:
@@ -109,6 +111,13 @@ class Trainer:
                     return Outcome(False, stop.signal)
         self._writer.close()
         return Outcome(self.finished(), stop.signal)
+
+    @contextmanager
+    def _graphs(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.step.release()
 
     def _steps_done(self) -> int:
         """Updates since the start of the run."""
@@ -133,6 +142,7 @@ class Trainer:
 
     def _begin_method(self) -> None:
         """Switch from the burn-in to the method, with a new optimiser and weight average."""
+        self.step.release()
         self._method_step.global_step = self.step.global_step
         self.step = self._method_step
         self._restart_average()

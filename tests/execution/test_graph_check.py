@@ -18,6 +18,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import Batch
 from fastdynat.execution import graph_check
+from fastdynat.execution.graph_capture import CaptureFailed
 from fastdynat.execution.graphed_call import WARM_UP_CALLS, GraphedCall
 from fastdynat.methods import (
     Dynat,
@@ -367,3 +368,48 @@ def test_other_batches_than_the_one_at_hand_are_compared_in_its_layout() -> None
     assert torch.equal(checked.flatten().sort().values, x.flatten().sort().values), (
         "images in the range of images"
     )
+
+
+def test_a_capture_that_failed_elsewhere_is_given_up_here_too() -> None:
+    """Replays hold collectives: on some of the processes only they would wait for the others for ever."""
+    said: list[str] = []
+    recorder = SimulatedRecorder()
+    told: list[bool] = []
+
+    def on_all(captured: bool) -> bool:
+        told.append(captured)
+        return False
+
+    call = GraphedCall(lambda x: 2 * x, recorder, CollectedIn(said), on_all=on_all)
+    x = torch.rand(3)
+    for _ in range(WARM_UP_CALLS + 2):
+        assert torch.equal(call(x), 2 * x)
+    assert (told, call.failed) == ([True], True)
+    assert recorder.replayed < 0  # the recorder leaves out the replay of the check, which did not come
+    assert said == ["CUDA graphs are off: the capture failed in another process"]
+
+
+def test_a_failed_capture_is_told_to_the_others() -> None:
+    class Failing(SimulatedRecorder):
+        def capture(self, fn: Callable[[], Any]) -> Any:
+            raise CaptureFailed("no memory")
+
+    told: list[bool] = []
+    call = GraphedCall(
+        lambda x: 2 * x, Failing(), CollectedIn([]), on_all=lambda captured: told.append(captured) or captured
+    )
+    for _ in range(WARM_UP_CALLS + 1):
+        call(torch.rand(3))
+    assert told == [False]
+
+
+def test_released_graphs_are_captured_anew() -> None:
+    recorder = SimulatedRecorder()
+    call = GraphedCall(lambda x: 2 * x, recorder, CollectedIn([]))
+    x = torch.rand(3)
+    for _ in range(WARM_UP_CALLS + 2):
+        call(x)
+    call.release()
+    for _ in range(WARM_UP_CALLS + 2):
+        assert torch.equal(call(x), 2 * x)
+    assert recorder.captured == 2
