@@ -38,6 +38,7 @@ from fastdynat.training.precision import Precision
 from fastdynat.training.replaced_statistics import replaced_statistics
 from fastdynat.training.resolved_config import ResolvedOptim
 from fastdynat.training.step_draws import StepDraws
+from fastdynat.training.step_rates import StepRates
 from fastdynat.training.step_state import StepState
 
 
@@ -102,12 +103,9 @@ class TrainStep:
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
         self.peak_lr = optim.lr
-        # The fused update reads float32 on CUDA devices, and anything on the CPU.
-        exact = torch.float32 if precision.device.type == "cuda" else torch.float64
-        self._lr = torch.zeros((), dtype=exact, device=precision.device)
-        self._momentum_at, self._momentum = momentum, torch.full_like(self._lr, optim.momentum)
+        self.rates = StepRates(self.learning_rate, optim.momentum, momentum, precision.device)
         trained = {name: networks.raw[name] for name in method.trains}
-        self.optimizers = build_optimizers(trained, optim, self._lr, cycled=momentum is not None)
+        self.optimizers = build_optimizers(trained, optim, self.rates.lr, cycled=momentum is not None)
         self._world, self._accumulate, self._share = world(), accumulate, Share(0)
         self._trained = [*trained.values()]
         self._sums = GradientSums(self._trained, self._world)
@@ -138,7 +136,9 @@ class TrainStep:
 
         They are overwritten by the next call where the step is a captured graph.
         """
-        self._set_rates()
+        self.rates.write(self.global_step, self.optimizers)
+        if self._draws is not None:
+            self._draws.begin(self.global_step)
         self._share = batch.share
         smaller = self._whole is not None and batch.share.total < self._whole
         if smaller:
@@ -173,18 +173,6 @@ class TrainStep:
                 "--drop-last leaves them out"
             )
 
-    def _set_rates(self) -> None:
-        """Write this update's rate and cycled momentum into the tensors that a captured step reads."""
-        self._lr.fill_(self.learning_rate(self.global_step))
-        if self._draws is not None:
-            self._draws.begin(self.global_step)
-        if self._momentum_at is not None:
-            self._momentum.fill_(self._momentum_at(self.global_step))
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = self._lr  # loading a state has put another tensor there
-            if self._momentum_at is not None:
-                group["momentum"] = self._momentum
-
     def release(self) -> None:
         """Free the step's graphs: the group whose collectives they hold cannot be left while they live."""
         if self._graphed is not None:
@@ -203,9 +191,8 @@ class TrainStep:
         return self._world.maximum(float(not captured)) == 0
 
     def _subject(self) -> StepState:
-        rates = {"of learning": self._lr, "of momentum": self._momentum}
         draws = {} if self._draws is None else {"random state": self._draws.state}
-        return StepState(self.networks, self.optimizers, self.method, rates, draws)
+        return StepState(self.networks, self.optimizers, self.method, self.rates.tensors(), draws)
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""

@@ -29,7 +29,8 @@ from fastdynat.runs.weights import Sidecar, save_weights
 from fastdynat.training import build_parts
 from fastdynat.training.parts import burn_in_step
 from fastdynat.training.resolve import resolve, resolve_loader
-from fastdynat.training.step import NORMS, TrainStep
+from fastdynat.training.optimizers import NORMS
+from fastdynat.training.step import TrainStep
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.weight_files import describe_weights
 
@@ -162,7 +163,7 @@ def chosen_updates(release: Release) -> list[int]:
 def test_rate_and_momentum_of_every_epoch(recipe: tuple[Built, Release]) -> None:
     built, release = recipe
     begin = built.config.optim.burn_in * release.steps
-    momentum = built.step._momentum_at or (lambda update: built.config.optim.momentum)
+    momentum = built.step.rates.momentum_at or (lambda update: built.config.optim.momentum)
     for update_number in chosen_updates(release):
         want = release.rates(*divmod(update_number, release.steps), release.steps)
         got = built.step.learning_rate(begin + update_number), momentum(begin + update_number)

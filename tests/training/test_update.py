@@ -8,7 +8,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastdynat.config import OptimConfig
-from fastdynat.training.step import build_optimizers
+from fastdynat.training.optimizers import build_optimizers
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
