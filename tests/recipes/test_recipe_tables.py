@@ -27,9 +27,9 @@ from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.runs import RunDir
 from fastdynat.runs.weights import Sidecar, save_weights
 from fastdynat.training import build_parts
+from fastdynat.training.optimizers import NORMS
 from fastdynat.training.parts import burn_in_step
 from fastdynat.training.resolve import resolve, resolve_loader
-from fastdynat.training.optimizers import NORMS
 from fastdynat.training.step import TrainStep
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.weight_files import describe_weights
@@ -189,9 +189,9 @@ def counted(step: TrainStep) -> Iterator[list[bool]]:
         return
     around = step.awp.around
 
-    def watched(loss: Tensor) -> Any:
+    def watched(*arguments: Any) -> Any:
         seen.append(True)
-        return around(loss)
+        return around(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.awp, "around", watched)
