@@ -5,7 +5,7 @@
 What follows ``--`` are flags of `fastdynat train`. Each size runs in a folder of its own under --work; the
 several processes are started by torchrun, with --threads threads each (by default the machine's cores shared
 out, and all of them for one process). With --interrupt S the last size is also run in two pieces: it gets
-Ctrl-C after S seconds and goes on with ``--resume auto``.
+Ctrl-C S seconds after its first checkpoint and goes on with ``--resume auto``.
 """
 
 import argparse
@@ -79,10 +79,12 @@ def run(
     with PeakOfProcesses() as memory:
         if interrupt is not None:
             process = subprocess.Popen(command(size, own), env=environment)
+            while process.poll() is None and newest(folder) is None:
+                time.sleep(0.2)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(interrupt)
             process.send_signal(signal.SIGINT)
-            process.wait(120)
+            process.wait()
             stopped = _place(folder)
         subprocess.run(command(size, own), env=environment, check=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -96,10 +98,15 @@ def run(
     }
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`, if there is one."""
+    return newest_checkpoint(folder) if (folder / "config.yaml").exists() else None
+
+
 def _place(folder: Path) -> dict[str, int]:
     """Epoch and step of the newest checkpoint."""
-    last = newest_checkpoint(folder)
-    assert last is not None, "interrupted before the first step"
+    last = newest(folder)
+    assert last is not None, "ended before its first checkpoint"
     state = read_training_state(last / "state.pt")
     return {key: state[key] for key in ("epoch", "epoch_step")}
 
