@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -286,3 +287,28 @@ def test_other_data_are_refused_when_resuming(tmp_path: Path, monkeypatch: pytes
     assert ended.errors[0].startswith("fastdynat: error: rank 1 (")
     assert "the checkpoint was made with other training data" in ended.errors[0]
     assert newest(run)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(tmp_path: Path) -> None:
+    """Whenever a process is killed, at its start, in a step or while it saves, the job ends as without."""
+    run, whole, moments = tmp_path / "run", tmp_path / "whole", random.Random(0)
+    flags = ["--resume", "auto", "--save-every", "0.005"]
+    with Torchrun(*train(run, *flags, epochs=400), options=("--max-restarts", "25")) as running:
+        killed: set[int] = set()
+        for _ in range(20):
+            until = time.monotonic() + 60
+            while not (new := set(running.pids().values()) - killed):
+                assert time.monotonic() < until
+                assert running.process.poll() is None, "the training was over before the last kill"
+                time.sleep(0.05)
+            time.sleep(moments.uniform(0, 12))
+            killed |= new
+            os.kill(moments.choice(sorted(new)), signal.SIGKILL)
+        ended = running.end(600)
+        assert running.pids() == {}
+    assert ended.code == 0, ended.said
+    assert torchrun(*train(whole, *flags, epochs=400)).code == 0
+    assert distance(run, whole) == 0
+    losses = [[row["loss"] for row in rows(path)] for path in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
