@@ -128,7 +128,7 @@ def test_a_run_goes_on_at_any_world_size(tmp_path: Path) -> None:
 
 def test_the_end_of_one_process_ends_all(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Torchrun(*train(run, epochs=5000)) as running:
+    with Torchrun(*train(run, epochs=1500)) as running:
         running.wait_for(run / "metrics.jsonl")
         victim = running.pids()[1]
         os.kill(victim, signal.SIGKILL)
@@ -236,7 +236,7 @@ def test_a_loss_that_is_no_number_on_one_process_ends_all(
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Torchrun(*train(run, epochs=5000)) as running:
+    with Torchrun(*train(run, epochs=1500)) as running:
         running.wait_for(run / "metrics.jsonl")
         ranks = running.pids()
         running.process.kill()
@@ -289,26 +289,40 @@ def test_other_data_are_refused_when_resuming(tmp_path: Path, monkeypatch: pytes
     assert newest(run)["epoch"] == 1
 
 
+def starts_in(record: Path) -> int:
+    return len(read_starts(record)) if record.exists() else 0
+
+
+def wait_for_another_start(record: Path, before: int) -> None:
+    until = time.monotonic() + 60
+    while starts_in(record) == before:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_twenty_random_kills(tmp_path: Path) -> None:
     """Whenever a process is killed, at its start, in a step or while it saves, the job ends as without."""
     run, whole, moments = tmp_path / "run", tmp_path / "whole", random.Random(0)
-    command = ["--resume", "auto", "--save-every", "0.005"]
-    with Torchrun(*train(run, *command, epochs=500), options=("--max-restarts", "25")) as running:
+    command, record = ["--resume", "auto", "--save-every", "0.005"], run / "environment.json"
+    with Torchrun(*train(run, *command, epochs=150), options=("--max-restarts", "25")) as running:
         killed: set[int] = set()
-        for _ in range(20):
+        for number in range(20):
             until = time.monotonic() + 60
             while len(new := set(running.pids().values()) - killed) < 2:
                 assert time.monotonic() < until
                 assert running.process.poll() is None, "the training was over before the last kill"
                 time.sleep(0.05)
-            time.sleep(moments.uniform(0, 9))
+            if number % 2:  # not before it trains
+                wait_for_another_start(record, starts_in(record))
+            time.sleep(moments.uniform(0, 1 if number % 2 else 8))
             killed |= new
             os.kill(moments.choice(sorted(new)), signal.SIGKILL)
         ended = running.end(600)
         assert running.pids() == {}
     assert ended.code == 0, ended.said
-    with Torchrun(*train(whole, *command, epochs=500)) as running:
+    assert starts_in(record) > 10
+    with Torchrun(*train(whole, *command, epochs=150)) as running:
         assert running.end(600).code == 0
     assert distance(run, whole) == 0
     losses = [[row["loss"] for row in rows(path)] for path in (run, whole)]
