@@ -7,6 +7,7 @@ import socket
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # A rank that is still alive but does not come to a collective within this time is missing.
 MINUTES = 10.0
+_BEGINNING = os.getpid(), os.getppid()
 
 
 def launched() -> bool:
@@ -32,6 +33,15 @@ def local_rank() -> int:
 def local_size() -> int:
     """The number of processes that the launcher started on this machine; 1 without a launcher."""
     return max(1, _number("LOCAL_WORLD_SIZE")) if launched() and "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+def launcher_ended() -> bool:
+    """True if this process's torchrun, which keeps the store and would end this process, has ended.
+
+    Other launchers, a shell in the background among them, may end before their processes do.
+    """
+    pid, parent = _BEGINNING
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getpid() == pid and os.getppid() != parent
 
 
 def place_of(rank: int) -> str:

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from fastdynat.distributed.members import member_here, unfit
-from fastdynat.distributed.session import Session, present_session, set_session
+from fastdynat.distributed.session import Session, ending_with_launcher, present_session, set_session
 from fastdynat.distributed.store import below, find_each_other, open_store
 from fastdynat.distributed.world import World, collective_calls, world
-from fastdynat.errors import ToldElsewhere, UserError
-from fastdynat.launch import MINUTES, launched, launched_rank, launched_size
+from fastdynat.errors import ToldElsewhere, UserError, first_line
+from fastdynat.launch import MINUTES, launched, launched_rank, launched_size, place_of
 from fastdynat.machine.cores import keep_to_own_cores
 
 
@@ -27,15 +27,20 @@ def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
         minutes: time limit of the rendezvous and of every collective.
 
     Raises:
-        UserError: a rank did not come in time, or the ranks' devices do not fit each other; on one rank.
+        UserError: a rank did not come in time, or the ranks' devices do not fit each other; on one rank. On
+            each rank where the store of the rendezvous is gone.
         ToldElsewhere: on the others.
     """
     if dist.is_initialized() or not launched():
         return world()
     keep_to_own_cores()
     rank, size, limit = launched_rank(), launched_size(), timedelta(minutes=minutes)
-    store = open_store(rank, limit)
-    name, members = find_each_other(store, member_here(rank, device_type), size, limit)
+    with ending_with_launcher():
+        store = open_store(rank, limit)
+        try:
+            name, members = find_each_other(store, member_here(rank, device_type), size, limit)
+        except RuntimeError as error:  # the process that kept the store has ended
+            raise UserError(f"{place_of(rank)} lost the rendezvous: {first_line(error)}") from None
     if problem := unfit(members):
         raise UserError(problem) if rank == 0 else ToldElsewhere(problem)
     own, watched = (below(name, connection) for connection in (store, store.clone()))

@@ -11,18 +11,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastdynat.distributed.members import Member
 from fastdynat.errors import ToldElsewhere, first_line, one_line
+from fastdynat.launch import launcher_ended, local_rank
 
 PERIOD = 1.0  # seconds between beats, and between looks at the others
 SILENCE = 60.0  # a rank without a beat for so long is lost; a compiler may hold Python for a while
 GRACE = 5.0  # for the main thread to end by itself; also to find out who is to blame
 STORE_SECONDS = 20.0  # without an answer of the store
 FAILURE, STOP = "failure", "stop"
+LAUNCHER_ENDED = "the launcher has ended without its processes"
 # In the messages of collectives that another process did not take part in.
 COLLECTIVE = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "c10d")
 TOO_LATE = ("timed out", "timeout")
@@ -52,7 +54,6 @@ class Session:
         self._meetings = self._beats = 0
         self._leaving, self._ended = threading.Event(), threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._parent = os.getppid()
         self._reporting, self._reported = threading.Lock(), False
         self._thread = threading.Thread(target=self._watch, name="fastdynat-ranks", daemon=True)
 
@@ -167,8 +168,8 @@ class Session:
     def _watch(self) -> None:
         answered = time.monotonic()
         while not self._ended.is_set():
-            if os.getppid() != self._parent:  # its store has ended, too: nobody else can be told
-                self._end("the launcher has ended without its processes", 1, shown=self._lowest_here())
+            if launcher_ended():  # its store has ended, too: nobody else can be told
+                self._end(LAUNCHER_ENDED, 1, shown=self._lowest_here())
             try:
                 self._look()
                 answered = time.monotonic()
@@ -219,6 +220,26 @@ class Session:
                 print(f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
         if not self._ended.wait(GRACE):
             os._exit(code)
+
+
+@contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """Context before the session has begun: ends this process when torchrun has ended without it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PERIOD):
+            if launcher_ended():
+                if local_rank() == 0:
+                    with suppress(OSError):
+                        print(f"fastdynat: error: {LAUNCHER_ENDED}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, name="fastdynat-launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 _present: Session | None = None

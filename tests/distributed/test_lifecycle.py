@@ -284,3 +284,31 @@ def test_commands_for_one_process_are_refused_under_a_launcher(
     assert (
         said == "fastdynat: error: fastdynat compare is for one process, not 2: start it without torchrun\n"
     )
+
+
+ORPHAN = """
+import os, time
+from fastdynat.launch import launcher_ended
+
+shell = os.getppid()
+print(launcher_ended(), flush=True)
+while os.getppid() == shell:
+    time.sleep(0.05)
+print(launcher_ended(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("variable", "ends"), [("TORCHELASTIC_RUN_ID", True), ("SOMETHING_ELSE", False)])
+def test_only_torchrun_must_outlive_its_processes(variable: str, ends: bool) -> None:
+    """A shell that has started the ranks in the background may end."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {variable: "none"}
+    with subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" & read go', sys.executable, ORPHAN],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "False\n"
+        assert shell.communicate("\n", timeout=60)[0] == f"{ends}\n"

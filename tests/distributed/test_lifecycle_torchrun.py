@@ -233,6 +233,38 @@ def test_a_loss_that_is_no_number_on_one_process_ends_all(
     assert newest(run)["epoch"] == 1
 
 
+STARTING = """
+import os, sys, time
+import fastdynat.launch
+
+open(os.environ["HERE"] + os.environ["RANK"], "w").close()
+while not os.path.exists(os.environ["GO"]):
+    time.sleep(0.05)
+from fastdynat.commands.main import main
+
+sys.exit(main())
+"""
+
+
+def test_a_launcher_that_is_killed_before_its_processes_have_joined_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store that it kept has ended before they can reach it; they do not wait for --rank-timeout."""
+    here, go, script = tmp_path / "here", tmp_path / "go", tmp_path / "starting.py"
+    monkeypatch.setenv("HERE", str(here))
+    monkeypatch.setenv("GO", str(go))
+    script.write_text(STARTING)
+    with Torchrun(*train(tmp_path / "run"), script=script) as running:
+        for rank in (0, 1):
+            running.wait_for(Path(f"{here}{rank}"))
+        running.process.kill()
+        running.process.wait()
+        go.touch()
+        ended = running.end(90)  # reads until the ranks have closed their output, too
+    assert ended.errors == ["fastdynat: error: the launcher has ended without its processes"]
+    assert not any("Traceback" in line for line in ended.lines)
+
+
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
