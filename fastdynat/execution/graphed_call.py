@@ -37,7 +37,8 @@ class GraphedCall:
 
     Each graph is compared with `fn` before its first use (`GraphCheck`), which takes two runs and leaves no
     trace. If that, a capture or a replay fails, the reason is added to `fallbacks`, all graphs are freed, and
-    `fn` runs without graphs from then on."""
+    `fn` runs without graphs from then on. Processes that share collectives in `fn` (`on_all`) do so together;
+    where one of them fails amid a run, whose collectives the others wait in, the error is raised."""
 
     def __init__(
         self,
@@ -46,13 +47,14 @@ class GraphedCall:
         fallbacks: Fallbacks,
         subject: FunctionState | None = None,
         *,
-        on_all: Callable[[bool], bool] = lambda captured: captured,
+        on_all: Callable[[bool], bool] | None = None,
     ) -> None:
         """
         Args:
             subject: the state that `fn` changes besides its outputs; None is none.
-            on_all: told whether this process has captured a graph; returns whether all processes have that
-                take part in collectives of `fn`. A replay on some of them would wait for the others.
+            on_all: told whether all is well in this process; returns whether it is in all processes that take
+                part in collectives of `fn`. All of them must run, capture and replay it equally often. None
+                is no other process.
         """
         self._fn, self._recorder, self._fallbacks = fn, recorder, fallbacks
         self._subject, self._on_all = subject or Stateless(), on_all
@@ -81,17 +83,25 @@ class GraphedCall:
             # clone keeps strides: the captured kernels are those of the inputs' memory format.
             entry.inputs = tuple(t.detach().clone(memory_format=torch.preserve_format) for t in inputs)
             failure = self._record(entry, check)
-            if not self._on_all(failure is None):
+            if not self._well(failure is None):
                 self._stop(failure or "the capture failed in another process")
                 return
             assert entry.replay is not None
-            difference = check.compare(entry.inputs, entry.outputs, entry.replay)
-            if difference is not None:
-                self._stop(f"a replay differs from the function it was captured from: {difference}")
+            difference = check.compare(entry.inputs, entry.outputs, entry.replay, self._well)
+            if not self._well(difference is None):
+                where = "in another process " if difference is None else ""
+                said = "" if difference is None else f": {difference}"
+                self._stop(f"{where}a replay differs from the function it was captured from{said}")
         except RuntimeError as error:  # out of memory, for one
+            if self._on_all is not None:
+                raise
             self._stop(f"a replay could not be checked: {first_line(error)}")
         finally:
             check.put_back()
+
+    def _well(self, here: bool) -> bool:
+        """True if all is well `here` and in the other processes."""
+        return here if self._on_all is None else self._on_all(here)
 
     def _record(self, entry: _Captured, check: GraphCheck) -> str | None:
         """Capture the graph of `entry`; the reason where that failed."""
@@ -109,6 +119,8 @@ class GraphedCall:
         try:
             entry.replay()
         except RuntimeError as error:  # out of memory at the first launch, for one
+            if self._on_all is not None:
+                raise
             self._stop(f"a replay failed: {first_line(error)}")
             return self._fn(*inputs)
         return entry.outputs

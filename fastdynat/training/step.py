@@ -124,7 +124,7 @@ class TrainStep:
         self._graphed: GraphedCall | None = None
         if recorder is not None:
             self._graphed = GraphedCall(
-                self._run, recorder, self.fallbacks, self._subject(), on_all=self._on_all_ranks
+                self._run, recorder, self.fallbacks, self._subject(), on_all=None if self._world.alone else self._well_on_all
             )
         attack = networks.attack.switches
         self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
@@ -187,8 +187,8 @@ class TrainStep:
         """The rate of update number `step`, counted from 0."""
         return self.peak_lr * self.lr_factor(step)
 
-    def _on_all_ranks(self, captured: bool) -> bool:
-        return self._world.maximum(float(not captured)) == 0
+    def _well_on_all(self, here: bool) -> bool:
+        return self._world.maximum(float(not here)) == 0
 
     def _subject(self) -> StepState:
         draws = {} if self._draws is None else {"random state": self._draws.state}

@@ -403,6 +403,92 @@ def test_a_failed_capture_is_told_to_the_others() -> None:
     assert told == [False]
 
 
+@pytest.mark.parametrize(
+    ("answers", "runs", "off"),
+    [
+        ([True, True, True], 0, None),
+        ([True, False, True], 1, None),
+        ([True, True, False], 0, "in another process a replay differs from the function"),
+        ([True, False, False], 1, "in another process a replay differs from the function"),
+    ],
+)
+def test_processes_check_a_replay_equally_often_and_decide_together(
+    answers: list[bool], runs: int, off: str | None
+) -> None:
+    """The function holds collectives: one more run of it in one process would meet another step of others."""
+    said, asked, calls = list[str](), list[bool](), list[Tensor]()
+
+    def on_all(well: bool) -> bool:
+        asked.append(well)
+        return answers[len(asked) - 1]
+
+    def fn(x: Tensor) -> Tensor:
+        calls.append(x)
+        return 2 * x
+
+    call = GraphedCall(fn, SimulatedRecorder(), CollectedIn(said), on_all=on_all)
+    for _ in range(WARM_UP_CALLS + 1):
+        assert torch.equal(call(torch.arange(3.0)), 2 * torch.arange(3.0))
+    once = 2 + (off is not None)  # the reference and the capture; the call itself, without a graph
+    assert (asked, len(calls)) == ([True] * 3, WARM_UP_CALLS + once + runs)
+    assert [text.partition("CUDA graphs are off: ")[2].partition(" it was")[0] for text in said] == (
+        [] if off is None else [off]
+    )
+
+
+def test_what_a_check_finds_here_is_told_to_the_others() -> None:
+    private, asked = torch.Generator().manual_seed(0), list[bool]()
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + 3 * torch.randn(x.shape, generator=private)
+
+    call = GraphedCall(
+        noisy,
+        SimulatedRecorder(),
+        CollectedIn([]),
+        on_all=lambda well: asked.append(well) or well,
+    )
+    for _ in range(WARM_UP_CALLS + 1):
+        call(torch.rand(5, 7))
+    assert asked == [True, False, False]
+
+
+def test_a_run_that_fails_while_other_processes_wait_in_it_is_an_error() -> None:
+    """They wait in its collectives: going on without graphs here would answer them with another step."""
+
+    class Full(SimulatedRecorder):
+        full_at = WARM_UP_CALLS + 1
+
+        def warm(self, fn: Callable[[], Any]) -> Any:
+            result = super().warm(fn)
+            if self.warmed == self.full_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+        def capture(self, fn: Callable[[], Any]) -> Any:
+            outputs, replay = super().capture(fn)
+
+            def sometimes() -> None:
+                if self.replayed == 1:
+                    raise RuntimeError("no memory for the launch")
+                replay()
+
+            return outputs, sometimes
+
+    step = GraphedCall(lambda x: 2 * x, Full(), NoFallbacks(), on_all=bool)
+    for _ in range(WARM_UP_CALLS):
+        step(torch.rand(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.rand(3))
+    roomy = Full()
+    roomy.full_at = 0
+    step = GraphedCall(lambda x: 2 * x, roomy, NoFallbacks(), on_all=bool)
+    for _ in range(WARM_UP_CALLS + 1):
+        step(torch.rand(3))
+    with pytest.raises(RuntimeError, match="no memory for the launch"):
+        step(torch.rand(3))
+
+
 def test_released_graphs_are_captured_anew() -> None:
     recorder = SimulatedRecorder()
     call = GraphedCall(lambda x: 2 * x, recorder, CollectedIn([]))
