@@ -1,7 +1,7 @@
 """The processes of a program started by ``torchrun``: ranks, sums and broadcasts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+PIECE = 2**26  # bytes that a broadcast copies at a time
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,19 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return float(found)
 
-    def broadcast_(self, tensors: list[Tensor], source: int = 0) -> None:
-        """Overwrite `tensors` on every rank by those of rank `source`."""
-        for tensor in () if self.alone else tensors:
+    @torch.no_grad()
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0, *, piece: int = PIECE) -> None:
+        """Overwrite `tensors` on every rank by those of rank `source`, of any dtypes and memory formats.
+
+        They are sent as bytes, up to `piece` of them at a time: NCCL takes neither all dtypes nor tensors
+        with gaps.
+        """
+        for group in () if self.alone else _groups(tensors, piece):
             _count_call()
-            dist.broadcast(tensor, source)
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.broadcast(flat.view(torch.uint8), source)
+            for tensor, sent in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(sent.view(tensor.shape))
 
     def from_first(self, value: T) -> T:
         """Rank 0's `value`, any picklable object, on every rank; what other ranks pass is ignored."""
@@ -102,6 +111,20 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.maximum(0.0)
+
+
+def _groups(tensors: Sequence[Tensor], piece: int) -> Iterator[list[Tensor]]:
+    """`tensors` in groups of one dtype and device, of at most `piece` bytes where a tensor is no larger."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        group = groups.setdefault((tensor.dtype, tensor.device), [])
+        if group and sum(t.nbytes for t in group) + tensor.nbytes > piece:
+            yield group.copy()
+            group.clear()
+        group.append(tensor)
+    yield from groups.values()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastdynat
 from fastdynat.config import TrainConfig, override, to_flat
@@ -21,6 +20,7 @@ from fastdynat.launch import local_rank
 from fastdynat.runs import marked_folder, require_shared
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.parts import RunParts, open_split
+from fastdynat.training.rank_weights import require_equal_weights, take_first_weights
 from fastdynat.training.resolve import resolve
 from fastdynat.training.resolved_config import ResolvedConfig
 
@@ -108,15 +108,8 @@ def begin_alike(parts: RunParts, val: Images) -> None:
             "the networks": _signature(parts.networks),
         }
     )
-    here.broadcast_(_tensors(parts.networks))
-    require_alike({"the weights of the networks": _digest(parts.networks)})
-
-
-def _tensors(networks: NetworkSet) -> list[Tensor]:
-    """The parameters and buffers of all networks of a run, the weight average among them."""
-    modules = [*networks.raw.values()] + ([] if networks.ema is None else [networks.ema.module])
-    found = {id(t): t.detach() for m in modules for t in (*m.parameters(), *m.buffers())}
-    return [*found.values()]
+    take_first_weights(parts.networks)
+    require_equal_weights(parts.networks, "at the start")
 
 
 def _signature(networks: NetworkSet) -> str:
@@ -127,11 +120,3 @@ def _signature(networks: NetworkSet) -> str:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def _digest(networks: NetworkSet) -> str:
-    """A digest of the networks' tensors."""
-    digest = hashlib.sha256()
-    for tensor in _tensors(networks):
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -123,9 +123,8 @@ class TrainStep:
         self.fallbacks, self._whole = fallbacks or WarnedFallbacks(), whole
         self._graphed: GraphedCall | None = None
         if recorder is not None:
-            self._graphed = GraphedCall(
-                self._run, recorder, self.fallbacks, self._subject(), on_all=None if self._world.alone else self._well_on_all
-            )
+            on_all = None if self._world.alone else self._well_on_all
+            self._graphed = GraphedCall(self._run, recorder, self.fallbacks, self._subject(), on_all=on_all)
         attack = networks.attack.switches
         self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
         self._by_shape += ["CUDA graphs"] * (recorder is not None or attack.graphs)

@@ -25,6 +25,7 @@ from fastdynat.training.method_buffers import load_buffers, rows_per_image, whol
 from fastdynat.training.metrics import Averages
 from fastdynat.training.optimizers import load_optimizer_state, optimizer_state
 from fastdynat.training.parts import RunParts
+from fastdynat.training.rank_weights import require_equal_weights
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state
 from fastdynat.training.schedules import average_warmup, epochs_of_method
@@ -263,6 +264,7 @@ class Trainer:
     def _save(self, *, best: bool, row: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this moment, and the `row` of the epoch that has ended, in the background."""
         self._finite_means()  # a checkpoint never holds weights that are no longer numbers
+        require_equal_weights(self.networks, f"by update {self.step.global_step}")
         for module in self.networks.raw.values():
             if problem := not_numbers(module):  # the last update may have made them so, after its loss
                 raise Diverged(f"{problem} after epoch {self.epoch}")
