@@ -97,15 +97,17 @@ def boundary_speed(
         UserError: `x` or `labels` do not fit, or an operator of the model has no forward-mode derivative.
     """
     points = boundary(model, x, labels, spec, x_start=x_start, generator=generator)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in move}
+    named = {name: parameter.detach() for name, parameter in model.named_parameters() if name in move}
 
     def logits_at(weights: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = functional_call(model, weights, (points.x_adv,))
+        logits: Tensor = functional_call(model, weights, (_plain(points.x_adv),))
         return logits
 
     with torch.inference_mode(False), torch.no_grad(), attack_mode(model, "eval"):
+        # Group norm's forward-mode derivative takes no channels-last maps, which such weights would make.
+        weights, tangents = ({name: _plain(of[name]) for name in named} for of in (named, move))
         try:
-            pushed: Any = jvp(logits_at, (weights,), ({name: move[name] for name in weights},))
+            pushed: Any = jvp(logits_at, (weights,), (tangents,))
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("forward AD", "forward mode", "functorch", "jvp")):
                 raise
@@ -120,3 +122,8 @@ def boundary_speed(
     return BoundarySpeed(
         torch.where(known, points.distance, nothing), torch.where(known, speed, nothing), correct
     )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy with standard strides; one channel has these and channels-last ones alike for `contiguous`."""
+    return tensor.clone(memory_format=torch.contiguous_format)

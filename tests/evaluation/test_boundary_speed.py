@@ -19,6 +19,7 @@ from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
 from fastdynat.methods import Madry, MadryOptions
+from fastdynat.models import build_model
 from fastdynat.training.boundary_log import last_move
 
 EXACT = BoundarySpec(eta=1 + 1e-9, eps_start=0.0)  # ends on a straight boundary instead of beyond it
@@ -116,6 +117,24 @@ def test_the_move_is_the_last_update() -> None:
     for name, move in last_move(step).items():
         assert float(move.abs().sum()) > 0
         torch.testing.assert_close(move, dict(model.named_parameters())[name].detach() - before[name])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_memory_format_does_not_matter_to_group_norm(channels: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    net = build_model("small-gn", num_classes=3, image_shape=(channels, 8, 8)).double()
+    x = torch.rand(4, channels, 8, 8, dtype=torch.float64, generator=generator)
+    y = net.eval()(x).argmax(1)
+    parameters = dict(net.named_parameters())
+    move = {k: torch.randn(p.shape, dtype=p.dtype, generator=generator) for k, p in parameters.items()}
+    spec = BoundarySpec(steps=20, eps_start=0.0)
+    plain = boundary_speed(net, x, y, move, spec)
+    last = {"memory_format": torch.channels_last}
+    move = {k: m.contiguous(**last) if m.ndim == 4 else m for k, m in move.items()}
+    other = boundary_speed(net.to(**last), x.contiguous(**last), y, move, spec)
+    assert int(plain.speed.isfinite().sum()) >= 1
+    torch.testing.assert_close(other.speed, plain.speed, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def test_the_model_is_left_alone() -> None:
