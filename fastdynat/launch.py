@@ -1,17 +1,17 @@
-"""Facts that a launcher tells this process by environment variables; needs no torch."""
+"""The environment variables by which torchrun and SLURM launch processes; needs no torch."""
 
 import os
 import socket
 
 # What torchrun sets for each process; other launchers (SLURM's, through submitit) set the same names.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# A rank that is still alive but does not come to a collective within this time is missing.
+# Default time limit for the rendezvous and for every collective (--rank-timeout).
 MINUTES = 10.0
 _BEGINNING = os.getpid(), os.getppid()
 
 
 def launched() -> bool:
-    """True if a launcher has set up this process as one of several (or as the only one of them)."""
+    """True if a launcher such as torchrun started this process, even as the only one."""
     return all(name in os.environ for name in VARIABLES)
 
 
@@ -26,7 +26,7 @@ def launched_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine; 0 without a launcher."""
+    """The rank of this process on its machine; 0 without a launcher."""
     return _number("LOCAL_RANK") if launched() else 0
 
 
@@ -45,7 +45,7 @@ def launcher_ended() -> bool:
 
 
 def place_of(rank: int) -> str:
-    """The process `rank` of this machine, in words."""
+    """The name of `rank`, a process of this machine, for messages."""
     return f"rank {rank} ({socket.gethostname()})"
 
 

@@ -1,4 +1,4 @@
-"""The end of a command of several processes: one reports, the others are silent, none stays behind."""
+"""The end of a command on several processes: one rank prints the reason, and all ranks end."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from typing import Any
 from fastdynat.errors import ToldElsewhere
 from fastdynat.launch import launched, launched_rank, place_of
 
-STORE_SECONDS = 5.0  # to reach the launcher's store before the ranks have joined
+STORE_SECONDS = 5.0  # to reach the launcher's store before the world exists
 FIRST_SECONDS = 3.0  # for rank 0 to find the same error, which it then reports
 
 
 def report_end(error: BaseException, text: str, code: int, *, kind: str = "fastdynat: error: ") -> None:
-    """Print why this process ends, unless another rank of its world says why all end.
+    """Print the reason that this process ends, unless another rank has printed one.
 
-    The other ranks are told, so that they end, too; torchrun finds `text` in its error file.
+    The other ranks receive it and end, too; `text` is written to torchrun's error file.
 
     Args:
         code: the exit code.
-        kind: what is printed before `text`.
+        kind: prefix of the printed line.
     """
     if not launched():
         _say(kind + text)
@@ -37,7 +37,7 @@ def report_end(error: BaseException, text: str, code: int, *, kind: str = "fastd
 
 
 def report_crash(error: Exception) -> None:
-    """Print the traceback of an unexpected `error`, with the rank; the other ranks are told."""
+    """Print the traceback of an unexpected `error` with the rank, and report it to the other ranks."""
     text, place = "".join(traceback.format_exception(error)), place_of(launched_rank())
     shown = "\n".join(f"{place}: {line}" for line in text.splitlines())
     if not _report(f"{place}: {type(error).__name__}: {error}", 1, shown):
@@ -46,7 +46,7 @@ def report_crash(error: Exception) -> None:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """The rank whose end caused `error` here, in words; None where there is none."""
+    """A message that names the rank whose end caused `error` here; None if no rank did."""
     if not launched():
         return None
     from fastdynat.distributed import present_session
@@ -56,7 +56,7 @@ def lost_rank(error: BaseException) -> str | None:
 
 
 def write_error_file(text: str, code: int) -> None:
-    """Write the file from which torchrun's summary takes the reason."""
+    """Write the error file that torchrun's summary quotes."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": text, "timestamp": str(int(time.time()))}
         message = {"message": text, "errorCode": code, "extraInfo": about}
@@ -65,7 +65,7 @@ def write_error_file(text: str, code: int) -> None:
 
 
 def _report(text: str, code: int, shown: str) -> bool:
-    """Print `shown` and tell the other ranks, unless one of them was first; returns whether this one was."""
+    """Report to the other ranks; print `shown` and return True if this rank is the first to report."""
     from fastdynat.distributed import present_session
 
     session = present_session()
@@ -83,7 +83,7 @@ def _say(text: str) -> None:
 
 
 def _told_before_joining(rank: int, text: str, code: int) -> bool:
-    """Tell the other ranks; returns whether this one is the first."""
+    """Report to the other ranks before the world exists; True if this rank is the first."""
     from fastdynat.distributed.session import FAILURE
     from fastdynat.distributed.store import open_store
 

@@ -42,8 +42,8 @@ class EvalConfig:
     """I/N: evaluate only images I, I + N, I + 2 N, ... (counted from 1), for example in one process per GPU.
     When all N shards are done, the same command without --shard merges them."""
     batch_size: int = 500
-    """Images per batch, which bounds memory use; halved if memory runs out. Changes no result, except of
-    attacks of your own files and of autoattack."""
+    """Images per batch, which bounds memory use; halved if memory runs out. It affects the results
+    only of autoattack and of attacks from your own files."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is a GPU if there is one."""
     amp: EvalAmp = "off"
@@ -68,8 +68,8 @@ class EvalConfig:
     json: str | None = None
     """Also write the results to this file, after each attack."""
     rank_timeout: float = 10.0
-    """Several processes (torchrun): minutes within which all of them must come to the rendezvous and to each
-    collective. Then the missing rank is named, and all end."""
+    """With several processes (torchrun), the time limit in minutes for every rank to join the rendezvous and
+    each collective. After that the missing rank is named, and all processes end."""
 
 
 @dataclass(frozen=True)

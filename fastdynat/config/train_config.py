@@ -84,12 +84,12 @@ class ModelConfig:
     """Momentum of batch norm: the weight of a new batch in the running statistics; None keeps the network's
     own, which is 0.1 in the built-in networks."""
     sync_bn: Switch = "auto"
-    """Several processes (torchrun): compute the batch statistics of batch norm, in training, over the images
-    of all of them, so that they do not depend on the number of processes; off uses each process's own images
-    and averages the running statistics after each update. auto is on where a process has fewer than 32 images
-    of a batch (--batch-size / processes / --grad-accum-steps), and for one process, where it changes nothing
-    until the run is resumed on several. With --attack-bn train or frozen, the attack's statistics are
-    synchronised too; with eval, it communicates nothing."""
+    """With several processes (torchrun), on computes batch norm's training statistics over the images of all
+    processes, so that they do not depend on the world size; off computes them over each process's own images
+    and averages the running statistics after each update. auto is on if a process has fewer than 32 images of
+    a micro-batch (--batch-size / processes / --grad-accum-steps), and with one process, where it has no
+    effect until the run is resumed on several. The attack is synchronised too with --attack-bn train or
+    frozen; with eval it communicates nothing."""
     bn_reset_epoch: int | None = None
     """Epoch at whose first step the model's running statistics are replaced by those of the batch, counted
     from 0, and again from 0 after the burn-in; None is never (DyART's release: 1)."""
@@ -185,11 +185,13 @@ class OptimConfig:
     """One SGD per network, or one for both; they differ only in gradient clipping, where joint uses the joint
     norm."""
     grad_accum_steps: int = 1
-    """Cut each process's share of a batch into this many micro-batches, which are attacked one by one and
-    update the networks together: less memory, the same update. Batch norm sees one micro-batch at a time."""
+    """Cut each batch into this many micro-batches, attack them one after the other, and make one update from
+    the sum of their gradients: less memory, the same update. --batch-size still counts the images of an
+    update. Batch norm sees one micro-batch at a time."""
     zero1: bool = False
-    """Several processes (torchrun): each keeps the momentum of a part of the weights only, updates these and
-    broadcasts them (ZeRO stage 1). The update is the same. Not with CUDA graphs."""
+    """With several processes (torchrun), shard the optimiser's state (ZeRO stage 1): each process keeps the
+    momentum of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
+    out CUDA graphs."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
@@ -249,8 +251,8 @@ class EngineConfig:
     within rounding. On the CPU it is exact either way, with the same processor, number of threads and
     versions."""
     rank_timeout: float = 10.0
-    """Several processes (torchrun): minutes within which all of them must come to the rendezvous and to each
-    collective. Then the missing rank is named, and all end."""
+    """With several processes (torchrun), the time limit in minutes for every rank to join the rendezvous and
+    each collective. After that the missing rank is named, and all processes end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,11 @@
-"""Several processes that train or evaluate as one, on PyTorch's own launcher, rendezvous and collectives.
+"""Training and evaluation on several processes, with PyTorch's launcher, rendezvous and collectives.
 
-`world`: the processes of a program started by ``torchrun``, and their sums; `shares`: how a batch is dealt
-out to them; `flat`: one collective for many tensors. `joining`: how they find each other (`store`,
-`members`); `session`: failures told to all, and the watch over who is alive; `decisions`: what all ranks
-decide alike.
+`world`: rank, world size and collectives; `shares`: the split of a batch over the ranks; `flat`: one
+collective for many tensors; `joining`: the rendezvous (`store`, `members`) and the process group; `session`:
+heartbeats, and failures reported to all ranks; `decisions`: decisions that are the same on all ranks.
 
-Every rank keeps whole networks and the same state. The shards of a batch differ; sums over the ranks put
-together what one process would have. Nothing here wraps a module, so the attack's backward passes communicate
-nothing.
+Every rank holds whole networks and the same state, and computes a shard of each batch; sums over the ranks
+are those of one process. No module is wrapped, so the attack's backward passes communicate nothing.
 """
 
 from fastdynat.distributed.decisions import all_can, first_decides, in_turns, name_of, require_alike

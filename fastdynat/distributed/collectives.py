@@ -1,7 +1,7 @@
-"""Collectives inside a network: operators that torch.compile keeps whole, and in their order.
+"""Collectives inside a network: operators that torch.compile neither splits nor reorders.
 
-Ranks whose shards differ in size compile different code. The operators have the effect "ordered", so that no
-compiler moves one past another: on every rank they run in the order of the program.
+Ranks whose shards differ in size compile different code. The operators have the effect "ordered", so a
+compiler keeps them in the order of the program on every rank.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastdynat.distributed.world import batch_world
 
 
 def _ranks() -> int:
-    """The number of ranks for which code is compiled: inside `apart` and `replicated_batch`, too."""
+    """The world size that code is compiled for, also inside `apart` and `replicated_batch`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -1,4 +1,4 @@
-"""Decisions that all ranks share: what rank 0 finds, what every rank could do, what all must have alike."""
+"""Agreement between ranks: rank 0 decides, all succeed or all fail, all have the same values."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,11 +12,13 @@ T = TypeVar("T")
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """``decide()`` of rank 0 on every rank; the others wait for it without a limit. Returns plain values.
+    """Call `decide` on rank 0 and return its result on every rank; it must be picklable.
+
+    The other ranks wait without a time limit.
 
     Raises:
-        UserError: rank 0's, on rank 0.
-        ToldElsewhere: the same on the others.
+        UserError: `decide` raised it; on rank 0.
+        ToldElsewhere: `decide` raised a UserError; on the other ranks.
     """
     here = world()
     if here.alone:
@@ -37,11 +39,11 @@ def first_decides(decide: Callable[[], T]) -> T:
 
 
 def all_can(act: Callable[[], T]) -> T:
-    """``act()`` of this rank, when it has succeeded on all of them.
+    """Call `act` on every rank; return this rank's result once `act` has succeeded on all ranks.
 
     Raises:
-        UserError: it raised one on a rank: on the lowest such rank, by number and host if that is not 0.
-        ToldElsewhere: on the others.
+        UserError: `act` raised it on this rank, the lowest on which it did.
+        ToldElsewhere: `act` raised a UserError on another rank.
     """
     here = world()
     if here.alone:
@@ -62,7 +64,7 @@ def all_can(act: Callable[[], T]) -> T:
 
 
 def in_turns(act: Callable[[], T]) -> T:
-    """`all_can` of what may download or prepare files: rank 0, then one rank of each other machine, then all.
+    """`all_can` for an `act` that may download or prepare files: rank 0, then local ranks 0, then the others.
 
     Raises:
         UserError, ToldElsewhere: as `all_can`.
@@ -81,11 +83,11 @@ def _extend(done: list[T], act: Callable[[], T]) -> None:
 
 
 def require_alike(facts: Mapping[str, object]) -> None:
-    """Refuse ranks whose `facts`, plain values by what they are in words, differ.
+    """Raise an error if `facts`, picklable values by their names in messages, differ between the ranks.
 
     Raises:
-        UserError: on rank 0, for the first fact that is another on another rank.
-        ToldElsewhere: on the others.
+        UserError: on rank 0, for the first fact that differs.
+        ToldElsewhere: on the other ranks.
     """
     here = world()
     told = here.gather(dict(facts))
@@ -98,7 +100,7 @@ def require_alike(facts: Mapping[str, object]) -> None:
 
 
 def name_of(rank: int) -> str:
-    """Process `rank` of the world in words, with its host and number where they are known."""
+    """The name of `rank` for messages, with its host and pid if they are known."""
     session = present_session()
     return f"rank {rank}" if session is None else str(session.members[rank])
 

@@ -11,10 +11,10 @@ from fastdynat.distributed.world import PendingSum, World
 
 @dataclass(frozen=True)
 class FlatSum:
-    """A sum over the ranks that is under way; `finish` writes it into the tensors.
+    """A pending all-reduce of many tensors; `finish` waits for it and writes the sums into the tensors.
 
     Attributes:
-        bytes: of the flat tensors, for accounts of what is communicated.
+        bytes: size of the flat tensors, which is the number of bytes handed to collectives.
     """
 
     tensors: list[list[Tensor]]

@@ -1,4 +1,4 @@
-"""Joining the processes that a launcher has started, and leaving them."""
+"""Rendezvous of the launched processes, their process group, and its end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ from fastdynat.machine.cores import keep_to_own_cores
 
 
 def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
-    """Join the processes that the launcher started, or return `ALONE` where it started none.
+    """Initialise the default process group of the launched processes; without a launcher return `ALONE`.
 
-    Tensors on the CPU go through gloo and those on GPUs through NCCL, in one group. On a GPU the process
-    takes the one that LOCAL_RANK numbers. A group that the caller's program has made is used as it is.
+    CPU tensors go through gloo and CUDA tensors through NCCL, in one group. With "cuda" the process takes the
+    GPU of its local rank. A process group that the caller's program has initialised is used as it is.
 
     Args:
         device_type: "cpu" or "cuda", the networks' device.
         minutes: time limit of the rendezvous and of every collective.
 
     Raises:
-        UserError: a rank did not come in time, or the ranks' devices do not fit each other; on one rank. On
-            each rank where the store of the rendezvous is gone.
-        ToldElsewhere: on the others.
+        UserError: a rank did not join in time, or the ranks' devices do not fit each other; on one rank. On
+            each rank if the store of the rendezvous is gone.
+        ToldElsewhere: on the other ranks.
     """
     if dist.is_initialized() or not launched():
         return world()
@@ -55,7 +55,7 @@ def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
 
 
 def leave_world() -> None:
-    """Leave the group that `join_world` joined, when all ranks have come here."""
+    """Wait for all ranks, then destroy the process group that `join_world` initialised."""
     session = present_session()
     if session is not None:
         session.leave(world().barrier)
@@ -66,23 +66,23 @@ def leave_world() -> None:
 
 @contextmanager
 def joined_world(device: str, minutes: float) -> Iterator[World]:
-    """Context of the launcher's processes; without a launcher, or inside such a context, nothing happens.
+    """Context with the process group of the launched processes; no effect without a launcher or when nested.
 
-    After an error the session stays: what ends the process tells the others (`fastdynat.commands`).
+    After an error the session stays open, so that the end of the command can report to the other ranks.
 
     Args:
         device: cpu, cuda, cuda:N or auto, as in a configuration.
         minutes: as for `join_world`.
 
     Raises:
-        UserError: as `join_world`; also for the number of one GPU where there are several processes.
+        UserError: as `join_world`; also for "cuda:N" with several processes.
     """
     if dist.is_initialized() or not launched():
         yield world()
         return
     if ":" in device and launched_size() > 1:
         raise UserError(
-            f"device {device}: each of {launched_size()} processes takes the GPU of its LOCAL_RANK; "
+            f"device {device}: each of {launched_size()} processes takes the GPU of its local rank; "
             "use --device cuda"
         )
     automatic = "cuda" if torch.cuda.is_available() else "cpu"

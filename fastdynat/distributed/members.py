@@ -1,4 +1,4 @@
-"""The processes of a world by name (rank, host, pid, device), and what makes them unfit for each other."""
+"""The processes of a world: rank, host, pid and device of each, and a check that they can work together."""
 
 import json
 import os
@@ -15,9 +15,9 @@ class Member:
 
     Attributes:
         device: "cpu" or "cuda".
-        gpu: what no other GPU of the host is called; "" on the CPU.
-        problem: why this process cannot use its device; "" if it can.
-        attempt: another one each time that a process comes to a rendezvous.
+        gpu: an identifier of the GPU that is unique on its host; "" on the CPU.
+        problem: the reason that this process cannot use its device; "" if it can.
+        attempt: a random identifier, new for each rendezvous that a process joins.
     """
 
     rank: int
@@ -36,13 +36,13 @@ class Member:
 
     @property
     def dead(self) -> bool:
-        """True if this is a process of this host that has ended; False where that cannot be seen."""
+        """True if this process ran on this host and has ended; False if that cannot be determined."""
         if self.host != socket.gethostname():
             return False
         try:
             os.kill(self.pid, 0)
             with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as file:
-                # Ended, but its parent has not asked for its exit code yet.
+                # A zombie has ended, but its parent has not collected its exit code yet.
                 return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
         except PermissionError:
             return False
@@ -51,14 +51,14 @@ class Member:
 
 
 def member_here(rank: int, device_type: str) -> Member:
-    """This process, which is to compute on a device of `device_type`; a GPU is made torch's current one."""
+    """This process as a member that computes on `device_type`; its GPU becomes torch's current device."""
     gpu, problem = _take_gpu() if device_type == "cuda" else ("", "")
     attempt = os.urandom(8).hex()
     return Member(rank, socket.gethostname(), os.getpid(), device_type, gpu, problem, attempt)
 
 
 def _take_gpu() -> tuple[str, str]:
-    """The name of this process's GPU, and why it has none."""
+    """The identifier of this process's GPU, and the reason that it has none; one of them is ""."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -72,7 +72,7 @@ def _take_gpu() -> tuple[str, str]:
 
 
 def unfit(members: Sequence[Member]) -> str:
-    """The first reason why `members` cannot work together, in words; "" where there is none."""
+    """The first reason that `members` cannot work together, for a message; "" if there is none."""
     for member in members:
         if member.problem:
             return f"{member} {member.problem}; start one process per GPU, or use --device cpu"

@@ -1,4 +1,4 @@
-"""Running statistics that ranks have updated from their own shards of a batch: one mean over the ranks."""
+"""Averaging of batch norm's running statistics over ranks that have updated them from their own shards."""
 
 from collections.abc import Iterable
 
@@ -13,9 +13,9 @@ from fastdynat.distributed.world import World
 def average_statistics(networks: Iterable[nn.Module], world: World, *, weight: float) -> None:
     """Make the floating-point buffers of `networks` equal on all ranks, in one collective.
 
-    Those of normalisation layers (running means and variances) become their mean over the ranks. Others,
-    which only a user's own module changes while it trains, become rank 0's. Counters
-    (``num_batches_tracked``) stay: every rank has made the same passes.
+    Buffers of normalisation layers (running means and variances) are averaged over the ranks. Other
+    floating-point buffers, which change in training only in a user's own modules, are copied from rank 0.
+    Counters (``num_batches_tracked``) are already equal, because every rank makes the same passes.
 
     The sum is taken in float64, so that a float32 buffer that is equal on all ranks keeps its bits however
     often this is called.

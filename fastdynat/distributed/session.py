@@ -1,9 +1,9 @@
-"""A process's part in a world: the others' names, failures told to all, and the watch over who is alive.
+"""Heartbeats and failure reports between the ranks.
 
-Every rank renews a beat in the store. A thread of each looks every second for a failure that another rank has
-told, for processes of its machine that have ended, and for beats that stopped; then it ends this process,
-also where the main thread waits in a collective for a rank that will not come. The first rank to tell a
-failure is the one that reports it to the user.
+Every rank renews a heartbeat in the store. A thread of each rank checks once a second for a failure reported
+by another rank, for processes of its machine that have ended, and for heartbeats that have stopped. It then
+ends this process, even if the main thread is blocked in a collective. Only the first rank to report a failure
+prints it.
 """
 
 import json
@@ -19,23 +19,23 @@ from fastdynat.distributed.members import Member
 from fastdynat.errors import ToldElsewhere, first_line, one_line
 from fastdynat.launch import launcher_ended, local_rank
 
-PERIOD = 1.0  # seconds between beats, and between looks at the others
-SILENCE = 60.0  # a rank without a beat for so long is lost; a compiler may hold Python for a while
-GRACE = 5.0  # for the main thread to end by itself; also to find out who is to blame
-STORE_SECONDS = 20.0  # without an answer of the store
+PERIOD = 1.0  # seconds between heartbeats, and between checks of the other ranks
+SILENCE = 60.0  # seconds without a heartbeat until a rank is lost; a compiler may hold the GIL for a while
+GRACE = 5.0  # seconds for the main thread to end by itself, and to find the rank that failed
+STORE_SECONDS = 20.0  # without an answer from the store until the launcher is lost
 FAILURE, STOP = "failure", "stop"
 LAUNCHER_ENDED = "the launcher has ended without its processes"
-# In the messages of collectives that another process did not take part in.
+# Words in the error of a collective in which another process did not take part.
 COLLECTIVE = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "c10d")
 TOO_LATE = ("timed out", "timeout")
 
 
 class Session:
-    """This process in a world, from `join_world` on.
+    """The connection of this process to the other ranks, from `join_world` to `leave_world`.
 
     Attributes:
         members: the processes of the world, by rank.
-        stop_wanted: a rank has been asked to stop.
+        stop_wanted: True once any rank has been asked to stop.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Session:
     ) -> None:
         """
         Args:
-            store: of this world alone.
-            watched: the same, by a connection of its own: one that waits blocks the other.
+            store: a store that only this world uses.
+            watched: the same store on a second connection, because a waiting call blocks its connection.
             minutes: the time limit of a collective, for messages.
         """
         self.members, self.me, self.minutes = members, me, minutes
@@ -61,7 +61,7 @@ class Session:
         self._thread.start()
 
     def meet(self) -> None:
-        """Wait, without a limit, until all ranks are here: reading data or timing a step may take long.
+        """Barrier without a time limit, for work of unknown duration such as reading data.
 
         Raises:
             ToldElsewhere: another rank has failed.
@@ -78,10 +78,10 @@ class Session:
             pause = min(0.1, 2 * pause)
 
     def report(self, text: str, code: int, shown: str | None = None) -> bool:
-        """Tell all ranks that this process ends because of `text`; they end, too, with exit code `code`.
+        """Report to all ranks that this process ends because of `text`; they end with exit code `code`, too.
 
-        The first failure of the world is printed on standard error: as `shown`, or as an error. Returns
-        whether this was it.
+        Only the world's first failure is printed on standard error, as `shown` if given. Returns True if this
+        was the first.
         """
         value = json.dumps({"rank": self.me.rank, "text": text, "code": code})
         with self._reporting:  # both threads may find the same failure
@@ -98,7 +98,7 @@ class Session:
             return first
 
     def failure(self) -> dict[str, Any] | None:
-        """The failure that a rank has told; None where none has."""
+        """The failure that a rank has reported; None if there is none."""
         with suppress(RuntimeError):
             if self._store.check([FAILURE]):
                 found: dict[str, Any] = json.loads(self._store.get(FAILURE))
@@ -106,15 +106,15 @@ class Session:
         return None
 
     def request_stop(self) -> None:
-        """Let `stop_wanted` become true on all ranks, within seconds."""
+        """Set `stop_wanted` on all ranks; the other ranks see it within seconds."""
         self.stop_wanted = True
         with suppress(RuntimeError):
             self._store.set(STOP, "1")
 
     def lost(self, error: BaseException) -> str | None:
-        """The rank because of which `error` was raised here, in words; None where no other rank is to blame.
+        """A message that names the rank whose end caused `error` here; None if no other rank caused it.
 
-        Takes up to `GRACE` seconds: what is to be found out happens at about the same time.
+        Waits up to `GRACE` seconds, because the cause may show only after the error.
         """
         if (told := self.failure()) is not None:
             return str(told["text"])
@@ -139,7 +139,7 @@ class Session:
         return f"a collective of {self.me} failed: {first_line(error)}"
 
     def _late(self, beats: dict[int, bytes]) -> str:
-        """The ranks that have come to fewer collectives than this one, in words."""
+        """A message that names the ranks that have joined fewer collectives than this one."""
         calls = {rank: int(beat.split()[1]) for rank, beat in beats.items()}
         late = [str(self.members[rank]) for rank, count in sorted(calls.items()) if count < self.calls()]
         limit = f"within {self.minutes:g} minutes (--rank-timeout)"
@@ -148,7 +148,7 @@ class Session:
         return f"{', '.join(late)} did not come to a collective {limit}"
 
     def leave(self, barrier: Callable[[], None]) -> None:
-        """End the watch, when all ranks have come to `barrier`."""
+        """Stop monitoring once all ranks have reached `barrier`."""
         self._leaving.set()
         barrier()
         self._ended.set()
@@ -183,7 +183,7 @@ class Session:
         return self.me.rank == min(m.rank for m in self.members if m.host == self.me.host)
 
     def _look(self) -> None:
-        """Renew the beat, and end this process where a rank has failed or is lost."""
+        """Renew the heartbeat, and end this process if a rank has failed or is lost."""
         self._beats += 1
         self._watched.set(f"beat/{self.me.rank}", f"{self._beats} {self.calls()}")
         if self._watched.check([FAILURE]):
@@ -209,12 +209,12 @@ class Session:
         return now - self._seen[rank][1]
 
     def _end_because(self, text: str) -> None:
-        """Report a failure that this process has found, if it is the first to do so, and end."""
+        """Report a failure that this process has detected, then end."""
         self.report(text, 1)
         self._end(text, 1, shown=False)
 
     def _end(self, text: str, code: int, *, shown: bool) -> None:
-        """End this process, at the latest after `GRACE`; `shown` prints `text` before."""
+        """End this process after at most `GRACE` seconds; print `text` first if `shown`."""
         if shown and not self._leaving.is_set():
             with suppress(OSError):
                 print(f"fastdynat: error: {one_line(text)}", file=sys.stderr, flush=True)
@@ -246,11 +246,11 @@ _present: Session | None = None
 
 
 def present_session() -> Session | None:
-    """This process's session; None where it has joined no world."""
+    """The session of this process; None if it has not joined a world."""
     return _present
 
 
 def set_session(session: Session | None) -> None:
-    """Make `session` the present one."""
+    """Set the session of this process."""
     global _present
     _present = session

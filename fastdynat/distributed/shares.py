@@ -1,15 +1,15 @@
-"""Dealing out a batch: the positions of a global batch that each rank, and each of its micro-batches, takes.
+"""The split of a global batch over the ranks and over micro-batches.
 
-Position p belongs to rank p mod W of W. A smaller batch at the end of an epoch is dealt out in the same way,
-so a state that belongs to a position stays with its rank. Micro-batches are consecutive pieces of the global
-batch, the same at any W, each dealt out to all ranks. A batch too small to give every piece of every rank two
-images is not dealt out: every rank takes all of it and counts it as one W-th.
+With world size W, position p belongs to rank p mod W. A smaller batch at the end of an epoch is split in the
+same way, so state that belongs to a position stays on its rank. Micro-batches are consecutive pieces of the
+global batch, the same at any W; each is split over all ranks. A batch too small to give every rank two images
+of every piece is not split: every rank computes all of it with weight 1 / W.
 """
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-LEAST = 2  # images of a share: batch norm cannot train on one value per channel
+LEAST = 2  # images of a share, because batch norm cannot train on one value per channel
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Share:
 
     Attributes:
         total: images in the global batch.
-        rank, ranks: of the piece, every `ranks`-th position from the first that is `rank` mod `ranks` on.
-        copies: processes that have these same images; 1 unless the batch is replicated.
-        begin, end: positions of the piece; an `end` of None is the batch's.
+        rank, ranks: the share holds the positions p of the piece with p mod `ranks` = `rank`.
+        copies: number of processes that have these images; 1 unless the batch is replicated.
+        begin, end: the piece's first position, and the one after its last; None is the end of the batch.
     """
 
     total: int
@@ -38,12 +38,12 @@ class Share:
 
     @property
     def images(self) -> int:
-        """Images of this share."""
+        """Number of images in this share."""
         return len(self.positions)
 
     @property
     def images_of_all_ranks(self) -> int:
-        """Images of the piece, over all ranks."""
+        """Number of images in the piece, over all ranks."""
         return (self.total if self.end is None else self.end) - self.begin
 
     @property
@@ -56,15 +56,15 @@ class Share:
         return self.copies > 1
 
     def below(self, position: int) -> int:
-        """The number of this share's images, its first ones, whose position is below `position`."""
+        """Number of images in this share at positions below `position`."""
         own = self.positions
         return len(range(own.start, min(position, own.stop), own.step))
 
     def pieces(self, count: int) -> list["Share"]:
-        """This share of each of `count` pieces of the batch; of the whole where those would be too small.
+        """This rank's shares of `count` pieces of the batch; the whole share if these would be too small.
 
-        Whether they are does not depend on the number of ranks: a batch that is too small for them is
-        replicated, and cut on every rank as on one.
+        A batch with too few images for `ranks` times `count` shares is replicated by `deal`, and then cut on
+        every rank as with one process.
         """
         if count == 1 or self.total < LEAST * self.ranks * count:
             return [self]
@@ -73,7 +73,7 @@ class Share:
 
 
 def deal(total: int, rank: int, ranks: int, pieces: int = 1) -> Share:
-    """The share of `rank` in a batch of `total` images, of which micro-batches are `pieces`."""
+    """The share of `rank` in a batch of `total` images that is cut into `pieces` micro-batches."""
     if ranks > 1 and total < LEAST * ranks * pieces:
         return Share(total, copies=ranks)
     return Share(total, rank, ranks)

@@ -1,4 +1,4 @@
-"""The store of the launcher's rendezvous, and how all ranks find each other there."""
+"""The store of the launcher's rendezvous, and the exchange of all ranks' members in it."""
 
 import json
 import os
@@ -19,12 +19,12 @@ FAILURE = "failure"
 
 
 def open_store(rank: int, limit: timedelta) -> Store:
-    """A connection to the store at MASTER_ADDR:MASTER_PORT, below the number of this attempt.
+    """A connection to the store at MASTER_ADDR:MASTER_PORT, with a key prefix for this restart.
 
-    It is the agent's under torchrun, else rank 0 keeps it.
+    Under torchrun the agent serves the store, otherwise rank 0.
 
     Raises:
-        UserError: nothing answers there within `limit`.
+        UserError: no store answers within `limit`.
     """
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -47,19 +47,20 @@ def open_store(rank: int, limit: timedelta) -> Store:
 
 
 def below(prefix: str, store: Store) -> Store:
-    """The keys of `store` that begin with `prefix`, as a store."""
+    """A view of `store` in which every key starts with `prefix`."""
     return _torch.PrefixStore(prefix, store)
 
 
 def find_each_other(store: Store, me: Member, size: int, limit: timedelta) -> tuple[str, list[Member]]:
-    """All members of the world, by rank, and a name of this world that no other has.
+    """A unique name for this world, and its members by rank.
 
-    What an earlier attempt left in the store is told apart: rank 0 lists the processes it sees, each of them
-    confirms the list that names it, and rank 0 starts the world when all have confirmed the same one.
+    The store may hold entries of an earlier attempt. Rank 0 therefore lists the processes that it sees, each
+    process confirms the list that names it, and rank 0 starts the world once all have confirmed the same
+    list.
 
     Raises:
-        UserError: on the lowest rank that came, where others did not within `limit`.
-        ToldElsewhere: on the other ranks then, or where another rank has given up with an error of its own.
+        UserError: a rank did not join within `limit`; on the lowest rank that did.
+        ToldElsewhere: the same on the other ranks, or another rank has failed.
     """
     mine, until = me.to_json(), time.monotonic() + limit.total_seconds()
     store.set(f"here/{me.rank}", mine)
@@ -79,7 +80,7 @@ def find_each_other(store: Store, me: Member, size: int, limit: timedelta) -> tu
 
 
 def _list_members(store: Store, size: int, listed: str) -> str:
-    """Rank 0: publish the list of the processes that are here, where it is complete and has changed."""
+    """Publish the list of members if it is complete and has changed; only rank 0 calls this."""
     keys = [f"here/{rank}" for rank in range(size)]
     if not store.check(keys):
         return listed
@@ -92,7 +93,7 @@ def _list_members(store: Store, size: int, listed: str) -> str:
 
 
 def _confirm(store: Store, rank: int, mine: str) -> str:
-    """The published list, once this process has confirmed it; "" where it is missing or of others."""
+    """Confirm the published list and return it; "" if there is none or it does not name this process."""
     if not store.check(["list"]):
         return ""
     listed: str = store.get("list").decode()
@@ -118,10 +119,10 @@ def _not_all_came(store: Store, rank: int, size: int, limit: timedelta) -> UserE
     came = [other for other in range(size) if store.check([f"here/{other}"])]
     missing = [str(other) for other in range(size) if other not in came]
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}" if missing else "another rank"
-    text = f"{who} of {size} did not come to the rendezvous within {_minutes(limit)}"
+    text = f"{who} of {size} did not join the rendezvous within {_minutes(limit)}"
     if came[0] != rank:
         return ToldElsewhere(text)
-    return UserError(f"{text} (--rank-timeout); see whether all machines have started theirs")
+    return UserError(f"{text} (--rank-timeout); check that torchrun was started on all machines")
 
 
 def _minutes(limit: timedelta) -> str:

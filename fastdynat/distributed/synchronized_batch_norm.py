@@ -1,9 +1,9 @@
-"""Batch norm whose statistics, in train mode, are those of the batch on all ranks.
+"""Synchronised batch norm: in train mode the statistics are computed over the global batch.
 
-``torch.nn.SyncBatchNorm`` needs CUDA tensors and is no BatchNorm2d, by which networks, folding and tracing
-recognise batch norm. Here layers change their class alone, in place, and change it back: parameters, buffers,
-hooks and the keys of the state are untouched. In eval mode, and where every rank has the whole batch, they
-compute what their own class computes.
+``torch.nn.SyncBatchNorm`` needs CUDA tensors and is not a BatchNorm2d, the type that networks, folding and
+tracing look for. Here only the class of a layer changes, in place and reversibly; parameters, buffers, hooks
+and state_dict keys are untouched. In eval mode, and for a batch that every rank has whole, the layer computes
+the same as its original class.
 
 A layer communicates once in its forward pass, 2 C + 1 numbers per rank, and once in its backward pass, 2 C
 numbers. Means and squared deviations of the shards are combined as by Chan, Golub and LeVeque (1979), without
@@ -27,18 +27,18 @@ from fastdynat.errors import UserError
 
 
 class SynchronizedStatistics(_BatchNorm):
-    """A batch norm that `synchronize_batch_norm` has changed.
+    """A batch norm layer after `synchronize_batch_norm`.
 
     Attributes:
-        plain: the class that it had.
-        plain_forward: forward pass without communication.
+        plain: its original class.
+        plain_forward: its forward pass without communication.
     """
 
     plain: type[_BatchNorm]
     plain_forward: Callable[[Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        # Compiled code is for batches of both kinds: its operators look when they run.
+        # Compiled code serves split and replicated batches: its operators check batch_world when they run.
         if not self.training or (not torch.compiler.is_compiling() and batch_world().alone):
             return self.plain_forward(input)
         return self._synchronized_forward(input)
@@ -72,7 +72,7 @@ class SynchronizedOwnForward(SynchronizedStatistics):
 
 
 class _Interception(TorchFunctionMode):
-    """Takes `_batch_norm` for F.batch_norm in train mode; `calls` gets an entry for each."""
+    """Replaces F.batch_norm by `_batch_norm` in train mode, and records each call in `calls`."""
 
     def __init__(self, calls: list[Callable[..., Tensor]]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _batch_norm(
     momentum: float | Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Batch norm of the batch of which `x` (N, C, ...) is this rank's shard; moves the running statistics."""
+    """Batch norm over the global batch, of which `x` (N, C, ...) is a shard; moves the running statistics."""
     mean, squares, count = _statistics_over_ranks(x)
     if momentum is not None:
         _move(running_mean, mean, momentum)

@@ -1,4 +1,4 @@
-"""The processes of a program started by ``torchrun``: ranks, sums and broadcasts."""
+"""The processes started by ``torchrun``: rank, world size and collectives."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ PIECE = 2**26  # bytes that a broadcast copies at a time
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together.
+    """This process's rank among the processes that work together, and collectives over them.
 
     Attributes:
-        rank: number of this process, from 0; rank 0 writes files and progress.
-        size: number of processes.
-        local_rank: number of this process on its machine, which is the number of its GPU.
+        rank: rank of this process; rank 0 writes files and progress.
+        size: world size.
+        local_rank: rank of this process on its machine, which is the index of its GPU.
     """
 
     rank: int = 0
@@ -30,7 +30,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """True on the one process that writes."""
+        """True on rank 0, the only process that writes."""
         return self.rank == 0
 
     @property
@@ -129,12 +129,12 @@ def _groups(tensors: Sequence[Tensor], piece: int) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum that is under way."""
+    """A pending all-reduce."""
 
     work: Any
 
     def wait(self) -> None:
-        """Let what follows (on a GPU: on the present stream) see the sum."""
+        """Wait for the sum; on a GPU the current stream waits, not the host."""
         if self.work is not None:
             self.work.wait()
 
@@ -145,7 +145,7 @@ _calls = 0  # of this process, of the collectives above
 
 
 def collective_calls() -> int:
-    """The number of collectives that this process has come to; a rank that is behind has fewer."""
+    """The number of collectives that this process has joined, by which a late rank is found."""
     return _calls
 
 
@@ -155,20 +155,20 @@ def _count_call() -> None:
 
 
 def world() -> World:
-    """The processes of torch's default process group; `ALONE` where there is none, and inside `apart`."""
+    """The processes of torch's default process group; `ALONE` without a group and inside `apart`."""
     if _apart or not (dist.is_available() and dist.is_initialized()):
         return ALONE
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def batch_world() -> World:
-    """The processes that the present batch is dealt out to; `ALONE` inside `replicated_batch`."""
+    """The processes over which the current batch is split; `ALONE` inside `replicated_batch`."""
     return ALONE if _replicated else world()
 
 
 @contextmanager
 def replicated_batch() -> Iterator[None]:
-    """Context of a batch that every rank has whole, so that statistics of the batch are each rank's own."""
+    """Context for a batch that every rank has whole: batch statistics are computed without communication."""
     global _replicated
     before, _replicated = _replicated, True
     try:
@@ -179,7 +179,7 @@ def replicated_batch() -> Iterator[None]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Context of work that one rank does without the others, as if it were the only process."""
+    """Context for work of a rank without the others: `world` returns `ALONE`."""
     global _apart
     before, _apart = _apart, True
     try:

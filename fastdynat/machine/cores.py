@@ -1,4 +1,4 @@
-"""The cores of this machine that are one process's, where a launcher has started several."""
+"""The division of a machine's cores between the processes that a launcher has started on it."""
 
 import os
 
@@ -19,6 +19,6 @@ def own_cores() -> int:
 
 
 def keep_to_own_cores() -> None:
-    """Let torch compute on no more threads than `own_cores`, unless OMP_NUM_THREADS decides."""
+    """Limit torch to `own_cores` threads unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > own_cores():
         torch.set_num_threads(own_cores())

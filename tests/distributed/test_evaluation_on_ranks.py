@@ -306,7 +306,7 @@ def _elsewhere(run: Path) -> str:
 
 def test_what_ranks_cannot_do_is_refused_on_all(trained: Path, ranks: Any) -> None:
     first, other = ranks(2)(_refused, trained, {"num_images": 1, "cache": "off"})
-    assert first.startswith("UserError: 1 images cannot be dealt out to 2 processes")
+    assert first.startswith("UserError: 1 images cannot be split over 2 processes")
     assert other.startswith("ToldElsewhere")
     first, other = ranks(2)(_differing, trained)
     assert first.startswith("UserError: the ranks differ in --seed: 0 on rank 0")

@@ -160,7 +160,7 @@ REFUSED = [
     ("flags", [], "the ranks differ in --lr: None on rank 0 ("),
     ("source", [], "the ranks differ in the source of fastdynat: "),
     ("version", [], "the ranks differ in the version of fastdynat: "),
-    ("late", ["--rank-timeout", "0.1"], "rank 1 of 2 did not come to the rendezvous within 0.1 minutes"),
+    ("late", ["--rank-timeout", "0.1"], "rank 1 of 2 did not join the rendezvous within 0.1 minutes"),
     ("elsewhere", [], "this machine does not see the run directory"),
     ("", ["--batch-size", "2"], "batch"),
     ("", ["--lr", "fast"], "--lr must be a number, got 'fast'"),

@@ -17,7 +17,7 @@ from fastdynat.errors import ToldElsewhere, UserError
 
 
 def require_same_config(names: Sequence[str | Path], config: EvalConfig) -> None:
-    """Refuse processes with other flags or networks, or another version or source of this package."""
+    """Refuse ranks that differ in flags, networks, package version or source."""
     if world().alone:
         return
     from fastdynat.training.rank_start import package_digest
@@ -32,11 +32,11 @@ def require_same_config(names: Sequence[str | Path], config: EvalConfig) -> None
 
 
 def require_same_targets(targets: Sequence[Target]) -> None:
-    """Refuse processes with other weights, images or attacks, and more processes than images.
+    """Refuse ranks that differ in weights, images or attacks, and a world size above the number of images.
 
     Raises:
         UserError: on rank 0.
-        ToldElsewhere: on the others.
+        ToldElsewhere: on the other ranks.
     """
     here = world()
     if here.alone:
@@ -53,13 +53,13 @@ def require_same_targets(targets: Sequence[Target]) -> None:
         )
         if len(target.images) < here.size:
             raise refusal(
-                f"{len(target.images)} images cannot be dealt out to {here.size} processes: start fewer, or "
+                f"{len(target.images)} images cannot be split over {here.size} processes: start fewer, or "
                 "evaluate more images (--num-images)"
             )
 
 
 def refusal(text: str) -> UserError:
-    """The error that every rank raises for what all of them find; rank 0 reports it."""
+    """An error that every rank raises and only rank 0 reports."""
     return UserError(text) if world().first else ToldElsewhere(text)
 
 
