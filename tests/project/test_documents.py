@@ -29,6 +29,7 @@ FOREIGN = {
     "--nproc-per-node",
     "--nnodes",
     "--rdzv-backend",
+    "--standalone",
     "--rdzv-endpoint",
     "--max-restarts",
     "--backend",
