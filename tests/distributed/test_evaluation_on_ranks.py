@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import fastdynat
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attacks import NamedAttack, parse_attack
+from fastdynat.commands.evaluate import columns
 from fastdynat.commands.evaluate.measure_runs import evaluate_runs
 from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.commands.main import main
@@ -261,6 +263,24 @@ def _with_keys(run: Path, attacks: str, keys: dict[str, Any]) -> tuple[list[dict
     return evaluated(run, attacks, **keys)
 
 
+def _in_short_stages(run: Path) -> list[dict[str, Any]]:
+    """fast-autoattack of three quick stages."""
+
+    def stages(norm: str, eps: float) -> list[NamedAttack]:
+        return [parse_attack(name, eps=eps, step_size=eps / 4) for name in ("fgsm", "pgd20", "square20")]
+
+    with patch.object(columns, "stages", stages):
+        return evaluated(run, "fast-autoattack", cache="off", eps=0.05)[0]
+
+
+def test_stages_are_dealt_out_anew(trained: Path, ranks: Any) -> None:
+    one = _in_short_stages(trained)
+    standing = [stage["correct"] for stage in one[0]["attacks"][0]["stages"]]
+    assert standing[0] > standing[1] > standing[-1] > 0
+    first, other = ranks(2)(_in_short_stages, trained)
+    assert verdicts(first) == verdicts(other) == verdicts(one)
+
+
 def test_results_are_kept_once_and_for_any_number_of_processes(
     trained: Path, tmp_path: Path, ranks: Any
 ) -> None:
@@ -366,12 +386,15 @@ def test_the_authors_attack_takes_turns_at_its_batches(tmp_path: Path, ranks: An
     assert ranks(2)(_of_authors, tmp_path / "state") == [one, one]  # from the state file
 
 
-def test_torchrun(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "attacks", ["clean,pgd5,square20", pytest.param("clean,fast-autoattack", marks=pytest.mark.slow)]
+)
+def test_torchrun(trained: Path, tmp_path: Path, attacks: str) -> None:
     run, file = copied(trained, tmp_path), tmp_path / "found.json"
-    flags = ("--attacks", "clean,fast-autoattack", "--num-images", "40", "--checkpoints", "last")
+    flags = ("--attacks", attacks, "--num-images", "40", "--checkpoints", "last")
     done = torchrun("eval", run, *flags, "--json", file, options=("--standalone",))
     assert done.code == 0, done.said
     assert done.said.count("accuracy in %") == 1
     found = json.loads(file.read_text())
-    one, _ = evaluated(run, "clean,fast-autoattack", fresh=True)
+    one, _ = evaluated(run, attacks, fresh=True)
     assert verdicts(found["results"]) == verdicts(json.loads(json.dumps(one)))
