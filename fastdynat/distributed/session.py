@@ -160,10 +160,16 @@ class Session:
 
     def _beats_of_others(self) -> dict[int, bytes]:
         with suppress(RuntimeError):
-            ranks = [m.rank for m in self._others() if self._store.check([f"beat/{m.rank}"])]
-            values = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
-            return dict(zip(ranks, values, strict=True))
+            return self._read_beats(self._store)
         return {}
+
+    def _read_beats(self, store: Any) -> dict[int, bytes]:
+        """In two requests, of any number of ranks, once all have begun."""
+        ranks = [member.rank for member in self._others()]
+        if not store.check([f"beat/{rank}" for rank in ranks]):
+            ranks = [rank for rank in ranks if store.check([f"beat/{rank}"])]
+        values = store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+        return dict(zip(ranks, values, strict=True))
 
     def _watch(self) -> None:
         answered = time.monotonic()
@@ -195,15 +201,15 @@ class Session:
             self.stop_wanted = True
         if self._leaving.is_set():
             return
+        beats = self._read_beats(self._watched) if self._others() else {}
         for member in self._others():
             if member.dead:
                 self._end_because(f"{member} was lost: its process has ended")
-            if self._silent_for(member.rank) > SILENCE:
+            if self._silent_for(member.rank, beats.get(member.rank, b"")) > SILENCE:
                 self._end_because(f"{member} was lost: no sign of it for {SILENCE:.0f} s")
 
-    def _silent_for(self, rank: int) -> float:
-        key, now = f"beat/{rank}", time.monotonic()
-        beat = self._watched.get(key) if self._watched.check([key]) else b""
+    def _silent_for(self, rank: int, beat: bytes) -> float:
+        now = time.monotonic()
         if rank not in self._seen or self._seen[rank][0] != beat:
             self._seen[rank] = beat, now
         return now - self._seen[rank][1]

@@ -54,6 +54,7 @@ def build_networks(
     if method.uses_guide:
         source = names.guide_from if load_guide else None
         guide = build(names.guide) if source is None else _trained_guide(source, names.guide, info)
+    synchronised = names.sync_bn == "on" and not world().alone
     trained = [model, *([guide] if guide is not None and "guide" in method.trains else [])]
     if names.sync_bn == "off" and not world().alone:
         _refuse_synchronising(trained)
@@ -65,8 +66,8 @@ def build_networks(
         device=torch.device(engine.device),
         channels_last=engine.channels_last == "on",
         attack_bn=config.attack.attack_bn,
-        sync_bn=names.sync_bn == "on" and not world().alone,
-        attack=attack_switches(engine),
+        sync_bn=synchronised,
+        attack=attack_switches(engine, communicates=synchronised and config.attack.attack_bn != "eval"),
         compile_mode=engine.compile,
         ema=config.optim.ema,
         ema_buffers=config.optim.ema_buffers,
@@ -98,8 +99,12 @@ def _trained_guide(source: str, architecture: str, info: DatasetInfo) -> torch.n
     return network
 
 
-def attack_switches(engine: ResolvedEngine) -> AttackSwitches:
-    """The settings of a run's attack engine."""
+def attack_switches(engine: ResolvedEngine, *, communicates: bool = False) -> AttackSwitches:
+    """The settings of a run's attack engine.
+
+    communicates: the attacked network takes statistics over all processes; its attacks are not captured by
+        themselves, because ranks would have to agree on every graph.
+    """
     return AttackSwitches(
         dtype=AMP_DTYPES[engine.amp],
         channels_last=engine.channels_last == "on",
@@ -109,7 +114,7 @@ def attack_switches(engine: ResolvedEngine) -> AttackSwitches:
         closed_form=engine.closed_form,
         compile=engine.compile,
         # A gradient scaler decides in Python, so only the attack of such a run can be captured.
-        graphs=engine.uses_graphs and has_gradient_scaler(engine),
+        graphs=engine.uses_graphs and has_gradient_scaler(engine) and not communicates,
     )
 
 

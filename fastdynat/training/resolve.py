@@ -175,13 +175,13 @@ def _with_sync_bn(
     few = images < ENOUGH_FOR_STATISTICS
     if few:
         notes.append(
-            f"--sync-bn on: batch norm takes its statistics over all {processes} processes, since each has "
-            f"only {images} images of a batch (fewer than {ENOUGH_FOR_STATISTICS})"
+            f"--sync-bn on: batch norm, if any, takes its statistics over all {processes} processes: each "
+            f"has only {images} images of a batch (fewer than {ENOUGH_FOR_STATISTICS})"
         )
     else:
         notes.append(
-            f"--sync-bn off: batch norm takes its statistics over the {images} images of each process; with "
-            "on, they would not depend on the number of processes"
+            f"--sync-bn off: batch norm, if any, takes its statistics over the {images} images of each "
+            "process; with on, they would not depend on the number of processes"
         )
     return replace(model, sync_bn="on" if few else "off")
 
