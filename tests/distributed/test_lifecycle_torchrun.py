@@ -164,7 +164,7 @@ REFUSED = [
     ("elsewhere", [], "this machine does not see the run directory"),
     ("", ["--batch-size", "2"], "batch"),
     ("", ["--lr", "fast"], "--lr must be a number, got 'fast'"),
-    ("", ["--device", "cuda:0"], "--device cuda:0: each of 2 processes takes the GPU of its LOCAL_RANK"),
+    ("", ["--device", "cuda:0"], "--device cuda:0: each of 2 processes takes the GPU of its local rank"),
     ("", ["--train-size", "500000"], "digits has"),
 ]
 QUICK = ("flags", "--lr fast")
