@@ -1,4 +1,4 @@
-"""`--resume auto`: one command line that starts a run, and goes on with it every other time."""
+"""`--resume auto`: the same command starts a run the first time and continues it after that."""
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager
@@ -23,12 +23,12 @@ LOCK_SECONDS = 30.0
 def run_of_command(config: TrainConfig[Any], given: Collection[str]) -> AbstractContextManager[Trainer]:
     """A trainer that continues the run in ``config.run.run_dir``, or starts it where there is none.
 
-    A start that was killed before it had written its configuration counts as none.
+    A run that was killed before it had written its configuration counts as no run.
 
     Args:
-        config: of a new run.
-        given: the keys of `config` that the user has set. Where the run exists, they must have its values, or
-            be such as may change; its other values stay.
+        config: the configuration of a new run.
+        given: the keys of `config` that the user has set. If the run exists, these must have its values,
+            unless a resumed run may change them; all other keys, also the method, keep the run's values.
 
     Raises:
         UserError: as `new_run` and `resumed_run`.
@@ -42,7 +42,7 @@ def run_of_command(config: TrainConfig[Any], given: Collection[str]) -> Abstract
 
 def _changed(path: Path, config: TrainConfig[Any], given: Collection[str]) -> TrainConfig[Any]:
     """The configuration stored in `path` with the values of the keys `given` as `config` has them."""
-    stored = stored_config(path, config.method)
+    stored = stored_config(path, config.method if "method" in given else None)
     stored = replace(stored, run=replace(stored.run, stop_after=None, run_dir=str(path), overwrite=False))
     asked = to_flat(config)
     changed = override(stored, {key: asked[key] for key in given if key in asked}, "the command line")

@@ -228,6 +228,14 @@ def test_resume_auto_starts_continues_and_ends(tmp_path: Path, capsys: pytest.Ca
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_resume_auto_keeps_the_method_where_none_is_given(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--stop-after", "1"]) == 0
+    assert main(["train", "--run-dir", str(run), "--resume", "auto", "--quiet"]) == 0
+    assert "method: madry" in (run / "config.yaml").read_text().splitlines()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
