@@ -141,7 +141,7 @@ def main() -> None:
         runs.append(done)
         document = {
             "format": "fastdynat-world-sizes/1",
-            "flags": given.flags,
+            "command": f"python bench/world_sizes.py --sizes {given.sizes} -- {' '.join(given.flags)}",
             "environment": describe_environment(),
             "commit": source_commit(),
             "load_average": [round(load, 2) for load in os.getloadavg()],

@@ -82,7 +82,48 @@ def line(case: Values, row: Values) -> list[str]:
     ]
 
 
+def world_sizes() -> str:
+    """The same trainings by one process and by two."""
+    rows = []
+    for name in SAME_TRAININGS:
+        for run in read(name)["runs"]:
+            last, stopped = run["metrics"][-1], run["interrupted_at"]
+            processes = str(run["processes"])
+            if stopped:
+                processes += f", stopped after {stopped['epoch']} epochs and {stopped['epoch_step']} steps"
+            scores = [last[key] for key in ("train_adv_acc", "val_clean_acc", "val_pgd10_acc")]
+            memory = ", ".join(f"{held:.2f}" for held in run["peak_gib_by_process"])
+            rows.append(
+                [
+                    NETWORKS[name],
+                    processes,
+                    f"{last['loss']:.4f}",
+                    *map(percent, scores),
+                    f"{run['weights_differ_from_first_by']:.2g}",
+                    f"{memory} GiB",
+                ]
+            )
+    header = ["Network", "Processes", "Loss", "Accuracy in training, attacked", "Validation, clean", "PGD-10"]
+    return table([*header, "Largest difference of a weight", "Memory"], rows)
+
+
+def drift() -> str:
+    """Differences from one process of one thread, by number of updates."""
+    found = read("world_size_drift_cpu")["differences"]
+    rows = [[updates, *(f"{value:.1e}" for value in row.values())] for updates, row in found.items()]
+    names = next(iter(found.values()))
+    return table(["Updates", *(name[0].upper() + name[1:] for name in names)], rows)
+
+
+NETWORKS = {
+    "world_sizes_cifar10_jpeg_small_cpu": "`small`, DYNAT",
+    "world_sizes_image_folder_convnext_cpu": "`timm:convnext_atto`, Madry",
+}
+SAME_TRAININGS = tuple(NETWORKS)
+
 TABLES = {
+    "world-sizes": (world_sizes, SAME_TRAININGS),
+    "world-size-drift": (drift, ("world_size_drift_cpu",)),
     "scaling-model": (model, ("scaling_model",)),
     "scaling-memory": (memory, ("scaling_model",)),
     "scaling-constants": (constants, ("scaling_model",)),
