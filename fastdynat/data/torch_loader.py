@@ -1,5 +1,6 @@
 """Batches read, cropped and flipped by the worker processes of torch.utils.data.DataLoader."""
 
+import signal
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastdynat.data.image_sets import Images
 from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import crop, flip, to_unit
+from fastdynat.terminal.interrupts import STOPPING
 
 
 class _Steps(Dataset[Tensor | UserError]):
@@ -34,6 +36,15 @@ class _Steps(Dataset[Tensor | UserError]):
         except UserError as error:
             return error  # raised in a worker it would arrive as a traceback in a message
         return batch if flips is None else flip(batch, flips)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and launchers signal a whole process group; a worker that ended would end the step being saved.
+
+    A worker ends when its parent does, which it looks for every few seconds.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TorchLoader(PlannedLoader):
@@ -61,6 +72,7 @@ class TorchLoader(PlannedLoader):
             # A spawned worker would need its own copy of the images.
             multiprocessing_context="fork" if self._workers else None,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
             # DataLoader draws a seed: from this generator, not from the one that the attacks use.
             generator=torch.Generator(),
         )

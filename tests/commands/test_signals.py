@@ -186,3 +186,19 @@ def test_runs_begun_at_once_take_a_name_each(tmp_path: Path) -> None:
         "digits-madry-2",
         "digits-madry-3",
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_spares_the_loader_s_workers(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a terminal, torchrun and SLURM send it: the step is finished and saved."""
+    run = tmp_path / "run"
+    flags = ["--loader", "torch", "--workers", 2, "--save-every", 0.0001, "--run-dir", run]
+    training = start("train", *LONG, *flags, start_new_session=True)
+    wait_for(run / "last")
+    os.killpg(training.pid, number)
+    out, err = training.communicate(timeout=120)
+    assert training.returncode == 128 + number
+    assert "stopped and saved after" in out + err
+    assert "Traceback" not in out + err
