@@ -87,10 +87,12 @@ def record_start(
     precision: str = "float32",
     winograd: str = UNUSED,
     processes: int = 1,
+    draws: int = 0,
 ) -> list[str]:
     """Append this process to the list in `path` (environment.json).
 
-    Returns the differences from the last start that make sums round in another order, in words.
+    Returns, in words, the differences from the last start that make sums round in another order, or random
+    numbers be others.
 
     Args:
         operators: the implementation of the fused operators in this process.
@@ -98,6 +100,7 @@ def record_start(
         precision: that of training; validation is in float32 without TF32.
         winograd: the rule by which layers are computed by Winograd's algorithm; `UNUSED` where none may be.
         processes: how many train together.
+        draws: the version of the rule by which attacks draw; 0 is that of earlier versions.
     """
     starts: list[dict[str, Any]] = []
     with suppress(UserError):  # the first start, or a damaged list, which resuming does not need
@@ -105,6 +108,7 @@ def record_start(
     precisions = {"training": precision, "validation": "float32"}
     starts.append({**describe_environment(), "operators": operators, "precision": precisions})
     starts[-1] |= {"winograd": winograd, "command": sys.argv[1:], "processes": processes}
+    starts[-1]["draws"] = draws
     write_text(path, json.dumps(starts, indent=2) + "\n")
     return _differences(*starts[-2:], on_cpu=on_cpu) if len(starts) > 1 else []
 
@@ -129,4 +133,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any], *, on_cpu: bool) -
     rules = now["winograd"], before.get("winograd")
     if UNUSED not in rules and rules[0] != rules[1]:
         found.append("another rule than before says which layers Winograd's algorithm computes")
+    if now["draws"] != before.get("draws", 0):
+        found.append("the attacks of training draw other random numbers than in the version that began it")
     return found

@@ -7,6 +7,7 @@ import torch
 from fastdynat.attack_engine.winograd_layers import RULE
 from fastdynat.execution.float32 import float32_name
 from fastdynat.ops import operators_in_use
+from fastdynat.ops.image_draws import VERSION
 from fastdynat.runs.environment import UNUSED
 from fastdynat.training.resolved_config import ResolvedEngine
 
@@ -21,6 +22,7 @@ def arithmetic(engine: ResolvedEngine) -> dict[str, Any]:
         "on_cpu": device.type == "cpu",
         "precision": precision,
         "winograd": RULE if may_be else UNUSED,
+        "draws": VERSION,
     }
 
 

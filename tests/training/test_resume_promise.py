@@ -109,6 +109,23 @@ def test_a_run_from_before_winograd_was_chosen_by_layer_is_told_that_it_rounds_o
     assert told == [said, False]
 
 
+def test_a_run_of_a_version_with_other_draws_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--run-dir", str(run), *TINY, "--epochs", "3", "--stop-after", "1"]) == 0
+    record = run / "environment.json"
+    starts = json.loads(record.read_text())
+    del starts[0]["draws"]
+    record.write_text(json.dumps(starts))
+    told = []
+    for epochs in (2, 3):
+        capsys.readouterr()
+        assert main(["train", "--resume", str(run), "--stop-after", str(epochs), "--quiet"]) == 0
+        told.append("the attacks of training draw other random numbers" in capsys.readouterr().err)
+    assert told == [True, False]
+
+
 def test_the_record_names_what_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("fastdynat.training.arithmetic.operators_in_use", lambda device: "eager")
