@@ -142,9 +142,8 @@ def main() -> None:
         document = {
             "format": "fastdynat-world-sizes/1",
             "command": f"python bench/world_sizes.py --sizes {given.sizes} -- {' '.join(given.flags)}",
-            "environment": describe_environment(),
+            "environment": describe_environment() | {"load_average": os.getloadavg()},
             "commit": source_commit(),
-            "load_average": [round(load, 2) for load in os.getloadavg()],
             "runs": runs,
         }
         given.json.write_text(json.dumps(document, indent=1) + "\n")
