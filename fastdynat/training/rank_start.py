@@ -6,7 +6,7 @@ Without a launcher each of these functions does for the only process what it say
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import fastdynat
 from fastdynat.config import TrainConfig, override, to_flat
 from fastdynat.data import Images, TrainSplit
-from fastdynat.distributed import all_can, first_decides, require_alike, world
+from fastdynat.distributed import all_can, first_decides, in_turns, require_alike, world
 from fastdynat.launch import local_rank
 from fastdynat.runs import marked_folder, require_shared
 from fastdynat.training.networks import NetworkSet
@@ -68,10 +68,7 @@ def settled_by_first(
         return to_flat(found[0][0])
 
     flat = first_decides(values)
-    split = found[0][1] if found else None
-    for its_turn in (local_rank() == 0, True):
-        split = all_can(partial(open_split, asked) if its_turn and split is None else partial(_given, split))
-    assert split is not None
+    split = in_turns(lambda: found[0][1] if found else open_split(asked))
     if found:
         resolved = found[0][0]
         all_can(lambda: resolved)
@@ -80,10 +77,6 @@ def settled_by_first(
         resolved = all_can(lambda: resolve(given, split.info, announce=False, carried_on=True))
     require_alike({f"--{key.replace('_', '-')}": value for key, value in to_flat(resolved).items()})
     return resolved, split
-
-
-def _given(split: TrainSplit | None) -> TrainSplit | None:
-    return split
 
 
 def require_shared_folder(path: Path) -> None:
