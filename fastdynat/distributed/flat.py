@@ -11,19 +11,11 @@ from fastdynat.distributed.world import PendingSum, World
 
 @dataclass(frozen=True)
 class FlatSum:
-    """A pending all-reduce of many tensors; `finish` waits for it and writes the sums into the tensors.
-
-    Attributes:
-        bytes: size of the flat tensors, which is the number of bytes handed to collectives.
-    """
+    """A pending all-reduce of many tensors; `finish` waits for it and writes the sums into the tensors."""
 
     tensors: list[list[Tensor]]
     flat: list[Tensor]
     pending: list[PendingSum]
-
-    @property
-    def bytes(self) -> int:
-        return sum(flat.nbytes for flat in self.flat)
 
     @torch.no_grad()
     def finish(self) -> None:
