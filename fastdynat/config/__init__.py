@@ -1,24 +1,14 @@
 """The configuration of a run: typed, frozen, flat."""
 
+from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.data_config import DataConfig, Loader
+from fastdynat.config.engine_config import AutoAmp, CompileMode, EngineConfig, Kernels
 from fastdynat.config.flat_keys import override, read_config_file, to_flat, to_yaml
-from fastdynat.config.train_config import (
-    GROUPS,
-    AttackConfig,
-    AutoAmp,
-    CompileMode,
-    DataConfig,
-    EngineConfig,
-    EvalAmp,
-    Kernels,
-    Loader,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    OptionsT,
-    RunConfig,
-    Switch,
-    TrainConfig,
-)
+from fastdynat.config.model_config import ModelConfig
+from fastdynat.config.optim_config import OptimConfig
+from fastdynat.config.run_config import LogConfig, RunConfig
+from fastdynat.config.switch import Switch
+from fastdynat.config.train_config import GROUPS, EvalAmp, OptionsT, TrainConfig
 from fastdynat.config.value_ranges import check_seed
 
 __all__ = [

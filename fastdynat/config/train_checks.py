@@ -7,7 +7,10 @@ Needs neither data nor torch; what depends on data, method or machine is checked
 import math
 from typing import Any
 
-from fastdynat.config.train_config import AttackConfig, DataConfig, OptimConfig, TrainConfig
+from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.data_config import DataConfig
+from fastdynat.config.optim_config import OptimConfig
+from fastdynat.config.train_config import TrainConfig
 from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.user_code import is_hub_data, is_user_supplied

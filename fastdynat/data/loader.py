@@ -34,16 +34,29 @@ class Batch:
         labels: int64 (N,).
         indices: int64 (N,), the images' numbers in the set. All on one device.
         share: what part of the step's global batch these are; by default all of it.
+        mixed: float32 (N, K), the labels of mixed images (mixup, CutMix) as probabilities of the classes, of
+            which `labels` are the likeliest; None where no image is mixed.
     """
 
     x: Tensor
     labels: Tensor
     indices: Tensor
     share: Share = None  # type: ignore[assignment]
+    mixed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.share is None:
             self.share = Share(len(self.labels))
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels of losses and attacks: (N, K) probabilities if mixed, else (N,) classes."""
+        return self.labels if self.mixed is None else self.mixed
+
+    def rows(self, rows: slice, share: Share) -> "Batch":
+        """The part of this batch at `rows`."""
+        mixed = None if self.mixed is None else self.mixed[rows]
+        return Batch(self.x[rows], self.labels[rows], self.indices[rows], share, mixed)
 
 
 class TrainLoader(Protocol):

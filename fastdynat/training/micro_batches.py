@@ -44,7 +44,7 @@ def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, slice]]:
     found, row = [], 0
     for share in batch.share.pieces(count):
         rows = slice(row, row + share.images)
-        found.append((Batch(batch.x[rows], batch.labels[rows], batch.indices[rows], share), rows))
+        found.append((batch.rows(rows, share), rows))
         row = rows.stop
     return found
 

@@ -148,8 +148,9 @@ class TrainStep:
             replaced_statistics(self.networks.raw["model"]) if resets else nullcontext(),
             replicated_batch() if batch.share.replicated else nullcontext(),
         ):
+            inputs = (batch.x, batch.labels, batch.indices, *([] if batch.mixed is None else [batch.mixed]))
             if self._graphed is None:
-                result = self._run(batch.x, batch.labels, batch.indices)
+                result = self._run(*inputs)
             else:
                 constants = (
                     self.spec.steps,
@@ -158,7 +159,7 @@ class TrainStep:
                     batch.share,
                     *self.method.constants(),
                 )
-                result = self._graphed(batch.x, batch.labels, batch.indices, constants=constants)
+                result = self._graphed(*inputs, constants=constants)
         self.networks.average()
         self.global_step += 1
         return result.metrics
@@ -193,9 +194,9 @@ class TrainStep:
         draws = {} if self._draws is None else {"random state": self._draws.state}
         return StepState(self.networks, self.optimizers, self.method, self.rates.tensors(), draws)
 
-    def _run(self, x: Tensor, labels: Tensor, indices: Tensor) -> StepResult:
+    def _run(self, x: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None = None) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""
-        batch = Batch(x, labels, indices, self._share)
+        batch = Batch(x, labels, indices, self._share, mixed)
         for replay in range(self.method.replays):
             result = self._one_update(batch, replay)
         return result

@@ -1,0 +1,39 @@
+"""Flags of the inner attack."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Inner attack, and the radius of evaluation. Radii and step sizes: 8/255, 0.031, or 8 (read as
+    8/255)."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Threat model."""
+    eps: float | str = "auto"
+    """Radius in training; auto is the dataset's (0.031 for colour images)."""
+    step_size: float | str = "auto"
+    """Step of the attack; auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more
+    for single-step methods."""
+    steps: int | None = None
+    """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
+    early_steps: int | None = None
+    """Changes the algorithm: use this many attack steps in the first --early-share of the epochs; None is
+    --steps throughout. Faster; docs/results.md gives the cost in robust accuracy."""
+    early_share: float = 0.5
+    """Share of the epochs in which --early-steps applies."""
+    start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
+    """Starting point of the attack: the image, or a random point around it; auto is the method's published
+    choice."""
+    attack_bn: Literal["eval", "train", "frozen"] = "eval"
+    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without
+    updating. With train, every forward pass of the attacked network updates the running statistics, including
+    a method's pass for its clean prediction."""
+    eval_eps: float | str = "auto"
+    """Radius in validation and evaluation; auto is eps, or 8/255 if eps is the published 0.031."""
+    awp: float = 0.0
+    """Adversarial weight perturbation around each update, relative to each tensor's norm (usual: 0.005,
+    0.01); 0 is off."""
+    awp_warmup: int = 0
+    """Epochs without weight perturbation at the start."""

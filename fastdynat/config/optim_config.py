@@ -1,0 +1,74 @@
+"""Flags of optimiser and schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    epochs: int | None = None
+    """Epochs; None is 100, or 15 for digits."""
+    lr: float | None = None
+    """Peak learning rate of SGD; None is 0.1, or 0.03 for digits."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    cycle_momentum: bool = False
+    """onecycle, triangular: cycle the momentum inversely to the learning rate, between --max-momentum and
+    --base-momentum, instead of --momentum. This is the default of torch's OneCycleLR and CyclicLR, and so of
+    most releases that use them."""
+    base_momentum: float | None = None
+    """Momentum at the highest learning rate; None is torch's, 0.85 for onecycle and 0.8 for triangular."""
+    max_momentum: float | None = None
+    """Momentum at the lowest learning rate; None is torch's, 0.95 for onecycle and 0.9 for triangular."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 2e-4
+    """L2 weight decay."""
+    decay_norms: bool = True
+    """Apply weight decay to the parameters of normalisation layers, too; --no-decay-norms exempts them
+    (DyART, Gowal et al.)."""
+    burn_in: int = 0
+    """Number of epochs, out of --epochs, of natural training (cross-entropy on clean images, at the peak
+    rate) before the method starts. The method starts from the weight average, if there is one, with a fresh
+    optimiser; schedule, warm-ups and ramps count from there. --clip-grad does not apply to the burn-in."""
+    burn_in_lr: float | None = None
+    """Learning rate of the burn-in; None is --lr."""
+    schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
+    """Learning rate schedule. release is that of DYNAT's code (one epoch at lr/5, then lr, divided by 10
+    after 75 % and again after 90 %); triangular goes from 0 to lr and back to 0."""
+    warmup: float | None = None
+    """onecycle, triangular: position of the peak, as a share of the run; None is 0.3 for onecycle, 0.5 for
+    triangular."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """multistep: positions of the drops, as shares of the run."""
+    gamma: float = 0.1
+    """multistep: factor of each drop."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """cosine, onecycle, triangular: update learning rate and cycled momentum at every step, or once per
+    epoch, as many releases do."""
+    schedule_ahead: int = 0
+    """Run the schedule of learning rate and cycled momentum this many updates ahead: with 1, the rate drops
+    one update early (Rice et al.)."""
+    optimizers: Literal["separate", "joint"] = "separate"
+    """One SGD per network, or one for both; they differ only in gradient clipping, where joint uses the joint
+    norm."""
+    grad_accum_steps: int = 1
+    """Cut each batch into this many micro-batches, attack them one after the other, and make one update from
+    the sum of their gradients: less memory, the same update. --batch-size still counts the images of an
+    update. Batch norm sees one micro-batch at a time."""
+    zero1: bool = False
+    """With several processes (torchrun), shard the optimiser's state (ZeRO stage 1): each process keeps the
+    momentum of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
+    out CUDA graphs."""
+    clip_grad: float = 0.0
+    """Clip the gradient norm to this; 0 is off."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999; 0 is off. The average is updated
+    once per batch, and is what is validated and saved as the model."""
+    ema_warmup: float = 0.0
+    """Share of the run in which the average is a plain copy; after that, its decay at step s is
+    min(ema, (1 + s) / (10 + s)). With 0, the decay is ema from the first step on."""
+    ema_buffers: Literal["average", "copy"] = "average"
+    """Running statistics of the average: averaged like the weights, or copied from the model."""
