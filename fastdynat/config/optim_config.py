@@ -62,6 +62,9 @@ class OptimConfig:
     """With several processes (torchrun), shard the optimiser's state (ZeRO stage 1): each process keeps the
     momentum of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
     out CUDA graphs."""
+    label_smoothing: float = 0.0
+    """Smooth the labels of every cross-entropy: of K classes, the label's gets 1 - s + s/K and each of the
+    others s/K, as in torch and timm. The attack's goal keeps a plain label, and smooths a mixed one."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0

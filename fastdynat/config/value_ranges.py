@@ -112,7 +112,7 @@ RANGES = {
     "awp_warmup": _from(0, "a number of epochs"),
     "epochs": _from(1),
     **dict.fromkeys(("lr", "burn_in_lr"), _above(0)),  # a rate that diverges says so
-    **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "ema"), KEEP_RATE),
+    **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "ema", "label_smoothing"), KEEP_RATE),
     **dict.fromkeys(("weight_decay", "gamma", "clip_grad"), _from(0)),
     "schedule_ahead": _from(0, "a number of updates >= 0"),
     "ema_warmup": SHARE_OF_RUN,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from fastdynat.attack_engine.goal import AttackGoal, wide
+from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -28,7 +28,6 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +46,15 @@ class Alp(Method[AlpOptions]):
     """``min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing MSE(f(x), f(x'))``."""
 
     options_type = AlpOptions
+    smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels))
+        return Inner(self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
-        fits = [
-            dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels) for logits in (clean, adv)
-        ]
+        fits = [self.fit(logits, batch) for logits in (clean, adv)]
         pairing = F.mse_loss(wide(clean), wide(adv))
         loss = 0.5 * fits[0].loss + 0.5 * fits[1].loss + self.options.logit_pairing * pairing
         accuracies = [batch_share(fit.target_correct, batch) for fit in fits]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdynat.attack_engine.goal import AttackGoal, wide
+from fastdynat.attack_engine.goal import wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -34,7 +34,6 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import KlMean, accuracy, clean_statistics_pass, guide_logits, mean_kl
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,16 @@ class Ard(Method[ArdOptions]):
     """Adversarially robust distillation; the guide is a robust network."""
 
     options_type = ArdOptions
+    smooths_labels = takes_mixed_labels = True
     uses_guide = True
     guide_made_by = "madry"
 
+    def __init__(self, options: ArdOptions) -> None:
+        super().__init__(options)
+        self.smooths_labels = options.alpha < 1
+
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=guide_logits(nets, batch.x))
+        return Inner(self.true_goal(batch), dynamic_labels=guide_logits(nets, batch.x))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         assert inner.dynamic_labels is not None
@@ -86,8 +90,7 @@ class Ard(Method[ArdOptions]):
         distilled = mean_kl(inner.dynamic_labels, logits, temperature=temperature, mean=self.options.kl_mean)
         loss = alpha * temperature**2 * distilled
         if alpha < 1:
-            fit = dynamic_label_cross_entropy(nets.model(batch.x), batch.labels)
-            loss = loss + (1 - alpha) * fit.loss
+            loss = loss + (1 - alpha) * self.fit(nets.model(batch.x), batch).loss
         elif self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
         logs = {

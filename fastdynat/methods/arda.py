@@ -15,19 +15,17 @@ depends on the image.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.base import unattacked
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,7 @@ class Arda(Method[ArdaOptions]):
     """Cross-entropy on batches of attacked and clean images."""
 
     options_type = ArdaOptions
+    smooths_labels = takes_mixed_labels = True
     logs_adv_acc = False
 
     def num_attacked(self, batch: Batch) -> int:
@@ -64,8 +63,9 @@ class Arda(Method[ArdaOptions]):
         return math.floor(self.options.adversarial_share * batch.share.total + 0.5)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        attacked = self.num_attacked(batch)
-        return Inner(AttackGoal("ce", batch.labels[:attacked]) if attacked else None)
+        attacked = slice(self.num_attacked(batch))
+        goal = self.true_goal(batch)
+        return Inner(replace(goal, target=goal.target[attacked]) if attacked.stop else None)
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         if inner.goal is None:
@@ -76,9 +76,7 @@ class Arda(Method[ArdaOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = nets.model(attacked.x_adv)
-        fit = dynamic_label_cross_entropy(
-            logits, batch.labels, labels=batch.labels, weights=self.weights(batch)
-        )
+        fit = self.fit(logits, batch, weights=self.weights(batch))
         return Outer(
             {"model": fit.loss},
             {"loss": fit.loss.detach(), "train_mixed_acc": batch_share(fit.target_correct, batch)},

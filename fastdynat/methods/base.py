@@ -120,6 +120,11 @@ class Method(ABC, Generic[OptionsT]):
         attacks: whether training attacks at all.
         couples_images: whether the loss of an image depends on others of the batch, beyond batch norm: then
             --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
+        smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
+            `label_smoothing`; if not, --label-smoothing is refused.
+        takes_mixed_labels: whether losses and goal hold for labels that are probabilities, as those of `fit`
+            and `true_goal` do; if not, mixup and CutMix are refused.
+        label_smoothing: s of --label-smoothing; set before the first step.
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
@@ -138,6 +143,9 @@ class Method(ABC, Generic[OptionsT]):
     searches: bool = True
     attacks: bool = True
     couples_images: bool = False
+    smooths_labels: bool = False
+    takes_mixed_labels: bool = False
+    label_smoothing: float = 0.0
     unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1
@@ -168,6 +176,43 @@ class Method(ABC, Generic[OptionsT]):
     @abstractmethod
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         """State the inner problem of `batch` (images (N, C, H, W) in [0, 1], labels (N,) int64)."""
+
+    def fit(self, logits: Tensor, batch: Batch, *, weights: Tensor | None = None) -> DynamicLabelLoss:
+        """The cross-entropy of `logits` with the labels of `batch`, smoothed and mixed as the run asks.
+
+        A label y is the distribution (1 - s) y + s / K, with s = `label_smoothing` and K classes; of a mixed
+        image, y are its probabilities `Batch.mixed`. Correct predictions are those of `Batch.labels`.
+
+        Args:
+            logits: (N, K); gradient flows into them.
+            weights: (N,) constant factors of the images' losses; None is 1.
+        """
+        from fastdynat.ops import dynamic_label_cross_entropy
+
+        return dynamic_label_cross_entropy(
+            logits,
+            batch.labels if batch.mixed is None else batch.mixed.log(),
+            labels=batch.labels,
+            weights=weights,
+            soft=batch.mixed is not None,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def true_goal(self, batch: Batch, *, track: bool = False) -> AttackGoal:
+        """The cross-entropy with the labels of `batch` as the goal of the attack.
+
+        Labels of one class are not smoothed: the releases smooth them in the loss alone (DM-Improves-AT,
+        FastAT_Benchmark). Mixed labels are: timm's Mixup smooths them before the attack sees them
+        (revisiting-at, ARES).
+
+        track: as of `AttackGoal`.
+        """
+        from fastdynat.attack_engine.goal import AttackGoal
+
+        smoothing, labels = self.label_smoothing, batch.targets
+        if batch.mixed is not None and smoothing > 0:
+            labels = batch.mixed * (1 - smoothing) + smoothing / batch.mixed.shape[1]
+        return AttackGoal("ce", labels, track=track)
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         """The attacked images: by default PGD on the goal, or the clean images if there is no goal.

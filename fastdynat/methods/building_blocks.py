@@ -57,13 +57,21 @@ def guide_logits(nets: Networks, x: Tensor) -> Tensor:
 
 
 def mean_kl(
-    from_logits: Tensor, logits: Tensor, *, temperature: float = 1.0, mean: KlMean = "batch"
+    from_logits: Tensor,
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    mean: KlMean = "batch",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """KL(softmax(from_logits / T) || softmax(logits / T)), a scalar with gradient through both arguments.
 
-    mean: "batch" averages the sum over classes over the batch; "entries" divides that by K, as torch's
-        `KLDivLoss` does, and "tenth" by 10.
+    Args:
+        mean: "batch" averages the sum over classes over the batch; "entries" divides that by K, as torch's
+            `KLDivLoss` does, and "tenth" by 10.
+        weights: (N,) constant factors of the images' divergences; None is 1.
     """
     over = {"batch": 1, "entries": logits.shape[1], "tenth": 10}[mean]
     log_p = (wide(from_logits) / temperature).log_softmax(1)
-    return kl_from_log_probs(log_p, wide(logits) / temperature).mean() / over
+    kl = kl_from_log_probs(log_p, wide(logits) / temperature)
+    return (kl if weights is None else weights.to(kl.dtype) * kl).mean() / over

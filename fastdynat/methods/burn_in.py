@@ -10,7 +10,6 @@ from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, Networks, Outer
 from fastdynat.methods.building_blocks import batch_share
 from fastdynat.methods.natural import Natural, NaturalOptions
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 class BurnIn(Natural):
@@ -18,13 +17,13 @@ class BurnIn(Natural):
 
     def __init__(self, method: Method[Any]) -> None:
         super().__init__(NaturalOptions())
-        self.trains = method.trains
+        self.trains, self.label_smoothing = method.trains, method.label_smoothing
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         if "guide" not in self.trains:
             return super().inner(nets, batch)
         assert nets.guide is not None
-        guide = dynamic_label_cross_entropy(nets.guide(batch.x), batch.labels, labels=batch.labels)
+        guide = self.fit(nets.guide(batch.x), batch)
         return Inner(goal=None, guide=guide, losses={"guide": guide.loss})
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:

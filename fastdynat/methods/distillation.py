@@ -49,6 +49,7 @@ class Distillation(Method[DistillationOptions]):
     """Defensive distillation; the guide is a natural network trained at the same temperature."""
 
     options_type = DistillationOptions
+    takes_mixed_labels = True  # it uses no true label
     uses_guide = True
     select_by = "val_clean_acc"
     searches = False

@@ -48,7 +48,7 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import batch_share, mean_over
-from fastdynat.ops import dynamic_label_cross_entropy, soft_margin
+from fastdynat.ops import soft_margin
 from fastdynat.units import parse_size
 
 
@@ -92,6 +92,7 @@ class Dyart(Method[DyartOptions]):
 
     unused_attack = ("step_size", "start")
     options_type = DyartOptions
+    smooths_labels = True
     attack_defaults = AttackDefaults(steps=20)
     logs_adv_acc = False
 
@@ -130,7 +131,7 @@ class Dyart(Method[DyartOptions]):
         weights = self.weights(points)
         # The points come before the images, as in the release: running statistics depend on the order.
         margin = soft_margin(nets.model(points.x_adv), batch.labels, temperature=options.temperature)
-        fit = dynamic_label_cross_entropy(nets.model(batch.x), batch.labels, labels=batch.labels)
+        fit = self.fit(nets.model(batch.x), batch)
         loss = fit.loss - options.margin_weight * (weights * margin).sum() / len(batch.labels)
         found = points.found.sum()
         logs = {

@@ -57,8 +57,8 @@ from fastdynat.methods import (
     check_positive,
     register_method,
 )
-from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass
-from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
+from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass, mean_kl
+from fastdynat.methods.trades import kl_to_self
 from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
@@ -158,6 +158,7 @@ class Dynat(Method[DynatOptions]):
     """Dynamic-label adversarial training; `DynatOptions` has the variants."""
 
     options_type = DynatOptions
+    smooths_labels = True
     uses_guide = True
     trains = ("model", "guide")
     attack_defaults = AttackDefaults(start="gaussian")
@@ -166,6 +167,7 @@ class Dynat(Method[DynatOptions]):
         super().__init__(options)
         normalized = options.weighting == "mail" and options.weight_scale == "normalized"
         self.couples_images = normalized or options.weighting == "gairat"
+        self.takes_mixed_labels = options.weighting == "none" or options.weight_labels == "dynamic"
 
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""
@@ -181,7 +183,7 @@ class Dynat(Method[DynatOptions]):
         guide_logits = nets.guide(batch.x)
         # One pass over the guide's logits: its own loss and gradient, its accuracy, and the labels for the
         # model.
-        guide = dynamic_label_cross_entropy(guide_logits, batch.labels, labels=batch.labels)
+        guide = self.fit(guide_logits, batch)
         label_logits, hard = guide_logits.detach(), guide.predictions
         if self.options.guide_mode == "eval":
             with torch.no_grad():
@@ -199,7 +201,7 @@ class Dynat(Method[DynatOptions]):
             probs = (dynamic_labels / self.options.temperature).softmax(1) if soft else dynamic_labels
             return AttackGoal("ce", probs, track=track)
         if self.options.inner_loss == "ce_true":
-            return AttackGoal("ce", batch.labels, track=track)
+            return self.true_goal(batch, track=track)
         if self.options.inner_loss == "kl_guide":
             return AttackGoal("kl", label_logits.log_softmax(1), track=track)
         return kl_to_self(nets, batch)
@@ -210,16 +212,21 @@ class Dynat(Method[DynatOptions]):
         logits = nets.model(attacked.x_adv)
         guided = self.options.outer_label == "dynamic"
         hard = inner.dynamic_labels.argmax(1) if inner.dynamic_labels.dim() == 2 else inner.dynamic_labels
-        fit = dynamic_label_cross_entropy(
-            logits,
-            inner.dynamic_labels if guided else batch.labels,
-            labels=batch.labels,
-            weights=self.weights(
-                logits, batch.labels if self.options.weight_labels == "true" else hard, attacked
-            ),
-            soft=guided and self.options.label_type == "soft",
-            temperature=self.options.temperature,
+        weights = self.weights(
+            logits, batch.labels if self.options.weight_labels == "true" else hard, attacked
         )
+        if guided:
+            fit = dynamic_label_cross_entropy(
+                logits,
+                inner.dynamic_labels,
+                labels=batch.labels,
+                weights=weights,
+                soft=self.options.label_type == "soft",
+                temperature=self.options.temperature,
+                label_smoothing=self.label_smoothing,
+            )
+        else:
+            fit = self.fit(logits, batch, weights=weights)
         loss = self.options.beta * fit.loss
         # The clean batch comes after the attacked one, as in the release: running statistics depend on the
         # order.
@@ -252,6 +259,5 @@ class Dynat(Method[DynatOptions]):
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
         if self.options.awp_objective == "own":
             return super().awp_loss(nets, batch, inner, attacked)
-        return trades_loss_from_logits(
-            nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, AWP_BETA
-        )
+        clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
+        return self.fit(clean, batch).loss + AWP_BETA * mean_kl(clean, adv)

@@ -15,7 +15,6 @@ from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Inner, Method, MethodOptions, Networks, Outer, register_method
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.ops import dynamic_label_cross_entropy
 
 MOST_REPLAYS = 10_000
 
@@ -45,6 +44,7 @@ class Free(Method[FreeOptions]):
     """
 
     options_type = FreeOptions
+    smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
     searches = False
 
@@ -72,7 +72,7 @@ class Free(Method[FreeOptions]):
         return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=batch.x.device), 0)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
-        fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
+        fit = self.fit(nets.model(attacked.x_adv), batch)
         return Outer(
             {"model": fit.loss},
             {"loss": fit.loss.detach(), "train_adv_acc": batch_share(fit.target_correct, batch)},

@@ -23,13 +23,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.building_blocks import batch_share
 from fastdynat.methods.weighting import GAIRAT_FROM, begun, gairat_weights
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,7 @@ class Gairat(Method[GairatOptions]):
     """``min mean w_i CE(f(x'_i), y_i)`` with weights from the number of steps that an attack needs."""
 
     options_type = GairatOptions
+    smooths_labels = True
     couples_images = True
 
     def weighted(self) -> bool:
@@ -62,12 +61,12 @@ class Gairat(Method[GairatOptions]):
         return (self.weighted(),)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels, track=self.weighted()))
+        return Inner(self.true_goal(batch, track=self.weighted()))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         weights = gairat_weights(attacked, self.options.lam) if self.weighted() else None
         logits = nets.model(attacked.x_adv)
-        fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels, weights=weights)
+        fit = self.fit(logits, batch, weights=weights)
         return Outer(
             {"model": fit.loss},
             {"loss": fit.loss.detach(), "train_adv_acc": batch_share(fit.target_correct, batch)},

@@ -67,6 +67,7 @@ class Hat(Method[HatOptions]):
     """Helper-based adversarial training; the guide is a naturally trained network."""
 
     options_type = HatOptions
+    smooths_labels = takes_mixed_labels = True
     uses_guide = True
     attack_defaults = AttackDefaults(start="gaussian")
 
@@ -77,8 +78,10 @@ class Hat(Method[HatOptions]):
         fooled_into = guide_logits(nets, attacked.x_adv).argmax(1)
         x_helper = batch.x + self.options.helper_scale * (attacked.x_adv - batch.x)
         clean, logits = wide(nets.model(batch.x)), wide(nets.model(attacked.x_adv))
-        helper = dynamic_label_cross_entropy(nets.model(x_helper), fooled_into)
-        fit = dynamic_label_cross_entropy(clean, batch.labels, labels=batch.labels)
+        helper = dynamic_label_cross_entropy(
+            nets.model(x_helper), fooled_into, label_smoothing=self.label_smoothing
+        )
+        fit = self.fit(clean, batch)
         loss = (
             fit.loss + self.options.beta * mean_kl(clean, logits) + self.options.helper_weight * helper.loss
         )

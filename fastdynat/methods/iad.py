@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import kl_from_log_probs, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -51,7 +51,6 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, guide_logits
-from fastdynat.ops import dynamic_label_cross_entropy
 
 ALPHA, BEGIN = {"I": 1.0, "II": 0.5}, {"I": 0.3, "II": 0.2}
 
@@ -95,12 +94,14 @@ class Iad(Method[IadOptions]):
     """Introspective adversarial distillation; the guide is a robust network."""
 
     options_type = IadOptions
+    smooths_labels = True
     uses_guide = True
     guide_made_by = "madry"
 
     def __init__(self, options: IadOptions) -> None:
         super().__init__(options)
         self.alpha = ALPHA[options.variant] if options.alpha is None else options.alpha
+        self.smooths_labels = self.alpha < 1
         self.begin = BEGIN[options.variant] if options.begin is None else options.begin
 
     def constants(self) -> tuple[float, ...]:
@@ -112,7 +113,7 @@ class Iad(Method[IadOptions]):
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         guide = guide_logits(nets, batch.x) if self.options.variant == "I" else None
-        return Inner(AttackGoal("ce", batch.labels), dynamic_labels=guide)
+        return Inner(self.true_goal(batch), dynamic_labels=guide)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         options, first, introspective = self.options, self.options.variant == "I", self.introspective()
@@ -135,7 +136,7 @@ class Iad(Method[IadOptions]):
             taught = taught + own if first else trust * taught + options.temperature**2 * own
         loss = self.alpha * taught.mean()
         if self.alpha < 1:
-            fit = dynamic_label_cross_entropy(logits if clean is None or not first else clean, batch.labels)
+            fit = self.fit(logits if clean is None or not first else clean, batch)
             loss = loss + (1 - self.alpha) * fit.loss
         logs = {"loss": loss.detach(), "train_adv_acc": accuracy(logits, batch), "trust": trust.mean()}
         return Outer({"model": loss}, logs)

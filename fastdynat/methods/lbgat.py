@@ -43,7 +43,6 @@ from fastdynat.methods import (
 )
 from fastdynat.methods.building_blocks import accuracy, batch_share, clean_statistics_pass, mean_kl
 from fastdynat.methods.trades import kl_to_self
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,7 @@ class Lbgat(Method[LbgatOptions]):
     """Learnable boundary guided adversarial training; `LbgatOptions` has the variants."""
 
     options_type: ClassVar[type] = LbgatOptions
+    smooths_labels = takes_mixed_labels = True
     uses_guide = True
     trains: tuple[str, ...] = ("model", "guide")
     attack_defaults = AttackDefaults(start="gaussian")
@@ -86,14 +86,14 @@ class Lbgat(Method[LbgatOptions]):
     def __init__(self, options: LbgatOptions) -> None:
         super().__init__(options)
         if options.freeze_guide:
-            self.trains = ("model",)
+            self.trains, self.smooths_labels = ("model",), False
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         assert nets.guide is not None
         guide_logits = wide(nets.guide(batch.x))
         # The guide's own loss waits for `outer`: taking its gradient now would free the graph that the MSE
         # goes through.
-        guide = dynamic_label_cross_entropy(guide_logits, batch.labels, labels=batch.labels)
+        guide = self.fit(guide_logits, batch)
         return Inner(kl_to_self(nets, batch), guide, dynamic_labels=guide_logits)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, register_method
 from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass, statistics_pass
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,13 @@ class Madry(Method[MadryOptions]):
     """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
 
     options_type = MadryOptions
+    smooths_labels = takes_mixed_labels = True
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels))
+        return Inner(self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
-        fit = dynamic_label_cross_entropy(nets.model(attacked.x_adv), batch.labels, labels=batch.labels)
+        fit = self.fit(nets.model(attacked.x_adv), batch)
         if self.options.bn_clean_forward:
             clean_statistics_pass(nets, batch)
         return Outer(

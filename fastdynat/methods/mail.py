@@ -24,7 +24,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -38,10 +37,9 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import accuracy
-from fastdynat.methods.trades import kl_to_self, trades_loss_from_logits
+from fastdynat.methods.building_blocks import accuracy, mean_kl
+from fastdynat.methods.trades import kl_to_self
 from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
-from fastdynat.ops import dynamic_label_cross_entropy
 
 PUBLISHED = {"at": (10.0, -0.5), "trades": (2.0, 0.0)}  # slope, bias
 
@@ -82,6 +80,7 @@ class Mail(Method[MailOptions]):
     """Adversarial training with margin-aware weights."""
 
     options_type = MailOptions
+    smooths_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 
     def __init__(self, options: MailOptions) -> None:
@@ -99,9 +98,7 @@ class Mail(Method[MailOptions]):
         return (self.weighted(),)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(
-            kl_to_self(nets, batch) if self.options.base == "trades" else AttackGoal("ce", batch.labels)
-        )
+        return Inner(kl_to_self(nets, batch) if self.options.base == "trades" else self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean = nets.model(batch.x) if self.options.base == "trades" else None
@@ -111,9 +108,9 @@ class Mail(Method[MailOptions]):
             scale = self.options.weight_scale
             weights = mail_weights(adv, batch.labels, slope=self.slope, bias=self.bias, scale=scale)
         if clean is None:
-            loss = dynamic_label_cross_entropy(adv, batch.labels, weights=weights).loss
+            loss = self.fit(adv, batch, weights=weights).loss
         else:
-            loss = trades_loss_from_logits(clean, adv, batch.labels, self.options.beta, weights)
+            loss = self.fit(clean, batch).loss + self.options.beta * mean_kl(clean, adv, weights=weights)
         clean_log = {} if clean is None else {"train_acc": accuracy(clean, batch)}
         return Outer(
             {"model": loss}, {"loss": loss.detach(), **clean_log, "train_adv_acc": accuracy(adv, batch)}

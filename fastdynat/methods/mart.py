@@ -15,6 +15,9 @@ Details of the released code, and how they are treated here:
 - the clean batch passes through the network before the attacked one, which matters to running statistics.
   Kept.
 
+Label smoothing is that of the first half of BCE, the cross-entropy; the second half and 1 - p_y are functions
+of the class y. Mixed labels, which have no such class, are refused.
+
 Released settings: beta 5, lr 0.01, weight decay 3.5e-3 (ResNet-18); beta 6, lr 0.1, weight decay 7e-4
 (WRN-34-10).
 """
@@ -25,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, rival_loss, wide
+from fastdynat.attack_engine.goal import kl_from_log_probs, rival_loss, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -39,7 +42,6 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import accuracy, batch_share
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +64,15 @@ class Mart(Method[MartOptions]):
     """``min BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x))``."""
 
     options_type = MartOptions
+    smooths_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(AttackGoal("ce", batch.labels))
+        return Inner(self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
-        fit = dynamic_label_cross_entropy(adv, batch.labels, labels=batch.labels)
+        fit = self.fit(adv, batch)
         log_p = wide(clean).log_softmax(1)
         wrong = -torch.expm1(log_p.gather(1, batch.labels[:, None]).squeeze(1))  # 1 - p_y(x)
         robust = (kl_from_log_probs(log_p, wide(adv)) * wrong).mean()

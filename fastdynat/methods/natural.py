@@ -18,7 +18,6 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.ops import dynamic_label_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,7 @@ class Natural(Method[NaturalOptions]):
     """``min CE(f(x) / temperature, y)``."""
 
     options_type = NaturalOptions
+    smooths_labels = takes_mixed_labels = True
     # It has no robust accuracy to speak of: by PGD a network at chance level would beat a trained one.
     select_by = "val_clean_acc"
     searches = False
@@ -49,7 +49,7 @@ class Natural(Method[NaturalOptions]):
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = wide(nets.model(attacked.x_adv)) / self.options.temperature
-        fit = dynamic_label_cross_entropy(logits, batch.labels, labels=batch.labels)
+        fit = self.fit(logits, batch)
         return Outer(
             {"model": fit.loss},
             {"loss": fit.loss.detach(), "train_acc": batch_share(fit.target_correct, batch)},

@@ -60,6 +60,7 @@ class Rslad(Method[RsladOptions]):
     """Robust soft label adversarial distillation; the guide is a robust network."""
 
     options_type = RsladOptions
+    takes_mixed_labels = True  # it uses no true label
     uses_guide = True
     guide_made_by = "madry"
     attack_defaults = AttackDefaults(start="gaussian")

@@ -13,6 +13,9 @@ Details of the released code, and how they are treated here:
 - it takes the KL from probabilities: NaN as soon as one underflows, at a logit gap of 104. Here it is taken
   from logits.
 - it computes p(x) again in each attack step, with the same result in eval mode. Here it is computed once.
+- with mixed labels (CutMix) it is the code of Wang et al. 2023 (DM-Improves-AT): the mixed label takes the
+  place of p(x) in the attack's KL, whose gradient is then that of the cross-entropy, and of y in the first
+  term; the second term keeps p(x). That release does not smooth mixed labels; here --label-smoothing does.
 - with dropout, its third call draws another mask. Here the KL uses the first call's logits.
 """
 
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import AttackGoal, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import (
@@ -36,8 +39,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass
-from fastdynat.ops import dynamic_label_cross_entropy
+from fastdynat.methods.building_blocks import accuracy, clean_statistics_pass, mean_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +61,15 @@ class Trades(Method[TradesOptions]):
     """``min CE(f(x), y) + beta KL(p(x) || p(x'))``."""
 
     options_type = TradesOptions
+    smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        return Inner(kl_to_self(nets, batch))
+        return Inner(kl_to_self(nets, batch) if batch.mixed is None else self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
-        loss = trades_loss_from_logits(clean, adv, batch.labels, self.options.beta)
+        loss = self.fit(clean, batch).loss + self.options.beta * mean_kl(clean, adv)
         if self.options.bn_third_pass:
             clean_statistics_pass(nets, batch)
         logs = {
@@ -77,27 +80,11 @@ class Trades(Method[TradesOptions]):
         return Outer({"model": loss}, logs)
 
     def awp_loss(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Tensor:
-        return trades_loss_from_logits(
-            nets.model(batch.x), nets.model(attacked.x_adv), batch.labels, self.options.beta
-        )
+        clean, adv = nets.model(batch.x), nets.model(attacked.x_adv)
+        return self.fit(clean, batch).loss + self.options.beta * mean_kl(clean, adv)
 
 
 def kl_to_self(nets: Networks, batch: Batch) -> AttackGoal:
     """``KL(p(x) || p(x'))``: away from the model's clean prediction, which is constant in the attack."""
     with torch.no_grad():
         return AttackGoal("kl", wide(nets.attacked(batch.x)).log_softmax(1))
-
-
-def trades_loss_from_logits(
-    clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None
-) -> Tensor:
-    """``CE(clean, labels) + beta mean(weights * KL(p_clean || p_attacked))``, a scalar.
-
-    Args:
-        clean, attacked: logits (N, K); gradient flows into both.
-        labels: (N,) int64.
-        weights: (N,) constants; None is 1.
-    """
-    kl = kl_from_log_probs(wide(clean).log_softmax(1), wide(attacked))
-    weighted = kl if weights is None else weights.to(kl.dtype) * kl
-    return dynamic_label_cross_entropy(clean, labels).loss + beta * weighted.mean()

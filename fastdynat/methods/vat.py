@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, wide
+from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, soft_cross_entropy, wide
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
@@ -91,6 +91,7 @@ class Vat(Method[VatOptions]):
     """``min CE(f(x), y) + weight KL(sg[p(x)] || p(x + r))``, equations 5 to 8 of the paper."""
 
     options_type = VatOptions
+    smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
     couples_images = True
@@ -121,6 +122,15 @@ class Vat(Method[VatOptions]):
         x_adv = batch.x + self._radius(attack.spec, batch.x) * direction
         return AttackResult(x_adv, zeros, len(batch.x) * self.options.power_iterations)
 
+    def _per_image(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy with the labels, smoothed and mixed as in `fit`, (N,); any number without one."""
+        if batch.mixed is None:
+            hard = -log_probs.gather(1, batch.labels.clamp_min(0)[:, None]).squeeze(1)
+        else:
+            hard = soft_cross_entropy(log_probs, batch.mixed)
+        smoothing = self.label_smoothing
+        return hard if smoothing == 0 else (1 - smoothing) * hard - smoothing * log_probs.mean(1)
+
     def _radius(self, spec: PGDSpec, x: Tensor) -> float:
         if self.options.radius is not None:
             return self.options.radius
@@ -129,9 +139,8 @@ class Vat(Method[VatOptions]):
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         log_probs = wide(nets.model(batch.x)).log_softmax(1)
         labelled = batch.labels >= 0
-        own = log_probs.gather(1, batch.labels.clamp_min(0)[:, None]).squeeze(1)
         # The mean over the images that have a label; where none has one, nothing.
-        cross_entropy = mean_over(-own, labelled, batch)
+        cross_entropy = mean_over(self._per_image(log_probs, batch), labelled, batch)
         divergence = kl_from_log_probs(log_probs.detach(), wide(nets.unmoved(attacked.x_adv))).mean()
         loss = cross_entropy + self.options.vat_weight * divergence
         right = mean_over((log_probs.argmax(1) == batch.labels).double(), labelled, batch)

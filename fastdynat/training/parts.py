@@ -88,6 +88,7 @@ def build_parts(
         check_single_values(networks.raw[name], info.image_shape, device, config.data.batch_size)
     loader = _loader(config, split, device)
     method.epochs = epochs_of_method(config.optim)
+    method.label_smoothing = config.optim.label_smoothing
     images = deal(config.data.batch_size, world().rank, world().size).images
     method.buffers = method.make_buffers(torch.zeros(images, *info.image_shape, device=device))
     step = _step(config, method, networks, loader.steps_per_epoch, fallbacks)

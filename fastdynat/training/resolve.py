@@ -19,6 +19,7 @@ from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_engine import resolved_engine
+from fastdynat.training.resolve_labels import check_label_use
 from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedConfig, ResolvedData, filled_in
 from fastdynat.training.schedules import RELEASE_WARMUP, epochs_of_method
@@ -57,6 +58,7 @@ def resolve(
     attack = resolved_attack(config.attack, info, method, notes)
     optim = resolved_optim(config, info)
     _check_accumulation(config.optim.grad_accum_steps, method)
+    check_label_use(method, smoothing=config.optim.label_smoothing)
     _check_run(config, method)  # before anything is timed
     workload = functools.partial(_workload, model, data, attack, info)
     engine = resolved_engine(config.engine, attack, optim, method, notes, None if carried_on else workload)

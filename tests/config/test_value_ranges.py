@@ -32,6 +32,7 @@ BOUNDED = {
         "momentum",
         "warmup",
         "ema",
+        "label_smoothing",
     ),
     *("base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
 }

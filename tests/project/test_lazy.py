@@ -144,11 +144,15 @@ for name in ("trades", "rslad"):
     assert "__late_imports__" in vars(sys.modules[f"fastdynat.methods.{name}"])
 assert "torch._dynamo" in sys.modules
 METHODS["trades"]
-from fastdynat.methods.trades import trades_loss_from_logits
+from fastdynat.data import Batch
+from fastdynat.methods.trades import Trades, TradesOptions
 torch.manual_seed(0)
-clean, adv, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-compiled = torch.compile(trades_loss_from_logits, backend="eager", fullgraph=True)
-assert torch.equal(compiled(clean, adv, labels, 6.0), trades_loss_from_logits(clean, adv, labels, 6.0))
+x, labels = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
+trades, batch = Trades(TradesOptions()), Batch(x, labels, torch.arange(4))
+def loss(clean):
+    return trades.fit(clean, batch).loss
+clean = torch.randn(4, 3)
+assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True)(clean), loss(clean))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

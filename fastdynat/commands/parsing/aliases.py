@@ -31,6 +31,7 @@ SPELLINGS = {
     "--epochs": ("--num-epochs", "--n-epochs", "--max-epochs", "--max-epoch", "--nb-epochs"),
     "--clip-grad": ("--grad-clip", "--clip-grad-norm", "--max-grad-norm"),
     "--awp": ("--awp-gamma",),
+    "--label-smoothing": ("--smoothing", "--ls"),
     "--ema": ("--ema-decay", "--model-ema-decay"),
     "--batch-size": ("--bs", "--train-batch-size", "-b", "-bs"),
     "--eval-batch-size": (
