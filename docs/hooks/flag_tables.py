@@ -20,7 +20,7 @@ from fastdynat.commands.evaluate.command import EvalCommand
 from fastdynat.commands.export.command import ExportCommand
 from fastdynat.commands.parsing.aliases import GPU, SPELLINGS, VALUES
 from fastdynat.commands.parsing.flags import Flag, flags_of
-from fastdynat.commands.recipes import RecipesCommand
+from fastdynat.commands.recipes.command import RecipesCommand
 from fastdynat.commands.report.command import ReportCommand
 from fastdynat.commands.train import TrainCommand
 from fastdynat.methods import METHODS, options_type
@@ -182,6 +182,6 @@ def recipes() -> str:
     """Every recipe."""
     rows = []
     for name in recipe_names():
-        values, about = read_recipe(name)
-        rows.append([f"`{name}`", f"`{values['method']}`", cell(about)])
+        recipe = read_recipe(name)
+        rows.append([f"`{name}`", f"`{recipe.values['method']}`", cell(recipe.about)])
     return table(["Recipe", "Method", "What it is"], rows)

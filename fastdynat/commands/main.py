@@ -25,7 +25,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   export   write a run's network for RobustBench, torch.export or ONNX
   report   write one HTML page about one or more runs
   boundary chart of the margins and speed of the decision boundary, for a run with --boundary-speed
-  recipes  list of the published protocols for train --recipe NAME
+  recipes  published protocols for train --recipe NAME: the list, or one of them with its cost
   bench    speed of the attack and the training step on this machine
   doctor   features available on this machine, and reasons for those missing
 """
@@ -39,7 +39,7 @@ COMMANDS = {
     "export": "export.command",
     "report": "report.command",
     "boundary": "boundary.command",
-    "recipes": "recipes",
+    "recipes": "recipes.command",
     "bench": "bench.command",
     "doctor": "doctor.command",
 }

@@ -107,7 +107,7 @@ def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:
             raise UserError("--resume takes its configuration from the run; leave --config and --recipe out")
         stored = stored_config(Path(resume), method)
         return replace(stored, run=replace(stored.run, stop_after=None, run_dir=resume, overwrite=False))
-    recipe = {} if recipe_name is None else read_recipe(recipe_name)[0]
+    recipe = {} if recipe_name is None else read_recipe(recipe_name).values
     values = {} if file is None else read_config_file(Path(file))
     name = method or values.get("method") or recipe.get("method") or "dynat"
     if not isinstance(name, str):
@@ -124,7 +124,7 @@ def _given_keys(early: Mapping[str, str], parsed: Parsed[TrainCommand[Any]]) -> 
     """The keys of the configuration that the command line, its --config file or its recipe set."""
     keys = {flag.removeprefix("--").replace("-", "_") for flag in parsed.given}
     if (recipe := early.get("--recipe")) is not None:
-        keys |= read_recipe(recipe)[0].keys()
+        keys |= read_recipe(recipe).values.keys()
     if (file := early.get("--config")) is not None:
         keys |= read_config_file(Path(file)).keys()
     return keys

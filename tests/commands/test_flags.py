@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdynat.commands import recipes, train
+from fastdynat.commands import train
 from fastdynat.commands.bench import command as bench
 from fastdynat.commands.boundary.command import BoundaryCommand
 from fastdynat.commands.compare.command import CompareCommand
@@ -21,6 +21,7 @@ from fastdynat.commands.parsing.flags import Flag, flags_of
 from fastdynat.commands.parsing.naming import name_flags
 from fastdynat.commands.parsing.parse import early_flags, of_options
 from fastdynat.commands.parsing.words import read_words
+from fastdynat.commands.recipes import command as recipes
 from fastdynat.commands.report.command import ReportCommand
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
@@ -354,7 +355,7 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
         (["export", "RUN"], "fastdynat export needs --out"),
         (
             ["export", "RUN", "other", "--out", "x.pt"],
-            "unexpected 'other': fastdynat export takes one run directory",
+            "unexpected 'other': fastdynat export takes only one: a run directory",
         ),
         (["eval", ""], "must not be empty"),
         (["train", "--step-size", "0"], "--step-size must be above 0"),

@@ -92,7 +92,7 @@ def teacher(config: TrainConfig[Any], info: DatasetInfo, folder: Path) -> str:
 
 
 def build(name: str, folder: Path) -> Built:
-    values, _ = read_recipe(name)
+    values = read_recipe(name).values
     config = override(default_config(values["method"]), values, name)
     known = dataset_info(config.data.data)
     info = FOLDER if known is None else replace(known, image_shape=(3, SIDE, SIDE))

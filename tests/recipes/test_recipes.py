@@ -36,7 +36,8 @@ TINY = [
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_key_is_a_flag_and_the_whole_can_start(name: str) -> None:
-    values, about = read_recipe(name)
+    recipe = read_recipe(name)
+    values, about = recipe.values, recipe.about
     config = override(default_config(values["method"]), values, name)
     method = method_class(config.method)
     if method.uses_guide and "guide" not in method.trains:
@@ -67,7 +68,7 @@ def test_milestones_fall_between_the_published_epochs() -> None:
         "rice2020": (999, 1499),
     }
     for name, drops in published.items():
-        values, _ = read_recipe(name)
+        values = read_recipe(name).values
         config = override(default_config(values["method"]), values, name).optim
         factor = schedule_factor(config, 10)
         assert config.epochs is not None
@@ -78,7 +79,7 @@ def test_milestones_fall_between_the_published_epochs() -> None:
 @pytest.mark.parametrize("images", [256, 512])
 def test_larger_batches_follow_the_linear_rule(images: int) -> None:
     """k times the images, k times the rate; nothing else differs, but how the rate rises and falls."""
-    base, ours = (read_recipe(name)[0] for name in ("dynat", f"dynat-{images}"))
+    base, ours = (read_recipe(name).values for name in ("dynat", f"dynat-{images}"))
     assert ours["batch_size"] == images
     assert ours["lr"] == pytest.approx(base["lr"] * images / base["batch_size"])
     differing = {key for key in {*base, *ours} if base.get(key) != ours.get(key)}
@@ -153,7 +154,7 @@ def test_recipes_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recipe_methods_exist() -> None:
-    assert {read_recipe(name)[0]["method"] for name in recipe_names()} <= METHODS.keys()
+    assert {read_recipe(name).values["method"] for name in recipe_names()} <= METHODS.keys()
 
 
 @pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off")])

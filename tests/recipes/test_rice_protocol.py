@@ -81,7 +81,7 @@ def our_step(model: nn.Module, gamma: float, **options: Any) -> TrainStep:
 
 def test_these_are_the_recipes_options() -> None:
     for name in ("rice2020", "at-awp"):
-        values, _ = read_recipe(name)
+        values = read_recipe(name).values
         assert {
             **OPTIONS,
             "attack_bn": "train",

@@ -167,10 +167,17 @@ def _check_places(words: Sequence[str], places: Flag | None, command: str) -> No
         )
     for word in words:
         if not word.strip():
-            raise UserError(f"fastdynat {command}: a run directory or model must not be empty")
+            raise UserError(f"fastdynat {command}: {_place(places)} must not be empty")
         if word.startswith("-"):
             raise UserError(f"unexpected {shown(word)}: write ./{word} for a folder of this name")
     if places is not None and places.values == "one" and len(words) != 1:
+        if not words and type(None) in places.kinds:
+            return
         if not words:
-            raise UserError(f"fastdynat {command} needs a run directory: fastdynat {command} RUN")
-        raise UserError(f"unexpected {shown(words[1])}: fastdynat {command} takes one run directory")
+            raise UserError(f"fastdynat {command} needs {_place(places)}: fastdynat {command} RUN")
+        raise UserError(f"unexpected {shown(words[1])}: fastdynat {command} takes only one: {_place(places)}")
+
+
+def _place(places: Flag | None) -> str:
+    """The positional argument in words."""
+    return "the name of a recipe" if places is not None and places.name == "name" else "a run directory"
