@@ -1,6 +1,7 @@
 """The configuration of a run: typed, frozen, flat."""
 
 from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig, Loader
 from fastdynat.config.engine_config import AutoAmp, CompileMode, EngineConfig, Kernels
 from fastdynat.config.flat_keys import override, read_config_file, to_flat, to_yaml
@@ -14,6 +15,7 @@ from fastdynat.config.value_ranges import check_seed
 __all__ = [
     "GROUPS",
     "AttackConfig",
+    "AugmentationConfig",
     "AutoAmp",
     "CompileMode",
     "DataConfig",

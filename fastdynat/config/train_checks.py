@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.optim_config import OptimConfig
 from fastdynat.config.train_config import TrainConfig
@@ -22,9 +23,18 @@ WARMUP = {"onecycle": 0.3, "triangular": 0.5}
 
 def check_train_config(config: TrainConfig[Any]) -> None:
     """Raise UserError for a value or a combination that cannot work with any data, method or machine."""
-    for part in (config.data, config.model, config.attack, config.optim, config.engine, config.run):
+    for part in (
+        config.data,
+        config.augmentation,
+        config.model,
+        config.attack,
+        config.optim,
+        config.engine,
+        config.run,
+    ):
         check_values(part)
     check_data(config.data)
+    check_augmentation(config.augmentation, config.data)
     check_attack(config.attack)
     check_optim(config.optim)
     check_run(config.run, config.data)
@@ -39,6 +49,16 @@ def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
     if not is_data_name(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
+
+
+def check_augmentation(augmentation: AugmentationConfig, data: DataConfig) -> None:
+    """Raise UserError for mixing of unlabelled images or of groups that a batch does not have."""
+    mixing = [name for name in ("mixup", "cutmix") if getattr(augmentation, name) > 0]
+    if mixing and data.labelled is not None:
+        raise UserError(
+            f"{mixing[0]} {getattr(augmentation, mixing[0]):g} mixes labels, and --labelled {data.labelled} "
+            "hides those of some images; leave one of them out"
+        )
 
 
 def check_attack(attack: AttackConfig) -> None:

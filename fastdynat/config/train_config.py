@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.engine_config import EngineConfig
 from fastdynat.config.model_config import ModelConfig
@@ -19,7 +20,7 @@ from fastdynat.config.run_config import RunConfig
 OptionsT = TypeVar("OptionsT")
 EvalAmp = Literal["off", "auto", "bf16", "fp16"]
 
-GROUPS = ("data", "model", "attack", "optim", "engine", "run")
+GROUPS = ("data", "augmentation", "model", "attack", "optim", "engine", "run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainConfig(Generic[OptionsT]):
     --help lists its options."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -31,6 +31,10 @@ LARGEST: dict[str, float] = {
     "eval_batch_size": BATCH,
     "workers": 1024,
     "epoch_steps": 10**6,
+    # augmentation
+    "cutout": MAX_IMAGE_SIZE,
+    **dict.fromkeys(("mixup", "cutmix"), 1000),
+    "mixup_groups": BATCH,
     # attack and optimiser
     "steps": 100_000,
     "awp": 1,
@@ -104,6 +108,10 @@ RANGES = {
     "image_size": Range(1, MAX_IMAGE_SIZE, f"between 1 and {MAX_IMAGE_SIZE} pixels"),
     "workers": _from(0),
     "epoch_steps": _from(1, "a number of updates >= 1", "; leave it out for one pass"),
+    "cutout": _from(0, "a number of pixels per side, 0 for none"),
+    **dict.fromkeys(("reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
+    **dict.fromkeys(("mixup", "cutmix"), _from(0, "an alpha >= 0, 0 for none", " (usual: 0.8 and 1.0)")),
+    "mixup_groups": _from(1, "a number of groups >= 1"),
     "bn_momentum": Range(0, 1, "a share in (0, 1]", "; 0.1 is usual", open_least=True),
     "bn_reset_epoch": _from(0, "an epoch counted from 0"),
     "steps": _from(0),

@@ -21,7 +21,7 @@ from fastdynat.data.image_sets import ImageSet
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.errors import UserError
-from fastdynat.ops.augment import crop, flip, to_unit
+from fastdynat.ops.augment import to_unit
 
 PREFETCH = 2  # batches that DALI works on ahead
 
@@ -45,7 +45,8 @@ class _Feed:
 class DaliLoader(PlannedLoader):
     """DALI crops and flips uint8 batches, and decodes those that are files; on a GPU where `device` is one.
 
-    DALI has no reflected crops: with them it reads and decodes, and torch crops and flips.
+    DALI has no reflected crops: with them it reads and decodes, and torch crops and flips. Stages after that
+    run in torch on its uint8 batches.
 
     DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images
     in memory give the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that
@@ -82,7 +83,7 @@ class DaliLoader(PlannedLoader):
     def _build(self) -> Pipeline:
         device_id = torch.empty(0, device=self.device).get_device() if self._gpu else None
         pipeline = Pipeline(
-            batch_size=max(self._steps.share(step).images for step in range(self._steps.count)),
+            batch_size=max(self._num_loaded(step) for step in range(self._steps.count)),
             num_threads=self._workers,
             device_id=device_id,
             prefetch_queue_depth=PREFETCH,
@@ -137,9 +138,9 @@ class DaliLoader(PlannedLoader):
                         (step, [threads.submit(self._square, image) for image in _copies(outputs)]),
                     )
                     if now is not None:
-                        yield self._augmented(plan, *now)
+                        yield self._resized_batch(plan, *now)
                 if ahead is not None:
-                    yield self._augmented(plan, *ahead)
+                    yield self._resized_batch(plan, *ahead)
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
 
@@ -147,16 +148,10 @@ class DaliLoader(PlannedLoader):
         assert isinstance(self._images, FileSet)
         return np.asarray(fit_square(Image.fromarray(pixels), self._images.image_size))
 
-    def _augmented(self, plan: EpochPlan, step: int, squares: list[Future[np.ndarray]]) -> Tensor:
+    def _resized_batch(self, plan: EpochPlan, step: int, squares: list[Future[np.ndarray]]) -> Tensor:
         """Resized images (H, W, C) as the batch of `step`."""
         batch = torch.from_numpy(np.stack([square.result() for square in squares])).permute(0, 3, 1, 2)
-        return to_unit(self._cropped(batch, self._draws(plan, step)), channels_last=self.channels_last)
-
-    def _cropped(self, images: Tensor, draws: Draws) -> Tensor:
-        """uint8 (n, C, H, W) cropped and flipped here, on their device."""
-        _, shifts, flips = (None if draw is None else draw.to(images.device) for draw in draws)
-        images = images if shifts is None else crop(images, shifts, self.pad, pad_mode=self.pad_mode)
-        return images if flips is None else flip(images, flips)
+        return to_unit(self._augmented(batch, self._draws(plan, step)), channels_last=self.channels_last)
 
     def _outputs(self, plan: EpochPlan, steps: range) -> Generator[Any]:
         """Yield the pipeline's output for each step, in memory that DALI takes back afterwards."""
@@ -192,7 +187,7 @@ class DaliLoader(PlannedLoader):
 
     def _request(self, plan: EpochPlan, step: int) -> tuple[Any, np.ndarray, np.ndarray]:
         """The pipeline's input for one batch: pixels or file names, top left corners of the crops, flips."""
-        indices, shifts, flips = self._draws(plan, step)
+        _, indices, shifts, flips, _ = self._draws(plan, step)
         none = torch.zeros(len(indices))
         corners = torch.stack([none, none]) if shifts is None else shifts - self.pad
         if isinstance(self._images, FileSet):
@@ -214,9 +209,9 @@ class DaliLoader(PlannedLoader):
         return x
 
     def _finished(self, outputs: Any, draws: Draws) -> Tensor:
-        """uint8 (n, C, H, W), cropped and flipped here where DALI has not done it."""
+        """uint8 (n, C, H, W) after all of the augmentation: crop and flip here where DALI has not."""
         images = self._channels_first(outputs)
-        return self._cropped(images, draws) if self._reflects else images
+        return self._augmented(images, draws) if self._reflects else self._staged(images, draws)
 
     def _channels_first(self, outputs: Any) -> Tensor:
         """A view of DALI's memory, uint8 (n, C, H, W)."""
@@ -228,14 +223,14 @@ class DaliLoader(PlannedLoader):
             return
         channels, height, width = self._images.shape
         if (shapes.as_array() != (height, width, channels)).any():
-            self._images.read(self._draws(plan, step)[0])  # says which
+            self._images.read(self._draws(plan, step).indices)  # says which
 
     def _explained(self, reason: str, plan: EpochPlan, step: int) -> UserError:
         """The error for a failure of DALI in `step`, or in a later step that it was prefetching."""
         if isinstance(self._images, FileSet):
             for ahead in range(step, min(step + PREFETCH + 1, self.steps_per_epoch)):
                 try:
-                    self._images.read(self._draws(plan, ahead)[0])
+                    self._images.read(self._draws(plan, ahead).indices)
                 except UserError as found:
                     return found
         return UserError(f"DALI failed in step {step} ({reason}); --loader torch does without it")

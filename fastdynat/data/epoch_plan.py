@@ -14,16 +14,17 @@ from fastdynat.errors import UserError
 class EpochPlan:
     """Every draw of one epoch. order: int64 (N,), a permutation, or several in a row; by position, not by
     image: shifts, int64 (2, N), are the top and left corner of the crop in the padded image, flips, bool
-    (N,), say whether it is mirrored.
+    (N,), say whether it is mirrored. Stages and mixing draw by (seed, epoch, position) when they need it.
     """
 
     order: Tensor
     shifts: Tensor
     flips: Tensor
+    epoch: int
 
     def to(self, device: torch.device) -> "EpochPlan":
         """The same plan on `device`."""
-        return EpochPlan(self.order.to(device), self.shifts.to(device), self.flips.to(device))
+        return EpochPlan(self.order.to(device), self.shifts.to(device), self.flips.to(device), self.epoch)
 
 
 def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int, passes: int = 1) -> EpochPlan:
@@ -33,20 +34,18 @@ def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int, passes: int 
     one.
     """
     if passes > 1:
-        plans = [
-            _plan_pass(num_images, pad, "epoch", seed, epoch, *([n] if n else [])) for n in range(passes)
-        ]
+        plans = [_plan_pass(num_images, pad, seed, epoch, n) for n in range(passes)]
         order, flips = (torch.cat([getattr(plan, name) for plan in plans]) for name in ("order", "flips"))
-        return EpochPlan(order, torch.cat([plan.shifts for plan in plans], dim=1), flips)
-    return _plan_pass(num_images, pad, "epoch", seed, epoch)
+        return EpochPlan(order, torch.cat([plan.shifts for plan in plans], dim=1), flips, epoch)
+    return _plan_pass(num_images, pad, seed, epoch, 0)
 
 
-def _plan_pass(num_images: int, pad: int, *key: int | str) -> EpochPlan:
-    generator = seeded_generator(*key)
+def _plan_pass(num_images: int, pad: int, seed: int, epoch: int, number: int) -> EpochPlan:
+    generator = seeded_generator("epoch", seed, epoch, *([number] if number else []))
     order = torch.randperm(num_images, generator=generator)
     flips = torch.randint(2, (num_images,), generator=generator, dtype=torch.uint8).bool()
     shifts = torch.randint(2 * pad + 1, (2, num_images), generator=generator)
-    return EpochPlan(order, shifts, flips)
+    return EpochPlan(order, shifts, flips, epoch)
 
 
 class EpochSteps:

@@ -1,28 +1,44 @@
 """Loaders: uint8 images to float batches in [0, 1]; order and augmentation depend on (seed, epoch) only."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdynat import ops
+from fastdynat.data.augmentation import Stage, run_stages
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
 from fastdynat.data.image_sets import Images, ImageSet
+from fastdynat.data.mixing import Mixing
 from fastdynat.data.read_ahead import read_in_order
 from fastdynat.distributed.shares import Share
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.ops.augment import reflect, to_unit
+from fastdynat.ops.augment import crop, flip, reflect, to_unit
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
 PAD_MODES = ("zeros", "reflect")
-Draws = tuple[
-    Tensor, Tensor | None, Tensor | None
-]  # indices, shifts and flips of a step; None for what is not used
+
+
+class Draws(NamedTuple):
+    """What the plan says of the images that this process loads in a step.
+
+    Attributes:
+        positions: int64 (n,) on the CPU, theirs in the epoch's plan.
+        indices: int64 (n,), their numbers in the set.
+        shifts, flips: of `EpochPlan`; None for what the augmentation does not use.
+        epoch: the plan's.
+    """
+
+    positions: Tensor
+    indices: Tensor
+    shifts: Tensor | None
+    flips: Tensor | None
+    epoch: int
 
 
 @dataclass
@@ -101,6 +117,8 @@ class PlannedLoader(ABC):
         ranks: Processes that share each step.
         rank: Which of them this is.
         parts: Micro-batches that each rank cuts its share into.
+        stages: Augmentation after crop and flip.
+        mixing: How the images of a batch are mixed with each other; None is not at all.
 
     Raises: UserError for a batch size above the number of images or too small for the ranks, a negative pad,
         or an unknown augmentation or padding; while reading also for a reflection wider than the image.
@@ -122,6 +140,8 @@ class PlannedLoader(ABC):
         ranks: int = 1,
         rank: int = 0,
         parts: int = 1,
+        stages: Sequence[Stage] = (),
+        mixing: Mixing | None = None,
     ) -> None:
         steps = EpochSteps(
             len(images),
@@ -150,6 +170,7 @@ class PlannedLoader(ABC):
         self.steps_per_epoch = steps.count
         self.epoch_images = steps.num_positions
         self._steps = steps
+        self._stages, self._mixing = tuple(stages), mixing
         self._host = images
         self._labels = images.labels.to(self.device)
         self._epoch = 0
@@ -171,18 +192,47 @@ class PlannedLoader(ABC):
         order = plan.order.to(self.device)
         with closing(self._inputs(plan, steps)) as inputs:
             for step, x in zip(steps, inputs, strict=True):
-                indices = order[self._steps.positions(step)]
-                yield Batch(x, self._labels[indices], indices, self._steps.share(step))
+                indices, share = order[self._rows(step)], self._steps.share(step)
+                labels, mixed = self._labels[indices], None
+                if self._mixing is not None:
+                    blends = self._mixing.blends((self.seed, plan.epoch, step), *x.shape[2:])
+                    x, labels, mixed = self._mixing.apply(x, labels, share, blends)
+                yield Batch(x, labels, indices[: share.images], share, mixed)
 
     @abstractmethod
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         """Yield `Batch.x` of each of the `steps`."""
 
     def _draws(self, plan: EpochPlan, step: int) -> Draws:
-        """Indices, shifts and flips of a step; None for what the augmentation does not use."""
-        now = self._steps.positions(step)
+        """The draws of the images that this process loads in `step`, on the plan's device."""
+        now = self._rows(step)
+        positions = torch.arange(now.start, now.stop, now.step) if isinstance(now, slice) else now
         shifts = plan.shifts[:, now] if "crop" in self.augment else None
-        return plan.order[now], shifts, plan.flips[now] if "flip" in self.augment else None
+        flips = plan.flips[now] if "flip" in self.augment else None
+        return Draws(positions, plan.order[now], shifts, flips, plan.epoch)
+
+    def _rows(self, step: int) -> slice | Tensor:
+        """The positions in the epoch's plan that this process loads in `step`: those of its share first."""
+        own, share = self._steps.positions(step), self._steps.share(step)
+        needed = [] if self._mixing is None else self._mixing.needed(share)
+        if len(needed) <= share.images:
+            return own
+        return torch.tensor(needed) + (own.start - share.positions.start)
+
+    def _num_loaded(self, step: int) -> int:
+        """Number of images that this process loads in `step`."""
+        share = self._steps.share(step)
+        return share.images if self._mixing is None else len(self._mixing.needed(share))
+
+    def _augmented(self, images: Tensor, draws: Draws) -> Tensor:
+        """uint8 (n, C, H, W) cropped, flipped and through all stages, on their device."""
+        shifts, flips = (None if drawn is None else drawn.to(images.device) for drawn in draws[2:4])
+        images = images if shifts is None else crop(images, shifts, self.pad, pad_mode=self.pad_mode)
+        return self._staged(images if flips is None else flip(images, flips), draws)
+
+    def _staged(self, images: Tensor, draws: Draws) -> Tensor:
+        """uint8 (n, C, H, W) through all stages."""
+        return run_stages(images, self._stages, draws.positions, seed=self.seed, epoch=draws.epoch)
 
     def _plan(self, epoch: int) -> EpochPlan:
         return plan_epoch(
@@ -242,23 +292,29 @@ class PlannedLoader(ABC):
 class ResidentLoader(PlannedLoader):
     """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
 
-    The images are copied to the device once; a batch is one pass of `ops.augment`. With crops of reflected
-    images they are kept with their reflection around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory:
-    the operator pads those with zeros once more, and no zero is in the middle of its crop. Arguments:
-    `PlannedLoader`.
+    The images are copied to the device once; a batch is one pass of `ops.augment`, or several operations
+    where there are stages. With crops of reflected images and no stages they are kept with their reflection
+    around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory: the operator pads those with zeros once
+    more, and no zero is in the middle of its crop. Arguments: `PlannedLoader`.
     """
 
     def __init__(self, images: ImageSet, **options: Any) -> None:
         super().__init__(images, **options)
         stored = images.images.to(self.device).contiguous()
-        self._images = reflect(stored, self.pad) if self._reflects else stored
+        self._padded = self._reflects and not self._stages
+        self._images = reflect(stored, self.pad) if self._padded else stored
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         plan = plan.to(self.device)
         for step in steps:
             draws = self._draws(plan, step)
-            x = ops.augment(self._images, *draws, pad=self.pad, channels_last=self.channels_last)
-            yield self._middle(x) if self._reflects else x
+            if self._stages:
+                images = self._augmented(self._images[draws.indices], draws)
+                yield to_unit(images, channels_last=self.channels_last)
+                continue
+            taken = draws.indices, draws.shifts, draws.flips
+            x = ops.augment(self._images, *taken, pad=self.pad, channels_last=self.channels_last)
+            yield self._middle(x) if self._padded else x
 
     def _middle(self, x: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

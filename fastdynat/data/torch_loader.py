@@ -1,4 +1,4 @@
-"""Batches read, cropped and flipped by the worker processes of torch.utils.data.DataLoader."""
+"""Batches read and augmented by the worker processes of torch.utils.data.DataLoader."""
 
 import signal
 from collections.abc import Callable, Generator
@@ -12,7 +12,7 @@ from fastdynat.data.epoch_plan import EpochPlan
 from fastdynat.data.image_sets import Images
 from fastdynat.data.loader import Draws, PlannedLoader
 from fastdynat.errors import UserError
-from fastdynat.ops.augment import crop, flip, to_unit
+from fastdynat.ops.augment import to_unit
 from fastdynat.terminal.interrupts import STOPPING
 
 
@@ -20,22 +20,16 @@ class _Steps(Dataset[Tensor | UserError]):
     """The steps of one epoch as a map-style data set: step -> uint8 (n, C, H, W)."""
 
     def __init__(
-        self,
-        images: Images,
-        draws: Callable[[int], Draws],
-        pad: int,
-        pad_mode: str,
+        self, images: Images, draws: Callable[[int], Draws], augmented: Callable[[Tensor, Draws], Tensor]
     ):
-        self._images, self._draws, self._pad, self._pad_mode = images, draws, pad, pad_mode
+        self._images, self._draws, self._augmented = images, draws, augmented
 
     def __getitem__(self, step: int) -> Tensor | UserError:
-        indices, shifts, flips = self._draws(step)
+        draws = self._draws(step)
         try:
-            batch = self._images.read(indices)
-            batch = batch if shifts is None else crop(batch, shifts, self._pad, pad_mode=self._pad_mode)
+            return self._augmented(self._images.read(draws.indices), draws)
         except UserError as error:
             return error  # raised in a worker it would arrive as a traceback in a message
-        return batch if flips is None else flip(batch, flips)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -48,7 +42,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 class TorchLoader(PlannedLoader):
-    """Worker processes read, crop and flip uint8 batches; the device converts them. Takes any image source.
+    """Worker processes read and augment uint8 batches; the device converts them. Takes any image source.
 
     The workers are forked when an epoch begins and end with it, also with one that is given up. The values,
     and for image files the decoder (Pillow), are those of the resident loader.
@@ -65,7 +59,7 @@ class TorchLoader(PlannedLoader):
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         batches: DataLoader[Tensor | UserError] = DataLoader(
-            _Steps(self._host, lambda step: self._draws(plan, step), self.pad, self.pad_mode),
+            _Steps(self._host, lambda step: self._draws(plan, step), self._augmented),
             batch_size=None,
             sampler=steps,
             num_workers=self._workers,

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
+from fastdynat.data.augmentation import stages_of
+from fastdynat.data.mixing import Mixing
 from fastdynat.distributed import world
 from fastdynat.distributed.shares import deal
 from fastdynat.errors import UserError
@@ -115,6 +117,8 @@ def _loader(config: ResolvedConfig[Any], split: TrainSplit, device: torch.device
         parts=config.optim.grad_accum_steps,
         device=device,
         channels_last=engine.channels_last == "on",
+        stages=stages_of(config.augmentation, split.info),
+        mixing=Mixing.of(config.augmentation, split.info.num_classes),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.config import DataConfig, ModelConfig, TrainConfig
+from fastdynat.config import AugmentationConfig, DataConfig, ModelConfig, TrainConfig
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.distributed import world
@@ -53,6 +53,7 @@ def resolve(
     method = method_class(config.method)(config.options)
     notes: list[str] = []
     data = _data(config.data, info, method, notes)
+    _check_mixing(config.augmentation, data, method)
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
@@ -68,6 +69,7 @@ def resolve(
         method=method_name(config.method),
         options=config.options,
         data=data,
+        augmentation=config.augmentation,
         model=model,
         attack=attack,
         optim=optim,
@@ -131,6 +133,23 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[
     if data.pad_mode != "zeros" and "crop" not in augment:
         notes.append(f"pad_mode {data.pad_mode} has no effect: augmentation {augment} takes no crops")
     return filled_in(ResolvedData, data, batch_size=batch_size, augment=augment)
+
+
+def _check_mixing(augmentation: AugmentationConfig, data: ResolvedData, method: Method[Any]) -> None:
+    name = next((name for name in ("mixup", "cutmix") if getattr(augmentation, name) > 0), None)
+    if name is None:
+        return
+    if not method.takes_mixed_labels:
+        raise UserError(
+            f"{name} {getattr(augmentation, name):g}: method {method.name} needs one class per image and "
+            "takes no mixed labels; leave it out, or use another method, such as madry or trades"
+        )
+    groups = augmentation.mixup_groups
+    if 2 * groups > data.batch_size:
+        raise UserError(
+            f"mixup_groups {groups}: a batch of {data.batch_size} images has at most {data.batch_size // 2} "
+            "groups of two; use fewer, or a larger --batch-size"
+        )
 
 
 def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:

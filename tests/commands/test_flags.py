@@ -382,6 +382,12 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
             "--gamma has no effect: --schedule cosine has none",
         ),
         (["train", "--early-share", "0.7"], "--early-share has no effect: needs --early-steps"),
+        (["train", "--remode", "const"], "--remode has no effect: needs --reprob"),
+        (
+            ["train", "--mixup", "0.8", "--mixup-switch-prob", "0.1"],
+            "--mixup-switch-prob has no effect: needs both --mixup and --cutmix",
+        ),
+        (["train", "--mixup-groups", "4"], "--mixup-groups has no effect: needs --mixup or --cutmix"),
         (["train", "--data-dir", "D"], "--data-dir has no effect: --data digits is embedded"),
         (
             ["train", "--loader", "resident", "--workers", "2"],

@@ -10,12 +10,20 @@ from fastdynat.commands.bench.bench_config import BenchConfig
 from fastdynat.commands.compare.compare_config import CompareConfig
 from fastdynat.commands.evaluate.settle import EvalConfig
 from fastdynat.commands.report.report_config import ReportConfig
-from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from fastdynat.config import (
+    AttackConfig,
+    AugmentationConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 from fastdynat.config.value_ranges import LARGEST, RANGES, check_largest, check_values
 from fastdynat.errors import UserError
 
 CONFIGS = [
-    *(DataConfig, ModelConfig, AttackConfig, OptimConfig, EngineConfig, RunConfig),
+    *(DataConfig, AugmentationConfig, ModelConfig, AttackConfig, OptimConfig, EngineConfig, RunConfig),
     *(EvalConfig, ReportConfig, BenchConfig, CompareConfig),
 ]
 # Shares, and what has a bound of its own kind: radii in pixels, seeds, at most --steps.
@@ -34,6 +42,7 @@ BOUNDED = {
         "ema",
         "label_smoothing",
     ),
+    *("reprob", "mixup_prob", "mixup_switch_prob"),
     *("base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
 }
 

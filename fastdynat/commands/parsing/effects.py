@@ -22,7 +22,7 @@ def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
 
 def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
     """The keys of `config` without effect next to the others, with reasons; needs no data."""
-    data, attack, optim = config.data, config.attack, config.optim
+    data, attack, optim, augmentation = config.data, config.attack, config.optim, config.augmentation
     found = dict(config.options.idle()) if isinstance(config.options, MethodOptions) else {}
     if data.data == "digits":
         found |= dict.fromkeys(("data_dir", "download"), "--data digits is embedded")
@@ -35,6 +35,12 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["download"] = "--data imagefolder is a folder of yours"
     if data.loader == "resident":
         found["workers"] = "--loader resident has none; it is for --loader torch and dali"
+    if augmentation.reprob == 0:
+        found["remode"] = "needs --reprob"
+    if augmentation.mixup == 0 or augmentation.cutmix == 0:
+        found["mixup_switch_prob"] = "needs both --mixup and --cutmix"
+    if augmentation.mixup == augmentation.cutmix == 0:
+        found |= dict.fromkeys(("mixup_prob", "mixup_groups"), "needs --mixup or --cutmix")
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
     if attack.awp == 0:

@@ -1,0 +1,31 @@
+"""Flags of the augmentation beyond crop and flip, and of mixed images."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """Augmentation beyond --augment, in the order: crop and flip, --color-jitter, --aa, --cutout, --reprob,
+    then --mixup or --cutmix of the batch."""
+
+    cutout: int = 0
+    """Set a square of this many pixels per side, centred at a random pixel, to black in every training image
+    (DeVries and Taylor); 0 is off."""
+    reprob: float = 0.0
+    """Share of the training images in which a random rectangle is erased; 0 is off."""
+    remode: Literal["pixel", "const"] = "pixel"
+    """Filling of erased rectangles: normal noise of the data's mean and standard deviation, or black."""
+    mixup: float = 0.0
+    """Alpha of MixUp: each image of a batch is blended with another one, with a weight from
+    Beta(alpha, alpha), and so are their labels; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix: each image of a batch gets a box of another one, of an area from Beta(alpha, alpha),
+    and of its label; 0 is off."""
+    mixup_prob: float = 1.0
+    """Probability of mixing a batch at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix instead of MixUp where both are on."""
+    mixup_groups: int = 1
+    """Cut each batch into this many groups, each with a weight and a box of its own. The batch of Wang et al.
+    (2023) has four."""
