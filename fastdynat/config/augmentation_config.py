@@ -29,3 +29,9 @@ class AugmentationConfig:
     mixup_groups: int = 1
     """Cut each batch into this many groups, each with a weight and a box of its own. The batch of Wang et al.
     (2023) has four."""
+
+    @property
+    def mixing(self) -> str:
+        """What mixes images and their labels, as "mixup 0.8"; empty if nothing does."""
+        on = (key for key in ("mixup", "cutmix") if getattr(self, key))
+        return next((f"{key} {getattr(self, key):g}" for key in on), "")

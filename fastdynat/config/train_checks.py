@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 from fastdynat.config.attack_config import AttackConfig
-from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.optim_config import OptimConfig
 from fastdynat.config.train_config import TrainConfig
@@ -34,7 +33,6 @@ def check_train_config(config: TrainConfig[Any]) -> None:
     ):
         check_values(part)
     check_data(config.data)
-    check_augmentation(config.augmentation, config.data)
     check_attack(config.attack)
     check_optim(config.optim)
     check_run(config.run, config.data)
@@ -49,16 +47,6 @@ def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
     if not is_data_name(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
-
-
-def check_augmentation(augmentation: AugmentationConfig, data: DataConfig) -> None:
-    """Raise UserError for mixing of unlabelled images or of groups that a batch does not have."""
-    mixing = [name for name in ("mixup", "cutmix") if getattr(augmentation, name) > 0]
-    if mixing and data.labelled is not None:
-        raise UserError(
-            f"{mixing[0]} {getattr(augmentation, mixing[0]):g} mixes labels, and --labelled {data.labelled} "
-            "hides those of some images; leave one of them out"
-        )
 
 
 def check_attack(attack: AttackConfig) -> None:

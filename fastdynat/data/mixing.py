@@ -63,7 +63,7 @@ class Mixing:
     @classmethod
     def of(cls, config: AugmentationConfig, num_classes: int) -> "Mixing | None":
         """The mixing that `config` turns on; None where it does not."""
-        if config.mixup == config.cutmix == 0:
+        if not config.mixing:
             return None
         return cls(
             num_classes,

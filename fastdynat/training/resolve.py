@@ -53,13 +53,18 @@ def resolve(
     method = method_class(config.method)(config.options)
     notes: list[str] = []
     data = _data(config.data, info, method, notes)
-    _check_mixing(config.augmentation, data, method)
+    _check_groups(config.augmentation, data)
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
     optim = resolved_optim(config, info)
     _check_accumulation(config.optim.grad_accum_steps, method)
-    check_label_use(method, smoothing=config.optim.label_smoothing)
+    check_label_use(
+        method,
+        smoothing=config.optim.label_smoothing,
+        mixing=config.augmentation.mixing,
+        labelled=data.labelled,
+    )
     _check_run(config, method)  # before anything is timed
     workload = functools.partial(_workload, model, data, attack, info)
     engine = resolved_engine(config.engine, attack, optim, method, notes, None if carried_on else workload)
@@ -135,17 +140,9 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[
     return filled_in(ResolvedData, data, batch_size=batch_size, augment=augment)
 
 
-def _check_mixing(augmentation: AugmentationConfig, data: ResolvedData, method: Method[Any]) -> None:
-    name = next((name for name in ("mixup", "cutmix") if getattr(augmentation, name) > 0), None)
-    if name is None:
-        return
-    if not method.takes_mixed_labels:
-        raise UserError(
-            f"{name} {getattr(augmentation, name):g}: method {method.name} needs one class per image and "
-            "takes no mixed labels; leave it out, or use another method, such as madry or trades"
-        )
+def _check_groups(augmentation: AugmentationConfig, data: ResolvedData) -> None:
     groups = augmentation.mixup_groups
-    if 2 * groups > data.batch_size:
+    if augmentation.mixing and 2 * groups > data.batch_size:
         raise UserError(
             f"mixup_groups {groups}: a batch of {data.batch_size} images has at most {data.batch_size // 2} "
             "groups of two; use fewer, or a larger --batch-size"

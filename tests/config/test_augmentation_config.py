@@ -41,13 +41,20 @@ def test_ranges(values: dict[str, object], message: str) -> None:
 
 
 def test_hidden_labels_are_not_mixed() -> None:
-    with pytest.raises(UserError, match=r"^cutmix 1 mixes labels, and --labelled 100 hides those"):
-        check_train_config(config("vat", DataConfig(labelled=100), cutmix=1.0))
+    with pytest.raises(UserError, match=r"^cutmix 1: with labelled 100, images without a label"):
+        resolve(config("vat", DataConfig(labelled=100), cutmix=1.0), INFO, announce=False)
+
+
+def test_groups_have_two_images() -> None:
+    data = DataConfig(batch_size=10)
+    resolve(config("madry", data, cutmix=1.0, mixup_groups=5), INFO, announce=False)
+    with pytest.raises(UserError, match=r"^mixup_groups 6: a batch of 10 images has at most 5 groups"):
+        resolve(config("madry", data, cutmix=1.0, mixup_groups=6), INFO, announce=False)
 
 
 def test_a_method_of_one_class_per_image_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"^mixup 0.8: method mart needs one class per image"):
-        resolve(config("mart", mixup=0.8), INFO, announce=False)
+    with pytest.raises(UserError, match=r"^mixup 0.8: method gairat needs one class per image"):
+        resolve(config("gairat", mixup=0.8), INFO, announce=False)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(AugmentationConfig), ids=lambda field: field.name)
