@@ -19,7 +19,7 @@ from fastdynat.data.decode import fit_square
 from fastdynat.data.epoch_plan import EpochPlan
 from fastdynat.data.image_sets import ImageSet
 from fastdynat.data.imagefolder import FileSet
-from fastdynat.data.loader import Draws, PlannedLoader
+from fastdynat.data.loader import PlannedDraws, PlannedLoader
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import to_unit
 
@@ -196,7 +196,7 @@ class DaliLoader(PlannedLoader):
             data = self._images.read(indices).contiguous().numpy()
         return data, corners.T.int().contiguous().numpy(), (none if flips is None else flips).int().numpy()
 
-    def _converted(self, outputs: Any, draws: Draws) -> Tensor:
+    def _converted(self, outputs: Any, draws: PlannedDraws) -> Tensor:
         """DALI's images as a batch of our own: DALI takes its buffers back at the next `run`."""
         if self._side is None:
             return to_unit(self._finished(outputs, draws), channels_last=self.channels_last)
@@ -208,7 +208,7 @@ class DaliLoader(PlannedLoader):
         x.record_stream(torch.cuda.current_stream(self.device))
         return x
 
-    def _finished(self, outputs: Any, draws: Draws) -> Tensor:
+    def _finished(self, outputs: Any, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) after all of the augmentation: crop and flip here where DALI has not."""
         images = self._channels_first(outputs)
         return self._augmented(images, draws) if self._reflects else self._staged(images, draws)

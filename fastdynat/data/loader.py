@@ -24,7 +24,7 @@ AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
 PAD_MODES = ("zeros", "reflect")
 
 
-class Draws(NamedTuple):
+class PlannedDraws(NamedTuple):
     """What the plan says of the images that this process loads in a step.
 
     Attributes:
@@ -203,13 +203,13 @@ class PlannedLoader(ABC):
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         """Yield `Batch.x` of each of the `steps`."""
 
-    def _draws(self, plan: EpochPlan, step: int) -> Draws:
+    def _draws(self, plan: EpochPlan, step: int) -> PlannedDraws:
         """The draws of the images that this process loads in `step`, on the plan's device."""
         now = self._rows(step)
         positions = torch.arange(now.start, now.stop, now.step) if isinstance(now, slice) else now
         shifts = plan.shifts[:, now] if "crop" in self.augment else None
         flips = plan.flips[now] if "flip" in self.augment else None
-        return Draws(positions, plan.order[now], shifts, flips, plan.epoch)
+        return PlannedDraws(positions, plan.order[now], shifts, flips, plan.epoch)
 
     def _rows(self, step: int) -> slice | Tensor:
         """The positions in the epoch's plan that this process loads in `step`: those of its share first."""
@@ -224,13 +224,13 @@ class PlannedLoader(ABC):
         share = self._steps.share(step)
         return share.images if self._mixing is None else len(self._mixing.needed(share))
 
-    def _augmented(self, images: Tensor, draws: Draws) -> Tensor:
+    def _augmented(self, images: Tensor, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) cropped, flipped and through all stages, on their device."""
         shifts, flips = (None if drawn is None else drawn.to(images.device) for drawn in draws[2:4])
         images = images if shifts is None else crop(images, shifts, self.pad, pad_mode=self.pad_mode)
         return self._staged(images if flips is None else flip(images, flips), draws)
 
-    def _staged(self, images: Tensor, draws: Draws) -> Tensor:
+    def _staged(self, images: Tensor, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) through all stages."""
         return run_stages(images, self._stages, draws.positions, seed=self.seed, epoch=draws.epoch)
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdynat.data.epoch_plan import EpochPlan
 from fastdynat.data.image_sets import Images
-from fastdynat.data.loader import Draws, PlannedLoader
+from fastdynat.data.loader import PlannedDraws, PlannedLoader
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import to_unit
 from fastdynat.terminal.interrupts import STOPPING
@@ -20,7 +20,10 @@ class _Steps(Dataset[Tensor | UserError]):
     """The steps of one epoch as a map-style data set: step -> uint8 (n, C, H, W)."""
 
     def __init__(
-        self, images: Images, draws: Callable[[int], Draws], augmented: Callable[[Tensor, Draws], Tensor]
+        self,
+        images: Images,
+        draws: Callable[[int], PlannedDraws],
+        augmented: Callable[[Tensor, PlannedDraws], Tensor],
     ):
         self._images, self._draws, self._augmented = images, draws, augmented
 
