@@ -10,8 +10,17 @@ class OptimConfig:
 
     epochs: int | None = None
     """Epochs; None is 100, or 15 for digits."""
+    opt: Literal["sgd", "adam", "adamw", "lion"] = "sgd"
+    """Optimiser: SGD with momentum, Adam with L2 weight decay, AdamW with decoupled weight decay, or Lion
+    (steps along the sign of a momentum, decoupled weight decay)."""
     lr: float | None = None
-    """Peak learning rate of SGD; None is 0.1, or 0.03 for digits."""
+    """Peak learning rate; None is 0.1 for sgd (0.03 for digits), 0.001 for adam and adamw, 0.0001 for
+    lion."""
+    opt_betas: tuple[float, float] | None = None
+    """adam, adamw, lion: decays of the averages of the gradient and of its square (lion: of the step and of
+    the momentum); None is 0.9 0.999, for lion 0.9 0.99."""
+    opt_eps: float | None = None
+    """adam, adamw: added to the root of the squares; None is 1e-8."""
     momentum: float = 0.9
     """SGD momentum."""
     cycle_momentum: bool = False
@@ -24,8 +33,9 @@ class OptimConfig:
     """Momentum at the lowest learning rate; None is torch's, 0.95 for onecycle and 0.9 for triangular."""
     nesterov: bool = False
     """Nesterov momentum."""
-    weight_decay: float = 2e-4
-    """L2 weight decay."""
+    weight_decay: float | None = None
+    """Weight decay: L2 for sgd and adam, decoupled for adamw and lion; None is 2e-4 for sgd and adam, 0.05
+    for adamw, 0.5 for lion."""
     decay_norms: bool = True
     """Apply weight decay to the parameters of normalisation layers, too; --no-decay-norms exempts them
     (DyART, Gowal et al.)."""
@@ -38,6 +48,18 @@ class OptimConfig:
     schedule: Literal["release", "multistep", "cosine", "onecycle", "triangular", "constant"] = "release"
     """Learning rate schedule. release is that of DYNAT's code (one epoch at lr/5, then lr, divided by 10
     after 75 % and again after 90 %); triangular goes from 0 to lr and back to 0."""
+    schedule_epochs: int | None = None
+    """Epochs that the schedule is stretched over; None is those of the method. A run with fewer --epochs ends
+    inside of its schedule."""
+    warmup_epochs: float = 0.0
+    """cosine, multistep, constant: linear warm-up of the learning rate over so many epochs, from
+    --warmup-lr."""
+    warmup_lr: float | None = None
+    """Learning rate at the first update of --warmup-epochs; None is a hundredth of --lr."""
+    warmup_prefix: bool = False
+    """cosine: begin the cosine after the warm-up, at --lr, and not at the first update (timm's meaning)."""
+    min_lr: float = 0.0
+    """cosine: learning rate at its end."""
     warmup: float | None = None
     """onecycle, triangular: position of the peak, as a share of the run; None is 0.3 for onecycle, 0.5 for
     triangular."""
@@ -46,21 +68,21 @@ class OptimConfig:
     gamma: float = 0.1
     """multistep: factor of each drop."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """cosine, onecycle, triangular: update learning rate and cycled momentum at every step, or once per
-    epoch, as many releases do."""
+    """cosine, onecycle, triangular, --warmup-epochs: update learning rate and cycled momentum at every
+    step, or once per epoch, as many releases do."""
     schedule_ahead: int = 0
-    """Run the schedule of learning rate and cycled momentum this many updates ahead: with 1, the rate drops
-    one update early (Rice et al.)."""
+    """Run the schedule of learning rate and cycled momentum this many updates ahead (epochs, with
+    --schedule-by epoch): with 1, the rate drops one update early (Rice et al.)."""
     optimizers: Literal["separate", "joint"] = "separate"
-    """One SGD per network, or one for both; they differ only in gradient clipping, where joint uses the joint
-    norm."""
+    """One optimiser per network, or one for both; they differ only in gradient clipping, where joint uses the
+    joint norm."""
     grad_accum_steps: int = 1
     """Cut each batch into this many micro-batches, attack them one after the other, and make one update from
     the sum of their gradients: less memory, the same update. --batch-size still counts the images of an
     update. Batch norm sees one micro-batch at a time."""
     zero1: bool = False
-    """With several processes (torchrun), shard the optimiser's state (ZeRO stage 1): each process keeps the
-    momentum of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
+    """With several processes (torchrun), shard the optimiser's state (ZeRO stage 1): each process keeps that
+    of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
     out CUDA graphs."""
     label_smoothing: float = 0.0
     """Smooth the labels of every cross-entropy: of K classes, the label's gets 1 - s + s/K and each of the

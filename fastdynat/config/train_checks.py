@@ -10,6 +10,7 @@ from typing import Any
 from fastdynat.config.attack_config import AttackConfig
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.optim_config import OptimConfig
+from fastdynat.config.optimizer_kinds import check_optimizer
 from fastdynat.config.train_config import TrainConfig
 from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
@@ -18,6 +19,7 @@ from fastdynat.user_code import is_hub_data, is_user_supplied
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
 # Peak of the one-cycle and triangular schedules, as a share of the run: torch's OneCycleLR, Wong et al. 2020.
 WARMUP = {"onecycle": 0.3, "triangular": 0.5}
+LINEAR_WARMUP = ("cosine", "multistep", "constant")  # schedules that --warmup-epochs may precede
 
 
 def check_train_config(config: TrainConfig[Any]) -> None:
@@ -69,8 +71,7 @@ def check_optim(optim: OptimConfig) -> None:
             f"{name} {getattr(optim, name)}: there is no weight average; "
             "turn it on with --ema 0.995, or leave this out"
         )
-    if optim.nesterov and optim.momentum == 0:
-        raise UserError("nesterov needs momentum above 0")
+    check_optimizer(optim)
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
     if optim.warmup is not None and optim.schedule not in WARMUP:
@@ -79,6 +80,24 @@ def check_optim(optim: OptimConfig) -> None:
             f"warmup {optim.warmup:g}: schedule {optim.schedule} has none; "
             f"leave it out, or use --schedule {those}"
         )
+    check_warmup(optim)
+
+
+def check_warmup(optim: OptimConfig) -> None:
+    """Raise UserError for a linear warm-up or a floor that the schedule does not have."""
+    if optim.warmup_epochs > 0 and optim.schedule not in LINEAR_WARMUP:
+        those = " or ".join(LINEAR_WARMUP)
+        remedy = ", or --warmup, the share of its rise" if optim.schedule in WARMUP else ""
+        raise UserError(
+            f"warmup_epochs {optim.warmup_epochs:g}: schedule {optim.schedule} has no linear warm-up; "
+            f"leave it out, or use --schedule {those}{remedy}"
+        )
+    if optim.warmup_epochs == 0 and (optim.warmup_lr is not None or optim.warmup_prefix):
+        name = "warmup_prefix" if optim.warmup_lr is None else f"warmup_lr {optim.warmup_lr:g}"
+        raise UserError(f"{name}: there is no warm-up; leave it out, or give --warmup-epochs")
+    if optim.schedule != "cosine" and (optim.min_lr > 0 or optim.warmup_prefix):
+        name = "warmup_prefix" if optim.warmup_prefix else f"min_lr {optim.min_lr:g}"
+        raise UserError(f"{name} is for --schedule cosine, not {optim.schedule}; leave it out")
 
 
 def check_run(run: Any, data: DataConfig) -> None:

@@ -1,18 +1,20 @@
-"""Optimisers of a run: SGD over the parameters of each network, at a rate that a captured step reads anew."""
+"""Optimisers of a run, at rates in tensors that a captured step reads anew, and their states."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastdynat.config.optimizer_kinds import SGD_KIND, usual_betas, usual_decay, usual_eps
 from fastdynat.distributed import world
 from fastdynat.training.cycled_sgd import CycledSGD
+from fastdynat.training.lion import Lion
+from fastdynat.training.parameter_groups import parameter_groups
 from fastdynat.training.resolved_config import ResolvedOptim
-
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
 
 
 def build_optimizers(
@@ -22,39 +24,65 @@ def build_optimizers(
     *,
     cycled: bool = False,
 ) -> list[Optimizer]:
-    """SGD over all parameters of each network ("separate"), or one SGD over both ("joint").
+    """An optimiser over all parameters of each network ("separate"), or one over both ("joint").
 
-    With `config.zero1` and several processes, each of them is torch's ZeroRedundancyOptimizer around SGD.
+    With `config.zero1` and several processes, each of them is torch's ZeroRedundancyOptimizer around it.
 
     Args:
         lr: scalar tensor on the networks' device, which the schedule writes to: a captured step reads it anew
             at each replay.
         cycled: the caller will replace each group's momentum by such a tensor too.
     """
-    groups = [_groups(module, config) for module in networks.values()]
-    kind: type[SGD] = CycledSGD if cycled else SGD
-    usual: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.nesterov}
-    usual["weight_decay"] = config.weight_decay
-    # Fused: one pass over the parameters, and torch's only implementation that does not read a tensor rate.
-    usual |= {} if cycled else {"fused": True}
+    groups = [parameter_groups(module, config) for module in networks.values()]
     sharded = config.zero1 and not world().alone
+    kind, usual = _kind(config, cycled)
 
-    def sgd(members: list[dict[str, Any]]) -> Optimizer:
-        optimizer = _sharded(members, kind, usual) if sharded else kind(members, **usual)
-        if config.momentum > 0:
-            # torch leaves the buffers uninitialised where its first step is skipped because fp16 overflowed.
-            local = local_part(optimizer)
-            for parameter in (p for group in local.param_groups for p in group["params"]):
-                local.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    def build(members: list[dict[str, Any]]) -> Optimizer:
+        make: Callable[..., Optimizer] = _sharded(kind) if sharded else kind
+        optimizer = make(members, lr=lr, **usual)
+        _begin_state(local_part(optimizer), config)
         return optimizer
 
-    return [sgd([*chain(*groups)])] if config.optimizers == "joint" else [sgd(group) for group in groups]
+    return [build([*chain(*groups)])] if config.optimizers == "joint" else [build(group) for group in groups]
 
 
-def _sharded(members: list[dict[str, Any]], kind: type[SGD], usual: dict[str, Any]) -> Optimizer:
+def _kind(config: ResolvedOptim, cycled: bool) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The class for `config`, and its arguments without parameters and rate."""
+    usual: dict[str, Any] = {"weight_decay": usual_decay(config)}
+    # Fused: one pass over the parameters, and torch's only implementation that reads the rate from a tensor.
+    if config.opt == SGD_KIND:
+        usual |= {"momentum": config.momentum, "nesterov": config.nesterov}
+        return (CycledSGD, usual) if cycled else (SGD, {**usual, "fused": True})
+    usual["betas"] = usual_betas(config)
+    if config.opt == "lion":
+        return Lion, usual
+    return AdamW if config.opt == "adamw" else Adam, {**usual, "eps": usual_eps(config), "fused": True}
+
+
+def _sharded(kind: type[Optimizer]) -> Callable[..., Optimizer]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(members, optimizer_class=kind, **usual)
+    return partial(ZeroRedundancyOptimizer, optimizer_class=kind)
+
+
+def _begin_state(optimizer: Optimizer, config: ResolvedOptim) -> None:
+    """Make the state of every parameter, which torch would make in its first step.
+
+    A captured step needs it before, and torch's SGD leaves it uninitialised where its first step is skipped
+    because fp16 overflowed.
+    """
+    trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    for parameter in trained:
+        zeros = partial(torch.zeros_like, parameter, memory_format=torch.preserve_format)
+        if config.opt == SGD_KIND:
+            made = {"momentum_buffer": zeros()} if config.momentum > 0 else {}
+        elif config.opt == "lion":
+            made = {"exp_avg": zeros()}
+        else:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            made = {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+        if made:
+            optimizer.state[parameter] = made
 
 
 def local_part(optimizer: Optimizer) -> Optimizer:
@@ -80,21 +108,9 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     if local is optimizer:
         optimizer.load_state_dict(state)
         return
-    # torch's sharded optimiser writes into the mapping that it is given, and keeps a second copy of its part.
+    # torch's sharded optimiser writes into the mapping that it is given, keeps a second copy of its part, and
+    # leaves scalars, Adam's numbers of steps, on the CPU, where its fused update does not read them.
     optimizer.load_state_dict({**state, "state": dict(state["state"])})
     optimizer.state.clear()
-
-
-def _groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
-    """The parameter groups of one network: normalisation layers apart where they have no weight decay."""
-    if config.decay_norms:
-        return [{"params": list(module.parameters())}]
-    norms = {
-        id(p)
-        for layer in module.modules()
-        if isinstance(layer, NORMS)
-        for p in layer.parameters(recurse=False)
-    }
-    decayed = [p for p in module.parameters() if id(p) not in norms]
-    rest = [p for p in module.parameters() if id(p) in norms]
-    return [{"params": decayed}] + [{"params": rest, "weight_decay": 0.0}] * bool(rest)
+    for parameter, kept in local.state.items():
+        local.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}

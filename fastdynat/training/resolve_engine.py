@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdynat.config import EngineConfig
+from fastdynat.config.optimizer_kinds import SGD_KIND
 from fastdynat.errors import UserError
 from fastdynat.methods import Method
 from fastdynat.training.resolved_config import (
@@ -80,10 +81,11 @@ def check_switches(
 ) -> None:
     """Refuse combinations that cannot work before operators are verified and convolutions timed."""
     check_compile(engine.compile, device)
-    if engine.boundary_speed > 0 and (attack.norm != "linf" or optim.momentum == 0):
+    momentum = optim.opt == SGD_KIND and optim.momentum > 0
+    if engine.boundary_speed > 0 and (attack.norm != "linf" or not momentum):
         raise UserError(
             "--boundary-speed measures L-inf margins along SGD's momentum: "
-            "use --norm linf and momentum above 0"
+            "use --norm linf, --opt sgd and momentum above 0"
         )
     # Graphs and streams are stored as configured: the run may be resumed on another device.
     for name in ("graphs", "guide_stream", "fused_conv"):

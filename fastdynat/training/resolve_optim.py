@@ -5,16 +5,28 @@ from dataclasses import replace
 from typing import Any
 
 from fastdynat.config import OptimConfig, TrainConfig
+from fastdynat.config.optimizer_kinds import (
+    OPTIMIZER_KINDS,
+    SGD_KIND,
+    usual_betas,
+    usual_decay,
+    usual_eps,
+)
 from fastdynat.config.train_checks import WARMUP
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.training.resolved_config import ResolvedOptim, filled_in
-from fastdynat.training.schedules import CYCLED_MOMENTUM, cycled_momentum
+from fastdynat.training.schedules import (
+    CYCLED_MOMENTUM,
+    cycled_momentum,
+    schedule_epochs,
+    usual_warmup_lr,
+)
 
 EPOCHS, USUAL_EPOCHS = {"digits": 15}, 100
-# Measured on the digits for DYNAT (one seed, validation PGD-10): 85.4 % at 0.03, 86.8 % at 0.1, which is the
-# same within the error of their 144 images.
-LR, USUAL_LR = {"digits": 0.03}, 0.1
+# Of SGD. Measured on the digits for DYNAT (one seed, validation PGD-10): 85.4 % at 0.03, 86.8 % at 0.1, which
+# is the same within the error of their 144 images.
+SGD_LR = {"digits": 0.03}
 
 
 def resolved_optim(config: TrainConfig[Any], info: DatasetInfo) -> ResolvedOptim:
@@ -25,7 +37,7 @@ def resolved_optim(config: TrainConfig[Any], info: DatasetInfo) -> ResolvedOptim
     """
     asked = config.optim
     epochs = EPOCHS.get(info.name, USUAL_EPOCHS) if asked.epochs is None else asked.epochs
-    lr = LR.get(info.name, USUAL_LR) if asked.lr is None else asked.lr
+    lr = _usual_lr(asked, info) if asked.lr is None else asked.lr
     if not 0 <= asked.burn_in < epochs:
         raise UserError(f"burn_in must be a number of epochs below --epochs ({epochs}), got {asked.burn_in}")
     if asked.burn_in > 0 and config.data.labelled is not None:
@@ -35,8 +47,33 @@ def resolved_optim(config: TrainConfig[Any], info: DatasetInfo) -> ResolvedOptim
     _check_burn_in_rate(asked)
     if asked.schedule_ahead < 0:
         raise UserError(f"schedule_ahead must be a number of updates >= 0, got {asked.schedule_ahead}")
-    optim = _with_cycle(filled_in(ResolvedOptim, asked, epochs=epochs, lr=lr))
+    numbers = {
+        "weight_decay": usual_decay(asked),
+        "opt_betas": usual_betas(asked),
+        "opt_eps": usual_eps(asked),
+    }
+    optim = _with_cycle(filled_in(ResolvedOptim, asked, epochs=epochs, lr=lr, **numbers))
+    optim = _with_warmup(optim)
     return replace(optim, warmup=WARMUP.get(optim.schedule) if optim.warmup is None else optim.warmup)
+
+
+def _usual_lr(optim: OptimConfig, info: DatasetInfo) -> float:
+    usual = OPTIMIZER_KINDS[optim.opt].lr
+    return SGD_LR.get(info.name, usual) if optim.opt == SGD_KIND else usual
+
+
+def _with_warmup(optim: ResolvedOptim) -> ResolvedOptim:
+    """`optim` with the first rate of its linear warm-up filled in, if it has one."""
+    for name in ("warmup_lr", "min_lr"):
+        if (value := getattr(optim, name)) is not None and value > optim.lr:
+            raise UserError(f"{name} must be at most lr ({optim.lr:g}), got {value:g}")
+    if optim.warmup_epochs == 0:
+        return optim
+    if optim.warmup_epochs >= (epochs := schedule_epochs(optim)):
+        raise UserError(
+            f"warmup_epochs must be below the {epochs} epochs of the schedule, got {optim.warmup_epochs:g}"
+        )
+    return replace(optim, warmup_lr=usual_warmup_lr(optim))
 
 
 def _check_burn_in_rate(optim: OptimConfig) -> None:

@@ -44,10 +44,11 @@ class ResolvedAttack(AttackConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptim(OptimConfig):
-    """`OptimConfig` with the number of epochs and the peak learning rate known."""
+    """`OptimConfig` with the number of epochs, the peak learning rate and the weight decay known."""
 
     epochs: int
     lr: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)

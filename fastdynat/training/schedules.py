@@ -35,12 +35,28 @@ def _onecycle(step: int, total: int, warmup: float, ends: tuple[float, float, fl
 
 def _triangular(step: int, total: int, warmup: float) -> float:
     peak = warmup * total
-    return step / peak if step < peak else (total - step) / (total - peak)
+    return step / peak if step < peak else max(total - step, 0) / (total - peak)
+
+
+def _floored_cosine(step: int, total: int, rise: float, config: ResolvedOptim) -> float:
+    """Cosine from 1 to ``min_lr / lr`` over all `total` positions, or over those after a prefixed `rise`."""
+    floor, skipped = config.min_lr / config.lr, rise if config.warmup_prefix else 0.0
+    return _cosine(1.0, floor, min((step - skipped) / (total - skipped), 1.0))
 
 
 def epochs_of_method(config: ResolvedOptim) -> int:
     """The number of epochs after the burn-in."""
     return config.epochs - config.burn_in
+
+
+def schedule_epochs(config: ResolvedOptim) -> int:
+    """The number of epochs that the schedule is stretched over."""
+    return epochs_of_method(config) if config.schedule_epochs is None else config.schedule_epochs
+
+
+def usual_warmup_lr(config: ResolvedOptim) -> float:
+    """The rate at the first update of a linear warm-up: as given, else a hundredth of the peak rate."""
+    return config.lr / 100 if config.warmup_lr is None else config.warmup_lr
 
 
 def attack_steps(attack: ResolvedAttack, epochs: int) -> Callable[[int], int]:
@@ -52,27 +68,32 @@ def attack_steps(attack: ResolvedAttack, epochs: int) -> Callable[[int], int]:
 def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:
     """The function update -> factor on `config.lr` for 0 <= update < epochs * steps_per_epoch.
 
-    In the burn-in it is ``burn_in_lr / lr``, or 1. Step schedules change between epochs; cosine, one-cycle
-    and triangular at every update, or between epochs with `schedule_by` "epoch"."""
-    epochs, warmup = epochs_of_method(config), _peak(config)
+    In the burn-in it is ``burn_in_lr / lr``, or 1. Step schedules change between epochs; cosine, one-cycle,
+    triangular and a linear warm-up at every update, or between epochs with `schedule_by` "epoch"."""
+    epochs, warmup = schedule_epochs(config), _peak(config)
     position, total = _position(config, steps_per_epoch), _total(config, steps_per_epoch)
+    positions_per_epoch = _positions_per_epoch(config, steps_per_epoch)
     before = 1.0 if config.burn_in_lr is None else config.burn_in_lr / config.lr
+    rise, first = config.warmup_epochs * positions_per_epoch, usual_warmup_lr(config) / config.lr
 
     def factor(update: int) -> float:
         step = update - config.burn_in * steps_per_epoch
         if step < 0:
             return before
-        epoch = (step + config.schedule_ahead) // steps_per_epoch
+        at = position(step)
+        epoch = at // positions_per_epoch
+        if at < rise:
+            return first + (1 - first) * at / rise
         if config.schedule == "release":
             return RELEASE_WARMUP if epoch == 0 else _drops(epoch / epochs, RELEASE_DROPS, RELEASE_GAMMA)
         if config.schedule == "multistep":
             return _drops(epoch / epochs, config.milestones, config.gamma)
         if config.schedule == "cosine":
-            return _cosine(1.0, 0.0, position(step) / total)
+            return _floored_cosine(at, total, rise, config)
         if config.schedule == "onecycle":
-            return _onecycle(position(step), total, warmup, (ONECYCLE_START, 1.0, ONECYCLE_END))
+            return _onecycle(at, total, warmup, (ONECYCLE_START, 1.0, ONECYCLE_END))
         if config.schedule == "triangular":
-            return _triangular(position(step), total, warmup)
+            return _triangular(at, total, warmup)
         return 1.0
 
     return factor
@@ -109,14 +130,18 @@ def _peak(config: ResolvedOptim) -> float:
 
 
 def _total(config: ResolvedOptim, steps_per_epoch: int) -> int:
-    """The number of positions of the schedule (see `_position`): updates, or epochs."""
-    return epochs_of_method(config) * (1 if config.schedule_by == "epoch" else steps_per_epoch)
+    """The number of positions of the schedule (see `_position`)."""
+    return schedule_epochs(config) * _positions_per_epoch(config, steps_per_epoch)
+
+
+def _positions_per_epoch(config: ResolvedOptim, steps_per_epoch: int) -> int:
+    return 1 if config.schedule_by == "epoch" else steps_per_epoch
 
 
 def _position(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], int]:
     """The function update of the method -> position in its schedule: the update, or its epoch."""
     unit = steps_per_epoch if config.schedule_by == "epoch" else 1
-    return lambda step: (step + config.schedule_ahead) // unit
+    return lambda step: step // unit + config.schedule_ahead
 
 
 def average_warmup(config: ResolvedOptim, epochs: int, steps_per_epoch: int) -> int:

@@ -182,7 +182,7 @@ def test_every_spelling_means_its_flag(command: str) -> None:
     for spelling, flag in ALIASES.items():
         if flag not in flags or spelling in flags:
             continue
-        value = {"--norm": "linf", "--schedule": "cosine"}.get(flag, "3")
+        value = {"--norm": "linf", "--schedule": "cosine", "--opt": "adamw"}.get(flag, "3")
         words = [] if flags[flag].values == "none" else [value]
         for written in (spelling, spelling[:2] + spelling[2:].replace("-", "_")):
             assert words_of(command, written, *words) == words_of(command, flag, *words), spelling

@@ -18,6 +18,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "replays and perturbation kept by position": ("free-2", {"clip_grad": 0.5}),
     "unlabelled images": ("vat", {"unlabelled": True}),
     "nesterov and decay": ("madry", {"nesterov": True, "weight_decay": 5e-3, "decay_norms": False}),
+    "adamw": ("dynat", {"opt": "adamw", "lr": 5e-3, "clip_grad": 0.05, "optimizers": "joint"}),
+    "lion": ("madry", {"opt": "lion", "lr": 1e-3, "ema": 0.9}),
 }
 
 

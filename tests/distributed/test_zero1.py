@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastdynat.commands.main import main
 from fastdynat.config import EngineConfig, OptimConfig
+from fastdynat.config.optimizer_kinds import OPTIMIZER_KINDS
 from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.training import parts
@@ -31,6 +32,8 @@ CASES = {
     "norms without decay": {"decay_norms": False},
     "cycled momentum": {"cycled": True},
     "no momentum": {"momentum": 0.0},
+    "adamw": {"opt": "adamw", "optimizers": "joint"},
+    "lion": {"opt": "lion"},
 }
 
 
@@ -99,13 +102,12 @@ def test_two_processes_with_sharded_momentum_update_as_one_with_all(
     assert all(part < whole for _, part, _ in found) or whole == 0
 
 
-def _restored() -> list[bool]:
+def _restored(case: dict[str, Any]) -> list[bool]:
     """From whole to sharded and back, with an update after each, beside a run that is never restored."""
-    whole, steady = (Pair({"decay_norms": False}, zero1=False) for _ in range(2))
+    whole, steady = (Pair(case, zero1=False) for _ in range(2))
     for pair in (whole, steady):
         pair.update(0)
-    sharded = Pair({"decay_norms": False}, zero1=True)
-    back = Pair({"decay_norms": False}, zero1=False)
+    sharded, back = Pair(case, zero1=True), Pair(case, zero1=False)
     for number, (source, target) in enumerate([(whole, sharded), (sharded, back)], start=1):
         states = world().from_first(source.states())
         for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
@@ -120,8 +122,9 @@ def _restored() -> list[bool]:
     return [*(torch.equal(a, b) for a, b in same), sum(held) < sum(everything)]
 
 
-def test_checkpoints_do_not_depend_on_the_sharding(ranks: Callable[[int], Any]) -> None:
-    for found in ranks(2)(_restored):
+@pytest.mark.parametrize("opt", OPTIMIZER_KINDS)
+def test_checkpoints_do_not_depend_on_the_sharding(opt: str, ranks: Callable[[int], Any]) -> None:
+    for found in ranks(2)(_restored, {"decay_norms": False, "opt": opt}):
         assert all(found)
 
 

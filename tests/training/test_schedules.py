@@ -1,10 +1,19 @@
 """Learning-rate schedules against their definitions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from fastdynat.config import OptimConfig
 from fastdynat.training.schedules import momentum_at, schedule_factor
@@ -143,6 +152,79 @@ def test_triangular_without_a_warm_up_falls_from_the_peak() -> None:
 @pytest.mark.parametrize("name", ["release", "multistep", "cosine", "onecycle", "triangular", "constant"])
 def test_a_burn_in_is_at_the_peak_and_the_schedule_comes_after_it(name: str) -> None:
     assert rates(3, epochs=9, burn_in=4, schedule=name) == [0.1] * 12 + rates(3, epochs=5, schedule=name)
+
+
+def timms(total: int, warmup: int, **options: object) -> list[float]:
+    """Rates of timm's CosineLRScheduler at 0 <= t < total."""
+    scheduler = pytest.importorskip("timm.scheduler.cosine_lr")
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    cosine = scheduler.CosineLRScheduler(optimizer, total, warmup_t=warmup, **options)
+    return [cosine._get_lr(t)[0] for t in range(total)]
+
+
+@pytest.mark.parametrize("by", ["step", "epoch"])
+@pytest.mark.parametrize("floor", [0.0, 1e-5])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_cosine_with_a_warm_up_and_a_floor_is_timms(by: str, floor: float, warmup: int) -> None:
+    unit = 7 if by == "step" else 1
+    config: dict[str, object] = {"epochs": 20, "schedule": "cosine", "schedule_by": by, "min_lr": floor}
+    if warmup:
+        config |= {"warmup_epochs": warmup, "warmup_lr": 1e-6}
+    want = timms(20 * unit, warmup * unit, lr_min=floor, warmup_lr_init=1e-6)
+    assert rates(7, **config)[:: 7 // unit] == pytest.approx(want, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("by", ["step", "epoch"])
+def test_a_prefixed_warm_up_is_torchs_linear_then_cosine(by: str) -> None:
+    """torch: SequentialLR of LinearLR and CosineAnnealingLR; the whole peak is reached at its end."""
+    unit = 7 if by == "step" else 1
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    parts = [
+        LinearLR(optimizer, 1e-4, 1.0, total_iters=5 * unit),
+        CosineAnnealingLR(optimizer, 15 * unit, eta_min=5e-6),
+    ]
+    scheduler, want = SequentialLR(optimizer, parts, [5 * unit]), []
+    for _ in range(20 * unit):
+        want.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    config: dict[str, object] = {
+        "schedule_by": by,
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-5,
+        "warmup_prefix": True,
+    }
+    got = rates(7, epochs=20, schedule="cosine", min_lr=5e-6, **config)[:: 7 // unit]
+    assert got == pytest.approx(want, rel=1e-9)
+    prefixed = timms(15 * unit, 5 * unit, lr_min=5e-6, warmup_lr_init=1e-5, warmup_prefix=True)
+    assert got[: 15 * unit] == pytest.approx(prefixed, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["multistep", "constant"])
+def test_a_warm_up_precedes_other_schedules(name: str) -> None:
+    """A hundredth of the rate at the first update."""
+    plain = rates(4, epochs=8, schedule=name)
+    got = rates(4, epochs=8, schedule=name, warmup_epochs=1.5)
+    assert got[6:] == plain[6:]
+    assert got[:6] == pytest.approx([0.001 + 0.099 * t / 6 for t in range(6)])
+
+
+def test_a_shorter_run_ends_inside_of_its_schedule() -> None:
+    """TRADES is made for 100 epochs, of which it trains 76."""
+    for name in ("release", "multistep", "cosine", "onecycle", "triangular"):
+        whole = rates(3, epochs=10, schedule=name)
+        assert rates(3, epochs=6, schedule_epochs=10, schedule=name) == whole[:18]
+    beyond = rates(3, epochs=8, schedule_epochs=5, schedule="cosine", min_lr=0.01)
+    assert beyond[15:] == [pytest.approx(0.01)] * 9
+    assert min(rates(3, epochs=8, schedule_epochs=5, schedule="triangular")) == 0
+
+
+def test_by_epoch_it_runs_ahead_by_epochs() -> None:
+    """IKL's release counts epochs from 1, and divides by one more than there are."""
+    got = rates(3, epochs=9, schedule="cosine", schedule_by="epoch", schedule_ahead=1, schedule_epochs=10)
+    want = [0.05 * (1 + math.cos(math.pi * epoch / 10)) for epoch in range(1, 10)]
+    assert got[::3] == pytest.approx(want)
+    assert got[2::3] == got[::3]
 
 
 def test_constant() -> None:

@@ -49,10 +49,11 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found |= dict.fromkeys(
             ("milestones", "gamma"), f"--schedule {optim.schedule} has none; it is for --schedule multistep"
         )
-    if optim.schedule not in ("cosine", "onecycle", "triangular"):
+    if optim.schedule not in ("cosine", "onecycle", "triangular") and optim.warmup_epochs == 0:
         found["schedule_by"] = f"it is for --schedule cosine, onecycle and triangular, not {optim.schedule}"
     if optim.schedule == "constant":
         found["schedule_ahead"] = "--schedule constant is the same at every update"
+        found["schedule_epochs"] = "--schedule constant is the same in every epoch"
     if data.val_size == 0:
         found |= dict.fromkeys(
             ("val_every", "check_fidelity", "boundary_speed"), "--val-size 0 leaves nothing to validate on"
