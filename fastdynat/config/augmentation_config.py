@@ -32,6 +32,6 @@ class AugmentationConfig:
 
     @property
     def mixing(self) -> str:
-        """What mixes images and their labels, as "mixup 0.8"; empty if nothing does."""
+        """The flag that mixes images and their labels, as "mixup 0.8"; empty if none does."""
         on = (key for key in ("mixup", "cutmix") if getattr(self, key))
         return next((f"{key} {getattr(self, key):g}" for key in on), "")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdynat import ops
-from fastdynat.data.augmentation import Stage, run_stages
+from fastdynat.data.augmentation import Stage, apply_stages
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
 from fastdynat.data.image_sets import Images, ImageSet
 from fastdynat.data.mixing import Mixing
@@ -25,7 +25,7 @@ PAD_MODES = ("zeros", "reflect")
 
 
 class PlannedDraws(NamedTuple):
-    """What the plan says of the images that this process loads in a step.
+    """The draws of the plan for the images that this process loads in a step.
 
     Attributes:
         positions: int64 (n,) on the CPU, theirs in the epoch's plan.
@@ -232,7 +232,7 @@ class PlannedLoader(ABC):
 
     def _staged(self, images: Tensor, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) through all stages."""
-        return run_stages(images, self._stages, draws.positions, seed=self.seed, epoch=draws.epoch)
+        return apply_stages(images, self._stages, draws.positions, seed=self.seed, epoch=draws.epoch)
 
     def _plan(self, epoch: int) -> EpochPlan:
         return plan_epoch(

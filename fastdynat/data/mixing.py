@@ -23,7 +23,7 @@ STEPS_OF_WEIGHT = 2**24  # weights are multiples of its inverse, so that they an
 
 @dataclass(frozen=True)
 class Blend:
-    """How the images of a group are mixed.
+    """The mixing of a group of images.
 
     Attributes:
         weight: the share of an image's own label, a multiple of 2^-24; the rest is its partner's.

@@ -1,5 +1,5 @@
 """Augmentation beyond crop and flip: stages that change uint8 batches, drawn per position of the epoch."""
 
-from fastdynat.data.augmentation.stages import Stage, run_stages, stages_of
+from fastdynat.data.augmentation.stages import Stage, apply_stages, stages_of
 
-__all__ = ["Stage", "run_stages", "stages_of"]
+__all__ = ["Stage", "apply_stages", "stages_of"]

@@ -44,7 +44,7 @@ def stages_of(config: AugmentationConfig, info: DatasetInfo) -> tuple[Stage, ...
     return tuple(stages)
 
 
-def run_stages(
+def apply_stages(
     images: Tensor, stages: Sequence[Stage], positions: Tensor, *, seed: int, epoch: int
 ) -> Tensor:
     """uint8 images (n, C, H, W) after all `stages`; positions: int64 (n,), theirs in the epoch."""
