@@ -226,7 +226,7 @@ class AttackEngine:
 
     def _check_compiled(self, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> None:
         """Before the first compiled attack of each kind and shape: stop compiling if the attack is weaker."""
-        ascent, seen = self.ascent, (goal.kind, spec.norm, tuple(x.shape), x.dtype)
+        ascent, seen = self.ascent, (goal.kind, spec.norm, spec.algorithm, tuple(x.shape), x.dtype)
         if not isinstance(ascent, CompiledAscent) or seen in self._checked:
             return
         if len(self._checked) >= MAX_SIGNATURES or len(x) == 0 or is_uncompiled():

@@ -1,4 +1,4 @@
-"""Projected gradient descent on an attack goal (PGD, Madry et al. 2018, arXiv 1706.06083)."""
+"""Projected gradient descent on an attack goal (PGD, Madry et al. 2018, arXiv 1706.06083), or APGD."""
 
 import warnings
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastdynat.attack_engine.adaptive_pgd import adaptive_ascend
 from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
@@ -76,15 +77,19 @@ def run_pgd(
     x_start: Tensor | None = None,
     generator: Randomness = None,
 ) -> AttackResult:
-    """`ascend` with random start and restarts, or from `x_start`; the network is in the attack's mode."""
+    """The attack of `spec` with random start and restarts, or from `x_start`.
+
+    The network is in the attack's mode.
+    """
+    climb = adaptive_ascend if spec.algorithm == "apgd" else ascend
     if goal.track and spec.restarts != 1:
         raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")
     if x_start is not None:
         if spec.restarts != 1:
             raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
-        return ascend(ascent, x, goal, spec, x_start=x_start)
+        return climb(ascent, x, goal, spec, x_start=x_start)
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-    best = ascend(ascent, x, goal, spec, x_start=start)
+    best = climb(ascent, x, goal, spec, x_start=start)
     if spec.restarts == 1:
         return best
 
@@ -97,7 +102,7 @@ def run_pgd(
     reached, loss = score(x_adv)
     for _ in range(spec.restarts - 1):
         start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
-        run = ascend(ascent, x, goal, spec, x_start=start)
+        run = climb(ascent, x, goal, spec, x_start=start)
         run_reached, run_loss = score(run.x_adv)
         better = (run_reached & ~reached) | ((run_reached == reached) & (run_loss > loss))
         x_adv = torch.where(better[:, None, None, None], run.x_adv, x_adv)

@@ -7,14 +7,20 @@ from fastdynat.attack_engine.input_checks import check_count, check_number
 from fastdynat.attack_engine.steps import NORMS, STARTS
 from fastdynat.errors import UserError, unknown_name
 
+ALGORITHMS = ("pgd", "apgd")
+
 
 @dataclass(frozen=True)
 class PGDSpec:
     """Hyperparameters of one attack. Sizes in [0, 1] pixel units.
 
-    Under L0, `eps` is a number of pixels and `step_size` an L1 length. The attack returns the last iterate:
-    it neither keeps the best loss nor stops at misclassified images. With several restarts an image keeps the
-    run that fools the network, or else the run with the highest loss.
+    Under L0, `eps` is a number of pixels and `step_size` an L1 length. The attack "pgd" returns the last
+    iterate: it neither keeps the best loss nor stops at misclassified images. With several restarts an image
+    keeps the run that fools the network, or else the run with the highest loss.
+
+    Attributes:
+        algorithm: "pgd", or "apgd": `adaptive_ascend`, which returns the point with the highest loss and
+            chooses its step sizes itself.
     """
 
     eps: float
@@ -23,12 +29,17 @@ class PGDSpec:
     norm: str = "linf"
     start: str = "uniform"
     restarts: int = 1
+    algorithm: str = "pgd"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown_name("norm", self.norm, NORMS)
         if self.start not in STARTS:
             raise unknown_name("start", self.start, STARTS)
+        if self.algorithm not in ALGORITHMS:
+            raise unknown_name("attack algorithm", self.algorithm, ALGORITHMS)
+        if self.algorithm == "apgd" and self.norm == "l0":
+            raise UserError("apgd is defined for linf, l2 and l1, got norm l0; use the algorithm pgd")
         check_number("eps", self.eps)
         check_number("step_size", self.step_size)
         if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdynat.attack_engine import apgd_steps as moves
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
@@ -22,7 +23,6 @@ from fastdynat.attack_engine.shrinking_batch import (
     part,
     replace_rows,
 )
-from fastdynat.attacks import apgd_steps as moves
 from fastdynat.attacks.apgd_loss import APGDLoss, loss_and_grad
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
@@ -72,7 +72,7 @@ class APGD:
     restarts: int = 1
     targets: int = 9
     eot: int = 1
-    rho: float = 0.75
+    rho: float = moves.RHO
     larger_eps: bool = False
 
     def __post_init__(self) -> None:
@@ -153,20 +153,6 @@ class _Run:
     moved: Tensor
     over: Tensor
     zero: Tensor
-
-
-def checkpoints(steps: int, norm: str) -> dict[int, int]:
-    """Steps (counted from 1) at which the step size is reviewed, each with the steps since the last."""
-    if norm == "l1":
-        back = max(int(0.04 * steps), 1)
-        return dict.fromkeys(range(back, steps + 1, back), back)
-    back, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
-    found, at = {}, back
-    while at <= steps:
-        found[at] = back
-        back = max(back - less, least)
-        at += back
-    return found
 
 
 def run_apgd(
@@ -286,7 +272,7 @@ def _stepper(
 
     last: this is the last phase; an image that is misclassified in it is finished.
     """
-    reviews = checkpoints(steps, spec.norm)
+    reviews = moves.checkpoints(steps, spec.norm)
     # Neither radius nor number of steps is part of what is compiled.
     look = ascent.compiled(partial(_look, spec=spec), key=("apgd", spec.loss, spec.eot))
 
@@ -294,7 +280,8 @@ def _stepper(
         x_adv = s.x_adv
         if i > 0:
             x_old = s.x_old if i > 1 else None
-            x_adv = _move(spec, eps, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high)
+            ball = {"x": s.x, "bounds": (s.low, s.high), "share": s.share, "eps": eps}
+            x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, **ball)
         grad, loss, wrong = look(x_adv, s.labels, s.target)
         if i == 0:
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))
@@ -315,25 +302,6 @@ def _stepper(
         return _review(s, spec, eps, reviews[i]) if i in reviews else s
 
     return step
-
-
-def _move(
-    spec: APGD,
-    eps: float,
-    x_adv: Tensor,
-    x_old: Tensor | None,
-    grad: Tensor,
-    size: Tensor,
-    share: Tensor,
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-) -> Tensor:
-    if spec.norm == "linf":
-        return moves.move_linf(x_adv, x_old, grad, size, low, high)
-    if spec.norm == "l2":
-        return moves.move_l2(x_adv, x_old, grad, size, x, eps)
-    return moves.move_l1(x_adv, grad, size, share, x, eps)
 
 
 def _look(
@@ -360,7 +328,7 @@ def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
     """Halve the step size and go back to the best point where the loss stalls; for l1, see `_review_l1`."""
     if spec.norm == "l1":
         return _review_l1(s, eps)
-    halve = (s.rises <= back * spec.rho) | (~s.reduced & (s.checked >= s.loss))
+    halve = moves.stalls(s.rises, back, s.reduced, s.checked, s.loss, spec.rho)
     return replace(
         _back_to_best(s, halve),
         size=torch.where(halve, s.size / 2, s.size),
@@ -371,10 +339,8 @@ def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
 
 
 def _review_l1(s: _Run, eps: float) -> _Run:
-    """Full steps from the best point where it moves clearly fewer pixels than before; else smaller ones."""
-    full, moved = moves.STEP["l1"] * eps, moves.changed(s.best, s.x)
-    sparser = moved / s.moved < 0.95
-    size = torch.where(sparser, full, s.size / 1.5).clamp(full / 10, full)
+    moved = moves.changed(s.best, s.x)
+    size, sparser = moves.l1_review(s.size, moved, s.moved, moves.STEP["l1"] * eps)
     return replace(_back_to_best(s, sparser), size=size, share=moved / s.x[0].numel() / 1.5, moved=moved)
 
 

@@ -1,11 +1,11 @@
 """The losses of APGD with their gradients at the logits."""
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastdynat.attack_engine.goal import cross_entropy_order
 from fastdynat.ops import attack_logit_grad
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
@@ -38,12 +38,3 @@ def loss_and_grad(
         return cross_entropy_order(logits, labels) if loss_name == "ce" else loss, grad
     loss, grad = targeted_dlr(logits, labels, target)
     return loss, grad * inverse_power_of_two(grad.abs().amax(1, keepdim=True)) if rescale else grad
-
-
-def cross_entropy_order(logits: Tensor, labels: Tensor) -> Tensor:
-    """``logsumexp_{k != y} z_k - z_y``, (N,); the cross-entropy is its softplus.
-
-    Losses are only compared, and this one still differs where the cross-entropy rounds to 0.
-    """
-    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
-    return others - logits.gather(1, labels[:, None]).squeeze(1)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import check_batch
-from fastdynat.attacks.plane_search import length, move, per_image, start_away
+from fastdynat.attacks.plane_search import move, start_away
 from fastdynat.errors import UserError
 from fastdynat.models.logits import half_of
 from fastdynat.ops import soft_margin

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
-from fastdynat.attacks.plane_search import length, per_image
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
 from fastdynat.ops.image_draws import Randomness

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import margin_goal, result, score
-from fastdynat.attacks.plane_search import DUAL, length, per_image
+from fastdynat.attacks.plane_search import DUAL
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness

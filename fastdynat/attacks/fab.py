@@ -15,9 +15,10 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE, Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick, part
 from fastdynat.attacks.interface import Nearest
-from fastdynat.attacks.plane_search import DUAL, NORMS, length, move, per_image, start_away
+from fastdynat.attacks.plane_search import DUAL, NORMS, move, start_away
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness

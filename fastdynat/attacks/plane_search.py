@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdynat.errors import unknown_name
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.ops import project_on_hyperplane, random_start
 from fastdynat.ops.image_draws import Randomness, next_state
 
@@ -11,40 +11,6 @@ from fastdynat.ops.image_draws import Randomness, next_state
 LEAST_MOVE = 1e-8
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 NORMS = tuple(DUAL)
-SQUARES = (1e-15, 1e18)  # norms whose squares float32 holds accurately
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (N,) in a shape that broadcasts against images."""
-    return values.view(-1, *[1] * (x.dim() - 1))
-
-
-def length(moved: Tensor, norm: str) -> Tensor:
-    """The norm of each image of `moved` (N, ...): (N,)."""
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, NORMS)
-    # Over dimensions, because flattening channels-last images copies them. On the CPU, vector_norm is fast
-    # for L2 only.
-    dims = tuple(range(1, moved.dim()))
-    if norm == "l2":
-        return _length_l2(moved, dims)
-    return moved.abs().amax(dims) if norm == "linf" else moved.abs().sum(dims)
-
-
-def unit(moved: Tensor, norm: str) -> Tensor:
-    """`moved` (N, ...) divided by the norm of each image; an image of zeros stays zero."""
-    size = length(moved, norm)
-    return moved / per_image(torch.where(size > 0, size, 1.0), moved)
-
-
-def _length_l2(moved: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The L2 norm, in float64 where squares leave float32, as gradients of tiny or huge logits do."""
-    # On the CPU float64 takes eight times as long.
-    if moved.device.type == "cpu" and not torch.compiler.is_compiling():
-        found = torch.linalg.vector_norm(moved, dim=dims)
-        if moved.dtype == torch.float64 or bool(((found > SQUARES[0]) & (found < SQUARES[1])).all()):
-            return found
-    return torch.linalg.vector_norm(moved, dim=dims, dtype=torch.float64).to(moved.dtype)
 
 
 def start_away(x: Tensor, distance: float, norm: str = "linf", *, generator: Randomness = None) -> Tensor:

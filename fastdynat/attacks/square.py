@@ -15,8 +15,9 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import margin, wide
+from fastdynat.attack_engine.lengths import per_image
 from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, replace_rows
-from fastdynat.attacks.plane_search import NORMS, per_image
+from fastdynat.attacks.plane_search import NORMS
 from fastdynat.attacks.registry import register
 from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
 from fastdynat.errors import UserError, unknown_name

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.apgd_steps import project_on_l1_ball
-from fastdynat.attacks.plane_search import length, per_image
+from fastdynat.attack_engine.apgd_steps import project_on_l1_ball
+from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.ops.image_draws import ImageDraws, Randomness
 
 # The share of the image that a square covers is halved after each of these queries, whatever their total.

@@ -14,11 +14,11 @@ from fastdynat.attack_engine.input_checks import (
     check_model,
     check_number,
 )
+from fastdynat.attack_engine.lengths import length as length_of
+from fastdynat.attack_engine.lengths import per_image
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
-from fastdynat.attacks.plane_search import length as length_of
-from fastdynat.attacks.plane_search import per_image
 from fastdynat.compat.replica_cache import ReplicaCache, unwrapped
 from fastdynat.compat.runner import Runner
 from fastdynat.compat.speed_options import Speed, check_speed, hashable

@@ -9,6 +9,10 @@ class AttackConfig:
     """Inner attack, and the radius of evaluation. Radii and step sizes: 8/255, 0.031, or 8 (read as
     8/255)."""
 
+    attack: Literal["pgd", "apgd"] = "pgd"
+    """Algorithm: PGD with steps of --step-size, which trains on the last point; or APGD, which chooses its
+    step sizes itself and trains on the point with the highest loss (Croce & Hein 2020; Singh et al. 2023
+    train with --steps 2)."""
     norm: Literal["linf", "l2"] = "linf"
     """Threat model."""
     eps: float | str = "auto"
@@ -25,7 +29,7 @@ class AttackConfig:
     """Share of the epochs in which --early-steps applies."""
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
     """Starting point of the attack: the image, or a random point around it; auto is the method's published
-    choice."""
+    choice, and with --attack apgd the image, where the method's own is uniform."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
     """Batch norm during the attack: running statistics, batch statistics, or batch statistics without
     updating. With train, every forward pass of the attacked network updates the running statistics, including

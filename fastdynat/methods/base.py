@@ -118,6 +118,8 @@ class Method(ABC, Generic[OptionsT]):
         replays: updates per batch, each with both halves and the attack.
         searches: whether an attack starts from the present weights, which weight perturbation needs.
         attacks: whether training attacks at all.
+        takes_any_attack: whether images are attacked by nothing but ``attack(x, goal)``, so that the run may
+            choose the attack, such as --attack apgd.
         couples_images: whether the loss of an image depends on others of the batch, beyond batch norm: then
             --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
@@ -142,6 +144,7 @@ class Method(ABC, Generic[OptionsT]):
     replays: int = 1
     searches: bool = True
     attacks: bool = True
+    takes_any_attack: bool = True
     couples_images: bool = False
     smooths_labels: bool = False
     takes_mixed_labels: bool = False

@@ -91,6 +91,7 @@ class Dyart(Method[DyartOptions]):
     """Dynamics-aware robust training, L-inf."""
 
     unused_attack = ("step_size", "start")
+    takes_any_attack = False
     options_type = DyartOptions
     smooths_labels = True
     attack_defaults = AttackDefaults(steps=20)

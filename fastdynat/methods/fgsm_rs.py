@@ -25,6 +25,7 @@ class FgsmRs(Madry):
 
     options_type = FgsmRsOptions
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.25)
+    takes_any_attack = False
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.steps != 1:

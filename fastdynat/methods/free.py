@@ -47,6 +47,7 @@ class Free(Method[FreeOptions]):
     smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
     searches = False
+    takes_any_attack = False
 
     def __init__(self, options: FreeOptions) -> None:
         super().__init__(options)

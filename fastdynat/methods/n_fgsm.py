@@ -37,6 +37,7 @@ class NFgsm(Madry):
 
     options_type = NFgsmOptions
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0)
+    takes_any_attack = False
 
     def __init__(self, options: NFgsmOptions) -> None:
         super().__init__(options)

@@ -41,6 +41,7 @@ class Natural(Method[NaturalOptions]):
     select_by = "val_clean_acc"
     searches = False
     attacks = False
+    takes_any_attack = False
     unused_attack = TRAINING_ATTACK
     logs_adv_acc = False
 

@@ -101,6 +101,7 @@ class Vat(Method[VatOptions]):
         super().__init__(options)
         if options.search == "power":
             self.unused_attack = TRAINING_ATTACK
+            self.takes_any_attack = False
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch) if self.options.search == "pgd" else None)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import TrainConfig
 from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.data.augmentation import stages_of
@@ -134,7 +133,7 @@ def _step(
     return TrainStep(
         method,
         networks,
-        PGDSpec(attack.eps, attack.step_size, attack.steps, norm=attack.norm, start=attack.start),
+        attack.spec(),
         optim,
         Precision(engine.amp, device),
         schedule_factor(optim, steps_per_epoch),

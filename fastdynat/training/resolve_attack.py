@@ -1,9 +1,9 @@
 """Inner attack of a `ResolvedConfig`: sizes in pixel units, and the method's usual values."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import AttackConfig
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
@@ -49,7 +49,7 @@ def resolved_attack(
         step_size=size("step_size", attack.step_size, usual_step),
         eval_eps=size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps),
         steps=defaults.steps if attack.steps is None else attack.steps,
-        start=defaults.start if attack.start == "auto" else attack.start,
+        start=_start(attack, defaults),
     )
     _check(resolved, method)
     notes.append(f"{announcement(resolved, method)}; evaluated at eps {describe_size(resolved.eval_eps)}")
@@ -57,13 +57,22 @@ def resolved_attack(
     return resolved
 
 
+def _start(attack: AttackConfig, defaults: AttackDefaults) -> str:
+    if attack.start != "auto":
+        return attack.start
+    # A gaussian start leaves a point where the gradient of the method's goal is 0; APGD needs it too.
+    return "none" if attack.attack == "apgd" and defaults.start == "uniform" else defaults.start
+
+
 def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
+    if attack.attack != "pgd" and not (method.attacks and method.takes_any_attack):
+        own = "makes its attack itself" if method.attacks else "attacks nothing in training"
+        raise UserError(f"attack {attack.attack}: method {method.name} {own}; leave --attack out")
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps}), got {early}")
     for count in (steps, steps if early is None else early):
-        spec = PGDSpec(attack.eps, attack.step_size, count, norm=attack.norm, start=attack.start)
-        method.check_attack(spec, attack.attack_bn)
+        method.check_attack(replace(attack, steps=count).spec(), attack.attack_bn)
     if attack.awp > 0 and not method.searches:
         raise UserError(
             f"awp {attack.awp:g}: method {method.name} does not attack the current weights; use --awp 0"
@@ -94,6 +103,8 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
         return f"{used}{_own_attack(method)}"
     if "step_size" in method.unused_attack:
         used += f"{attack.steps} iterations of its own search"
+    elif attack.attack == "apgd":
+        used += f"{attack.steps} steps of APGD"
     else:
         used += f"{attack.steps} steps of {describe_size(attack.step_size)}"
     if attack.early_steps is not None:

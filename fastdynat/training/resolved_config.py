@@ -9,6 +9,7 @@ alike; the types here say which of them can no longer be "auto" or None. Some st
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.config import (
     AttackConfig,
     DataConfig,
@@ -40,6 +41,17 @@ class ResolvedAttack(AttackConfig):
     steps: int
     start: Literal["none", "uniform", "gaussian"]
     eval_eps: float
+
+    def spec(self) -> PGDSpec:
+        """The attack of training."""
+        return PGDSpec(
+            self.eps,
+            self.step_size,
+            self.steps,
+            norm=self.norm,
+            start=self.start,
+            algorithm=self.attack,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

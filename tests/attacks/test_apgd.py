@@ -10,10 +10,10 @@ from conftest import needs
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
+from fastdynat.attack_engine import apgd_steps as moves
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.network_modes import attack_mode
-from fastdynat.attacks import APGD, apgd, parse_attack, run_apgd, stages
-from fastdynat.attacks import apgd_steps as moves
+from fastdynat.attacks import APGD, parse_attack, run_apgd, stages
 from fastdynat.attacks.apgd_loss import targeted_dlr
 from fastdynat.errors import UserError
 
@@ -39,9 +39,9 @@ def attack(spec: APGD, x: Tensor, y: Tensor, model: nn.Module, **kwargs: Any) ->
 
 
 def test_reviews_come_when_the_paper_says() -> None:
-    assert apgd.checkpoints(100, "linf") == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
-    assert apgd.checkpoints(10, "l2") == {2: 2, **dict.fromkeys(range(3, 11), 1)}
-    assert apgd.checkpoints(100, "l1") == dict.fromkeys(range(4, 101, 4), 4)
+    assert moves.checkpoints(100, "linf") == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
+    assert moves.checkpoints(10, "l2") == {2: 2, **dict.fromkeys(range(3, 11), 1)}
+    assert moves.checkpoints(100, "l1") == dict.fromkeys(range(4, 101, 4), 4)
 
 
 def test_larger_balls_take_the_first_steps() -> None:

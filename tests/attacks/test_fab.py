@@ -11,9 +11,10 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.lengths import length
 from fastdynat.attacks import Nearest, fab, parse_attack
 from fastdynat.attacks.fab import FAB
-from fastdynat.attacks.plane_search import length, project_on_hyperplane_l1
+from fastdynat.attacks.plane_search import project_on_hyperplane_l1
 from fastdynat.errors import UserError
 
 NORMS = ("linf", "l2", "l1")

@@ -11,8 +11,8 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.lengths import length
 from fastdynat.attacks import parse_attack
-from fastdynat.attacks.plane_search import length
 from fastdynat.attacks.square import Square
 from fastdynat.attacks.square_proposals import Draws, window
 from fastdynat.errors import UserError

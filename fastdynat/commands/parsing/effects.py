@@ -41,6 +41,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["mixup_switch_prob"] = "needs both --mixup and --cutmix"
     if augmentation.mixup == augmentation.cutmix == 0:
         found |= dict.fromkeys(("mixup_prob", "mixup_groups"), "needs --mixup or --cutmix")
+    if attack.attack == "apgd":
+        found["step_size"] = "--attack apgd chooses its own, from 2 eps down"
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
     if attack.awp == 0:

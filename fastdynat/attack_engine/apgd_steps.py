@@ -1,18 +1,34 @@
-"""Starting points and steps of APGD in each norm; images are (N, C, H, W).
+"""Starting points, steps and reviews of the step size of APGD in each norm; images are (N, C, H, W).
 
-Croce & Hein 2020; L1: Croce & Hein 2021, arXiv 2103.01208.
+Croce & Hein 2020, arXiv 2003.01690; L1: Croce & Hein 2021, arXiv 2103.01208. Shared by the attack of
+evaluations (`fastdynat.attacks.apgd`) and that of training (`adaptive_pgd`).
 """
 
 import torch
 from torch import Tensor
 
-from fastdynat.attacks.plane_search import length, per_image, unit
+from fastdynat.attack_engine.lengths import length, per_image, unit_l2
 from fastdynat.ops import pgd_step_l1
 from fastdynat.ops.image_draws import Randomness, normal_like, uniform_like
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
 STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}  # the first step size in units of eps
+RHO = 0.75  # share of steps between two reviews that must raise the loss, else the step size is halved
 TINY = 1e-12
+
+
+def checkpoints(steps: int, norm: str) -> dict[int, int]:
+    """Steps (counted from 1) at which the step size is reviewed, each with the steps since the last."""
+    if norm == "l1":
+        back = max(int(0.04 * steps), 1)
+        return dict.fromkeys(range(back, steps + 1, back), back)
+    back, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
+    found, at = {}, back
+    while at <= steps:
+        found[at] = back
+        back = max(back - less, least)
+        at += back
+    return found
 
 
 def start(x: Tensor, norm: str, eps: float, generator: Randomness = None) -> Tensor:
@@ -34,7 +50,9 @@ def project_on_l1_ball(z: Tensor, x: Tensor, eps: float) -> Tensor:
 def project_l2(z: Tensor, x: Tensor, eps: float) -> Tensor:
     """Shorten the move to `eps`, then clip to [0, 1]."""
     move = z - x
-    return torch.addcmul(x, move, per_image((eps / (length(move, "l2") + TINY)).clamp_max(1), x)).clamp_(0, 1)
+    # Moves are of the size of pixels, so that their squares need no care.
+    size = torch.linalg.vector_norm(move, dim=tuple(range(1, move.dim())))
+    return torch.addcmul(x, move, per_image((eps / (size + TINY)).clamp_max(1), x)).clamp_(0, 1)
 
 
 def move_linf(
@@ -47,7 +65,7 @@ def move_linf(
 
 def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: float) -> Tensor:
     """A step of length `size` (N,) along the gradient in the L2 ball around `x`, mixed with the last one."""
-    z = project_l2(torch.addcmul(x_adv, unit(grad, "l2"), per_image(size, x)), x, eps)
+    z = project_l2(torch.addcmul(x_adv, unit_l2(grad), per_image(size, x)), x, eps)
     return z if x_old is None else project_l2(mixed(z, x_adv, x_old), x, eps)
 
 
@@ -69,3 +87,46 @@ def mixed(z: Tensor, x_adv: Tensor, x_old: Tensor) -> Tensor:
 def changed(x_adv: Tensor, x: Tensor) -> Tensor:
     """Number of changed pixel values of each image, (N,) int64."""
     return (x_adv != x).flatten(1).sum(1)
+
+
+def moved(
+    norm: str,
+    x_adv: Tensor,
+    x_old: Tensor | None,
+    grad: Tensor,
+    size: Tensor,
+    *,
+    x: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    share: Tensor,
+    eps: float,
+) -> Tensor:
+    """The next point of APGD under `norm`; `bounds` are the lowest and highest pixels of linf."""
+    if norm == "linf":
+        return move_linf(x_adv, x_old, grad, size, *bounds)
+    if norm == "l2":
+        return move_l2(x_adv, x_old, grad, size, x, eps)
+    return move_l1(x_adv, grad, size, share, x, eps)
+
+
+def stalls(
+    rises: Tensor, back: int, reduced: Tensor, checked: Tensor, best: Tensor, rho: float = RHO
+) -> Tensor:
+    """(N,) bool: halve the step size and go back to the best point, for linf and l2.
+
+    Args:
+        rises: steps since the last review, `back` steps ago, that raised the loss.
+        reduced, checked: whether the last review halved the step size, and the highest loss then.
+        best: the highest loss now.
+    """
+    return (rises <= back * rho) | (~reduced & (checked >= best))
+
+
+def l1_review(size: Tensor, now: Tensor, before: Tensor, full: float) -> tuple[Tensor, Tensor]:
+    """The step size of l1 (N,), and (N,) bool: go back to the best point.
+
+    Full steps where the best point moves clearly fewer pixels (`now`) than at the last review (`before`);
+    else smaller ones.
+    """
+    sparser = now / before < 0.95
+    return torch.where(sparser, full, size / 1.5).clamp(full / 10, full), sparser
