@@ -128,8 +128,10 @@ class _Climb:
     def step(self, number: int) -> None:
         """Step `number`, counted from 1: move, look, and review the step size when that is due."""
         before = self.before if number > 1 else None
-        ball = {"x": self._x, "bounds": self._bounds, "share": self.share, "eps": self._spec.eps}
-        new = moves.moved(self._spec.norm, self.point, before, self.gradient, self.size, **ball)
+        norm, eps = self._spec.norm, self._spec.eps
+        new = moves.moved(
+            norm, self.point, before, self.gradient, self.size, self.share, self._x, *self._bounds, eps
+        )
         self.before, self.point = self.point, new
         if number == self._spec.steps:  # nothing follows its gradient
             with torch.no_grad():

@@ -95,15 +95,20 @@ def moved(
     x_old: Tensor | None,
     grad: Tensor,
     size: Tensor,
-    *,
-    x: Tensor,
-    bounds: tuple[Tensor, Tensor],
     share: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
     eps: float,
 ) -> Tensor:
-    """The next point of APGD under `norm`; `bounds` are the lowest and highest pixels of linf."""
+    """The next point of APGD under `norm`.
+
+    Args:
+        share: (N,) of the entries that step, for l1.
+        low, high: the bounds of the pixels, for linf.
+    """
     if norm == "linf":
-        return move_linf(x_adv, x_old, grad, size, *bounds)
+        return move_linf(x_adv, x_old, grad, size, low, high)
     if norm == "l2":
         return move_l2(x_adv, x_old, grad, size, x, eps)
     return move_l1(x_adv, grad, size, share, x, eps)

@@ -280,8 +280,7 @@ def _stepper(
         x_adv = s.x_adv
         if i > 0:
             x_old = s.x_old if i > 1 else None
-            ball = {"x": s.x, "bounds": (s.low, s.high), "share": s.share, "eps": eps}
-            x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, **ball)
+            x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high, eps)
         grad, loss, wrong = look(x_adv, s.labels, s.target)
         if i == 0:
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))

@@ -32,8 +32,11 @@ def images(seed: int = 0) -> Tensor:
 
 
 def victim() -> nn.Module:
-    model = with_statistics(tiny_cnn(3, dtype=torch.float64)).eval().requires_grad_(False)
-    return nn.Sequential(model, Sharp())
+    """Smooth and without pooling, which makes entries of a gradient equal: rounding would then order them."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(6 * 9, CLASSES), Sharp()).double()
+    return with_statistics(model).eval().requires_grad_(False)
 
 
 class Sharp(nn.Module):
@@ -109,12 +112,11 @@ def test_the_loss_never_falls_below_that_of_the_image(norm: str) -> None:
         assert (after >= before).all()
 
 
-# More steps of l1: rounding, which depends on the batch's size, decides between equal gradient entries.
-@pytest.mark.parametrize(("norm", "steps"), [("linf", 5), ("l2", 5), ("l1", 2)])
-def test_an_image_is_attacked_as_if_it_were_alone_also_from_its_own_start(norm: str, steps: int) -> None:
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_an_image_is_attacked_as_if_it_were_alone_also_from_its_own_start(norm: str) -> None:
     model, x = victim(), images()
     goal = targets("classes", model, x)
-    spec = spec_of(norm, steps, start="uniform")
+    spec = spec_of(norm, 5, start="uniform")
     together = pgd(model, x, goal, spec, generator=ImageDraws.of(3, range(N), "cpu"))
     for i in range(N):
         one = AttackGoal("ce", goal.target[i : i + 1])

@@ -38,7 +38,11 @@ def make_step(
     )
     optim = OptimConfig(lr=0.1, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
     precision = Precision(amp, torch.device(device))
-    spec = PGDSpec(0.1, 0.05, 3, start="gaussian")
+    spec = kwargs.pop("spec", PGDSpec(0.1, 0.05, 3, start="gaussian"))
+    method.epochs, method.buffers = (
+        EPOCHS,
+        method.make_buffers(torch.zeros(max(EPOCH), 3, 8, 8, device=device)),
+    )
     return TrainStep(
         method, networks, spec, optim, precision, lambda n: 1 / (1 + n), recorder=recorder, **kwargs
     )
