@@ -1,17 +1,22 @@
 """Folding of eval-mode batch norm into the convolution or linear layer before it, in the traced graph.
 
+A batch norm is a layer of torch, or a call of ``F.batch_norm`` in the forward pass of a layer derived from
+one (timm's BatchNormAct2d, whose activation stays in the graph).
+
 In eval mode ``bn(conv(x)) = s * conv(x) + (beta - s * mean)`` with ``s = gamma / sqrt(var + eps)`` per
 channel, which is a convolution with weight ``s * W`` and a bias. The attack needs no gradient of gamma and
 beta, so folding only saves two passes over the activations; sums are rounded in another order.
 """
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +25,7 @@ from fastdynat.attack_engine.fx_tracing import (
     NotFoldable,
     call_counts,
     drop_no_ops,
+    drop_rank_checks,
     is_plain,
     result_shapes,
     trace,
@@ -27,6 +33,7 @@ from fastdynat.attack_engine.fx_tracing import (
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+FUNCTIONAL = inspect.signature(F.batch_norm)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ def fold_batch_norm(
         NotFoldable: the network cannot be traced (its control flow depends on the data), or has no such pair.
     """
     traced, shapes = _traced(network, example)
-    modules = dict(traced.named_modules())
+    # A traced network has no module of which it only reads tensors.
+    modules = {**dict(network.named_modules(remove_duplicate=False)), **_called_modules(traced)}
     uses = call_counts(traced)
     folds: dict[fx.Node, Fold] = {}
     for node in list(traced.graph.nodes):
@@ -67,8 +75,10 @@ def fold_batch_norm(
         fold = Fold(layer, bn, _empty_copy(layer))
         traced.set_submodule(str(node.args[0].target), fold.folded)
         folds[node.args[0]] = fold
+        tensors = node.all_input_nodes[1:]
         node.replace_all_uses_with(node.args[0])
-        traced.graph.erase_node(node)
+        for unused in (node, *tensors):
+            traced.graph.erase_node(unused)
     if not folds:
         raise NotFoldable("it has no batch norm in eval mode directly after a convolution or linear layer")
     refresh_folds(list(folds.values()))
@@ -89,6 +99,7 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, dict[f
     try:
         traced = trace(network)
         drop_no_ops(traced)
+        drop_rank_checks(traced)
         shapes = result_shapes(traced, example)
     except NotFoldable:
         raise
@@ -102,6 +113,12 @@ def _traced(network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, dict[f
     return traced, shapes
 
 
+def _called_modules(traced: fx.GraphModule) -> dict[str, nn.Module]:
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    return {name: module for name, module in modules.items() if name in called}
+
+
 def _pair(
     node: fx.Node,
     modules: dict[str, nn.Module],
@@ -110,27 +127,41 @@ def _pair(
 ) -> tuple[nn.Module, _BatchNorm] | None:
     """The layer and batch norm of `node` if they can be folded: each called once, with no other reader."""
     source = node.args[0] if node.args else None
-    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+    if not isinstance(source, fx.Node) or source.op != "call_module":
         return None
     layer: nn.Module = modules[str(source.target)]
-    bn: Any = modules[str(node.target)]
-    if type(layer) not in LAYERS or type(bn) not in BATCH_NORMS:
+    bn = _batch_norm(node, modules, uses)
+    if bn is None or bn.training or bn.running_mean is None:
         return None
-    if (
-        bn.training
-        or bn.running_mean is None
-        or len(source.users) > 1
-        or uses[source.target] > 1
-        or uses[node.target] > 1
-    ):
-        return None
-    if not (is_plain(layer) and is_plain(bn)):
+    if type(layer) not in LAYERS or len(source.users) > 1 or uses[source.target] > 1 or not is_plain(layer):
         return None
     # BatchNorm1d after a linear layer on (N, L, C) normalises L, not the layer's outputs; in a fresh network
     # it is the identity, so a comparison of logits would not notice.
     if isinstance(layer, nn.Linear) and len(shapes[source] or ()) != 2:
         return None
     return layer, bn
+
+
+def _batch_norm(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]) -> _BatchNorm | None:
+    """The batch norm that `node` computes, of which it is the only call; None where it is something else."""
+    if node.op == "call_module":
+        layer: Any = modules[str(node.target)]
+        return layer if type(layer) in BATCH_NORMS and uses[node.target] == 1 and is_plain(layer) else None
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    given = FUNCTIONAL.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    tensors = {name: given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")}
+    read = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if not all(isinstance(n, fx.Node) and n.op == "get_attr" and len(n.users) == 1 for n in read.values()):
+        return None
+    owner = str(node.all_input_nodes[1].target).rpartition(".")[0] if read else ""
+    found = modules.get(owner)
+    if not isinstance(found, _BatchNorm) or uses[owner] != len(read):
+        return None
+    here = {name: f"{owner}.{name}" for name in tensors if getattr(found, name) is not None}
+    same = here == {name: n.target for name, n in read.items()} and given.arguments["eps"] == found.eps
+    return found if same and given.arguments["training"] is False else None
 
 
 def relu_in_place(traced: fx.GraphModule) -> None:

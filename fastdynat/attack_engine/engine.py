@@ -305,11 +305,7 @@ def _replica_options(s: AttackSwitches, bn: str) -> dict[str, Any]:
 
 def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: torch.device) -> str:
     dtype = float32_name(device) if switches.dtype is None else str(switches.dtype).removeprefix("torch.")
-    unfolded = f"batch norm {bn}" if has_batch_norm(replica.network) else "no batch norm"
-    parts = [
-        f"{dtype} replica",
-        f"{replica.num_folded} batch norms folded" if replica.num_folded else unfolded,
-    ]
+    parts = [f"{dtype} replica", _batch_norm_path(replica, bn)]
     parts += [f"{replica.num_fused} fused with their ReLU"] * (replica.num_fused > 0)
     parts += [f"up to {replica.num_winograd} Winograd convolutions"] * (replica.num_winograd > 0)
     parts += ["channels-last"] * switches.channels_last
@@ -317,3 +313,12 @@ def _path(replica: AttackReplica, switches: AttackSwitches, bn: str, device: tor
         parts.append("one compiled graph" if bn == "eval" else "compiled network")
     parts += ["CUDA graph"] * switches.graphs
     return ", ".join(parts)
+
+
+def _batch_norm_path(replica: AttackReplica, bn: str) -> str:
+    folded, norms = replica.num_folded, replica.num_norms
+    if folded:
+        return (
+            f"{folded} batch norms folded" if folded == norms else f"{folded} of {norms} batch norms folded"
+        )
+    return f"batch norm {bn}" if norms else "no batch norm"

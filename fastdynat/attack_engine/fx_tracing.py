@@ -1,5 +1,6 @@
 """Tracing of a network by torch.fx, with the shapes of all results and without no-op layers."""
 
+import operator
 import threading
 from collections import Counter
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MAX_UNTRACED = 32  # modules; each costs another trace
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -33,9 +35,12 @@ class _Tracer(fx.Tracer):
     # Otherwise an expression of buffers alone, such as 1 / std, is computed once and never again.
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, untraced: set[nn.Module]) -> None:
         super().__init__()
-        self._thread = threading.get_ident()
+        self._thread, self._untraced = threading.get_ident(), untraced
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self._untraced or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -47,12 +52,40 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if any(getattr(m, name) for name in HOOKS) and not self.is_leaf_module(m, self.path_of_module(m)):
             raise NotFoldable(f"a hook is on {type(m).__name__}, which tracing would bypass")
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except (NotFoldable, _Untraceable):
+            raise
+        except Exception as error:  # of foreign code, which may raise anything
+            raise _Untraceable(m) from error
+
+
+class _Untraceable(Exception):
+    """The innermost module whose forward pass fails on proxies; its exception is the cause."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """`network` as a graph over the same modules. Exceptions of its code on proxies are passed on."""
-    tracer = _Tracer()
+    """`network` as a graph over the same modules.
+
+    A module that cannot be traced, as one whose control flow depends on the size of its input, is one call
+    in the graph. Exceptions of the network's own code on proxies are passed on.
+    """
+    untraced: set[nn.Module] = set()
+    while True:
+        try:
+            return _trace(network, untraced)
+        except _Untraceable as error:
+            untraced.add(error.module)
+            if len(untraced) > MAX_UNTRACED:
+                raise error.__cause__ or error from None
+
+
+def _trace(network: nn.Module, untraced: set[nn.Module]) -> fx.GraphModule:
+    tracer = _Tracer(untraced)
     try:
         with _tracing:
             graph = tracer.trace(network)
@@ -98,7 +131,33 @@ def drop_no_ops(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
+def drop_rank_checks(traced: fx.GraphModule) -> None:
+    """Remove assertions of a tensor's number of dimensions, which would count as readers of the tensor."""
+    for node in list(traced.graph.nodes):
+        if node.target is torch._assert and _is_rank_check(node.args[0]):
+            traced.graph.erase_node(node)
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and (_is_rank_check(node) or _is_rank(node)):
+            traced.graph.erase_node(node)
+
+
+def _is_rank(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is getattr and node.args[1] == "ndim"
+
+
+def _is_rank_check(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is operator.eq and _is_rank(node.args[0])
+
+
 def call_counts(traced: fx.GraphModule) -> Counter[Any]:
-    """Number of calls of each module in the graph; reading a tensor of it counts as a call."""
+    """Number of calls of each module in the graph.
+
+    Reading a tensor of it, or a call of a module that contains it and is not traced, counts as a call.
+    """
     nodes = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
-    return Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes)
+    counts = Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes)
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    called = [modules[node.target] for node in nodes if node.op == "call_module"]
+    inner = {id(part) for module in called for part in module.modules() if part is not module}
+    counts.update(name for name, module in modules.items() if id(module) in inner)
+    return counts

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attack_engine.batch_norm_folding import Fold, fold_batch_norm, refresh_folds, relu_in_place
 from fastdynat.attack_engine.copy_check import check_twin
@@ -34,6 +35,7 @@ class AttackReplica:
 
     Attributes:
         network: images in [0, 1] -> logits.
+        num_norms: batch norms of the model.
         num_folded: batch norms folded into the layer before them.
         num_fused: convolutions that add the residual and take the ReLU in one operator.
         num_winograd: convolutions that use Winograd's algorithm where it pays.
@@ -78,6 +80,7 @@ class AttackReplica:
         Raises:
             NotCopyable: a UserError; a copy of `model` does not compute the same (`check_twin`).
         """
+        self.num_norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
         self.network = frozen_twin(model, bn)
         check_twin(model, self.network, example)
         self._folds: list[Fold] = []
@@ -114,6 +117,8 @@ class AttackReplica:
         try:
             if bn != "eval":
                 raise NotFoldable(f"batch norm is in mode {bn}, which depends on the batch")
+            if not self.num_norms:
+                raise NotFoldable("it has no batch norm")
             with torch.autocast(example.device.type, enabled=False):
                 check_folding(model, example, fuse=fuse)
                 network, folds = fold_batch_norm(self.network, example, fuse=fuse)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.batch_norm_folding import fold_batch_norm, refresh_folds
 from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.fx_tracing import NotFoldable
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
@@ -193,3 +195,76 @@ def test_no_step_of_an_attack_converts_a_weight(last: bool) -> None:
         engine.run(x, AttackGoal("ce", y), PGDSpec(0.1, 0.05, 2))
     assert casts.addresses  # the iterate is rounded for the network
     assert not weights & set(casts.addresses)
+
+
+class NormAct(nn.BatchNorm2d):
+    """Batch norm and ReLU in one layer, as timm has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        training = self.training or self.running_mean is None
+        return F.relu(F.batch_norm(x, *tensors, training=training, eps=self.eps))
+
+
+class Taking(nn.Module):
+    """Convolution, norm, and a part whose control flow depends on the size of its input."""
+
+    def __init__(self, norm: nn.Module, *, twice: bool = False, inside: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.twice = nn.Conv2d(3, 4, 3), norm, twice
+        self.pool = Pool(self.conv if inside else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return self.pool(self.norm(x) if self.twice else x)
+
+
+class Pool(nn.Module):
+    def __init__(self, conv: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.linear = conv, nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            x = x + self.conv(x[:, :3]).mean()
+        return self.linear(x.mean((2, 3)) if x.shape[-1] > 1 else x.flatten(1))
+
+
+def test_a_norm_that_calls_the_function_is_folded_beside_a_part_that_is_not_traced() -> None:
+    model = Taking(NormAct(4)).eval()
+    folded, folds = fold_batch_norm(model, torch.rand(2, 3, 8, 8))
+    shake(model)
+    refresh_folds(folds)
+    assert len(folds) == 1
+    assert type(folded.get_submodule("pool")) is Pool
+    for size in (8, 3):  # the part takes its other way
+        x = torch.rand(2, 3, size, size)
+        torch.testing.assert_close(folded(x), model(x))
+
+
+class OtherEps(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.1)
+
+
+class OtherTensor(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.weight, self.running_var, self.bias, eps=self.eps)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Taking(NormAct(4), twice=True),
+        Taking(NormAct(4), inside=True),
+        Taking(nn.BatchNorm2d(4), inside=True),
+        Taking(OtherEps(4)),
+        Taking(OtherTensor(4)),
+        Taking(NormAct(4, track_running_stats=False)),
+    ],
+    ids=["two calls", "convolution read inside", "plain norm", "other eps", "other tensors", "batch"],
+)
+def test_what_is_more_than_one_affine_map_is_not_folded(model: nn.Module) -> None:
+    with pytest.raises(NotFoldable, match="no batch norm in eval mode directly after"):
+        fold_batch_norm(model.eval(), torch.rand(2, 3, 8, 8))
