@@ -18,6 +18,7 @@ from fastdynat.commands.doctor.command import DoctorCommand
 from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.commands.evaluate.command import EvalCommand
 from fastdynat.commands.export.command import ExportCommand
+from fastdynat.commands.pack import PackCommand
 from fastdynat.commands.parsing.aliases import GPU, SPELLINGS, VALUES
 from fastdynat.commands.parsing.flags import Flag, flags_of
 from fastdynat.commands.recipes.command import RecipesCommand
@@ -28,6 +29,7 @@ from fastdynat.recipes import read_recipe, recipe_names
 
 COMMANDS: dict[str, Any] = {
     "train": TrainCommand,
+    "pack": PackCommand,
     "eval": EvalCommand,
     "compare": CompareCommand,
     "export": ExportCommand,

@@ -20,6 +20,7 @@ USAGE = f"""fastdynat {__version__}: fast dynamic-label adversarial training
 usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 
   train    train a model (default: DYNAT on the embedded digits); --resume RUN continues
+  pack     pack extra training images once, for train --extra-data
   eval     accuracy of one or more runs under attacks
   compare  train and evaluate several methods on the same data, budget and seeds
   export   write a run's network for RobustBench, torch.export or ONNX
@@ -34,6 +35,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
 # imported.
 COMMANDS = {
     "train": "train",
+    "pack": "pack",
     "eval": "evaluate.command",
     "compare": "compare.command",
     "export": "export.command",

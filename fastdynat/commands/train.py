@@ -142,6 +142,10 @@ def _fit(trainer: "Trainer") -> int:
         f"{method_label(c.method)}: {short_name(c.model.model)}{guide} on {short_name(c.data.data)}, "
         f"{trainer.loader.num_images} images, {c.engine.device}" + f", {ranks} processes" * (ranks > 1)
     )
+    if trainer.loader.extra_sampler is not None:
+        logger.info(
+            f"{trainer.loader.extra_sampler}: {c.extra.extra_data}, checksum {c.extra.extra_checksum}"
+        )
     logger.info(f"run directory {path}, operators: {operators_in_use(torch.device(c.engine.device))}")
     attack = f"attack: {trainer.networks.attack.path}; " if trainer.step.method.attacks else ""
     logger.info(f"{attack}step: {trainer.step.path}")

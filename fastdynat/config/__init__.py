@@ -4,6 +4,7 @@ from fastdynat.config.attack_config import AttackConfig
 from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig, Loader
 from fastdynat.config.engine_config import AutoAmp, CompileMode, EngineConfig, Kernels
+from fastdynat.config.extra_config import ExtraConfig
 from fastdynat.config.flat_keys import override, read_config_file, to_flat, to_yaml
 from fastdynat.config.model_config import ModelConfig
 from fastdynat.config.optim_config import OptimConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvalAmp",
+    "ExtraConfig",
     "Kernels",
     "Loader",
     "LogConfig",

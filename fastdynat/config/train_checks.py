@@ -5,13 +5,15 @@ Needs neither data nor torch; what depends on data, method or machine is checked
 """
 
 import math
+import re
 from typing import Any
 
 from fastdynat.config.attack_config import AttackConfig
 from fastdynat.config.data_config import DataConfig
+from fastdynat.config.extra_config import ExtraConfig
 from fastdynat.config.optim_config import OptimConfig
 from fastdynat.config.optimizer_kinds import check_optimizer
-from fastdynat.config.train_config import TrainConfig
+from fastdynat.config.train_config import GROUPS, TrainConfig
 from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.user_code import is_hub_data, is_user_supplied
@@ -24,17 +26,10 @@ LINEAR_WARMUP = ("cosine", "multistep", "constant")  # schedules that --warmup-e
 
 def check_train_config(config: TrainConfig[Any]) -> None:
     """Raise UserError for a value or a combination that cannot work with any data, method or machine."""
-    for part in (
-        config.data,
-        config.augmentation,
-        config.model,
-        config.attack,
-        config.optim,
-        config.engine,
-        config.run,
-    ):
-        check_values(part)
+    for name in GROUPS:
+        check_values(getattr(config, name))
     check_data(config.data)
+    check_extra(config.extra)
     check_attack(config.attack)
     check_optim(config.optim)
     check_run(config.run, config.data)
@@ -49,6 +44,15 @@ def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
     if not is_data_name(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
+
+
+def check_extra(extra: ExtraConfig) -> None:
+    """Raise UserError for a checksum that no store has."""
+    if extra.extra_checksum is not None and not re.fullmatch(r"[0-9a-f]{16}", extra.extra_checksum):
+        raise UserError(
+            f"extra_checksum must be 16 hexadecimal digits, got {extra.extra_checksum!r}; `fastdynat pack` "
+            "prints that of its images"
+        )
 
 
 def check_attack(attack: AttackConfig) -> None:

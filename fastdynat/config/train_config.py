@@ -13,6 +13,7 @@ from fastdynat.config.attack_config import AttackConfig
 from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.engine_config import EngineConfig
+from fastdynat.config.extra_config import ExtraConfig
 from fastdynat.config.model_config import ModelConfig
 from fastdynat.config.optim_config import OptimConfig
 from fastdynat.config.run_config import RunConfig
@@ -20,7 +21,7 @@ from fastdynat.config.run_config import RunConfig
 OptionsT = TypeVar("OptionsT")
 EvalAmp = Literal["off", "auto", "bf16", "fp16"]
 
-GROUPS = ("data", "augmentation", "model", "attack", "optim", "engine", "run")
+GROUPS = ("data", "extra", "augmentation", "model", "attack", "optim", "engine", "run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class TrainConfig(Generic[OptionsT]):
     --help lists its options."""
     options: OptionsT
     data: DataConfig = field(default_factory=DataConfig)
+    extra: ExtraConfig = field(default_factory=ExtraConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)

@@ -112,6 +112,7 @@ RANGES = {
     "val_size": _from(0, "a number of images or a share below 1"),
     "image_size": Range(1, MAX_IMAGE_SIZE, f"between 1 and {MAX_IMAGE_SIZE} pixels"),
     "workers": _from(0),
+    "extra_share": Range(0, 1, "a share of the batch in [0, 1)", open_most=True),
     "epoch_steps": _from(1, "a number of updates >= 1", "; leave it out for one pass"),
     "cutout": _from(0, "a number of pixels per side, 0 for none"),
     **dict.fromkeys(("reprob", "mixup_prob", "mixup_switch_prob"), SHARE),

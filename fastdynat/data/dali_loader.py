@@ -17,6 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastdynat.data.decode import fit_square
 from fastdynat.data.epoch_plan import EpochPlan
+from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.image_sets import ImageSet
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import PlannedDraws, PlannedLoader
@@ -49,7 +50,8 @@ class DaliLoader(PlannedLoader):
     run in torch on its uint8 batches.
 
     DALI draws nothing: every batch is fed in the order of the plan, so shards and restarts are exact. Images
-    in memory give the batches of the resident loader, bit for bit. Files: on the CPU those too; kinds that
+    in memory and in stores of extra images give the batches of the resident loader, bit for bit; with those,
+    files are decoded by Pillow. Files alone: on the CPU those too; kinds that
     DALI does not read as Pillow does are refused. With `FileSet.image_size` the CPU pipeline only decodes,
     and threads of our own resize as the other loaders do. On a GPU decoder and resizing round differently:
     values are within a few of 255, more at the image's border.
@@ -63,7 +65,7 @@ class DaliLoader(PlannedLoader):
     (`FileSet.dali_problem`).
     """
 
-    def __init__(self, images: ImageSet | FileSet, *, workers: int, **options: Any) -> None:
+    def __init__(self, images: ImageSet | FileSet | ExtendedImages, *, workers: int, **options: Any) -> None:
         super().__init__(images, **options)
         if workers < 1:
             raise UserError(f"--loader dali needs at least 1 worker, got {workers}; leave --workers out")
@@ -115,7 +117,7 @@ class DaliLoader(PlannedLoader):
             axes, sides = (0, 1), self._images.shape[1:]
         else:
             images, shape = data.gpu() if self._gpu else data, data.shape()
-            axes, sides = (1, 2), (self._images.images.shape[2], self._images.images.shape[3])
+            axes, sides = (1, 2), self._images.shape[1:]
         if self._resized or self._reflects:
             return images, shape, corners, flips  # which DALI would warn of if nothing used them
         images = fn.slice(

@@ -40,6 +40,13 @@ def plan_epoch(num_images: int, *, pad: int, seed: int, epoch: int, passes: int 
     return _plan_pass(num_images, pad, seed, epoch, 0)
 
 
+def plan_order(order: Tensor, *, pad: int, seed: int, epoch: int) -> EpochPlan:
+    """Draw the plan of an epoch that takes the images in `order` (`ExtraSampler.order`) as it is."""
+    generator = seeded_generator("augmentation of extended batches", seed, epoch)
+    flips = torch.randint(2, (len(order),), generator=generator, dtype=torch.uint8).bool()
+    return EpochPlan(order, torch.randint(2 * pad + 1, (2, len(order)), generator=generator), flips, epoch)
+
+
 def _plan_pass(num_images: int, pad: int, seed: int, epoch: int, number: int) -> EpochPlan:
     generator = seeded_generator("epoch", seed, epoch, *([number] if number else []))
     order = torch.randperm(num_images, generator=generator)

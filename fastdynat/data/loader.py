@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdynat import ops
 from fastdynat.data.augmentation import Stage, apply_stages
-from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch
+from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch, plan_order
+from fastdynat.data.extra_sampler import ExtendedImages, ExtraSampler
 from fastdynat.data.image_sets import Images, ImageSet
 from fastdynat.data.mixing import Mixing
 from fastdynat.data.read_ahead import read_in_order
@@ -84,7 +85,11 @@ class TrainLoader(Protocol):
 
     @property
     def num_images(self) -> int:
-        """Number of images in the set."""
+        """Number of images in the set, without extra ones."""
+
+    @property
+    def extra_sampler(self) -> ExtraSampler | None:
+        """The sampler of extra images; None where there are none."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from `start_step` on; a restart yields the same ones."""
@@ -102,7 +107,7 @@ class PlannedLoader(ABC):
     A loader for other data or another engine adds `_inputs` only. An epoch may be given up in the middle.
 
     Args:
-        images: The training set.
+        images: The training set. With extra images every batch is full, whatever `drop_last`.
         batch_size: Images of a step over all ranks; at most the number of images.
         augment: "crop-flip", "crop", "flip" or "none".
         pad: Pixels of padding for the crops.
@@ -126,7 +131,7 @@ class PlannedLoader(ABC):
 
     def __init__(
         self,
-        images: Images,
+        images: Images | ExtendedImages,
         *,
         batch_size: int,
         augment: str,
@@ -143,15 +148,16 @@ class PlannedLoader(ABC):
         stages: Sequence[Stage] = (),
         mixing: Mixing | None = None,
     ) -> None:
-        steps = EpochSteps(
-            len(images),
-            batch_size,
-            drop_last=drop_last,
-            ranks=ranks,
-            rank=rank,
-            parts=parts,
-            epoch_steps=epoch_steps,
-        )
+        self.num_images, self.extra_sampler = len(images), None
+        shares: dict[str, Any] = {"ranks": ranks, "rank": rank, "parts": parts}
+        if isinstance(images, ExtendedImages):
+            self.extra_sampler = images.sampler(batch_size, seed, epoch_steps)
+            self.num_images = self.extra_sampler.originals
+            steps = EpochSteps(self.extra_sampler.num_steps * batch_size, batch_size, **shares)
+        else:
+            steps = EpochSteps(
+                len(images), batch_size, drop_last=drop_last, epoch_steps=epoch_steps, **shares
+            )
         if augment not in AUGMENTATIONS:
             raise unknown_name("augmentation", augment, AUGMENTATIONS)
         if pad_mode not in PAD_MODES:
@@ -166,13 +172,11 @@ class PlannedLoader(ABC):
         self.seed = seed
         self.device = torch.device(device)
         self.channels_last = channels_last
-        self.num_images = len(images)
         self.steps_per_epoch = steps.count
         self.epoch_images = steps.num_positions
         self._steps = steps
         self._stages, self._mixing = tuple(stages), mixing
         self._host = images
-        self._labels = images.labels.to(self.device)
         self._epoch = 0
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -189,15 +193,19 @@ class PlannedLoader(ABC):
         return self._batches(self._plan(epoch), range(start_step, self.steps_per_epoch))
 
     def _batches(self, plan: EpochPlan, steps: range) -> Iterator[Batch]:
-        order = plan.order.to(self.device)
+        order, labels = plan.order.to(self.device), self._labels_of(plan.order).to(self.device)
         with closing(self._inputs(plan, steps)) as inputs:
             for step, x in zip(steps, inputs, strict=True):
-                indices, share = order[self._rows(step)], self._steps.share(step)
-                labels, mixed = self._labels[indices], None
+                rows, share = self._rows(step), self._steps.share(step)
+                indices, classes, mixed = order[rows], labels[rows], None
                 if self._mixing is not None:
                     blends = self._mixing.blends((self.seed, plan.epoch, step), *x.shape[2:])
-                    x, labels, mixed = self._mixing.apply(x, labels, share, blends)
-                yield Batch(x, labels, indices[: share.images], share, mixed)
+                    x, classes, mixed = self._mixing.apply(x, classes, share, blends)
+                yield Batch(x, classes, indices[: share.images], share, mixed)
+
+    def _labels_of(self, order: Tensor) -> Tensor:
+        images = self._host
+        return images.labels_at(order) if isinstance(images, ExtendedImages) else images.labels[order]
 
     @abstractmethod
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
@@ -235,6 +243,8 @@ class PlannedLoader(ABC):
         return apply_stages(images, self._stages, draws.positions, seed=self.seed, epoch=draws.epoch)
 
     def _plan(self, epoch: int) -> EpochPlan:
+        if self.extra_sampler is not None:
+            return plan_order(self.extra_sampler.order(epoch), pad=self.pad, seed=self.seed, epoch=epoch)
         return plan_epoch(
             self.num_images, pad=self.pad, seed=self.seed, epoch=epoch, passes=self._steps.passes
         )
@@ -252,6 +262,7 @@ class PlannedLoader(ABC):
             "batch_size": self.batch_size,
             "epoch_images": self.epoch_images,
             "checksum": self._checksum,
+            "extra": self._extra_state(),
             "permutation": self._plan(self._epoch).order,
         }
 
@@ -273,6 +284,11 @@ class PlannedLoader(ABC):
                     f"the checkpoint has {what} {state[key]}, this run has {getattr(self, key)}; resume with "
                     f"the same"
                 )
+        if state.get("extra") != self._extra_state():
+            raise UserError(
+                f"the checkpoint was made with other extra data ({state.get('extra') or 'none'}; now "
+                f"{self._extra_state() or 'none'}); resume with the same --extra-data"
+            )
         if state["checksum"] != self._checksum:
             raise UserError(
                 "the checkpoint was made with other training data; resume with the same --data and --data-dir"
@@ -283,6 +299,13 @@ class PlannedLoader(ABC):
                 "resume with the same seed and PyTorch version"
             )
         self._epoch = state["epoch"]
+
+    def _extra_state(self) -> dict[str, Any] | None:
+        """The facts about the extra images for a checkpoint; None where there are none."""
+        if self.extra_sampler is None:
+            return None
+        assert isinstance(self._host, ExtendedImages)
+        return self.extra_sampler.about() | {"checksum": self._host.extra.checksum}
 
     @cached_property
     def _checksum(self) -> int:
@@ -298,9 +321,12 @@ class ResidentLoader(PlannedLoader):
     more, and no zero is in the middle of its crop. Arguments: `PlannedLoader`.
     """
 
-    def __init__(self, images: ImageSet, **options: Any) -> None:
+    def __init__(self, images: ImageSet | ExtendedImages, **options: Any) -> None:
         super().__init__(images, **options)
-        stored = images.images.to(self.device).contiguous()
+        if isinstance(images, ExtendedImages):
+            stored = images.stored(self.device)
+        else:
+            stored = images.images.to(self.device).contiguous()
         self._padded = self._reflects and not self._stages
         self._images = reflect(stored, self.pad) if self._padded else stored
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.image_sets import Images, ImageSet
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.loader import ResidentLoader, TrainLoader
@@ -44,12 +45,13 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
 
     resident where the images take at most a quarter of the memory they would stay in: the GPU's, and for
     files also the host's, of which each process on this machine has an equal part (other data are in host
-    memory already). Else dali where it is installed and reads the files, else torch.
+    memory already, but for extra images). Else dali where it is installed and reads the files, else torch,
+    which also reads extra images from their store.
     """
     memories: dict[str, int | None] = {}
     if device.type == "cuda":
         memories["GPU memory"] = torch.cuda.get_device_properties(device).total_memory
-    if split.in_files:
+    if split.in_files or split.extra is not None:
         ranks = local_size()
         whose = "" if ranks == 1 else f" to each of {ranks} processes"
         memories[f"memory available{whose}"] = own_memory()
@@ -57,6 +59,8 @@ def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
     for name, amount in memories.items():
         if amount is not None and split.num_bytes > RESIDENT_SHARE * amount:
             why = f"{size} are more than {RESIDENT_SHARE:.0%} of the {amount / 2**30:.1f} GiB of {name}"
+            if split.extra is not None:
+                return "torch", why
             problem = dali_problem() or (dali_file_problem(split.train_files()) if split.in_files else "")
             return ("torch", f"{why}; {problem}") if problem else ("dali", why)
     return "resident", f"{size} fit in memory"
@@ -67,8 +71,8 @@ def dali_file_problem(files: Images) -> str:
     return files.dali_problem if isinstance(files, FileSet) else "DALI reads files of an image folder only"
 
 
-def make_loader(name: str, images: Images, *, workers: int, **options: Any) -> TrainLoader:
-    """Build the loader "resident" (of an `ImageSet`), "dali" or "torch". Options: `PlannedLoader`.
+def make_loader(name: str, images: Images | ExtendedImages, *, workers: int, **options: Any) -> TrainLoader:
+    """Build the loader "resident" (of images in memory), "dali" or "torch". Options: `PlannedLoader`.
 
     Raises: UserError where DALI was chosen by name and cannot be used, or cannot read `images`.
     """
@@ -78,10 +82,10 @@ def make_loader(name: str, images: Images, *, workers: int, **options: Any) -> T
         check_dali()
         from fastdynat.data.dali_loader import DaliLoader  # needs the extra
 
-        if not isinstance(images, ImageSet | FileSet):
+        if not isinstance(images, ImageSet | FileSet | ExtendedImages):
             raise UserError(
                 f"--loader dali: {dali_file_problem(images)}; use --loader torch, or leave it out"
             )
         return DaliLoader(images, workers=workers, **options)
-    assert isinstance(images, ImageSet)
+    assert isinstance(images, ImageSet | ExtendedImages)
     return ResidentLoader(images, **options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdynat.config.train_checks import DATASETS
 from fastdynat.data import digits, torchvision_sets
+from fastdynat.data.extra_store import ExtraSet
 from fastdynat.data.hugging_face import open_hugging_face
 from fastdynat.data.image_sets import (
     UNLABELLED,
@@ -61,6 +62,7 @@ class TrainSplit:
     """A training split that is cut but not read: int64 indices of the training and of the validation images.
 
     unlabelled: (number of training images,) bool, those whose label training is not told; None tells all.
+    extra: images beside the training images, not counted among them; None where there are none.
     """
 
     info: DatasetInfo
@@ -68,6 +70,7 @@ class TrainSplit:
     train: Tensor
     val: Tensor
     unlabelled: Tensor | None = None
+    extra: ExtraSet | None = None
 
     @property
     def in_files(self) -> bool:
@@ -76,8 +79,9 @@ class TrainSplit:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the training images take as uint8."""
-        return len(self.train) * math.prod(self.info.image_shape)
+        """Bytes that the training images and the extra ones take as uint8."""
+        extra = 0 if self.extra is None else len(self.extra)
+        return (len(self.train) + extra) * math.prod(self.info.image_shape)
 
     def train_images(self) -> ImageSet:
         """Read the training images."""

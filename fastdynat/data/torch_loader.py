@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdynat.data.epoch_plan import EpochPlan
+from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.image_sets import Images
 from fastdynat.data.loader import PlannedDraws, PlannedLoader
 from fastdynat.errors import UserError
@@ -21,7 +22,7 @@ class _Steps(Dataset[Tensor | UserError]):
 
     def __init__(
         self,
-        images: Images,
+        images: Images | ExtendedImages,
         draws: Callable[[int], PlannedDraws],
         augmented: Callable[[Tensor, PlannedDraws], Tensor],
     ):
@@ -56,7 +57,7 @@ class TorchLoader(PlannedLoader):
         options: As for `PlannedLoader`.
     """
 
-    def __init__(self, images: Images, *, workers: int, **options: Any) -> None:
+    def __init__(self, images: Images | ExtendedImages, *, workers: int, **options: Any) -> None:
         super().__init__(images, **options)
         self._workers = workers
 

@@ -7,8 +7,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.config import TrainConfig
-from fastdynat.data import TrainLoader, TrainSplit, make_loader, open_train
+from fastdynat.data import Images, TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.data.augmentation import stages_of
+from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.mixing import Mixing
 from fastdynat.distributed import world
 from fastdynat.distributed.shares import deal
@@ -19,6 +20,7 @@ from fastdynat.methods import Method, method_class
 from fastdynat.methods.burn_in import BurnIn
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
+from fastdynat.training.extra_data import open_extra
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -39,12 +41,12 @@ class RunParts(NamedTuple):
 
 
 def open_split(config: TrainConfig[Any]) -> TrainSplit:
-    """The training split that `config` names; no image is read yet."""
+    """The training split that `config` names, with extra images; no image is read yet, but packed."""
     data = config.data
     held_out = data.val_size
     if held_out is not None and held_out >= 1:
         held_out = int(held_out)
-    return open_train(
+    split = open_train(
         data.data,
         data.data_dir,
         val_size=held_out,
@@ -54,6 +56,7 @@ def open_split(config: TrainConfig[Any]) -> TrainSplit:
         limit=data.train_size,
         labelled=data.labelled,
     )
+    return replace(split, extra=open_extra(config, split.info))
 
 
 def build_parts(
@@ -101,9 +104,13 @@ def build_parts(
 def _loader(config: ResolvedConfig[Any], split: TrainSplit, device: torch.device) -> TrainLoader:
     data, engine = config.data, config.engine
     streamed = split.in_files and data.loader != "resident"
+    own: Images = split.train_files() if streamed else split.train_images()
+    images: Images | ExtendedImages = own
+    if split.extra is not None:
+        images = ExtendedImages(own, split.extra, config.extra.extra_share, config.extra.extra_replacement)
     return make_loader(
         data.loader,
-        split.train_files() if streamed else split.train_images(),
+        images,
         workers=data.workers or 0,
         batch_size=data.batch_size,
         augment=data.augment,

@@ -17,6 +17,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods import Method, method_class, method_name
 from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
+from fastdynat.training.extra_data import recorded_extra
 from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_engine import resolved_engine
 from fastdynat.training.resolve_labels import check_label_use
@@ -74,6 +75,7 @@ def resolve(
         method=method_name(config.method),
         options=config.options,
         data=data,
+        extra=config.extra,
         augmentation=config.augmentation,
         model=model,
         attack=attack,
@@ -86,7 +88,11 @@ def resolve(
 def resolve_loader(
     config: ResolvedConfig[Any], split: TrainSplit, *, announce: bool = True
 ) -> ResolvedConfig[Any]:
-    """`config` with the loader for the images of `split`; `announce` logs the choice and its reason."""
+    """`config` with the loader for the images of `split`, and the store and checksum of its extra images.
+
+    announce: log the choice and its reason.
+    """
+    config = replace(config, extra=recorded_extra(config.extra, split.extra))
     data = config.data
     name, why = data.loader, "as asked"
     if name == "auto":

@@ -21,6 +21,7 @@ FORMAT = "fastdynat-state/1"
 RESUMABLE = {
     "data_dir",
     "download",
+    "extra_data",
     "workers",
     "device",
     "kernels",

@@ -15,6 +15,7 @@ from fastdynat.commands.doctor.command import DoctorCommand
 from fastdynat.commands.evaluate import command as evaluate
 from fastdynat.commands.export.command import ExportCommand
 from fastdynat.commands.main import main
+from fastdynat.commands.pack import PackCommand
 from fastdynat.commands.parsing import aliases
 from fastdynat.commands.parsing.aliases import ALIASES, BARE, normalize
 from fastdynat.commands.parsing.flags import Flag, flags_of
@@ -37,6 +38,7 @@ TRAIN = {
 OTHERS: dict[str, dict[str, Flag]] = {
     "eval": flags_of(evaluate.EvalCommand),
     "export": flags_of(ExportCommand),
+    "pack": flags_of(PackCommand),
     "report": flags_of(ReportCommand),
     "boundary": flags_of(BoundaryCommand),
     "recipes": flags_of(recipes.RecipesCommand),
@@ -52,7 +54,13 @@ TABLES: dict[str, tuple[list[str], dict[str, Flag]]] = {
     **{name: ([name], flags) for name, flags in OTHERS.items()},
 }
 # Arguments beside the flag under test, so that only the flag is refused.
-NEEDED = {"export": ["RUN", "--out", "x.pt"], "eval": ["RUN"], "report": ["RUN"], "boundary": ["RUN"]}
+NEEDED = {
+    "export": ["RUN", "--out", "x.pt"],
+    "eval": ["RUN"],
+    "pack": ["FILE"],
+    "report": ["RUN"],
+    "boundary": ["RUN"],
+}
 
 
 def wrong_values(flag: Flag) -> list[list[str]]:

@@ -51,7 +51,7 @@ def answers(*commands: list[str]) -> list[str]:
     return done.stderr.splitlines()
 
 
-COMMANDS = ("train", "eval", "compare", "export", "report", "boundary", "recipes", "bench", "doctor")
+COMMANDS = ("train", "pack", "eval", "compare", "export", "report", "boundary", "recipes", "bench", "doctor")
 
 
 def test_help_and_lists_import_nothing_heavy() -> None:

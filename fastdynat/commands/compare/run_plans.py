@@ -103,7 +103,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
     if known is not None:
         _resolve_all(configs, known)  # refuse before the data is read, where that is possible
     opened = open_split(next(iter(configs.values())))
-    split = _ReadOnce(opened.info, opened.source, opened.train, opened.val)
+    split = _ReadOnce(opened.info, opened.source, opened.train, opened.val, extra=opened.extra)
     for name, config in configs.items():
         if config.data.labelled is not None:
             with _naming(name):

@@ -33,6 +33,11 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["data_dir"] = f"--data {data.data} names its folder"
     if data.data == "imagefolder":
         found["download"] = "--data imagefolder is a folder of yours"
+    if config.extra.extra_data is None:
+        extra = (field.name for field in fields(config.extra) if field.name != "extra_data")
+        found |= dict.fromkeys(extra, "needs --extra-data")
+    else:
+        found["drop_last"] = "with --extra-data every batch is full"
     if data.loader == "resident":
         found["workers"] = "--loader resident has none; it is for --loader torch and dali"
     if augmentation.reprob == 0:

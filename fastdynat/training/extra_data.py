@@ -1,0 +1,97 @@
+"""Extra images of a run: packed where they are not yet, and checked against the dataset."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdynat.config import ExtraConfig, TrainConfig
+from fastdynat.data import UNLABELLED, DatasetInfo
+from fastdynat.data.extra_store import ExtraSet, ExtraStore
+from fastdynat.data.store_writer import packed
+from fastdynat.distributed import world
+from fastdynat.errors import UserError
+from fastdynat.methods import method_class
+from fastdynat.terminal.consoles import error_console
+from fastdynat.terminal.progress import ProgressDisplay
+
+
+def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
+    """The extra images of `config` for a dataset with the facts `info`; None where it uses none.
+
+    Raises: UserError for images that are missing, damaged, of another shape or not those of
+        `extra_checksum`, and for labels that the dataset does not have.
+    """
+    extra = config.extra
+    if extra.extra_data is None or extra.extra_share == 0:
+        return None
+    display = ProgressDisplay(error_console(), quiet=config.run.quiet or not world().first)
+
+    def check_shape(shape: tuple[int, int, int]) -> None:
+        _check_shape(shape, config, info)
+
+    store = packed(Path(extra.extra_data), config.data.image_size, display, check_shape)
+    check_shape(store.facts.shape)
+    found = ExtraSet(store, _labels(store, config, info), info.image_shape)
+    if extra.extra_checksum not in (None, found.checksum):
+        raise UserError(
+            f"extra_checksum {extra.extra_checksum}: {store.folder} has {found.checksum}, so it holds other "
+            "images or labels; bring the first ones back, or start a new run"
+        )
+    return found
+
+
+def recorded_extra(extra: ExtraConfig, found: ExtraSet | None) -> ExtraConfig:
+    """`extra` as a run stores it: with the place of the store, and the checksum."""
+    if found is None:
+        return extra
+    return replace(extra, extra_data=str(found.store.folder), extra_checksum=found.checksum)
+
+
+def _check_shape(shape: tuple[int, int, int], config: TrainConfig[Any], info: DatasetInfo) -> None:
+    wanted = info.image_shape
+    if shape == wanted or (config.data.image_size is not None and shape[0] == wanted[0]):
+        return
+    remedy = "" if shape[0] != wanted[0] else ", or resize both by --image-size"
+    raise UserError(
+        f"the extra images in {config.extra.extra_data} are {_sides(shape)} (channels, height, width), but "
+        f"those of {info.name} are {_sides(wanted)}; use others{remedy}"
+    )
+
+
+def _sides(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> np.ndarray:
+    """Labels (M,) in [0, num_classes), or UNLABELLED where the method needs none."""
+    labels, classes = store.labels, store.facts.classes
+    if labels is None or classes is None:
+        if method_class(config.method).semi_supervised:
+            return np.full(len(store), UNLABELLED, dtype=np.int32)
+        raise UserError(
+            f"the extra images in {store.folder} have no labels, which method {config.method} needs"
+        )
+    names = store.facts.class_names
+    if names is not None:
+        return _by_name(store, labels, names, info)
+    if classes > info.num_classes:
+        bad = int(np.argmax(labels >= info.num_classes))
+        raise UserError(
+            f"{store.folder}: label {labels[bad]} at index {bad} is outside [0, {info.num_classes}), "
+            f"the classes of {info.name}"
+        )
+    return labels
+
+
+def _by_name(store: ExtraStore, labels: np.ndarray, names: tuple[str, ...], info: DatasetInfo) -> np.ndarray:
+    """Labels that number the classes of the dataset, from class folders of the same names."""
+    unknown = [name for name in names if name not in info.class_names]
+    if unknown:
+        raise UserError(
+            f"{store.folder}: {unknown[0]!r} is no class of {info.name}; name the class folders like its "
+            f"classes ({', '.join(info.class_names[:3])}, ...) or by their numbers"
+        )
+    numbers = np.array([info.class_names.index(name) for name in names], dtype=np.int32)
+    return labels if (numbers == np.arange(len(names))).all() else numbers[labels]
