@@ -23,8 +23,8 @@ class PackCommand:
     The images are read and written a few at a time, whatever their number."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files .npz (arrays image, uint8 NHWC, and label) or .pickle (Carmon et al.), folders of such files, or a
-    folder of class folders. Several are parts of one set, in this order. A store alone is verified."""
+    """Files .npz (arrays image, uint8 NHWC, and label) or .pickle (Carmon et al.), folders of such files, or
+    a folder of class folders. Several are parts of one set, in this order. A store alone is verified."""
     out: str | None = None
     """Folder of the store; None is SOURCE.packed, where train --extra-data SOURCE looks for it. Several
     sources need it."""
