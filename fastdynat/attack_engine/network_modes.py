@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,9 +33,29 @@ def set_attack_mode(model: nn.Module, bn: str) -> None:
     if bn == "eval":
         return
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and not stays_in_eval_mode(module):
             module.training = True
             module.track_running_stats = module.track_running_stats and bn == "train"
+
+
+def keep_in_eval_mode(module: nn.Module) -> None:
+    """Keep the batch norm `module`, and its copies, in eval mode for good; other modules are not changed.
+
+    Its ``train`` method is replaced; its class, which folding and synchronisation look at, stays.
+    """
+    if isinstance(module, _BatchNorm):
+        module.train = MethodType(_stay, module)  # type: ignore[method-assign]
+        module.training = False
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    module.training = False
+    return module
+
+
+def stays_in_eval_mode(module: nn.Module) -> bool:
+    """True after `keep_in_eval_mode`."""
+    return getattr(vars(module).get("train"), "__func__", None) is _stay
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -15,6 +15,19 @@ class ModelConfig:
     or -silu-gn for SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's
     code), torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module; auto is small for
     digits, else resnet18."""
+    init_from: str | None = None
+    """Weights that the model starts from: a run directory (its best checkpoint), a .safetensors or .pt file;
+    timm or torchvision for the published weights of --model timm:NAME or torchvision:NAME; or
+    hf:USER/NAME[@REVISION], a repository on the Hugging Face hub. The pixel normalisation comes with the
+    weights. The last layer is drawn anew where the classes are others; anything else must fit."""
+    init_sha256: str | None = None
+    """sha256 that the weights at --init-from must have, hexadecimal; a run stores what it found. That of the
+    file, or of the tensors for timm and torchvision."""
+    freeze: tuple[str, ...] = ()
+    """Parameters of the model that are not trained, by name: glob patterns over whole names, with or without
+    the leading net., or regular expressions, which begin with ^. Frozen parameters have no gradient and no
+    optimiser state; a batch norm whose parameters are all frozen keeps its running statistics and uses them,
+    in the attack too. Dropout stays as it is."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, HAT and distillation); auto is that of --guide-from, else
     resnet18_s1122 (the released code's), or small if the model is small."""

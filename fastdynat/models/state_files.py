@@ -71,12 +71,12 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
         zeros = (0.0,) * mean.numel()
         model = nn.Sequential(OrderedDict(normalize=Normalize(zeros, (1.0,) * mean.numel()), net=model))
     wanted = model.state_dict().keys()
-    renamed = {_unwrapped(key, wanted): value for key, value in state.items()}
+    renamed = {without_wrappers(key, wanted): value for key, value in state.items()}
     if len(renamed) < len(state):
         raise UserError(
             f"{origin} holds two networks: keys that differ in nothing but module., model. or _orig_mod."
         )
-    _check_kinds(model.state_dict(), renamed, origin)
+    check_kinds(model.state_dict(), renamed, origin)
     try:
         missing, unexpected = (
             [key for key in keys if not key.endswith("num_batches_tracked")]
@@ -89,13 +89,13 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
         raise UserError(f"{origin} is of another architecture:{reason}".replace("\t", " ")) from None
     if missing or unexpected:
         raise UserError(
-            f"{origin} is of another architecture: {_listed('missing', missing)}, "
-            f"{_listed('unexpected', unexpected)}"
+            f"{origin} is of another architecture: {listed('missing', missing)}, "
+            f"{listed('unexpected', unexpected)}"
         )
     return model
 
 
-def _check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Path) -> None:
+def check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Path | str) -> None:
     """Raise UserError for integer, boolean or complex weights, which torch would convert silently."""
     for key, value in state.items():
         own = wanted.get(key)
@@ -106,7 +106,7 @@ def _check_kinds(wanted: dict[str, Tensor], state: dict[str, Tensor], origin: Pa
             )
 
 
-def _unwrapped(key: str, wanted: Collection[str]) -> str:
+def without_wrappers(key: str, wanted: Collection[str]) -> str:
     """`key` without the wrappers' prefixes, if that is a key of the network; else as it is."""
     bare = key
     while bare not in wanted and (match := WRAPPER.match(bare)):
@@ -114,6 +114,7 @@ def _unwrapped(key: str, wanted: Collection[str]) -> str:
     return bare if bare in wanted else key
 
 
-def _listed(what: str, keys: list[str]) -> str:
+def listed(what: str, keys: list[str]) -> str:
+    """The number of `keys` and the first of them, in words."""
     more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return f"{len(keys)} keys {what}" + (f" ({', '.join(keys[:SHOWN])}{more})" if keys else "")

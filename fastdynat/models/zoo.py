@@ -25,15 +25,28 @@ def torchvision_pretrained(name: str) -> tuple[nn.Module, str]:
     name = name.lower()
     require_torchvision(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    net = _downloaded(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=weights))
+    net = downloaded(f"torchvision:{name}", lambda: torchvision.models.get_model(name, weights=weights))
     transforms = weights.transforms()
     return _normalised(net, transforms.mean, transforms.std, f"weights {weights}")
 
 
-def timm_pretrained(name: str) -> tuple[nn.Module, str]:
-    """timm's model `name`, by its weights' tag or the default one, and a note on its normalisation."""
+def timm_pretrained(name: str, *, image_size: tuple[int, int] | None = None) -> tuple[nn.Module, str]:
+    """timm's model `name`, by its weights' tag or the default one, and a note on its normalisation.
+
+    image_size: (H, W) to which timm resamples embeddings of positions; None keeps the weights' own.
+    """
     timm = require_timm(name)
-    net = _downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+
+    def load() -> Any:
+        if image_size is not None:
+            try:
+                return timm.create_model(name, pretrained=True, img_size=image_size)
+            except TypeError as error:  # convolutional networks have no fixed size
+                if "img_size" not in str(error):
+                    raise
+        return timm.create_model(name, pretrained=True)
+
+    net = downloaded(f"timm:{name}", load)
     config = net.pretrained_cfg
     return _normalised(
         net, config["mean"], config["std"], f"weights {config['architecture']}.{config['tag']}"
@@ -66,7 +79,7 @@ def robustbench(rest: str, weights: Path | None) -> tuple[nn.Module, str]:
     if weights is not None:
         return put_published_state(models[name]["model"](), read_state_dict(weights), weights), ""
     options = {"dataset": dataset, "threat_model": threat}
-    return _downloaded(
+    return downloaded(
         f"robustbench:{rest}", lambda: utils.load_model(name, **options)
     ), "weights of its zoo, kept in ./models"
 
@@ -118,13 +131,13 @@ def _resource_filename(module: str, resource: str) -> str:
     return str(Path(str(sys.modules[module].__file__)).parent / resource)
 
 
-def _downloaded(name: str, load: Callable[[], Any]) -> Any:
+def downloaded(name: str, load: Callable[[], Any], *, remedy: str = "or give them by their file") -> Any:
     """The result of `load`; a failed download, whatever its exception, becomes a UserError."""
     try:
         return load()
     except Exception as error:
-        remedy = "its weights are downloaded once, which needs a network; or give them with --weights FILE"
-        raise UserError(f"cannot load {name}: {remedy} ({error_with_place(error)})") from error
+        needs = f"its weights are downloaded once, which needs a network; {remedy}"
+        raise UserError(f"cannot load {name}: {needs} ({error_with_place(error)})") from error
 
 
 def _normalised(

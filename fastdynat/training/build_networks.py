@@ -1,5 +1,6 @@
 """The model of a run, and the guide where its method has one, built from the resolved configuration."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.methods import Method
 from fastdynat.models import build_model
 from fastdynat.runs import data_difference, guide_weights, load_network
+from fastdynat.training.frozen_parts import FrozenParts
+from fastdynat.training.initial_weights import put_initial_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
 from fastdynat.tuning.devices import AMP_DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 def build_networks(
@@ -26,14 +31,15 @@ def build_networks(
     info: DatasetInfo,
     fallbacks: Fallbacks,
     *,
-    load_guide: bool,
+    load_sources: bool,
 ) -> NetworkSet:
     """The networks of `config`, initialised from torch's present random state.
 
-    load_guide: read the weights at --guide-from, if it is given.
+    load_sources: read the weights at --init-from and --guide-from, where they are given.
 
     Raises:
-        UserError: the network at --guide-from does not fit the data or --guide; a network's layers
+        UserError: the weights at --init-from do not fit the model; --freeze matches nothing or everything;
+            the network at --guide-from does not fit the data or --guide; a network's layers
             synchronise although --sync-bn is off, or cannot although it is on.
     """
     engine, names = config.engine, config.model
@@ -50,9 +56,16 @@ def build_networks(
 
     # The model comes first, so that methods with and without a guide start from the same weights.
     model = build(names.model)
+    frozen = FrozenParts(model, names.freeze)
+    initial = names.init_sha256
+    if names.init_from is not None and load_sources:
+        initial = put_initial_weights(model, names, info, frozen)
+    frozen.freeze()
+    if names.freeze and load_sources:
+        logger.info(frozen.described())
     guide = None
     if method.uses_guide:
-        source = names.guide_from if load_guide else None
+        source = names.guide_from if load_sources else None
         guide = build(names.guide) if source is None else _trained_guide(source, names.guide, info)
     synchronised = names.sync_bn == "on" and not world().alone
     trained = [model, *([guide] if guide is not None and "guide" in method.trains else [])]
@@ -72,6 +85,7 @@ def build_networks(
         ema=config.optim.ema,
         ema_buffers=config.optim.ema_buffers,
         fallbacks=fallbacks,
+        initial=initial,
     )
 
 

@@ -48,6 +48,7 @@ class NetworkSet:
         ema: float = 0.0,
         ema_buffers: str = "average",
         fallbacks: Fallbacks | None = None,
+        initial: str | None = None,
     ) -> None:
         """
         Args:
@@ -58,8 +59,10 @@ class NetworkSet:
             compile_mode: mode of torch.compile for the trained networks, or "off".
             ema: keep-rate of the weight average; 0 for none.
             fallbacks: as in `AttackEngine`.
+            initial: sha256 of the weights that the model starts from, kept as an attribute; None where they
+                were drawn.
         """
-        fallbacks = fallbacks or WarnedFallbacks()
+        fallbacks, self.initial = fallbacks or WarnedFallbacks(), initial
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.raw: dict[str, nn.Module] = {"model": model} | ({"guide": guide} if guide is not None else {})
         for module in self.raw.values():

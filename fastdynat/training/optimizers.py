@@ -24,7 +24,7 @@ def build_optimizers(
     *,
     cycled: bool = False,
 ) -> list[Optimizer]:
-    """An optimiser over all parameters of each network ("separate"), or one over both ("joint").
+    """An optimiser over all trained parameters of each network ("separate"), or one over both ("joint").
 
     With `config.zero1` and several processes, each of them is torch's ZeroRedundancyOptimizer around it.
 

@@ -64,14 +64,14 @@ def build_parts(
     split: TrainSplit,
     *,
     fallbacks: Fallbacks | None = None,
-    load_guide: bool = True,
+    load_sources: bool = True,
 ) -> RunParts:
     """Networks, step and loader of a run, initialised from its seed.
 
     Args:
         fallbacks: collects the speed-ups that cannot be used; None logs them.
-        load_guide: read the weights at --guide-from. False where a checkpoint of the run has them, and they
-            may be gone.
+        load_sources: read the weights at --init-from and --guide-from. False where a checkpoint of the run
+            has them, and they may be gone.
 
     Raises:
         UserError: validation has fewer images than a measurement asks for, or the networks cannot train.
@@ -87,7 +87,7 @@ def build_parts(
     device = torch.device(engine.device)
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
-    networks = build_networks(config, method, info, fallbacks, load_guide=load_guide)
+    networks = build_networks(config, method, info, fallbacks, load_sources=load_sources)
     for name in method.trains:
         check_single_values(networks.raw[name], info.image_shape, device, config.data.batch_size)
     loader = _loader(config, split, device)

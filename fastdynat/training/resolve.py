@@ -18,6 +18,7 @@ from fastdynat.methods import Method, method_class, method_name
 from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.training.extra_data import recorded_extra
+from fastdynat.training.initial_weights import resolved_init
 from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_engine import resolved_engine
 from fastdynat.training.resolve_labels import check_label_use
@@ -157,6 +158,8 @@ def _check_groups(augmentation: AugmentationConfig, data: ResolvedData) -> None:
 
 def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelConfig:
     name = ("small" if info.name == "digits" else "resnet18") if model.model == "auto" else model.model
+    init_from, name = resolved_init(model, name)
+    model = replace(model, init_from=init_from)
     if not method.uses_guide:
         if model.guide_from is not None:
             raise UserError(

@@ -124,7 +124,7 @@ def _restored_trainer(run: RunDir | SeenRun, stored: TrainConfig[Any], asked: Tr
     config, split = settled_by_first(asked, settle)
     last, state = world().from_first(found[0] if found else (None, {}))
     val = all_can(split.val_images)
-    parts = all_can(lambda: build_parts(config, split, load_guide=last is None and world().first))
+    parts = all_can(lambda: build_parts(config, split, load_sources=last is None and world().first))
     check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
     trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step))
     all_can(lambda: _restore(last, state, trainer))

@@ -26,6 +26,7 @@ from fastdynat.runs import (
 )
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.training.networks import NetworkSet
 from fastdynat.training.own_code import data_folder_name, pin_own_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
 from fastdynat.training.rank_start import (
@@ -59,9 +60,10 @@ def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[
     stem = f"{data_folder_name(config.data.data)}-{method_label(config.method)}"
     resolved, split = settled_by_first(config, lambda: _settled(config, stem))
     val = all_can(split.val_images)
-    parts = all_can(lambda: build_parts(resolved, split, load_guide=world().first))
+    parts = all_can(lambda: build_parts(resolved, split, load_sources=world().first))
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
+    resolved = _with_initial(resolved, parts.networks)
     run, resolved = _make_folder(
         resolved, stem, lock_seconds
     )  # only now, when nothing can be refused any more
@@ -93,12 +95,17 @@ def _check_before_data(config: TrainConfig[Any], stem: str) -> None:
         resolve(config, known, announce=False)
     path = Path(config.run.run_dir) if config.run.run_dir else free_name(stem)
     check_new(path, overwrite=config.run.overwrite)
-    teacher = config.model.guide_from
-    if config.run.overwrite and teacher is not None and real(Path(teacher)).is_relative_to(real(path)):
-        raise UserError(
-            f"--guide-from {teacher} belongs to the run that --overwrite would replace; "
-            "choose another --run-dir"
-        )
+    for flag, source in (("--guide-from", config.model.guide_from), ("--init-from", config.model.init_from)):
+        if config.run.overwrite and source is not None and real(Path(source)).is_relative_to(real(path)):
+            raise UserError(
+                f"{flag} {source} belongs to the run that --overwrite would replace; choose another --run-dir"
+            )
+
+
+def _with_initial(config: ResolvedConfig[Any], networks: NetworkSet) -> ResolvedConfig[Any]:
+    """`config` with the sha256 of the weights at --init-from, which the first process has read."""
+    digest = first_decides(lambda: networks.initial)
+    return replace(config, model=replace(config.model, init_sha256=digest))
 
 
 def _make_folder(

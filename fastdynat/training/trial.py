@@ -33,6 +33,7 @@ DECIDING = (
         "batch_size",
         "bn_momentum",
         "normalize",
+        "freeze",
         "norm",
         "attack_bn",
         "awp",
@@ -127,7 +128,9 @@ def _timed(config: ResolvedConfig[Any], split: TrainSplit) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]), use_backend(config.engine.kernels):
         calls = {}
         for mode in ("off", "default"):
-            _, step, loader = build_parts(_with(plain, mode), images, fallbacks=SilentFallbacks())
+            _, step, loader = build_parts(
+                _with(plain, mode), images, fallbacks=SilentFallbacks(), load_sources=False
+            )
             batch = next(iter(loader.epoch(0)))
             step(batch)  # compiles
             calls[mode] = lambda step=step, batch=batch: step(batch)

@@ -1,16 +1,18 @@
 """Weight files of a checkpoint: written from the networks of a run, and loaded back into them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import method_label
 from fastdynat.models.finite import check_finite
+from fastdynat.models.initial_state import network_pixels
 from fastdynat.runs import Sidecar, load_into, load_state, save_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -57,6 +59,7 @@ def weights_now(
         about = describe_weights(
             config, info, role=role, architecture=architecture, epoch=epoch, validated=found
         )
+        about = with_own_pixels(about, network)
         files.append(WeightFile(name, snapshot(network.state_dict()), about))
     return files
 
@@ -96,6 +99,16 @@ def describe_weights(
         val_clean_acc=validated.get("val_clean_acc"),
         val_pgd10_acc=validated.get("val_pgd10_acc"),
     )
+
+
+def with_own_pixels(about: Sidecar, network: nn.Module) -> Sidecar:
+    """`about` with the mean and standard deviation in `network`, which --init-from and --guide-from bring."""
+    found = network_pixels(network)
+    channels = about.image_shape[0]
+    usual = torch.tensor([about.mean or (0.0,) * channels, about.std or (1.0,) * channels])
+    if found is None or torch.equal(torch.tensor(found), usual):
+        return about
+    return replace(about, mean=found[0], std=found[1])
 
 
 def load_weights(folder: Path, networks: NetworkSet, config: ResolvedConfig[Any]) -> None:

@@ -48,6 +48,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found |= dict.fromkeys(("mixup_prob", "mixup_groups"), "needs --mixup or --cutmix")
     if attack.attack == "apgd":
         found["step_size"] = "--attack apgd chooses its own, from 2 eps down"
+    if config.model.init_from is None:
+        found["init_sha256"] = "needs --init-from"
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
     if attack.awp == 0:

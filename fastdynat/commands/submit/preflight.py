@@ -54,7 +54,7 @@ def check_before_submission(config: TrainConfig[Any], *, tasks: int) -> None:
     if asked.device != "cpu":
         check_switches(asked, resolved.attack, resolved.optim, method, torch.device("cuda"))
     with process_state_kept():
-        build_networks(resolved, method, split.info, SilentFallbacks(), load_guide=True)
+        build_networks(resolved, method, split.info, SilentFallbacks(), load_sources=True)
 
 
 def _on_cpu(engine: EngineConfig) -> EngineConfig:
