@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdynat.errors import UserError
 from fastdynat.models.build import Normalize
 from fastdynat.models.finite import check_finite
-from fastdynat.models.state_files import check_kinds, listed, without_wrappers
+from fastdynat.models.state_files import check_kinds, counted_keys, without_wrappers
 
 COUNTER = "num_batches_tracked"  # of batch norm: predicts nothing
 PIXELS = ("normalize.mean", "normalize.std")
@@ -159,6 +159,8 @@ def _misfit(
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         parts.append(f"{len(wrong)} of other shapes ({'; '.join(shown)}{more})")
     parts += [
-        listed(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        counted_keys(what, names)
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
     ]
     return UserError(f"{origin} does not fit the network: {', '.join(parts)}; name its network with --model")

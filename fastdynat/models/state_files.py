@@ -89,8 +89,8 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
         raise UserError(f"{origin} is of another architecture:{reason}".replace("\t", " ")) from None
     if missing or unexpected:
         raise UserError(
-            f"{origin} is of another architecture: {listed('missing', missing)}, "
-            f"{listed('unexpected', unexpected)}"
+            f"{origin} is of another architecture: {counted_keys('missing', missing)}, "
+            f"{counted_keys('unexpected', unexpected)}"
         )
     return model
 
@@ -114,7 +114,7 @@ def without_wrappers(key: str, wanted: Collection[str]) -> str:
     return bare if bare in wanted else key
 
 
-def listed(what: str, keys: list[str]) -> str:
+def counted_keys(what: str, keys: list[str]) -> str:
     """The number of `keys` and the first of them, in words."""
     more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return f"{len(keys)} keys {what}" + (f" ({', '.join(keys[:SHOWN])}{more})" if keys else "")
