@@ -131,7 +131,12 @@ def _resource_filename(module: str, resource: str) -> str:
     return str(Path(str(sys.modules[module].__file__)).parent / resource)
 
 
-def downloaded(name: str, load: Callable[[], Any], *, remedy: str = "or give them by their file") -> Any:
+def downloaded(
+    name: str,
+    load: Callable[[], Any],
+    *,
+    remedy: str = "or give their file: eval --weights FILE, train --init-from FILE",
+) -> Any:
     """The result of `load`; a failed download, whatever its exception, becomes a UserError."""
     try:
         return load()
