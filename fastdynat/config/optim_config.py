@@ -39,6 +39,14 @@ class OptimConfig:
     decay_norms: bool = True
     """Apply weight decay to the parameters of normalisation layers, too; --no-decay-norms exempts them
     (DyART, Gowal et al.)."""
+    decay_exempt: tuple[Literal["biases", "1d", "listed"], ...] = ()
+    """Further parameters without weight decay: those called bias; all with one dimension, and biases; those
+    that a network lists in no_weight_decay(), such as position embeddings. timm's default is 1d listed."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one before it (timm's depths for timm:NAME; residual
+    blocks of our networks). The last layers have the whole rate. None is 1."""
+    head_lr_scale: float = 1.0
+    """Factor on the learning rate of the last linear layer."""
     burn_in: int = 0
     """Number of epochs, out of --epochs, of natural training (cross-entropy on clean images, at the peak
     rate) before the method starts. The method starts from the weight average, if there is one, with a fresh

@@ -71,8 +71,7 @@ def _begin_state(optimizer: Optimizer, config: ResolvedOptim) -> None:
     A captured step needs it before, and torch's SGD leaves it uninitialised where its first step is skipped
     because fp16 overflowed.
     """
-    trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    for parameter in trained:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         zeros = partial(torch.zeros_like, parameter, memory_format=torch.preserve_format)
         if config.opt == SGD_KIND:
             made = {"momentum_buffer": zeros()} if config.momentum > 0 else {}

@@ -1,29 +1,65 @@
-"""Parameter groups of a network: which of its parameters have weight decay."""
+"""Parameter groups of a network: weight decay and share of the learning rate of each of its parameters."""
 
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from fastdynat.training.layer_depths import backbone_of, head_parameters, layer_depths
+from fastdynat.training.norm_layers import NORMS
 from fastdynat.training.resolved_config import ResolvedOptim
-
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # batch and instance norm are _NormBase
 
 
 def parameter_groups(module: nn.Module, config: ResolvedOptim) -> list[dict[str, Any]]:
-    """The parameter groups of one network, normalisation layers apart where they have no weight decay.
+    """The parameter groups of one network, by scale of the rate (`lr_scale`, as timm calls it) and decay.
 
     Frozen parameters are in none.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if config.decay_norms:
-        return [{"params": trained}]
-    norms = {
-        id(p)
-        for layer in module.modules()
-        if isinstance(layer, NORMS)
-        for p in layer.parameters(recurse=False)
-    }
-    decayed = [p for p in trained if id(p) not in norms]
-    rest = [p for p in trained if id(p) in norms]
-    return [{"params": decayed}] * bool(decayed) + [{"params": rest, "weight_decay": 0.0}] * bool(rest)
+    scales, exempt = learning_rate_scales(module, config), set(_exempt(module, config))
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in dict.fromkeys(scales.values()):  # first those with decay, as states on disk have them
+        groups |= {(scale, False): [], (scale, True): []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[scales[name], name in exempt].append(parameter)
+    return [_group(members, *key) for key, members in groups.items() if members]
+
+
+def _group(members: list[nn.Parameter], scale: float, free: bool) -> dict[str, Any]:
+    decay = {"weight_decay": 0.0} if free else {}
+    return {"params": members, **decay, **({} if scale == 1 else {"lr_scale": scale})}
+
+
+def learning_rate_scales(module: nn.Module, config: ResolvedOptim) -> dict[str, float]:
+    """The factor on the learning rate of each parameter of `module`, by name.
+
+    Raises:
+        UserError: --layer-decay and a network whose depths are not known, or --head-lr-scale and one that
+            does not end in a linear layer.
+    """
+    scales = dict.fromkeys((name for name, _ in module.named_parameters()), 1.0)
+    if config.layer_decay is not None:
+        depths = layer_depths(module)
+        top = max(depths.values())
+        scales = {name: config.layer_decay ** (top - depths.get(name, top)) for name in scales}
+    if config.head_lr_scale != 1:
+        for name in head_parameters(module):
+            scales[name] *= config.head_lr_scale
+    return scales
+
+
+def _exempt(module: nn.Module, config: ResolvedOptim) -> Iterator[str]:
+    """The names of the parameters without weight decay."""
+    prefix, network = backbone_of(module)
+    if not config.decay_norms:
+        for name, layer in module.named_modules():
+            if isinstance(layer, NORMS):
+                yield from (f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False))
+    patterns = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+    for name, parameter in module.named_parameters():
+        bias, own = name.rpartition(".")[2] == "bias", name.removeprefix(prefix)
+        kinds = {"biases": bias, "1d": bias or parameter.ndim <= 1}
+        kinds["listed"] = any(fnmatch(own, pattern) for pattern in patterns)
+        if any(kinds[kind] for kind in config.decay_exempt):
+            yield name

@@ -106,6 +106,7 @@ class TrainStep:
         self.rates = StepRates(self.learning_rate, optim.momentum, momentum, precision.device)
         trained = {name: networks.raw[name] for name in method.trains}
         self.optimizers = build_optimizers(trained, optim, self.rates.lr, cycled=momentum is not None)
+        self.rates.adopt(self.optimizers)
         self._world, self._accumulate, self._share = world(), accumulate, Share(0)
         self._trained = [*trained.values()]
         self._sums = GradientSums(self._trained, self._world)

@@ -11,7 +11,8 @@ class StepRates:
     """Rates by number of the update.
 
     Attributes:
-        lr, momentum: scalar tensors on the device, which `write` fills.
+        lr, momentum: scalar tensors on the device, which `write` fills. Groups with an ``lr_scale`` have a
+            tensor of their own.
         momentum_at: the momentum of an update; None where it is not cycled.
     """
 
@@ -32,17 +33,30 @@ class StepRates:
         self.lr = torch.zeros((), dtype=exact, device=device)
         self.momentum = torch.full_like(self.lr, momentum)
         self.momentum_at, self._learning_rate = momentum_at, learning_rate
+        self._scaled: dict[float, Tensor] = {}
+
+    def adopt(self, optimizers: Iterable[Optimizer]) -> None:
+        """Make a tensor for each `lr_scale` of the optimisers' groups, before a step is captured."""
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            if (scale := group.get("lr_scale", 1.0)) != 1:
+                self._scaled.setdefault(scale, torch.zeros_like(self.lr))
 
     def write(self, update: int, optimizers: Iterable[Optimizer]) -> None:
         """Fill the tensors for update number `update`, without waiting for the device."""
-        self.lr.fill_(self._learning_rate(update))
+        rate = self._learning_rate(update)
+        self.lr.fill_(rate)
+        for scale, scaled in self._scaled.items():
+            scaled.fill_(rate * scale)
         if self.momentum_at is not None:
             self.momentum.fill_(self.momentum_at(update))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = self.lr  # loading a state has put another tensor there
+            scale = group.get("lr_scale", 1.0)
+            # Loading a state has put another tensor there.
+            group["lr"] = self.lr if scale == 1 else self._scaled[scale]
             if self.momentum_at is not None:
                 group["momentum"] = self.momentum
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return {"of learning": self.lr, "of momentum": self.momentum}
+        scaled = {f"of learning times {scale!r}": tensor for scale, tensor in self._scaled.items()}
+        return {"of learning": self.lr, "of momentum": self.momentum, **scaled}

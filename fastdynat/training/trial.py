@@ -38,6 +38,7 @@ DECIDING = (
         "attack_bn",
         "awp",
         "optimizers",
+        "opt",
         "ema",
     ),
     *(

@@ -43,7 +43,7 @@ BOUNDED = {
         "label_smoothing",
     ),
     *("reprob", "mixup_prob", "mixup_switch_prob"),
-    *("base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
+    *("layer_decay", "base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
 }
 
 

@@ -19,6 +19,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlabelled images": ("vat", {"unlabelled": True}),
     "nesterov and decay": ("madry", {"nesterov": True, "weight_decay": 5e-3, "decay_norms": False}),
     "adamw": ("dynat", {"opt": "adamw", "lr": 5e-3, "clip_grad": 0.05, "optimizers": "joint"}),
+    "a rate of the head's own, sharded": (
+        "dynat",
+        {"opt": "adamw", "lr": 5e-3, "head_lr_scale": 3.0, "zero1": True},
+    ),
     "lion": ("madry", {"opt": "lion", "lr": 1e-3, "ema": 0.9}),
 }
 

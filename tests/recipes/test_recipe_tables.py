@@ -27,7 +27,7 @@ from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.runs import RunDir
 from fastdynat.runs.weights import Sidecar, save_weights
 from fastdynat.training import build_parts
-from fastdynat.training.parameter_groups import NORMS
+from fastdynat.training.norm_layers import NORMS
 from fastdynat.training.parts import burn_in_step
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.step import TrainStep
