@@ -127,6 +127,7 @@ class Method(ABC, Generic[OptionsT]):
         takes_mixed_labels: whether losses and goal hold for labels that are probabilities, as those of `fit`
             and `true_goal` do; if not, mixup and CutMix are refused.
         label_smoothing: s of --label-smoothing; set before the first step.
+        num_classes: K; set before `make_buffers`.
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
@@ -149,6 +150,7 @@ class Method(ABC, Generic[OptionsT]):
     smooths_labels: bool = False
     takes_mixed_labels: bool = False
     label_smoothing: float = 0.0
+    num_classes: int = 0
     unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1
@@ -168,6 +170,13 @@ class Method(ABC, Generic[OptionsT]):
         x: zeros of a full batch's shape.
         """
         return {}
+
+    def begin_epoch(self) -> None:
+        """Change `buffers` in place for the epoch of number `epoch`.
+
+        Called before its first step, and once more where a run resumes within it: keep in a buffer which
+        epoch they are of. May wait for the device.
+        """
 
     def constants(self) -> tuple[float, ...]:
         """The numbers that the halves compute in Python and that change during a run, such as a ramp's value.

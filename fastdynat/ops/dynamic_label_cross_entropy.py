@@ -166,7 +166,8 @@ def dynamic_label_cross_entropy(
             for a class outside [0, K); other backends, which would have to wait for the device, return NaN.
         labels: (N,) int64, the true classes, used to count correct predictions only.
         weights: (N,) float32, factors of the rows' losses; they get no gradient.
-        soft: use softmax(guide / temperature) instead of its arg-max.
+        soft: use softmax(guide / temperature) instead of its arg-max. Of logarithms of probabilities, that is
+            the probabilities; log 0 = -inf is none.
         temperature: of `soft`, > 0.
         label_smoothing: s in [0, 1]: t becomes t * (1 - s) + s / K.
         reduction: "mean" (1/N sum_i w_i loss_i: not divided by the sum of the weights), "sum", or "none".

@@ -93,6 +93,7 @@ def build_parts(
     loader = _loader(config, split, device)
     method.epochs = epochs_of_method(config.optim)
     method.label_smoothing = config.optim.label_smoothing
+    method.num_classes = info.num_classes
     images = deal(config.data.batch_size, world().rank, world().size).images
     method.buffers = method.make_buffers(torch.zeros(images, *info.image_shape, device=device))
     step = _step(config, method, networks, loader.steps_per_epoch, fallbacks)

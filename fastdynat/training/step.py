@@ -180,8 +180,9 @@ class TrainStep:
             self._graphed.release()
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the method's completed epochs and the attack's number of steps."""
+        """Tell the method its completed epochs, and set the attack's number of steps."""
         self.method.epoch = epoch
+        self.method.begin_epoch()
         self.spec = replace(self.spec, steps=self._steps_of(epoch))
 
     def learning_rate(self, step: int) -> float:

@@ -60,6 +60,7 @@ def make_step(
         fallbacks=NoFallbacks(),
     )
     method.epochs = 4
+    method.num_classes = 10
     method.buffers = method.make_buffers(torch.zeros(max(SIZES), 3, 8, 8, device=device))
     return TrainStep(
         method,

@@ -219,6 +219,29 @@ def test_masked_classes_have_no_probability(backend: str, k: int) -> None:
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("k", [7, 40, 200])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_logarithms_of_probabilities_are_a_guide_that_says_them(
+    backend: str, k: int, smoothing: float
+) -> None:
+    """As of mixed images: log 0 = -inf is a class without probability, beside classes of any loss."""
+    for dtype in (torch.float32, torch.float64):
+        z, labels = scores(5, k, dtype), classes(5, k)
+        other = (labels + 1) % k
+        z[0, labels[0]], z[1, other[1]], z[2] = -300, 300, 40 * z[2]
+        share = torch.tensor([0.3, 0.5, 0.875, 1.0, 0.0], dtype=torch.float64)[:, None]
+        mixed = share * F.one_hot(labels, k) + (1 - share) * F.one_hot(other, k)
+        options = {"soft": True, "label_smoothing": smoothing, "reduction": "none", "backend": backend}
+        result, grad = loss_of(z, mixed.to(dtype).log(), **options)
+        torch_z = z.double().requires_grad_()
+        expected = F.cross_entropy(torch_z, mixed, reduction="none", label_smoothing=smoothing)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), torch_z)
+        close(result.loss, expected.detach())
+        close(grad, expected_grad)
+        assert torch.equal(result.dynamic_labels, mixed.argmax(1))
+
+
 @pytest.mark.parametrize("k", [7, 200])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_the_first_of_equal_maxima_is_the_class(backend: str, k: int) -> None:

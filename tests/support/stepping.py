@@ -53,6 +53,7 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
     start = optim.pop("start", "gaussian")
     spec = optim.pop("spec", PGDSpec(EPS, STEP, STEPS, start=start))
     config = OptimConfig(**{"lr": LR, "epochs": 1, "weight_decay": 0.0, "momentum": 0.0, **optim})
+    method.num_classes = K
     method.buffers = method.make_buffers(torch.zeros(N, 3, 8, 8, dtype=torch.float64))
     perturbation = WeightPerturbation(model, awp) if awp else None
     precision = Precision("off", CPU)

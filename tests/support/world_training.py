@@ -66,6 +66,7 @@ def step_of(
     here = world()
     method.epochs = EPOCHS
     images = deal(max(SIZES), here.rank, here.size).images
+    method.num_classes = CLASSES
     method.buffers = method.make_buffers(torch.zeros(images, 3, 8, 8, dtype=torch.float64))
     return TrainStep(
         method,

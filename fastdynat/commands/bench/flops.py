@@ -117,6 +117,8 @@ def count_step(
     guide_eval = None if guide is None else frozen_twin(guide, "eval")
     nets = Networks(model, twin, model, guide if "guide" in method.trains else guide_eval, guide_eval)
     x = torch.empty(batch_size, *shape, device="meta")
+    method.num_classes = twin(x).shape[1]
+    method.buffers = method.make_buffers(x)
     attacked = [False]
 
     def attack_step() -> None:

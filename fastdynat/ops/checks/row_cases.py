@@ -129,6 +129,13 @@ def logit_grad_cases() -> list[Case]:
     return cases
 
 
+def mixed_labels(labels: Tensor, classes: int) -> Tensor:
+    """Log-probabilities (N, K), float64, of two classes per image or of one; all others have none: -inf."""
+    share = torch.linspace(0.5, 1, len(labels), dtype=torch.float64, device=labels.device)[:, None]
+    both = [torch.nn.functional.one_hot(label, classes) for label in (labels, labels.roll(1))]
+    return (share * both[0] + (1 - share) * both[1]).log()
+
+
 def guided(
     device: torch.device,
     *,
@@ -139,11 +146,13 @@ def guided(
     layout: str,
     weighted: bool,
     options: dict[str, Any],
+    mixed: bool = False,
 ) -> tuple[Any, ...]:
     """(target logits, guide, labels, weights or None, options)."""
     labels = labels_of(shape, device)
     classes = guide_dtype == torch.int64
-    guide = labels.roll(1) if classes else LAYOUTS[layout](scores(shape, 4).to(device, guide_dtype))
+    scored = mixed_labels(labels, shape[1]) if mixed else scores(shape, 4)
+    guide = labels.roll(1) if classes else LAYOUTS[layout](scored.to(device, guide_dtype))
     if odd and not classes:
         guide[3] = guide[2].round()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -169,6 +178,8 @@ def dynamic_label_cases() -> list[Case]:
         "weighted sum": (True, {"reduction": "sum"}),
         "smoothed": (True, {"label_smoothing": 0.1, **each}),
         "soft": (False, {"soft": True, "temperature": 2.0, **each}),
+        "mixed": (False, {"soft": True, **each}),
+        "mixed, smoothed": (True, {"soft": True, "label_smoothing": 0.1, **each}),
     }
     plain = (PLAIN, torch.float32, torch.float32, "mean", "contiguous", False)
     calls: list[tuple[Sequence[int], torch.dtype, torch.dtype, str, str, bool]] = [plain]
@@ -182,6 +193,16 @@ def dynamic_label_cases() -> list[Case]:
     ]
     calls += [(shape, torch.float32, torch.float32, "soft", "contiguous", False) for shape in SHAPES]
     calls += [(PLAIN, torch.float32, torch.bfloat16, "soft", "contiguous", False)]
+    calls += [(shape, torch.float32, torch.float32, "mixed", "contiguous", False) for shape in SHAPES]
+    calls += [
+        (PLAIN, dtype, torch.float32, variant, "contiguous", odd)
+        for variant, dtype, odd in (
+            ("mixed, smoothed", torch.float32, False),
+            ("mixed, smoothed", torch.bfloat16, False),
+            ("mixed", torch.float64, False),
+            ("mixed", torch.float32, True),
+        )
+    ]
     calls += [
         (PLAIN, torch.float32, torch.float32, "mean", layout, False) for layout in ("with gaps", "turned")
     ]
@@ -197,11 +218,14 @@ def dynamic_label_cases() -> list[Case]:
         # of classes.
         deep = (
             shape in RARE
-            or (variant == "soft" and shape not in (PLAIN, (0, 10)))
+            or (variant in ("soft", "mixed") and shape not in (PLAIN, (0, 10)))
             or (odd and dtype == torch.float64)
+            or (variant == "mixed" and (odd or dtype == torch.float64))
         )
         deep |= guide == torch.int64 and dtype in (torch.float16, torch.float64)
-        cases.append(Case(name, partial(make, weighted=weighted, options=options), deep=deep))
+        mixed = variant.startswith("mixed")
+        make = partial(make, weighted=weighted, options=options, mixed=mixed)
+        cases.append(Case(name, make, deep=deep))
     return cases
 
 
