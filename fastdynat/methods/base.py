@@ -123,7 +123,8 @@ class Method(ABC, Generic[OptionsT]):
         couples_images: whether the loss of an image depends on others of the batch, beyond batch norm: then
             --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
-            `label_smoothing`; if not, --label-smoothing is refused.
+            `label_smoothing`; if not, --label-smoothing is refused. A class that overrides `inner`, `outer`
+            or `awp_loss` says so itself; so with `takes_mixed_labels`.
         takes_mixed_labels: whether losses and goal hold for labels that are probabilities, as those of `fit`
             and `true_goal` do; if not, mixup and CutMix are refused.
         label_smoothing: s of --label-smoothing; set before the first step.

@@ -158,7 +158,7 @@ class Dynat(Method[DynatOptions]):
     """Dynamic-label adversarial training; `DynatOptions` has the variants."""
 
     options_type = DynatOptions
-    smooths_labels = True
+    smooths_labels = takes_mixed_labels = True
     uses_guide = True
     trains = ("model", "guide")
     attack_defaults = AttackDefaults(start="gaussian")

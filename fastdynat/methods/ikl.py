@@ -9,8 +9,8 @@ the image's class, in place of the image's own, and lets its gradient flow into 
                      + soft_weight CE(sg[p(x)], p(x')),       z = f(x), z' = f(x'), w = prior_y
 
 `prior`, a row per class y, is the mean of softmax(f(x) / temperature) over the images of the class in the
-epoch before, each as its update saw it; in the first epoch it is 1 / K. The double sum over classes is computed
-as a single one: 2 sum_j w_j sum_k w_k (d_k - m)^2, with d = z - z' and m the mean of d under w.
+epoch before, each as its update saw it; in the first epoch it is 1 / K. The double sum over classes is
+computed as a single one: 2 sum_j w_j sum_k w_k (d_k - m)^2, with d = z - z' and m the mean of d under w.
 
 Details of the released code (DKLv1, train_dkl_cifar10.py), and how they are treated here:
 

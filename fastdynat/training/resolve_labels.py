@@ -1,11 +1,12 @@
 """Refusal of smoothed and mixed labels with a method whose losses do not take them."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastdynat.errors import UserError
 from fastdynat.methods import Method
 
-OWN = "a method of your own computes its losses by Method.fit, and its goal by Method.true_goal, and sets"
+HALVES = {"inner", "outer", "awp_loss"}
+OWN = "a class of your own that takes its losses from Method.fit and its goal from Method.true_goal sets"
 
 
 def check_label_use(
@@ -18,17 +19,11 @@ def check_label_use(
         mixing: what mixes images and their labels, in words, as "mixup 0.8"; empty if nothing does.
         labelled: images with labels, where the others have none.
     """
-    if smoothing > 0 and not method.smooths_labels:
-        here = "with these options, " if type(method).smooths_labels else ""
-        raise UserError(
-            f"label_smoothing {smoothing:g}: {here}method {method.name} has no cross-entropy with labels "
-            f"to smooth; leave it out{_remedy(method, 'smooths_labels')}"
-        )
-    if mixing and not method.takes_mixed_labels:
-        raise UserError(
-            f"{mixing}: method {method.name} needs one class per image; "
-            f"leave it out{_remedy(method, 'takes_mixed_labels')}"
-        )
+    if smoothing > 0:
+        lacks = "has no cross-entropy with labels to smooth"
+        _require(method, "smooths_labels", f"label_smoothing {smoothing:g}", lacks)
+    if mixing:
+        _require(method, "takes_mixed_labels", mixing, "needs one class per image")
     if mixing and labelled is not None:
         raise UserError(
             f"{mixing}: with labelled {labelled}, images without a label have none to mix; "
@@ -36,6 +31,26 @@ def check_label_use(
         )
 
 
-def _remedy(method: Method[Any], attribute: str) -> str:
-    own = not type(method).__module__.startswith("fastdynat.methods.")
-    return f" ({OWN} {attribute} = True)" if own else ""
+def _require(
+    method: Method[Any], attribute: Literal["smooths_labels", "takes_mixed_labels"], asked: str, lacks: str
+) -> None:
+    if _says(type(method), attribute) and getattr(method, attribute):
+        return
+    kind = type(method)
+    if not kind.__module__.startswith("fastdynat.methods."):
+        raise UserError(
+            f"{asked}: method {method.name} does not say that it takes it; leave it out ({OWN} "
+            f"{attribute} = True)"
+        )
+    here = "with these options, " if getattr(kind, attribute) else ""
+    raise UserError(f"{asked}: {here}method {method.name} {lacks}; leave it out")
+
+
+def _says(kind: type[Method[Any]], attribute: str) -> bool:
+    """True if `kind` has `attribute` from a class that knows its halves: none below defines another one."""
+    for cls in kind.__mro__:
+        if attribute in vars(cls):
+            return True
+        if HALVES & vars(cls).keys():
+            return False
+    return False
