@@ -9,6 +9,13 @@ class AugmentationConfig:
     """Augmentation beyond --augment, in the order: crop and flip, --color-jitter, --aa, --cutout, --reprob,
     then --mixup or --cutmix of the batch."""
 
+    color_jitter: float = 0.0
+    """Change brightness, contrast and saturation, each by a random factor of 1 - this to 1 + this, in random
+    order; 0 is off."""
+    aa: str = "none"
+    """Augmentation policy: randaugment:N:M (torchvision's, N operations of magnitude M out of 30),
+    trivialaugment, autoaugment or autoaugment:cifar10|imagenet|svhn, rand-m9-mstd0.5-inc1 (timm's),
+    idbh-weak or idbh-strong."""
     cutout: int = 0
     """Set a square of this many pixels per side, centred at a random pixel, to black in every training image
     (DeVries and Taylor); 0 is off."""

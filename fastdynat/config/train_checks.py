@@ -9,6 +9,8 @@ import re
 from typing import Any
 
 from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.augmentation_config import AugmentationConfig
+from fastdynat.config.augmentation_policy import parse_policy
 from fastdynat.config.data_config import DataConfig
 from fastdynat.config.extra_config import ExtraConfig
 from fastdynat.config.optim_config import OptimConfig
@@ -29,6 +31,7 @@ def check_train_config(config: TrainConfig[Any]) -> None:
     for name in GROUPS:
         check_values(getattr(config, name))
     check_data(config.data)
+    check_policy(config.augmentation, config.data)
     check_extra(config.extra)
     check_attack(config.attack)
     check_optim(config.optim)
@@ -44,6 +47,15 @@ def check_data(data: DataConfig) -> None:
     """Raise UserError for an unknown dataset."""
     if not is_data_name(data.data):
         raise unknown_name("dataset", data.data, DATASETS)
+
+
+def check_policy(augmentation: AugmentationConfig, data: DataConfig) -> None:
+    """Raise UserError for an unknown policy, and for one with crops of its own beside others."""
+    if parse_policy(augmentation.aa).own_crop and "crop" in data.augment:
+        raise UserError(
+            f"aa {augmentation.aa} crops and shifts the images itself; leave --augment {data.augment} out, "
+            "or use --augment flip"
+        )
 
 
 def check_extra(extra: ExtraConfig) -> None:

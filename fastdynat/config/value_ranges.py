@@ -33,6 +33,7 @@ LARGEST: dict[str, float] = {
     "epoch_steps": 10**6,
     # augmentation
     "cutout": MAX_IMAGE_SIZE,
+    "color_jitter": 100,
     **dict.fromkeys(("mixup", "cutmix"), 1000),
     "mixup_groups": BATCH,
     # attack and optimiser
@@ -115,6 +116,7 @@ RANGES = {
     "workers": _from(0),
     "extra_share": Range(0, 1, "a share of the batch in [0, 1)", open_most=True),
     "epoch_steps": _from(1, "a number of updates >= 1", "; leave it out for one pass"),
+    "color_jitter": _from(0, "a distance of factors from 1, 0 for none", " (usual: 0.4)"),
     "cutout": _from(0, "a number of pixels per side, 0 for none"),
     **dict.fromkeys(("reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
     **dict.fromkeys(("mixup", "cutmix"), _from(0, "an alpha >= 0, 0 for none", " (usual: 0.8 and 1.0)")),

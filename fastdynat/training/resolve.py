@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastdynat.config import AugmentationConfig, DataConfig, ModelConfig, TrainConfig
+from fastdynat.config.augmentation_policy import parse_policy
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.distributed import world
@@ -54,7 +55,7 @@ def resolve(
     check_train_config(config)
     method = method_class(config.method)(config.options)
     notes: list[str] = []
-    data = _data(config.data, info, method, notes)
+    data = _data(config.data, config.augmentation, info, method, notes)
     _check_groups(config.augmentation, data)
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
@@ -130,7 +131,13 @@ def warn_of_first_epoch(config: ResolvedConfig[Any]) -> None:
         )
 
 
-def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[str]) -> ResolvedData:
+def _data(
+    data: DataConfig,
+    augmentation: AugmentationConfig,
+    info: DatasetInfo,
+    method: Method[Any],
+    notes: list[str],
+) -> ResolvedData:
     if data.labelled is not None and not method.semi_supervised:
         raise UserError(
             f"labelled {data.labelled}: method {method.name} needs every label; "
@@ -140,6 +147,8 @@ def _data(data: DataConfig, info: DatasetInfo, method: Method[Any], notes: list[
         check_dali()
     batch_size = BATCH_SIZE.get(info.name, USUAL_BATCH_SIZE) if data.batch_size is None else data.batch_size
     augment = info.augment if data.augment == "auto" else data.augment
+    if parse_policy(augmentation.aa).own_crop:  # in place of crops, which are "auto" then
+        augment = "flip" if "flip" in augment else "none"
     if data.augment == "auto" and is_user_supplied(data.data):
         logger.info("your own data is not augmented by default; --augment crop-flip turns that on")
     if data.pad_mode != "zeros" and "crop" not in augment:

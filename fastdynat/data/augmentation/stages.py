@@ -10,10 +10,22 @@ from typing import Protocol
 from torch import Tensor
 
 from fastdynat.config import AugmentationConfig
+from fastdynat.config.augmentation_policy import PolicySpec, parse_policy
+from fastdynat.data.augmentation.crop_shift import CropShift
 from fastdynat.data.augmentation.erasing import Cutout, Erasing
+from fastdynat.data.augmentation.policies import (
+    AutoAugment,
+    ColorJitter,
+    IdbhColorShape,
+    RandAugment,
+    TimmRandAugment,
+    TrivialAugment,
+)
 from fastdynat.data.image_sets import DatasetInfo
 from fastdynat.data.split import seeded_generator
 from fastdynat.ops.image_draws import ImageDraws
+
+TABLE_OF = {"cifar10": "cifar10", "cifar100": "cifar10", "svhn": "svhn"}  # of AutoAugment, by data set
 
 
 class Stage(Protocol):
@@ -36,12 +48,37 @@ class Stage(Protocol):
 def stages_of(config: AugmentationConfig, info: DatasetInfo) -> tuple[Stage, ...]:
     """The stages that `config` turns on, in order."""
     stages: list[Stage] = []
+    if config.color_jitter:
+        stages.append(ColorJitter(config.color_jitter))
+    stages += _policy(parse_policy(config.aa), info)
     if config.cutout:
         stages.append(Cutout(config.cutout))
     if config.reprob:
         noise = (info.mean, info.std) if config.remode == "pixel" else None
         stages.append(Erasing(config.reprob, noise=noise))
     return tuple(stages)
+
+
+def _policy(spec: PolicySpec, info: DatasetInfo) -> list[Stage]:
+    """The stages of a policy."""
+    if spec.name == "none":
+        return []
+    if spec.name.startswith("idbh"):
+        prob = 1.0 if spec.name == "idbh-strong" else 0.5
+        erasing = Erasing(prob, area=(0.02, 0.33), aspect=(0.3, 3.3), kind="erasing of idbh")
+        return [CropShift(), IdbhColorShape(), erasing]
+    if spec.name == "trivialaugment":
+        return [TrivialAugment()]
+    if spec.name == "autoaugment":
+        return [AutoAugment(spec.table or TABLE_OF.get(info.name, "imagenet"))]
+    if spec.name == "randaugment":
+        return [RandAugment(spec.operations, int(spec.magnitude))]
+    fill = tuple(min(255.0, round(255 * value)) for value in info.mean)
+    return [
+        TimmRandAugment(
+            spec.operations, spec.magnitude, spec.spread, spec.most, spec.increasing, spec.prob, fill
+        )
+    ]
 
 
 def apply_stages(
