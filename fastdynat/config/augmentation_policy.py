@@ -23,7 +23,7 @@ class PolicySpec:
         operations: of randaugment and rand, operations of an image, one after the other.
         magnitude: of randaugment, the index of the strength, from 0 to 30; of rand, the strength out of 10.
         table: of autoaugment, one of `TABLES`; "" is that of the data.
-        spread: of rand, the standard deviation of the strength; above 100 it is uniform from 0 to `magnitude`.
+        spread: of rand, the standard deviation of the strength; above 100 it is uniform up to `magnitude`.
         most: of rand, the largest strength.
         increasing: of rand, whether every operation grows with the strength.
         prob: of rand, the probability of each operation.
@@ -40,7 +40,7 @@ class PolicySpec:
 
     @property
     def own_crop(self) -> bool:
-        """Whether the policy crops the images itself, in place of --augment."""
+        """True for a policy that crops the images itself, in place of --augment."""
         return self.name.startswith("idbh")
 
 
@@ -58,7 +58,8 @@ def parse_policy(text: str) -> PolicySpec:
     if name == "autoaugment" and len(numbers) <= 1 and set(numbers) <= set(TABLES):
         return PolicySpec(name, table="".join(numbers))
     if name == "randaugment" and len(numbers) <= 2 and all(re.fullmatch(r"\d{1,3}", n) for n in numbers):
-        spec = PolicySpec(name, *map(int, numbers))
+        operations, magnitude = (int(n) for n in (*numbers, *("2", "9")[len(numbers) :]))
+        spec = PolicySpec(name, operations, magnitude)
         if 1 <= spec.operations <= MOST_OPERATIONS and spec.magnitude < MAGNITUDES:
             return spec
         raise UserError(
@@ -89,7 +90,7 @@ def _timm(text: str) -> PolicySpec:
     whole = all(found.get(key, 0).is_integer() for key in ("m", "n", "mmax", "inc") if key in found)
     if not (whole and 1 <= spec.operations <= MOST_OPERATIONS and spec.prob <= 1 and spec.magnitude <= 100):
         raise UserError(
-            f"aa {text}: m, n, mmax and inc are whole numbers, n is between 1 and {MOST_OPERATIONS}, m at most "
-            "100, p at most 1"
+            f"aa {text}: m, n, mmax and inc are whole numbers, n is between 1 and {MOST_OPERATIONS}, "
+            "m at most 100, p at most 1"
         )
     return spec

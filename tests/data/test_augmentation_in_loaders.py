@@ -18,13 +18,19 @@ STAGES = {
     "cutout": {"cutout": 5},
     "erasing": {"reprob": 0.6},
     "black": {"reprob": 0.6, "remode": "const"},
+    "jitter": {"color_jitter": 0.4},
+    "randaugment": {"aa": "randaugment:2:14"},
+    "trivialaugment": {"aa": "trivialaugment"},
+    "autoaugment": {"aa": "autoaugment:cifar10"},
+    "timm": {"aa": "rand-m9-mstd0.5-inc1"},
+    "idbh": {"aa": "idbh-weak"},
 }
 MIXING = {
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
     "both": {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.8},
     "groups": {"cutmix": 1.0, "mixup_groups": 4},
-    "everything": {"reprob": 0.3, "cutout": 4, "mixup": 0.5, "cutmix": 1.0},
+    "everything": {"aa": "randaugment", "reprob": 0.3, "cutout": 4, "mixup": 0.5, "cutmix": 1.0},
 }
 ALL = STAGES | MIXING
 

@@ -21,9 +21,9 @@ HALF = 128  # solarize_add changes values below
 
 @dataclass(frozen=True)
 class Resampling:
-    """The interpolation of operations that move pixels, and the values, in 0..255, of what comes from outside.
+    """The interpolation of operations that move pixels, and the filling of what comes from outside.
 
-    fill: of each channel; None is black.
+    fill: of each channel, in 0..255; None is black.
     """
 
     bilinear: bool = False

@@ -1,11 +1,12 @@
 """Magnitudes of the operations of a policy, by index (torchvision's tables) and by strength (timm's).
 
-torchvision: RandAugment (Cubuk et al. 2020, arXiv 1909.13719), TrivialAugment Wide (Mueller and Hutter 2021,
-2103.10158) and AutoAugment (Cubuk et al. 2019, 1805.09501) have one table each; magnitudes are float32 numbers,
-as there. timm's RandAugment is that of TensorFlow's EfficientNet.
+torchvision: RandAugment (Cubuk et al. 2020, arXiv 1909.13719), TrivialAugment Wide (Mueller and Hutter
+2021, 2103.10158) and AutoAugment (Cubuk et al. 2019, 1805.09501) have one table each, of float32 numbers.
+timm's RandAugment is that of TensorFlow's EfficientNet.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -47,18 +48,22 @@ class Ranges:
         if operation in PLAIN:
             return 0.0
         if operation == "posterize":
-            kept = 8 - torch.arange(self.bins) / ((self.bins - 1) / self.posterize)
-            return float(kept.round()[index])
+            return float(round(8 - index * self.posterize / (self.bins - 1)))
         if operation == "solarize":
-            return 255.0 * float(torch.linspace(1.0, 0.0, self.bins)[index])
+            return 255.0 * _steps(1.0, 0.0, self.bins)[index]
         largest = {"shear_x": self.shear, "shear_y": self.shear, "rotate": self.rotate}
         largest |= dict.fromkeys(ENHANCED, self.enhance)
         for axis, side in (("y", size[0]), ("x", size[1])):
             largest[f"translate_{axis}"] = 150.0 / 331.0 * side if self.translate is None else self.translate
-        value = float(torch.linspace(0.0, largest[operation], self.bins)[index]) * (-1 if negative else 1)
+        value = _steps(0.0, largest[operation], self.bins)[index] * (-1 if negative else 1)
         if operation.startswith("translate"):
             return float(int(value))
         return 1.0 + value if operation in ENHANCED else value
+
+
+@cache
+def _steps(first: float, last: float, bins: int) -> tuple[float, ...]:
+    return tuple(torch.linspace(first, last, bins).tolist())
 
 
 OF_RANDAUGMENT = Ranges(31, shear=0.3, rotate=30.0, enhance=0.9, posterize=4, translate=None)

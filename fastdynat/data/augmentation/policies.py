@@ -165,7 +165,7 @@ class TimmRandAugment(Policy):
 
 @dataclass(frozen=True)
 class IdbhColorShape(Policy):
-    """The layer of colour and shape of IDBH (Li and Spratling 2023, arXiv 2301.09879): one of 8 operations."""
+    """The layer of colour and shape of IDBH (Li and Spratling 2023, arXiv 2301.09879): one of eight."""
 
     numbers = 4
 
