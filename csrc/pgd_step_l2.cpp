@@ -72,13 +72,15 @@ void step_images(StepTensors& s, L2Step<T> step) {
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
-    double hi, std::optional<ScalarType> low_dtype) {
+    double hi, std::optional<ScalarType> low_dtype, const std::optional<Tensor>& device_step_size,
+    const std::optional<Tensor>& device_eps) {
+  const StepSizes sizes("pgd_step_l2", x_adv, step_size, eps, device_step_size, device_eps);
   return run_step(
       "pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true,
       [&](StepTensors& s) {
         with_step_types("pgd_step_l2", s.x_adv, s.grad, [&](auto image, auto gradient) {
           using T = decltype(image);
-          const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
+          const L2Step<T> step{sizes, static_cast<T>(lo), static_cast<T>(hi)};
           step_images<T, decltype(gradient)>(s, step);
         });
       });

@@ -53,15 +53,16 @@ struct L2Scales {
 
 template <typename T>
 struct L2Step {
-  double step_size, eps;
+  StepSizes sizes;
   T lo, hi;
 
   FASTDYNAT_INLINE L2Scales scales(const L2Sums& sums) const {
-    const double a = sums.gg > 0 ? step_size / std::sqrt(sums.gg) : 0.0;
+    const double a = sums.gg > 0 ? sizes.step_size() / std::sqrt(sums.gg) : 0.0;
     // Cancellation matters only where the result is far shorter than its parts, and then it is not scaled.
     // Rounding may leave less than 0; a NaN stays.
     const double squared = sums.dd + a * (2 * sums.dg + a * sums.gg);
     const double norm = std::sqrt(squared < 0 ? 0.0 : squared);
+    const double eps = sizes.eps();
     return {a, norm <= eps ? 1.0 : eps / norm};
   }
 

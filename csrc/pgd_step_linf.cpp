@@ -50,13 +50,14 @@ void step_images(StepTensors& s, PgdStep<T> step) {
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cpu(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
-    double hi, std::optional<ScalarType> low_dtype, bool count) {
+    double hi, std::optional<ScalarType> low_dtype, bool count,
+    const std::optional<Tensor>& device_step_size, const std::optional<Tensor>& device_eps) {
+  const StepSizes sizes(kStepName, x_adv, step_size, eps, device_step_size, device_eps);
   return run_step(kStepName, x_adv, signs_of(x_adv, grad), x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      const PgdStep<T> step{
-          static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
-      step_images<T, decltype(gradient)>(s, step);
+      const PgdStepAt<T> step{sizes, static_cast<T>(lo), static_cast<T>(hi)};
+      step_images<T, decltype(gradient)>(s, step.read());
     });
   });
 }

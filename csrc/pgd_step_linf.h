@@ -49,6 +49,17 @@ struct PgdStep {
   }
 };
 
+// The step with its sizes still where the device keeps them.
+template <typename T>
+struct PgdStepAt {
+  StepSizes sizes;
+  T lo, hi;
+
+  FASTDYNAT_INLINE PgdStep<T> read() const {
+    return {static_cast<T>(sizes.step_size()), static_cast<T>(sizes.eps()), lo, hi};
+  }
+};
+
 constexpr const char* kStepName = "pgd_step_linf";
 
 // The gradient as the kernels for `x_adv` read it. A float64 one stays beside float32 images: converting

@@ -65,12 +65,13 @@ void start_images(StartTensors& s, const int64_t* state, Start<T> start) {
 
 Tensor random_start_cpu(
     const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi,
-    const std::optional<Tensor>& images) {
+    const std::optional<Tensor>& images, const std::optional<Tensor>& device_scale) {
+  const Size size = size_of({kStartName, "x", x}, "device_scale", scale, device_scale);
   return run_start(x, state, kind, images, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {
       using T = decltype(image);
-      const Start<T> start{static_cast<T>(scale), static_cast<T>(lo), static_cast<T>(hi)};
-      start_images<T, decltype(noise_kind)::value>(s, data<int64_t>(state), start);
+      const StartAt<T> start{size, static_cast<T>(lo), static_cast<T>(hi)};
+      start_images<T, decltype(noise_kind)::value>(s, data<int64_t>(state), start.read());
     });
   });
 }

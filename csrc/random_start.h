@@ -3,6 +3,7 @@
 
 #include "inline.h"
 #include "philox.h"
+#include "size.h"
 #include "tensor.h"
 
 #include <limits>
@@ -57,6 +58,15 @@ struct Start {
     moved = moved < lo ? lo : moved;  // NaN stays
     return moved > hi ? hi : moved;
   }
+};
+
+// The start with its scale still where the device keeps it.
+template <typename T>
+struct StartAt {
+  Size scale;
+  T lo, hi;
+
+  FASTDYNAT_INLINE Start<T> read() const { return {static_cast<T>(scale()), lo, hi}; }
 };
 
 // Images in memory: element e of the C order is at (e % pixels) * channels + e / pixels.

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "inline.h"
+#include "size.h"
 #include "tensor.h"
 
 namespace fastdynat {
@@ -36,6 +37,17 @@ struct LowCopy {
   FASTDYNAT_INLINE static void copy(const T* values, L* low, int64_t n) {
     for (int64_t i = 0; i < n; ++i) low[i] = static_cast<L>(static_cast<float>(values[i]));
   }
+};
+
+// Step size and radius of a step, each as a number or, where the optional tensor is there, on the device.
+struct StepSizes {
+  Size step_size, eps;
+
+  StepSizes(
+      const char* op, const Tensor& x_adv, double step_size, double eps,
+      const std::optional<Tensor>& device_step_size, const std::optional<Tensor>& device_eps)
+      : step_size(size_of({op, "x_adv", x_adv}, "device_step_size", step_size, device_step_size)),
+        eps(size_of({op, "x_adv", x_adv}, "device_eps", eps, device_eps)) {}
 };
 
 // Calls launch(StepTensors&) with tensors in an order that the kernels can walk; returns (out, low, moved),

@@ -1,5 +1,7 @@
 """Shared parts of the PGD step kernels: output tensors, gradient loads, clipping, half-precision copies."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,24 @@ def new_outputs(x_adv: Tensor, low_dtype: torch.dtype | None, images: int) -> tu
     """(x, low, moved) for a kernel to fill: `low` is empty without a dtype, `moved` is False per image."""
     low = torch.empty_like(x_adv, dtype=low_dtype) if low_dtype is not None else x_adv.new_empty(0)
     return torch.empty_like(x_adv), low, x_adv.new_zeros(images, dtype=torch.bool)
+
+
+def device_sizes(x_adv: Tensor, step_size: Tensor | None, eps: Tensor | None) -> dict[str, Any]:
+    """The kernels' arguments for sizes on the device; a pointer without a size is not read."""
+    return {
+        "step_size_ptr": x_adv if step_size is None else step_size,
+        "eps_ptr": x_adv if eps is None else eps,
+        "READ_STEP": step_size is not None,
+        "READ_EPS": eps is not None,
+    }
+
+
+@triton.jit
+def size_of(number, ptr, READ: tl.constexpr):
+    """The float64 size of a step: `number`, or what the device holds at `ptr`."""
+    if READ:
+        return tl.load(ptr)
+    return number
 
 
 @triton.jit

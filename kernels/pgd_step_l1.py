@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of, registers_for
-from fastdynat.kernels._step import clamp_pixels, load_gradient
+from fastdynat.kernels._step import clamp_pixels, device_sizes, load_gradient, size_of
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
 BLOCK = 4096  # elements per block of a larger one, which is read again in every pass
@@ -59,6 +59,10 @@ def pgd_step_l1_kernel(
     count,
     lo: tl.float64,
     hi: tl.float64,
+    step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
+    eps_ptr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
     PARTS: tl.constexpr,  # blocks in an image; a single one stays in registers
     BLOCK: tl.constexpr,
 ):
@@ -68,6 +72,8 @@ def pgd_step_l1_kernel(
     top: tl.constexpr = 62 if dtype == tl.float64 else 30
     base = tl.program_id(0).to(tl.int64) * row
     within = tl.arange(0, BLOCK)
+    step_size = size_of(step_size, step_size_ptr, READ_STEP)
+    eps = size_of(eps, eps_ptr, READ_EPS)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
 
@@ -131,7 +137,16 @@ def pgd_step_l1_kernel(
 
 
 def pgd_step_l1(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, count: int, lo: float, hi: float
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    step_size: float,
+    eps: float,
+    count: int,
+    lo: float,
+    hi: float,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel on the current stream; returns the new point, laid out as `x_adv`.
 
@@ -160,6 +175,7 @@ def pgd_step_l1(
             hi,
             PARTS=parts,
             BLOCK=block,
+            **device_sizes(x_adv, device_step_size, device_eps),
             num_warps=num_warps,
             enable_fp_fusion=False,
             **(registers_for(x_adv.dtype) if spread else {}),

@@ -6,7 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
-from fastdynat.kernels._step import clamp_pixels, load_gradient, new_outputs, store_low
+from fastdynat.kernels._step import (
+    clamp_pixels,
+    device_sizes,
+    load_gradient,
+    new_outputs,
+    size_of,
+    store_low,
+)
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
 SPLIT_BLOCK = 4096  # elements per program of a larger one
@@ -67,6 +74,10 @@ def pgd_step_l2_kernel(
     eps: tl.float64,
     lo: tl.float64,
     hi: tl.float64,
+    step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
+    eps_ptr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,6 +91,8 @@ def pgd_step_l2_kernel(
     dg = tl.sum(delta * grad, axis=0)
     dd = tl.sum(delta * delta, axis=0)
     tl.store(moved_ptr + image, (gg > 0).to(tl.int8))
+    step_size = size_of(step_size, step_size_ptr, READ_STEP)
+    eps = size_of(eps, eps_ptr, READ_EPS)
     store_step(delta, grad, x0, gg, dg, dd, out_ptr, low_ptr, offsets, mask, step_size, eps, lo, hi, HAS_LOW)
 
 
@@ -121,6 +134,10 @@ def pgd_step_l2_apply_kernel(
     eps: tl.float64,
     lo: tl.float64,
     hi: tl.float64,
+    step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
+    eps_ptr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,  # power of two >= parts
@@ -138,6 +155,8 @@ def pgd_step_l2_apply_kernel(
     offsets = image.to(tl.int64) * row + within
     delta, grad, x0 = load_pixels(x_adv_ptr, grad_ptr, x0_ptr, offsets, mask)
     tl.store(moved_ptr + image, (gg > 0).to(tl.int8))  # programs of one image write one value
+    step_size = size_of(step_size, step_size_ptr, READ_STEP)
+    eps = size_of(eps, eps_ptr, READ_EPS)
     store_step(delta, grad, x0, gg, dg, dd, out_ptr, low_ptr, offsets, mask, step_size, eps, lo, hi, HAS_LOW)
 
 
@@ -150,6 +169,8 @@ def pgd_step_l2(
     lo: float,
     hi: float,
     low_dtype: torch.dtype | None = None,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch on the current stream; returns (x, low, moved), x and low with the layout of `x_adv`.
 
@@ -163,6 +184,7 @@ def pgd_step_l2(
     inputs = (x_adv, grad, x0)
     outputs = (out, low, moved.view(torch.int8))
     scalars = (step_size, eps, lo, hi)
+    held = device_sizes(x_adv, device_step_size, device_eps)
     with on_device_of(x_adv):
         if row <= LARGEST_IN_REGISTERS:
             block = triton.next_power_of_2(row)
@@ -171,6 +193,7 @@ def pgd_step_l2(
                 *outputs,
                 row,
                 *scalars,
+                **held,
                 HAS_LOW=low_dtype is not None,
                 BLOCK=block,
                 num_warps=max(1, min(16, block // 512)),
@@ -190,6 +213,7 @@ def pgd_step_l2(
             row,
             parts,
             *scalars,
+            **held,
             HAS_LOW=low_dtype is not None,
             BLOCK=SPLIT_BLOCK,
             PARTS=triton.next_power_of_2(parts),

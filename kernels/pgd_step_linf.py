@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
-from fastdynat.kernels._step import clamp_pixels, new_outputs, store_low
+from fastdynat.kernels._step import clamp_pixels, device_sizes, new_outputs, size_of, store_low
 
 BLOCK = 1024
 
@@ -24,6 +24,10 @@ def pgd_step_linf_kernel(
     eps: tl.float64,
     lo: tl.float64,
     hi: tl.float64,
+    step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
+    eps_ptr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,8 +46,8 @@ def pgd_step_linf_kernel(
     x0 = tl.load(x0_ptr + offsets, mask=mask)
 
     dtype = x_adv.dtype
-    step_size = tl.full((1,), step_size, dtype)
-    eps = tl.full((1,), eps, dtype)
+    step_size = tl.full((1,), size_of(step_size, step_size_ptr, READ_STEP), dtype)
+    eps = tl.full((1,), size_of(eps, eps_ptr, READ_EPS), dtype)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
 
@@ -79,6 +83,8 @@ def pgd_step_linf(
     hi: float,
     low_dtype: torch.dtype | None = None,
     count: bool = False,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on the current stream; returns (x, low, moved), x and low with the layout of `x_adv`.
 
@@ -105,6 +111,7 @@ def pgd_step_linf(
             HAS_LOW=low_dtype is not None,
             COUNT=count,
             BLOCK=BLOCK,
+            **device_sizes(x_adv, device_step_size, device_eps),
             enable_fp_fusion=False,
         )
     return out, low, moved

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
+from fastdynat.kernels._step import size_of
 
 GROUPS = 256  # of four elements, per program
 
@@ -152,6 +153,8 @@ def random_start_kernel(
     scale: tl.float64,  # an unannotated float would reach float64 images rounded to float32
     lo: tl.float64,
     hi: tl.float64,
+    scale_ptr,  # float64 scalar that replaces `scale`; unused unless READ_SCALE
+    READ_SCALE: tl.constexpr,
     KIND: tl.constexpr,
     CHANNELS: tl.constexpr,
     FOURS: tl.constexpr,  # pixels % 4 == 0
@@ -165,7 +168,7 @@ def random_start_kernel(
     "l2", whose programs draw an image's numbers twice: for its length and for its move.
     """
     dtype = x_ptr.dtype.element_ty
-    scale = tl.full((1,), scale, dtype)
+    scale = tl.full((1,), size_of(scale, scale_ptr, READ_SCALE), dtype)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
     if KIND == "l2":
@@ -216,6 +219,7 @@ def random_start(
     lo: float,
     hi: float,
     images: Tensor | None = None,
+    device_scale: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel on the current stream; returns the moved images with the layout of `x`.
 
@@ -241,6 +245,8 @@ def random_start(
             scale,
             lo,
             hi,
+            scale_ptr=state if device_scale is None else device_scale,
+            READ_SCALE=device_scale is not None,
             KIND=KINDS[kind],
             CHANNELS=channels,
             FOURS=pixels % 4 == 0,

@@ -62,11 +62,11 @@ struct L1Pack {
 
 template <bool kHold, typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
-    L1Pointers<T, G> p, int64_t rows, int64_t packs, double step_size, double eps, int64_t count,
-    L1Ball<T> ball) {
+    L1Pointers<T, G> p, int64_t rows, int64_t packs, StepSizes sizes, int64_t count, L1Ball<T> ball) {
   __shared__ double shared[32];
   __shared__ int shared_count[32];
   const auto plus = [](auto a, auto b) { return a + b; };
+  const double step_size = sizes.step_size(), eps = sizes.eps();
   for (int64_t image = blockIdx.x; image < rows; image += gridDim.x) {
     const int64_t base = image * packs;
     L1Pack<T, kPack> held[kHold ? kHeld : 1];
@@ -114,20 +114,21 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
 
 template <int kPack, typename T, typename G>
 void launch_step(
-    const StepTensors& s, const L1Pointers<T, G>& p, double step_size, double eps, int64_t count,
+    const StepTensors& s, const L1Pointers<T, G>& p, const StepSizes& sizes, int64_t count,
     L1Ball<T> ball, cudaStream_t stream) {
   const int64_t packs = s.row / kPack;
   const bool hold = packs <= kHeld * kMaxThreads;
   const int threads = hold ? static_cast<int>((packs + kHeld * 32 - 1) / (kHeld * 32)) * 32 : kMaxThreads;
   auto* kernel = hold ? pgd_step_l1_kernel<true, T, G, kPack> : pgd_step_l1_kernel<false, T, G, kPack>;
-  launch(
-      kernel, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs, step_size, eps, count, ball);
+  launch(kernel, std::min(s.rows, kMaxBlocks), threads, stream, p, s.rows, packs, sizes, count, ball);
 }
 
 Tensor pgd_step_l1_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, int64_t count,
-    double lo, double hi) {
+    double lo, double hi, const std::optional<Tensor>& device_step_size,
+    const std::optional<Tensor>& device_eps) {
   const OnDevice device(x_adv);
+  const StepSizes sizes("pgd_step_l1", x_adv, step_size, eps, device_step_size, device_eps);
   return run_l1_step(x_adv, grad, x0, count, [&](StepTensors& s) {
     with_step_types("pgd_step_l1", s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
@@ -137,8 +138,8 @@ Tensor pgd_step_l1_cuda(
       const L1Pointers<T, G> p{data<T>(s.x_adv), data<G>(s.grad), data<T>(s.x0), mutable_data<T>(s.out)};
       const bool packed = s.row % kPack == 0 && aligned(p.x_adv, 16) && aligned(p.x0, 16) &&
                           aligned(p.out, 16) && aligned(p.grad, sizeof(Pack<G, kPack>));
-      packed ? launch_step<kPack>(s, p, step_size, eps, count, ball, device.stream)
-             : launch_step<1>(s, p, step_size, eps, count, ball, device.stream);
+      packed ? launch_step<kPack>(s, p, sizes, count, ball, device.stream)
+             : launch_step<1>(s, p, sizes, count, ball, device.stream);
     });
   });
 }

@@ -159,9 +159,11 @@ void launch_step(StepTensors& s, const L2Pointers<T, G>& p, const L2Step<T>& ste
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
-    double hi, std::optional<ScalarType> low_dtype) {
+    double hi, std::optional<ScalarType> low_dtype, const std::optional<Tensor>& device_step_size,
+    const std::optional<Tensor>& device_eps) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
+  const StepSizes sizes("pgd_step_l2", x_adv, step_size, eps, device_step_size, device_eps);
   return run_step(
       "pgd_step_l2", x_adv, beside("pgd_step_l2", "grad", x_adv, grad), x0, low_dtype, true,
       [&](StepTensors& s) {
@@ -169,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> pgd_step_l2_cuda(
           using T = decltype(image);
           using G = decltype(gradient);
           constexpr int kPack = 16 / sizeof(T);
-          const L2Step<T> step{step_size, eps, static_cast<T>(lo), static_cast<T>(hi)};
+          const L2Step<T> step{sizes, static_cast<T>(lo), static_cast<T>(hi)};
           auto* low = low_dtype ? static_cast<uint16_t*>(s.low.mutable_data_ptr()) : nullptr;
           const L2Pointers<T, G> p{data<T>(s.x_adv),
                                    data<G>(s.grad),

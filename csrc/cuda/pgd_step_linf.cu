@@ -11,11 +11,12 @@ template <typename T, typename G, int kPack>
 __global__ void __launch_bounds__(kThreads) pgd_step_linf_kernel(
     const T* __restrict__ x_adv, const G* __restrict__ grad, const T* __restrict__ x0, T* __restrict__ out,
     uint16_t* __restrict__ low, bool* __restrict__ moved, int64_t row, int64_t parts, int64_t total_parts,
-    PgdStep<T> step, Low low_kind) {
+    PgdStepAt<T> step_at, Low low_kind) {
   using Images = Pack<T, kPack>;
   using Grads = Pack<G, kPack>;
   using Lows = Pack<uint16_t, kPack>;
   const int64_t packs = row / kPack;
+  const PgdStep<T> step = step_at.read();
   for (int64_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
     const int64_t image = part / parts;
     const int64_t base = image * packs;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) pgd_step_linf_kernel(
 }
 
 template <typename T, typename G>
-void launch_step(StepTensors& s, PgdStep<T> step, Low low_kind, cudaStream_t stream) {
+void launch_step(StepTensors& s, PgdStepAt<T> step, Low low_kind, cudaStream_t stream) {
   const T* x_adv = data<T>(s.x_adv);
   const G* grad = data<G>(s.grad);
   const T* x0 = data<T>(s.x0);
@@ -67,14 +68,15 @@ void launch_step(StepTensors& s, PgdStep<T> step, Low low_kind, cudaStream_t str
 
 std::tuple<Tensor, Tensor, Tensor> pgd_step_linf_cuda(
     const Tensor& x_adv, const Tensor& grad, const Tensor& x0, double step_size, double eps, double lo,
-    double hi, std::optional<ScalarType> low_dtype, bool count) {
+    double hi, std::optional<ScalarType> low_dtype, bool count,
+    const std::optional<Tensor>& device_step_size, const std::optional<Tensor>& device_eps) {
   const OnDevice device(x_adv);
   const Low low_kind = low_of(low_dtype);
+  const StepSizes sizes(kStepName, x_adv, step_size, eps, device_step_size, device_eps);
   return run_step(kStepName, x_adv, signs_of(x_adv, grad), x0, low_dtype, count, [&](StepTensors& s) {
     with_types(s.x_adv, s.grad, [&](auto image, auto gradient) {
       using T = decltype(image);
-      const PgdStep<T> step{
-          static_cast<T>(step_size), static_cast<T>(eps), static_cast<T>(lo), static_cast<T>(hi)};
+      const PgdStepAt<T> step{sizes, static_cast<T>(lo), static_cast<T>(hi)};
       launch_step<T, decltype(gradient)>(s, step, low_kind, device.stream);
     });
   });

@@ -26,10 +26,12 @@ struct Walk {
 template <typename T, Noise kNoise, bool kPacked>
 __global__ void __launch_bounds__(kThreads) random_start_kernel(
     const T* __restrict__ x, const int64_t* __restrict__ state, const int64_t* __restrict__ images,
-    T* __restrict__ out, Walk walk, uint32_t parts, uint32_t total_parts, Start<T> start) {
+    T* __restrict__ out, Walk walk, uint32_t parts, uint32_t total_parts,
+    StartAt<T> start_at) {
   using Four = Pack<T, 16 / sizeof(T)>;  // of a group's elements, or half of them
   constexpr int kPacks = sizeof(T) / 4;
   const Philox random(state);
+  const Start<T> start = start_at.read();
   for (uint32_t part = blockIdx.x; part < total_parts; part += gridDim.x) {
     const uint32_t n = part / parts;
     const uint32_t image = image_of(images, n);
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) random_start_kernel(
 }
 
 template <typename T, Noise kNoise>
-void launch_start(StartTensors& s, const int64_t* state, Start<T> start, cudaStream_t stream) {
+void launch_start(StartTensors& s, const int64_t* state, StartAt<T> start, cudaStream_t stream) {
   const T* x = data<T>(s.x);
   T* out = mutable_data<T>(s.out);
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
@@ -96,12 +98,13 @@ void launch_start(StartTensors& s, const int64_t* state, Start<T> start, cudaStr
 
 Tensor random_start_cuda(
     const Tensor& x, const Tensor& state, int64_t kind, double scale, double lo, double hi,
-    const std::optional<Tensor>& images) {
+    const std::optional<Tensor>& images, const std::optional<Tensor>& device_scale) {
   const OnDevice device(x);
+  const Size size = size_of({kStartName, "x", x}, "device_scale", scale, device_scale);
   return run_start(x, state, kind, images, [&](StartTensors& s) {
     with_start_types(x, kind, [&](auto image, auto noise_kind) {
       using T = decltype(image);
-      const Start<T> start{static_cast<T>(scale), static_cast<T>(lo), static_cast<T>(hi)};
+      const StartAt<T> start{size, static_cast<T>(lo), static_cast<T>(hi)};
       launch_start<T, decltype(noise_kind)::value>(s, data<int64_t>(state), start, device.stream);
     });
   });

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdynat.ops._layout import images_together, one_order
 from fastdynat.ops._select import select
+from fastdynat.ops._size import Size, split_size
 
 IMAGE_DTYPES = (torch.float32, torch.float64)
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def step_onto_ball(
     implementations: Mapping[str, Callable[..., Any]],
     backend: str,
     tensors: tuple[Tensor, Tensor, Tensor],
-    bounds: tuple[float, float, float, float],
+    bounds: tuple[Size, Size, float, float],
     low_dtype: torch.dtype | None = None,
     *options: Any,
     per_image: bool = True,
@@ -61,11 +62,23 @@ def step_onto_ball(
     """
     if per_image:
         check_batch_dimension(op, tensors[0])
-    check_step(op, *tensors, *bounds)
+    step_size, eps, lo, hi = bounds
+    check_step(op, *tensors, step_size, eps, lo, hi)
     check_low(op, low_dtype)
-    arguments = (*map(float, bounds), low_dtype, *options)
+    numbers, held = split_bounds(op, bounds, tensors[0])
+    arguments = (*numbers, low_dtype, *options, *held)
     x, low, moved = run_step(op, implementations, backend, tensors, arguments, per_image=per_image)
     return AttackStep(x, low if low_dtype is not None else None, moved)
+
+
+def split_bounds(
+    op: str, bounds: tuple[Size, Size, float, float], x_adv: Tensor
+) -> tuple[tuple[float, float, float, float], tuple[Tensor | None, Tensor | None]]:
+    """The operator's arguments for (step_size, eps, lo, hi): numbers, and the tensors of the first two."""
+    step_size, eps, lo, hi = bounds
+    step_number, device_step_size = split_size(op, "step_size", step_size, x_adv)
+    eps_number, device_eps = split_size(op, "eps", eps, x_adv)
+    return (step_number, eps_number, float(lo), float(hi)), (device_step_size, device_eps)
 
 
 def run_step(
@@ -90,9 +103,12 @@ def run_step(
 
 
 def check_step(
-    op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, lo: float, hi: float
+    op: str, x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: Size, eps: Size, lo: float, hi: float
 ) -> None:
-    """Raise ValueError, naming argument and value, for shapes, dtypes, devices or bounds that do not fit."""
+    """Raise ValueError, naming argument and value, for shapes, dtypes, devices or bounds that do not fit.
+
+    What a tensor holds is not checked, as that would wait for the device.
+    """
     for name, tensor in (("grad", grad), ("x0", x0)):
         if tensor.shape != x_adv.shape:
             raise ValueError(
@@ -106,9 +122,9 @@ def check_step(
         raise ValueError(f"{op}: x0 is {x0.dtype} but x_adv is {x_adv.dtype}")
     if grad.dtype not in GRAD_DTYPES:
         raise ValueError(f"{op}: grad must be float32, float64, bfloat16 or float16, got {grad.dtype}")
-    if not math.isfinite(step_size):
+    if not isinstance(step_size, Tensor) and not math.isfinite(step_size):
         raise ValueError(f"{op}: step_size must be finite (in units of the pixel range), got {step_size}")
-    if not eps >= 0:
+    if not isinstance(eps, Tensor) and not eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0 (in units of the pixel range), got {eps}")
     if not lo <= hi:
         raise ValueError(f"{op}: lo must not exceed hi, got lo={lo} and hi={hi}")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops._register import register_operator
-from fastdynat.ops._step import check_batch_dimension, check_step, empty_point, run_step
+from fastdynat.ops._size import Size, size_in
+from fastdynat.ops._step import check_batch_dimension, check_step, empty_point, run_step, split_bounds
 from fastdynat.ops.pgd_step_l2 import finite_gradient
 
 OP = "pgd_step_l1"
@@ -12,11 +13,24 @@ HALVINGS = 64  # of the multiplier's interval: as many as float64 can tell apart
 
 
 def _eager(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, step_size: float, eps: float, count: int, lo: float, hi: float
+    x_adv: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    step_size: float,
+    eps: float,
+    count: int,
+    lo: float,
+    hi: float,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> Tensor:
     """The reference, in float64 except for the gradient."""
     if x_adv.numel() == 0:
         return torch.empty_like(x_adv)
+    step, radius = (
+        size_in(torch.float64, step_size, device_step_size),
+        size_in(torch.float64, eps, device_eps),
+    )
     shape = (-1, *[1] * (x_adv.dim() - 1))
 
     def total(t: Tensor) -> Tensor:
@@ -26,7 +40,7 @@ def _eager(
     size = g.abs().reshape(len(g), -1)
     threshold = size.topk(count, 1).values[:, -1:].reshape(shape)
     chosen = (g.abs() >= threshold) & (g != 0)
-    move = step_size / total(chosen).clamp_min(1).double()
+    move = total(chosen).clamp_min(1).double().reciprocal() * step
     x0 = x0.double()
     delta = x_adv.double() - x0 + torch.where(chosen, move.reshape(shape), 0.0) * g.sign()
     room = torch.where(delta > 0, hi - x0, x0 - lo).clamp_min(0)
@@ -38,9 +52,9 @@ def _eager(
     low, high = torch.zeros_like(move), length.reshape(len(g), -1).amax(1)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        beyond = total(kept(middle).nan_to_num(0.0)) > eps
+        beyond = total(kept(middle).nan_to_num(0.0)) > radius
         low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
-    inside = total(kept(torch.zeros_like(low)).nan_to_num(0.0)) <= eps
+    inside = total(kept(torch.zeros_like(low)).nan_to_num(0.0)) <= radius
     x = x0 + delta.sign() * kept(torch.where(inside, 0.0, high))
     return torch.empty_like(x_adv).copy_(torch.where(delta.isnan(), delta, x.clamp(lo, hi)))
 
@@ -53,8 +67,8 @@ def pgd_step_l1(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     sparsity: float = 0.99,
     lo: float = 0.0,
     hi: float = 1.0,
@@ -81,8 +95,9 @@ def pgd_step_l1(
             the result is contiguous; grad and x0 are copied only where they are laid out differently.
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
-        step_size: L1 length of the move, in units of the pixel range.
-        eps: L1 radius around `x0`, >= 0, in the same unit.
+        step_size: L1 length of the move, in units of the pixel range; a number or a scalar
+            tensor, as in `pgd_step_linf`.
+        eps: L1 radius around `x0`, >= 0, in the same unit; a number or a scalar tensor.
         sparsity: fraction of entries that do not move, 0 <= sparsity < 1.
         lo, hi: the pixel range, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
@@ -96,5 +111,6 @@ def pgd_step_l1(
     if not 0 <= sparsity < 1:
         raise ValueError(f"{OP}: sparsity must be in [0, 1), the share of entries left alone, got {sparsity}")
     count = max(1, round((1 - sparsity) * x_adv[:1].numel()))
-    arguments = (float(step_size), float(eps), count, float(lo), float(hi))
+    (step, radius, low, high), held = split_bounds(OP, (step_size, eps, lo, hi), x_adv)
+    arguments = (step, radius, count, low, high, *held)
     return run_step(OP, IMPLEMENTATIONS, backend, (x_adv, grad, x0), arguments)

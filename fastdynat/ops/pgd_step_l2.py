@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops._register import register_operator
+from fastdynat.ops._size import Size, size_in
 from fastdynat.ops._step import AttackStep, empty_step, step_onto_ball
 
 OP = "pgd_step_l2"
@@ -35,18 +36,21 @@ def _eager(
     lo: float,
     hi: float,
     low_dtype: torch.dtype | None = None,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference. It takes the norm of the moved delta directly; kernels compute it from three sums."""
+    step, radius = size_in(x_adv.dtype, step_size, device_step_size), size_in(x_adv.dtype, eps, device_eps)
     g = finite_gradient(grad, x_adv.dtype)
     pixels = (x_adv.shape[0], x_adv[:1].numel())
     # Dividing by the largest entry keeps squares in the range of float32; it is 0 only if all entries are.
     largest = torch.cat([g.reshape(pixels).abs(), g.new_zeros(pixels[0], 1)], 1).amax(1)
     g = g / _per_image(torch.where(largest > 0, largest, 1.0), g)
     length = torch.linalg.vector_norm(g.reshape(pixels), dim=1).clamp_min(1.0)
-    delta = x_adv - x0 + step_size * (g / _per_image(length, g))
+    delta = x_adv - x0 + step * (g / _per_image(length, g))
     norm = torch.linalg.vector_norm(delta.reshape(pixels), dim=1)
-    # A NaN norm makes the whole image NaN.
-    delta = delta * _per_image(torch.where(norm <= eps, 1.0, eps / norm), delta)
+    # A NaN norm makes the whole image NaN. torch divides a number by a tensor as the product here.
+    delta = delta * _per_image(torch.where(norm <= radius, 1.0, norm.reciprocal() * radius), delta)
     x = (x0 + delta).clamp(lo, hi)
     return x, x.to(low_dtype) if low_dtype is not None else x.new_empty(0), largest > 0
 
@@ -63,8 +67,8 @@ def pgd_step_l2(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     lo: float = 0.0,
     hi: float = 1.0,
     backend: str = "auto",
@@ -88,8 +92,9 @@ def pgd_step_l2(
             the result is contiguous; grad and x0 are copied only where they are laid out differently.
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
-        step_size: length of the move, in units of the pixel range.
-        eps: L2 radius around `x0`, >= 0, in the same unit.
+        step_size: length of the move, in units of the pixel range; a number or a scalar
+            tensor, as in `pgd_step_linf`.
+        eps: L2 radius around `x0`, >= 0, in the same unit; a number or a scalar tensor.
         lo, hi: the pixel range, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
@@ -106,8 +111,8 @@ def attack_step_l2(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     lo: float = 0.0,
     hi: float = 1.0,
     low_dtype: torch.dtype | None = None,

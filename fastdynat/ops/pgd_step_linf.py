@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops._register import register_operator
+from fastdynat.ops._size import Size, size_in
 from fastdynat.ops._step import AttackStep, check_batch_dimension, empty_step, step_onto_ball
 
 OP = "pgd_step_linf"
@@ -21,12 +22,15 @@ def _eager(
     hi: float,
     low_dtype: torch.dtype | None = None,
     count: bool = False,
+    device_step_size: Tensor | None = None,
+    device_eps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference, which every other implementation equals bit for bit."""
     # Comparisons with NaN are false: such a pixel does not move. torch.sign promises nothing for NaN.
     up, down = grad > 0, grad < 0
-    x = x_adv + step_size * (up.to(x_adv.dtype) - down.to(x_adv.dtype))
-    x = torch.clamp(x, x0 - eps, x0 + eps)
+    step, radius = size_in(x_adv.dtype, step_size, device_step_size), size_in(x_adv.dtype, eps, device_eps)
+    x = x_adv + step * (up.to(x_adv.dtype) - down.to(x_adv.dtype))
+    x = torch.clamp(x, x0 - radius, x0 + radius)
     x = torch.clamp(x, lo, hi)
     low = x.to(low_dtype) if low_dtype is not None else x.new_empty(0)
     if not count:
@@ -49,8 +53,8 @@ def pgd_step_linf(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     lo: float = 0.0,
     hi: float = 1.0,
     backend: str = "auto",
@@ -66,8 +70,10 @@ def pgd_step_linf(
             layout is the result's; grad and x0 are copied only where they are laid out differently.
         grad: gradient at `x_adv`, same shape, float32, float64, bfloat16 or float16.
         x0: the clean images, shape and dtype of `x_adv`.
-        step_size: move per pixel, in units of the pixel range.
-        eps: L-inf radius around `x0`, >= 0, in the same unit.
+        step_size: move per pixel, in units of the pixel range: a number, or a float32 or float64 scalar
+            tensor on the device of `x_adv`. The kernel reads the tensor when it runs, so that a captured
+            graph reads it at each replay; its value is not checked. Equal sizes give equal bits.
+        eps: L-inf radius around `x0`, >= 0, in the same unit; a number or a scalar tensor.
         lo, hi: the pixel range, lo <= hi.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 
@@ -85,8 +91,8 @@ def attack_step_linf(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     lo: float = 0.0,
     hi: float = 1.0,
     low_dtype: torch.dtype | None = None,

@@ -9,6 +9,7 @@ from fastdynat.errors import unknown_name
 from fastdynat.ops._layout import images_together
 from fastdynat.ops._register import register_operator
 from fastdynat.ops._select import select
+from fastdynat.ops._size import Size, size_in, split_size
 from fastdynat.ops._step import IMAGE_DTYPES
 
 KINDS = ("uniform", "gaussian", "l2")
@@ -93,6 +94,7 @@ def _eager(
     lo: float,
     hi: float,
     images: Tensor | None = None,
+    device_scale: Tensor | None = None,
 ) -> Tensor:
     """The reference."""
     x = images_together(x)
@@ -108,10 +110,10 @@ def _eager(
     else:
         lanes = [*_normal_pair(*words[:2]), *_normal_pair(*words[2:])]
     noise = torch.stack(lanes, 2).flatten(1)[:, :row].to(x.dtype)
-    length: Tensor | float = scale
+    length = size = size_in(x.dtype, scale, device_scale)
     if KINDS[kind] == "l2":
         first, *_ = philox((torch.full_like(image, _RADIUS_GROUP), image, *counter), key)
-        radius = scale * _unit_uniform(first).to(x.dtype)
+        radius = size * _unit_uniform(first).to(x.dtype)
         length = radius / noise.norm(dim=1, keepdim=True).clamp_min(1e-20)
     moved = x.reshape(count, row) + noise * length
     if KINDS[kind] != "gaussian":
@@ -131,7 +133,7 @@ def random_start(
     state: Tensor,
     *,
     kind: str,
-    scale: float,
+    scale: Size,
     lo: float = 0.0,
     hi: float = 1.0,
     images: Tensor | None = None,
@@ -166,7 +168,8 @@ def random_start(
             add 1 to state[1], or draw both anew, for the next start; a captured CUDA graph that does so draws
             anew at each replay.
         kind: a kind of the table.
-        scale: >= 0, in units of the pixel range.
+        scale: >= 0, in units of the pixel range: a number or a scalar tensor, as in
+            `pgd_step_linf`.
         lo, hi: the pixel range, lo <= hi.
         images: int64 (N,) on the device of x, the number n of each image; None: 0 to N - 1. Numbers in
             [0, 2^32), repeated ones get equal noise. Not checked, as that would wait for the device: of other
@@ -193,7 +196,7 @@ def random_start(
         raise ValueError(f"random_start: state is on {state.device} but x is on {x.device}")
     if kind not in KINDS:
         raise unknown_name("kind of start", kind, KINDS)
-    if not scale >= 0:
+    if not isinstance(scale, Tensor) and not scale >= 0:
         raise ValueError(f"random_start: scale must be >= 0 (in units of the pixel range), got {scale}")
     if not lo <= hi:
         raise ValueError(f"random_start: lo must not exceed hi, got lo={lo} and hi={hi}")
@@ -204,7 +207,8 @@ def random_start(
         )
     if images is not None and images.device != x.device:
         raise ValueError(f"random_start: images is on {images.device} but x is on {x.device}")
+    number, device_scale = split_size("random_start", "scale", scale, x)
     run = select("random_start", IMPLEMENTATIONS, backend, x)
     x = images_together(x.detach())
     images = images.contiguous() if images is not None else None
-    return run(x, state.contiguous(), KINDS.index(kind), float(scale), float(lo), float(hi), images)
+    return run(x, state.contiguous(), KINDS.index(kind), number, float(lo), float(hi), images, device_scale)

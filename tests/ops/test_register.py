@@ -21,7 +21,8 @@ def test_the_schema_is_that_of_the_eager_form() -> None:
     schema = str(torch.ops.fastdynat.pgd_step_linf.default._schema)
     assert schema == (
         "fastdynat::pgd_step_linf(Tensor x_adv, Tensor grad, Tensor x0, float step_size, float eps, "
-        "float lo, float hi, ScalarType? low_dtype=None, bool count=False) -> (Tensor, Tensor, Tensor)"
+        "float lo, float hi, ScalarType? low_dtype=None, bool count=False, Tensor? device_step_size=None, "
+        "Tensor? device_eps=None) -> (Tensor, Tensor, Tensor)"
     )
     weights = torch.ops.fastdynat.winograd_weights.default._schema
     assert [argument.is_write for argument in weights.arguments] == [False, True, True]
@@ -31,7 +32,7 @@ def test_other_arguments_are_another_number_of_signatures() -> None:
     """A library of older arguments must be refused: the dispatcher would name numbers of arguments only."""
     schemas = [str(getattr(torch.ops.fastdynat, name).default._schema) for name in sorted(OPERATORS)]
     digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
-    assert (_extension.SIGNATURES, digest) == (2, "121c62e14a4e23be"), (
+    assert (_extension.SIGNATURES, digest) == (3, "479544fb9c9de8a9"), (
         "the arguments of an operator have changed: add 1 to SIGNATURES in fastdynat/ops/_extension.py and "
         "csrc/module.cpp, then put number and digest here"
     )

@@ -80,6 +80,11 @@ def batches() -> Iterator[tuple[Callable[..., Tensor], tuple[int, ...]]]:
         yield make, shape
 
 
+def sizes() -> dict[str, Tensor]:
+    """Step size and radius on the device, each alone in its memory."""
+    return {"step_size": torch.tensor(0.1).double(), "eps": torch.tensor(0.2).double()}
+
+
 def call_pgd_step_linf(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
     from fastdynat import ops
 
@@ -89,6 +94,7 @@ def call_pgd_step_linf(make: Callable[..., Tensor], shape: tuple[int, ...], back
         x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
         ops.pgd_step_linf(x, grad, x0, step_size=0.1, eps=0.2, backend=backend)
         ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
+        ops.attack_step_linf(x, grad, x0, **sizes(), low_dtype=low_dtype, backend=backend)
 
 
 def call_pgd_step_l2(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
@@ -99,6 +105,7 @@ def call_pgd_step_l2(make: Callable[..., Tensor], shape: tuple[int, ...], backen
     ):
         x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
         ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype, backend=backend)
+        ops.attack_step_l2(x, grad, x0, **sizes(), low_dtype=low_dtype, backend=backend)
 
 
 def call_project_on_hyperplane(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
@@ -124,6 +131,7 @@ def call_random_start(make: Callable[..., Tensor], shape: tuple[int, ...], backe
         for images in (None, numbers):
             x = make(*shape, dtype=dtype)
             ops.random_start(x, state, kind=kind, scale=0.2, images=images, backend=backend)
+        ops.random_start(x, state, kind=kind, scale=sizes()["eps"], backend=backend)
 
 
 def call_augment(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
@@ -162,6 +170,7 @@ def call_pgd_step_l1(make: Callable[..., Tensor], shape: tuple[int, ...], backen
     for dtype, grad_dtype in (*((torch.float32, g) for g in GRAD_DTYPES), (torch.float64, torch.float16)):
         x, grad, x0 = make(*shape, dtype=dtype), make(*shape, dtype=grad_dtype), make(*shape, dtype=dtype)
         ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2, backend=backend)
+    ops.pgd_step_l1(x, grad, x0, **sizes(), backend=backend)
 
 
 def call_attack_logit_grad(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
@@ -314,7 +323,12 @@ def drawn_arguments(schema: torch.FunctionSchema, rng: random.Random) -> list[An
             return [draw(kind.removeprefix("List[").removesuffix("]")) for _ in range(rng.randrange(5))]
         return scalars[kind]()
 
-    return [draw(str(argument.real_type)) for argument in schema.arguments]
+    def argument(name: str, kind: str) -> Any:
+        if name.startswith("device_") and rng.random() >= oddity:  # a size, which is a scalar
+            return rng.choice([None, torch.tensor(scalars["float"]()).double()])
+        return draw(kind)
+
+    return [argument(a.name, str(a.real_type)) for a in schema.arguments]
 
 
 def call_with_drawn_arguments(name: str) -> Counter[str]:

@@ -41,16 +41,24 @@ def images(dtype: torch.dtype = torch.float32, side: int = 32) -> torch.Tensor:
     return torch.empty(64, 3, side, side, dtype=dtype)
 
 
+def sizes() -> dict[str, torch.Tensor]:
+    """Step size and radius on the device, as training passes them."""
+    on_device = torch.zeros(2, dtype=torch.float64)
+    return {"step_size": on_device[0], "eps": on_device[1]}
+
+
 def step_linf(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
     x, grad, x0 = images(dtype), images(grad_dtype), images(dtype)
     ops.pgd_step_linf(x, grad, x0, step_size=0.1, eps=0.2)
     ops.attack_step_linf(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
+    ops.attack_step_linf(x, grad, x0, **sizes(), low_dtype=low_dtype)
 
 
 def step_l2(dtype: torch.dtype, grad_dtype: torch.dtype, low_dtype: torch.dtype | None) -> None:
     for side in (32, 48, 64):  # in one kernel, and in two
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.attack_step_l2(x, grad, x0, step_size=0.1, eps=0.2, low_dtype=low_dtype)
+        ops.attack_step_l2(x, grad, x0, **sizes(), low_dtype=low_dtype)
 
 
 def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
@@ -61,7 +69,9 @@ def project(dtype: torch.dtype, w_dtype: torch.dtype, norm: str) -> None:
 
 def start(dtype: torch.dtype, kind: str) -> None:
     for numbers in (None, torch.zeros(64).long()):
-        ops.random_start(images(dtype), torch.zeros(2).long(), kind=kind, scale=0.1, images=numbers)
+        state = torch.zeros(2).long()
+        ops.random_start(images(dtype), state, kind=kind, scale=0.1, images=numbers)
+        ops.random_start(images(dtype), state, kind=kind, scale=sizes()["eps"], images=numbers)
 
 
 def start_channels_last(shape: tuple[int, ...]) -> None:
@@ -87,6 +97,7 @@ def step_l1(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     for side in (32, 48, 64):  # whole in registers, and not
         x, grad, x0 = images(dtype, side), images(grad_dtype, side), images(dtype, side)
         ops.pgd_step_l1(x, grad, x0, step_size=0.1, eps=0.2)
+        ops.pgd_step_l1(x, grad, x0, **sizes())
 
 
 def logit_grad(dtype: torch.dtype, classes: int, loss: str) -> None:

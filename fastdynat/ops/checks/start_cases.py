@@ -37,16 +37,21 @@ def start_arguments(
     kind: str,
     layout: Layout,
     numbered: bool = False,
-) -> tuple[Tensor, Tensor, str, Tensor | None]:
-    """(x, state, kind, images)."""
+    held: bool = False,
+) -> tuple[Tensor, Tensor, str, Tensor | None, Tensor | None]:
+    """(x, state, kind, images, the scale on the device)."""
     x = layout(uniform(shape, 1).to(device, dtype))
     images = torch.tensor(IMAGES[: shape[0]], dtype=torch.int64, device=device) if numbered else None
-    return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind, images
+    scale = torch.tensor(SCALE, dtype=torch.float64, device=device) if held else None
+    return x, torch.tensor(STATE, dtype=torch.int64, device=device), kind, images, scale
 
 
-def run_start(x: Tensor, state: Tensor, kind: str, images: Tensor | None, backend: str) -> Tensor:
+def run_start(
+    x: Tensor, state: Tensor, kind: str, images: Tensor | None, scale: Tensor | None, backend: str
+) -> Tensor:
     """`random_start` in one implementation."""
-    return random_start(x, state, kind=kind, scale=SCALE, images=images, backend=backend)
+    size = SCALE if scale is None else scale
+    return random_start(x, state, kind=kind, scale=size, images=images, backend=backend)
 
 
 def start_cases() -> list[Case]:
@@ -71,17 +76,12 @@ def start_cases() -> list[Case]:
         make = partial(start_arguments, shape=shape, dtype=dtype, kind=kind, layout=layouts[layout])
         spared = (shape, dtype, kind, layout) in deep
         cases.append(Case(name, make, scale=float(kind == "l2"), deep=spared))
-    for kind in KINDS:  # one kind at first use: all take the numbers alike
-        make = partial(
-            start_arguments,
-            shape=(3, 3, 5, 7),
-            dtype=torch.float32,
-            kind=kind,
-            layout=contiguous,
-            numbered=True,
-        )
-        name = f"{kind}, float32, 3x3x5x7, numbered images"
-        cases.append(Case(name, make, scale=float(kind == "l2"), deep=kind != "uniform"))
+    for what, given in (("numbered images", "numbered"), ("scale on the device", "held")):
+        for kind in KINDS:  # one kind at first use: all take these alike
+            options: Any = {"dtype": torch.float32, "layout": contiguous, given: True}
+            make = partial(start_arguments, shape=(3, 3, 5, 7), kind=kind, **options)
+            name = f"{kind}, float32, 3x3x5x7, {what}"
+            cases.append(Case(name, make, scale=float(kind == "l2"), deep=kind != "uniform"))
     return [*cases, at_full_size(start_timing(), scale=0.0)]
 
 

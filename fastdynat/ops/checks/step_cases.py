@@ -53,8 +53,9 @@ def step_arguments(
     low: torch.dtype | None,
     layouts: tuple[Layout, Layout],
     move: float,
+    held: bool = False,
 ) -> tuple[Any, ...]:
-    """(x_adv, grad, x0, low) with saturated pixels.
+    """(x_adv, grad, x0, low, held) with saturated pixels; `held`: the device holds step size and radius.
 
     A tenth of the gradient is 0 and a tenth NaN; the first image's gradient is nothing else.
     """
@@ -70,16 +71,20 @@ def step_arguments(
         second(grad.to(device, grad_dtype)),
         first(x0.to(device, dtype)),
         low,
+        held,
     )
 
 
-def step_cases(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[int]] = ()) -> list[Case]:
+def step_cases(
+    move: float, *, lows: bool, flat: bool, held: bool = True, grids: Sequence[Sequence[int]] = ()
+) -> list[Case]:
     """The cases of a step.
 
     Args:
         move: standard deviation of x_adv - x0.
         lows: the step can return a half-precision copy.
         flat: (N, D) and (N,) tensors are images, too.
+        held: the step takes its sizes from the device, too.
         grids: further shapes.
     """
     same = LAYOUTS["contiguous"]
@@ -114,7 +119,25 @@ def step_cases(move: float, *, lows: bool, flat: bool, grids: Sequence[Sequence[
         cases.append(
             Case(name, partial(step_arguments, layouts=LAYOUTS.get(layout, same), **options), deep=deep)
         )
+    if held:
+        cases += [held_case(shape, dtype, move) for shape in (ODD, *grids) for dtype in WIDE]
     return [*cases, at_full_size(step_timing(move))]
+
+
+def held_case(shape: Sequence[int], dtype: torch.dtype, move: float) -> Case:
+    """A case with step size and radius on the device; of float32 in odd sizes, at first use too."""
+    options: Any = {"dtype": dtype, "grad_dtype": dtype, "low": None, "layouts": LAYOUTS["contiguous"]}
+    make = partial(step_arguments, shape=shape, move=move, held=True, **options)
+    deep = (shape, dtype) != (ODD, torch.float32)
+    return Case(f"{named(dtype)}, {shaped(shape)}, sizes on the device", make, deep=deep)
+
+
+def sizes(step_size: float, eps: float, held: bool, like: Tensor) -> dict[str, Any]:
+    """The two sizes as numbers, or as scalars on the device of `like`."""
+    if not held:
+        return {"step_size": step_size, "eps": eps}
+    on_device = torch.tensor([step_size, eps], dtype=torch.float64, device=like.device)
+    return {"step_size": on_device[0], "eps": on_device[1]}
 
 
 def step_timing(move: float, *, low: torch.dtype | None = None) -> Timing:
@@ -131,26 +154,29 @@ def step_timing(move: float, *, low: torch.dtype | None = None) -> Timing:
 
 
 def run_linf(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str
+    x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, held: bool, backend: str
 ) -> tuple[Any, ...]:
     """`attack_step_linf`, or `pgd_step_linf` for (N, D)."""
-    step: Any = {"step_size": STEP, "eps": EPS, "backend": backend}
+    step = sizes(STEP, EPS, held, x_adv) | {"backend": backend}
     if x_adv.dim() == 2:  # without `moved`, which is another kernel
         return (pgd_step_linf(x_adv, grad, x0, **step),)
     return tuple(attack_step_linf(x_adv, grad, x0, low_dtype=low, **step))
 
 
-def run_l2(x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, backend: str) -> tuple[Any, ...]:
+def run_l2(
+    x_adv: Tensor, grad: Tensor, x0: Tensor, low: torch.dtype | None, held: bool, backend: str
+) -> tuple[Any, ...]:
     """`attack_step_l2`."""
-    return tuple(attack_step_l2(x_adv, grad, x0, step_size=0.3, eps=0.5, low_dtype=low, backend=backend))
+    step = sizes(0.3, 0.5, held, x_adv)
+    return tuple(attack_step_l2(x_adv, grad, x0, **step, low_dtype=low, backend=backend))
 
 
-def run_l1(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+def run_l1(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, held: bool, backend: str) -> Tensor:
     """`pgd_step_l1`."""
-    return pgd_step_l1(x_adv, grad, x0, step_size=0.7, eps=1.0, sparsity=0.8, backend=backend)
+    return pgd_step_l1(x_adv, grad, x0, **sizes(0.7, 1.0, held, x_adv), sparsity=0.8, backend=backend)
 
 
-def run_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, backend: str) -> Tensor:
+def run_l0(x_adv: Tensor, grad: Tensor, x0: Tensor, low: None, held: bool, backend: str) -> Tensor:
     """`pgd_step_l0`."""
     return pgd_step_l0(x_adv, grad, x0, step_size=2.0, pixels=6, backend=backend)
 
@@ -178,5 +204,9 @@ register_cases(
 # The selection is exact; kept pixels are rounded once or twice.
 L0: Tolerances = {torch.float32: (0, 1.2e-7), torch.float64: (0, 1e-15)}
 register_cases(
-    "pgd_step_l0", run_l0, partial(large, 0.1, lows=False, flat=False), L0, timed=partial(step_timing, 0.1)
+    "pgd_step_l0",
+    run_l0,
+    partial(large, 0.1, lows=False, flat=False, held=False),
+    L0,
+    timed=partial(step_timing, 0.1),
 )
