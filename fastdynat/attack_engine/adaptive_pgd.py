@@ -21,7 +21,8 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind
 from fastdynat.attack_engine.lengths import per_image
-from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec, sizes_of
+from fastdynat.ops import Size
 from fastdynat.ops.pgd_step_l2 import finite_gradient
 
 L1_SHARE = 0.05  # of the entries that the first step of l1 moves; evaluations take 0.2
@@ -57,14 +58,20 @@ def order_of_goal(ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: 
 
 
 def adaptive_ascend(
-    ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor
+    ascent: Ascent,
+    x: Tensor,
+    goal: AttackGoal,
+    spec: PGDSpec,
+    *,
+    x_start: Tensor,
+    sizes: Tensor | None = None,
 ) -> AttackResult:
     """`spec.steps` steps of APGD from `x_start`, which is brought into the ball first.
 
     `spec.step_size` is not used: steps begin with 2 eps (eps under l1) and are reviewed at
-    `apgd_steps.checkpoints`. The caller sets train/eval and grad modes.
+    `apgd_steps.checkpoints`. The caller sets train/eval and grad modes. sizes: as in `run_pgd`.
     """
-    climb = _Climb(ascent, x, goal, spec, x_start)
+    climb = _Climb(ascent, x, goal, spec, x_start, sizes_of(spec, sizes)[0])
     for step in range(1, spec.steps + 1):
         climb.step(step)
     return AttackResult(climb.best, climb.zero_grads, len(x) * spec.steps, climb.kept)
@@ -80,15 +87,17 @@ class _Climb:
         share, changed: for l1, the share of entries that step, and the number moved at the last review.
     """
 
-    def __init__(self, ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, x_start: Tensor) -> None:
-        self._ascent, self._x, self._goal, self._spec = ascent, x, goal, spec
+    def __init__(
+        self, ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, x_start: Tensor, eps: Size
+    ) -> None:
+        self._ascent, self._x, self._goal, self._spec, self._eps = ascent, x, goal, spec, eps
         self._reviews = moves.checkpoints(spec.steps, spec.norm)
         names = PointOfGoal._fields
         self._look = ascent.compiled(
             partial(point_of_goal, kind=goal.kind), key=("apgd", goal.kind), names=names
         )
         self._last = ascent.compiled(partial(order_of_goal, kind=goal.kind), key=("apgd order", goal.kind))
-        self._bounds = ((x - spec.eps).clamp_(min=0), (x + spec.eps).clamp_(max=1))
+        self._bounds = ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
         self.zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
         self.kept = torch.zeros(len(x), dtype=torch.int64, device=x.device) if goal.track else None
         self.point = self.before = self.best = self._into_ball(x_start)
@@ -100,7 +109,7 @@ class _Climb:
         if spec.norm == "linf":
             return torch.clamp(z, *self._bounds)
         project = moves.project_l2 if spec.norm == "l2" else moves.project_on_l1_ball
-        return project(z, self._x, spec.eps)
+        return project(z, self._x, self._eps)
 
     def _begin(self) -> None:
         entries, rows = self._x[:1].numel(), len(self._x)
@@ -112,7 +121,7 @@ class _Climb:
         self.reduced = torch.ones(rows, dtype=torch.bool, device=order.device)
         self.changed = torch.full_like(self.rises, entries)
         self.share = torch.full((rows,), L1_SHARE, device=self._x.device)
-        self.size = self._x.new_full((rows,), moves.STEP[self._spec.norm]) * self._spec.eps
+        self.size = self._x.new_full((rows,), moves.STEP[self._spec.norm]) * self._eps
 
     def _looked(self) -> tuple[Tensor, Tensor]:
         """Gradient and order at `point`; counts zero gradients and images whose class the network keeps."""
@@ -128,7 +137,7 @@ class _Climb:
     def step(self, number: int) -> None:
         """Step `number`, counted from 1: move, look, and review the step size when that is due."""
         before = self.before if number > 1 else None
-        norm, eps = self._spec.norm, self._spec.eps
+        norm, eps = self._spec.norm, self._eps
         new = moves.moved(
             norm, self.point, before, self.gradient, self.size, self.share, self._x, *self._bounds, eps
         )
@@ -150,7 +159,7 @@ class _Climb:
 
     def _review(self, back: int) -> None:
         if self._spec.norm == "l1":
-            now, full = moves.changed(self.best, self._x), moves.STEP["l1"] * self._spec.eps
+            now, full = moves.changed(self.best, self._x), moves.STEP["l1"] * self._eps
             self.size, again = moves.l1_review(self.size, now, self.changed, full)
             self.share, self.changed = now / self._x[:1].numel() / 1.5, now
         else:

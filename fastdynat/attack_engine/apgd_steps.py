@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.lengths import length, per_image, unit_l2
-from fastdynat.ops import pgd_step_l1
+from fastdynat.ops import Size, pgd_step_l1
 from fastdynat.ops.image_draws import Randomness, normal_like, uniform_like
 
 MOMENTUM = 0.75  # weight of the new step; the rest is the step before
@@ -42,17 +42,18 @@ def start(x: Tensor, norm: str, eps: float, generator: Randomness = None) -> Ten
     return torch.addcmul(x, u, per_image(eps / (length(u, norm) + TINY), x)).clamp_(0, 1)
 
 
-def project_on_l1_ball(z: Tensor, x: Tensor, eps: float) -> Tensor:
+def project_on_l1_ball(z: Tensor, x: Tensor, eps: Size) -> Tensor:
     """The point nearest to `z` in the L1 ball around `x` and in [0, 1]."""
     return pgd_step_l1(z, torch.zeros_like(z), x, step_size=eps, eps=eps)  # a gradient of zero makes no step
 
 
-def project_l2(z: Tensor, x: Tensor, eps: float) -> Tensor:
+def project_l2(z: Tensor, x: Tensor, eps: Size) -> Tensor:
     """Shorten the move to `eps`, then clip to [0, 1]."""
     move = z - x
     # Moves are of the size of pixels, so that their squares need no care.
     size = torch.linalg.vector_norm(move, dim=tuple(range(1, move.dim())))
-    return torch.addcmul(x, move, per_image((eps / (size + TINY)).clamp_max(1), x)).clamp_(0, 1)
+    share = ((size + TINY).reciprocal() * eps).clamp_max(1)  # as torch divides a number by a tensor
+    return torch.addcmul(x, move, per_image(share, x)).clamp_(0, 1)
 
 
 def move_linf(
@@ -63,13 +64,13 @@ def move_linf(
     return z if x_old is None else mixed(z, x_adv, x_old).clamp_(low, high)
 
 
-def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: float) -> Tensor:
+def move_l2(x_adv: Tensor, x_old: Tensor | None, grad: Tensor, size: Tensor, x: Tensor, eps: Size) -> Tensor:
     """A step of length `size` (N,) along the gradient in the L2 ball around `x`, mixed with the last one."""
     z = project_l2(torch.addcmul(x_adv, unit_l2(grad), per_image(size, x)), x, eps)
     return z if x_old is None else project_l2(mixed(z, x_adv, x_old), x, eps)
 
 
-def move_l1(x_adv: Tensor, grad: Tensor, size: Tensor, share: Tensor, x: Tensor, eps: float) -> Tensor:
+def move_l1(x_adv: Tensor, grad: Tensor, size: Tensor, share: Tensor, x: Tensor, eps: Size) -> Tensor:
     """A step of L1 length `size` (N,) on the `share` (N,) of pixels with the largest gradient."""
     pixels = grad[0].numel()
     rank = ((1 - share) * pixels).clamp(0, pixels - 1).long()
@@ -99,7 +100,7 @@ def moved(
     x: Tensor,
     low: Tensor,
     high: Tensor,
-    eps: float,
+    eps: Size,
 ) -> Tensor:
     """The next point of APGD under `norm`.
 
@@ -127,11 +128,12 @@ def stalls(
     return (rises <= back * rho) | (~reduced & (checked >= best))
 
 
-def l1_review(size: Tensor, now: Tensor, before: Tensor, full: float) -> tuple[Tensor, Tensor]:
+def l1_review(size: Tensor, now: Tensor, before: Tensor, full: Size) -> tuple[Tensor, Tensor]:
     """The step size of l1 (N,), and (N,) bool: go back to the best point.
 
     Full steps where the best point moves clearly fewer pixels (`now`) than at the last review (`before`);
     else smaller ones.
     """
     sparser = now / before < 0.95
-    return torch.where(sparser, full, size / 1.5).clamp(full / 10, full), sparser
+    least, most = (torch.ones_like(size) * bound for bound in (full / 10, full))
+    return torch.where(sparser, most, size / 1.5).clamp(least, most), sparser

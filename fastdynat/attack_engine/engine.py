@@ -29,7 +29,7 @@ from fastdynat.execution.graphed_call import GraphedCall
 from fastdynat.execution.synchronization import waits_on_purpose
 from fastdynat.execution.uncompiled import is_uncompiled
 from fastdynat.models.logits import NoGradient
-from fastdynat.ops import prepare
+from fastdynat.ops import Size, prepare
 from fastdynat.ops.image_draws import ImageDraws, Randomness
 
 
@@ -167,11 +167,12 @@ class AttackEngine:
         spec: PGDSpec,
         *,
         x_start: Tensor | None = None,
+        sizes: Tensor | None = None,
         generator: Randomness = None,
     ) -> AttackResult:
         """`run_pgd` on the replica. x: (N, C, H, W) float32 or float64 in [0, 1]; the caller sets grad mode.
 
-        With a ``torch.Generator`` the attack is not captured: a graph draws from the device's default one.
+        `sizes` are an input of a captured attack: other values capture nothing and compile nothing. With a ``torch.Generator`` the attack is not captured: a graph draws from the device's default one.
         `ImageDraws` are inputs of the graph, and give the attack one draw (`ImageDraws.fork`).
         """
         x = self.to_memory_format(x)
@@ -179,10 +180,11 @@ class AttackEngine:
         self.prepare(x, spec.steps * spec.restarts)
         self._check_compiled(x, goal, spec)
         if isinstance(generator, torch.Generator):
-            return run_pgd(self.ascent, x, goal, spec, x_start=x_start, generator=generator)
-        starts = () if x_start is None else (x_start,)
-        attack = partial(_run_pgd, kind=goal.kind, spec=spec)
-        return self._call(attack, (x, goal.target, *starts), draws=generator, key=(goal.kind, spec))
+            return run_pgd(self.ascent, x, goal, spec, x_start=x_start, sizes=sizes, generator=generator)
+        given = tuple(t for t in (x_start, sizes) if t is not None)
+        sized = sizes is not None
+        attack = partial(_run_pgd, kind=goal.kind, spec=spec, sized=sized)
+        return self._call(attack, (x, goal.target, *given), draws=generator, key=(goal.kind, spec, sized))
 
     def captured(
         self,
@@ -244,14 +246,17 @@ def _run_pgd(
     ascent: Ascent,
     x: Tensor,
     target: Tensor,
-    x_start: Tensor | None = None,
-    *,
+    *given: Tensor,
     kind: GoalKind,
     spec: PGDSpec,
+    sized: bool,
     generator: Randomness = None,
 ) -> AttackResult:
+    """`run_pgd` on inputs of a graph. given: the start, if there is one, and if `sized` the sizes."""
+    starts, sizes = (given[:-1], given[-1]) if sized else (given, None)
+    x_start = starts[0] if starts else None
     goal = AttackGoal.from_kind(kind, target)
-    return run_pgd(ascent, x, goal, spec, x_start=x_start, generator=generator)
+    return run_pgd(ascent, x, goal, spec, x_start=x_start, sizes=sizes, generator=generator)
 
 
 def _drawing(fn: Callable[..., R], ascent: Ascent, *inputs: Tensor) -> R:
@@ -267,30 +272,58 @@ class Attacker:
     Attributes:
         draws: random numbers of the batch's images, for the attack and for what a method draws itself; None
             is torch's global generator.
+        sizes: float64 (2,) on the device, [eps, step size] of this update, where a ramp changes those of
+            `spec`, which then has the final ones; None without a ramp.
     """
 
     engine: AttackEngine
     spec: PGDSpec
     draws: ImageDraws | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def eps(self) -> Size:
+        """The radius of this update: a number, or under a ramp a scalar on the device."""
+        return self.spec.eps if self.sizes is None else self.sizes[0]
+
+    @property
+    def step_size(self) -> Size:
+        """The step size of this update: a number, or under a ramp a scalar on the device."""
+        return self.spec.step_size if self.sizes is None else self.sizes[1]
 
     def take(self, rows: Tensor | slice) -> "Attacker":
         """The attacker of some of the batch's images, by their indices, a mask or a slice."""
         return self if self.draws is None else replace(self, draws=self.draws.take(rows))
 
     def __call__(
-        self, x: Tensor, goal: AttackGoal, *, spec: PGDSpec | None = None, x_start: Tensor | None = None
+        self,
+        x: Tensor,
+        goal: AttackGoal,
+        *,
+        spec: PGDSpec | None = None,
+        x_start: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> AttackResult:
-        """`AttackEngine.run` with `spec`, or the run's own.
+        """`AttackEngine.run` with `spec` and `sizes`, or the run's own.
 
         Raises:
-            ValueError: `x` are not the images that the draws are of.
+            ValueError: `x` are not the images that the draws are of; under a ramp, a `spec` of another eps or
+                step size without `sizes`, which would not follow it.
         """
+        spec = spec or self.spec
+        same = (spec.eps, spec.step_size) == (self.spec.eps, self.spec.step_size)
+        if self.sizes is not None and sizes is None and not same:
+            raise ValueError(
+                f"eps and step size follow a ramp, but this attack has its own ({spec.eps:g}, "
+                f"{spec.step_size:g}); pass sizes, computed from attack.eps and attack.step_size"
+            )
         if self.draws is not None and len(x) != len(self.draws):
             raise ValueError(
                 f"the attack got {len(x)} images, but draws of {len(self.draws)}; attack some of a batch by "
                 "attack.take(rows)(x[rows], goal)"
             )
-        return self.engine.run(x, goal, spec or self.spec, x_start=x_start, generator=self.draws)
+        sizes = self.sizes if sizes is None else sizes
+        return self.engine.run(x, goal, spec, x_start=x_start, sizes=sizes, generator=self.draws)
 
 
 def _replica_options(s: AttackSwitches, bn: str) -> dict[str, Any]:

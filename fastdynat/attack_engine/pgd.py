@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fastdynat.attack_engine.input_checks import (
     check_model,
 )
 from fastdynat.attack_engine.network_modes import attack_mode
-from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attack_engine.pgd_spec import PGDSpec, sizes_of
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import pgd_step, start_point
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message, zero_gradient_remedy
@@ -39,9 +40,20 @@ _warn_later = DeferredCheck(_warn_zero_gradients)
 
 
 def ascend(
-    ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, *, x_start: Tensor, tick: Tick = no_tick
+    ascent: Ascent,
+    x: Tensor,
+    goal: AttackGoal,
+    spec: PGDSpec,
+    *,
+    x_start: Tensor,
+    sizes: Tensor | None = None,
+    tick: Tick = no_tick,
 ) -> AttackResult:
-    """`spec.steps` projected steps from `x_start`. The caller sets train/eval and grad modes."""
+    """`spec.steps` projected steps from `x_start`. The caller sets train/eval and grad modes.
+
+    sizes: as in `run_pgd`.
+    """
+    eps, step_size = sizes_of(spec, sizes)
     goal_gradient = ascent.goal_gradient(goal.kind)
     x_adv, model_input = x_start, ascent.to_model_input(x_start)
     zero_grads = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -54,8 +66,8 @@ def ascend(
             found.gradient,
             x,
             norm=spec.norm,
-            step_size=spec.step_size,
-            eps=spec.eps,
+            step_size=step_size,
+            eps=eps,
             low_dtype=ascent.dtype,
         )
         x_adv = new.x_adv
@@ -75,20 +87,25 @@ def run_pgd(
     spec: PGDSpec,
     *,
     x_start: Tensor | None = None,
+    sizes: Tensor | None = None,
     generator: Randomness = None,
 ) -> AttackResult:
     """The attack of `spec` with random start and restarts, or from `x_start`.
 
     The network is in the attack's mode.
+
+    sizes: float64 (2,) on the device, [eps, step size], instead of those of `spec`: a captured graph reads
+        them at each replay. 0 is a radius too: the attack then returns the images.
     """
-    climb = adaptive_ascend if spec.algorithm == "apgd" else ascend
+    eps, _ = sizes_of(spec, sizes)
+    climb = partial(adaptive_ascend if spec.algorithm == "apgd" else ascend, sizes=sizes)
     if goal.track and spec.restarts != 1:
         raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")
     if x_start is not None:
         if spec.restarts != 1:
             raise UserError(f"x_start fixes the start, so restarts must be 1, got {spec.restarts}")
         return climb(ascent, x, goal, spec, x_start=x_start)
-    start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+    start = start_point(x, spec.start, norm=spec.norm, eps=eps, generator=generator)
     best = climb(ascent, x, goal, spec, x_start=start)
     if spec.restarts == 1:
         return best
@@ -101,7 +118,7 @@ def run_pgd(
     x_adv, zero_grads = best.x_adv, best.zero_grads
     reached, loss = score(x_adv)
     for _ in range(spec.restarts - 1):
-        start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
+        start = start_point(x, spec.start, norm=spec.norm, eps=eps, generator=generator)
         run = climb(ascent, x, goal, spec, x_start=start)
         run_reached, run_loss = score(run.x_adv)
         better = (run_reached & ~reached) | ((run_reached == reached) & (run_loss > loss))

@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fastdynat.attack_engine.input_checks import check_count, check_number
 from fastdynat.attack_engine.steps import NORMS, STARTS
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops import Size
 
 ALGORITHMS = ("pgd", "apgd")
 
@@ -56,3 +59,11 @@ class PGDSpec:
             raise UserError(f"step_size must be above 0 and finite (pixel units), got {self.step_size:g}")
         check_count("steps", self.steps, 0)
         check_count("restarts", self.restarts, 1)
+
+
+def sizes_of(spec: PGDSpec, sizes: Tensor | None) -> tuple[Size, Size]:
+    """(eps, step size): those of `spec`, or the two numbers of `sizes`, which stay on the device."""
+    if sizes is None:
+        return spec.eps, spec.step_size
+    eps, step_size = sizes
+    return eps, step_size

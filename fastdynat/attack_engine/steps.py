@@ -5,8 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdynat.errors import unknown_name
-from fastdynat.ops import AttackStep, attack_step_l2, attack_step_linf, pgd_step_l0, pgd_step_l1, random_start
+from fastdynat.errors import UserError, unknown_name
+from fastdynat.ops import (
+    AttackStep,
+    Size,
+    attack_step_l2,
+    attack_step_linf,
+    pgd_step_l0,
+    pgd_step_l1,
+    random_start,
+)
 from fastdynat.ops.image_draws import Randomness, next_state, uniform_like
 
 GAUSSIAN_STD = 0.001  # TRADES' start, kept by LBGAT and DYNAT
@@ -19,8 +27,8 @@ def attack_step_l1(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
     """`pgd_step_l1` on the 1 % of entries with the largest gradient, without pixels stuck at a bound.
@@ -38,11 +46,13 @@ def attack_step_l0(
     grad: Tensor,
     x0: Tensor,
     *,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
-    """`pgd_step_l0`, whose radius `eps` is a number of pixels."""
+    """`pgd_step_l0`, whose radius `eps` is a number of pixels; its sizes are never on the device."""
+    if isinstance(step_size, Tensor) or isinstance(eps, Tensor):
+        raise UserError("the step under l0 takes numbers, no tensors: its eps is a number of pixels")
     return _attack_step(pgd_step_l0(x_adv, grad, x0, step_size=step_size, pixels=int(eps)), grad, low_dtype)
 
 
@@ -67,13 +77,14 @@ def usual_step(norm: str, eps: float) -> float:
     return 10 * eps if norm == "l0" else eps / 4
 
 
-def start_point(x: Tensor, start: str, *, norm: str, eps: float, generator: Randomness = None) -> Tensor:
+def start_point(x: Tensor, start: str, *, norm: str, eps: Size, generator: Randomness = None) -> Tensor:
     """Starting points of the attack.
 
     Args:
         start: "none": the image. "gaussian": image + 0.001 N(0, I), not projected on the ball (TRADES,
             DYNAT). "uniform": L-inf: uniform in the ball; L2 and L1: uniform direction, radius uniform in
             [0, eps]; not defined for L0.
+        eps: the radius, a number or a float64 scalar on the device of `x`.
         generator: source of the noise.
     """
     if start == "none":
@@ -103,11 +114,14 @@ def pgd_step(
     x0: Tensor,
     *,
     norm: str,
-    step_size: float,
-    eps: float,
+    step_size: Size,
+    eps: Size,
     low_dtype: torch.dtype | None = None,
 ) -> AttackStep:
-    """One projected gradient ascent step under `norm`; returns new tensors, never in place."""
+    """One projected gradient ascent step under `norm`; returns new tensors, never in place.
+
+    step_size, eps: numbers, or float64 scalars on the device of `x_adv`; under L0 numbers only.
+    """
     if norm not in STEPS:
         raise unknown_name("norm", norm, NORMS)
     return STEPS[norm](x_adv, grad, x0, step_size=step_size, eps=eps, low_dtype=low_dtype)

@@ -80,9 +80,14 @@ class Free(Method[FreeOptions]):
         )
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
-        grad, spec = attacked.x_adv.grad, attack.spec
+        grad = attacked.x_adv.grad
         assert grad is not None
         moved = pgd_step(
-            attacked.x_adv.detach(), grad, batch.x, norm=spec.norm, step_size=spec.step_size, eps=spec.eps
+            attacked.x_adv.detach(),
+            grad,
+            batch.x,
+            norm=attack.spec.norm,
+            step_size=attack.step_size,
+            eps=attack.eps,
         )
         self.buffers["delta"][: len(batch.x)].copy_(moved.x_adv - batch.x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
@@ -54,8 +56,13 @@ class NFgsm(Madry):
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
         assert inner.goal is not None
         spec = attack.spec
-        radius = self.noise * spec.eps
-        x_start = start_point(batch.x, "uniform", norm="linf", eps=radius, generator=attack.draws)
+        x_start = start_point(
+            batch.x, "uniform", norm="linf", eps=self.noise * attack.eps, generator=attack.draws
+        )
         # A ball that the step cannot leave: noise plus one step, or the whole image range.
-        wide = min(1.0, radius + spec.step_size)
-        return attack(batch.x, inner.goal, spec=replace(spec, eps=wide, start="none"), x_start=x_start)
+        wide = replace(spec, eps=min(1.0, self.noise * spec.eps + spec.step_size), start="none")
+        sizes = None
+        if attack.sizes is not None:
+            eps, step_size = attack.sizes
+            sizes = torch.stack([(self.noise * eps + step_size).clamp_max(1.0), step_size])
+        return attack(batch.x, inner.goal, spec=wide, x_start=x_start, sizes=sizes)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, soft_cross_entropy, wide
-from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
@@ -41,6 +40,7 @@ from fastdynat.methods import (
 )
 from fastdynat.methods.building_blocks import mean_over
 from fastdynat.methods.trades import kl_to_self
+from fastdynat.ops import Size
 from fastdynat.ops.image_draws import normal_like
 
 MOST_ITERATIONS = 10_000
@@ -120,7 +120,7 @@ class Vat(Method[VatOptions]):
             (grad,) = torch.autograd.grad(divergence.per_image(nets.unmoved(leaf)).sum(), leaf)
             zeros = zeros + (grad.flatten(1) == 0).all(1).sum()
             direction = _unit(grad)
-        x_adv = batch.x + self._radius(attack.spec, batch.x) * direction
+        x_adv = batch.x + self._radius(attack, batch.x) * direction
         return AttackResult(x_adv, zeros, len(batch.x) * self.options.power_iterations)
 
     def _per_image(self, log_probs: Tensor, batch: Batch) -> Tensor:
@@ -132,10 +132,10 @@ class Vat(Method[VatOptions]):
         smoothing = self.label_smoothing
         return hard if smoothing == 0 else (1 - smoothing) * hard - smoothing * log_probs.mean(1)
 
-    def _radius(self, spec: PGDSpec, x: Tensor) -> float:
+    def _radius(self, attack: Attacker, x: Tensor) -> Size:
         if self.options.radius is not None:
             return self.options.radius
-        return spec.eps * math.sqrt(x[0].numel()) if spec.norm == "linf" else spec.eps
+        return attack.eps * math.sqrt(x[0].numel()) if attack.spec.norm == "linf" else attack.eps
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         log_probs = wide(nets.model(batch.x)).log_softmax(1)

@@ -9,6 +9,7 @@ In reading order:
 - `_register`: the dispatcher schema, inferred from the eager form, and the table of implementations;
 - `_select` and `_timed`: the choice of the implementation; `_extension`: the compiled extension, if any;
 - `_step`, `_rows`, `_layout`: parts shared by the PGD steps, by the operators on logits, and by all;
+- `_size`: step sizes and radii, as numbers or as scalars on the device, which a captured graph reads anew;
 - `image_draws`: random numbers of images, which attacks draw instead of those of a generator;
 - `checks`: the cases on which `fastdynat.verification` compares implementations;
 - ``python -m fastdynat.ops.new NAME``: the files of a new operator.
@@ -23,6 +24,7 @@ from fastdynat.ops._select import (
     set_backend,
     use_backend,
 )
+from fastdynat.ops._size import Size
 from fastdynat.ops._step import AttackStep
 from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
@@ -42,6 +44,7 @@ __all__ = [
     "AttackStep",
     "DynamicLabelLoss",
     "MarginGrad",
+    "Size",
     "attack_logit_grad",
     "attack_step_l2",
     "attack_step_linf",
