@@ -172,8 +172,9 @@ class AttackEngine:
     ) -> AttackResult:
         """`run_pgd` on the replica. x: (N, C, H, W) float32 or float64 in [0, 1]; the caller sets grad mode.
 
-        `sizes` are an input of a captured attack: other values capture nothing and compile nothing. With a ``torch.Generator`` the attack is not captured: a graph draws from the device's default one.
-        `ImageDraws` are inputs of the graph, and give the attack one draw (`ImageDraws.fork`).
+        With a ``torch.Generator`` the attack is not captured: a graph draws from the device's default one.
+        `ImageDraws` are inputs of the graph, and give the attack one draw (`ImageDraws.fork`). `sizes` are
+        one too: other values capture nothing and compile nothing.
         """
         x = self.to_memory_format(x)
         x_start = None if x_start is None else self.to_memory_format(x_start)

@@ -217,8 +217,12 @@ def test_vat_by_pgd_attacks_the_divergence_under_linf(batch: Batch) -> None:
 
 def test_the_radius_of_vat_defaults_to_the_corners_of_the_ball() -> None:
     x = torch.zeros(1, 3, 4, 4)
-    assert Vat(VatOptions())._radius(PGDSpec(0.1, 0.1, 1), x) == pytest.approx(0.1 * math.sqrt(48))
-    assert Vat(VatOptions())._radius(PGDSpec(0.5, 0.1, 1, norm="l2"), x) == 0.5
+    engine: Any = None
+    for sizes, eps in ((None, 0.1), (torch.tensor([0.02, 0.1]), 0.02)):  # the run's, and those of a ramp
+        linf = Attacker(engine, PGDSpec(0.1, 0.1, 1), sizes=sizes)
+        assert float(Vat(VatOptions())._radius(linf, x)) == pytest.approx(eps * math.sqrt(48))
+        l2 = Attacker(engine, PGDSpec(0.1, 0.1, 1, norm="l2"), sizes=sizes)
+        assert float(Vat(VatOptions())._radius(l2, x)) == pytest.approx(eps)
 
 
 @pytest.mark.parametrize("gap", [150.0, 1000.0])

@@ -67,6 +67,11 @@ def held(*numbers: float, dtype: torch.dtype = torch.float64, device: str = "cpu
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
+def passed(number: float, backend: str) -> float:
+    """`number` as `backend` gets it: the interpreter of Triton rounds numbers to float32."""
+    return held(number, dtype=torch.float32).item() if backend == "triton" else number
+
+
 def same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
@@ -82,7 +87,8 @@ def test_steps_equal_those_with_numbers(
     norm: str, backend: str, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
     step = partial(STEPS[norm], backend=backend)
-    for shape, (step_size, eps) in zip(SHAPES + SHAPES[:2], SIZES, strict=True):
+    for shape, numbers in zip(SHAPES + SHAPES[:2], SIZES, strict=True):
+        step_size, eps = (passed(number, backend) for number in numbers)
         tensors, sizes = inputs(shape, dtype, grad_dtype), held(step_size, eps)
         expected = step(*tensors, step_size=step_size, eps=eps)
         same(step(*tensors, step_size=sizes[0], eps=sizes[1]), expected)
@@ -108,8 +114,8 @@ def test_starts_equal_those_with_numbers(kind: str, backend: str, dtype: torch.d
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_sizes(backend: str, data: st.DataObject) -> None:
-    step_size = data.draw(st.floats(-1, 1))
-    eps = data.draw(st.floats(0, 1))
+    step_size = passed(data.draw(st.floats(-1, 1)), backend)
+    eps = passed(data.draw(st.floats(0, 1)), backend)
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     dtype = data.draw(st.sampled_from(DTYPES))
     tensors, sizes = inputs((2, data.draw(st.integers(1, 40))), dtype, dtype), held(step_size, eps)
