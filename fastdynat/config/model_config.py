@@ -11,10 +11,12 @@ class ModelConfig:
     """Networks."""
 
     model: str = "auto"
-    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18, wrn-D-W (each also with -silu, -gn
-    or -silu-gn for SiLU, group norm, both; wrn then also with -same, the padding of DeepMind's and DyART's
-    code), torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module; auto is small for
-    digits, else resnet18."""
+    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18 (also 34, 50, and 18_s2222 for
+    64-pixel images), wrn-D-W (each also with -silu, -gn or -silu-gn for SiLU, group norm, both; wrn and
+    preact then also with -same, the padding of DeepMind's and DyART's code), rawrn-70-16, rawrn-101-2,
+    raresnet-50 (Peng et al. 2023), convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes
+    (convolutional stems of Singh et al. 2023), torchvision:NAME, timm:NAME, or path/to/file.py:callable,
+    which returns a module; auto is small for digits, else resnet18."""
     init_from: str | None = None
     """Weights that the model starts from: a run directory (its best checkpoint), a .safetensors or .pt file;
     timm or torchvision for the published weights of --model timm:NAME or torchvision:NAME; or

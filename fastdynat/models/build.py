@@ -13,10 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastdynat.errors import UserError, first_line, unknown_name
 from fastdynat.machine.free_memory import check_room
+from fastdynat.models.conv_stem import build_conv_stem, conv_stem_name, conv_stem_names
 from fastdynat.models.external import build_timm, build_torchvision, torchvision_names
 from fastdynat.models.layer_styles import split_style
 from fastdynat.models.own_networks import look, output_shape, own_network
-from fastdynat.models.resnet import PreActResNet18, ResNet18
+from fastdynat.models.preact_resnet import PreActResNet
+from fastdynat.models.ra_resnet import RaResNet, RaWideResNet
+from fastdynat.models.resnet import ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.wide_resnet import WideResNet, check_size
 from fastdynat.user_code import is_user_supplied
@@ -26,9 +29,20 @@ OURS: dict[str, Callable[..., nn.Module]] = {
     "small": SmallNet,
     "resnet18": ResNet18,
     "resnet18_s1122": partial(ResNet18, strides=(1, 1, 2, 2)),
-    "preact_resnet18": PreActResNet18,
+    "preact_resnet18": PreActResNet,
+    "preact_resnet18_s2222": partial(PreActResNet, strides=(2, 2, 2, 2)),
+    "preact_resnet34": partial(PreActResNet, depth=34),
+    "preact_resnet50": partial(PreActResNet, depth=50),
     "wrn-28-10": partial(WideResNet, depth=28, width=10),
     "wrn-34-10": partial(WideResNet, depth=34, width=10),
+    "rawrn-70-16": RaWideResNet,
+    "rawrn-101-2": partial(
+        RaResNet,
+        blocks=(7, 11, 18, 1),
+        widths=(512, 1024, 2016, 4032),
+        group_widths=(64, 128, 252, 504),
+    ),
+    "raresnet-50": RaResNet,
 }
 
 
@@ -53,7 +67,7 @@ def known_models() -> list[str]:
 
     A torchvision name that is also one of ours (resnet18) means ours; `torchvision:resnet18` means theirs.
     """
-    return sorted({*OURS, *torchvision_names()})
+    return sorted({*OURS, *conv_stem_names(), *torchvision_names()})
 
 
 def build_model(
@@ -71,10 +85,11 @@ def build_model(
 
     Args:
         name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not
-            matter, and for our own networks `-` and `_` are the same; each of them also with `-silu` (SiLU
-            for ReLU), `-gn` (group norm for batch norm) or `-silu-gn` at its end, wide ones after that with
-            `-same` (padding of Gowal et al. 2020). Or a network of the user (`own_networks`), which takes the
-            images as they are: `path/to/file.py:callable`, or the name from `given_network`.
+            matter, and for our own networks `-` and `_` are the same. Most of them also with `-silu` (SiLU
+            for ReLU), `-gn` (group norm for batch norm) or `-silu-gn` at their end, wide and pre-activation
+            ones after that with `-same` (padding of Gowal et al. 2020). `NAME-cvst` has a convolutional stem.
+            Or a network of the user (`own_networks`), which takes the images as they are:
+            `path/to/file.py:callable`, or the name from `given_network`.
         num_classes: Width of the last layer.
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
@@ -116,6 +131,8 @@ def _build_backbone(name: str, num_classes: int, image_shape: tuple[int, int, in
         return build_torchvision(rest.lower(), num_classes=num_classes, image_shape=image_shape)
     if rest and source.lower() == "timm":
         return build_timm(rest, num_classes=num_classes, image_shape=image_shape)
+    if stem := conv_stem_name(name):
+        return build_conv_stem(stem, num_classes=num_classes, image_shape=image_shape)
     if make := our_network(name):
         if isinstance(make, partial) and make.func is WideResNet:
             check_size(**make.keywords, num_classes=num_classes)
@@ -141,6 +158,7 @@ def _unknown_model(name: str) -> UserError:
     # names.
     message = str(unknown_name("model", name, known_models())).partition("known:")[0]
     ours = f"{', '.join(OURS)}, wrn-D-W (each also with -silu, -gn or -silu-gn)"
+    ours += f", {', '.join(conv_stem_names())}"
     return UserError(f"{message}known: {ours}, timm:NAME and torchvision's classifiers")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastdynat.errors import UserError
 from fastdynat.models.build import Normalize
 from fastdynat.models.finite import check_finite
+from fastdynat.models.released_keys import in_our_names
 from fastdynat.models.state_files import check_kinds, counted_keys, without_wrappers
 
 COUNTER = "num_batches_tracked"  # of batch norm: predicts nothing
@@ -57,7 +58,7 @@ def put_initial_state(
             shapes; or a weight is not finite.
     """
     own = model.state_dict()
-    found = _renamed(state, own.keys(), origin)
+    found = _renamed(in_our_names(state, own), own.keys(), origin)
     if pixels is not None:
         found |= dict(zip(PIXELS, pixels, strict=True))
     if PIXELS[0] in found and PIXELS[0] not in own:

@@ -13,8 +13,8 @@ MAX_GROUPS = 32
 class Style:
     """`norm`: channels -> normalisation layer. `activation`: -> activation layer, stateless.
 
-    `same_padding`: wide networks pad a strided 3x3 convolution as TensorFlow's "SAME" does, behind the image
-    before around it.
+    `same_padding`: wide and pre-activation networks pad a strided 3x3 convolution as TensorFlow's "SAME"
+    does, behind the image before around it; pre-activation ones also project by 3x3, as DeepMind's do.
     """
 
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
@@ -41,7 +41,7 @@ def split_style(name: str) -> tuple[str, Style]:
     ('wrn-28-10', 'small')
     """
     whole = name.lower().replace("_", "-")
-    key = whole.removesuffix("-same") if whole.startswith("wrn-") else whole
+    key = whole.removesuffix("-same") if whole.startswith(("wrn-", "preact-")) else whole
     base = key.removesuffix("-gn")
     plain = base.removesuffix("-silu")
     norm = nn.BatchNorm2d if base == key else group_norm

@@ -1,4 +1,4 @@
-"""ResNet-18 for small images: the usual one, LBGAT/DYNAT's slower-striding guide, and pre-activation.
+"""ResNet-18 for small images: the usual one and LBGAT/DYNAT's slower-striding guide.
 
 Parameter names are the ones common in published checkpoints (conv1, layer1.0.conv1, ..., linear), so those
 load by key. Convolutions keep PyTorch's default initialisation, as the published training runs do. A `Style`
@@ -40,35 +40,10 @@ class BasicBlock(nn.Module):
         return self.activation(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class PreActBlock(nn.Module):
-    """BatchNorm and ReLU before each 3x3 convolution; a projection shortcut sees the pre-activated input."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, style: Style = PLAIN) -> None:
-        super().__init__()
-        self.activation = style.activation()
-        self.bn1 = style.norm(in_channels)
-        self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn2 = style.norm(out_channels)
-        self.conv2 = conv3x3(out_channels, out_channels)
-        self.shortcut: nn.Module | None = None
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        out = self.activation(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
-
-
-def make_layer(
-    block: type[BasicBlock] | type[PreActBlock], in_channels: int, width: int, stride: int, style: Style
-) -> nn.Sequential:
+def make_layer(in_channels: int, width: int, stride: int, style: Style) -> nn.Sequential:
     """Stack one stage of blocks; only its first block strides."""
-    blocks = [block(in_channels, width, stride, style)]
-    blocks += [block(width, width, 1, style) for _ in range(BLOCKS_PER_STAGE - 1)]
+    blocks = [BasicBlock(in_channels, width, stride, style)]
+    blocks += [BasicBlock(width, width, 1, style) for _ in range(BLOCKS_PER_STAGE - 1)]
     return nn.Sequential(*blocks)
 
 
@@ -93,35 +68,14 @@ class ResNet18(nn.Module):
         self.activation = style.activation()
         self.conv1 = conv3x3(in_channels, WIDTHS[0])
         self.bn1 = style.norm(WIDTHS[0])
-        self.layer1 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[0], strides[0], style)
-        self.layer2 = make_layer(BasicBlock, WIDTHS[0], WIDTHS[1], strides[1], style)
-        self.layer3 = make_layer(BasicBlock, WIDTHS[1], WIDTHS[2], strides[2], style)
-        self.layer4 = make_layer(BasicBlock, WIDTHS[2], WIDTHS[3], strides[3], style)
+        self.layer1 = make_layer(WIDTHS[0], WIDTHS[0], strides[0], style)
+        self.layer2 = make_layer(WIDTHS[0], WIDTHS[1], strides[1], style)
+        self.layer3 = make_layer(WIDTHS[1], WIDTHS[2], strides[2], style)
+        self.layer4 = make_layer(WIDTHS[2], WIDTHS[3], strides[3], style)
         self.linear = nn.Linear(WIDTHS[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
         out = self.activation(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
-
-
-class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18, BatchNorm and ReLU before the pooling (11.17 M parameters, 0.56 GMAC)."""
-
-    def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
-        super().__init__()
-        self.activation = style.activation()
-        self.conv1 = conv3x3(in_channels, WIDTHS[0])
-        self.layer1 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[0], 1, style)
-        self.layer2 = make_layer(PreActBlock, WIDTHS[0], WIDTHS[1], 2, style)
-        self.layer3 = make_layer(PreActBlock, WIDTHS[1], WIDTHS[2], 2, style)
-        self.layer4 = make_layer(PreActBlock, WIDTHS[2], WIDTHS[3], 2, style)
-        self.bn = style.norm(WIDTHS[3])
-        self.linear = nn.Linear(WIDTHS[3], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images (N, C, H, W) to logits (N, num_classes)."""
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        out = self.activation(self.bn(out))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))

@@ -12,6 +12,7 @@ from fastdynat.documents import short_repr
 from fastdynat.documents.tensor_files import read_pickle, read_safetensors, starts_as_a_page
 from fastdynat.errors import UserError, first_line
 from fastdynat.models.build import Normalize
+from fastdynat.models.released_keys import in_our_names
 
 HOLDERS = (
     "state_dict",
@@ -71,6 +72,7 @@ def put_published_state(model: nn.Module, state: dict[str, Tensor], origin: Path
         zeros = (0.0,) * mean.numel()
         model = nn.Sequential(OrderedDict(normalize=Normalize(zeros, (1.0,) * mean.numel()), net=model))
     wanted = model.state_dict().keys()
+    state = in_our_names(state, wanted)
     renamed = {without_wrappers(key, wanted): value for key, value in state.items()}
     if len(renamed) < len(state):
         raise UserError(

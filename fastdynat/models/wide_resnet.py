@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdynat.errors import UserError
 from fastdynat.machine.free_memory import check_room
 from fastdynat.models.layer_styles import PLAIN, Style
+from fastdynat.models.preact_resnet import pad_same
 from fastdynat.models.resnet import conv3x3
 
 MAX_DEPTH = 1000
@@ -22,7 +23,7 @@ def check_size(depth: int, width: int, num_classes: int) -> None:
     """Raise UserError for a depth and width that fit into no memory: both may come from a file or a flag."""
     if depth > MAX_DEPTH:
         raise UserError(
-            f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 70"
+            f"wrn-{depth}-{width}: depth must be at most {MAX_DEPTH}; the deepest published one is 94"
         )
     blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
     weights = num_classes * widths[-1]
@@ -47,15 +48,18 @@ class WideBlock(nn.Module):
         if in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual and the shortcut."""
         out = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         if self.pads:
-            # One column behind an even width, one on each side of an odd one; rows alike.
-            height, width = out.shape[2:]
-            out = F.pad(out, (width % 2, 1, height % 2, 1))
-        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
+            out = pad_same(out)
+        return self.conv2(self.activation(self.bn2(self.conv1(out)))), shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        residual, shortcut = self.parts(x)
+        return residual + shortcut
 
 
 class WideStage(nn.Module):

@@ -11,12 +11,22 @@ from functools import cache, partial
 
 from fastdynat import errors
 from fastdynat.errors import UserError
-from fastdynat.models import build, external, resnet, small, wide_resnet
+from fastdynat.models import (
+    build,
+    conv_stem,
+    external,
+    preact_resnet,
+    ra_resnet,
+    resnet,
+    small,
+    wide_resnet,
+)
 from fastdynat.models import layer_styles as style
 from fastdynat.models.build import our_network
+from fastdynat.models.conv_stem import conv_stem_name
 from fastdynat.user_code import is_user_supplied, short_name
 
-MODULES = (errors, style, external, resnet, small, wide_resnet, build)
+MODULES = (errors, style, external, resnet, preact_resnet, small, wide_resnet, ra_resnet, conv_stem, build)
 BUILD = '''
 def build() -> nn.Module:
     """The network: float images (N, {channels}, {height}, {width}) in [0, 1] -> logits (N, {classes})."""
@@ -55,6 +65,8 @@ def _backbone_call(architecture: str, num_classes: int, image_shape: tuple[int, 
             "--format torch or "
             "onnx, or pass your file on with RUN/best/model.safetensors"
         )
+    if stem := conv_stem_name(architecture):
+        return f"build_conv_stem({stem!r}, num_classes={num_classes}, image_shape={image_shape})"
     if make := our_network(architecture):
         function, keywords = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
         values = {**keywords, "num_classes": num_classes, "in_channels": image_shape[0]}
