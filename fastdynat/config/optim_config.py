@@ -99,9 +99,19 @@ class OptimConfig:
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.999; 0 is off. The average is updated
-    once per batch, and is what is validated and saved as the model."""
+    at every step, and is what is validated and saved as the model."""
+    swa: bool = False
+    """In place of --ema, an average that gives the same share to all weights from --ema-from on, one set per
+    epoch (stochastic weight averaging)."""
+    ema_every: Literal["auto", "step", "epoch"] = "auto"
+    """Update the average at every step, or at the end of every epoch; auto is step for --ema, epoch for
+    --swa."""
+    ema_from: int = 0
+    """Epochs in which the average is a plain copy. It begins with the weights of the first update after them,
+    and keeps its whole decay from there on."""
     ema_warmup: float = 0.0
     """Share of the run in which the average is a plain copy; after that, its decay at step s is
     min(ema, (1 + s) / (10 + s)). With 0, the decay is ema from the first step on."""
-    ema_buffers: Literal["average", "copy"] = "average"
-    """Running statistics of the average: averaged like the weights, or copied from the model."""
+    ema_buffers: Literal["average", "copy", "recompute"] = "average"
+    """Running statistics of the average: averaged like the weights, copied from the model, or recomputed at
+    the end of each epoch by a pass over its images, without attack."""

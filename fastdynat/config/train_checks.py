@@ -81,12 +81,7 @@ def check_optim(optim: OptimConfig) -> None:
     if not 0 <= optim.burn_in < min(most, 1e6):
         below = "" if optim.epochs is None else f" ({optim.epochs})"
         raise UserError(f"burn_in must be a number of epochs below --epochs{below}, got {optim.burn_in}")
-    if optim.ema == 0 and (optim.ema_warmup > 0 or optim.ema_buffers != "average"):
-        name = "ema_warmup" if optim.ema_warmup > 0 else "ema_buffers"
-        raise UserError(
-            f"{name} {getattr(optim, name)}: there is no weight average; "
-            "turn it on with --ema 0.995, or leave this out"
-        )
+    check_average(optim)
     check_optimizer(optim)
     if not all(0 < m < 1 for m in optim.milestones):
         raise UserError(f"milestones must be shares of the run between 0 and 1, got {list(optim.milestones)}")
@@ -97,6 +92,25 @@ def check_optim(optim: OptimConfig) -> None:
             f"leave it out, or use --schedule {those}"
         )
     check_warmup(optim)
+
+
+def check_average(optim: OptimConfig) -> None:
+    """Raise UserError for options of a weight average that there is not, or that exclude each other."""
+    usual = OptimConfig()
+    for name in ("ema_warmup", "ema_buffers", "ema_every", "ema_from"):
+        if optim.ema == 0 and not optim.swa and getattr(optim, name) != getattr(usual, name):
+            raise UserError(
+                f"{name} {getattr(optim, name)}: there is no weight average; "
+                "turn it on with --ema 0.995, or leave this out"
+            )
+    if optim.swa and optim.ema > 0:
+        raise UserError(f"swa and ema {optim.ema:g} are two kinds of weight average; leave one of them out")
+    if optim.ema_warmup > 0 and (optim.swa or optim.ema_from > 0):
+        other = "swa" if optim.swa else f"ema_from {optim.ema_from}"
+        raise UserError(
+            f"ema_warmup {optim.ema_warmup:g} and {other} are two beginnings of an average; "
+            "leave ema_warmup out, or --swa and --ema-from"
+        )
 
 
 def check_warmup(optim: OptimConfig) -> None:

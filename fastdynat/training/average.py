@@ -1,6 +1,7 @@
-"""Exponential moving average of the weights, which is validated and saved as the model."""
+"""Average of the weights, which is validated and saved as the model: exponential, or with equal weights."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,25 +9,52 @@ from torch import Tensor, nn
 STATISTICS = ("running_mean", "running_var")  # of normalisation layers: always finite, so averaged unchecked
 
 
-class WeightAverage:
-    """An exponential moving average of `model`, moved once per step.
+@dataclass(frozen=True)
+class AverageRule:
+    """The shares of an average.
 
-    The first `warmup` updates (at least one) copy the model; from then on ``average = d * average + (1 - d) *
-    model``. Without a warm-up d is `decay`; after one it is ``min(decay, (1 + s) / (10 + s))``, s updates
-    after its end (Gowal et al. 2020, DyART), so that an average that begins late soon forgets where it began.
-    All of these numbers are on the host: no update waits for the device.
+    The updates before it begins copy the model, as its first one does; from then on ``average = k * average +
+    (1 - k) * model``.
+
+    Attributes:
+        decay: k of an exponential average.
+        equal: all weights since the beginning count alike, whatever `decay`: k is n / (n + 1) after n.
+        warmup: updates before an average that begins with a ramp: s updates after them k is ``min(decay, (1 +
+            s) / (10 + s))`` (Gowal et al. 2020, DyART), so that it soon forgets where it began.
+        start: updates before an average without a ramp.
+    """
+
+    decay: float
+    equal: bool = False
+    warmup: int = 0
+    start: int = 0
+
+    def keep_rate(self, updates: int) -> float:
+        """The share that the update after `updates` others keeps."""
+        if self.warmup:
+            since = updates - self.warmup
+            return 0.0 if since < 0 else min(self.decay, (1 + since) / (10 + since))
+        since = updates - self.start
+        if since <= 0:
+            return 0.0
+        return since / (since + 1) if self.equal else self.decay
+
+
+class WeightAverage:
+    """An average of `model`, by an `AverageRule`.
+
+    All of its numbers are on the host: no update waits for the device.
 
     Attributes:
         module: the average, a network like `model`.
         updates: updates so far.
-        warmup: updates before the average begins.
+        rule: which share each of them keeps.
     """
 
-    def __init__(self, model: nn.Module, decay: float, *, copy_buffers: bool = False) -> None:
+    def __init__(self, model: nn.Module, rule: AverageRule, *, copy_buffers: bool = False) -> None:
         """`copy_buffers`: copy running statistics from the model instead of averaging them."""
         self.module = copy.deepcopy(model)
-        self.decay = decay
-        self.warmup = self.updates = 0
+        self.rule, self.updates = rule, 0
         self._averaged: list[tuple[Tensor, Tensor]] = [
             *zip(self.module.parameters(), model.parameters(), strict=True)
         ]
@@ -39,17 +67,17 @@ class WeightAverage:
                 kind = self._averaged if name.endswith(STATISTICS) else self._guarded
             kind.append((buffer, other))
 
-    def restart(self, *, warmup: int) -> None:
+    def restart(self, rule: AverageRule) -> None:
         """Forget the past: the next update copies the model."""
-        self.warmup, self.updates = warmup, 0
+        self.rule, self.updates = rule, 0
 
     def keep_rate(self) -> float:
         """The share of the average that the next update keeps."""
-        return keep_rate(self.decay, warmup=self.warmup, updates=self.updates)
+        return self.rule.keep_rate(self.updates)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average by one step of the model."""
+        """Move the average to the present weights of the model."""
         keep = self.keep_rate()
         _move(self._averaged, keep)
         _move(self._copied, 0.0)
@@ -58,14 +86,6 @@ class WeightAverage:
             moved = average.lerp(buffer, 1 - keep) if keep else buffer
             average.copy_(torch.where(moved.isfinite(), moved, buffer))
         self.updates += 1
-
-
-def keep_rate(decay: float, *, warmup: int, updates: int) -> float:
-    """The share of an average that the update after `updates` others keeps; see `WeightAverage`."""
-    since = updates - warmup
-    if since < 0 or updates == 0:
-        return 0.0
-    return min(decay, (1 + since) / (10 + since)) if warmup else decay
 
 
 def _move(pairs: list[tuple[Tensor, Tensor]], keep: float) -> None:

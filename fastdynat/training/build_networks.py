@@ -19,7 +19,9 @@ from fastdynat.runs import data_difference, guide_weights, load_network
 from fastdynat.training.frozen_parts import FrozenParts
 from fastdynat.training.initial_weights import put_initial_weights
 from fastdynat.training.networks import NetworkSet, pixel_statistics
+from fastdynat.training.recomputed_statistics import statistics_layers
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedEngine
+from fastdynat.training.run_average import averages_every
 from fastdynat.tuning.devices import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def build_networks(
     frozen.freeze()
     if names.freeze and load_sources:
         logger.info(frozen.described())
+    if config.optim.ema_buffers == "recompute" and not statistics_layers(model):
+        raise UserError(f"ema_buffers recompute: {names.model} has no batch norm; leave it out")
     guide = None
     if method.uses_guide:
         source = names.guide_from if load_sources else None
@@ -83,7 +87,9 @@ def build_networks(
         attack=attack_switches(engine, communicates=synchronised and config.attack.attack_bn != "eval"),
         compile_mode=engine.compile,
         ema=config.optim.ema,
+        swa=config.optim.swa,
         ema_buffers=config.optim.ema_buffers,
+        ema_every=averages_every(config.optim),
         fallbacks=fallbacks,
         initial=initial,
     )

@@ -13,7 +13,7 @@ from fastdynat.distributed.synchronized_batch_norm import synchronize_batch_norm
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.methods import Network, Networks
-from fastdynat.training.average import WeightAverage
+from fastdynat.training.average import AverageRule, WeightAverage
 
 
 def pixel_statistics(
@@ -46,7 +46,9 @@ class NetworkSet:
         attack: AttackSwitches | None = None,
         compile_mode: str = "off",
         ema: float = 0.0,
+        swa: bool = False,
         ema_buffers: str = "average",
+        ema_every: str = "step",
         fallbacks: Fallbacks | None = None,
         initial: str | None = None,
     ) -> None:
@@ -57,7 +59,8 @@ class NetworkSet:
                 ranks, and of the attacked one, too, where `attack_bn` is not "eval".
             attack: settings of the attack engine.
             compile_mode: mode of torch.compile for the trained networks, or "off".
-            ema: keep-rate of the weight average; 0 for none.
+            ema: decay of the weight average; 0 for none, unless `swa` gives all weights the same share.
+            ema_every: "step" lets `average_step` move it, "epoch" leaves that to the trainer.
             fallbacks: as in `AttackEngine`.
             initial: sha256 of the weights that the model starts from, kept as an attribute; None where they
                 were drawn.
@@ -69,7 +72,11 @@ class NetworkSet:
             module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
         if frozen_guide and guide is not None:
             guide.eval().requires_grad_(False)
-        self.ema = WeightAverage(model, ema, copy_buffers=ema_buffers == "copy") if ema else None
+        self.ema: WeightAverage | None = None
+        if ema or swa:
+            rule = AverageRule(ema, equal=swa)
+            self.ema = WeightAverage(model, rule, copy_buffers=ema_buffers == "copy")
+        self._average_steps = ema_every == "step"
         # From a separate generator: building the engine draws nothing from the run's random stream.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
@@ -103,9 +110,9 @@ class NetworkSet:
         """The network to validate and save as the model: the weight average if there is one."""
         return self.raw["model"] if self.ema is None else self.ema.module
 
-    def average(self) -> None:
-        """Move the weight average by one step."""
-        if self.ema is not None:
+    def average_step(self) -> None:
+        """Move the weight average after a step, unless that happens at the end of the epoch."""
+        if self.ema is not None and self._average_steps:
             self.ema.update()
 
 

@@ -44,6 +44,10 @@ def resolved_optim(config: TrainConfig[Any], info: DatasetInfo) -> ResolvedOptim
         raise UserError(
             f"burn_in {asked.burn_in}: natural training needs every label; leave --labelled out, or --burn-in"
         )
+    if asked.ema_from >= epochs - asked.burn_in:
+        raise UserError(
+            f"ema_from must be below the {epochs - asked.burn_in} epochs of the method, got {asked.ema_from}"
+        )
     _check_burn_in_rate(asked)
     if asked.schedule_ahead < 0:
         raise UserError(f"schedule_ahead must be a number of updates >= 0, got {asked.schedule_ahead}")

@@ -142,8 +142,3 @@ def _position(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], in
     """The function update of the method -> position in its schedule: the update, or its epoch."""
     unit = steps_per_epoch if config.schedule_by == "epoch" else 1
     return lambda step: step // unit + config.schedule_ahead
-
-
-def average_warmup(config: ResolvedOptim, epochs: int, steps_per_epoch: int) -> int:
-    """Updates before the weight average begins, in a phase of the run of `epochs` epochs."""
-    return math.ceil(config.ema_warmup * epochs * steps_per_epoch - 1e-9)

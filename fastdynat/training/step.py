@@ -161,7 +161,7 @@ class TrainStep:
                     *self.method.constants(),
                 )
                 result = self._graphed(*inputs, constants=constants)
-        self.networks.average()
+        self.networks.average_step()
         self.global_step += 1
         return result.metrics
 

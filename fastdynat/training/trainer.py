@@ -28,7 +28,7 @@ from fastdynat.training.parts import RunParts
 from fastdynat.training.rank_weights import require_equal_weights
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import rng_state, set_rng_state
-from fastdynat.training.schedules import average_warmup, epochs_of_method
+from fastdynat.training.run_average import RunAverage
 from fastdynat.training.step import TrainStep
 from fastdynat.training.step_agreement import StepAgreement, stop_of_any_rank
 from fastdynat.training.training_state import fixed_settings
@@ -71,7 +71,8 @@ class Trainer:
         self.networks, step, self.loader = parts
         self.step, self._method_step = burn_in or step, step
         self.device = torch.device(config.engine.device)
-        self._restart_average()
+        self._average = RunAverage(config.optim, self.networks, self.loader)
+        self._average.restart(burning_in=self._burning_in())
         self.epoch, self.epoch_step = 0, 0
         self.averages, self.seconds = Averages(), 0.0
         near = config.attack.eval_eps <= 1.5 * config.attack.eps
@@ -127,12 +128,6 @@ class Trainer:
     def _burning_in(self) -> bool:
         return self.step is not self._method_step
 
-    def _restart_average(self) -> None:
-        optim = self.config.optim
-        if self.networks.ema is not None:
-            epochs = optim.burn_in if self._burning_in() else epochs_of_method(optim)
-            self.networks.ema.restart(warmup=average_warmup(optim, epochs, self.loader.steps_per_epoch))
-
     def _warn_of_average(self) -> None:
         """Before the first step, warn of a weight average that will still be mostly the initial weights."""
         if self.networks.ema is None or self.step.global_step > 0:
@@ -146,7 +141,7 @@ class Trainer:
         self.step.release()
         self._method_step.global_step = self.step.global_step
         self.step = self._method_step
-        self._restart_average()
+        self._average.restart(burning_in=False)
 
     def _end_burn_in(self) -> None:
         """Start the method after the last epoch of the burn-in, from the burn-in's weight average."""
@@ -213,6 +208,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "images_per_s": round(self.averages.of_all(self.world).images / self.seconds, 1),
         }
+        self._bring_up_average(stop, progress)
         due = (self.epoch + 1) % self.config.run.val_every == 0 or self.epoch + 1 == epochs
         row |= self._validate(stop, progress, due=due, trained=row.get("train_adv_acc"))
         row |= self._measured_columns() if due else {}
@@ -224,6 +220,13 @@ class Trainer:
         follows = self._burning_in()
         self._end_burn_in()
         self._save(best=row["best"] or follows, row=dict(row))
+
+    def _bring_up_average(self, stop: StopRequest, progress: TrainingProgress) -> None:
+        if self.config.optim.ema_buffers == "recompute":
+            progress.step(self._steps_done(), "running statistics of the average")
+            if self.config.data.loader == "torch":
+                self._writer.wait()  # as before an epoch
+        self._average.end_epoch(self.epoch, stop_of_any_rank(stop.requested))
 
     def _validate(
         self, stop: StopRequest, progress: TrainingProgress, *, due: bool, trained: float | None

@@ -40,6 +40,7 @@ DECIDING = (
         "optimizers",
         "opt",
         "ema",
+        "swa",
     ),
     *(
         "device",

@@ -75,4 +75,4 @@ class Validation:
     def sees_initial_weights(self) -> bool:
         """True if the deployed network is an average that is still mostly its first weights."""
         ema = self._networks.ema
-        return ema is not None and first_share(ema.decay, warmup=ema.warmup, updates=ema.updates) > MOSTLY
+        return ema is not None and first_share(ema.rule, ema.updates) > MOSTLY

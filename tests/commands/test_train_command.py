@@ -23,7 +23,7 @@ from fastdynat.models.finite import not_numbers
 from fastdynat.runs import load_network
 from fastdynat.runs.manifest import sha256, write_manifest
 from fastdynat.training import validation
-from fastdynat.training.average import WeightAverage
+from fastdynat.training.average import AverageRule, WeightAverage
 from fastdynat.training.average_share import average_note, first_share
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.watch import Watch
@@ -261,29 +261,30 @@ def test_the_share_of_the_first_weights_is_what_the_average_holds(
 ) -> None:
     """Weights 1 until the last copied step and 0 afterwards: the average is the share of the ones."""
     model = nn.Linear(1, 1, bias=False).double()
-    average = WeightAverage(model, decay)
-    average.restart(warmup=warmup)
+    average = WeightAverage(model, AverageRule(decay, warmup=warmup))
     for update in range(updates):
         with torch.no_grad():
             model.weight.fill_(1.0 if update < max(warmup, 1) else 0.0)
         average.update()
-    assert first_share(decay, warmup=warmup, updates=updates) == pytest.approx(
+    assert first_share(average.rule, updates) == pytest.approx(
         average.module.weight.item(), rel=1e-9, abs=1e-9
     )
 
 
 def test_what_is_said_of_averages() -> None:
-    short = average_note(0.999, warmup=0, epochs=2, steps_per_epoch=8)
+    short = average_note(AverageRule(0.999, warmup=0), epochs=2, updates_per_epoch=8)
     assert short is not None
     assert "still be 99 % the weights of the average's first step" in short  # 0.999 ** 15 = 0.985
     assert "--ema 0.82 or less" in short  # 0.05 ** (1 / 15) = 0.819
-    assert first_share(0.82, warmup=0, updates=16) == pytest.approx(0.05, abs=0.002)
-    slow = average_note(0.999, warmup=0, epochs=30, steps_per_epoch=100)
+    assert first_share(AverageRule(0.82), 16) == pytest.approx(0.05, abs=0.002)
+    slow = average_note(AverageRule(0.999, warmup=0), epochs=30, updates_per_epoch=100)
     assert slow is not None
     assert "until epoch 7 validation sees" in slow  # 0.999 ** 699 = 0.497
-    assert average_note(0.999, warmup=1600, epochs=2, steps_per_epoch=8) is not None  # never begins
-    assert average_note(0.995, warmup=0, epochs=100, steps_per_epoch=391) is None
-    assert average_note(0.999, warmup=50, epochs=30, steps_per_epoch=100) is None
+    assert (
+        average_note(AverageRule(0.999, warmup=1600), epochs=2, updates_per_epoch=8) is not None
+    )  # never begins
+    assert average_note(AverageRule(0.995, warmup=0), epochs=100, updates_per_epoch=391) is None
+    assert average_note(AverageRule(0.999, warmup=50), epochs=30, updates_per_epoch=100) is None
 
 
 def test_a_run_with_a_slow_average_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +304,7 @@ def test_infinite_buffers_stay_what_they_are_in_an_average(kind: str, value: flo
     model = nn.BatchNorm1d(2)
     model.register_buffer("mask", torch.tensor([0.0, value if kind != "later" else 0.0]))
     model.register_buffer("scale", torch.tensor([1.0]))
-    average = WeightAverage(model, 0.9)
+    average = WeightAverage(model, AverageRule(0.9))
     for step in range(4):
         if step == 2 and kind != "always":
             model.mask[1] = value if kind == "later" else 3.0

@@ -19,8 +19,9 @@ from fastdynat.attacks.boundary_search import BoundarySpec, boundary, boundary_s
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.methods import Dyart, DyartOptions
-from fastdynat.training.average import WeightAverage
-from fastdynat.training.schedules import average_warmup, momentum_at, schedule_factor
+from fastdynat.training.average import AverageRule, WeightAverage
+from fastdynat.training.run_average import average_rule
+from fastdynat.training.schedules import momentum_at, schedule_factor
 from fastdynat.training.step import TrainStep
 
 EPOCHS, STEPS, R0, CLIP, DECAY, TAU, SHARE = 3, 2, 0.05, 0.1, 5e-2, 0.995, 1 / 3
@@ -107,9 +108,9 @@ def test_six_updates_equal_the_release() -> None:
     model = confident_network()
     released, step = Released(copy.deepcopy(model)), our_step(model)
     batch = labels_of(model, make_batch())
-    average = WeightAverage(model, TAU, copy_buffers=True)
     # The release's counter is one epoch behind, less the one that it is ahead when the average is taken.
-    average.restart(warmup=math.ceil(SHARE * EPOCHS * STEPS) + STEPS - 1)
+    rule = AverageRule(TAU, warmup=math.ceil(SHARE * EPOCHS * STEPS) + STEPS - 1)
+    average = WeightAverage(model, rule, copy_buffers=True)
     fates, seen = set(), []
     for update in range(EPOCHS * STEPS):
         epoch, number = divmod(update, STEPS)
@@ -139,7 +140,7 @@ def test_six_updates_equal_the_release() -> None:
 def test_the_averages_first_update_is_the_recipes() -> None:
     """The release's 2.5 % of 200 epochs, plus its counter's delay: update 1,175 of 39,200."""
     config = OptimConfig(epochs=211, burn_in=11, ema=TAU, ema_warmup=0.02997)
-    assert average_warmup(config, 200, 196) == 0.025 * 200 * 196 + 196 - 1 == 1175
+    assert average_rule(config, 200, 196).warmup == 0.025 * 200 * 196 + 196 - 1 == 1175
 
 
 def test_the_filter_drops_what_the_releases_drops_on_a_linear_network() -> None:

@@ -24,8 +24,9 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert all(torch.equal(left[key], right[key]) for key in left), f"{link}/{name}"
     left, right = (torch.load(run / "last" / "state.pt", weights_only=True) for run in (a, b))
     for one, other in zip(left["optimizers"], right["optimizers"], strict=True):
-        for key in one["state"]:
-            assert torch.equal(one["state"][key]["momentum_buffer"], other["state"][key]["momentum_buffer"])
+        for key, kept in one["state"].items():
+            assert kept.keys() == other["state"][key].keys()
+            assert all(torch.equal(value, other["state"][key][name]) for name, value in kept.items())
     assert torch.equal(left["rng"]["torch"], right["rng"]["torch"])
     assert left["scaler"] == right["scaler"]
     strip = [[{k: v for k, v in row.items() if k not in UNTIMED} for row in rows(run)] for run in (a, b)]

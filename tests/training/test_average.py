@@ -10,7 +10,7 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastdynat.training.average import WeightAverage
+from fastdynat.training.average import AverageRule, WeightAverage
 
 
 def shake(model: nn.Module, step: int) -> dict[str, Tensor]:
@@ -30,8 +30,8 @@ def shake(model: nn.Module, step: int) -> dict[str, Tensor]:
 def test_equals_the_published_rule(decay: float, warmup: int, steps: int) -> None:
     """Gowal et al.: a copy in the warm-up, then min(decay, (1 + s) / (10 + s)); else torch's average."""
     model = tiny_cnn(dtype=torch.float64)
-    average = WeightAverage(model, decay)
-    average.restart(warmup=warmup)
+    average = WeightAverage(model, AverageRule(decay))
+    average.restart(AverageRule(decay, warmup=warmup))
     expected: dict[str, Tensor] = {}
     for step in range(steps):
         new = shake(model, step)
@@ -49,7 +49,7 @@ def test_equals_the_published_rule(decay: float, warmup: int, steps: int) -> Non
 def test_without_a_warm_up_it_is_torchs_average_to_the_last_bit() -> None:
     model = tiny_cnn()
     ours, theirs = (
-        WeightAverage(model, 0.9),
+        WeightAverage(model, AverageRule(0.9)),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
     )
     for step in range(4):
@@ -64,7 +64,7 @@ def test_without_a_warm_up_it_is_torchs_average_to_the_last_bit() -> None:
 @pytest.mark.parametrize("copied", [False, True])
 def test_running_statistics_are_averaged_or_the_models_own(copied: bool) -> None:
     model = tiny_cnn()
-    average = WeightAverage(model, 0.5, copy_buffers=copied)
+    average = WeightAverage(model, AverageRule(0.5), copy_buffers=copied)
     for step in range(3):
         shake(model, step)
         average.update()
@@ -76,11 +76,11 @@ def test_running_statistics_are_averaged_or_the_models_own(copied: bool) -> None
 
 def test_a_restart_forgets_the_past() -> None:
     model = tiny_cnn()
-    average = WeightAverage(model, 0.99)
+    average = WeightAverage(model, AverageRule(0.99))
     for step in range(3):
         shake(model, step)
         average.update()
-    average.restart(warmup=2)
+    average.restart(AverageRule(0.99, warmup=2))
     new = shake(model, 9)
     average.update()
     assert all(torch.equal(value, new[key]) for key, value in average.module.state_dict().items())
@@ -89,7 +89,7 @@ def test_a_restart_forgets_the_past() -> None:
 
 def test_a_network_without_buffers_is_averaged() -> None:
     model = nn.Linear(3, 2)
-    average = WeightAverage(model, 0.5)
+    average = WeightAverage(model, AverageRule(0.5))
     before = shake(model, 0)["weight"]
     average.update()
     after = shake(model, 1)["weight"]
