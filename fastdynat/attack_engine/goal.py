@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdynat.errors import UserError
 from fastdynat.ops import attack_logit_grad
 
 AttackLoss = Literal["ce", "kl", "margin", "dlr"]
@@ -116,6 +117,14 @@ class AttackGoal:
     targeted: bool = False
     track: bool = False
     confidence: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Raises UserError for probabilities as the target of a loss of one class."""
+        if self.loss in ("margin", "dlr") and self.target.dim() == 2:
+            raise UserError(
+                f"attack loss {self.loss} is about one class per image, got labels of shape "
+                f"{tuple(self.target.shape)}; use ce, or labels.argmax(1)"
+            )
 
     @property
     def kind(self) -> GoalKind:

@@ -17,6 +17,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint clipping": ("dynat", {"clip_grad": 0.05, "optimizers": "joint"}),
     "replays and perturbation kept by position": ("free-2", {"clip_grad": 0.5}),
     "unlabelled images": ("vat", {"unlabelled": True}),
+    "smoothed labels": ("trades", {"label_smoothing": 0.1}),
+    "smoothed labels of some images": ("vat", {"label_smoothing": 0.1, "unlabelled": True}),
+    "mixed labels": ("madry", {"mixed": True}),
+    "mixed and smoothed labels": ("dynat", {"mixed": True, "label_smoothing": 0.1}),
+    "mixed labels of part of a batch": ("arda-quarter", {"mixed": True}),
+    "mixed labels in sums over classes": ("ikl", {"mixed": True, "awp": 0.01}),
     "nesterov and decay": ("madry", {"nesterov": True, "weight_decay": 5e-3, "decay_norms": False}),
     "adamw": ("dynat", {"opt": "adamw", "lr": 5e-3, "clip_grad": 0.05, "optimizers": "joint"}),
     "a rate of the head's own, sharded": (
@@ -82,7 +88,7 @@ def test_four_processes(ranks, variant: str) -> None:
     compare(ranks, 4, variant, {})
 
 
-@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "arda-quarter", "mail"])
+@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "arda-quarter", "mail", "ikl"])
 @pytest.mark.parametrize("options", [{}, {"awp": 0.01}])
 def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any]) -> None:
     if options and variant == "free-2":
@@ -93,6 +99,14 @@ def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any
     for row, other in zip(logs, part_logs, strict=True):
         assert row.keys() == other.keys()
         assert all(math.isclose(row[key], other[key], rel_tol=1e-6, abs_tol=1e-9) for key in row)
+
+
+@pytest.mark.parametrize("variant", ["arda", "ikl"])
+def test_micro_batches_of_mixed_labels(variant: str) -> None:
+    options = {"mixed": True, "label_smoothing": 0.1}
+    whole, _ = trained(variant, options)
+    parts, _ = trained(variant, {**options, "accumulate": 3})
+    assert float((whole - parts).abs().max()) < 1e-10
 
 
 def test_micro_batches_on_two_processes(ranks) -> None:

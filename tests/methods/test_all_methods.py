@@ -75,23 +75,25 @@ def make_step(
     )
 
 
-def batches(epoch: int, device: torch.device = CPU) -> Iterator[Batch]:
+def batches(epoch: int, device: torch.device = CPU, *, mixed: bool = False) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(epoch)
     for size in SIZES:
         x, labels = (
             torch.rand(size, 3, 8, 8, generator=generator),
             torch.randint(10, (size,), generator=generator),
         )
-        yield Batch(x.to(device), labels.to(device), torch.arange(size, device=device))
+        rows = torch.rand(size, 10, generator=generator).softmax(1).to(device) if mixed else None
+        labels = labels.to(device) if rows is None else rows.argmax(1)
+        yield Batch(x.to(device), labels, torch.arange(size, device=device), mixed=rows)
 
 
-def train(step: TrainStep, epochs: int) -> tuple[list[dict[str, float]], Tensor]:
+def train(step: TrainStep, epochs: int, *, mixed: bool = False) -> tuple[list[dict[str, float]], Tensor]:
     """Logs of every step; weights, statistics and the method's own tensors at the end."""
     torch.manual_seed(5)
     logs = []
     for epoch in range(epochs):
         step.start_epoch(epoch)
-        for batch in batches(epoch):
+        for batch in batches(epoch, mixed=mixed):
             logs.append({key: float(value) for key, value in step(batch).items()})
     kept = [
         *step.method.buffers.values(),
@@ -119,6 +121,21 @@ def test_a_captured_step_is_the_plain_step_bit_for_bit(variant: str, amp: str) -
     assert torch.equal(got[1], want[1])
     assert bool(got[1].isfinite().all())
     assert all(("train_adv_acc" in row) == method_class(VARIANTS[variant][0]).logs_adv_acc for row in got[0])
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if make_method(v).smooths_labels])
+def test_smoothed_and_mixed_labels_in_a_captured_step(variant: str) -> None:
+    recorder, mixed = SimulatedRecorder(), make_method(variant).takes_mixed_labels
+    steps = [make_step(variant, recorder=recorder), make_step(variant)]
+    for step in steps:
+        step.method.label_smoothing = 0.2
+    got, want = (train(step, 3, mixed=mixed) for step in steps)
+    assert recorder.replayed > 0
+    assert same(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert bool(got[1].isfinite().all())
+    plain = train(make_step(variant), 3, mixed=mixed)
+    assert not torch.equal(got[1], plain[1])
 
 
 @pytest.mark.parametrize("variant", [v for v, (name, _) in VARIANTS.items() if method_class(name).searches])

@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.method_variants import VARIANTS, make_method
+from support.method_variants import TINY, VARIANTS, make_method
 from support.stepping import STEPS, K, N, make_batch, moved_network, train_step
 from torch import Tensor, nn
 
@@ -302,6 +303,23 @@ def test_the_goal_keeps_classes_unsmoothed() -> None:
     assert torch.equal(method.true_goal(batch).target, batch.labels)
 
 
+@pytest.mark.parametrize("loss", ["margin", "dlr"])
+def test_losses_of_one_class_take_no_mixed_labels(loss: Any) -> None:
+    with pytest.raises(UserError, match=rf"loss {loss} is about one class per image, got labels .*use ce"):
+        AttackGoal(loss, mixed_labels(make_batch().labels))
+
+
+@pytest.mark.parametrize("gap", [0.0, 5.0, 40.0, 1000.0])
+def test_an_unmixed_row_of_mixed_labels_attacks_as_its_class(gap: float) -> None:
+    """Also where the network is certain: probabilities of 0 and 1 lose no gradient."""
+    labels = make_batch().labels
+    logits = torch.randn(N, K) + gap * F.one_hot(labels, K)
+    rows = AttackGoal("ce", F.one_hot(labels, K).float()).logit_grad(logits, rescale=True)
+    classes = AttackGoal("ce", labels).logit_grad(logits, rescale=True)
+    unit = [grad / grad.abs().amax(1, keepdim=True) for grad in (rows, classes)]
+    torch.testing.assert_close(*unit, rtol=1e-3, atol=1e-5)
+
+
 def test_unlabelled_images_have_no_smoothed_loss() -> None:
     """VAT's mean is over the images with a label."""
     batch = make_batch()
@@ -384,3 +402,18 @@ def test_a_method_of_ones_own_says_that_it_takes_labels() -> None:
 def test_refused_before_any_work(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--run-dir", "run", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["ikl", "dynat"])
+def test_mixed_and_smoothed_training_resumes_to_the_last_bit(method: str, tmp_path: Path) -> None:
+    flags = ["--method", method, "--steps", "2", "--mixup", "0.8", "--label-smoothing", "0.1", *TINY]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["train", "--run-dir", str(whole), *flags]) == 0
+    assert main(["train", "--run-dir", str(parts), *flags, "--stop-after", "1"]) == 0
+    assert main(["train", "--resume", str(parts), "--quiet"]) == 0
+    for name in (p.name for p in (whole / "last").glob("*.safetensors")):
+        assert (whole / "last" / name).read_bytes() == (parts / "last" / name).read_bytes()
+    states = [torch.load(run / "last" / "state.pt", weights_only=True)["method"] for run in (whole, parts)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    if method == "ikl":
+        assert float(states[0]["sums"].sum()) == pytest.approx(96)  # the images of the last epoch

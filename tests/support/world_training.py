@@ -97,18 +97,31 @@ def batches(epoch: int, pieces: int, *, unlabelled: bool = False) -> Iterator[Ba
         yield Batch(images[own], labels[own], own, share)
 
 
+def with_mixed_labels(batch: Batch) -> Batch:
+    """`batch` with labels of two classes each, of shares that depend on the image alone."""
+    share = (0.5 + batch.indices.double() / (2 * IMAGES))[:, None]
+    both = [nn.functional.one_hot(labels, CLASSES) for labels in (batch.labels, (batch.labels + 2) % CLASSES)]
+    mixed = share * both[0] + (1 - share) * both[1]
+    return Batch(batch.x, batch.labels, batch.indices, batch.share, mixed)
+
+
 def trained(variant: str, options: dict[str, Any]) -> tuple[Tensor, list[dict[str, float]]]:
     """Weights, statistics and the average's weights after all steps; each step's logs over all processes."""
     torch.manual_seed(100 + world().rank)  # nothing may depend on the global generator
     options = dict(options)
-    unlabelled = options.pop("unlabelled", False)
+    unlabelled, mixed = options.pop("unlabelled", False), options.pop("mixed", False)
+    smoothing = options.pop("label_smoothing", 0.0)
     step, logs = step_of(variant, **options), []
+    step.method.label_smoothing = smoothing
     for epoch in range(EPOCHS):
         step.start_epoch(epoch)
         for batch in batches(epoch, options.get("accumulate", 1), unlabelled=unlabelled):
-            found = {key: float(value) * batch.share.weight for key, value in step(batch).items()}
+            given = with_mixed_labels(batch) if mixed else batch
+            found = {key: float(value) * batch.share.weight for key, value in step(given).items()}
             ranks = world().gather(found)
             logs.append({key: sum(rank.get(key, 0.0) for rank in ranks) for key in sorted({*chain(*ranks)})})
     networks = [*step.networks.raw.values(), *([step.networks.ema.module] if step.networks.ema else [])]
     kept = [t.detach().double().flatten() for net in networks for t in net.state_dict().values()]
+    if step.method.name == "ikl":
+        kept += [tensor.double().flatten() for tensor in step.method.buffers.values()]  # equal on all ranks
     return torch.cat(kept), logs
