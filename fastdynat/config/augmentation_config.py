@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fastdynat.config.augmentation_policy import parse_policy
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Augmentation beyond --augment, in the order: crop and flip, --color-jitter, --aa, --cutout, --reprob,
-    then --mixup or --cutmix of the batch."""
+    """Augmentation beyond --augment, in the order: crop (also --scale) and flip, --color-jitter, --aa,
+    --cutout, --reprob, then --mixup or --cutmix of the batch."""
 
+    scale: tuple[float, ...] = ()
+    """Random resized crops in place of those of --augment: the least and the largest part of the image's
+    area, such as 0.08 1. Of images in files, parts of the whole image are taken. Empty is off."""
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Least and largest width over height of random resized crops."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation, each by a random factor of 1 - this to 1 + this, in random
     order; 0 is off."""
@@ -36,6 +43,12 @@ class AugmentationConfig:
     mixup_groups: int = 1
     """Cut each batch into this many groups, each with a weight and a box of its own. The batch of Wang et al.
     (2023) has four."""
+
+    @property
+    def crops(self) -> str:
+        """The flag that crops the images in place of --augment, as "aa idbh-weak"; empty if none does."""
+        scale = " ".join(f"{end:g}" for end in self.scale)
+        return f"scale {scale}" if scale else f"aa {self.aa}" * parse_policy(self.aa).own_crop
 
     @property
     def mixing(self) -> str:

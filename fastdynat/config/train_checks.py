@@ -31,7 +31,7 @@ def check_train_config(config: TrainConfig[Any]) -> None:
     for name in GROUPS:
         check_values(getattr(config, name))
     check_data(config.data)
-    check_policy(config.augmentation, config.data)
+    check_augmentation(config.augmentation, config.data)
     check_extra(config.extra)
     check_attack(config.attack)
     check_optim(config.optim)
@@ -49,13 +49,26 @@ def check_data(data: DataConfig) -> None:
         raise unknown_name("dataset", data.data, DATASETS)
 
 
-def check_policy(augmentation: AugmentationConfig, data: DataConfig) -> None:
-    """Raise UserError for an unknown policy, and for one with crops of its own beside others."""
-    if parse_policy(augmentation.aa).own_crop and "crop" in data.augment:
+def check_augmentation(augmentation: AugmentationConfig, data: DataConfig) -> None:
+    """Raise UserError for an unknown policy, crops of two kinds, and ends of a range that are none."""
+    own_crop = parse_policy(augmentation.aa).own_crop
+    if augmentation.crops and "crop" in data.augment:
         raise UserError(
-            f"aa {augmentation.aa} crops and shifts the images itself; leave --augment {data.augment} out, "
-            "or use --augment flip"
+            f"{augmentation.crops} crops the images itself; leave --augment {data.augment} out, or use "
+            "--augment flip"
         )
+    if augmentation.scale and own_crop:
+        raise UserError(
+            f"{augmentation.crops} and aa {augmentation.aa} both crop the images; leave one of them out"
+        )
+    for name, ends, most in (("scale", augmentation.scale, 1.0), ("ratio", augmentation.ratio, 100.0)):
+        if ends and not (len(ends) == 2 and 0 < ends[0] <= ends[1] <= most):
+            given = " ".join(f"{end:g}" for end in ends)
+            raise UserError(
+                f"{name} must be two numbers above 0 and at most {most:g}, the smaller one first, got {given}"
+            )
+    if not augmentation.ratio:
+        raise UserError("ratio must be two numbers; leave it out for 3/4 4/3")
 
 
 def check_extra(extra: ExtraConfig) -> None:

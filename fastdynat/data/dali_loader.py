@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastdynat.data.decode import fit_square
+from fastdynat.data.decode import Cut, cut_out, fit_square
 from fastdynat.data.epoch_plan import EpochPlan
 from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.image_sets import ImageSet
@@ -77,7 +77,11 @@ class DaliLoader(PlannedLoader):
         self._images = images
         self._workers = workers
         self._gpu = self.device.type == "cuda"
-        self._resized = isinstance(images, FileSet) and images.image_size is not None and not self._gpu
+        if self._gpu and self._cuts_files:
+            raise UserError("scale: --loader dali does not cut files on a GPU; use --loader torch")
+        resizes = isinstance(images, FileSet) and (images.image_size is not None or self._cuts_files)
+        self._resized = resizes and not self._gpu
+        self._raw = self._resized or self._reflects or self._resized_crop is not None
         self._side = torch.cuda.Stream(self.device) if self._gpu else None
         self._feed = _Feed()
         self._pipeline: Pipeline | None = self._build()
@@ -118,7 +122,7 @@ class DaliLoader(PlannedLoader):
         else:
             images, shape = data.gpu() if self._gpu else data, data.shape()
             axes, sides = (1, 2), self._images.shape[1:]
-        if self._resized or self._reflects:
+        if self._raw:
             return images, shape, corners, flips  # which DALI would warn of if nothing used them
         images = fn.slice(
             images, start=corners, shape=sides, axes=axes, out_of_bounds_policy="pad", fill_values=0
@@ -135,10 +139,11 @@ class DaliLoader(PlannedLoader):
             ahead: tuple[int, list[Future[np.ndarray]]] | None = None
             try:
                 for step, outputs in zip(steps, self._outputs(plan, steps), strict=True):
-                    now, ahead = (
-                        ahead,
-                        (step, [threads.submit(self._square, image) for image in _copies(outputs)]),
-                    )
+                    images = _copies(outputs)
+                    cuts = self._cuts(self._draws(plan, step)) if self._cuts_files else [None] * len(images)
+                    pairs = zip(images, cuts, strict=True)
+                    squares = [threads.submit(self._sized, image, cut) for image, cut in pairs]
+                    now, ahead = ahead, (step, squares)
                     if now is not None:
                         yield self._resized_batch(plan, *now)
                 if ahead is not None:
@@ -146,9 +151,13 @@ class DaliLoader(PlannedLoader):
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
 
-    def _square(self, pixels: np.ndarray) -> np.ndarray:
+    def _sized(self, pixels: np.ndarray, cut: Cut | None) -> np.ndarray:
+        """A decoded image (H, W, C), or the part `cut` of it, in the size of all images."""
         assert isinstance(self._images, FileSet)
-        return np.asarray(fit_square(Image.fromarray(pixels), self._images.image_size))
+        image = Image.fromarray(pixels)
+        if cut is not None:
+            return np.asarray(cut_out(image, cut, self._images.shape[1:]))
+        return np.asarray(fit_square(image, self._images.image_size))
 
     def _resized_batch(self, plan: EpochPlan, step: int, squares: list[Future[np.ndarray]]) -> Tensor:
         """Resized images (H, W, C) as the batch of `step`."""
@@ -213,7 +222,7 @@ class DaliLoader(PlannedLoader):
     def _finished(self, outputs: Any, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) after all of the augmentation: crop and flip here where DALI has not."""
         images = self._channels_first(outputs)
-        return self._augmented(images, draws) if self._reflects else self._staged(images, draws)
+        return self._augmented(images, draws) if self._raw else self._staged(images, draws)
 
     def _channels_first(self, outputs: Any) -> Tensor:
         """A view of DALI's memory, uint8 (n, C, H, W)."""

@@ -1,6 +1,6 @@
 """Decoder of one image file to 8-bit RGB, shared by all loaders, and reader of its header."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +22,8 @@ DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # more than 8 bits p
 DEEP_TO_EIGHT = 257  # 65535 / 255
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x112, 258, 262  # tags of EXIF and TIFF
 WHITE_IS_ZERO = 0
+# (H, W) of a decoded image -> (top, left, height, width) of the part that is taken.
+Cut = Callable[[int, int], tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ def read_header(path: Path) -> Header:
 def read_rgb(path: Path | EncodedImage, image_size: int | None) -> np.ndarray:
     """Decode a file to uint8 (3, H, W); `image_size` resizes the shorter side and crops the centre.
 
+    Raises: UserError as `read_image`.
+    """
+    return np.asarray(fit_square(read_image(path), image_size)).transpose(2, 0, 1)
+
+
+def read_image(path: Path | EncodedImage) -> Image.Image:
+    """Decode a file to 8-bit RGB.
+
     The rules are those of torchvision's ImageFolder: grey becomes three equal channels, palettes and CMYK
     become RGB, transparency is dropped, an EXIF rotation is not applied, of several frames the first is read.
     But 16 bits become 8 by ``round(value / 257)``, where Pillow's conversion clips.
@@ -72,15 +82,13 @@ def read_rgb(path: Path | EncodedImage, image_size: int | None) -> np.ndarray:
     with _opened(path) as (image, file):
         _refuse_unknown_range(image, path)
         if image.format == "PNG" and image.mode not in DEEP_MODES and _is_deep(image):
-            rgb = _deep_png(file)
-        elif image.mode in DEEP_MODES:
+            return _deep_png(file)
+        if image.mode in DEEP_MODES:
             values = np.asarray(image).astype(np.int64)
-            rgb = Image.fromarray(_to_eight_bits(values)).convert("RGB")
-        else:
-            image.load()
-            image.info.pop("transparency", None)  # dropped; Pillow would warn of it
-            rgb = image.convert("RGB")
-    return np.asarray(fit_square(rgb, image_size)).transpose(2, 0, 1)
+            return Image.fromarray(_to_eight_bits(values)).convert("RGB")
+        image.load()
+        image.info.pop("transparency", None)  # dropped; Pillow would warn of it
+        return image.convert("RGB")
 
 
 def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
@@ -92,6 +100,13 @@ def fit_square(rgb: Image.Image, image_size: int | None) -> Image.Image:
     left, top = (width - image_size) // 2, (height - image_size) // 2
     rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     return rgb.crop((left, top, left + image_size, top + image_size))
+
+
+def cut_out(rgb: Image.Image, cut: Cut, size: tuple[int, int]) -> Image.Image:
+    """The part `cut` of an image, resized to `size` (H, W) (bilinear, antialiased)."""
+    top, left, height, width = cut(rgb.height, rgb.width)
+    part = rgb.crop((left, top, left + width, top + height))
+    return part.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ time and processes on one machine share the pages.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdynat.data.decode import EncodedImage, read_rgb
+from fastdynat.data.decode import Cut, EncodedImage, cut_out, read_image, read_rgb
 from fastdynat.data.image_sets import DatasetInfo, StreamedSource, check_label_values
 from fastdynat.data.imagefolder import image_facts
 from fastdynat.data.read_ahead import read_whole
@@ -51,12 +51,19 @@ class TableImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, cuts: Sequence[Cut] | None = None) -> Tensor:
         """Decode the images at `indices`, one after the other, to uint8 (n, C, H, W).
+
+        cuts: the part of each encoded image that is taken, and resized to (H, W); None takes `image_size`.
 
         Raises: UserError naming the first row that cannot be decoded or has another size.
         """
         batch = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        if cuts is not None:
+            for pixels, row, cut in zip(batch, self.rows[indices].tolist(), cuts, strict=True):
+                whole = read_image(encoded_row(self.table, row, self.name))
+                pixels[:] = np.asarray(cut_out(whole, cut, self.shape[1:])).transpose(2, 0, 1)
+            return torch.from_numpy(batch)
         for pixels, row in zip(batch, self.rows[indices].tolist(), strict=True):
             image = encoded_row(self.table, row, self.name)
             found = read_rgb(image, self.image_size)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdynat.data.decode import read_rgb
+from fastdynat.data.decode import Cut, cut_out, read_image, read_rgb
 from fastdynat.data.image_sets import DatasetInfo, StreamedSource, channel_stats
 from fastdynat.data.read_ahead import check_fits, pool, read_in_order
 from fastdynat.data.split import stratified_split
@@ -79,12 +79,19 @@ class FileSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, cuts: Sequence[Cut] | None = None) -> Tensor:
         """Decode the images at `indices`, one after the other, to uint8 (n, C, H, W).
+
+        cuts: the part of each file's image that is taken, and resized to (H, W); None takes `image_size`.
 
         Raises: UserError naming the first file that cannot be decoded or has another size.
         """
         batch = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        if cuts is not None:
+            for row, name, cut in zip(batch, self.paths[indices.numpy()], cuts, strict=True):
+                part = cut_out(read_image(Path(os.fsdecode(name))), cut, self.shape[1:])
+                row[:] = np.asarray(part).transpose(2, 0, 1)
+            return torch.from_numpy(batch)
         for row, name in zip(batch, self.paths[indices.numpy()], strict=True):
             row[:] = _decode_one(Path(os.fsdecode(name)), self.shape, self.image_size)
         return torch.from_numpy(batch)

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from fastdynat import ops
 from fastdynat.data.augmentation import Stage, apply_stages
+from fastdynat.data.augmentation.resized_crop import ResizedCrop
+from fastdynat.data.decode import Cut
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch, plan_order
 from fastdynat.data.extra_sampler import ExtendedImages, ExtraSampler
+from fastdynat.data.hugging_face import TableImages
 from fastdynat.data.image_sets import Images, ImageSet
+from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.mixing import Mixing
 from fastdynat.data.read_ahead import read_in_order
 from fastdynat.distributed.shares import Share
@@ -124,6 +128,8 @@ class PlannedLoader(ABC):
         parts: Micro-batches that each rank cuts its share into.
         stages: Augmentation after crop and flip.
         mixing: How the images of a batch are mixed with each other; None is not at all.
+        resized_crop: The crop of each image before the flip, not together with another. Of images in files it
+            takes a part of the file's image, of others a part of the stored one, in all loaders.
 
     Raises: UserError for a batch size above the number of images or too small for the ranks, a negative pad,
         or an unknown augmentation or padding; while reading also for a reflection wider than the image.
@@ -147,6 +153,7 @@ class PlannedLoader(ABC):
         parts: int = 1,
         stages: Sequence[Stage] = (),
         mixing: Mixing | None = None,
+        resized_crop: ResizedCrop | None = None,
     ) -> None:
         self.num_images, self.extra_sampler = len(images), None
         shares: dict[str, Any] = {"ranks": ranks, "rank": rank, "parts": parts}
@@ -175,7 +182,8 @@ class PlannedLoader(ABC):
         self.steps_per_epoch = steps.count
         self.epoch_images = steps.num_positions
         self._steps = steps
-        self._stages, self._mixing = tuple(stages), mixing
+        self._stages, self._mixing, self._resized_crop = tuple(stages), mixing, resized_crop
+        self._cuts_files = resized_crop is not None and isinstance(images, FileSet | TableImages)
         self._host = images
         self._epoch = 0
 
@@ -232,8 +240,21 @@ class PlannedLoader(ABC):
         share = self._steps.share(step)
         return share.images if self._mixing is None else len(self._mixing.needed(share))
 
+    def _read(self, draws: PlannedDraws) -> Tensor:
+        """The images of `draws`, uint8 (n, C, H, W) on the CPU; those in files cut already."""
+        if isinstance(self._host, FileSet | TableImages) and self._cuts_files:
+            return self._host.read(draws.indices, self._cuts(draws))
+        return self._host.read(draws.indices)
+
+    def _cuts(self, draws: PlannedDraws) -> list[Cut]:
+        """The part of each image that the resized crop takes."""
+        assert self._resized_crop is not None
+        return self._resized_crop.cuts(draws.positions, seed=self.seed, epoch=draws.epoch)
+
     def _augmented(self, images: Tensor, draws: PlannedDraws) -> Tensor:
         """uint8 (n, C, H, W) cropped, flipped and through all stages, on their device."""
+        if self._resized_crop is not None and not self._cuts_files:
+            images = self._resized_crop.apply(images, self._cuts(draws))
         shifts, flips = (None if drawn is None else drawn.to(images.device) for drawn in draws[2:4])
         images = images if shifts is None else crop(images, shifts, self.pad, pad_mode=self.pad_mode)
         return self._staged(images if flips is None else flip(images, flips), draws)
@@ -327,14 +348,15 @@ class ResidentLoader(PlannedLoader):
             stored = images.stored(self.device)
         else:
             stored = images.images.to(self.device).contiguous()
-        self._padded = self._reflects and not self._stages
+        self._fused = not self._stages and self._resized_crop is None
+        self._padded = self._reflects and self._fused
         self._images = reflect(stored, self.pad) if self._padded else stored
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         plan = plan.to(self.device)
         for step in steps:
             draws = self._draws(plan, step)
-            if self._stages:
+            if not self._fused:
                 images = self._augmented(self._images[draws.indices], draws)
                 yield to_unit(images, channels_last=self.channels_last)
                 continue

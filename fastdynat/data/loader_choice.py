@@ -40,14 +40,20 @@ def default_workers() -> int:
     return max(1, min(MAX_WORKERS, own_cores() - 1))
 
 
-def choose_loader(split: TrainSplit, device: torch.device) -> tuple[str, str]:
+def choose_loader(split: TrainSplit, device: torch.device, *, cuts_files: bool = False) -> tuple[str, str]:
     """Return the name of the loader that `auto` chooses, and the reason.
 
     resident where the images take at most a quarter of the memory they would stay in: the GPU's, and for
     files also the host's, of which each process on this machine has an equal part (other data are in host
     memory already, but for extra images). Else dali where it is installed and reads the files, else torch,
     which also reads extra images from their store.
+
+    cuts_files: random parts of the images in their files are taken, which resident cannot, nor dali on a GPU.
     """
+    if cuts_files:
+        problem = dali_problem() or dali_file_problem(split.train_files())
+        on_gpu = device.type == "cuda"
+        return "torch" if problem or on_gpu else "dali", "random parts of the images in files are taken"
     memories: dict[str, int | None] = {}
     if device.type == "cuda":
         memories["GPU memory"] = torch.cuda.get_device_properties(device).total_memory

@@ -22,16 +22,16 @@ class _Steps(Dataset[Tensor | UserError]):
 
     def __init__(
         self,
-        images: Images | ExtendedImages,
         draws: Callable[[int], PlannedDraws],
+        read: Callable[[PlannedDraws], Tensor],
         augmented: Callable[[Tensor, PlannedDraws], Tensor],
     ):
-        self._images, self._draws, self._augmented = images, draws, augmented
+        self._draws, self._read, self._augmented = draws, read, augmented
 
     def __getitem__(self, step: int) -> Tensor | UserError:
         draws = self._draws(step)
         try:
-            return self._augmented(self._images.read(draws.indices), draws)
+            return self._augmented(self._read(draws), draws)
         except UserError as error:
             return error  # raised in a worker it would arrive as a traceback in a message
 
@@ -63,7 +63,7 @@ class TorchLoader(PlannedLoader):
 
     def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
         batches: DataLoader[Tensor | UserError] = DataLoader(
-            _Steps(self._host, lambda step: self._draws(plan, step), self._augmented),
+            _Steps(lambda step: self._draws(plan, step), self._read, self._augmented),
             batch_size=None,
             sampler=steps,
             num_workers=self._workers,

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdynat.config import TrainConfig
 from fastdynat.data import Images, TrainLoader, TrainSplit, make_loader, open_train
 from fastdynat.data.augmentation import stages_of
+from fastdynat.data.augmentation.resized_crop import ResizedCrop
 from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.mixing import Mixing
 from fastdynat.distributed import world
@@ -126,6 +127,7 @@ def _loader(config: ResolvedConfig[Any], split: TrainSplit, device: torch.device
         channels_last=engine.channels_last == "on",
         stages=stages_of(config.augmentation, split.info),
         mixing=Mixing.of(config.augmentation, split.info.num_classes),
+        resized_crop=ResizedCrop.of(config.augmentation),
     )
 
 

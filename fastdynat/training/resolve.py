@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fastdynat.config import AugmentationConfig, DataConfig, ModelConfig, TrainConfig
-from fastdynat.config.augmentation_policy import parse_policy
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.distributed import world
@@ -97,8 +96,15 @@ def resolve_loader(
     config = replace(config, extra=recorded_extra(config.extra, split.extra))
     data = config.data
     name, why = data.loader, "as asked"
+    cuts_files = split.in_files and split.extra is None and bool(config.augmentation.scale)
     if name == "auto":
-        name, why = choose_loader(split, torch.device(config.engine.device))  # type: ignore[assignment]
+        device = torch.device(config.engine.device)
+        name, why = choose_loader(split, device, cuts_files=cuts_files)  # type: ignore[assignment]
+    if name == "resident" and cuts_files:
+        raise UserError(
+            f"{config.augmentation.crops} takes parts of the images in their files, and --loader resident "
+            "keeps them resized; use --loader torch"
+        )
     workers = default_workers() if data.workers is None and name != "resident" else data.workers
     what = {"dali": f", {workers} thread(s)", "torch": f", {workers} worker process(es)"}.get(name, "")
     if announce:
@@ -147,7 +153,7 @@ def _data(
         check_dali()
     batch_size = BATCH_SIZE.get(info.name, USUAL_BATCH_SIZE) if data.batch_size is None else data.batch_size
     augment = info.augment if data.augment == "auto" else data.augment
-    if parse_policy(augmentation.aa).own_crop:  # in place of crops, which are "auto" then
+    if augmentation.crops:  # in place of those of --augment, which is none of its own then
         augment = "flip" if "flip" in augment else "none"
     if data.augment == "auto" and is_user_supplied(data.data):
         logger.info("your own data is not augmented by default; --augment crop-flip turns that on")

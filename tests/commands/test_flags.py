@@ -390,6 +390,7 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
             "--gamma has no effect: --schedule cosine has none",
         ),
         (["train", "--early-share", "0.7"], "--early-share has no effect: needs --early-steps"),
+        (["train", "--ratio", "0.5", "2"], "--ratio has no effect: needs --scale"),
         (["train", "--remode", "const"], "--remode has no effect: needs --reprob"),
         (
             ["train", "--mixup", "0.8", "--mixup-switch-prob", "0.1"],

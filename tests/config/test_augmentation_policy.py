@@ -4,7 +4,7 @@ import pytest
 
 from fastdynat.config import AugmentationConfig, DataConfig
 from fastdynat.config.augmentation_policy import PolicySpec, parse_policy
-from fastdynat.config.train_checks import check_policy
+from fastdynat.config.train_checks import check_augmentation
 from fastdynat.errors import UserError
 
 
@@ -51,7 +51,23 @@ def test_refused(text: str, message: str) -> None:
 
 def test_a_policy_with_crops_of_its_own_takes_no_others() -> None:
     for augment in ("auto", "flip", "none"):
-        check_policy(AugmentationConfig(aa="idbh-weak"), DataConfig(augment=augment))  # type: ignore[arg-type]
-    check_policy(AugmentationConfig(aa="trivialaugment"), DataConfig(augment="crop-flip"))
-    with pytest.raises(UserError, match=r"aa idbh-weak crops and shifts the images itself; leave --augment"):
-        check_policy(AugmentationConfig(aa="idbh-weak"), DataConfig(augment="crop-flip"))
+        check_augmentation(AugmentationConfig(aa="idbh-weak"), DataConfig(augment=augment))  # type: ignore[arg-type]
+    check_augmentation(AugmentationConfig(aa="trivialaugment"), DataConfig(augment="crop-flip"))
+    with pytest.raises(UserError, match=r"aa idbh-weak crops the images itself; leave --augment"):
+        check_augmentation(AugmentationConfig(aa="idbh-weak"), DataConfig(augment="crop-flip"))
+    with pytest.raises(UserError, match=r"^scale 0.08 1 crops the images itself; leave --augment crop out"):
+        check_augmentation(AugmentationConfig(scale=(0.08, 1.0)), DataConfig(augment="crop"))
+    with pytest.raises(UserError, match=r"^scale 0.5 1 and aa idbh-weak both crop the images"):
+        check_augmentation(AugmentationConfig(scale=(0.5, 1.0), aa="idbh-weak"), DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        *(("scale", ends) for ends in [(0.5,), (0.0, 1.0), (0.9, 0.5), (0.5, 1.5)]),
+        *(("ratio", ends) for ends in [(1.0, 101.0), (float("nan"), 1.0), (), (1.0, 2.0, 3.0)]),
+    ],
+)
+def test_ends_of_ranges(name: str, ends: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=f"^{name} must be two numbers"):
+        check_augmentation(AugmentationConfig(**{name: ends}), DataConfig())  # type: ignore[arg-type]

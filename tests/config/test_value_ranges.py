@@ -42,7 +42,7 @@ BOUNDED = {
         "ema",
         "label_smoothing",
     ),
-    *("reprob", "mixup_prob", "mixup_switch_prob"),
+    *("scale", "ratio", "reprob", "mixup_prob", "mixup_switch_prob"),
     *("layer_decay", "base_momentum", "max_momentum", "ema_warmup", "stop_at", "tolerance", "milestones"),
 }
 

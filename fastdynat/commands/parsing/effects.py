@@ -40,6 +40,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["drop_last"] = "with --extra-data every batch is full"
     if data.loader == "resident":
         found["workers"] = "--loader resident has none; it is for --loader torch and dali"
+    if not augmentation.scale:
+        found["ratio"] = "needs --scale"
     if augmentation.reprob == 0:
         found["remode"] = "needs --reprob"
     if augmentation.mixup == 0 or augmentation.cutmix == 0:
