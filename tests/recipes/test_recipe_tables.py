@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.published_schedules import published
 from support.releases import RELEASES, Release
 from torch import Tensor, nn
 
@@ -136,7 +137,8 @@ def recipe(
 
 
 def test_every_published_recipe_has_a_table() -> None:
-    assert set(recipe_names()) == RELEASES.keys() | OURS
+    """Here, or those that need other data or much memory in test_recipe_schedules."""
+    assert RELEASES.keys() | OURS <= set(recipe_names()) <= RELEASES.keys() | OURS | published().keys()
 
 
 def test_epochs_batches_and_attack(recipe: tuple[Built, Release]) -> None:
