@@ -14,7 +14,7 @@ from fastdynat.training.schedules import epochs_of_method
 
 
 def averages_every(optim: OptimConfig) -> Literal["step", "epoch"]:
-    """What an update of the average follows: as asked, else a step (--ema) or an epoch (--swa)."""
+    """The unit that ends with an update of the average: as asked, else a step (--ema) or an epoch (--swa)."""
     return ("epoch" if optim.swa else "step") if optim.ema_every == "auto" else optim.ema_every
 
 
