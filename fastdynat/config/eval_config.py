@@ -25,6 +25,11 @@ class EvalConfig:
     """Threat model; auto is the one the run was trained for, linf for another model."""
     checkpoints: Literal["both", "best", "last"] = "both"
     """Checkpoints of a run to evaluate."""
+    model: str | None = None
+    """Network of a file of weights that is evaluated: any name that train --model takes. A file that
+    fastdynat wrote, with its .json, needs none."""
+    normalize: Literal["none", "dataset", "released"] = "none"
+    """Mean/std in front of that network, as for training; a file that brings its own keeps it."""
     weights: str | None = None
     """File of weights for a torchvision:NAME, file.py:callable or module:callable model."""
     source: str | None = None

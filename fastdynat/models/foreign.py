@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
+from fastdynat.models.build import build_model
 from fastdynat.models.external import build_timm, build_torchvision
 from fastdynat.models.finite import check_finite
+from fastdynat.models.initial_state import network_pixels, put_initial_state
 from fastdynat.models.own_networks import Shape, check_network_output, network_of
 from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
@@ -82,6 +84,39 @@ def load_foreign(
         model=model,
         name=name,
         sha256=_digest(name, source, model),
+        note="; ".join(filter(None, (note, suspicion))),
+    )
+
+
+def load_weights_file(
+    file: Path,
+    name: str,
+    *,
+    num_classes: int,
+    image_shape: Shape,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> ForeignModel:
+    """The network `name` (as for `build_model`) with the weights in `file`, which may be a released one's.
+
+    Args:
+        mean, std: of a `Normalize` in front, per channel in [0, 1] units; those in `file` go before them.
+
+    Raises: UserError where the file fails, or its weights do not fit the network, the last layer included.
+    """
+    model = build_model(name, num_classes=num_classes, image_shape=image_shape, mean=mean, std=std)
+    state = read_state_dict(file)
+    placed = put_initial_state(model, state, str(file), num_classes=num_classes)
+    if placed.head:
+        raise UserError(f"{file} is for {placed.classes} classes, the data has {num_classes}: name its data")
+    model.eval()
+    found = network_pixels(model)
+    note = "" if found is None else f"{name}, images normalised by mean {found[0]} and std {found[1]}"
+    suspicion = check_network_output(model, name, num_classes, image_shape)
+    return ForeignModel(
+        model=model,
+        name=str(file),
+        sha256=_digest(name, b"", model),
         note="; ".join(filter(None, (note, suspicion))),
     )
 

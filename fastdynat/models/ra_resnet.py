@@ -16,7 +16,9 @@ from fastdynat.models.layer_styles import PLAIN, Style
 from fastdynat.models.resnet import conv3x3
 from fastdynat.models.wide_resnet import WideBlock
 
-STEM, SQUEEZE, MOMENTUM = 96, 0.25, 0.01
+STEM = 96
+SQUEEZE = 0.25
+MOMENTUM = 0.01
 RA_STYLE = Style(partial(nn.BatchNorm2d, momentum=MOMENTUM), nn.SiLU, same_padding=True)
 
 

@@ -16,6 +16,7 @@ from fastdynat.commands.evaluate.record import FORMAT, Values, make_record
 from fastdynat.commands.evaluate.settle import EvalConfig, check_eval_device, with_amp_chosen
 from fastdynat.commands.evaluate.tables import print_results
 from fastdynat.commands.evaluate.targets import Planner, Target, TestSets, check_names
+from fastdynat.commands.evaluate.weights_files import is_weights_file
 from fastdynat.distributed import all_can, first_decides, in_turns, world
 from fastdynat.evaluation.measure import Stopped, exact_float32
 from fastdynat.execution.process_state import process_state_kept
@@ -46,7 +47,8 @@ def evaluate_runs(
     """
     first = world().first
     # Of path/to/file.py:callable, the file.
-    files = (str(name).rpartition(":")[0] or None for name in (*names, config.source or ""))
+    files = [str(name).rpartition(":")[0] or None for name in (*names, config.source or "")]
+    files += [str(name) for name in names if is_weights_file(name)]
     first_decides(lambda: check_results((config.json,), inputs=(config.weights, *files)))
     require_same_config(names, config)
     all_can(lambda: check_eval_device(config))

@@ -14,6 +14,12 @@ from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.commands.evaluate.columns import AttackColumn, check_target_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import FOLDER
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard
+from fastdynat.commands.evaluate.weights_files import (
+    check_weights_file,
+    described_weights,
+    is_weights_file,
+    weights_of_file,
+)
 from fastdynat.config import DataConfig, read_config_file
 from fastdynat.data import DatasetInfo, Images, load_test
 from fastdynat.data.read_ahead import pixel_digest
@@ -120,8 +126,16 @@ def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
             f"{names[0]} is a "
             "run, which brings its own: leave --weights out"
         )
+    if config.model is not None and not any(map(is_weights_file, names)):
+        raise UserError(f"--model {config.model} is for files of weights, {names[0]} is none: leave it out")
+    if config.model is None and config.normalize != "none":
+        raise UserError(
+            f"--normalize {config.normalize} is for a file of weights and its --model: leave it out"
+        )
     for name in names:
-        if not _is_model(str(name)):
+        if is_weights_file(name):
+            check_weights_file(Path(name), config)
+        elif not _is_model(str(name)):
             require_run(name)
         elif config.data == "auto":
             raise UserError(f"{name} comes without data: give --data, for example --data cifar10")
@@ -150,7 +164,9 @@ class Planner:
         targets = []
         check_names(names, self.config)
         for name in names:
-            if _is_model(str(name)):
+            if is_weights_file(name):
+                targets.append(self._file(Path(name)))
+            elif _is_model(str(name)):
                 targets.append(self._model(str(name)))
             else:
                 targets += self._run(Path(name))
@@ -200,6 +216,27 @@ class Planner:
             logger.info("%s: no --eps given; using 8/255 under linf", name)
         radius = self._radius(info, "linf", DEFAULT_EPS)
         return self._target(name, None, weights, network, trained, radius, test, Path(FOLDER))
+
+    def _file(self, file: Path) -> Target:
+        config = self.config
+        about = described_weights(file, config)
+        data = config.data if about is None or config.data != "auto" else about.dataset
+        test = self._test_set(data, DataConfig().data_dir, config.image_size, download=True)
+        info = test.info
+        if about is None:
+            assert config.model is not None
+            network, weights = weights_of_file(file, config.model, config.normalize, info)
+            trained = {"method": None, "architecture": config.model, "dataset": info.name, "epoch": None}
+            radius = self._radius(info, "linf", DEFAULT_EPS)
+        else:
+            network, _ = load_network(file)
+            weights = read_sidecar(file)[1]
+            if difference := data_difference(about, info):
+                raise UserError(f"{file} was trained on {difference}")
+            trained = {key: getattr(about, key) for key in ("method", "architecture", "dataset", "epoch")}
+            trained["architecture"] = short_name(about.architecture)
+            radius = self._radius(info, about.norm, about.eval_eps)
+        return self._target(str(file), None, weights, network, trained, radius, test, Path(FOLDER))
 
     def _target(
         self,

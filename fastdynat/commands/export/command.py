@@ -9,7 +9,7 @@ import tyro
 from fastdynat.commands.export.export_config import ExportConfig
 from fastdynat.commands.message_flags import MessageFlags, printed_messages
 from fastdynat.commands.parsing.parse import parse
-from fastdynat.config.value_ranges import check_values
+from fastdynat.config.value_ranges import check_radii, check_values
 from fastdynat.runs import require_run
 
 
@@ -18,7 +18,7 @@ class ExportCommand:
     """Write RUN's network to a file, then read it back and compare its logits with the network's."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory."""
+    """Run directory, or a file of weights (with --model and --dataset)."""
     messages: MessageFlags = field(default_factory=MessageFlags)
     export: ExportConfig
 
@@ -27,7 +27,9 @@ def export_command(argv: list[str]) -> int:
     """Run `fastdynat export`."""
     command = parse(ExportCommand, argv, "export").command
     check_values(command.export)
-    require_run(command.run)
+    check_radii(command.export, command.export.norm)
+    if not command.run.is_file():
+        require_run(command.run)
 
     from fastdynat.terminal.consoles import error_console
 

@@ -38,4 +38,13 @@ class ExportConfig:
     """Replace existing files."""
     dataset: str = "auto"
     """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
+    model: str | None = None
+    """Network of a file of weights (in place of RUN) that is not fastdynat's: any name that train --model
+    takes."""
+    normalize: Literal["none", "dataset", "released"] = "none"
+    """Mean/std in front of that network; a file that brings its own keeps it."""
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    """Threat model of that network."""
+    eps: float | str = "8/255"
+    """Its radius."""
     paper: Paper = field(default_factory=Paper)

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastdynat.commands.export.accuracies import stored_accuracies
 from fastdynat.commands.export.export_config import ExportConfig
+from fastdynat.commands.export.exported_file import exported_file, refuse_file_options
 from fastdynat.commands.export.programs import check_onnx, write_onnx, write_torch
 from fastdynat.commands.export.robustbench import THREATS, check_model_name, side_files, write_robustbench
 from fastdynat.errors import UserError
@@ -28,7 +29,7 @@ def export_run(run: Path | str, config: ExportConfig) -> Path:
     run = Path(run)
     out = Path(config.out)
     _check_out(out, config)
-    model, sidecar, weights = _checkpoint(run, config.checkpoint)
+    model, sidecar, weights = exported_file(run, config) if run.is_file() else _checkpoint(run, config)
     with replacing(out) as path:
         if config.format == "robustbench":
             difference = _write_robustbench(run, model, sidecar, weights, path, config)
@@ -59,9 +60,11 @@ def _check_out(out: Path, config: ExportConfig) -> None:
         check_output(path)
 
 
-def _checkpoint(run: Path, checkpoint: str) -> tuple[nn.Module, Sidecar, str]:
+def _checkpoint(run: Path, config: ExportConfig) -> tuple[nn.Module, Sidecar, str]:
     """The network of a run's checkpoint, what is known about it, and the sha256 of its weights."""
+    refuse_file_options(run, config)
     require_run(run)
+    checkpoint = config.checkpoint
     if find_checkpoint(run, checkpoint) is None:
         raise UserError(f"{run} has no {checkpoint} checkpoint; use the other --checkpoint, or train on")
     network, sidecar, weights = load_checkpoint(run, checkpoint)
@@ -79,7 +82,11 @@ def _write_robustbench(
     if sidecar.norm not in THREATS:
         raise UserError(f"RobustBench has no threat model for {sidecar.norm}: use --format torch")
     accuracies = stored_accuracies(
-        run, weights, dataset=sidecar.dataset, norm=sidecar.norm, eps=sidecar.eval_eps
+        run if run.is_dir() else Path(),  # results of a file lie in ./evaluations
+        weights,
+        dataset=sidecar.dataset,
+        norm=sidecar.norm,
+        eps=sidecar.eval_eps,
     )
     logger.info(accuracies.note)
     dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
