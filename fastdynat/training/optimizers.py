@@ -56,7 +56,9 @@ def _kind(config: ResolvedOptim, cycled: bool) -> tuple[type[Optimizer], dict[st
     usual["betas"] = usual_betas(config)
     if config.opt == "lion":
         return Lion, usual
-    return AdamW if config.opt == "adamw" else Adam, {**usual, "eps": usual_eps(config), "fused": True}
+    # Capturable: torch refuses to capture another update of Adam, although its fused one is always the same.
+    usual |= {"eps": usual_eps(config), "fused": True, "capturable": True}
+    return AdamW if config.opt == "adamw" else Adam, usual
 
 
 def _sharded(kind: type[Optimizer]) -> Callable[..., Optimizer]:

@@ -100,7 +100,7 @@ def _kept() -> tuple[list[str], list[bool], int, int]:
         networks.views.guide_eval(_shard(X))
         folded = AttackReplica(model, X[:2]).num_folded  # as validation makes it, without a weight average
         model.eval()(X[:3])
-        networks.average()
+        networks.average_step()
     return keys, synchronised, folded, len(calls)
 
 

@@ -36,7 +36,9 @@ def make_step(
         attack=switches,
         ema=0.9,
     )
-    optim = OptimConfig(lr=0.1, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
+    opt = kwargs.pop("opt", "sgd")
+    lr = {"sgd": 0.1}.get(opt, 0.003)
+    optim = OptimConfig(opt=opt, lr=lr, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
     precision = Precision(amp, torch.device(device))
     spec = kwargs.pop("spec", PGDSpec(0.1, 0.05, 3, start="gaussian"))
     method.epochs, method.buffers = (

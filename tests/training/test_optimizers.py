@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs
+from support.fallbacks import NoFallbacks
 from support.graph_sim import SimulatedRecorder
+from support.graphed_training import make_step, train
 from support.stepping import LR, make_batch, moved_network, train_step
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -13,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastdynat.config import OptimConfig
 from fastdynat.config.optimizer_kinds import OPTIMIZER_KINDS, usual_betas, usual_decay, usual_eps
+from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Madry, MadryOptions, Natural, NaturalOptions
 from fastdynat.training.optimizers import build_optimizers, load_optimizer_state, optimizer_state
 from fastdynat.training.step import TrainStep
@@ -143,6 +147,34 @@ def test_a_captured_step_reads_rate_and_number_of_steps_anew(case: str, more: di
     assert recorder.replayed > 3
     for p, q in zip(weights(captured), weights(plain), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("opt", OPTIMIZER_KINDS)
+def test_torch_lets_its_update_be_captured_on_a_gpu(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's optimisers ask whether the stream is being captured."""
+    config: Any = OptimConfig(opt=opt, lr=0.1, epochs=1)  # type: ignore[arg-type]
+    parameters = parameters_of()
+    optimizer = built(parameters, config, torch.tensor(0.1, dtype=torch.float64))
+    gradients(3, parameters)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    optimizer.step()
+    plain = AdamW(parameters, lr=0.1)
+    with pytest.raises(RuntimeError, match="capturable"):
+        plain.step()
+
+
+@pytest.mark.gpu
+@needs("gpu")
+@pytest.mark.parametrize("opt", OPTIMIZER_KINDS)
+def test_a_cuda_graph_reads_the_rate_anew(opt: str) -> None:
+    recorder = CudaRecorder(torch.device("cuda"))
+    found = []
+    for graph in (recorder, None):
+        step = make_step(Madry(MadryOptions()), "cuda", recorder=graph, opt=opt, fallbacks=NoFallbacks())
+        found.append(train(step, "cuda")[1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
