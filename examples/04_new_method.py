@@ -7,10 +7,9 @@ The same on the command line: fastdynat train --method examples/04_new_method.py
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 
 import fastdynat
-from fastdynat.attacks import AttackGoal, AttackResult, wide
+from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
 from fastdynat.methods import AttackDefaults, Inner, Method, MethodOptions, Networks, Outer
 
@@ -27,16 +26,18 @@ class Squeeze(Method[SqueezeOptions]):
     """CE(f(x'), y) + weight * mean f(x')^2, attacked by PGD on the CE (logit squeezing, arXiv 1803.06373)."""
 
     options_type = SqueezeOptions
+    smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="uniform", steps=3)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         """What the attack maximises."""
-        return Inner(AttackGoal("ce", batch.labels))
+        return Inner(self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         """What the network minimises; the engine takes the gradients, averages, logs and saves."""
         logits = wide(nets.model(attacked.x_adv))
-        loss = F.cross_entropy(logits, batch.labels) + self.options.squeeze_weight * logits.square().mean()
+        fit = self.fit(logits, batch)  # the CE, with smoothed or mixed labels if the run has them
+        loss = fit.loss + self.options.squeeze_weight * logits.square().mean()
         return Outer({"model": loss}, {"loss": loss.detach()})
 
 

@@ -124,6 +124,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "natural-hot": ("natural", {"temperature": 5.0}),
     "free-once": ("free", {"replays": 1}),
     "dynat-true": ("dynat", {"outer_label": "true", "inner_loss": "ce_true"}),
+    "dynat-awp": ("dynat", {"awp_objective": "trades"}),
     "ard-half": ("ard", {"alpha": 0.5}),
     "iad-half": ("iad", {"alpha": 0.5}),
 }
@@ -142,7 +143,13 @@ def method_of(variant: str) -> Method[Any]:
 
 
 def test_every_method_and_variant_has_decided() -> None:
-    covered = {"free", "free-2", "arda-quarter", "dynat-mail"}  # other variants have their formulas
+    covered = {
+        "free",
+        "free-2",
+        "arda-quarter",
+        "dynat-mail",
+        "dynat-awp",
+    }  # other variants have their formulas
     assert {*VARIANTS, *MORE} <= {*TERMS, *UNSMOOTHED, *covered}
     for variant in {*TERMS, *UNSMOOTHED}:
         method = method_of(variant)
@@ -329,6 +336,27 @@ def test_unlabelled_images_have_no_smoothed_loss() -> None:
     z, labels = moved_network(1)(batch.x)[1::2], batch.labels[1::2]
     wanted = F.cross_entropy(z, labels, label_smoothing=SMOOTHING) - F.cross_entropy(z, labels)
     torch.testing.assert_close(got.losses["model"] - before.losses["model"], wanted)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("variant", ["trades", "ikl", "dynat-awp"])
+def test_weight_perturbation_ascends_the_loss_with_these_labels(variant: str, mixing: bool) -> None:
+    """Of the methods that have a loss of their own for it; all others take `outer`'s."""
+    plain, model, guide = make_batch(), moved_network(1), moved_network(2)
+    mixed = mixed_labels(plain.labels)
+    batch = Batch(plain.x, plain.labels, plain.indices, mixed=mixed if mixing else None)
+    method = method_of(variant)
+    method.num_classes = K
+    method.buffers = method.make_buffers(batch.x)
+    nets, attacked = Networks(model, model, model, guide, guide), unattacked(batch.x + 0.02)
+    losses = []
+    for given, smoothing in ((batch, SMOOTHING), (plain, 0.0)):
+        method.label_smoothing = smoothing
+        losses.append(method.awp_loss(nets, given, method.inner(nets, given), attacked))
+    target = mixed if mixing else F.one_hot(plain.labels, K).double()
+    z = model(plain.x)
+    wanted = F.cross_entropy(z, target, label_smoothing=SMOOTHING) - F.cross_entropy(z, plain.labels)
+    torch.testing.assert_close(losses[0] - losses[1], wanted, rtol=1e-9, atol=1e-12)
 
 
 # Refusals
