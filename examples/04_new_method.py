@@ -7,7 +7,6 @@ The same on the command line: fastdynat train --method examples/04_new_method.py
 
 from dataclasses import dataclass
 
-
 import fastdynat
 from fastdynat.attacks import AttackResult, wide
 from fastdynat.data import Batch
