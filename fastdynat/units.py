@@ -40,14 +40,14 @@ def parse_number(text: float | str, what: str) -> float:
 def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float = 1.0) -> Size:
     """Read a radius or step size by the unit rule.
 
-    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. Under L2 every value is taken as it
-    stands, because radii above 1 are ordinary there.
+    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. Under other norms every value is taken as
+    it stands, because radii above 1 are ordinary there.
 
     Args:
         text: ``8/255``, ``0.031`` or ``8``.
         what: the option's name, for messages.
-        norm: "linf" or "l2".
-        limit: the largest sensible value: 1 under L-inf, the image space's diameter under L2.
+        norm: "linf" or another.
+        limit: the largest sensible value: the image space's diameter, 1 under L-inf.
 
     Raises:
         UserError: not a number, not positive, or above `limit` after the rule.
@@ -67,6 +67,6 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     return Size(value, notice)
 
 
-def describe_size(value: float) -> str:
-    """`value` with its 8-bit reading: ``0.0313725 (8.00/255)``."""
-    return f"{value:.6g} ({value * 255:.2f}/255)"
+def describe_size(value: float, norm: str = "linf") -> str:
+    """`value`, under L-inf with its 8-bit reading: ``0.0313725 (8.00/255)``."""
+    return f"{value:.6g} ({value * 255:.2f}/255)" if norm == "linf" else f"{value:.6g}"

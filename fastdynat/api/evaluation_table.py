@@ -69,7 +69,7 @@ class Evaluation(Mapping[str, float]):
         return len(self.measurements)
 
     def __str__(self) -> str:
-        title = f"accuracy on {self.images} images, {self.norm} eps {describe_size(self.eps)}"
+        title = f"accuracy on {self.images} images, {self.norm} eps {describe_size(self.eps, self.norm)}"
         table = PlainTable(title=title, title_justify="left")
         table.add_column("attack")
         for column in ("accuracy in %", "95 % interval", "seconds"):

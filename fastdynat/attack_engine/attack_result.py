@@ -23,12 +23,14 @@ class AttackResult:
         gradients: image gradients computed, at most N * steps * restarts.
         kept: (N,) int64, for a goal with `track`: at how many of the iterates that a step was taken from the
             network still predicted the goal's class.
+        norm: (N,) int64, for the worst of several norms: which of them, counted from 0; else None.
     """
 
     x_adv: Tensor
     zero_grads: Tensor
     gradients: int
     kept: Tensor | None = None
+    norm: Tensor | None = None
 
     def clone(self: R) -> R:
         """A copy that shares no tensors."""

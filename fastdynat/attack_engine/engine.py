@@ -21,6 +21,7 @@ from fastdynat.attack_engine.pgd import run_pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.replica_state import ReplicaState
+from fastdynat.attack_engine.worst_norm import worst_of
 from fastdynat.execution.compiling import AUTO, MAX_SIGNATURES, compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.execution.float32 import float32_name
@@ -275,6 +276,7 @@ class Attacker:
             is torch's global generator.
         sizes: float64 (2,) on the device, [eps, step size] of this update, where a ramp changes those of
             `spec`, which then has the final ones; None without a ramp.
+        others: attacks under other norms; an image gets the worst of all (`worst_of`).
     """
 
     engine: AttackEngine
@@ -291,6 +293,7 @@ class Attacker:
     def step_size(self) -> Size:
         """The step size of this update: a number, or under a ramp a scalar on the device."""
         return self.spec.step_size if self.sizes is None else self.sizes[1]
+    others: tuple[PGDSpec, ...] = ()
 
     def take(self, rows: Tensor | slice) -> "Attacker":
         """The attacker of some of the batch's images, by their indices, a mask or a slice."""
@@ -311,7 +314,7 @@ class Attacker:
             ValueError: `x` are not the images that the draws are of; under a ramp, a `spec` of another eps or
                 step size without `sizes`, which would not follow it.
         """
-        spec = spec or self.spec
+        own, spec = spec is None, spec or self.spec
         same = (spec.eps, spec.step_size) == (self.spec.eps, self.spec.step_size)
         if self.sizes is not None and sizes is None and not same:
             raise ValueError(
@@ -324,7 +327,11 @@ class Attacker:
                 "attack.take(rows)(x[rows], goal)"
             )
         sizes = self.sizes if sizes is None else sizes
-        return self.engine.run(x, goal, spec, x_start=x_start, sizes=sizes, generator=self.draws)
+        found = [
+            self.engine.run(x, goal, one, x_start=x_start, sizes=sizes, generator=self.draws)
+            for one in (spec, *(self.others if own else ()))
+        ]
+        return worst_of(self.engine, goal, found) if len(found) > 1 else found[0]
 
 
 def _replica_options(s: AttackSwitches, bn: str) -> dict[str, Any]:

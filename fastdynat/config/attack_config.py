@@ -13,13 +13,23 @@ class AttackConfig:
     """Algorithm: PGD with steps of --step-size, which trains on the last point; or APGD, which chooses its
     step sizes itself and trains on the point with the highest loss (Croce & Hein 2020; Singh et al. 2023
     train with --steps 2)."""
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     """Threat model."""
+    norms: str | None = None
+    """Several threat models to train against, such as linf,l2,l1 (multi-norm training); --norm is then the
+    first of them."""
+    norm_choice: Literal["alternate", "worst", "average"] = "alternate"
+    """With --norms: one norm per batch in turns; for each image the norm with the highest loss (Tramer &
+    Boneh 2019, max); or the mean of the losses under all of them (avg), which costs an update each."""
+    norm_eps: str = "auto"
+    """Radii of --norms in their order, such as 8/255,0.5,12; auto is --eps for the first, and for the others
+    what auto is under that norm."""
     eps: float | str = "auto"
-    """Radius in training; auto is the dataset's (0.031 for colour images)."""
+    """Radius in training; auto is the dataset's (for colour images 0.031,
+    under l2 0.5, under l1 12)."""
     step_size: float | str = "auto"
-    """Step of the attack; auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more
-    for single-step methods."""
+    """Step of the attack, under the first of --norms (under others in proportion to their radii); auto is the
+    method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step methods."""
     steps: int | None = None
     """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
@@ -41,3 +51,10 @@ class AttackConfig:
     0.01); 0 is off."""
     awp_warmup: int = 0
     """Epochs without weight perturbation at the start."""
+
+
+def norms_of(attack: AttackConfig) -> tuple[str, ...]:
+    """The norms of training: those of `norms`, or `norm` alone."""
+    if attack.norms is None:
+        return (attack.norm,)
+    return tuple(name.strip() for name in attack.norms.split(","))

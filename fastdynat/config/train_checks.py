@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.attack_config import AttackConfig, norms_of
 from fastdynat.config.augmentation_config import AugmentationConfig
 from fastdynat.config.augmentation_policy import parse_policy
 from fastdynat.config.data_config import DataConfig
@@ -16,11 +16,13 @@ from fastdynat.config.extra_config import ExtraConfig
 from fastdynat.config.optim_config import OptimConfig
 from fastdynat.config.optimizer_kinds import check_optimizer
 from fastdynat.config.train_config import GROUPS, TrainConfig
-from fastdynat.config.value_ranges import check_radii, check_values
+from fastdynat.config.value_ranges import L2_LIMIT, check_radii, check_values
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.units import parse_size
 from fastdynat.user_code import is_hub_data, is_user_supplied
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
+TRAINING_NORMS = ("linf", "l2", "l1")
 # Peak of the one-cycle and triangular schedules, as a share of the run: torch's OneCycleLR, Wong et al. 2020.
 WARMUP = {"onecycle": 0.3, "triangular": 0.5}
 LINEAR_WARMUP = ("cosine", "multistep", "constant")  # schedules that --warmup-epochs may precede
@@ -83,9 +85,37 @@ def check_extra(extra: ExtraConfig) -> None:
 def check_attack(attack: AttackConfig) -> None:
     """Raise UserError for radii and steps that cannot work."""
     check_radii(attack, attack.norm)
+    check_norms(attack)
     steps = 1e6 if attack.steps is None else attack.steps
     if attack.early_steps is not None and not 0 <= attack.early_steps <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps:g}), got {attack.early_steps}")
+
+
+def check_norms(attack: AttackConfig) -> None:
+    """Raise UserError for --norms and --norm-eps that cannot work, or that --norm contradicts."""
+    norms = norms_of(attack)
+    if attack.norms is None:
+        return
+    if len(norms) < 2 or len(set(norms)) < len(norms):
+        raise UserError(
+            f"norms must be two or more different norms, such as linf,l2,l1, got {attack.norms!r}; "
+            "--norm takes one"
+        )
+    for norm in norms:
+        if norm not in TRAINING_NORMS:
+            raise unknown_name("norm of --norms", norm, TRAINING_NORMS)
+    if attack.norm not in (AttackConfig.norm, norms[0]):
+        raise UserError(f"norm {attack.norm} is not the first of --norms {attack.norms}; leave --norm out")
+    if attack.norm_eps != "auto":
+        radii = attack.norm_eps.split(",")
+        if len(radii) != len(norms):
+            raise UserError(
+                f"norm_eps must be a radius for each of --norms {attack.norms}, got {attack.norm_eps!r}"
+            )
+        for norm, radius in zip(norms, map(str.strip, radii), strict=True):
+            if radius != "auto":
+                limit = 1.0 if norm == "linf" else L2_LIMIT
+                parse_size(radius, f"norm_eps ({norm})", norm=norm, limit=limit)
 
 
 def check_optim(optim: OptimConfig) -> None:

@@ -55,7 +55,7 @@ class VatOptions(MethodOptions):
 
     radius: float | None = None
     """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps
-    sqrt(C H W)."""
+    sqrt(C H W). Under l1 it must be given."""
 
     xi: float = 0.1
     """L2 length of the finite difference that finds the direction."""
@@ -102,6 +102,13 @@ class Vat(Method[VatOptions]):
         if options.search == "power":
             self.unused_attack = TRAINING_ATTACK
             self.takes_any_attack = False
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if spec.norm == "l1" and self.options.search == "power" and self.options.radius is None:
+            raise UserError(
+                "vat takes an L2 length from eps, which an L1 radius is not: give --radius, "
+                "or use --search pgd or --norm l2"
+            )
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(kl_to_self(nets, batch) if self.options.search == "pgd" else None)

@@ -40,6 +40,7 @@ class Sidecar:
     epoch: Count  # epochs completed
     val_clean_acc: Share | None
     val_pgd10_acc: Share | None
+    eval_radii: dict[str, Radius] | None = None  # by norm, where the run trained against several
 
 
 @dataclass(frozen=True, kw_only=True)

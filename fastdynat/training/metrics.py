@@ -25,6 +25,7 @@ class Averages:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}  # images of the batches that logged the key
         self.images: float = 0
 
     def add(self, logs: Mapping[str, Tensor], images: float) -> None:
@@ -32,11 +33,14 @@ class Averages:
         for key, value in logs.items():
             term = value.detach().double() * images
             self._sums[key] = self._sums[key] + term if key in self._sums else term
+            self._counts[key] = self._counts.get(key, 0) + images
         self.images += images
 
     def means(self) -> dict[str, float]:
-        """The means so far (waits for the device)."""
-        return {key: float(value) / self.images for key, value in self._sums.items()} if self.images else {}
+        """The means so far, each over the batches that logged it (waits for the device)."""
+        return {
+            key: float(value) / self._counts[key] for key, value in self._sums.items() if self._counts[key]
+        }
 
     def of_all(self, world: World) -> "Averages":
         """The averages over the images of all ranks; every rank must call it (waits for the device)."""
@@ -44,18 +48,22 @@ class Averages:
             return self
         found = Averages()
         own = {key: float(value) for key, value in self._sums.items()}
-        for images, sums in world.gather((self.images, own)):
+        for images, sums, counts in world.gather((self.images, own, self._counts)):
             found.images += images
             for key, value in sums.items():
                 found._sums[key] = found._sums.get(key, torch.zeros((), dtype=torch.float64)) + value
+                found._counts[key] = found._counts.get(key, 0) + counts[key]
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": round(self.images), "sums": {key: value.cpu() for key, value in self._sums.items()}}
+        sums = {key: value.cpu() for key, value in self._sums.items()}
+        return {"images": round(self.images), "sums": sums, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.images = state["images"]
         self._sums = {key: value.to(device) for key, value in state["sums"].items()}
+        # States of earlier versions have no counts: every batch logged every key.
+        self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, self.images))
 
 
 class MetricsLog:

@@ -22,6 +22,7 @@ class MicroBatch:
     Attributes:
         rows: context in which the method's buffers are those of its images.
         last: no part follows.
+        weight: of its losses in those of the update, beside its share of the images.
         inner, attacked, logs: set one after the other.
     """
 
@@ -29,14 +30,16 @@ class MicroBatch:
     attack: Attacker
     rows: Callable[[], AbstractContextManager[None]]
     last: bool
+    weight: float = 1.0
     inner: Inner = field(init=False)
     attacked: AttackResult = field(init=False)
     logs: dict[str, Tensor] = field(init=False)
 
 
-def shared_loss(loss: Tensor, batch: Batch) -> Tensor:
-    """A mean over `batch` as its share of the mean over the global batch."""
-    return loss if batch.share.weight == 1 else loss * batch.share.weight
+def shared_loss(loss: Tensor, part: MicroBatch) -> Tensor:
+    """A mean over the images of `part` as its share of the mean over the global batch."""
+    weight = part.batch.share.weight * part.weight
+    return loss if weight == 1 else loss * weight
 
 
 def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, slice]]:

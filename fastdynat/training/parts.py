@@ -143,7 +143,7 @@ def _step(
     return TrainStep(
         method,
         networks,
-        attack.spec(),
+        attack.specs()[0],
         optim,
         Precision(engine.amp, device),
         schedule_factor(optim, steps_per_epoch),
@@ -155,6 +155,8 @@ def _step(
         guide_stream=torch.cuda.Stream(device) if engine.uses_guide_stream(method) else None,
         whole=config.data.batch_size,
         accumulate=optim.grad_accum_steps,
+        others=attack.specs()[1:],
+        norm_choice=attack.norm_choice,
         seed=engine.seed,
         fallbacks=fallbacks,
     )

@@ -1,10 +1,12 @@
 """Inner attack of a `ResolvedConfig`: sizes in pixel units, and the method's usual values."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fastdynat.attack_engine.steps import diameter
 from fastdynat.config import AttackConfig
+from fastdynat.config.attack_config import norms_of
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
@@ -13,9 +15,12 @@ from fastdynat.units import describe_size, parse_size
 
 # TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
 PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
-LINF_EPS = {"digits": 0.1, "mnist": 0.3}
-L2_EPS = {"digits": 1.0, "mnist": 2.0}
-USUAL_L2_EPS = 0.5
+# l1: 12 for CIFAR-10 (Croce & Hein 2021 and 2022), 10 for MNIST (Maini et al. 2020).
+USUAL_EPS = {"linf": PUBLISHED_EPS, "l2": 0.5, "l1": 12.0}
+EPS_OF_DATA = {
+    "digits": {"linf": 0.1, "l2": 1.0, "l1": 10.0},
+    "mnist": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
+}
 
 
 def resolved_attack(
@@ -26,25 +31,36 @@ def resolved_attack(
     Raises:
         UserError: a size that is no radius of this image space, or an attack that the method cannot run.
     """
-    limit = 1.0 if attack.norm == "linf" else math.sqrt(math.prod(info.image_shape))
+    norms = norms_of(attack)
+    norm, given = norms[0], ["auto"] * len(norms)
+    if attack.norm_eps != "auto":
+        given = attack.norm_eps.split(",")
 
-    def size(what: str, value: float | str, automatic: float) -> float:
+    def size(what: str, value: float | str, automatic: float, norm: str = norm) -> float:
         if value == "auto":
             return automatic
-        parsed = parse_size(value, what, norm=attack.norm, limit=limit)
+        parsed = parse_size(value, what, norm=norm, limit=diameter(norm, info.image_shape))
         if parsed.notice:
             notes.append(parsed.notice)
         return parsed.value
 
-    radii, usual_eps = (LINF_EPS, PUBLISHED_EPS) if attack.norm == "linf" else (L2_EPS, USUAL_L2_EPS)
-    eps = size("eps", attack.eps, radii.get(info.name, usual_eps))
-    published, defaults = attack.norm == "linf" and eps == PUBLISHED_EPS, method.attack_defaults
+    usual = EPS_OF_DATA.get(info.name, USUAL_EPS)
+    radii = [
+        size(f"norm_eps ({name})", eps.strip(), usual[name], name)
+        for name, eps in zip(norms, given, strict=True)
+    ]
+    eps = size("eps", attack.eps, radii[0])
+    if attack.norm_eps != "auto" and eps != radii[0]:
+        raise UserError(f"eps {eps:g} is not the first of --norm-eps {attack.norm_eps}; leave --eps out")
+    published, defaults = norm == "linf" and eps == PUBLISHED_EPS, method.attack_defaults
     usual_step = defaults.step_ratio * eps
     if published and defaults.step_ratio == AttackDefaults().step_ratio:
         usual_step = PUBLISHED_STEP
     resolved = filled_in(
         ResolvedAttack,
         attack,
+        norm=norm,
+        norm_eps="auto" if attack.norms is None else ",".join(map(repr, [eps, *radii[1:]])),
         eps=eps,
         step_size=size("step_size", attack.step_size, usual_step),
         eval_eps=size("eval_eps", attack.eval_eps, EVAL_EPS if published else eps),
@@ -52,9 +68,15 @@ def resolved_attack(
         start=_start(attack, defaults),
     )
     _check(resolved, method)
-    notes.append(f"{announcement(resolved, method)}; evaluated at eps {describe_size(resolved.eval_eps)}")
+    notes.append(f"{announcement(resolved, method)}; evaluated at eps {_described(resolved.eval_radii())}")
     notes += _unused(attack, method, usual_step)
     return resolved
+
+
+def _described(radii: Mapping[str, float]) -> str:
+    """Radii in words: without their norm where there is one only."""
+    sizes = {norm: describe_size(eps, norm) for norm, eps in radii.items()}
+    return ", ".join(sizes.values() if len(sizes) == 1 else (f"{norm} {eps}" for norm, eps in sizes.items()))
 
 
 def _start(attack: AttackConfig, defaults: AttackDefaults) -> str:
@@ -65,14 +87,17 @@ def _start(attack: AttackConfig, defaults: AttackDefaults) -> str:
 
 
 def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
-    if attack.attack != "pgd" and not (method.attacks and method.takes_any_attack):
-        own = "makes its attack itself" if method.attacks else "attacks nothing in training"
-        raise UserError(f"attack {attack.attack}: method {method.name} {own}; leave --attack out")
+    own = "makes its attack itself" if method.attacks else "attacks nothing in training"
+    for key, usual in (("attack", "pgd"), ("norms", None)):
+        value = getattr(attack, key)
+        if value != usual and not (method.attacks and method.takes_any_attack):
+            raise UserError(f"{key} {value}: method {method.name} {own}; leave --{key} out")
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps}), got {early}")
     for count in (steps, steps if early is None else early):
-        method.check_attack(replace(attack, steps=count).spec(), attack.attack_bn)
+        for spec in replace(attack, steps=count).specs():
+            method.check_attack(spec, attack.attack_bn)
     if attack.awp > 0 and not method.searches:
         raise UserError(
             f"awp {attack.awp:g}: method {method.name} does not attack the current weights; use --awp 0"
@@ -98,7 +123,14 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
     """The attack of training in one line."""
     if not method.attacks:
         return f"no attack in training ({attack.norm})"
-    used = f"{attack.norm} eps {describe_size(attack.eps)}, "
+    used = f"{attack.norm} eps {describe_size(attack.eps, attack.norm)}, "
+    if attack.norms is not None:
+        how = {
+            "alternate": "one of {} per batch",
+            "worst": "the worst of {} for each image",
+            "average": "the mean loss under {}",
+        }
+        used = how[attack.norm_choice].format(_described(attack.radii())) + ", "
     if "steps" in method.unused_attack:
         return f"{used}{_own_attack(method)}"
     if "step_size" in method.unused_attack:
@@ -106,7 +138,7 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
     elif attack.attack == "apgd":
         used += f"{attack.steps} steps of APGD"
     else:
-        used += f"{attack.steps} steps of {describe_size(attack.step_size)}"
+        used += f"{attack.steps} steps of {describe_size(attack.step_size, attack.norm)}"
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     return used

@@ -19,6 +19,7 @@ from fastdynat.config import (
     Switch,
     TrainConfig,
 )
+from fastdynat.config.attack_config import norms_of
 from fastdynat.methods import Method
 
 GroupT = TypeVar("GroupT")
@@ -42,15 +43,29 @@ class ResolvedAttack(AttackConfig):
     start: Literal["none", "uniform", "gaussian"]
     eval_eps: float
 
-    def spec(self) -> PGDSpec:
-        """The attack of training."""
-        return PGDSpec(
-            self.eps,
-            self.step_size,
-            self.steps,
-            norm=self.norm,
-            start=self.start,
-            algorithm=self.attack,
+    def radii(self) -> dict[str, float]:
+        """The radius of training under each norm, in order."""
+        if self.norms is None:
+            return {self.norm: self.eps}
+        radii = (float(eps) for eps in self.norm_eps.split(","))
+        return dict(zip(norms_of(self), radii, strict=True))
+
+    def eval_radii(self) -> dict[str, float]:
+        """The radius of evaluation under each norm: `eval_eps` under the first, else that of training."""
+        return self.radii() | {self.norm: self.eval_eps}
+
+    def specs(self) -> tuple[PGDSpec, ...]:
+        """The attack of training under each norm; steps are in proportion to the radii."""
+        return tuple(
+            PGDSpec(
+                eps,
+                self.step_size if norm == self.norm else self.step_size / self.eps * eps,
+                self.steps,
+                norm=norm,
+                start=self.start,
+                algorithm=self.attack,
+            )
+            for norm, eps in self.radii().items()
         )
 
 

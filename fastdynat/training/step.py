@@ -40,6 +40,7 @@ from fastdynat.training.resolved_config import ResolvedOptim
 from fastdynat.training.step_draws import StepDraws
 from fastdynat.training.step_rates import StepRates
 from fastdynat.training.step_state import StepState
+from fastdynat.training.training_norms import TrainingNorms
 
 
 class StepResult(NamedTuple):
@@ -74,6 +75,7 @@ class TrainStep:
             any size.
         accumulate: micro-batches that a batch is cut into, to save memory: attacks and losses one by one, a
             single update.
+        others: attacks under other norms beside `spec`, used as `norm_choice` says (`TrainingNorms`).
         seed: of all random numbers of the attacks, which depend on it, the step and the image alone; None
             draws from torch's global generator.
         fallbacks: collects why graphs are off (a capture fails, a replay differs from the step) and that
@@ -97,9 +99,12 @@ class TrainStep:
         statistics_resets: Collection[int] = (),
         whole: int | None = None,
         accumulate: int = 1,
+        others: Sequence[PGDSpec] = (),
+        norm_choice: str = "alternate",
         seed: int | None = None,
         fallbacks: Fallbacks | None = None,
     ) -> None:
+        self._norms = TrainingNorms((spec, *others), norm_choice)
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
         self.peak_lr = optim.lr
@@ -155,6 +160,7 @@ class TrainStep:
             else:
                 constants = (
                     self.spec.steps,
+                    self._norms.turn(self.global_step),
                     self._awp_is_on(),
                     resets,
                     batch.share,
@@ -216,11 +222,14 @@ class TrainStep:
                     self._minimize(part)
                 self._update()
         else:
-            for part in parts:
-                self._attack(part)
-                self._minimize(part)
+            together = self._norms.attacks_per_batch  # no attack sees statistics that another's pass moved
+            for group in (parts[i : i + together] for i in range(0, len(parts), together)):
+                for part in group:
+                    self._attack(part)
+                for part in group:
+                    self._minimize(part)
             self._update()
-        for part in parts:
+        for part in parts[:: self._norms.attacks_per_batch]:
             with part.rows(), self.precision.autocast():
                 self.method.after_update(self.networks.views, part.batch)
         average_statistics(self._trained, self._world, weight=batch.share.weight)
@@ -231,19 +240,23 @@ class TrainStep:
         cut = micro_batches(batch, self._accumulate)
         shared = len(cut) > 1 or batch.share.replicated
         names = rows_per_image(self.method, tuple(batch.x.shape[1:])) if shared else set[str]()
+        choices = self._norms.choices(self.global_step, self.spec.steps)
         return [
             MicroBatch(
                 one,
-                Attacker(
-                    self.networks.attack,
-                    self.spec,
-                    draws=None if self._draws is None else self._draws.of(one.indices, replay),
-                ),
+                self._attacker(one, replay * len(choices) + number, specs),
                 partial(buffer_rows, self.method, names, rows, batch.share, self._world),
-                last=one is cut[-1][0],
+                last=one is cut[-1][0] and number == len(choices) - 1,
+                weight=1 / len(choices),
             )
             for one, rows in cut
+            for number, specs in enumerate(choices)
         ]
+
+    def _attacker(self, batch: Batch, number: int, specs: tuple[PGDSpec, ...]) -> Attacker:
+        """The attacker of attack `number` on `batch`; of several `specs` an image gets the worst."""
+        draws = None if self._draws is None else self._draws.of(batch.indices, number)
+        return Attacker(self.networks.attack, specs[0], draws=draws, others=specs[1:])
 
     def _awp_is_on(self) -> bool:
         return self.awp is not None and self.method.epoch >= self.awp.warmup
@@ -255,7 +268,7 @@ class TrainStep:
         def loss(part: MicroBatch) -> Tensor:
             with part.rows(), self.precision.autocast():
                 loss = self.method.awp_loss(nets, part.batch, part.inner, part.attacked)
-            return self.precision.scaler.scale(shared_loss(loss, part.batch))
+            return self.precision.scaler.scale(shared_loss(loss, part))
 
         return self.awp.around((loss(part) for part in parts), self._sums.sum_)
 
@@ -276,12 +289,12 @@ class TrainStep:
             with self.precision.autocast():
                 outer = self.method.outer(self.networks.views, batch, inner, attacked)
             check_outer(self.method, inner, outer)
-            self._backward(outer.losses, batch)
+            self._backward(outer.losses, part)
             if self._guide_stream is not None:
                 torch.cuda.current_stream().wait_stream(self._guide_stream)
             self.method.after_backward(batch, attacked, part.attack)
         zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
-        part.logs = {**outer.logs, **zeros}
+        part.logs = {**outer.logs, **zeros, **self._norms.logs(part, outer.logs)}
 
     def _inner(self, part: MicroBatch) -> Inner:
         """The method's inner half and the backward pass of its losses, which do not depend on the attack."""
@@ -294,7 +307,7 @@ class TrainStep:
             if side is not None:
                 labels_made = side.record_event()
             check_inner(self.method, inner)
-            self._backward(inner.losses, part.batch)
+            self._backward(inner.losses, part)
             if part.last:
                 for name in inner.losses:  # their gradients are summed beside the attack
                     self._sums.begin(self.networks.raw[name])
@@ -302,9 +315,9 @@ class TrainStep:
             torch.cuda.current_stream().wait_event(labels_made)
         return inner
 
-    def _backward(self, losses: dict[str, Tensor], batch: Batch) -> None:
+    def _backward(self, losses: dict[str, Tensor], part: MicroBatch) -> None:
         if losses:
-            loss = shared_loss(torch.stack(list(losses.values())).sum(), batch)
+            loss = shared_loss(torch.stack(list(losses.values())).sum(), part)
             self.precision.scaler.scale(loss).backward()
 
     def _update(self) -> None:

@@ -51,6 +51,7 @@ class _Averages:
 
     images: Count
     sums: dict[str, Any]
+    counts: dict[str, Finite] | None = None  # not in states of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)

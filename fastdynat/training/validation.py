@@ -12,11 +12,12 @@ from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.data import Images
 from fastdynat.evaluation import KeptReplica, Measurement, measure
 from fastdynat.evaluation.measure_on_ranks import measure_on_ranks
+from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.training.average_share import MOSTLY, first_share
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.resolved_config import ResolvedConfig
 
-ATTACKS = ("clean", "pgd10")
+PGD = "pgd10"
 
 
 class Validation:
@@ -29,6 +30,9 @@ class Validation:
     def accuracies(self, begin: Callable[[str], None], should_stop: Callable[[], bool]) -> dict[str, float]:
         """val_clean_acc and val_pgd10_acc, as shares; several processes share the images.
 
+        Of a run with several norms, val_pgd10_acc counts the images that stay correct under all of them, and
+        val_pgd10_acc_NORM those under one.
+
         Args:
             begin: called with the name of each attack before it is measured.
 
@@ -36,9 +40,12 @@ class Validation:
             Stopped: `should_stop` returned True, here or on another rank.
         """
         config, accuracies = self._config, {}
-        norm, eps = config.attack.norm, config.attack.eval_eps
-        for name in ATTACKS:
-            begin(name)
+        radii = config.attack.eval_radii()
+        standing = torch.ones(len(self.images), dtype=torch.bool)
+        for name, norm in [("clean", config.attack.norm), *((PGD, norm) for norm in radii)]:
+            own = f"val_{name}_acc"
+            begin(name if name == "clean" or len(radii) == 1 else f"{name} {norm}")
+            eps = radii[norm]
             attack = parse_attack(name, eps=eps, step_size=usual_step(norm, eps), norm=norm)
             found = measure_on_ranks(
                 partial(self._measured, attack, should_stop),
@@ -46,7 +53,12 @@ class Validation:
                 self.images.labels,
                 batch_size=config.data.eval_batch_size,
             )
-            accuracies[f"val_{name}_acc"] = found.accuracy
+            if name == "clean" or len(radii) == 1:
+                accuracies[own] = found.accuracy
+                continue
+            standing &= unpack_bits(found.robust_bits, found.images)
+            accuracies[own] = int(standing.sum()) / len(standing)
+            accuracies[f"{own}_{norm}"] = found.accuracy
         return accuracies
 
     def _measured(

@@ -95,6 +95,7 @@ def describe_weights(
         norm=attack.norm,
         eps=attack.eps,
         eval_eps=attack.eval_eps,
+        eval_radii=None if attack.norms is None else attack.eval_radii(),
         epoch=epoch,
         val_clean_acc=validated.get("val_clean_acc"),
         val_pgd10_acc=validated.get("val_pgd10_acc"),

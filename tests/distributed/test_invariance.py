@@ -8,8 +8,14 @@ import torch
 from support.method_variants import VARIANTS
 from support.world_training import EPOCHS, SIZES, trained
 
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.methods import METHODS
 
+NORMS = (
+    PGDSpec(0.1, 0.05, 3),
+    PGDSpec(0.5, 0.2, 2, norm="l2"),
+    PGDSpec(5.0, 5.0, 2, norm="l1", algorithm="apgd"),
+)
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight perturbation": ("trades", {"awp": 0.01}),
     "weight perturbation of a guided method": ("dynat", {"awp": 0.01}),
@@ -29,6 +35,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "dynat",
         {"opt": "adamw", "lr": 5e-3, "head_lr_scale": 3.0, "zero1": True},
     ),
+    "apgd": ("trades", {"specs": (PGDSpec(0.1, 0.1, 3, start="gaussian", algorithm="apgd"),)}),
+    "alternating norms": ("dynat", {"specs": NORMS}),
+    "worst norm": ("madry", {"specs": NORMS, "norm_choice": "worst"}),
+    "worst norm, weights by position": ("dynat-gairat", {"specs": NORMS, "norm_choice": "worst"}),
+    "mean over the norms": ("dynat", {"specs": NORMS, "norm_choice": "average", "awp": 0.01}),
     "lion": ("madry", {"opt": "lion", "lr": 1e-3, "ema": 0.9}),
 }
 

@@ -52,14 +52,13 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
     awp, recorder = optim.pop("awp", 0.0), optim.pop("recorder", None)
     start = optim.pop("start", "gaussian")
     spec = optim.pop("spec", PGDSpec(EPS, STEP, STEPS, start=start))
-    config = OptimConfig(**{"lr": LR, "epochs": 1, "weight_decay": 0.0, "momentum": 0.0, **optim})
     method.num_classes = K
     method.buffers = method.make_buffers(torch.zeros(N, 3, 8, 8, dtype=torch.float64))
+    attacks = {key: optim.pop(key) for key in ("others", "norm_choice") if key in optim}
+    config = OptimConfig(**{"lr": LR, "epochs": 1, "weight_decay": 0.0, "momentum": 0.0, **optim})
     perturbation = WeightPerturbation(model, awp) if awp else None
-    precision = Precision("off", CPU)
-    return TrainStep(
-        method, networks, spec, config, precision, lambda step: 1.0, awp=perturbation, recorder=recorder
-    )
+    attacks |= {"awp": perturbation, "recorder": recorder}
+    return TrainStep(method, networks, spec, config, Precision("off", CPU), lambda step: 1.0, **attacks)
 
 
 def drawn_start(x: Tensor, start: str, eps: float = EPS) -> Tensor:

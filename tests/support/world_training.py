@@ -47,9 +47,11 @@ def step_of(
     ema: float = 0.0,
     attack_bn: str = "eval",
     sync_bn: bool = True,
+    specs: tuple[PGDSpec, ...] = (),
+    norm_choice: str = "alternate",
     **optim: Any,
 ) -> TrainStep:
-    """A step of this process; `optim` are fields of `OptimConfig`."""
+    """A step of this process, with the attacks `specs` if given; `optim` are fields of `OptimConfig`."""
     method = make_method(variant)
     model = network(1, norm)
     networks = NetworkSet(
@@ -71,12 +73,14 @@ def step_of(
     return TrainStep(
         method,
         networks,
-        SPECS.get(method.name, PGDSpec(0.1, 0.05, 3, start="gaussian")),
+        specs[0] if specs else SPECS.get(method.name, PGDSpec(0.1, 0.05, 3, start="gaussian")),
         OptimConfig(**{"lr": 0.05, "epochs": EPOCHS, "momentum": 0.9, **optim}),
         Precision("off", CPU),
         lambda n: 1 / (1 + n / 10),
         awp=WeightPerturbation(model, awp, warmup=1) if awp else None,
         accumulate=accumulate,
+        others=specs[1:],
+        norm_choice=norm_choice,
         seed=7,
         fallbacks=NoFallbacks(),
     )

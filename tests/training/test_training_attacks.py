@@ -1,8 +1,10 @@
 """Attacks of training other than PGD: steps of methods, runs, resuming, and who refuses what."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +13,18 @@ from support.graph_sim import SimulatedRecorder
 from support.graphed_training import make_step, train
 from support.method_variants import TINY, flags, make_method, teacher  # noqa: F401
 from support.stepping import EPS, K, N, assert_same_step, make_batch, moved_network, train_step
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.commands.main import main
-from fastdynat.data import dataset_info
+from fastdynat.data import Batch, dataset_info
 from fastdynat.errors import UserError
+from fastdynat.evaluation.outcome import unpack_bits
 from fastdynat.methods import METHODS, Madry, MadryOptions
 from fastdynat.methods.configs import default_config
 from fastdynat.training.resolve_attack import resolved_attack
 
-RADII = {"linf": EPS, "l2": 0.5, "l1": 6.0}
+RADII = {"linf": EPS, "l2": 0.4, "l1": 2.5}  # of about equal strength
 OWN_ATTACK = ("distillation", "dyart", "fgsm_rs", "free", "n_fgsm", "natural", "vat")
 
 
@@ -72,7 +75,7 @@ def test_every_method_takes_apgd_or_refuses_it_by_name(name: str) -> None:
         return
     notes: list[str] = []
     found = resolved_attack(attack, info, method, notes)
-    assert found.spec().algorithm == "apgd"
+    assert found.specs()[0].algorithm == "apgd"
     assert found.start == ("none" if method.attack_defaults.start == "uniform" else "gaussian")
     assert "10 steps of APGD" in notes[-1]
 
@@ -88,7 +91,131 @@ def test_a_captured_step_with_apgd_is_the_plain_step_bit_for_bit(name: str) -> N
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("given", [["--attack", "apgd"]])
+NORM_SPECS = tuple(apgd_spec(norm) for norm in RADII)
+
+
+def cross_entropy(logits: Tensor, label: int) -> Tensor:
+    return -(logits[label] - logits.exp().sum().log())
+
+
+def attacked_reference(model: nn.Module, batch: Batch, norm: str) -> Tensor:
+    model.eval()
+    labels = batch.labels.tolist()
+    found = apgd_reference(
+        lambda z, i: cross_entropy(model(z[None])[0], labels[i]), batch.x, norm=norm, eps=RADII[norm], steps=2
+    )
+    model.train()
+    return found
+
+
+def mean_loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    logits = model(x)
+    return torch.stack([cross_entropy(logits[i], int(labels[i])) for i in range(N)]).mean()
+
+
+def test_alternating_norms_take_turns_by_the_number_of_the_update() -> None:
+    batch, model = make_batch(), moved_network(1)
+    step = train_step(Madry(MadryOptions()), model, None, spec=NORM_SPECS[0], others=NORM_SPECS[1:])
+    for number in (0, 1, 2, 3, 4):
+        reference = copy.deepcopy(model)
+        norm = ("linf", "l2", "l1")[number % 3]
+        mean_loss(reference, attacked_reference(reference, batch, norm), batch.labels).backward()
+        logs = step(batch)
+        assert_same_step(model, reference)
+        assert [key for key in logs if key.startswith("train_adv_acc_")] == [f"train_adv_acc_{norm}"]
+
+
+def test_the_worst_norm_is_chosen_image_by_image() -> None:
+    batch, model = make_batch(), moved_network(1)
+    reference = copy.deepcopy(model)
+    candidates = [attacked_reference(reference, batch, norm) for norm in RADII]
+    reference.eval()
+    chosen, numbers = [], []
+    for i in range(N):
+        losses = [cross_entropy(reference(x[i : i + 1])[0], int(batch.labels[i])) for x in candidates]
+        numbers.append(max(range(3), key=lambda k: float(losses[k].detach())))
+        chosen.append(candidates[numbers[-1]][i])
+    reference.train()
+    mean_loss(reference, torch.stack(chosen), batch.labels).backward()
+    step = train_step(
+        Madry(MadryOptions()), model, None, spec=NORM_SPECS[0], others=NORM_SPECS[1:], norm_choice="worst"
+    )
+    logs = step(batch)
+    assert_same_step(model, reference)
+    assert len(set(numbers)) > 1
+    for k, norm in enumerate(RADII):
+        assert float(logs[f"worst_{norm}"]) == numbers.count(k) / N
+
+
+def test_the_average_is_the_mean_of_the_losses_under_each_norm() -> None:
+    batch, model = make_batch(), moved_network(1)
+    reference = copy.deepcopy(model)
+    losses = [
+        mean_loss(reference, attacked_reference(copy.deepcopy(model), batch, norm), batch.labels)
+        for norm in RADII
+    ]
+    torch.stack(losses).mean().backward()
+    step = train_step(
+        Madry(MadryOptions()), model, None, spec=NORM_SPECS[0], others=NORM_SPECS[1:], norm_choice="average"
+    )
+    logs = step(batch)
+    assert_same_step(model, reference)
+    each = [float(logs[f"train_adv_acc_{norm}"]) for norm in RADII]
+    assert float(logs["train_adv_acc"]) == pytest.approx(sum(each) / 3)
+
+
+@pytest.mark.parametrize(("choice", "graphs"), [("alternate", 3), ("worst", 2), ("average", 2)])
+def test_a_captured_step_with_several_norms_is_the_plain_step(choice: str, graphs: int) -> None:
+    specs = [PGDSpec(0.1, 0.05, 2), PGDSpec(0.5, 0.2, 2, norm="l2"), apgd_spec("l1")]
+    options: dict[str, Any] = {"spec": specs[0], "others": specs[1:], "norm_choice": choice}
+    recorder = SimulatedRecorder()
+    got = train(make_step(make_method("madry"), "cpu", recorder=recorder, **options))
+    want = train(make_step(make_method("madry"), "cpu", **options))
+    assert recorder.captured == graphs
+    assert repr(got[0]) == repr(want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: str) -> None:
+    config = default_config(name)
+    info = dataset_info("cifar10")
+    assert info is not None
+    method = METHODS[name](config.options)
+    several = replace(config.attack, norms="linf,l2,l1")
+    if name in OWN_ATTACK:
+        with pytest.raises(UserError, match=f"norms linf,l2,l1: method {name} .*leave --norms out"):
+            resolved_attack(several, info, method, [])
+    else:
+        notes: list[str] = []
+        found = resolved_attack(several, info, method, notes)
+        assert found.radii() == {"linf": 0.031, "l2": 0.5, "l1": 12.0}
+        assert found.eval_radii() == {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+        assert [spec.norm for spec in found.specs()] == ["linf", "l2", "l1"]
+        assert found.specs()[2].step_size == pytest.approx(12 / 0.031 * found.step_size)
+        assert "one of linf 0.031 (7.91/255), l2 0.5, l1 12 per batch" in notes[-1]
+        assert resolved_attack(found, info, method, []) == found
+    one = replace(config.attack, norm="l1")
+    if name in ("n_fgsm", "dyart", "vat"):
+        with pytest.raises(UserError, match=name):
+            resolved_attack(one, info, method, [])
+        return
+    resolved = resolved_attack(one, info, method, [])
+    assert (resolved.eps, resolved.eval_eps, resolved.norm) == (12.0, 12.0, "l1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--attack", "apgd"],
+        ["--norm", "l1"],
+        ["--attack", "apgd", "--norm", "l1", "--start", "uniform"],
+        ["--norms", "linf,l2,l1", "--norm-eps", "0.1,1,auto"],
+        ["--norms", "l1,linf", "--norm-choice", "worst"],
+        ["--norms", "linf,l1", "--norm-choice", "average", "--attack", "apgd"],
+    ],
+    ids=" ".join,
+)
 def test_a_run_trains_and_resumes_exactly(given: list[str], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ["--method", "madry", "--steps", "2", *given]
@@ -97,6 +224,40 @@ def test_a_run_trains_and_resumes_exactly(given: list[str], tmp_path: Path) -> N
     assert main(["train", "--resume", str(parts), "--quiet"]) == 0
     for name in (p.name for p in (whole / "last").glob("*.safetensors")):
         assert (whole / "last" / name).read_bytes() == (parts / "last" / name).read_bytes()
+    assert timeless(whole) == timeless(parts)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("train_seconds", "images_per_s")} for row in rows]
+
+
+def test_validation_and_evaluation_of_several_norms_count_what_withstands_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "eval.json"
+    given = ["--method", "madry", "--steps", "2", "--norms", "linf,l2", "--norm-eps", "0.05,0.6"]
+    assert main(["train", "--run-dir", str(run), *TINY, *given]) == 0
+    for row in timeless(run):
+        both = [row["val_pgd10_acc_linf"], row["val_pgd10_acc_l2"]]
+        assert sum(both) - 1 <= row["val_pgd10_acc"] <= min(both)
+        assert {"train_adv_acc_linf", "train_adv_acc_l2"} <= row.keys()
+        mean = sum(row[f"train_adv_acc_{norm}"] for norm in ("linf", "l2")) / 2
+        assert row["train_adv_acc"] == pytest.approx(mean, abs=0.2)
+    capsys.readouterr()
+    asked = ["--attacks", "clean,pgd5", "--num-images", "60", "--checkpoints", "last"]
+    assert main(["eval", str(run), *asked, "--json", str(file)]) == 0
+    records = json.loads(file.read_text())["results"]
+    assert [(r["norm"], r["eps"]) for r in records] == [("linf", 0.05), ("l2", 0.6)]
+    standing = [unpack_bits(r["worst"]["robust_bits"], r["images"]) for r in records]
+    union = int((standing[0] & standing[1]).sum())
+    assert {r["union"]["correct"] for r in records} == {union}
+    assert "of the images stay correct under every attack of linf, l2" in capsys.readouterr().out
+    assert main(["eval", str(run), *asked, "--norm", "l2", "--json", str(file)]) == 0
+    (alone,) = json.loads(file.read_text())["results"]
+    assert (alone["norm"], alone["eps"], alone["union"]) == ("l2", 0.6, None)
+    assert main(["eval", str(run), *asked, "--eps", "0.1"]) == 2
+    assert "was trained against linf, l2; say which with --norm" in capsys.readouterr().err
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *given: str) -> str:
@@ -111,4 +272,16 @@ def test_flags_without_effect_and_unknown_attacks_are_refused(
     said = refusal(capsys, *run, "--attack", "apgd", "--step-size", "2/255")
     assert "--step-size has no effect: --attack apgd chooses its own" in said
     assert "apgd" in refusal(capsys, *run, "--attack", "autopgd")
+    for given, message in (
+        (["--norms", "linf"], "--norms must be two or more different norms"),
+        (["--norms", "linf,linf"], "norms must be two or more different norms"),
+        (["--norms", "linf,l0"], "norm of --norms"),
+        (["--norms", "linf,l2", "--norm", "l2"], "--norm l2 is not the first of --norms linf,l2"),
+        (["--norms", "linf,l2", "--norm-eps", "0.1"], "--norm-eps must be a radius for each of --norms"),
+        (["--norms", "linf,l2", "--norm-eps", "0.1,-1"], "(l2) must be above 0"),
+        (["--norms", "linf,l2", "--norm-eps", "0.1,0.5", "--eps", "0.2"], "leave --eps out"),
+        (["--norm-choice", "worst"], "--norm-choice has no effect: needs --norms"),
+        (["--norm", "l0"], "l0"),
+    ):
+        assert message in refusal(capsys, *run, *given)
     assert not (tmp_path / "run").exists()

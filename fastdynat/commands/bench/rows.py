@@ -143,6 +143,8 @@ def _peer_attacks(setup: BenchSetup) -> list[RowPlan]:
     reason = (
         "" if importlib.util.find_spec("torchattacks") else "not installed: pip install 'fastdynat[peer]'"
     )
+    if setup.full.attack.attack != "pgd" or setup.full.attack.norm not in ("linf", "l2"):
+        reason = "torchattacks has this attack under linf and l2 only as PGD"
     plain = replace(setup.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
     settings = [plain]
     if setup.full.engine.amp != "off":
@@ -169,7 +171,9 @@ def _plain(setup: BenchSetup) -> RowPlan:
     plain = replace(setup.asked.engine, amp="off", compile="off", channels_last="off", graphs="off")
     config = setup.settle(replace(setup.asked, engine=plain))
     reason = (
-        "" if config.method == "dynat" and config.attack.norm == "linf" else "written for DYNAT under linf"
+        ""
+        if (config.method, config.attack.norm, config.attack.attack) == ("dynat", "linf", "pgd")
+        else "written for DYNAT with PGD under linf"
     )
     ours = _ours(setup, "step", config, "released loop in plain PyTorch" + _rounding(config))
     prepare = partial(work.plain_step, config, setup.split)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastdynat.commands.evaluate.cells import Cells, Known
 from fastdynat.commands.evaluate.rank_checks import require_same_config, require_same_targets
-from fastdynat.commands.evaluate.record import FORMAT, Values, make_record
+from fastdynat.commands.evaluate.record import FORMAT, Values, make_record, with_unions
 from fastdynat.commands.evaluate.settle import EvalConfig, check_eval_device, with_amp_chosen
 from fastdynat.commands.evaluate.tables import print_results
 from fastdynat.commands.evaluate.targets import Planner, Target, TestSets, check_names
@@ -124,7 +124,7 @@ def measure_runs(
             done = list(records)
 
             def tell(record: Values, done: list[Values] = done) -> None:
-                records[:] = [*done, record]
+                records[:] = with_unions([*done, record])
                 store(records)
 
             _measure_target(target, config, device, known, display, should_stop, tell)

@@ -22,7 +22,7 @@ def make_record(
     Keys: what the network is; `judged_in`, the precision of the predictions that count; `robustness_gap`,
     clean accuracy less the lowest one under attack; `worst`, images that stay correct under everything in the
     ball (`worst_case`); `attacks`, the measurements; `cached`, the names of those that were read from files;
-    `checks`, of masked gradients, or None where they were not asked for.
+    `checks`, of masked gradients, or None where they were not asked for; `union`, see `with_unions`.
     """
     radius, columns = target.radius, target.columns[: len(results)]
     in_ball = [
@@ -50,7 +50,32 @@ def make_record(
         "attacks": results,
         "cached": cached,
         "checks": checks,
+        "union": None,
     }
+
+
+def with_unions(records: list[Values]) -> list[Values]:
+    """`records` with `union`: images that stay correct under every attack in every ball of a checkpoint.
+
+    None for checkpoints with a single record, which is about one norm, and without attacks in the balls.
+    """
+    groups: dict[tuple[Any, ...], list[Values]] = {}
+    for record in records:
+        groups.setdefault((record["run"], record["checkpoint"], record["weights_sha256"]), []).append(record)
+    unions = {key: _union(group) for key, group in groups.items()}
+    return [
+        record | {"union": unions[record["run"], record["checkpoint"], record["weights_sha256"]]}
+        for record in records
+    ]
+
+
+def _union(group: list[Values]) -> Values | None:
+    norms = list(dict.fromkeys(record["norm"] for record in group))
+    found = (record["worst"] or _only_attack(record) for record in group)
+    worst = [values for values in found if values is not None]
+    if len(norms) < 2 or len(worst) < len(group):
+        return None
+    return worst_case(worst, names=norms)
 
 
 def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
@@ -61,14 +86,23 @@ def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
     return search.norm == norm and (result["distances"] is None or isfinite(getattr(search, "eps", inf)))
 
 
-def worst_case(results: list[Values]) -> Values | None:
-    """Images that stay correct under each of `results`; None for fewer than two."""
+def _only_attack(record: Values) -> Values | None:
+    """The single result of `record`, if it counts in the ball."""
+    results: list[Values] = record["attacks"]
+    return results[0] if len(results) == 1 and results[0]["distances"] is None else None
+
+
+def worst_case(results: list[Values], names: list[str] | None = None) -> Values | None:
+    """Images that stay correct under each of `results`; None for fewer than two.
+
+    names: of the results; None is their attacks'.
+    """
     if len(results) < 2:
         return None
     standing = torch.stack([unpack_bits(r["robust_bits"], r["images"]) for r in results]).all(0)
     correct, images = int(standing.sum()), len(standing)
     return {
-        "attacks": [r["attack"] for r in results],
+        "attacks": [r["attack"] for r in results] if names is None else names,
         "accuracy": correct / images,
         "ci": wilson(correct, images),
         "correct": correct,

@@ -22,7 +22,7 @@ def print_results(records: list[Values], console: Console, *, per_class: bool = 
         for record in records:
             _classes(record, console)
     hints = [f"{_title(record)}: {hint}" for record in records if (hint := clean_hint(record))]
-    for line in [*hints, *_zero_gradients(records), *_warnings(records)]:
+    for line in [*_unions(records), *hints, *_zero_gradients(records), *_warnings(records)]:
         console.print(line, **AS_IS, soft_wrap=True)
 
 
@@ -88,6 +88,18 @@ def _left_out(records: list[Values]) -> str:
 
 def _title(record: Values) -> str:
     return " ".join(str(record[key]) for key in ("run", "checkpoint") if record[key] is not None)
+
+
+def _unions(records: list[Values]) -> list[str]:
+    """Accuracies under all norms at once, of checkpoints that were measured under several."""
+    return list(
+        dict.fromkeys(
+            f"{_title(r)}: {accuracy_text(r['union'])} % of the images stay correct under every attack of "
+            f"{', '.join(r['union']['attacks'])}"
+            for r in records
+            if r["union"]
+        )
+    )
 
 
 def _distances(records: list[Values], console: Console) -> None:

@@ -192,9 +192,24 @@ class Planner:
                 raise UserError(f"{path} was trained on {difference}")
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(sidecar.architecture)
-            radius = self._radius(test.info, sidecar.norm, sidecar.eval_eps)
-            targets.append(self._target(str(path), checkpoint, weights, network, trained, radius, test, kept))
+            for radius in self._radii(str(path), test.info, sidecar):
+                targets.append(
+                    self._target(str(path), checkpoint, weights, network, trained, radius, test, kept)
+                )
         return targets
+
+    def _radii(self, name: str, info: DatasetInfo, sidecar: Sidecar) -> list[Radius]:
+        """The threat models of the run called `name`: all that it was trained for, unless --norm is one."""
+        config, radii = self.config, sidecar.eval_radii or {sidecar.norm: sidecar.eval_eps}
+        if config.norm != "auto":
+            norm = config.norm if config.norm in radii else sidecar.norm
+            return [self._radius(info, norm, radii[norm])]
+        for flag, value in (("--eps", config.eps), ("--step-size", config.step_size)):
+            if len(radii) > 1 and value != "auto":
+                raise UserError(
+                    f"{flag} {value}: {name} was trained against {', '.join(radii)}; say which with --norm"
+                )
+        return [self._radius(info, norm, eps) for norm, eps in radii.items()]
 
     def _kept(self, run: Path) -> Path | None:
         """The folder for the results of `run`; None where it is a symbolic link out of the run."""

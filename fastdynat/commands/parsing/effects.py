@@ -52,6 +52,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["step_size"] = "--attack apgd chooses its own, from 2 eps down"
     if config.model.init_from is None:
         found["init_sha256"] = "needs --init-from"
+    if attack.norms is None:
+        found |= dict.fromkeys(("norm_choice", "norm_eps"), "needs --norms")
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
     if attack.awp == 0:
