@@ -293,6 +293,7 @@ class Attacker:
     def step_size(self) -> Size:
         """The step size of this update: a number, or under a ramp a scalar on the device."""
         return self.spec.step_size if self.sizes is None else self.sizes[1]
+
     others: tuple[PGDSpec, ...] = ()
 
     def take(self, rows: Tensor | slice) -> "Attacker":
@@ -327,6 +328,8 @@ class Attacker:
                 "attack.take(rows)(x[rows], goal)"
             )
         sizes = self.sizes if sizes is None else sizes
+        if sizes is not None and own and self.others:
+            raise ValueError("sizes on the device are those of one norm, not of several")
         found = [
             self.engine.run(x, goal, one, x_start=x_start, sizes=sizes, generator=self.draws)
             for one in (spec, *(self.others if own else ()))

@@ -1,7 +1,7 @@
 """The worst of several attacks, image by image (max strategy of Tramer & Boneh 2019, arXiv 1904.13000)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,11 +10,16 @@ from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.lengths import per_image
 
-if TYPE_CHECKING:
-    from fastdynat.attack_engine.engine import AttackEngine
+
+class AttackedReplica(Protocol):
+    """The part of `AttackEngine` that tells results apart."""
+
+    def to_memory_format(self, x: Tensor) -> Tensor: ...
+
+    def logits(self, x: Tensor) -> Tensor: ...
 
 
-def worst_of(engine: "AttackEngine", goal: AttackGoal, results: Sequence[AttackResult]) -> AttackResult:
+def worst_of(engine: AttackedReplica, goal: AttackGoal, results: Sequence[AttackResult]) -> AttackResult:
     """For each image that of `results` with the highest value of `goal`; of equal ones the first.
 
     One forward pass of the replica per result.
@@ -32,7 +37,7 @@ def worst_of(engine: "AttackEngine", goal: AttackGoal, results: Sequence[AttackR
     return AttackResult(x_adv, zero_grads, sum(result.gradients for result in results), kept, norm)
 
 
-def _value(engine: "AttackEngine", goal: AttackGoal, result: AttackResult) -> Tensor:
+def _value(engine: AttackedReplica, goal: AttackGoal, result: AttackResult) -> Tensor:
     with torch.no_grad():
         value = goal.order(engine.logits(engine.to_memory_format(result.x_adv)))
     return torch.where(value.isnan(), -torch.inf, value)

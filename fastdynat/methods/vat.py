@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal, kl_from_log_probs, soft_cross_entropy, wide
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError

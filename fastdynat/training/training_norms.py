@@ -30,7 +30,7 @@ class TrainingNorms:
 
     @property
     def attacks_per_batch(self) -> int:
-        """How often a batch is attacked and passes through the losses."""
+        """Attacks on a batch, each with a pass through the losses."""
         return len(self.specs) if self.choice == "average" else 1
 
     def choices(self, step: int, steps: int) -> list[tuple[PGDSpec, ...]]:

@@ -77,7 +77,7 @@ def test_every_method_takes_apgd_or_refuses_it_by_name(name: str) -> None:
     found = resolved_attack(attack, info, method, notes)
     assert found.specs()[0].algorithm == "apgd"
     assert found.start == ("none" if method.attack_defaults.start == "uniform" else "gaussian")
-    assert "10 steps of APGD" in notes[-1]
+    assert f"{method.attack_defaults.steps} steps of APGD" in notes[-1]
 
 
 @pytest.mark.parametrize("name", [*sorted(set(METHODS) - set(OWN_ATTACK)), "vat-pgd"])
