@@ -3,27 +3,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdynat import ops
 from fastdynat.data.augmentation import Stage, apply_stages
 from fastdynat.data.augmentation.resized_crop import ResizedCrop
+from fastdynat.data.batches import Batch
 from fastdynat.data.decode import Cut
 from fastdynat.data.epoch_plan import EpochPlan, EpochSteps, plan_epoch, plan_order
-from fastdynat.data.extra_sampler import ExtendedImages, ExtraSampler
+from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.hugging_face import TableImages
-from fastdynat.data.image_sets import Images, ImageSet
+from fastdynat.data.image_sets import Images
 from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.mixing import Mixing
-from fastdynat.data.read_ahead import read_in_order
-from fastdynat.distributed.shares import Share
 from fastdynat.errors import UserError, unknown_name
-from fastdynat.ops.augment import crop, flip, reflect, to_unit
+from fastdynat.ops.augment import crop, flip
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop-flip")
 PAD_MODES = ("zeros", "reflect")
@@ -44,65 +41,6 @@ class PlannedDraws(NamedTuple):
     shifts: Tensor | None
     flips: Tensor | None
     epoch: int
-
-
-@dataclass
-class Batch:
-    """Images of one step that this process takes.
-
-    Attributes:
-        x: float32 (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
-        indices: int64 (N,), the images' numbers in the set. All on one device.
-        share: what part of the step's global batch these are; by default all of it.
-        mixed: float32 (N, K), the labels of mixed images (mixup, CutMix) as probabilities of the classes, of
-            which `labels` are the likeliest; None where no image is mixed.
-    """
-
-    x: Tensor
-    labels: Tensor
-    indices: Tensor
-    share: Share = None  # type: ignore[assignment]
-    mixed: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.share is None:
-            self.share = Share(len(self.labels))
-
-    @property
-    def targets(self) -> Tensor:
-        """The labels of losses and attacks: (N, K) probabilities if mixed, else (N,) classes."""
-        return self.labels if self.mixed is None else self.mixed
-
-    def rows(self, rows: slice, share: Share) -> "Batch":
-        """The part of this batch at `rows`."""
-        mixed = None if self.mixed is None else self.mixed[rows]
-        return Batch(self.x[rows], self.labels[rows], self.indices[rows], share, mixed)
-
-
-class TrainLoader(Protocol):
-    """Interface of a training loader."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches that `epoch` yields from step 0."""
-
-    @property
-    def num_images(self) -> int:
-        """Number of images in the set, without extra ones."""
-
-    @property
-    def extra_sampler(self) -> ExtraSampler | None:
-        """The sampler of extra images; None where there are none."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from `start_step` on; a restart yields the same ones."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers and tensors that identify the data and the order of the current epoch."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that this loader continues where `state` was taken; raises UserError where it would not."""
 
 
 class PlannedLoader(ABC):
@@ -331,70 +269,3 @@ class PlannedLoader(ABC):
     @cached_property
     def _checksum(self) -> int:
         return self._host.checksum()
-
-
-class ResidentLoader(PlannedLoader):
-    """Shuffle and augment a set that stays on the device as uint8; no worker processes, no per-image Python.
-
-    The images are copied to the device once; a batch is one pass of `ops.augment`, or several operations
-    where there are stages. With crops of reflected images and no stages they are kept with their reflection
-    around them, (H + 2 pad) (W + 2 pad) / (H W) times the memory: the operator pads those with zeros once
-    more, and no zero is in the middle of its crop. Arguments: `PlannedLoader`.
-    """
-
-    def __init__(self, images: ImageSet | ExtendedImages, **options: Any) -> None:
-        super().__init__(images, **options)
-        if isinstance(images, ExtendedImages):
-            stored = images.stored(self.device)
-        else:
-            stored = images.images.to(self.device).contiguous()
-        self._fused = not self._stages and self._resized_crop is None
-        self._padded = self._reflects and self._fused
-        self._images = reflect(stored, self.pad) if self._padded else stored
-
-    def _inputs(self, plan: EpochPlan, steps: range) -> Generator[Tensor]:
-        plan = plan.to(self.device)
-        for step in steps:
-            draws = self._draws(plan, step)
-            if not self._fused:
-                images = self._augmented(self._images[draws.indices], draws)
-                yield to_unit(images, channels_last=self.channels_last)
-                continue
-            taken = draws.indices, draws.shifts, draws.flips
-            x = ops.augment(self._images, *taken, pad=self.pad, channels_last=self.channels_last)
-            yield self._middle(x) if self._padded else x
-
-    def _middle(self, x: Tensor) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        inside = slice(self.pad, -self.pad) if self.pad else slice(None)
-        return x[..., inside, inside].contiguous(memory_format=layout)
-
-
-def eval_batches(
-    images: Images,
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    limit: int | None = None,
-    channels_last: bool = False,
-) -> Generator[Batch]:
-    """Yield the first `limit` images (all if None) in order, unaugmented; the last batch may be smaller.
-
-    Images in files are read ahead by threads, a few batches at most (`read_in_order`).
-
-    Raises: UserError for a batch size or limit below 1; while reading also for a file that cannot be decoded.
-    """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch size and limit must be at least 1, got {batch_size} and {limit}")
-    count = len(images) if limit is None else min(limit, len(images))
-
-    def batches() -> Generator[Batch]:
-        stop = 0
-        with closing(read_in_order(images, batch_size, count)) as read:
-            for pixels in read:
-                start, stop = stop, stop + len(pixels)
-                labels = images.labels[start:stop].to(device, non_blocking=True)
-                x = to_unit(pixels.to(device, non_blocking=True), channels_last=channels_last)
-                yield Batch(x, labels, torch.arange(start, stop, device=device))
-
-    return batches()

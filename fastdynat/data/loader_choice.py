@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from fastdynat.data.batches import TrainLoader
 from fastdynat.data.extra_sampler import ExtendedImages
 from fastdynat.data.image_sets import Images, ImageSet
 from fastdynat.data.imagefolder import FileSet
-from fastdynat.data.loader import ResidentLoader, TrainLoader
+from fastdynat.data.resident_loader import ResidentLoader
 from fastdynat.data.sources import RESIDENT_SHARE, TrainSplit
 from fastdynat.data.torch_loader import TorchLoader
 from fastdynat.errors import UserError

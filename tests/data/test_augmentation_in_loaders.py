@@ -1,8 +1,11 @@
 """Every augmentation in every loader: one result, restarts, any number of ranks, and unchanged plans."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import needs
+from support.extra_images import packed_npz
 from support.loaders import LOADERS, make, random_set
 
 from fastdynat import ops
@@ -11,6 +14,8 @@ from fastdynat.data import Batch, DatasetInfo, ImageSet
 from fastdynat.data.augmentation import stages_of
 from fastdynat.data.augmentation.resized_crop import ResizedCrop
 from fastdynat.data.epoch_plan import plan_epoch
+from fastdynat.data.extra_sampler import ExtendedImages
+from fastdynat.data.extra_store import ExtraSet
 from fastdynat.data.mixing import Mixing
 
 SHAPE = (3, 10, 12)
@@ -96,6 +101,25 @@ def test_ranks_together_are_one_process(name: str, ranks: int) -> None:
             rows = torch.tensor([*part.share.positions])
             for field in ("x", "labels", "indices", "targets"):
                 assert torch.equal(getattr(part, field), getattr(batch, field)[rows])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_with_extra_images_too(loader: str, tmp_path: Path) -> None:
+    """Positions of extra images draw like all others, and pair with any."""
+    store = packed_npz(tmp_path, 37)
+    assert store.labels is not None
+    extended = ExtendedImages(
+        random_set(50, (3, 8, 8)), ExtraSet(store, store.labels, (3, 8, 8)), 0.7, replacement=True
+    )
+    for given in (options("everything"), options("resized")):
+        expected = list(make("resident", extended, **given).epoch(1))
+        assert max(int(batch.indices.max()) for batch in expected) >= 50
+        assert_same(list(make(loader, extended, **given).epoch(1, 3)), expected[3:])
+        part = list(make(loader, extended, **given, ranks=2, rank=1).epoch(1))
+        for batch, own in zip(expected, part, strict=True):
+            rows = torch.tensor([*own.share.positions])
+            assert torch.equal(own.x, batch.x[rows])
+            assert torch.equal(own.targets, batch.targets[rows])
 
 
 @pytest.mark.parametrize("loader", LOADERS[1:])

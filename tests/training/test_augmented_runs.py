@@ -1,0 +1,63 @@
+"""Runs with every kind of augmentation: resumed exactly inside an epoch, and the same in every loader."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_run import TINY
+
+from fastdynat.commands.main import main
+from fastdynat.data.loader import PlannedLoader
+
+AUGMENTED = [
+    *("--method", "trades", "--model", "small", "--label-smoothing", "0.1", "--augment", "crop"),
+    *("--aa", "randaugment:2:14", "--color-jitter", "0.3", "--reprob", "0.3", "--cutout", "6"),
+    *("--mixup", "0.8", "--cutmix", "1", "--mixup-groups", "2"),
+]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("augmented") / "whole"
+    assert main(["train", *AUGMENTED, *TINY, "--epochs", "2", "--run-dir", str(run)]) == 0
+    return run
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resumed_inside_an_epoch(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, yielded = tmp_path / "run", 0
+    batches = PlannedLoader._batches
+
+    def interrupted(self: PlannedLoader, *arguments: object):
+        nonlocal yielded
+        for batch in batches(self, *arguments):  # type: ignore[arg-type]
+            yielded += 1
+            if yielded == 9:  # in the second epoch of 7 steps
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PlannedLoader, "_batches", interrupted)
+        assert main(["train", *AUGMENTED, *TINY, "--epochs", "2", "--run-dir", str(run)]) != 0
+    state = torch.load(run / "last" / "state.pt", weights_only=True)
+    assert (state["epoch"], state["epoch_step"]) == (1, 2)
+    assert main(["train", "--resume", str(run), "--quiet"]) == 0
+    assert_same_weights(run, whole)
+
+
+def test_the_torch_loader_trains_the_same_network(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--loader", "torch", "--workers", "1", "--epochs", "2", "--run-dir", str(run)]
+    assert main(["train", *AUGMENTED, *TINY, *flags]) == 0
+    assert_same_weights(run, whole)
