@@ -30,6 +30,16 @@ class AttackConfig:
     step_size: float | str = "auto"
     """Step of the attack, under the first of --norms (under others in proportion to their radii); auto is the
     method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step methods."""
+    eps_ramp: int = 0
+    """Epochs over which the radius in training grows linearly to --eps, and the step size with it
+    (--step-ramp); 0 is off. IKL ramps over all of its epochs. Evaluation takes --eval-eps throughout."""
+    step_ramp: int | None = None
+    """Epochs over which the step size grows linearly to --step-size; None is --eps-ramp, 0 is off. ARES
+    (Liu et al. 2023) ramps the step size alone, over 5 epochs."""
+    ramp_by: Literal["epoch", "step"] = "epoch"
+    """Raise ramped sizes once per epoch, or at every update."""
+    ramp_from_zero: bool = False
+    """Begin the ramps at 0, as ARES does: N epochs have 0, 1/N, ... of the size, instead of 1/N, 2/N, ..."""
     steps: int | None = None
     """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None

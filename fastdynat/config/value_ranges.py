@@ -38,6 +38,7 @@ LARGEST: dict[str, float] = {
     "mixup_groups": BATCH,
     # attack and optimiser
     "steps": 100_000,
+    **dict.fromkeys(("eps_ramp", "step_ramp"), EPOCHS),
     "awp": 1,
     "awp_warmup": EPOCHS,
     "epochs": EPOCHS,
@@ -126,6 +127,7 @@ RANGES = {
     "bn_reset_epoch": _from(0, "an epoch counted from 0"),
     "steps": _from(0),
     "early_share": SHARE,
+    **dict.fromkeys(("eps_ramp", "step_ramp"), _from(0, "a number of epochs, 0 for none")),
     "awp": _from(0, "in [0, 1], a share of each tensor's norm", " (the published sizes are 0.005 and 0.01)"),
     "awp_warmup": _from(0, "a number of epochs"),
     "epochs": _from(1),

@@ -195,11 +195,13 @@ def _move(weight: Tensor) -> None:
 
 
 @contextmanager
-def scaled(numbers: Sequence[Tensor], factor: float) -> Iterator[None]:
-    """A context in which `numbers` are multiplied by `factor`."""
+def scaled(numbers: Sequence[Tensor], factor: float, *, plus: float = 0.0) -> Iterator[None]:
+    """A context in which `numbers` are multiplied by `factor`, and `plus` is added where it is not 0."""
     before = [number.clone() for number in numbers]
     for number in numbers:
         number.mul_(factor)
+        if plus:
+            number.add_(plus)
     try:
         yield
     finally:

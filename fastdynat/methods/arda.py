@@ -52,6 +52,7 @@ class Arda(Method[ArdaOptions]):
     """Cross-entropy on batches of attacked and clean images."""
 
     options_type = ArdaOptions
+    follows_ramp = True
     smooths_labels = takes_mixed_labels = True
     logs_adv_acc = False
 

@@ -129,6 +129,9 @@ class Method(ABC, Generic[OptionsT]):
             and `true_goal` do; if not, mixup and CutMix are refused.
         label_smoothing: s of --label-smoothing; set before the first step.
         num_classes: K; set before `make_buffers`.
+        follows_ramp: whether the attack has the radius and the step size of --eps-ramp and --step-ramp, as
+            that of `Method` has. A class with a `perturb` or `after_backward` of its own states it anew, and
+            takes sizes from `attack.eps` and `attack.step_size`, not from `attack.spec`.
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
@@ -148,6 +151,7 @@ class Method(ABC, Generic[OptionsT]):
     attacks: bool = True
     takes_any_attack: bool = True
     couples_images: bool = False
+    follows_ramp: bool = True
     smooths_labels: bool = False
     takes_mixed_labels: bool = False
     label_smoothing: float = 0.0
@@ -164,6 +168,15 @@ class Method(ABC, Generic[OptionsT]):
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
+
+    def takes_ramp(self) -> bool:
+        """Whether the attack follows a ramp: it is that of `Method`, or the class that makes it says so."""
+        order = type(self).__mro__
+        stated, made = (
+            min(n for n, cls in enumerate(order) if not names.isdisjoint(vars(cls)))
+            for names in ({"follows_ramp"}, {"perturb", "after_backward"})
+        )
+        return self.follows_ramp and stated <= made
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
         """Tensors to keep from batch to batch, changed in place only; checkpoints hold them.

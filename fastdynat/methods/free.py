@@ -44,6 +44,7 @@ class Free(Method[FreeOptions]):
     """
 
     options_type = FreeOptions
+    follows_ramp = True
     smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
     searches = False

@@ -38,6 +38,7 @@ class NFgsm(Madry):
     """
 
     options_type = NFgsmOptions
+    follows_ramp = True
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0)
     takes_any_attack = False
 

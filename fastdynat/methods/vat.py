@@ -92,6 +92,7 @@ class Vat(Method[VatOptions]):
     """``min CE(f(x), y) + weight KL(sg[p(x)] || p(x + r))``, equations 5 to 8 of the paper."""
 
     options_type = VatOptions
+    follows_ramp = True
     smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
     semi_supervised = True
@@ -102,6 +103,7 @@ class Vat(Method[VatOptions]):
         super().__init__(options)
         if options.search == "power":
             self.unused_attack = TRAINING_ATTACK
+            self.follows_ramp = options.radius is None
             self.takes_any_attack = False
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:

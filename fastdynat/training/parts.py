@@ -19,6 +19,7 @@ from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Method, method_class
 from fastdynat.methods.burn_in import BurnIn
+from fastdynat.training.attack_ramps import attack_sizes
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
 from fastdynat.training.extra_data import open_extra
@@ -151,6 +152,7 @@ def _step(
         steps_of=attack_steps(attack, epochs_of_method(optim)),
         awp=WeightPerturbation(model, attack.awp, attack.awp_warmup) if attack.awp > 0 else None,
         momentum=momentum_at(optim, steps_per_epoch) if optim.cycle_momentum else None,
+        sizes=attack_sizes(attack, optim, steps_per_epoch),
         statistics_resets=_statistics_resets(config, networks, steps_per_epoch),
         guide_stream=torch.cuda.Stream(device) if engine.uses_guide_stream(method) else None,
         whole=config.data.batch_size,

@@ -12,6 +12,7 @@ from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
 from fastdynat.training.resolved_config import ResolvedAttack, filled_in
 from fastdynat.units import describe_size, parse_size
+from fastdynat.user_code import is_user_supplied
 
 # TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
 PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
@@ -21,6 +22,7 @@ EPS_OF_DATA = {
     "digits": {"linf": 0.1, "l2": 1.0, "l1": 10.0},
     "mnist": {"linf": 0.3, "l2": 2.0, "l1": 10.0},
 }
+RAMP_REMEDY = ", or let it use attack.eps and attack.step_size, and set follows_ramp = True"
 
 
 def resolved_attack(
@@ -98,10 +100,32 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
     for count in (steps, steps if early is None else early):
         for spec in replace(attack, steps=count).specs():
             method.check_attack(spec, attack.attack_bn)
+    _check_ramps(attack, method)
     if attack.awp > 0 and not method.searches:
         raise UserError(
             f"awp {attack.awp:g}: method {method.name} does not attack the current weights; use --awp 0"
         )
+
+
+def _check_ramps(attack: ResolvedAttack, method: Method[Any]) -> None:
+    """Raise UserError for a ramp that the attack of the method does not follow."""
+    asked = [f"{name} {n}" for name in ("eps_ramp", "step_ramp") if (n := getattr(attack, name))]
+    if not asked:
+        return
+    if attack.norms is not None:
+        raise UserError(
+            f"{asked[0]}: a ramp is of one norm, got --norms {attack.norms}; leave one of them out"
+        )
+    if not method.attacks:
+        raise UserError(f"{asked[0]}: method {method.name} attacks nothing in training; leave it out")
+    if not method.takes_ramp():
+        raise UserError(
+            f"{asked[0]}: method {method.name} makes an attack of its own that follows no ramp; leave it out"
+            f"{RAMP_REMEDY * is_user_supplied(method.name)}"
+        )
+    if attack.step_ramp and (attack.attack == "apgd" or "step_size" in method.unused_attack):
+        own = "--attack apgd chooses its step sizes" if attack.attack == "apgd" else _own_attack(method)
+        raise UserError(f"step_ramp {attack.step_ramp}: {own}; leave it out")
 
 
 def _unused(attack: AttackConfig, method: Method[Any], usual_step: float) -> list[str]:
@@ -139,9 +163,18 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
         used += f"{attack.steps} steps of APGD"
     else:
         used += f"{attack.steps} steps of {describe_size(attack.step_size, attack.norm)}"
+    used += _ramps(attack)
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     return used
+
+
+def _ramps(attack: ResolvedAttack) -> str:
+    """The ramps of the attack for its line."""
+    alike = attack.step_ramp is None or attack.step_ramp == attack.eps_ramp
+    ramped = {"both" if alike else "eps": attack.eps_ramp, "the step": 0 if alike else attack.step_ramp or 0}
+    found = [f"{what} ramped over {epochs} epochs" for what, epochs in ramped.items() if epochs]
+    return "".join(f", {text}" for text in found)
 
 
 def _own_attack(method: Method[Any]) -> str:

@@ -43,6 +43,11 @@ class ResolvedAttack(AttackConfig):
     start: Literal["none", "uniform", "gaussian"]
     eval_eps: float
 
+    @property
+    def ramps(self) -> bool:
+        """Whether radius or step size change during the run."""
+        return self.eps_ramp > 0 or bool(self.step_ramp)
+
     def radii(self) -> dict[str, float]:
         """The radius of training under each norm, in order."""
         if self.norms is None:
@@ -55,7 +60,10 @@ class ResolvedAttack(AttackConfig):
         return self.radii() | {self.norm: self.eval_eps}
 
     def specs(self) -> tuple[PGDSpec, ...]:
-        """The attack of training under each norm; steps are in proportion to the radii."""
+        """The attack of training under each norm; steps are in proportion to the radii.
+
+        Under a ramp, with the final sizes.
+        """
         return tuple(
             PGDSpec(
                 eps,

@@ -68,6 +68,7 @@ class TrainStep:
             current one.
         awp: perturbs the model's weights around its loss.
         momentum: the momentum of update number n, counted from 0; None is always `optim.momentum`.
+        sizes: (eps, step size) of the attack at update number n; None is always those of `spec`.
         statistics_resets: numbers of the updates whose passes replace the model's running statistics by the
             batch's.
         whole: images in a full batch of all ranks. Smaller batches run uncompiled and uncaptured, with the
@@ -96,6 +97,7 @@ class TrainStep:
         steps_of: Callable[[int], int] | None = None,
         awp: WeightPerturbation | None = None,
         momentum: Callable[[int], float] | None = None,
+        sizes: Callable[[int], tuple[float, float]] | None = None,
         statistics_resets: Collection[int] = (),
         whole: int | None = None,
         accumulate: int = 1,
@@ -107,8 +109,8 @@ class TrainStep:
         self._norms = TrainingNorms((spec, *others), norm_choice)
         self.method, self.networks, self.spec = method, networks, spec
         self.optim, self.precision, self.lr_factor = optim, precision, lr_factor
-        self.peak_lr = optim.lr
-        self.rates = StepRates(self.learning_rate, optim.momentum, momentum, precision.device)
+        self.peak_lr, self.sizes = optim.lr, sizes
+        self.rates = StepRates(self.learning_rate, optim.momentum, momentum, precision.device, sizes)
         trained = {name: networks.raw[name] for name in method.trains}
         self.optimizers = build_optimizers(trained, optim, self.rates.lr, cycled=momentum is not None)
         self.rates.adopt(self.optimizers)
@@ -200,7 +202,8 @@ class TrainStep:
 
     def _subject(self) -> StepState:
         draws = {} if self._draws is None else {"random state": self._draws.state}
-        return StepState(self.networks, self.optimizers, self.method, self.rates.tensors(), draws)
+        rates = self.rates.tensors()
+        return StepState(self.networks, self.optimizers, self.method, rates, draws, self.rates.sizes)
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None = None) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""
@@ -256,7 +259,8 @@ class TrainStep:
     def _attacker(self, batch: Batch, number: int, specs: tuple[PGDSpec, ...]) -> Attacker:
         """The attacker of attack `number` on `batch`; of several `specs` an image gets the worst."""
         draws = None if self._draws is None else self._draws.of(batch.indices, number)
-        return Attacker(self.networks.attack, specs[0], draws=draws, others=specs[1:])
+        sizes = self.rates.sizes
+        return Attacker(self.networks.attack, specs[0], draws=draws, sizes=sizes, others=specs[1:])
 
     def _awp_is_on(self) -> bool:
         return self.awp is not None and self.method.epoch >= self.awp.warmup

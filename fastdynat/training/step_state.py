@@ -13,6 +13,8 @@ from fastdynat.execution.graph_check import scaled
 from fastdynat.methods import Method
 from fastdynat.training.networks import NetworkSet
 
+OTHER_SIZE = 0.01  # pixel units
+
 
 @dataclass(frozen=True)
 class StepState:
@@ -23,6 +25,7 @@ class StepState:
     Attributes:
         method: its buffers are part of the state.
         rates, draws: tensors that each step reads anew.
+        sizes: of the attack, as `StepRates.sizes`; read anew, too.
     """
 
     networks: NetworkSet
@@ -30,6 +33,7 @@ class StepState:
     method: Method[Any]
     rates: dict[str, Tensor]
     draws: dict[str, Tensor] = field(default_factory=dict)
+    sizes: Tensor | None = None
 
     def state(self) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {f"weight {name}": parameter for name, parameter in self._parameters()}
@@ -37,6 +41,7 @@ class StepState:
             found |= {f"buffer {role}.{name}": buffer for name, buffer in module.named_buffers()}
         found |= {f"buffer {name}": buffer for name, buffer in self.method.buffers.items()}
         found |= {f"rate {name}": rate for name, rate in self.rates.items()} | self.draws
+        found |= {} if self.sizes is None else {"size of the attack": self.sizes}
         names = {id(parameter): name for name, parameter in self._parameters()}
         for parameter, kept in (item for optimizer in self.optimizers for item in optimizer.state.items()):
             found |= {
@@ -62,7 +67,12 @@ class StepState:
 
     @contextmanager
     def disguised(self) -> Iterator[None]:
-        with scaled([*self.rates.values()], 0.5), scaled([*self.draws.values()], 3):
+        sizes = [] if self.sizes is None else [self.sizes]
+        with (
+            scaled([*self.rates.values()], 0.5),
+            scaled([*self.draws.values()], 3),
+            scaled(sizes, 0.5, plus=OTHER_SIZE),  # not 0 where they are 0
+        ):
             yield
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -190,6 +190,13 @@ class Trainer:
     def _last_lr(self) -> float:
         return self.step.learning_rate(max(self.step.global_step - 1, 0))
 
+    def _last_sizes(self) -> dict[str, float]:
+        """Radius and step size of the epoch's last attack, where they are ramped."""
+        if self.step.sizes is None or self._burning_in():
+            return {}
+        eps, step_size = self.step.sizes(max(self.step.global_step - 1, 0))
+        return {"eps": eps, "step_size": step_size}
+
     def _finite_means(self) -> dict[str, float]:
         means = self.averages.of_all(self.world).means()
         bad = [key for key, value in means.items() if not math.isfinite(value)]
@@ -202,6 +209,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "global_step": self.step.global_step,
             "lr": self._last_lr(),
+            **self._last_sizes(),
         }
         row |= self._finite_means()
         row |= {

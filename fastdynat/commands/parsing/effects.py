@@ -54,6 +54,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["init_sha256"] = "needs --init-from"
     if attack.norms is None:
         found |= dict.fromkeys(("norm_choice", "norm_eps"), "needs --norms")
+    if attack.eps_ramp == 0 and not attack.step_ramp:
+        found |= dict.fromkeys(("ramp_by", "ramp_from_zero"), "needs --eps-ramp or --step-ramp")
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
     if attack.awp == 0:
