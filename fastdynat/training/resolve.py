@@ -19,7 +19,7 @@ from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.training.extra_data import recorded_extra
 from fastdynat.training.initial_weights import resolved_init
-from fastdynat.training.resolve_attack import resolved_attack
+from fastdynat.training.resolve_attack import check_ramps_end, resolved_attack
 from fastdynat.training.resolve_engine import resolved_engine
 from fastdynat.training.resolve_labels import check_label_use
 from fastdynat.training.resolve_optim import resolved_optim
@@ -60,6 +60,7 @@ def resolve(
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
     optim = resolved_optim(config, info)
+    check_ramps_end(attack, epochs_of_method(optim))
     _check_accumulation(config.optim.grad_accum_steps, method)
     check_label_use(
         method,

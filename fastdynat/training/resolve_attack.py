@@ -128,6 +128,16 @@ def _check_ramps(attack: ResolvedAttack, method: Method[Any]) -> None:
         raise UserError(f"step_ramp {attack.step_ramp}: {own}; leave it out")
 
 
+def check_ramps_end(attack: AttackConfig, epochs: int) -> None:
+    """Raise UserError for a ramp that does not end within the method's `epochs` epochs."""
+    for name in ("eps_ramp", "step_ramp"):
+        if (ramp := getattr(attack, name) or 0) > epochs:
+            raise UserError(
+                f"{name} {ramp}: the run has {epochs} epochs of the method, and would end at smaller sizes; "
+                f"use --{name.replace('_', '-')} {epochs}"
+            )
+
+
 def _unused(attack: AttackConfig, method: Method[Any], usual_step: float) -> list[str]:
     """Notes on the options that the user changed although the method does not use them."""
     defaults = method.attack_defaults

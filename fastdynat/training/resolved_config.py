@@ -45,7 +45,7 @@ class ResolvedAttack(AttackConfig):
 
     @property
     def ramps(self) -> bool:
-        """Whether radius or step size change during the run."""
+        """True if radius or step size change during the run."""
         return self.eps_ramp > 0 or bool(self.step_ramp)
 
     def radii(self) -> dict[str, float]:

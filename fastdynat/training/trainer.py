@@ -75,7 +75,8 @@ class Trainer:
         self._average.restart(burning_in=self._burning_in())
         self.epoch, self.epoch_step = 0, 0
         self.averages, self.seconds = Averages(), 0.0
-        near = config.attack.eval_eps <= 1.5 * config.attack.eps
+        # Under a ramp, the attack of training is weaker than validation's at first.
+        near = config.attack.eval_eps <= 1.5 * config.attack.eps and not config.attack.ramps
         self.watch = Watch(config.run, step.method.select_by, comparable=near)
         self._validation = Validation(config, self.networks, val)
         self._writer: RunWriter = Unwritten()

@@ -40,7 +40,7 @@ def make_batch() -> Batch:
 
 
 def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, **optim: Any) -> TrainStep:
-    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp`, `recorder` as in the engine."""
+    """Plain SGD of rate LR; `attack_bn`, `start`, `spec`, `awp`, `recorder`, `sizes` as in the engine."""
     networks = NetworkSet(
         model,
         guide,
@@ -54,7 +54,7 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
     spec = optim.pop("spec", PGDSpec(EPS, STEP, STEPS, start=start))
     method.num_classes = K
     method.buffers = method.make_buffers(torch.zeros(N, 3, 8, 8, dtype=torch.float64))
-    attacks = {key: optim.pop(key) for key in ("others", "norm_choice") if key in optim}
+    attacks = {key: optim.pop(key) for key in ("others", "norm_choice", "sizes") if key in optim}
     config = OptimConfig(**{"lr": LR, "epochs": 1, "weight_decay": 0.0, "momentum": 0.0, **optim})
     perturbation = WeightPerturbation(model, awp) if awp else None
     attacks |= {"awp": perturbation, "recorder": recorder}

@@ -29,6 +29,11 @@ SPECS = {
 }
 
 
+def ramped(update: int) -> tuple[float, float]:
+    """Radius and step size from 0 to those of `SPECS`."""
+    return 0.1 * min(update, 10) / 10, 0.05 * min(update, 10) / 10
+
+
 def network(seed: int, norm: str) -> nn.Module:
     """Convolution, normalisation, tanh, linear: (n, 3, 8, 8) -> (n, CLASSES), float64, smooth everywhere."""
     torch.manual_seed(seed)
@@ -49,6 +54,7 @@ def step_of(
     sync_bn: bool = True,
     specs: tuple[PGDSpec, ...] = (),
     norm_choice: str = "alternate",
+    ramp: bool = False,
     **optim: Any,
 ) -> TrainStep:
     """A step of this process, with the attacks `specs` if given; `optim` are fields of `OptimConfig`."""
@@ -78,6 +84,7 @@ def step_of(
         Precision("off", CPU),
         lambda n: 1 / (1 + n / 10),
         awp=WeightPerturbation(model, awp, warmup=1) if awp else None,
+        sizes=ramped if ramp else None,
         accumulate=accumulate,
         others=specs[1:],
         norm_choice=norm_choice,
