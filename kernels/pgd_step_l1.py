@@ -61,10 +61,10 @@ def pgd_step_l1_kernel(
     hi: tl.float64,
     step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
     eps_ptr,
-    READ_STEP: tl.constexpr,
-    READ_EPS: tl.constexpr,
     PARTS: tl.constexpr,  # blocks in an image; a single one stays in registers
     BLOCK: tl.constexpr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
 ):
     """Grid: (rows,)."""
     dtype: tl.constexpr = x_adv_ptr.dtype.element_ty

@@ -76,10 +76,10 @@ def pgd_step_l2_kernel(
     hi: tl.float64,
     step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
     eps_ptr,
-    READ_STEP: tl.constexpr,
-    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BLOCK: tl.constexpr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
 ):
     """One image per program. Grid: (rows,)."""
     image = tl.program_id(0)
@@ -136,11 +136,11 @@ def pgd_step_l2_apply_kernel(
     hi: tl.float64,
     step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
     eps_ptr,
-    READ_STEP: tl.constexpr,
-    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,  # power of two >= parts
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
 ):
     """The step of one part of an image. Grid: (rows * parts,)."""
     program = tl.program_id(0)

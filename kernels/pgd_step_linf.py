@@ -26,11 +26,11 @@ def pgd_step_linf_kernel(
     hi: tl.float64,
     step_size_ptr,  # float64 scalars that replace the two; unused unless READ_STEP, READ_EPS
     eps_ptr,
-    READ_STEP: tl.constexpr,
-    READ_EPS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    READ_STEP: tl.constexpr,
+    READ_EPS: tl.constexpr,
 ):
     """Write clamp(clamp(x_adv + step_size * sign(grad), x0 - eps, x0 + eps), lo, hi).
 

@@ -154,13 +154,13 @@ def random_start_kernel(
     lo: tl.float64,
     hi: tl.float64,
     scale_ptr,  # float64 scalar that replaces `scale`; unused unless READ_SCALE
-    READ_SCALE: tl.constexpr,
     KIND: tl.constexpr,
     CHANNELS: tl.constexpr,
     FOURS: tl.constexpr,  # pixels % 4 == 0
     NUMBERED: tl.constexpr,
     TILES: tl.constexpr,  # of GROUPS groups, per program: 1, or the whole image if KIND is "l2"
     GROUPS: tl.constexpr,
+    READ_SCALE: tl.constexpr,
 ):
     """Write clamp(x + scale * noise, lo, hi), as fastdynat.ops.random_start defines it.
 

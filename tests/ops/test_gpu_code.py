@@ -33,7 +33,7 @@ MAY_SPILL = [
         48,
         "float64: less than reading the image again in every pass",
     ),
-    (r"^pgd_step_l2_kernel\(HAS_LOW=True, BLOCK=8192,", 8, "less than reading the image twice"),
+    (r"^pgd_step_l2_kernel\(HAS_LOW=True, BLOCK=8192,", 12, "less than reading the image twice"),
     (r"^dynamic_label_cross_entropy_kernel\(.*BLOCK_K=32768,", 1200, "rows of over 16384 classes are rare"),
 ]
 
@@ -187,5 +187,7 @@ def test_the_packed_linf_step_reads_16_bytes_at_a_time(cuda_code: Callable[[Path
         packed = [sass for name, sass in code.functions(arch) if "pgd_step_linf_kernelIffLi4E" in name]
         assert len(packed) == 1
         loads = re.findall(r"\bLDG\.E\S*", packed[0])
-        assert len(loads) >= 3
-        assert all(".128" in load for load in loads), loads
+        sizes = [load for load in loads if ".64" in load]  # step size and radius, once per thread
+        assert len(sizes) == 2
+        assert len(loads) >= 3 + len(sizes)
+        assert all(".128" in load for load in loads if load not in sizes), loads
