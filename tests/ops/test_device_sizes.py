@@ -25,13 +25,9 @@ ON_CPU = [
     SIMULATED_CUDA,
 ]
 ON_GPU = [pytest.param(name, marks=[needs("gpu"), pytest.mark.gpu]) for name in ("eager", "cuda", "triton")]
-SHAPES = [
-    (0, 3, 4, 4),
-    (2, 3, 8, 8),
-    (3, 3, 5, 7),
-    (1, 3, 65, 67),
-]  # in packs and odd, in one part and several
-SIZES = [(2 / 255, 8 / 255), (0.3, 0.5), (0.0, 0.1), (0.1, 0.0), (0.0, 0.0), (-0.2, 1e-9)]
+PACKED, ODD, LARGE = (2, 3, 8, 8), (3, 3, 5, 7), (1, 3, 65, 67)  # the last one in several parts
+CALLS = [((0, 3, 4, 4), (0.1, 0.2)), (PACKED, (0.3, 0.5)), (ODD, (2 / 255, 8 / 255))]
+OTHER_CALLS = [(LARGE, (0.3, 0.5)), (ODD, (0.0, 0.1)), (ODD, (0.1, 0.0)), (ODD, (-0.2, 1e-9))]
 KINDS = ("uniform", "gaussian", "l2")
 STATE = (0x0123456789ABCDEF, 0x7EDCBA9876543210)
 
@@ -87,13 +83,15 @@ def test_steps_equal_those_with_numbers(
     norm: str, backend: str, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
     step = partial(STEPS[norm], backend=backend)
-    for shape, numbers in zip(SHAPES + SHAPES[:2], SIZES, strict=True):
+    plain = dtype == grad_dtype == torch.float32
+    for shape, numbers in CALLS + OTHER_CALLS * plain:
         step_size, eps = (passed(number, backend) for number in numbers)
         tensors, sizes = inputs(shape, dtype, grad_dtype), held(step_size, eps)
         expected = step(*tensors, step_size=step_size, eps=eps)
         same(step(*tensors, step_size=sizes[0], eps=sizes[1]), expected)
-        same(step(*tensors, step_size=step_size, eps=sizes[1]), expected)
-        same(step(*tensors, step_size=sizes[0], eps=eps), expected)
+        if shape == PACKED:
+            same(step(*tensors, step_size=step_size, eps=sizes[1]), expected)
+            same(step(*tensors, step_size=sizes[0], eps=eps), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +99,7 @@ def test_steps_equal_those_with_numbers(
 @pytest.mark.parametrize("kind", KINDS)
 def test_starts_equal_those_with_numbers(kind: str, backend: str, dtype: torch.dtype) -> None:
     state = torch.tensor(STATE)
-    for shape in SHAPES:
+    for shape in ((0, 3, 4, 4), PACKED, ODD):
         x, images = torch.rand(shape, dtype=dtype), torch.arange(5, 5 + shape[0])
         for layout in (torch.contiguous_format, torch.channels_last):
             x = x.to(memory_format=layout)
@@ -111,7 +109,7 @@ def test_starts_equal_those_with_numbers(kind: str, backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_sizes(backend: str, data: st.DataObject) -> None:
     step_size = passed(data.draw(st.floats(-1, 1)), backend)
@@ -221,7 +219,7 @@ def test_a_replayed_graph_reads_the_sizes_anew(backend: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(*sizes)
-    for numbers in SIZES[:5]:
+    for numbers in ((0.3, 0.5), (0.0, 0.1), (0.1, 0.0), (0.0, 0.0)):
         sizes.copy_(held(*numbers))
         graph.replay()
         same(tuple(out), tuple(run(*numbers)))
