@@ -170,7 +170,7 @@ class Method(ABC, Generic[OptionsT]):
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
 
     def takes_ramp(self) -> bool:
-        """Whether the attack follows a ramp: it is that of `Method`, or the class that makes it says so."""
+        """True if the attack follows a ramp: it is that of `Method`, or the class that makes it says so."""
         order = type(self).__mro__
         stated, made = (
             min(n for n, cls in enumerate(order) if not names.isdisjoint(vars(cls)))
