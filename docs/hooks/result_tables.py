@@ -1,9 +1,9 @@
 """Tables of results, drawn from the files in bench/results, each with how it was made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from scaling_tables import TABLES as SCALING_TABLES
-from tables import Values, made, number, percent, read, table
+from tables import RESULTS, Values, made, number, percent, read, table
 
 METHODS = {
     "natural": "natural",
@@ -92,6 +92,30 @@ def engine(name: str) -> str:
         ratio = "" if first is None else f"{value / first:.2f}"
         lines.append([kind, f"ours, {what}" if ours else what, f"{value:.1f}", ratio])
     return table(["", "Implementation", "Images/s", "Times the first"], lines)
+
+
+TRANSFORMERS = {"vit_tiny_cpu": "ViT-tiny", "convnext_atto_cpu": "ConvNeXt-atto"}
+
+
+def transformers() -> str:
+    """A ViT and a ConvNeXt: attack and step beside others', and what --grad-checkpointing does."""
+    parts = []
+    for name, network in measured(TRANSFORMERS).items():
+        compared = read(name)["checkpointing"]
+        peaks = [f"{compared[key]['peak_bytes'] / 2**20:,.0f} MiB" for key in ("without", "with")]
+        times = compared["with"]["seconds"] / compared["without"]["seconds"]
+        parts += [
+            f"{network}, with `--grad-checkpointing`:",
+            engine(name),
+            f"Peak memory of {network}'s step: {peaks[0]}, with `--grad-checkpointing` {peaks[1]}; "
+            f"the step then takes {times:.2f} times as long.",
+        ]
+    return "\n\n".join(parts) or "Not measured yet: `bench/transformers.sh`."
+
+
+def measured(names: Iterable[str]) -> dict[str, str]:
+    """Those of the networks `names` whose results are stored."""
+    return {name: TRANSFORMERS[name] for name in names if (RESULTS / f"{name}.json").exists()}
 
 
 def switches() -> str:
@@ -255,6 +279,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "report": (report, ("eval_cifar10_jpeg_small_cpu",)),
     "engine": (lambda: engine("engine_cpu"), ("engine_cpu",)),
     "engine-float32": (lambda: engine("engine_cpu_fp32"), ("engine_cpu_fp32",)),
+    "transformers": (transformers, tuple(measured(TRANSFORMERS))),
     "switches": (switches, ("engine_cpu",)),
     "profile": (profile, ("engine_cpu",)),
     "auto": (auto, tuple(AUTO)),

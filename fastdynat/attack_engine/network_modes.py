@@ -170,14 +170,23 @@ def _is_constant(tensor: Tensor) -> bool:
     return some.is_floating_point() and bool((some == some[:1]).all())
 
 
-def unmoved_twin(model: nn.Module) -> nn.Module:
-    """A module with the same parameters, in train mode, whose forward passes update no running statistics.
+def trained_twin(model: nn.Module) -> nn.Module:
+    """A module with the same parameters and buffers, in train mode: passes through it train `model`.
 
     Raises:
         NotCopyable: a UserError.
     """
     parameters: dict[int, Any] = {id(p): p for p in model.parameters()}
-    twin = _over_same_memory(model, {**_held(model), **parameters}).train()
+    return _over_same_memory(model, {**_held(model), **parameters}).train()
+
+
+def unmoved_twin(model: nn.Module) -> nn.Module:
+    """A `trained_twin` whose forward passes update no running statistics.
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    twin = trained_twin(model)
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = False

@@ -43,6 +43,9 @@ class EngineConfig:
     """Capture the training step as a CUDA graph; auto is on for a GPU."""
     guide_stream: Switch = "auto"
     """Run the guide on a separate CUDA stream, in parallel with the attack; auto is on for a GPU."""
+    grad_checkpointing: bool = False
+    """Save memory: updates keep the inputs of a network's blocks only, and compute activations again in the
+    backward pass. Gradients stay the same; the attack has no gradients of weights and is left as it is."""
     check_fidelity: int = 0
     """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is
     off."""

@@ -86,6 +86,7 @@ def build_networks(
         sync_bn=synchronised,
         attack=attack_switches(engine, communicates=synchronised and config.attack.attack_bn != "eval"),
         compile_mode=engine.compile,
+        checkpointing=engine.grad_checkpointing,
         ema=config.optim.ema,
         swa=config.optim.swa,
         ema_buffers=config.optim.ema_buffers,

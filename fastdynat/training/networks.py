@@ -6,13 +6,14 @@ from torch import nn
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.copy_check import check_twin
 from fastdynat.attack_engine.engine import AttackEngine
-from fastdynat.attack_engine.network_modes import frozen_twin, unmoved_twin
+from fastdynat.attack_engine.network_modes import frozen_twin, trained_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo
 from fastdynat.distributed.synchronized_batch_norm import synchronize_batch_norm
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.methods import Network, Networks
+from fastdynat.training.activation_checkpointing import checkpoint_activations
 from fastdynat.training.average import AverageRule, WeightAverage
 
 
@@ -30,7 +31,12 @@ class NetworkSet:
 
     Checkpoints, the weight average and validation use `raw`; a training step calls `views`, which may be
     compiled. Each view has a fixed mode and fixed gradient needs, so compiled code never has to change
-    either."""
+    either.
+
+    Attributes:
+        passes: the modules through which updates pass, under the names of `raw`: those of `raw` themselves,
+            or twins that compute activations again.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class NetworkSet:
         sync_bn: bool = False,
         attack: AttackSwitches | None = None,
         compile_mode: str = "off",
+        checkpointing: bool = False,
         ema: float = 0.0,
         swa: bool = False,
         ema_buffers: str = "average",
@@ -59,6 +66,8 @@ class NetworkSet:
                 ranks, and of the attacked one, too, where `attack_bn` is not "eval".
             attack: settings of the attack engine.
             compile_mode: mode of torch.compile for the trained networks, or "off".
+            checkpointing: the passes of updates through trained networks compute activations again
+                (`checkpoint_activations`).
             ema: decay of the weight average; 0 for none, unless `swa` gives all weights the same share.
             ema_every: "step" lets `average_step` move it, "epoch" leaves that to the trainer.
             fallbacks: as in `AttackEngine`.
@@ -86,18 +95,34 @@ class NetworkSet:
             None if guide is None else self._view(_frozen_guide(guide, example), "the guide in eval mode")
         )
         unmoved = unmoved_twin(model)
+        trained = self._trained(frozen_guide)
+        self.passes = {
+            name: self._checkpointed(network, example) if checkpointing else network
+            for name, network in trained.items()
+        }
+        if checkpointing:
+            checkpoint_activations(unmoved, example)
         if sync_bn:  # only now: no check of a copy has waited for other ranks
             attacked = [] if attack_bn == "eval" else [self.attack.replica.network]
-            trained = [model, *([] if guide is None or frozen_guide else [guide])]
-            for network in (*trained, unmoved, *attacked):
+            for network in (*trained.values(), *self.passes.values(), unmoved, *attacked):
                 synchronize_batch_norm(network)
         self.views = Networks(
-            model=self._view(model, "the model"),
+            model=self._view(self.passes["model"], "the model"),
             attacked=self.attack.logits,
             unmoved=self._view(unmoved, "the model with frozen running statistics"),
-            guide=guide_eval if guide is None or frozen_guide else self._view(guide, "the guide"),
+            guide=self._view(self.passes["guide"], "the guide") if "guide" in trained else guide_eval,
             guide_eval=guide_eval,
         )
+
+    def _trained(self, frozen_guide: bool) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.raw.items() if name == "model" or not frozen_guide}
+
+    @staticmethod
+    def _checkpointed(network: nn.Module, example: torch.Tensor) -> nn.Module:
+        """A twin that forgets activations: the network itself stays as copies and checkpoints need it."""
+        twin = trained_twin(network)  # whose replica has been checked
+        checkpoint_activations(twin, example)
+        return twin
 
     def _view(self, module: nn.Module, what: str) -> Network:
         return (

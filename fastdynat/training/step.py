@@ -153,7 +153,7 @@ class TrainStep:
         resets = self.global_step in self.statistics_resets
         with (
             uncompiled() if smaller else nullcontext(),
-            replaced_statistics(self.networks.raw["model"]) if resets else nullcontext(),
+            replaced_statistics(self.networks.passes["model"]) if resets else nullcontext(),
             replicated_batch() if batch.share.replicated else nullcontext(),
         ):
             inputs = (batch.x, batch.labels, batch.indices, *([] if batch.mixed is None else [batch.mixed]))

@@ -28,6 +28,7 @@ RESUMABLE = {
     "check_fidelity",
     "boundary_speed",
     "graphs",
+    "grad_checkpointing",
     "guide_stream",
     "rank_timeout",
     "grad_accum_steps",

@@ -34,13 +34,16 @@ def ramped(update: int) -> tuple[float, float]:
     return 0.1 * min(update, 10) / 10, 0.05 * min(update, 10) / 10
 
 
+class Part(nn.Sequential):
+    """A block of which activations can be computed again."""
+
+
 def network(seed: int, norm: str) -> nn.Module:
     """Convolution, normalisation, tanh, linear: (n, 3, 8, 8) -> (n, CLASSES), float64, smooth everywhere."""
     torch.manual_seed(seed)
     layer = nn.GroupNorm(2, 6) if norm == "group" else nn.BatchNorm2d(6)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2), layer, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, CLASSES)
-    ).double()
+    first = Part(nn.Conv2d(3, 6, 3, stride=2), layer, nn.Tanh())
+    return nn.Sequential(first, Part(nn.Flatten(), nn.Linear(6 * 9, CLASSES))).double()
 
 
 def step_of(
@@ -55,6 +58,7 @@ def step_of(
     specs: tuple[PGDSpec, ...] = (),
     norm_choice: str = "alternate",
     ramp: bool = False,
+    checkpointing: bool = False,
     **optim: Any,
 ) -> TrainStep:
     """A step of this process, with the attacks `specs` if given; `optim` are fields of `OptimConfig`."""
@@ -69,6 +73,7 @@ def step_of(
         ema=ema,
         attack_bn=attack_bn,
         sync_bn=sync_bn and norm == "batch" and not world().alone,
+        checkpointing=checkpointing,
         fallbacks=NoFallbacks(),
     )
     here = world()

@@ -26,6 +26,7 @@ from fastdynat.commands.bench.results import (
 from fastdynat.commands.bench.roofline import copy_rate, measured_parts, peak_of, roofline_values
 from fastdynat.commands.bench.rows import BenchRow, BenchSetup, left_out, plans, prepare_rows, time_rows
 from fastdynat.commands.bench.settings import label, resolved_setting
+from fastdynat.commands.bench.step_memory import checkpointing_values
 from fastdynat.commands.bench.stopwatch import MIN_ROUNDS, Samples, Stopwatch
 from fastdynat.commands.bench.work import Work, engine_step
 from fastdynat.commands.figures import PICTURES
@@ -132,6 +133,7 @@ def _measure(
     own = asked_step(rows)
     phases, kinds, setting = _inside(setup, own, watch, bench)
     apart = {} if setting != label(full) else {name: samples.median for name, samples in phases.items()}
+    checkpointing = checkpointing_values(setup, rows)
     measured = _epoch(full, split, watch, display) if bench.epoch else None
     return bench_document(
         full,
@@ -143,6 +145,7 @@ def _measure(
         phases_of=setting,
         epoch=epoch_values(own, measured),
         profile=kinds,
+        checkpointing=checkpointing,
         other_load=load.share(),
     )
 

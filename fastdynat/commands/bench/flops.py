@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from fastdynat.attack_engine.network_modes import frozen_twin
 from fastdynat.data import Batch
@@ -21,6 +26,25 @@ IMAGES = 2  # of a counted batch where its size does not matter; batch norm need
 Kernels = Counter[tuple[int, int]]  # how often a kernel of so many (FLOPs, elements read and written)
 
 
+def _conv_backward_flops(
+    grad: Any, x: Any, weight: Any, *others: Any, out_val: tuple[Tensor | None, ...], **more: Any
+) -> int:
+    """As much as the forward pass for each of the two gradients; torch's formula ignores groups."""
+    transposed, mask = others[4], others[7]
+    forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed=transposed)
+    return forward * sum(mask[:2])
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *others: Any, **more: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *others: Any, **more: Any
+) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
 def _conv_relu_flops(x: Any, weight: Any, *others: Any, out_val: Tensor) -> int:
     return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape))
 
@@ -28,6 +52,9 @@ def _conv_relu_flops(x: Any, weight: Any, *others: Any, out_val: Tensor) -> int:
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.fastdynat_cudnn.conv_relu: _conv_relu_flops,
+    torch.ops.aten.convolution_backward: _conv_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
 
 

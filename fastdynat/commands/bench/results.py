@@ -10,6 +10,7 @@ from rich.console import Console
 from fastdynat.commands.bench.predictions import prediction_values, print_predictions
 from fastdynat.commands.bench.roofline import print_roofline
 from fastdynat.commands.bench.rows import BenchRow
+from fastdynat.commands.bench.step_memory import SWITCH, print_checkpointing
 from fastdynat.commands.bench.stopwatch import Samples
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.execution.float32 import tf32_allowed
@@ -29,7 +30,7 @@ NOT_COMPARED = {
     "seed",
     "val_size",
 }
-LATER = {"fused_conv": "off"}
+LATER = {"fused_conv": "off", "grad_checkpointing": False}
 RUN_ONLY = {
     "run_dir",
     "overwrite",
@@ -170,7 +171,11 @@ def print_document(doc: Mapping[str, Any], console: Console) -> None:
     print_roofline(doc["roofline"], console)
     if doc["switches"]:
         _print_gains(doc["switches"], console)
-        print_predictions(doc["switches"], bool(env["gpus"]) and s["device"].startswith("cuda"), console)
+        if {gain["switch"] for gain in doc["switches"]} != {SWITCH}:
+            on_gpu = bool(env["gpus"]) and s["device"].startswith("cuda")
+            print_predictions(doc["switches"], on_gpu, console)
+    if doc.get("checkpointing"):
+        print_checkpointing(doc["checkpointing"], console)
     if doc["phases"]:
         seconds = {name: values["median"] for name, values in doc["phases"].items()}
         print_parts(f"phases of a training step, {doc['phases_of']}", seconds, console)

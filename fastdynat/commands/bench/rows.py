@@ -14,6 +14,7 @@ from fastdynat.commands.bench.bench_config import BenchConfig
 from fastdynat.commands.bench.settings import (
     SWITCHES,
     Kind,
+    Switch,
     grid,
     label,
     precision_name,
@@ -116,7 +117,10 @@ def plans(setup: BenchSetup, bench: BenchConfig) -> list[RowPlan]:
         for s in ([settings[0], full] if bench.peers and settings[0] != full else [full])
     ]
     rows += [_plain(setup)] if bench.peers else []
-    rows += _switched(setup) if bench.switches else []
+    if bench.switches:
+        rows += _switched(setup, SWITCHES)
+    elif full.engine.grad_checkpointing:  # what it saves is a comparison
+        rows += _switched(setup, [switch for switch in SWITCHES if switch.name == "grad_checkpointing"])
     devices = dict.fromkeys(row.amp for row in rows if not row.why_not)
     return rows + [_matmul(amp, torch.device(full.engine.device)) for amp in devices]
 
@@ -180,10 +184,10 @@ def _plain(setup: BenchSetup) -> RowPlan:
     return replace(ours, setting={"amp": "off"}, prepare=prepare, ours=False, why_not=reason)
 
 
-def _switched(setup: BenchSetup) -> list[RowPlan]:
+def _switched(setup: BenchSetup, switches: Sequence[Switch] = SWITCHES) -> list[RowPlan]:
     rows = []
-    for switch in SWITCHES:
-        reason = why_not_turned(switch, setup.full)
+    for switch in switches:
+        reason = why_not_turned(switch, setup.full, setup.split.info)
         turned = setup.full if reason else setup.settle(switch.turned(setup.full))
         flag = switch.name.replace("_", "-")
         name = flag if reason else f"{flag} {_word(switch.value(turned))}"
@@ -191,7 +195,7 @@ def _switched(setup: BenchSetup) -> list[RowPlan]:
             if kind == "attack" and not method_class(setup.full.method).searches:
                 continue
             rows.append(replace(_ours(setup, kind, turned, name, switch=switch.name), why_not=reason or ""))
-    if method_class(setup.full.method).searches:
+    if method_class(setup.full.method).searches and switches is SWITCHES:
         row = _ours(setup, "attack", setup.full, f"with {WEIGHT_GRADIENTS}", switch=WEIGHT_GRADIENTS)
         rows.append(replace(row, prepare=partial(work.weight_gradient_attack, setup.full, setup.split)))
     return sorted(rows, key=lambda row: row.kind)  # attacks first

@@ -7,12 +7,14 @@ from typing import Any, Literal
 import torch
 
 from fastdynat.config import TrainConfig
-from fastdynat.data import TrainSplit
+from fastdynat.data import DatasetInfo, TrainSplit
 from fastdynat.errors import UserError
 from fastdynat.execution.float32 import float32_name
 from fastdynat.machine.capability import half_types
 from fastdynat.methods import method_class, method_label
+from fastdynat.models import build_model
 from fastdynat.ops import selected_backend
+from fastdynat.training.activation_checkpointing import blocks_of
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.trial import settle_compile
@@ -60,6 +62,7 @@ SWITCHES = (
     Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
     Switch("graphs", "engine", ("off", "on"), BOTH, gpu=True),
     Switch("guide_stream", "engine", ("off", "on"), ("step",), gpu=True),
+    Switch("grad_checkpointing", "engine", (False, True), ("step",)),
     Switch("loader", "data", ("torch", "resident"), ("step",)),
 )
 
@@ -83,7 +86,7 @@ def resolved_setting(
     return replace(config, engine=settled_engine)
 
 
-def why_not_turned(switch: Switch, config: TrainConfig[Any]) -> str | None:
+def why_not_turned(switch: Switch, config: TrainConfig[Any], info: DatasetInfo) -> str | None:
     """The reason why `switch` cannot be turned the other way in the resolved `config`; None where it can."""
     device = torch.device(config.engine.device)
     if switch.gpu and device.type != "cuda":
@@ -100,6 +103,10 @@ def why_not_turned(switch: Switch, config: TrainConfig[Any]) -> str | None:
         return "no implementation but eager here"
     if switch.name == "amp" and config.engine.amp == "off" and (lacking := half_types(device)["bf16"]):
         return lacking
+    if switch.name == "grad_checkpointing" and not config.engine.grad_checkpointing:
+        name = config.model.model
+        network = build_model(name, num_classes=info.num_classes, image_shape=info.image_shape)
+        return None if blocks_of(network) else f"{name} has no blocks"
     if switch.name == "compile" and config.engine.compile == "off":
         try:
             check_compile("default", device)
