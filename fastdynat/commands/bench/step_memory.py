@@ -1,4 +1,4 @@
-"""What activation checkpointing saves: a training step's peak memory with and without it, and its time."""
+"""The saving of activation checkpointing: a training step's peak memory with and without it, and its time."""
 
 import os
 import pickle
