@@ -12,6 +12,7 @@ from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
 from fastdynat.execution.graph_capture import Recorder
 from fastdynat.methods import Method
+from fastdynat.training.frozen_parts import FrozenParts
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
 from fastdynat.training.step import TrainStep
@@ -23,12 +24,19 @@ EPOCHS = 6
 
 
 def make_step(
-    method: Method[Any], device: str, amp: str = "off", recorder: Recorder | None = None, **kwargs: Any
+    method: Method[Any],
+    device: str,
+    amp: str = "off",
+    recorder: Recorder | None = None,
+    freeze: tuple[str, ...] = (),
+    **kwargs: Any,
 ) -> TrainStep:
     switches = AttackSwitches(dtype=torch.bfloat16 if amp == "bf16" else None, channels_last=amp == "bf16")
     guide = tiny_cnn(1) if method.uses_guide else None
+    model = tiny_cnn(0)
+    FrozenParts(model, freeze).freeze()
     networks = NetworkSet(
-        tiny_cnn(0),
+        model,
         guide,
         frozen_guide="guide" not in method.trains,
         image_shape=(3, 8, 8),

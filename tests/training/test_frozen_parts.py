@@ -7,6 +7,10 @@ import pytest
 import torch
 from conftest import needs
 from safetensors.torch import load_file
+from support.fallbacks import NoFallbacks
+from support.graph_sim import SimulatedRecorder
+from support.graphed_training import make_step, train
+from support.method_variants import make_method
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
@@ -158,6 +162,22 @@ def test_a_probe_trains_as_logistic_regression_on_the_fixed_features(tmp_path: P
     for key in given:
         if "linear" not in key:
             assert torch.equal(kept[key], given[key]), key
+
+
+@pytest.mark.parametrize("name", ["dynat", "trades"])
+def test_a_captured_step_keeps_frozen_parts(name: str) -> None:
+    """Bit for bit the plain step, with nothing frozen moved, its running statistics included."""
+    recorder = SimulatedRecorder()
+    options = {"freeze": ("[01].*",), "clip_grad": 0.5}
+    graphed = make_step(make_method(name), "cpu", "off", recorder, fallbacks=NoFallbacks(), **options)
+    plain = make_step(make_method(name), "cpu", **options)
+    before = {key: value.clone() for key, value in plain.networks.raw["model"].state_dict().items()}
+    got, want = train(graphed), train(plain)
+    assert recorder.replayed > 0
+    assert got[0] == want[0]
+    assert torch.equal(got[1], want[1])
+    after = graphed.networks.raw["model"].state_dict()
+    assert {key for key in after if not torch.equal(after[key], before[key])} == {"6.weight", "6.bias"}
 
 
 @needs("cxx")
