@@ -11,8 +11,11 @@ from fastdynat.config import TrainConfig, override
 from fastdynat.config.optimizer_kinds import OPTIMIZER_KINDS
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, dataset_info
+from fastdynat.methods import method_class
 from fastdynat.methods.configs import default_config
 from fastdynat.recipes import read_recipe, recipe_names
+from fastdynat.training.attack_ramps import attack_sizes
+from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedOptim
 from fastdynat.training.run_average import average_rule, averages_every
@@ -83,6 +86,18 @@ def test_decay_of_the_average_by_epoch(recipe: Recipe) -> None:
         assert rule.keep_rate(update) == pytest.approx(release.keep(update), abs=1e-12), update
     begin = next(update for update in range(release.epochs * each) if release.keep(update) > 0)
     assert [rule.keep_rate(begin + d) > 0 for d in (-1, 0)] == [False, True]
+
+
+def test_radius_and_step_size_by_epoch(recipe: Recipe) -> None:
+    config, optim, release = recipe
+    info, method = dataset_info(config.data.data) or FOLDER, method_class(config.method)(config.options)
+    sizes = attack_sizes(resolved_attack(config.attack, info, method, []), optim, release.steps)
+    assert (sizes is None) == (release.sizes is None)
+    if sizes is None or release.sizes is None:
+        return
+    for update in updates(release):
+        want = release.sizes(update // release.steps)
+        assert sizes(optim.burn_in * release.steps + update) == pytest.approx(want, rel=2e-4), update
 
 
 def test_optimiser_and_what_has_no_weight_decay(recipe: Recipe) -> None:
