@@ -25,7 +25,7 @@ def compiled_shortfall(compiled: Ascent, eager: Ascent, x: Tensor, goal: AttackG
     """
     few = min(len(x), FEW_IMAGES)
     few_goal = replace(goal, target=goal.target[:few])
-    spec = replace(spec, restarts=1)
+    spec = replace(spec, restarts=1, target="none")
     generator = torch.Generator(x.device).manual_seed(0)
     start = start_point(x, spec.start, norm=spec.norm, eps=spec.eps, generator=generator)
     compiled_gradient = compiled.goal_gradient(goal.kind)(compiled.to_model_input(start), goal.target)

@@ -23,6 +23,7 @@ from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd_spec import PGDSpec, sizes_of
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import pgd_step, start_point
+from fastdynat.attack_engine.target_classes import target_classes
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message, zero_gradient_remedy
 from fastdynat.errors import UserError
 from fastdynat.models.logits import Output, half_of, logits_of, with_output
@@ -80,6 +81,26 @@ def ascend(
     return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)
 
 
+def aimed(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, generator: Randomness) -> AttackGoal:
+    """`goal`, or the cross-entropy towards the classes that `spec.target` chooses: one forward pass at `x`.
+
+    Of probabilities the likeliest class is an image's own.
+
+    Raises:
+        UserError: a goal that is not about classes, or tracked.
+    """
+    if spec.target == "none":
+        return goal
+    if goal.loss != "ce" or goal.targeted or goal.track:
+        what = "tracked" if goal.track else "targeted" if goal.targeted else goal.loss
+        raise UserError(f"target {spec.target} needs a cross-entropy to move away from, the goal is {what}")
+    own = goal.target if goal.target.dim() == 1 else goal.target.argmax(1)
+    with torch.no_grad():
+        logits = ascent.logits(ascent.to_model_input(x))
+    classes = target_classes(spec.target, logits, own, generator=generator)[:, 0]
+    return AttackGoal("ce", classes, targeted=True)
+
+
 def run_pgd(
     ascent: Ascent,
     x: Tensor,
@@ -98,6 +119,7 @@ def run_pgd(
         them at each replay. 0 is a radius too: the attack then returns the images.
     """
     eps, _ = sizes_of(spec, sizes)
+    goal = aimed(ascent, x, goal, spec, generator)
     climb = partial(adaptive_ascend if spec.algorithm == "apgd" else ascend, sizes=sizes)
     if goal.track and spec.restarts != 1:
         raise UserError(f"a goal is tracked along one run, so restarts must be 1, got {spec.restarts}")

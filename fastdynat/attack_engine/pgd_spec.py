@@ -11,6 +11,7 @@ from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops import Size
 
 ALGORITHMS = ("pgd", "apgd")
+TARGETS = ("none", "random", "least")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class PGDSpec:
     Attributes:
         algorithm: "pgd", or "apgd": `adaptive_ascend`, which returns the point with the highest loss and
             chooses its step sizes itself.
+        target: "none", or drive each image towards one class: "random", drawn uniformly from the others than
+            its own, or "least", the network's least likely one on it (`aimed`).
     """
 
     eps: float
@@ -33,6 +36,7 @@ class PGDSpec:
     start: str = "uniform"
     restarts: int = 1
     algorithm: str = "pgd"
+    target: str = "none"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -41,6 +45,8 @@ class PGDSpec:
             raise unknown_name("start", self.start, STARTS)
         if self.algorithm not in ALGORITHMS:
             raise unknown_name("attack algorithm", self.algorithm, ALGORITHMS)
+        if self.target not in TARGETS:
+            raise unknown_name("target", self.target, TARGETS)
         if self.algorithm == "apgd" and self.norm == "l0":
             raise UserError("apgd is defined for linf, l2 and l1, got norm l0; use the algorithm pgd")
         check_number("eps", self.eps)

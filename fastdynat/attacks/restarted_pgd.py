@@ -19,9 +19,9 @@ from fastdynat.attack_engine.pgd import ascend
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attack_engine.steps import start_point
+from fastdynat.attack_engine.target_classes import check_rule, target_classes
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.attacks.restarts import until_broken
-from fastdynat.attacks.target_classes import check_rule, target_classes
 from fastdynat.errors import UserError
 from fastdynat.ops.image_draws import Randomness
 

@@ -15,6 +15,9 @@ class AttackConfig:
     train with --steps 2)."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """Threat model."""
+    targeted: Literal["none", "random", "least"] = "none"
+    """Attack each image towards one class, random (another at every update) or the network's least likely
+    one, instead of away from its own."""
     norms: str | None = None
     """Several threat models to train against, such as linf,l2,l1 (multi-norm training); --norm is then the
     first of them."""

@@ -117,7 +117,7 @@ def check_fidelity(
     Raises:
         UserError: no images.
     """
-    spec, bn = replace(spec, restarts=1), "frozen" if bn == "train" else bn
+    spec, bn = replace(spec, restarts=1, target="none"), "frozen" if bn == "train" else bn
     with _untouched(model), torch.inference_mode(False), torch.enable_grad():
         engine.refresh()
         device = next(model.parameters()).device

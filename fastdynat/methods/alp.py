@@ -46,6 +46,7 @@ class Alp(Method[AlpOptions]):
     """``min 1/2 CE(f(x), y) + 1/2 CE(f(x'), y) + logit_pairing MSE(f(x), f(x'))``."""
 
     options_type = AlpOptions
+    takes_targets = True
     smooths_labels = takes_mixed_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 

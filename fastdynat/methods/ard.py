@@ -70,6 +70,7 @@ class Ard(Method[ArdOptions]):
     """Adversarially robust distillation; the guide is a robust network."""
 
     options_type = ArdOptions
+    takes_targets = True
     smooths_labels = takes_mixed_labels = True
     uses_guide = True
     guide_made_by = "madry"

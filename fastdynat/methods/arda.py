@@ -53,6 +53,7 @@ class Arda(Method[ArdaOptions]):
 
     options_type = ArdaOptions
     follows_ramp = True
+    takes_targets = True
     smooths_labels = takes_mixed_labels = True
     logs_adv_acc = False
 

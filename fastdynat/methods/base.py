@@ -117,6 +117,8 @@ class Method(ABC, Generic[OptionsT]):
         logs_adv_acc: whether `outer` logs train_adv_acc, which `--on-collapse` compares with validation.
         replays: updates per batch, each with both halves and the attack.
         searches: whether an attack starts from the present weights, which weight perturbation needs.
+        takes_targets: whether the goal is the cross-entropy with labels, neither tracked nor compared with
+            others, so that --targeted can aim at another class.
         attacks: whether training attacks at all.
         takes_any_attack: whether images are attacked by nothing but ``attack(x, goal)``, so that the run may
             choose the attack, such as --attack apgd.
@@ -150,6 +152,7 @@ class Method(ABC, Generic[OptionsT]):
     searches: bool = True
     attacks: bool = True
     takes_any_attack: bool = True
+    takes_targets: bool = False
     couples_images: bool = False
     follows_ramp: bool = True
     smooths_labels: bool = False

@@ -94,6 +94,7 @@ class Iad(Method[IadOptions]):
     """Introspective adversarial distillation; the guide is a robust network."""
 
     options_type = IadOptions
+    takes_targets = True
     smooths_labels = True
     uses_guide = True
     guide_made_by = "madry"

@@ -32,6 +32,7 @@ class Madry(Method[MadryOptions]):
     """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
 
     options_type = MadryOptions
+    takes_targets = True
     smooths_labels = takes_mixed_labels = True
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:

@@ -85,6 +85,7 @@ class Mail(Method[MailOptions]):
 
     def __init__(self, options: MailOptions) -> None:
         super().__init__(options)
+        self.takes_targets = options.base != "trades"
         self.couples_images = options.weight_scale == "normalized"
         published = PUBLISHED[options.base]
         self.slope = published[0] if options.slope is None else options.slope

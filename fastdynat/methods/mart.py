@@ -64,6 +64,7 @@ class Mart(Method[MartOptions]):
     """``min BCE(x', y) + beta KL(p(x) || p(x')) (1 - p_y(x))``."""
 
     options_type = MartOptions
+    takes_targets = True
     smooths_labels = True
     attack_defaults = AttackDefaults(start="gaussian")
 

@@ -94,6 +94,13 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         value = getattr(attack, key)
         if value != usual and not (method.attacks and method.takes_any_attack):
             raise UserError(f"{key} {value}: method {method.name} {own}; leave --{key} out")
+    if attack.targeted != "none" and not (
+        method.attacks and method.takes_any_attack and method.takes_targets
+    ):
+        raise UserError(
+            f"targeted {attack.targeted}: the attack of method {method.name} is not the cross-entropy with "
+            "the label alone, which a target class replaces; leave --targeted out, or use --method madry"
+        )
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:
         raise UserError(f"early_steps must be between 0 and steps ({steps}), got {early}")
@@ -174,6 +181,9 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
     else:
         used += f"{attack.steps} steps of {describe_size(attack.step_size, attack.norm)}"
     used += _ramps(attack)
+    used += {"none": "", "random": " towards a random class", "least": " towards the least likely class"}[
+        attack.targeted
+    ]
     if attack.early_steps is not None:
         used += f" ({attack.early_steps} in the first {100 * attack.early_share:g} % of the epochs)"
     return used

@@ -72,6 +72,7 @@ class ResolvedAttack(AttackConfig):
                 norm=norm,
                 start=self.start,
                 algorithm=self.attack,
+                target=self.targeted,
             )
             for norm, eps in self.radii().items()
         )

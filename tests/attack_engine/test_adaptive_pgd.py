@@ -1,6 +1,7 @@
 """APGD as the attack of training, against a transcription of the published algorithm in float64 loops."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
-from fastdynat.attack_engine.pgd import pgd, run_pgd
+from fastdynat.attack_engine.pgd import aimed, pgd, run_pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks.ball import inside
 from fastdynat.errors import UserError
@@ -208,6 +209,55 @@ def test_half_precision_stays_in_the_ball_and_raises_the_loss() -> None:
         assert found.x_adv.dtype == torch.float32
         assert inside(found.x_adv, x, norm, EPS[norm]).all()
         assert goal.per_image(model(found.x_adv)).mean() > goal.per_image(model(x)).mean()
+
+
+@pytest.mark.parametrize("algorithm", ["pgd", "apgd"])
+@pytest.mark.parametrize("kind", ["classes", "mixed"])
+def test_the_least_likely_class_is_aimed_at(kind: str, algorithm: str) -> None:
+    model, x = victim(), images()
+    goal = targets(kind, model, x)
+    own = goal.target if kind == "classes" else goal.target.argmax(1)
+    chosen = []
+    for scores, label in zip(model(x).tolist(), own.tolist(), strict=True):
+        chosen.append(min((k for k in range(CLASSES) if k != label), key=scores.__getitem__))
+    towards = AttackGoal("ce", torch.tensor(chosen), targeted=True)
+    spec = replace(spec_of("linf", 3), algorithm=algorithm, step_size=0.01)
+    found = pgd(model, x, goal, replace(spec, target="least"))
+    torch.testing.assert_close(found.x_adv, pgd(model, x, towards, spec).x_adv)
+    assert (towards.per_image(model(found.x_adv)) > towards.per_image(model(x))).all()
+
+
+def test_random_targets_are_drawn_per_image_from_the_other_classes() -> None:
+    model, x, labels = victim(), images(), torch.arange(N)
+    spec = replace(spec_of("linf", 1), target="random")
+    seen: set[tuple[int, ...]] = set()
+    for seed in range(30):
+        goal = AttackGoal("ce", labels)
+        together = aimed(Ascent(model), x, goal, spec, ImageDraws.of(seed, range(N), "cpu"))
+        alone = aimed(
+            Ascent(model), x[2:3], AttackGoal("ce", labels[2:3]), spec, ImageDraws.of(seed, [2], "cpu")
+        )
+        assert together.targeted
+        assert (together.target != labels).all()
+        assert ((together.target >= 0) & (together.target < CLASSES)).all()
+        assert int(alone.target) == int(together.target[2])
+        seen.add(tuple(together.target.tolist()))
+    assert len(seen) == 30
+    assert {found for row in seen for found in row} == set(range(CLASSES))
+
+
+def test_targets_of_other_goals_are_refused() -> None:
+    model, x = victim(), images()
+    spec = replace(spec_of("linf", 1), target="least")
+    for goal, what in (
+        (targets("kl", model, x), "kl"),
+        (AttackGoal("ce", torch.arange(N), track=True), "tracked"),
+        (AttackGoal("ce", torch.arange(N), targeted=True), "targeted"),
+    ):
+        with pytest.raises(UserError, match=f"the goal is {what}"):
+            pgd(model, x, goal, spec)
+    with pytest.raises(UserError, match="target"):
+        replace(spec, target="second")
 
 
 def test_bad_algorithms_are_refused() -> None:

@@ -21,9 +21,9 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal, margin
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import diameter, start_point, usual_step
+from fastdynat.attack_engine.target_classes import RULES, target_classes
 from fastdynat.attacks import MIM, Attack, AttackResult, RestartedPGD, parse_attack
 from fastdynat.attacks.restarts import until_broken
-from fastdynat.attacks.target_classes import RULES, target_classes
 from fastdynat.errors import UserError
 
 EPS, STEP = 8 / 255, 2 / 255

@@ -17,8 +17,8 @@ from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attack_engine.target_classes import target_classes
 from fastdynat.attacks import parse_attack
-from fastdynat.attacks.target_classes import target_classes
 
 # foolbox imports a name that SciPy has moved.
 pytestmark = [

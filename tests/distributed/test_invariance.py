@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"opt": "adamw", "lr": 5e-3, "head_lr_scale": 3.0, "zero1": True},
     ),
     "apgd": ("trades", {"specs": (PGDSpec(0.1, 0.1, 3, start="gaussian", algorithm="apgd"),)}),
+    "random targets": ("arda-quarter", {"specs": (PGDSpec(0.1, 0.05, 3, target="random"),)}),
     "alternating norms": ("dynat", {"specs": NORMS}),
     "worst norm": ("madry", {"specs": NORMS, "norm_choice": "worst"}),
     "worst norm, weights by position": ("dynat-gairat", {"specs": NORMS, "norm_choice": "worst"}),

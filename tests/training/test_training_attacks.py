@@ -204,9 +204,35 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
     assert (resolved.eps, resolved.eval_eps, resolved.norm) == (12.0, 12.0, "l1")
 
 
+TARGETED = ("alp", "ard", "arda", "iad", "madry", "mail", "mart")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_target_classes_or_refuses_them_by_name(name: str) -> None:
+    config = default_config(name)
+    info = dataset_info("cifar10")
+    assert info is not None
+    method = METHODS[name](config.options)
+    attack = replace(config.attack, targeted="random")
+    if name not in TARGETED:
+        with pytest.raises(UserError, match=f"targeted random: the attack of method {name}"):
+            resolved_attack(attack, info, method, [])
+        return
+    notes: list[str] = []
+    assert resolved_attack(attack, info, method, notes).specs()[0].target == "random"
+    assert "towards a random class" in notes[-1]
+    recorder, spec = SimulatedRecorder(), PGDSpec(0.1, 0.05, 2, target="random")
+    got = train(make_step(make_method(name), "cpu", recorder=recorder, spec=spec, seed=3))
+    want = train(make_step(make_method(name), "cpu", spec=spec, seed=3))
+    assert recorder.captured >= 1
+    assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize(
     "given",
     [
+        ["--targeted", "random"],
+        ["--targeted", "least", "--attack", "apgd"],
         ["--attack", "apgd"],
         ["--norm", "l1"],
         ["--attack", "apgd", "--norm", "l1", "--start", "uniform"],
