@@ -15,6 +15,7 @@ from fastdynat.models.state_files import check_kinds, counted_keys, without_wrap
 COUNTER = "num_batches_tracked"  # of batch norm: predicts nothing
 PIXELS = ("normalize.mean", "normalize.std")
 BACKBONE = "net."  # before each name behind a `Normalize`
+POSITIONS = "pos_embed"  # in the names of embeddings of positions, timm's and torchvision's
 SHOWN = 3
 
 
@@ -164,4 +165,7 @@ def _misfit(
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    return UserError(f"{origin} does not fit the network: {', '.join(parts)}; name its network with --model")
+    remedy = "name its network with --model"
+    if wrong and not missing and not unexpected and all(POSITIONS in name for name in wrong):
+        remedy = "positions are those of another image size: choose theirs with --image-size"
+    return UserError(f"{origin} does not fit the network: {', '.join(parts)}; {remedy}")

@@ -77,6 +77,12 @@ def test_unknown_names_and_sizes() -> None:
         build_model("nonsense", num_classes=10, image_shape=(3, 32, 32))
 
 
+def test_another_image_size_is_said() -> None:
+    ours, other = (build_model("vit-ti-cvst", num_classes=4, image_shape=(3, s, s)) for s in (32, 64))
+    with pytest.raises(UserError, match=r"net.pos_embed is \(1, 17, 192\) there, .* with --image-size"):
+        put_initial_state(ours, other.state_dict(), "w", num_classes=4)
+
+
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[Callable[..., nn.Module]]:
     """`get_convstem_models` of RobustBench, without the package around it."""
