@@ -69,6 +69,10 @@ def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> n
     labels, classes = store.labels, store.facts.classes
     if labels is None or classes is None:
         if method_class(config.method).semi_supervised:
+            if mixing := config.augmentation.mixing:
+                raise UserError(
+                    f"{mixing}: the extra images in {store.folder} have no labels to mix; leave it out"
+                )
             return np.full(len(store), UNLABELLED, dtype=np.int32)
         raise UserError(
             f"the extra images in {store.folder} have no labels, which method {config.method} needs"

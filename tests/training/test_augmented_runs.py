@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -61,3 +62,14 @@ def test_the_torch_loader_trains_the_same_network(whole: Path, tmp_path: Path) -
     flags = ["--loader", "torch", "--workers", "1", "--epochs", "2", "--run-dir", str(run)]
     assert main(["train", *AUGMENTED, *TINY, *flags]) == 0
     assert_same_weights(run, whole)
+
+
+def test_extra_images_without_labels_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.zeros((40, 32, 32, 1), dtype=np.uint8)
+    np.savez(tmp_path / "extra.npz", image=images)
+    extra = ["--method", "vat", "--extra-data", str(tmp_path / "extra.npz"), "--cutmix", "1"]
+    assert main(["train", *extra, *TINY, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "error: --cutmix 1: the extra images in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
