@@ -18,6 +18,9 @@ class ExtraConfig:
     extra_replacement: bool = True
     """Draw each extra image independently of those before it, as the releases do. --no-extra-replacement uses
     every extra image once before any is used again, in another order each time."""
+    extra_labels: str | None = None
+    """Label the extra images by the predictions of a trained network: its run directory or .safetensors file.
+    They are computed once, and kept beside the images. An .npy file of labels is read as it is."""
     extra_checksum: str | None = None
     """Checksum that the extra images and labels must have, as the run's log says it; a run stores that of
     its data."""

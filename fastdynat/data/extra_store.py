@@ -138,7 +138,7 @@ class ExtraStore:
     def _mapped(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         try:
             found = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # a damaged header fails in any way
             raise self._damaged(name) from None
         if found.dtype != dtype or found.shape != shape:
             raise self._damaged(name)
@@ -148,6 +148,11 @@ class ExtraStore:
         return UserError(f"{self.folder}: {what} is damaged or was changed; pack the images again")
 
 
+def resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images, uint8 (n, C, H, W), of `shape`: resized to that square where they are not of it."""
+    return images if images.shape[1:] == shape else resize_square(images, shape[1])
+
+
 @dataclass(frozen=True, eq=False)
 class ExtraSet:
     """A store's images as one run sees them.
@@ -155,19 +160,20 @@ class ExtraSet:
     Attributes:
         labels: whole numbers (M,), possibly mapped into memory; in [0, classes), or UNLABELLED.
         shape: (C, H, W) of the images that are read; a square, resized to, where it is not the store's.
+        label_file: .npy file of the labels, where they are not the store's.
     """
 
     store: ExtraStore
     labels: np.ndarray
     shape: tuple[int, int, int]
+    label_file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.store)
 
     def read(self, indices: Tensor) -> Tensor:
         """The images at int64 `indices`, uint8 (n, C, H, W) on the CPU."""
-        images = self.store.read(indices)
-        return images if images.shape[1:] == self.shape else resize_square(images, self.shape[1])
+        return resized(self.store.read(indices), self.shape)
 
     def labels_at(self, indices: Tensor) -> Tensor:
         """Labels of the images at `indices`, int64 (n,)."""

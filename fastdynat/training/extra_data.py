@@ -15,10 +15,14 @@ from fastdynat.errors import UserError
 from fastdynat.methods import method_class
 from fastdynat.terminal.consoles import error_console
 from fastdynat.terminal.progress import ProgressDisplay
+from fastdynat.training.pseudo_labels import label_file, read_labels
+from fastdynat.tuning.devices import pick_device
 
 
 def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
     """The extra images of `config` for a dataset with the facts `info`; None where it uses none.
+
+    Images that are not packed yet are packed, and labelled where `extra_labels` asks for it.
 
     Raises: UserError for images that are missing, damaged, of another shape or not those of
         `extra_checksum`, and for labels that the dataset does not have.
@@ -33,7 +37,11 @@ def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
 
     store = packed(Path(extra.extra_data), config.data.image_size, display, check_shape)
     check_shape(store.facts.shape)
-    found = ExtraSet(store, _labels(store, config, info), info.image_shape)
+    if extra.extra_labels is None:
+        found = ExtraSet(store, _labels(store, config, info), info.image_shape)
+    else:
+        file = label_file(store, extra.extra_labels, info, pick_device(config.engine.device), display)
+        found = ExtraSet(store, read_labels(file, len(store), info), info.image_shape, file)
     if extra.extra_checksum not in (None, found.checksum):
         raise UserError(
             f"extra_checksum {extra.extra_checksum}: {store.folder} has {found.checksum}, so it holds other "
@@ -46,7 +54,10 @@ def recorded_extra(extra: ExtraConfig, found: ExtraSet | None) -> ExtraConfig:
     """`extra` as a run stores it: with the place of the store, and the checksum."""
     if found is None:
         return extra
-    return replace(extra, extra_data=str(found.store.folder), extra_checksum=found.checksum)
+    labels = None if found.label_file is None else str(found.label_file)
+    return replace(
+        extra, extra_data=str(found.store.folder), extra_labels=labels, extra_checksum=found.checksum
+    )
 
 
 def _check_shape(shape: tuple[int, int, int], config: TrainConfig[Any], info: DatasetInfo) -> None:
@@ -75,7 +86,8 @@ def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> n
                 )
             return np.full(len(store), UNLABELLED, dtype=np.int32)
         raise UserError(
-            f"the extra images in {store.folder} have no labels, which method {config.method} needs"
+            f"the extra images in {store.folder} have no labels, which method {config.method} needs; "
+            "label them by a network: --extra-labels RUN"
         )
     names = store.facts.class_names
     if names is not None:

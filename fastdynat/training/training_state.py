@@ -22,6 +22,7 @@ RESUMABLE = {
     "data_dir",
     "download",
     "extra_data",
+    "extra_labels",
     "workers",
     "device",
     "kernels",

@@ -72,6 +72,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(count):
                 pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "cifar10-jpeg" / split / kind / f"{i}.jpg")
+    extra = generator.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "1m.npz", image=extra, label=np.arange(40) % 2)
     convolution = torch.nn.Conv2d(3, 4, 3, stride=4)
     net = torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 2))
     torch.save(net.state_dict(), folder / "w.pt")

@@ -110,7 +110,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
     opened = open_split(next(iter(configs.values())))
     split = _ReadOnce(opened.info, opened.source, opened.train, opened.val, extra=opened.extra)
     for name, config in configs.items():
-        if config.data.labelled is not None:
+        if config.data.labelled is not None or config.extra.extra_data is not None:
             with _naming(name):
                 open_split(config)
     resolved = {

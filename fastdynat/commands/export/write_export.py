@@ -1,6 +1,7 @@
 """The export of one checkpoint of a run to a file."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +13,7 @@ from fastdynat.commands.export.programs import check_onnx, write_onnx, write_tor
 from fastdynat.commands.export.robustbench import THREATS, check_model_name, side_files, write_robustbench
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
+from fastdynat.methods.configs import stored_config
 from fastdynat.runs import Sidecar, check_output, find_checkpoint, load_checkpoint, require_run
 from fastdynat.runs.atomic_files import replacing
 
@@ -90,6 +92,9 @@ def _write_robustbench(
     )
     logger.info(accuracies.note)
     dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
+    extra = stored_config(run).extra
+    more = extra.extra_data is not None and extra.extra_share > 0
+    paper = replace(config.paper, additional_data=config.paper.additional_data or more)
     return write_robustbench(
-        model, sidecar, path, Path(config.out), dataset=dataset, paper=config.paper, accuracies=accuracies
+        model, sidecar, path, Path(config.out), dataset=dataset, paper=paper, accuracies=accuracies
     )

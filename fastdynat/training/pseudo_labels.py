@@ -1,0 +1,96 @@
+"""Labels of extra images by the predictions of a trained network, computed once and kept beside the store."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdynat.data import DatasetInfo
+from fastdynat.data.extra_store import ExtraStore, resized
+from fastdynat.errors import UserError, first_line
+from fastdynat.machine.cache_folder import user_cache
+from fastdynat.ops.augment import to_unit
+from fastdynat.runs import data_difference, guide_weights, load_network
+from fastdynat.runs.atomic_files import make_folder, replacing
+from fastdynat.runs.manifest import sha256
+from fastdynat.terminal.progress import ProgressDisplay
+
+logger = logging.getLogger(__name__)
+
+BATCH = 500
+
+
+def label_file(
+    store: ExtraStore, source: str, info: DatasetInfo, device: torch.device, display: ProgressDisplay
+) -> Path:
+    """The .npy file with labels of the images in `store` that --extra-labels `source` means.
+
+    A file that `source` names itself is taken as it is. Of a run directory or a .safetensors file it is the
+    clean prediction of that network for each image (the likeliest class, in float32); once computed it is
+    found by the weights' sha256.
+
+    Raises: UserError where there is no such network, or it was trained on other classes or shapes.
+    """
+    if source.endswith(".npy"):
+        return Path(source).absolute()
+    weights = guide_weights(Path(source))
+    places = _places(store, f"labels-{sha256(weights)[:16]}-{'x'.join(map(str, info.image_shape))}.npy")
+    for place in places:
+        if place.is_file():
+            return place
+    network, sidecar = load_network(weights)
+    if difference := data_difference(sidecar, info):
+        raise UserError(f"--extra-labels {source} was trained on {difference}; use a network for {info.name}")
+    out = next((place for place in places if os.access(place.parent, os.W_OK)), places[-1])
+    make_folder(out.parent)
+    logger.info("labelling %s extra images by %s into %s", f"{len(store):,}", source, out)
+    labels = _predictions(network.to(device), store, info.image_shape, device, display)
+    with replacing(out, needed=labels.nbytes) as file, file.open("wb") as opened:
+        np.save(opened, labels)
+    return out
+
+
+def read_labels(path: Path, count: int, info: DatasetInfo) -> np.ndarray:
+    """The labels in the .npy file at `path`, mapped into memory: whole numbers (count,) in [0, num_classes).
+
+    Raises: UserError where they are something else.
+    """
+    try:
+        labels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header fails in any way
+        raise UserError(f"--extra-labels {path} cannot be read as labels: {first_line(error)}") from None
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (count,):
+        got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
+        raise UserError(f"--extra-labels {path} must be whole numbers ({count},), one per image, got {got}")
+    bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
+    if len(bad):
+        raise UserError(
+            f"--extra-labels {path}: label {labels[bad[0]]} at index {bad[0]} is outside "
+            f"[0, {info.num_classes}), the classes of {info.name}"
+        )
+    return labels
+
+
+def _places(store: ExtraStore, name: str) -> list[Path]:
+    cache = user_cache("extra")
+    return [store.folder / name, *([] if cache is None else [cache / f"{store.facts.checksum}-{name}"])]
+
+
+@torch.no_grad()
+def _predictions(
+    network: torch.nn.Module,
+    store: ExtraStore,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    display: ProgressDisplay,
+) -> np.ndarray:
+    labels = np.empty(len(store), dtype=np.int32)
+    with display.task("labelling extra images", len(store), unit="images") as progress:
+        for indices in torch.arange(len(store)).split(BATCH):
+            images = resized(store.read(indices), shape)
+            logits = network(to_unit(images.to(device), channels_last=False))
+            labels[indices.numpy()] = logits.argmax(1).cpu().numpy()
+            progress.advance(len(indices))
+    return labels

@@ -1,0 +1,284 @@
+"""Runs with extra images: what a run keeps, exact resume, pseudo-labels, and refusals before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support.extra_images import extra_arrays, write_npz
+from support.tiny_run import TINY
+
+from fastdynat.commands.main import main
+from fastdynat.config import read_config_file
+from fastdynat.data.extra_store import ExtraStore
+from fastdynat.runs import load_network
+
+FAST = [*TINY, "--method", "madry"]
+EXTRA = 90
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """Extra images in the form of digits, 1x32x32."""
+    return write_npz(tmp_path / "extra.npz", EXTRA, 32, 1)
+
+
+def train(*flags: object) -> int:
+    return main(["train", *map(str, flags)])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last" / "model.safetensors")
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    """The one line by which the training is refused."""
+    capsys.readouterr()
+    assert train(*flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    (line,) = lines
+    return line
+
+
+def test_a_run_says_and_keeps_its_extra_images(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [flag for flag in FAST if flag != "--quiet"]
+    assert train(*flags, "--epochs", 1, "--extra-data", npz, "--run-dir", run) == 0
+    store = ExtraStore(npz.with_name("extra.npz.packed"))
+    said = capsys.readouterr().err
+    assert (
+        f"90 extra images, 22 in each batch of 32, drawn with replacement: {store.folder}, checksum "
+        f"{store.facts.checksum}" in said
+    )
+    kept = read_config_file(run / "config.yaml")
+    assert kept["extra_data"] == str(store.folder)
+    assert kept["extra_checksum"] == store.facts.checksum
+    assert kept["extra_labels"] is None
+    state = torch.load(run / "last" / "state.pt", weights_only=True)
+    assert state["loader"]["extra"] == {
+        "images": EXTRA,
+        "per_step": 22,
+        "share": 0.7,
+        "replacement": True,
+        "checksum": store.facts.checksum,
+    }
+    assert state["loader"]["num_images"] == 200
+
+
+@pytest.mark.parametrize("method", ["dynat", "trades"])
+@pytest.mark.parametrize("replacement", ["--extra-replacement", "--no-extra-replacement"])
+def test_a_run_resumes_exactly_from_the_middle_of_an_epoch(
+    method: str, replacement: str, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TINY, "--method", method, "--epochs", 2, "--extra-data", npz, replacement]
+    flags += ["--epoch-steps", 5, "--save-every", 1e-9]  # a checkpoint after each step
+    assert train(*flags, "--run-dir", tmp_path / "whole") == 0
+
+    from fastdynat.training.trainer import Trainer
+
+    save, saved = Trainer._save, [0]
+
+    def stopping(trainer: Trainer, **options: Any) -> None:
+        save(trainer, **options)
+        saved[0] += 1
+        if saved[0] == 8:  # after 5 steps, an epoch, and two more steps
+            trainer._writer.close()
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Trainer, "_save", stopping)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*flags, "--run-dir", tmp_path / "cut")
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "cut" / "last" / "state.pt", weights_only=True)
+    assert 0 < state["epoch_step"] < 5
+    npz.unlink()  # the store is enough
+    assert main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert_equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_every_loader_trains_alike(npz: Path, tmp_path: Path) -> None:
+    for loader in ("resident", "torch"):
+        flags = [*FAST, "--epochs", 1, "--extra-data", npz, "--loader", loader]
+        workers = ["--workers", 1] if loader == "torch" else []
+        assert train(*flags, *workers, "--run-dir", tmp_path / loader) == 0
+    assert_equal(weights(tmp_path / "resident"), weights(tmp_path / "torch"))
+
+
+def test_a_share_of_nothing_trains_as_without_extra_images(npz: Path, tmp_path: Path) -> None:
+    for name, flags in {"with": ["--extra-data", npz, "--extra-share", 0], "without": []}.items():
+        assert train(*FAST, "--epochs", 1, *flags, "--run-dir", tmp_path / name) == 0
+    assert_equal(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+def test_a_resumed_run_refuses_other_extra_images(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", write_npz(tmp_path / "other.npz", EXTRA + 1, 32, 1)
+    assert train(*FAST, "--epochs", 2, "--stop-after", 1, "--extra-data", npz, "--run-dir", run) == 0
+    assert "so it holds other images" in error_of(capsys, "--resume", run, "--extra-data", other)
+    assert "extra_share is 0.7" in error_of(capsys, "--resume", run, "--extra-share", 0.5)
+    moved = tmp_path / "moved"
+    npz.with_name("extra.npz.packed").rename(moved)
+    npz.unlink()
+    assert "no such file" in error_of(capsys, "--resume", run)
+    assert train("--resume", run, "--extra-data", moved) == 0
+
+
+def test_pseudo_labels_are_the_networks_clean_predictions(
+    tmp_path: Path, messages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, _ = extra_arrays(EXTRA, 32, 1)
+    np.savez(tmp_path / "extra.npz", image=images)
+    given = [*FAST, "--epochs", 1, "--extra-data", tmp_path / "extra.npz"]
+    refusal = error_of(capsys, *given, "--run-dir", tmp_path / "x")
+    assert "have no labels, which method madry needs; label them by a network: --extra-labels" in refusal
+
+    teacher = tmp_path / "teacher"
+    assert train(*FAST, "--epochs", 1, "--run-dir", teacher) == 0
+    network, _ = load_network(teacher)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        expected = network(x).argmax(1)
+    for name in ("a", "b"):
+        assert train(*given, "--extra-labels", teacher, "--run-dir", tmp_path / name) == 0
+    assert sum("labelling 90 extra images" in text for text in messages) == 1
+    kept = read_config_file(tmp_path / "a" / "config.yaml")
+    assert np.load(kept["extra_labels"]).tolist() == expected.tolist()
+    assert kept["extra_checksum"] != ExtraStore(Path(kept["extra_data"])).facts.checksum
+    assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    # The same labels given as a file, and the same run without the network.
+    np.save(tmp_path / "labels.npy", expected.numpy())
+    assert train(*given, "--extra-labels", tmp_path / "labels.npy", "--run-dir", tmp_path / "c") == 0
+    assert_equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    teacher.rename(tmp_path / "gone")
+    assert train("--resume", tmp_path / "a") == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(EXTRA - 1, dtype=np.int64), "must be whole numbers (90,), one per image, got int64 (89,)"),
+        (np.zeros(EXTRA), "got float64 (90,)"),
+        (np.full(EXTRA, 10), "label 10 at index 0 is outside [0, 10)"),
+        (None, "cannot be read as labels"),
+    ],
+)
+def test_bad_label_files_are_refused(
+    labels: np.ndarray | None, message: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "labels.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00\x05\x00{'a'") if labels is None else np.save(path, labels)
+    assert message in error_of(capsys, *FAST, "--extra-data", npz, "--extra-labels", path)
+
+
+def test_unlabelled_extra_images_are_for_semi_supervised_methods(tmp_path: Path) -> None:
+    images, _ = extra_arrays(EXTRA, 32, 1)
+    np.savez(tmp_path / "extra.npz", image=images)
+    flags = [*TINY, "--method", "vat", "--labelled", 50, "--epochs", 1]
+    assert train(*flags, "--extra-data", tmp_path / "extra.npz", "--run-dir", tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("method", ["lbgat", "free", "mart", "gairat"])
+def test_methods_with_guides_buffers_and_weights_of_images_train(
+    method: str, npz: Path, tmp_path: Path
+) -> None:
+    flags = [*TINY, "--method", method, "--epochs", 1, "--epoch-steps", 2]
+    assert train(*flags, "--extra-data", npz, "--run-dir", tmp_path / "run") == 0
+
+
+def test_class_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels, _ = extra_arrays(12, 32)
+    for number in range(12):
+        for place, name in (("data/train", "cat dog"), ("data/test", "cat dog"), ("extra", "dog cat")):
+            label = name.split()[number % 2]
+            folder = tmp_path / place / label
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[number]).save(folder / f"{number}.png")
+    flags = ["--data", "imagefolder", "--data-dir", tmp_path / "data", "--model", "small", "--method"]
+    flags += ["madry", "--steps", 1, "--val-size", 2, "--batch-size", 4, "--epochs", 1, "--quiet"]
+    flags += ["--extra-data", tmp_path / "extra", "--extra-share", 0.5]
+    assert train(*flags, "--run-dir", tmp_path / "run") == 0
+    (tmp_path / "extra" / "dog").rename(tmp_path / "extra" / "wolf")
+    said = error_of(capsys, *flags, "--run-dir", tmp_path / "other")
+    assert "'wolf' is no class of imagefolder; name the class folders like its classes (cat, dog" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--extra-share", "1"], "extra-share must be a share of the batch in [0, 1), got 1"),
+        (["--extra-share", "-0.1"], "extra-share must be a share of the batch in [0, 1)"),
+        (["--extra-share", "nan"], "extra-share must be a share of the batch in [0, 1)"),
+        (["--extra-share", "0.01"], "of a batch of 32 that is no whole image"),
+        (["--drop-last"], "with --extra-data every batch is full"),
+        (["--extra-checksum", "0123456789abcdef"], "so it holds other images or labels"),
+        (["--extra-checksum", "abc"], "must be 16 hexadecimal digits"),
+        (["--batch-size", "400", "--extra-share", "0.1"], "takes 360 of the 200 training images"),
+        (
+            ["--batch-size", "160", "--extra-share", "0.7", "--no-extra-replacement"],
+            "takes 112 extra images for a batch of 160, but there are 90",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_refused_in_one_line(
+    flags: list[str], message: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, *FAST, "--extra-data", npz, *flags, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--extra-share=0.5", "--extra-labels=RUN", "--no-extra-replacement"])
+def test_flags_without_extra_data_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs --extra-data" in error_of(capsys, *FAST, flag)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"side": 16}, "are 1x16x16 (channels, height, width), but those of digits are 1x32x32"),
+        ({"channels": 3, "side": 32}, "are 3x32x32"),
+    ],
+)
+def test_other_shapes_are_refused_before_they_are_packed(
+    arrays: dict[str, int], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_npz(tmp_path / "a.npz", 20, **{"channels": 1, **arrays})
+    assert message in error_of(capsys, *FAST, "--extra-data", path, "--run-dir", tmp_path / "run")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_other_sizes_are_resized_where_asked(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", 20, 24, 1)
+    flags = [*FAST, "--epochs", 1, "--image-size", 16, "--extra-data", path]
+    assert train(*flags, "--run-dir", tmp_path / "run") == 0
+
+
+def test_labels_that_the_dataset_lacks_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = extra_arrays(20, 32, 1)
+    labels[7] = 10
+    np.savez(tmp_path / "a.npz", image=images, label=labels)
+    said = error_of(capsys, *FAST, "--extra-data", tmp_path / "a.npz", "--run-dir", tmp_path / "run")
+    assert "label 10 at index 7 is outside [0, 10), the classes of digits" in said
+
+
+def test_an_export_says_that_extra_images_were_used(npz: Path, tmp_path: Path) -> None:
+    for name, flags in {"with": ["--extra-data", npz], "without": []}.items():
+        assert train(*FAST, "--epochs", 1, *flags, "--run-dir", tmp_path / name) == 0
+        out = tmp_path / f"{name}.pt"
+        assert main(["export", str(tmp_path / name), "--out", str(out), "--dataset", "cifar10"]) == 0
+        entry = json.loads(out.with_suffix(".json").read_text())
+        assert entry["additional_data"] is (name == "with")
