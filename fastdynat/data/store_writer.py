@@ -99,7 +99,7 @@ def pack(
 ) -> ExtraStore:
     """Write the images of `sources`, one after the other, into a store in the folder `out`, and open it.
 
-    About 10 MiB of them are in memory at a time. The store is written beside `out` and takes its name as a
+    A few chunks of them are in memory at a time. The store is written beside `out` and takes its name as a
     whole: a process that is killed leaves no store, and of processes that pack the same the others wait. A
     store of the same sources in `out` is left as it is.
 
