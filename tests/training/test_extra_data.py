@@ -275,9 +275,9 @@ def test_labels_that_the_dataset_lacks_are_refused(
 
 
 def test_an_export_says_that_extra_images_were_used(npz: Path, tmp_path: Path) -> None:
-    for name, flags in {"with": ["--extra-data", npz], "without": []}.items():
+    for name, flags in {"Extra2026Test": ["--extra-data", npz], "Plain2026Test": []}.items():
         assert train(*FAST, "--epochs", 1, *flags, "--run-dir", tmp_path / name) == 0
         out = tmp_path / f"{name}.pt"
         assert main(["export", str(tmp_path / name), "--out", str(out), "--dataset", "cifar10"]) == 0
         entry = json.loads(out.with_suffix(".json").read_text())
-        assert entry["additional_data"] is (name == "with")
+        assert entry["additional_data"] is (name == "Extra2026Test")
