@@ -67,7 +67,7 @@ class OptimConfig:
     warmup_prefix: bool = False
     """cosine: begin the cosine after the warm-up, at --lr, and not at the first update (timm's meaning)."""
     min_lr: float = 0.0
-    """cosine: learning rate at its end."""
+    """cosine, triangular: learning rate at its end."""
     warmup: float | None = None
     """onecycle, triangular: position of the peak, as a share of the run; None is 0.3 for onecycle, 0.5 for
     triangular."""

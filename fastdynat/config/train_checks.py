@@ -25,6 +25,7 @@ DATASETS = ("digits", "cifar10", "cifar100", "svhn", "mnist", "imagefolder")
 TRAINING_NORMS = ("linf", "l2", "l1")
 # Peak of the one-cycle and triangular schedules, as a share of the run: torch's OneCycleLR, Wong et al. 2020.
 WARMUP = {"onecycle": 0.3, "triangular": 0.5}
+FLOORED = ("cosine", "triangular")  # with a learning rate at their end that can be given
 LINEAR_WARMUP = ("cosine", "multistep", "constant")  # schedules that --warmup-epochs may precede
 
 
@@ -168,9 +169,13 @@ def check_warmup(optim: OptimConfig) -> None:
     if optim.warmup_epochs == 0 and (optim.warmup_lr is not None or optim.warmup_prefix):
         name = "warmup_prefix" if optim.warmup_lr is None else f"warmup_lr {optim.warmup_lr:g}"
         raise UserError(f"{name}: there is no warm-up; leave it out, or give --warmup-epochs")
-    if optim.schedule != "cosine" and (optim.min_lr > 0 or optim.warmup_prefix):
-        name = "warmup_prefix" if optim.warmup_prefix else f"min_lr {optim.min_lr:g}"
-        raise UserError(f"{name} is for --schedule cosine, not {optim.schedule}; leave it out")
+    if optim.warmup_prefix and optim.schedule != "cosine":
+        raise UserError(f"warmup_prefix is for --schedule cosine, not {optim.schedule}; leave it out")
+    if optim.min_lr > 0 and optim.schedule not in FLOORED:
+        those = " or ".join(FLOORED)
+        raise UserError(
+            f"min_lr {optim.min_lr:g} is for --schedule {those}, not {optim.schedule}; leave it out"
+        )
 
 
 def check_run(run: Any, data: DataConfig) -> None:

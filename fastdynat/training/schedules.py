@@ -33,9 +33,9 @@ def _onecycle(step: int, total: int, warmup: float, ends: tuple[float, float, fl
     return _cosine(top, end, min((step - peak) / max(total - 1 - peak, 1e-9), 1.0))
 
 
-def _triangular(step: int, total: int, warmup: float) -> float:
+def _triangular(step: int, total: int, warmup: float, floor: float = 0.0) -> float:
     peak = warmup * total
-    return step / peak if step < peak else max(total - step, 0) / (total - peak)
+    return step / peak if step < peak else floor + (1 - floor) * max(total - step, 0) / (total - peak)
 
 
 def _floored_cosine(step: int, total: int, rise: float, config: ResolvedOptim) -> float:
@@ -93,7 +93,7 @@ def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[in
         if config.schedule == "onecycle":
             return _onecycle(at, total, warmup, (ONECYCLE_START, 1.0, ONECYCLE_END))
         if config.schedule == "triangular":
-            return _triangular(at, total, warmup)
+            return _triangular(at, total, warmup, config.min_lr / config.lr)
         return 1.0
 
     return factor

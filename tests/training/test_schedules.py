@@ -229,3 +229,9 @@ def test_by_epoch_it_runs_ahead_by_epochs() -> None:
 
 def test_constant() -> None:
     assert set(rates(4, epochs=3, schedule="constant")) == {0.1}
+
+
+def test_a_triangle_ends_at_its_floor() -> None:
+    got = rates(100, epochs=6, schedule="triangular", warmup=1 / 6, min_lr=0.01)
+    want = np.interp(np.arange(600), [0, 100, 600], [0, 0.1, 0.01])
+    assert got == pytest.approx(want, rel=1e-9)
