@@ -94,8 +94,20 @@ def parse_train(argv: list[str], early: Mapping[str, str]) -> Parsed[TrainComman
     check_train_config(parsed.command.train)
     check_options(parsed.command.train.options)
     if not resumes:
+        _check_needs(early.get("--recipe"), parsed.command.train)
         check_effects(parsed.command.train, parsed.given)
     return parsed
+
+
+def _check_needs(recipe: str | None, config: TrainConfig[Any]) -> None:
+    """Raise UserError for a recipe of a mixture with extra images without them."""
+    if recipe is None or "extra_data" not in read_recipe(recipe).needs:
+        return
+    if config.extra.extra_data is None and config.extra.extra_share > 0:
+        raise UserError(
+            f"recipe {recipe} needs --extra-data FILE (`fastdynat recipes {recipe}` says which); "
+            "--extra-share 0 trains without extra images"
+        )
 
 
 def _defaults(early: Mapping[str, str]) -> TrainConfig[Any]:

@@ -35,6 +35,7 @@ class Recipe:
         published: the results that it has to be held against, in percent by name of the measurement, with
             "source" for where they stand; empty where none are known.
         trained_on: None where the data set's name says it.
+        needs: flags whose values only the user knows, such as "guide_from".
     """
 
     name: str
@@ -43,6 +44,7 @@ class Recipe:
     values: dict[str, Any]
     published: dict[str, float | str] = field(default_factory=dict)
     trained_on: TrainedOn | None = None
+    needs: tuple[str, ...] = ()
 
 
 def recipe_names() -> list[str]:
@@ -64,9 +66,11 @@ def read_recipe(name: str) -> Recipe:
         raise unknown_name("recipe", name, recipe_names())
     text = files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = parse_yaml(text, origin=f"recipe {name}")
-    about, published, data = (values.pop(key, None) for key in ("about", "published", "trained_on"))
+    about, published, data, needs = (
+        values.pop(key, None) for key in ("about", "published", "trained_on", "needs")
+    )
     trained_on = None if data is None else TrainedOn(**data)
-    return Recipe(name, about, _first_comment(text), values, published or {}, trained_on)
+    return Recipe(name, about, _first_comment(text), values, published or {}, trained_on, tuple(needs or ()))
 
 
 def _first_comment(text: str) -> str:

@@ -167,6 +167,16 @@ def ares(epochs: int = 300, batch: int = 256) -> Published:
     )
 
 
+def fast_imagenet() -> Published:
+    """Wong et al.'s first phase: lr_epochs [0, 1, 6], lr_values [0, 0.4, 0.04], by update."""
+    steps = (IMAGENET - 1000) // 512 + 1
+    return Published(
+        steps=steps,
+        epochs=6,
+        rate=lambda update: float(np.interp(update / steps, [0, 1, 6], [0, 0.4, 0.04])),
+    )
+
+
 @cache
 def plain_cycle(lr: float, total: int, share: float) -> list[float]:
     """Rates of OneCycleLR by update."""
@@ -221,6 +231,7 @@ def published() -> dict[str, Published]:
         "singh2023-convnext-t": singh("singh2023-convnext-t"),
         "singh2023-vit-s": singh("singh2023-vit-s"),
         "liu2023-swin": ares(),
+        "fast-imagenet": fast_imagenet(),
         # Ours, from known parts.
         "fast": Published(
             steps=192, epochs=30, rate=lambda update: fast[update], keep=ramp(0.1 * 30 * 192 + 1)

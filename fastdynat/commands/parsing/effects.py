@@ -34,7 +34,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
     if data.data == "imagefolder":
         found["download"] = "--data imagefolder is a folder of yours"
     if config.extra.extra_data is None:
-        extra = (field.name for field in fields(config.extra) if field.name != "extra_data")
+        without = {"extra_data"} | ({"extra_share"} if config.extra.extra_share == 0 else set())
+        extra = (field.name for field in fields(config.extra) if field.name not in without)
         found |= dict.fromkeys(extra, "needs --extra-data")
     else:
         found["drop_last"] = "with --extra-data every batch is full"

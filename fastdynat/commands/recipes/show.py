@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "autoattack": "AutoAttack",
 }
 RUN = "RUN"  # stands for the run that --guide-from needs
+PLACEHOLDERS = {"guide_from": RUN, "init_from": "RUN|FILE", "extra_data": "FILE", "data_dir": "FOLDER"}
 
 
 def show_recipe(recipe: Recipe, console: Console) -> None:
@@ -41,7 +42,7 @@ def show_recipe(recipe: Recipe, console: Console) -> None:
             table.add_row(key, str(shown), "resolved here")
     console.print(table)
     _print_cost(recipe_cost(recipe, config, info), config, console)
-    console.print(f"\nfastdynat train --recipe {recipe.name}{_needed(recipe, config)}", **AS_IS)
+    console.print(f"\nfastdynat train --recipe {recipe.name}{_needed(recipe)}", **AS_IS)
 
 
 def images_of(recipe: Recipe) -> DatasetInfo:
@@ -90,7 +91,6 @@ def _print_cost(cost: RecipeCost, config: ResolvedConfig[Any], console: Console)
     console.print(f"one {reference.where}: {reference.text()}, predicted, not measured yet", **AS_IS)
 
 
-def _needed(recipe: Recipe, config: ResolvedConfig[Any]) -> str:
-    needs = [f" --guide-from {RUN}"] * (config.model.guide_from is not None)
-    needs += [" --data-dir FOLDER"] * (recipe.trained_on is not None)
-    return "".join(needs)
+def _needed(recipe: Recipe) -> str:
+    """The flags that the user has to give, with placeholders."""
+    return "".join(f" --{key.replace('_', '-')} {PLACEHOLDERS[key]}" for key in recipe.needs)
