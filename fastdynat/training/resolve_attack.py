@@ -10,12 +10,11 @@ from fastdynat.config.attack_config import norms_of
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
-from fastdynat.training.resolved_config import ResolvedAttack, filled_in
+from fastdynat.training.resolved_config import EVAL_EPS, PUBLISHED_EPS, ResolvedAttack, filled_in
 from fastdynat.units import describe_size, parse_size
 from fastdynat.user_code import is_user_supplied
 
-# TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
-PUBLISHED_EPS, PUBLISHED_STEP, EVAL_EPS = 0.031, 0.007, 8 / 255
+PUBLISHED_STEP = 0.007  # for PUBLISHED_EPS
 # l1: 12 for CIFAR-10 (Croce & Hein 2021 and 2022), 10 for MNIST (Maini et al. 2020).
 USUAL_EPS = {"linf": PUBLISHED_EPS, "l2": 0.5, "l1": 12.0}
 EPS_OF_DATA = {

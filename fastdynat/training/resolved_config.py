@@ -23,6 +23,8 @@ from fastdynat.config.attack_config import norms_of
 from fastdynat.methods import Method
 
 GroupT = TypeVar("GroupT")
+# TRADES, LBGAT and DYNAT train at 0.031 and are evaluated at 8/255.
+PUBLISHED_EPS, EVAL_EPS = 0.031, 8 / 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,12 @@ class ResolvedAttack(AttackConfig):
         return dict(zip(norms_of(self), radii, strict=True))
 
     def eval_radii(self) -> dict[str, float]:
-        """The radius of evaluation under each norm: `eval_eps` under the first, else that of training."""
-        return self.radii() | {self.norm: self.eval_eps}
+        """The radius of evaluation under each norm: `eval_eps` under the first, else as auto is for it."""
+        usual = {
+            norm: EVAL_EPS if (norm, eps) == ("linf", PUBLISHED_EPS) else eps
+            for norm, eps in self.radii().items()
+        }
+        return usual | {self.norm: self.eval_eps}
 
     def specs(self) -> tuple[PGDSpec, ...]:
         """The attack of training under each norm; steps are in proportion to the radii.

@@ -191,6 +191,8 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
         found = resolved_attack(several, info, method, notes)
         assert found.radii() == {"linf": 0.031, "l2": 0.5, "l1": 12.0}
         assert found.eval_radii() == {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+        other = resolved_attack(replace(config.attack, norms="l2,linf"), info, method, [])
+        assert other.eval_radii() == {"l2": 0.5, "linf": 8 / 255}
         assert [spec.norm for spec in found.specs()] == ["linf", "l2", "l1"]
         assert found.specs()[2].step_size == pytest.approx(12 / 0.031 * found.step_size)
         assert "one of linf 0.031 (7.91/255), l2 0.5, l1 12 per batch" in notes[-1]
