@@ -66,7 +66,6 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
   __shared__ double shared[32];
   __shared__ int shared_count[32];
   const auto plus = [](auto a, auto b) { return a + b; };
-  const double step_size = sizes.step_size(), eps = sizes.eps();
   for (int64_t image = blockIdx.x; image < rows; image += gridDim.x) {
     const int64_t base = image * packs;
     L1Pack<T, kPack> held[kHold ? kHeld : 1];
@@ -98,10 +97,11 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_kernel(
     };
     const T threshold = from_bits<T>(largest_that<T>([&](T v) { return at_least(v) >= count; }));
     const int chosen = at_least(threshold);
-    const double move = step_size / static_cast<double>(chosen > 0 ? chosen : 1);
+    const double move = sizes.step_size() / static_cast<double>(chosen > 0 ? chosen : 1);
     const auto stepped = [&](L1Pack<T, kPack>& pack) { pack.step(threshold, move); };
     if constexpr (kHold) each(as_read, [&](L1Pack<T, kPack>& pack, int64_t) { stepped(pack); });
 
+    const double eps = sizes.eps();  // read where it is used: held any longer, it would spill
     const auto beyond = [&](T tau) {
       double length = 0;
       each(stepped, [&](const L1Pack<T, kPack>& pack, int64_t) { length += pack.length(ball, tau); });
