@@ -31,7 +31,9 @@ from fastdynat.verification import (
 from fastdynat.verification.isolated_run import Prepared, on_own_thread
 
 CPU = torch.device("cpu")
-AT_FIRST, IN_ALL = 105, 230  # Triton kernels: 104 of 235 when this was written
+# Triton kernels: 109 of 254 when this was written. Four of the steps and starts whose sizes a ramp holds on
+# the device are programs of their own, which only their own case at first use vouches for.
+AT_FIRST, IN_ALL = 109, 250
 
 
 @pytest.fixture(autouse=True)
