@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdynat.attack_engine.network_modes import stays_in_eval_mode
 from fastdynat.data import Batch
 from fastdynat.distributed import replicated_batch, world
 from fastdynat.distributed.synchronized_batch_norm import plain_batch_norm, synchronize_batch_norm
@@ -14,11 +15,13 @@ from fastdynat.evaluation import Stopped
 
 
 def statistics_layers(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of `module` with running statistics."""
+    """The batch norms of `module` with running statistics that training moves: none of a frozen one."""
     return [
         layer
         for layer in module.modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+        if isinstance(layer, _BatchNorm)
+        and layer.running_mean is not None
+        and not stays_in_eval_mode(layer)
     ]
 
 

@@ -15,6 +15,7 @@ from support.world_training import SIZES, batches, network
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from fastdynat.attack_engine.network_modes import keep_in_eval_mode
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig
 from fastdynat.config.train_checks import check_optim
@@ -113,6 +114,17 @@ def test_recomputed_statistics_are_torchs_and_draw_nothing() -> None:
         torch.testing.assert_close(getattr(model[1], key), getattr(want[1], key), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     assert (model[1].momentum, model[1].training, model[4].training) == (0.01, True, False)
+
+
+def test_frozen_statistics_are_not_recomputed() -> None:
+    model = tiny_cnn(dtype=torch.float64)
+    shaken(model, 0)
+    keep_in_eval_mode(model[1])
+    before = copy.deepcopy(model[1].state_dict())
+    recompute_statistics(copy.deepcopy(model), batches_of(2))
+    recompute_statistics(model, batches_of(2))
+    assert all(torch.equal(value, before[key]) for key, value in model[1].state_dict().items())
+    assert not model[1].training
 
 
 def batches_of(count: int) -> Iterator[Batch]:
