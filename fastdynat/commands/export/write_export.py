@@ -92,9 +92,15 @@ def _write_robustbench(
     )
     logger.info(accuracies.note)
     dataset = sidecar.dataset if config.dataset == "auto" else config.dataset
-    extra = stored_config(run).extra
-    more = extra.extra_data is not None and extra.extra_share > 0
-    paper = replace(config.paper, additional_data=config.paper.additional_data or more)
+    paper = replace(config.paper, additional_data=config.paper.additional_data or _has_extra_images(run))
     return write_robustbench(
         model, sidecar, path, Path(config.out), dataset=dataset, paper=paper, accuracies=accuracies
     )
+
+
+def _has_extra_images(run: Path) -> bool:
+    """True if `run` trained on images beyond its data set's; a file of weights does not say so."""
+    if run.is_file():
+        return False
+    extra = stored_config(run).extra
+    return extra.extra_data is not None and extra.extra_share > 0
