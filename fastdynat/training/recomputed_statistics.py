@@ -19,9 +19,7 @@ def statistics_layers(module: nn.Module) -> list[_BatchNorm]:
     return [
         layer
         for layer in module.modules()
-        if isinstance(layer, _BatchNorm)
-        and layer.running_mean is not None
-        and not stays_in_eval_mode(layer)
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not stays_in_eval_mode(layer)
     ]
 
 
