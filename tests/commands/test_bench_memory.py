@@ -1,4 +1,4 @@
-"""What `fastdynat bench --grad-checkpointing` prints and stores."""
+"""The memory comparison of `fastdynat bench --grad-checkpointing`: printed, and stored."""
 
 import json
 from pathlib import Path
