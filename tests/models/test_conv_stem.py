@@ -1,17 +1,12 @@
 """Networks with convolutional stems: shapes, refusals, and equality with RobustBench's networks."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs
+from support.robustbench_classes import robustbench_module
 from torch import nn
 
 from fastdynat.errors import UserError
@@ -85,20 +80,9 @@ def test_another_image_size_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[Callable[..., nn.Module]]:
-    """`get_convstem_models` of RobustBench, without the package around it."""
-    spec = importlib.util.find_spec("robustbench")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0])
-    before = {name for name in sys.modules if name.partition(".")[0] == "robustbench"}
-    for name in ("robustbench", "robustbench.model_zoo", "robustbench.model_zoo.architectures"):
-        package = ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    module: Any = importlib.import_module("robustbench.model_zoo.architectures.convstem_models")
-    yield module.get_convstem_models
-    for name in {name for name in sys.modules if name.partition(".")[0] == "robustbench"} - before:
-        del sys.modules[name]
+    """`get_convstem_models` of RobustBench."""
+    with robustbench_module("convstem_models") as module:
+        yield module.get_convstem_models
 
 
 @needs("robustbench")

@@ -1,17 +1,15 @@
 """Released state dicts under our names: equal logits with transcribed code and RobustBench's classes."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs
+from support.robustbench_classes import robustbench_module
 from torch import Tensor, nn
 
 from fastdynat.errors import UserError
@@ -232,23 +230,13 @@ def test_another_depth_lists_the_layers() -> None:
         put_initial_state(ours("wrn-22-2-same"), wide_state(2, (16, 32, 64, 128)), "w", num_classes=10)
 
 
-# RobustBench's own classes, without the package around them: its dependencies are not needed.
+# RobustBench's own classes.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def zoo() -> Iterator[Callable[[str], Any]]:
-    spec = importlib.util.find_spec("robustbench")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0])
-    before = {name for name in sys.modules if name.partition(".")[0] == "robustbench"}
-    for name in ("robustbench", "robustbench.model_zoo", "robustbench.model_zoo.architectures"):
-        package = ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    yield lambda name: importlib.import_module(f"robustbench.model_zoo.architectures.{name}")
-    for name in {name for name in sys.modules if name.partition(".")[0] == "robustbench"} - before:
-        del sys.modules[name]
+    with ExitStack() as modules:
+        yield lambda name: modules.enter_context(robustbench_module(name))
 
 
 @needs("robustbench")
