@@ -283,6 +283,7 @@ class Attacker:
     spec: PGDSpec
     draws: ImageDraws | None = None
     sizes: Tensor | None = None
+    others: tuple[PGDSpec, ...] = ()
 
     @property
     def eps(self) -> Size:
@@ -293,8 +294,6 @@ class Attacker:
     def step_size(self) -> Size:
         """The step size of this update: a number, or under a ramp a scalar on the device."""
         return self.spec.step_size if self.sizes is None else self.sizes[1]
-
-    others: tuple[PGDSpec, ...] = ()
 
     def take(self, rows: Tensor | slice) -> "Attacker":
         """The attacker of some of the batch's images, by their indices, a mask or a slice."""
