@@ -32,13 +32,18 @@ class WeightPerturbation:
         warmup: epochs without it at the start of a run.
 
     Raises:
-        UserError: gamma is negative or not finite, warmup is negative.
+        UserError: gamma is negative or not finite, warmup is negative, or `module` trains no such weights.
     """
 
     def __init__(self, module: nn.Module, gamma: float, warmup: int = 0) -> None:
         check_awp(gamma, warmup)
         self.gamma, self.warmup = gamma, warmup
         self._weights: list[Tensor] = [p for p in module.parameters() if p.dim() >= 2 and p.requires_grad]
+        if not self._weights:
+            raise UserError(
+                f"awp {gamma:g}: it perturbs weights with two dimensions or more, and none of them is "
+                "trained (--freeze); leave it out, or freeze fewer parameters"
+            )
 
     @contextmanager
     def around(

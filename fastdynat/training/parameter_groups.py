@@ -51,15 +51,27 @@ def learning_rate_scales(module: nn.Module, config: ResolvedOptim) -> dict[str, 
 
 def _exempt(module: nn.Module, config: ResolvedOptim) -> Iterator[str]:
     """The names of the parameters without weight decay."""
-    prefix, network = backbone_of(module)
     if not config.decay_norms:
         for name, layer in module.named_modules():
             if isinstance(layer, NORMS):
                 yield from (f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False))
-    patterns = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+    listed = set(_listed(module))
     for name, parameter in module.named_parameters():
-        bias, own = name.rpartition(".")[2] == "bias", name.removeprefix(prefix)
-        kinds = {"biases": bias, "1d": bias or parameter.ndim <= 1}
-        kinds["listed"] = any(fnmatch(own, pattern) for pattern in patterns)
+        bias = name.rpartition(".")[2] == "bias"
+        kinds = {"biases": bias, "1d": bias or parameter.ndim <= 1, "listed": name in listed}
         if any(kinds[kind] for kind in config.decay_exempt):
+            yield name
+
+
+def lists_exempt(module: nn.Module) -> bool:
+    """True if `module` lists parameters of its own for ``--decay-exempt listed``."""
+    return any(True for _ in _listed(module))
+
+
+def _listed(module: nn.Module) -> Iterator[str]:
+    """The names of the parameters that timm's ``no_weight_decay`` of `module` lists, as glob patterns."""
+    prefix, network = backbone_of(module)
+    patterns = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+    for name, _ in module.named_parameters():
+        if any(fnmatch(name.removeprefix(prefix), pattern) for pattern in patterns):
             yield name

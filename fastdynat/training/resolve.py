@@ -56,6 +56,7 @@ def resolve(
     notes: list[str] = []
     data = _data(config.data, config.augmentation, info, method, notes)
     _check_groups(config.augmentation, data)
+    _check_cutout(config.augmentation, info)
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
@@ -169,6 +170,15 @@ def _check_groups(augmentation: AugmentationConfig, data: ResolvedData) -> None:
         raise UserError(
             f"mixup_groups {groups}: a batch of {data.batch_size} images has at most {data.batch_size // 2} "
             "groups of two; use fewer, or a larger --batch-size"
+        )
+
+
+def _check_cutout(augmentation: AugmentationConfig, info: DatasetInfo) -> None:
+    height, width = info.image_shape[1:]
+    if augmentation.cutout > min(height, width):
+        raise UserError(
+            f"cutout {augmentation.cutout}: the images are {height}x{width} pixels, and would be mostly "
+            "black; use fewer pixels (16 for 32x32)"
         )
 
 

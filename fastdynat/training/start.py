@@ -26,6 +26,7 @@ from fastdynat.runs import (
 )
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
+from fastdynat.training.idle_settings import idle_settings
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.own_code import data_folder_name, pin_own_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
@@ -63,6 +64,8 @@ def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[
     parts = all_can(lambda: build_parts(resolved, split, load_sources=world().first))
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
+    for note in idle_settings(resolved, parts.networks) if world().first else ():
+        logger.info(note)
     resolved = _with_initial(resolved, parts.networks)
     run, resolved = _make_folder(
         resolved, stem, lock_seconds

@@ -37,6 +37,9 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         without = {"extra_data"} | ({"extra_share"} if config.extra.extra_share == 0 else set())
         extra = (field.name for field in fields(config.extra) if field.name not in without)
         found |= dict.fromkeys(extra, "needs --extra-data")
+    elif config.extra.extra_share == 0:
+        unused = (field.name for field in fields(config.extra) if field.name != "extra_share")
+        found |= dict.fromkeys(unused, "--extra-share 0 takes no extra images")
     else:
         found["drop_last"] = "with --extra-data every batch is full"
     if data.loader == "resident":
@@ -49,6 +52,9 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found["mixup_switch_prob"] = "needs both --mixup and --cutmix"
     if augmentation.mixup == augmentation.cutmix == 0:
         found |= dict.fromkeys(("mixup_prob", "mixup_groups"), "needs --mixup or --cutmix")
+    elif augmentation.mixup_prob == 0:
+        mixing = ("mixup", "cutmix", "mixup_groups", "mixup_switch_prob")
+        found |= dict.fromkeys(mixing, "--mixup-prob 0 mixes no batch")
     if attack.attack == "apgd":
         found["step_size"] = "--attack apgd chooses its own, from 2 eps down"
     if config.model.init_from is None:
@@ -59,8 +65,14 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         found |= dict.fromkeys(("ramp_by", "ramp_from_zero"), "needs --eps-ramp or --step-ramp")
     if attack.early_steps is None:
         found["early_share"] = "needs --early-steps"
+    elif attack.early_share == 0:
+        found["early_steps"] = "--early-share 0 gives them no epoch"
+    elif attack.early_steps == attack.steps:
+        found["early_steps"] = "--steps is the same"
     if attack.awp == 0:
         found |= dict.fromkeys(("awp_warmup", "awp_objective"), "needs --awp")
+    if optim.weight_decay == 0:
+        found |= dict.fromkeys(("decay_exempt", "decay_norms"), "--weight-decay 0 decays nothing")
     if optim.schedule != "multistep":
         found |= dict.fromkeys(
             ("milestones", "gamma"), f"--schedule {optim.schedule} has none; it is for --schedule multistep"
