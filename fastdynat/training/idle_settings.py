@@ -17,7 +17,10 @@ def idle_settings(config: ResolvedConfig[Any], networks: NetworkSet) -> list[str
 
     What excludes itself by the flags alone is refused by `check_effects` of the command.
     """
-    return [*_after_the_end(config), *_of_networks(config, networks)]
+    idle, extra = [*_after_the_end(config), *_of_networks(config, networks)], config.extra
+    if extra.extra_data is not None and extra.extra_share == 0:
+        idle.append(f"extra_data {extra.extra_data} has no effect: --extra-share 0 takes no extra images")
+    return idle
 
 
 def _after_the_end(config: ResolvedConfig[Any]) -> Iterator[str]:

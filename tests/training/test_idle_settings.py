@@ -32,6 +32,7 @@ def said(flags: str, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
         ("--model small-gn --attack-bn train", "attack_bn train has no effect: small-gn has no batch norm"),
         ("--model small-gn --ema 0.5 --ema-buffers copy", "ema_buffers copy has no effect: small-gn has no"),
         ("--model small-gn --bn-momentum 0.2", "bn_momentum 0.2 has no effect: small-gn has no batch norm"),
+        ("--extra-data x.npz --extra-share 0", "extra_data x.npz has no effect: --extra-share 0 takes no"),
         ("--optimizers joint", "optimizers joint has no effect: method madry trains one network"),
         ("--decay-exempt listed", "decay_exempt listed has no effect: small lists no parameters"),
     ],
@@ -65,7 +66,6 @@ def test_what_has_an_effect_is_not(flags: str, tmp_path: Path, caplog: pytest.Lo
             "--awp 0.01: it perturbs weights with two dimensions or more, and none",
         ),
         ("--cutout 33", "--cutout 33: the images are 32x32 pixels, and would be mostly black"),
-        ("--extra-data x.npz --extra-share 0", "--extra-data has no effect: --extra-share 0 takes no extra"),
         ("--mixup 1 --mixup-prob 0", "--mixup has no effect: --mixup-prob 0 mixes no batch"),
         ("--early-steps 1", "--early-steps has no effect: --steps is the same"),
         (

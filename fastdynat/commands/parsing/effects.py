@@ -37,10 +37,7 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
         without = {"extra_data"} | ({"extra_share"} if config.extra.extra_share == 0 else set())
         extra = (field.name for field in fields(config.extra) if field.name not in without)
         found |= dict.fromkeys(extra, "needs --extra-data")
-    elif config.extra.extra_share == 0:
-        unused = (field.name for field in fields(config.extra) if field.name != "extra_share")
-        found |= dict.fromkeys(unused, "--extra-share 0 takes no extra images")
-    else:
+    elif config.extra.extra_share > 0:
         found["drop_last"] = "with --extra-data every batch is full"
     if data.loader == "resident":
         found["workers"] = "--loader resident has none; it is for --loader torch and dali"
