@@ -84,9 +84,10 @@ def recipe_cost(recipe: Recipe, config: ResolvedConfig[Any], info: DatasetInfo) 
         perturbed = with_awp.update + with_awp.guide
     epochs, searches = epochs_of_method(config.optim), method.attacks and method.searches
     steps = attack_steps(config.attack, epochs)
+    last_look = one.forward if config.attack.attack == "apgd" else 0  # at the loss of its last point
     of_epochs = [
         (perturbed if epoch >= config.attack.awp_warmup else update)
-        + (steps(epoch) * one.attack_step if searches else 0)
+        + (steps(epoch) * one.attack_step + last_look if searches else 0)
         for epoch in range(epochs)
     ]
     whole = method.replays * sum(of_epochs) + config.optim.burn_in * 3 * one.forward
