@@ -54,7 +54,7 @@ def parse_policy(text: str) -> PolicySpec:
         return _timm(text)
     name, *numbers = text.split(":")
     if name not in NAMES or name == "rand":
-        raise unknown_name("aa", text, NAMES)
+        raise unknown_name("policy", text, NAMES)
     if name == "autoaugment" and len(numbers) <= 1 and set(numbers) <= set(TABLES):
         return PolicySpec(name, table="".join(numbers))
     if name == "randaugment" and len(numbers) <= 2 and all(re.fullmatch(r"\d{1,3}", n) for n in numbers):

@@ -29,7 +29,7 @@ def test_read(text: str, spec: PolicySpec) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("randaugment2", "unknown aa 'randaugment2': did you mean 'randaugment'"),
+        ("randaugment2", "unknown policy 'randaugment2': did you mean 'randaugment'"),
         ("randaugment:2:31", "aa randaugment:2:31: N must be between 1 and 16 and M between 0 and 30"),
         ("randaugment:0:3", "N must be between 1"),
         ("randaugment:two", "randaugment does not take two; write none, randaugment:N:M"),
