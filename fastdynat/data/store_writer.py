@@ -46,13 +46,13 @@ def packed(
     path: Path,
     image_size: int | None,
     display: ProgressDisplay,
-    check_shape: Callable[[tuple[int, int, int]], None],
+    check_source: Callable[[PackSource], None],
 ) -> ExtraStore:
     """The store at `path`, or the store of the file or folder at `path`, which is packed if it is not yet.
 
     The store is beside the source; where that folder cannot be written to it is in the user's cache.
 
-    check_shape: raises UserError for images (C, H, W) that the caller cannot use, before they are packed.
+    check_source: raises UserError for a source that the caller cannot use, before it is packed.
 
     Raises: UserError as `open_sources` and `pack`.
     """
@@ -65,7 +65,7 @@ def packed(
             return ExtraStore(place)
         raise DocumentError(f"cannot read {path}: there is no such file or folder")
     sources = open_sources([path], image_size)
-    check_shape(sources[0].shape)
+    check_source(sources[0])
     for place in filter(is_store, places):
         if _packs(ExtraStore(place), sources):
             return ExtraStore(place)

@@ -9,6 +9,7 @@ import numpy as np
 from fastdynat.config import ExtraConfig, TrainConfig
 from fastdynat.data import UNLABELLED, DatasetInfo
 from fastdynat.data.extra_store import ExtraSet, ExtraStore
+from fastdynat.data.pack_sources import PackSource
 from fastdynat.data.store_writer import packed
 from fastdynat.distributed import world
 from fastdynat.errors import UserError
@@ -32,11 +33,13 @@ def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
         return None
     display = ProgressDisplay(error_console(), quiet=config.run.quiet or not world().first)
 
-    def check_shape(shape: tuple[int, int, int]) -> None:
-        _check_shape(shape, config, info)
+    def check_source(source: PackSource) -> None:
+        _check_shape(source.shape, config, info)
+        if extra.extra_labels is None and not source.labelled:
+            _check_unlabelled(extra.extra_data, config)
 
-    store = packed(Path(extra.extra_data), config.data.image_size, display, check_shape)
-    check_shape(store.facts.shape)
+    store = packed(Path(extra.extra_data), config.data.image_size, display, check_source)
+    _check_shape(store.facts.shape, config, info)
     if extra.extra_labels is None:
         found = ExtraSet(store, _labels(store, config, info), info.image_shape)
     else:
@@ -75,20 +78,23 @@ def _sides(shape: tuple[int, int, int]) -> str:
     return "x".join(map(str, shape))
 
 
+def _check_unlabelled(path: str | Path | None, config: TrainConfig[Any]) -> None:
+    """Raise UserError if the run needs the labels that the extra images at `path` do not have."""
+    if not method_class(config.method).semi_supervised:
+        raise UserError(
+            f"the extra images in {path} have no labels, which method {config.method} needs; "
+            "label them by a network: --extra-labels RUN"
+        )
+    if mixing := config.augmentation.mixing:
+        raise UserError(f"{mixing}: the extra images in {path} have no labels to mix; leave it out")
+
+
 def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> np.ndarray:
     """Labels (M,) in [0, num_classes), or UNLABELLED where the method needs none."""
     labels, classes = store.labels, store.facts.classes
     if labels is None or classes is None:
-        if method_class(config.method).semi_supervised:
-            if mixing := config.augmentation.mixing:
-                raise UserError(
-                    f"{mixing}: the extra images in {store.folder} have no labels to mix; leave it out"
-                )
-            return np.full(len(store), UNLABELLED, dtype=np.int32)
-        raise UserError(
-            f"the extra images in {store.folder} have no labels, which method {config.method} needs; "
-            "label them by a network: --extra-labels RUN"
-        )
+        _check_unlabelled(store.folder, config)
+        return np.full(len(store), UNLABELLED, dtype=np.int32)
     names = store.facts.class_names
     if names is not None:
         return _by_name(store, labels, names, info)

@@ -19,7 +19,7 @@ from support.extra_images import SILENT, extra_arrays, packed_npz, write_npz
 from fastdynat.commands.main import main
 from fastdynat.data import store_writer
 from fastdynat.data.extra_store import ExtraStore, is_store
-from fastdynat.data.pack_sources import open_sources
+from fastdynat.data.pack_sources import PackSource, open_sources
 from fastdynat.data.store_writer import pack, packed
 from fastdynat.errors import UserError
 
@@ -256,26 +256,26 @@ def test_a_store_of_other_images_is_replaced_only_where_asked(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "out"]
 
 
-def check_any_shape(shape: tuple[int, int, int]) -> None:
-    """Every shape will do."""
+def check_any_source(source: PackSource) -> None:
+    """Every source will do."""
 
 
 def test_a_source_is_packed_once_beside_it(tmp_path: Path, messages: list[str]) -> None:
     path = write_npz(tmp_path / "a.npz", 4)
-    store = packed(path, None, SILENT, check_any_shape)
+    store = packed(path, None, SILENT, check_any_source)
     assert store.folder == tmp_path / "a.npz.packed"
     assert [text for text in messages if "packing" in text] == [
         f"packing {path} into {store.folder}, which later runs use"
     ]
     written = (store.folder / "images.npy").stat().st_mtime_ns
     os.utime(path, ns=(1, 1))  # a copy with another time and the same content
-    assert packed(path, None, SILENT, check_any_shape).folder == store.folder
+    assert packed(path, None, SILENT, check_any_source).folder == store.folder
     assert (store.folder / "images.npy").stat().st_mtime_ns == written
     write_npz(path, 5)
-    assert len(packed(path, None, SILENT, check_any_shape)) == 5
+    assert len(packed(path, None, SILENT, check_any_source)) == 5
     path.unlink()
-    assert len(packed(path, None, SILENT, check_any_shape)) == 5
-    assert len(packed(store.folder, None, SILENT, check_any_shape)) == 5
+    assert len(packed(path, None, SILENT, check_any_source)) == 5
+    assert len(packed(store.folder, None, SILENT, check_any_source)) == 5
 
 
 def test_a_source_in_a_folder_that_is_not_ours_is_packed_into_the_cache(
@@ -284,9 +284,9 @@ def test_a_source_in_a_folder_that_is_not_ours_is_packed_into_the_cache(
     path = write_npz(tmp_path / "data" / "a.npz", 4) if (tmp_path / "data").mkdir() is None else tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(store_writer.os, "access", lambda place, mode: place != tmp_path / "data")
-    store = packed(path, None, SILENT, check_any_shape)
+    store = packed(path, None, SILENT, check_any_source)
     assert store.folder.is_relative_to(tmp_path / "cache" / "fastdynat" / "extra")
-    assert packed(path, None, SILENT, check_any_shape).folder == store.folder
+    assert packed(path, None, SILENT, check_any_source).folder == store.folder
     assert [entry.name for entry in path.parent.iterdir()] == ["a.npz"]
 
 

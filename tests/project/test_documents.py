@@ -113,6 +113,12 @@ def test_every_flag_that_a_page_names_exists(path: Path) -> None:
     assert named - known_flags() - FOREIGN - {"--help", "--squeeze-weight"} == set()
 
 
+def test_the_reference_has_a_table_of_every_command() -> None:
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    tables = re.findall(r"<!-- generated: command: (\w+) -->", text)
+    assert sorted(tables) == sorted(hooks("flag_tables").COMMANDS)
+
+
 def test_the_table_of_methods_has_every_method() -> None:
     text = (ROOT / "docs" / "train" / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|", text.partition("## DYNAT")[0], re.MULTILINE)

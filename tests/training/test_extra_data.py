@@ -143,6 +143,7 @@ def test_pseudo_labels_are_the_networks_clean_predictions(
     given = [*FAST, "--epochs", 1, "--extra-data", tmp_path / "extra.npz"]
     refusal = error_of(capsys, *given, "--run-dir", tmp_path / "x")
     assert "have no labels, which method madry needs; label them by a network: --extra-labels" in refusal
+    assert [entry.name for entry in tmp_path.iterdir()] == ["extra.npz"]  # refused before it is packed
 
     teacher = tmp_path / "teacher"
     assert train(*FAST, "--epochs", 1, "--run-dir", teacher) == 0
