@@ -7,6 +7,7 @@ from typing import Any
 import api_pages
 import flag_tables
 import layer_picture
+import record_tables
 import result_tables
 import tables
 from mkdocs.config.defaults import MkDocsConfig
@@ -30,6 +31,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "spellings": flag_tables.spellings,
     "attacks": flag_tables.attacks,
     "recipes": flag_tables.recipes,
+    "records": record_tables.records,
     "layers": layer_picture.picture,
     "rooms": layer_picture.rooms,
     **{f"file: {name}": (lambda name=name: file(name)) for name in ("CONTRIBUTING.md", "CHANGELOG.md")},

@@ -10,39 +10,42 @@ class AttackConfig:
     8/255)."""
 
     attack: Literal["pgd", "apgd"] = "pgd"
-    """Algorithm: PGD with steps of --step-size, which trains on the last point; or APGD, which chooses its
-    step sizes itself and trains on the point with the highest loss (Croce & Hein 2020; Singh et al. 2023
-    train with --steps 2)."""
+    """Algorithm of the inner attack: pgd takes steps of --step-size and trains on the last point; apgd (Croce
+    & Hein 2020) adapts its step size and trains on the point with the highest loss. Singh et al. 2023 train
+    with apgd and --steps 2."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """Threat model."""
     targeted: Literal["none", "random", "least"] = "none"
-    """Attack each image towards one class, random (another at every update) or the network's least likely
-    one, instead of away from its own."""
+    """Targeted attack: towards a random class, drawn anew at every update, or towards the class that the
+    network finds least likely; none is untargeted."""
     norms: str | None = None
-    """Several threat models to train against, such as linf,l2,l1 (multi-norm training); --norm is then the
-    first of them."""
+    """Train against several threat models (multi-norm training), such as linf,l2,l1; --norm is then the first
+    of them."""
     norm_choice: Literal["alternate", "worst", "average"] = "alternate"
-    """With --norms: one norm per batch in turns; for each image the norm with the highest loss (Tramer &
-    Boneh 2019, max); or the mean of the losses under all of them (avg), which costs an update each."""
+    """With --norms: alternate attacks each batch under one norm, in turn; worst keeps for each image the
+    attack with the highest loss; average minimises the mean of the losses under all norms (max and avg of
+    Tramer & Boneh 2019)."""
     norm_eps: str = "auto"
-    """Radii of --norms in their order, such as 8/255,0.5,12; auto is --eps for the first, and for the others
-    what auto is under that norm."""
+    """Radii of --norms in their order, such as 8/255,0.5,12; auto stands for --eps for the first norm, and
+    for the usual radius under each other one."""
     eps: float | str = "auto"
-    """Radius in training; auto is the dataset's (for colour images 0.031,
-    under l2 0.5, under l1 12)."""
+    """Radius in training; auto is the dataset's (for colour images 0.031, under l2 0.5, under l1 12)."""
     step_size: float | str = "auto"
-    """Step of the attack, under the first of --norms (under others in proportion to their radii); auto is the
-    method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step methods."""
+    """Step size of the attack; with --norms, of the first norm, and in proportion to the radius under the
+    others. auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step
+    methods."""
     eps_ramp: int = 0
-    """Epochs over which the radius in training grows linearly to --eps, and the step size with it
-    (--step-ramp); 0 is off. IKL ramps over all of its epochs. Evaluation takes --eval-eps throughout."""
+    """Epochs over which the radius in training rises linearly to --eps, and the step size with it unless
+    --step-ramp is given; 0 is off. IKL ramps over the whole run. Validation and evaluation always take
+    --eval-eps."""
     step_ramp: int | None = None
-    """Epochs over which the step size grows linearly to --step-size; None is --eps-ramp, 0 is off. ARES
-    (Liu et al. 2023) ramps the step size alone, over 5 epochs."""
+    """Epochs over which the step size rises linearly to --step-size; None is --eps-ramp, 0 is off. ARES (Liu
+    et al. 2023) ramps only the step size, over 5 epochs."""
     ramp_by: Literal["epoch", "step"] = "epoch"
-    """Raise ramped sizes once per epoch, or at every update."""
+    """Raise radius and step size once per epoch, or at every update."""
     ramp_from_zero: bool = False
-    """Begin the ramps at 0, as ARES does: N epochs have 0, 1/N, ... of the size, instead of 1/N, 2/N, ..."""
+    """Start ramps at 0, as ARES does: the N epochs have 0, 1/N, ... of the final size, instead of 1/N, 2/N,
+    ..., 1."""
     steps: int | None = None
     """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
@@ -52,7 +55,7 @@ class AttackConfig:
     """Share of the epochs in which --early-steps applies."""
     start: Literal["auto", "none", "uniform", "gaussian"] = "auto"
     """Starting point of the attack: the image, or a random point around it; auto is the method's published
-    choice, and with --attack apgd the image, where the method's own is uniform."""
+    choice, but with --attack apgd the image instead of a uniform start."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
     """Batch norm during the attack: running statistics, batch statistics, or batch statistics without
     updating. With train, every forward pass of the attacked network updates the running statistics, including

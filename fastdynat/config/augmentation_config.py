@@ -8,50 +8,51 @@ from fastdynat.config.augmentation_policy import parse_policy
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Augmentation beyond --augment, in the order: crop (also --scale) and flip, --color-jitter, --aa,
-    --cutout, --reprob, then --mixup or --cutmix of the batch."""
+    """Augmentation beyond --augment, applied in this order: --augment or --scale, --color-jitter, --aa,
+    --cutout, --reprob, then --mixup or --cutmix on the batch."""
 
     scale: tuple[float, ...] = ()
-    """Random resized crops in place of those of --augment: the least and the largest part of the image's
-    area, such as 0.08 1. Of images in files, parts of the whole image are taken. Empty is off."""
+    """Random resized crops instead of the crops of --augment: smallest and largest area of a crop as a share
+    of the image, such as 0.08 1. Images in files are cropped before they are resized. Empty is off."""
     ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    """Least and largest width over height of random resized crops."""
+    """Smallest and largest aspect ratio (width / height) of random resized crops."""
     color_jitter: float = 0.0
-    """Change brightness, contrast and saturation, each by a random factor of 1 - this to 1 + this, in random
-    order; 0 is off."""
+    """Multiply brightness, contrast and saturation, in random order, by random factors between 1 - this and 1
+    + this; 0 is off."""
     aa: str = "none"
-    """Augmentation policy: randaugment:N:M (torchvision's, N operations of magnitude M out of 30),
-    trivialaugment, autoaugment or autoaugment:cifar10|imagenet|svhn, rand-m9-mstd0.5-inc1 (timm's),
-    idbh-weak or idbh-strong."""
+    """Augmentation policy: randaugment:N:M (torchvision's RandAugment, N operations per image at magnitude M,
+    0 to 30), trivialaugment, autoaugment or autoaugment:cifar10|imagenet|svhn, rand-m9-mstd0.5-inc1 (timm's
+    RandAugment), idbh-weak or idbh-strong."""
     cutout: int = 0
-    """Set a square of this many pixels per side, centred at a random pixel, to black in every training image
-    (DeVries and Taylor); 0 is off."""
+    """Side in pixels of a square, centred at a random pixel, that is set to black in every training image
+    (DeVries & Taylor 2017); 0 is off."""
     reprob: float = 0.0
-    """Share of the training images in which a random rectangle is erased; 0 is off."""
+    """Random erasing: probability that a random rectangle of a training image is erased; 0 is off."""
     remode: Literal["pixel", "const"] = "pixel"
-    """Filling of erased rectangles: normal noise of the data's mean and standard deviation, or black."""
+    """Content of erased rectangles: pixel is Gaussian noise with the data's mean and standard deviation,
+    const is black."""
     mixup: float = 0.0
-    """Alpha of MixUp: each image of a batch is blended with another one, with a weight from
-    Beta(alpha, alpha), and so are their labels; 0 is off."""
+    """Alpha of MixUp: blend each image of a batch, and its label, with another one, with a weight drawn from
+    Beta(alpha, alpha); 0 is off."""
     cutmix: float = 0.0
-    """Alpha of CutMix: each image of a batch gets a box of another one, of an area from Beta(alpha, alpha),
-    and of its label; 0 is off."""
+    """Alpha of CutMix: paste a box of another image of the batch into each image, with a share of the area
+    drawn from Beta(alpha, alpha), and mix their labels in proportion; 0 is off."""
     mixup_prob: float = 1.0
-    """Probability of mixing a batch at all."""
+    """Probability that a batch is mixed."""
     mixup_switch_prob: float = 0.5
-    """Probability of CutMix instead of MixUp where both are on."""
+    """Probability of CutMix instead of MixUp if both are on."""
     mixup_groups: int = 1
-    """Cut each batch into this many groups, each with a weight and a box of its own. The batch of Wang et al.
-    (2023) has four."""
+    """Split each batch into this many groups, each mixed with a weight and a box of its own; Wang et al.
+    (2023) have four."""
 
     @property
     def crops(self) -> str:
-        """The flag that crops the images in place of --augment, as "aa idbh-weak"; empty if none does."""
+        """The flag that replaces the crops of --augment, such as "aa idbh-weak"; empty if none does."""
         scale = " ".join(f"{end:g}" for end in self.scale)
         return f"scale {scale}" if scale else f"aa {self.aa}" * parse_policy(self.aa).own_crop
 
     @property
     def mixing(self) -> str:
-        """The flag that mixes images and their labels, as "mixup 0.8"; empty if none does."""
+        """The flag that mixes images and their labels, such as "mixup 0.8"; empty if none does."""
         on = (key for key in ("mixup", "cutmix") if getattr(self, key))
         return next((f"{key} {getattr(self, key):g}" for key in on), "")

@@ -44,8 +44,9 @@ class EngineConfig:
     guide_stream: Switch = "auto"
     """Run the guide on a separate CUDA stream, in parallel with the attack; auto is on for a GPU."""
     grad_checkpointing: bool = False
-    """Save memory: updates keep the inputs of a network's blocks only, and compute activations again in the
-    backward pass. Gradients stay the same; the attack has no gradients of weights and is left as it is."""
+    """Activation checkpointing: updates store only the inputs of a network's blocks, and recompute
+    activations in the backward pass. It saves memory and costs about one more forward pass; gradients stay
+    the same. The attack is not affected."""
     check_fidelity: int = 0
     """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is
     off."""

@@ -26,10 +26,11 @@ class EvalConfig:
     checkpoints: Literal["both", "best", "last"] = "both"
     """Checkpoints of a run to evaluate."""
     model: str | None = None
-    """Network of a file of weights that is evaluated: any name that train --model takes. A file that
-    fastdynat wrote, with its .json, needs none."""
+    """Network of the weights file that is evaluated: any name that train --model takes. Not needed for a file
+    that fastdynat wrote, with its .json."""
     normalize: Literal["none", "dataset", "released"] = "none"
-    """Mean/std in front of that network, as for training; a file that brings its own keeps it."""
+    """Mean/std layer in front of that network, as in train --normalize; a file that has its own mean and std
+    keeps them."""
     weights: str | None = None
     """File of weights for a torchvision:NAME, file.py:callable or module:callable model."""
     source: str | None = None

@@ -12,24 +12,23 @@ class ModelConfig:
 
     model: str = "auto"
     """Network to train: small, resnet18, resnet18_s1122, preact_resnet18 (also 34, 50, and 18_s2222 for
-    64-pixel images), wrn-D-W (each also with -silu, -gn or -silu-gn for SiLU, group norm, both; wrn and
-    preact then also with -same, the padding of DeepMind's and DyART's code), rawrn-70-16, rawrn-101-2,
-    raresnet-50 (Peng et al. 2023), convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes
-    (convolutional stems of Singh et al. 2023), torchvision:NAME, timm:NAME, or path/to/file.py:callable,
-    which returns a module; auto is small for digits, else resnet18."""
+    64-pixel images) or wrn-D-W, each also with the suffix -silu, -gn (group norm) or -silu-gn, wrn and preact
+    then also with -same (padding of DeepMind's and DyART's code); rawrn-70-16, rawrn-101-2 or raresnet-50
+    (Peng et al. 2023); convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes (convolutional stems
+    of Singh et al. 2023); torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module.
+    auto is small for digits, else resnet18."""
     init_from: str | None = None
-    """Weights that the model starts from: a run directory (its best checkpoint), a .safetensors or .pt file;
-    timm or torchvision for the published weights of --model timm:NAME or torchvision:NAME; or
-    hf:USER/NAME[@REVISION], a repository on the Hugging Face hub. The pixel normalisation comes with the
-    weights. The last layer is drawn anew where the classes are others; anything else must fit."""
+    """Initial weights of the model: a run directory (its best checkpoint), a .safetensors or .pt file, timm
+    or torchvision for the published weights of --model timm:NAME or torchvision:NAME, or
+    hf:USER/NAME[@REVISION] on the Hugging Face hub. They bring their pixel normalisation. The last layer is
+    reinitialised if the classes differ; every other layer must fit."""
     init_sha256: str | None = None
-    """sha256 that the weights at --init-from must have, hexadecimal; a run stores what it found. That of the
-    file, or of the tensors for timm and torchvision."""
+    """Expected sha256 of the weights at --init-from, in hexadecimal: of the file, or for timm and torchvision
+    of the tensors. A run stores the one that it found."""
     freeze: tuple[str, ...] = ()
-    """Parameters of the model that are not trained, by name: glob patterns over whole names, with or without
-    the leading net., or regular expressions, which begin with ^. Frozen parameters have no gradient and no
-    optimiser state; a batch norm whose parameters are all frozen keeps its running statistics and uses them,
-    in the attack too. Dropout stays as it is."""
+    """Parameters of the model to freeze, by name: glob patterns that match whole names, with or without the
+    leading net., or regular expressions, which begin with ^. A batch norm whose parameters are all frozen
+    stays in eval mode, in the attack too. Dropout stays on."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, HAT and distillation); auto is that of --guide-from, else
     resnet18_s1122 (the released code's), or small if the model is small."""

@@ -12,15 +12,15 @@ class OptimConfig:
     """Epochs; None is 100, or 15 for digits."""
     opt: Literal["sgd", "adam", "adamw", "lion"] = "sgd"
     """Optimiser: SGD with momentum, Adam with L2 weight decay, AdamW with decoupled weight decay, or Lion
-    (steps along the sign of a momentum, decoupled weight decay)."""
+    (sign of a momentum, decoupled weight decay)."""
     lr: float | None = None
     """Peak learning rate; None is 0.1 for sgd (0.03 for digits), 0.001 for adam and adamw, 0.0001 for
     lion."""
     opt_betas: tuple[float, float] | None = None
-    """adam, adamw, lion: decays of the averages of the gradient and of its square (lion: of the step and of
-    the momentum); None is 0.9 0.999, for lion 0.9 0.99."""
+    """adam, adamw, lion: beta1 and beta2, the decays of the running averages; None is 0.9 0.999, for lion 0.9
+    0.99."""
     opt_eps: float | None = None
-    """adam, adamw: added to the root of the squares; None is 1e-8."""
+    """adam, adamw: epsilon added to the denominator; None is 1e-8."""
     momentum: float = 0.9
     """SGD momentum."""
     cycle_momentum: bool = False
@@ -40,11 +40,13 @@ class OptimConfig:
     """Apply weight decay to the parameters of normalisation layers, too; --no-decay-norms exempts them
     (DyART, Gowal et al.)."""
     decay_exempt: tuple[Literal["biases", "1d", "listed"], ...] = ()
-    """Further parameters without weight decay: those called bias; all with one dimension, and biases; those
-    that a network lists in no_weight_decay(), such as position embeddings. timm's default is 1d listed."""
+    """Parameters without weight decay, beside those of --no-decay-norms: biases; 1d, all parameters with one
+    dimension, and biases; listed, those that the network returns from no_weight_decay(), such as position
+    embeddings. timm's default is 1d listed."""
     layer_decay: float | None = None
-    """Factor on the learning rate from each layer to the one before it (timm's depths for timm:NAME; residual
-    blocks of our networks). The last layers have the whole rate. None is 1."""
+    """Layer-wise learning rate decay: each layer's learning rate is this times that of the next layer, and
+    the last layers have the whole rate. Layers are timm's for timm:NAME, residual blocks for built-in
+    networks. None is 1."""
     head_lr_scale: float = 1.0
     """Factor on the learning rate of the last linear layer."""
     burn_in: int = 0
@@ -57,17 +59,17 @@ class OptimConfig:
     """Learning rate schedule. release is that of DYNAT's code (one epoch at lr/5, then lr, divided by 10
     after 75 % and again after 90 %); triangular goes from 0 to lr and back to 0."""
     schedule_epochs: int | None = None
-    """Epochs that the schedule is stretched over; None is those of the method. A run with fewer --epochs ends
-    inside of its schedule."""
+    """Length of the schedule in epochs; None is the run's, without --burn-in. A run with fewer --epochs ends
+    before its schedule does."""
     warmup_epochs: float = 0.0
-    """cosine, multistep, constant: linear warm-up of the learning rate over so many epochs, from
-    --warmup-lr."""
+    """cosine, multistep, constant: epochs of linear warm-up of the learning rate, from --warmup-lr; may be
+    fractional."""
     warmup_lr: float | None = None
-    """Learning rate at the first update of --warmup-epochs; None is a hundredth of --lr."""
+    """Learning rate at the start of the linear warm-up; None is lr / 100."""
     warmup_prefix: bool = False
-    """cosine: begin the cosine after the warm-up, at --lr, and not at the first update (timm's meaning)."""
+    """cosine: start the cosine after the warm-up, at --lr, instead of at the first update (as in timm)."""
     min_lr: float = 0.0
-    """cosine, triangular: learning rate at its end."""
+    """cosine, triangular: final learning rate."""
     warmup: float | None = None
     """onecycle, triangular: position of the peak, as a share of the run; None is 0.3 for onecycle, 0.5 for
     triangular."""
@@ -93,25 +95,25 @@ class OptimConfig:
     of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
     out CUDA graphs."""
     label_smoothing: float = 0.0
-    """Smooth the labels of every cross-entropy: of K classes, the label's gets 1 - s + s/K and each of the
-    others s/K, as in torch and timm. The attack's goal keeps a plain label, and smooths a mixed one."""
+    """Label smoothing s in every cross-entropy: of K classes, the label's gets 1 - s + s/K and each of the
+    others s/K, as in torch and timm. The attack's goal does not smooth a plain label, only a mixed one."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.999; 0 is off. The average is updated
-    at every step, and is what is validated and saved as the model."""
+    at every step (see --ema-every), and is what is validated and saved as the model."""
     swa: bool = False
-    """In place of --ema, an average that gives the same share to all weights from --ema-from on, one set per
-    epoch (stochastic weight averaging)."""
+    """Stochastic weight averaging in place of --ema: the equally weighted mean of the weights at the end of
+    each epoch (see --ema-every) from --ema-from on."""
     ema_every: Literal["auto", "step", "epoch"] = "auto"
-    """Update the average at every step, or at the end of every epoch; auto is step for --ema, epoch for
-    --swa."""
+    """Update the weight average at every step, or at the end of every epoch; auto is step for --ema, epoch
+    for --swa."""
     ema_from: int = 0
-    """Epochs in which the average is a plain copy. It begins with the weights of the first update after them,
-    and keeps its whole decay from there on."""
+    """Epochs before averaging starts, in which the average is a plain copy of the weights. It starts with the
+    weights of the first update after them, at its full decay."""
     ema_warmup: float = 0.0
     """Share of the run in which the average is a plain copy; after that, its decay at step s is
     min(ema, (1 + s) / (10 + s)). With 0, the decay is ema from the first step on."""
     ema_buffers: Literal["average", "copy", "recompute"] = "average"
-    """Running statistics of the average: averaged like the weights, copied from the model, or recomputed at
-    the end of each epoch by a pass over its images, without attack."""
+    """Batch norm statistics of the weight average: averaged like the weights, copied from the model, or
+    recomputed at the end of each epoch by a forward pass over its clean images."""

@@ -40,12 +40,12 @@ class ExportConfig:
     dataset: str = "auto"
     """RobustBench's name of the data set (cifar10, cifar100, imagenet); auto is the run's."""
     model: str | None = None
-    """Network of a file of weights (in place of RUN) that is not fastdynat's: any name that train --model
-    takes."""
+    """Network of a weights file that fastdynat did not write, given in place of RUN: any name that train
+    --model takes."""
     normalize: Literal["none", "dataset", "released"] = "none"
-    """Mean/std in front of that network; a file that brings its own keeps it."""
+    """Mean/std layer in front of that network; a file that has its own mean and std keeps them."""
     norm: Literal["linf", "l2", "l1"] = "linf"
-    """Threat model of that network."""
+    """Threat model for which that network was trained."""
     eps: float | str = "8/255"
-    """Its radius."""
+    """Radius of that threat model: 8/255, 0.031, or 8 (read as 8/255)."""
     paper: Paper = field(default_factory=Paper)
