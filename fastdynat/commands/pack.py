@@ -1,4 +1,4 @@
-"""`fastdynat pack`: extra training images as a store that training reads in place."""
+"""`fastdynat pack`: converts extra training images into a store that training memory-maps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 class PackCommand:
     """Pack extra images into a store for train --extra-data, or verify one.
 
-    The images are read and written a few at a time, whatever their number."""
+    Images are read and written in chunks, so memory use does not depend on their number."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files .npz (arrays image, uint8 NHWC, and label) or .pickle (Carmon et al.), folders of such files, or
-    a folder of class folders. Several are parts of one set, in this order. A store alone is verified."""
+    """An .npz file (arrays image, uint8 NHWC, and label), a .pickle (Carmon et al.), a folder of such files,
+    or a folder of class folders; several sources are packed as one set, in this order. A store given alone is
+    verified by its checksums."""
     out: str | None = None
-    """Folder of the store; None is SOURCE.packed, where train --extra-data SOURCE looks for it. Several
-    sources need it."""
+    """Folder of the store; None is SOURCE.packed, where train --extra-data SOURCE looks for it. Required for
+    several sources."""
     image_size: int | None = None
     """Resize and centre-crop the images of a folder to this size; None keeps theirs."""
     overwrite: bool = False
-    """Replace a store of other images in --out."""
+    """Replace an existing store of other images at --out."""
     messages: MessageFlags = field(default_factory=MessageFlags)
 
 

@@ -53,7 +53,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_augmentation(augmentation: AugmentationConfig, data: DataConfig) -> None:
-    """Raise UserError for an unknown policy, crops of two kinds, and ends of a range that are none."""
+    """Raise UserError for an unknown policy, two kinds of crops, or an invalid range."""
     own_crop = parse_policy(augmentation.aa).own_crop
     if augmentation.crops and "crop" in data.augment:
         raise UserError(
@@ -68,14 +68,14 @@ def check_augmentation(augmentation: AugmentationConfig, data: DataConfig) -> No
         if ends and not (len(ends) == 2 and 0 < ends[0] <= ends[1] <= most):
             given = " ".join(f"{end:g}" for end in ends)
             raise UserError(
-                f"{name} must be two numbers above 0 and at most {most:g}, the smaller one first, got {given}"
+                f"{name} must be two numbers, above 0 and at most {most:g}, in ascending order, got {given}"
             )
     if not augmentation.ratio:
         raise UserError("ratio must be two numbers; leave it out for 3/4 4/3")
 
 
 def check_extra(extra: ExtraConfig) -> None:
-    """Raise UserError for a checksum that no store has."""
+    """Raise UserError for a checksum of the wrong form."""
     if extra.extra_checksum is not None and not re.fullmatch(r"[0-9a-f]{16}", extra.extra_checksum):
         raise UserError(
             f"extra_checksum must be 16 hexadecimal digits, got {extra.extra_checksum!r}; `fastdynat pack` "
@@ -139,7 +139,7 @@ def check_optim(optim: OptimConfig) -> None:
 
 
 def check_average(optim: OptimConfig) -> None:
-    """Raise UserError for options of a weight average that there is not, or that exclude each other."""
+    """Raise UserError for options of a missing weight average, and options that exclude each other."""
     usual = OptimConfig()
     for name in ("ema_warmup", "ema_buffers", "ema_every", "ema_from"):
         if optim.ema == 0 and not optim.swa and getattr(optim, name) != getattr(usual, name):
@@ -152,13 +152,13 @@ def check_average(optim: OptimConfig) -> None:
     if optim.ema_warmup > 0 and (optim.swa or optim.ema_from > 0):
         other = "swa" if optim.swa else f"ema_from {optim.ema_from}"
         raise UserError(
-            f"ema_warmup {optim.ema_warmup:g} and {other} are two beginnings of an average; "
+            f"ema_warmup {optim.ema_warmup:g} and {other} both set when averaging starts; "
             "leave ema_warmup out, or --swa and --ema-from"
         )
 
 
 def check_warmup(optim: OptimConfig) -> None:
-    """Raise UserError for a linear warm-up or a floor that the schedule does not have."""
+    """Raise UserError for a linear warm-up or a final rate that the schedule does not have."""
     if optim.warmup_epochs > 0 and optim.schedule not in LINEAR_WARMUP:
         those = " or ".join(LINEAR_WARMUP)
         remedy = ", or --warmup, the share of its rise" if optim.schedule in WARMUP else ""

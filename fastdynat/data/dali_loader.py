@@ -78,7 +78,7 @@ class DaliLoader(PlannedLoader):
         self._workers = workers
         self._gpu = self.device.type == "cuda"
         if self._gpu and self._cuts_files:
-            raise UserError("scale: --loader dali does not cut files on a GPU; use --loader torch")
+            raise UserError("scale: --loader dali cannot crop files on a GPU; use --loader torch")
         resizes = isinstance(images, FileSet) and (images.image_size is not None or self._cuts_files)
         self._resized = resizes and not self._gpu
         self._raw = self._resized or self._reflects or self._resized_crop is not None

@@ -49,7 +49,7 @@ class ExtraSampler:
     def __post_init__(self) -> None:
         if self.extra_per_step < 1:
             raise UserError(
-                f"extra_share {self.share:g}: of a batch of {self.batch_size} that is no whole image; use a "
+                f"extra_share {self.share:g} of a batch of {self.batch_size} is less than one image; use a "
                 f"share of at least {1 / self.batch_size:.2g}, or leave --extra-data out"
             )
         if self.own_per_step > self.originals:

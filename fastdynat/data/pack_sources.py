@@ -70,7 +70,7 @@ def open_sources(paths: Sequence[Path], image_size: int | None) -> list[PackSour
             if ours != theirs:
                 raise UserError(
                     f"{source.path} does not belong to {first.path}: its {name} is {ours}, not {theirs}; "
-                    "pack them apart"
+                    "pack them separately"
                 )
     return sources
 
@@ -100,7 +100,7 @@ def _open(path: Path, image_size: int | None) -> PackSource:
     if suffix in PICKLES:
         return PickleSource(path)
     raise UserError(
-        f"{path} is no extra data: give an .npz file with image and label, a .pickle with data and "
+        f"{path} is not extra data: give an .npz file with image and label, a .pickle with data and "
         "extrapolated_targets, a folder of class folders, or a store of fastdynat pack"
     )
 
@@ -207,7 +207,7 @@ class ArraySource:
                 "store images.transpose(0, 2, 3, 1)"
             )
         if 0 in shape:
-            raise UserError(f"{self.path}: {key} is {shape}, which is no image")
+            raise UserError(f"{self.path}: {key} is {shape}, which is not an image")
         return shape[0], (shape[3] if len(shape) == 4 else 1, shape[1], shape[2])
 
     def _check_labels(self, header: _Header) -> None:
@@ -226,7 +226,7 @@ class ArraySource:
             raise
         except Exception as error:  # zip, zlib and numpy fail in many ways
             reason = " ".join(str(error).split())[:100] or type(error).__name__
-            raise UserError(f"{self.path} is damaged, or no {self.path.suffix} file: {reason}") from None
+            raise UserError(f"{self.path} is damaged, or not a {self.path.suffix} file: {reason}") from None
 
 
 class NpzSource(ArraySource):

@@ -61,7 +61,7 @@ def packed(
     places = _places(path, image_size)
     if not path.exists():
         for place in filter(is_store, places):
-            logger.info("%s is not there any more: using its store %s", path, place)
+            logger.info("%s no longer exists: using its store %s", path, place)
             return ExtraStore(place)
         raise DocumentError(f"cannot read {path}: there is no such file or folder")
     sources = open_sources([path], image_size)

@@ -18,7 +18,7 @@ from fastdynat.documents.pickles import MAX_BYTES
 from fastdynat.errors import first_line
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-REMEDY = "give a file of weights: .safetensors, or torch.save of a state_dict"
+REMEDY = "give a weights file: .safetensors, or torch.save of a state_dict"
 
 
 def check_safetensors(path: Path) -> None:

@@ -54,13 +54,13 @@ class IklOptions(MethodOptions):
     """Options of IKL; the defaults are the released script's."""
 
     mse_weight: float = 20.0
-    """Weight of the weighted mean square error of the differences of logits (beta in the release)."""
+    """Weight of the weighted MSE of pairwise logit differences (beta in the release)."""
 
     soft_weight: float = 4.0
-    """Weight of the cross-entropy of attacked images with the clean prediction (alpha in the release)."""
+    """Weight of the cross-entropy between clean and adversarial predictions (alpha in the release)."""
 
     temperature: float = 4.0
-    """Divides the logits whose softmax makes the mean predictions of the classes."""
+    """Temperature of the softmax in the mean predictions of the classes."""
 
     def check(self) -> None:
         check_numbers(self, "mse_weight", "soft_weight")

@@ -39,7 +39,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is a web page, not weights: the download asked for a confirmation; fetch it by hand"
         )
     stored = read_pickle(
-        path, what="a file of weights", remedy="save the state_dict alone, by torch.save or as .safetensors"
+        path, what="a weights file", remedy="save the state_dict alone, by torch.save or as .safetensors"
     )
     inner = (
         next((stored[key] for key in HOLDERS if isinstance(stored.get(key), dict)), stored)

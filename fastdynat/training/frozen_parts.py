@@ -32,8 +32,8 @@ class FrozenParts:
             self.names |= dict.fromkeys(found, pattern)
         if patterns and len(self.names) == len(names):
             raise UserError(
-                f"--freeze {' '.join(map(shown, patterns))} matches all {len(names)} parameters: nothing "
-                "would be trained; name fewer"
+                f"--freeze {' '.join(map(shown, patterns))} matches all {len(names)} parameters, so none "
+                "would be trained; use a narrower pattern"
             )
         self._model = model
 
@@ -44,7 +44,7 @@ class FrozenParts:
                 raise UserError(f"--freeze {shown(self.names[name])}: {name} {why}")
 
     def freeze(self) -> None:
-        """Take the parameters out of training; a batch norm without any other keeps its statistics."""
+        """Freeze the parameters; a batch norm all of whose parameters are frozen stays in eval mode."""
         for name, parameter in self._model.named_parameters():
             if name in self.names:
                 parameter.requires_grad_(False)
@@ -72,4 +72,4 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return bool(re.search(pattern, name) or re.search(pattern, bare))
     except re.error as error:
-        raise UserError(f"--freeze {shown(pattern)} is no regular expression: {error}") from None
+        raise UserError(f"--freeze {shown(pattern)} is not a valid regular expression: {error}") from None

@@ -85,7 +85,7 @@ def resolved_init(model: ModelConfig, name: str) -> tuple[str | None, str]:
     if model.model == "auto":
         weights = _weights_file(path)
         if not weights.with_suffix(".json").exists():
-            raise UserError(f"--init-from {source}: the file does not say its network; name it with --model")
+            raise UserError(f"--init-from {source}: the file does not name its network; give --model")
         name = read_sidecar(weights)[0].architecture
     return str(path), name
 
@@ -146,7 +146,7 @@ def find_initial(config: ModelConfig, info: DatasetInfo) -> InitialWeights:
 
 
 def _weights_file(path: Path) -> Path:
-    """The file of weights that `path` is, or that the run directory `path` has."""
+    """The weights file that `path` is, or that the run directory `path` has."""
     if path.is_dir() or not path.exists():
         return guide_weights(path)
     return path
@@ -226,7 +226,7 @@ def _check_architecture(about: Sidecar, config: ModelConfig, origin: str) -> Non
     """Refuse weights of another network: its shapes may fit, with another activation or padding."""
     theirs, ours = about.architecture, config.model
     if _plain(theirs) != _plain(ours):
-        raise UserError(f"--model {short_name(ours)}: {origin} is of another network; leave --model out")
+        raise UserError(f"--model {short_name(ours)}: {origin} holds another network; leave --model out")
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Labels of extra images by the predictions of a trained network, computed once and kept beside the store."""
+"""Pseudo-labels of extra images: predictions of a trained network, stored beside the images."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def label_file(
         raise UserError(f"--extra-labels {source} was trained on {difference}; use a network for {info.name}")
     out = next((place for place in places if os.access(place.parent, os.W_OK)), places[-1])
     make_folder(out.parent)
-    logger.info("labelling %s extra images by %s into %s", f"{len(store):,}", source, out)
+    logger.info("labelling %s extra images with %s, stored as %s", f"{len(store):,}", source, out)
     labels = _predictions(network.to(device), store, info.image_shape, device, display)
     with replacing(out, needed=labels.nbytes) as file, file.open("wb") as opened:
         np.save(opened, labels)
@@ -63,7 +63,7 @@ def read_labels(path: Path, count: int, info: DatasetInfo) -> np.ndarray:
         raise UserError(f"--extra-labels {path} cannot be read as labels: {first_line(error)}") from None
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (count,):
         got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
-        raise UserError(f"--extra-labels {path} must be whole numbers ({count},), one per image, got {got}")
+        raise UserError(f"--extra-labels {path} must be integers ({count},), one per image, got {got}")
     bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
     if len(bad):
         raise UserError(

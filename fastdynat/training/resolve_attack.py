@@ -88,7 +88,7 @@ def _start(attack: AttackConfig, defaults: AttackDefaults) -> str:
 
 
 def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
-    own = "makes its attack itself" if method.attacks else "attacks nothing in training"
+    own = "has an attack of its own" if method.attacks else "has no attack in training"
     for key, usual in (("attack", "pgd"), ("norms", None)):
         value = getattr(attack, key)
         if value != usual and not (method.attacks and method.takes_any_attack):
@@ -97,8 +97,9 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         method.attacks and method.takes_any_attack and method.takes_targets
     ):
         raise UserError(
-            f"targeted {attack.targeted}: the attack of method {method.name} is not the cross-entropy with "
-            "the label alone, which a target class replaces; leave --targeted out, or use --method madry"
+            f"targeted {attack.targeted}: method {method.name} attacks another goal than the "
+            "cross-entropy with the label, so it has no target class; leave --targeted out, or use "
+            "--method madry"
         )
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:
@@ -114,23 +115,23 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
 
 
 def _check_ramps(attack: ResolvedAttack, method: Method[Any]) -> None:
-    """Raise UserError for a ramp that the attack of the method does not follow."""
+    """Raise UserError for a ramp with an attack that does not follow it."""
     asked = [f"{name} {n}" for name in ("eps_ramp", "step_ramp") if (n := getattr(attack, name))]
     if not asked:
         return
     if attack.norms is not None:
         raise UserError(
-            f"{asked[0]}: a ramp is of one norm, got --norms {attack.norms}; leave one of them out"
+            f"{asked[0]}: a ramp takes a single norm, got --norms {attack.norms}; leave one of them out"
         )
     if not method.attacks:
-        raise UserError(f"{asked[0]}: method {method.name} attacks nothing in training; leave it out")
+        raise UserError(f"{asked[0]}: method {method.name} has no attack in training; leave it out")
     if not method.takes_ramp():
         raise UserError(
-            f"{asked[0]}: method {method.name} makes an attack of its own that follows no ramp; leave it out"
-            f"{RAMP_REMEDY * is_user_supplied(method.name)}"
+            f"{asked[0]}: method {method.name} has an attack of its own that does not follow ramps; "
+            f"leave it out{RAMP_REMEDY * is_user_supplied(method.name)}"
         )
     if attack.step_ramp and (attack.attack == "apgd" or "step_size" in method.unused_attack):
-        own = "--attack apgd chooses its step sizes" if attack.attack == "apgd" else _own_attack(method)
+        own = "--attack apgd adapts its step size" if attack.attack == "apgd" else _own_attack(method)
         raise UserError(f"step_ramp {attack.step_ramp}: {own}; leave it out")
 
 
@@ -139,8 +140,8 @@ def check_ramps_end(attack: AttackConfig, epochs: int) -> None:
     for name in ("eps_ramp", "step_ramp"):
         if (ramp := getattr(attack, name) or 0) > epochs:
             raise UserError(
-                f"{name} {ramp}: the run has {epochs} epochs of the method, and would end at smaller sizes; "
-                f"use --{name.replace('_', '-')} {epochs}"
+                f"{name} {ramp}: the ramp is longer than the {epochs} epochs of the method, and would not "
+                f"reach its end; use --{name.replace('_', '-')} {epochs}"
             )
 
 
@@ -197,5 +198,5 @@ def _ramps(attack: ResolvedAttack) -> str:
 
 
 def _own_attack(method: Method[Any]) -> str:
-    what = "uses its own search" if method.attacks else "attacks nothing in training"
+    what = "uses its own search" if method.attacks else "has no attack in training"
     return f"method {method.name} {what}"

@@ -12,7 +12,7 @@ OWN = "a class of your own that takes its losses from Method.fit and its goal fr
 def check_label_use(
     method: Method[Any], *, smoothing: float = 0.0, mixing: str = "", labelled: int | None = None
 ) -> None:
-    """Raise UserError where `method` would ignore the smoothing, or cannot train on mixed labels.
+    """Raise UserError if `method` would ignore the smoothing, or cannot train on mixed labels.
 
     Args:
         smoothing: s of --label-smoothing; 0 is none.
@@ -26,7 +26,7 @@ def check_label_use(
         _require(method, "takes_mixed_labels", mixing, "needs one class per image")
     if mixing and labelled is not None:
         raise UserError(
-            f"{mixing}: with labelled {labelled}, images without a label have none to mix; "
+            f"{mixing}: with labelled {labelled}, unlabelled images have no label to mix; "
             "leave one of them out"
         )
 
@@ -39,7 +39,7 @@ def _require(
     kind = type(method)
     if not kind.__module__.startswith("fastdynat.methods."):
         raise UserError(
-            f"{asked}: method {method.name} does not say that it takes it; leave it out ({OWN} "
+            f"{asked}: method {method.name} does not declare that it supports it; leave it out ({OWN} "
             f"{attribute} = True)"
         )
     here = "with these options, " if getattr(kind, attribute) else ""

@@ -490,7 +490,7 @@ def test_what_a_start_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     said = capsys.readouterr().err
     assert "no attack in training (linf); evaluated at eps 0.1" in said
-    assert "steps 7 has no effect: method natural attacks nothing in training" in said
+    assert "steps 7 has no effect: method natural has no attack in training" in said
     assert "attack:" not in said
     assert "trains at lr/5 = 0.006" in said
     assert "--schedule constant trains at 0.03" in said

@@ -1,4 +1,4 @@
-"""Released files of weights: `eval FILE --model NAME`, `export FILE --model NAME`; new networks' source."""
+"""Released weights files: `eval FILE --model NAME`, `export FILE --model NAME`; new networks' source."""
 
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_refusals(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     line = refusal(capsys, "eval", tmp_path / "seven.pt", "--model", "wrn-10-1-same", *data)
     assert "is for 7 classes, the data has 10" in line
     assert "no weights at" in refusal(capsys, "eval", tmp_path / "no.pt", "--model", "small", *data)
-    assert "is none: leave it out" in refusal(capsys, "eval", tmp_path, "--model", "small")
+    assert "is not; leave it out" in refusal(capsys, "eval", tmp_path, "--model", "small")
     assert "leave it out" in refusal(capsys, "eval", file, "--normalize", "dataset", *data)
     out = ["--out", tmp_path / "Net.pt"]
     assert "name it with --model" in refusal(capsys, "export", file, *out)

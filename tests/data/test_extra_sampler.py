@@ -255,7 +255,7 @@ def test_a_state_of_other_extra_images_is_refused(change: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.01}, "no whole image"),
+        ({"share": 0.01}, "is less than one image"),
         ({"own": 10, "batch": 64, "share": 0.5}, "takes 32 of the 10 training images"),
         ({"extra": 43, "replacement": False}, "takes 44 extra images for a batch of 64, but there are 43"),
         ({"extra": 2**32}, "more than the 4,294,967,295"),

@@ -225,7 +225,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nothing.npz", "cannot read"), ("a.txt", "is no extra data"), ("empty", "0 class")]
+    ("name", "message"),
+    [("nothing.npz", "cannot read"), ("a.txt", "is not extra data"), ("empty", "0 class")],
 )
 def test_other_files_are_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
@@ -452,7 +453,7 @@ def test_store_json_names_the_source(tmp_path: Path) -> None:
 def test_an_encrypted_or_strange_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("image.npy", b"not an array")
-    with pytest.raises(UserError, match="is damaged, or no"):
+    with pytest.raises(UserError, match="is damaged, or not a"):
         open_sources([tmp_path / "a.npz"], None)
 
 

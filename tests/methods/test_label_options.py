@@ -414,7 +414,7 @@ class AddsAPass(Madry):
 def test_a_method_of_ones_own_says_that_it_takes_labels() -> None:
     options = Madry.options_type()
     for given in ({"smoothing": 0.1}, {"mixing": "mixup 0.8"}):
-        with pytest.raises(UserError, match=r"method inherits does not say .* Method\.fit .* = True\)"):
+        with pytest.raises(UserError, match=r"method inherits does not declare .* Method\.fit .* = True\)"):
             check_label_use(Inherits(options), **given)  # type: ignore[arg-type]
         check_label_use(Says(options), **given)  # type: ignore[arg-type]
         check_label_use(AddsAPass(options), **given)  # type: ignore[arg-type]

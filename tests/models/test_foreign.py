@@ -190,8 +190,8 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "web page" in message(b"<!DOCTYPE html>")
-    assert "is truncated or not a file of weights" in message(b"PK\x03\x04 cut off")
-    assert "is truncated or not a file of weights" in message(b"")
+    assert "is truncated or not a weights file" in message(b"PK\x03\x04 cut off")
+    assert "is truncated or not a weights file" in message(b"")
     assert "more than tensors" in message(tiny_cnn())
     assert "no state dict" in message({"epoch": 3})
     with pytest.raises(UserError, match="cannot read"):

@@ -308,9 +308,9 @@ def test_refused_ramps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert "--eps-ramp 3: the run has 2 epochs of the method" in said
     assert "use --eps-ramp 2" in said
     assert "--ramp-by has no effect: needs --eps-ramp" in refusal("--ramp-by", "step")
-    assert "--attack apgd chooses its step sizes" in refusal("--attack", "apgd", "--step-ramp", "2")
-    assert "a ramp is of one norm" in refusal("--eps-ramp", "2", "--norms", "linf,l2")
-    assert "follows no ramp" in refusal("--method", "vat", "--radius", "1", "--eps-ramp", "2")
+    assert "--attack apgd adapts its step size" in refusal("--attack", "apgd", "--step-ramp", "2")
+    assert "a ramp takes a single norm" in refusal("--eps-ramp", "2", "--norms", "linf,l2")
+    assert "does not follow ramps" in refusal("--method", "vat", "--radius", "1", "--eps-ramp", "2")
     assert not (tmp_path / "run").exists()
     check_ramps_end(AttackConfig(eps_ramp=2, step_ramp=2), 2)
 

@@ -221,7 +221,7 @@ def test_class_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.Captur
         (["--extra-share", "1"], "extra-share must be a share of the batch in [0, 1), got 1"),
         (["--extra-share", "-0.1"], "extra-share must be a share of the batch in [0, 1)"),
         (["--extra-share", "nan"], "extra-share must be a share of the batch in [0, 1)"),
-        (["--extra-share", "0.01"], "of a batch of 32 that is no whole image"),
+        (["--extra-share", "0.01"], "of a batch of 32 is less than one image"),
         (["--drop-last"], "with --extra-data every batch is full"),
         (["--extra-checksum", "0123456789abcdef"], "so it holds other images or labels"),
         (["--extra-checksum", "abc"], "must be 16 hexadecimal digits"),

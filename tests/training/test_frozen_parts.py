@@ -65,7 +65,7 @@ def test_patterns() -> None:
         (["LINEAR.*"], "matches none"),
         (["*"], "matches all 14 parameters"),
         (["features.*", "linear.*"], "--freeze 'features.\\*' 'linear.\\*' matches all 14"),
-        (["^("], "is no regular expression"),
+        (["^("], "is not a valid regular expression"),
     ],
 )
 def test_patterns_that_cannot_work(patterns: list[str], message: str) -> None:

@@ -201,7 +201,7 @@ def test_nothing_is_copied_where_something_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--init-from", "RUN", "--model", "small-silu"], "is of another network; leave --model out"),
+        (["--init-from", "RUN", "--model", "small-silu"], "holds another network; leave --model out"),
         (["--init-from", "RUN", "--normalize", "dataset"], "brings its own mean and std; leave it out"),
         (["--init-from", "RUN", "--init-sha256", "00"], ", not 00: the weights have changed"),
         (["--init-sha256", "00"], "--init-sha256 has no effect: needs --init-from"),
@@ -214,7 +214,7 @@ def test_nothing_is_copied_where_something_does_not_fit() -> None:
             "name one with --model torchvision:NAME",
         ),
         (["--init-from", "no/such"], "no/such is neither a .safetensors file nor a run directory"),
-        (["--init-from", "NOISE", "--model", "small"], "noise.pt is truncated or not a file of weights"),
+        (["--init-from", "NOISE", "--model", "small"], "noise.pt is truncated or not a weights file"),
         (["--init-from", "NAN", "--model", "small"], "values of net.linear.bias are NaN"),
         (["--init-from", "INT", "--model", "small"], "it was quantised or belongs to another network"),
         (["--init-from", "RUN", "--freeze", "*", "--epochs", "1"], "matches all 14 parameters"),

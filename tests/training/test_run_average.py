@@ -224,8 +224,8 @@ def test_a_run_whose_average_has_recomputed_statistics_resumes_exactly(
     ("optim", "message"),
     [
         ({"swa": True, "ema": 0.9}, "swa and ema 0.9 are two kinds of weight average"),
-        ({"swa": True, "ema_warmup": 0.1}, "ema_warmup 0.1 and swa are two beginnings of an average"),
-        ({"ema": 0.9, "ema_from": 3, "ema_warmup": 0.1}, "ema_warmup 0.1 and ema_from 3 are two beginnings"),
+        ({"swa": True, "ema_warmup": 0.1}, "ema_warmup 0.1 and swa both set when averaging starts"),
+        ({"ema": 0.9, "ema_from": 3, "ema_warmup": 0.1}, "ema_warmup 0.1 and ema_from 3 both set"),
         ({"ema_from": 3}, "ema_from 3: there is no weight average"),
         ({"ema_every": "epoch"}, "ema_every epoch: there is no weight average"),
         ({"ema": 0.9, "ema_from": 8, "epochs": 10, "burn_in": 2}, "below the 8 epochs of the method, got 8"),

@@ -17,7 +17,7 @@ class EvalCommand:
     """Accuracy of the best and last checkpoints of runs, and of other models, under attacks."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run directories; files of weights (with --model and --data); or robustbench:NAME, torchvision:NAME,
+    """Run directories; weights files (with --model and --data); or robustbench:NAME, torchvision:NAME,
     timm:NAME, module:callable (with --data)."""
     list_attacks: bool = False
     """Print the names that --attacks takes."""

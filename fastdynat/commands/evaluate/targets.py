@@ -127,10 +127,10 @@ def check_names(names: Sequence[str | Path], config: EvalConfig) -> None:
             "run, which brings its own: leave --weights out"
         )
     if config.model is not None and not any(map(is_weights_file, names)):
-        raise UserError(f"--model {config.model} is for files of weights, {names[0]} is none: leave it out")
+        raise UserError(f"--model {config.model} is for weights files, which {names[0]} is not; leave it out")
     if config.model is None and config.normalize != "none":
         raise UserError(
-            f"--normalize {config.normalize} is for a file of weights and its --model: leave it out"
+            f"--normalize {config.normalize} is for a weights file given with --model; leave it out"
         )
     for name in names:
         if is_weights_file(name):

@@ -1,4 +1,4 @@
-"""Files of weights as targets of an evaluation or an export."""
+"""Weights files as targets of an evaluation or an export."""
 
 import logging
 from pathlib import Path
@@ -20,24 +20,24 @@ SUFFIXES = (SAFE, ".pt", ".pth", ".bin", ".ckpt")
 
 
 def is_weights_file(name: str | Path) -> bool:
-    """True if `name` is a file of weights: by its name, or an existing file."""
+    """True if `name` is a weights file: by its name, or an existing file."""
     path = Path(name)
     return path.suffix in SUFFIXES if not path.exists() else path.is_file()
 
 
 def is_described(file: Path) -> bool:
-    """True if this library wrote `file`, whose .json says its network."""
+    """True if fastdynat wrote `file`, with a .json that describes its network."""
     return file.suffix == SAFE and file.with_suffix(".json").exists()
 
 
 def check_weights_file(file: Path, config: EvalConfig) -> None:
-    """Refuse a file whose network or data nothing names. Raises UserError."""
+    """Raise UserError for a missing file, or one whose network or data set is not known."""
     if not file.exists():
         raise UserError(f"no weights at {file}")
     described = is_described(file)
     if config.model is None and not described:
         raise UserError(
-            f"{file} does not say its network: name it with --model, as --model wrn-28-10-silu-same"
+            f"{file} does not name its network; give --model, for example --model wrn-28-10-silu-same"
         )
     if config.data == "auto" and not (described and config.model is None):
         raise UserError(f"{file} comes without data: give --data, for example --data cifar10")
@@ -51,7 +51,7 @@ def described_weights(file: Path, config: EvalConfig) -> Sidecar | None:
 def weights_of_file(
     file: Path, model: str, normalize: Literal["none", "dataset", "released"], info: DatasetInfo
 ) -> tuple[nn.Module, str]:
-    """The network `model` with the weights in `file`, and a digest of both; says the normalisation."""
+    """The network `model` with the weights in `file`, and a digest of both; logs the normalisation."""
     from fastdynat.models.foreign import load_weights_file
 
     mean, std = pixel_statistics(ModelConfig(normalize=normalize), info)

@@ -18,7 +18,7 @@ class ExportCommand:
     """Write RUN's network to a file, then read it back and compare its logits with the network's."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a file of weights (with --model and --dataset)."""
+    """Run directory, or a weights file (with --model and --dataset)."""
     messages: MessageFlags = field(default_factory=MessageFlags)
     export: ExportConfig
 

@@ -1,4 +1,4 @@
-"""A file of weights in place of a run, for the export."""
+"""Export of a weights file instead of a run."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,12 +27,12 @@ IMAGENET = DatasetInfo(
 
 
 def refuse_file_options(source: Path, config: ExportConfig) -> None:
-    """Raise UserError for an option of files that do not say their network, where `source` says it."""
+    """Raise UserError for options that describe the network, which `source` does itself."""
     for field in fields(ExportConfig):
         if field.name in FILE_OPTIONS and getattr(config, field.name) != field.default:
             raise UserError(
-                f"--{field.name} is for files of weights that do not say their network; {source} does: leave "
-                "it out"
+                f"--{field.name} is for weights files without a description of their network; {source} has "
+                "one: leave it out"
             )
 
 
@@ -48,10 +48,10 @@ def exported_file(file: Path, config: ExportConfig) -> tuple[nn.Module, Sidecar,
         return network.requires_grad_(False), sidecar, read_sidecar(file)[1]
     if config.model is None:
         raise UserError(
-            f"{file} does not say its network: name it with --model, as --model wrn-28-10-silu-same"
+            f"{file} does not name its network; give --model, for example --model wrn-28-10-silu-same"
         )
     if config.dataset == "auto":
-        raise UserError(f"{file} does not say its data: name it with --dataset, as --dataset cifar10")
+        raise UserError(f"{file} does not name its data set; give --dataset, for example --dataset cifar10")
     info = IMAGENET if config.dataset == "imagenet" else dataset_info(config.dataset)
     if info is None:
         raise UserError(f"--dataset {config.dataset}: RobustBench has cifar10, cifar100 and imagenet")
