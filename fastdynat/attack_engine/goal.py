@@ -122,7 +122,7 @@ class AttackGoal:
         """Raises UserError for probabilities as the target of a loss of one class."""
         if self.loss in ("margin", "dlr") and self.target.dim() == 2:
             raise UserError(
-                f"attack loss {self.loss} is about one class per image, got labels of shape "
+                f"attack loss {self.loss} needs one class per image, got labels of shape "
                 f"{tuple(self.target.shape)}; use ce, or labels.argmax(1)"
             )
 

@@ -93,7 +93,7 @@ def resolved_init(model: ModelConfig, name: str) -> tuple[str | None, str]:
 def put_initial_weights(model: nn.Module, config: ModelConfig, info: DatasetInfo, frozen: FrozenParts) -> str:
     """Put the weights at --init-from into `model`, log what was done, and return their sha256.
 
-    frozen: parameters that are not trained; a last layer drawn anew must not be among them.
+    frozen: parameters that are not trained; a reinitialised last layer must not be among them.
 
     Raises:
         UserError: the source is missing, damaged, another than at the run's start, or of another network.
@@ -117,13 +117,13 @@ def put_initial_weights(model: nn.Module, config: ModelConfig, info: DatasetInfo
     )
     if found.about is not None:
         _check_architecture(found.about, config, found.origin)
-    frozen.refuse(placed.head, "was drawn anew for other classes and would stay random; leave it out")
+    frozen.refuse(placed.head, "was reinitialised for other classes and would stay random; leave it out")
     head = ""
     if placed.head:
         layer = placed.head[0].rpartition(".")[0]
         before = f"{placed.classes} to " if placed.classes else "other "
-        head = f"; last layer {layer} freshly drawn ({before}{info.num_classes} classes)"
-    logger.info("model starts from %s, sha256 %s...%s", found.origin, found.sha256[:12], head)
+        head = f"; last layer {layer} reinitialised ({before}{info.num_classes} classes)"
+    logger.info("model initialised from %s, sha256 %s...%s", found.origin, found.sha256[:12], head)
     return found.sha256
 
 

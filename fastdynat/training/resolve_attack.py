@@ -192,7 +192,7 @@ def announcement(attack: ResolvedAttack, method: Method[Any]) -> str:
 def _ramps(attack: ResolvedAttack) -> str:
     """The ramps of the attack for its line."""
     alike = attack.step_ramp is None or attack.step_ramp == attack.eps_ramp
-    ramped = {"both" if alike else "eps": attack.eps_ramp, "the step": 0 if alike else attack.step_ramp or 0}
+    ramped = {"both" if alike else "eps": attack.eps_ramp, "step size": 0 if alike else attack.step_ramp or 0}
     found = [f"{what} ramped over {epochs} epochs" for what, epochs in ramped.items() if epochs]
     return "".join(f", {text}" for text in found)
 

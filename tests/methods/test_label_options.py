@@ -312,7 +312,7 @@ def test_the_goal_keeps_classes_unsmoothed() -> None:
 
 @pytest.mark.parametrize("loss", ["margin", "dlr"])
 def test_losses_of_one_class_take_no_mixed_labels(loss: Any) -> None:
-    with pytest.raises(UserError, match=rf"loss {loss} is about one class per image, got labels .*use ce"):
+    with pytest.raises(UserError, match=rf"loss {loss} needs one class per image, got labels .*use ce"):
         AttackGoal(loss, mixed_labels(make_batch().labels))
 
 

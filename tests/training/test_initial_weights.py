@@ -103,7 +103,7 @@ def test_the_message_names_checkpoint_and_digest(
     with caplog.at_level("INFO", "fastdynat"):
         train(tmp_path / "run", "--init-from", source, *STILL)
     epoch = read_sidecar(source / "best" / "model.safetensors")[0].epoch
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("model starts from")]
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("model initialised from")]
     assert f"(best checkpoint, epoch {epoch}): small trained by natural on digits, sha256 " in line
     assert "freshly" not in line
 
@@ -121,7 +121,7 @@ def test_other_classes_get_a_last_layer_from_the_seed(
     flags = ["--data", f"{tmp_path}/mine.py:parity", "--eps", "0.1", "--init-from", source, "--seed", "11"]
     with caplog.at_level("INFO", "fastdynat"):
         run = train(tmp_path / "run", *flags, *STILL)
-    assert "; last layer net.linear freshly drawn (10 to 2 classes)" in caplog.text
+    assert "; last layer net.linear reinitialised (10 to 2 classes)" in caplog.text
     given, kept = load_file(source / "best" / "model.safetensors"), weights(run)
     drawn = fresh(11, name="small", num_classes=2, image_shape=DIGITS)
     for key in given:

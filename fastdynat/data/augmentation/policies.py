@@ -202,5 +202,5 @@ class ColorJitter(Policy):
 
 
 def _one_of(things: Sequence[ThingT], u: float) -> ThingT:
-    """The thing at share `u` of all."""
+    """One of `things`, uniformly for `u` uniform in [0, 1)."""
     return things[int(u * len(things))]
