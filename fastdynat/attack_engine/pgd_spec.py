@@ -23,10 +23,10 @@ class PGDSpec:
     keeps the run that fools the network, or else the run with the highest loss.
 
     Attributes:
-        algorithm: "pgd", or "apgd": `adaptive_ascend`, which returns the point with the highest loss and
-            chooses its step sizes itself.
-        target: "none", or drive each image towards one class: "random", drawn uniformly from the others than
-            its own, or "least", the network's least likely one on it (`aimed`).
+        algorithm: "pgd", or "apgd": `adaptive_ascend`, which adapts its step size and returns the point with
+            the highest loss.
+        target: "none", or attack each image towards one class other than its own: "random", drawn uniformly,
+            or "least", the one that the network finds least likely (`aimed`).
     """
 
     eps: float

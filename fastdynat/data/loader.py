@@ -65,9 +65,9 @@ class PlannedLoader(ABC):
         rank: Which of them this is.
         parts: Micro-batches that each rank cuts its share into.
         stages: Augmentation after crop and flip.
-        mixing: How the images of a batch are mixed with each other; None is not at all.
-        resized_crop: The crop of each image before the flip, not together with another. Of images in files it
-            takes a part of the file's image, of others a part of the stored one, in all loaders.
+        mixing: MixUp and CutMix of a batch; None mixes nothing.
+        resized_crop: Random resized crop before the flip, instead of a crop of `augment`. Images in files are
+            cropped at full size, others as stored, in all loaders.
 
     Raises: UserError for a batch size above the number of images or too small for the ranks, a negative pad,
         or an unknown augmentation or padding; while reading also for a reflection wider than the image.

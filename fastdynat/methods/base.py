@@ -126,14 +126,14 @@ class Method(ABC, Generic[OptionsT]):
             --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
             `label_smoothing`; if not, --label-smoothing is refused. A class that overrides `inner`, `outer`
-            or `awp_loss` says so itself; so with `takes_mixed_labels`.
-        takes_mixed_labels: whether losses and goal hold for labels that are probabilities, as those of `fit`
-            and `true_goal` do; if not, mixup and CutMix are refused.
+            or `awp_loss` has to set it again, and `takes_mixed_labels` too.
+        takes_mixed_labels: whether losses and goal accept labels that are probabilities, as `fit` and
+            `true_goal` do; if not, MixUp and CutMix are refused.
         label_smoothing: s of --label-smoothing; set before the first step.
         num_classes: K; set before `make_buffers`.
-        follows_ramp: whether the attack has the radius and the step size of --eps-ramp and --step-ramp, as
-            that of `Method` has. A class with a `perturb` or `after_backward` of its own states it anew, and
-            takes sizes from `attack.eps` and `attack.step_size`, not from `attack.spec`.
+        follows_ramp: whether the attack follows --eps-ramp and --step-ramp, as that of `Method` does. A class
+            that overrides `perturb` or `after_backward` has to set it again, and to read `attack.eps` and
+            `attack.step_size` instead of `attack.spec`.
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
@@ -189,10 +189,10 @@ class Method(ABC, Generic[OptionsT]):
         return {}
 
     def begin_epoch(self) -> None:
-        """Change `buffers` in place for the epoch of number `epoch`.
+        """Update `buffers` in place at the start of the epoch `self.epoch`.
 
-        Called before its first step, and once more where a run resumes within it: keep in a buffer which
-        epoch they are of. May wait for the device.
+        Called before its first step, and again when a run resumes within it: store in a buffer which epoch
+        the values belong to. May wait for the device.
         """
 
     def constants(self) -> tuple[float, ...]:

@@ -12,11 +12,11 @@ from fastdynat.recipes import read_recipe, recipe_names
 @dataclass(frozen=True, kw_only=True)
 class RecipesCommand:
     """List the published protocols that `fastdynat train --recipe NAME` follows, or show one of them: its
-    flags, source, published results, and the time it takes on this machine.
+    source, flags, published results, compute, and estimated time on this machine.
     """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Recipe to show; by default all of them are listed."""
+    """Recipe to show; without it, all of them are listed."""
 
 
 def recipes_command(argv: list[str]) -> int:

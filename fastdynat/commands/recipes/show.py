@@ -83,7 +83,7 @@ def _published(recipe: Recipe) -> str:
 def _print_cost(cost: RecipeCost, config: ResolvedConfig[Any], console: Console) -> None:
     console.print(
         f"\ncompute: {cost.total:.2g} FLOP = {cost.per_image / 1e9:.3g} GFLOP per image "
-        f"x {cost.images:,} images per epoch x {cost.epochs} epochs (products and convolutions, counted)",
+        f"x {cost.images:,} images per epoch x {cost.epochs} epochs (convolutions and matrix products)",
         **AS_IS,
     )
     here, reference = hours_here(cost, config), hours_on_reference(cost)
