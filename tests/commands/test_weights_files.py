@@ -92,7 +92,7 @@ def test_refusals(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     file, data = tmp_path / "w.pt", ["--data", "imagefolder", "--data-dir", images, "--image-size", 32]
     released(file)
     released(tmp_path / "seven.pt", classes=7)
-    assert "name it with --model" in refusal(capsys, "eval", file, *data)
+    assert "does not name its network; give --model" in refusal(capsys, "eval", file, *data)
     assert "give --data" in refusal(capsys, "eval", file, "--model", "wrn-10-1")
     line = refusal(capsys, "eval", file, "--model", "wrn-10-2-same", *data)
     assert "of other shapes (net.block1.layer.0.conv1.weight is (16, 16, 3, 3) there, (32," in line
@@ -103,8 +103,10 @@ def test_refusals(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not; leave it out" in refusal(capsys, "eval", tmp_path, "--model", "small")
     assert "leave it out" in refusal(capsys, "eval", file, "--normalize", "dataset", *data)
     out = ["--out", tmp_path / "Net.pt"]
-    assert "name it with --model" in refusal(capsys, "export", file, *out)
-    assert "name it with --dataset" in refusal(capsys, "export", file, "--model", "wrn-10-1-same", *out)
+    assert "does not name its network; give --model" in refusal(capsys, "export", file, *out)
+    assert "does not name its data set; give --dataset" in refusal(
+        capsys, "export", file, "--model", "wrn-10-1-same", *out
+    )
     assert not (tmp_path / "Net.pt").exists()
 
 

@@ -173,7 +173,7 @@ BAD = {
     ),
     "flat": ({"image": GOOD_IMAGES.reshape(6, -1), "label": GOOD_LABELS}, "must be uint8"),
     "columns": ({"image": np.asfortranarray(GOOD_IMAGES), "label": GOOD_LABELS}, "column by column"),
-    "none": ({"image": GOOD_IMAGES[:0], "label": GOOD_LABELS[:0]}, "is no image"),
+    "none": ({"image": GOOD_IMAGES[:0], "label": GOOD_LABELS[:0]}, "is not an image"),
     "objects": ({"image": np.array([{}] * 6), "label": GOOD_LABELS}, "must be uint8"),
     "fewer labels": ({"image": GOOD_IMAGES, "label": GOOD_LABELS[:5]}, r"whole numbers \(6,\)"),
     "one-hot": ({"image": GOOD_IMAGES, "label": np.eye(10)[GOOD_LABELS]}, "whole numbers"),

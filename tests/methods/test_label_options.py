@@ -386,7 +386,7 @@ def test_options_that_leave_no_cross_entropy_are_named() -> None:
 
 
 def test_mixing_needs_labels_of_all_images() -> None:
-    with pytest.raises(UserError, match="mixup 1: with labelled 40, images without a label have none"):
+    with pytest.raises(UserError, match="mixup 1: with labelled 40, unlabelled images have no label to mix"):
         check_label_use(make_method("vat"), mixing="mixup 1", labelled=40)
 
 

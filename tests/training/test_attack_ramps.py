@@ -305,7 +305,7 @@ def test_refused_ramps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
     assert "--eps-ramp must be a number of epochs, 0 for none, got -1" in refusal("--eps-ramp", "-1")
     said = refusal("--eps-ramp", "3")
-    assert "--eps-ramp 3: the run has 2 epochs of the method" in said
+    assert "--eps-ramp 3: the ramp is longer than the 2 epochs of the method" in said
     assert "use --eps-ramp 2" in said
     assert "--ramp-by has no effect: needs --eps-ramp" in refusal("--ramp-by", "step")
     assert "--attack apgd adapts its step size" in refusal("--attack", "apgd", "--step-ramp", "2")

@@ -164,7 +164,7 @@ def test_a_file_whose_network_is_not_said(
 ) -> None:
     file = tmp_path / "w.safetensors"
     shutil.copy(source / "best" / "model.safetensors", file)
-    assert "name it with --model" in refusal(capsys, tmp_path / "run", "--init-from", file)
+    assert "does not name its network; give --model" in refusal(capsys, tmp_path / "run", "--init-from", file)
     run = train(tmp_path / "run", "--init-from", file, "--model", "small", *STILL)
     assert torch.equal(weights(run)["normalize.mean"], load_file(file)["normalize.mean"])
 
