@@ -63,7 +63,7 @@ def read_labels(path: Path, count: int, info: DatasetInfo) -> np.ndarray:
         raise UserError(f"--extra-labels {path} cannot be read as labels: {first_line(error)}") from None
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (count,):
         got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
-        raise UserError(f"--extra-labels {path} must be integers ({count},), one per image, got {got}")
+        raise UserError(f"--extra-labels {path} must be whole numbers ({count},), one per image, got {got}")
     bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
     if len(bad):
         raise UserError(
