@@ -97,9 +97,8 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         method.attacks and method.takes_any_attack and method.takes_targets
     ):
         raise UserError(
-            f"targeted {attack.targeted}: method {method.name} attacks another goal than the "
-            "cross-entropy with the label, so it has no target class; leave --targeted out, or use "
-            "--method madry"
+            f"targeted {attack.targeted}: the attack of method {method.name} is not the cross-entropy with "
+            "the label alone, which a target class replaces; leave --targeted out, or use --method madry"
         )
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:

@@ -41,7 +41,7 @@ def test_ranges(values: dict[str, object], message: str) -> None:
 
 
 def test_hidden_labels_are_not_mixed() -> None:
-    with pytest.raises(UserError, match=r"^cutmix 1: with labelled 100, images without a label"):
+    with pytest.raises(UserError, match=r"^cutmix 1: with labelled 100, unlabelled images have no label"):
         resolve(config("vat", DataConfig(labelled=100), cutmix=1.0), INFO, announce=False)
 
 
