@@ -65,6 +65,7 @@ def train_command(argv: list[str]) -> int:
         from fastdynat.distributed import joined_world
         from fastdynat.training import new_run, resumed_run, run_of_command
 
+        _note_needs(early.get("--recipe"), config)
         with joined_world(config.engine.device, config.engine.rank_timeout):
             if resume == AUTO:
                 begun = run_of_command(config, _given_keys(early, parsed))
@@ -107,6 +108,15 @@ def _check_needs(recipe: str | None, config: TrainConfig[Any]) -> None:
         raise UserError(
             f"recipe {recipe} needs --extra-data FILE (`fastdynat recipes {recipe}` says which); "
             "--extra-share 0 trains without extra images"
+        )
+
+
+def _note_needs(recipe: str | None, config: TrainConfig[Any]) -> None:
+    """Say where a recipe that starts from trained weights is followed without them."""
+    if recipe is not None and "init_from" in read_recipe(recipe).needs and config.model.init_from is None:
+        logger.warning(
+            f"recipe {recipe} starts from trained weights (--init-from RUN|FILE); this run starts from "
+            "random ones"
         )
 
 

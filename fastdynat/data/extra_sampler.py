@@ -62,11 +62,10 @@ class ExtraSampler:
                 f"{self.originals + self.extra:,} images are more than the {MOST_NUMBERS:,} that can be "
                 "numbered; use fewer extra images"
             )
-        if not self.replacement and self.extra < self.extra_per_step:
+        if self.extra < self.extra_per_step:
             raise UserError(
                 f"extra_share {self.share:g} takes {self.extra_per_step} extra images for a batch of "
-                f"{self.batch_size}, but there are {self.extra}; use a smaller --extra-share, or leave "
-                "--no-extra-replacement out"
+                f"{self.batch_size}, but there are {self.extra}; use a smaller --extra-share, or more images"
             )
 
     @property

@@ -1,5 +1,7 @@
 """Share of a weight average that is still its first weights, and the warning where it is large."""
 
+import math
+
 from fastdynat.training.average import AverageRule
 from fastdynat.training.resolved_config import ResolvedOptim
 from fastdynat.training.run_average import average_rule, averages_every, updates_per_epoch
@@ -33,7 +35,7 @@ def average_note(rule: AverageRule, *, epochs: int, updates_per_epoch: int, unit
         return (
             f"--ema {rule.decay:g} over {updates} {unit}s: what is validated and saved will still be "
             f"{100 * share:.0f} % the weights of the average's first {unit}; use --ema-warmup 0.1, which "
-            f"begins late and forgets fast, or --ema {lower:.2g} or less"
+            f"begins late and forgets fast, or --ema {_rounded_down(lower)} or less"
         )
     begun = max(rule.warmup, rule.start)
     ends = (epoch for epoch in range(1, epochs + 1) if begun < epoch * updates_per_epoch)
@@ -51,3 +53,9 @@ def run_average_note(optim: ResolvedOptim, steps_per_epoch: int) -> str | None:
     epochs, unit = epochs_of_method(optim), updates_per_epoch(optim, steps_per_epoch)
     rule = average_rule(optim, epochs, steps_per_epoch)
     return average_note(rule, epochs=epochs, updates_per_epoch=unit, unit=averages_every(optim))
+
+
+def _rounded_down(decay: float) -> str:
+    """`decay` to two decimals, or to as many as tell it from 1."""
+    digits = max(2, math.ceil(-math.log10(1 - decay)))
+    return f"{math.floor(decay * 10**digits) / 10**digits:g}"

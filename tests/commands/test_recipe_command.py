@@ -1,6 +1,7 @@
 """`fastdynat recipes NAME`: source, published results, flags and cost of one protocol."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_one_recipe_in_print(capsys: pytest.CaptureFixture[str]) -> None:
         "published: clean 84.9 %, AutoAttack 49.08 % (README of the release); not reproduced here yet" in out
     )
     assert re.search(r"│ lr +│ 0.21 +│ recipe", out)
-    assert re.search(r"│ eval_eps +│ 0.0313\d+ +│ resolved here", out)
+    assert re.search(r"│ eval_eps +│ 0.0313725 \(8.00/255\) +│ resolved here", out)
     assert re.search(
         r"compute: [\d.e+]+ FLOP = [\d.]+ GFLOP per image x 49,000 images per epoch x 50 epochs", out
     )
@@ -93,3 +94,12 @@ def test_durations_in_words() -> None:
 def test_refusals(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [[], ["--init-from", "nowhere"]])
+def test_a_recipe_that_starts_from_weights_says_when_it_does_not(
+    flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--recipe", "singh2023-vit-s", "--data-dir", str(tmp_path), *flag]
+    assert main(argv) == 2  # the folder is empty
+    assert ("starts from trained weights (--init-from RUN|FILE)" in capsys.readouterr().err) == (not flag)

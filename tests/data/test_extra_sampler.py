@@ -68,10 +68,10 @@ def test_batches_have_as_many_extra_images_as_the_published_sampler(
 ) -> None:
     steps = -(-own // batch)
     for given in (None, 3 * steps + 1):
-        made = sampler(own, 300, batch, share, steps=given)
+        made = sampler(own, 500, batch, share, steps=given)
         assert made.num_steps == (given or steps)
         rows = made.order(0).view(made.num_steps, batch)
-        expected = published_sampler(own, 300, batch, share, made.num_steps)
+        expected = published_sampler(own, 500, batch, share, made.num_steps)
         assert (rows >= own).sum(1).tolist() == [sum(i >= own for i in now) for now in expected]
 
 
@@ -258,6 +258,7 @@ def test_a_state_of_other_extra_images_is_refused(change: str, tmp_path: Path) -
         ({"share": 0.01}, "is less than one image"),
         ({"own": 10, "batch": 64, "share": 0.5}, "takes 32 of the 10 training images"),
         ({"extra": 43, "replacement": False}, "takes 44 extra images for a batch of 64, but there are 43"),
+        ({"extra": 43}, "takes 44 extra images for a batch of 64, but there are 43"),
         ({"extra": 2**32}, "more than the 4,294,967,295"),
     ],
 )

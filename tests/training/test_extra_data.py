@@ -260,7 +260,7 @@ def test_other_shapes_are_refused_before_they_are_packed(
 
 
 def test_other_sizes_are_resized_where_asked(tmp_path: Path) -> None:
-    path = write_npz(tmp_path / "a.npz", 20, 24, 1)
+    path = write_npz(tmp_path / "a.npz", 60, 24, 1)
     flags = [*FAST, "--epochs", 1, "--image-size", 16, "--extra-data", path]
     assert train(*flags, "--run-dir", tmp_path / "run") == 0
 

@@ -264,3 +264,6 @@ def test_what_is_said_of_averages_over_epochs() -> None:
     assert "--ema 0.9 over 5 epochs" in short
     equal: Any = OptimConfig(swa=True, epochs=5)
     assert run_average_note(equal, 391) is None
+    long = average_note(AverageRule(0.9999), epochs=1, updates_per_epoch=3300, unit="step")
+    assert long is not None
+    assert long.endswith("or --ema 0.999 or less")

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastdynat.commands.parsing.effects import idle_keys
 from fastdynat.commands.recipes.cost import RecipeCost, hours_here, hours_on_reference, recipe_cost
 from fastdynat.config import TrainConfig, override, to_flat
 from fastdynat.data import DatasetInfo, dataset_info
@@ -14,6 +15,7 @@ from fastdynat.recipes import Recipe
 from fastdynat.terminal.consoles import AS_IS, PlainTable
 from fastdynat.training.resolve import resolve
 from fastdynat.training.resolved_config import ResolvedConfig
+from fastdynat.units import describe_size
 
 MEASUREMENTS = {
     "clean": "clean",
@@ -22,6 +24,7 @@ MEASUREMENTS = {
     "autoattack": "AutoAttack",
 }
 RUN = "RUN"  # stands for the run that --guide-from needs
+SIZES = ("eps", "step_size", "eval_eps")
 PLACEHOLDERS = {"guide_from": RUN, "init_from": "RUN|FILE", "extra_data": "FILE", "data_dir": "FOLDER"}
 
 
@@ -34,15 +37,24 @@ def show_recipe(recipe: Recipe, console: Console) -> None:
     console.print(f"\npublished: {_published(recipe)}", **AS_IS)
     table = PlainTable("flag", "value", "set by", title="\nflags that are not the method's defaults")
     usual = to_flat(default_config(recipe.values["method"]))
+    idle = idle_keys(config)
     for key, value in to_flat(config).items():
-        shown = RUN if key == "guide_from" and value is not None else value
         if key in recipe.values:
-            table.add_row(key, str(shown), "recipe")
-        elif value != usual[key]:
-            table.add_row(key, str(shown), "resolved here")
+            table.add_row(key, _shown(key, value, config), "recipe")
+        elif value != usual[key] and key not in idle:
+            table.add_row(key, _shown(key, value, config), "resolved here")
     console.print(table)
     _print_cost(recipe_cost(recipe, config, info), config, console)
     console.print(f"\nfastdynat train --recipe {recipe.name}{_needed(recipe)}", **AS_IS)
+
+
+def _shown(key: str, value: Any, config: ResolvedConfig[Any]) -> str:
+    """`value` as a user would write it."""
+    if key == "guide_from" and value is not None:
+        return RUN
+    if key in SIZES:
+        return describe_size(value, config.attack.norm)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def images_of(recipe: Recipe) -> DatasetInfo:
