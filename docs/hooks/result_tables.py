@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from scaling_tables import TABLES as SCALING_TABLES
 from tables import RESULTS, Values, made, number, percent, read, table
+from training_tables import TABLES as TRAINING_TABLES
 
 METHODS = {
     "natural": "natural",
@@ -294,6 +295,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "loaders": (loaders, ("loaders_cpu",)),
     "dyart": (dyart, ("dyart_cost_cpu",)),
     **SCALING_TABLES,
+    **TRAINING_TABLES,
 }
 
 
