@@ -25,14 +25,6 @@ def device_sizes(x_adv: Tensor, step_size: Tensor | None, eps: Tensor | None) ->
 
 
 @triton.jit
-def size_of(number, ptr, READ: tl.constexpr):
-    """The float64 size of a step: `number`, or what the device holds at `ptr`."""
-    if READ:
-        return tl.load(ptr)
-    return number
-
-
-@triton.jit
 def load_gradient(grad_ptr, offsets, mask, dtype: tl.constexpr):
     """Load the gradient for images of `dtype`: NaN is 0, infinity the largest finite value.
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of, registers_for
-from fastdynat.kernels._step import clamp_pixels, device_sizes, load_gradient, size_of
+from fastdynat.kernels._step import clamp_pixels, device_sizes, load_gradient
 
 LARGEST_IN_REGISTERS = 8192  # elements of an image
 BLOCK = 4096  # elements per block of a larger one, which is read again in every pass
@@ -72,8 +72,10 @@ def pgd_step_l1_kernel(
     top: tl.constexpr = 62 if dtype == tl.float64 else 30
     base = tl.program_id(0).to(tl.int64) * row
     within = tl.arange(0, BLOCK)
-    step_size = size_of(step_size, step_size_ptr, READ_STEP)
-    eps = size_of(eps, eps_ptr, READ_EPS)
+    if READ_STEP:
+        step_size = tl.load(step_size_ptr)
+    if READ_EPS:
+        eps = tl.load(eps_ptr)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
 

@@ -11,7 +11,6 @@ from fastdynat.kernels._step import (
     device_sizes,
     load_gradient,
     new_outputs,
-    size_of,
     store_low,
 )
 
@@ -91,8 +90,10 @@ def pgd_step_l2_kernel(
     dg = tl.sum(delta * grad, axis=0)
     dd = tl.sum(delta * delta, axis=0)
     tl.store(moved_ptr + image, (gg > 0).to(tl.int8))
-    step_size = size_of(step_size, step_size_ptr, READ_STEP)
-    eps = size_of(eps, eps_ptr, READ_EPS)
+    if READ_STEP:
+        step_size = tl.load(step_size_ptr)
+    if READ_EPS:
+        eps = tl.load(eps_ptr)
     store_step(delta, grad, x0, gg, dg, dd, out_ptr, low_ptr, offsets, mask, step_size, eps, lo, hi, HAS_LOW)
 
 
@@ -155,8 +156,10 @@ def pgd_step_l2_apply_kernel(
     offsets = image.to(tl.int64) * row + within
     delta, grad, x0 = load_pixels(x_adv_ptr, grad_ptr, x0_ptr, offsets, mask)
     tl.store(moved_ptr + image, (gg > 0).to(tl.int8))  # programs of one image write one value
-    step_size = size_of(step_size, step_size_ptr, READ_STEP)
-    eps = size_of(eps, eps_ptr, READ_EPS)
+    if READ_STEP:
+        step_size = tl.load(step_size_ptr)
+    if READ_EPS:
+        eps = tl.load(eps_ptr)
     store_step(delta, grad, x0, gg, dg, dd, out_ptr, low_ptr, offsets, mask, step_size, eps, lo, hi, HAS_LOW)
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
-from fastdynat.kernels._step import clamp_pixels, device_sizes, new_outputs, size_of, store_low
+from fastdynat.kernels._step import clamp_pixels, device_sizes, new_outputs, store_low
 
 BLOCK = 1024
 
@@ -46,8 +46,12 @@ def pgd_step_linf_kernel(
     x0 = tl.load(x0_ptr + offsets, mask=mask)
 
     dtype = x_adv.dtype
-    step_size = tl.full((1,), size_of(step_size, step_size_ptr, READ_STEP), dtype)
-    eps = tl.full((1,), size_of(eps, eps_ptr, READ_EPS), dtype)
+    if READ_STEP:
+        step_size = tl.load(step_size_ptr)
+    if READ_EPS:
+        eps = tl.load(eps_ptr)
+    step_size = tl.full((1,), step_size, dtype)
+    eps = tl.full((1,), eps, dtype)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
 

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
-from fastdynat.kernels._step import size_of
 
 GROUPS = 256  # of four elements, per program
 
@@ -168,7 +167,9 @@ def random_start_kernel(
     "l2", whose programs draw an image's numbers twice: for its length and for its move.
     """
     dtype = x_ptr.dtype.element_ty
-    scale = tl.full((1,), size_of(scale, scale_ptr, READ_SCALE), dtype)
+    if READ_SCALE:
+        scale = tl.load(scale_ptr)
+    scale = tl.full((1,), scale, dtype)
     lo = tl.full((1,), lo, dtype)
     hi = tl.full((1,), hi, dtype)
     if KIND == "l2":

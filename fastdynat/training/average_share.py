@@ -35,7 +35,7 @@ def average_note(rule: AverageRule, *, epochs: int, updates_per_epoch: int, unit
         return (
             f"--ema {rule.decay:g} over {updates} {unit}s: what is validated and saved will still be "
             f"{100 * share:.0f} % the weights of the average's first {unit}; use --ema-warmup 0.1, which "
-            f"begins late and forgets fast, or --ema {_rounded_down(lower)} or less"
+            f"begins late and forgets fast, or --ema {_rounded(lower)} or less"
         )
     begun = max(rule.warmup, rule.start)
     ends = (epoch for epoch in range(1, epochs + 1) if begun < epoch * updates_per_epoch)
@@ -55,7 +55,6 @@ def run_average_note(optim: ResolvedOptim, steps_per_epoch: int) -> str | None:
     return average_note(rule, epochs=epochs, updates_per_epoch=unit, unit=averages_every(optim))
 
 
-def _rounded_down(decay: float) -> str:
+def _rounded(decay: float) -> str:
     """`decay` to two decimals, or to as many as tell it from 1."""
-    digits = max(2, math.ceil(-math.log10(1 - decay)))
-    return f"{math.floor(decay * 10**digits) / 10**digits:g}"
+    return f"{round(decay, max(2, math.ceil(-math.log10(1 - decay)))):g}"

@@ -538,8 +538,8 @@ def test_the_guides_stream_changes_nothing(name: str) -> None:
 def test_iads_second_phase_is_another_graph(variant: Any) -> None:
     def run(recorder: SimulatedRecorder | None) -> tuple[list[dict[str, float]], Tensor]:
         method = Iad(IadOptions(variant=variant, begin=0.5))
-        method.epochs = 2
         step = make_step(method, "cpu", recorder=recorder)
+        method.epochs = 2
         generator = torch.Generator().manual_seed(1)
         torch.manual_seed(5)
         logs = []

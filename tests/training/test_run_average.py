@@ -266,4 +266,4 @@ def test_what_is_said_of_averages_over_epochs() -> None:
     assert run_average_note(equal, 391) is None
     long = average_note(AverageRule(0.9999), epochs=1, updates_per_epoch=3300, unit="step")
     assert long is not None
-    assert long.endswith("or --ema 0.999 or less")
+    assert long.endswith("or --ema 0.9991 or less")
