@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class _Header:
         return f"{self.dtype} {self.shape}"
 
 
-class ArraySource:
+class ArraySource(ABC):
     """Base of the files of two arrays: images, uint8 (N, H, W, C) or (N, H, W), and labels, integers (N,)."""
 
     keys: tuple[str, str]
@@ -150,13 +151,13 @@ class ArraySource:
         if self.labelled:
             self._check_labels(self._headers[label])
 
+    @abstractmethod
     def _read_headers(self) -> dict[str, _Header]:
         """Headers of all arrays in the file, by key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _opened(self, key: str) -> Any:
         """A context manager: a function that reads the next bytes of the array called `key`."""
-        raise NotImplementedError
 
     def about(self) -> SourceFile:
         return source_file(self.path)

@@ -96,15 +96,17 @@ def test_pickles_of_carmon(protocol: int, count: int, tmp_path: Path) -> None:
 
 
 class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/fastdynat-evil",)
+        return os.system, (f"touch '{self.mark}'",)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_with_code_is_refused_and_not_run(protocol: int, tmp_path: Path) -> None:
-    mark = Path("/tmp/fastdynat-evil")
-    mark.unlink(missing_ok=True)
-    content = {"data": extra_arrays(9)[0], "extrapolated_targets": Evil()}
+    mark = tmp_path / "run"
+    content = {"data": extra_arrays(9)[0], "extrapolated_targets": Evil(mark)}
     (tmp_path / "a.pickle").write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(UserError, match=r"may run any code|cannot be read as a pickle"):
         open_sources([tmp_path / "a.pickle"], None)
