@@ -79,9 +79,10 @@ def trace(network: nn.Module) -> fx.GraphModule:
         try:
             return _trace(network, untraced)
         except _Untraceable as error:
-            untraced.add(error.module)
-            if len(untraced) > MAX_UNTRACED:
+            # One that is a leaf already fails for another reason: no path leads to it from the network.
+            if error.module in untraced or len(untraced) == MAX_UNTRACED:
                 raise error.__cause__ or error from None
+            untraced.add(error.module)
 
 
 def _trace(network: nn.Module, untraced: set[nn.Module]) -> fx.GraphModule:
