@@ -63,6 +63,18 @@ def compile_whole(
     )
 
 
+@contextmanager
+def retained_graphs() -> Iterator[None]:
+    """Context in which compiled functions can be differentiated with ``retain_graph=True``.
+
+    Otherwise their backward pass overwrites what it has read ("donated buffers"), and refuses.
+    """
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
 class _Compiled:
     """The callable that `compile_whole` returns."""
 

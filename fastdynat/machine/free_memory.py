@@ -25,11 +25,13 @@ def own_memory() -> int | None:
     return None if available is None else available // local_size()
 
 
-def check_room(needed: int, what: str) -> None:
+def check_room(needed: int, what: str, *, available: int | None = None) -> None:
     """Raise UserError where `needed` bytes are more than there are; `what` they are for stands in front, with
     its verb.
+
+    available: free bytes, of another device; None is `available_memory`.
     """
-    available = available_memory()
+    available = available_memory() if available is None else available
     if available is not None and needed > available:
         gib = 1 << 30
         raise UserError(f"{what} {needed / gib:,.1f} GiB of memory, and {available / gib:,.1f} GiB are free")

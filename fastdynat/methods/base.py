@@ -131,6 +131,10 @@ class Method(ABC, Generic[OptionsT]):
             `true_goal` do; if not, MixUp and CutMix are refused.
         label_smoothing: s of --label-smoothing; set before the first step.
         num_classes: K; set before `make_buffers`.
+        num_images: number of training images, which `Batch.indices` count from 0; set before `make_buffers`.
+        follows_images: whether `buffers` have a row per training image (`methods.image_state`), so that
+            --extra-data is refused.
+        retains_graph: whether a pass of `nets.model` is differentiated twice, with ``retain_graph=True``.
         follows_ramp: whether the attack follows --eps-ramp and --step-ramp, as that of `Method` does. A class
             that overrides `perturb` or `after_backward` has to set it again, and to read `attack.eps` and
             `attack.step_size` instead of `attack.spec`.
@@ -159,6 +163,9 @@ class Method(ABC, Generic[OptionsT]):
     takes_mixed_labels: bool = False
     label_smoothing: float = 0.0
     num_classes: int = 0
+    num_images: int = 0
+    follows_images: bool = False
+    retains_graph: bool = False
     unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1

@@ -1,4 +1,4 @@
-"""A method's buffers on several ranks: whole in a checkpoint, dealt out to the ranks of any world.
+"""A method's buffers: their memory, and on several ranks: whole in a checkpoint, dealt out to any world.
 
 A buffer with a row per image of the batch is dealt out as the batch is: row i of rank r of W belongs to
 position r + W i. All other buffers are equal on all ranks.
@@ -11,18 +11,50 @@ from torch import Tensor
 
 from fastdynat.distributed import World
 from fastdynat.distributed.shares import deal
+from fastdynat.machine.free_memory import check_room, own_memory
 from fastdynat.methods import Method
 
 
 def rows_per_image(method: Method, image_shape: tuple[int, ...]) -> set[str]:
     """The names of the buffers of `method` whose first dimension is the batch's."""
-    two, three = (method.make_buffers(torch.zeros(n, *image_shape)) for n in (2, 3))
+    # Without memory: rows of all training images would take hundreds of megabytes.
+    two, three = (method.make_buffers(torch.zeros(n, *image_shape, device="meta")) for n in (2, 3))
     return {
         name
         for name in two
         if (two[name].shape[:1], three[name].shape[:1]) == ((2,), (3,))
         and two[name].shape[1:] == three[name].shape[1:]
     }
+
+
+def give_buffers(method: Method, x: Tensor) -> None:
+    """Set the buffers of `method`, on the device of `x`, zeros of a full batch's shape.
+
+    Raises: UserError where rows of all training images take more memory than is free.
+    """
+    if method.follows_images:
+        check_room(
+            _bytes_of_buffers(method, tuple(x.shape)),
+            f"method {method.name}: use fewer images (--train-size), or --method n_fgsm, which keeps no "
+            f"perturbations; those of {method.num_images:,} training images take",
+            available=torch.cuda.mem_get_info(x.device)[0] if x.is_cuda else own_memory(),
+        )
+    method.buffers = method.make_buffers(x)
+
+
+def checkpoint_note(method: Method) -> str | None:
+    """A line on the rows of training images in each checkpoint; None where there are none."""
+    if not method.follows_images:
+        return None
+    size = sum(tensor.nbytes for tensor in method.buffers.values()) / 1e6
+    return (
+        f"{method.name} keeps {size:,.0f} MB for the perturbations of {method.num_images:,} training images; "
+        "each checkpoint holds them"
+    )
+
+
+def _bytes_of_buffers(method: Method, shape: tuple[int, ...]) -> int:
+    return sum(tensor.nbytes for tensor in method.make_buffers(torch.zeros(shape, device="meta")).values())
 
 
 def whole_buffers(buffers: Mapping[str, Tensor], per_image: set[str], world: World) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fastdynat.training.attack_ramps import attack_sizes
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
 from fastdynat.training.extra_data import open_extra
+from fastdynat.training.method_buffers import give_buffers
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
 from fastdynat.training.resolved_config import ResolvedConfig
@@ -95,9 +96,9 @@ def build_parts(
     loader = _loader(config, split, device)
     method.epochs = epochs_of_method(config.optim)
     method.label_smoothing = config.optim.label_smoothing
-    method.num_classes = info.num_classes
+    method.num_classes, method.num_images = info.num_classes, loader.num_images
     images = deal(config.data.batch_size, world().rank, world().size).images
-    method.buffers = method.make_buffers(torch.zeros(images, *info.image_shape, device=device))
+    give_buffers(method, torch.zeros(images, *info.image_shape, device=device))
     step = _step(config, method, networks, loader.steps_per_epoch, fallbacks)
     # Building a guide drew random numbers; two methods under one seed should still start their attacks alike.
     torch.manual_seed(engine.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdynat.config import AugmentationConfig, DataConfig, ModelConfig, TrainConfig
+from fastdynat.config import AugmentationConfig, DataConfig, ExtraConfig, ModelConfig, TrainConfig
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.distributed import world
@@ -69,6 +69,7 @@ def resolve(
         mixing=config.augmentation.mixing,
         labelled=data.labelled,
     )
+    _check_extra(config.extra, method)
     _check_run(config, method)  # before anything is timed
     workload = functools.partial(_workload, model, data, attack, info)
     engine = resolved_engine(config.engine, attack, optim, method, notes, None if carried_on else workload)
@@ -212,6 +213,15 @@ def _check_accumulation(parts: int, method: Method[Any]) -> None:
         raise UserError(
             f"grad_accum_steps {parts}: method {method.name} weighs the images of a batch by each other and "
             "needs them at once; leave it out, and use more processes, a smaller --batch-size or --amp"
+        )
+
+
+def _check_extra(extra: ExtraConfig, method: Method[Any]) -> None:
+    if method.follows_images and extra.extra_data is not None and extra.extra_share > 0:
+        raise UserError(
+            f"extra_data {extra.extra_data}: method {method.name} keeps a perturbation of each image from "
+            "one epoch to the next, and extra images come back too rarely; leave it out, or use "
+            "--method n_fgsm"
         )
 
 

@@ -27,6 +27,7 @@ from fastdynat.runs import (
 from fastdynat.runs.layout import real
 from fastdynat.training.arithmetic import arithmetic, rounding_of_resume
 from fastdynat.training.idle_settings import idle_settings
+from fastdynat.training.method_buffers import checkpoint_note
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.own_code import data_folder_name, pin_own_code
 from fastdynat.training.parts import build_parts, burn_in_step, open_split
@@ -66,6 +67,8 @@ def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[
     begin_alike(parts, val)
     for note in idle_settings(resolved, parts.networks) if world().first else ():
         logger.info(note)
+    if world().first and (kept := checkpoint_note(parts.step.method)) is not None:
+        logger.info(kept)
     resolved = _with_initial(resolved, parts.networks)
     run, resolved = _make_folder(
         resolved, stem, lock_seconds

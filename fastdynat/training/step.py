@@ -16,6 +16,7 @@ from fastdynat.data import Batch
 from fastdynat.distributed import replicated_batch, world
 from fastdynat.distributed.running_statistics import average_statistics
 from fastdynat.distributed.shares import Share
+from fastdynat.execution.compiling import retained_graphs
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.execution.graph_capture import Recorder
 from fastdynat.execution.graphed_call import GraphedCall
@@ -137,6 +138,7 @@ class TrainStep:
         self._by_shape = ["torch.compile"] * ({networks.compile_mode, attack.compile} != {"off"})
         self._by_shape += ["CUDA graphs"] * (recorder is not None or attack.graphs)
         self._told = False
+        self._retains = method.retains_graph and networks.compile_mode != "off"
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Update on `batch`; returns detached scalars on the device, each a mean over the batch's images.
@@ -155,6 +157,7 @@ class TrainStep:
             uncompiled() if smaller else nullcontext(),
             replaced_statistics(self.networks.passes["model"]) if resets else nullcontext(),
             replicated_batch() if batch.share.replicated else nullcontext(),
+            retained_graphs() if self._retains else nullcontext(),
         ):
             inputs = (batch.x, batch.labels, batch.indices, *([] if batch.mixed is None else [batch.mixed]))
             if self._graphed is None:

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 SIZES = (12, 12, 7)  # of an epoch's batches: the last one is short
 # Where the default attack of the tests does not fit.
 SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm")} | {
-    "free": PGDSpec(0.1, 0.1, 1, start="none")
+    name: PGDSpec(0.1, 0.1, 1, start="none") for name in ("fgsm_pgi", "free")
 }
 
 
@@ -60,7 +60,7 @@ def make_step(
         fallbacks=NoFallbacks(),
     )
     method.epochs = 4
-    method.num_classes = 10
+    method.num_classes, method.num_images = 10, max(SIZES)
     method.buffers = method.make_buffers(torch.zeros(max(SIZES), 3, 8, 8, device=device))
     return TrainStep(
         method,

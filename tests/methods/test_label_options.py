@@ -144,6 +144,7 @@ def method_of(variant: str) -> Method[Any]:
 
 def test_every_method_and_variant_has_decided() -> None:
     covered = {
+        "fgsm_pgi",
         "free",
         "free-2",
         "arda-quarter",

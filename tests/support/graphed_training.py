@@ -49,7 +49,7 @@ def make_step(
     optim = OptimConfig(opt=opt, lr=lr, epochs=1, clip_grad=kwargs.pop("clip_grad", 0.0))
     precision = Precision(amp, torch.device(device))
     spec = kwargs.pop("spec", PGDSpec(0.1, 0.05, 3, start="gaussian"))
-    method.epochs, method.num_classes = EPOCHS, 10
+    method.epochs, method.num_classes, method.num_images = EPOCHS, 10, max(EPOCH)
     method.buffers = method.make_buffers(torch.zeros(max(EPOCH), 3, 8, 8, device=device))
     return TrainStep(
         method, networks, spec, optim, precision, lambda n: 1 / (1 + n), recorder=recorder, **kwargs

@@ -215,6 +215,7 @@ def published() -> dict[str, Published]:
     return {
         **{name: of_release(release) for name, release in RELEASES.items()},
         "pgd-at-wa": fast_at(383),
+        "fastat-pgi": fast_at(383),
         "wang2023": gowals(0.2, 400, updates_of(512)),
         "wang2023-20m": gowals(0.2, 2400, updates_of(2048)),
         "gowal2021": gowals(0.4, 400, updates_of(1024)),

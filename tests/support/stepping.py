@@ -52,7 +52,7 @@ def train_step(method: Method[Any], model: nn.Module, guide: nn.Module | None, *
     awp, recorder = optim.pop("awp", 0.0), optim.pop("recorder", None)
     start = optim.pop("start", "gaussian")
     spec = optim.pop("spec", PGDSpec(EPS, STEP, STEPS, start=start))
-    method.num_classes = K
+    method.num_classes, method.num_images = K, N
     method.buffers = method.make_buffers(torch.zeros(N, 3, 8, 8, dtype=torch.float64))
     attacks = {key: optim.pop(key) for key in ("others", "norm_choice", "sizes") if key in optim}
     config = OptimConfig(**{"lr": LR, "epochs": 1, "weight_decay": 0.0, "momentum": 0.0, **optim})

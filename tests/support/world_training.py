@@ -23,6 +23,7 @@ SIZES = (9, 8, 8, 7, 3)  # uneven shares, and a tail that every process takes wh
 EPOCHS, IMAGES, CLASSES = 4, 40, 5
 CPU = torch.device("cpu")
 SPECS = {
+    "fgsm_pgi": PGDSpec(0.1, 0.1, 1, start="none"),
     "free": PGDSpec(0.1, 0.1, 1, start="none"),
     "fgsm_rs": PGDSpec(0.1, 0.125, 1, start="uniform"),
     "n_fgsm": PGDSpec(0.1, 0.1, 1, start="uniform"),
@@ -79,7 +80,7 @@ def step_of(
     here = world()
     method.epochs = EPOCHS
     images = deal(max(SIZES), here.rank, here.size).images
-    method.num_classes = CLASSES
+    method.num_classes, method.num_images = CLASSES, IMAGES
     method.buffers = method.make_buffers(torch.zeros(images, 3, 8, 8, dtype=torch.float64))
     return TrainStep(
         method,
@@ -138,6 +139,6 @@ def trained(variant: str, options: dict[str, Any]) -> tuple[Tensor, list[dict[st
             logs.append({key: sum(rank.get(key, 0.0) for rank in ranks) for key in sorted({*chain(*ranks)})})
     networks = [*step.networks.raw.values(), *([step.networks.ema.module] if step.networks.ema else [])]
     kept = [t.detach().double().flatten() for net in networks for t in net.state_dict().values()]
-    if step.method.name == "ikl":
+    if step.method.name in ("fgsm_pgi", "ikl"):
         kept += [tensor.double().flatten() for tensor in step.method.buffers.values()]  # equal on all ranks
     return torch.cat(kept), logs

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.network_modes import frozen_twin
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import Batch
 from fastdynat.methods import Method, Networks
 from fastdynat.methods.base import unattacked
@@ -144,7 +146,7 @@ def count_step(
     guide_eval = None if guide is None else frozen_twin(guide, "eval")
     nets = Networks(model, twin, model, guide if "guide" in method.trains else guide_eval, guide_eval)
     x = torch.empty(batch_size, *shape, device="meta")
-    method.num_classes = twin(x).shape[1]
+    method.num_classes, method.num_images = twin(x).shape[1], batch_size
     method.buffers = method.make_buffers(x)
     attacked = [False]
 
@@ -176,6 +178,9 @@ def _halves(method: Method[Any], nets: Networks, x: Tensor, *, awp: bool) -> boo
     inner = method.inner(nets, batch)
     tracked = inner.goal is not None and inner.goal.track
     result = replace(unattacked(x), kept=torch.zeros_like(labels) if tracked else None)
+    if not method.searches:  # the attack, if there is one, is made of the passes of the update
+        attack = Attacker(cast(Any, None), PGDSpec(1 / 255, 1 / 255, 1, start="none"))
+        result = method.perturb(nets, batch, inner, attack)
     method.after_attack(nets, batch, result)
     if awp:
         method.awp_loss(nets, batch, inner, result).backward(retain_graph=True)
