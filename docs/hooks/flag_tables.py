@@ -23,6 +23,7 @@ from fastdynat.commands.parsing.aliases import GPU, SPELLINGS, VALUES
 from fastdynat.commands.parsing.flags import Flag, flags_of
 from fastdynat.commands.recipes.command import RecipesCommand
 from fastdynat.commands.report.command import ReportCommand
+from fastdynat.commands.speedrun.command import SpeedrunCommand
 from fastdynat.commands.train import TrainCommand
 from fastdynat.methods import METHODS, options_type
 from fastdynat.recipes import read_recipe, recipe_names
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "report": ReportCommand,
     "boundary": BoundaryCommand,
     "recipes": RecipesCommand,
+    "speedrun": SpeedrunCommand,
     "bench": BenchCommand,
     "doctor": DoctorCommand,
 }

@@ -9,6 +9,7 @@ import flag_tables
 import layer_picture
 import record_tables
 import result_tables
+import speedrun_tables
 import tables
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -32,6 +33,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "attacks": flag_tables.attacks,
     "recipes": flag_tables.recipes,
     "records": record_tables.records,
+    "speedrun": speedrun_tables.log,
     "layers": layer_picture.picture,
     "rooms": layer_picture.rooms,
     **{f"file: {name}": (lambda name=name: file(name)) for name in ("CONTRIBUTING.md", "CHANGELOG.md")},

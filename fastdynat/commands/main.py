@@ -27,6 +27,7 @@ usage: fastdynat COMMAND [FLAGS]      fastdynat COMMAND --help lists the flags
   report   write one HTML page about one or more runs
   boundary chart of the margins and speed of the decision boundary, for a run with --boundary-speed
   recipes  published protocols for train --recipe NAME: the list, or one of them with its cost
+  speedrun race to a robust accuracy on CIFAR-10: a record is trained, timed and evaluated over several seeds
   bench    speed of the attack and the training step on this machine
   doctor   features available on this machine, and reasons for those missing
 """
@@ -42,6 +43,7 @@ COMMANDS = {
     "report": "report.command",
     "boundary": "boundary.command",
     "recipes": "recipes.command",
+    "speedrun": "speedrun.command",
     "bench": "bench.command",
     "doctor": "doctor.command",
 }

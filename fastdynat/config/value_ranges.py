@@ -67,6 +67,7 @@ LARGEST: dict[str, float] = {
     "budget": 10**8,
     "budget_seconds": 10**8,
     "repeats": 10**6,
+    "seeds": 1000,
 }
 
 
@@ -151,6 +152,8 @@ RANGES = {
     "seconds": _above(0),
     "repeats": _from(1),
     **dict.fromkeys(("budget", "budget_seconds"), _above(0, "seconds")),
+    "target": Range(0, 1, "a share in (0, 1]", "; write 30 % as 0.30", open_least=True),
+    "seeds": _from(1),
     "tolerance": Range(0, 1, "a share in [0, 1)", open_most=True),
 }
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,22 @@ class TrainSplit:
     def val_images(self) -> Images:
         """The validation images, in memory where they are few (`keeps`)."""
         return _kept_or_streamed(self.source, self.val, self.info, "validation")
+
+
+class ReadOnceSplit(TrainSplit):
+    """A split whose training images are read once, for however many callers."""
+
+    @classmethod
+    def of(cls, split: TrainSplit) -> "ReadOnceSplit":
+        """`split`, read at the first call of `train_images`."""
+        return cls(**{field.name: getattr(split, field.name) for field in fields(split)})
+
+    @cached_property
+    def _images(self) -> ImageSet:
+        return super().train_images()
+
+    def train_images(self) -> ImageSet:
+        return self._images
 
 
 def keeps(num_bytes: int) -> bool:

@@ -47,10 +47,13 @@ logger = logging.getLogger(__name__)
 
 @keeping_process_state
 @contextmanager
-def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[Trainer]:
+def new_run(
+    config: TrainConfig[Any], *, lock_seconds: float = 0.0, split: TrainSplit | None = None
+) -> Iterator[Trainer]:
     """A trainer for a new run directory, ready to `fit`.
 
     Args:
+        split: `open_split` of `config`, where the caller has made it.
         lock_seconds: to wait for another process that uses the directory.
 
     Raises:
@@ -60,9 +63,9 @@ def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[
     config = pin_own_code(config)
     require_same_command(config)
     stem = f"{data_folder_name(config.data.data)}-{method_label(config.method)}"
-    resolved, split = settled_by_first(config, lambda: _settled(config, stem))
-    val = all_can(split.val_images)
-    parts = all_can(lambda: build_parts(resolved, split, load_sources=world().first))
+    resolved, opened = settled_by_first(config, lambda: _settled(config, stem, split))
+    val = all_can(opened.val_images)
+    parts = all_can(lambda: build_parts(resolved, opened, load_sources=world().first))
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
     for note in idle_settings(resolved, parts.networks) if world().first else ():
@@ -77,15 +80,17 @@ def new_run(config: TrainConfig[Any], *, lock_seconds: float = 0.0) -> Iterator[
         with use_backend(resolved.engine.kernels):
             if isinstance(run, RunDir):
                 record_start(run.path / ENVIRONMENT, processes=world().size, **arithmetic(resolved.engine))
-            yield Trainer(resolved, split.info, val, parts, run, burn_in)
+            yield Trainer(resolved, opened.info, val, parts, run, burn_in)
     finally:
         run.close()
 
 
-def _settled(config: TrainConfig[Any], stem: str) -> tuple[ResolvedConfig[Any], TrainSplit]:
-    """`config` with every choice made, and its data opened."""
+def _settled(
+    config: TrainConfig[Any], stem: str, opened: TrainSplit | None
+) -> tuple[ResolvedConfig[Any], TrainSplit]:
+    """`config` with every choice made, and its data, which are opened here unless they are `opened`."""
     _check_before_data(config, stem)
-    split = open_split(config)
+    split = open_split(config) if opened is None else opened
     check_sizes(config, split)
     resolved = resolve_loader(resolve(config, split.info), split)
     warn_of_first_epoch(resolved)

@@ -48,6 +48,8 @@ class Trainer:
         epoch: completed epochs.
         epoch_step: updates done in the epoch after them.
         averages, seconds: means over this process's part of that epoch so far, and the time it took.
+        first_update_seconds: from the start of this process's first epoch to the end of the first update,
+            which compiles and captures; None before.
         row: the metrics of the last completed epoch.
         last_validation: the deployed network's scores after the last epoch; empty if not validated.
     """
@@ -75,6 +77,7 @@ class Trainer:
         self._average.restart(burning_in=self._burning_in())
         self.epoch, self.epoch_step = 0, 0
         self.averages, self.seconds = Averages(), 0.0
+        self.first_update_seconds: float | None = None
         # Under a ramp, the attack of training is weaker than validation's at first.
         near = config.attack.eval_eps <= 1.5 * config.attack.eps and not config.attack.ramps
         self.watch = Watch(config.run, step.method.select_by, comparable=near)
@@ -172,6 +175,8 @@ class Trainer:
             progress.step(self._steps_done(), f"epoch {self.epoch + 1}")
             decided = self._together.after_step(stop.signal, self._save_is_due(saved))
             now = time.perf_counter()
+            if self.first_update_seconds is None:
+                self.first_update_seconds = now - begin
             if decided.look:
                 progress.note(self._finite_means(), images / (now - begin))
             self.seconds = seconds_before + now - begin

@@ -24,6 +24,7 @@ from fastdynat.commands.parsing.parse import early_flags, of_options
 from fastdynat.commands.parsing.words import read_words
 from fastdynat.commands.recipes import command as recipes
 from fastdynat.commands.report.command import ReportCommand
+from fastdynat.commands.speedrun.command import SpeedrunCommand
 from fastdynat.config import TrainConfig
 from fastdynat.errors import UserError
 from fastdynat.methods import METHODS, options_type
@@ -43,6 +44,7 @@ OTHERS: dict[str, dict[str, Flag]] = {
     "boundary": flags_of(BoundaryCommand),
     "recipes": flags_of(recipes.RecipesCommand),
     "doctor": flags_of(DoctorCommand),
+    "speedrun": flags_of(SpeedrunCommand),
     "compare": flags_of(CompareCommand),
     "bench": flags_of(
         of_options(bench.BenchCommand, options_type("dynat")),

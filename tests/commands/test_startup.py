@@ -51,12 +51,15 @@ def answers(*commands: list[str]) -> list[str]:
     return done.stderr.splitlines()
 
 
-COMMANDS = ("train", "pack", "eval", "compare", "export", "report", "boundary", "recipes", "bench", "doctor")
+COMMANDS = (
+    *("train", "pack", "eval", "compare", "export", "report", "boundary", "recipes"),
+    *("speedrun", "bench", "doctor"),
+)
 
 
 def test_help_and_lists_import_nothing_heavy() -> None:
     asked = [
-        *(["--help"], ["--version"], ["recipes"], ["eval", "--list-attacks"]),
+        *(["--help"], ["--version"], ["recipes"], ["eval", "--list-attacks"], ["speedrun", "--list"]),
         *([command, "--help"] for command in COMMANDS),
         *(["train", "--method", method, "--help"] for method in METHODS),
         *(["bench", "--method", method, "-h"] for method in ("madry", "trades")),
@@ -106,6 +109,9 @@ REFUSED = [
     ["bench", "--seconds", "0"],
     ["doctor", "--jsno"],
     ["recipes", "x"],
+    ["speedrun", "--record", "cpu2-marry"],
+    ["speedrun", "--target", "30"],
+    ["speedrun", "--seeds", "0"],
 ]
 
 

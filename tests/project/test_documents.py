@@ -13,6 +13,7 @@ from conftest import needs
 from support.documents import PAGES, ROOT, blocks, hooks, name_of
 
 from fastdynat.commands.evaluate.attack_names import known_names
+from fastdynat.commands.speedrun.record_definition import definition_names
 from fastdynat.methods import METHODS, options_type
 from fastdynat.recipes import recipe_names
 
@@ -132,6 +133,14 @@ def test_every_stored_result_is_shown() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     used = set(re.findall(r"<!-- generated: results: (\S+) -->", pages))
     assert used | {"summary"} == tables.keys()
+
+
+def test_every_result_of_the_race_is_shown() -> None:
+    shown = hooks("speedrun_tables").log()
+    found = sorted((ROOT / "bench" / "records").glob("*.json"))
+    assert [path.name for path in found if f"bench/records/{path.name}`" not in shown] == []
+    assert all(f"`{name}`" in shown for name in definition_names())
+    assert "<!-- generated: speedrun -->" in (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
 
 
 def test_the_evaluation_names_that_a_page_lists_exist() -> None:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,8 @@ from fastdynat.commands.compare.epoch_cost import probe
 from fastdynat.commands.compare.ledger import Ledger
 from fastdynat.commands.evaluate.targets import TestSets
 from fastdynat.config import TrainConfig, to_flat
-from fastdynat.data import DatasetInfo, ImageSet, TrainSplit, dataset_info, load_test
+from fastdynat.data import DatasetInfo, TrainSplit, dataset_info, load_test
+from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.errors import UserError
 from fastdynat.execution.fallbacks import SilentFallbacks
 from fastdynat.methods.configs import stored_config
@@ -72,17 +72,6 @@ class ComparisonPlan:
     images: int
 
 
-class _ReadOnce(TrainSplit):
-    """A split whose training images are decoded once, for however many methods."""
-
-    @cached_property
-    def _images(self) -> ImageSet:
-        return super().train_images()
-
-    def train_images(self) -> ImageSet:
-        return self._images
-
-
 def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> ComparisonPlan:
     """Check everything and, with a budget, measure the methods that have not been measured yet. Nothing is
     written but, at the end, an empty folder where the comparison chooses its own.
@@ -108,7 +97,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
     if known is not None:
         _resolve_all(configs, known)  # refuse before the data is read, where that is possible
     opened = open_split(next(iter(configs.values())))
-    split = _ReadOnce(opened.info, opened.source, opened.train, opened.val, extra=opened.extra)
+    split = ReadOnceSplit.of(opened)
     for name, config in configs.items():
         if config.data.labelled is not None or config.extra.extra_data is not None:
             with _naming(name):

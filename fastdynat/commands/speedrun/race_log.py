@@ -1,0 +1,107 @@
+"""The record log: definitions with their results, and the speed-up over the baseline, as rows of a table."""
+
+from pathlib import Path
+from typing import Any
+
+from fastdynat.commands.speedrun.race_results import MACHINE, StoredResult, read_result
+from fastdynat.commands.speedrun.record_definition import RecordDefinition, definition_names, read_definition
+from fastdynat.documents import convert
+
+HEADER = (
+    *("record", "track", "date", "what changed", "seconds", "PGD-20 %", "AutoAttack %", "speed-up", "counts"),
+)
+NOT_MEASURED = "not measured yet"
+
+
+def read_log(folder: Path) -> dict[str, StoredResult]:
+    """The results in `folder` by record; empty where there is none.
+
+    Raises:
+        UserError: a file that is no result.
+    """
+    return {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
+
+
+def log_table(folder: Path, track: str | None = None) -> list[tuple[str, ...]]:
+    """`HEADER`, and a row for each record of `track` (None: of all), by track and date; fastest last."""
+    results = read_log(folder)
+    records = {name: read_definition(name) for name in definition_names()}
+    for name, result in results.items():
+        records.setdefault(name, _stored_definition(result, folder / f"{name}.json"))
+    chosen = [record for record in records.values() if track in (None, record.track)]
+    chosen.sort(
+        key=lambda r: (r.track, r.loop == "fastdynat", r.date, _slowness(results.get(r.name)), r.name)
+    )
+    return [HEADER, *(_row(record, results.get(record.name), results) for record in chosen)]
+
+
+def _stored_definition(result: StoredResult, path: Path) -> RecordDefinition:
+    return convert(result.definition, RecordDefinition, origin=str(path))
+
+
+def _slowness(result: StoredResult | None) -> float:
+    return -result.summary.get("seconds", 0.0) if result is not None else 1.0
+
+
+def _row(
+    record: RecordDefinition, result: StoredResult | None, results: dict[str, StoredResult]
+) -> tuple[str, ...]:
+    algorithm = f" Changes the algorithm: {record.algorithm}" if record.algorithm else ""
+    date = record.date if result is None else result.date
+    head = (record.name, record.track, date, f"{record.changed}{algorithm}")
+    if result is None or not result.summary:
+        return (*head, NOT_MEASURED, "", "", "", "")
+    found = result.summary
+    return (
+        *head,
+        seconds_text(found),
+        f"{100 * found['pgd20']:.2f}",
+        _percent(found["sample_autoattack"], 1),
+        speedup_text(record.track, result, results),
+        "yes" if result.counts else "no",
+    )
+
+
+def result_cells(result: StoredResult) -> tuple[str, ...]:
+    """The cells of a finished race's table: record, seconds, seeds, clean, PGD-20, AutoAttack, counts."""
+    found = result.summary
+    shares = (_percent(found[key], 2) for key in ("clean", "pgd20", "sample_autoattack"))
+    return (result.name, seconds_text(found), str(found["seeds"]), *shares, "yes" if result.counts else "no")
+
+
+def _percent(share: float | None, digits: int) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def seconds_text(found: dict[str, Any]) -> str:
+    """Mean seconds with the range over seeds."""
+    low, high = found["seconds_range"]
+    return f"{found['seconds']:.1f} ({low:.1f} to {high:.1f})"
+
+
+def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResult]) -> str:
+    """The baseline's mean seconds over those of `result`, of the same race.
+
+    The baseline is the plain loop of the track. Of two races on one kind of machine, the ratio has a ~ in
+    front; of two kinds there is none.
+    """
+    base = next(
+        (
+            other
+            for other in results.values()
+            if other.definition["loop"] == "plain" and other.definition["track"] == track and other.summary
+        ),
+        None,
+    )
+    if base is None:
+        return ""
+    if base.name == result.name:
+        return "1"
+    own = result.summary["seconds"]
+    beside = result.alongside.get(base.name)
+    if beside:
+        return f"{sum(beside) / len(beside) / own:.2f}"
+    same = all(
+        lap["environment"][key] == base.laps[0]["environment"][key] for lap in result.laps for key in MACHINE
+    )
+    return f"~{base.summary['seconds'] / own:.2f}" if same else ""

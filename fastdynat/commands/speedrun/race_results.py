@@ -1,0 +1,157 @@
+"""The result of a record: one JSON file, written after each lap, from which a stopped race continues."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastdynat.commands.speedrun.race_rules import broken_rules
+from fastdynat.commands.speedrun.record_definition import RecordDefinition
+from fastdynat.documents import read_json, through_json
+from fastdynat.errors import UserError
+from fastdynat.runs.atomic_files import write_text
+
+FORMAT = "fastdynat-speedrun/1"
+MACHINE = ("cpu", "threads", "torch", "gpus", "processor")  # what a time depends on
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredResult:
+    """The document in the file: see docs/speedrun.md for its keys."""
+
+    name: str
+    definition: Values
+    commit: str
+    command: str
+    alongside: dict[str, list[float]]
+    raced: list[str]
+    data: str
+    target: float
+    laps: list[Values]
+    summary: Values
+    counts: bool
+    reasons: list[str]
+    date: str
+
+
+def result_document(
+    record: RecordDefinition,
+    laps: Sequence[Mapping[str, Any]],
+    *,
+    target: float | None,
+    commit: str,
+    command: str,
+    data: str,
+    raced: Sequence[str],
+    alongside: Mapping[str, list[float]],
+) -> Values:
+    """The document of `record` after `laps`.
+
+    Args:
+        target: None is the record's own.
+        raced: names of the records that took turns.
+        alongside: seconds of the laps of the others among them.
+    """
+    target = record.target if target is None else target
+    reasons = broken_rules(record.track, target, laps)
+    return {
+        "format": FORMAT,
+        "name": record.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "counts": not reasons,
+        "reasons": reasons,
+        "target": target,
+        "summary": means_over_seeds(laps),
+        "definition": asdict(record),
+        "data": data,
+        "commit": commit,
+        "command": command,
+        "raced": list(raced),
+        "alongside": dict(alongside),
+        "laps": list(laps),
+    }
+
+
+def means_over_seeds(laps: Sequence[Mapping[str, Any]]) -> Values:
+    """Means over seeds; empty without laps."""
+    if not laps:
+        return {}
+    times = [lap["seconds"] for lap in laps]
+    whole = all(lap["sample"] is not None for lap in laps)
+
+    def mean(*keys: str) -> float:
+        return round(statistics.fmean(_at(lap, keys) for lap in laps), 6)
+
+    return {
+        "seeds": len(laps),
+        "seconds": round(statistics.fmean(times), 3),
+        "seconds_range": [min(times), max(times)],
+        "preparation_seconds": mean("preparation_seconds"),
+        "first_update_seconds": mean("first_update_seconds"),
+        "reading_seconds": mean("reading_seconds"),
+        "clean": mean("test", "clean", "accuracy"),
+        "pgd20": mean("test", "pgd20", "accuracy"),
+        "sample_pgd20": mean("sample", "pgd20") if whole else None,
+        "sample_autoattack": mean("sample", "autoattack", "accuracy") if whole else None,
+    }
+
+
+def _at(values: Any, keys: Sequence[str]) -> float:
+    for key in keys:
+        values = values[key]
+    return float(values)
+
+
+def read_result(path: Path) -> StoredResult:
+    """The result in the file `path`. Raises UserError where it cannot be read or is another document."""
+    return read_json(
+        path, StoredResult, what="a result of fastdynat speedrun", format=FORMAT, remedy="remove it"
+    )
+
+
+def write_result(path: Path, document: Values) -> None:
+    """Write `document` to `path` in one step. Raises WriteError."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def finished_laps(
+    path: Path,
+    record: RecordDefinition,
+    *,
+    commit: str,
+    data: str,
+    raced: Sequence[str],
+    machine: Mapping[str, Any],
+) -> list[Values]:
+    """The laps in the file `path` of a race that goes on; empty where there is no file.
+
+    Raises:
+        UserError: they were run with another definition, code, machine, data or company, so that their times
+            and those to come are not of one race.
+    """
+    if not path.exists():
+        return []
+    stored = read_result(path)
+    now: dict[str, tuple[Any, Any]] = {
+        "the definition": (stored.definition, through_json(asdict(record))),
+        "the commit": (stored.commit, commit),
+        "the data": (stored.data, data),
+        "the list of records": (stored.raced, list(raced)),
+    }
+    for lap in stored.laps:
+        before = {key: lap["environment"][key] for key in MACHINE}
+        now["the machine, its threads or torch"] = (before, through_json(dict(machine)))
+        if before != through_json(dict(machine)):
+            break
+    for what, (before, after) in now.items():
+        if before != after:
+            short = f" ({before} before, {after} now)" if isinstance(before, str) else ""
+            raise UserError(
+                f"{path}: {what} is another than when this race began{short}; "
+                "keep it, and choose another --out"
+            )
+    return stored.laps
