@@ -29,7 +29,7 @@ def made() -> str:
         flags = ", ".join(machine["processor"]["flags"])
         lines += [
             f"    `bench/records/{name}.json`: {machine['cpu']} ({flags}), {machine['threads']} threads, "
-            f"torch {machine['torch']}, data `{result.data}`, {result.date}, commit `{result.commit[:10]}`.",
+            f"torch {machine['torch']}, {result.data}, {result.date}, commit `{result.commit[:10]}`.",
             "",
             *(f"    Does not count: {reason}." for reason in result.reasons),
             "",

@@ -94,7 +94,13 @@ def judged(pgd20: float = 0.31, gap: float = 0.03, **changes: Any) -> dict[str, 
     return {
         "seed": 0,
         "folder": "tiny-seed0",
-        **{"seconds": 10.0, "preparation_seconds": 1.0, "first_update_seconds": 0.5, "epoch_seconds": [8.0]},
+        **{
+            "seconds": 10.0,
+            "cpu_seconds": 19.0,
+            "preparation_seconds": 1.0,
+            "first_update_seconds": 0.5,
+            "epoch_seconds": [8.0],
+        },
         **{
             "reading_seconds": 2.0,
             "train_images": 50_000,
@@ -313,6 +319,7 @@ def test_the_clock_covers_first_batch_to_last_update_and_not_the_reading(
     assert found.seconds >= found.preparation_seconds + sum(found.epoch_seconds) >= 0.4
     assert found.first_update_seconds >= 0.1
     assert found.reading_seconds >= 0.4
+    assert 0 < found.cpu_seconds < found.seconds * MACHINE["threads"]  # it slept
     assert found.seconds + found.reading_seconds <= wall
     assert found.seconds >= calls[-1] + 0.1 - calls[0]
     assert (found.train_images, len(found.epoch_seconds)) == (120, 2)
@@ -406,7 +413,14 @@ class Fakes:
     def timed(self, lap: Lap, outcome: Path) -> dict[str, Any]:
         self.laps.append((lap.record, lap.seed))
         keys = (
-            *("seconds", "preparation_seconds", "first_update_seconds", "epoch_seconds", "reading_seconds"),
+            *(
+                "seconds",
+                "cpu_seconds",
+                "preparation_seconds",
+                "first_update_seconds",
+                "epoch_seconds",
+                "reading_seconds",
+            ),
             *("train_images", "weights", "environment", "load_average"),
         )
         found = {key: judged()[key] for key in keys}
@@ -450,6 +464,7 @@ def test_records_take_turns_and_count(
     assert found.command == (
         f"fastdynat speedrun --record slow,fast --seeds 3 --data imagefolder --data-dir {images.name}"
     )
+    assert found.data == "CIFAR-10 (PNG)"
     assert "11.0 (10.0 to 12.0)" in capsys.readouterr().out
 
 
@@ -586,7 +601,7 @@ def store(folder: Path, name: str, seconds: float, *, loop: str = "fastdynat", *
     document = result_document(
         record,
         laps,
-        **{"target": None, "commit": "c" * 40, "command": "fastdynat speedrun", "data": "cifar10"},
+        **{"target": None, "commit": "c" * 40, "command": "fastdynat speedrun", "data": "CIFAR-10"},
         **{"raced": [name], "alongside": {}, **more},
     )
     (folder / f"{name}.json").write_text(json.dumps(document))

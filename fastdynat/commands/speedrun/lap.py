@@ -57,6 +57,8 @@ class LapTimes:
 
     Attributes:
         seconds: by the clock of the race.
+        cpu_seconds: of all threads of this process over the same time. Much less than `seconds` times the
+            threads tells of a machine that was busy with something else.
         preparation_seconds: of these, before the first epoch: networks are built, implementations are chosen.
         first_update_seconds: of these, from the first batch to the end of the first update, with compilation.
         epoch_seconds: of these, of each epoch's updates.
@@ -68,6 +70,7 @@ class LapTimes:
     """
 
     seconds: float
+    cpu_seconds: float
     preparation_seconds: float
     first_update_seconds: float
     epoch_seconds: list[float]
@@ -97,11 +100,11 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
         split = ReadOnceSplit.of(open_split(config))
         if config.data.loader in ("auto", "resident"):
             split.train_images()
-        load, start = os.getloadavg()[0], time.perf_counter()
+        load, cpu, start = os.getloadavg()[0], time.process_time(), time.perf_counter()
         with new_run(config, split=split) as trainer:
             ready = time.perf_counter()
             outcome = trainer.fit()
-            end = time.perf_counter()
+            end, cpu = time.perf_counter(), time.process_time() - cpu
             path, first_update = trainer.run.path, trainer.first_update_seconds
     if not outcome.finished:
         return 128 + (outcome.signal or 0)
@@ -110,6 +113,7 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
     assert folder is not None
     return LapTimes(
         seconds=end - start,
+        cpu_seconds=cpu,
         preparation_seconds=ready - start,
         first_update_seconds=first_update or 0.0,
         epoch_seconds=[row["train_seconds"] for row in rows],
@@ -122,11 +126,13 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
 
 
 def _plain(lap: Lap, begin: float) -> LapTimes:
+    import torchattacks  # noqa: F401 (extra `peer`; imports are not on the clock)
+
     settings = plain_settings(lap.train, lap.record)
     split: TrainSplit = open_train(lap.data, lap.data_dir, val_size=0, seed=lap.seed)
     read = split.train_images()
     images, info = read.images.float() / 255, split.info
-    load, start = os.getloadavg()[0], time.perf_counter()
+    load, cpu, start = os.getloadavg()[0], time.process_time(), time.perf_counter()
     run = train_plainly(images, read.labels, info.num_classes, settings, lap.seed, lap.device)
     about = Sidecar(
         architecture=settings.model,
@@ -148,9 +154,10 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
     folder = Path(lap.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "model.safetensors", run.model.state_dict(), about)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return LapTimes(
         seconds=seconds,
+        cpu_seconds=cpu,
         preparation_seconds=max(0.0, seconds - sum(run.epoch_seconds)),
         first_update_seconds=run.first_update_seconds,
         epoch_seconds=run.epoch_seconds,

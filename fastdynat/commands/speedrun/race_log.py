@@ -89,7 +89,9 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
         (
             other
             for other in results.values()
-            if other.definition["loop"] == "plain" and other.definition["track"] == track and other.summary
+            if other.definition["loop"] == "plain"
+            and (other.definition["track"], other.data) == (track, result.data)
+            and other.summary
         ),
         None,
     )

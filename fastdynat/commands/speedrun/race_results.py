@@ -90,6 +90,7 @@ def means_over_seeds(laps: Sequence[Mapping[str, Any]]) -> Values:
         "seeds": len(laps),
         "seconds": round(statistics.fmean(times), 3),
         "seconds_range": [min(times), max(times)],
+        "cpu_seconds": mean("cpu_seconds"),
         "preparation_seconds": mean("preparation_seconds"),
         "first_update_seconds": mean("first_update_seconds"),
         "reading_seconds": mean("reading_seconds"),

@@ -29,11 +29,12 @@ from fastdynat.commands.speedrun.race_results import (
 from fastdynat.commands.speedrun.race_rules import CPU_CORES
 from fastdynat.commands.speedrun.record_definition import RecordDefinition
 from fastdynat.data import load_test
+from fastdynat.documents import read_json, through_json
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine.cores import keep_to_own_cores, own_cores
 from fastdynat.runs import lock_folder, source_commit
-from fastdynat.runs.atomic_files import make_folder
+from fastdynat.runs.atomic_files import make_folder, write_text
 from fastdynat.terminal.consoles import PlainTable
 from fastdynat.terminal.progress import ProgressDisplay
 
@@ -75,15 +76,17 @@ class _Running:
         self.race, self.device, self.display = race, device, display
         self.commit, self.names = source_commit(), [record.name for record in race.records]
         keep_to_own_cores()  # as each lap does
-        machine = lap_environment(device)
+        here = lap_environment(device)
+        self.machine = {key: here[key] for key in MACHINE}
+        self.data = data_title(race.data, race.data_dir)
         self.laps = {
             record.name: finished_laps(
                 self.file(record.name),
                 record,
                 commit=self.commit,
-                data=race.data,
+                data=self.data,
                 raced=self.names,
-                machine={key: machine[key] for key in MACHINE},
+                machine=self.machine,
             )
             for record in race.records
         }
@@ -129,7 +132,7 @@ class _Running:
                 target=race.target,
                 commit=self.commit,
                 command=race.command,
-                data=race.data,
+                data=self.data,
                 raced=self.names,
                 alongside=others,
             )
@@ -154,8 +157,8 @@ class _Running:
         if times is None:
             outcome.unlink(missing_ok=True)
             times = _timed_in_child(lap, outcome)
-            outcome.write_text(json.dumps({**times, "lap": asdict(lap), "commit": self.commit}) + "\n")
-        found = {key: value for key, value in times.items() if key not in ("lap", "commit")}
+            write_text(outcome, json.dumps({**times, "of": self._stamp(lap)}) + "\n")
+        found = {key: value for key, value in times.items() if key != "of"}
         verdict = self.judge.judge(folder / times["weights"], folder / "evaluations", quick=race.quick)
         return {"seed": seed, "folder": name, **found, **verdict}
 
@@ -163,11 +166,25 @@ class _Running:
         """The times of a lap whose training had finished when the race was stopped."""
         if not outcome.exists():
             return None
-        values: Values = json.loads(outcome.read_text(encoding="utf-8"))
-        asked = json.loads(json.dumps(asdict(lap)))
-        same = {key: value for key, value in (values.get("lap") or {}).items() if key != "quiet"}
-        asked.pop("quiet")
-        return values if (same, values.get("commit")) == (asked, self.commit) else None
+        values = read_json(outcome, Values, what="the times of a lap", remedy="remove it")
+        return values if values.get("of") == self._stamp(lap) else None
+
+    def _stamp(self, lap: Lap) -> Values:
+        """Everything that the times of `lap` depend on."""
+        asked = {key: value for key, value in asdict(lap).items() if key not in ("quiet", "log_level")}
+        stamp: Values = through_json(
+            {"lap": asked, "commit": self.commit, "raced": self.names, "machine": self.machine}
+        )
+        return stamp
+
+
+def data_title(data: str, folder: Path) -> str:
+    """The name of the images: "CIFAR-10", or with the format of their files, such as "CIFAR-10 (JPEG)"."""
+    if data == "cifar10":
+        return "CIFAR-10"
+    first = next(path for path in (folder / "test").glob("*/*") if path.is_file())
+    kind = first.suffix.removeprefix(".").upper()
+    return f"CIFAR-10 ({'JPEG' if kind == 'JPG' else kind})"
 
 
 def _timed_in_child(lap: Lap, outcome: Path) -> Values:
