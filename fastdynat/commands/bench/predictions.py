@@ -111,6 +111,12 @@ LEVERS = (
         "tests: order of all accesses; gradients with and without",
     ),
     Lever(
+        "grad_checkpointing",
+        "0.92 to 0.96",
+        "slower, for memory: a second forward pass of model and guide in the update, 2 of about 28 passes",
+        "tests: equal gradients",
+    ),
+    Lever(
         "loader",
         "1 to 1.5",
         "resident: one launch; workers: 5.8 s of one core for an epoch of crops and flips",
