@@ -54,6 +54,12 @@ class Underflow:
             rescale = bn == "eval" and dtype in (torch.float16, torch.bfloat16)
         return cls(rescale, FP16_LOSS_SCALE if dtype is torch.float16 and not rescale else 1.0)
 
+    def scaled(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """`grad` (N, K), a gradient at `logits` that is not an `AttackGoal`'s, scaled, in their dtype."""
+        if self.rescale:
+            grad = grad / grad.abs().amax(1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
+        return (grad * self.loss_scale).to(logits.dtype)
+
 
 class GoalGradient(NamedTuple):
     """The gradient of an attack goal at one iterate.

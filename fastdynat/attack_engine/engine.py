@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.ascent import Ascent, LogitGrad, T, Underflow
 from fastdynat.attack_engine.attack_result import AttackResult, R
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.compiled_ascent import CompiledAscent
@@ -155,6 +155,10 @@ class AttackEngine:
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
         """The gradient of `goal` at images `x`, as a first step follows it; never compiled."""
         return self.ascent.gradient(self.ascent.to_model_input(self.to_memory_format(x)), goal)
+
+    def value_and_grad(self, x: Tensor, logit_grad: LogitGrad[T]) -> tuple[T, Tensor]:
+        """`Ascent.value_and_grad` at images `x`; never compiled."""
+        return self.ascent.value_and_grad(self.ascent.to_model_input(self.to_memory_format(x)), logit_grad)
 
     def margin_and_grad(self, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """`Ascent.margin_and_grad` at images `x`; never compiled."""

@@ -116,7 +116,8 @@ class Method(ABC, Generic[OptionsT]):
         select_by: the validation score that selects the best checkpoint.
         logs_adv_acc: whether `outer` logs train_adv_acc, which `--on-collapse` compares with validation.
         replays: updates per batch, each with both halves and the attack.
-        searches: whether an attack starts from the present weights, which weight perturbation needs.
+        searches: whether there is an attack on the present weights, apart from the update, which weight
+            perturbation needs.
         takes_targets: whether the goal is the cross-entropy with labels, neither tracked nor compared with
             others, so that --targeted can aim at another class.
         attacks: whether training attacks at all.
@@ -141,6 +142,8 @@ class Method(ABC, Generic[OptionsT]):
         unused_attack: keys of the attack that training ignores.
         epoch: epochs completed, after the burn-in; set before each epoch.
         epochs: epochs in all, after the burn-in; set before each epoch.
+        epoch_step: batches done in this epoch; set before each batch. What a captured step computes from it
+            belongs to `constants`.
     """
 
     name: ClassVar[str]
@@ -169,6 +172,7 @@ class Method(ABC, Generic[OptionsT]):
     unused_attack: tuple[str, ...] = ()
     epoch: int = 0
     epochs: int = 1
+    epoch_step: int = 0
 
     def __init__(self, options: OptionsT) -> None:
         """Raises UserError for an option that cannot work."""

@@ -109,7 +109,7 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
     _check_ramps(attack, method)
     if attack.awp > 0 and not method.searches:
         raise UserError(
-            f"awp {attack.awp:g}: method {method.name} does not attack the current weights; use --awp 0"
+            f"awp {attack.awp:g}: method {method.name} has no attack apart from its update; use --awp 0"
         )
 
 

@@ -174,6 +174,7 @@ class TrainStep:
                 result = self._graphed(*inputs, constants=constants)
         self.networks.average_step()
         self.global_step += 1
+        self.method.epoch_step += 1
         return result.metrics
 
     def _tell_of_smaller(self, images: int) -> None:
@@ -190,9 +191,12 @@ class TrainStep:
         if self._graphed is not None:
             self._graphed.release()
 
-    def start_epoch(self, epoch: int) -> None:
-        """Tell the method its completed epochs, and set the attack's number of steps."""
-        self.method.epoch = epoch
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        """Tell the method its completed epochs, and set the attack's number of steps.
+
+        done: batches of this epoch that were trained before.
+        """
+        self.method.epoch, self.method.epoch_step = epoch, done
         self.method.begin_epoch()
         self.spec = replace(self.spec, steps=self._steps_of(epoch))
 

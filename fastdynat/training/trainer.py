@@ -167,7 +167,7 @@ class Trainer:
             self._writer.wait()  # its workers are forked, which is not safe while another thread writes
         saved = begin = time.perf_counter()
         seconds_before, images = self.seconds, 0
-        self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in))
+        self.step.start_epoch(max(0, self.epoch - self.config.optim.burn_in), self.epoch_step)
         for batch in self.loader.epoch(self.epoch, self.epoch_step):
             self.averages.add(self.step(batch), batch.share.images / batch.share.copies)
             images += batch.share.total

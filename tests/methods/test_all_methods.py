@@ -31,8 +31,10 @@ from fastdynat.tuning.devices import AMP_DTYPES
 
 CPU = torch.device("cpu")
 SIZES = (12, 12, 7)  # of an epoch's batches: the last one is short
+# Epochs after which both of an epoch's full batches are captured, also where they are of two kinds (nu_at).
+CAPTURING = WARM_UP_CALLS + 1
 # Where the default attack of the tests does not fit.
-SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm")} | {
+SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm", "nu_at", "liet")} | {
     name: PGDSpec(0.1, 0.1, 1, start="none") for name in ("fgsm_pgi", "free")
 }
 
@@ -129,12 +131,12 @@ def test_smoothed_and_mixed_labels_in_a_captured_step(variant: str) -> None:
     steps = [make_step(variant, recorder=recorder), make_step(variant)]
     for step in steps:
         step.method.label_smoothing = 0.2
-    got, want = (train(step, 3, mixed=mixed) for step in steps)
+    got, want = (train(step, CAPTURING, mixed=mixed) for step in steps)
     assert recorder.replayed > 0
     assert same(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert bool(got[1].isfinite().all())
-    plain = train(make_step(variant), 3, mixed=mixed)
+    plain = train(make_step(variant), CAPTURING, mixed=mixed)
     assert not torch.equal(got[1], plain[1])
 
 
@@ -147,7 +149,7 @@ def test_weight_perturbation_in_a_captured_step(variant: str) -> None:
         make_step(variant, awp=0.05),
         make_step(variant),
     ]
-    captured, plain, without = (train(step, 4)[1] for step in steps)
+    captured, plain, without = (train(step, 1 + CAPTURING)[1] for step in steps)
     assert recorder.captured >= 1
     assert torch.equal(captured, plain)
     assert not torch.equal(plain, without)

@@ -25,7 +25,18 @@ from fastdynat.methods.configs import default_config
 from fastdynat.training.resolve_attack import resolved_attack
 
 RADII = {"linf": EPS, "l2": 0.4, "l1": 2.5}  # of about equal strength
-OWN_ATTACK = ("distillation", "dyart", "fgsm_pgi", "fgsm_rs", "free", "n_fgsm", "natural", "vat")
+OWN_ATTACK = (
+    "distillation",
+    "dyart",
+    "fgsm_pgi",
+    "fgsm_rs",
+    "free",
+    "liet",
+    "n_fgsm",
+    "natural",
+    "nu_at",
+    "vat",
+)
 
 
 def apgd_spec(norm: str = "linf", steps: int = 2) -> PGDSpec:
@@ -198,7 +209,7 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
         assert "one of linf 0.031 (7.91/255), l2 0.5, l1 12 per batch" in notes[-1]
         assert resolved_attack(found, info, method, []) == found
     one = replace(config.attack, norm="l1")
-    if name in ("fgsm_pgi", "n_fgsm", "dyart", "vat"):
+    if name in ("fgsm_pgi", "n_fgsm", "nu_at", "liet", "dyart", "vat"):
         with pytest.raises(UserError, match=name):
             resolved_attack(one, info, method, [])
         return

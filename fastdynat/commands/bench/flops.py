@@ -148,6 +148,7 @@ def count_step(
     x = torch.empty(batch_size, *shape, device="meta")
     method.num_classes, method.num_images = twin(x).shape[1], batch_size
     method.buffers = method.make_buffers(x)
+    method.epoch_step = 1  # not an epoch's first batch, in which a method may do more
     attacked = [False]
 
     def attack_step() -> None:
