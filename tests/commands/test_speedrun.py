@@ -502,6 +502,23 @@ def test_a_stopped_race_goes_on(
     assert fakes.laps[2:] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
+def test_a_race_ends_where_its_code_changes(
+    images: Path,
+    tmp_path: Path,
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = write(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_race, "source_commit", lambda: "cd"[len(fakes.laps) > 0] * 40)
+        assert race(images, tmp_path / "out", record) == 2
+    assert f"went from commit {'c' * 40} to {'d' * 40} during the race" in capsys.readouterr().err
+    assert fakes.laps == [("tiny", 0)]
+    assert race(images, tmp_path / "out", record) == 0
+    assert fakes.laps == [("tiny", 0), ("tiny", 1), ("tiny", 2)]
+
+
 def test_a_quick_result_is_completed_later(images: Path, tmp_path: Path, fakes: Fakes) -> None:
     record = write(tmp_path)
     assert race(images, tmp_path / "out", record, flags=("--quick",)) == 1
@@ -635,7 +652,18 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "x.json is not a result of fastdynat speedrun" in capsys.readouterr().err
 
 
-def test_the_docs_page_states_the_rules() -> None:
+def test_a_record_follows_the_one_that_it_changes(tmp_path: Path) -> None:
+    names = [row[0] for row in log_table(tmp_path)[1:]]
+    assert sorted(names) == definition_names()
+    for name in names:
+        earlier = read_definition(name).against
+        assert earlier is None or names.index(earlier) < names.index(name)
+
+
+def test_the_docs_page_states_the_rules_and_shows_a_definition(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
+    shown = tmp_path / "mine.yaml"
+    shown.write_text(text.partition('title="mine.yaml"\n')[2].partition("```")[0])
+    assert read_definition(str(shown)).against in definition_names()
     gap, sample = f"{100 * race_rules.LARGEST_GAP:g} points", f"{race_rules.SAMPLE:,} test images"
     assert all(words in text for words in (gap, sample, race_rules.EPS, race_rules.STEP_SIZE, "10,000"))

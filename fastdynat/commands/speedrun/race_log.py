@@ -23,15 +23,13 @@ def read_log(folder: Path) -> dict[str, StoredResult]:
 
 
 def log_table(folder: Path, track: str | None = None) -> list[tuple[str, ...]]:
-    """`HEADER`, and a row for each record of `track` (None: of all), by track and date; fastest last."""
+    """`HEADER`, and a row for each record of `track`, or of all; a record follows the one that it changes."""
     results = read_log(folder)
     records = {name: read_definition(name) for name in definition_names()}
     for name, result in results.items():
         records.setdefault(name, _stored_definition(result, folder / f"{name}.json"))
     chosen = [record for record in records.values() if track in (None, record.track)]
-    chosen.sort(
-        key=lambda r: (r.track, r.loop == "fastdynat", r.date, _slowness(results.get(r.name)), r.name)
-    )
+    chosen.sort(key=lambda record: (record.track, _earlier(record, records), record.date, record.name))
     return [HEADER, *(_row(record, results.get(record.name), results) for record in chosen)]
 
 
@@ -39,8 +37,13 @@ def _stored_definition(result: StoredResult, path: Path) -> RecordDefinition:
     return convert(result.definition, RecordDefinition, origin=str(path))
 
 
-def _slowness(result: StoredResult | None) -> float:
-    return -result.summary.get("seconds", 0.0) if result is not None else 1.0
+def _earlier(record: RecordDefinition, records: dict[str, RecordDefinition]) -> int:
+    """Number of records in the chain that leads to `record`."""
+    chain = [record.name]
+    while (name := record.against) in records and name not in chain:
+        chain.append(name)
+        record = records[name]
+    return len(chain) - 1
 
 
 def _row(

@@ -153,6 +153,11 @@ class _Running:
             run_dir=str(folder),
             quiet=self.display.quiet,
         )
+        if (now := source_commit()) != self.commit:
+            raise UserError(
+                f"{name}: the checkout went from commit {self.commit} to {now} during the race; put it back, "
+                "and the same command goes on"
+            )
         times = self._kept_times(outcome, lap)
         if times is None:
             outcome.unlink(missing_ok=True)
