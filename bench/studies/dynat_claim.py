@@ -1,7 +1,9 @@
-"""DYNAT's claim put to the test: docs/studies/dynat-claim.md has hypotheses, design and analysis plan.
+r"""DYNAT's claim put to the test: docs/studies/dynat-claim.md has hypotheses, design and analysis plan.
 
     python bench/studies/dynat_claim.py plan
     python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study
+    python bench/studies/dynat_claim.py collect --data-dir cifar10-jpeg --work study \
+        --json bench/results/dynat_claim_cpu.json
 
 `run` may be killed at any moment: the same command goes on where it was, within a training too.
 """
@@ -10,8 +12,11 @@ import argparse
 import time
 from pathlib import Path
 
-from claim_design import BLOCKS, EPOCHS
+from claim_design import BLOCKS
+from claim_results import write_collected
 from claim_runs import Work, run_all
+
+from fastdynat.runs.environment import source_commit
 
 
 def plan() -> None:
@@ -27,17 +32,22 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("plan")
-    run = commands.add_parser("run")
-    run.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
-    run.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    run, collect = commands.add_parser("run"), commands.add_parser("collect")
+    for both in (run, collect):
+        both.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
+        both.add_argument("--work", type=Path, required=True, help="folder of the runs")
     run.add_argument("--hours", type=float, help="begin nothing new after these hours")
-    run.add_argument("--epochs", type=int, default=EPOCHS, help="for tests")
+    collect.add_argument("--json", type=Path, required=True)
+    collect.add_argument("--commit", help="of the code that made the runs; this checkout's unless given")
     given = parser.parse_args()
     if given.command == "plan":
         plan()
+        return
+    work = Work(given.work.resolve(), given.data_dir)
+    if given.command == "run":
+        run_all(work, None if given.hours is None else time.time() + 3600 * given.hours)
     else:
-        until = None if given.hours is None else time.time() + 3600 * given.hours
-        run_all(Work(given.work.resolve(), given.data_dir, given.epochs), until)
+        write_collected(work, given.json, given.commit or source_commit())
 
 
 if __name__ == "__main__":

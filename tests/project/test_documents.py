@@ -36,6 +36,7 @@ FOREIGN = {
     "--backend",
     "--kill-on-bad-exit",
     "--requeue",
+    "--work",
 }
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 

@@ -1,0 +1,150 @@
+"""Tables of the study of DYNAT's claim, with the runs that there are."""
+
+from collections.abc import Callable
+from statistics import fmean
+
+from tables import Values, percent, read, table
+
+STORED = "dynat_claim_cpu"
+ARMS = {
+    "madry": "Madry",
+    "dynat": "DYNAT",
+    "trades": "TRADES",
+    "lbgat": "LBGAT",
+    "madry-seconds": "Madry, DYNAT's seconds",
+    "dynamic-update": "dynamic label in the update only",
+    "dynamic-attack": "dynamic label in the attack only",
+    "true-labels": "true labels in both",
+    "beta-0.2": "DYNAT, beta 0.2",
+    "soft-labels": "DYNAT, soft labels",
+    "no-inner": "DYNAT, attack on its own prediction",
+    "large-guide": "DYNAT, guide of 0.95 M parameters",
+    "guide": "guide alone, natural training",
+    "guide-before": "DYNAT, guide trained before",
+}
+CHECKPOINTS = ("best", "last")
+
+
+def groups() -> dict[tuple[str, str], list[Values]]:
+    """The finished runs by block and arm."""
+    found: dict[tuple[str, str], list[Values]] = {}
+    for run in read(STORED)["runs"].values():
+        found.setdefault((run["block"], run["arm"]), []).append(run)
+    return found
+
+
+def mean(runs: list[Values], value: Callable[[Values], float]) -> str:
+    """The mean over `runs`, in %."""
+    return percent(fmean(map(value, runs)))
+
+
+def at(checkpoint: str, attack: str, part: str = "test") -> Callable[[Values], float]:
+    """Reads the accuracy of a run."""
+    return lambda run: float(run[part][checkpoint][attack]["accuracy"])
+
+
+def progress() -> str:
+    """How many of the planned runs there are."""
+    values, found = read(STORED), groups()
+    planned = {block: count for block, count in values["planned"].items() if count}
+    rows = []
+    for block, count in planned.items():
+        finished = [run for (own, _), runs in found.items() if own == block for run in runs]
+        rows.append([block, f"{len(finished)} of {count}"])
+    head = f"**{len(values['runs'])} of {sum(planned.values())} runs so far.**"
+    return f"{head}\n\n{table(['Block', 'Finished runs'], rows)}"
+
+
+def accuracies() -> str:
+    """Accuracies on the test images, means over the finished seeds."""
+    rows = []
+    for (block, arm), runs in groups().items():
+        gap = 100 * fmean(at("best", "pgd20")(run) - at("last", "pgd20")(run) for run in runs)
+        shares = [mean(runs, at(role, name)) for name in ("clean", "pgd20") for role in CHECKPOINTS]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        epochs = "/".join(str(epoch) for epoch in sorted({run["epochs"] for run in runs}))
+        rows.append([block, ARMS[arm], seeds, epochs, *shares, f"{gap:.1f}", minutes(runs)])
+    header = ["Block", "Arm", "Seeds", "Epochs", "Clean, best", "last", "PGD-20, best", "last", "Gap"]
+    return table([*header, "Processor minutes"], rows) if rows else "No run is finished yet."
+
+
+def minutes(runs: list[Values]) -> str:
+    """Mean processor minutes of a training; a dash where a killed part went unmeasured."""
+    known = [run["processor_seconds"] for run in runs if run["processor_seconds"] is not None]
+    return f"{fmean(known) / 60:.1f}" if known else "-"
+
+
+def findings() -> str:
+    """What is said about each hypothesis, and what is only described."""
+    values = read(STORED)
+    rows = [[found["name"], *finding(found)] for found in values["findings"]]
+    header = ["", "Contrast, crops and flips", "Points", "95 % interval", "Each seed", "p (Holm)", "Verdict"]
+    return table(header, rows)
+
+
+def without_augmentation() -> str:
+    """The same contrasts of the block without augmentation."""
+    names = ("H1-best", "H1-last", "H2", "gap-madry", "gap-dynat")
+    chosen = [found for found in read(STORED)["without_augmentation"] if found["name"] in names]
+    rows = [finding(found)[:4] for found in chosen]
+    return table(["Contrast, no augmentation", "Points", "95 % interval", "Each seed"], rows)
+
+
+def finding(found: Values) -> list[str]:
+    """Contrast, points, interval, seeds, p and verdict."""
+    estimate = found["estimate"]
+    if estimate is None:
+        return [found["text"], f"{found['seeds']} of 3 seeds", "", "", "", found["verdict"]]
+    low, high = estimate["ci"]
+    seeds = ", ".join(f"{value:+.1f}" for value in estimate["seeds"])
+    p = "" if found["adjusted_p"] is None else f"{found['adjusted_p']:.3g}"
+    return [
+        found["text"],
+        f"{estimate['mean']:+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
+        seeds,
+        p,
+        found["verdict"],
+    ]
+
+
+def labels() -> str:
+    """Quality of the dynamic labels of training and test images."""
+    rows = []
+    for (block, arm), runs in groups().items():
+        known = [run["labels"] for run in runs if "labels" in run]
+        for role in CHECKPOINTS if known else ():
+            cells = []
+            for images in ("train", "test"):
+                found = [values[role][images] for values in known]
+                cells += [percent(fmean(one["agreement"] for one in found))]
+                cells += [f"{fmean(one[key] for one in found):.2f}" for key in ("entropy", "ece")]
+            rows.append([block, ARMS[arm], str(len(known)), role, *cells])
+    header = ["Block", "Arm", "Runs", "Checkpoint", "Training images: right", "Entropy", "ECE"]
+    header += ["Test images: right", "Entropy", "ECE"]
+    return table(header, rows) if rows else "No run with a guide is finished yet."
+
+
+def robust() -> str:
+    """AutoAttack and distances to the nearest adversarial images."""
+    rows = []
+    for (_, arm), runs in groups().items():
+        measured = [run for run in runs if "robust" in run]
+        for role in CHECKPOINTS if measured else ():
+            names = ("clean", "pgd20", "fast-autoattack")
+            shares = [mean(measured, at(role, name, "robust")) for name in names]
+            medians = [run["robust"][role]["fab-min"]["distances"]["median"] for run in measured]
+            median = "-" if None in medians else f"{255 * fmean(medians):.2f}/255"
+            rows.append([ARMS[arm], str(len(measured)), role, *shares, median])
+    header = ["Arm", "Runs", "Checkpoint", "Clean", "PGD-20", "AutoAttack", "Median distance"]
+    return table(header, rows) if rows else "Not run yet."
+
+
+TABLES = {
+    "claim-progress": (progress, (STORED,)),
+    "claim-findings": (findings, (STORED,)),
+    "claim-accuracies": (accuracies, (STORED,)),
+    "claim-without-augmentation": (without_augmentation, (STORED,)),
+    "claim-labels": (labels, (STORED,)),
+    "claim-robust": (robust, (STORED,)),
+}

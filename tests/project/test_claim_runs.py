@@ -1,0 +1,154 @@
+"""bench/studies from end to end on made-up images: a killed runner goes on; results, chart and tables."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from fastdynat.commands.main import main
+
+STUDIES = str(ROOT / "bench" / "studies")
+CHANGED = {"val-size": "20", "train-size": "80", "batch-size": "16", "steps": "1", "val-every": "1"}
+EPOCHS = 5
+RUNNER = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from pathlib import Path
+from claim_runs import Work, run_all
+work = Work(Path(sys.argv[2]), sys.argv[3], epochs=int(sys.argv[4]), changed=eval(sys.argv[5]))
+run_all(work, limit=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def claim() -> Iterator[SimpleNamespace]:
+    """The modules of the study; bench/ comes last on the path, because it has its own autoattack.py."""
+    added = [STUDIES, str(ROOT / "bench"), str(ROOT / "docs" / "hooks")]
+    sys.path += added
+    try:
+        names = ("claim_design", "claim_runs", "claim_results", "claim_tables", "make_image_folder")
+        yield SimpleNamespace(**{name: import_module(name) for name in names})
+    finally:
+        for path in added:
+            sys.path.remove(path)
+
+
+@pytest.fixture
+def images(claim: SimpleNamespace, tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    claim.make_image_folder.make_image_folder(folder, train=120, val=24, classes=4, size=32)
+    return folder
+
+
+def here(work: Any, lock: int, name: str, arguments: list[str]) -> None:
+    """In place of a process of its own, which takes seconds to start."""
+    assert main(arguments) == 0
+
+
+def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(
+    claim: SimpleNamespace, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = [STUDIES, str(killed), str(images), str(EPOCHS), repr(CHANGED)]
+    log = killed / "runs" / claim.claim_design.RUNS[0].name / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", RUNNER, *arguments], start_new_session=True) as runner:
+        until = time.monotonic() + 600
+        while not (log.exists() and log.read_text()) and time.monotonic() < until and runner.poll() is None:
+            time.sleep(0.01)
+        os.killpg(runner.pid, signal.SIGKILL)
+    before = len(log.read_text().splitlines())
+    monkeypatch.setattr(claim.claim_runs, "command", here)
+    works = [
+        claim.claim_runs.Work(folder, str(images), epochs=EPOCHS, changed=CHANGED)
+        for folder in (killed, whole)
+    ]
+    assert [claim.claim_runs.run_all(work, limit=2) for work in works] == [2, 2]
+    assert 1 <= before < EPOCHS
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
+    first, second = (claim.claim_results.collect(work, "") for work in works)
+    assert [run["test"] for run in first["runs"].values()] == [run["test"] for run in second["runs"].values()]
+    losses = [[run["log"]["loss"] for run in found["runs"].values()] for found in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_what_is_collected_is_shown(
+    claim: SimpleNamespace, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim.claim_runs, "command", here)
+    work = claim.claim_runs.Work(
+        tmp_path / "work", str(images), epochs=1, autoattack_images=2, changed=CHANGED
+    )
+    assert claim.claim_runs.run_all(work, limit=2) == 2
+    assert claim.claim_runs.run_all(work, until=0.0) == 0
+    run = claim.claim_design.RUNS[1]
+    claim.claim_runs.evaluate(work, 0, run, "autoattack", "clean,pgd20,fast-autoattack,fab-min", 2)
+    target = tmp_path / "stored.json"
+    claim.claim_results.write_collected(work, target, "abc")
+    document = json.loads(target.read_text())
+    assert list(document["runs"]) == [run.name for run in claim.claim_design.RUNS[:2]]
+    stored = document["runs"][run.name]
+    pgd = stored["test"]["last"]["pgd20"]
+    (found,) = claim.claim_results.bits_of(
+        {run.name: stored | {"test": {"last": stored["test"]["last"]}}}, "crop-flip"
+    ).values()
+    assert found.sum() == round(pgd["accuracy"] * pgd["images"])
+    assert set(stored["labels"]) == {"best", "last"}
+    assert 0 <= stored["labels"]["last"]["train"]["agreement"] <= 1
+    assert "val_pgd10_acc" in stored["log"]
+    assert target.with_suffix(".svg").read_text().count("dynamic label = true label") == 1
+    monkeypatch.setattr(claim.claim_tables, "read", lambda name: document)
+    tables = {name: draw() for name, (draw, _) in claim.claim_tables.TABLES.items()}
+    assert tables["claim-progress"].startswith("**2 of 40 runs so far.**")
+    assert "| methods | DYNAT | 1 | 1 |" in tables["claim-accuracies"]
+    assert "not enough runs yet" in tables["claim-findings"]
+    assert "| methods | DYNAT | 1 | last |" in tables["claim-labels"]
+    assert "| DYNAT | 1 | best |" in tables["claim-robust"]
+
+
+def test_a_second_runner_waits(
+    claim: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entered = threading.Event()
+
+    def second() -> None:
+        with claim.claim_runs.alone(tmp_path):
+            entered.set()
+
+    with (tmp_path / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=second)
+        waiter.start()
+        assert not entered.wait(0.3)
+    waiter.join(30)
+    assert entered.is_set()
+    assert "waiting for the command that uses it" in capsys.readouterr().out
+
+
+def test_the_cost_is_measured_once(
+    claim: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(1, 100))
+    monkeypatch.setattr(claim.claim_runs, "one_epoch", lambda work, lock, run: float(next(seconds)))
+    work = claim.claim_runs.Work(tmp_path, "images")
+    # Rounds of four methods: 1, 5, 9, 13, 17 are Madry's.
+    assert claim.claim_runs.measure_cost(work, 0) == {
+        "madry": 9.0,
+        "dynat": 10.0,
+        "trades": 11.0,
+        "lbgat": 12.0,
+    }
+    assert claim.claim_runs.measure_cost(work, 0)["madry"] == 9.0
+    assert next(seconds) == 21
