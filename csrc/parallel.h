@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 #include "inline.h"
@@ -38,10 +40,18 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 inline Isa detect_isa() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");  // torch's own switch for its kernels
+  const bool baseline = asked != nullptr && std::strcmp(asked, "default") == 0;
+  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
+  if (asked != nullptr && std::strcmp(asked, "avx2") == 0) return Isa::kAvx2;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return wide ? Isa::kAvx512 : Isa::kAvx2;
+}
+
+inline Isa isa() {
+  static const Isa found = detect_isa();
+  return found;
 }
 #endif
 
@@ -50,9 +60,8 @@ template <typename T, typename Body>
 void run_vectorised(const Body& body, int64_t begin, int64_t end) {
 #if FASTDYNAT_X86
   if constexpr (!std::is_same_v<T, double>) {
-    static const Isa isa = detect_isa();
-    if (isa == Isa::kAvx512) return run_avx512(body, begin, end);
-    if (isa == Isa::kAvx2) return run_avx2(body, begin, end);
+    if (isa() == Isa::kAvx512) return run_avx512(body, begin, end);
+    if (isa() == Isa::kAvx2) return run_avx2(body, begin, end);
   }
 #endif
   body(begin, end);

@@ -2,9 +2,12 @@
 // convolutions of its own.
 #include "winograd.h"
 
+#include "block_product.h"
 #include "parallel.h"
 #include "tensor.h"
 
+#include <cstring>
+#include <memory>
 #include <type_traits>
 
 namespace fastdynat {
@@ -12,109 +15,177 @@ namespace {
 
 constexpr const char* kConvName = "winograd_conv3x3";
 constexpr const char* kWeightsName = "winograd_weights";
-// Bytes per thread of transformed tiles that are worked on at a time: they stay in the second cache from the
-// first transform to the last. Fewer tiles than kFewTiles would read the weights too often.
-constexpr int64_t kChunk = 1 << 20;
-constexpr int64_t kFewTiles = 64;
-constexpr int64_t kLanes = 16;  // filters that are transformed side by side
+// Bytes of transformed tiles that a thread works on at a time: they stay in the second cache from the first
+// transform to the last. Fewer tiles than kFewTiles would read the weights too often; of weights that do not
+// fit kNearBytes, twice as many are worth it.
+constexpr int64_t kChunk = 3 << 18;
+constexpr int64_t kFewTiles = 42;
+constexpr int64_t kNearBytes = 4 << 20;
+constexpr int64_t kFilters = 16;  // that are transformed side by side
+constexpr int64_t kFloat = sizeof(float);
 
-// Calls body(first, count) for blocks of channels; count is a constant in whole blocks.
+// Channels that are transformed side by side. Processors with shorter vectors split it.
+constexpr int64_t kLanes = 16;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Calls body(first, V{}) for all channels, V being a vector of them or the float of one.
 template <typename Body>
-FASTDYNAT_INLINE void for_blocks(int64_t channels, const Body& body) {
+FASTDYNAT_INLINE void for_channels(int64_t channels, const Body& body) {
   int64_t c = 0;
-  for (; c + kChannels <= channels; c += kChannels) body(c, std::integral_constant<int64_t, kChannels>{});
-  if (c < channels) body(c, channels - c);
+  for (; c + kLanes <= channels; c += kLanes) body(c, Vector{});
+  for (; c < channels; ++c) body(c, float{});
 }
 
-// x: (N, H, W, C) -> v: (36, count, C), the windows of tiles [first, first + count).
+// Loads and stores of any alignment.
+template <typename V>
+FASTDYNAT_INLINE void load(const float* from, V& to) {
+  std::memcpy(&to, from, sizeof(V));
+}
+template <typename V>
+FASTDYNAT_INLINE void store(const V& from, float* to) {
+  std::memcpy(to, &from, sizeof(V));
+}
+
+// x: (N, H, W, C) -> v: for each of 36 points the left factor (count, C) of a `block_product`, of the windows
+// of tiles [first, first + count).
 void transform_input(
     const float* x, float* v, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
-  parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
-    const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
+  const auto body = [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+    const int64_t height = tiles.height, width = tiles.width;
+    const int64_t plane = blocks_of(channels) * count * kRowStride;
     for (int64_t t = begin; t < end; ++t) {
-      const Tiles::At at = tiles.at(first + t);
-      for_blocks(channels, [&](int64_t c0, auto lanes) FASTDYNAT_INLINE_BODY {
-        const int64_t n = lanes;
-        float window[kWindow][kChannels], half[kWindow][kWindow][kChannels];
+      const Tiles::At tile = tiles.at(first + t);
+      int64_t offset[kWindow][kWindow];  // of a pixel's channels; -1 in the padding
+      for (int64_t i = 0; i < kWindow; ++i) {
+        const int64_t row = tile.top + i - 1;
         for (int64_t j = 0; j < kWindow; ++j) {
-          const int64_t column = at.left + j - 1;
+          const int64_t column = tile.left + j - 1;
+          const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+          offset[i][j] = inside ? ((tile.image * height + row) * width + column) * channels : -1;
+        }
+      }
+      for_channels(channels, [&](int64_t c, auto lanes) FASTDYNAT_INLINE_BODY {
+        using V = decltype(lanes);
+        V half[kWindow][kWindow], d[kWindow], s[kWindow];
+        for (int64_t j = 0; j < kWindow; ++j) {
+#pragma GCC unroll 6
           for (int64_t i = 0; i < kWindow; ++i) {
-            const int64_t row = at.top + i - 1;
-            if (row >= 0 && row < height && column >= 0 && column < width) {
-              const float* from = x + ((at.image * height + row) * width + column) * channels + c0;
-              for (int64_t c = 0; c < n; ++c) window[i][c] = from[c];
-            } else {
-              for (int64_t c = 0; c < n; ++c) window[i][c] = 0;
-            }
+            d[i] = V{};
+            if (offset[i][j] >= 0) load(x + offset[i][j] + c, d[i]);
           }
-          for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {window[0][c], window[1][c], window[2][c],
-                                      window[3][c], window[4][c], window[5][c]};
-            float s[kWindow];
-            input_transform(d, s);
-            for (int64_t i = 0; i < kWindow; ++i) half[i][j][c] = s[i];
-          }
+          input_transform(d, s);
+#pragma GCC unroll 6
+          for (int64_t i = 0; i < kWindow; ++i) half[i][j] = s[i];
         }
-        for (int64_t i = 0; i < kWindow; ++i) {
-          const float(*q)[kChannels] = half[i];
-          float* to = v + i * kWindow * plane + t * channels + c0;
-          for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {q[0][c], q[1][c], q[2][c], q[3][c], q[4][c], q[5][c]};
-            float s[kWindow];
-            input_transform(d, s);
-            for (int64_t j = 0; j < kWindow; ++j) to[j * plane + c] = s[j];
-          }
+        float* to = v + left_position(count, t, c);
+        for (int64_t i = 0; i < kWindow; ++i, to += kWindow * plane) {
+          input_transform(half[i], s);
+#pragma GCC unroll 6
+          for (int64_t j = 0; j < kWindow; ++j) store(s[j], to + j * plane);
         }
       });
     }
-  });
+  };
+  run_vectorised<float>(body, 0, count);
 }
 
-// m: (36, count, K) -> y: (N, H, W, K) at the tiles [first, first + count).
+// m: (36, count, padded_columns(some)) -> y: (N, H, W, K) at tiles [first, first + count) and `some` channels
+// from `from`.
 void transform_output(
-    const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t first,
-    int64_t count) {
-  parallel<float>(count, kPoints * channels, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
-    const int64_t height = tiles.height, width = tiles.width, plane = count * channels;
+    const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t from,
+    int64_t some, int64_t first, int64_t count) {
+  const auto body = [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
+    const int64_t height = tiles.height, width = tiles.width;
+    const int64_t stride = padded_columns(some), plane = count * stride;
     for (int64_t t = begin; t < end; ++t) {
-      const Tiles::At at = tiles.at(first + t);
-      for_blocks(channels, [&](int64_t c0, auto lanes) FASTDYNAT_INLINE_BODY {
-        const int64_t n = lanes;
-        float half[kTile][kWindow][kChannels], line[kTile][kChannels];
-        for (int64_t j = 0; j < kWindow; ++j) {
-          const float* q = m + j * plane + t * channels + c0;
-          const int64_t next = kWindow * plane;
-          for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {
-                q[c], q[next + c], q[2 * next + c], q[3 * next + c], q[4 * next + c], q[5 * next + c]};
-            float s[kTile];
-            output_transform(d, s);
-            for (int64_t i = 0; i < kTile; ++i) half[i][j][c] = s[i];
-          }
+      const Tiles::At tile = tiles.at(first + t);
+      const int64_t down = std::min(kTile, height - tile.top), across = std::min(kTile, width - tile.left);
+      float* corner = y + ((tile.image * height + tile.top) * width + tile.left) * channels + from;
+      for_channels(some, [&](int64_t c, auto lanes) FASTDYNAT_INLINE_BODY {
+        using V = decltype(lanes);
+        V half[kTile][kWindow], d[kWindow], s[kTile];
+        const float* q = m + t * stride + c;
+        for (int64_t j = 0; j < kWindow; ++j, q += plane) {
+#pragma GCC unroll 6
+          for (int64_t i = 0; i < kWindow; ++i) load(q + i * kWindow * plane, d[i]);
+          output_transform(d, s);
+#pragma GCC unroll 6
+          for (int64_t i = 0; i < kTile; ++i) half[i][j] = s[i];
         }
-        for (int64_t i = 0; i < kTile && at.top + i < height; ++i) {
-          const float(*q)[kChannels] = half[i];
-          for (int64_t c = 0; c < n; ++c) {
-            const float d[kWindow] = {q[0][c], q[1][c], q[2][c], q[3][c], q[4][c], q[5][c]};
-            float s[kTile];
-            output_transform(d, s);
-            for (int64_t j = 0; j < kTile; ++j) line[j][c] = bias == nullptr ? s[j] : s[j] + bias[c0 + c];
-          }
-          for (int64_t j = 0; j < kTile && at.left + j < width; ++j) {
-            float* to = y + ((at.image * height + at.top + i) * width + at.left + j) * channels + c0;
-            for (int64_t c = 0; c < n; ++c) to[c] = line[j][c];
-          }
+        V shift{};
+        if (bias != nullptr) load(bias + from + c, shift);
+        float* to = corner + c;
+        for (int64_t i = 0; i < down; ++i, to += width * channels) {
+          output_transform(half[i], s);
+          for (int64_t j = 0; j < across; ++j) store(s[j] + shift, to + j * channels);
         }
       });
     }
-  });
+  };
+  run_vectorised<float>(body, 0, count);
 }
 
-Tensor bmm(const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 2> stack{from(a), from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// A convolution in parts: each some tiles and some of the filters, from the first transform to the last on
+// one thread.
+struct Winograd {
+  const float* x;     // (N, H, W, C)
+  const float* u;     // (36, C, K)
+  const float* bias;  // (K,), may be null
+  float* y;           // (N, H, W, K)
+  Tiles tiles;
+  int64_t count, channels, outputs;
+  int64_t parts, slices;  // of the tiles and of the filters
+
+  Winograd(
+      const float* x, const float* u, const float* bias, float* y, Tiles tiles, int64_t count,
+      int64_t channels, int64_t outputs, int64_t threads)
+      : x(x),
+        u(u),
+        bias(bias),
+        y(y),
+        tiles(tiles),
+        count(count),
+        channels(channels),
+        outputs(outputs) {
+    const bool near = kPoints * channels * outputs * kFloat <= kNearBytes;
+    const int64_t few = near ? kFewTiles : 2 * kFewTiles;
+    const int64_t most = std::max(few, kChunk / (kPoints * (channels + outputs) * kFloat));
+    parts = (count + most - 1) / most;
+    if (parts > 1) parts = std::min(count, (parts + threads - 1) / threads * threads);
+    // Every slice transforms the windows anew, so there are no more than give each thread one.
+    slices = std::min((threads + parts - 1) / parts, padded_columns(outputs) / kPanel);
+  }
+
+  // The first filter of a slice: whole panels.
+  int64_t filter(int64_t slice) const {
+    return std::min(outputs, padded_columns(outputs) / kPanel * slice / slices * kPanel);
+  }
+
+  void run(int64_t part, int64_t slice, float* scratch) const {
+    const int64_t first = count * part / parts, some = count * (part + 1) / parts - first;
+    const int64_t from = filter(slice), filters = filter(slice + 1) - from;
+    const int64_t plane = blocks_of(channels) * some * kRowStride, out = some * padded_columns(filters);
+    float *panel = scratch, *v = panel + kDepth * kPanel, *m = v + kPoints * plane;
+    transform_input(x, v, tiles, channels, first, some);
+    for (int64_t p = 0; p < kPoints; ++p) {
+      const float* points = u + p * channels * outputs + from;
+      block_product(v + p * plane, points, outputs, m + p * out, some, channels, filters, panel);
+    }
+    transform_output(m, bias, y, tiles, outputs, from, filters, first, some);
+  }
+
+  int64_t scratch() const {
+    const int64_t some = (count + parts - 1) / parts;
+    const int64_t filters = ((padded_columns(outputs) / kPanel + slices - 1) / slices) * kPanel;
+    return kDepth * kPanel + kPoints * some * (blocks_of(channels) * kRowStride + filters);
+  }
+};
+
+void run_winograd(const Winograd& work) {
+  torch::stable::parallel_for(0, work.parts * work.slices, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[work.scratch()]);
+    for (int64_t i = begin; i < end; ++i) work.run(i / work.slices, i % work.slices, scratch.get());
+  });
 }
 
 void check_float(const char* op, const char* name, const Tensor& t) {
@@ -152,16 +223,9 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
   const float* b = shift ? data<float>(*shift) : nullptr;
   const Tiles tiles(height, width);
   const int64_t count = images * tiles.down * tiles.across;
-  const int64_t bytes = kPoints * (channels + outputs) * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::max(kFewTiles, kChunk * torch::stable::get_num_threads() / bytes);
-  const int64_t parts = (count + most - 1) / most;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = count * part / parts, some = count * (part + 1) / parts - first;
-    Tensor v = new_empty(x, {kPoints, some, channels});
-    transform_input(data<float>(nhwc), mutable_data<float>(v), tiles, channels, first, some);
-    const Tensor m = bmm(v, u);
-    transform_output(data<float>(m), b, mutable_data<float>(y), tiles, outputs, first, some);
-  }
+  run_winograd(Winograd(
+      data<float>(nhwc), data<float>(u), b, mutable_data<float>(y), tiles, count, channels, outputs,
+      torch::stable::get_num_threads()));
   return out;
 }
 
@@ -173,16 +237,16 @@ void transform_weights(
     int64_t to) {
   parallel<float>(from, kPoints * to, [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     for (int64_t f = begin; f < end; ++f) {
-      for (int64_t t0 = 0; t0 < to; t0 += kLanes) {
-        const int64_t n = std::min(kLanes, to - t0);
-        double taps[9][kLanes] = {}, half[kWindow][3][kLanes];
-        float points[kPoints][kLanes];
+      for (int64_t t0 = 0; t0 < to; t0 += kFilters) {
+        const int64_t n = std::min(kFilters, to - t0);
+        double taps[9][kFilters] = {}, half[kWindow][3][kFilters];
+        float points[kPoints][kFilters];
         for (int64_t t = 0; t < n; ++t) {
           const float* filter = w + f * from_stride + (t0 + t) * to_stride;
           for (int64_t i = 0; i < 9; ++i) taps[i][t] = static_cast<double>(filter[i * step]);
         }
         for (int64_t j = 0; j < 3; ++j) {
-          for (int64_t t = 0; t < kLanes; ++t) {
+          for (int64_t t = 0; t < kFilters; ++t) {
             const double column[3] = {taps[j][t], taps[3 + j][t], taps[6 + j][t]};
             double s[kWindow];
             filter_transform(column, s);
@@ -190,7 +254,7 @@ void transform_weights(
           }
         }
         for (int64_t i = 0; i < kWindow; ++i) {
-          for (int64_t t = 0; t < kLanes; ++t) {
+          for (int64_t t = 0; t < kFilters; ++t) {
             const double row[3] = {half[i][0][t], half[i][1][t], half[i][2][t]};
             double s[kWindow];
             filter_transform(row, s);

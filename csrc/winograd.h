@@ -11,13 +11,14 @@ namespace fastdynat {
 constexpr int64_t kTile = 4;             // outputs of a tile, in each direction
 constexpr int64_t kWindow = kTile + 2;   // inputs that they read
 constexpr int64_t kPoints = kWindow * kWindow;
-constexpr int64_t kChannels =
-    64;  // that a tile is transformed for at a time: 36 x 64 values fit the nearest cache
+
+// V is float, or a vector of floats of several channels.
 
 // B^T d, of one column or row of a window.
-FASTDYNAT_INLINE void input_transform(const float (&d)[kWindow], float (&v)[kWindow]) {
-  const float even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1];
-  const float even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
+template <typename V>
+FASTDYNAT_INLINE void input_transform(const V (&d)[kWindow], V (&v)[kWindow]) {
+  const V even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1];
+  const V even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
   v[0] = 4 * d[0] - 5 * d[2] + d[4];
   v[1] = even + odd;
   v[2] = even - odd;
@@ -27,9 +28,10 @@ FASTDYNAT_INLINE void input_transform(const float (&d)[kWindow], float (&v)[kWin
 }
 
 // A^T m.
-FASTDYNAT_INLINE void output_transform(const float (&m)[kWindow], float (&y)[kTile]) {
-  const float sum = m[1] + m[2], difference = m[1] - m[2];
-  const float sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+template <typename V>
+FASTDYNAT_INLINE void output_transform(const V (&m)[kWindow], V (&y)[kTile]) {
+  const V sum = m[1] + m[2], difference = m[1] - m[2];
+  const V sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   y[0] = m[0] + sum + sum2;
   y[1] = difference + 2 * difference2;
   y[2] = sum + 4 * sum2;

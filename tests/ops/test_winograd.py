@@ -361,7 +361,7 @@ INELIGIBLE: dict[str, Callable[[], nn.Module]] = {
     "groups": lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64),
     "reflect": lambda: nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
     "1x1": lambda: nn.Conv2d(64, 64, 1, padding=1),
-    "few channels": lambda: nn.Conv2d(64, 32, 3, padding=1),
+    "few channels": lambda: nn.Conv2d(64, 31, 3, padding=1),
     "float64": lambda: nn.Conv2d(64, 64, 3, padding=1, dtype=torch.float64),
     "hook": lambda: hooked(nn.Conv2d(64, 64, 3, padding=1)),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(64, 64, 3, padding=1)),
