@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fastdynat.distributed.batch_norm_gradients import differentiable_gradients
 from fastdynat.distributed.collectives import gather_over_ranks, sum_over_ranks
 from fastdynat.distributed.world import batch_world
 from fastdynat.errors import UserError
@@ -162,8 +162,14 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, _in(mean, weight), _in(mean, bias), eps=eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: for a gradient of this gradient
+            x, weight, bias, *_ = ctx.saved_tensors
+            return *differentiable_gradients(dy, x, weight, bias, ctx.eps), None, None, None, None
+        return _Normalize.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, variance, count = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         fixed = (x, scale, mean, variance, None, None, False, ctx.eps)

@@ -35,7 +35,7 @@ SIZES = (12, 12, 7)  # of an epoch's batches: the last one is short
 CAPTURING = WARM_UP_CALLS + 1
 # Where the default attack of the tests does not fit.
 SPECS = {name: PGDSpec(0.1, 0.1, 1) for name in ("fgsm_rs", "n_fgsm", "nu_at", "liet")} | {
-    name: PGDSpec(0.1, 0.1, 1, start="none") for name in ("fgsm_pgi", "free")
+    name: PGDSpec(0.1, 0.1, 1, start="none") for name in ("fgsm_pgi", "free", "grad_align")
 }
 
 

@@ -151,6 +151,7 @@ def test_every_method_and_variant_has_decided() -> None:
         "arda-quarter",
         "dynat-mail",
         "dynat-awp",
+        "grad_align",  # its two losses: test_grad_align
         "liet",  # smooths at random: test_liet
     }  # other variants have their formulas
     assert {*VARIANTS, *MORE} <= {*TERMS, *UNSMOOTHED, *covered}

@@ -218,6 +218,7 @@ def published() -> dict[str, Published]:
         "fastat-pgi": fast_at(383),
         "fastat-nuat": fast_at(383),
         "fastat-liet": fast_at(383),
+        "fastat-gradalign": fast_at(383),
         "wang2023": gowals(0.2, 400, updates_of(512)),
         "wang2023-20m": gowals(0.2, 2400, updates_of(2048)),
         "gowal2021": gowals(0.4, 400, updates_of(1024)),

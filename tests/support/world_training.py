@@ -27,6 +27,7 @@ SPECS = {
     "free": PGDSpec(0.1, 0.1, 1, start="none"),
     "fgsm_rs": PGDSpec(0.1, 0.125, 1, start="uniform"),
     "n_fgsm": PGDSpec(0.1, 0.1, 1, start="uniform"),
+    "grad_align": PGDSpec(0.1, 0.1, 1, start="none"),
     "nu_at": PGDSpec(0.1, 0.1, 1),
     "liet": PGDSpec(0.1, 0.1, 1),
 }

@@ -31,6 +31,7 @@ OWN_ATTACK = (
     "fgsm_pgi",
     "fgsm_rs",
     "free",
+    "grad_align",
     "liet",
     "n_fgsm",
     "natural",
@@ -209,7 +210,7 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
         assert "one of linf 0.031 (7.91/255), l2 0.5, l1 12 per batch" in notes[-1]
         assert resolved_attack(found, info, method, []) == found
     one = replace(config.attack, norm="l1")
-    if name in ("fgsm_pgi", "n_fgsm", "nu_at", "liet", "dyart", "vat"):
+    if name in ("fgsm_pgi", "n_fgsm", "nu_at", "liet", "grad_align", "dyart", "vat"):
         with pytest.raises(UserError, match=name):
             resolved_attack(one, info, method, [])
         return
