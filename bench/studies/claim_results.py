@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from claim_analysis import findings
 from claim_charts import draw_claim
-from claim_design import BLOCKS, EPOCHS, SEEDS, Block, Run
+from claim_design import BLOCKS, EPOCHS, RUNS, SEEDS, Block, Run
 from claim_labels import has_guide, label_quality
 from claim_runs import Work
 
@@ -124,6 +124,12 @@ def bits_of(runs: Mapping[str, Mapping[str, Any]], augment: str) -> dict[tuple[s
     return found
 
 
+def begun(work: Work, run: Run) -> int:
+    """Epochs of a run that is not finished."""
+    log = work.runs / run.name / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
 def collect(work: Work, commit: str) -> dict[str, Any]:
     """The document of all finished runs.
 
@@ -142,7 +148,9 @@ def collect(work: Work, commit: str) -> dict[str, Any]:
         "commit": commit,
         "environment": describe_environment(),
         "command": "python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study",
-        "planned": {block.name: len(block.runs) for block in BLOCKS},
+        # The block without runs of its own measures those of the first.
+        "planned": {block.name: len(block.runs or BLOCKS[0].runs) for block in BLOCKS},
+        "begun": {run.name: epochs for run in RUNS if run.name not in runs and (epochs := begun(work, run))},
         "design": {"epochs": EPOCHS, "seeds": SEEDS},
         "cost": json.loads(cost.read_text()) if cost.exists() else None,
         "findings": [found.document() for found in findings(bits_of(runs, "crop-flip"))],

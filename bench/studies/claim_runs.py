@@ -66,10 +66,16 @@ def alone(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def command(work: Work, lock: int, name: str, arguments: list[str]) -> None:
-    """Run ``fastdynat``, and note the processor's seconds in segments.jsonl. Raises CalledProcessError."""
+def command(work: Work, lock: int, name: str, arguments: list[str]) -> tuple[int, str]:
+    """Run ``fastdynat``; returns its exit status and messages. Notes processor seconds in segments.jsonl."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    done = subprocess.run([sys.executable, "-m", "fastdynat", *arguments], pass_fds=(lock,), check=False)
+    # Messages go to a file, not a pipe, so that a command outlives a runner that is killed.
+    with (work.folder / "messages.log").open("a+") as messages:
+        start = messages.seek(0, os.SEEK_END)
+        program = [sys.executable, "-m", "fastdynat", *arguments]
+        status = subprocess.run(program, pass_fds=(lock,), stderr=messages, check=False).returncode
+        messages.seek(start)
+        said = messages.read()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     row = {
@@ -79,28 +85,44 @@ def command(work: Work, lock: int, name: str, arguments: list[str]) -> None:
         "seconds": round(time.time() - began, 1),
         "began": round(began),
         "load_average": os.getloadavg()[0],
-        "code": done.returncode,
+        "code": status,
     }
     with (work.folder / "segments.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    done.check_returncode()
+    return status, said
+
+
+class Failed(Exception):
+    """A command ended with an error."""
+
+
+def check(status: int, said: str) -> None:
+    """Raise Failed for an error; KeyboardInterrupt for a command that was stopped."""
+    if status not in (0, 1, 2):
+        raise KeyboardInterrupt
+    if status:
+        raise Failed(said.strip().rpartition("\n")[2])
 
 
 def train(work: Work, lock: int, run: Run, epochs: int) -> None:
-    """Start or continue a training; returns at once if it is finished."""
+    """Start or continue a training; one that diverges ends with its last checkpoint. Raises Failed."""
     flags = run.flags(work.data_dir, work.runs, epochs, work.changed)
-    command(work, lock, run.name, ["train", *flags, "--resume", "auto", "--quiet"])
+    status, said = command(work, lock, run.name, ["train", *flags, "--resume", "auto", "--quiet"])
+    if status == 1 and "training diverged" in said:
+        print(f"{run.name} diverged", flush=True)
+    else:
+        check(status, said)
 
 
 def evaluate(work: Work, lock: int, run: Run, part: str, attacks: str, images: int | None) -> None:
-    """Evaluate the best and the last checkpoint; the file appears when all is measured."""
+    """Evaluate the best and the last checkpoint; the file appears when all is measured. Raises Failed."""
     target = work.result(run, part)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
     flags = ["--attacks", attacks, "--eps", EPS, "--step-size", STEP, "--json", str(unfinished), "--quiet"]
     if images is not None:
         flags += ["--num-images", str(images)]
-    command(work, lock, run.name, ["eval", str(work.runs / run.name), *flags])
+    check(*command(work, lock, run.name, ["eval", str(work.runs / run.name), *flags]))
     os.replace(unfinished, target)
 
 
@@ -161,7 +183,7 @@ def robust(work: Work, lock: int, run: Run) -> Callable[[], None]:
 
 
 def run_all(work: Work, until: float | None = None, limit: int | None = None) -> int:
-    """Do what is not yet done; returns how many steps were done.
+    """Do what is not yet done; returns how many steps were done. One that fails is left for the next start.
 
     Args:
         until: no step begins after this time (seconds since 1970).
@@ -175,6 +197,9 @@ def run_all(work: Work, until: float | None = None, limit: int | None = None) ->
             if (until is not None and time.time() > until) or done == limit:
                 break
             print(f"{time.strftime('%m-%d %H:%M:%S')} {name}", flush=True)
-            call()
-            done += 1
+            try:
+                call()
+                done += 1
+            except Failed as error:
+                print(f"{name} failed: {error}", flush=True)
     return done

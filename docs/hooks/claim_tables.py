@@ -44,15 +44,19 @@ def at(checkpoint: str, attack: str, part: str = "test") -> Callable[[Values], f
 
 
 def progress() -> str:
-    """How many of the planned runs there are."""
+    """How many of the planned runs there are, and how far the one goes that is not finished."""
     values, found = read(STORED), groups()
-    planned = {block: count for block, count in values["planned"].items() if count}
     rows = []
-    for block, count in planned.items():
+    for block, count in values["planned"].items():
         finished = [run for (own, _), runs in found.items() if own == block for run in runs]
+        if block == "autoattack":
+            finished = [run for run in values["runs"].values() if "robust" in run]
         rows.append([block, f"{len(finished)} of {count}"])
-    head = f"**{len(values['runs'])} of {sum(planned.values())} runs so far.**"
-    return f"{head}\n\n{table(['Block', 'Finished runs'], rows)}"
+    total = sum(count for block, count in values["planned"].items() if block != "autoattack")
+    head = [f"**{len(values['runs'])} of {total} runs so far.**"]
+    for name, epochs in values["begun"].items():
+        head.append(f"Begun: `{name}`, {epochs} epochs.")
+    return f"{' '.join(head)}\n\n{table(['Block', 'Finished'], rows)}"
 
 
 def accuracies() -> str:

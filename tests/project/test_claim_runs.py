@@ -52,9 +52,9 @@ def images(claim: SimpleNamespace, tmp_path: Path) -> Path:
     return folder
 
 
-def here(work: Any, lock: int, name: str, arguments: list[str]) -> None:
+def here(work: Any, lock: int, name: str, arguments: list[str]) -> tuple[int, str]:
     """In place of a process of its own, which takes seconds to start."""
-    assert main(arguments) == 0
+    return main(arguments), ""
 
 
 def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(
@@ -152,3 +152,52 @@ def test_the_cost_is_measured_once(
     }
     assert claim.claim_runs.measure_cost(work, 0)["madry"] == 9.0
     assert next(seconds) == 21
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "evaluated"),
+    [(0, "done", True), (1, "training diverged: loss is nan in epoch 3", True), (1, "no space left", False)],
+)
+def test_a_run_that_diverges_counts_and_one_that_fails_is_left(
+    claim: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    said: str,
+    evaluated: bool,
+) -> None:
+    commands = []
+
+    def command(work: Any, lock: int, name: str, arguments: list[str]) -> tuple[int, str]:
+        commands.append((arguments[0], name))
+        if arguments[0] == "eval":
+            Path(arguments[arguments.index("--json") + 1]).write_text("{}")
+        return (status, f"...\n{said}") if arguments[0] == "train" else (0, "")
+
+    monkeypatch.setattr(claim.claim_runs, "command", command)
+    monkeypatch.setattr(claim.claim_runs, "BLOCKS", claim.claim_design.BLOCKS[:1])
+    work = claim.claim_runs.Work(tmp_path, "images")
+    runs = claim.claim_design.BLOCKS[0].runs
+    assert claim.claim_runs.run_all(work) == (len(runs) if evaluated else 0)
+    # All runs have their turn, whatever happens to the first.
+    assert [name for kind, name in commands if kind == "train"] == [run.name for run in runs]
+    assert work.result(runs[0], "pgd20").exists() == evaluated
+    assert (f"{runs[0].name} failed: {said}" in capsys.readouterr().out) != evaluated
+
+
+def test_a_command_that_is_stopped_stops_the_study(claim: SimpleNamespace) -> None:
+    for status in (-9, -2, 130):
+        with pytest.raises(KeyboardInterrupt):
+            claim.claim_runs.check(status, "")
+
+
+def test_a_command_leaves_its_messages_and_its_cost(claim: SimpleNamespace, tmp_path: Path) -> None:
+    work = claim.claim_runs.Work(tmp_path, "images")
+    with claim.claim_runs.alone(tmp_path) as lock:
+        status, said = claim.claim_runs.command(work, lock, "run", ["train", "--no-such-flag"])
+    assert status == 2
+    assert "--no-such-flag" in said
+    (row,) = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()]
+    assert (row["name"], row["command"], row["code"]) == ("run", "train", 2)
+    assert row["cpu_seconds"] > 0
