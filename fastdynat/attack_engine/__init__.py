@@ -6,6 +6,7 @@ One step of PGD, in reading order:
 - `ascent`: `Ascent`, logits and input gradients of a network: `value_and_grad`, `vjp`, `goal_gradient`;
 - `steps`: starting points and the projected step under each norm; `pgd_spec`: radius, step size, steps;
 - `pgd`: the loop of gradient and step, with restarts; `attack_result`: its result;
+- `one_step_starts`: results of attacks whose step the update makes;
 - `shrinking_batch`: the loop of other attacks, whose finished images leave the batch.
 
 What makes it fast. The engine never attacks the training network itself, but a replica of it:

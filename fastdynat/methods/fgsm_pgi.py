@@ -36,6 +36,7 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.one_step_starts import PriorStart
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
@@ -76,21 +77,6 @@ class FgsmPgiOptions(MethodOptions):
         check_numbers(self, "mse_weight")
         check_numbers(self, "momentum_decay", most=1.0)
         check_numbers(self, "reset_epochs", least=1, most=MOST_EPOCHS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorStart(AttackResult):
-    """The start of the attack, x0 in `x_adv`.
-
-    Attributes:
-        start: (N, C, H, W), x + d, not clipped to the image range.
-        momentum: (N, C, H, W), m.
-        attack: the attack of this batch, which has its radius and step size.
-    """
-
-    start: Tensor
-    momentum: Tensor
-    attack: Attacker
 
 
 @register_method("fgsm_pgi")

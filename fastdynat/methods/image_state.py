@@ -6,6 +6,8 @@ each epoch: `store_rows` writes the rows of the whole batch on every rank, by on
 of any rank holds them all, and a run may resume on another number of processes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -24,7 +26,6 @@ def rows_of(buffer: Tensor, batch: Batch) -> Tensor:
     return buffer.index_select(0, batch.indices)
 
 
-@torch.no_grad()
 def store_rows(buffers: Mapping[str, Tensor], rows: Mapping[str, Tensor], batch: Batch) -> None:
     """Write the `rows` of the images of `batch` in place into the buffers of these names, on every rank.
 
@@ -32,9 +33,10 @@ def store_rows(buffers: Mapping[str, Tensor], rows: Mapping[str, Tensor], batch:
 
     rows: (N, ...) in the dtypes of the buffers.
     """
-    indices, given = _of_all_ranks([batch.indices, *rows.values()], batch.share)
-    for name, values in zip(rows, given, strict=True):
-        buffers[name].index_copy_(0, indices, values)
+    with torch.no_grad():
+        indices, given = _of_all_ranks([batch.indices, *rows.values()], batch.share)
+        for name, values in zip(rows, given, strict=True):
+            buffers[name].index_copy_(0, indices, values)
 
 
 def _of_all_ranks(rows: list[Tensor], share: Share) -> tuple[Tensor, list[Tensor]]:

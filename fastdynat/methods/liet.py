@@ -30,6 +30,7 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import soft_cross_entropy, wide
+from fastdynat.attack_engine.one_step_starts import LabelStart
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
@@ -77,20 +78,6 @@ class LietOptions(MethodOptions):
             )
         if not 1 <= self.refresh <= MOST_BATCHES:
             raise UserError(f"refresh must be >= 1 and at most {MOST_BATCHES} batches, got {self.refresh}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelStart(AttackResult):
-    """The start of the attack, x0 in `x_adv`.
-
-    Attributes:
-        start_targets, targets: (N, K) smoothed labels of the attack and of the update.
-        attack: the attack of this batch, which has its radius and step size.
-    """
-
-    start_targets: Tensor
-    targets: Tensor
-    attack: Attacker
 
 
 @register_method("liet")

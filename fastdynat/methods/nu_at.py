@@ -26,10 +26,9 @@ processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import wide
@@ -51,6 +50,9 @@ from fastdynat.methods import (
 from fastdynat.methods.building_blocks import accuracy, batch_share
 from fastdynat.methods.nuclear_norm import polar_factor
 from fastdynat.ops.image_draws import uniform_like
+
+if TYPE_CHECKING:  # the command line reads the options of methods without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
