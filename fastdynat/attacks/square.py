@@ -14,21 +14,19 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
-from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attack_engine.lengths import per_image
-from fastdynat.attack_engine.shrinking_batch import HALVINGS, Tick, no_tick, replace_rows
+from fastdynat.attack_engine.shrinking_batch import Tick, no_tick
 from fastdynat.attacks.plane_search import NORMS
 from fastdynat.attacks.registry import register
-from fastdynat.attacks.square_proposals import Draws, Proposal, proposal
+from fastdynat.attacks.square_judge import Judge, Queries
+from fastdynat.attacks.square_proposals import Draws, proposal
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness
 
 # Most queries of an image in one pass.
 MOST_ABREAST = 64
-# On the CPU larger batches are not cheaper per image, and repeated queries are lost time.
-FULL_BATCH = {"cpu": 64}
-# Batch sizes are multiples of the largest over this number, where each new size costs (`HALVINGS`).
-GRAINS = 16
+# On the CPU larger batches save little, and repeated queries are lost time.
+FULL_BATCH = {"cpu": 256}
 # The initial acceptance rate, and the weight of the old estimate in each update.
 FIRST_RATE, MEMORY = 0.2, 0.9
 
@@ -48,7 +46,7 @@ class Square:
         queries: proposals per image.
         p_init: share of the image that the first squares cover; later squares are smaller.
         places: batch size to fill with queries when fewer images are still robust; 0 is the batch size of the
-            call, on the CPU 64.
+            call, on the CPU 256.
     """
 
     eps: float
@@ -95,7 +93,7 @@ class Square:
         x = x.contiguous()
         propose = proposal(self.norm, x, self.eps, draws)
         places = self.places or FULL_BATCH.get(x.device.type, len(x))
-        judge = _Judge(ascent, max(places, len(x)))
+        judge = Judge(ascent, propose, max(places, len(x)))
         # A tie may count for the label, so it is attacked too.
         right = judge(x, labels) >= 0
         rows = right.nonzero().squeeze(1)
@@ -113,15 +111,16 @@ class Square:
             if left < len(search.rows):
                 x_adv[search.rows] = search.best
                 search = search.take(standing)
+                judge.keep(standing)
             if left == 0:
                 break
             tick(first / self.queries)
-            search, rate = self._round(judge, search, propose, _abreast(places, left, rate), rate, first)
+            search, rate = self._round(judge, search, _abreast(places, left, rate), rate, first)
         tick(1.0)
         return _result(x_adv)
 
     def _round(
-        self, judge: "_Judge", search: "_Search", propose: Proposal, abreast: int, rate: float, first: int
+        self, judge: Judge, search: "_Search", abreast: int, rate: float, first: int
     ) -> tuple["_Search", float]:
         """The next `abreast` queries of each image, up to the first accepted one.
 
@@ -131,19 +130,15 @@ class Square:
         ahead = search.asked[:, None] + torch.arange(abreast, device=search.rows.device)
         exists, query = ahead < self.queries, ahead.clamp_max(self.queries - 1).flatten()
         row = position.repeat_interleave(abreast) if abreast > 1 else position
-        best = search.best[row] if abreast > 1 else search.best
-        asked = propose.query(best, search.rows[row], query, first)
-        found = judge(asked, search.labels[row]).view(n, abreast)
+        asked = judge.ask(search.best, search.labels, Queries(row, search.rows[row], query, first))
+        found = asked.margin.view(n, abreast)
         kept = (found < search.margin[:, None]) & exists
         some, chosen = kept.any(1), kept.int().argmax(1)
         if abreast > 1:
-            asked, rate = (
-                asked[position * abreast + chosen],
-                MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row),
-            )
+            rate = MEMORY * rate + (1 - MEMORY) * float(some.sum()) / len(row)
         return replace(
             search,
-            best=replace_rows(search.best, some, asked),
+            best=judge.accept(search.best, asked, some, position * abreast + chosen),
             margin=torch.where(some, found[position, chosen], search.margin),
             asked=torch.where(some, search.asked + chosen + 1, search.asked + abreast).clamp_max(
                 self.queries
@@ -170,26 +165,6 @@ class _Search:
 
 def _result(x_adv: Tensor) -> AttackResult:
     return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Margins z_y - max_{k != y} z_k of at most `most` images at a time.
-
-    Where each new batch size costs, batches are padded to few sizes with copies of the last image.
-    """
-
-    ascent: Ascent
-    most: int
-
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x: (n, C, H, W). labels: (n,)."""
-        n = len(x)
-        if HALVINGS.get(x.device.type):
-            grain = -(-self.most // GRAINS)
-            size = max(n, min(-(-n // grain) * grain, self.most))
-            x = torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if size > n else x
-        return -margin(wide(self.ascent.logits(self.ascent.to_model_input(x))[:n]), labels)
 
 
 def _abreast(places: int, images: int, rate: float) -> int:

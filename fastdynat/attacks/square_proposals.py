@@ -91,6 +91,30 @@ def side(query: int, p_init: float, height: int, width: int, linf: bool) -> int:
     return min(max(size, 1) if linf else max(size, 3) | 1, height, width)
 
 
+@dataclass(frozen=True)
+class Change:
+    """The pixels that queries change of their images: a square of each.
+
+    Attributes:
+        pixels: (m, C, side, side), the new values.
+        place: (m, C, side, side) int64, their places in the flat image (C * H * W).
+        top, left: (m,) int64, the first row and column of the squares.
+    """
+
+    pixels: Tensor
+    place: Tensor
+    top: Tensor
+    left: Tensor
+
+    def take(self, rows: Tensor) -> "Change":
+        return Change(self.pixels[rows], self.place[rows], self.top[rows], self.left[rows])
+
+
+def paste(x: Tensor, change: Change) -> Tensor:
+    """Images `x` (m, C, H, W) with the pixels of `change`."""
+    return x.flatten(1).scatter(1, change.place.flatten(1), change.pixels.flatten(1)).view_as(x)
+
+
 class Proposal(ABC):
     """The queries of a search under one norm: `draws` turned into images like `x` (N, C, H, W)."""
 
@@ -139,20 +163,27 @@ class Colours(Proposal):
         return torch.where(self.draws.start > 0, high, low)
 
     def query(self, best: Tensor, images: Tensor, queries: Tensor, first: int) -> Tensor:
-        (height, width), size = best.shape[2:], self._sides[first]  # sides never grow
+        rows = torch.arange(len(best), device=best.device)
+        return paste(best, self.change(best, rows, images, queries, first))
+
+    def side(self, first: int) -> int:
+        """Side of the squares that `change` returns; it never grows."""
+        return self._sides[first]
+
+    def change(self, best: Tensor, rows: Tensor, images: Tensor, queries: Tensor, first: int) -> Change:
+        """The changes of the images `rows` (m,) of `best`; otherwise as `query`."""
+        (height, width), size = best.shape[2:], self._sides[first]
         corner, side = self.draws.corners[queries, 0, :, None], self.draws.sides[queries, None, None]
         # Windows of one size, moved inside the image where a smaller square lies at its edge.
-        begin = torch.stack([corner[:, 0].clamp_max(height - size), corner[:, 1].clamp_max(width - size)], 1)
-        at = begin + self._line[:size]
+        top, left = corner[:, 0, 0].clamp_max(height - size), corner[:, 1, 0].clamp_max(width - size)
+        at = torch.stack([top, left], 1)[:, :, None] + self._line[:size]
         inside = (at >= corner) & (at < corner + side)
         place = (at[:, 0, :, None] * width + at[:, 1, None, :])[:, None] + self._channels
-        old, upwards = best.flatten(1), (self.draws.signs[queries, 0] > 0)[:, :, None, None]
-        end = self._ends.view(-1).take(
-            ((upwards * len(self.x)) + images.view(-1, 1, 1, 1)) * old.shape[1] + place
-        )
+        entries, upwards = best[0].numel(), (self.draws.signs[queries, 0] > 0)[:, :, None, None]
+        end = self._ends.view(-1).take(((upwards * len(self.x)) + images.view(-1, 1, 1, 1)) * entries + place)
         within = (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
-        now = old.gather(1, place.flatten(1)).view_as(place)
-        return old.scatter(1, place.flatten(1), torch.where(within, end, now).flatten(1)).view_as(best)
+        now = best.view(-1).take(rows.view(-1, 1, 1, 1) * entries + place)
+        return Change(torch.where(within, end, now), place, top, left)
 
 
 class Windows(Proposal):
