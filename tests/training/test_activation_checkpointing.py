@@ -33,6 +33,7 @@ VARIANTS = {
     "madry": {"awp": 0.01, "accumulate": 2},
     "lbgat": {"awp": 0.01},
     "free": {},
+    "fgsm_pgi": {"label_smoothing": 0.4},
     "hat": {"attack_bn": "train"},
 }
 

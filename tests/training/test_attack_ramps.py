@@ -162,11 +162,13 @@ def ramp_of(updates: int) -> Any:
     return lambda n: (0.1 * min(n // 2 * 2, updates) / updates, 0.05 * min(n // 2 * 2, updates) / updates)
 
 
-@pytest.mark.parametrize("variant", ["madry", "trades", "dynat", "n_fgsm", "free-2", "arda-quarter", "vat"])
+@pytest.mark.parametrize(
+    "variant", ["madry", "trades", "dynat", "n_fgsm", "free-2", "fgsm_pgi", "arda-quarter", "vat"]
+)
 def test_one_graph_for_all_values(variant: str) -> None:
-    spec = {"n_fgsm": PGDSpec(0.1, 0.05, 1), "free-2": PGDSpec(0.1, 0.05, 1, start="none")}.get(
-        variant, PGDSpec(0.1, 0.05, 3, start="gaussian")
-    )
+    one_step = dict.fromkeys(("free-2", "fgsm_pgi"), PGDSpec(0.1, 0.05, 1, start="none"))
+    one_step["n_fgsm"] = PGDSpec(0.1, 0.05, 1)
+    spec = one_step.get(variant, PGDSpec(0.1, 0.05, 3, start="gaussian"))
     recorder = SimulatedRecorder()
     options: dict[str, Any] = {"spec": spec, "sizes": ramp_of(12)}
     captured = make_step(make_method(variant), "cpu", recorder=recorder, fallbacks=NoFallbacks(), **options)
