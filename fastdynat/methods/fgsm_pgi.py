@@ -53,11 +53,17 @@ from fastdynat.methods import (
     register_method,
 )
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.methods.image_state import from_int8, rows_of, store_rows, to_float16, to_int8
+from fastdynat.methods.image_state import (
+    begin_period,
+    from_int8,
+    is_missing,
+    perturbation_rows,
+    rows_of,
+    store_perturbations,
+    to_float16,
+)
 from fastdynat.ops import attack_step_linf, pgd_step_linf
 from fastdynat.ops.image_draws import uniform_like
-
-MOST_EPOCHS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,7 @@ class FgsmPgiOptions(MethodOptions):
     def check(self) -> None:
         check_numbers(self, "mse_weight")
         check_numbers(self, "momentum_decay", most=1.0)
-        check_numbers(self, "reset_epochs", least=1, most=MOST_EPOCHS)
+        check_numbers(self, "reset_epochs", least=1)
 
 
 @register_method("fgsm_pgi")
@@ -105,32 +111,22 @@ class FgsmPgi(Method[FgsmPgiOptions]):
             )
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
-        """Rows of images: `delta`, `momentum`, and the `period` between resets that they are of.
-
-        Period number e // reset_epochs of the epoch e; -1 before the first batch. `present_period`: now.
-        """
-        n, shape = self.num_images, x.shape[1:]
-        return {
-            "delta": x.new_zeros(n, *shape, dtype=torch.int8),
-            "momentum": x.new_zeros(n, *shape, dtype=torch.float16),
-            "period": x.new_full((n,), -1, dtype=torch.int32),
-            "present_period": x.new_zeros((), dtype=torch.int32),
-        }
+        momentum = x.new_zeros(self.num_images, *x.shape[1:], dtype=torch.float16)
+        return {"momentum": momentum, **perturbation_rows(x, self.num_images)}
 
     def begin_epoch(self) -> None:
-        self.buffers["present_period"].fill_(self.epoch // self.options.reset_epochs)
+        begin_period(self.buffers, self.epoch // self.options.reset_epochs)
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(goal=None)
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> PriorStart:
         x, kept = batch.x, self.buffers
-        # When an image first comes in a period: with --epoch-steps that need not be the period's first epoch.
-        fresh = (rows_of(kept["period"], batch) != kept["present_period"])[:, None, None, None]
+        fresh = is_missing(kept, batch)
         signs = torch.where(uniform_like(x, attack.draws, *x.shape[1:]) < 0.5, -1.0, 1.0).to(x.dtype)
         delta = from_int8(rows_of(kept["delta"], batch), attack.spec.eps, x.dtype)
-        momentum = rows_of(kept["momentum"], batch).to(x.dtype).masked_fill(fresh, 0)
         start = x + torch.where(fresh, attack.eps * signs, delta)
+        momentum = rows_of(kept["momentum"], batch).to(x.dtype).masked_fill(fresh, 0)
         none = torch.zeros((), dtype=torch.int64, device=x.device)
         return PriorStart(start.clamp(0, 1), none, 0, start=start, momentum=momentum, attack=attack)
 
@@ -163,12 +159,8 @@ class FgsmPgi(Method[FgsmPgiOptions]):
         return gradient.nan_to_num(0.0, posinf=0.0, neginf=0.0)
 
     def _store(self, batch: Batch, x_next: Tensor, momentum: Tensor, attacked: PriorStart) -> None:
-        rows = {
-            "delta": to_int8(x_next - batch.x, attacked.attack.spec.eps),
-            "momentum": to_float16(momentum),
-            "period": self.buffers["present_period"].expand(len(batch.x)),
-        }
-        store_rows(self.buffers, rows, batch)
+        eps, rows = attacked.attack.spec.eps, to_float16(momentum)
+        store_perturbations(self.buffers, x_next - batch.x, eps, batch, momentum=rows)
 
 
 def _mean_size(gradient: Tensor, batch: Batch) -> Tensor:

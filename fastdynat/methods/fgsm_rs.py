@@ -30,3 +30,4 @@ class FgsmRs(Madry):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.steps != 1:
             raise UserError(f"fgsm_rs takes 1 step, got steps {spec.steps}; --method madry takes several")
+        super().check_attack(spec, attack_bn)

@@ -69,6 +69,41 @@ def _like(rows: Tensor, of: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format).view(of.dtype).view(len(rows), *of.shape[1:])
 
 
+def perturbation_rows(x: Tensor, images: int) -> dict[str, Tensor]:
+    """Buffers for perturbations of so many `images` of the shape of those in `x` (N, ...), on its device.
+
+    `delta` holds them as `to_int8` does; `period` the number of the period that they are of, -1 before the
+    first one; `present_period` is that of now (`begin_period`).
+    """
+    return {
+        "delta": x.new_zeros(images, *x.shape[1:], dtype=torch.int8),
+        "period": x.new_full((images,), -1, dtype=torch.int32),
+        "present_period": x.new_zeros((), dtype=torch.int32),
+    }
+
+
+def begin_period(buffers: Mapping[str, Tensor], number: int) -> None:
+    """Make all perturbations of earlier periods count as missing (`is_missing`)."""
+    buffers["present_period"].fill_(number)
+
+
+def is_missing(buffers: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """(N, 1, 1, 1) bool: images of `batch` that have no perturbation of the present period yet.
+
+    With --epoch-steps an image need not come in the first epoch of a period.
+    """
+    missing = rows_of(buffers["period"], batch) != buffers["present_period"]
+    return missing.view(-1, 1, 1, 1)
+
+
+def store_perturbations(
+    buffers: Mapping[str, Tensor], delta: Tensor, eps: float, batch: Batch, **others: Tensor
+) -> None:
+    """Store `delta` (N, ...), perturbations in [-eps, eps], and rows of `others` by `store_rows`."""
+    period = buffers["present_period"].expand(len(delta))
+    store_rows(buffers, {"delta": to_int8(delta, eps), "period": period, **others}, batch)
+
+
 def levels(eps: float) -> int:
     """The levels of int8 on each side of 0 that hold perturbations of at most `eps`.
 

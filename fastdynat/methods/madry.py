@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, register_method
+from fastdynat.errors import UserError
+from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass, statistics_pass
+from fastdynat.methods.image_state import (
+    begin_period,
+    from_int8,
+    is_missing,
+    perturbation_rows,
+    rows_of,
+    store_perturbations,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +41,58 @@ class MadryOptions(MethodOptions):
     """After the update, let the clean batch move the running statistics: how that release measures its
     training accuracy."""
 
+    prior_epochs: int = 0
+    """Start the attack of an image where its last one ended, and anew every N epochs; 0 starts all anew.
+    Changes the algorithm."""
+
+    def check(self) -> None:
+        check_numbers(self, "prior_epochs")
+
 
 @register_method("madry")
 class Madry(Method[MadryOptions]):
-    """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper."""
+    """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper.
+
+    With `prior_epochs` PGD starts at ``clip(x + d)``, d the image's last ``x' - x`` (`image_state`), as in
+    ATTA (Zheng et al. 2020, arXiv 1912.11969), which also moves d with crop and flip, and in FGSM-EP (Jia et
+    al. 2022, arXiv 2207.08859). d is in the coordinates of the augmented image, as in the latter.
+    """
 
     options_type = MadryOptions
+    follows_ramp = True
     takes_targets = True
     smooths_labels = takes_mixed_labels = True
+
+    def __init__(self, options: MadryOptions) -> None:
+        super().__init__(options)
+        self.follows_images = options.prior_epochs > 0
+        self.takes_mixed_labels = not self.follows_images
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if self.follows_images and spec.norm != "linf":
+            raise UserError(
+                f"prior_epochs {self.options.prior_epochs} keeps perturbations under linf, got norm "
+                f"{spec.norm}; leave --prior-epochs out"
+            )
+
+    def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
+        return perturbation_rows(x, self.num_images) if self.follows_images else {}
+
+    def begin_epoch(self) -> None:
+        if self.follows_images:
+            begin_period(self.buffers, self.epoch // self.options.prior_epochs)
+
+    def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
+        if not self.follows_images:
+            return super().perturb(nets, batch, inner, attack)
+        assert inner.goal is not None
+        spec, kept = attack.spec, self.buffers
+        anew = start_point(batch.x, spec.start, norm="linf", eps=attack.eps, generator=attack.draws)
+        delta = from_int8(rows_of(kept["delta"], batch), spec.eps, batch.x.dtype)
+        start = torch.where(is_missing(kept, batch), anew, (batch.x + delta).clamp(0, 1))
+        found = attack(batch.x, inner.goal, x_start=start)
+        store_perturbations(kept, found.x_adv - batch.x, spec.eps, batch)
+        return found
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(self.true_goal(batch))

@@ -24,6 +24,11 @@ class NFgsmOptions(MadryOptions):
     """k: the start is uniform in a ball of k times eps."""
 
     def check(self) -> None:
+        if self.prior_epochs:
+            raise UserError(
+                f"prior_epochs {self.prior_epochs}: n_fgsm starts every attack from noise; leave it out, or "
+                "use --method fgsm_rs"
+            )
         if not 0 < self.noise <= MOST:
             raise UserError(
                 f"noise must be above 0 (the paper's is 2), got {self.noise:g}; without noise it is FGSM"

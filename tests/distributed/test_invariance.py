@@ -21,6 +21,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight perturbation of a guided method": ("dynat", {"awp": 0.01}),
     "ramp of the radius": ("trades", {"ramp": True}),
     "ramp of the radius and noise": ("n_fgsm", {"ramp": True}),
+    "ramp and weight perturbation with state of images": ("madry-prior", {"ramp": True, "awp": 0.01}),
+    "state of images in micro-batches": ("madry-prior", {"accumulate": 2}),
     "ramp of the radius and state of images": ("fgsm_pgi", {"ramp": True, "label_smoothing": 0.4}),
     "average and clipping": ("dynat", {"ema": 0.9, "clip_grad": 0.05}),
     "joint clipping": ("dynat", {"clip_grad": 0.05, "optimizers": "joint"}),

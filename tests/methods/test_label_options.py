@@ -146,6 +146,8 @@ def method_of(variant: str) -> Method[Any]:
 def test_every_method_and_variant_has_decided() -> None:
     covered = {
         "fgsm_pgi",
+        "fgsm_rs-prior",
+        "madry-prior",
         "free",
         "free-2",
         "arda-quarter",

@@ -15,6 +15,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lbgat-frozen": ("lbgat", {"freeze_guide": True, "alp_weight": 1.0}),
     "iad-2": ("iad", {"variant": "II", "begin": 0.5}),
     "free-2": ("free", {"replays": 2}),
+    "madry-prior": ("madry", {"prior_epochs": 2}),
+    "fgsm_rs-prior": ("fgsm_rs", {"prior_epochs": 2}),
     "vat-pgd": ("vat", {"search": "pgd"}),
     "mail-trades": ("mail", {"base": "trades", "weight_from": 0.5}),
     "mart-released": ("mart", {"floor": 1e-4}),

@@ -142,6 +142,6 @@ def trained(variant: str, options: dict[str, Any]) -> tuple[Tensor, list[dict[st
             logs.append({key: sum(rank.get(key, 0.0) for rank in ranks) for key in sorted({*chain(*ranks)})})
     networks = [*step.networks.raw.values(), *([step.networks.ema.module] if step.networks.ema else [])]
     kept = [t.detach().double().flatten() for net in networks for t in net.state_dict().values()]
-    if step.method.name in ("fgsm_pgi", "ikl"):
+    if step.method.name == "ikl" or step.method.follows_images:
         kept += [tensor.double().flatten() for tensor in step.method.buffers.values()]  # equal on all ranks
     return torch.cat(kept), logs
