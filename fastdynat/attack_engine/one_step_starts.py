@@ -1,4 +1,4 @@
-"""Starts of attacks of one step, where the update makes the step itself (FGSM-PGI, LIET).
+"""Starts of attacks of one step, where the update makes the step itself (FGSM-PGI, LIET, GradAlign).
 
 They are not in the methods' own files: a base class is imported at once, and `AttackResult` imports torch,
 which the command line does without.
@@ -40,4 +40,17 @@ class LabelStart(AttackResult):
 
     start_targets: Tensor
     targets: Tensor
+    attack: Attacker
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPoints(AttackResult):
+    """Two points of the ball around each image, of which `x_adv` is the start of the attack.
+
+    Attributes:
+        other: (N, C, H, W), the point whose gradient is compared with that of the start.
+        attack: the attack of this batch, which has its radius and step size.
+    """
+
+    other: Tensor
     attack: Attacker

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE
 from fastdynat.attack_engine.engine import Attacker
+from fastdynat.attack_engine.one_step_starts import TwoPoints
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
@@ -59,19 +60,6 @@ class GradAlignOptions(MethodOptions):
 
     def check(self) -> None:
         check_numbers(self, "align_weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoPoints(AttackResult):
-    """Two points of the ball around each image, of which `x_adv` is the start of the attack.
-
-    Attributes:
-        other: (N, C, H, W), the point whose gradient is compared with that of the start.
-        attack: the attack of this batch, which has its radius and step size.
-    """
-
-    other: Tensor
-    attack: Attacker
 
 
 @register_method("grad_align")
