@@ -105,11 +105,11 @@ def test_four_processes(ranks, variant: str) -> None:
     compare(ranks, 4, variant, {})
 
 
-@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "arda-quarter", "mail", "ikl"])
+@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "liet", "arda-quarter", "mail", "ikl"])
 @pytest.mark.parametrize("options", [{}, {"awp": 0.01}])
 def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any]) -> None:
-    if options and variant == "free-2":
-        pytest.skip("free attacks by its own gradient, which weight perturbation does not go with")
+    if options and variant in ("free-2", "liet"):
+        pytest.skip("the gradient of the attack is that of the update, without weight perturbation")
     whole, logs = trained(variant, options)
     parts, part_logs = trained(variant, {**options, "accumulate": 3})
     assert float((whole - parts).abs().max()) < 1e-10
