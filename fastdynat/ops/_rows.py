@@ -61,7 +61,20 @@ def scale_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     (grad,) = ctx.saved_tensors
     if grad.dim() != 2:
         raise RuntimeError(f"{ctx.op}: called without with_grad: there is no gradient to return")
+    if grad.dtype == ctx.dtype and _is_one(grad_output):
+        return grad  # autograd copies it before it adds to it, because it is saved
     return (grad * (grad_output if grad_output.dim() == 0 else grad_output[:, None])).to(ctx.dtype)
+
+
+def _is_one(value: Tensor) -> bool:
+    """True for a scalar 1 that can be read at once, as ``loss.backward()`` sends it: not on a GPU, and neither
+    under vmap nor in a trace, whose tensors have no value."""
+    if type(value) is not Tensor or value.dim() != 0 or value.device.type != "cpu":
+        return False
+    try:
+        return not torch.compiler.is_compiling() and float(value) == 1.0
+    except RuntimeError:
+        return False
 
 
 def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:

@@ -456,3 +456,34 @@ def test_loss_errors_name_the_values(change: dict[str, Any], message: str) -> No
 def test_unknown_backend() -> None:
     with pytest.raises(UserError, match="unknown backend 'nothing'"):
         ops.dynamic_label_cross_entropy(torch.rand(2, 3), torch.rand(2, 3), backend="nothing")
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_the_saved_gradient_survives_whoever_takes_it(backend: str) -> None:
+    """Called with a factor of 1, the backward pass hands the saved gradient out as it is."""
+    z, guide = scores(5, 7).requires_grad_(), scores(5, 7)
+    _, want = oracle(z.detach(), label_distribution(guide, 7, False, 1, 0), None, "mean")
+    loss = ops.dynamic_label_cross_entropy(z, guide, backend=backend).loss
+    for factor in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        assert z.grad is not None
+        close(z.grad, factor * want)
+    z.grad = None
+    (2 * loss + loss).backward(retain_graph=True)
+    close(z.grad, 3 * want)
+    factors = torch.tensor([1.0, 1.0, -2.0])
+    several = torch.autograd.grad(loss, z, factors, retain_graph=True, is_grads_batched=True)[0]
+    close(several, factors[:, None, None] * want)
+    shared = z * 1.0  # its gradient is the sum of two
+    both = ops.dynamic_label_cross_entropy(shared, guide, backend=backend).loss + shared.sum()
+    close(torch.autograd.grad(both, z)[0], want + 1)
+
+
+@needs("ext")
+def test_changing_a_gradient_in_place_is_refused_where_it_is_needed_again() -> None:
+    z = scores(5, 7).requires_grad_()
+    loss = ops.dynamic_label_cross_entropy(z, scores(5, 7), backend="cpp").loss
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    grad.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, z)
