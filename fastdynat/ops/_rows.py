@@ -67,8 +67,8 @@ def scale_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
 
 
 def _is_one(value: Tensor) -> bool:
-    """True for a scalar 1 that can be read at once, as ``loss.backward()`` sends it: not on a GPU, and neither
-    under vmap nor in a trace, whose tensors have no value."""
+    """True for a scalar 1 that can be read at once, as ``loss.backward()`` sends it: not on a GPU, nor
+    under vmap or in a trace, whose tensors have no value."""
     if type(value) is not Tensor or value.dim() != 0 or value.device.type != "cpu":
         return False
     try:
