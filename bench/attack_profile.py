@@ -3,8 +3,8 @@
     python bench/attack_profile.py --json bench/results/attack_profile_cpu.json
 
 PGD-10 on random images, one thread, eager, channels-last. Every network is measured once per instruction
-set, each time in a process of its own, because libraries choose theirs when they start. Ratios are of processor
-time, of calls in turns; shares come from torch's profiler. --only NAME takes one network.
+set, each time in a process of its own, because libraries choose theirs when they start. Ratios are of
+processor time, of calls in turns; shares come from torch's profiler. --only NAME takes one network.
 """
 
 import argparse
