@@ -44,7 +44,7 @@ def pack_command(argv: list[str]) -> int:
         raise UserError("pack needs images: fastdynat pack FILE.npz, or a folder")
     if len(command.sources) > 1 and command.out is None:
         raise UserError("pack of several sources needs --out FOLDER for their store")
-    from fastdynat.terminal.consoles import error_console, output_console
+    from fastdynat.terminal.consoles import AS_IS, error_console, output_console
     from fastdynat.terminal.progress import ProgressDisplay
 
     console, messages = error_console(), command.messages
@@ -58,7 +58,7 @@ def pack_command(argv: list[str]) -> int:
             _verify(store, display)
         else:
             store = _packed(command, display)
-    output_console().print(_described(store))
+    output_console().print(_described(store), **AS_IS)
     return 0
 
 
