@@ -10,10 +10,11 @@ from torch import fx, nn
 
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.fx_tracing import is_plain
+from fastdynat.attack_engine.input_gradient import ImageConv2d
 from fastdynat.attack_engine.patch_geometry import Extent, Patch
 from fastdynat.attack_engine.winograd_layers import WinogradConv2d
 
-CONVOLUTIONS = (nn.Conv2d, WinogradConv2d, ConvReLU2d)
+CONVOLUTIONS = (nn.Conv2d, ImageConv2d, WinogradConv2d, ConvReLU2d)
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 BY_ELEMENT = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
 FUNCTIONS = (F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, torch.sigmoid, torch.tanh)

@@ -10,6 +10,7 @@ from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.folding_check import check_folding
 from fastdynat.attack_engine.fusion_choice import fuse_where_faster, fuse_where_verified
 from fastdynat.attack_engine.fx_tracing import NotFoldable
+from fastdynat.attack_engine.input_gradient import fast_image_gradients
 from fastdynat.attack_engine.network_comparison import (
     FLOAT32_TOLERANCE,
     disagreement,
@@ -73,6 +74,7 @@ class AttackReplica:
                 (`fuse_epilogues`).
             winograd: compute 3x3 convolutions by Winograd's algorithm where that pays: in float32, on the
                 CPU, with the extension (`WinogradLayers`). Takes eight times the memory of their weights.
+                Also the gradient at the images by a matrix product (`ImageConv2d`).
             static: calls of the network may be compiled or captured.
             compares: `refresh` compares weights before it transforms Winograd's again, because they are often
                 unchanged; otherwise all weights count as changed.
@@ -100,6 +102,8 @@ class AttackReplica:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
+        if winograd and dtype is None and not static:
+            fast_image_gradients(self.network)
 
     @property
     def num_folded(self) -> int:
