@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
+from fastdynat.attack_engine.goal import AttackGoal, GoalKind, margin, wide
 from fastdynat.errors import UserError
 from fastdynat.models.logits import NoGradient, logits_of
 from fastdynat.ops import soft_margin_grad
 
 T = TypeVar("T")
+# Difference of two logits, as a share of the range of all, up to which a replica may order them otherwise
+# than the network: rounding moves them by less than a tenth of it.
+TIE = 1e-3
 # Logits (N, K) -> (gradient of a loss at these logits, any value of the loss to return beside it). The
 # gradient is a constant of the backward pass; it may depend on the logits.
 LogitGrad = Callable[[Tensor], tuple[Tensor, T]]
@@ -89,6 +92,8 @@ class Ascent:
         closed_form: compute the loss gradient at the logits from its formula instead of by autograd.
         allow_no_gradient: return zeros where no gradient reaches the images; otherwise raise `NoGradient`.
             For evaluations, which count zero gradients and also run attacks without gradients.
+        judge: the network itself, images -> logits, where `network` is a replica that rounds differently: it
+            decides where the replica's logits nearly tie (`settle_ties`).
     """
 
     network: Callable[[Tensor], Tensor]
@@ -96,6 +101,7 @@ class Ascent:
     dtype: torch.dtype | None = None
     closed_form: bool = True
     allow_no_gradient: bool = field(default=False, kw_only=True)
+    judge: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
 
     @property
     def max_halvings(self) -> int:
@@ -114,6 +120,21 @@ class Ascent:
         """
         with self.autocast(x):
             return logits_of(self.network(x), len(x))
+
+    def settle_ties(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """(N,) bool: which images `x` of classes `labels` are misclassified, of their replica's `logits`.
+
+        Where the label's logit and the largest other one are nearly equal, `judge` decides. On a GPU, where
+        counting these images would wait for the device, the replica does.
+        """
+        wrong = logits.argmax(1) != labels
+        if self.judge is None or x.is_cuda:
+            return wrong
+        rows = nearly_ties(logits, labels).nonzero().squeeze(1)
+        if len(rows):
+            with torch.no_grad():
+                wrong[rows] = self.judge(x[rows]).argmax(1) != labels[rows]
+        return wrong
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The autocast region of the network, independent of the caller's."""
@@ -204,6 +225,12 @@ class Ascent:
         if grad is None and not self.allow_no_gradient:
             raise NoGradient
         return torch.zeros_like(leaf) if grad is None else grad
+
+
+def nearly_ties(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool: the label's logit is within `TIE` of the largest other one; NaN counts as near."""
+    logits = wide(logits)
+    return ~(margin(logits, labels).abs() > TIE * (logits.amax(1) - logits.amin(1)))
 
 
 def goal_gradient(ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: GoalKind) -> GoalGradient:

@@ -28,7 +28,7 @@ from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness
 
-# (gradient at the logits, (losses, which images are misclassified)); named, because Dynamo traces no nested
+# (gradient at the logits, (losses, logits)); named, because Dynamo traces no nested
 # generic alias.
 LogitGradAndLoss = tuple[Tensor, tuple[Tensor, Tensor]]
 LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share of the steps
@@ -172,7 +172,7 @@ def run_apgd(
     with torch.no_grad():
         logits = wide(ascent.logits(ascent.to_model_input(x)))
     targets = _targets(logits, labels, spec)
-    broken, best = logits.argmax(1) != labels, x.clone()
+    broken, best = ascent.settle_ties(x, logits, labels), x.clone()
     loss = torch.full_like(logits[:, 0], -math.inf)
     zero_grads, gradients = torch.zeros((), dtype=torch.int64, device=x.device), 0
     runs = len(targets) * spec.restarts
@@ -281,7 +281,8 @@ def _stepper(
         if i > 0:
             x_old = s.x_old if i > 1 else None
             x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high, eps)
-        grad, loss, wrong = look(x_adv, s.labels, s.target)
+        grad, loss, logits = look(x_adv, s.labels, s.target)
+        wrong = ascent.settle_ties(x_adv, logits, s.labels)
         if i == 0:
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))
         falls = wrong & last
@@ -306,7 +307,7 @@ def _stepper(
 def _look(
     ascent: Ascent, x_adv: Tensor, labels: Tensor, target: Tensor, *, spec: APGD
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient and the loss at `x_adv`, and the misclassified images (by the last of several outputs)."""
+    """The gradient, the loss and the logits (of several outputs, the last one's) at `x_adv`."""
 
     # Draws of one image that were rescaled apart would not add up; in half precision they would be lost
     # without.
@@ -314,13 +315,13 @@ def _look(
 
     def logit_grad(logits: Tensor) -> LogitGradAndLoss:
         loss, weights = loss_and_grad(spec.loss, wide(logits), labels, target, rescale=rescale)
-        return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits.argmax(1) != labels)
+        return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits)
 
-    (loss, wrong), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
+    (loss, logits), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
     for _ in range(spec.eot - 1):
-        (loss, wrong), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
+        (loss, logits), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
         grad = grad + more
-    return grad.to(x_adv.dtype), loss, wrong
+    return grad.to(x_adv.dtype), loss, logits
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:

@@ -98,7 +98,7 @@ class FAB:
         """See `Attack`. Without `nearest`, `x_adv` is the image where nothing was found within `eps`."""
         with torch.no_grad():
             logits = ascent.logits(ascent.to_model_input(x))
-        right = logits.argmax(1) == labels
+        right = ~ascent.settle_ties(x, logits, labels)
         runs, none = list(self._rivals_of_runs(logits, labels)), torch.zeros_like(labels)
         distance = torch.where(right, float("inf"), 0.0).to(x.dtype)
         state = _State(x, labels, none[:, None], x, x, distance, gradients=none, zeros=none)
@@ -149,7 +149,8 @@ class FAB:
         value, w, zeros = self._nearest_plane(*_planes(ascent, read, state.labels, state.rivals))
         z = move(z, x, w, value, read.to(x.dtype), alpha_max=self.alpha_max, eta=self.eta, norm=self.norm)
         with torch.no_grad():
-            crossed = ascent.logits(ascent.to_model_input(z)).argmax(1) != state.labels
+            logits = ascent.logits(ascent.to_model_input(z))
+            crossed = ascent.settle_ties(z, logits, state.labels)
         away, unfinished = length(z - x, self.norm), self._open(state.distance)
         closer = unfinished & crossed & (away < state.distance)
         return replace(

@@ -95,7 +95,7 @@ class Square:
         places = self.places or FULL_BATCH.get(x.device.type, len(x))
         judge = Judge(ascent, propose, max(places, len(x)))
         # A tie may count for the label, so it is attacked too.
-        right = judge(x, labels) >= 0
+        right = _with_ties_settled(ascent, x, labels, judge(x, labels)) >= 0
         rows = right.nonzero().squeeze(1)
         if len(rows) == 0:  # not every network takes a batch without images
             return _result(x.clone())
@@ -104,6 +104,8 @@ class Square:
         search = _Search(rows, labels[rows], begin, judge(begin, labels[rows]), torch.zeros_like(rows))
         rate = FIRST_RATE
         while True:
+            margin = _with_ties_settled(ascent, search.best, search.labels, search.margin)
+            search = replace(search, margin=margin)
             standing = (search.margin >= 0) & (search.asked < self.queries)
             left, first = torch.stack(
                 [standing.sum(), search.asked.amin()]
@@ -165,6 +167,20 @@ class _Search:
 
 def _result(x_adv: Tensor) -> AttackResult:
     return AttackResult(x_adv, torch.zeros((), dtype=torch.int64, device=x_adv.device), 0)
+
+
+def _with_ties_settled(ascent: Ascent, x: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
+    """`margin` (n,), 0 where it is negative only by the rounding of a replica, whose network is right.
+
+    Not on a GPU, where counting these images would wait for the device.
+    """
+    if ascent.judge is None or x.is_cuda:
+        return margin
+    rows = (margin < 0).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return margin
+    right = ascent.judge(x[rows]).argmax(1) == labels[rows]
+    return margin.index_fill(0, rows[right], 0.0)
 
 
 def _abreast(places: int, images: int, rate: float) -> int:

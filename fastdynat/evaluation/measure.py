@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -246,7 +246,9 @@ def _attacked(
             lambda: None,
         )
     engine.prepare(x.to(example.dtype))
-    return Attacked(engine.ascent, engine.refresh)
+    # In half precision the attack searches another network, whose ties are its own.
+    judge = None if dtype is not None else partial(model_logits, model)
+    return Attacked(replace(engine.ascent, judge=judge), engine.refresh)
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:

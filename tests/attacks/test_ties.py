@@ -1,0 +1,105 @@
+"""A replica's rounding decides no verdict: where its logits nearly tie, the network itself does."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.networks import tiny_cnn
+from torch import Tensor, nn
+
+from fastdynat.attack_engine.ascent import TIE, Ascent
+from fastdynat.attacks import parse_attack
+
+N, EPS = 12, 0.01
+NAMES = ("apgd-ce8", "apgd-t8", "fab-t", "square200")
+
+
+class Shifted(nn.Module):
+    """Logits moved by less than a tie, for or against the class that is largest in `network`'s own."""
+
+    def __init__(self, network: nn.Module, share: float, seed: int) -> None:
+        super().__init__()
+        self.network, self.share, self.seed = network, share, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        noise = torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(self.seed)) - 0.5
+        return logits + self.share * (logits.amax(1) - logits.amin(1))[:, None].detach() * noise.to(logits)
+
+
+def networks(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    model = tiny_cnn(seed, dtype=torch.float64).eval().requires_grad_(False)
+    x = torch.rand(N, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return model, x, model(x).argmax(1)
+
+
+@given(
+    seed=st.integers(0, 50), noise=st.integers(0, 50), share=st.floats(0.05, 0.9), index=st.integers(0, N - 1)
+)
+@settings(max_examples=40, deadline=None)
+def test_a_pass_that_errs_within_a_tie_misclassifies_as_the_network_does(
+    seed: int, noise: int, share: float, index: int
+) -> None:
+    """At points on the way between two images, some of them on the decision boundary."""
+    model, x, labels = networks(seed)
+    ascent = Ascent(Shifted(model, share * TIE, noise), judge=model)
+    low, high = torch.zeros(N, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
+    other = x[index]
+    for _ in range(40):  # towards the boundary, where there is one on the way
+        at = ((low + high) / 2).view(-1, 1, 1, 1)
+        z = torch.lerp(x, other.expand_as(x), at)
+        wrong = model(z).argmax(1) != labels
+        assert torch.equal(ascent.settle_ties(z, ascent.logits(z), labels), wrong)
+        low, high = torch.where(wrong, low, at.flatten()), torch.where(wrong, at.flatten(), high)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("noise", [0, 1])
+def test_an_attack_on_a_pass_that_errs_breaks_what_the_plain_attack_breaks(name: str, noise: int) -> None:
+    """Judged by the network, whose logits the pass misses by almost a tie."""
+    model, x, labels = networks(3)
+    search: Any = parse_attack(name, eps=EPS, step_size=EPS / 4).search
+    fell = []
+    for network in (Shifted(model, 0.9 * TIE, noise), model):
+        ascent = Ascent(network, judge=model, allow_no_gradient=True)
+        found = search(ascent, x, labels, generator=torch.Generator().manual_seed(1)).x_adv
+        fell.append(model(found).argmax(1) != labels)
+    assert torch.equal(*fell)
+    assert 0 < int(fell[0].sum()) < N
+
+
+def test_clean_images_on_the_boundary_are_attacked() -> None:
+    """The replica alone would take them for misclassified and leave them robust."""
+    model, x, labels = networks(3)
+    low, high = torch.zeros(N, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
+    other = x.roll(1, 0)
+    for _ in range(50):
+        at = ((low + high) / 2).view(-1, 1, 1, 1)
+        wrong = model(torch.lerp(x, other, at)).argmax(1) != labels
+        low, high = torch.where(wrong, low, at.flatten()), torch.where(wrong, at.flatten(), high)
+    z = torch.lerp(x, other, low.view(-1, 1, 1, 1))
+    # Of the two classes that tie at each image, the other one is preferred.
+    second = model(z).topk(2).indices
+    rival = torch.where(second[:, 0] == labels, second[:, 1], second[:, 0])
+
+    def erring(images: Tensor) -> Tensor:
+        logits = model(images)
+        return (
+            logits + 1e-9 * nn.functional.one_hot(rival, logits.shape[1]).to(logits)
+            if len(images) == N
+            else logits
+        )
+
+    tied = (model(z).argmax(1) == labels) & (erring(z).argmax(1) != labels)
+    assert int(tied.sum()) >= 4
+    for name in ("apgd-ce8", "fab-t"):
+        search: Any = parse_attack(name, eps=EPS, step_size=EPS / 4).search
+        found = search(
+            Ascent(erring, judge=model, allow_no_gradient=True),
+            z,
+            labels,
+            generator=torch.Generator().manual_seed(1),
+        ).x_adv
+        assert bool((model(found).argmax(1) != labels)[tied].all())
