@@ -196,9 +196,10 @@ def operators() -> str:
 def autoattack(name: str) -> str:
     """Ours and the authors', stage by stage."""
     values, rows = read(name), []
+    clock = values.get("clock", "seconds")
     for row in values["rows"]:
         theirs, ours = row["reference"], row["ours"]
-        seconds = [f"{who['seconds']:.1f} s" for who in (theirs, ours)]
+        seconds = [f"{who[clock]:.1f} s" for who in (theirs, ours)]
         rows.append([row["stage"], *seconds, f"{row['ratio']:.2f}", f"{theirs['robust']}, {ours['robust']}"])
     total = values["seconds"]
     rows.append(
