@@ -143,11 +143,12 @@ def measure_cost(work: Work, lock: int) -> dict[str, float]:
 
 
 def one_epoch(work: Work, lock: int, run: Run) -> float:
-    """Processor seconds of the second epoch of a run of its own."""
+    """Processor seconds of the second epoch of a run of its own. Raises Failed."""
     folder = work.folder / "cost"
     flags = [*run.flags(work.data_dir, folder, 2, work.changed), "--overwrite", "--quiet"]
     code = f"{SECONDS}import sys; from fastdynat.commands.main import main; sys.exit(main(sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", code, "train", *flags], pass_fds=(lock,), check=True)
+    done = subprocess.run([sys.executable, "-c", code, "train", *flags], pass_fds=(lock,), check=False)
+    check(done.returncode, f"an epoch of {run.arm}, for its cost, ended with code {done.returncode}")
     rows = (folder / run.name / "metrics.jsonl").read_text().splitlines()
     return float(json.loads(rows[-1])["train_seconds"])
 
@@ -156,19 +157,19 @@ def steps(work: Work, lock: int) -> Iterator[tuple[str, Path, Callable[[], None]
     """What is to be done, in order: a name, the file that shows that it is done, and the call."""
     for block in BLOCKS:
         for run in block.runs:
-            epochs = work.epochs
-            if run.arm == "madry-seconds":
-                epochs = round(epochs * equal_seconds_epochs(measure_cost(work, lock)) / EPOCHS)
-            yield run.name, work.result(run, "pgd20"), one_run(work, lock, run, epochs)
+            yield run.name, work.result(run, "pgd20"), one_run(work, lock, run)
         if block.name == "autoattack":
             for run in BLOCKS[0].runs:
                 yield f"{run.name}: AutoAttack", work.result(run, "autoattack"), robust(work, lock, run)
 
 
-def one_run(work: Work, lock: int, run: Run, epochs: int) -> Callable[[], None]:
+def one_run(work: Work, lock: int, run: Run) -> Callable[[], None]:
     """A training and its accuracies on the test images."""
 
     def call() -> None:
+        epochs = work.epochs
+        if run.arm == "madry-seconds":
+            epochs = round(epochs * equal_seconds_epochs(measure_cost(work, lock)) / EPOCHS)
         train(work, lock, run, epochs)
         evaluate(work, lock, run, "pgd20", "clean,pgd20", work.test_images)
 

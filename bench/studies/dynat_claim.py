@@ -3,7 +3,7 @@ r"""DYNAT's claim put to the test: docs/studies/dynat-claim.md has hypotheses, d
     python bench/studies/dynat_claim.py plan
     python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study
     python bench/studies/dynat_claim.py collect --data-dir cifar10-jpeg --work study \
-        --json bench/results/dynat_claim_cpu.json
+        --json bench/results/dynat_claim_cpu.json --commit 59f9e9d
 
 `run` may be killed at any moment: the same command goes on where it was, within a training too.
 """
@@ -15,8 +15,6 @@ from pathlib import Path
 from claim_design import BLOCKS
 from claim_results import write_collected
 from claim_runs import Work, run_all
-
-from fastdynat.runs.environment import source_commit
 
 
 def plan() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
         both.add_argument("--work", type=Path, required=True, help="folder of the runs")
     run.add_argument("--hours", type=float, help="begin nothing new after these hours")
     collect.add_argument("--json", type=Path, required=True)
-    collect.add_argument("--commit", help="of the code that made the runs; this checkout's unless given")
+    collect.add_argument("--commit", required=True, help="of the code that made the runs")
     given = parser.parse_args()
     if given.command == "plan":
         plan()
@@ -47,7 +45,7 @@ def main() -> None:
     if given.command == "run":
         run_all(work, None if given.hours is None else time.time() + 3600 * given.hours)
     else:
-        write_collected(work, given.json, given.commit or source_commit())
+        write_collected(work, given.json, given.commit)
 
 
 if __name__ == "__main__":

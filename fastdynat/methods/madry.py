@@ -65,25 +65,25 @@ class Madry(Method[MadryOptions]):
 
     def __init__(self, options: MadryOptions) -> None:
         super().__init__(options)
-        self.follows_images = options.prior_epochs > 0
-        self.takes_mixed_labels = not self.follows_images
+        if options.prior_epochs:
+            self.follows_images, self.takes_mixed_labels = True, False
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if self.follows_images and spec.norm != "linf":
+        if self.options.prior_epochs and spec.norm != "linf":
             raise UserError(
                 f"prior_epochs {self.options.prior_epochs} keeps perturbations under linf, got norm "
                 f"{spec.norm}; leave --prior-epochs out"
             )
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
-        return perturbation_rows(x, self.num_images) if self.follows_images else {}
+        return perturbation_rows(x, self.num_images) if self.options.prior_epochs else {}
 
     def begin_epoch(self) -> None:
-        if self.follows_images:
+        if self.options.prior_epochs:
             begin_period(self.buffers, self.epoch // self.options.prior_epochs)
 
     def perturb(self, nets: Networks, batch: Batch, inner: Inner, attack: Attacker) -> AttackResult:
-        if not self.follows_images:
+        if not self.options.prior_epochs:
             return super().perturb(nets, batch, inner, attack)
         assert inner.goal is not None
         spec, kept = attack.spec, self.buffers

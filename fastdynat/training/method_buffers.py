@@ -35,11 +35,18 @@ def give_buffers(method: Method, x: Tensor) -> None:
     if method.follows_images:
         check_room(
             _bytes_of_buffers(method, tuple(x.shape)),
-            f"method {method.name}: use fewer images (--train-size), or --method n_fgsm, which keeps no "
-            f"perturbations; those of {method.num_images:,} training images take",
+            f"method {method.name}: use fewer images (--train-size), or {without_image_state(method)}; the "
+            f"perturbations of {method.num_images:,} training images take",
             available=torch.cuda.mem_get_info(x.device)[0] if x.is_cuda else own_memory(),
         )
     method.buffers = method.make_buffers(x)
+
+
+def without_image_state(method: Method) -> str:
+    """What to do in place of keeping a perturbation per image, in words."""
+    if getattr(method.options, "prior_epochs", 0):
+        return "leave --prior-epochs out"
+    return "use --method n_fgsm, which keeps none"
 
 
 def checkpoint_note(method: Method) -> str | None:

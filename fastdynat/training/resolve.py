@@ -19,6 +19,7 @@ from fastdynat.models import convolutions, split_style
 from fastdynat.runs import guide_weights, read_sidecar
 from fastdynat.training.extra_data import recorded_extra
 from fastdynat.training.initial_weights import resolved_init
+from fastdynat.training.method_buffers import without_image_state
 from fastdynat.training.resolve_attack import check_ramps_end, resolved_attack
 from fastdynat.training.resolve_engine import resolved_engine
 from fastdynat.training.resolve_labels import check_label_use
@@ -220,8 +221,8 @@ def _check_extra(extra: ExtraConfig, method: Method[Any]) -> None:
     if method.follows_images and extra.extra_data is not None and extra.extra_share > 0:
         raise UserError(
             f"extra_data {extra.extra_data}: method {method.name} keeps a perturbation of each image from "
-            "one epoch to the next, and extra images come back too rarely; leave it out, or use "
-            "--method n_fgsm"
+            "one epoch to the next, and extra images come back too rarely; leave it out, or "
+            f"{without_image_state(method)}"
         )
 
 

@@ -176,7 +176,9 @@ class Trainer:
             decided = self._together.after_step(stop.signal, self._save_is_due(saved))
             now = time.perf_counter()
             if self.first_update_seconds is None:
-                self.first_update_seconds = now - begin
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                self.first_update_seconds = time.perf_counter() - begin
             if decided.look:
                 progress.note(self._finite_means(), images / (now - begin))
             self.seconds = seconds_before + now - begin

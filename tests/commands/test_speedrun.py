@@ -1,6 +1,7 @@
 """`fastdynat speedrun`: the clock, the rules, the order of laps, and what a stopped race keeps."""
 
 import json
+import os
 import re
 import time
 from dataclasses import asdict, replace
@@ -250,6 +251,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"sample": None, "masking": None}, "seed 0: AutoAttack and the masking checks were left out (--quick)"),
     ({"masking": [{"name": "loss", "passed": False}]}, "seed 1: masking check: loss"),
     ({"environment": {**MACHINE, "threads": 4}}, "seed 0: 4 threads; track cpu-2 has 2 cores"),
+    ({"train_images": 60_000}, "seed 0: 60,000 training images are not CIFAR-10's 50,000"),
 ]
 
 
@@ -260,6 +262,11 @@ def test_a_broken_rule_is_named(changes: dict[str, Any], reason: str) -> None:
 
 def test_the_limits_themselves_are_allowed() -> None:
     assert broken_rules("cpu-2", 0.30, three(pgd20=0.30, gap=0.04)) == []
+
+
+def test_a_target_below_the_tracks_does_not_count() -> None:
+    reason = "target 29 % is below the 30 % of track cpu-2"
+    assert broken_rules("cpu-2", 0.29, three()) == [reason]
 
 
 def test_the_mean_of_all_seeds_has_to_reach_the_target() -> None:
@@ -276,7 +283,7 @@ def test_seeds_images_and_the_gpu_are_looked_at() -> None:
         "cpu-2", 0.30, [few] * 3
     )
     on_gpu = {**MACHINE, "threads": 64, "gpus": ["NVIDIA H200"]}
-    assert broken_rules("gpu-1", 0.30, three(environment=on_gpu)) == []
+    assert broken_rules("gpu-1", 0.50, three(environment=on_gpu, pgd20=0.5)) == []
     other = {**on_gpu, "gpus": ["NVIDIA L4"]}
     assert any(
         "not for ['NVIDIA L4']" in text for text in broken_rules("gpu-1", 0.3, three(environment=other))
@@ -410,7 +417,8 @@ class Fakes:
         patch.setattr(run_race, "source_commit", lambda: "c" * 40)
         patch.setattr(run_race, "lap_environment", lambda device: {**MACHINE, "threads": 2})
 
-    def timed(self, lap: Lap, outcome: Path) -> dict[str, Any]:
+    def timed(self, lap: Lap, outcome: Path, lock: int) -> dict[str, Any]:
+        os.fstat(lock)  # of the open lock file
         self.laps.append((lap.record, lap.seed))
         keys = (
             *(
@@ -462,7 +470,8 @@ def test_records_take_turns_and_count(
     assert (found.summary["seconds"], found.summary["seconds_range"]) == (11.0, [10.0, 12.0])
     assert found.summary["pgd20"] == 0.31
     assert found.command == (
-        f"fastdynat speedrun --record slow,fast --seeds 3 --data imagefolder --data-dir {images.name}"
+        "fastdynat speedrun --record slow.yaml,fast.yaml --seeds 3 "
+        f"--data imagefolder --data-dir {images.name}"
     )
     assert found.data == "CIFAR-10 (PNG)"
     assert "11.0 (10.0 to 12.0)" in capsys.readouterr().out
@@ -590,6 +599,23 @@ def test_a_whole_race_on_tiny_data(
     assert race(images, out, record, flags=("--seeds", "1")) == 1
 
 
+def test_a_network_from_the_users_file_is_raced_and_judged(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account knows the file by the race alone: the lap's own cache is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = tmp_path / "net.py"
+    code.write_text(
+        "from torch import nn\n\n\ndef net(num_classes: int, in_channels: int) -> nn.Module:\n"
+        "    layers = nn.Conv2d(in_channels, 4, 3, 4), nn.Flatten(), nn.Linear(256, num_classes)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    record = write(tmp_path, train={**FLAGS, "model": f"{code}:net"})
+    assert race(images, tmp_path / "out", record, flags=("--seeds", "1", "--quick")) == 1
+    (lap,) = read_result(tmp_path / "out" / "tiny.json").laps
+    assert lap["test"]["images"] == 10
+
+
 def test_a_lap_that_cannot_run_says_why(images: Path, tmp_path: Path) -> None:
     lap = a_lap(images, tmp_path / "run", train={**FLAGS, "model": "resnet81"})
     assert lap_command([json.dumps(asdict(lap)), str(tmp_path / "outcome")]) == 2
@@ -631,15 +657,23 @@ def test_the_log_lists_records_with_their_speed_up(
     store(tmp_path, "together", 10.0, alongside={"base": [110.0, 90.0, 130.0]})
     store(tmp_path, "alone", 20.0)
     elsewhere = {**MACHINE, "threads": 1}
-    store(tmp_path, "elsewhere", 5.0, lap={"environment": elsewhere, "pgd20": 0.2})
+    store(tmp_path, "stopped", 10.0, alongside={"base": [110.0, 90.0, 100.0, 900.0]})
+    store(tmp_path, "elsewhere", 5.0, lap={"environment": elsewhere})
+    store(tmp_path, "missed", 5.0, lap={"pgd20": 0.2}, alongside={"base": [100.0] * 3})
+    other = judged()["test"] | {"sha256": "1" * 64}
+    store(tmp_path, "other images", 5.0, lap={"test": other}, alongside={"base": [100.0] * 3})
     header, *rows = log_table(tmp_path, "cpu-2")
     assert header == HEADER
     at = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    assert {name: at[name]["speed-up"] for name in ("base", "together", "alone", "elsewhere")} == {
-        **{"base": "1", "together": "11.00", "alone": "~5.00", "elsewhere": ""}
+    names = ("base", "together", "stopped", "alone", "elsewhere", "missed", "other images")
+    assert {name: at[name]["speed-up"] for name in names} == {
+        **{"base": "1", "together": "11.00", "stopped": "10.00", "alone": "~5.00", "elsewhere": ""},
+        **{"missed": "", "other images": ""},
     }
     assert at["alone"]["seconds"] == "20.0 (20.0 to 20.0)"
-    assert (at["elsewhere"]["counts"], at["alone"]["counts"]) == ("no", "yes")
+    assert (at["missed"]["counts"], at["alone"]["counts"]) == ("no", "yes")
+    store(tmp_path, "base", 100.0, loop="plain", lap={"pgd20": 0.2})
+    assert {row[7] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
     assert at["cpu2-madry"]["seconds"] == "not measured yet"
     assert main(["speedrun", "--list", "--log", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -108,7 +108,8 @@ def _records(command: SpeedrunCommand) -> list[RecordDefinition]:
 
 def _as_written(command: SpeedrunCommand, records: list[RecordDefinition]) -> str:
     """The command that repeats the race, without the paths of this machine."""
-    words = ["fastdynat", "speedrun", "--record", ",".join(record.name for record in records)]
+    names = [Path(name.strip()).name for name in (command.record or records[0].name).split(",")]
+    words = ["fastdynat", "speedrun", "--record", ",".join(names)]
     words += [] if command.target is None else ["--target", f"{command.target:g}"]
     words += ["--seeds", str(command.seeds), "--data", command.data]
     return shlex.join([*words, "--data-dir", Path(command.data_dir).name or "."])

@@ -83,10 +83,10 @@ def seconds_text(found: dict[str, Any]) -> str:
 
 
 def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResult]) -> str:
-    """The baseline's mean seconds over those of `result`, of the same race.
+    """The baseline's mean seconds over those of `result`, of the same race and over the same seeds.
 
     The baseline is the plain loop of the track. Of two races on one kind of machine, the ratio has a ~ in
-    front; of two kinds there is none.
+    front; of two kinds there is none, nor where one of the two does not count or saw other test images.
     """
     base = next(
         (
@@ -98,14 +98,17 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
         ),
         None,
     )
-    if base is None:
+    if base is None or not (base.counts and result.counts):
         return ""
     if base.name == result.name:
         return "1"
+    if len({lap["test"]["sha256"] for lap in [*base.laps, *result.laps]}) > 1:
+        return ""
     own = result.summary["seconds"]
     beside = result.alongside.get(base.name)
-    if beside:
-        return f"{sum(beside) / len(beside) / own:.2f}"
+    if beside:  # in the order of the seeds; a race that was stopped may lack the last one of a record
+        pairs = list(zip(beside, (lap["seconds"] for lap in result.laps), strict=False))
+        return f"{sum(base for base, _ in pairs) / sum(own for _, own in pairs):.2f}"
     same = all(
         lap["environment"][key] == base.laps[0]["environment"][key] for lap in result.laps for key in MACHINE
     )

@@ -12,7 +12,8 @@ from fastdynat.methods.configs import default_config
 from fastdynat.methods.options import check_options
 
 EPS, STEP_SIZE = "8/255", "2/255"  # of the attack that counts, PGD-20 in float32 with one uniform start
-TEST_IMAGES, CLASSES = 10_000, 10
+TRAIN_IMAGES, TEST_IMAGES, CLASSES = 50_000, 10_000, 10
+TARGETS = {"cpu-2": 0.30, "gpu-1": 0.50}  # of each track; a record may aim higher
 SEEDS = 3
 SAMPLE, SAMPLE_SEED = 1000, 0  # class-stratified test images under AutoAttack
 LARGEST_GAP = 0.04  # of PGD-20's accuracy over AutoAttack's on the same images
@@ -98,6 +99,8 @@ def broken_rules(track: str, target: float, laps: Sequence[Mapping[str, Any]]) -
         return ["no lap is finished"]
     reasons = [] if len(laps) >= SEEDS else [f"{len(laps)} of {SEEDS} seeds are finished"]
     mean = sum(lap["test"]["pgd20"]["accuracy"] for lap in laps) / len(laps)
+    if target < TARGETS[track]:
+        reasons.append(f"target {100 * target:g} % is below the {100 * TARGETS[track]:g} % of track {track}")
     if mean < target:
         reasons.append(f"target missed: PGD-20 {100 * mean:.2f} % on average, not {100 * target:g} %")
     for lap in laps:
@@ -112,6 +115,8 @@ def _of_lap(track: str, lap: Mapping[str, Any]) -> list[str]:
         found.append("AutoAttack and the masking checks were left out (--quick)")
     if (test["images"], test["classes"]) != (TEST_IMAGES, CLASSES):
         found.append(f"{test['images']} test images of {test['classes']} classes are not CIFAR-10's")
+    if lap["train_images"] != TRAIN_IMAGES:
+        found.append(f"{lap['train_images']:,} training images are not CIFAR-10's {TRAIN_IMAGES:,}")
     if sample is not None and sample["gap"] > LARGEST_GAP:
         found.append(
             f"AutoAttack is {100 * sample['gap']:.1f} points under PGD-20 on {sample['images']} images; "

@@ -37,6 +37,7 @@ from fastdynat.runs import lock_folder, source_commit
 from fastdynat.runs.atomic_files import make_folder, write_text
 from fastdynat.terminal.consoles import PlainTable
 from fastdynat.terminal.progress import ProgressDisplay
+from fastdynat.user_code import pin
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +66,19 @@ def run_race(race: Race, console: Console, display: ProgressDisplay) -> int:
     device = _check_machine(race)
     test = load_test(race.data, race.data_dir, download=race.data == "cifar10")
     make_folder(race.out)
-    with lock_folder(race.out):
-        return _Running(race, device, {(race.data, str(race.data_dir), None): test}, display).run(console)
+    with lock_folder(race.out) as lock:
+        tests = {(race.data, str(race.data_dir), None): test}
+        return _Running(race, device, tests, display, lock.fileno()).run(console)
 
 
 class _Running:
-    """The state of a race: the laps that are finished, by record."""
+    """The state of a race: the laps that are finished, by record.
 
-    def __init__(self, race: Race, device: str, tests: Any, display: ProgressDisplay) -> None:
-        self.race, self.device, self.display = race, device, display
+    lock: of the race's folder. A lap holds it too: one that outlives the race keeps the next one waiting.
+    """
+
+    def __init__(self, race: Race, device: str, tests: Any, display: ProgressDisplay, lock: int) -> None:
+        self.race, self.device, self.display, self.lock = race, device, display, lock
         self.commit, self.names = source_commit(), [record.name for record in race.records]
         keep_to_own_cores()  # as each lap does
         here = lap_environment(device)
@@ -161,9 +166,11 @@ class _Running:
         times = self._kept_times(outcome, lap)
         if times is None:
             outcome.unlink(missing_ok=True)
-            times = _timed_in_child(lap, outcome)
+            times = _timed_in_child(lap, outcome, self.lock)
             write_text(outcome, json.dumps({**times, "of": self._stamp(lap)}) + "\n")
         found = {key: value for key, value in times.items() if key != "of"}
+        if record.loop == "fastdynat":
+            pin(str(record.train.get("model", "auto")))  # the lap did it for a cache that is gone
         verdict = self.judge.judge(folder / times["weights"], folder / "evaluations", quick=race.quick)
         return {"seed": seed, "folder": name, **found, **verdict}
 
@@ -192,7 +199,7 @@ def data_title(data: str, folder: Path) -> str:
     return f"CIFAR-10 ({'JPEG' if kind == 'JPG' else kind})"
 
 
-def _timed_in_child(lap: Lap, outcome: Path) -> Values:
+def _timed_in_child(lap: Lap, outcome: Path, lock: int) -> Values:
     """The `LapTimes` of `lap`, run in a new process with empty caches of compiled code and of timings."""
     with tempfile.TemporaryDirectory(prefix="fastdynat-lap-") as cache:
         empty = {
@@ -201,7 +208,9 @@ def _timed_in_child(lap: Lap, outcome: Path) -> Values:
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
         words = [sys.executable, "-m", "fastdynat.commands.speedrun.lap", json.dumps(asdict(lap))]
-        done = subprocess.run([*words, str(outcome)], env={**os.environ, **empty}, check=False)
+        done = subprocess.run(
+            [*words, str(outcome)], env={**os.environ, **empty}, check=False, pass_fds=(lock,)
+        )
     where = f"{lap.record}, seed {lap.seed}"
     values: Mapping[str, Any] = {}
     if outcome.exists():
