@@ -3,6 +3,7 @@
 import operator
 import threading
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -68,19 +69,19 @@ class _Untraceable(Exception):
         self.module = module
 
 
-def trace(network: nn.Module) -> fx.GraphModule:
-    """`network` as a graph over the same modules.
+def trace(network: nn.Module, leaves: Collection[nn.Module] = ()) -> fx.GraphModule:
+    """`network` as a graph over the same modules, of which `leaves` are one call each.
 
     A module that cannot be traced, as one whose control flow depends on the size of its input, is one call
     in the graph. Exceptions of the network's own code on proxies are passed on.
     """
-    untraced: set[nn.Module] = set()
+    untraced = set(leaves)
     while True:
         try:
             return _trace(network, untraced)
         except _Untraceable as error:
             # One that is a leaf already fails for another reason: no path leads to it from the network.
-            if error.module in untraced or len(untraced) == MAX_UNTRACED:
+            if error.module in untraced or len(untraced) == len(leaves) + MAX_UNTRACED:
                 raise error.__cause__ or error from None
             untraced.add(error.module)
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.fx_tracing import result_shapes, trace
 from fastdynat.attack_engine.patch_geometry import Patch, Reading
-from fastdynat.attack_engine.patch_graph import POOLINGS, Split, split, window_of
+from fastdynat.attack_engine.patch_graph import CONVOLUTIONS, POOLINGS, Split, split, window_of
 from fastdynat.attack_engine.patch_maps import KnownMap, MapCrop, Squares, with_room
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class PatchForward:
         self._modules = dict(traced.named_modules(remove_duplicate=False))
         self._splits: dict[int, Split | None] = {}
         self._disabled = False
+        self._maps: dict[fx.Node, KnownMap] = {}
         self.side: int | None = None
 
     @classmethod
@@ -49,18 +50,32 @@ class PatchForward:
         if not isinstance(network, nn.Module) or network.training or example.device.type != "cpu":
             return None
         try:
-            return cls(trace(network), example[:1])
+            own = [module for module in network.modules() if type(module) in CONVOLUTIONS]
+            return cls(trace(network, own), example[:1])
         except Exception as error:  # of foreign code on proxies, which may raise anything
             logger.debug("no patches: %s", error)
             return None
 
     def begin(self, x: Tensor, side: int, most: int) -> None:
-        """Take `x` (N, C, H, W) as the known images, for squares of `side` pixels and passes of `most`."""
-        self.side, found = None, self._split(side)
-        if found is None or self._disabled or len(x) == 0:
+        """Take `x` (N, C, H, W) as the known images, for squares of `side` pixels and passes of `most`.
+
+        A graph that fails on patches is computed whole from now on.
+        """
+        self.side, self._maps = None, {}
+        if self._disabled or len(x) == 0:
+            return
+        try:
+            self._begin(x, side, most)
+        except Exception as error:  # of layers of all kinds
+            logger.debug("no patches: %s", error)
+            self.disable()
+
+    def _begin(self, x: Tensor, side: int, most: int) -> None:
+        found = self._split(side)
+        if found is None:
             return
         self._prepare(found)
-        if self._bytes(len(x), most) > MOST_BYTES:
+        if self._bytes(x, most) > MOST_BYTES:
             return
         self._maps = {
             node: self._empty(found.patches[node], border, x, most) for node, border in self._borders.items()
@@ -99,7 +114,7 @@ class PatchForward:
 
     def disable(self) -> None:
         """Compute the network whole from now on."""
-        self._disabled, self.side = True, None
+        self._disabled, self.side, self._maps = True, None, {}
 
     def _split(self, side: int) -> Split | None:
         if side not in self._splits:
@@ -165,11 +180,11 @@ class PatchForward:
         vertical = replace(vertical, kept=vertical.kept * width, fresh=vertical.fresh * patch.columns.count)
         return MapCrop(vertical, Reading.of(patch.columns, left, columns, across))
 
-    def _bytes(self, images: int, most: int) -> int:
+    def _bytes(self, x: Tensor, most: int) -> int:
         patches = [self._found.patches[node] for node in self._borders]
-        known = [images * (patch.rows.total + 2) * (patch.columns.total + 2) for patch in patches]
+        known = [len(x) * (patch.rows.total + 2) * (patch.columns.total + 2) for patch in patches]
         rows = zip(patches, known, strict=True)
-        return sum(4 * patch.channels * (count + most * patch.size) for patch, count in rows)
+        return sum(x.element_size() * patch.channels * (count + most * patch.size) for patch, count in rows)
 
     @staticmethod
     def _empty(patch: Patch, border: tuple[int, int], x: Tensor, most: int) -> KnownMap:

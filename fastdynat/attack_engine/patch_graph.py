@@ -99,6 +99,8 @@ def _patch(
     known = sources(node, patches)
     if not known or _overwrites_what_others_read(node, modules):
         return None
+    if any(isinstance(arg, fx.Node) for arg in node.kwargs.values()):  # a number that is computed
+        return None
     module = modules[str(node.target)] if node.op == "call_module" else None
     if module is None:
         method = node.op == "call_method" and node.target in ("relu", "sigmoid")
@@ -121,6 +123,8 @@ def _patch(
         channels,
     )
     rest = node.args[1:]
+    if node.args[0] in rest:  # read twice, as two different parts
+        return None
     return found if all(r in patches and found.covers(patches[r]) for r in rest) else None  # type: ignore
 
 
@@ -155,7 +159,7 @@ def _sum(node: fx.Node, patches: dict[fx.Node, Patch], shapes: dict[fx.Node, Any
                 return None
             if len(shape) not in (0, 3, 4) or (len(shape) == 4 and shape[0] != 1):
                 return None
-    if len(maps) == 2 and shapes[maps[0]] != shapes[maps[1]]:
+    if any(shapes[one] != shapes[node] for one in maps):
         return None
     found = [patches[one] for one in maps]
     return next((one for one in found if all(one.covers(other) for other in found)), None)
@@ -165,7 +169,10 @@ def _overwrites_what_others_read(node: fx.Node, modules: dict[str, nn.Module]) -
     module = modules[str(node.target)] if node.op == "call_module" else None
     in_place = bool(getattr(module, "inplace", False)) or node.kwargs.get("inplace", False)
     in_place = in_place or node.target is operator.iadd or str(node.target).endswith("_")
-    return bool(in_place) and (len(node.args[0].users) > 1 or node.args[0].op == "placeholder")  # type: ignore
+    if not in_place:
+        return False
+    written = node.args[0] if node.args else None
+    return not isinstance(written, fx.Node) or len(written.users) > 1 or written.op == "placeholder"
 
 
 def _rest(traced: fx.GraphModule, patches: dict[fx.Node, Patch], frontier: list[fx.Node]) -> fx.GraphModule:

@@ -112,6 +112,7 @@ def test_which_networks_are_attacked_themselves() -> None:
 @pytest.mark.parametrize("speed", [{}, {"channels_last": False}, {"amp": torch.bfloat16}])
 def test_views_that_take_contiguous_maps(speed: dict[str, Any]) -> None:
     """Sixteen images, so that convolutions use Winograd; no note, since no requested mode was given up."""
+    warnings.filterwarnings("ignore", "amp=torch.*as long as in float32")  # true of some processors
     model, (x, y) = make("a view of a map", odd_networks.NETWORKS), batch(16)
     y = y % 10
     attack = PGD(model, EPS, ALPHA, STEPS, random_start=False, **speed)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.odd_networks import NETWORKS
@@ -186,6 +187,35 @@ def test_a_network_that_is_not_its_trace_is_computed_whole() -> None:
 
     torch.manual_seed(0)
     network, x = Lies().eval().requires_grad_(False), torch.rand(3, 3, 16, 16)
+    labels = network(x).argmax(1)
+    draws = Draws.draw(x, "linf", 120, 0.8, generator=torch.Generator().manual_seed(0))
+    spec = Square(eps=0.05, queries=120)
+    function = spec.run(Ascent(lambda images: network(images)), x, labels, draws)
+    assert torch.equal(spec.run(Ascent(network), x, labels, draws).x_adv, function.x_adv)
+
+
+class Scaled(nn.Module):
+    """A forward with a number of its own, a layer called by keyword, and statistics of three channels."""
+
+    def __init__(self, channels: int, form: str) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+        self.relu, self.form = nn.ReLU(inplace=True), form
+        self.register_buffer("mean", torch.full((1, 3 if form == "grey" else channels, 1, 1), 0.5))
+
+    def forward(self, x: Tensor, slope: float = 0.1) -> Tensor:
+        y = self.conv(x - self.mean)
+        if self.form == "keyword":
+            y = self.relu(input=y)
+        elif self.form == "number":
+            y = F.leaky_relu(y, slope)
+        return self.head(y.mean((2, 3))) / (slope if self.form != "keyword" else 1.0)
+
+
+@pytest.mark.parametrize(("channels", "form"), [(3, "number"), (3, "keyword"), (1, "grey"), (3, "default")])
+def test_graphs_that_have_no_patches_are_searched_whole(channels: int, form: str) -> None:
+    torch.manual_seed(0)
+    network, x = Scaled(channels, form).eval().requires_grad_(False), torch.rand(3, channels, 16, 16)
     labels = network(x).argmax(1)
     draws = Draws.draw(x, "linf", 120, 0.8, generator=torch.Generator().manual_seed(0))
     spec = Square(eps=0.05, queries=120)
