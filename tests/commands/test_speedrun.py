@@ -606,8 +606,8 @@ def test_a_network_from_the_users_file_is_raced_and_judged(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     code = tmp_path / "net.py"
     code.write_text(
-        "from torch import nn\n\n\ndef net(num_classes: int, in_channels: int) -> nn.Module:\n"
-        "    layers = nn.Conv2d(in_channels, 4, 3, 4), nn.Flatten(), nn.Linear(256, num_classes)\n"
+        "from torch import nn\n\n\ndef net(num_classes: int) -> nn.Module:\n"
+        "    layers = nn.Conv2d(3, 4, 3, 4), nn.Flatten(), nn.Linear(256, num_classes)\n"
         "    return nn.Sequential(*layers)\n"
     )
     record = write(tmp_path, train={**FLAGS, "model": f"{code}:net"})
