@@ -54,10 +54,10 @@ def test_intervals_of_the_bootstrap_cover_the_truth(
 def test_draws_of_equal_columns_are_draws_of_images(claim: SimpleNamespace) -> None:
     generator = np.random.default_rng(2)
     values = made_up(generator, 3, 300, 0.02)
-    found = claim.statistics.paired(values, draws=5_000)
+    found = claim.statistics.paired(values, draws=20_000)
     means = 100 * values.mean(1)
     draws = []
-    for _ in range(5_000):
+    for _ in range(20_000):
         rows = values[:, generator.integers(0, 300, 300)]
         seeds = generator.integers(0, 3, 3)
         draws.append(100 * rows.mean() + np.sqrt(1.5) * (means[seeds] - means.mean()).mean())
