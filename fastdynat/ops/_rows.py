@@ -72,8 +72,9 @@ def _is_one(value: Tensor) -> bool:
     if type(value) is not Tensor or value.dim() != 0 or value.device.type != "cpu":
         return False
     try:
-        return not torch.compiler.is_compiling() and float(value) == 1.0
-    except RuntimeError:
+        # Read by NumPy: an operator that reads a value would be a wait for the device.
+        return not torch.compiler.is_compiling() and float(value.numpy()) == 1.0
+    except (RuntimeError, TypeError):
         return False
 
 

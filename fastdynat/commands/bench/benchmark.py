@@ -37,6 +37,7 @@ from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine import OtherLoad
 from fastdynat.methods import Method, method_class
+from fastdynat.methods.madry import Madry
 from fastdynat.models import build_model
 from fastdynat.ops import use_backend
 from fastdynat.runs.atomic_files import write_text
@@ -160,7 +161,8 @@ def asked_step(rows: list[BenchRow]) -> BenchRow | None:
 
 def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
     method = method_class(config.method)(config.options)
-    if type(method).perturb is not Method.perturb:
+    own = type(method).perturb not in (Method.perturb, Madry.perturb)
+    if own or getattr(method.options, "prior_epochs", 0):
         raise UserError(
             f"bench times PGD, but method {method.name} uses its own search; time another, such as madry"
         )
