@@ -43,7 +43,7 @@ def give_buffers(method: Method, x: Tensor) -> None:
 
 
 def without_image_state(method: Method) -> str:
-    """What to do in place of keeping a perturbation per image, in words."""
+    """The advice to a user who has no room for a perturbation per image."""
     if getattr(method.options, "prior_epochs", 0):
         return "leave --prior-epochs out"
     return "use --method n_fgsm, which keeps none"

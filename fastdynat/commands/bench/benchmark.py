@@ -162,7 +162,7 @@ def asked_step(rows: list[BenchRow]) -> BenchRow | None:
 def _count(config: ResolvedConfig[Any], info: DatasetInfo) -> StepFlops:
     method = method_class(config.method)(config.options)
     own = type(method).perturb not in (Method.perturb, Madry.perturb)
-    if own or getattr(method.options, "prior_epochs", 0):
+    if own or bool(getattr(method.options, "prior_epochs", 0)):
         raise UserError(
             f"bench times PGD, but method {method.name} uses its own search; time another, such as madry"
         )
