@@ -37,6 +37,7 @@ FOREIGN = {
     "--kill-on-bad-exit",
     "--requeue",
     "--work",
+    "--commit",
 }
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
