@@ -8,11 +8,25 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.goal import kl_from_log_probs, wide
+from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.data import Batch
 from fastdynat.distributed import batch_world
+from fastdynat.errors import UserError
 from fastdynat.methods.base import Networks
 
 KlMean = Literal["tenth", "entries", "batch"]
+
+
+def check_one_step(spec: PGDSpec, method: str, other: str = "madry") -> None:
+    """Raise UserError unless `spec` has one step; `other` is a method that takes several."""
+    if spec.steps != 1:
+        raise UserError(f"{method} takes 1 step, got steps {spec.steps}; --method {other} takes several")
+
+
+def check_linf(spec: PGDSpec, method: str, other: str = "madry") -> None:
+    """Raise UserError unless `spec` is under linf; `other` is a method that takes any norm."""
+    if spec.norm != "linf":
+        raise UserError(f"{method} is a method for linf, got norm {spec.norm}; --method {other} takes it")
 
 
 def batch_share(count: Tensor | None, batch: Batch) -> Tensor:

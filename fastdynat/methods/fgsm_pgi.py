@@ -52,7 +52,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import batch_share
+from fastdynat.methods.building_blocks import batch_share, check_linf
 from fastdynat.methods.image_state import (
     begin_period,
     from_int8,
@@ -101,8 +101,7 @@ class FgsmPgi(Method[FgsmPgiOptions]):
     unused_attack = ("attack_bn",)
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.norm != "linf":
-            raise UserError(f"fgsm_pgi is a method for linf, got norm {spec.norm}; --method madry takes it")
+        check_linf(spec, "fgsm_pgi")
         if spec.steps != 1 or spec.start != "none":
             raise UserError(
                 "fgsm_pgi takes 1 step from where the image's last one ended, "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
-from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, register_method
+from fastdynat.methods.building_blocks import check_one_step
 from fastdynat.methods.madry import Madry, MadryOptions
 
 
@@ -28,6 +28,5 @@ class FgsmRs(Madry):
     takes_any_attack = False
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.steps != 1:
-            raise UserError(f"fgsm_rs takes 1 step, got steps {spec.steps}; --method madry takes several")
+        check_one_step(spec, "fgsm_rs")
         super().check_attack(spec, attack_bn)

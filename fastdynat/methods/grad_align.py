@@ -34,7 +34,6 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.methods import (
     AttackDefaults,
@@ -46,7 +45,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import batch_share, mean_over
+from fastdynat.methods.building_blocks import batch_share, check_linf, check_one_step, mean_over
 from fastdynat.ops import attack_step_linf
 
 
@@ -76,10 +75,8 @@ class GradAlign(Method[GradAlignOptions]):
     unused_attack = ("attack_bn",)
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.steps != 1:
-            raise UserError(f"grad_align takes 1 step, got steps {spec.steps}; --method madry takes several")
-        if spec.norm != "linf":
-            raise UserError(f"grad_align is a method for linf, got norm {spec.norm}; --method madry takes it")
+        check_one_step(spec, "grad_align")
+        check_linf(spec, "grad_align")
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(goal=None)

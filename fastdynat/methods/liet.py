@@ -45,7 +45,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import accuracy
+from fastdynat.methods.building_blocks import accuracy, check_linf, check_one_step
 from fastdynat.ops import attack_step_linf
 from fastdynat.ops.image_draws import uniform_like
 
@@ -94,10 +94,8 @@ class Liet(Method[LietOptions]):
     retains_graph = True
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.steps != 1:
-            raise UserError(f"liet takes 1 step, got steps {spec.steps}; --method madry takes several")
-        if spec.norm != "linf":
-            raise UserError(f"liet is a method for linf, got norm {spec.norm}; --method madry takes it")
+        check_one_step(spec, "liet")
+        check_linf(spec, "liet")
         if attack_bn != "eval":
             raise UserError(
                 f"liet attacks by the passes of the update, in train mode, and looks at grey images with "

@@ -13,6 +13,7 @@ from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.methods import MOST, AttackDefaults, Inner, Networks, register_method
+from fastdynat.methods.building_blocks import check_linf, check_one_step
 from fastdynat.methods.madry import Madry, MadryOptions
 
 
@@ -52,10 +53,8 @@ class NFgsm(Madry):
         self.noise = options.noise
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.steps != 1:
-            raise UserError(f"n_fgsm takes 1 step, got steps {spec.steps}; --method madry takes several")
-        if spec.norm != "linf":
-            raise UserError(f"n_fgsm is a method for linf, got norm {spec.norm}; --method madry takes it")
+        check_one_step(spec, "n_fgsm")
+        check_linf(spec, "n_fgsm")
         if spec.start != "uniform":
             raise UserError(f"n_fgsm starts from uniform noise, got start {spec.start}; leave --start out")
 

@@ -36,7 +36,6 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import pgd_step
 from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.errors import UserError
 from fastdynat.methods import (
     AttackDefaults,
     Inner,
@@ -47,7 +46,7 @@ from fastdynat.methods import (
     check_numbers,
     register_method,
 )
-from fastdynat.methods.building_blocks import accuracy, batch_share
+from fastdynat.methods.building_blocks import accuracy, batch_share, check_linf, check_one_step
 from fastdynat.methods.nuclear_norm import polar_factor
 from fastdynat.ops.image_draws import uniform_like
 
@@ -93,10 +92,8 @@ class NuAt(Method[NuAtOptions]):
     couples_images = True
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if spec.steps != 1:
-            raise UserError(f"nu_at takes 1 step, got steps {spec.steps}; --method trades takes several")
-        if spec.norm != "linf":
-            raise UserError(f"nu_at is a method for linf, got norm {spec.norm}; --method trades takes it")
+        check_one_step(spec, "nu_at", "trades")
+        check_linf(spec, "nu_at", "trades")
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
         return {"nuclear_weight": x.new_zeros(())}  # a buffer: a captured step reads it anew
