@@ -136,6 +136,17 @@ def _determinism() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def _recompile_limit() -> int:
+    import torch._dynamo
+
+    limit: int = torch._dynamo.config.recompile_limit
+    return limit
+
+
+def _put_recompile_limit(limit: int) -> None:
+    torch._dynamo.config.recompile_limit = limit
+
+
 # Process-wide state that a test may change: its getter, and its setter.
 CUDNN: Any = torch.backends.cudnn
 PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -153,6 +164,8 @@ PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: setattr(CUDNN, "deterministic", value),
     ),
     "float32 precision": (_float32, _put_float32),
+    # timm.optim sets it to a million when it is imported.
+    "recompilations of torch.compile": (_recompile_limit, _put_recompile_limit),
     "working directory": (os.getcwd, os.chdir),
 }
 VARIABLES = (
