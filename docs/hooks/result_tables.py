@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from claim_tables import TABLES as CLAIM_TABLES
 from profile_tables import TABLES as PROFILE_TABLES
 from scaling_tables import TABLES as SCALING_TABLES
+from speedrun_tables import TABLES as SPEEDRUN_TABLES
 from tables import RESULTS, Values, made, number, percent, read, table
 from training_tables import TABLES as TRAINING_TABLES
 
@@ -299,6 +300,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "dyart": (dyart, ("dyart_cost_cpu",)),
     **CLAIM_TABLES,
     **PROFILE_TABLES,
+    **SPEEDRUN_TABLES,
     **SCALING_TABLES,
     **TRAINING_TABLES,
 }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tables import table
+from tables import percent, read, table
 
 from fastdynat.commands.speedrun.race_log import log_table, read_log
 
@@ -39,3 +39,35 @@ def made() -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def levers() -> str:
+    """Trials of one seed: with fastdynat, beside the one that was built on; and in one file of plain torch."""
+    values = read("speedrun_levers_cpu")
+    rows = [
+        [
+            row["lever"] + " (**kept**)" * row["kept"],
+            percent(row["clean"]),
+            percent(row["pgd20"]),
+            _difference(row),
+            f"`{row['flags']}`",
+        ]
+        for row in values["rows"]
+    ]
+    plain = [[row["lever"], percent(row["clean"]), percent(row["pgd20"])] for row in values["plain"]]
+    return "\n\n".join(
+        (
+            table(["trial", "clean", "PGD-20", "difference, points", "flags"], rows),
+            f"Every trial with fastdynat has the flags `{values['common']}` where its own say nothing else.",
+            table(["trial in plain PyTorch", "clean", "PGD-20"], plain),
+        )
+    )
+
+
+def _difference(row: dict[str, float]) -> str:
+    if not row["difference_se"]:
+        return ""
+    return f"{100 * row['difference']:+.1f} ± {200 * row['difference_se']:.1f}"
+
+
+TABLES = {"speedrun-levers": (levers, ("speedrun_levers_cpu",))}

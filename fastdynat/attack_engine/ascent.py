@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind, margin, wide
 from fastdynat.errors import UserError
-from fastdynat.models.logits import NoGradient, logits_of
+from fastdynat.models.logits import NoGradient, logits_of, predicted_classes
 from fastdynat.ops import soft_margin_grad
 
 T = TypeVar("T")
@@ -124,16 +124,16 @@ class Ascent:
     def settle_ties(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """(N,) bool: which images `x` of classes `labels` are misclassified, of their replica's `logits`.
 
-        Where the label's logit and the largest other one are nearly equal, `judge` decides. On a GPU, where
+        NaN and +inf are never right. Where the label's logit and the largest other one are nearly equal, `judge` decides. On a GPU, where
         counting these images would wait for the device, the replica does.
         """
-        wrong = logits.argmax(1) != labels
+        wrong = predicted_classes(logits) != labels
         if self.judge is None or x.is_cuda:
             return wrong
         rows = nearly_ties(logits, labels).nonzero().squeeze(1)
         if len(rows):
             with torch.no_grad():
-                wrong[rows] = self.judge(x[rows]).argmax(1) != labels[rows]
+                wrong[rows] = predicted_classes(self.judge(x[rows])) != labels[rows]
         return wrong
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:

@@ -21,6 +21,7 @@ from fastdynat.attacks.registry import register
 from fastdynat.attacks.square_judge import Judge, Queries
 from fastdynat.attacks.square_proposals import Draws, proposal
 from fastdynat.errors import UserError, unknown_name
+from fastdynat.models.logits import predicted_classes
 from fastdynat.ops.image_draws import Randomness
 
 # Most queries of an image in one pass.
@@ -179,7 +180,7 @@ def _with_ties_settled(ascent: Ascent, x: Tensor, labels: Tensor, margin: Tensor
     rows = (margin < 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return margin
-    right = ascent.judge(x[rows]).argmax(1) == labels[rows]
+    right = predicted_classes(ascent.judge(x[rows])) == labels[rows]
     return margin.index_fill(0, rows[right], 0.0)
 
 

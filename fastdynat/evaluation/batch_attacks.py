@@ -10,7 +10,8 @@ from fastdynat.attacks import NamedAttack
 from fastdynat.attacks.ball import inside
 from fastdynat.evaluation.defences import check_gradients, warn
 from fastdynat.evaluation.halving import with_halving
-from fastdynat.evaluation.measure import NO_CLASS, attacked, predict_in_batches
+from fastdynat.evaluation.measure import attacked, predict_in_batches
+from fastdynat.models.logits import NO_CLASS
 from fastdynat.ops.image_draws import ImageDraws
 
 

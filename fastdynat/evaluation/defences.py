@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import NO_CLASS, model_logits
+from fastdynat.evaluation.measure import model_logits
+from fastdynat.models.logits import NO_CLASS
 
 MOVES = 1e-4  # most change of normalised logits between passes of a deterministic network
 NEAR_ONE = 1e-5

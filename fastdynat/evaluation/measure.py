@@ -20,10 +20,9 @@ from fastdynat.evaluation.outcome import Measurement
 from fastdynat.execution.fallbacks import Fallbacks, SilentFallbacks
 from fastdynat.execution.float32 import full_float32
 from fastdynat.execution.uncompiled import uncompiled
-from fastdynat.models.logits import half_of, logits_of, own_dtype
+from fastdynat.models.logits import half_of, logits_of, own_dtype, predicted_classes
 from fastdynat.ops.image_draws import ImageDraws
 
-NO_CLASS = -1  # of NaN or infinite logits; equals no label
 
 
 class Stopped(Exception):
@@ -247,8 +246,14 @@ def _attacked(
         )
     engine.prepare(x.to(example.dtype))
     # In half precision the attack searches another network, whose ties are its own.
-    judge = None if dtype is not None else partial(model_logits, model)
+    judge = None if dtype is not None else partial(_in_eval_mode, model)
     return Attacked(replace(engine.ascent, judge=judge), engine.refresh)
+
+
+def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits in the mode of the replica, whichever mode the caller's network is in."""
+    with attack_mode(model, "eval"):
+        return model_logits(model, x)
 
 
 def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
@@ -273,8 +278,7 @@ def model_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Predicted classes (N,) of `model` at `x`; `NO_CLASS` where a logit is NaN or +inf."""
     with torch.no_grad():
-        logits = model_logits(model, x)
-    return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), NO_CLASS)
+        return predicted_classes(model_logits(model, x))
 
 
 def predict_in_batches(

@@ -12,6 +12,7 @@ from fastdynat.errors import UserError
 # The logits within a network's output: a key or attribute, an index, or a function of the answer.
 Output = str | int | Callable[[Any], Tensor]
 HALF = (torch.float16, torch.bfloat16)
+NO_CLASS = -1  # of NaN or infinite logits; equals no label
 
 
 class Answering(nn.Module):
@@ -181,3 +182,8 @@ class NoGradient(UserError):
             "between): an attack by gradients would return them as they are; replace that step by a smooth "
             "one, or attack by square"
         )
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Classes (N,) of `logits` (N, K), int64; `NO_CLASS` where a logit is NaN or +inf."""
+    return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), NO_CLASS)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import TIE, Ascent
 from fastdynat.attacks import parse_attack
+from fastdynat.evaluation.measure import attacked
 
 N, EPS = 12, 0.01
 NAMES = ("apgd-ce8", "apgd-t8", "fab-t", "square200")
@@ -68,6 +69,34 @@ def test_an_attack_on_a_pass_that_errs_breaks_what_the_plain_attack_breaks(name:
         fell.append(model(found).argmax(1) != labels)
     assert torch.equal(*fell)
     assert 0 < int(fell[0].sum()) < N
+
+
+def test_logits_that_are_nan_are_never_right() -> None:
+    """Of the network and of the replica: the first class would be the arg-max of a row of NaN."""
+    labels = torch.zeros(3, dtype=torch.int64)
+    good = torch.tensor([[5.0, 0.0, 1.0]]).expand(3, -1)
+    bad = good.clone()
+    bad[1] = torch.nan
+    bad[2, 0] = torch.inf
+    x = torch.rand(3, 3, 8, 8)
+    wrong = torch.tensor([False, True, True])
+    assert torch.equal(Ascent(lambda x: bad).settle_ties(x, bad, labels), wrong)
+    near = torch.zeros_like(good)  # ties: the judge decides
+    assert torch.equal(Ascent(lambda x: near, judge=lambda x: bad).settle_ties(x, near, labels), wrong)
+    assert not Ascent(lambda x: near, judge=lambda x: good).settle_ties(x, bad, labels).any()
+
+
+def test_the_judge_is_in_eval_mode_whatever_the_network_is_in() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
+    x = torch.rand(N, 3, 8, 8)
+    network(x)
+    want = network.eval()(x)
+    judge = attacked(network.train(), x).judge
+    assert judge is not None
+    with torch.no_grad():
+        torch.testing.assert_close(judge(x), want)
+    assert network[2].training
+    assert network[2].num_batches_tracked == 1
 
 
 def test_clean_images_on_the_boundary_are_attacked() -> None:
