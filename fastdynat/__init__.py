@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastdynat.compat.torchattacks import BIM, FFGSM, FGSM, PGD, PGDL2, TPGD
     from fastdynat.errors import UserError
     from fastdynat.evaluation.autoattack import AutoAttack
+    from fastdynat.freed_memory import keep_freed_memory
     from fastdynat.runs.weights import load_network
 
 # Public names by the module that has them.
@@ -40,6 +41,7 @@ _NAMES = {
     "compat.torchattacks": ("BIM", "FFGSM", "FGSM", "PGD", "PGDL2", "TPGD"),
     "errors": ("UserError",),
     "evaluation.autoattack": ("AutoAttack",),
+    "freed_memory": ("keep_freed_memory",),
     "runs.weights": ("load_network",),
 }
 _ORIGIN = {name: module for module, names in _NAMES.items() for name in names}
@@ -63,6 +65,7 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluation",
+    "keep_freed_memory",
     "lbgat_loss",
     "load_network",
     "mart_loss",

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastdynat.commands.main import main
+from fastdynat.commands.main import program
 
-sys.exit(main())
+sys.exit(program())

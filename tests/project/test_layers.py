@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # what lies in none of the inner rooms belongs to the outer one. Rooms of one layer do not import each other.
 LAYERS = [
     {"errors", "kernels", "lazy"},
-    {"launch", "units"},
+    {"freed_memory", "launch", "units"},
     {"documents", "terminal", "machine"},
     {"user_code", "distributed"},
     {"config", "execution"},

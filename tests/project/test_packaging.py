@@ -45,7 +45,7 @@ def test_version_has_one_source() -> None:
 
 
 def test_names_for_users() -> None:
-    assert CONFIG["project"]["scripts"] == {"fastdynat": "fastdynat.commands.main:main"}
+    assert CONFIG["project"]["scripts"] == {"fastdynat": "fastdynat.commands.main:program"}
     assert {"dali", "peer", "tensorboard", "test", "timm"} <= set(CONFIG["project"]["optional-dependencies"])
 
 

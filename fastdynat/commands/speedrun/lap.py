@@ -26,6 +26,7 @@ from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.distributed import joined_world
 from fastdynat.documents import convert, parse_json
 from fastdynat.errors import UserError
+from fastdynat.freed_memory import keep_freed_memory
 from fastdynat.machine.capability import processor
 from fastdynat.machine.cores import keep_to_own_cores
 from fastdynat.runs import LAST, Sidecar, describe_environment, find_checkpoint, save_weights
@@ -199,5 +200,15 @@ def _rounded(value: Any) -> Any:
     return round(value, 3) if isinstance(value, float) else value
 
 
+def lap_program(argv: list[str]) -> int:
+    """`lap_command` in a process of its own, with freed memory as `fastdynat train` keeps it.
+
+    The plain loop runs as people run it: without.
+    """
+    if json.loads(argv[0]).get("loop") == "fastdynat":
+        keep_freed_memory()
+    return lap_command(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(lap_command(sys.argv[1:]))
+    sys.exit(lap_program(sys.argv[1:]))
