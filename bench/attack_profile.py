@@ -39,6 +39,7 @@ EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 OPERATIONS = {
     "fastdynat::winograd_conv3x3": "3x3, Winograd",
     "fastdynat::winograd_weights": "filters of Winograd",
+    "fastdynat::image_conv_grad": "first layer",
     "fastdynat::attack_logit_grad": "loss",
     "fastdynat::attack_step_linf": "attack step",
     "fastdynat::random_start": "attack step",
@@ -81,7 +82,7 @@ def parts(attack: Callable[[], Tensor]) -> dict[str, float]:
         kind = OPERATIONS.get(row.key, "other")
         if row.key in CONVOLUTIONS:
             image, weight = row.input_shapes[row.key == CONVOLUTIONS[1] :][:2]
-            kind = _convolution(image, weight, strided[str(image), str(weight)])
+            kind = _convolution(image, weight, strided.get((str(image), str(weight)), False))
         seconds[kind] += row.self_cpu_time_total
     total = sum(seconds.values())
     return {kind: round(part / total, 4) for kind, part in sorted(seconds.items(), key=lambda e: -e[1])}

@@ -42,7 +42,7 @@ def made() -> str:
 
 
 def levers() -> str:
-    """Trials of one seed: with fastdynat, beside the one that was built on; and in one file of plain torch."""
+    """Trials of one seed: with fastdynat, beside the first that was kept; and in plain PyTorch."""
     values = read("speedrun_levers_cpu")
     rows = [
         [

@@ -124,8 +124,8 @@ class Ascent:
     def settle_ties(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """(N,) bool: which images `x` of classes `labels` are misclassified, of their replica's `logits`.
 
-        NaN and +inf are never right. Where the label's logit and the largest other one are nearly equal, `judge` decides. On a GPU, where
-        counting these images would wait for the device, the replica does.
+        NaN and +inf are never right. Where the label's logit and the largest other one are nearly equal,
+        `judge` decides. On a GPU, where counting these images would wait for the device, the replica does.
         """
         wrong = predicted_classes(logits) != labels
         if self.judge is None or x.is_cuda:

@@ -1,16 +1,20 @@
-"""Input gradient of a network's first convolution on the CPU, by one matrix product.
+"""A network's first convolution on the CPU, with its ReLU: by an operator of its own.
 
 oneDNN's input gradient of a convolution with the few channels of an image takes three to seven times as long
-as its forward pass: it computes full vectors of channels and keeps three. The product of the transposed
-filters with the gradient, added up at the pixels (`torch.nn.functional.fold`), does the arithmetic that is
-needed.
+as its forward pass: it computes full vectors of channels and keeps three. `fastdynat.ops.image_conv` does the
+arithmetic that is needed, for channels-last images, and takes the ReLU along. Elsewhere the gradient is the
+product of the transposed filters with the result's, added up at the pixels (`torch.nn.functional.fold`).
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from fastdynat.attack_engine.fx_tracing import call_counts, is_plain
+from fastdynat.machine import vector_bits
+from fastdynat.ops import available_backends, image_conv
 
 MOST_CHANNELS = 4
 FEWEST_FILTERS = 24  # with fewer, adding up at the pixels takes longer than oneDNN
@@ -44,16 +48,42 @@ class _FirstConvolution(torch.autograd.Function):
 
 
 class ImageConv2d(nn.Conv2d):
-    """A convolution of images whose weight needs no gradient."""
+    """A convolution of images whose weight needs no gradient.
+
+    Attributes:
+        rectified: the ReLU that follows it in the network is taken here.
+    """
+
+    rectified: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``nn.Conv2d.forward``; its input gradient by a matrix product where that is faster."""
+        """``nn.Conv2d.forward``, and the ReLU; the input gradient by a product where that is faster."""
         suits = x.dim() == 4 and x.device.type == "cpu" and x.requires_grad and x.numel() > 0
         if not suits or torch.is_autocast_enabled("cpu") or self.weight.requires_grad:
-            return super().forward(x)
-        geometry = (self.stride, self.padding, self.dilation)
-        found: Tensor = _FirstConvolution.apply(x, self.weight, self.bias, geometry)
-        return found
+            return self._rectified(super().forward(x))
+        stride, padding, dilation = (_pair(v) for v in (self.stride, self.padding, self.dilation))
+        if self._has_operator(x, dilation):
+            geometry: Any = {"stride": stride, "padding": padding, "relu": self.rectified}
+            return image_conv(x, self.weight, self.bias, **geometry, backend="cpp")
+        found: Tensor = _FirstConvolution.apply(x, self.weight, self.bias, (stride, padding, dilation))
+        return self._rectified(found)
+
+    def _rectified(self, out: Tensor) -> Tensor:
+        return out.relu_() if self.rectified else out
+
+    def _has_operator(self, x: Tensor, dilation: tuple[int, ...]) -> bool:
+        """Its gradient is channels-last; without wide vectors oneDNN is faster."""
+        if x.dtype != torch.float32 or dilation != (1, 1) or available_backends()["cpp"] is not None:
+            return False
+        return x.is_contiguous(memory_format=torch.channels_last) and vector_bits() >= 256
+
+
+class Rectified(nn.Identity):
+    """In place of a ReLU that the `ImageConv2d` before it takes."""
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value, value)
 
 
 def fast_image_gradients(network: nn.Module) -> int:
@@ -65,6 +95,21 @@ def fast_image_gradients(network: nn.Module) -> int:
     for module in found:
         module.__class__ = ImageConv2d
     return len(found)
+
+
+def take_relus_along(traced: fx.GraphModule) -> None:
+    """Take each ReLU that is the only reader of an `ImageConv2d` along with it."""
+    modules = dict(traced.named_modules())
+    uses = call_counts(traced)
+    for node in traced.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        layer, relu = modules[str(source.target)], modules[str(node.target)]
+        alone = uses[node.target] == 1 and uses[source.target] == 1 and len(source.users) == 1
+        if alone and isinstance(layer, ImageConv2d) and type(relu) is nn.ReLU and is_plain(relu):
+            layer.rectified = True
+            traced.set_submodule(str(node.target), Rectified())
 
 
 def _suits(module: nn.Module) -> bool:

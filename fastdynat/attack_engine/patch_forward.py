@@ -219,7 +219,8 @@ def _apply(module: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         out = F.conv2d(x, module.weight, module.bias, module.stride, 0, module.dilation, module.groups)
         out = out.add_(rest[0]) if rest else out
-        return out.relu_() if isinstance(module, ConvReLU2d) else out
+        rectified = isinstance(module, ConvReLU2d) or getattr(module, "rectified", False)
+        return out.relu_() if rectified else out
     if isinstance(module, nn.MaxPool2d):
         return F.max_pool2d(x, module.kernel_size, module.stride, 0, module.dilation)
     if isinstance(module, nn.AvgPool2d):

@@ -10,13 +10,16 @@ from torch import fx, nn
 
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.fx_tracing import is_plain
-from fastdynat.attack_engine.input_gradient import ImageConv2d
+from fastdynat.attack_engine.input_gradient import ImageConv2d, Rectified
 from fastdynat.attack_engine.patch_geometry import Extent, Patch
 from fastdynat.attack_engine.winograd_layers import WinogradConv2d
 
 CONVOLUTIONS = (nn.Conv2d, ImageConv2d, WinogradConv2d, ConvReLU2d)
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
-BY_ELEMENT = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
+BY_ELEMENT = (
+    *(nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh),
+    Rectified,
+)
 FUNCTIONS = (F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, torch.sigmoid, torch.tanh)
 BINARY = (
     operator.add,
@@ -144,7 +147,11 @@ def _is_regular(module: nn.Module, source: Any) -> bool:
         return True
     # Maps have borders of zeros, which change no maximum of numbers that are not negative.
     owner = source.graph.owning_module
-    return source.op == "call_module" and type(owner.get_submodule(source.target)) in (nn.ReLU, ConvReLU2d)
+    return source.op == "call_module" and type(owner.get_submodule(source.target)) in (
+        nn.ReLU,
+        ConvReLU2d,
+        Rectified,
+    )
 
 
 def _sum(node: fx.Node, patches: dict[fx.Node, Patch], shapes: dict[fx.Node, Any]) -> Patch | None:

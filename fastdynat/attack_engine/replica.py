@@ -10,7 +10,7 @@ from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.folding_check import check_folding
 from fastdynat.attack_engine.fusion_choice import fuse_where_faster, fuse_where_verified
 from fastdynat.attack_engine.fx_tracing import NotFoldable
-from fastdynat.attack_engine.input_gradient import fast_image_gradients
+from fastdynat.attack_engine.input_gradient import fast_image_gradients, take_relus_along
 from fastdynat.attack_engine.network_comparison import (
     FLOAT32_TOLERANCE,
     disagreement,
@@ -104,6 +104,8 @@ class AttackReplica:
             relu_in_place(self.network)
         if winograd and dtype is None and not static:
             fast_image_gradients(self.network)
+            if isinstance(self.network, fx.GraphModule):
+                take_relus_along(self.network)
 
     @property
     def num_folded(self) -> int:

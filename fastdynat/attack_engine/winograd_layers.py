@@ -20,7 +20,7 @@ from fastdynat.tuning import Convolution, Costs
 # With fewer channels the transforms take longer than the products that they save.
 MIN_CHANNELS = 32
 # Name of the rule of `WinogradConv2d` in run records; another rule rounds differently and needs a new name.
-RULE = "per layer from 32 channels, where it repays its weights; gradients at images by one product"
+RULE = "per layer from 32 channels, where it repays its weights; gradients at images by `image_conv`"
 
 
 class TransformedWeights:

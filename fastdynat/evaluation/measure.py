@@ -24,7 +24,6 @@ from fastdynat.models.logits import half_of, logits_of, own_dtype, predicted_cla
 from fastdynat.ops.image_draws import ImageDraws
 
 
-
 class Stopped(Exception):
     """The caller asked to stop; the measurement is dropped."""
 

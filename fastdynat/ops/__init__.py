@@ -29,6 +29,7 @@ from fastdynat.ops._step import AttackStep
 from fastdynat.ops.attack_logit_grad import AttackGrad, attack_logit_grad
 from fastdynat.ops.augment import augment
 from fastdynat.ops.dynamic_label_cross_entropy import DynamicLabelLoss, dynamic_label_cross_entropy
+from fastdynat.ops.image_conv_grad import image_conv
 from fastdynat.ops.pgd_step_l0 import pgd_step_l0
 from fastdynat.ops.pgd_step_l1 import pgd_step_l1
 from fastdynat.ops.pgd_step_l2 import attack_step_l2, pgd_step_l2
@@ -51,6 +52,7 @@ __all__ = [
     "augment",
     "available_backends",
     "dynamic_label_cross_entropy",
+    "image_conv",
     "operators_in_use",
     "pgd_step_l0",
     "pgd_step_l1",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastdynat import verification
 
 F = TypeVar("F", bound=Callable[..., Any])
-# `fastdynat.attack_engine.winograd_layers` decides on Winograd's algorithm against direct convolutions.
-NOT_TIMED = ("winograd_conv3x3", "winograd_weights")
+# The attack engine decides on these against oneDNN's convolutions.
+NOT_TIMED = ("image_conv_grad", "winograd_conv3x3", "winograd_weights")
 
 _racing = False
 

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fastdynat.attack_engine import input_gradient
-from fastdynat.attack_engine.input_gradient import ImageConv2d, fast_image_gradients
+from fastdynat.attack_engine.input_gradient import (
+    ImageConv2d,
+    Rectified,
+    fast_image_gradients,
+    take_relus_along,
+)
 from fastdynat.evaluation.measure import attacked
 from fastdynat.models import build_model
 
@@ -61,3 +67,45 @@ def test_a_replica_follows_the_switch(winograd: bool) -> None:
     assert isinstance(ascent.network, nn.Module)
     assert any(type(module) is ImageConv2d for module in ascent.network.modules()) is winograd
     assert not any(type(module) is ImageConv2d for module in model.modules())
+
+
+@needs("ext")
+@pytest.mark.parametrize("last", [False, True])
+def test_the_replica_takes_the_relu_along(last: bool) -> None:
+    """With the logits and gradients of the network, in both memory formats."""
+    torch.manual_seed(0)
+    model = build_model("small", num_classes=10, image_shape=(3, 32, 32)).train()
+    x = torch.rand(8, 3, 32, 32)
+    model(x)
+    model.eval()
+    ascent = attacked(model, x, channels_last=last)
+    network = ascent.network
+    assert isinstance(network, nn.Module)
+    layers = [module for module in network.modules() if isinstance(module, ImageConv2d)]
+    assert [layer.rectified for layer in layers] == [True]
+    assert sum(type(module) is Rectified for module in network.modules()) == 1
+    grads = []
+    for net in (model, network):
+        leaf = x.clone().requires_grad_()
+        logits = net(leaf)
+        (grad,) = torch.autograd.grad(logits.square().sum(), leaf)
+        grads.append((logits.detach(), grad))
+    for found, want in zip(*grads, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_relu_with_other_readers_stays() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.first(x)
+            return (self.relu(out) + out).mean((2, 3))
+
+    traced = torch.fx.symbolic_trace(Network().requires_grad_(False))
+    fast_image_gradients(traced)
+    take_relus_along(traced)
+    assert not any(isinstance(module, Rectified) for module in traced.modules())
+    assert not traced.get_submodule("first").rectified

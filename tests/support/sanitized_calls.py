@@ -252,10 +252,25 @@ def call_winograd_weights(make: Callable[..., Tensor], shape: tuple[int, ...], b
     assert not any(t.isnan().any() for t in ops.winograd_weights(weight, out=out, backend=backend))
 
 
+def call_image_conv_grad(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:
+    from fastdynat import ops
+
+    n, c, height, width = shape
+    for outputs, rows, columns, stride, padding in ((5, 3, 3, 1, 1), (33, 1, 2, 2, 0), (130, 4, 3, 3, 4)):
+        if height + 2 * padding < rows or width + 2 * padding < columns:
+            continue
+        x, weight = make(n, c, height, width), unaligned(torch.randn(outputs, c, rows, columns))
+        x = x.detach().float().requires_grad_()
+        for relu in (False, True):
+            geometry: Any = {"stride": (stride, 1), "padding": (padding, padding)}
+            ops.image_conv(x, weight, **geometry, relu=relu, backend=backend).sum().backward()
+
+
 CALLS: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...], str], None]] = {
     "attack_logit_grad": call_attack_logit_grad,
     "augment": call_augment,
     "dynamic_label_cross_entropy": call_dynamic_label_cross_entropy,
+    "image_conv_grad": call_image_conv_grad,
     "pgd_step_l0": call_pgd_step_l0,
     "pgd_step_l1": call_pgd_step_l1,
     "pgd_step_l2": call_pgd_step_l2,

@@ -119,7 +119,7 @@ def build_kernels(folder: Path, sanitize: Sequence[str] = (WATCH,)) -> Path:
 
 # Operators that have no CUDA kernel and no Triton kernel, on purpose: cuDNN has Winograd convolutions of its
 # own.
-CPU_ONLY = {"winograd_conv3x3", "winograd_weights"}
+CPU_ONLY = {"image_conv_grad", "winograd_conv3x3", "winograd_weights"}
 
 
 def operators() -> list[str]:
