@@ -14,6 +14,7 @@ namespace {
 
 constexpr const char* kName = "image_conv_grad";
 constexpr int64_t kPixels = 112;  // of the result that are worked on at a time: they stay in the second cache
+constexpr int64_t kMost = 1 << 20;  // of sides, strides and paddings, in pixels: nothing overflows
 constexpr int64_t kLanes = 8;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -126,6 +127,9 @@ Geometry geometry_of(
   STD_TORCH_CHECK(
       stride_down > 0 && stride_across > 0 && pad_down >= 0 && pad_across >= 0, op,
       ": strides must be positive, and paddings not negative");
+  STD_TORCH_CHECK(
+      std::max({height, width, stride_down, stride_across, pad_down, pad_across}) <= kMost, op,
+      ": sides, strides and paddings must be at most ", kMost);
   Geometry g{images,         weight.size(1), height,        width,    weight.size(0), 0,         0,
              weight.size(2), weight.size(3), stride_down,   stride_across, pad_down,  pad_across};
   const int64_t free_down = height + 2 * pad_down - g.rows, free_across = width + 2 * pad_across - g.columns;

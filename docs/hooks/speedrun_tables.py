@@ -42,7 +42,7 @@ def made() -> str:
 
 
 def levers() -> str:
-    """Trials of one seed: with fastdynat, beside the first that was kept; and in plain PyTorch."""
+    """Trials of one seed: with fastdynat, beside the first one that was kept, and in plain PyTorch."""
     values = read("speedrun_levers_cpu")
     rows = [
         [
@@ -58,7 +58,7 @@ def levers() -> str:
     return "\n\n".join(
         (
             table(["trial", "clean", "PGD-20", "difference, points", "flags"], rows),
-            f"Every trial with fastdynat has the flags `{values['common']}` where its own say nothing else.",
+            f"Every trial with fastdynat has the flags `{values['common']}` unless its own override them.",
             table(["trial in plain PyTorch", "clean", "PGD-20"], plain),
         )
     )

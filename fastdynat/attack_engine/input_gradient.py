@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastdynat.attack_engine.fx_tracing import call_counts, is_plain
-from fastdynat.machine import vector_bits
 from fastdynat.ops import available_backends, image_conv
 
 MOST_CHANNELS = 4
@@ -52,9 +51,11 @@ class ImageConv2d(nn.Conv2d):
 
     Attributes:
         rectified: the ReLU that follows it in the network is taken here.
+        has_operator: `fastdynat.ops.image_conv` runs here, with wide vectors; without them oneDNN is faster.
     """
 
     rectified: bool = False
+    has_operator: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``nn.Conv2d.forward``, and the ReLU; the input gradient by a product where that is faster."""
@@ -62,7 +63,7 @@ class ImageConv2d(nn.Conv2d):
         if not suits or torch.is_autocast_enabled("cpu") or self.weight.requires_grad:
             return self._rectified(super().forward(x))
         stride, padding, dilation = (_pair(v) for v in (self.stride, self.padding, self.dilation))
-        if self._has_operator(x, dilation):
+        if self._suits_operator(x, dilation):
             geometry: Any = {"stride": stride, "padding": padding, "relu": self.rectified}
             return image_conv(x, self.weight, self.bias, **geometry, backend="cpp")
         found: Tensor = _FirstConvolution.apply(x, self.weight, self.bias, (stride, padding, dilation))
@@ -71,11 +72,12 @@ class ImageConv2d(nn.Conv2d):
     def _rectified(self, out: Tensor) -> Tensor:
         return out.relu_() if self.rectified else out
 
-    def _has_operator(self, x: Tensor, dilation: tuple[int, ...]) -> bool:
-        """Its gradient is channels-last; without wide vectors oneDNN is faster."""
-        if x.dtype != torch.float32 or dilation != (1, 1) or available_backends()["cpp"] is not None:
+    def _suits_operator(self, x: Tensor, dilation: tuple[int, ...]) -> bool:
+        """Channels-last, as its gradient is; it shares the images between the threads."""
+        if not self.has_operator or x.dtype != torch.float32 or dilation != (1, 1):
             return False
-        return x.is_contiguous(memory_format=torch.channels_last) and vector_bits() >= 256
+        last = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+        return last and len(x) >= torch.get_num_threads()
 
 
 class Rectified(nn.Identity):
@@ -92,8 +94,10 @@ def fast_image_gradients(network: nn.Module) -> int:
     For a network on the CPU in float32, whose calls are not compiled.
     """
     found = [module for module in network.modules() if _suits(module)]
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     for module in found:
         module.__class__ = ImageConv2d
+        module.has_operator = wide and available_backends()["cpp"] is None  # type: ignore[assignment]
     return len(found)
 
 
@@ -107,7 +111,10 @@ def take_relus_along(traced: fx.GraphModule) -> None:
             continue
         layer, relu = modules[str(source.target)], modules[str(node.target)]
         alone = uses[node.target] == 1 and uses[source.target] == 1 and len(source.users) == 1
-        if alone and isinstance(layer, ImageConv2d) and type(relu) is nn.ReLU and is_plain(relu):
+        plain = (
+            isinstance(layer, ImageConv2d) and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu)
+        )
+        if alone and plain:
             layer.rectified = True
             traced.set_submodule(str(node.target), Rectified())
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.fx_tracing import result_shapes, trace
+from fastdynat.attack_engine.input_gradient import Rectified
 from fastdynat.attack_engine.patch_geometry import Patch, Reading
 from fastdynat.attack_engine.patch_graph import CONVOLUTIONS, POOLINGS, Split, split, window_of
 from fastdynat.attack_engine.patch_maps import KnownMap, MapCrop, Squares, with_room
@@ -50,7 +51,7 @@ class PatchForward:
         if not isinstance(network, nn.Module) or network.training or example.device.type != "cpu":
             return None
         try:
-            own = [module for module in network.modules() if type(module) in CONVOLUTIONS]
+            own = [module for module in network.modules() if type(module) in (*CONVOLUTIONS, Rectified)]
             return cls(trace(network, own), example[:1])
         except Exception as error:  # of foreign code on proxies, which may raise anything
             logger.debug("no patches: %s", error)

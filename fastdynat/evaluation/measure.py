@@ -251,7 +251,8 @@ def _attacked(
 
 def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
     """Logits in the mode of the replica, whichever mode the caller's network is in."""
-    with attack_mode(model, "eval"):
+    evaluates = not any(module.training for module in model.modules())
+    with nullcontext() if evaluates else attack_mode(model, "eval"):
         return model_logits(model, x)
 
 

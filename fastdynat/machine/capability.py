@@ -31,13 +31,18 @@ FLAGS = (
     "asimdhp",
 )
 # Of the environment; each makes oneDNN or ATen take other instructions or threads than the processor would
-# suggest.
+# suggest, or glibc treat freed memory in another way.
 VARIABLES = (
     "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ATEN_CPU_CAPABILITY",
     "OMP_PROC_BIND",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
 )
 QUESTIONS = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}
 

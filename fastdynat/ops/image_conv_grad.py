@@ -55,7 +55,8 @@ class _Conv(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool, backend: str
     ) -> Tensor:
-        y = F.conv2d(x, weight, bias, geometry[:2], geometry[2:])
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.conv2d(x, weight, bias, geometry[:2], geometry[2:])
         return y.relu_() if relu else y
 
     @staticmethod
@@ -85,7 +86,8 @@ class _Grad(torch.autograd.Function):
         geometry: Geometry,
         backend: str,
     ) -> Tensor:
-        return select(NAME, IMPLEMENTATIONS, backend, grad)(grad, weight, gate, *size, *geometry)
+        with torch.autocast(grad.device.type, enabled=False):
+            return select(NAME, IMPLEMENTATIONS, backend, grad)(grad, weight, gate, *size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,7 +97,9 @@ class _Grad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return F.conv2d(cotangent, weight, None, ctx.geometry[:2], ctx.geometry[2:]), *(None,) * 5
+        with torch.autocast(cotangent.device.type, enabled=False):
+            found = F.conv2d(cotangent, weight, None, ctx.geometry[:2], ctx.geometry[2:])
+        return found, *(None,) * 5
 
 
 def image_conv(
@@ -110,13 +114,14 @@ def image_conv(
 ) -> Tensor:
     """``conv2d(x, weight, bias, stride, padding)``, then with `relu` its ReLU, with a fast input gradient.
 
-    Fast for few channels. Differentiable in `x` alone, to any order, by autograd and torch.func.
+    Fast for few channels. Differentiable in `x` alone, to any order, by autograd and torch.func.grad.
+    Autocast is not applied.
 
     Args:
         x: (N, C, H, W), float32, any layout. Its gradient is channels-last.
         weight: (K, C, R, S), float32; no gradient.
         bias: (K,) or None; no gradient.
-        stride, padding: (down, across).
+        stride, padding: pairs (down, across).
         relu: take the ReLU; its mask is then applied where the gradient is read.
         backend: of the gradient: "auto", "cpp" (CPU tensors) or "eager". Other devices run "eager".
 
@@ -124,9 +129,14 @@ def image_conv(
         (N, K, H', W'), float32, in the layout of conv2d's result.
 
     Raises:
-        ValueError: dtypes or devices do not fit, or a gradient is wanted of the weight or the bias.
-        RuntimeError: shapes do not fit, or the backend asked for cannot run here.
+        ValueError: shapes, dtypes or devices do not fit, or a gradient is wanted of the weight or the bias.
+        RuntimeError: the backend asked for cannot run here.
     """
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"image_conv: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, expected "
+            "(N, C, H, W) and (K, C, R, S)"
+        )
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -138,5 +148,6 @@ def image_conv(
             raise ValueError(
                 f"image_conv: no gradient of {name} is computed; use {name}.detach(), or conv2d to train it"
             )
-    geometry: Geometry = (stride[0], stride[1], padding[0], padding[1])
-    return _Conv.apply(x, weight, bias, geometry, relu, backend)
+    (down, across), (pad_down, pad_across) = stride, padding
+    select(NAME, IMPLEMENTATIONS, backend, x)  # refused here, not in the backward pass
+    return _Conv.apply(x, weight, bias, (down, across, pad_down, pad_across), relu, backend)

@@ -554,7 +554,7 @@ def test_relus_after_a_layer_overwrite_its_result_and_others_do_not() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
+            self.conv1, self.bn1, self.relu1 = nn.Conv2d(5, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
             self.conv2, self.bn2, self.relu2 = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
             self.relu3, self.linear = nn.ReLU(), nn.Linear(64, 10)
 
@@ -564,13 +564,13 @@ def test_relus_after_a_layer_overwrite_its_result_and_others_do_not() -> None:
             return self.linear(self.relu3(self.relu2(b) + b).mean((2, 3)))  # b is read twice
 
     model = Net().eval()
-    engine = AttackEngine(model, torch.rand(2, 3, 8, 8))
+    engine = AttackEngine(model, torch.rand(2, 5, 8, 8))
     assert engine.replica.num_folded == 2
     inplace = {
         name: m.inplace for name, m in engine.replica.network.named_modules() if isinstance(m, nn.ReLU)
     }
     assert inplace == {"relu1": True, "relu2": False, "relu3": False}
-    x, weights = torch.rand(16, 3, 8, 8), torch.randn(16, 10)
+    x, weights = torch.rand(16, 5, 8, 8), torch.randn(16, 10)
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(model(leaf), leaf, weights)[0]
     torch.testing.assert_close(

@@ -109,3 +109,12 @@ def test_a_relu_with_other_readers_stays() -> None:
     take_relus_along(traced)
     assert not any(isinstance(module, Rectified) for module in traced.modules())
     assert not traced.get_submodule("first").rectified
+
+
+def test_a_relu_stays_after_a_layer_whose_gradients_a_hook_sees() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Flatten()).requires_grad_(False)
+    network[0].register_full_backward_hook(lambda layer, of_input, of_output: None)
+    traced = torch.fx.symbolic_trace(network)
+    fast_image_gradients(traced)
+    take_relus_along(traced)
+    assert not any(isinstance(module, Rectified) for module in traced.modules())

@@ -11,6 +11,7 @@ from support.odd_networks import NETWORKS
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.input_gradient import Rectified
 from fastdynat.attack_engine.patch_forward import PatchForward
 from fastdynat.attack_engine.patch_geometry import Extent
 from fastdynat.attack_engine.patch_maps import Squares
@@ -171,6 +172,30 @@ def test_square_is_the_same_search_with_patches_and_without(
     plain = spec.run(ascent, x, labels, draws).x_adv
     same = (found == plain).flatten(1).all(1)
     assert int(same.sum()) >= 3, "at most one image may part at a tie"
+
+
+def test_a_pooling_after_a_first_layer_that_takes_its_relu_is_computed_on_patches() -> None:
+    """Of a replica: its padding of zeros changes no maximum of what has passed a ReLU."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)),
+        *(nn.Conv2d(24, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    ).eval()
+    replica = attacked(network, torch.rand(2, 3, 32, 32)).network
+    assert isinstance(replica, nn.Module)
+    assert any(type(module) is Rectified for module in replica.modules())
+    x = torch.rand(3, 3, 32, 32)
+    patches = PatchForward.of(replica, x)
+    assert patches is not None
+    patches.begin(x, 3, 8)
+    names = [str(node.target) for node in patches._found.patches]
+    assert len(names) >= 4, names  # the image, the first layer, its ReLU, the pooling
+    squares = Squares(torch.tensor([0, 1, 2]), torch.tensor([4, 9, 17]), torch.tensor([0, 25, 12]))
+    fresh = torch.rand(3, 3, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            patches.logits(fresh, squares), network(pasted(x, squares, fresh)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_network_that_is_not_its_trace_is_computed_whole() -> None:

@@ -461,6 +461,7 @@ def test_importing_fastdynat_is_cheap_and_the_names_are_there() -> None:
         "TrainedRun",
         "UserError",
         "evaluate",
+        "keep_freed_memory",
         "load_network",
         "train",
         "units",

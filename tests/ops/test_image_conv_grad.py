@@ -142,6 +142,28 @@ def test_a_batch_is_its_images() -> None:
     assert torch.equal(torch.cat([run(grad[i : i + 1], gate[i : i + 1]) for i in range(7)]), whole)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_and_compiled(backend: str, compiled: bool) -> None:
+    """Autocast to half precision changes nothing, and there is one graph."""
+    weight, x = torch.randn(24, 3, 3, 3), torch.rand(2, 3, 8, 8)
+
+    def pulled(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, pull_back = torch.func.vjp(
+            lambda z: ops.image_conv(z, weight, padding=(1, 1), relu=True, backend=backend), x
+        )
+        return y, pull_back(torch.ones_like(y))[0]
+
+    want = pulled(x)
+    torch._dynamo.reset()
+    run = torch.compile(pulled, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else pulled
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(x)
+    for one, other in zip(found, want, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
 X, W = torch.rand(2, 3, 5, 5), torch.rand(4, 3, 3, 3)
 
 
@@ -150,6 +172,8 @@ X, W = torch.rand(2, 3, 5, 5), torch.rand(4, 3, 3, 3)
     [
         ("x must be float32, got torch.float64", lambda: ops.image_conv(X.double(), W)),
         ("weight must be float32", lambda: ops.image_conv(X, W.double())),
+        (r"x has shape \(3, 5, 5\)", lambda: ops.image_conv(X[0], W)),
+        (r"weight \(4, 2, 3, 3\)", lambda: ops.image_conv(X, W[:, :2])),
         ("weight is on meta", lambda: ops.image_conv(X, W.to("meta"))),
         ("no gradient of weight", lambda: ops.image_conv(X, W.clone().requires_grad_())),
         ("no gradient of bias", lambda: ops.image_conv(X, W, torch.rand(4, requires_grad=True))),
@@ -160,6 +184,11 @@ def test_wrong_arguments_are_named(message: str, call: Callable[[], Tensor]) -> 
         call()
 
 
+def test_a_backend_that_cannot_run_is_refused_at_the_call() -> None:
+    with pytest.raises(RuntimeError, match="no such implementation"):
+        ops.image_conv(X, W, backend="triton")
+
+
 @needs("ext")
 def test_wrong_arguments_of_the_dispatcher_are_named() -> None:
     run, grad = torch.ops.fastdynat.image_conv_grad, torch.rand(2, 4, 3, 3)
@@ -167,6 +196,7 @@ def test_wrong_arguments_of_the_dispatcher_are_named() -> None:
         ("grad must be float32", (grad.double(), W.double(), None, 5, 5, 1, 1, 0, 0)),
         ("expected \\(N, K, H', W'\\)", (grad[0], W, None, 5, 5, 1, 1, 0, 0)),
         ("weight has shape \\(0, 3, 3, 3\\)", (grad, W[:0], None, 5, 5, 1, 1, 0, 0)),
+        ("must be at most 1048576", (grad, W, None, 2**40, 5, 2**40, 1, 0, 0)),
         ("strides must be positive", (grad, W, None, 5, 5, 0, 1, 0, 0)),
         ("2 x 5 pixels are smaller than the filters", (grad, W, None, 2, 5, 1, 1, 0, 0)),
         ("expected \\(N, 4, 3, 2\\)", (grad, W, None, 5, 4, 1, 1, 0, 0)),

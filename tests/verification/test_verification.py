@@ -302,7 +302,7 @@ def test_every_operator_has_a_table_and_every_table_an_operator() -> None:
         name for name in verification.registered() if name != "doubling" and not name.startswith("conv_relu_")
     }  # cuDNN's
     assert set(_select.OPERATORS) == own
-    assert len(_select.OPERATORS) == 12
+    assert len(_select.OPERATORS) == 13
 
 
 @needs("ext")

@@ -26,7 +26,7 @@ from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.distributed import joined_world
 from fastdynat.documents import convert, parse_json
 from fastdynat.errors import UserError
-from fastdynat.freed_memory import keep_freed_memory
+from fastdynat.freed_memory import freed_memory_is_kept, keep_freed_memory
 from fastdynat.machine.capability import processor
 from fastdynat.machine.cores import keep_to_own_cores
 from fastdynat.runs import LAST, Sidecar, describe_environment, find_checkpoint, save_weights
@@ -121,7 +121,7 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
         reading_seconds=start - begin,
         train_images=len(split.train),
         weights=str((folder / "model.safetensors").resolve().relative_to(path.resolve())),
-        environment=lap_environment(lap.device),
+        environment={**lap_environment(lap.device), "keeps_freed_memory": freed_memory_is_kept()},
         load_average=load,
     )
 
@@ -165,7 +165,7 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
         reading_seconds=start - begin,
         train_images=len(images),
         weights="model.safetensors",
-        environment=lap_environment(lap.device),
+        environment={**lap_environment(lap.device), "keeps_freed_memory": freed_memory_is_kept()},
         load_average=load,
     )
 
