@@ -90,8 +90,10 @@ def test_the_replica_takes_the_relu_along(last: bool) -> None:
         logits = net(leaf)
         (grad,) = torch.autograd.grad(logits.square().sum(), leaf)
         grads.append((logits.detach(), grad))
-    for found, want in zip(*grads, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    torch.testing.assert_close(grads[1][0], grads[0][0], rtol=1e-3, atol=1e-4)
+    # Rounding may open or close single units, whose gradients then differ.
+    found, want = grads[1][1], grads[0][1]
+    assert float((found - want).norm()) < 0.02 * float(want.norm())
 
 
 def test_a_relu_with_other_readers_stays() -> None:
