@@ -62,19 +62,19 @@ class ImageConv2d(nn.Conv2d):
         suits = x.dim() == 4 and x.device.type == "cpu" and x.requires_grad and x.numel() > 0
         if not suits or torch.is_autocast_enabled("cpu") or self.weight.requires_grad:
             return self._rectified(super().forward(x))
-        stride, padding, dilation = (_pair(v) for v in (self.stride, self.padding, self.dilation))
-        if self._suits_operator(x, dilation):
-            geometry: Any = {"stride": stride, "padding": padding, "relu": self.rectified}
+        if self._suits_operator(x):
+            geometry: Any = {"stride": self.stride, "padding": self.padding, "relu": self.rectified}
             return image_conv(x, self.weight, self.bias, **geometry, backend="cpp")
-        found: Tensor = _FirstConvolution.apply(x, self.weight, self.bias, (stride, padding, dilation))
+        geometry = (self.stride, self.padding, self.dilation)
+        found: Tensor = _FirstConvolution.apply(x, self.weight, self.bias, geometry)
         return self._rectified(found)
 
     def _rectified(self, out: Tensor) -> Tensor:
         return out.relu_() if self.rectified else out
 
-    def _suits_operator(self, x: Tensor, dilation: tuple[int, ...]) -> bool:
+    def _suits_operator(self, x: Tensor) -> bool:
         """Channels-last, as its gradient is; it shares the images between the threads."""
-        if not self.has_operator or x.dtype != torch.float32 or dilation != (1, 1):
+        if not self.has_operator or x.dtype != torch.float32 or self.dilation != (1, 1):
             return False
         last = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
         return last and len(x) >= torch.get_num_threads()
@@ -82,10 +82,6 @@ class ImageConv2d(nn.Conv2d):
 
 class Rectified(nn.Identity):
     """In place of a ReLU that the `ImageConv2d` before it takes."""
-
-
-def _pair(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, tuple) else (value, value)
 
 
 def fast_image_gradients(network: nn.Module) -> int:

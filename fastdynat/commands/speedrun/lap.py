@@ -121,7 +121,7 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
         reading_seconds=start - begin,
         train_images=len(split.train),
         weights=str((folder / "model.safetensors").resolve().relative_to(path.resolve())),
-        environment={**lap_environment(lap.device), "keeps_freed_memory": freed_memory_is_kept()},
+        environment=lap_environment(lap.device),
         load_average=load,
     )
 
@@ -165,14 +165,15 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
         reading_seconds=start - begin,
         train_images=len(images),
         weights="model.safetensors",
-        environment={**lap_environment(lap.device), "keeps_freed_memory": freed_memory_is_kept()},
+        environment=lap_environment(lap.device),
         load_average=load,
     )
 
 
 def lap_environment(device: str) -> dict[str, Any]:
-    """Machine and versions, with the public flags of the processor."""
-    return {**describe_environment(), "processor": processor(torch.device(device))}
+    """Machine and versions, with the public flags of the processor, and how freed memory is treated."""
+    own = {"processor": processor(torch.device(device)), "keeps_freed_memory": freed_memory_is_kept()}
+    return {**describe_environment(), **own}
 
 
 def lap_command(argv: list[str]) -> int:

@@ -99,6 +99,14 @@ def turned(t: Tensor) -> Tensor:
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+IMAGE_LAYOUTS: dict[str, Layout] = {
+    "contiguous": contiguous,
+    "channels-last": channels_last,
+    "with gaps": with_gaps,
+    "turned": turned,
+}
+
+
 def unaligned(t: Tensor) -> Tensor:
     """A contiguous copy of `t`, one element off the alignment of vector loads."""
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)

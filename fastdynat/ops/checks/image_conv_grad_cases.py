@@ -6,25 +6,10 @@ import torch
 from torch import Tensor
 
 from fastdynat.ops._select import select
-from fastdynat.ops.checks.case_helpers import (
-    Layout,
-    channels_last,
-    contiguous,
-    normal,
-    register_cases,
-    shaped,
-    turned,
-    with_gaps,
-)
+from fastdynat.ops.checks.case_helpers import IMAGE_LAYOUTS, normal, register_cases, shaped
 from fastdynat.ops.image_conv_grad import IMPLEMENTATIONS, NAME, Geometry
 from fastdynat.verification import Case, Timing
 
-LAYOUTS: dict[str, Layout] = {
-    "contiguous": contiguous,
-    "channels-last": channels_last,
-    "with gaps": with_gaps,
-    "turned": turned,
-}
 Size = tuple[
     int, int, int, int, int, int, int
 ]  # images, channels, filters, height, width; taps down and across
@@ -48,7 +33,7 @@ def arguments(
     down = (height + 2 * geometry[2] - rows) // geometry[0] + 1
     across = (width + 2 * geometry[3] - columns) // geometry[1] + 1
     grad, gate = (
-        LAYOUTS[layout](normal((n, k, down, across), seed).to(device, torch.float32)) for seed in (1, 2)
+        IMAGE_LAYOUTS[layout](normal((n, k, down, across), seed).to(device, torch.float32)) for seed in (1, 2)
     )
     weight = normal((k, c, rows, columns), 3) / (rows * columns * k) ** 0.5
     return grad, weight.to(device, torch.float32), gate if gated else None, (height, width), geometry
@@ -64,7 +49,7 @@ def run(
 def cases() -> list[Case]:
     """The cases of `image_conv_grad`."""
     calls = [(size, geometry, "channels-last", gated) for size, geometry in SIZES for gated in (False, True)]
-    calls += [((2, 3, 32, 7, 10, 3, 3), (2, 2, 1, 1), layout, True) for layout in LAYOUTS]
+    calls += [((2, 3, 32, 7, 10, 3, 3), (2, 2, 1, 1), layout, True) for layout in IMAGE_LAYOUTS]
     return [
         Case(
             f"{shaped(size)}, {layout}" + ", gate" * gated,

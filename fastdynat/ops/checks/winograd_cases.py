@@ -6,25 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdynat.ops.checks.case_helpers import (
-    Layout,
-    channels_last,
-    contiguous,
-    normal,
-    register_cases,
-    shaped,
-    turned,
-    with_gaps,
-)
+from fastdynat.ops.checks.case_helpers import IMAGE_LAYOUTS, normal, register_cases, shaped
 from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
 from fastdynat.verification import Case, Timing
 
-LAYOUTS: dict[str, Layout] = {
-    "contiguous": contiguous,
-    "channels-last": channels_last,
-    "with gaps": with_gaps,
-    "turned": turned,
-}
 Size = tuple[int, int, int, int, int]  # images, channels in and out, height, width
 LARGE: Size = (32, 128, 128, 16, 16)
 
@@ -37,7 +22,7 @@ def convolution_arguments(
     x, weight = normal((n, c, height, width), 1), normal((k, c, 3, 3), 2) / (3 * max(c, 1) ** 0.5)
     filters = winograd_weights(weight.to(device, torch.float32), backend="eager")
     bias = normal((k,), 3).to(device, torch.float32) if biased else None
-    return LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias
+    return IMAGE_LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias
 
 
 def run_convolution(
@@ -61,7 +46,7 @@ def convolution_cases() -> list[Case]:
         (0, 4, 4, 8, 8),
     ]
     calls = [(size, "contiguous", biased) for size in sizes for biased in (False, True)]
-    calls += [((2, 16, 8, 7, 10), layout, True) for layout in LAYOUTS]
+    calls += [((2, 16, 8, 7, 10), layout, True) for layout in IMAGE_LAYOUTS]
     return [
         Case(
             f"{shaped(size)}, {layout}" + ", bias" * biased,
@@ -73,7 +58,7 @@ def convolution_cases() -> list[Case]:
 
 def filter_arguments(device: torch.device, *, shape: tuple[int, int], layout: str) -> tuple[Tensor]:
     """(weight,), (K, C, 3, 3)."""
-    return (LAYOUTS[layout](normal((*shape, 3, 3), 4).to(device, torch.float32)),)
+    return (IMAGE_LAYOUTS[layout](normal((*shape, 3, 3), 4).to(device, torch.float32)),)
 
 
 def run_transform(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +69,7 @@ def run_transform(weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 def transform_cases() -> list[Case]:
     """The cases of `winograd_weights`."""
     calls = [(shape, "contiguous") for shape in ((1, 1), (5, 3), (17, 33), (64, 16))] + [
-        ((7, 9), name) for name in LAYOUTS
+        ((7, 9), name) for name in IMAGE_LAYOUTS
     ]
     return [
         Case(
