@@ -27,6 +27,7 @@ from fastdynat.attack_engine.fx_tracing import (
     drop_no_ops,
     drop_rank_checks,
     is_plain,
+    relus_after,
     result_shapes,
     trace,
 )
@@ -166,16 +167,9 @@ def _batch_norm(node: fx.Node, modules: dict[str, nn.Module], uses: Counter[Any]
 
 def relu_in_place(traced: fx.GraphModule) -> None:
     """Run each ReLU in place that is the only reader of a layer: it saves a pass over the memory."""
-    modules = dict(traced.named_modules())
-    uses = call_counts(traced)
-    for node in traced.graph.nodes:
-        source = node.args[0] if node.args else None
-        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        layer, relu = modules[str(source.target)], modules[str(node.target)]
-        alone = uses[node.target] == 1 and len(source.users) == 1
-        if alone and type(layer) in LAYERS and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu):
-            traced.set_submodule(str(node.target), nn.ReLU(inplace=True))
+    for layer, _, relu in relus_after(traced):
+        if type(layer) in LAYERS:
+            traced.set_submodule(relu, nn.ReLU(inplace=True))
 
 
 def _empty_copy(layer: nn.Module) -> nn.Module:

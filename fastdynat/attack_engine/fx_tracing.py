@@ -3,7 +3,7 @@
 import operator
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -149,6 +149,24 @@ def _is_rank(node: Any) -> bool:
 
 def _is_rank_check(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is operator.eq and _is_rank(node.args[0])
+
+
+def relus_after(traced: fx.GraphModule) -> Iterator[tuple[nn.Module, bool, str]]:
+    """Each plain ``nn.ReLU`` that is called once and is the only reader of a plain layer.
+
+    Yields:
+        The layer, whether it is called this once only, and the name of the ReLU.
+    """
+    modules = dict(traced.named_modules())
+    uses = call_counts(traced)
+    for node in traced.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        layer, relu = modules[str(source.target)], modules[str(node.target)]
+        alone = uses[node.target] == 1 and len(source.users) == 1
+        if alone and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu):
+            yield layer, uses[source.target] == 1, str(node.target)
 
 
 def call_counts(traced: fx.GraphModule) -> Counter[Any]:

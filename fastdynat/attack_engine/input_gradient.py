@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastdynat.attack_engine.fx_tracing import call_counts, is_plain
+from fastdynat.attack_engine.fx_tracing import relus_after
 from fastdynat.ops import available_backends, image_conv
 
 MOST_CHANNELS = 4
@@ -99,20 +99,10 @@ def fast_image_gradients(network: nn.Module) -> int:
 
 def take_relus_along(traced: fx.GraphModule) -> None:
     """Take each ReLU that is the only reader of an `ImageConv2d` along with it."""
-    modules = dict(traced.named_modules())
-    uses = call_counts(traced)
-    for node in traced.graph.nodes:
-        source = node.args[0] if node.args else None
-        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        layer, relu = modules[str(source.target)], modules[str(node.target)]
-        alone = uses[node.target] == 1 and uses[source.target] == 1 and len(source.users) == 1
-        plain = (
-            isinstance(layer, ImageConv2d) and type(relu) is nn.ReLU and is_plain(layer) and is_plain(relu)
-        )
-        if alone and plain:
+    for layer, once, relu in relus_after(traced):
+        if once and isinstance(layer, ImageConv2d):
             layer.rectified = True
-            traced.set_submodule(str(node.target), Rectified())
+            traced.set_submodule(relu, Rectified())
 
 
 def _suits(module: nn.Module) -> bool:
