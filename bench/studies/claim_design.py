@@ -93,7 +93,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """Runs made one after the other, and what is measured after them."""
+    """Runs that belong together; one without runs is of measurements of the first one's."""
 
     name: str
     runs: tuple[Run, ...]

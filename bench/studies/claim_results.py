@@ -90,6 +90,7 @@ def processor_seconds(folder: Path) -> dict[str, float | None]:
 def collected_run(work: Work, block: Block, run: Run, seconds: Mapping[str, float | None]) -> dict[str, Any]:
     """Everything about a finished run."""
     folder = work.runs / run.name
+    start = read_starts(folder / "environment.json")[-1]
     document: dict[str, Any] = {
         "block": block.name,
         "arm": run.arm,
@@ -99,6 +100,10 @@ def collected_run(work: Work, block: Block, run: Run, seconds: Mapping[str, floa
         "augment": run.augment,
         "epochs": stored_config(folder).optim.epochs,
         "processor_seconds": seconds.get(run.name),
+        "made": {
+            **json.loads(work.result(run, "made").read_text()),
+            **{key: start[key] for key in ("time", "cpu", "torch", "threads")},
+        },
         "log": log_of(folder),
         "test": read_results(work.result(run, "pgd20")),
     }
@@ -130,38 +135,49 @@ def begun(work: Work, run: Run) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def collect(work: Work, commit: str) -> dict[str, Any]:
-    """The document of all finished runs.
+def read_collected(path: Path) -> dict[str, Any]:
+    """The document that `write_collected` wrote to `path`."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    if document.get("format") != FORMAT:
+        raise SystemExit(f"{path}: format is {document.get('format')!r}, expected {FORMAT!r}")
+    return document
 
-    commit: of the code that made the runs.
+
+def collect(work: Work) -> dict[str, Any]:
+    """The document of all finished runs: those of the folder, and those of the earlier document.
+
+    Of a run that is in both, the one with all its measurements.
     """
     seconds = processor_seconds(work.folder)
-    runs = {
-        run.name: collected_run(work, block, run, seconds)
-        for block in BLOCKS
-        for run in block.runs
-        if work.result(run, "pgd20").exists()
-    }
+    earlier: Mapping[str, Any] = work.earlier.get("runs", {})
+    runs: dict[str, Any] = {}
+    for block in BLOCKS:
+        for run in block.runs:
+            here = work.result(run, "pgd20").exists() and not work.made_earlier(run)
+            if here or work.made_here(run):
+                runs[run.name] = collected_run(work, block, run, seconds)
+            elif run.name in earlier:
+                runs[run.name] = earlier[run.name]
     cost = work.folder / "cost.json"
     return {
         "format": FORMAT,
-        "commit": commit,
         "environment": describe_environment(),
         "command": "python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study",
         # The block without runs of its own measures those of the first.
         "planned": {block.name: len(block.runs or BLOCKS[0].runs) for block in BLOCKS},
         "begun": {run.name: epochs for run in RUNS if run.name not in runs and (epochs := begun(work, run))},
         "design": {"epochs": EPOCHS, "seeds": SEEDS},
-        "cost": json.loads(cost.read_text()) if cost.exists() else None,
+        # As `measure_cost` reads it.
+        "cost": work.earlier.get("cost") or (json.loads(cost.read_text()) if cost.exists() else None),
         "findings": [found.document() for found in findings(bits_of(runs, "crop-flip"))],
         "without_augmentation": [found.document() for found in findings(bits_of(runs, "none"))],
         "runs": runs,
     }
 
 
-def write_collected(work: Work, target: Path, commit: str) -> None:
+def write_collected(work: Work, target: Path) -> None:
     """Write the document to `target` and its chart beside it."""
-    document = collect(work, commit)
+    document = collect(work)
     # One line a run: the file changes only where runs are added.
     runs = document.pop("runs")
     lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]

@@ -1,4 +1,4 @@
-"""Makes the runs of the study one after the other; whatever is killed goes on where it was."""
+"""Makes the runs of the study. Several runners share a folder; whatever is killed goes on where it was."""
 
 import fcntl
 import json
@@ -8,12 +8,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from claim_design import AUTOATTACK_IMAGES, BLOCKS, EPOCHS, EPS, STEP, Run, equal_seconds_epochs
+from claim_design import AUTOATTACK_IMAGES, BLOCKS, EPOCHS, EPS, RUNS, STEP, Run, equal_seconds_epochs
+
+from fastdynat.runs.environment import source_commit
 
 COST_METHODS = ("madry", "dynat", "trades", "lbgat")
 COST_ROUNDS = 5
@@ -31,6 +34,7 @@ class Work:
         autoattack_images: number of test images for AutoAttack and distances.
         test_images: number of test images; None is all.
         changed: other values of the trainings' flags, for tests.
+        earlier: the collected document of runs made before, maybe on another machine; empty without one.
     """
 
     folder: Path
@@ -39,6 +43,7 @@ class Work:
     autoattack_images: int = AUTOATTACK_IMAGES
     test_images: int | None = None
     changed: Mapping[str, str] = field(default_factory=dict)
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def runs(self) -> Path:
@@ -49,28 +54,50 @@ class Work:
         """The file of a finished measurement."""
         return self.folder / "results" / f"{run.name}.{part}.json"
 
+    def made_here(self, run: Run) -> bool:
+        """True if `run` and all measurements of it are finished in this folder."""
+        return all(self.result(run, part).exists() for part in measurements(run))
+
+    def made_earlier(self, run: Run) -> bool:
+        """True if the earlier document has `run` and all measurements of it."""
+        found = self.earlier.get("runs", {}).get(run.name, {})
+        return all(COLLECTED[part] in found for part in measurements(run))
+
+
+# What a run's measurements are called in the collected document.
+COLLECTED = {"pgd20": "test", "autoattack": "robust"}
+
+
+def measurements(run: Run) -> tuple[str, ...]:
+    """On the test images. AutoAttack is for the first block, right after each run: weights do not travel."""
+    return ("pgd20", "autoattack") if run in BLOCKS[0].runs else ("pgd20",)
+
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Wait until no other runner, nor a training that one has left behind, uses `folder`.
+def claimed(work: Work, name: str, *, wait: bool = False) -> Iterator[int | None]:
+    """Hold `name` against other runners, and against a training that one has left behind.
 
-    The descriptor that is yielded is passed on to the commands: they hold the lock as long as they live.
+    Yields a descriptor, which is passed on to the commands: they hold the lock as long as they live. None if
+    another one holds it; with `wait` that is waited for.
     """
+    folder = work.folder / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as file:
+    with (folder / name).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"{folder} is in use; waiting for the command that uses it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
         yield file.fileno()
 
 
 def command(work: Work, lock: int, name: str, arguments: list[str]) -> tuple[int, str]:
     """Run ``fastdynat``; returns its exit status and messages. Notes processor seconds in segments.jsonl."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    log = work.folder / "messages" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     # Messages go to a file, not a pipe, so that a command outlives a runner that is killed.
-    with (work.folder / "messages.log").open("a+") as messages:
+    with log.open("a+") as messages:
         start = messages.seek(0, os.SEEK_END)
         program = [sys.executable, "-m", "fastdynat", *arguments]
         status = subprocess.run(program, pass_fds=(lock,), stderr=messages, check=False).returncode
@@ -126,18 +153,22 @@ def evaluate(work: Work, lock: int, run: Run, part: str, attacks: str, images: i
     os.replace(unfinished, target)
 
 
-def measure_cost(work: Work, lock: int) -> dict[str, float]:
-    """Processor seconds per epoch by method: medians of epochs in alternation."""
+def measure_cost(work: Work) -> dict[str, float]:
+    """Processor seconds per epoch by method: medians of epochs in alternation, measured once."""
+    if known := work.earlier.get("cost"):
+        return dict(known["median"])
     target = work.folder / "cost.json"
-    if not target.exists():
-        found: dict[str, list[float]] = {method: [] for method in COST_METHODS}
-        for _ in range(COST_ROUNDS):
-            for method in COST_METHODS:
-                found[method].append(one_epoch(work, lock, Run(method, 100)))
-        unfinished = target.with_suffix(".part")
-        medians = {method: statistics.median(values) for method, values in found.items()}
-        unfinished.write_text(json.dumps({"seconds": found, "median": medians}, indent=1) + "\n")
-        os.replace(unfinished, target)
+    with claimed(work, "cost", wait=True) as lock:
+        assert lock is not None
+        if not target.exists():
+            found: dict[str, list[float]] = {method: [] for method in COST_METHODS}
+            for _ in range(COST_ROUNDS):
+                for method in COST_METHODS:
+                    found[method].append(one_epoch(work, lock, Run(method, 100)))
+            unfinished = target.with_suffix(".part")
+            medians = {method: statistics.median(values) for method, values in found.items()}
+            unfinished.write_text(json.dumps({"seconds": found, "median": medians}, indent=1) + "\n")
+            os.replace(unfinished, target)
     median: dict[str, float] = json.loads(target.read_text())["median"]
     return median
 
@@ -153,54 +184,81 @@ def one_epoch(work: Work, lock: int, run: Run) -> float:
     return float(json.loads(rows[-1])["train_seconds"])
 
 
-def steps(work: Work, lock: int) -> Iterator[tuple[str, Path, Callable[[], None]]]:
-    """What is to be done, in order: a name, the file that shows that it is done, and the call."""
-    for block in BLOCKS:
-        for run in block.runs:
-            yield run.name, work.result(run, "pgd20"), one_run(work, lock, run)
-        if block.name == "autoattack":
-            for run in BLOCKS[0].runs:
-                yield f"{run.name}: AutoAttack", work.result(run, "autoattack"), robust(work, lock, run)
-
-
-def one_run(work: Work, lock: int, run: Run) -> Callable[[], None]:
-    """A training and its accuracies on the test images."""
-
-    def call() -> None:
+def make(work: Work, lock: int, run: Run) -> None:
+    """A training and its accuracies on the test images. Raises Failed."""
+    if not work.result(run, "pgd20").exists():
         epochs = work.epochs
         if run.arm == "madry-seconds":
-            epochs = round(epochs * equal_seconds_epochs(measure_cost(work, lock)) / EPOCHS)
+            epochs = round(epochs * equal_seconds_epochs(measure_cost(work)) / EPOCHS)
+        if guide := started_from(run):
+            make_guide(work, guide)
         train(work, lock, run, epochs)
+        note_commit(work, run)
         evaluate(work, lock, run, "pgd20", "clean,pgd20", work.test_images)
+    if "autoattack" in measurements(run):
+        evaluate(work, lock, run, "autoattack", "clean,pgd20,fast-autoattack,fab-min", work.autoattack_images)
 
-    return call
+
+def note_commit(work: Work, run: Run) -> None:
+    """Store the commit of the package that made `run`."""
+    target = work.result(run, "made")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"commit": source_commit()}) + "\n")
 
 
-def robust(work: Work, lock: int, run: Run) -> Callable[[], None]:
-    """AutoAttack and distances to the nearest adversarial images on the first test images."""
-    return lambda: evaluate(
-        work, lock, run, "autoattack", "clean,pgd20,fast-autoattack,fab-min", work.autoattack_images
-    )
+def started_from(run: Run) -> Run | None:
+    """The run whose weights `run` starts from."""
+    return Run("guide", run.seed, run.images) if run.arm == "guide-before" else None
+
+
+def make_guide(work: Work, guide: Run) -> None:
+    """Train `guide`, whose weights another run starts from, if it is not finished in this folder."""
+    with claimed(work, guide.name, wait=True) as lock:
+        assert lock is not None
+        if not work.made_here(guide):
+            train(work, lock, guide, work.epochs)
+            note_commit(work, guide)
 
 
 def run_all(work: Work, until: float | None = None, limit: int | None = None) -> int:
-    """Do what is not yet done; returns how many steps were done. One that fails is left for the next start.
+    """Make the runs that are not yet there; returns how many were made.
+
+    Runs that another runner makes, or that need one of these, are left for a second round, which waits: that
+    runner may have been killed. A run that fails is left for the next start.
 
     Args:
-        until: no step begins after this time (seconds since 1970).
-        limit: stop after this many steps.
+        until: no run begins after this time (seconds since 1970).
+        limit: stop after this many runs.
     """
-    done = 0
-    with alone(work.folder) as lock:
-        for name, target, call in steps(work, lock):
-            if target.exists():
-                continue
+    done, left = 0, [run for run in RUNS if not work.made_earlier(run)]
+    for wait in (False, True):
+        begun, left = left, []
+        for run in begun:
             if (until is not None and time.time() > until) or done == limit:
-                break
-            print(f"{time.strftime('%m-%d %H:%M:%S')} {name}", flush=True)
-            try:
-                call()
-                done += 1
-            except Failed as error:
-                print(f"{name} failed: {error}", flush=True)
+                return done
+            if not wait and is_held(work, started_from(run)):
+                left.append(run)
+                continue
+            if wait and is_held(work, run):
+                print(f"{run.name}: waiting for the command that makes it", flush=True)
+            with claimed(work, run.name, wait=wait) as lock:
+                if lock is None:
+                    left.append(run)
+                    continue
+                if work.made_here(run):
+                    continue
+                print(f"{time.strftime('%m-%d %H:%M:%S')} {run.name}", flush=True)
+                try:
+                    make(work, lock, run)
+                    done += 1
+                except Failed as error:
+                    print(f"{run.name} failed: {error}", flush=True)
     return done
+
+
+def is_held(work: Work, run: Run | None) -> bool:
+    """True if another runner makes `run`."""
+    if run is None:
+        return False
+    with claimed(work, run.name) as lock:
+        return lock is None

@@ -1,11 +1,14 @@
 r"""DYNAT's claim put to the test: docs/studies/dynat-claim.md has hypotheses, design and analysis plan.
 
     python bench/studies/dynat_claim.py plan
-    python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study
+    python bench/studies/dynat_claim.py run --data-dir cifar10-jpeg --work study \
+        --json bench/results/dynat_claim_cpu.json
     python bench/studies/dynat_claim.py collect --data-dir cifar10-jpeg --work study \
-        --json bench/results/dynat_claim_cpu.json --commit 59f9e9d
+        --json bench/results/dynat_claim_cpu.json
 
-`run` may be killed at any moment: the same command goes on where it was, within a training too.
+`run` may be killed at any moment: the same command goes on where it was, within a training too. Start it once
+per core; the runners share the work. Runs that the file has are not made again, so that the study can go on
+on another machine.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import time
 from pathlib import Path
 
 from claim_design import BLOCKS
-from claim_results import write_collected
+from claim_results import read_collected, write_collected
 from claim_runs import Work, run_all
 
 
@@ -35,17 +38,18 @@ def main() -> None:
         both.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
         both.add_argument("--work", type=Path, required=True, help="folder of the runs")
     run.add_argument("--hours", type=float, help="begin nothing new after these hours")
-    collect.add_argument("--json", type=Path, required=True)
-    collect.add_argument("--commit", required=True, help="of the code that made the runs")
+    run.add_argument("--json", type=Path, help="what was collected before; its runs are not made again")
+    collect.add_argument("--json", type=Path, required=True, help="gets the runs added; may exist")
     given = parser.parse_args()
     if given.command == "plan":
         plan()
         return
-    work = Work(given.work.resolve(), given.data_dir)
+    earlier = read_collected(given.json) if given.json is not None and given.json.exists() else {}
+    work = Work(given.work.resolve(), given.data_dir, earlier=earlier)
     if given.command == "run":
         run_all(work, None if given.hours is None else time.time() + 3600 * given.hours)
     else:
-        write_collected(work, given.json, given.commit)
+        write_collected(work, given.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """bench/studies from end to end on made-up images: a killed runner goes on; results, chart and tables."""
 
-import fcntl
 import json
 import os
 import signal
@@ -9,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 from fastdynat.commands.main import main
@@ -70,6 +71,7 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(
         os.killpg(runner.pid, signal.SIGKILL)
     before = len(log.read_text().splitlines())
     monkeypatch.setattr(claim.claim_runs, "command", here)
+    monkeypatch.setattr(claim.claim_runs, "measurements", lambda run: ("pgd20",))
     works = [
         claim.claim_runs.Work(folder, str(images), epochs=EPOCHS, changed=CHANGED)
         for folder in (killed, whole)
@@ -78,7 +80,7 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(
     assert 1 <= before < EPOCHS
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
-    first, second = (claim.claim_results.collect(work, "") for work in works)
+    first, second = (claim.claim_results.collect(work) for work in works)
     assert [run["test"] for run in first["runs"].values()] == [run["test"] for run in second["runs"].values()]
     losses = [[run["log"]["loss"] for run in found["runs"].values()] for found in (first, second)]
     assert losses[0] == losses[1]
@@ -88,15 +90,17 @@ def test_what_is_collected_is_shown(
     claim: SimpleNamespace, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claim.claim_runs, "command", here)
+    run = claim.claim_design.RUNS[1]
+    measured = {True: ("pgd20", "autoattack"), False: ("pgd20",)}
+    monkeypatch.setattr(claim.claim_runs, "measurements", lambda one: measured[one == run])
+    monkeypatch.setattr(claim.claim_runs, "source_commit", lambda: "abc")
     work = claim.claim_runs.Work(
         tmp_path / "work", str(images), epochs=1, autoattack_images=2, changed=CHANGED
     )
     assert claim.claim_runs.run_all(work, limit=2) == 2
     assert claim.claim_runs.run_all(work, until=0.0) == 0
-    run = claim.claim_design.RUNS[1]
-    claim.claim_runs.evaluate(work, 0, run, "autoattack", "clean,pgd20,fast-autoattack,fab-min", 2)
     target = tmp_path / "stored.json"
-    claim.claim_results.write_collected(work, target, "abc")
+    claim.claim_results.write_collected(work, target)
     document = json.loads(target.read_text())
     assert list(document["runs"]) == [run.name for run in claim.claim_design.RUNS[:2]]
     stored = document["runs"][run.name]
@@ -108,6 +112,7 @@ def test_what_is_collected_is_shown(
     assert set(stored["labels"]) == {"best", "last"}
     assert 0 <= stored["labels"]["last"]["train"]["agreement"] <= 1
     assert "val_pgd10_acc" in stored["log"]
+    assert (stored["made"]["commit"], stored["made"]["torch"]) == ("abc", torch.__version__)
     assert target.with_suffix(".svg").read_text().count("dynamic label = true label") == 1
     monkeypatch.setattr(claim.claim_tables, "read", lambda name: document)
     tables = {name: draw() for name, (draw, _) in claim.claim_tables.TABLES.items()}
@@ -117,24 +122,70 @@ def test_what_is_collected_is_shown(
     assert "| methods | DYNAT | 1 | last |" in tables["claim-labels"]
     assert "| DYNAT | 1 | best |" in tables["claim-robust"]
 
+    # On another machine, without the weights: what the file has is not made again, and stays in it.
+    moved = replace(work, folder=tmp_path / "moved", earlier=claim.claim_results.read_collected(target))
+    monkeypatch.setattr(claim.claim_runs, "source_commit", lambda: "def")
+    assert claim.claim_runs.run_all(moved, limit=1) == 1
+    claim.claim_results.write_collected(moved, target)
+    again = json.loads(target.read_text())["runs"]
+    assert list(again) == [run.name for run in claim.claim_design.RUNS[:3]]
+    assert [made["made"]["commit"] for made in again.values()] == ["abc", "abc", "def"]
+    assert again[run.name] == stored
+    # A run without all its measurements is made again.
+    del again[run.name]["robust"]
+    half = replace(moved, earlier={"runs": again})
+    assert [half.made_earlier(run) for run in claim.claim_design.RUNS[:3]] == [True, False, True]
+    # Until then it is kept, and what is complete is not replaced by less.
+    assert claim.claim_results.collect(half)["runs"].keys() == again.keys()
+    work.result(run, "autoattack").unlink()
+    kept = claim.claim_results.collect(replace(work, earlier={"runs": {run.name: stored}}))["runs"]
+    assert kept[run.name] == stored
 
-def test_a_second_runner_waits(
-    claim: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+
+def test_runners_share_the_work(
+    claim: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered = threading.Event()
+    """Runs that another runner holds come last; after one that was killed they are made."""
+    made: list[str] = []
+    monkeypatch.setattr(claim.claim_runs, "make", lambda work, lock, run: made.append(run.name))
+    work = claim.claim_runs.Work(tmp_path, "images")
+    runs = claim.claim_design.RUNS
+    first, guide = runs[0], claim.claim_design.Run("guide", 1)
+    before = claim.claim_design.Run("guide-before", 1)
+    others = [run for run in runs if run not in (first, guide, before)]
+    runner = threading.Thread(target=claim.claim_runs.run_all, args=(work,))
+    with claim.claim_runs.claimed(work, first.name) as lock, claim.claim_runs.claimed(work, guide.name):
+        assert lock is not None
+        with claim.claim_runs.claimed(work, first.name) as taken:
+            assert taken is None
+        runner.start()
+        runner.join(2)
+        assert made == [run.name for run in others]
+    runner.join(30)
+    assert made == [run.name for run in (*others, first, guide, before)]
 
-    def second() -> None:
-        with claim.claim_runs.alone(tmp_path):
-            entered.set()
 
-    with (tmp_path / "lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        waiter = threading.Thread(target=second)
-        waiter.start()
-        assert not entered.wait(0.3)
-    waiter.join(30)
-    assert entered.is_set()
-    assert "waiting for the command that uses it" in capsys.readouterr().out
+def test_a_run_waits_for_the_guide_that_it_starts_from(
+    claim: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    def command(work: Any, lock: int, name: str, arguments: list[str]) -> tuple[int, str]:
+        commands.append(f"{arguments[0]} {name}")
+        if arguments[0] == "eval":
+            Path(arguments[arguments.index("--json") + 1]).write_text("{}")
+        return 0, ""
+
+    monkeypatch.setattr(claim.claim_runs, "command", command)
+    work = claim.claim_runs.Work(tmp_path, "images")
+    guide, run = (claim.claim_design.Run(arm, 1) for arm in ("guide", "guide-before"))
+    maker = threading.Thread(target=claim.claim_runs.make, args=(work, 0, run))
+    with claim.claim_runs.claimed(work, guide.name):
+        maker.start()
+        maker.join(0.3)
+        assert not commands
+    maker.join(30)
+    assert commands == [f"train {guide.name}", f"train {run.name}", f"eval {run.name}"]
 
 
 def test_the_cost_is_measured_once(
@@ -144,14 +195,13 @@ def test_the_cost_is_measured_once(
     monkeypatch.setattr(claim.claim_runs, "one_epoch", lambda work, lock, run: float(next(seconds)))
     work = claim.claim_runs.Work(tmp_path, "images")
     # Rounds of four methods: 1, 5, 9, 13, 17 are Madry's.
-    assert claim.claim_runs.measure_cost(work, 0) == {
-        "madry": 9.0,
-        "dynat": 10.0,
-        "trades": 11.0,
-        "lbgat": 12.0,
-    }
-    assert claim.claim_runs.measure_cost(work, 0)["madry"] == 9.0
+    cost = {"madry": 9.0, "dynat": 10.0, "trades": 11.0, "lbgat": 12.0}
+    assert claim.claim_runs.measure_cost(work) == cost
+    assert claim.claim_runs.measure_cost(work) == cost
     assert next(seconds) == 21
+    moved = replace(work, folder=tmp_path / "moved", earlier={"cost": {"median": cost}})
+    assert claim.claim_runs.measure_cost(moved) == cost
+    assert next(seconds) == 22
 
 
 @pytest.mark.parametrize(
@@ -176,13 +226,13 @@ def test_a_run_that_diverges_counts_and_one_that_fails_is_left(
         return (status, f"...\n{said}") if arguments[0] == "train" else (0, "")
 
     monkeypatch.setattr(claim.claim_runs, "command", command)
-    monkeypatch.setattr(claim.claim_runs, "BLOCKS", claim.claim_design.BLOCKS[:1])
-    work = claim.claim_runs.Work(tmp_path, "images")
     runs = claim.claim_design.BLOCKS[0].runs
+    monkeypatch.setattr(claim.claim_runs, "RUNS", runs)
+    work = claim.claim_runs.Work(tmp_path, "images")
     assert claim.claim_runs.run_all(work) == (len(runs) if evaluated else 0)
     # All runs have their turn, whatever happens to the first.
     assert [name for kind, name in commands if kind == "train"] == [run.name for run in runs]
-    assert work.result(runs[0], "pgd20").exists() == evaluated
+    assert work.made_here(runs[0]) == evaluated
     assert (f"{runs[0].name} failed: {said}" in capsys.readouterr().out) != evaluated
 
 
@@ -194,7 +244,7 @@ def test_a_command_that_is_stopped_stops_the_study(claim: SimpleNamespace) -> No
 
 def test_a_command_leaves_its_messages_and_its_cost(claim: SimpleNamespace, tmp_path: Path) -> None:
     work = claim.claim_runs.Work(tmp_path, "images")
-    with claim.claim_runs.alone(tmp_path) as lock:
+    with claim.claim_runs.claimed(work, "run") as lock:
         status, said = claim.claim_runs.command(work, lock, "run", ["train", "--no-such-flag"])
     assert status == 2
     assert "--no-such-flag" in said
