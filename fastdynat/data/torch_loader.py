@@ -1,7 +1,8 @@
 """Batches read and augmented by the worker processes of torch.utils.data.DataLoader."""
 
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fastdynat.data.loader import PlannedDraws, PlannedLoader
 from fastdynat.errors import UserError
 from fastdynat.ops.augment import to_unit
 from fastdynat.terminal.interrupts import STOPPING
+
+LONGEST_END = 10.0  # seconds to wait for a worker that was killed; one that waits for a disk cannot end
 
 
 class _Steps(Dataset[Tensor | UserError]):
@@ -42,7 +45,37 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     A worker ends when its parent does, which it looks for every few seconds.
     """
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # discards what came during `_signals_wait`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that stop a run wait, also in processes forked within: a worker does not ignore them at once.
+
+    One that they end may leave a lock of the result queue taken, and the other workers waiting for it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(batches: Any) -> None:
+    """End the workers of the iterator `batches`; those that hang are killed.
+
+    torch sends them SIGTERM, which they ignore, and Python waits for them when it exits.
+    """
+    try:
+        if shut_down := getattr(batches, "_shutdown_workers", None):
+            shut_down()
+    finally:  # also where a further Ctrl-C ends the waiting for them
+        living = [worker for worker in getattr(batches, "_workers", ()) if worker.is_alive()]
+        for worker in living:
+            worker.kill()
+        for worker in living:
+            worker.join(LONGEST_END)
 
 
 class TorchLoader(PlannedLoader):
@@ -74,7 +107,13 @@ class TorchLoader(PlannedLoader):
             # DataLoader draws a seed: from this generator, not from the one that the attacks use.
             generator=torch.Generator(),
         )
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield to_unit(batch.to(self.device, non_blocking=True), channels_last=self.channels_last)
+        loaded = None
+        try:
+            with _signals_wait():
+                loaded = iter(batches)
+            for batch in loaded:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield to_unit(batch.to(self.device, non_blocking=True), channels_last=self.channels_last)
+        finally:
+            _end(loaded)

@@ -34,8 +34,10 @@ from fastdynat.data import (
 )
 from fastdynat.data.epoch_plan import EpochSteps, plan_epoch
 from fastdynat.data.imagefolder import FileSet
+from fastdynat.data.loader import PlannedDraws
 from fastdynat.errors import UserError
 from fastdynat.machine import free_memory as room
+from fastdynat.terminal.interrupts import STOPPING
 
 JPEG_ROOT = os.environ.get("FASTDYNAT_CIFAR10_JPEG")
 STREAMING = ["torch", pytest.param("dali", marks=DALI)]
@@ -253,6 +255,42 @@ def test_nothing_is_left_running(loader: str) -> None:
             break
         time.sleep(0.01)
     assert threads() <= before[1]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_to_a_worker_that_starts_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """After torch set handlers that end the worker, and before it ignores signals to the whole group."""
+    handlers = torch.utils.data._utils.signal_handling
+    original = handlers._set_worker_signal_handlers
+
+    def signalled() -> None:
+        original()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(handlers, "_set_worker_signal_handlers", signalled)
+    images = random_set(40)
+    assert_same(list(make("torch", images).epoch(0)), list(make("resident", images).epoch(0)))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)
+
+
+def test_a_worker_that_hangs_ends_with_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make("torch-1", random_set(40))
+    read = loader._read
+
+    def hangs(draws: PlannedDraws) -> torch.Tensor:
+        if draws.positions[0] > 0:
+            time.sleep(3600)
+        return read(draws)
+
+    monkeypatch.setattr(loader, "_read", hangs)
+    before = children()
+    begun = loader.epoch(0)
+    next(begun)
+    assert children() > before
+    del begun
+    assert children() == before
 
 
 @pytest.mark.parametrize("loader", LOADERS)
