@@ -1,9 +1,17 @@
-"""Writing in the background: one thread waits for the disk while training continues."""
+"""Writing in the background: one thread waits for the disk while training continues.
+
+Every write has a thread of its own, which ends with it. A thread that computes, as checksums and copies of
+tensors do, gets threads of its own from OpenMP, and keeps them as long as it lives. While there are more of
+these than cores, OpenMP lets waiting threads sleep instead of spin, in training too: steps of a few
+milliseconds on two cores took a fifth longer after the first checkpoint.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from types import TracebackType
+
+THREAD = "fastdynat-writer"
 
 
 class BackgroundWriter:
@@ -19,7 +27,7 @@ class BackgroundWriter:
     def submit(self, write: Callable[[], None]) -> None:
         """Start `write`, which must not touch what training changes. Raises what the last write raised."""
         self.wait()
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="fastdynat-writer")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
         self._pending = self._thread.submit(write)
 
     def check(self) -> None:
@@ -28,10 +36,15 @@ class BackgroundWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written; raises what the write raised."""
+        """Wait until nothing is being written and the thread has ended; raises what the write raised."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        thread, self._thread = self._thread, None
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            if thread is not None:
+                thread.shutdown()
 
     def __enter__(self) -> "BackgroundWriter":
         return self
@@ -39,10 +52,5 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        try:
-            with nullcontext() if error is None else suppress(Exception):
-                self.wait()
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-                self._thread = None
+        with nullcontext() if error is None else suppress(Exception):
+            self.wait()
