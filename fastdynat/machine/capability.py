@@ -45,6 +45,17 @@ VARIABLES = (
     "GLIBC_TUNABLES",
 )
 QUESTIONS = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}
+# oneDNN says that it supports bf16 on every processor with AVX-512; where none of these is there, it emulates
+# it.
+INSTRUCTIONS = {
+    "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "avx_ne_convert", "asimdhp"},
+}
+
+WITHOUT_BF16 = (
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)  # limits of oneDNN's instructions under which it emulates bf16
 
 
 def half_types(device: torch.device) -> dict[str, str]:
@@ -59,20 +70,31 @@ def half_types(device: torch.device) -> dict[str, str]:
             if major >= 7
             else f"fp16 has no tensor cores on this GPU (compute capability {major}.{minor})",
         }
-    return {
-        name: "" if _on_cpu(question) else f"{name} has no instructions on this CPU"
-        for name, question in QUESTIONS.items()
-    }
+    return {name: "" if _on_cpu(name) else f"{name} has no instructions on this CPU" for name in QUESTIONS}
 
 
-def _on_cpu(question: str) -> bool:
-    """oneDNN's answer to `question`, which respects the limits set by the environment."""
+def _on_cpu(name: str) -> bool:
+    """True if oneDNN supports `name`, within the limits set by the environment.
+
+    False on a CPU that is known to lack instructions for it.
+    """
+    _, flags = _cpu_info()
+    if flags and not flags & INSTRUCTIONS[name]:
+        return False
+    if name == "bf16" and _most_instructions() in WITHOUT_BF16:
+        return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     try:
-        return bool(getattr(torch.ops.mkldnn, question)())
+        return bool(getattr(torch.ops.mkldnn, QUESTIONS[name])())
     except (AttributeError, RuntimeError):  # a build of torch without the question
         return False
+
+
+def _most_instructions() -> str:
+    """The limit that the environment sets to oneDNN's instructions; "" without one."""
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    return next((os.environ[name].upper() for name in names if name in os.environ), "")
 
 
 def vector_bits() -> int:
@@ -80,10 +102,7 @@ def vector_bits() -> int:
     known.
     """
     _, flags = _cpu_info()
-    most = next(
-        (os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), ""
-    )
-    narrow = most.upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+    narrow = _most_instructions() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
     return 256 if "avx2" in flags and (narrow or "avx512f" not in flags) else 512
 
 

@@ -542,3 +542,26 @@ def test_the_processor_by_its_file(tmp_path: Path) -> None:
     )
     assert capability._cpu_info(file) == ("AuthenticAMD EPYC", {"fpu", "avx2", "avx512_bf16"})
     assert capability._cpu_info(tmp_path / "none")[1] == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ({"avx2", "avx512f"}, False),  # oneDNN emulates bf16 there, and says that it is supported
+        ({"avx2", "avx512f", "avx512_bf16"}, True),
+        ({"avx512f", "amx_bf16"}, True),
+        ({"asimd", "bf16"}, True),
+        (set(), True),  # a system without the file: oneDNN's word stands
+    ],
+)
+def test_bf16_that_is_only_emulated_is_lacking(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], has: bool
+) -> None:
+    monkeypatch.setattr(capability, "_cpu_info", lambda: ("", flags))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    assert capability.half_types(CPU)["bf16"] == ("" if has else "bf16 has no instructions on this CPU")
+    for limit, emulated in (("AVX512_CORE_VNNI", True), ("AVX512_CORE_BF16", False)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert (capability.half_types(CPU)["bf16"] == "") is (has and not emulated)
