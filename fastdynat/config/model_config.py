@@ -11,12 +11,12 @@ class ModelConfig:
     """Networks."""
 
     model: str = "auto"
-    """Network to train: small, resnet18, resnet18_s1122, preact_resnet18 (also 34, 50, and 18_s2222 for
-    64-pixel images) or wrn-D-W, each also with the suffix -silu, -gn (group norm) or -silu-gn, wrn and preact
-    then also with -same (padding of DeepMind's and DyART's code); rawrn-70-16, rawrn-101-2 or raresnet-50
-    (Peng et al. 2023); convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes (convolutional stems
-    of Singh et al. 2023); torchvision:NAME, timm:NAME, or path/to/file.py:callable, which returns a module.
-    auto is small for digits, else resnet18."""
+    """Network to train: small, small_wide, resnet18, resnet18_s1122, preact_resnet18 (also 34, 50, and
+    18_s2222 for 64-pixel images) or wrn-D-W, each also with the suffix -silu, -gn (group norm) or -silu-gn,
+    wrn and preact then also with -same (padding of DeepMind's and DyART's code); rawrn-70-16, rawrn-101-2 or
+    raresnet-50 (Peng et al. 2023); convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes
+    (convolutional stems of Singh et al. 2023); torchvision:NAME, timm:NAME, or path/to/file.py:callable,
+    which returns a module. auto is small for digits, else resnet18."""
     init_from: str | None = None
     """Initial weights of the model: a run directory (its best checkpoint), a .safetensors or .pt file, timm
     or torchvision for the published weights of --model timm:NAME or torchvision:NAME, or
@@ -31,7 +31,7 @@ class ModelConfig:
     stays in eval mode, in the attack too. Dropout stays on."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, HAT and distillation); auto is that of --guide-from, else
-    resnet18_s1122 (the released code's), or small if the model is small."""
+    resnet18_s1122 (the released code's), or small if the model is small or small_wide."""
     guide_from: str | None = None
     """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen guide
     of hat, ard, rslad, iad and distillation, or where a guide's own training starts."""

@@ -27,6 +27,7 @@ from fastdynat.user_code import is_user_supplied
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
     "small": SmallNet,
+    "small_wide": partial(SmallNet, width=2),
     "resnet18": ResNet18,
     "resnet18_s1122": partial(ResNet18, strides=(1, 1, 2, 2)),
     "preact_resnet18": PreActResNet,

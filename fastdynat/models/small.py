@@ -10,12 +10,16 @@ LAYERS = ((32, 2), (64, 2), (128, 2), (128, 1))
 
 
 class SmallNet(nn.Module):
-    """Four 3x3 convolutions, BatchNorm, ReLU, three strided: 0.24 M parameters, 4.9 MMAC at 3x32x32."""
+    """Four 3x3 convolutions, BatchNorm, ReLU, three strided: 0.24 M parameters, 4.9 MMAC at 3x32x32.
 
-    def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN) -> None:
+    width: factor on the channels; with 2, 0.96 M parameters and 19.3 MMAC.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, style: Style = PLAIN, width: int = 1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, stride in LAYERS:
+        for base, stride in LAYERS:
+            channels = width * base
             layers.append(
                 nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
             )

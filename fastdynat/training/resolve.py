@@ -205,7 +205,7 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
             f"method {method.name} needs a trained guide: name its run with --guide-from RUN "
             f"(one is made by: fastdynat train --method {method.guide_made_by} --run-dir RUN)"
         )
-    usual = "small" if split_style(name)[0] == "small" else "resnet18_s1122"
+    usual = "small" if split_style(name)[0] in ("small", "small-wide") else "resnet18_s1122"
     return replace(model, model=name, guide=usual if model.guide == "auto" else model.guide)
 
 

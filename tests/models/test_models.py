@@ -36,6 +36,7 @@ def build(name: str, **kwargs) -> nn.Module:
     ("name", "millions", "gmac"),
     [
         ("small", 0.2425, 0.004941),
+        ("small_wide", 0.9642, 0.01932),
         ("resnet18", 11.17, 0.5554),
         ("resnet18_s1122", 11.17, 1.763),
         ("preact_resnet18", 11.17, 0.5554),
