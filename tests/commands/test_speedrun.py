@@ -378,7 +378,11 @@ def test_the_plain_loop_is_madrys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_loop, "crop_and_flip", lambda x: x)
     x, y = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
     settings = PlainSettings(epochs=1, batch_size=8, lr=0.1, weight_decay=5e-4, milestones=())
-    run = train_plainly(x, y, 4, settings, 3, "cpu")
+    said: list[str] = []
+    run = train_plainly(x, y, 4, settings, 3, "cpu", said.append)
+    assert [line.split()[1] for line in said] == [
+        f"{n}/{settings.epochs}" for n in range(1, settings.epochs + 1)
+    ]
     torch.manual_seed(3)
     model = build_model("small", num_classes=4, image_shape=(3, 32, 32))
     rows = torch.randperm(8)

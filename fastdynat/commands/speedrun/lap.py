@@ -33,6 +33,7 @@ from fastdynat.runs import LAST, Sidecar, describe_environment, find_checkpoint,
 from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.layout import METRICS
 from fastdynat.terminal.consoles import error_console
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training import Diverged, new_run, open_split
 
 
@@ -134,7 +135,8 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
     read = split.train_images()
     images, info = read.images.float() / 255, split.info
     load, cpu, start = os.getloadavg()[0], time.process_time(), time.perf_counter()
-    run = train_plainly(images, read.labels, info.num_classes, settings, lap.seed, lap.device)
+    display = ProgressDisplay(error_console(), quiet=lap.quiet)
+    run = train_plainly(images, read.labels, info.num_classes, settings, lap.seed, lap.device, display.line)
     about = Sidecar(
         architecture=settings.model,
         num_classes=info.num_classes,

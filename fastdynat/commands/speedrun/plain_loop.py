@@ -5,6 +5,7 @@ images are in memory, and crop and flip are done for a batch at once.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,18 @@ class PlainRun:
 
 
 def train_plainly(
-    images: Tensor, labels: Tensor, classes: int, settings: PlainSettings, seed: int, device: str
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    settings: PlainSettings,
+    seed: int,
+    device: str,
+    report: Callable[[str], None],
 ) -> PlainRun:
-    """Train on `images`, float (N, C, H, W) in [0, 1], with `labels`, int64 (N,)."""
+    """Train on `images`, float (N, C, H, W) in [0, 1], with `labels`, int64 (N,).
+
+    report: is told of each finished epoch.
+    """
     import torchattacks  # extra `peer`
 
     torch.manual_seed(seed)
@@ -42,7 +52,7 @@ def train_plainly(
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(settings.milestones), settings.gamma)
     epoch_seconds, first_update = [], None
-    for _ in range(settings.epochs):
+    for epoch in range(settings.epochs):
         model.train()
         begin = time.perf_counter()
         for rows in torch.randperm(len(images), device=device).split(settings.batch_size):
@@ -56,8 +66,12 @@ def train_plainly(
                 loss.item()  # waits for a GPU
                 first_update = time.perf_counter() - begin
         scheduler.step()
-        loss.item()
+        last = loss.item()
         epoch_seconds.append(time.perf_counter() - begin)
+        speed = len(images) / epoch_seconds[-1]
+        report(
+            f"epoch {epoch + 1:3}/{settings.epochs}  loss of its last batch {last:.3f}  {speed:,.0f} img/s"
+        )
     assert first_update is not None
     return PlainRun(model.eval(), epoch_seconds, first_update)
 
