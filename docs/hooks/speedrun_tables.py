@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tables import percent, read, table
+from tables import Values, percent, read, table
 
 from fastdynat.commands.speedrun.race_log import log_table, read_log
 
@@ -42,25 +42,32 @@ def made() -> str:
 
 
 def levers() -> str:
-    """Trials of one seed: with fastdynat, beside the first one that was kept, and in plain PyTorch."""
+    """Trials of one seed: with fastdynat, each group beside its first one kept, and in plain PyTorch."""
     values = read("speedrun_levers_cpu")
+    plain = [[row["lever"], percent(row["clean"]), percent(row["pgd20"])] for row in values["plain"]]
+    return "\n\n".join(
+        (
+            *_trials(values),
+            *_trials(values["short"]),
+            table(["trial in plain PyTorch", "clean", "PGD-20"], plain),
+        )
+    )
+
+
+def _trials(values: Values) -> tuple[str, str]:
+    """The table of a group of trials, and the flags that they share."""
     rows = [
         [
             row["lever"] + " (**kept**)" * row["kept"],
-            percent(row["clean"]),
             percent(row["pgd20"]),
             _difference(row),
             f"`{row['flags']}`",
         ]
         for row in values["rows"]
     ]
-    plain = [[row["lever"], percent(row["clean"]), percent(row["pgd20"])] for row in values["plain"]]
-    return "\n\n".join(
-        (
-            table(["trial", "clean", "PGD-20", "difference, points", "flags"], rows),
-            f"Every trial with fastdynat has the flags `{values['common']}` unless its own override them.",
-            table(["trial in plain PyTorch", "clean", "PGD-20"], plain),
-        )
+    return (
+        table(["trial", "PGD-20", "difference, points", "flags"], rows),
+        f"These trials have the flags `{values['common']}` unless their own override them.",
     )
 
 
