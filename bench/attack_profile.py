@@ -33,7 +33,8 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.models import build_model
 from fastdynat.runs import describe_environment, source_commit
 
-CASES = {"small": 128, "resnet18": 32}  # network: batch size
+# Network: batch size, side of the images, classes.
+CASES = {"small": (128, 32, 10), "resnet18": (32, 32, 10), "torchvision:resnet50": (4, 224, 1000)}
 INSTRUCTIONS = {"AVX-512": {}, "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 OPERATIONS = {
@@ -52,11 +53,12 @@ OPERATIONS = {
 CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward")
 
 
-def calls(network: str, batch: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], str]:
+def calls(network: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], str]:
     """Our attack, as after an update of the weights, and that of torchattacks; ours in words."""
     torch.manual_seed(0)
-    model = build_model(network, num_classes=10, image_shape=(3, 32, 32)).eval()
-    x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
+    batch, side, classes = CASES[network]
+    model = build_model(network, num_classes=classes, image_shape=(3, side, side)).eval()
+    x, y = torch.rand(batch, 3, side, side), torch.randint(classes, (batch,))
     engine = AttackEngine(model, x[:2], switches=AttackSwitches(channels_last=True))
     spec, peer = PGDSpec(EPS, STEP, STEPS), torchattacks.PGD(model, EPS, STEP, STEPS)
 
@@ -97,7 +99,7 @@ def _convolution(image: list[int], weight: list[int], strided: bool) -> str:
 def measure(network: str, rounds: int) -> dict[str, Any]:
     """One network in this process, with the instructions that it was started with."""
     torch.set_num_threads(1)
-    ours, peer, path = calls(network, CASES[network])
+    ours, peer, path = calls(network)
     taken: dict[str, list[float]] = {"ours": [], "torchattacks": []}
     for call in (ours, peer):
         call()
@@ -109,7 +111,8 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
     ratios = [theirs / own for own, theirs in zip(taken["ours"], taken["torchattacks"], strict=True)]
     return {
         "network": network,
-        "batch_size": CASES[network],
+        "batch_size": CASES[network][0],
+        "side": CASES[network][1],
         "path": path,
         "rounds": rounds,
         "seconds": {name: float(f"{statistics.median(s):.4g}") for name, s in taken.items()},

@@ -87,10 +87,9 @@ Tensor run_augment(
       images <= kMost && channels * height * width <= kMost, "augment: a batch of ", images,
       " images of shape ", shape_of(store), " is too large");
   using torch::stable::new_empty;
-  using torch::stable::transpose;
   Tensor out =
       channels_last
-          ? transpose(transpose(new_empty(store, {images, height, width, channels}, dtype), 1, 3), 2, 3)
+          ? as_nchw(new_empty(store, {images, height, width, channels}, dtype))
           : new_empty(store, {images, channels, height, width}, dtype);
   if (out.numel() == 0) return out;
   const int64_t* tops = shifts ? data<int64_t>(*shifts) : nullptr;

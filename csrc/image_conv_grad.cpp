@@ -114,10 +114,6 @@ struct Backward {
   }
 };
 
-void check_float(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
-}
-
 Geometry geometry_of(
     const char* op, const Tensor& weight, int64_t images, int64_t height, int64_t width, int64_t stride_down,
     int64_t stride_across, int64_t pad_down, int64_t pad_across) {
@@ -139,16 +135,6 @@ Geometry geometry_of(
   g.down = free_down / stride_down + 1;
   g.across = free_across / stride_across + 1;
   return g;
-}
-
-Tensor nhwc(const Tensor& t) {
-  using torch::stable::transpose;
-  return torch::stable::contiguous(transpose(transpose(t, 1, 3), 1, 2));
-}
-
-Tensor as_nchw(const Tensor& t) {
-  using torch::stable::transpose;
-  return transpose(transpose(t, 1, 3), 2, 3);
 }
 
 // weight (K, C, R, S) -> (K, R, S, C).
@@ -187,9 +173,9 @@ Tensor image_conv_grad_cpu(
   Tensor to = torch::stable::new_empty(grad, {g.images, g.height, g.width, g.channels});
   const Tensor out = as_nchw(to);
   if (to.numel() == 0) return out;
-  const Tensor read = nhwc(grad);
+  const Tensor read = as_nhwc(grad);
   std::optional<Tensor> open;
-  if (gate) open = nhwc(*gate);
+  if (gate) open = as_nhwc(*gate);
   const std::vector<float> filter = filters(g, weight);
   const Backward work{
       g, data<float>(read), open ? data<float>(*open) : nullptr, filter.data(), mutable_data<float>(to)};

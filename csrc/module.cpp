@@ -4,7 +4,7 @@
 
 // Raised with every change to the arguments of an operator, here and in fastdynat/ops/_extension.py, which
 // refuses a library of another number.
-constexpr long kSignatures = 4;
+constexpr long kSignatures = 5;
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef def = {

@@ -99,6 +99,22 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Images (N, C, H, W) of any layout as contiguous (N, H, W, C).
+inline Tensor as_nhwc(const Tensor& t) {
+  using torch::stable::transpose;
+  return torch::stable::contiguous(transpose(transpose(t, 1, 3), 1, 2));
+}
+
+// Images (N, H, W, C) seen as (N, C, H, W).
+inline Tensor as_nchw(const Tensor& t) {
+  using torch::stable::transpose;
+  return transpose(transpose(t, 1, 3), 2, 3);
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
+}
+
 // An uninitialised tensor with the layout of `t` and another dtype.
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   using torch::stable::detail::from;

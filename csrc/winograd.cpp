@@ -46,10 +46,20 @@ FASTDYNAT_INLINE void store(const V& from, float* to) {
   std::memcpy(to, &from, sizeof(V));
 }
 
+// What follows the convolution: each part as its own pass would compute it, in this order.
+struct Epilogue {
+  const float* bias;      // (K,), may be null
+  const float* residual;  // (N, H, W, K), may be null
+  bool relu;
+};
+
 // x: (N, H, W, C) -> v: for each of 36 points the left factor (count, C) of a `block_product`, of the windows
-// of tiles [first, first + count).
+// of tiles [first, first + count). With kGated, x is 0 where the gate, of its layout, is not above 0: the
+// gradient of a ReLU whose result is the gate. A gate of NaN is open, as in torch.
+template <bool kGated>
 void transform_input(
-    const float* x, float* v, const Tiles& tiles, int64_t channels, int64_t first, int64_t count) {
+    const float* x, const float* gate, float* v, const Tiles& tiles, int64_t channels, int64_t first,
+    int64_t count) {
   const auto body = [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width;
     const int64_t plane = blocks_of(channels) * count * kRowStride;
@@ -71,7 +81,14 @@ void transform_input(
 #pragma GCC unroll 6
           for (int64_t i = 0; i < kWindow; ++i) {
             d[i] = V{};
-            if (offset[i][j] >= 0) load(x + offset[i][j] + c, d[i]);
+            if (offset[i][j] >= 0) {
+              load(x + offset[i][j] + c, d[i]);
+              if constexpr (kGated) {
+                V open;
+                load(gate + offset[i][j] + c, open);
+                d[i] = open <= V{} ? V{} : d[i];
+              }
+            }
           }
           input_transform(d, s);
 #pragma GCC unroll 6
@@ -90,9 +107,9 @@ void transform_input(
 }
 
 // m: (36, count, padded_columns(some)) -> y: (N, H, W, K) at tiles [first, first + count) and `some` channels
-// from `from`.
+// from `from`, with what the epilogue adds.
 void transform_output(
-    const float* m, const float* bias, float* y, const Tiles& tiles, int64_t channels, int64_t from,
+    const float* m, const Epilogue& epilogue, float* y, const Tiles& tiles, int64_t channels, int64_t from,
     int64_t some, int64_t first, int64_t count) {
   const auto body = [=](int64_t begin, int64_t end) FASTDYNAT_INLINE_BODY {
     const int64_t height = tiles.height, width = tiles.width;
@@ -100,7 +117,7 @@ void transform_output(
     for (int64_t t = begin; t < end; ++t) {
       const Tiles::At tile = tiles.at(first + t);
       const int64_t down = std::min(kTile, height - tile.top), across = std::min(kTile, width - tile.left);
-      float* corner = y + ((tile.image * height + tile.top) * width + tile.left) * channels + from;
+      const int64_t corner = ((tile.image * height + tile.top) * width + tile.left) * channels + from;
       for_channels(some, [&](int64_t c, auto lanes) FASTDYNAT_INLINE_BODY {
         using V = decltype(lanes);
         V half[kTile][kWindow], d[kWindow], s[kTile];
@@ -113,11 +130,20 @@ void transform_output(
           for (int64_t i = 0; i < kTile; ++i) half[i][j] = s[i];
         }
         V shift{};
-        if (bias != nullptr) load(bias + from + c, shift);
-        float* to = corner + c;
-        for (int64_t i = 0; i < down; ++i, to += width * channels) {
+        if (epilogue.bias != nullptr) load(epilogue.bias + from + c, shift);
+        int64_t at = corner + c;
+        for (int64_t i = 0; i < down; ++i, at += width * channels) {
           output_transform(half[i], s);
-          for (int64_t j = 0; j < across; ++j) store(s[j] + shift, to + j * channels);
+          for (int64_t j = 0; j < across; ++j) {
+            V sum = s[j] + shift;
+            if (epilogue.residual != nullptr) {
+              V more;
+              load(epilogue.residual + at + j * channels, more);
+              sum += more;
+            }
+            if (epilogue.relu) sum = sum < V{} ? V{} : sum;
+            store(sum, y + at + j * channels);
+          }
         }
       });
     }
@@ -129,19 +155,21 @@ void transform_output(
 // one thread.
 struct Winograd {
   const float* x;     // (N, H, W, C)
+  const float* gate;  // of x, may be null
   const float* u;     // (36, C, K)
-  const float* bias;  // (K,), may be null
-  float* y;           // (N, H, W, K)
+  Epilogue epilogue;
+  float* y;  // (N, H, W, K)
   Tiles tiles;
   int64_t count, channels, outputs;
   int64_t parts, slices;  // of the tiles and of the filters
 
   Winograd(
-      const float* x, const float* u, const float* bias, float* y, Tiles tiles, int64_t count,
-      int64_t channels, int64_t outputs, int64_t threads)
+      const float* x, const float* gate, const float* u, Epilogue epilogue, float* y, Tiles tiles,
+      int64_t count, int64_t channels, int64_t outputs, int64_t threads)
       : x(x),
+        gate(gate),
         u(u),
-        bias(bias),
+        epilogue(epilogue),
         y(y),
         tiles(tiles),
         count(count),
@@ -166,12 +194,16 @@ struct Winograd {
     const int64_t from = filter(slice), filters = filter(slice + 1) - from;
     const int64_t plane = blocks_of(channels) * some * kRowStride, out = some * padded_columns(filters);
     float *panel = scratch, *v = panel + kDepth * kPanel, *m = v + kPoints * plane;
-    transform_input(x, v, tiles, channels, first, some);
+    if (gate == nullptr) {
+      transform_input<false>(x, nullptr, v, tiles, channels, first, some);
+    } else {
+      transform_input<true>(x, gate, v, tiles, channels, first, some);
+    }
     for (int64_t p = 0; p < kPoints; ++p) {
       const float* points = u + p * channels * outputs + from;
       block_product(v + p * plane, points, outputs, m + p * out, some, channels, filters, panel);
     }
-    transform_output(m, bias, y, tiles, outputs, from, filters, first, some);
+    transform_output(m, epilogue, y, tiles, outputs, from, filters, first, some);
   }
 
   int64_t scratch() const {
@@ -188,11 +220,9 @@ void run_winograd(const Winograd& work) {
   });
 }
 
-void check_float(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
-}
-
-Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor winograd_conv3x3_cpu(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, bool relu) {
   const Checker check{kConvName, "x", x};
   STD_TORCH_CHECK(x.dim() == 4, kConvName, ": x has shape ", shape_of(x), ", expected (N, C, H, W)");
   STD_TORCH_CHECK(
@@ -202,7 +232,8 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
   check_float(kConvName, "x", x);
   check.same_dtype("weight", weight);
   check.same_device("weight", weight);
-  std::optional<Tensor> shift;
+  const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  std::optional<Tensor> shift, more, open;
   if (bias) {
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == outputs, kConvName, ": bias has shape ", shape_of(*bias),
@@ -211,21 +242,33 @@ Tensor winograd_conv3x3_cpu(const Tensor& x, const Tensor& weight, const std::op
     check.same_device("bias", *bias);
     shift = torch::stable::contiguous(*bias);
   }
-  using torch::stable::new_empty;
-  using torch::stable::transpose;
-  const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  Tensor y = new_empty(x, {images, height, width, outputs});
-  Tensor out = transpose(transpose(y, 1, 3), 2, 3);
+  if (residual) {
+    STD_TORCH_CHECK(
+        residual->dim() == 4 && residual->size(0) == images && residual->size(1) == outputs &&
+            residual->size(2) == height && residual->size(3) == width,
+        kConvName, ": residual has shape ", shape_of(*residual), ", expected (", images, ", ", outputs, ", ",
+        height, ", ", width, ")");
+    check.same_dtype("residual", *residual);
+    check.same_device("residual", *residual);
+  }
+  if (gate) {
+    check.same_shape_and_device("gate", *gate);
+    check.same_dtype("gate", *gate);
+  }
+  Tensor y = torch::stable::new_empty(x, {images, height, width, outputs});
+  Tensor out = as_nchw(y);
   if (y.numel() == 0) return out;
   // Not the channels-last memory format, whose strides are ambiguous where a size is 1.
-  const Tensor nhwc = torch::stable::contiguous(transpose(transpose(x, 1, 3), 1, 2));
+  const Tensor read = as_nhwc(x);
+  if (residual) more = as_nhwc(*residual);
+  if (gate) open = as_nhwc(*gate);
   const Tensor u = torch::stable::contiguous(weight);
-  const float* b = shift ? data<float>(*shift) : nullptr;
+  const auto pointer = [](const std::optional<Tensor>& t) { return t ? data<float>(*t) : nullptr; };
   const Tiles tiles(height, width);
   const int64_t count = images * tiles.down * tiles.across;
   run_winograd(Winograd(
-      data<float>(nhwc), data<float>(u), b, mutable_data<float>(y), tiles, count, channels, outputs,
-      torch::stable::get_num_threads()));
+      data<float>(read), pointer(open), data<float>(u), {pointer(shift), pointer(more), relu},
+      mutable_data<float>(y), tiles, count, channels, outputs, torch::stable::get_num_threads()));
   return out;
 }
 

@@ -7,6 +7,7 @@ KINDS = {
     "filters of Winograd": "Winograd's filters, once per attack",
     "3x3, direct": "3x3, direct",
     "3x3, stride 2": "3x3, stride 2",
+    "1x1, direct": "1x1, stride 1",
     "1x1, stride 2": "1x1, stride 2",
     "first layer": "first layer",
     "ReLU": "ReLU, forward and backward",
@@ -30,7 +31,10 @@ def attack_profile() -> str:
     for title, who in (("**ours**", "ours"), ("torchattacks", "torchattacks")):
         rows.append([title, *(f"{column['seconds'][who]:.2f} s" for column in columns)])
     rows.append(["**times faster**", *(f"{column['ratio']:.2f}" for column in columns)])
-    header = [f"`{c['network']}`, batch {c['batch_size']}, {c['instructions']}" for c in columns]
+    header = [
+        f"`{c['network']}`, batch {c['batch_size']} of {c.get('side', 32)} pixels, {c['instructions']}"
+        for c in columns
+    ]
     return table(["", *header], rows)
 
 

@@ -29,6 +29,7 @@ from fastdynat.attack_engine.fx_tracing import (
     is_plain,
     relus_after,
     result_shapes,
+    settle,
     trace,
 )
 
@@ -85,13 +86,7 @@ def fold_batch_norm(
     refresh_folds(list(folds.values()))
     if fuse:
         fuse_epilogues(traced, {id(fold.folded) for fold in folds.values()}, shapes)
-    traced.graph.lint()
-    traced.recompile()
-    # fx's own __call__ prints every error, even handled ones.
-    type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
-    traced.delete_all_unused_submodules()
-    # The cycle of graph and module would keep all tensors alive until garbage collection.
-    traced.graph.owning_module = None
+    settle(traced)
     return traced, list(folds.values())
 
 

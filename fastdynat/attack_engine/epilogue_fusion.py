@@ -47,14 +47,21 @@ class ConvReLU2d(nn.Conv2d):
 
 
 def fuse_epilogues(
-    traced: fx.GraphModule, owned: set[int], shapes: Mapping[fx.Node, torch.Size | None]
-) -> list[ConvReLU2d]:
+    traced: fx.GraphModule,
+    owned: set[int],
+    shapes: Mapping[fx.Node, torch.Size | None],
+    *,
+    layers: type[nn.Conv2d] = nn.Conv2d,
+    into: type[nn.Conv2d] = ConvReLU2d,
+) -> list[nn.Conv2d]:
     """Fuse each convolution with the ReLU that is its only reader, or the only reader of its residual sum.
 
     Args:
         owned: ids of the modules that the graph owns and may change; other modules are copied, sharing their
             tensors.
         shapes: of each node's result.
+        layers: class of the convolutions, subclasses left out.
+        into: class that they become; its calls take the residual as a second argument.
     """
     modules = dict(traced.named_modules(remove_duplicate=False))
     uses = call_counts(traced)
@@ -64,14 +71,12 @@ def fuse_epilogues(
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
             return False
         layer: Any = modules[str(node.target)]
-        usual = (
-            type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        )
+        usual = type(layer) is layers and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         return (
             usual and is_plain(layer) and uses[node.target] == 1 and len(node.args) == 1 and not node.kwargs
         )
 
-    fused_layers: list[ConvReLU2d] = []
+    fused_layers: list[nn.Conv2d] = []
     for relu in list(traced.graph.nodes):
         if not _is_relu(relu, modules):
             continue
@@ -82,12 +87,43 @@ def fuse_epilogues(
             alike = residual is None or (
                 known.get(residual) is not None and known[residual] == known.get(convolution)
             )
-            if is_convolution(convolution) and alike:
-                made = _fuse(traced, relu, convolution, residual, owned)
+            if is_convolution(convolution) and alike and not _overwritten(convolution, source, relu, modules):
+                made = _fuse(traced, relu, convolution, residual, owned, into)
                 known[made] = known[relu]
                 fused_layers.append(traced.get_submodule(str(made.target)))  # type: ignore[arg-type]
                 break
     return fused_layers
+
+
+def _overwritten(
+    convolution: fx.Node, source: fx.Node, relu: fx.Node, modules: Mapping[str, nn.Module]
+) -> bool:
+    """True if something between `convolution` and `relu` may write to a tensor.
+
+    Convolution and sum move to the place of `relu`: what they read must not change on the way.
+    """
+    node = convolution.next
+    while node is not relu:
+        if node is not source and _may_write(node, modules):
+            return True
+        node = node.next
+    return False
+
+
+def _may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        known = type(module).__module__.startswith(("torch.nn.", "fastdynat."))
+        return bool(getattr(module, "inplace", False)) or not known
+    if node.op == "call_method":
+        return str(node.target).endswith("_") or node.target == "__setitem__"
+    name = getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return in_place or name == "setitem" or any(arg is True for arg in node.args)
 
 
 def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -120,7 +156,12 @@ def _summands(source: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 
 def _fuse(
-    traced: fx.GraphModule, relu: fx.Node, convolution: fx.Node, residual: fx.Node | None, owned: set[int]
+    traced: fx.GraphModule,
+    relu: fx.Node,
+    convolution: fx.Node,
+    residual: fx.Node | None,
+    owned: set[int],
+    into: type[nn.Conv2d],
 ) -> fx.Node:
     name = str(convolution.target)
     layer: Any = traced.get_submodule(name)
@@ -128,7 +169,7 @@ def _fuse(
         parameters, layer = layer._parameters, copy.copy(layer)
         layer._parameters = dict(parameters)
         traced.set_submodule(name, layer)
-    layer.__class__ = ConvReLU2d
+    layer.__class__ = into
     with traced.graph.inserting_before(relu):
         made = traced.graph.call_module(
             name, (convolution.args[0],) + ((residual,) if residual is not None else ())

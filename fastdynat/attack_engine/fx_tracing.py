@@ -151,6 +151,17 @@ def _is_rank_check(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is operator.eq and _is_rank(node.args[0])
 
 
+def settle(traced: fx.GraphModule) -> None:
+    """Make `traced` run its graph as it is now, without the modules that it no longer calls."""
+    traced.graph.lint()
+    traced.recompile()
+    # fx's own __call__ prints every error, even handled ones.
+    type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+    traced.delete_all_unused_submodules()
+    # The cycle of graph and module would keep all tensors alive until garbage collection.
+    traced.graph.owning_module = None
+
+
 def relus_after(traced: fx.GraphModule) -> Iterator[tuple[nn.Module, bool, str]]:
     """Each plain ``nn.ReLU`` that is called once and is the only reader of a plain layer.
 

@@ -12,9 +12,9 @@ from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.fx_tracing import is_plain
 from fastdynat.attack_engine.input_gradient import ImageConv2d, Rectified
 from fastdynat.attack_engine.patch_geometry import Extent, Patch
-from fastdynat.attack_engine.winograd_layers import WinogradConv2d
+from fastdynat.attack_engine.winograd_layers import WinogradConv2d, WinogradConvReLU2d
 
-CONVOLUTIONS = (nn.Conv2d, ImageConv2d, WinogradConv2d, ConvReLU2d)
+CONVOLUTIONS = (nn.Conv2d, ImageConv2d, WinogradConv2d, WinogradConvReLU2d, ConvReLU2d)
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 BY_ELEMENT = (
     *(nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh),
@@ -150,6 +150,7 @@ def _is_regular(module: nn.Module, source: Any) -> bool:
     return source.op == "call_module" and type(owner.get_submodule(source.target)) in (
         nn.ReLU,
         ConvReLU2d,
+        WinogradConvReLU2d,
         Rectified,
     )
 

@@ -38,7 +38,7 @@ class AttackReplica:
         network: images in [0, 1] -> logits.
         num_norms: batch norms of the model.
         num_folded: batch norms folded into the layer before them.
-        num_fused: convolutions that add the residual and take the ReLU in one operator.
+        num_fused: convolutions that add the residual and take the ReLU in one operator of cuDNN.
         num_winograd: convolutions that use Winograd's algorithm where it pays.
         channels_last: whether the network runs in that memory format; not if it takes views that need
             contiguous tensors.
@@ -100,6 +100,8 @@ class AttackReplica:
         self._winograd = None
         if winograd and dtype is None:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
+            if self._winograd.layers and self._folds and not static:
+                self._winograd.take_epilogues(self.network, example)
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
         if winograd and dtype is None and not static:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from fastdynat.attack_engine.epilogue_fusion import fuse_epilogues
+from fastdynat.attack_engine.fx_tracing import result_shapes, settle
 from fastdynat.attack_engine.network_comparison import reference_logits
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.machine import vector_bits
@@ -68,8 +70,13 @@ class WinogradConv2d(nn.Conv2d):
         """``nn.Conv2d.forward`` for the shapes that Winograd's algorithm does not speed up."""
         if not (self._supports(x) and self._uses_winograd(x)):
             return super().forward(x)
+        return self._computed(x)
+
+    def _computed(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """By Winograd's algorithm, with what follows."""
         assert self.transformed.weights is not None
-        out = winograd_conv3x3(x, *self.transformed.weights, self.bias, backend="cpp")
+        more: Any = {"residual": residual, "relu": relu}
+        out = winograd_conv3x3(x, *self.transformed.weights, self.bias, **more, backend="cpp")
         # nn.Conv2d returns a contiguous result here, which later views may need.
         return out if self._channels_last(x) else out.contiguous()
 
@@ -103,6 +110,25 @@ class WinogradConv2d(nn.Conv2d):
             if self.policy.compares:
                 transformed.source = _copy_of(self.weight, transformed.source)
         transformed.current = True
+
+
+class WinogradConvReLU2d(WinogradConv2d):
+    """One with the optional residual sum and the ReLU that follow it in the network."""
+
+    rectified = True
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(convolution + residual)."""
+        if self._supports(x) and self._uses_winograd(x) and self._fits(x, residual):
+            return self._computed(x, residual, relu=True)
+        out = nn.Conv2d.forward(self, x)
+        return (out if residual is None else out + residual).relu_()
+
+    def _fits(self, x: Tensor, residual: Tensor | None) -> bool:
+        """True if the sum is neither broadcast nor in another dtype."""
+        if residual is None:
+            return True
+        return residual.shape == (len(x), self.out_channels, *x.shape[2:]) and residual.dtype == x.dtype
 
 
 class WinogradLayers:
@@ -146,6 +172,21 @@ class WinogradLayers:
         self._policy.passes += passes
         if self._policy.static:
             self._keep(x)
+
+    def take_epilogues(self, traced: fx.GraphModule, example: Tensor) -> None:
+        """Give the layers of `traced`, a network in eval mode, the residual sums and ReLUs that follow them.
+
+        example: images, for one forward pass.
+        """
+        self._policy.recorded = []
+        try:
+            with torch.no_grad():
+                shapes = result_shapes(traced, example)
+        finally:
+            self._policy.recorded = None
+        owned = {id(module) for module in traced.modules()}
+        fuse_epilogues(traced, owned, shapes, layers=WinogradConv2d, into=WinogradConvReLU2d)
+        settle(traced)
 
     def _keep(self, x: Tensor) -> None:
         """Make every refresh transform the layers that pay at images like `x`, for compiled code to read."""

@@ -39,9 +39,20 @@ A_T = (
 )
 
 
-def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The reference."""
+def _eager_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The reference.
+
+    gate: the result of a ReLU whose gradient `x` is to pass first: it becomes 0 where the result is 0.
+    """
     (n, c, height, width), k = x.shape, weight.shape[2]
+    x = x if gate is None else torch.where(gate <= 0, 0.0, x)
     down, across = -(-height // TILE), -(-width // TILE)
     padded = F.pad(x, (1, TILE * across - width + 1, 1, TILE * down - height + 1))
     windows = padded.unfold(2, TILE + 2, TILE).unfold(3, TILE + 2, TILE)  # (N, C, down, across, 6, 6)
@@ -51,7 +62,8 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.einsum("ip,pqntsk,jq->ntisjk", a_t, m, a_t).reshape(n, TILE * down, TILE * across, k)
     y = y[:, :height, :width]
     y = y if bias is None else y + bias
-    return y.contiguous().permute(0, 3, 1, 2)
+    y = y if residual is None else y + residual.permute(0, 2, 3, 1)
+    return (y.relu() if relu else y).contiguous().permute(0, 3, 1, 2)
 
 
 def _fake_conv(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
@@ -83,7 +95,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return _owned(select(CONV, CONV_IMPLEMENTATIONS, backend, x)(x, forward, bias))
+        return _owned(_run(x, forward, bias, backend=backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,23 +108,80 @@ class _Conv(torch.autograd.Function):
         return _Conv.apply(grad, backward, forward, None, ctx.backend), *(None,) * 4
 
 
+class _ConvReLU(torch.autograd.Function):
+    """The ReLU of convolution and residual; without a residual, masks the gradient where it is read."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        forward: Tensor,
+        backward: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        return _owned(_run(x, forward, bias, residual, relu=True, backend=backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, forward, backward, _, residual, ctx.backend = inputs
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(forward, backward, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        forward, backward, output = ctx.saved_tensors
+        if not (ctx.has_residual or torch.is_grad_enabled()):
+            return _run(grad, backward, None, gate=output, backend=ctx.backend), *(None,) * 5
+        # The masked gradient is the residual's, or is to be differentiated again.
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+        found = _Conv.apply(grad, backward, forward, None, ctx.backend) if ctx.needs_input_grad[0] else None
+        return found, None, None, None, grad if ctx.has_residual else None, None
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    relu: bool = False,
+    backend: str,
+) -> Tensor:
+    found: Tensor = select(CONV, CONV_IMPLEMENTATIONS, backend, x)(x, weight, bias, residual, gate, relu)
+    return found
+
+
 def _owned(y: Tensor) -> Tensor:
     """Return the permuted view `y` as a tensor that is no view, over the same memory.
 
     Autograd refuses to overwrite a view that a custom function made, and networks do overwrite the result of
-    a convolution: ReLU in place, ``x += shortcut``. Nothing of the result is saved for the backward pass, so
-    overwriting it is safe. A compiler makes its operations functional and needs no help.
+    a convolution: ReLU in place, ``x += shortcut``. Nothing of it is saved for the backward pass, so that is
+    safe; a ReLU's result is saved, and autograd notices. A compiler makes its operations functional and needs
+    no help.
     """
     return y if torch.compiler.is_compiling() else y.new_empty(0).set_(y)  # type: ignore[call-overload]
 
 
 def winograd_conv3x3(
-    x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """``conv2d(x, weight, bias, padding=1)`` for the 3x3 `weight` that `winograd_weights` transformed.
 
-    Differentiable in `x` alone, to any order, by autograd and torch.func: the gradient of a convolution is
-    the convolution with the filters turned by 180 degrees and channels exchanged, which `backward` holds.
+    With `relu`, ``relu(conv2d(...) + residual)`` in the same passes over memory: bit for bit what separate
+    passes give.
+
+    Differentiable in `x` and `residual`, to any order, by autograd and torch.func: the gradient of a
+    convolution is the convolution with the filters turned by 180 degrees and channels exchanged, which
+    `backward` holds.
 
     Rounding errors in float32 are about five times those of a direct convolution, as the transforms multiply
     by up to 8 and subtract again: 7e-6 of the largest output instead of 1.5e-6. Where a direct convolution
@@ -123,6 +192,8 @@ def winograd_conv3x3(
         x: (N, C, H, W), float32, any size from 0 and any layout; channels-last is read as it lies.
         forward, backward: from `winograd_weights`, (36, C, K) and (36, K, C).
         bias: (K,) or None; no gradient.
+        residual: (N, K, H, W), float32, any layout; with `relu` only.
+        relu: take the ReLU; without a residual, its mask is applied where the gradient is read.
         backend: "auto", "cpp" (CPU tensors) or "eager". Other devices run "eager", slowly.
 
     Returns:
@@ -133,6 +204,13 @@ def winograd_conv3x3(
         RuntimeError: the backend asked for cannot run here.
     """
     _check_conv(x, forward, backward, bias)
+    if residual is not None:
+        if not relu:
+            raise ValueError(f"{CONV}: a residual is for relu=True; add it to the result otherwise")
+        n, _, height, width = x.shape
+        _check_shape(CONV, "residual", residual, (n, forward.shape[2], height, width), x)
+    if relu:
+        return _ConvReLU.apply(x, forward, backward, bias, residual, backend)
     return _Conv.apply(x, forward, backward, bias, backend)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.odd_networks import NETWORKS
@@ -15,11 +16,13 @@ from fastdynat.attack_engine.input_gradient import Rectified
 from fastdynat.attack_engine.patch_forward import PatchForward
 from fastdynat.attack_engine.patch_geometry import Extent
 from fastdynat.attack_engine.patch_maps import Squares
+from fastdynat.attack_engine.winograd_layers import WinogradConvReLU2d
 from fastdynat.attacks import square_judge
 from fastdynat.attacks.square import Square
 from fastdynat.attacks.square_proposals import Draws
 from fastdynat.evaluation.measure import attacked
 from fastdynat.models import build_model
+from fastdynat.tuning import Convolution
 
 IMAGES, PASS = 5, 12
 
@@ -196,6 +199,49 @@ def test_a_pooling_after_a_first_layer_that_takes_its_relu_is_computed_on_patche
         torch.testing.assert_close(
             patches.logits(fresh, squares), network(pasted(x, squares, fresh)), rtol=1e-4, atol=1e-5
         )
+
+
+class Block(nn.Module):
+    """A residual block that Winograd's algorithm suits, and a pooling with borders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, channels in (("stem", 3), ("one", 64), ("two", 64)):
+            layer = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+            self.add_module(name, nn.Sequential(layer, nn.BatchNorm2d(64)))
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(3))
+        self.pool, self.head = nn.MaxPool2d(3, 2, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relus[0](self.stem(x))
+        x = self.relus[2](self.two(self.relus[1](self.one(x))) + x)
+        return self.head(self.pool(x).mean((2, 3)))
+
+
+@needs("ext")
+def test_residual_and_relu_of_winograd_convolutions_are_computed_on_patches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("repays", True), ("gain", 1.0)):
+        monkeypatch.setattr(Convolution, name, lambda *_, value=value: value)
+    network = shaken(Block()).float()
+    replica = attacked(network, torch.rand(2, 3, 32, 32)).network
+    assert isinstance(replica, nn.Module)
+    kinds = [type(module) for module in replica.modules()]
+    assert kinds.count(WinogradConvReLU2d) == 2
+    assert nn.ReLU not in kinds
+    x = torch.rand(3, 3, 32, 32)
+    patches = PatchForward.of(replica, x)
+    assert patches is not None
+    patches.begin(x, 3, 8)
+    names = [str(node.target) for node in patches._found.patches]
+    assert len(names) >= 6, names  # the image, three convolutions, the first one's ReLU, the pooling
+    squares = Squares(torch.tensor([0, 1, 2]), torch.tensor([4, 9, 17]), torch.tensor([0, 25, 12]))
+    fresh = torch.rand(3, 3, 3, 3)
+    with torch.no_grad():
+        whole = network(pasted(x, squares, fresh))
+        torch.testing.assert_close(patches.logits(fresh, squares), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(replica(x), network(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_that_is_not_its_trace_is_computed_whole() -> None:

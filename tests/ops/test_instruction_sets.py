@@ -33,7 +33,15 @@ for n, c, k, height, width in sizes:
     x64 = x.detach().double().requires_grad_()
     y64 = F.conv2d(x64, weight.double(), bias.double(), padding=1)
     keep("winograd", y.detach(), y64.detach())
-    keep("winograd", grad, torch.autograd.grad(y64, x64, upstream.double())[0])
+    keep("winograd", grad, torch.autograd.grad(y64, x64, upstream.double(), retain_graph=True)[0])
+    residual = torch.randn(n, k, height, width)
+    filters, taken = ops.winograd_weights(weight), {"relu": True, "backend": "cpp"}
+    y = ops.winograd_conv3x3(x, *filters, bias, residual=residual, **taken)
+    keep("winograd", y.detach(), (y64 + residual).relu().detach())
+    y = ops.winograd_conv3x3(x, *filters, bias, **taken)
+    keep("winograd", y.detach(), y64.relu().detach())
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    keep("winograd", grad, torch.autograd.grad(y64, x64, upstream.double() * (y > 0))[0])
 
 for n, c, k, height, width in [(3, 3, 32, 16, 16), (2, 1, 33, 7, 9), (1, 4, 130, 12, 5)]:
     weight, bias = torch.randn(k, c, 3, 3), torch.randn(k)

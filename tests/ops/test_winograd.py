@@ -1,6 +1,7 @@
 """Winograd convolutions: conv2d in float64, every kind of gradient, and attacks that use them."""
 
 import copy
+import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
-from fastdynat.attack_engine.winograd_layers import WinogradConv2d
+from fastdynat.attack_engine.winograd_layers import WinogradConv2d, WinogradConvReLU2d
 from fastdynat.commands.main import main
 from fastdynat.evaluation.fidelity import check_fidelity
 from fastdynat.models import build_model
@@ -86,6 +87,52 @@ def test_is_the_convolution(
     got = ops.winograd_conv3x3(x, *weights, shift, backend=backend)
     assert got.permute(0, 2, 3, 1).is_contiguous()
     assert_close(got, x, weight, shift)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    c=st.sampled_from([1, 5, 16, 33, 130]),
+    k=st.sampled_from([1, 5, 16, 33, 130]),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    layout=st.sampled_from(list(LAYOUTS)),
+    biased=st.booleans(),
+    added=st.booleans(),
+    special=st.sampled_from([None, NAN, INF, -INF, 0.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_with_residual_and_relu_it_is_what_separate_passes_give(
+    backend: str,
+    n: int,
+    c: int,
+    k: int,
+    height: int,
+    width: int,
+    layout: str,
+    biased: bool,
+    added: bool,
+    special: float | None,
+    seed: int,
+) -> None:
+    """Bit for bit, the gradients too; NaN passes the ReLU and opens its gradient, as in torch."""
+    torch.manual_seed(seed)
+    x, weight, bias = problem(n, c, k, height, width)
+    upstream, residual = torch.randn(2, n, k, height, width).unbind()
+    if special is not None and n:
+        (residual if added else x)[0, :, 0, 0] = special
+    weights, shift = ops.winograd_weights(weight), bias if biased else None
+    leaves = [LAYOUTS[layout](x).requires_grad_(), LAYOUTS[layout](residual).requires_grad_()][: 1 + added]
+    more = leaves[1] if added else None
+    got = ops.winograd_conv3x3(leaves[0], *weights, shift, residual=more, relu=True, backend=backend)
+    apart = ops.winograd_conv3x3(leaves[0], *weights, shift, backend=backend)
+    want = F.relu(apart if more is None else apart + more)
+    pairs = [(got, want)]
+    grads = [torch.autograd.grad(y, leaves, LAYOUTS[layout](upstream)) for y in (got, want)]
+    pairs += zip(*grads, strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_algorithm_is_exact() -> None:
@@ -210,6 +257,26 @@ def test_the_gradient_is_differentiable_itself() -> None:
     assert float((got - want).abs().max() / want.abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_the_gradient_with_relu_is_differentiable_itself(added: bool) -> None:
+    x, weight, bias = problem(1, 2, 3, 5, 4)
+    weights, probe, more = ops.winograd_weights(weight), torch.randn(1, 2, 5, 4), torch.randn(1, 3, 5, 4)
+
+    def second(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, more: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), more.clone().requires_grad_()]
+        (first,) = torch.autograd.grad(f(*leaves).pow(3).sum(), leaves[:1], create_graph=True)
+        return list(torch.autograd.grad((first * probe.to(x.dtype)).sum(), leaves[: 1 + added]))
+
+    def ours(x: Tensor, more: Tensor) -> Tensor:
+        return ops.winograd_conv3x3(x, *weights, bias, residual=more if added else None, relu=True)
+
+    def plain(x: Tensor, more: Tensor) -> Tensor:
+        return F.relu(exact(x, weight, bias) + more if added else exact(x, weight, bias))
+
+    for got, want in zip(second(ours, x, more), second(plain, x.double(), more.double()), strict=True):
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_what_is_not_finite_stays_so_and_in_its_tiles(backend: str, value: float) -> None:
@@ -244,6 +311,14 @@ def test_bad_arguments_are_named() -> None:
             r"bias has shape \(3,\), expected \(4,\)",
             lambda: ops.winograd_conv3x3(x, forward, backward, bias[:3]),
         ),
+        (
+            "a residual is for relu=True",
+            lambda: ops.winograd_conv3x3(x, forward, backward, residual=x.new_zeros(2, 4, 5, 5)),
+        ),
+        (
+            r"residual has shape \(2, 3, 5, 5\), expected \(2, 4, 5, 5\)",
+            lambda: ops.winograd_conv3x3(x, forward, backward, residual=x, relu=True),
+        ),
         ("bias must be float32", lambda: ops.winograd_conv3x3(x, forward, backward, bias.double())),
         (
             "no gradient of bias",
@@ -273,6 +348,13 @@ def test_the_registered_operators_check_for_themselves() -> None:
         (r"weight has shape \(36, 4, 3\), expected \(36, 3, K\)", lambda: conv(x, backward, None)),
         (r"bias has shape \(3\), expected \(4,\)", lambda: conv(x, forward, bias[:3])),
         ("x must be float32", lambda: conv(x.double(), forward, None)),
+        (r"residual has shape \(2, 3, 5, 5\), expected \(2, 4, 5, 5\)", lambda: conv(x, forward, None, x)),
+        (
+            "residual and x must have one dtype",
+            lambda: conv(x, forward, None, x.new_zeros(2, 4, 5, 5).double()),
+        ),
+        (r"gate has shape \(4\) but x has shape", lambda: conv(x, forward, None, None, bias)),
+        ("gate and x must have one dtype", lambda: conv(x, forward, None, None, x.double())),
         (r"forward has shape \(36, 4, 3\)", lambda: weights(weight, backward, forward)),
         (r"backward has shape \(36, 4, 3\)", lambda: weights(weight, forward, backward.mT.contiguous().mT)),
     ):
@@ -280,6 +362,7 @@ def test_the_registered_operators_check_for_themselves() -> None:
             call()
     for args in ((x, forward, bias), (x.to(memory_format=torch.channels_last), forward, None)):
         torch.library.opcheck(conv.default, args)
+    torch.library.opcheck(conv.default, (x, forward, bias, x.new_ones(2, 4, 5, 5), x, True))
     torch.library.opcheck(weights.default, (weight, forward.clone(), backward.clone()))
 
 
@@ -347,6 +430,44 @@ def test_a_replica_follows_the_model(fold: bool, bn: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.detach().abs().max()) + 2e-6)
     assert model.state_dict().keys() == state
     assert [type(m) for m in model.modules()] == classes
+
+
+class Overwritten(nn.Module):
+    """A residual that is overwritten between the sum and its ReLU: the sum must stay before."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(channels, 64, 3, padding=1) for channels in (3, 64))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(64) for _ in range(2))
+        self.write, self.head = write, nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.norms[0](self.one(x))
+        total = self.norms[1](self.two(kept.sin())) + kept
+        self.write(kept)
+        return self.head((torch.relu(total) + kept).mean((2, 3)))
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "method": lambda kept: kept.relu_(),
+    "function": lambda kept: torch.relu_(kept),
+    "in place": lambda kept: F.relu(kept, True),
+    "sum": lambda kept: operator.iadd(kept, 1.0),
+    "out": lambda kept: torch.add(kept, 1.0, out=kept),
+    "item": lambda kept: operator.setitem(kept, 0, 1.0),
+}
+
+
+@needs("ext")
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.usefixtures("everywhere")
+def test_a_residual_that_is_overwritten_is_added_before(name: str) -> None:
+    model, (x, _) = Overwritten(WRITES[name]).eval(), images()
+    move(model)
+    with torch.no_grad():
+        got, want = (AttackReplica(model, x[:2], winograd=on).network(x) for on in (True, False))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(want, model(x), rtol=0, atol=1e-5)
 
 
 def hooked(layer: nn.Module) -> nn.Module:
@@ -435,6 +556,10 @@ def test_resnet18_answers_the_same() -> None:
         assert float((engine.logits(x) - want).abs().max() / want.abs().max()) < 1e-4
     goal = AttackGoal("ce", y)
     assert used(engine.replica.network) == 13
+    # Every ReLU after one of them is taken along, and so are the residual sums.
+    kinds = [type(module) for module in engine.replica.network.modules()]
+    assert kinds.count(WinogradConvReLU2d) == 13
+    assert kinds.count(nn.ReLU) == 17 - 13 - 1
     got, true = engine.gradient(x, goal), AttackEngine(exact, x.double()).gradient(x.double(), goal)
     assert float((got - true).norm() / true.norm()) < 1e-2  # ReLUs at zero switch
 

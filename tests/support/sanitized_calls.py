@@ -240,6 +240,9 @@ def call_winograd_conv3x3(make: Callable[..., Tensor], shape: tuple[int, ...], b
         x = make(n, channels, height, width).detach().requires_grad_()
         for bias in (None, unaligned(torch.randn(outputs))):
             ops.winograd_conv3x3(x, forward, backward, bias, backend=backend).sum().backward()
+            for residual in (None, make(n, outputs, height, width)):
+                more: Any = {"residual": residual, "relu": True, "backend": backend}
+                ops.winograd_conv3x3(x, forward, backward, bias, **more).sum().backward()
 
 
 def call_winograd_weights(make: Callable[..., Tensor], shape: tuple[int, ...], backend: str) -> None:

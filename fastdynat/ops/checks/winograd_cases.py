@@ -11,27 +11,45 @@ from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
 from fastdynat.verification import Case, Timing
 
 Size = tuple[int, int, int, int, int]  # images, channels in and out, height, width
+NEAR_ZERO = 1e-3
 LARGE: Size = (32, 128, 128, 16, 16)
 
 
 def convolution_arguments(
-    device: torch.device, *, size: Size, layout: str, biased: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(x, forward, backward, bias), with outputs around 1; the filters come from the eager form."""
+    device: torch.device, *, size: Size, layout: str, biased: bool, relu: bool = False, added: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool]:
+    """(x, forward, backward, bias, residual, relu); outputs around 1, filters of the eager form."""
     n, c, k, height, width = size
     x, weight = normal((n, c, height, width), 1), normal((k, c, 3, 3), 2) / (3 * max(c, 1) ** 0.5)
     filters = winograd_weights(weight.to(device, torch.float32), backend="eager")
     bias = normal((k,), 3).to(device, torch.float32) if biased else None
-    return IMAGE_LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias
+    residual = None
+    if added:
+        residual = IMAGE_LAYOUTS[layout](normal((n, k, height, width), 4).to(device, torch.float32))
+    return IMAGE_LAYOUTS[layout](x.to(device, torch.float32)), *filters, bias, residual, relu
 
 
 def run_convolution(
-    x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None, backend: str
+    x: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution and its input gradient."""
+    """The convolution and its input gradient.
+
+    Rounding decides the mask of a ReLU where its argument is near 0: nothing flows back from there.
+    """
     x = x.detach().requires_grad_()
-    y = winograd_conv3x3(x, forward, backward, bias, backend=backend)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    y = winograd_conv3x3(x, forward, backward, bias, residual=residual, relu=relu, backend=backend)
+    upstream = torch.ones_like(y)
+    if relu:
+        argument = winograd_conv3x3(x.detach(), forward, backward, bias, backend="eager")
+        argument = argument if residual is None else argument + residual
+        upstream = (argument.abs() > NEAR_ZERO).to(y.dtype)
+    (grad,) = torch.autograd.grad(y, x, upstream)
     return y.detach(), grad
 
 
@@ -47,12 +65,20 @@ def convolution_cases() -> list[Case]:
     ]
     calls = [(size, "contiguous", biased) for size in sizes for biased in (False, True)]
     calls += [((2, 16, 8, 7, 10), layout, True) for layout in IMAGE_LAYOUTS]
-    return [
+    found = [
         Case(
             f"{shaped(size)}, {layout}" + ", bias" * biased,
             partial(convolution_arguments, size=size, layout=layout, biased=biased),
         )
         for size, layout, biased in calls
+    ]
+    return found + [
+        Case(
+            f"{shaped(size)}, {layout}, bias, ReLU" + ", residual" * added,
+            partial(convolution_arguments, size=size, layout=layout, biased=True, relu=True, added=added),
+        )
+        for size, layout in [(size, "channels-last") for size in sizes] + [((2, 16, 8, 7, 10), "with gaps")]
+        for added in (False, True)
     ]
 
 
