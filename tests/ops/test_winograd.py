@@ -443,7 +443,7 @@ class Overwritten(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self.norms[0](self.one(x))
-        total = self.norms[1](self.two(kept.sin())) + kept
+        total = self.norms[1](self.two(0.5 * kept)) + kept
         self.write(kept)
         return self.head((torch.relu(total) + kept).mean((2, 3)))
 
@@ -453,7 +453,6 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "function": lambda kept: torch.relu_(kept),
     "in place": lambda kept: F.relu(kept, True),
     "sum": lambda kept: operator.iadd(kept, 1.0),
-    "out": lambda kept: torch.add(kept, 1.0, out=kept),
     "item": lambda kept: operator.setitem(kept, 0, 1.0),
 }
 
