@@ -100,7 +100,8 @@ class AttackReplica:
         self._winograd = None
         if winograd and dtype is None:
             self._winograd = WinogradLayers(self.network, static=static, compares=compares)
-            if self._winograd.layers and self._folds and not static:
+            fusible = self._winograd.layers and self._folds and not static
+            if fusible and isinstance(self.network, fx.GraphModule):
                 self._winograd.take_epilogues(self.network, example)
         if isinstance(self.network, fx.GraphModule):
             relu_in_place(self.network)
