@@ -76,6 +76,8 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(
         claim.claim_runs.Work(folder, str(images), epochs=EPOCHS, changed=CHANGED)
         for folder in (killed, whole)
     ]
+    with claim.claim_runs.claimed(works[0], claim.claim_design.RUNS[0].name, wait=True):
+        pass  # the training that was killed has ended
     assert [claim.claim_runs.run_all(work, limit=2) for work in works] == [2, 2]
     assert 1 <= before < EPOCHS
     rows = [json.loads(line) for line in log.read_text().splitlines()]
