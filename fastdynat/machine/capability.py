@@ -51,11 +51,8 @@ INSTRUCTIONS = {
     "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"},
     "fp16": {"avx512_fp16", "amx_fp16", "avx_ne_convert", "asimdhp"},
 }
-
-WITHOUT_BF16 = (
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-)  # limits of oneDNN's instructions under which it emulates bf16
+# Limits of oneDNN's instructions under which it emulates bf16.
+WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def half_types(device: torch.device) -> dict[str, str]:
