@@ -34,6 +34,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipes": flag_tables.recipes,
     "records": record_tables.records,
     "speedrun": speedrun_tables.log,
+    "speedrun-predictions": speedrun_tables.predictions,
     "layers": layer_picture.picture,
     "rooms": layer_picture.rooms,
     **{f"file: {name}": (lambda name=name: file(name)) for name in ("CONTRIBUTING.md", "CHANGELOG.md")},

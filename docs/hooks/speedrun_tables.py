@@ -1,10 +1,12 @@
 """The record log of the race: definitions with their results in bench/records, and how they were made."""
 
 from pathlib import Path
+from statistics import mean
 
 from tables import Values, percent, read, table
 
 from fastdynat.commands.speedrun.race_log import log_table, read_log
+from fastdynat.commands.speedrun.record_definition import definition_names, read_definition
 
 LOG = Path(__file__).parents[2] / "bench" / "records"
 
@@ -39,6 +41,19 @@ def made() -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def predictions() -> str:
+    """Each record of a race beside the one that it changes: the factor predicted, and the one measured."""
+    results, rows = read_log(LOG), []
+    for name in (row[0] for row in log_table(LOG)[1:]):
+        if name in results and name in definition_names():
+            record, result = read_definition(name), results[name]
+            before = result.alongside.get(record.against or "")
+            if record.predicted and before:
+                measured = mean(before) / result.summary["seconds"]
+                rows.append([f"`{name}`", f"`{record.against}`", record.predicted, f"{measured:.2f}x"])
+    return table(["record", "changes", "by counting", "measured"], rows)
 
 
 def levers() -> str:

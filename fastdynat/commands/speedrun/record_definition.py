@@ -29,6 +29,8 @@ class RecordDefinition:
         changed: what is changed against it, in one sentence.
         algorithm: where it changes the algorithm, and not only its speed or schedule: how, in one sentence;
             "" where it does not.
+        predicted: the factor by which it shortens the earlier record, and how it was counted before the race;
+            "" without a prediction.
         loop: "fastdynat", or "plain": `plain_loop`.
         train: flags of `fastdynat train`; of the plain loop, `PlainSettings`.
     """
@@ -43,6 +45,7 @@ class RecordDefinition:
     algorithm: str
     loop: Literal["fastdynat", "plain"]
     train: dict[str, Any]
+    predicted: str = ""
 
 
 def definition_names() -> list[str]:
