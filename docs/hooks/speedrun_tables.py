@@ -64,6 +64,7 @@ def levers() -> str:
         (
             *_trials(values),
             *_trials(values["short"]),
+            *_objectives(values["objective"]),
             table(["trial in plain PyTorch", "clean", "PGD-20"], plain),
         )
     )
@@ -84,6 +85,21 @@ def _trials(values: Values) -> tuple[str, str]:
         table(["trial", "PGD-20", "difference, points", "flags"], rows),
         f"These trials have the flags `{values['common']}` unless their own override them.",
     )
+
+
+def _objectives(values: Values) -> tuple[str, str]:
+    """What training attacks, by PGD-20 and by the same attack on the margin."""
+    rows = [
+        [
+            row["lever"] + " (**kept**)" * row["kept"],
+            *(percent(row[key]) for key in ("clean", "pgd20", "margin20")),
+            f"{100 * (row['pgd20'] - row['margin20']):.1f}",
+            f"`{row['flags']}`",
+        ]
+        for row in values["rows"]
+    ]
+    header = ["objective of training", "clean", "PGD-20", "PGD-20 on the margin", "gap, points", "flags"]
+    return table(header, rows), f"Flags unless a trial overrides them: `{values['common']}`."
 
 
 def _difference(row: dict[str, float]) -> str:

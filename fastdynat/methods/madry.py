@@ -48,8 +48,8 @@ class MadryOptions(MethodOptions):
     Changes the algorithm."""
 
     inner_loss: Literal["ce", "margin"] = "ce"
-    """The attack's objective: the cross-entropy, or the margin max_{k != y} z_k - z_y (Carlini & Wagner 2017),
-    which changes the algorithm."""
+    """The attack's objective: the cross-entropy, or the margin max_{k != y} z_k - z_y of Carlini and
+    Wagner. The margin changes the algorithm."""
 
     def check(self) -> None:
         check_numbers(self, "prior_epochs")
