@@ -28,6 +28,7 @@ from fastdynat.commands.speedrun.race_rules import PlainSettings, broken_rules
 from fastdynat.commands.speedrun.record_definition import (
     RecordDefinition,
     definition_names,
+    earlier_records,
     newest_definition,
     read_definition,
 )
@@ -144,8 +145,14 @@ def test_every_definition_can_be_raced(name: str) -> None:
 def test_every_track_has_a_newest_record() -> None:
     found = {track: newest_definition(track) for track in ("cpu-2", "gpu-1")}
     assert {track: record.track for track, record in found.items()} == {"cpu-2": "cpu-2", "gpu-1": "gpu-1"}
-    later = [read_definition(name) for name in definition_names()]
-    assert all(r.date <= found["cpu-2"].date for r in later if r.track == "cpu-2")
+    records = {name: read_definition(name) for name in definition_names()}
+    newest = found["cpu-2"]
+    rivals = [r for r in records.values() if (r.track, r.target) == ("cpu-2", 0.3)]
+    assert newest in rivals
+    assert newest.date == max(r.date for r in rivals)
+    of_that_day = [earlier_records(r, records) for r in rivals if r.date == newest.date]
+    assert earlier_records(newest, records) == max(of_that_day)
+    assert of_that_day.count(max(of_that_day)) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from fastdynat.commands.speedrun.race_results import MACHINE, StoredResult, read_result
-from fastdynat.commands.speedrun.record_definition import RecordDefinition, definition_names, read_definition
+from fastdynat.commands.speedrun.record_definition import (
+    RecordDefinition,
+    definition_names,
+    earlier_records,
+    read_definition,
+)
 from fastdynat.documents import convert
 
 HEADER = (
@@ -29,21 +34,12 @@ def log_table(folder: Path, track: str | None = None) -> list[tuple[str, ...]]:
     for name, result in results.items():
         records.setdefault(name, _stored_definition(result, folder / f"{name}.json"))
     chosen = [record for record in records.values() if track in (None, record.track)]
-    chosen.sort(key=lambda record: (record.track, _earlier(record, records), record.date, record.name))
+    chosen.sort(key=lambda record: (record.track, earlier_records(record, records), record.date, record.name))
     return [HEADER, *(_row(record, results.get(record.name), results) for record in chosen)]
 
 
 def _stored_definition(result: StoredResult, path: Path) -> RecordDefinition:
     return convert(result.definition, RecordDefinition, origin=str(path))
-
-
-def _earlier(record: RecordDefinition, records: dict[str, RecordDefinition]) -> int:
-    """Number of records in the chain that leads to `record`."""
-    chain = [record.name]
-    while (name := record.against) in records and name not in chain:
-        chain.append(name)
-        record = records[name]
-    return len(chain) - 1
 
 
 def _row(

@@ -1,13 +1,14 @@
 """Definitions of records: one YAML file each, with what it changes and its training flags."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdynat.commands.speedrun.race_rules import check_record_flags
+from fastdynat.commands.speedrun.race_rules import TARGETS, check_record_flags
 from fastdynat.documents import convert, parse_yaml, read_yaml_value, short_repr
 from fastdynat.errors import UserError, unknown_name
 
@@ -67,14 +68,23 @@ def read_definition(name: str) -> RecordDefinition:
 
 
 def newest_definition(track: str) -> RecordDefinition:
-    """The record of `track` with the latest date; of one date, the one that no other of them changes."""
-    found = [record for record in map(read_definition, definition_names()) if record.track == track]
+    """The record of `track` at the track's own target with the latest date; of one date, the one that most
+    others lead to.
+    """
+    records = {name: read_definition(name) for name in definition_names()}
+    found = [r for r in records.values() if (r.track, r.target) == (track, TARGETS[track])]
     if not found:
         raise UserError(f"track {track} has no record yet; name a YAML file with --record")
-    last = max(record.date for record in found)
-    newest = [record for record in found if record.date == last]
-    earlier = {record.against for record in newest}
-    return next((record for record in newest if record.name not in earlier), newest[-1])
+    return max(found, key=lambda record: (record.date, earlier_records(record, records)))
+
+
+def earlier_records(record: RecordDefinition, records: Mapping[str, RecordDefinition]) -> int:
+    """The number of `records` in the chain that leads to `record`, without it."""
+    chain = [record.name]
+    while (name := record.against) in records and name not in chain:
+        chain.append(name)
+        record = records[name]
+    return len(chain) - 1
 
 
 @cache
