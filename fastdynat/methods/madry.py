@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.attacks import AttackResult
@@ -47,10 +45,6 @@ class MadryOptions(MethodOptions):
     """Start the attack of an image where its last one ended, and anew every N epochs; 0 starts all anew.
     Changes the algorithm."""
 
-    inner_loss: Literal["ce", "margin"] = "ce"
-    """The attack's objective: the cross-entropy, or the margin max_{k != y} z_k - z_y of Carlini and
-    Wagner. The margin changes the algorithm."""
-
     def check(self) -> None:
         check_numbers(self, "prior_epochs")
 
@@ -58,9 +52,6 @@ class MadryOptions(MethodOptions):
 @register_method("madry")
 class Madry(Method[MadryOptions]):
     """``min CE(f(x'), y)`` with x' from PGD on ``CE(f(.), y)``, equation 2.1 of the paper.
-
-    With `inner_loss` margin, the attack drives towards the class that rivals the label, as AutoAttack's
-    targeted attacks do, and not only away from the label: AutoAttack finds less beyond PGD then.
 
     With `prior_epochs` PGD starts at ``clip(x + d)``, d the image's last ``x' - x`` (`image_state`), as in
     ATTA (Zheng et al. 2020, arXiv 1912.11969), which also moves d with crop and flip, and in FGSM-EP (Jia et
@@ -76,8 +67,6 @@ class Madry(Method[MadryOptions]):
         super().__init__(options)
         if options.prior_epochs:
             self.follows_images, self.takes_mixed_labels = True, False
-        if options.inner_loss == "margin":  # of one class per image
-            self.takes_targets = self.takes_mixed_labels = False
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if self.options.prior_epochs and spec.norm != "linf":
@@ -106,8 +95,6 @@ class Madry(Method[MadryOptions]):
         return found
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
-        if self.options.inner_loss == "margin":
-            return Inner(AttackGoal("margin", batch.targets))
         return Inner(self.true_goal(batch))
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:

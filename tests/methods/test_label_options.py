@@ -84,10 +84,8 @@ def hat_terms(s: Seen) -> dict[str, Tensor]:
 Terms = Callable[[Seen], dict[str, Tensor]]
 TERMS: dict[str, Terms] = {
     "madry": lambda s: {"model": s.adv()},
-    "madry-margin": lambda s: {"model": s.adv()},
     "fgsm_rs": lambda s: {"model": s.adv()},
     "n_fgsm": lambda s: {"model": s.adv()},
-    "n_fgsm-margin": lambda s: {"model": s.adv()},
     "free-once": lambda s: {"model": s.clean()},  # its first perturbation is 0
     "gairat": lambda s: {"model": s.adv()},
     "mail": lambda s: {"model": s.adv()},
@@ -122,10 +120,7 @@ TERMS: dict[str, Terms] = {
 # No cross-entropy with labels: --label-smoothing is refused.
 UNSMOOTHED = {"ard", "iad", "rslad", "distillation", "lbgat-frozen"}
 # Losses or goals of a class: mixed labels are refused.
-ONE_CLASS = {
-    *("mart", "mart-released", "gairat", "mail", "mail-trades", "iad", "iad-2", "iad-half", "dyart"),
-    *("madry-margin", "n_fgsm-margin"),
-}
+ONE_CLASS = {"mart", "mart-released", "gairat", "mail", "mail-trades", "iad", "iad-2", "iad-half", "dyart"}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "natural-hot": ("natural", {"temperature": 5.0}),
     "free-once": ("free", {"replays": 1}),

@@ -17,8 +17,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "free-2": ("free", {"replays": 2}),
     "madry-prior": ("madry", {"prior_epochs": 2}),
     "fgsm_rs-prior": ("fgsm_rs", {"prior_epochs": 2}),
-    "madry-margin": ("madry", {"inner_loss": "margin"}),
-    "n_fgsm-margin": ("n_fgsm", {"inner_loss": "margin"}),
     "vat-pgd": ("vat", {"search": "pgd"}),
     "mail-trades": ("mail", {"base": "trades", "weight_from": 0.5}),
     "mart-released": ("mart", {"floor": 1e-4}),

@@ -26,7 +26,7 @@ class SpeedrunCommand:
 
     record: str | None = None
     """Record to run, or several, separated by commas, which take turns seed by seed: names (--list), or YAML
-    files of your own. None is the newest record of --track."""
+    files of your own. None is the newest record of --track at its own target."""
     target: float | None = None
     """Mean test accuracy under PGD-20 that counts as reached, as a share; None is the record's own."""
     seeds: int = 3

@@ -82,9 +82,8 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
     """The baseline's mean seconds over those of `result`, of the same race and over the same seeds.
 
     The baseline is the plain loop of the track. Of two races on one kind of machine, the ratio has a ~ in
-    front; of two kinds there is none, nor of other test images, nor where the baseline misses its target or
-    `result` does not count. The baseline need not count: rule 6 keeps records from buying time with masking,
-    and nothing has been changed in the baseline to save time.
+    front. There is none between two kinds of machine, targets or sets of test images, nor where one of them
+    does not count.
     """
     base = next(
         (
@@ -96,12 +95,10 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
         ),
         None,
     )
-    if base is None or base.summary["pgd20"] < base.target:
+    if base is None or not (base.counts and result.counts) or base.target != result.target:
         return ""
     if base.name == result.name:
         return "1"
-    if not result.counts:
-        return ""
     if len({lap["test"]["sha256"] for lap in [*base.laps, *result.laps]}) > 1:
         return ""
     own = result.summary["seconds"]
