@@ -1,7 +1,6 @@
 """Definitions of records: one YAML file each, with what it changes and its training flags."""
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -82,7 +81,7 @@ def newest_definition(track: str) -> RecordDefinition:
     return max(found, key=rank)
 
 
-def earlier_records(record: RecordDefinition, records: Mapping[str, RecordDefinition]) -> int:
+def earlier_records(record: RecordDefinition, records: dict[str, RecordDefinition]) -> int:
     """The number of `records` in the chain that leads to `record`, without it."""
     chain = [record.name]
     while (name := record.against) in records and name not in chain:
