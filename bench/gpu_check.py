@@ -1,8 +1,10 @@
 """Every check that needs a GPU, on a bare machine without network in 9 minutes: tests, timings, training.
 
     bench/gpu_check.sh [FOLDER]                  run; results go into FOLDER (default gpu-results)
+    bench/gpu_check.sh --only tests,train        run these parts only, in their usual order
     bench/gpu_check.sh --pack [PACK]             make the folder to take along (default gpu-pack) and say what
-    is missing in it bench/gpu_check.sh --check-pack [PACK]       only say what is missing
+                                                 is missing in it
+    bench/gpu_check.sh --check-pack [PACK]       only say what is missing
 
 FOLDER gets gpu_check.txt and gpu_check.json, up to date after every part, and gpu_check.tar.gz (under 16 MiB)
 with logs and results of the parts. Each part has a limit, and what one leaves goes to the next, never the
@@ -212,7 +214,45 @@ def parts(bare: Bare, sizes: Sizes, work: Path) -> list[Part]:
             command=[python, "bench/dyart_cost.py", "--rounds", "3", "--json", str(work / "dyart_cost.json")],
             why_not="minutes on a CPU" if device == "cpu" else "",
         ),
+        race(bare, "speedrun-quick", work, "--seeds", "1", "--quick"),
+        race(bare, "speedrun", work),
     ]
+
+
+def race(bare: Bare, name: str, work: Path, *flags: str) -> Part:
+    """The record of the track gpu-1. The second race goes on from the laps of the first."""
+    record, out = "gpu1-fgsm-rs", bare.temporary / "race"
+
+    def command() -> Sequence[str]:
+        if (folder := bare.data()) is None:
+            raise ValueError("no CIFAR-10: FASTDYNAT_CIFAR10_JPEG names none, and the pack holds none")
+        data = ["--data", "imagefolder", "--data-dir", str(folder)]
+        own = [*data, "--out", str(out), *flags]
+        return [sys.executable, "-m", "fastdynat", "speedrun", "--record", record, *own]
+
+    return Part(
+        name=name,
+        seconds=0,
+        command=command,
+        key=lambda folder: keys.last_line(folder / f"{name}.log"),
+        tick=lambda: keep(out / f"{record}.json", work / f"{name}.json"),
+        why_not="needs a GPU" if bare.device == "cpu" else "",
+    )
+
+
+def chosen(listed: list[Part], only: str | None) -> list[Part]:
+    """The parts that `only` names, or all.
+
+    Raises:
+        ValueError: it names none of them.
+    """
+    if only is None:
+        return listed
+    names = [name for name in only.split(",") if name]
+    known = [part.name for part in listed]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--only {unknown[0]}: no such part; parts are {', '.join(known)}")
+    return [part for part in listed if part.name in names]
 
 
 def sanitizer(bare: Bare, tool: str, seconds: float) -> Part:
@@ -255,12 +295,14 @@ def check(ours: argparse.Namespace) -> int:
         work = Path(temporary) / "parts"
         work.mkdir()
         with Bare(device, Path(temporary)) as bare:
-            return _check(bare, TINY if device == "cpu" else Sizes(), work, out, ours.total)
+            return _check(bare, TINY if device == "cpu" else Sizes(), work, out, ours)
 
 
-def _check(bare: Bare, sizes: Sizes, work: Path, out: Path, total: float) -> int:
+def _check(bare: Bare, sizes: Sizes, work: Path, out: Path, ours: argparse.Namespace) -> int:
+    total = ours.total
+    chosen(parts(bare, sizes, work), ours.only)  # a wrong name is said at once
     bare.prepare(PREPARE)
-    listed = parts(bare, sizes, work)
+    listed = chosen(parts(bare, sizes, work), ours.only)
     run = Check("gpu_check", listed, total=total, work=work, out=out, cwd=ROOT, env=bare.env)
     run.begin = bare.begin  # what was prepared counts
     run.about = bare.about
@@ -315,10 +357,14 @@ def main() -> int:
     parser.add_argument(
         "--limit-mib", type=float, default=64, help="limit on the pack and the checkout's files together"
     )
+    parser.add_argument("--only", help="names of the parts to run, separated by commas")
     parser.add_argument("--total", type=float, default=TOTAL, help="time limit of the whole check in seconds")
     ours = parser.parse_args()
     try:
         return pack(ours) if ours.pack or ours.check_pack else check(ours)
+    except ValueError as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
     except Stopped as stopped:  # also while something was tidied up
         print(f"gpu_check: stopped by {stopped}", file=sys.stderr)
         return 130

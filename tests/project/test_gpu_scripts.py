@@ -80,6 +80,14 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
 
 
+def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    listed = gpu.gpu_check.parts(gpu.bare.Bare("cuda", tmp_path), gpu.gpu_check.Sizes(), tmp_path)
+    assert [part.name for part in gpu.gpu_check.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
+    assert gpu.gpu_check.chosen(listed, None) == listed
+    with pytest.raises(ValueError, match="--only trian: no such part; parts are build, doctor"):
+        gpu.gpu_check.chosen(listed, "tests,trian")
+
+
 def test_limits_that_do_not_fit_are_refused(gpu: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="60 s, which is not less than 60 s"):
         check(gpu, tmp_path, *(gpu.parts.Part(name=n, seconds=30, command=[]) for n in "ab"))
