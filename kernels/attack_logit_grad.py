@@ -28,6 +28,14 @@ def inverse_power_of_two(x):
 
 
 @triton.jit
+def rounded_quotient(a, b):
+    """a / b to the nearest number; Triton's own division of float32 is off by up to two units in the last
+    place.
+    """
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
 def first_largest(z, k, candidates):
     """The largest candidate of each row and the first class that has it; (-inf, large) if there is none."""
     best = tl.max(tl.where(candidates, z, float("-inf")), axis=1)
@@ -123,7 +131,9 @@ def attack_logit_grad_kernel(
                 gap = high - low
                 flat = gap == 0.0
                 gap = tl.where(flat, 1.0, gap)
-                value = tl.where(flat, 0.0, value / gap)
+                # Where the two differences are equal, their terms must cancel: --rescale would make a gradient
+                # of what rounding leaves.
+                value = tl.where(flat, 0.0, rounded_quotient(value, gap))
                 slope = tl.where(k == third[:, None], 1.0, 0.0) - tl.where(k == first[:, None], 1.0, 0.0)
                 grad = tl.where(
                     flat[:, None],

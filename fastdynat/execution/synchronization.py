@@ -1,5 +1,6 @@
 """A context in which waiting for the GPU is intended, for callers of `torch.cuda.set_sync_debug_mode`."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,18 @@ def waits_on_purpose() -> Iterator[None]:
         yield
         return
     before = torch._C._cuda_get_sync_debug_mode()
-    torch._C._cuda_set_sync_debug_mode(0)  # torch.cuda's own warns that this is a prototype
+    if before == 0:
+        yield
+        return
+    _set_mode(0)
     try:
         yield
     finally:
-        torch._C._cuda_set_sync_debug_mode(before)
+        _set_mode(before)
+
+
+def _set_mode(mode: int) -> None:
+    """Set torch's mode, without its warning that the mode is a prototype."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch._C._cuda_set_sync_debug_mode(mode)
