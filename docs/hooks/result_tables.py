@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from claim_tables import TABLES as CLAIM_TABLES
+from gpu_tables import TABLES as GPU_TABLES
 from profile_tables import TABLES as PROFILE_TABLES
 from scaling_tables import TABLES as SCALING_TABLES
 from speedrun_tables import TABLES as SPEEDRUN_TABLES
@@ -299,6 +300,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "loaders": (loaders, ("loaders_cpu",)),
     "dyart": (dyart, ("dyart_cost_cpu",)),
     **CLAIM_TABLES,
+    **GPU_TABLES,
     **PROFILE_TABLES,
     **SPEEDRUN_TABLES,
     **SCALING_TABLES,

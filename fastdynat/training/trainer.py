@@ -36,6 +36,7 @@ from fastdynat.training.validation import Validation
 from fastdynat.training.watch import Watch
 
 logger = logging.getLogger(__name__)
+LONG = 10.0  # seconds of a first update from which the reason is logged
 
 
 class Trainer:
@@ -179,6 +180,11 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 self.first_update_seconds = time.perf_counter() - begin
+                if self.first_update_seconds > LONG:
+                    logger.info(
+                        "the first update took %.0f s: compilation, and checks of compiled code",
+                        self.first_update_seconds,
+                    )
             if decided.look:
                 progress.note(self._finite_means(), images / (now - begin))
             self.seconds = seconds_before + now - begin

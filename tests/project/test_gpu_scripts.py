@@ -80,6 +80,41 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
 
 
+def side_by_side(out: Path) -> list[str]:
+    return [sys.executable, str(ROOT / "bench" / "gpu" / "side_by_side.py"), "--out", str(out)]
+
+
+def test_commands_run_side_by_side_and_the_first_decides(tmp_path: Path) -> None:
+    program = [
+        sys.executable,
+        str(ROOT / "bench" / "gpu" / "side_by_side.py"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    first = ["first", *SAY, "import time; time.sleep(0.5); print('--json done')", "--json", "x"]
+    second = ["second", *SAY, "raise SystemExit(3)"]
+    done = subprocess.run(
+        [*program, ":::", *first, ":::", *second], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in told] == ["second: exit status 3", "first: exit status 0"]
+    assert (tmp_path / "out" / "first.log").read_text() == "--json done\n"
+    assert subprocess.run([*program, *second, ":::", *first], timeout=60).returncode == 3
+
+
+def test_side_by_side_passes_an_interrupt_on_and_waits(tmp_path: Path) -> None:
+    program = side_by_side(tmp_path)
+    writes = "import time\ntry:\n print('up', flush=True); time.sleep(60)\n"
+    writes += "except KeyboardInterrupt:\n time.sleep(0.5); print('results')"
+    process = subprocess.Popen([*program, "a", *SAY, writes, ":::", "b", *SAY, writes])
+    while not all((tmp_path / f"{n}.log").exists() and (tmp_path / f"{n}.log").read_text() for n in "ab"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert all((tmp_path / f"{n}.log").read_text() == "up\nresults\n" for n in "ab")
+
+
 def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
     listed = gpu.gpu_check.parts(gpu.bare.Bare("cuda", tmp_path), gpu.gpu_check.Sizes(), tmp_path)
     assert [part.name for part in gpu.gpu_check.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
