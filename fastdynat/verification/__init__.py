@@ -27,8 +27,9 @@ about the candidate, such as a lack of memory or of Triton's compiler, leaves it
 
 Verdicts are stored in the user's cache folder, by processor or GPU, driver, versions of torch, Triton and
 fastdynat, and source files. Nothing runs while torch.compile traces or a CUDA graph is captured: call
-`prepare_checks` before. ``fastdynat doctor --check`` checks all that is registered, including the cases
-that are too slow to compile at a first use (`Case.deep`).
+`prepare_checks` before. ``fastdynat doctor --check`` checks all that is registered, including what takes too
+long to compile at a first use: some cases (`Case.deep`), and implementations that nobody needs there, because
+another one is right (`OperatorCheck.compiling`).
 
 In reading order:
 - `operator_check`: checks, cases, verdicts; `comparison`: outputs against the reference's;
@@ -51,6 +52,7 @@ from fastdynat.verification.judge import (
 from fastdynat.verification.operator_check import (
     REFERENCE,
     RIGHT,
+    SPARED,
     CandidateVerdict,
     Case,
     OperatorCheck,
@@ -63,6 +65,7 @@ from fastdynat.verification.speed import fastest, timed, winner
 __all__ = [
     "REFERENCE",
     "RIGHT",
+    "SPARED",
     "CandidateVerdict",
     "Case",
     "DeviceLost",

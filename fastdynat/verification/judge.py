@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -12,7 +12,13 @@ from fastdynat.errors import UserError
 from fastdynat.verification import verdict_store
 from fastdynat.verification.crash_marks import mark
 from fastdynat.verification.isolated_run import DeviceLost, NotNow, Prepared, lost, not_now, on_own_thread
-from fastdynat.verification.operator_check import REFERENCE, CandidateVerdict, OperatorCheck, registered
+from fastdynat.verification.operator_check import (
+    REFERENCE,
+    SPARED,
+    CandidateVerdict,
+    OperatorCheck,
+    registered,
+)
 
 Verdicts = dict[str, CandidateVerdict]
 AGAIN = "`fastdynat doctor --check` checks it again"
@@ -56,13 +62,19 @@ def known(name: str, device: torch.device) -> Verdicts | None:
     return found
 
 
-def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdicts:
+def verdicts(
+    name: str, device: torch.device, *, afresh: bool = False, insisted: str | None = None
+) -> Verdicts:
     """The verdict on every candidate of check `name` that can run on `device`; checks those without one.
+
+    A candidate that compiles its kernels (`OperatorCheck.compiling`) has the verdict `SPARED` where another
+    one is right and no process has checked it.
 
     Warns once per process of each wrong candidate. Must not be called while the current stream is captured or
     torch.compile traces: use `known` there.
 
-    afresh: check again, with the cases that a first use leaves out (`Case.deep`).
+    afresh: check all candidates again, with the cases that a first use leaves out (`Case.deep`).
+    insisted: the candidate that is checked even if it compiles.
 
     Raises:
         DeviceLost: a candidate has broken the CUDA context; its verdict is stored.
@@ -73,24 +85,34 @@ def verdicts(name: str, device: torch.device, *, afresh: bool = False) -> Verdic
             raise DeviceLost(_lost[device])
         wanted = [c for c in check.candidates if check.why_not(c, device) is None]
         found = {} if afresh else dict(_known.get((name, device), {}))
+        if insisted is not None and found.get(insisted) is SPARED:
+            del found[insisted]
         if all(c in found for c in wanted):
             return found
+        compiling: frozenset[str] = frozenset() if afresh else check.compiling - {insisted}
         key = verdict_store.key_of(check, device)
         stored = verdict_store.load_verdicts(key)
         before = {} if afresh else stored.verdicts
         found = before | found
-        if missing := [c for c in wanted if c not in found]:
+        if missing := _due([c for c in wanted if c not in found], found, compiling):
             stored = verdict_store.Stored(stored.key, before, {} if afresh else stored.fastest)
-            found |= _examine(check, device, missing, key, stored, deep=afresh)
-        _known[name, device] = found
+            found |= _examine(check, device, missing, compiling, key, stored, deep=afresh)
+        _known[name, device] = found = dict.fromkeys(wanted, SPARED) | found
     _warn(name, found)
     return found
+
+
+def _due(candidates: list[str], found: Verdicts, compiling: Collection[str]) -> list[str]:
+    """Those of `candidates` to check: all, but if one is right already, none that is `compiling`."""
+    one_is_right = any(verdict.right for verdict in found.values())
+    return [c for c in candidates if not (one_is_right and c in compiling)]
 
 
 def _examine(
     check: OperatorCheck,
     device: torch.device,
     candidates: list[str],
+    compiling: Collection[str],
     key: dict[str, object],
     stored: verdict_store.Stored,
     *,
@@ -103,6 +125,8 @@ def _examine(
         with check.within():
             prepared = Prepared(check, device)
             for candidate in candidates:
+                if not _due([candidate], found, compiling):
+                    continue
                 with mark(key, candidate) as (left, note):
                     if why := str(left):
                         found[candidate] = CandidateVerdict(False, left.case, why)
@@ -142,7 +166,7 @@ _warned: set[tuple[str, str, CandidateVerdict]] = set()
 
 def _warn(name: str, found: Verdicts) -> None:
     for candidate, verdict in found.items():
-        if not verdict.right and (name, candidate, verdict) not in _warned:
+        if not verdict.right and verdict is not SPARED and (name, candidate, verdict) not in _warned:
             _warned.add((name, candidate, verdict))
             text = f"{name}: implementation {candidate!r} is left out: {describe_verdict(verdict)}; {AGAIN}"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
@@ -166,7 +190,7 @@ def right(name: str, device: torch.device) -> tuple[str, ...]:
 def insist(name: str, candidate: str, device: torch.device) -> None:
     """Raise WrongImplementation if `candidate`, which was requested by name, is wrong. Checks at first
     use."""
-    verdict = verdicts(name, device).get(candidate)
+    verdict = verdicts(name, device, insisted=candidate).get(candidate)
     if verdict is not None and not verdict.right:
         raise WrongImplementation(
             f"{name}: implementation {candidate!r} was asked for but is {describe_verdict(verdict)}; {AGAIN}"

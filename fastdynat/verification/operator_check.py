@@ -66,7 +66,8 @@ class OperatorCheck:
         sources: files that the verdicts depend on; a change of one invalidates them.
         within: returns a context for all calls of the check, such as one that turns TF32 off.
         timed: returns the call that tables time; None: not timed.
-        compiling: the candidates that compile each specialisation of a kernel at its first call.
+        compiling: the candidates that compile each specialisation of a kernel at its first call. Where
+            another candidate is right, a first use does not check them (`SPARED`).
     """
 
     name: str
@@ -97,6 +98,8 @@ class CandidateVerdict:
 
 
 RIGHT = CandidateVerdict(True)
+# In memory only: of a candidate that compiles and was not checked, because another one is right.
+SPARED = CandidateVerdict(False, detail="not checked: compiling its kernels takes long")
 _registry: dict[str, OperatorCheck] = {}
 
 

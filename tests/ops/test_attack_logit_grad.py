@@ -259,7 +259,8 @@ def test_gpu_agrees_with_cpu(backend: str, loss: str) -> None:
                     if not rescale
                     else (expected.grad.double().abs().amax(1) / grad.cpu().double().abs().amax(1))
                 )
-                ratio = torch.as_tensor(ratio).nan_to_num(1.0).round(decimals=1).view(-1, 1)  # 0 / 0: no gradient
+                ratio = torch.as_tensor(ratio).nan_to_num(1.0)  # 0 / 0: a row without a gradient
+                ratio = ratio.round(decimals=1).view(-1, 1)
                 atol = TOLERANCE[dtype] * max(
                     1.0, float(expected.grad.abs().max()) if expected.grad.numel() else 1.0
                 )

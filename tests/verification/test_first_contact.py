@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,75 @@ def test_a_first_use_does_not_overwrite_what_a_deep_check_found_meanwhile() -> N
     assert verdict_store.load_verdicts(
         verdict_store.key_of(verification.registered()["doubling"], CPU)
     ).verdicts == {"planted": wrong}
+
+
+# A candidate that compiles, beside one that does not.
+
+
+def beside(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Tensor], Tensor]) -> list[str]:
+    """A check of `ready` and of one that compiles; the calls of the second one."""
+    calls: list[str] = []
+
+    def compiles(x: Tensor) -> Tensor:
+        calls.append(f"{len(x)}")
+        return 2 * x
+
+    doubling(compiles)
+    check = verification.registered()["doubling"]
+    both = {"ready": ready, "compiles": compiles}
+    verification.register_check(replace(check, candidates=both, compiling=frozenset({"compiles"})))
+    monkeypatch.setattr(operator_report, "REGISTER", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return calls
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_first_use_compiles_nothing_where_another_implementation_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = beside(monkeypatch, lambda x: 2 * x)
+    for _ in range(2):
+        assert verification.right("doubling", CPU) == ("ready", "eager")
+        assert verification.peek("doubling", CPU) == {
+            "ready": verification.RIGHT,
+            "compiles": verification.SPARED,
+        }
+        new_process(monkeypatch)
+    assert calls == []
+    stored = verdict_store.load_verdicts(verdict_store.key_of(verification.registered()["doubling"], CPU))
+    assert stored.verdicts == {"ready": verification.RIGHT}
+
+
+def test_it_is_checked_where_it_is_asked_for_or_the_others_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = beside(monkeypatch, lambda x: 2 * x)
+    assert verification.right("doubling", CPU) == ("ready", "eager")
+    verification.insist("doubling", "compiles", CPU)
+    assert set(calls) == {"8"}  # without the deep case
+    assert verification.right("doubling", CPU) == ("ready", "compiles", "eager")
+    new_process(monkeypatch)
+    assert verification.right("doubling", CPU) == ("ready", "compiles", "eager")  # as stored
+
+    calls = beside(monkeypatch, lambda x: 3 * x)
+    new_process(monkeypatch)
+    key = verdict_store.key_of(verification.registered()["doubling"], CPU)
+    assert verdict_store.save_verdicts(verdict_store.Stored(key, {}))
+    with pytest.warns(RuntimeWarning, match="'ready' is left out"):
+        assert verification.right("doubling", CPU) == ("compiles", "eager")
+    assert set(calls) == {"8"}
+
+
+def test_after_the_doctor_it_takes_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = beside(monkeypatch, lambda x: 2 * x)
+    assert verification.right("doubling", CPU) == ("ready", "eager")
+    assert main(["doctor", "--check", "--json"]) == 0
+    rows = {row["implementation"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+    assert rows == {"eager": "reference", "ready": "right", "compiles": "right"}
+    assert set(calls) == {"8", "9"}
+    assert verification.right("doubling", CPU) == ("ready", "compiles", "eager")
+    new_process(monkeypatch)
+    assert verification.right("doubling", CPU) == ("ready", "compiles", "eager")
 
 
 @needs("triton")
