@@ -35,6 +35,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "records": record_tables.records,
     "speedrun": speedrun_tables.log,
     "speedrun-predictions": speedrun_tables.predictions,
+    "speedrun-fastest": speedrun_tables.fastest,
     "layers": layer_picture.picture,
     "rooms": layer_picture.rooms,
     **{f"file: {name}": (lambda name=name: file(name)) for name in ("CONTRIBUTING.md", "CHANGELOG.md")},

@@ -57,6 +57,24 @@ def predictions() -> str:
     return table(["record", "changes", "by counting", "measured"], rows)
 
 
+def fastest() -> str:
+    """One sentence: the baseline beside the fastest record that reaches the same target."""
+    results = read_log(LOG)
+    base = next(result for result in results.values() if result.definition["loop"] == "plain")
+    target = base.definition["target"]
+    seconds = {
+        name: result.summary["seconds"]
+        for name, result in results.items()
+        if result.definition["target"] == target and result.summary["pgd20"] >= target
+    }
+    name = min(seconds, key=lambda name: seconds[name])
+    slow = base.summary["seconds"]
+    return (
+        f"The fastest is `{name}` with {seconds[name]:.1f} s; the baseline takes {slow:.0f} s, "
+        f"{slow / seconds[name]:.0f} times as long."
+    )
+
+
 def levers() -> str:
     """Trials of one seed: with fastdynat, each group beside its first one kept, and in plain PyTorch."""
     values = read("speedrun_levers_cpu")
