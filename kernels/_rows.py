@@ -12,6 +12,14 @@ PROGRAMS = 256  # that keep every multiprocessor of a large GPU busy
 
 
 @triton.jit
+def rounded_quotient(a, b):
+    """a / b to the nearest number; Triton's own division of float32 is off by up to two units in the last
+    place.
+    """
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
 def argmax_rows(values, cols):
     """(R, K) values -> (R, 1) largest, NaN if a row has one, (R, 1) its column. Padding must be -inf."""
     none = 2147483647

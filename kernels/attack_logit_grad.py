@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of
-from fastdynat.kernels._rows import PROGRAMS, block_of
+from fastdynat.kernels._rows import PROGRAMS, block_of, rounded_quotient
 
 TILE = 4096  # bytes of rows, as computed with, that one program holds where rows are short
 CE, KL, MARGIN, DLR, SOFT_CE = 0, 1, 2, 3, 4
@@ -25,14 +25,6 @@ def inverse_power_of_two(x):
         inverse = tl.where(exponent > 252, 1, 253 - exponent)
         power = (inverse << 23).to(tl.float32, bitcast=True)
     return tl.where(usable, power, 1.0)
-
-
-@triton.jit
-def rounded_quotient(a, b):
-    """a / b to the nearest number; Triton's own division of float32 is off by up to two units in the last
-    place.
-    """
-    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
@@ -131,7 +123,7 @@ def attack_logit_grad_kernel(
                 gap = high - low
                 flat = gap == 0.0
                 gap = tl.where(flat, 1.0, gap)
-                # Where the two differences are equal, their terms must cancel: --rescale would make a gradient
+                # Where the two differences are equal, their terms must cancel: RESCALE would make a gradient
                 # of what rounding leaves.
                 value = tl.where(flat, 0.0, rounded_quotient(value, gap))
                 slope = tl.where(k == third[:, None], 1.0, 0.0) - tl.where(k == first[:, None], 1.0, 0.0)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdynat.kernels._launch import on_device_of, registers_for
+from fastdynat.kernels._rows import rounded_quotient
 
 LARGEST_IN_REGISTERS = 4096  # elements of an image
 BLOCK = 2048  # elements at a time of a larger one, which is read again in every step
@@ -120,7 +121,7 @@ def project_on_hyperplane_kernel(
     # As Plane in csrc/: x moves against w times the side it is on, scaled so that squares stay in range.
     usable = (largest > 0) & (tl.abs(product) < float("inf"))
     unit = power_of_two_below(tl.where(usable, largest, 1.0).to(dtype))
-    factor = tl.where(product < 0, -1.0, 1.0).to(dtype) / unit
+    factor = rounded_quotient(tl.where(product < 0, -1.0, 1.0).to(dtype), unit)
     target = tl.where(usable, tl.abs(product) / unit.to(tl.float64), 0.0)
     if PARTS == 1:
         w = w * factor

@@ -41,6 +41,17 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
     return [text + (f", {rate / peer['images_per_s']['median']:.1f}x {PEERS[kind]}" if peer else "")]
 
 
+def race(paths: list[Path]) -> str:
+    """Of the results of `fastdynat speedrun` that are there."""
+    found = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    words = [
+        f"{path.stem} {result['summary']['seconds']:.1f} s, PGD-20 {result['summary']['pgd20']:.1%}, "
+        f"{result['summary']['seeds']} seeds"
+        for path, result in zip([path for path in paths if path.is_file()], found, strict=True)
+    ]
+    return "; ".join(words) or "no lap ended"
+
+
 def last_line(log: Path) -> str:
     return log.read_text(errors="replace").rstrip().rpartition("\n")[2]
 

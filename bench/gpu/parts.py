@@ -33,6 +33,7 @@ class Part:
         tick: called about once a second while it runs.
         grace: seconds from SIGINT to SIGKILL, of `seconds`.
         ends_by_time: reaching the limit is a usual end ("stopped"), no failure.
+        good_codes: exit statuses that are no failure.
         most: its limit is never above that.
     """
 
@@ -46,6 +47,7 @@ class Part:
     tick: Callable[[], object] = lambda: None
     grace: float = GRACE
     ends_by_time: bool = False
+    good_codes: tuple[int, ...] = (0,)
     most: float = float("inf")
 
 
@@ -183,7 +185,7 @@ class Check:
             finish(process, part.grace - 1)
         if late:
             return process.returncode, "stopped" if part.ends_by_time else "timed out"
-        return process.returncode, "ok" if process.returncode == 0 else "failed"
+        return process.returncode, "ok" if process.returncode in part.good_codes else "failed"
 
     def _key(self, part: Part) -> str:
         try:

@@ -219,6 +219,7 @@ def main() -> int:
                 if not each.ended:
                     each.step(ours.test_limit)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is still to be written
         print("stopped", flush=True)
         end([each.process for each in shards if each.process is not None], 2)
     summary = summarize(shards)

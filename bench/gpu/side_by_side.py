@@ -1,9 +1,10 @@
 """Running several commands at once, each with a log of its own.
 
-    python3 bench/gpu/side_by_side.py --out FOLDER NAME COMMAND... ::: NAME COMMAND... ::: ...
+    python3 bench/gpu/side_by_side.py --out FOLDER [--until SECONDS] NAME COMMAND... ::: NAME COMMAND...
 
-Prints how each one ended. The first command decides: the exit status is its own, and what the others do says
-nothing about the machine: they fill caches. SIGINT goes to all. FOLDER gets NAME.log of each.
+Prints how each command ended; the exit status is that of the first one. The others only fill caches: once the
+first one has ended, they may run until SECONDS after the start. FOLDER gets NAME.log of each. SIGINT does not
+end this program, since the commands, of the same process group, receive it too.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,14 @@ class Command:
             self.seconds = time.monotonic() - self.begin
             print(f"{self.name}: exit status {self.process.returncode}, {self.seconds:.1f} s", flush=True)
         return self.seconds is not None
+
+    def end(self) -> None:
+        """SIGINT, and SIGKILL 3 seconds later."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(3)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def split(words: list[str]) -> list[list[str]]:
@@ -58,21 +66,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds since the start")
     parser.add_argument("words", nargs=argparse.REMAINDER)
     ours = parser.parse_args()
     ours.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the commands would inherit
+    begin = time.monotonic()
     running = [start(words, ours.out) for words in split(ours.words)]
-    try:
-        while sum(command.look() for command in running) < len(running):
-            time.sleep(0.1)
-    except KeyboardInterrupt:  # sent to this process alone or to all
-        for command in running:
-            with suppress(ProcessLookupError):
-                command.process.send_signal(signal.SIGINT)
-        for command in running:
-            command.process.wait()
-            command.look()
-    return running[0].process.returncode
+    first, *others = running
+    while sum(command.look() for command in running) < len(running):
+        if first.seconds is not None and time.monotonic() - begin > ours.until:
+            for command in others:
+                if command.seconds is None:
+                    command.end()
+        time.sleep(0.1)
+    return first.process.returncode
 
 
 if __name__ == "__main__":

@@ -242,6 +242,11 @@ def _insist(op: str, name: str, device: torch.device) -> None:
     found = verification.peek(op, device)
     if found is None or name not in found or found[name] is verification.SPARED:
         if capturing(device):
+            if found is not None and found.get(name) is verification.SPARED:
+                raise verification.WrongImplementation(
+                    f"{op}: implementation {name!r} has not been checked on this machine, and cannot be "
+                    f"during a capture: call fastdynat.ops.prepare within use_backend({name!r}) before it"
+                )
             return
         _load_checks()
         if op not in verification.registered():

@@ -36,7 +36,7 @@ from fastdynat.training.validation import Validation
 from fastdynat.training.watch import Watch
 
 logger = logging.getLogger(__name__)
-LONG = 10.0  # seconds of a first update from which the reason is logged
+LONG = 10.0  # seconds of a first update from which they are logged
 
 
 class Trainer:
@@ -180,9 +180,9 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 self.first_update_seconds = time.perf_counter() - begin
-                if self.first_update_seconds > LONG:
+                if self.first_update_seconds > LONG and self.config.engine.compile != "off":
                     logger.info(
-                        "the first update took %.0f s: compilation, and checks of compiled code",
+                        "the first update took %.0f s, compilation and its checks included",
                         self.first_update_seconds,
                     )
             if decided.look:

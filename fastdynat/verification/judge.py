@@ -94,18 +94,19 @@ def verdicts(
         stored = verdict_store.load_verdicts(key)
         before = {} if afresh else stored.verdicts
         found = before | found
-        if missing := _due([c for c in wanted if c not in found], found, compiling):
+        while missing := _due(wanted, found, compiling):
             stored = verdict_store.Stored(stored.key, before, {} if afresh else stored.fastest)
             found |= _examine(check, device, missing, compiling, key, stored, deep=afresh)
+            before = {} if afresh else verdict_store.load_verdicts(key).verdicts
         _known[name, device] = found = dict.fromkeys(wanted, SPARED) | found
     _warn(name, found)
     return found
 
 
-def _due(candidates: list[str], found: Verdicts, compiling: Collection[str]) -> list[str]:
-    """Those of `candidates` to check: all, but if one is right already, none that is `compiling`."""
-    one_is_right = any(verdict.right for verdict in found.values())
-    return [c for c in candidates if not (one_is_right and c in compiling)]
+def _due(wanted: list[str], found: Verdicts, compiling: Collection[str]) -> list[str]:
+    """The candidates of `wanted` to check: without a verdict, and if one is right, not `compiling`."""
+    one_is_right = any(c in found and found[c].right for c in wanted)
+    return [c for c in wanted if c not in found and not (one_is_right and c in compiling)]
 
 
 def _examine(
@@ -125,7 +126,7 @@ def _examine(
         with check.within():
             prepared = Prepared(check, device)
             for candidate in candidates:
-                if not _due([candidate], found, compiling):
+                if candidate in compiling and any(c in found and found[c].right for c in candidates):
                     continue
                 with mark(key, candidate) as (left, note):
                     if why := str(left):

@@ -120,7 +120,7 @@ def assert_near_eager(z: Tensor, args: Any, norm: str) -> None:
     move = (point - x.double().reshape(rows)).abs()
     free = (size > 0) & (point > 1e-6) & (point < 1 - 1e-6)
     slope = torch.where(free, size if norm == "linf" else size * size, 0).sum(1, keepdim=True)
-    speed = 1.0 if norm == "linf" else size
+    speed = (size > 0) if norm == "linf" else size
     left = torch.finfo(x.dtype).eps * size.sum(1, keepdim=True) * move.amax(1, keepdim=True)
     allowed = TOLERANCE[x.dtype] + torch.where(slope > 0, left / slope, 0) * speed
     excess = (z.double().reshape(rows) - point).abs() - allowed

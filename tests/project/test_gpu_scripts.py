@@ -80,47 +80,74 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
 
 
-def side_by_side(out: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "bench" / "gpu" / "side_by_side.py"), "--out", str(out)]
+def side_by_side(out: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "bench" / "gpu" / "side_by_side.py"), "--out", str(out), *flags]
 
 
 def test_commands_run_side_by_side_and_the_first_decides(tmp_path: Path) -> None:
-    program = [
-        sys.executable,
-        str(ROOT / "bench" / "gpu" / "side_by_side.py"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
     first = ["first", *SAY, "import time; time.sleep(0.5); print('--json done')", "--json", "x"]
     second = ["second", *SAY, "raise SystemExit(3)"]
-    done = subprocess.run(
-        [*program, ":::", *first, ":::", *second], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert [line.split(",")[0] for line in told] == ["second: exit status 3", "first: exit status 0"]
+    program = side_by_side(tmp_path / "out")
+    done = subprocess.run([*program, ":::", *first, ":::", *second], stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    told = [line.split(",")[0] for line in done.stdout.decode().splitlines()]
+    assert told == ["second: exit status 3", "first: exit status 0"]
     assert (tmp_path / "out" / "first.log").read_text() == "--json done\n"
     assert subprocess.run([*program, *second, ":::", *first], timeout=60).returncode == 3
 
 
-def test_side_by_side_passes_an_interrupt_on_and_waits(tmp_path: Path) -> None:
-    program = side_by_side(tmp_path)
-    writes = "import time\ntry:\n print('up', flush=True); time.sleep(60)\n"
-    writes += "except KeyboardInterrupt:\n time.sleep(0.5); print('results')"
-    process = subprocess.Popen([*program, "a", *SAY, writes, ":::", "b", *SAY, writes])
-    while not all((tmp_path / f"{n}.log").exists() and (tmp_path / f"{n}.log").read_text() for n in "ab"):
+def test_the_others_are_ended_once_the_first_has_ended(tmp_path: Path) -> None:
+    sleeps = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    commands = ["a", *SAY, "pass", ":::", "b", *SAY, sleeps]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*side_by_side(tmp_path, "--until", "1"), *commands], stdout=subprocess.PIPE, timeout=60
+    )
+    assert done.returncode == 0
+    assert 1 < time.monotonic() - begin < 30
+    assert b"b: exit status -9" in done.stdout
+
+
+def test_tests_beside_others_leave_their_summary_when_all_are_interrupted(tmp_path: Path) -> None:
+    """As parts.finish does it: SIGINT to the session."""
+    (tmp_path / "test_these.py").write_text("import time\n\n\ndef test_a():\n    time.sleep(60)\n")
+    words = ["tests", *shards(tmp_path, tmp_path / "test_these.py", limit=300)]
+    words += [":::", "b", *SAY, "import time; time.sleep(60)"]
+    process = subprocess.Popen([*side_by_side(tmp_path / "out"), *words], start_new_session=True)
+    lines = tmp_path / "out" / "tests-0.jsonl"
+    until = time.monotonic() + 60
+    while '"start"' not in (lines.read_text() if lines.exists() else ""):
+        assert time.monotonic() < until
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
-    assert all((tmp_path / f"{n}.log").read_text() == "up\nresults\n" for n in "ab")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 1
+    assert json.loads((tmp_path / "out" / "tests.json").read_text())["bad"]
+
+
+def test_an_exit_status_can_be_no_failure(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    for code, status in ((1, "ok"), (2, "failed")):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        command = [*SAY, f"raise SystemExit({code})"]
+        part = gpu.parts.Part(name="race", seconds=20, command=command, good_codes=(0, 1))
+        assert check(gpu, folder, part).run() == (status == "ok")
+        assert stored(folder)["race"]["status"] == status
+
+
+def test_the_figure_of_a_race_is_that_of_its_results(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    paths = [tmp_path / "gpu1-a.json", tmp_path / "gpu1-b.json"]
+    assert gpu.keys.race(paths) == "no lap ended"
+    paths[1].write_text(json.dumps({"summary": {"seconds": 41.26, "pgd20": 0.5031, "seeds": 1}}))
+    assert gpu.keys.race(paths) == "gpu1-b 41.3 s, PGD-20 50.3%, 1 seeds"
 
 
 def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
     listed = gpu.gpu_check.parts(gpu.bare.Bare("cuda", tmp_path), gpu.gpu_check.Sizes(), tmp_path)
     assert [part.name for part in gpu.gpu_check.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
     assert gpu.gpu_check.chosen(listed, None) == listed
-    with pytest.raises(ValueError, match="--only trian: no such part; parts are build, doctor"):
-        gpu.gpu_check.chosen(listed, "tests,trian")
+    for wrong in ("tests,trian", ","):
+        with pytest.raises(ValueError, match="no such part; parts are build, doctor"):
+            gpu.gpu_check.chosen(listed, wrong)
 
 
 def test_limits_that_do_not_fit_are_refused(gpu: SimpleNamespace, tmp_path: Path) -> None:

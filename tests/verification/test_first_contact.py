@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdynat import verification
 from fastdynat.commands.doctor import operator_report
 from fastdynat.commands.main import main
+from fastdynat.ops import _select
 from fastdynat.verification import (
     CandidateVerdict,
     Case,
@@ -248,6 +249,33 @@ def test_it_is_checked_where_it_is_asked_for_or_the_others_are_wrong(monkeypatch
     with pytest.warns(RuntimeWarning, match="'ready' is left out"):
         assert verification.right("doubling", CPU) == ("compiles", "eager")
     assert set(calls) == {"8"}
+
+
+def test_during_a_capture_an_unchecked_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = beside(monkeypatch, lambda x: 2 * x)
+    assert verification.right("doubling", CPU) == ("ready", "eager")
+    monkeypatch.setattr(_select, "capturing", lambda device: True)
+    with pytest.raises(
+        verification.WrongImplementation, match="'compiles' has not been checked on this mach"
+    ):
+        _select._insist("doubling", "compiles", CPU)
+    assert calls == []
+
+
+def test_timings_of_more_implementations_serve_those_of_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside(monkeypatch, lambda x: 2 * x)
+    raced: list[list[str]] = []
+
+    def race(calls: dict[str, Any], device: torch.device) -> dict[str, float]:
+        raced.append(list(calls))
+        return {name: 1.0 + place for place, name in enumerate(calls)}
+
+    monkeypatch.setattr(speed, "_race", race)
+    names = ("ready", "compiles", "eager")
+    for chosen in (names, names[::2], names):
+        assert speed.fastest("doubling", CPU, "8", {name: lambda: None for name in chosen}) == "ready"
+        monkeypatch.setattr(speed, "_winners", {})
+    assert raced == [list(names)]
 
 
 def test_after_the_doctor_it_takes_part(
