@@ -43,11 +43,10 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
 
 def race(paths: list[Path]) -> str:
     """Of the results of `fastdynat speedrun` that are there."""
-    found = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    found = {path.stem: json.loads(path.read_text())["summary"] for path in paths if path.is_file()}
     words = [
-        f"{path.stem} {result['summary']['seconds']:.1f} s, PGD-20 {result['summary']['pgd20']:.1%}, "
-        f"{result['summary']['seeds']} seeds"
-        for path, result in zip([path for path in paths if path.is_file()], found, strict=True)
+        f"{name} {summary['seconds']:.1f} s, PGD-20 {summary['pgd20']:.1%}, seeds: {summary['seeds']}"
+        for name, summary in found.items()
     ]
     return "; ".join(words) or "no lap ended"
 

@@ -43,8 +43,8 @@ def test_blocks_are_used_again() -> None:
     said, given = run(keep=True)
     assert said == "True"
     block = BYTES // os.sysconf("SC_PAGE_SIZE")
-    # What is kept beside them may take a part of a block's place: up to ten more blocks are new, by chance, in
-    # however many rounds.
+    # What is kept beside them may take a part of a block's place: up to ten more blocks are new, by chance,
+    # in however many rounds.
     assert given < ROUNDS * block // 2 < run(keep=False)[1]
 
 

@@ -138,7 +138,7 @@ def test_the_figure_of_a_race_is_that_of_its_results(gpu: SimpleNamespace, tmp_p
     paths = [tmp_path / "gpu1-a.json", tmp_path / "gpu1-b.json"]
     assert gpu.keys.race(paths) == "no lap ended"
     paths[1].write_text(json.dumps({"summary": {"seconds": 41.26, "pgd20": 0.5031, "seeds": 1}}))
-    assert gpu.keys.race(paths) == "gpu1-b 41.3 s, PGD-20 50.3%, 1 seeds"
+    assert gpu.keys.race(paths) == "gpu1-b 41.3 s, PGD-20 50.3%, seeds: 1"
 
 
 def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
