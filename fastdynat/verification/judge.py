@@ -92,28 +92,28 @@ def verdicts(
         compiling: frozenset[str] = frozenset() if afresh else check.compiling - {insisted}
         key = verdict_store.key_of(check, device)
         stored = verdict_store.load_verdicts(key)
-        before = {} if afresh else stored.verdicts
-        found = before | found
+        found = ({} if afresh else stored.verdicts) | found
         while missing := _due(wanted, found, compiling):
-            stored = verdict_store.Stored(stored.key, before, {} if afresh else stored.fastest)
-            found |= _examine(check, device, missing, compiling, key, stored, deep=afresh)
-            before = {} if afresh else verdict_store.load_verdicts(key).verdicts
+            known_before = verdict_store.Stored(stored.key, {}, {}) if afresh else stored
+            found |= _examine(check, device, missing, key, known_before, deep=afresh)
+            stored = verdict_store.load_verdicts(key)
         _known[name, device] = found = dict.fromkeys(wanted, SPARED) | found
     _warn(name, found)
     return found
 
 
 def _due(wanted: list[str], found: Verdicts, compiling: Collection[str]) -> list[str]:
-    """The candidates of `wanted` to check: without a verdict, and if one is right, not `compiling`."""
+    """The candidates of `wanted` to check next; one that is `compiling` only if no other is right."""
+    rest = [c for c in wanted if c not in found]
     one_is_right = any(c in found and found[c].right for c in wanted)
-    return [c for c in wanted if c not in found and not (one_is_right and c in compiling)]
+    ready = [c for c in rest if c not in compiling]
+    return ready if ready or one_is_right else rest
 
 
 def _examine(
     check: OperatorCheck,
     device: torch.device,
     candidates: list[str],
-    compiling: Collection[str],
     key: dict[str, object],
     stored: verdict_store.Stored,
     *,
@@ -126,8 +126,6 @@ def _examine(
         with check.within():
             prepared = Prepared(check, device)
             for candidate in candidates:
-                if candidate in compiling and any(c in found and found[c].right for c in candidates):
-                    continue
                 with mark(key, candidate) as (left, note):
                     if why := str(left):
                         found[candidate] = CandidateVerdict(False, left.case, why)
