@@ -28,7 +28,7 @@ def gpu() -> Iterator[SimpleNamespace]:
     """The modules of bench/gpu; bench/ comes last on the path, because it has its own autoattack.py."""
     sys.path.append(str(ROOT / "bench"))
     try:
-        names = ("archive", "bare", "keys", "machine", "pack", "parts", "unpack", "wheels")
+        names = ("archive", "bare", "keys", "machine", "pack", "parts", "plan", "unpack", "wheels")
         modules = {name: import_module(f"gpu.{name}") for name in names}
         yield SimpleNamespace(
             **modules, gpu_check=import_module("gpu_check"), gpu_train=import_module("gpu_train")
@@ -56,9 +56,7 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     gpu: SimpleNamespace, tmp_path: Path, device: str
 ) -> None:
     bare = gpu.bare.Bare(device, tmp_path)
-    listed = gpu.gpu_check.parts(
-        bare, gpu.gpu_check.TINY if device == "cpu" else gpu.gpu_check.Sizes(), tmp_path
-    )
+    listed = gpu.plan.parts(bare, gpu.plan.TINY if device == "cpu" else gpu.plan.Sizes(), tmp_path)
     names = [part.name for part in listed]
     important = [
         "doctor",
@@ -142,12 +140,12 @@ def test_the_figure_of_a_race_is_that_of_its_results(gpu: SimpleNamespace, tmp_p
 
 
 def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
-    listed = gpu.gpu_check.parts(gpu.bare.Bare("cuda", tmp_path), gpu.gpu_check.Sizes(), tmp_path)
-    assert [part.name for part in gpu.gpu_check.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
-    assert gpu.gpu_check.chosen(listed, None) == listed
+    listed = gpu.plan.parts(gpu.bare.Bare("cuda", tmp_path), gpu.plan.Sizes(), tmp_path)
+    assert [part.name for part in gpu.plan.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
+    assert gpu.plan.chosen(listed, None) == listed
     for wrong in ("tests,trian", ","):
         with pytest.raises(ValueError, match="no such part; parts are build, doctor"):
-            gpu.gpu_check.chosen(listed, wrong)
+            gpu.plan.chosen(listed, wrong)
 
 
 def test_limits_that_do_not_fit_are_refused(gpu: SimpleNamespace, tmp_path: Path) -> None:

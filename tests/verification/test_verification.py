@@ -775,8 +775,11 @@ def test_the_doctor_checks_afresh(
     assert "Wrong and left out: pgd_step_linf (cpp, cpu)." in text
     # Mended, it is found right again, and used again.
     monkeypatch.setitem(IMPLEMENTATIONS, "cpp", right)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     assert main(["doctor", "--check"]) == 0
-    assert "All 2 implementations are right." in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "All 2 implementations are right." in shown.out
+    assert "1 of 2 operators" in shown.err  # where no terminal shows bars
     assert verification.right("pgd_step_linf", CPU) == ("cpp", "eager")
 
 

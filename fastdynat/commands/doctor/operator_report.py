@@ -67,7 +67,8 @@ def check_all(display: ProgressDisplay) -> list[OperatorRow]:
     """The rows of every device, by operator; what can run on one of them is not missing on another."""
     for module in REGISTER:
         importlib.import_module(module)
-    with display.task("operators", len(verified.registered()) * len(devices())) as task:
+    total = len(verified.registered()) * len(devices())
+    with display.task("operators", total, unit="operators") as task:
         rows = [row for device in devices() for row in check_operators_on(device, task)]
     present = {(row.operator, row.implementation) for row in rows if row.status in ("right", "wrong")}
     kept: dict[tuple[str, ...], OperatorRow] = {}
