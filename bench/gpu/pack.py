@@ -91,7 +91,11 @@ def checkout_bytes() -> int:
 
 
 def _extension(made: Path) -> dict[str, Any] | None:
-    """Copy this checkout's built extension; None where there is none."""
+    """Copy this checkout's built extension; None where there is none.
+
+    Raises:
+        ValueError: this Python cannot load it, so that nobody knows what it holds.
+    """
     source = ROOT / "fastdynat" / EXTENSION
     if not source.is_file():
         return None
@@ -101,7 +105,12 @@ def _extension(made: Path) -> dict[str, Any] | None:
     shutil.copyfile(source, made / EXTENSION)
     probe = "import torch, json, fastdynat._C as c; print(json.dumps([bool(c.WITH_CUDA), torch.__version__]))"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    cuda, torch = json.loads(done.stdout) if done.returncode == 0 else (None, None)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ValueError(
+            f"{sys.executable} cannot load fastdynat._C ({why}): pack with the Python that it was built for"
+        )
+    cuda, torch = json.loads(done.stdout)
     about = {"sha256": file_digest(source), "sources": extension_sources(), "with_cuda": cuda, "torch": torch}
     return about | {"architectures": architectures(source), "glibc": newest_glibc(source)}
 

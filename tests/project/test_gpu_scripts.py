@@ -603,6 +603,22 @@ def test_compiled_packages_of_another_python_are_not_used(
     assert any("fastdynat does not start" in word for word in bare.words)
 
 
+@needs("ext")
+def test_an_extension_that_cannot_be_loaded_is_not_packed(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with CUDA is not called one for CPUs, because the Python at hand has no torch."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S: without site-packages
+    bare.chmod(0o755)
+    monkeypatch.setattr(gpu.pack.sys, "executable", str(bare))
+    monkeypatch.setattr(gpu.pack, "sources_newer_than", lambda built: None)
+    with pytest.raises(
+        ValueError, match=r"No module named 'torch'\): pack with the Python that it was built"
+    ):
+        gpu.pack._extension(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("found", "cuda", "taken"),
     [
