@@ -127,4 +127,21 @@ def _difference(row: dict[str, float]) -> str:
     return f"{100 * row['difference']:+.1f} ± {200 * row['difference_se']:.1f}"
 
 
-TABLES = {"speedrun-levers": (levers, ("speedrun_levers_cpu",))}
+def logit_scale() -> str:
+    """PGD-20 on multiples of the logits, beside AutoAttack: means over the seeds of each record."""
+    values = read("logit_scale_cpu")
+    rows = [
+        [
+            f"`{name}`",
+            *(percent(mean(lap["pgd20"][f"{scale:g}"] for lap in laps)) for scale in values["scales"]),
+            percent(mean(lap["autoattack"] for lap in laps)),
+        ]
+        for name, laps in values["records"].items()
+    ]
+    return table(["record", *(f"x {scale:g}" for scale in values["scales"]), "AutoAttack"], rows)
+
+
+TABLES = {
+    "speedrun-levers": (levers, ("speedrun_levers_cpu",)),
+    "logit-scale": (logit_scale, ("logit_scale_cpu",)),
+}

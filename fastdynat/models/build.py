@@ -63,6 +63,29 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Divide(nn.Module):
+    """Divide logits by a constant: training's view of a network whose own logits are larger by it."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Map logits of any shape to the same shape."""
+        return logits / self.divisor
+
+    def extra_repr(self) -> str:
+        return f"{self.divisor:g}"
+
+
+def undivided(network: nn.Module) -> nn.Module:
+    """`network` of `build_model` without its `Divide`, with the same layers; others as they are."""
+    parts = dict(network.named_children())
+    if not isinstance(network, nn.Sequential) or not isinstance(parts.pop("divide", None), Divide):
+        return network
+    return nn.Sequential(OrderedDict(parts))
+
+
 def known_models() -> list[str]:
     """Return the names that `build_model` knows without a prefix; `wrn-D-W` and `timm:NAME` come on top.
 
@@ -78,6 +101,7 @@ def build_model(
     image_shape: tuple[int, int, int],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    divisor: float = 1.0,
 ) -> nn.Module:
     """Build a network that takes float images (N, C, H, W) in [0, 1] and returns logits (N, num_classes).
 
@@ -95,19 +119,29 @@ def build_model(
         image_shape: (C, H, W) of the images that will come.
         mean: Per-channel mean in [0, 1] units, C numbers; 0 if None.
         std: Per-channel standard deviation in [0, 1] units, C positive numbers; 1 if None.
+        divisor: Of the logits (`Divide`), for training; the state dict does not have it.
 
-    Raises: UserError for an unknown name, a bad mean or std, or images that the network cannot take.
+    Raises: UserError for an unknown name, a bad mean or std, a divisor for a network of the user, or images
+        that the network cannot take.
     """
     channels = image_shape[0]
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2, got {num_classes}")
     if is_user_supplied(name):
+        if divisor != 1:
+            raise UserError(
+                f"--logit-scale {divisor:g} is for networks by name, and {name} is your own; "
+                "multiply its logits in eval mode instead"
+            )
         return own_network(name, num_classes=num_classes, image_shape=image_shape, mean=mean)
     normalize = Normalize(
         _per_channel("mean", mean, channels, default=0.0), _per_channel("std", std, channels, default=1.0)
     )
     backbone = _build_backbone(name, num_classes, image_shape)
-    model = nn.Sequential(OrderedDict(normalize=normalize, net=backbone))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=normalize, net=backbone)
+    if divisor != 1:
+        layers["divide"] = Divide(divisor)
+    model = nn.Sequential(layers)
     check_fit(model, name, num_classes=num_classes, image_shape=image_shape)
     return model
 

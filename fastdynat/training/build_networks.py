@@ -47,9 +47,14 @@ def build_networks(
     engine, names = config.engine, config.model
     mean, std = pixel_statistics(names, info)
 
-    def build(name: str) -> torch.nn.Module:
+    def build(name: str, divisor: float = 1.0) -> torch.nn.Module:
         network = build_model(
-            name, num_classes=info.num_classes, image_shape=info.image_shape, mean=mean, std=std
+            name,
+            num_classes=info.num_classes,
+            image_shape=info.image_shape,
+            mean=mean,
+            std=std,
+            divisor=divisor,
         )
         if names.bn_momentum is not None:
             for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
@@ -57,7 +62,7 @@ def build_networks(
         return network
 
     # The model comes first, so that methods with and without a guide start from the same weights.
-    model = build(names.model)
+    model = build(names.model, names.logit_scale)
     frozen = FrozenParts(model, names.freeze)
     initial = names.init_sha256
     if names.init_from is not None and load_sources:

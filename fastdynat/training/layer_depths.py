@@ -10,9 +10,10 @@ from fastdynat.training.norm_layers import NORMS
 
 
 def backbone_of(module: nn.Module) -> tuple[str, nn.Module]:
-    """The network behind `build_model`'s normalisation of pixels, and the prefix of its parameters' names."""
-    if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], Normalize):
-        return "net.", module[1]
+    """The network that `build_model` put its own layers around, and the prefix of its parameters' names."""
+    parts = dict(module.named_children())
+    if isinstance(module, nn.Sequential) and isinstance(parts.get("normalize"), Normalize) and "net" in parts:
+        return "net.", parts["net"]
     return "", module
 
 

@@ -13,6 +13,7 @@ from fastdynat.distributed.synchronized_batch_norm import synchronize_batch_norm
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
 from fastdynat.methods import Network, Networks
+from fastdynat.models import undivided
 from fastdynat.training.activation_checkpointing import checkpoint_activations
 from fastdynat.training.average import AverageRule, WeightAverage
 
@@ -86,6 +87,7 @@ class NetworkSet:
             rule = AverageRule(ema, equal=swa)
             self.ema = WeightAverage(model, rule, copy_buffers=ema_buffers == "copy")
         self._average_steps = ema_every == "step"
+        self._deployed = undivided(model if self.ema is None else self.ema.module)
         # From a separate generator: building the engine draws nothing from the run's random stream.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
         example = example.to(next(model.parameters()).dtype)
@@ -132,8 +134,11 @@ class NetworkSet:
         )
 
     def deployed(self) -> nn.Module:
-        """The network to validate and save as the model: the weight average if there is one."""
-        return self.raw["model"] if self.ema is None else self.ema.module
+        """The network to validate and save as the model: the weight average if there is one.
+
+        It is without the division of logits that training's passes have (--logit-scale).
+        """
+        return self._deployed
 
     def average_step(self) -> None:
         """Move the weight average after a step, unless that happens at the end of the epoch."""

@@ -33,6 +33,7 @@ DECIDING = (
         "batch_size",
         "bn_momentum",
         "normalize",
+        "logit_scale",
         "freeze",
         "norm",
         "attack_bn",
