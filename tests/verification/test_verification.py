@@ -24,6 +24,7 @@ from fastdynat.commands.doctor import operator_report
 from fastdynat.commands.main import main
 from fastdynat.ops import _select
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
+from fastdynat.terminal import progress
 from fastdynat.verification import Case, OperatorCheck, judge, operator_check, speed, verdict_store
 from fastdynat.verification.comparison import difference
 from fastdynat.verification.crash_marks import mark
