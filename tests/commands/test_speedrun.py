@@ -689,6 +689,11 @@ def test_the_log_lists_records_with_their_speed_up(
     }
     assert at["alone"]["seconds"] == "20.0 (20.0 to 20.0)"
     assert (at["missed"]["counts"], at["alone"]["counts"]) == ("no", "yes")
+    # A baseline that AutoAttack brings far down is still what people start from; one below the target is not.
+    store(tmp_path, "base", 100.0, loop="plain", lap={"gap": 0.05})
+    at = {row[0]: dict(zip(header, row, strict=True)) for row in log_table(tmp_path, "cpu-2")[1:]}
+    assert (at["base"]["counts"], at["base"]["speed-up"]) == ("no", "1")
+    assert (at["together"]["speed-up"], at["missed"]["speed-up"]) == ("11.00", "")
     store(tmp_path, "base", 100.0, loop="plain", lap={"pgd20": 0.2})
     assert {row[7] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
     assert at["cpu2-madry"]["seconds"] == "not measured yet"
