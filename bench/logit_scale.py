@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fastdynat.attacks import parse_attack
 from fastdynat.commands.speedrun.lap_judge import sample_rows
+from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import Images, load_test
 from fastdynat.evaluation.measure import exact_float32, measure
 from fastdynat.evaluation.probes import ScaledLogits
@@ -27,8 +29,11 @@ from fastdynat.runs import describe_environment, load_network, source_commit
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def row_of(lap: dict[str, Any], weights: Path, images: Images) -> dict[str, Any]:
-    """Accuracies of one lap's network under PGD-20 that reads its logits times each scale."""
+def row_of(lap: dict[str, Any], weights: Path, images: Images, rows: Tensor) -> dict[str, Any]:
+    """Accuracies of one lap's network under PGD-20 that reads its logits times each scale.
+
+    images: the race's sample, those at `rows` of the test set.
+    """
     network = load_network(weights)[0].requires_grad_(False)
     attack = parse_attack("pgd20", eps=8 / 255, step_size=2 / 255, norm="linf")
     found = {}
@@ -39,12 +44,18 @@ def row_of(lap: dict[str, Any], weights: Path, images: Images) -> dict[str, Any]
             attack,
             device=torch.device("cpu"),
             batch_size=250,
-            seed=0,
+            seed=EvalConfig().seed,  # the race's, so that its starts are the same
+            numbers=rows,
             source=ScaledLogits(network, 1 / scale),
         )
         found[f"{scale:g}"] = measured.accuracy
-    sample = lap["sample"] or {}
-    return {"seed": lap["seed"], "pgd20": found, "autoattack": sample.get("autoattack", {}).get("accuracy")}
+    sample = lap["sample"]
+    return {
+        "seed": lap["seed"],
+        "pgd20": found,
+        "race_pgd20": sample["pgd20"],
+        "autoattack": sample["autoattack"]["accuracy"],
+    }
 
 
 def main() -> None:
@@ -60,8 +71,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     ours = parser.parse_args()
     _, everything = load_test(ours.data, ours.data_dir, image_size=None, download=False)
-    images = everything.part(sample_rows(everything.labels))
-    table = Table(*("record", "seed", *(f"x{scale:g}" for scale in SCALES), "AutoAttack"))
+    rows = sample_rows(everything.labels)
+    images = everything.part(rows)
+    table = Table(*("record", "seed", *(f"x{scale:g}" for scale in SCALES), "race's", "AutoAttack"))
     records = {}
     with exact_float32():
         for name in ours.records.split(","):
@@ -69,14 +81,12 @@ def main() -> None:
             if race is None:
                 sys.exit(f"logit_scale: error: no {name}.json in {', '.join(map(str, ours.race))}")
             laps = json.loads((race / f"{name}.json").read_text())["laps"]
-            records[name] = [row_of(lap, race / lap["folder"] / lap["weights"], images) for lap in laps]
+            if any(lap["sample"] is None for lap in laps):
+                sys.exit(f"logit_scale: error: {name} was raced with --quick, without AutoAttack")
+            records[name] = [row_of(lap, race / lap["folder"] / lap["weights"], images, rows) for lap in laps]
             for row in records[name]:
-                table.add_row(
-                    name,
-                    str(row["seed"]),
-                    *(f"{100 * value:.1f}" for value in row["pgd20"].values()),
-                    "" if row["autoattack"] is None else f"{100 * row['autoattack']:.1f}",
-                )
+                shares = (*row["pgd20"].values(), row["race_pgd20"], row["autoattack"])
+                table.add_row(name, str(row["seed"]), *(f"{100 * share:.1f}" for share in shares))
     Console(width=110).print(table)
     if ours.json:
         document = {

@@ -52,7 +52,8 @@ def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMI
     data: CIFAR-10 as JPEG: an archive or a folder with train/CLASS/* and test/CLASS/*.
 
     Raises:
-        ValueError: the folder holds something else, or the data are none.
+        ValueError: the folder holds something else, the data are none, or this Python cannot load the built
+            extension.
         OSError: something cannot be read or written.
     """
     if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:
@@ -69,8 +70,8 @@ def make_pack(folder: Path, *, python: str, data: Path | None, limit: int = LIMI
             "tree": tree(),
         }
         manifest["made"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        manifest["extension"] = _extension(made)  # before anything is downloaded
         manifest["packages"] = fetch_packages(made / "packages", python)
-        manifest["extension"] = _extension(made)
         room = limit - ROOM - checkout_bytes() - folder_bytes(made)
         manifest["data"] = None if data is None else _data(data, made / DATA, room)
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -6,6 +6,7 @@ from statistics import mean
 from tables import Values, percent, read, table
 
 from fastdynat.commands.speedrun.race_log import log_table, read_log
+from fastdynat.commands.speedrun.race_results import StoredResult
 from fastdynat.commands.speedrun.record_definition import definition_names, read_definition
 
 LOG = Path(__file__).parents[2] / "bench" / "records"
@@ -58,28 +59,29 @@ def predictions() -> str:
 
 
 def fastest() -> str:
-    """The baseline beside the fastest record that reaches the same target, and the fastest that counts."""
+    """The fastest record that reaches the baseline's target, and the fastest that counts, each beside it."""
     results = read_log(LOG)
     base = next(result for result in results.values() if result.definition["loop"] == "plain")
-    target, slow = base.definition["target"], base.summary["seconds"]
-    reached = {
-        name: result
-        for name, result in results.items()
-        if result.definition["target"] == target and result.summary["pgd20"] >= target
+    found = [result for result in results.values() if result.target == base.target and result is not base]
+    reached = [result for result in found if result.summary["pgd20"] >= base.target]
+    chosen = {
+        "The fastest": min(reached, key=lambda result: result.summary["seconds"]),
+        "The fastest that counts": min(
+            (result for result in reached if result.counts), key=lambda r: r.summary["seconds"], default=None
+        ),
     }
-    counting = {name: result for name, result in reached.items() if result.counts}
-    sentences = []
-    for kind, found in (("The fastest", reached), ("The fastest that counts", counting)):
-        if found:
-            name = min(found, key=lambda name: found[name].summary["seconds"])
-            seconds = found[name].summary["seconds"]
-            ratio = f"{slow / seconds:.0f} times as long"
-            if name != base.name and base.name not in found[name].alongside:
-                ratio = f"about {ratio} in another race"
-            sentences.append(
-                f"{kind} is `{name}` with {seconds:.1f} s; the baseline takes {slow:.0f} s, {ratio}."
-            )
-    return " ".join(sentences)
+    sentences = [
+        f"{kind} is `{result.name}` with {result.summary['seconds']:.1f} s{_beside(result, base)}."
+        for kind, result in chosen.items()
+        if result is not None
+    ]
+    return " ".join([*sentences, f"The baseline takes {base.summary['seconds']:.0f} s."])
+
+
+def _beside(result: StoredResult, base: StoredResult) -> str:
+    """How many times as long the baseline took in the same race; nothing where it was not raced."""
+    beside = result.alongside.get(base.name)
+    return f", {mean(beside) / result.summary['seconds']:.0f} times as fast as the baseline" if beside else ""
 
 
 def levers() -> str:

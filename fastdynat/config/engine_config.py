@@ -48,8 +48,8 @@ class EngineConfig:
     activations in the backward pass. It saves memory and costs about one more forward pass; gradients stay
     the same. The attack is not affected."""
     check_fidelity: int = 0
-    """At each validation, compare the attack with the eager float32 one on this many validation images; 0 is
-    off."""
+    """At each validation, compare the engine's PGD on the cross-entropy with the eager float32 one on this
+    many validation images; 0 is off."""
     boundary_speed: int = 0
     """At each validation, measure margins of this many validation images and how fast the updates move the
     decision boundary towards or away from them (L-inf); 0 is off. `fastdynat boundary RUN` draws them."""

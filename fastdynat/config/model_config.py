@@ -49,10 +49,10 @@ class ModelConfig:
     """Epoch at whose first step the model's running statistics are replaced by those of the batch, counted
     from 0, and again from 0 after the burn-in; None is never (DyART's release: 1)."""
     logit_scale: float = 1.0
-    """Factor of the trained network's logits over those of training, whose losses and attacks read them
-    divided by it; validation and checkpoints have the network's own. Predictions stay. Above 1 its softmax
-    is sharper than the loss asked for, and attacks on its cross-entropy, such as PGD-20, find more. For
-    networks by name only."""
+    """Factor of the model's logits over those of its training, whose losses and attacks read them divided by
+    it; validation and checkpoints have the model's own. Predictions stay. Above 1 its softmax is sharper
+    than the loss asked for, and attacks on its cross-entropy, such as PGD-20, find more. A guide's logits are
+    not divided; those of weights from --init-from are from the first step on. For networks by name only."""
     normalize: Literal["none", "dataset", "released"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released
     uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470), or the

@@ -22,7 +22,7 @@ from fastdynat.models.ra_resnet import RaResNet, RaWideResNet
 from fastdynat.models.resnet import ResNet18
 from fastdynat.models.small import SmallNet
 from fastdynat.models.wide_resnet import WideResNet, check_size
-from fastdynat.user_code import is_user_supplied
+from fastdynat.user_code import is_user_supplied, short_name
 
 LARGE = 512 * 512  # pixels of an image from which on a forward pass may not fit in memory
 OURS: dict[str, Callable[..., nn.Module]] = {
@@ -130,8 +130,8 @@ def build_model(
     if is_user_supplied(name):
         if divisor != 1:
             raise UserError(
-                f"--logit-scale {divisor:g} is for networks by name, and {name} is your own; "
-                "multiply its logits in eval mode instead"
+                f"--logit-scale {divisor:g} is for networks by name, not for your own {short_name(name)}; "
+                "leave it out"
             )
         return own_network(name, num_classes=num_classes, image_shape=image_shape, mean=mean)
     normalize = Normalize(

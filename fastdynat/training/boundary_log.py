@@ -10,6 +10,7 @@ from fastdynat.attacks.boundary_search import BoundarySpec
 from fastdynat.data import Batch
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
 from fastdynat.evaluation.boundary_speed import FOLDER
+from fastdynat.models import undivided
 from fastdynat.ops.image_draws import ImageDraws
 from fastdynat.training.step import TrainStep
 
@@ -24,7 +25,7 @@ def log_boundary(
         near: images with a smaller margin count as near the boundary.
         seed: of the search's random starts, the same at every validation.
     """
-    model, move = step.networks.raw["model"], last_move(step)
+    model, move = undivided(step.networks.raw["model"]), last_move(step)
     spec = BoundarySpec(eps_start=near)
     parts = [
         boundary_speed(model, b.x, b.labels, move, spec, generator=ImageDraws.of(seed, b.indices, b.x.device))

@@ -12,7 +12,8 @@ from fastdynat.training.norm_layers import NORMS
 def backbone_of(module: nn.Module) -> tuple[str, nn.Module]:
     """The network that `build_model` put its own layers around, and the prefix of its parameters' names."""
     parts = dict(module.named_children())
-    if isinstance(module, nn.Sequential) and isinstance(parts.get("normalize"), Normalize) and "net" in parts:
+    ours = parts.keys() in ({"normalize", "net"}, {"normalize", "net", "divide"})
+    if isinstance(module, nn.Sequential) and ours and isinstance(parts["normalize"], Normalize):
         return "net.", parts["net"]
     return "", module
 

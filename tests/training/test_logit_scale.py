@@ -10,11 +10,13 @@ from support.stepping import K, make_batch, train_step
 from torch import nn
 
 from fastdynat import load_network
+from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.commands.main import main
+from fastdynat.config import override
 from fastdynat.errors import UserError
 from fastdynat.methods import Madry, MadryOptions
 from fastdynat.models import build_model, undivided
-from fastdynat.training import validation
+from fastdynat.training import default_config, new_run, validation
 from fastdynat.training.layer_depths import backbone_of
 
 SHAPE = (3, 8, 8)
@@ -36,8 +38,10 @@ def test_training_divides_and_the_weights_are_those_of_the_network_without() -> 
 
 
 def test_a_network_of_the_user_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--logit-scale 2 is for networks by name"):
-        network(2.0, "mine.py:network")
+    with pytest.raises(
+        UserError, match=r"for networks by name, not for your own mine.py:n;"
+    ):
+        network(2.0, "/some/where/mine.py:n")
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.5])
@@ -66,25 +70,31 @@ def train(folder: Path, *flags: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("average", [[], ["--ema", "0.5"]], ids=["weights", "average"])
-def test_validation_attacks_the_network_that_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: list[str]
+@pytest.mark.parametrize("average", [0.0, 0.5], ids=["weights", "average"])
+def test_a_run_trains_on_the_divided_logits_and_validates_and_saves_the_networks_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: float
 ) -> None:
-    seen: list[torch.Tensor] = []
+    seen: list[nn.Module] = []
     measure = validation.measure
 
     def watched(model: nn.Module, *args: Any, **options: Any) -> Any:
-        found = measure(model, *args, **options)
-        seen.append(model.eval()(x).detach().clone())
-        return found
+        seen.append(model)
+        return measure(model, *args, **options)
 
-    torch.manual_seed(0)
-    x = torch.rand(4, 1, 8, 8)
     monkeypatch.setattr(validation, "measure", watched)
-    run = train(tmp_path / "run", "--logit-scale", "3", *average)
-    saved = load_network(run / "last" / "model.safetensors")[0]
-    assert len(saved) == 2  # type: ignore[arg-type]
-    torch.testing.assert_close(seen[-1], saved(x).detach())
+    flags = {"logit_scale": 3.0, "ema": average, "run_dir": str(tmp_path / "run"), "epochs": 1, "steps": 1}
+    size = {"train_size": 96, "val_size": 20, "batch_size": 32, "amp": "off", "compile": "off", "quiet": True}
+    with new_run(override(default_config("madry"), {**flags, **size}, "test")) as trainer:
+        trainer.fit()
+        networks, x = trainer.networks, torch.rand(4, 1, 8, 8)
+        saved = load_network(tmp_path / "run" / "last" / "model.safetensors")[0](x)
+        with attack_mode(networks.raw["model"], "eval"), torch.no_grad():
+            networks.attack.refresh()
+            torch.testing.assert_close(networks.attack.logits(x), networks.raw["model"](x))
+            if not average:
+                torch.testing.assert_close(networks.raw["model"](x) * 3, saved)
+        with attack_mode(seen[-1], "eval"), torch.no_grad():
+            torch.testing.assert_close(seen[-1](x), saved)
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ OWN = {
 # Without these alike, a table would compare something else than methods.
 SAME = (
     *("data", "data_dir", "image_size", "train_size", "val_size", "drop_last", "model", "normalize"),
+    "logit_scale",
     *("extra_data", "extra_share", "extra_labels"),
     *("norm", "eval_eps", "epochs", "device", "deterministic", "seed", "stop_at"),
 )

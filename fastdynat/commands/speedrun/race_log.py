@@ -1,9 +1,11 @@
 """The record log: definitions with their results, and the speed-up over the baseline, as rows of a table."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from fastdynat.commands.speedrun.race_results import MACHINE, StoredResult, read_result
+from fastdynat.commands.speedrun.race_rules import broken_rules
 from fastdynat.commands.speedrun.record_definition import (
     RecordDefinition,
     definition_names,
@@ -82,9 +84,8 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
     """The baseline's mean seconds over those of `result`, of the same race and over the same seeds.
 
     The baseline is the plain loop of the track. Of two races on one kind of machine, the ratio has a ~ in
-    front. There is none between two kinds of machine, targets or sets of test images, nor for a record that
-    does not count, nor over a baseline that missed the target. The baseline's gap to AutoAttack does not
-    matter: its accuracy was not bought by anything.
+    front. There is none between two kinds of machine, targets or sets of test images, nor where one of them
+    does not count; but the baseline's gap to AutoAttack takes no speed-up away.
     """
     base = next(
         (
@@ -96,7 +97,7 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
         ),
         None,
     )
-    if base is None or base.summary["pgd20"] < base.target:
+    if base is None or broken_rules(track, base.target, base.laps, largest_gap=math.inf):
         return ""
     if base.name == result.name:
         return "1"
