@@ -38,9 +38,7 @@ def test_training_divides_and_the_weights_are_those_of_the_network_without() -> 
 
 
 def test_a_network_of_the_user_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"for networks by name, not for your own mine.py:n;"
-    ):
+    with pytest.raises(UserError, match=r"for networks by name, not for your own mine.py:n;"):
         network(2.0, "/some/where/mine.py:n")
 
 
