@@ -7,6 +7,7 @@ from gpu_tables import TABLES as GPU_TABLES
 from profile_tables import TABLES as PROFILE_TABLES
 from scaling_tables import TABLES as SCALING_TABLES
 from speedrun_tables import TABLES as SPEEDRUN_TABLES
+from speedrun_tables import race_row
 from tables import RESULTS, Values, made, number, percent, read, table
 from training_tables import TABLES as TRAINING_TABLES
 
@@ -274,7 +275,7 @@ def summary() -> str:
                 f"{row['times_faster']['median']:.1f}",
             ]
         )
-    return table(["What, beside whom", "Theirs", "Ours", "Times faster"], rows)
+    return table(["What, beside whom", "Theirs", "Ours", "Times faster"], [*rows, race_row()])
 
 
 TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {

@@ -5,7 +5,7 @@ from statistics import mean
 
 from tables import Values, percent, read, table
 
-from fastdynat.commands.speedrun.race_log import log_table, read_log
+from fastdynat.commands.speedrun.race_log import log_table, read_log, speedup_text
 from fastdynat.commands.speedrun.race_results import StoredResult
 from fastdynat.commands.speedrun.record_definition import definition_names, read_definition
 
@@ -82,6 +82,17 @@ def _beside(result: StoredResult, base: StoredResult) -> str:
     """How many times as long the baseline took in the same race; nothing where it was not raced."""
     beside = result.alongside.get(base.name)
     return f", {mean(beside) / result.summary['seconds']:.0f} times as fast as the baseline" if beside else ""
+
+
+def race_row() -> list[str]:
+    """The baseline beside the fastest record that counts for its target; a ~ marks a ratio of two races."""
+    results = read_log(LOG)
+    base = next(result for result in results.values() if result.definition["loop"] == "plain")
+    counting = [r for r in results.values() if r.counts and r.target == base.target and r is not base]
+    best = min(counting, key=lambda result: result.summary["seconds"])
+    what = f"{100 * base.target:g} % under PGD-20 on CIFAR-10 ([race](docs/speedrun.md)), Madry's loop"
+    seconds = (f"{result.summary['seconds']:.1f} s" for result in (base, best))
+    return [what, *seconds, speedup_text(best.definition["track"], best, results)]
 
 
 def levers() -> str:
