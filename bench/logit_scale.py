@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdynat.attacks import parse_attack
 from fastdynat.commands.speedrun.lap_judge import sample_rows
 from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data import Images, load_test
 from fastdynat.evaluation.measure import exact_float32, measure
-from fastdynat.evaluation.probes import ScaledLogits
+from fastdynat.models import Divide
 from fastdynat.runs import describe_environment, load_network, source_commit
 
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -46,7 +46,7 @@ def row_of(lap: dict[str, Any], weights: Path, images: Images, rows: Tensor) -> 
             batch_size=250,
             seed=EvalConfig().seed,  # the race's, so that its starts are the same
             numbers=rows,
-            source=ScaledLogits(network, 1 / scale),
+            source=nn.Sequential(network, Divide(1 / scale)),
         )
         found[f"{scale:g}"] = measured.accuracy
     sample = lap["sample"]

@@ -59,40 +59,49 @@ def predictions() -> str:
 
 
 def fastest() -> str:
-    """The fastest record that reaches the baseline's target, and the fastest that counts, each beside it."""
+    """The fastest record that reaches the baseline's target, the fastest that counts, and the baseline."""
     results = read_log(LOG)
-    base = next(result for result in results.values() if result.definition["loop"] == "plain")
-    found = [result for result in results.values() if result.target == base.target and result is not base]
-    reached = [result for result in found if result.summary["pgd20"] >= base.target]
-    chosen = {
-        "The fastest": min(reached, key=lambda result: result.summary["seconds"]),
-        "The fastest that counts": min(
-            (result for result in reached if result.counts), key=lambda r: r.summary["seconds"], default=None
-        ),
-    }
+    base = _baseline(results)
+    best, counting = _fastest(results, base), _counting(results, base)
+    named = {"The fastest": best} if best is not counting else {}
+    named["The fastest that counts"] = counting
     sentences = [
         f"{kind} is `{result.name}` with {result.summary['seconds']:.1f} s{_beside(result, base)}."
-        for kind, result in chosen.items()
-        if result is not None and (kind != "The fastest" or result is not chosen["The fastest that counts"])
+        for kind, result in named.items()
     ]
     return " ".join([*sentences, f"The baseline takes {base.summary['seconds']:.0f} s."])
+
+
+def race_row() -> list[str]:
+    """The baseline beside the fastest record that counts for its target; a ~ marks a ratio of two races."""
+    results = read_log(LOG)
+    base = _baseline(results)
+    best = _counting(results, base)
+    what = f"{100 * base.target:g} % under PGD-20 on CIFAR-10 ([race](docs/speedrun.md)), Madry's loop"
+    seconds = (f"{result.summary['seconds']:.1f} s" for result in (base, best))
+    return [what, *seconds, speedup_text(best.definition["track"], best, results)]
+
+
+def _baseline(results: dict[str, StoredResult]) -> StoredResult:
+    return next(result for result in results.values() if result.definition["loop"] == "plain")
+
+
+def _fastest(results: dict[str, StoredResult], base: StoredResult) -> StoredResult:
+    """The fastest record that reaches the baseline's target."""
+    rivals = [result for result in results.values() if result.target == base.target and result is not base]
+    reached = [result for result in rivals if result.summary["pgd20"] >= base.target]
+    return min(reached, key=lambda result: result.summary["seconds"])
+
+
+def _counting(results: dict[str, StoredResult], base: StoredResult) -> StoredResult:
+    """The fastest that counts."""
+    return _fastest({name: result for name, result in results.items() if result.counts}, base)
 
 
 def _beside(result: StoredResult, base: StoredResult) -> str:
     """How many times as long the baseline took in the same race; nothing where it was not raced."""
     beside = result.alongside.get(base.name)
     return f", {mean(beside) / result.summary['seconds']:.0f} times as fast as the baseline" if beside else ""
-
-
-def race_row() -> list[str]:
-    """The baseline beside the fastest record that counts for its target; a ~ marks a ratio of two races."""
-    results = read_log(LOG)
-    base = next(result for result in results.values() if result.definition["loop"] == "plain")
-    counting = [r for r in results.values() if r.counts and r.target == base.target and r is not base]
-    best = min(counting, key=lambda result: result.summary["seconds"])
-    what = f"{100 * base.target:g} % under PGD-20 on CIFAR-10 ([race](docs/speedrun.md)), Madry's loop"
-    seconds = (f"{result.summary['seconds']:.1f} s" for result in (base, best))
-    return [what, *seconds, speedup_text(best.definition["track"], best, results)]
 
 
 def levers() -> str:

@@ -23,7 +23,8 @@ from fastdynat.data import Images
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement, wilson
-from fastdynat.evaluation.probes import ProbedNetwork, RobustImages, ScaledLogits
+from fastdynat.evaluation.probes import ProbedNetwork, RobustImages
+from fastdynat.models import Divide
 
 Z99 = 2.3263478740408408  # the standard normal's 99 % quantile
 # Shares of images in sound networks. On small CIFAR-10 networks trained by Madry's method and LBGAT, on 2,000
@@ -177,7 +178,7 @@ def _on_small_logits(
     attack = NamedAttack(f"{pgd.name} on logits / {scale:.3g}", pgd.search)
     if scale == 1:
         return replace(base, attack=attack.name)
-    return probed.run(attack, source=ScaledLogits(probed.model, scale))
+    return probed.run(attack, source=nn.Sequential(probed.model, Divide(scale)))
 
 
 def _repeats(instability: float) -> MaskingCheck:

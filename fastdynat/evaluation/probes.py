@@ -25,17 +25,6 @@ PASSES = 5
 GOALS: tuple[AttackLoss, ...] = ("ce", "margin", "dlr")
 
 
-class ScaledLogits(nn.Module):
-    """`network` with its logits divided by `scale`: the same predictions, another cross-entropy."""
-
-    def __init__(self, network: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.network, self.scale = network, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x) / self.scale
-
-
 @dataclass(frozen=True)
 class RobustImages:
     """The images that are robust under `attack`: (N,) bool."""

@@ -64,7 +64,7 @@ class Normalize(nn.Module):
 
 
 class Divide(nn.Module):
-    """Divide logits by a constant: training's view of a network whose own logits are larger by it."""
+    """Divide logits by a constant: the same predictions, another cross-entropy."""
 
     def __init__(self, divisor: float) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.config import ModelConfig
 from fastdynat.data import DatasetInfo
 from fastdynat.distributed import world
 from fastdynat.errors import UserError
@@ -45,24 +46,8 @@ def build_networks(
             synchronise although --sync-bn is off, or cannot although it is on.
     """
     engine, names = config.engine, config.model
-    mean, std = pixel_statistics(names, info)
-
-    def build(name: str, divisor: float = 1.0) -> torch.nn.Module:
-        network = build_model(
-            name,
-            num_classes=info.num_classes,
-            image_shape=info.image_shape,
-            mean=mean,
-            std=std,
-            divisor=divisor,
-        )
-        if names.bn_momentum is not None:
-            for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
-                layer.momentum = names.bn_momentum
-        return network
-
     # The model comes first, so that methods with and without a guide start from the same weights.
-    model = build(names.model, names.logit_scale)
+    model = _untrained(names.model, names, info, divisor=names.logit_scale)
     frozen = FrozenParts(model, names.freeze)
     initial = names.init_sha256
     if names.init_from is not None and load_sources:
@@ -75,7 +60,11 @@ def build_networks(
     guide = None
     if method.uses_guide:
         source = names.guide_from if load_sources else None
-        guide = build(names.guide) if source is None else _trained_guide(source, names.guide, info)
+        guide = (
+            _untrained(names.guide, names, info)
+            if source is None
+            else _trained_guide(source, names.guide, info)
+        )
     synchronised = names.sync_bn == "on" and not world().alone
     trained = [model, *([guide] if guide is not None and "guide" in method.trains else [])]
     if names.sync_bn == "off" and not world().alone:
@@ -99,6 +88,18 @@ def build_networks(
         fallbacks=fallbacks,
         initial=initial,
     )
+
+
+def _untrained(
+    name: str, settings: ModelConfig, info: DatasetInfo, *, divisor: float = 1.0
+) -> torch.nn.Module:
+    mean, std = pixel_statistics(settings, info)
+    classes, shape = info.num_classes, info.image_shape
+    network = build_model(name, num_classes=classes, image_shape=shape, mean=mean, std=std, divisor=divisor)
+    if settings.bn_momentum is not None:
+        for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+            layer.momentum = settings.bn_momentum
+    return network
 
 
 def _refuse_synchronising(networks: list[nn.Module]) -> None:

@@ -87,6 +87,7 @@ class NetworkSet:
             rule = AverageRule(ema, equal=swa)
             self.ema = WeightAverage(model, rule, copy_buffers=ema_buffers == "copy")
         self._average_steps = ema_every == "step"
+        # One object for good: validation keeps its replica as long as it sees the same network.
         self._deployed = undivided(model if self.ema is None else self.ema.module)
         # From a separate generator: building the engine draws nothing from the run's random stream.
         example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
