@@ -27,7 +27,7 @@ from gpu.archive import write_archive
 from gpu.bare import Bare
 from gpu.machine import PACK, ROOT
 from gpu.parts import Check, Stopped, stop_at_signals
-from gpu.plan import TINY, Sizes, chosen, parts
+from gpu.plan import TINY, Plan, Sizes, chosen
 
 TOTAL = 535.0  # seconds, of a call that may take 540
 PREPARE = 30.0  # of these, before the parts
@@ -42,20 +42,20 @@ def check(ours: argparse.Namespace) -> int:
         work = Path(temporary) / "parts"
         work.mkdir()
         with Bare(device, Path(temporary)) as bare:
-            sizes = TINY if device == "cpu" else Sizes()
+            plan = Plan(bare, TINY if device == "cpu" else Sizes(), work)
             try:
-                chosen(parts(bare, sizes, work), ours.only)
+                chosen(plan.parts(), ours.only)
             except ValueError as error:
                 print(f"gpu_check: error: {error}", file=sys.stderr)
                 return 2
-            return _check(bare, sizes, work, out, ours)
+            return _check(plan, out, ours)
 
 
-def _check(bare: Bare, sizes: Sizes, work: Path, out: Path, ours: argparse.Namespace) -> int:
-    total = ours.total
+def _check(plan: Plan, out: Path, ours: argparse.Namespace) -> int:
+    bare, work = plan.bare, plan.work
     bare.prepare(PREPARE)
-    listed = chosen(parts(bare, sizes, work), ours.only)
-    run = Check("gpu_check", listed, total=total, work=work, out=out, cwd=ROOT, env=bare.env)
+    listed = chosen(plan.parts(), ours.only)
+    run = Check("gpu_check", listed, total=ours.total, work=work, out=out, cwd=ROOT, env=bare.env)
     run.begin = bare.begin  # what was prepared counts
     run.about = bare.about
     for word in bare.words:

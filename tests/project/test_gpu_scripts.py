@@ -56,7 +56,7 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     gpu: SimpleNamespace, tmp_path: Path, device: str
 ) -> None:
     bare = gpu.bare.Bare(device, tmp_path)
-    listed = gpu.plan.parts(bare, gpu.plan.TINY if device == "cpu" else gpu.plan.Sizes(), tmp_path)
+    listed = gpu.plan.Plan(bare, gpu.plan.TINY if device == "cpu" else gpu.plan.Sizes(), tmp_path).parts()
     names = [part.name for part in listed]
     important = [
         "doctor",
@@ -140,7 +140,7 @@ def test_the_figure_of_a_race_is_that_of_its_results(gpu: SimpleNamespace, tmp_p
 
 
 def test_only_named_parts_run_in_their_usual_order(gpu: SimpleNamespace, tmp_path: Path) -> None:
-    listed = gpu.plan.parts(gpu.bare.Bare("cuda", tmp_path), gpu.plan.Sizes(), tmp_path)
+    listed = gpu.plan.Plan(gpu.bare.Bare("cuda", tmp_path), gpu.plan.Sizes(), tmp_path).parts()
     assert [part.name for part in gpu.plan.chosen(listed, "speedrun,tests")] == ["tests", "speedrun"]
     assert gpu.plan.chosen(listed, None) == listed
     for wrong in ("tests,trian", ","):

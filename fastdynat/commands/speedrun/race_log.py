@@ -109,8 +109,8 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
     beside = result.alongside.get(base.name)
     if beside:  # in the order of the seeds; a race that was stopped may lack the last one of a record
         pairs = list(zip(beside, (lap["seconds"] for lap in result.laps), strict=False))
-        return f"{sum(base for base, _ in pairs) / sum(own for _, own in pairs):.2f}"
+        return f"{sum(base for base, _ in pairs) / sum(own for _, own in pairs):.1f}"
     same = all(
         lap["environment"][key] == base.laps[0]["environment"][key] for lap in result.laps for key in MACHINE
     )
-    return f"~{base.summary['seconds'] / own:.2f}" if same else ""
+    return f"~{base.summary['seconds'] / own:.1f}" if same else ""
