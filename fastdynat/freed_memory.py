@@ -18,12 +18,12 @@ def keep_freed_memory() -> bool:
     A training step on the CPU frees all its activations. By default glibc returns blocks above 32 MiB, and
     the end of the heap, at once; the next step gets them back page by page, each cleared by the kernel. The
     resident size stays at the peak until the process ends, and the peak is higher by the holes between kept
-    blocks (two fifths with ResNet-18 at batch 128). It holds for the whole process, so a library must not
-    decide it: call it in a program of your own, before the first large tensor.
+    blocks (two fifths with ResNet-18 at batch 128). The setting applies to the whole process, so a library
+    must not make it for its user: call this in a program of your own, before the first large tensor.
 
     Returns:
-        False where the C library is another one, or where the user has set when it returns memory
-        (``MALLOC_*_``, ``GLIBC_TUNABLES``), which is left as it is.
+        False if the C library is not glibc, or if the user has configured when it returns memory
+        (``MALLOC_*_``, ``GLIBC_TUNABLES``); that setting is left as it is.
     """
     own = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
     tunables = os.environ.get("GLIBC_TUNABLES", "")

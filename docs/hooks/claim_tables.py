@@ -20,7 +20,7 @@ ARMS = {
     "no-inner": "DYNAT, attack on its own prediction",
     "large-guide": "DYNAT, guide of 0.95 M parameters",
     "guide": "guide alone, natural training",
-    "guide-before": "DYNAT, guide trained before",
+    "guide-before": "DYNAT, pretrained guide",
 }
 CHECKPOINTS = ("best", "last")
 
@@ -55,7 +55,7 @@ def progress() -> str:
     total = sum(count for block, count in values["planned"].items() if block != "autoattack")
     head = [f"**{len(values['runs'])} of {total} runs so far.**"]
     for name, epochs in values["begun"].items():
-        head.append(f"Begun: `{name}`, {epochs} epochs.")
+        head.append(f"In progress: `{name}`, {epochs} epochs done.")
     return f"{' '.join(head)}\n\n{table(['Block', 'Finished'], rows)}"
 
 
@@ -69,7 +69,7 @@ def accuracies() -> str:
         epochs = "/".join(str(epoch) for epoch in sorted({run["epochs"] for run in runs}))
         rows.append([block, ARMS[arm], seeds, epochs, *shares, f"{gap:.1f}", minutes(runs)])
     header = ["Block", "Arm", "Seeds", "Epochs", "Clean, best", "last", "PGD-20, best", "last", "Gap"]
-    return table([*header, "Processor minutes"], rows) if rows else "No run is finished yet."
+    return table([*header, "CPU minutes"], rows) if rows else "No run is finished yet."
 
 
 def minutes(runs: list[Values]) -> str:

@@ -4,7 +4,7 @@ from tables import percent, read, table
 
 KINDS = {
     "3x3, Winograd": "3x3 by Winograd",
-    "filters of Winograd": "Winograd's filters, once per attack",
+    "filters of Winograd": "Winograd's filter transforms, once per attack",
     "3x3, direct": "3x3, direct",
     "3x3, stride 2": "3x3, stride 2",
     "1x1, direct": "1x1, stride 1",

@@ -97,7 +97,7 @@ def engine(name: str) -> str:
         first = speed.get((kind, base[kind]))
         ratio = "" if first is None else f"{value / first:.2f}"
         lines.append([kind, f"ours, {what}" if ours else what, f"{value:.1f}", ratio])
-    return table(["", "Implementation", "Images/s", "Times the first"], lines)
+    return table(["", "Implementation", "Images/s", "Speed-up over the reference"], lines)
 
 
 TRANSFORMERS = {"vit_tiny_cpu": "ViT-tiny", "convnext_atto_cpu": "ConvNeXt-atto"}
@@ -155,7 +155,7 @@ def auto() -> str:
                     f"{decision['ratio']:.2f}",
                 ]
             )
-    return table(["Network, machine", "Flags", "Chosen", "Fastest", "Speed of the choice"], rows)
+    return table(["Network, machine", "Flags", "Chosen", "Fastest", "Speed relative to the fastest"], rows)
 
 
 def fidelity() -> str:
@@ -192,7 +192,7 @@ def operators() -> str:
             ]
         )
     return table(
-        ["Operator", "Size", "plain torch", "torch.compile", "`cpp`", "times plain", "times compiled"], rows
+        ["Operator", "Size", "plain torch", "torch.compile", "`cpp`", "speed-up", "over compiled"], rows
     )
 
 
@@ -208,7 +208,7 @@ def autoattack(name: str) -> str:
     rows.append(
         ["all", f"{total['reference']:.1f} s", f"{total['ours']:.1f} s", f"{values['ratio']:.2f}", ""]
     )
-    return table(["Stage", "Theirs", "Ours", "Times faster", "Images left: theirs, ours"], rows)
+    return table(["Stage", "Theirs", "Ours", "Speed-up", "Robust images: theirs, ours"], rows)
 
 
 def minimal() -> str:
@@ -221,7 +221,7 @@ def minimal() -> str:
             for key in ("torchattacks", "fastdynat")
         ]
         rows.append([row["name"], *seconds, f"{row['times_faster']['median']:.1f}", *found])
-    return table(["Attack", "Theirs", "Ours", "Times faster", "Success, mean L2: theirs", "ours"], rows)
+    return table(["Attack", "Theirs", "Ours", "Speed-up", "Success, mean L2: theirs", "ours"], rows)
 
 
 def loaders() -> str:
@@ -231,7 +231,7 @@ def loaders() -> str:
         speed.setdefault(row["case"], {})[row["loader"].split(",")[0]] = row["images_per_s"]
     names = {
         "memory": "50,000 images of 32x32 in memory",
-        "folder": "the same as JPEG files (`resident`: decoded before)",
+        "folder": "the same as JPEG files (`resident`: decoded beforehand)",
     }
     kinds = ("resident", "dali", "torch")
     rows = [
@@ -275,7 +275,7 @@ def summary() -> str:
                 f"{row['times_faster']['median']:.1f}",
             ]
         )
-    return table(["What, beside whom", "Theirs", "Ours", "Times faster"], [*rows, race_row()])
+    return table(["Task, reference", "Theirs", "Ours", "Speed-up"], [*rows, race_row()])
 
 
 TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {

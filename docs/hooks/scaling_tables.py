@@ -41,16 +41,16 @@ def constants() -> str:
     latency = ", ".join(f"{1e6 * seconds:.0f} us on {gpus} GPUs" for gpus, seconds in c["latency"])
     rows = [
         [
-            "bf16 product",
+            "bf16 matrix product",
             f"{c['flops'] / 1e12:.0f} TFLOP/s, of which a step reaches {percent(c['share'], 0)}",
         ],
         ["memory", f"{c['copied'] / 1e12:.1f} TB/s"],
         ["shortest kernel, in a CUDA graph", f"{1e6 * c['shortest']:.0f} us"],
         ["NVLink 4, per GPU and direction", f"{c['nvlink'] / 1e9:.0f} GB/s"],
         ["InfiniBand NDR, a 400 Gbit/s card per GPU", f"{c['nic'] / 1e9:.0f} GB/s"],
-        ["reached by a collective", percent(c["reached"], 0)],
+        ["bandwidth that a collective reaches", percent(c["reached"], 0)],
         ["latency of an all-reduce", latency],
-        ["bucket, if overlapped", f"{c['bucket'] >> 20} MiB"],
+        ["size of a bucket, if overlapped", f"{c['bucket'] >> 20} MiB"],
     ]
     return table(["Assumption", "Value"], rows)
 
@@ -61,8 +61,8 @@ def measured() -> str:
     for case in read("scaling_cpu")["cases"]:
         for row in case["rows"]:
             rows.append(line(case, row))
-    header = ["Network, global batch", "Processes", "Threads of each", "Images/s", "Times one process"]
-    return table([*header, "beside as many threads", "Handed to collectives", "of the ideal"], rows)
+    header = ["Network, global batch", "Processes", "Threads each", "Images/s", "Speed-up over one process"]
+    return table([*header, "over one with as many threads", "Passed to collectives", "Share of ideal"], rows)
 
 
 def line(case: Values, row: Values) -> list[str]:
@@ -103,8 +103,8 @@ def world_sizes() -> str:
                     f"{memory} GiB",
                 ]
             )
-    header = ["Network", "Processes", "Loss", "Accuracy in training, attacked", "Validation, clean", "PGD-10"]
-    return table([*header, "Largest difference of a weight", "Memory"], rows)
+    header = ["Network", "Processes", "Loss", "Training accuracy, attacked", "Validation, clean", "PGD-10"]
+    return table([*header, "Largest weight difference", "Memory"], rows)
 
 
 def drift() -> str:

@@ -26,7 +26,7 @@ def log() -> str:
 def made() -> str:
     """The origin of every result, folded away; empty where there is none."""
     results = read_log(LOG)
-    lines = ['??? note "How it was made"', ""] if results else []
+    lines = ['??? note "How these numbers were obtained"', ""] if results else []
     for name, result in results.items():
         machine = result.laps[0]["environment"]
         flags = ", ".join(machine["processor"]["flags"])
@@ -55,7 +55,7 @@ def predictions() -> str:
             if predicted and before:
                 measured = mean(before) / result.summary["seconds"]
                 rows.append([f"`{name}`", f"`{record.against}`", predicted, f"{measured:.2f}x"])
-    return table(["record", "changes", "by counting", "measured"], rows)
+    return table(["record", "previous record", "predicted", "measured"], rows)
 
 
 def fastest() -> str:
@@ -131,7 +131,7 @@ def _trials(values: Values) -> tuple[str, str]:
     ]
     return (
         table(["trial", "PGD-20", "difference, points", "flags"], rows),
-        f"These trials have the flags `{values['common']}` unless their own override them.",
+        f"These trials use the flags `{values['common']}` unless a trial overrides them.",
     )
 
 
@@ -147,7 +147,7 @@ def _objectives(values: Values) -> tuple[str, str]:
         for row in values["rows"]
     ]
     header = ("objective", "clean", "PGD-20", "PGD-20 on the margin", "gap, points", "flags")
-    return table(header, rows), f"Flags unless a trial overrides them: `{values['common']}`."
+    return table(header, rows), f"These trials use the flags `{values['common']}` unless overridden."
 
 
 def _difference(row: dict[str, float]) -> str:

@@ -33,7 +33,7 @@ def number(value: float) -> str:
 
 def made(*names: str) -> str:
     """The origin of the files called `names`, folded away."""
-    lines = ['??? note "How it was made"', ""]
+    lines = ['??? note "How these numbers were obtained"', ""]
     for name in names:
         values = read(name)
         machine = values["environment"]

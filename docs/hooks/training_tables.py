@@ -50,7 +50,7 @@ def transformers_trained() -> str:
                 f"{parts['weights_differ_from_first_by']:g}",
             ]
         )
-    header = ["Network", "Loss by epoch", "Test, clean", "PGD-20", "Interrupted", "Difference of a weight"]
+    header = ["Network", "Loss by epoch", "Test, clean", "PGD-20", "Interrupted", "Weight difference"]
     return table(header, rows)
 
 

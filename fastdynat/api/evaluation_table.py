@@ -124,7 +124,7 @@ def evaluate(
         attacks: names, separated by commas or in a list; ``fastdynat eval --list-attacks`` prints all.
         eps: radius, in [0, 1] pixel units for linf.
         norm: linf, l2, l1 or l0.
-        step_size: step of attacks with a fixed one; None is eps / 4 (10 eps under l0).
+        step_size: step size of attacks with a fixed step; None is eps / 4 (10 eps under l0).
         num_images: use only the first `num_images` images.
         batch_size: images per batch; halved if memory runs out. Changes no result, except of attacks of your
             own files and of autoattack.

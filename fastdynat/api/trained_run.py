@@ -100,16 +100,16 @@ def train(
     Args:
         model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K), with its normalisation
             inside; or a name: resnet18, wrn-34-10, timm:NAME, torchvision:NAME, path/to/file.py:callable.
-            None is resnet18, or small for digits; of a resumed run its own.
+            None is resnet18 (small for digits), or the resumed run's own.
         data: (images, labels), uint8 or float in [0, 1] (N, C, H, W) and whole numbers (N,); a torch Dataset
             of (image, label); (train, test) of these; a dict with train and optionally test, val and classes;
             or a name: digits, cifar10, cifar100, svhn, mnist, imagefolder, path/to/file.py:callable; None is
-            digits, or of a resumed run its own. Validation images are held out of the training images where
-            none are given. No augmentation unless `augment` says so.
+            digits, or the resumed run's own. Validation images are held out of the training images where none
+            are given. No augmentation unless `augment` says so.
         method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
         run_dir: folder of the run; None is a new one under runs/.
-        resume: run directory to go on with, exactly as if it had never stopped; with the same model and data
-            where these were given as objects.
+        resume: run directory to continue, exactly as if it had never stopped; pass the same model and data
+            again where these were given as objects.
         keys: any other key of the configuration, by the name of its flag with underscores: eps, steps,
             step_size, epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in
             [0, 1] pixel units.

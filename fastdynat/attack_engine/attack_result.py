@@ -21,8 +21,8 @@ class AttackResult:
             although the goal was not met (`AttackGoal.satisfied`). Such a step does not move its image: a
             sign of saturation, underflow or gradient masking.
         gradients: image gradients computed, at most N * steps * restarts.
-        kept: (N,) int64, for a goal with `track`: at how many of the iterates that a step was taken from the
-            network still predicted the goal's class.
+        kept: (N,) int64, for a goal with `track`: the number of iterates, among those from which a step was
+            taken, at which the network still predicted the goal's class.
         norm: (N,) int64, for the worst of several norms: which of them, counted from 0; else None.
     """
 

@@ -54,7 +54,7 @@ class PGDSpec:
         if self.eps <= 0 or (self.norm == "linf" and self.eps > 1):
             raise UserError(f"eps must be in (0, 1] pixel units, got {self.eps:g}; write 8/255")
         if self.norm == "l0" and self.eps != int(self.eps):
-            raise UserError(f"eps under l0 is how many pixels may change, a whole number, got {self.eps:g}")
+            raise UserError(f"eps under l0 is a whole number of pixels that may change, got {self.eps:g}")
         if self.norm == "l0" and self.start != "none":
             # Noise uses up the pixels that may change; others replace them only after moving further.
             raise UserError(

@@ -4,7 +4,7 @@ import torch
 
 NOTHING_ELSE = (
     "look for saturation, rounding or NaN in the network, "
-    "and attack it by square, which needs no gradients, or adaptively"
+    "and attack it with square, which needs no gradients, or with an adaptive attack"
 )
 
 
@@ -12,7 +12,7 @@ def zero_gradient_message(zero: int, gradients: int, remedy: str = NOTHING_ELSE,
     """The message for `zero` of the `gradients` of an attack. which: " (of an earlier call)", or ""."""
     return (
         f"{zero} of {gradients} gradients{which} were zero or not finite in every pixel: "
-        f"there the attack did not move these images; {remedy}"
+        f"those steps did not move their images; {remedy}"
     )
 
 
@@ -25,12 +25,12 @@ def zero_gradient_remedy(dtype: torch.dtype | None, rescale: bool, *, exact: boo
         return "amp=torch.bfloat16, or no amp, does not overflow; " + NOTHING_ELSE
     if dtype is torch.bfloat16:
         return (
-            "without amp small changes of an image are not rounded away; where that does not help, "
+            "without amp, small changes of an image are not rounded away; if that does not help, "
             + NOTHING_ELSE
         )
     if exact and not rescale and dtype is None:
         return (
-            "rescale=True keeps a confident network's from underflow; "
-            f"where that does not help, {NOTHING_ELSE}"
+            "rescale=True keeps a confident network's gradients from underflow; "
+            f"if that does not help, {NOTHING_ELSE}"
         )
     return NOTHING_ELSE

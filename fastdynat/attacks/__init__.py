@@ -1,4 +1,4 @@
-"""Attacks: which there are, one file each, and their registry.
+"""Attacks, one file each, and their registry.
 
 - `registry`: `register`, the decorator by which an attack's file makes it known by name;
 - `interface`: what an attack is called with and returns;
@@ -6,11 +6,11 @@
 - attacks in a ball: `fgsm`, `bim`, `mim`, `restarted_pgd`, `cw_linf`, `apgd`, `fab`, `square`;
 - minimum-norm attacks: `carlini_wagner`, `deepfool`, `sigma_zero`, and `fab` again;
 - `boundary_search`: the nearest point of the decision boundary, DyART's inner problem;
-- `boundary_search`: DyART's inner problem; `plane_search`: norms and moves of the boundary searches;
+- `plane_search`: norms and moves of the boundary searches;
 - `autoattack_versions`: the attacks of AutoAttack's versions.
 
-How an attack is computed fast is in `fastdynat.attack_engine`; its public names are also found here. Nothing
-here needs torch until a name is used.
+`fastdynat.attack_engine` computes attacks fast; its public names can also be imported from here. Nothing here
+needs torch until a name is used.
 """
 
 from typing import TYPE_CHECKING

@@ -54,12 +54,12 @@ class APGD:
     """Auto-PGD; the defaults are AutoAttack's.
 
     Attributes:
-        loss: "ce", "dlr" (`AttackGoal`), or "dlr-t": `targeted_dlr` towards one class after the other.
+        loss: "ce", "dlr" (`AttackGoal`), or "dlr-t": `targeted_dlr` towards one class at a time.
         eps: radius of the ball in [0, 1] pixel units.
         norm: linf, l2 or l1.
-        steps: of one run.
-        restarts: runs, for "dlr-t" per target class; each on the images that are still robust.
-        targets: number of target classes of "dlr-t": those with the largest logits, the largest left out.
+        steps: steps per run.
+        restarts: number of runs (for "dlr-t", per target class), each on the images that are still robust.
+        targets: number of target classes of "dlr-t": those with the largest logits after the predicted class.
         eot: gradients averaged per step, for randomised networks.
         rho: share of steps between two checkpoints that must raise the loss, else the step size is halved.
         larger_eps: start in balls of 3 and 2 eps, each for 30 % of the steps. For l1.

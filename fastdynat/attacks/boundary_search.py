@@ -50,9 +50,9 @@ class BoundarySpec:
         eta: overshoot of a move beyond the predicted boundary; 1 stops on it.
         beta_back: share of the distance to the image that remains after pulling back.
         temperature: of the soft margin.
-        flat_pixel_test: `Boundary.usable` also asks for a pixel that moved less than the farthest ones and
-            has a gradient of at most 0.1, as DyART's code does. Where all pixels move equally far, as on most
-            images of a linear network, there is none.
+        flat_pixel_test: `Boundary.usable` also requires a pixel that moved less than the farthest ones and
+            has a gradient of at most 0.1, as DyART's code does. If all pixels move equally far, as on most
+            images of a linear network, there is no such pixel.
     """
 
     steps: int = 20

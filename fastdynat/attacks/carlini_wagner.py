@@ -56,18 +56,18 @@ class CarliniL2:
     """Minimises ``||x_adv - x||^2 + c max(kappa - margin, 0)`` over w, ``x_adv = (tanh w + 1) / 2``, by Adam.
 
     Starts at the image and returns the nearest adversarial iterate of all runs. Each image has its own c,
-    searched for over `binary_steps` runs (times 10 until one is adversarial, then halving the interval). A
-    run ends early when its loss has not fallen over a tenth of its steps; the image's next run then begins in
-    the same batch, and images leave the batch after their last run. Clean images that are misclassified are
-    returned at distance 0. Margins of logits that spread by more than 2^20 or less than 2^-20 are scaled to
-    order one, so that the search for c reaches them.
+    found by a search over `binary_steps` runs: c is multiplied by 10 until a run is adversarial, then the
+    interval is halved. A run ends early when its loss has not fallen over a tenth of its steps; the image's
+    next run then begins in the same batch, and images leave the batch after their last run. Clean images that
+    are misclassified are returned at distance 0. Margins of logits that spread by more than 2^20 or less than
+    2^-20 are scaled to order one, so that the search for c reaches them.
 
     With ``binary_steps=1, c=1, steps=50`` these are torchattacks' settings.
 
     Attributes:
         binary_steps: runs per image; 1 is a fixed c.
         steps: of Adam per run, a multiple of 10. The paper's code has up to 10,000.
-        c: of the first run.
+        c: weight c in the first run.
         lr: Adam's step size.
         kappa: the margin that an adversarial image must exceed.
         abort: let runs end early.
@@ -225,7 +225,7 @@ def _to_image(tanh: Tensor) -> Tensor:
 @register(
     r"cwl2(?:-(?P<runs>\d+)x(?P<steps>\d+))?",
     help={
-        "cwl2": "the nearest in L2 by Carlini & Wagner 2017: 9 runs of 1000 steps; cwl2-BxK; cwl2-1xK has a "
+        "cwl2": "minimum-L2 attack of Carlini & Wagner 2017: 9 runs of 1000 steps; cwl2-BxK; cwl2-1xK has a "
         "fixed c = 1"
     },
 )

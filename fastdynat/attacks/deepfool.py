@@ -45,7 +45,7 @@ class DeepFool:
 
     Attributes:
         norm: "l2" or "linf".
-        steps: most iterations.
+        steps: maximum number of iterations.
         overshoot: extra length of a step, as a share of the distance to the plane.
         classes: candidates: the label, and the other classes with the highest logits at the image.
         eps: radius of the ball in which robustness is judged (`Nearest.eps`).
@@ -140,8 +140,8 @@ class DeepFool:
 @register(
     r"deepfool(?P<norm>-linf)?(?P<steps>\d+)?",
     help={
-        "deepfool": "the nearest in L2 by DeepFool (Moosavi-Dezfooli et al. 2016), 50 steps; deepfoolK",
-        "deepfool-linf": "the same in L-inf",
+        "deepfool": "minimum-L2 attack DeepFool (Moosavi-Dezfooli et al. 2016), 50 steps; deepfoolK",
+        "deepfool-linf": "DeepFool as a minimum-L-inf attack",
     },
 )
 def deepfool_attack(match: re.Match[str], radii: Radii) -> DeepFool:

@@ -187,9 +187,9 @@ def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tup
 @register(
     r"fab(?P<targeted>-t)?(?P<nearest>-min)?(?:-(?P<restarts>\d+))?",
     help={
-        "fab": "FAB (Croce & Hein 2020) towards the nearest boundary, ended at eps; fab-R",
+        "fab": "FAB (Croce & Hein 2020) towards the nearest boundary, until within eps; fab-R",
         "fab-t": "FAB towards nine classes; fab-t-R",
-        "fab-min": "the nearest by FAB at any distance; fab-t-min",
+        "fab-min": "FAB as a minimum-norm attack, at any distance; fab-t-min",
     },
     norms=("linf", "l2", "l1"),
 )

@@ -91,8 +91,8 @@ class RestartedPGD:
         "l0 counts pixels",
         "pgd50-10": "pgdK-R: R restarts, each on the images that are still robust; the last iterate of each "
         "counts",
-        "pgd20@second": "this, fgsm, bim, mim or cw with @second, @least (likely other class), @random, "
-        "@next, @all: towards a class, not away",
+        "pgd20@second": "targeted pgd, fgsm, bim, mim or cw: towards the most likely other class (@second), "
+        "the least likely one (@least), @random, @next, or @all in turn",
     },
     half_precision=True,
 )

@@ -53,7 +53,7 @@ class SigmaZero:
     of steps is the paper's.
 
     JSMA was not chosen, because its saliency map of pairs takes d^2 numbers per image (9.4 million on CIFAR).
-    The memory here is that of a few images per image, tested.
+    This attack needs the memory of a few images per image, which is tested.
 
     Attributes:
         steps: of Adam, with a cosine from `lr` to a tenth of it.
@@ -161,7 +161,7 @@ class SigmaZero:
 
 @register(
     r"sigmazero(?P<steps>\d+)?",
-    help={"sigmazero": "the fewest changed pixels by sigma-zero (Cina et al. 2024), 1000 steps; sigmazeroK"},
+    help={"sigmazero": "minimum-L0 attack sigma-zero (Cina et al. 2024), 1000 steps; sigmazeroK"},
 )
 def sigma_zero_attack(match: re.Match[str], radii: Radii) -> SigmaZero:
     """Sigma-zero, which counts pixels."""

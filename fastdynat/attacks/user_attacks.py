@@ -133,7 +133,7 @@ def build_user_attack(name: str, radii: Radii) -> tuple[UserAttack, bool]:
         json.dumps(asdict(attack))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{name}: its fields must be plain values, which the cache is keyed by: {error}"
+            f"{name}: its fields must be plain values, because the cache is keyed by them: {error}"
         ) from None
     source = hashlib.sha256(source_of(module)).hexdigest()
     half_precision = named is not None and named[0].half_precision
@@ -166,7 +166,7 @@ def _check_class(cls: Any, name: str) -> None:
     if not isinstance(cls, type) or not is_dataclass(cls):
         kind = cls.__name__ if isinstance(cls, type) else type(cls).__name__
         raise UserError(
-            f"{name} is no attack: {kind} is not a dataclass; decorate the class by @dataclass(frozen=True)"
+            f"{name} is no attack: {kind} is not a dataclass; decorate the class with @dataclass(frozen=True)"
         )
     # Of a class without the method, `cls.__call__` is the constructor.
     call: Any = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)

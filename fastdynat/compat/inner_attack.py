@@ -36,8 +36,8 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[ReplicaCach
 def refresh(model: nn.Module) -> None:
     """Drop the loss functions' replicas of `model`; their next call makes new ones.
 
-    Needed only after a change that neither shows in the model's Python objects nor changes its logits by a
-    thousandth, such as another gradient of a compiled extension.
+    Needed only after a change that is invisible in the model's Python objects and moves its logits by less
+    than a thousandth, such as a different gradient in a compiled extension.
     """
     for cache, _ in _replicas.get(unwrapped(model), {}).values():
         cache.forget()

@@ -1,10 +1,10 @@
-"""Published training losses by the names and calls of their releases, with the attack on our engine.
+"""Published training losses with the names and signatures of their releases; our engine runs the attack.
 
 Change one import line: ``from fastdynat import trades_loss``. Losses, gradients, running statistics and the
-mode that the model is left in are the release's own. These differences are on purpose:
+mode in which the model is left are those of the release, except for these intended differences:
 
-- the attack runs on a replica of the model (`ReplicaCache`), and what is constant in it (the clean
-  prediction, the guide's label) is computed once;
+- the attack runs on a replica of the model (`ReplicaCache`), and what stays constant during the attack (the
+  clean prediction, the guide's label) is computed once;
 - losses are computed from log-probabilities in at least float32, with nothing added inside a logarithm;
 - the start's noise comes from another random stream of the same distribution;
 - images outside [0, 1], labels that are not classes of the model, and a `distance` for which the release
@@ -17,8 +17,8 @@ Common arguments: model: images in [0, 1] -> logits (N, K); also wrapped by Data
     y: (N,) integer classes; also a list or a numpy array.
     optimizer: its ``zero_grad`` is called between the attack and the losses; None with ``zero_grad=False``.
     zero_grad: False leaves gradients alone, so that those of several calls add up.
-    step_size, epsilon, perturb_steps: the attack's, in pixel units. Every epsilon is another CUDA graph and
-        another compilation: where it changes at each call, use ``graphs=False``.
+    step_size, epsilon, perturb_steps: of the attack, in pixel units. Each new epsilon needs its own CUDA
+        graph and compilation: if it changes at every call, use ``graphs=False``.
     beta: weight of the second term.
     distance: "l_inf"; `trades_loss` also "l_2", which is neither compiled nor captured, and takes no
         step_size.
@@ -156,11 +156,11 @@ def dynat_loss(
     maximising ``CE(f(x'), l)`` (DYNAT, arXiv 2408.13102; `fastdynat.methods.dynat`).
 
     The guide is put in train mode and run once; `optimizer` has both networks' parameters. bn_clean_forward:
-    after the attacked images, update the model's running statistics by the clean ones, as the release's
-    unused pass does.
+    after the attacked images, update the model's running statistics with the clean ones, as a pass of the
+    release does whose result is unused.
 
-    beta: the release ignores the beta that its script passes, which is 6, and minimises the loss of beta = 1,
-    the default. Another value is used here, with a warning.
+    beta: the release ignores beta, which its script sets to 6, and minimises the loss with beta = 1, the
+    default here. Other values take effect here, with a warning.
     """
     _check("dynat_loss", distance, optimizer, zero_grad)
     if beta != 1:
@@ -240,8 +240,8 @@ def _answers(model: nn.Module, speed: Speed) -> Callable[[Tensor], Tensor]:
 @cache
 def _warn_of_beta(beta: float) -> None:
     warnings.warn(
-        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores the beta that its "
-        "script passes, which is 6. Leave beta out for the release's loss",
+        f"dynat_loss multiplies the model's loss by beta {beta:g}; DYNAT's release ignores beta, which its "
+        "script sets to 6. Leave beta out for the release's loss",
         stacklevel=3,
     )
 

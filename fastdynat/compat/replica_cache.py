@@ -56,12 +56,13 @@ class _FallbacksWarnedOnce(Fallbacks):
 class ReplicaCache:
     """Gives each call a `Runner` with the model's current weights and statistics.
 
-    The replica is made at the first call and takes over in-place changes of tensors at each call. It is made
-    anew after any other visible change: a tensor replaced, moved or converted, a Python number, a function, a
-    hook, a global that the network's code names (`network_state`). Every call compares its logits with the
-    model's (`Agreement`); where they differ a new replica is made. Where that does not help, or the model
-    changes at every call, the model itself is attacked from then on. Options that cannot be used are warned
-    of once and named in `path`. The cache does not keep the model alive. Threads take turns.
+    The first call makes the replica, and each call copies in-place changes of tensors to it. Any other
+    visible change leads to a new replica: a tensor replaced, moved or converted; a changed Python number,
+    function or hook; a changed global that the network's code names (`network_state`). Every call compares
+    the replica's logits with the model's (`Agreement`) and makes a new replica if they differ. If that does
+    not help, or if the model changes at every call, attacks run on the model itself from then on. Options
+    that cannot be used are named in one warning each and in `path`. The cache does not keep the model alive.
+    Threads take turns.
 
     Attributes:
         amp: as given.
@@ -169,7 +170,7 @@ class ReplicaCache:
             return
         self._in_a_row += self._made_for is not None and made_for[1:] == self._made_for[1:]
         if self._in_a_row > MOST_IN_A_ROW and not self._given_up:
-            self._give_up("it changes from call to call in more than its weights")
+            self._give_up("more than the model's weights changes from call to call")
         self._replica, self._path = None if self._given_up else make(), on_model.path
         self._made_for = made_for
         with torch.no_grad():
@@ -179,13 +180,13 @@ class ReplicaCache:
         """Replace a replica whose logits differ from the model's after a change that cannot be seen."""
         self._replica, self._agrees = make(), Agreement()
         if self._replica is not None and not self._agrees(on_model, self._replica, x):
-            self._give_up("its logits and its replica's differ")
+            self._give_up("the model's logits differ from the replica's")
         if self._replica is None:
             self._path = on_model.path
 
     def _give_up(self, why: str) -> None:
         self._replica, self._given_up = None, True
-        self.warn(f"the model is attacked itself, eagerly: {why}")
+        self.warn(f"the attack runs on the model itself, eagerly: {why}")
 
     def _example(self, on_model: OnModel, x: Tensor) -> Tensor:
         """Two example images, or `x` where the network takes no other batch size."""
@@ -240,7 +241,7 @@ class ReplicaCache:
         try:
             if any(isinstance(module, DataParallel) for module in network.modules()):
                 raise NotCopyable(
-                    "it is spread over several GPUs by DataParallel; DistributedDataParallel has a replica "
+                    "DataParallel spreads the model over several GPUs; DistributedDataParallel has a replica "
                     "on each"
                 )
             example = example.to(own_dtype(network) or x.dtype)
@@ -255,7 +256,7 @@ class ReplicaCache:
                 )
             return replica
         except NotCopyable as error:
-            self.warn(f"the model is attacked itself, eagerly: {error}")
+            self.warn(f"the attack runs on the model itself, eagerly: {error}")
             return None
 
     def watch(self, result: AttackResult, modes: TrainingModes = EVAL) -> None:

@@ -13,20 +13,21 @@ class Speed(TypedDict, total=False):
     """Keyword-only arguments of every attack.
 
     Attributes:
-        amp: True runs the network in the precision that is fast on this machine, bfloat16, float16 or, with a
-            warning, float32; a dtype insists on it.
+        amp: True runs the network in the precision that is fast on this machine: bfloat16, float16 or, with a
+            warning, float32. A dtype forces that precision.
         compile: True compiles gradients with torch.compile where that is faster, measured at the first call;
-            a string is a mode and insists. A model made by torch.compile is treated as with True.
-        channels_last: run the network in channels-last memory format; None is what is fast on this machine.
+            a string names a mode and forces compilation. A model made by torch.compile is treated as if True.
+        channels_last: run the network in channels-last memory format; None chooses what is fast on this
+            machine.
         graphs: replay the whole attack as a CUDA graph per batch shape; None is on for a GPU.
         fold: fold batch norm into the layers before it.
         winograd: Winograd's algorithm for 3x3 convolutions where it is faster, in float32 on the CPU; rounds
             about five times as coarsely.
-        output: the logits in a model's output that holds more: a key or attribute, an index, or a function
-            of the output. A key or index leaves a plain tensor as it is.
-        rescale: scale each image's gradient to order one by an exact power of two, so that a confident
-            network's gradient does not underflow in float32 either (logit gaps above about 104); in eval
-            mode. None does so in half precision alone.
+        output: selects the logits if the model returns more than them: a key or attribute, an index, or a
+            function of the output. A key or index leaves a plain tensor as it is.
+        rescale: multiply each image's gradient by the power of two that brings it to order one, so that the
+            gradient of a confident network does not underflow, even in float32 (logit gaps above about 104).
+            Only in eval mode. None does so in half precision only.
     """
 
     amp: bool | torch.dtype

@@ -1,8 +1,8 @@
-"""torchattacks' attacks by its names and calls (Kim 2020, arXiv 2010.01950; version 3.5.1), on our engine.
+"""torchattacks' attacks (Kim 2020, arXiv 2010.01950; version 3.5.1) with its signatures, on our engine.
 
 Change one import line: ``from fastdynat import PGD``. Constructors, modes, normalisation, attributes and
 results are torchattacks' own; in float32 the images agree with its images to rounding. These differences are
-on purpose:
+intended:
 
 - the attack runs on a replica of the model (`AttackEngine`), in half precision with ``amp=True``;
 - gradients are computed also under ``no_grad`` and ``inference_mode``; the caller's autocast is not
@@ -58,7 +58,9 @@ class PGD(TorchAttack):
 
 
 class PGDL2(TorchAttack):
-    """L2 projected gradient ascent from a random direction and length. `eps_for_division` has no effect."""
+    """L2 projected gradient ascent from a point at a random direction and distance. `eps_for_division` has no
+    effect.
+    """
 
     def __init__(
         self,
@@ -107,7 +109,7 @@ class FFGSM(TorchAttack):
 class BIM(TorchAttack):
     """L-inf projected gradient ascent from the image (Kurakin et al. 2017, arXiv 1607.02533).
 
-    steps=0 is the paper's number.
+    steps=0 takes the paper's number of steps.
     """
 
     def __init__(

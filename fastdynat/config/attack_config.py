@@ -26,13 +26,13 @@ class AttackConfig:
     attack with the highest loss; average minimises the mean of the losses under all norms (max and avg of
     Tramer & Boneh 2019)."""
     norm_eps: str = "auto"
-    """Radii of --norms in their order, such as 8/255,0.5,12; auto stands for --eps for the first norm, and
-    for the usual radius under each other one."""
+    """Radii for --norms, in the same order, such as 8/255,0.5,12. auto is --eps for the first norm and the
+    usual radius for each of the others."""
     eps: float | str = "auto"
     """Radius in training; auto is the dataset's (for colour images 0.031, under l2 0.5, under l1 12)."""
     step_size: float | str = "auto"
-    """Step size of the attack; with --norms, of the first norm, and in proportion to the radius under the
-    others. auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step
+    """Step size of the attack. With --norms it applies to the first norm; under the others it scales with the
+    radius. auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step
     methods."""
     eps_ramp: int = 0
     """Epochs over which the radius in training rises linearly to --eps, and the step size with it unless
@@ -47,7 +47,8 @@ class AttackConfig:
     """Start ramps at 0, as ARES does: the N epochs have 0, 1/N, ... of the final size, instead of 1/N, 2/N,
     ..., 1."""
     steps: int | None = None
-    """Steps of the attack; None is the method's: 10, 20 for dyart, 1 for fgsm_rs, n_fgsm and free."""
+    """Attack steps; None is the method's: 10 for most methods, 20 for dyart, 5 for ikl, 1 for single-step
+    methods such as fgsm_rs, n_fgsm and free."""
     early_steps: int | None = None
     """Changes the algorithm: use this many attack steps in the first --early-share of the epochs; None is
     --steps throughout. Faster; docs/results.md gives the cost in robust accuracy."""
@@ -57,9 +58,9 @@ class AttackConfig:
     """Starting point of the attack: the image, or a random point around it; auto is the method's published
     choice, but with --attack apgd the image instead of a uniform start."""
     attack_bn: Literal["eval", "train", "frozen"] = "eval"
-    """Batch norm during the attack: running statistics, batch statistics, or batch statistics without
-    updating. With train, every forward pass of the attacked network updates the running statistics, including
-    a method's pass for its clean prediction."""
+    """Batch norm during the attack: eval uses the running statistics; train uses batch statistics and updates
+    the running ones in every forward pass of the attacked network, including a method's pass for its clean
+    prediction; frozen uses batch statistics without updating the running ones."""
     eval_eps: float | str = "auto"
     """Radius in validation and evaluation; auto is eps, or 8/255 if eps is the published 0.031."""
     awp: float = 0.0

@@ -42,8 +42,8 @@ class AugmentationConfig:
     mixup_switch_prob: float = 0.5
     """Probability of CutMix instead of MixUp if both are on."""
     mixup_groups: int = 1
-    """Split each batch into this many groups, each mixed with a weight and a box of its own; Wang et al.
-    (2023) have four."""
+    """Split each batch into this many groups and mix each with its own weight and box; Wang et al. (2023) use
+    four."""
 
     @property
     def crops(self) -> str:

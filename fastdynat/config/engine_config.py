@@ -56,10 +56,10 @@ class EngineConfig:
     seed: int = 1
     """Seed of initialisation, data order, augmentation and attacks."""
     deterministic: bool = False
-    """On a GPU: use only deterministic algorithms, the same ones in every process (slower), so that a resumed
-    run equals an uninterrupted one bit for bit on the same kind of GPU with the same versions; without it,
-    within rounding. On the CPU it is exact either way, with the same processor, number of threads and
-    versions."""
+    """On a GPU, use only deterministic algorithms, the same ones in every process (slower). A resumed run
+    then equals an uninterrupted one bit for bit on the same kind of GPU with the same versions; without this
+    flag, the two agree within rounding. On the CPU they are always equal, given the same processor, number of
+    threads and versions."""
     rank_timeout: float = 10.0
-    """With several processes (torchrun), the time limit in minutes for every rank to join the rendezvous and
-    each collective. After that the missing rank is named, and all processes end."""
+    """With several processes (torchrun), time limit in minutes for every rank to join the rendezvous and each
+    collective. When it expires, the error names the missing rank and all processes end."""

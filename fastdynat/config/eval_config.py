@@ -17,12 +17,12 @@ class EvalConfig:
     attacks: str = "clean,fgsm,pgd20,cw"
     """Comma-separated; --list-attacks prints every name; path/to/file.py:NAME is your own attack."""
     eps: float | str = "auto"
-    """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps, 8/255 for another model under
-    linf."""
+    """Radius: 8/255, 0.031, or 8 (read as 8/255); auto is the run's eval_eps, or 8/255 under linf for a model
+    without one."""
     step_size: float | str = "auto"
-    """Step of attacks with a fixed one (pgd, cw); auto is eps / 4, or 10 eps under l0."""
+    """Step size of attacks with a fixed step (pgd, cw); auto is eps / 4, or 10 eps under l0."""
     norm: Literal["auto", "linf", "l2", "l1", "l0"] = "auto"
-    """Threat model; auto is the one the run was trained for, linf for another model."""
+    """Threat model; auto is the one the run was trained for, or linf for other models."""
     checkpoints: Literal["both", "best", "last"] = "both"
     """Checkpoints of a run to evaluate."""
     model: str | None = None
@@ -32,7 +32,7 @@ class EvalConfig:
     """Mean/std layer in front of that network, as in train --normalize; a file that has its own mean and std
     keeps them."""
     weights: str | None = None
-    """File of weights for a torchvision:NAME, file.py:callable or module:callable model."""
+    """Weights file for a torchvision:NAME, file.py:callable or module:callable model."""
     source: str | None = None
     """Run directory (its best checkpoint), .safetensors file or model name on which the transfer-NAME attacks
     are made."""
@@ -43,7 +43,7 @@ class EvalConfig:
     image_size: int | None = None
     """Resize and centre-crop an image folder's images to this size; None is the run's."""
     num_images: int | None = None
-    """Use only the first N test images (an image folder's classes take turns)."""
+    """Use only the first N test images (of an image folder, one from each class in turn)."""
     shard: str | None = None
     """I/N: evaluate only images I, I + N, I + 2 N, ... (counted from 1), for example in one process per GPU.
     When all N shards are done, the same command without --shard merges them."""
@@ -74,8 +74,8 @@ class EvalConfig:
     json: str | None = None
     """Also write the results to this file, after each attack."""
     rank_timeout: float = 10.0
-    """With several processes (torchrun), the time limit in minutes for every rank to join the rendezvous and
-    each collective. After that the missing rank is named, and all processes end."""
+    """With several processes (torchrun), time limit in minutes for every rank to join the rendezvous and each
+    collective. When it expires, the error names the missing rank and all processes end."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ class ExtraConfig:
     """Draw extra images with replacement, as the releases do. --no-extra-replacement uses every extra image
     once before any is used again, in a new order each time."""
     extra_labels: str | None = None
-    """Pseudo-label the extra images with a trained network, a run directory or .safetensors file; the labels
-    are computed once and stored beside the images. Or an .npy file with a label per image."""
+    """Trained network that pseudo-labels the extra images: a run directory or .safetensors file. The labels
+    are computed once and stored beside the images. Or an .npy file with one label per image."""
     extra_checksum: str | None = None
-    """Checksum that the extra images and labels must have, as a run's log prints it; a run stores that of its
-    data."""
+    """Expected checksum of the extra images and labels, as printed in a run's log; a run stores the checksum
+    of its own."""

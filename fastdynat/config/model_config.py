@@ -20,8 +20,8 @@ class ModelConfig:
     init_from: str | None = None
     """Initial weights of the model: a run directory (its best checkpoint), a .safetensors or .pt file, timm
     or torchvision for the published weights of --model timm:NAME or torchvision:NAME, or
-    hf:USER/NAME[@REVISION] on the Hugging Face hub. They bring their pixel normalisation. The last layer is
-    reinitialised if the classes differ; every other layer must fit."""
+    hf:USER/NAME[@REVISION] on the Hugging Face hub. The weights come with their own pixel normalisation. The
+    last layer is reinitialised if the classes differ; every other layer must fit."""
     init_sha256: str | None = None
     """Expected sha256 of the weights at --init-from, in hexadecimal: of the file, or for timm and torchvision
     of the tensors. A run stores the one that it found."""
@@ -46,13 +46,15 @@ class ModelConfig:
     effect until the run is resumed on several. The attack is synchronised too with --attack-bn train or
     frozen; with eval it communicates nothing."""
     bn_reset_epoch: int | None = None
-    """Epoch at whose first step the model's running statistics are replaced by those of the batch, counted
-    from 0, and again from 0 after the burn-in; None is never (DyART's release: 1)."""
+    """Epoch, counted from 0, at whose first step the batch's statistics replace the model's running ones.
+    After a burn-in the count starts at 0 again, and they are replaced once more. None is never (DyART's
+    release: 1)."""
     logit_scale: float = 1.0
-    """Factor of the model's logits over those of its training, whose losses and attacks read them divided by
-    it; validation and checkpoints have the model's own. Predictions stay. Above 1 its softmax is sharper
-    than the loss asked for, and attacks on its cross-entropy, such as PGD-20, find more. A guide's logits are
-    not divided; those of weights from --init-from are from the first step on. For networks by name only."""
+    """In training, losses and attacks use the model's logits divided by this factor; validation and
+    checkpoints use the undivided logits. Predictions do not change. Above 1, the model's softmax is sharper
+    than the loss asked for, and attacks on its cross-entropy, such as PGD-20, find more adversarial images. A
+    guide's logits are not divided; with --init-from, the model's are divided from the first step on. Only for
+    networks given by name."""
     normalize: Literal["none", "dataset", "released"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released
     uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470), or the

@@ -44,8 +44,8 @@ class OptimConfig:
     dimension, and biases; listed, those that the network returns from no_weight_decay(), such as position
     embeddings. timm's default is 1d listed."""
     layer_decay: float | None = None
-    """Layer-wise learning rate decay: each layer's learning rate is this times that of the next layer, and
-    the last layers have the whole rate. Layers are timm's for timm:NAME, residual blocks for built-in
+    """Layer-wise learning rate decay: each layer's learning rate is this factor times the next layer's; the
+    last layers train at the full rate. Layers are timm's for timm:NAME, residual blocks for built-in
     networks. None is 1."""
     head_lr_scale: float = 1.0
     """Factor on the learning rate of the last linear layer."""
@@ -95,8 +95,8 @@ class OptimConfig:
     of some of the weights, updates those weights and broadcasts them. The update is the same. Rules
     out CUDA graphs."""
     label_smoothing: float = 0.0
-    """Label smoothing s in every cross-entropy: of K classes, the label's gets 1 - s + s/K and each of the
-    others s/K, as in torch and timm. The attack's goal does not smooth a plain label, only a mixed one."""
+    """Label smoothing s in every cross-entropy: with K classes, the label's class gets 1 - s + s/K and each
+    other class s/K, as in torch and timm. The attack's goal smooths mixed labels only, not plain ones."""
     clip_grad: float = 0.0
     """Clip the gradient norm to this; 0 is off."""
     ema: float = 0.0
@@ -109,8 +109,8 @@ class OptimConfig:
     """Update the weight average at every step, or at the end of every epoch; auto is step for --ema, epoch
     for --swa."""
     ema_from: int = 0
-    """Epochs before averaging starts, in which the average is a plain copy of the weights. It starts with the
-    weights of the first update after them, at its full decay."""
+    """Epochs before averaging starts; until then the average is a plain copy of the weights. Averaging starts
+    from the weights after the next update, at its full decay."""
     ema_warmup: float = 0.0
     """Share of the run in which the average is a plain copy; after that, its decay at step s is
     min(ema, (1 + s) / (10 + s)). With 0, the decay is ema from the first step on."""

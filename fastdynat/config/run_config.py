@@ -14,9 +14,9 @@ class LogConfig:
     patience: int | None = None
     """Stop after this many validations without a better score (robust early stopping); None is never."""
     on_collapse: Literal["off", "warn", "stop"] = "warn"
-    """Reaction to catastrophic overfitting of single-step attacks: validation PGD accuracy more than 20
-    points below its best while accuracy on attacked training images is not. Only for methods that log that
-    accuracy."""
+    """Reaction to catastrophic overfitting to single-step attacks: validation PGD accuracy falls more than 20
+    points below its best, while accuracy on attacked training images does not. Only for methods that log the
+    latter."""
     save_every: float = 10.0
     """Minutes between checkpoints inside an epoch (each epoch's end is always saved)."""
     val_every: int = 1

@@ -71,8 +71,8 @@ class DaliLoader(PlannedLoader):
             raise UserError(f"--loader dali needs at least 1 worker, got {workers}; leave --workers out")
         if isinstance(images, FileSet) and images.dali_problem:
             raise UserError(
-                f"--loader dali does not read every file right: {images.dali_problem}; use --loader torch, "
-                "which does, or convert the file to an 8-bit PNG"
+                f"--loader dali cannot read every file correctly: {images.dali_problem}; use --loader torch, "
+                "which can, or convert the file to an 8-bit PNG"
             )
         self._images = images
         self._workers = workers

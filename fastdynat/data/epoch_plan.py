@@ -86,7 +86,7 @@ class EpochSteps:
                 f"batch size {batch_size} must be between 1 and the number of training images, {num_images}"
             )
         if not 0 <= rank < ranks:
-            raise UserError(f"rank {rank} of {ranks} is none; ranks are numbered from 0")
+            raise UserError(f"there is no rank {rank} of {ranks}; ranks are numbered from 0")
         check_shares(batch_size, ranks, parts)
         self._batch_size, self._ranks, self._rank, self._parts = batch_size, ranks, rank, parts
         rest = num_images % batch_size

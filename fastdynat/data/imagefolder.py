@@ -130,7 +130,7 @@ def open_imagefolder(
     if data_dir is None or not Path(data_dir).is_dir():
         raise UserError(
             f"--data imagefolder needs --data-dir DIR, a folder with train/CLASS/*.jpg; {str(data_dir)!r} is "
-            f"none"
+            "not one"
         )
     root = Path(data_dir)
     train = list_files(root / "train")
@@ -261,7 +261,7 @@ def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
         )
         if needed:
             raise UserError(missing)
-        logger.warning("%s for fastdynat eval; training goes on without", missing)
+        logger.warning("%s for fastdynat eval; training does not need it", missing)
         return None
     test = list_files(folder)
     if test.class_names != train.class_names:

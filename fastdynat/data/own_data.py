@@ -185,8 +185,8 @@ def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:
     for index in range(min(count, READ_TWICE)):  # a random flip leaves every other image as it is
         if not _same(_image(data, index, name), _image(data, index, name)):
             raise UserError(
-                f"{name}: image {index} is another one each time it is read: leave random transforms out "
-                "(augment= is for that)"
+                f"{name}: image {index} changes each time it is read: leave random transforms out and use "
+                "augment= instead"
             )
     first = _image(data, 0, name)[0]
     check_room(count * first.nbytes, f"{name}: its {count} images are read into memory, which takes")

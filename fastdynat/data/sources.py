@@ -203,7 +203,7 @@ def _own(name: str, image_size: int | None) -> OwnData | None:
     own = own_data(name)
     if image_size not in (None, *own.info.image_shape[1:]):
         raise UserError(
-            f"image_size {image_size}: data of your own come in their size; resize them where they are made"
+            f"image_size {image_size}: images of your own data are not resized; resize them in your own code"
         )
     return own
 

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the attack engine, by the calls of its package."""
+"""AutoAttack (Croce & Hein 2020, arXiv 2003.01690) on the attack engine, with its package's signatures."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -72,15 +72,15 @@ class AutoAttack:
             is_tf_model: must be False.
             device: of the attack; None is the model's device, or for a function the images'.
             log_path: file to append the lines to.
-            output: the logits in a model's output that holds more: a key, an index or a function.
+            output: selects the logits if the model returns more than them: a key, an index or a function.
 
         Raises:
             UserError: invalid arguments.
         """
         if is_tf_model:
             raise UserError(
-                "is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack takes "
-                "them"
+                "is_tf_model=True: TensorFlow models are not supported here; the package pyautoattack "
+                "supports them"
             )
         if norm.lower() not in NORMS:
             raise UserError(f"norm must be Linf, L2 or L1, got {norm!r}")

@@ -31,14 +31,14 @@ def with_halving(run: Callable[[int], T], batch_size: int) -> T:
         # Outside the except block, whose traceback keeps the tensors of the failed run alive.
         if batch_size == 1:
             raise UserError(
-                f"memory does not suffice for one image at a time ({reason[:160]}); use another --device"
+                f"there is not enough memory for one image at a time ({reason[:160]}); use another --device"
             )
         batch_size = (batch_size + 1) // 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory: started again with %d images per batch; with that batch size from the start, "
-            "nothing is computed twice",
+            "out of memory: restarted with %d images per batch; give that batch size from the start to avoid "
+            "computing anything twice",
             batch_size,
         )

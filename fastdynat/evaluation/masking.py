@@ -156,7 +156,7 @@ def radius_of_grey(norm: str, images: Images) -> float:
     pixels = prod(images.shape)
     radii = {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}
     if norm not in radii:
-        raise UserError(f"the masking checks know {', '.join(radii)}, not {norm}: leave --checks out")
+        raise UserError(f"the masking checks support {', '.join(radii)}, not {norm}: leave --checks out")
     return radii[norm]
 
 
@@ -204,7 +204,7 @@ def _has_gradients(probed: ProbedNetwork, norm: str, eps: float) -> MaskingCheck
     parts = ", ".join(f"{goal} {100 * share:.1f} %" for goal, share in shares.items())
     evidence = (
         f"share of {correct} correctly classified images without any gradient: {parts}; "
-        f"{100 * NO_GRADIENT:g} % is much"
+        f"more than {100 * NO_GRADIENT:g} % is suspicious"
     )
     if shares["margin"] > NO_GRADIENT:
         remedy = (
@@ -235,7 +235,7 @@ def _compare(name: str, base: RobustImages, rival: RobustImages, usual: float, a
     evidence = (
         f"{_share(base)}, {_share(rival)}; {more} of {images} images fall to the second only, "
         f"{less} to the first only: {100 * (more - less) / images:+.1f} points, "
-        f"with 99 % confidence {100 * lowest:+.1f} or more; usual are up to {100 * usual:+.0f}"
+        f"with 99 % confidence {100 * lowest:+.1f} or more; up to {100 * usual:+.0f} is usual"
     )
     return _check(name, lowest <= usual, evidence, f"fastdynat eval RUN --attacks {attacks}")
 

@@ -51,7 +51,7 @@ class ArdOptions(MethodOptions):
     """Divisor of the KL, which is summed over K classes: K (entries), 10 (tenth), or nothing (batch)."""
 
     bn_clean_forward: bool = True
-    """At alpha 1, let the clean batch move the model's running statistics, after the attacked one."""
+    """At alpha 1, update the model's running statistics with the clean batch after the attacked one."""
 
     def check(self) -> None:
         check_numbers(self, "alpha", most=1.0)

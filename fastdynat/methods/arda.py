@@ -36,8 +36,8 @@ class ArdaOptions(MethodOptions):
     """Share of each batch's images that are attacked, rounded to whole images."""
 
     loss_share: float = 0.5
-    """Share of the loss that the attacked images have, where a batch has both kinds; 0.23 is Kurakin et al.'s
-    (lambda 0.3)."""
+    """Weight of the attacked images in the loss of a batch with both kinds; the clean ones get the rest. 0.23
+    is Kurakin et al.'s (lambda 0.3)."""
 
     def check(self) -> None:
         check_numbers(self, "adversarial_share", "loss_share", most=1.0)

@@ -2,8 +2,8 @@
 
 `inner` states what the attack maximises, `outer` what each network then minimises. Training does the rest:
 the attack between the two (a method with its own search overrides `perturb`), backward pass, optimisers,
-precision and compilation. Both halves run under autocast. `inner` may pass a graph to `outer` in `Inner`, of
-the guide's logits only: weight perturbation changes the model's weights in between.
+precision and compilation. Both halves run under autocast. `inner` may pass a graph to `outer` in `Inner`, but
+only that of the guide's logits, because weight perturbation changes the model's weights in between.
 
 A step may be captured as a CUDA graph. A method must therefore never synchronise with the device or branch on
 the value of a tensor; shapes are fixed, and numbers that Python computes from the epoch are declared in
@@ -41,10 +41,10 @@ class Networks:
     Attributes:
         model: the network being trained for robustness, in train mode.
         attacked: the same weights in the attack's BN mode, without parameter gradients.
-        unmoved: the model in train mode with gradients of its parameters, without updates of its running
+        unmoved: the model in train mode, with parameter gradients but without updating its running
             statistics.
         guide: the second network; None without one. In train mode if the method trains it (DYNAT, LBGAT); the
-            same as `guide_eval` if it was trained before.
+            same as `guide_eval` if it is frozen.
         guide_eval: the guide's weights in eval mode, without parameter gradients; None without a guide.
     """
 
@@ -109,22 +109,24 @@ class Method(ABC, Generic[OptionsT]):
         name: its name on the command line and in tables.
         options_type: a frozen dataclass; its fields are the method's flags and keys. By default it has none.
         uses_guide: whether there is a second network.
-        trains: the networks that have losses. A guide that is not among them was trained before: frozen.
+        trains: the networks that have losses. A guide that is not among them was trained before and is
+            frozen.
         guide_made_by: the method, with its flags, that usually trains a frozen guide.
         semi_supervised: whether labels may be UNLABELLED.
         attack_defaults: the attack that the method was published with.
         select_by: the validation score that selects the best checkpoint.
         logs_adv_acc: whether `outer` logs train_adv_acc, which `--on-collapse` compares with validation.
         replays: updates per batch, each with both halves and the attack.
-        searches: whether there is an attack on the present weights, apart from the update, which weight
-            perturbation needs.
+        searches: whether there is an attack on the current weights that is separate from the update; weight
+            perturbation needs one.
         takes_targets: whether the goal is the cross-entropy with labels, neither tracked nor compared with
             others, so that --targeted can aim at another class.
         attacks: whether training attacks at all.
-        takes_any_attack: whether images are attacked by nothing but ``attack(x, goal)``, so that the run may
+        takes_any_attack: whether images are attacked only through ``attack(x, goal)``, so that the run may
             choose the attack, such as --attack apgd.
-        couples_images: whether the loss of an image depends on others of the batch, beyond batch norm: then
-            --grad-accum-steps cannot cut a batch. Such sums go over all processes by `batch_world`.
+        couples_images: whether the loss of an image depends on other images of the batch, beyond batch norm:
+            then --grad-accum-steps cannot split a batch. Sums over the batch cover all processes, by
+            `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
             `label_smoothing`; if not, --label-smoothing is refused. A class that overrides `inner`, `outer`
             or `awp_loss` has to set it again, and `takes_mixed_labels` too.
@@ -311,6 +313,6 @@ def check_method(method: Any) -> None:
     if parameters is None or not parameters.frozen:
         got = getattr(options, "__name__", repr(options))
         raise UserError(
-            f"{name}.options_type must be a frozen dataclass, got {got}: decorate it by "
+            f"{name}.options_type must be a frozen dataclass, got {got}: decorate it with "
             "@dataclass(frozen=True)"
         )

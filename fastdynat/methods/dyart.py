@@ -63,20 +63,23 @@ class DyartOptions(MethodOptions):
     """Weight of the margin's loss beside the cross-entropy (the paper's lambda)."""
 
     decay: float = 3.0
-    """Decay of a margin's weight with its size, per unit of [0, 1] pixel range (the paper's alpha)."""
+    """Rate at which a margin's weight decays with the margin, per unit of the [0, 1] pixel range (the paper's
+    alpha)."""
 
     r0: float | str = "16/255"
-    """Margins from here on are large enough. As the radii: 16/255, 0.063, or 16 (read as 16/255)."""
+    """Margins of this size or more are large enough and get no weight; written like a radius: 16/255, 0.063,
+    or 16 (read as 16/255)."""
 
     temperature: float = 5.0
     """Temperature of the soft margin; a larger one is nearer to the margin."""
 
     quality_filter: bool = True
-    """Use only boundary points that are nearly nearest: shallow, and reached against the gradient."""
+    """Use only boundary points that are nearly the nearest ones: just beyond the boundary, and reached
+    against the gradient."""
 
     flat_pixel_test: bool = True
-    """Of the filter, the release's third test: a pixel that moved less than the farthest has a gradient of at
-    most 0.1."""
+    """Third test of the quality filter, from the release: some pixel that moved less than the farthest ones
+    has a gradient of at most 0.1."""
 
     def check(self) -> None:
         check_numbers(self, "margin_weight")

@@ -89,11 +89,11 @@ class DynatOptions(MethodOptions):
     """Temperature of soft dynamic labels."""
 
     guide_mode: Literal["train", "eval"] = "train"
-    """Statistics with which the guide makes the label: the batch's, or its running ones (costs one more guide
-    pass)."""
+    """Batch norm statistics behind the guide's label: the batch's (train), or the guide's running ones (eval;
+    costs one more guide pass)."""
 
     bn_clean_forward: bool = True
-    """Let the clean batch move the model's running statistics, after the attacked one."""
+    """Update the model's running statistics with the clean batch after the attacked one."""
 
     extra_kl_weight: float = 0.0
     """Weight of KL(p(x) || p(x')) added to the model's loss, gradient through both arguments (1 in the AWP
@@ -113,7 +113,7 @@ class DynatOptions(MethodOptions):
     (mail)."""
 
     lam: float = -1.0
-    """gairat: lambda; the higher, the more equal the weights."""
+    """gairat: lambda; a higher value makes the weights more equal."""
 
     slope: float = 10.0
     """mail: s."""
@@ -132,8 +132,8 @@ class DynatOptions(MethodOptions):
         check_given(self, "weight_from", most=1.0)
         if self.weighting == "gairat" and COUNTED.get(self.inner_loss) != self.weight_labels:
             raise UserError(
-                "weighting gairat counts how often the attack has not yet left the "
-                f"{self.weight_labels} label, and inner_loss {self.inner_loss} has no such label: "
+                "weighting gairat counts the attack steps at which the prediction is still the "
+                f"{self.weight_labels} label, but inner_loss {self.inner_loss} has no such label: "
                 "use --inner-loss "
                 f"{'ce_true' if self.weight_labels == 'true' else 'ce_dynamic'}"
             )

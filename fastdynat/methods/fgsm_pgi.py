@@ -74,7 +74,7 @@ class FgsmPgiOptions(MethodOptions):
     """Weight of the squared difference between the logits at the start and those of the attacked image."""
 
     momentum_decay: float = 0.3
-    """Share of an image's gradient momentum that goes on from one epoch to the next."""
+    """Share of an image's gradient momentum that carries over from one epoch to the next."""
 
     reset_epochs: int = 40
     """Epochs after which all perturbations begin anew, at random."""

@@ -24,7 +24,7 @@ class FreeOptions(MethodOptions):
     """Options of free adversarial training."""
 
     replays: int = 8
-    """m: updates per batch. Divide --epochs by it for the cost of natural training over as many epochs."""
+    """m: updates per batch. To match the cost of N epochs of natural training, train for N / m epochs."""
 
     def check(self) -> None:
         if not 1 <= self.replays <= MOST_REPLAYS:
@@ -37,10 +37,11 @@ class FreeOptions(MethodOptions):
 class Free(Method[FreeOptions]):
     """``min CE(f(x + d), y)``, m times per batch, each with ``d <- clip(d + eps sign grad_d)`` (algorithm 1).
 
-    The perturbation goes on from one batch to the next, image by position, and from checkpoint to resumed
-    run. As in the re-implementation of Wong et al. it is clipped to the image range of the images it was made
-    for; here also of those it is then put on. The network is in train mode throughout: there is no other
-    pass. The learning rate is that of the batch for all of its replays.
+    The perturbation carries over from each batch to the next, by position in the batch, and through a
+    checkpoint into a resumed run. As in the re-implementation of Wong et al., it is clipped so that the
+    images it was computed on stay in the image range; here, the next images are clipped too when it is added
+    to them. The network is in train mode throughout, as there is no other pass. All replays of a batch use
+    the same learning rate.
     """
 
     options_type = FreeOptions

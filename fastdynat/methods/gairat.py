@@ -35,7 +35,7 @@ class GairatOptions(MethodOptions):
     """Options of GAIRAT; the defaults are the released code's."""
 
     lam: float = -1.0
-    """Lambda of the weights; the higher, the more equal they are."""
+    """Lambda of the weights; a higher value makes them more equal."""
 
     weight_from: float = GAIRAT_FROM
     """Share of the epochs after which the images are weighted."""

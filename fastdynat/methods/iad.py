@@ -77,8 +77,8 @@ class IadOptions(MethodOptions):
     200)."""
 
     bn_clean_passes: bool = True
-    """Variant I: let the clean batch move the model's running statistics once before `begin` and twice
-    after; else only where a loss needs the clean batch."""
+    """Variant I: update the model's running statistics with each clean batch once before `begin` and twice
+    after; otherwise only where a loss needs the clean batch."""
 
     def check(self) -> None:
         check_given(self, "alpha", "begin", most=1.0)

@@ -56,12 +56,11 @@ class LbgatOptions(MethodOptions):
     """Weight of MSE(f(x'), f(x)) of the model's logits; the published ALP form is 1 at alpha 0."""
 
     freeze_guide: bool = False
-    """Learn from a guide that was trained before (--guide-from) and stays as it is, in eval mode: the paper's
-    BGAT."""
+    """Learn from a trained guide (--guide-from) that stays frozen and in eval mode: the paper's BGAT."""
 
     bn_clean_forward: bool = True
-    """Where no loss needs the model's clean logits, let the clean batch move its running statistics all the
-    same."""
+    """Where no loss needs the model's clean logits, still update its running statistics with the clean
+    batch."""
 
     def check(self) -> None:
         check_numbers(self, "alpha", "alp_weight")

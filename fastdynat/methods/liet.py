@@ -64,10 +64,11 @@ class LietOptions(MethodOptions):
     """Smallest share of the pixels' values that noise replaces."""
 
     most_noise: float = 0.5
-    """Largest share of them."""
+    """Largest such share."""
 
     refresh: int = 20
-    """Batches between two looks at what the network associates with each class."""
+    """Number of batches after which the perturbation that the network associates with each class is computed
+    anew."""
 
     def check(self) -> None:
         check_numbers(self, "consistency")
@@ -98,7 +99,7 @@ class Liet(Method[LietOptions]):
         check_linf(spec, "liet")
         if attack_bn != "eval":
             raise UserError(
-                f"liet attacks by the passes of the update, in train mode, and looks at grey images with "
+                f"liet attacks in the update's own passes, in train mode; its class perturbations need "
                 f"--attack-bn eval, got {attack_bn}; leave it out"
             )
 

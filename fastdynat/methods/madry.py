@@ -30,20 +30,20 @@ class MadryOptions(MethodOptions):
     """Options of PGD adversarial training."""
 
     bn_clean_forward: bool = False
-    """After the attacked batch, let the clean batch move the running statistics too (as DYNAT's release
+    """After the attacked batch, also update the running statistics with the clean batch (as DYNAT's release
     does)."""
 
     bn_attack_forward: bool = False
-    """Before the update, let the attacked batch move the running statistics once more: the look at the
-    attack's loss that the release of Rice et al. ends every attack with."""
+    """Before the update, pass the attacked batch through the model once more, which updates the running
+    statistics: the release of Rice et al. ends every attack with such a pass to compute its loss."""
 
     bn_clean_after: bool = False
-    """After the update, let the clean batch move the running statistics: how that release measures its
-    training accuracy."""
+    """After the update, pass the clean batch through the model, which updates the running statistics: that
+    release measures its training accuracy this way."""
 
     prior_epochs: int = 0
-    """Start the attack of an image where its last one ended, and anew every N epochs; 0 starts all anew.
-    Changes the algorithm."""
+    """Start the attack on an image from where its last one ended, and reset this every N epochs; 0 never
+    reuses perturbations. Changes the algorithm."""
 
     def check(self) -> None:
         check_numbers(self, "prior_epochs")
@@ -71,8 +71,8 @@ class Madry(Method[MadryOptions]):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if self.options.prior_epochs and spec.norm != "linf":
             raise UserError(
-                f"prior_epochs {self.options.prior_epochs} keeps perturbations under linf, got norm "
-                f"{spec.norm}; leave --prior-epochs out"
+                f"prior_epochs {self.options.prior_epochs} works only under linf, got norm {spec.norm}; "
+                "leave --prior-epochs out"
             )
 
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:

@@ -52,8 +52,7 @@ class MartOptions(MethodOptions):
     """Weight of the KL term; the released scripts have 5 (ResNet-18) and 6 (WRN-34-10)."""
 
     floor: float = 0.0
-    """Added to 1 - max p_k in the second half of BCE, which it bounds; 0.0001 is the release's, 0 the
-    formula."""
+    """Added to 1 - max p_k in the second half of BCE, to bound it; the release has 0.0001, the formula 0."""
 
     def check(self) -> None:
         check_numbers(self, "beta", "floor")

@@ -62,7 +62,7 @@ class NuAtOptions(MethodOptions):
     """Weight of the nuclear norm after the last epoch; it grows from 0 by an equal amount per epoch."""
 
     noise: float = 0.5
-    """Length of the random start in eps: each pixel moves by it, up or down."""
+    """Size of the random start, in units of eps: each pixel moves up or down by it."""
 
     def check(self) -> None:
         check_numbers(self, "nuc_max", "noise")

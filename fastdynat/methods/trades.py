@@ -50,7 +50,7 @@ class TradesOptions(MethodOptions):
     """Weight of the KL term, 1/lambda of the paper; usual: 1 to 10."""
 
     bn_third_pass: bool = True
-    """Let the clean batch move the running statistics once more, after the attacked one."""
+    """Update the running statistics with the clean batch once more, after the attacked one."""
 
     def check(self) -> None:
         check_numbers(self, "beta")

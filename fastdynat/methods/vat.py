@@ -55,8 +55,8 @@ class VatOptions(MethodOptions):
     """Weight of the divergence (the paper's alpha)."""
 
     radius: float | None = None
-    """L2 length of the perturbation, pixel units; None is eps, under linf that of the ball's corners: eps
-    sqrt(C H W). Under l1 it must be given."""
+    """L2 length of the perturbation, in pixel units; None is eps under l2, and under linf the distance of the
+    ball's corners, eps sqrt(C H W). Required under l1."""
 
     xi: float = 0.1
     """L2 length of the finite difference that finds the direction."""
@@ -109,7 +109,7 @@ class Vat(Method[VatOptions]):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         if spec.norm == "l1" and self.options.search == "power" and self.options.radius is None:
             raise UserError(
-                "vat takes an L2 length from eps, which an L1 radius is not: give --radius, "
+                "vat takes its L2 length from eps, but under l1 eps is an L1 radius: give --radius, "
                 "or use --search pgd or --norm l2"
             )
 

@@ -108,7 +108,10 @@ def load_weights_file(
     state = read_state_dict(file)
     placed = put_initial_state(model, state, str(file), num_classes=num_classes)
     if placed.head:
-        raise UserError(f"{file} is for {placed.classes} classes, the data has {num_classes}: name its data")
+        raise UserError(
+            f"{file} is for {placed.classes} classes, but the data has {num_classes}: give the data set that "
+            "it was trained on"
+        )
     model.eval()
     found = network_pixels(model)
     note = "" if found is None else f"{name}, images normalised by mean {found[0]} and std {found[1]}"

@@ -41,7 +41,7 @@ def check_output_choice(output: object) -> None:
     """Raise UserError unless `output` is one."""
     if isinstance(output, bool) or not (isinstance(output, str | int) or callable(output)):
         raise UserError(
-            f"output must be a key, an index or a function of the network's answer, got {output!r}"
+            f"output must be a key, an index or a function of the network's output, got {output!r}"
         )
 
 
@@ -67,7 +67,7 @@ def picked(out: Any, output: Output) -> Tensor:
         out, "__dict__", {}
     ):  # what is traced is no tensor, and no part
         return out.__dict__[output]
-    raise UserError(f"output={output!r} is not in the network's answer, {describe_output(out)}")
+    raise UserError(f"output={output!r} is not in the network's output, {describe_output(out)}")
 
 
 def logits_of(out: Any, images: int) -> Tensor:

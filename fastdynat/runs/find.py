@@ -136,8 +136,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     found = find_checkpoint(run, LAST)
     if found is None and (best := find_checkpoint(run, BEST)) is not None:
         raise UserError(
-            f"{run} has a best checkpoint ({best.name}) but none to resume from: "
-            "bring its last checkpoint back"
+            f"{run} has a best checkpoint ({best.name}) but none to resume from: restore its last checkpoint"
         )
     if found is not None and not NUMBERED.fullmatch(found.name):
         return found

@@ -42,7 +42,7 @@ def check_output(path: Path) -> None:
     """`check_writable` for a path that the user names; also refuses a file that belongs to a run."""
     check_writable(path)
     if (run := run_of_file(path)) is not None:
-        raise UserError(f"{path} is a file of the run {run}, which it would destroy: choose another place")
+        raise UserError(f"{path} is a file of the run {run} and must not be replaced: choose another place")
 
 
 def check_results(

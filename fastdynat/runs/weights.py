@@ -106,9 +106,9 @@ def load_network(path: Path | str, *, into: nn.Module | None = None) -> tuple[nn
     """The trained network at `path`, in eval mode, and its sidecar.
 
     Args:
-        path: a .safetensors file, or a run directory, of which it is the best checkpoint's model.
-        into: a network of the same architecture that takes the weights, where it is; needed for one that was
-            trained as a Python object. None builds the network on the CPU.
+        path: a .safetensors file, or a run directory, which stands for the model of its best checkpoint.
+        into: a network of the same architecture to load the weights into, on its own device; needed for a
+            network that was trained as a Python object. None builds the network on the CPU.
 
     Raises:
         UserError: see `load_state` and `load_into`; also for weights that are NaN or infinite.

@@ -71,7 +71,7 @@ def checkpoint_activations(network: nn.Module, example: Tensor) -> int:
     if not blocks:
         name = type(getattr(network, "net", network)).__name__
         raise UserError(
-            f"--grad-checkpointing: {name} has no blocks to compute again, only single layers; leave it out"
+            f"--grad-checkpointing: {name} has no blocks to recompute, only single layers; leave it out"
         )
     draws = _draws(network, example)
     for block in blocks:

@@ -48,7 +48,7 @@ def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
     if extra.extra_checksum not in (None, found.checksum):
         raise UserError(
             f"extra_checksum {extra.extra_checksum}: {store.folder} has {found.checksum}, so it holds other "
-            "images or labels; bring the first ones back, or start a new run"
+            "images or labels; restore the original ones, or start a new run"
         )
     return found
 
@@ -83,7 +83,7 @@ def _check_unlabelled(path: str | Path | None, config: TrainConfig[Any]) -> None
     if not method_class(config.method).semi_supervised:
         raise UserError(
             f"the extra images in {path} have no labels, which method {config.method} needs; "
-            "label them by a network: --extra-labels RUN"
+            "label them with a network: --extra-labels RUN"
         )
     if mixing := config.augmentation.mixing:
         raise UserError(f"{mixing}: the extra images in {path} have no labels to mix; leave it out")

@@ -60,7 +60,7 @@ class GradientSums:
             counts = ", ".join(f"rank {rank}: {len(other)}" for rank, other in enumerate(told))
             raise UserError(
                 f"the processes have gradients of different weights ({counts} of {len(parameters)}): a "
-                "network or method that leaves layers out by chance or by image cannot train on several "
+                "network or method that skips layers at random or for some images cannot train on several "
                 "processes; add 0 times those layers' outputs, or use one process"
             )
 

@@ -76,7 +76,7 @@ def resolved_init(model: ModelConfig, name: str) -> tuple[str | None, str]:
         if not theirs:
             raise UserError(
                 f"--init-from {source}: --model {short_name(name)} is not one of its networks; "
-                f"name one with --model {source}:NAME, or the weights by their file"
+                f"name one with --model {source}:NAME, or give the weights as a file"
             )
         return source, name
     if not is_place(source):
@@ -103,7 +103,7 @@ def put_initial_weights(model: nn.Module, config: ModelConfig, info: DatasetInfo
     if config.init_sha256 not in (None, found.sha256):
         raise UserError(
             f"{found.origin} has sha256 {found.sha256}, not {config.init_sha256}: the weights have changed; "
-            "bring those back, or start a new run without --init-sha256"
+            "restore the original ones, or start a new run without --init-sha256"
         )
     _check_normalize(config, found)
     other = found.about is not None and found.about.class_names != info.class_names

@@ -37,8 +37,8 @@ def layer_depths(module: nn.Module) -> dict[str, int]:
         found = _depths_by_block(network)
     else:
         raise UserError(
-            f"layer_decay: a {type(network).__name__} does not say how deep its layers are; use timm:NAME or "
-            "one of our networks, or give your own a group_matcher as timm's have"
+            f"layer_decay: a {type(network).__name__} does not report the depth of its layers; use timm:NAME "
+            "or a built-in network, or give your own a group_matcher like those of timm"
         )
     return {prefix + name: depth for name, depth in found.items()}
 

@@ -101,8 +101,8 @@ class MetricsLog:
                 else "there is no complete checkpoint"
             )
             raise UserError(
-                f"{self.jsonl} has rows up to epoch {last}, but {newest}: the run was copied or cleaned in "
-                f"part. Bring its checkpoints back, or move {self.jsonl.name} away to go on from "
+                f"{self.jsonl} has rows up to epoch {last}, but {newest}: parts of the run were not copied "
+                f"or were removed. Restore its checkpoints, or move {self.jsonl.name} away to go on from "
                 f"epoch {epochs + 1}"
             )
         kept = [row for row in self.rows if row["epoch"] <= epochs]

@@ -37,8 +37,8 @@ def refuse_changed_code(stored: TrainConfig[Any], asked: TrainConfig[Any]) -> No
     ):
         if without_place(before) != without_place(now) and unpinned(before) == unpinned(now):
             raise UserError(
-                f"{unpinned(now)}: the file has changed since the run began with it; bring its old content "
-                "back, or start a new run"
+                f"{unpinned(now)}: the file has changed since the run began with it; restore its old "
+                "content, or start a new run"
             )
 
 

@@ -106,8 +106,8 @@ def resolve_loader(
         name, why = choose_loader(split, device, cuts_files=cuts_files)  # type: ignore[assignment]
     if name == "resident" and cuts_files:
         raise UserError(
-            f"{config.augmentation.crops} takes parts of the images in their files, and --loader resident "
-            "keeps them resized; use --loader torch"
+            f"{config.augmentation.crops} crops the original images in their files, but --loader resident "
+            "keeps resized images; use --loader torch"
         )
     workers = default_workers() if data.workers is None and name != "resident" else data.workers
     what = {"dali": f", {workers} thread(s)", "torch": f", {workers} worker process(es)"}.get(name, "")
@@ -212,8 +212,8 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
 def _check_accumulation(parts: int, method: Method[Any]) -> None:
     if parts > 1 and method.couples_images:
         raise UserError(
-            f"grad_accum_steps {parts}: method {method.name} weighs the images of a batch by each other and "
-            "needs them at once; leave it out, and use more processes, a smaller --batch-size or --amp"
+            f"grad_accum_steps {parts}: method {method.name} couples the images of a batch and needs them at "
+            "once; leave it out, and use more processes, a smaller --batch-size or --amp"
         )
 
 
@@ -239,12 +239,12 @@ def _with_sync_bn(
     few = images < ENOUGH_FOR_STATISTICS
     if few:
         notes.append(
-            f"--sync-bn on: batch norm, if any, takes its statistics over all {processes} processes: each "
+            f"--sync-bn on: batch norm, if any, computes its statistics over all {processes} processes: each "
             f"has only {images} images of a batch (fewer than {ENOUGH_FOR_STATISTICS})"
         )
     else:
         notes.append(
-            f"--sync-bn off: batch norm, if any, takes its statistics over the {images} images of each "
+            f"--sync-bn off: batch norm, if any, computes its statistics over the {images} images of each "
             "process; with on, they would not depend on the number of processes"
         )
     return replace(model, sync_bn="on" if few else "off")

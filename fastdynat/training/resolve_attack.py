@@ -97,8 +97,9 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
         method.attacks and method.takes_any_attack and method.takes_targets
     ):
         raise UserError(
-            f"targeted {attack.targeted}: the attack of method {method.name} is not the cross-entropy with "
-            "the label alone, which a target class replaces; leave --targeted out, or use --method madry"
+            f"targeted {attack.targeted}: the attack of method {method.name} does not maximise the "
+            "cross-entropy with the label alone, so no target class can replace the label; leave --targeted "
+            "out, or use --method madry"
         )
     steps, early = attack.steps, attack.early_steps
     if early is not None and not 0 <= early <= steps:
@@ -109,7 +110,7 @@ def _check(attack: ResolvedAttack, method: Method[Any]) -> None:
     _check_ramps(attack, method)
     if attack.awp > 0 and not method.searches:
         raise UserError(
-            f"awp {attack.awp:g}: method {method.name} has no attack apart from its update; use --awp 0"
+            f"awp {attack.awp:g}: method {method.name} has no attack separate from its update; use --awp 0"
         )
 
 

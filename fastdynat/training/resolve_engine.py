@@ -95,8 +95,8 @@ def check_switches(
         raise UserError("--graphs on: the update of --zero1 cannot be captured; leave one of them out")
     if engine.boundary_speed > 0 and optim.zero1:
         raise UserError(
-            "--boundary-speed needs the momentum of every weight, of which --zero1 keeps a part: "
-            "leave one of them out"
+            "--boundary-speed needs the momentum of every weight, but --zero1 keeps only a part in each "
+            "process: leave one of them out"
         )
     if engine.guide_stream == "on" and not method.uses_guide:
         raise UserError(f"--guide-stream on: method {method.name} has no guide; leave it out")

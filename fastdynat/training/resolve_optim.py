@@ -104,7 +104,7 @@ def _with_cycle(optim: ResolvedOptim) -> ResolvedOptim:
             f"use --no-cycle-momentum, or --schedule {those}"
         )
     if optim.momentum == 0:
-        raise UserError("cycle_momentum needs --momentum above 0, which a burn-in has")
+        raise UserError("cycle_momentum needs --momentum above 0, which a burn-in uses")
     base, most = cycled_momentum(optim)
     if not 0 <= base <= most < 1:
         raise UserError(

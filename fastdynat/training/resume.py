@@ -216,8 +216,8 @@ def _warn_of_statistics(before: int, trainer: Trainer) -> None:
     trained = [networks[name] for name in trainer.step.method.trains]
     if trainer.config.model.sync_bn == "off" and before != now and any(map(has_batch_norm, trained)):
         logger.warning(
-            "--sync-bn off: batch norm now takes its statistics over a process's share of 1/%d of a batch, "
-            "before over 1/%d, so training goes on differently; %d process(es) would keep it as it was",
+            "--sync-bn off: each process computes batch norm statistics over 1/%d of a batch, where the run "
+            "so far used 1/%d, so training goes on differently; %d process(es) would avoid this",
             now,
             before,
             before,
@@ -229,7 +229,7 @@ def _how_to_train_longer(path: Path, trainer: Trainer) -> str:
     config, epochs = trainer.config, trainer.epoch
     done = f"{path} is finished after {epochs} epochs"
     if why := trainer.watch.ended():
-        return f"{done}: {why}; another --stop-at, --patience or --on-collapse lets it go on"
+        return f"{done}: {why}; change --stop-at, --patience or --on-collapse to continue"
     longer = replace(config, optim=replace(config.optim, epochs=epochs + 1))
     try:
         check_epochs(longer, config.optim.epochs, trainer.loader.steps_per_epoch)

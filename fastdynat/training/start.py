@@ -163,5 +163,5 @@ def _made_folder(
             release_name(path)
         raise
     for kept in run.kept:
-        logger.info("--overwrite leaves %s, which the old run did not make", kept)
+        logger.info("--overwrite keeps %s, which the old run did not create", kept)
     return run, stored

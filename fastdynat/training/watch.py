@@ -94,7 +94,7 @@ class Watch:
         if c.stop_at is not None and self.best is not None and self.best >= c.stop_at:
             return f"--stop-at {c.stop_at:g} is reached (validation score {self.best:.4f})"
         if c.patience is not None and self.stale >= c.patience:
-            return f"--patience {c.patience} is over (no validation score above {self.best:.4f} since)"
+            return f"--patience {c.patience} ran out (no validation score above {self.best:.4f})"
         if c.on_collapse == "stop" and self.collapsed:
             return "--on-collapse stop (robustness has collapsed)"
         return None

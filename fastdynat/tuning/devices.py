@@ -76,14 +76,14 @@ def pick_amp(
     if mode == "default":
         amp = "bf16" if device.type == "cuda" and not half_types(device)["bf16"] else "off"
         return AmpChoice(
-            amp, "" if amp == "off" else f"precision: {amp}, which this GPU has; --amp off for float32"
+            amp, "" if amp == "off" else f"precision: {amp}, which this GPU supports; --amp off for float32"
         )
     if mode == "auto":
         found = choose(device, winograd=winograd, work=work)
         used = "float32" if found.amp == "off" else found.amp
         return AmpChoice(found.amp, f"--amp: {found.why}; computing in {used}")
     if mode != "off" and (slower := _slower(mode, device)):
-        return AmpChoice(mode, f"--amp {mode}: {slower}; a bare --amp takes what is fast")
+        return AmpChoice(mode, f"--amp {mode}: {slower}; a bare --amp chooses what is fast")
     return AmpChoice(mode)
 
 

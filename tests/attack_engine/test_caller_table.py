@@ -91,7 +91,7 @@ def test_a_wrong_part_is_named() -> None:
     x, y = batch()
     model = Answers(net(), lambda z: {"logits": z})
     for output, said in (
-        ("scores", "output='scores' is not in the network's answer, a dict of 'logits'"),
+        ("scores", "output='scores' is not in the network's output, a dict of 'logits'"),
         (1, "output=1 is not"),
     ):
         with pytest.raises(UserError, match=said):
@@ -532,7 +532,7 @@ def test_curves_in_every_norm(norm: str, radii: list[float]) -> None:
 def test_a_radius_under_l0_is_a_whole_number() -> None:
     x, y = batch()
     with pytest.raises(
-        UserError, match=r"eps under l0 is how many pixels may change, a whole number, got 1\.5"
+        UserError, match=r"eps under l0 is a whole number of pixels that may change, got 1\.5"
     ):
         accuracy_over_eps(net(), images_of(x, y), "bim5", [1.5], norm="l0", device=CPU, batch_size=4, seed=0)
 

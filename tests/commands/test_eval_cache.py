@@ -500,4 +500,4 @@ def test_where_nothing_can_be_written_the_reference_runs_all_the_same(
     (tmp_path / "file").write_text("")
     (record,) = evaluate(run, "--attacks", "autoattack", "--cache", tmp_path / "file")["results"]
     assert record["attacks"][0]["accuracy"] == 0
-    assert "once interrupted, begins again; use --cache DIR" in capsys.readouterr().out
+    assert "would start over after an interruption; use --cache DIR" in capsys.readouterr().out

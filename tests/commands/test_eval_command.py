@@ -129,7 +129,7 @@ def test_a_halved_evaluation_is_that_of_the_smaller_batch(
     (halved,) = evaluate(tmp_path, run, *flags, tmp_path / "c")["results"]
     assert halved["attacks"][0]["batch_size"] == 15
     assert halved["attacks"][0]["robust_bits"] == small["attacks"][0]["robust_bits"]
-    assert "out of memory: started again with 15 images" in capsys.readouterr().out
+    assert "out of memory: restarted with 15 images" in capsys.readouterr().out
     monkeypatch.setattr(cells, "measure", original)
     (kept,) = evaluate(tmp_path, run, *flags, tmp_path / "c")["results"]
     assert kept["attacks"] == halved["attacks"]

@@ -588,7 +588,7 @@ def test_a_race_does_not_go_on_as_another(
     before = (tmp_path / "out" / "tiny.json").read_bytes()
     assert race(images, tmp_path / "out", *records) == 2
     said = capsys.readouterr().err
-    assert f"{what} is another than when this race began" in said
+    assert f"{what} has changed since this race began" in said
     assert "choose another --out" in said
     assert fakes.laps == [("tiny", 0)]
     assert (tmp_path / "out" / "tiny.json").read_bytes() == before

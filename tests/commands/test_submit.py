@@ -103,7 +103,7 @@ REFUSALS = {
         ["--data", "imagefolder", "--data-dir", "nowhere", "--train-size", "4", "--batch-size", "8"],
         "nowhere",
     ),
-    "overwriting": (["--overwrite"], "--overwrite with --submit: a requeued job would begin again"),
+    "overwriting": (["--overwrite"], "--overwrite with --submit: a requeued job would start over"),
     "an occupied folder": (["--run-dir", "arrived"], "arrived"),
 }
 

@@ -98,7 +98,7 @@ def test_refusals(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "of other shapes (net.block1.layer.0.conv1.weight is (16, 16, 3, 3) there, (32," in line
     assert "did you mean" in refusal(capsys, "eval", file, "--model", "wrn28", *data)
     line = refusal(capsys, "eval", tmp_path / "seven.pt", "--model", "wrn-10-1-same", *data)
-    assert "is for 7 classes, the data has 10" in line
+    assert "is for 7 classes, but the data has 10" in line
     assert "no weights at" in refusal(capsys, "eval", tmp_path / "no.pt", "--model", "small", *data)
     assert "is not; leave it out" in refusal(capsys, "eval", tmp_path, "--model", "small")
     assert "leave it out" in refusal(capsys, "eval", file, "--normalize", "dataset", *data)

@@ -315,7 +315,7 @@ def test_what_cannot_be_copied_is_attacked_itself(norm: str) -> None:
     for net in (model.net, plain):
         net.train()
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="attacked itself, eagerly"):
+    with pytest.warns(UserWarning, match="on the model itself, eagerly"):
         loss = called("trades", model, None, x, y, distance=norm)
     torch.manual_seed(3)
     torch.testing.assert_close(loss, called("trades", plain, None, x, y, distance=norm))

@@ -495,7 +495,7 @@ def test_dali_refuses_sixteen_bits(tmp_path: Path) -> None:
         deep.save(tmp_path / "train" / "ant" / f"deep{index}.png")
     _, files = opened(tmp_path)
     with pytest.raises(
-        UserError, match=r"deep..png' is I;16 with more than 8 bits.*; use --loader torch, which does"
+        UserError, match=r"deep..png' is I;16 with more than 8 bits.*; use --loader torch, which can"
     ):
         make("dali", files)
 

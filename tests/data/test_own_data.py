@@ -75,7 +75,7 @@ def test_parts_and_their_use() -> None:
             UserError, match="val_size 4: data has its own validation images; leave val_size out"
         ):
             open_train(name, None, val_size=4, seed=0)
-        with pytest.raises(UserError, match="image_size 8: data of your own come in their size"):
+        with pytest.raises(UserError, match="image_size 8: images of your own data are not resized"):
             open_train(name, None, val_size=None, seed=0, image_size=8)
     with pytest.raises(UserError, match="object:data is data that was given to"):
         open_train(name, None, val_size=None, seed=0)
@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "label names": ((images(), np.array(["a"] * 12)), "an array of <U1 holds no images or labels"),
     "sparse": ((images().float().to_sparse(), LABELS), "a torch.sparse_coo tensor on cpu cannot be read"),
     "meta": ((images().to("meta"), LABELS), "tensor on meta cannot be read"),
-    "random flip": (Flipped(images(), LABELS), r"image \d+ is another one each time it is read"),
+    "random flip": (Flipped(images(), LABELS), r"image \d+ changes each time it is read"),
     "unreadable item": (Broken(images(), LABELS), "reading item 11 failed: OSError: truncated file .*py:"),
     "normalised": (
         (normalised(-2, 2), LABELS),
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "items": (TensorDataset(images()), "item 0 is a tuple, not a pair"),
     "random transform": (
         Pictures(transform=lambda image: torch.rand(3, 4, 5)),
-        "image 0 is another one each time it is read",
+        "image 0 changes each time it is read",
     ),
     "mode": (Pictures("RGBA"), "image 0 has mode RGBA; convert it to RGB or L"),
     "items of two sizes": (

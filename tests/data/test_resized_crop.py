@@ -122,5 +122,5 @@ def test_a_resident_loader_of_files_is_refused(tmp_path: Path, capsys: pytest.Ca
     train += ["madry", "--model", "small", "--val-size", "4", "--batch-size", "4", "--epochs", "1"]
     train += ["--scale", "0.3", "1", "--steps", "1", "--run-dir", str(tmp_path / "run")]
     assert main([*train, "--loader", "resident"]) == 2
-    assert "scale 0.3 1 takes parts of the images in their files" in capsys.readouterr().err
+    assert "scale 0.3 1 crops the original images in their files" in capsys.readouterr().err
     assert main([*train, "--loader", "torch", "--workers", "0", "--quiet"]) == 0

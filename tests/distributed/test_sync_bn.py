@@ -182,4 +182,4 @@ def test_off_warns_where_a_run_goes_on_with_other_processes(tmp_path: Path, caps
     starts[-1]["processes"] = 2
     (run / "environment.json").write_text(json.dumps(starts))
     assert _resumed(run) == 0
-    assert "over a process's share of 1/1 of a batch, before over 1/2" in capsys.readouterr().err
+    assert "over 1/1 of a batch, where the run so far used 1/2" in capsys.readouterr().err

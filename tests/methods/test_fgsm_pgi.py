@@ -254,7 +254,7 @@ def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None
         (["--norm", "l2"], "fgsm_pgi is a method for linf, got norm l2"),
         (["--steps", "2"], "fgsm_pgi takes 1 step from where the image's last one ended, got steps 2"),
         (["--start", "uniform"], "got steps 1 and start uniform; leave --steps and --start out"),
-        (["--awp", "0.01"], "awp 0.01: method fgsm_pgi has no attack apart from its update"),
+        (["--awp", "0.01"], "awp 0.01: method fgsm_pgi has no attack separate from its update"),
         (["--mixup", "0.8"], "mixup 0.8: method fgsm_pgi needs one class per image"),
         (["--grad-accum-steps", "2"], "--grad-accum-steps 2: method fgsm_pgi .* needs them at once"),
         (

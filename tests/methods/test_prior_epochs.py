@@ -89,8 +89,8 @@ def test_without_it_nothing_is_kept() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--norm", "l2"], "--prior-epochs 5 keeps perturbations under linf, got norm l2"),
-        (["--norms", "linf,l2"], "--prior-epochs 5 keeps perturbations under linf, got norm l2"),
+        (["--norm", "l2"], "--prior-epochs 5 works only under linf, got norm l2"),
+        (["--norms", "linf,l2"], "--prior-epochs 5 works only under linf, got norm l2"),
         (["--mixup", "0.8"], "--mixup 0.8: with these options, method madry needs one class per image"),
         (["--extra-data", "no.npz"], "method madry keeps a perturbation of each image from one epoch"),
         (["--prior-epochs", "-1"], "--prior-epochs must be >= 0, got -1"),

@@ -149,7 +149,7 @@ def test_resume_without_the_file_with_another_and_from_a_new_place(
     file.write_text(SQUEEZE.replace("square()", "abs()"))
     assert refusal(capsys, "train", "--resume", "run") == (
         f"{file}:Squeeze: the file has changed since the run began with it; "
-        "bring its old content back, or start a new run"
+        "restore its old content, or start a new run"
     )
     said = refusal(capsys, "train", "--resume", "run", "--method", "my_method.py:Squeeze")
     assert said == (
@@ -211,7 +211,7 @@ CLASS = """class Mine(Method[Options]):
         ),
         (
             OPTIONS + FROZEN.format(field="x: int = 1").replace("frozen", "order") + CLASS.format(name=""),
-            "Mine.options_type must be a frozen dataclass, got Options: decorate it by @dataclass",
+            "Mine.options_type must be a frozen dataclass, got Options: decorate it with @dataclass",
         ),
         (
             OPTIONS + FROZEN.format(field="x: int") + CLASS.format(name=""),

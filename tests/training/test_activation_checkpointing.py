@@ -184,7 +184,7 @@ def test_the_blocks_of_timms_networks() -> None:
 def test_a_network_without_blocks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["train", "--model", "small", "--grad-checkpointing", "--run-dir", str(run)]) == 2
-    assert "SmallNet has no blocks to compute again" in capsys.readouterr().err
+    assert "SmallNet has no blocks to recompute" in capsys.readouterr().err
     assert not run.exists()
 
 

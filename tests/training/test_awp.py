@@ -185,7 +185,7 @@ def test_a_captured_step_switches_on_after_the_warm_up_bit_for_bit(method: Calla
     [
         (
             ["--method", "natural", "--awp", "0.01"],
-            "method natural has no attack apart from its update; use --awp 0",
+            "method natural has no attack separate from its update; use --awp 0",
         ),
         (
             ["--awp=-1"],

@@ -142,7 +142,7 @@ def test_pseudo_labels_are_the_networks_clean_predictions(
     np.savez(tmp_path / "extra.npz", image=images)
     given = [*FAST, "--epochs", 1, "--extra-data", tmp_path / "extra.npz"]
     refusal = error_of(capsys, *given, "--run-dir", tmp_path / "x")
-    assert "have no labels, which method madry needs; label them by a network: --extra-labels" in refusal
+    assert "have no labels, which method madry needs; label them with a network: --extra-labels" in refusal
     assert [entry.name for entry in tmp_path.iterdir()] == ["extra.npz"]  # refused before it is packed
 
     teacher = tmp_path / "teacher"

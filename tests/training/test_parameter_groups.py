@@ -126,7 +126,7 @@ def test_what_has_no_weight_decay(exempt: Any, norms: bool, free: set[str]) -> N
 def test_networks_without_an_order_and_without_a_linear_head_are_refused() -> None:
     module = network("torchvision:resnet18")
     decayed: Any = OptimConfig(layer_decay=0.75)
-    with pytest.raises(UserError, match="a ResNet does not say how deep its layers are; use timm:NAME"):
+    with pytest.raises(UserError, match="a ResNet does not report the depth of its layers; use timm:NAME"):
         parameter_groups(module, decayed)
     scaled: Any = OptimConfig(head_lr_scale=10.0)
     assert {group.get("lr_scale") for group in parameter_groups(module, scaled)} == {None, 10.0}

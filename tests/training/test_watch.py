@@ -118,7 +118,7 @@ def test_a_run_out_of_patience_ends_and_more_patience_goes_on(
     assert len(train(run, "--patience", "2", "--stop-after", "3")) == 3
     assert len(train(run)) == 4  # one of the two had gone before the pause
     assert (
-        "ended after 4 epochs: --patience 2 is over (no validation score above 0.5000 since)"
+        "ended after 4 epochs: --patience 2 ran out (no validation score above 0.5000)"
         in capsys.readouterr().err
     )
     assert len(train(run)) == 4

@@ -174,7 +174,7 @@ def test_insisting_is_obeyed_with_a_warning_of_the_measured_factor(machine: Mach
     assert picked("bf16", CPU, said) == "bf16"
     assert said == [
         "--amp bf16: bf16 has no instructions on this CPU, convolutions take 15x as long as in float32; "
-        "a bare --amp takes what is fast"
+        "a bare --amp chooses what is fast"
     ]
     assert set(machine.timed) == {"float32, channels-last", "bf16, channels-last"}, "one small layer"
 

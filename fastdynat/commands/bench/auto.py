@@ -201,7 +201,7 @@ def run_auto(
     device = torch.device(settle(asked).engine.device)
     if device.type != "cpu":
         raise UserError(
-            f"--auto times the decisions of the CPU; on {device} they are known: use --switches, or "
+            f"--auto times the automatic choices on the CPU; on {device} they are fixed: use --switches, or "
             "--device cpu"
         )
     load = OtherLoad()

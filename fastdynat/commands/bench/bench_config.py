@@ -24,8 +24,8 @@ class BenchConfig:
     switches: bool = False
     """Also time the setting with each switch of the engine flipped, one at a time."""
     auto: bool = False
-    """Time instead the automatic choices against their alternatives: --amp --compile against the four
-    combinations of the two, and every other automatic choice of the CPU. Exit code 1 if a choice reaches less
+    """Instead, time the automatic choices against their alternatives: --amp --compile against the four
+    combinations of the two, and every other automatic choice on the CPU. Exit code 1 if a choice reaches less
     than 0.97 of the best rate."""
     epoch: bool = False
     """Also time one whole epoch of --data. Without this flag, images are random, of the size of --data, and
@@ -35,8 +35,8 @@ class BenchConfig:
     chart: str | None = None
     """Draw the rates as a bar chart into this .svg, .png or .pdf (extra `plots`)."""
     profile: str | None = None
-    """Time of one step by kind of operation: as .json, or drawn as .svg, .png or .pdf (extra
-    `plots`)."""
+    """Write the time of one step by kind of operation to this file: .json, or a chart as .svg, .png or .pdf
+    (extra `plots`)."""
     baseline: str | None = None
     """An earlier --json file of the same settings and machine: print the ratios; exit code 1 if a row got
     slower."""

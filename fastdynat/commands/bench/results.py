@@ -224,8 +224,8 @@ def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, conso
 
 
 def _print_gains(found: list[dict[str, Any]], console: Console) -> None:
-    console.print("\nrate as asked, times the rate with one switch the other way", **AS_IS)
-    table, kinds = PlainTable("switch", "the other way"), ("attack", "step")
+    console.print("\nspeed-up of the requested setting over the same with one switch flipped", **AS_IS)
+    table, kinds = PlainTable("switch", "flipped"), ("attack", "step")
     for kind in kinds:
         table.add_column(kind, justify="right")
     by_name: dict[tuple[str, str], dict[str, float]] = {}
@@ -267,4 +267,4 @@ def _print_notes(doc: Mapping[str, Any], console: Console) -> None:
     for skipped in doc["skipped"]:
         note(f"left out: {skipped['kind']}, {skipped['name']}: {skipped['reason']}")
     if doc["other_load"]:
-        note(f"other processes used {doc['other_load']:.0%} of the CPU meanwhile")
+        note(f"other processes used {doc['other_load']:.0%} of the CPU during the measurement")

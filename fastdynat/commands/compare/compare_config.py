@@ -17,10 +17,10 @@ from fastdynat.runs import check_results
 
 # Keys of a run that a comparison decides itself, and how it is told.
 OWN = {
-    "method": "--methods says which",
-    "run_dir": "--out says where",
+    "method": "use --methods",
+    "run_dir": "use --out",
     "overwrite": "choose a new --out instead",
-    "stop_after": "every run goes to its end; Ctrl-C pauses",
+    "stop_after": "every run trains to its end; Ctrl-C pauses",
 }
 # Without these alike, a table would compare something else than methods.
 SAME = (
@@ -142,7 +142,7 @@ def parse_settings(settings: Sequence[str], methods: Sequence[str]) -> dict[str,
         if method not in found:
             raise unknown_name("method of --set (known are those in --methods)", method, found)
         if key in OWN or key == "seed":
-            raise UserError(f"--set {where}: {OWN.get(key, '--seeds says which')}")
+            raise UserError(f"--set {where}: {OWN.get(key, 'use --seeds')}")
         if key in found[method]:
             raise UserError(f"--set {where} is given twice")
         found[method][key] = parse_yaml(value, origin=f"--set {where}")
@@ -182,6 +182,5 @@ def check_same(configs: Mapping[str, TrainConfig[Any]], keys: Sequence[str]) -> 
             if flat[key] != reference[key]:
                 raise UserError(
                     f"{key} is {reference[key]} for {first} and {flat[key]} for {name}: a comparison needs "
-                    "it alike; "
-                    f"give --{key.replace('_', '-')} for all of them"
+                    f"one value; give --{key.replace('_', '-')} for all of them"
                 )

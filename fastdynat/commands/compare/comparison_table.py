@@ -84,11 +84,11 @@ def _times(row: Values, budget: float | None) -> list[str]:
 def _notes(doc: Values) -> list[str]:
     gpu = doc["runs"][0]["config"]["device"].startswith("cuda")
     lines = [
-        "s/epoch: median, without validation; train s: all epochs, with what they compile; gap: clean - "
+        "s/epoch: median, without validation; train s: all epochs, including compilation; gap: clean - "
         "strongest attack"
     ]
     if all(row["peak_memory_bytes"] is None for row in doc["rows"]):
-        lines.append("peak memory is left out: this system does not let a process reset its mark")
+        lines.append("peak memory is left out: this system does not let a process reset its peak counter")
     else:
         what = (
             "most bytes of tensors at once on the GPU"

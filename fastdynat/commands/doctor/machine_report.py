@@ -319,7 +319,7 @@ def print_machine(checks: list[MachineCheck]) -> None:
     place = (
         f"on {gpu.detail}"
         if gpu.status == "ok"
-        else "on the CPU: no GPU is usable here, which is slow but works"
+        else "on the CPU, which is slow but works: no GPU is usable here"
     )
     console.print(f"Training runs {place}.", **AS_IS)
 

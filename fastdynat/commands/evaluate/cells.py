@@ -156,7 +156,7 @@ class Cells:
             check_writable(path)
         except UserError:
             logger.warning(
-                "cannot write to %s: %s, once interrupted, begins again; use --cache DIR",
+                "cannot write to %s, so %s would start over after an interruption; use --cache DIR",
                 path.parent,
                 key.attack,
             )

@@ -132,9 +132,9 @@ class Store(MutableMapping[str, dict[str, Any]]):
         try:
             stored, _, measurement = read_file(path)
             if json.dumps(stored, sort_keys=True) != key:
-                raise DocumentError(f"{path} is another measurement's")
+                raise DocumentError(f"{path} holds another measurement")
         except DocumentError as error:
-            logger.warning("%s; its attack is made again", error)
+            logger.warning("%s; its attack is run again", error)
             raise KeyError(key) from None
         return asdict(measurement)
 

@@ -42,7 +42,7 @@ def with_amp_chosen(config: EvalConfig) -> EvalConfig:
     )
     if slow:
         check_eval_device(config)
-        logger.info("--amp: %s in half precision is not shown to be as strong; computing in float32", slow)
+        logger.info("--amp: %s was not shown to be as strong in half precision; computing in float32", slow)
         return replace(config, amp="off")
     amp, note = pick_amp(config.amp, check_eval_device(config))
     if note:

@@ -83,7 +83,7 @@ def _left_out(records: list[Values]) -> str:
         for a in r["attacks"]
         if a["attack"] not in r["worst"]["attacks"]
     }
-    return f" but {', '.join(sorted(names))}, which know another norm or no eps" if names else ""
+    return f" except {', '.join(sorted(names))}, which use another norm or no eps" if names else ""
 
 
 def _title(record: Values) -> str:
@@ -136,8 +136,7 @@ def _classes(record: Values, console: Console) -> None:
 def _zero_gradients(records: list[Values]) -> list[str]:
     return [
         f"{_title(r)}: {100 * a['zero_grad_share']:.2f} % of the image gradients of {a['attack']} are "
-        "zero: such images are "
-        "not attacked"
+        "zero and do not move their images"
         for r in records
         for a in r["attacks"]
         if a["zero_grad_share"]

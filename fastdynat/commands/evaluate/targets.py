@@ -273,7 +273,7 @@ class Planner:
         check_target_classes(columns, info.num_classes)
         if self.shard is not None and self.shard.count > len(images):
             raise UserError(
-                f"--shard {self.shard} of {len(images)} images leaves shards without any; use fewer"
+                f"--shard {self.shard} of {len(images)} images leaves some shards empty; use fewer shards"
             )
         return Target(
             name=name,
@@ -296,7 +296,7 @@ class Planner:
         config = self.config
         if config.norm not in ("auto", norm) and config.eps == "auto":
             raise UserError(
-                f"radii of {norm} say nothing about {config.norm}: --norm {config.norm} needs --eps"
+                f"a radius under {norm} does not apply to {config.norm}: --norm {config.norm} needs --eps"
             )
         norm = norm if config.norm == "auto" else config.norm
         limit = diameter(norm, info.image_shape)

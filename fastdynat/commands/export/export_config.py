@@ -17,7 +17,7 @@ class Paper:
     venue: str | None = None
     """Venue and year, such as ICML 2020; Unpublished otherwise."""
     additional_data: bool = False
-    """Training used images beyond the dataset's own, possibly through a guide; always true of a run with
+    """Training used images beyond the dataset's own, directly or through a guide; always on for a run with
     --extra-data."""
     footnote: str | None = None
     """Footnote on the leaderboard."""

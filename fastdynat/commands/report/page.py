@@ -112,10 +112,9 @@ def progress(report: Report) -> Section:
         Missing(f"{r.name} has no finished epoch.", command("train", "--resume", r.path)) for r in empty
     ]
     text = (
-        "Left over epochs, right over seconds of training, validation left out. The ring is the epoch with "
-        "the best robust "
-        "validation accuracy. Losses of different methods are different functions, so each is over its own "
-        "first epoch."
+        "Left: over epochs. Right: over seconds of training, without validation. The ring is the epoch with "
+        "the best robust validation accuracy. Losses of different methods are different functions, so each "
+        "is shown relative to its first epoch."
     )
     return Section("training", "Training", text, panels, missing)
 
@@ -142,13 +141,10 @@ def radius(report: Report) -> Section:
                 )
             )
     text = (
-        f"{ATTACK} is run anew at each radius, with steps of a quarter of it. An attack that looks for the "
-        "nearest adversarial "
-        "image gives each image a distance: the share of images beyond a radius is an accuracy at that "
-        "radius. "
-        "No attack finds the very nearest one, so distances are upper bounds; those of misclassified "
-        "images are 0. "
-        "Bands are 95 % intervals."
+        f"{ATTACK} is run separately at each radius, with a step size of a quarter of the radius. A "
+        "minimum-norm attack gives each image a distance: the share of images beyond a radius is an accuracy "
+        "at that radius. No attack is certain to find the nearest adversarial image, so distances are upper "
+        "bounds; those of misclassified images are 0. Bands are 95 % intervals."
     )
     missing = report.without("curve", "the accuracy over eps")
     return Section("radius", "Accuracy over the radius", text, panels, missing)
@@ -255,11 +251,9 @@ def transfer(report: Report) -> Section:
         drawn = charts.draw_heat(values, [*names, "no attack"], names, "attacked network")
         panels.append(Panel(title, f"{title}: {pairs}.", drawn, 1.3 + 0.3 * len(values)))
     text = (
-        "Rows are the networks on which the attack was made, columns the networks that it was tried on; "
-        "the diagonal is the "
-        "white-box attack. A number below the diagonal's in its column means that the white-box attack was "
-        "not the strongest: "
-        "a sign of masked gradients."
+        "Rows are the networks on which the adversarial images were made, columns the networks that classify "
+        "them; the diagonal is the white-box attack. A number lower than the diagonal's in its column means "
+        "that the white-box attack was not the strongest: a sign of masked gradients."
     )
     lacks = (
         [Missing("Not computed yet: the transfer matrix.", report.command)] if len(report.records) > 1 else []

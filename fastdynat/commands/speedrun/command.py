@@ -28,7 +28,7 @@ class SpeedrunCommand:
     """Record to run, or several, separated by commas, which take turns seed by seed: names (--list), or YAML
     files of your own. None is the newest record of --track at its own target."""
     target: float | None = None
-    """Mean test accuracy under PGD-20 that counts as reached, as a share; None is the record's own."""
+    """Mean test accuracy under PGD-20 to reach, as a share; None is the record's own target."""
     seeds: int = 3
     """Number of seeds, counted from 0. A record needs three."""
     track: Literal["cpu-2", "gpu-1"] | None = None

@@ -152,7 +152,7 @@ def finished_laps(
         if before != after:
             short = f" ({before} before, {after} now)" if isinstance(before, str) else ""
             raise UserError(
-                f"{path}: {what} is another than when this race began{short}; "
-                "keep it, and choose another --out"
+                f"{path}: {what} has changed since this race began{short}; "
+                "keep the file and choose another --out"
             )
     return stored.laps

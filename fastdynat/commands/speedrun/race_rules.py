@@ -28,7 +28,7 @@ SET_BY_THE_RACE = (
 NOT_ALLOWED = {
     **dict.fromkeys(("init_from", "init_sha256", "guide_from"), "everything is trained inside the clock"),
     **dict.fromkeys(("extra_data", "extra_labels"), "the training images are CIFAR-10's own"),
-    **dict.fromkeys(("stop_at", "patience", "val_every"), "nothing is validated; epochs is the end"),
+    **dict.fromkeys(("stop_at", "patience", "val_every"), "nothing is validated; all epochs are trained"),
     **dict.fromkeys(("check_fidelity", "boundary_speed", "on_collapse"), "nothing is validated"),
 }
 

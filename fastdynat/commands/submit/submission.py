@@ -42,7 +42,7 @@ def submit_training(file: str, argv: Sequence[str], config: TrainConfig[Any], *,
 def _run_dir(config: TrainConfig[Any]) -> str:
     if config.run.overwrite:
         raise UserError(
-            f"--overwrite with {FLAG}: a requeued job would begin again from nothing; remove the old run, or "
+            f"--overwrite with {FLAG}: a requeued job would start over from scratch; remove the old run, or "
             "name another --run-dir"
         )
     if not config.run.run_dir:
