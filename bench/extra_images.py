@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastdynat.runs import describe_environment
-from fastdynat.runs.environment import source_commit
+from fastdynat.runs import describe_environment, source_commit
 
 
 def choose(folder: Path, begin: int, count: int) -> list[tuple[int, Path]]:

@@ -23,8 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fastdynat.runs import describe_environment, newest_checkpoint
-from fastdynat.runs.environment import source_commit
+from fastdynat.runs import describe_environment, newest_checkpoint, source_commit
 from fastdynat.training.training_state import read_training_state
 
 

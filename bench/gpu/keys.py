@@ -43,7 +43,8 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
 
 def race(paths: list[Path]) -> str:
     """Of the results of `fastdynat speedrun` that are there."""
-    found = {path.stem: json.loads(path.read_text())["summary"] for path in paths if path.is_file()}
+    stored = {path.stem: json.loads(path.read_text())["summary"] for path in paths if path.is_file()}
+    found = {name: summary for name, summary in stored.items() if summary}  # empty before its first lap
     words = [
         f"{name} {summary['seconds']:.1f} s, PGD-20 {summary['pgd20']:.1%}, seeds: {summary['seeds']}"
         for name, summary in found.items()

@@ -10,6 +10,7 @@ from gpu import keys
 from gpu.bare import Bare
 from gpu.parts import Part
 
+NO_DATA = "no CIFAR-10"
 FASTDYNAT = (sys.executable, "-m", "fastdynat")
 
 
@@ -29,9 +30,14 @@ class Sizes:
     operator_seconds: str = "0.1"
     evaluated: str = "1000"
     trained: tuple[str, ...] = ("--train-size", "10000", "--epochs", "2", "--check-fidelity", "512")
+    trained_on_digits: tuple[str, ...] = ("--epochs", "2", "--check-fidelity", "100")
     loaders: tuple[str, ...] = ("--rounds", "3")
 
 
+TINY_TRAINING = (
+    *("--train-size=60", "--val-size=20", "--batch-size=20"),
+    *("--steps=1", "--epochs=1", "--check-fidelity=20"),
+)
 TINY = Sizes(
     resnet18="small",
     guide="small",
@@ -44,10 +50,8 @@ TINY = Sizes(
     operators=("--only", "soft_margin"),
     operator_seconds="0.05",
     evaluated="20",
-    trained=(
-        *("--train-size=60", "--val-size=20", "--batch-size=20"),
-        *("--steps=1", "--epochs=1", "--check-fidelity=20"),
-    ),
+    trained=TINY_TRAINING,
+    trained_on_digits=TINY_TRAINING,
     loaders=("--rounds", "1", "--num-images", "1000"),
 )
 TINY_TESTS = (
@@ -160,7 +164,8 @@ class Plan:
         """Command that trains into `folder`."""
         data = self.bare.data_flags(self.sizes.resnet18)
         own = ["--device", self.bare.device, "--run-dir", str(folder)]
-        return [*FASTDYNAT, "train", *own, *data, *self.sizes.amp, *self.sizes.trained]
+        sizes = self.sizes.trained if data else self.sizes.trained_on_digits
+        return [*FASTDYNAT, "train", *own, *data, *self.sizes.amp, *sizes]
 
     def evaluation(self, run: Path) -> Part:
         """Evaluation of what `train` left in `run`."""
@@ -199,7 +204,7 @@ class Plan:
 
         def command() -> Sequence[str]:
             if (folder := self.bare.data()) is None:
-                raise ValueError("no CIFAR-10: FASTDYNAT_CIFAR10_JPEG names none, and the pack holds none")
+                raise ValueError(f"{NO_DATA}: FASTDYNAT_CIFAR10_JPEG names none, and the pack holds none")
             data = ["--data", "imagefolder", "--data-dir", str(folder)]
             own = [*data, "--out", str(out), *flags]
             return [*FASTDYNAT, "speedrun", "--record", ",".join(records), *own]
@@ -211,6 +216,7 @@ class Plan:
             key=lambda folder: keys.race([folder / f"{record}.json" for record in records]),
             tick=lambda: [keep(out / f"{record}.json", self.work / f"{record}.json") for record in records],
             ends_by_time=True,
+            unable=(NO_DATA,),
             good_codes=(0, 1),  # 1: a record does not count, as none does in a race of one seed
             why_not="needs a GPU" if self.bare.device == "cpu" else "",
         )

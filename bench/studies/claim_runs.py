@@ -16,7 +16,7 @@ from typing import Any
 
 from claim_design import AUTOATTACK_IMAGES, BLOCKS, EPOCHS, EPS, RUNS, STEP, Run, equal_seconds_epochs
 
-from fastdynat.runs.environment import source_commit
+from fastdynat.runs import source_commit
 
 COST_METHODS = ("madry", "dynat", "trades", "lbgat")
 COST_ROUNDS = 5

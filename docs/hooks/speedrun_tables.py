@@ -5,7 +5,14 @@ from statistics import mean
 
 from tables import Values, percent, read, table
 
-from fastdynat.commands.speedrun.race_log import log_table, read_log, speedup_text
+from fastdynat.commands.speedrun.race_log import (
+    baseline,
+    log_table,
+    read_log,
+    same_images,
+    same_machine,
+    speedup_text,
+)
 from fastdynat.commands.speedrun.race_results import StoredResult
 from fastdynat.commands.speedrun.record_definition import definition_names, read_definition
 
@@ -83,12 +90,23 @@ def race_row() -> list[str]:
 
 
 def _baseline(results: dict[str, StoredResult]) -> StoredResult:
-    return next(result for result in results.values() if result.definition["loop"] == "plain")
+    """The baseline of the track cpu-2, on CIFAR-10 as JPEG."""
+    found = baseline("cpu-2", "CIFAR-10 (JPEG)", results)
+    assert found is not None
+    return found
 
 
 def _fastest(results: dict[str, StoredResult], base: StoredResult) -> StoredResult:
-    """The fastest record that reaches the baseline's target."""
-    rivals = [result for result in results.values() if result.target == base.target and result is not base]
+    """The fastest record that reaches the baseline's target, on the baseline's images and kind of machine."""
+    rivals = [
+        result
+        for result in results.values()
+        if result.target == base.target
+        and result is not base
+        and result.laps
+        and same_images(result, base)
+        and same_machine(result, base)
+    ]
     reached = [result for result in rivals if result.summary["pgd20"] >= base.target]
     return min(reached, key=lambda result: result.summary["seconds"])
 

@@ -193,6 +193,7 @@ class AutoAttack:
                 clean,
                 x,
                 y,
+                randomised=self.version == "rand",
                 attacks=attacks,
                 seed=self.seed,
                 draws=image_draws.VERSION,

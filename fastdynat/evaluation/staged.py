@@ -80,11 +80,23 @@ class Progress:
 
 
 def evaluation_identity(
-    model: object, clean: Tensor, x: Tensor | UnitImages, y: Tensor, **numbers: Any
+    model: object,
+    clean: Tensor,
+    x: Tensor | UnitImages,
+    y: Tensor,
+    *,
+    randomised: bool = False,
+    **numbers: Any,
 ) -> dict[str, Any]:
-    """`numbers` with digests of images, labels and model: of its weights, or of its predictions `clean`."""
+    """`numbers` with digests of images, labels and model: of its weights and of its predictions `clean`.
+
+    Weights alone do not identify a network: its forward pass may have changed, or use constants that are in
+    no state dict, such as a mean in Python floats. The predictions of a `randomised` network differ from call
+    to call, so they count only if it has no weights.
+    """
     weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
-    return {"model": digest(weights or [clean]), "images": digest([x, y]), **numbers}
+    known = weights if randomised and weights else [clean, *weights]
+    return {"model": digest(known), "images": digest([x, y]), **numbers}
 
 
 def standing(progress: Progress, images: int) -> Tensor:

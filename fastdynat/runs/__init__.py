@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fastdynat.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastdynat.runs.environment import describe_environment, record_start, source_commit
+    from fastdynat.runs.environment import describe_environment, record_start
     from fastdynat.runs.failures import WriteError
     from fastdynat.runs.find import find_checkpoint, newest_checkpoint
     from fastdynat.runs.layout import BEST, CONFIG, ENVIRONMENT, LAST, STATE, looks_like_run, require_run
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock_folder, release_name
     from fastdynat.runs.seen_run import SeenRun, marked_folder, require_shared
     from fastdynat.runs.sidecar import Sidecar, read_sidecar
+    from fastdynat.runs.source import package_digest, source_commit
     from fastdynat.runs.weights import (
         data_difference,
         guide_weights,
@@ -34,7 +35,6 @@ __getattr__, __dir__ = lazy_names(
         "environment": (
             "describe_environment",
             "record_start",
-            "source_commit",
         ),
         "failures": ("WriteError",),
         "output_checks": ("check_output", "check_results", "check_writable"),
@@ -58,6 +58,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "seen_run": ("SeenRun", "marked_folder", "require_shared"),
         "sidecar": ("Sidecar", "read_sidecar"),
+        "source": ("package_digest", "source_commit"),
         "weights": (
             "data_difference",
             "guide_weights",
@@ -99,6 +100,7 @@ __all__ = [
     "looks_like_run",
     "marked_folder",
     "newest_checkpoint",
+    "package_digest",
     "read_sidecar",
     "record_start",
     "release_name",

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -52,26 +51,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
-
-
-def source_commit() -> str:
-    """The commit of this package's checkout, with "-dirty" if tracked files differ from it.
-
-    Without git: FASTDYNAT_COMMIT, else "unknown".
-    """
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie inside a checkout
-        return git("rev-parse", "HEAD") + (
-            "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return os.environ.get("FASTDYNAT_COMMIT", "unknown")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Without a launcher each of these functions does for the only process what it say
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastdynat.config import TrainConfig, override, to_flat
 from fastdynat.data import Images, TrainSplit
 from fastdynat.distributed import all_can, first_decides, in_turns, require_alike, world
 from fastdynat.launch import local_rank
-from fastdynat.runs import marked_folder, require_shared
+from fastdynat.runs import marked_folder, package_digest, require_shared
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.parts import RunParts, open_split
 from fastdynat.training.rank_weights import require_equal_weights, take_first_weights
@@ -36,15 +35,6 @@ def require_same_command(config: TrainConfig[Any]) -> None:
     }
     asked = to_flat(config)
     require_alike(facts | {f"--{key.replace('_', '-')}": value for key, value in asked.items()})
-
-
-@cache
-def package_digest() -> str:
-    """A digest of the Python files of this package."""
-    root, digest = Path(fastdynat.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def settled_by_first(

@@ -236,6 +236,26 @@ def test_a_module_without_weights_is_known_by_its_answers(
         evaluator(Wrapper(lambda x: other(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
 
 
+def test_a_changed_forward_pass_with_the_same_weights_is_another_network(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path
+) -> None:
+    class Shifted(nn.Module):
+        def __init__(self, model: nn.Module, shift: float) -> None:
+            super().__init__()
+            self.model, self.shift = model, shift
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.model(x)
+            return logits + self.shift * torch.arange(logits.shape[1])
+
+    model, x, y = task
+    path = tmp_path / "s.json"
+    evaluator(Shifted(model, 0.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    with pytest.raises(UserError, match="of another evaluation: model differ"):
+        evaluator(Shifted(model, 9.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    evaluator(Shifted(model, 0.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+
+
 def test_batches_are_halved_until_they_fit(
     task: tuple[nn.Module, Tensor, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

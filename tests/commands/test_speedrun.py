@@ -23,7 +23,8 @@ from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, r
 from fastdynat.commands.speedrun.lap_judge import LapJudge, sample_rows
 from fastdynat.commands.speedrun.plain_loop import crop_and_flip, train_plainly
 from fastdynat.commands.speedrun.race_log import HEADER, log_table
-from fastdynat.commands.speedrun.race_results import read_result, result_document
+from fastdynat.commands.speedrun.race_results import MACHINE as MACHINE_KEYS
+from fastdynat.commands.speedrun.race_results import Identity, read_result, result_document
 from fastdynat.commands.speedrun.race_rules import PlainSettings, broken_rules
 from fastdynat.commands.speedrun.record_definition import (
     RecordDefinition,
@@ -106,6 +107,7 @@ def judged(pgd20: float = 0.31, gap: float = 0.03, **changes: Any) -> dict[str, 
         **{
             "reading_seconds": 2.0,
             "train_images": 50_000,
+            "train_sha256": "f" * 64,
             "weights": "model.safetensors",
             "load_average": 0.0,
         },
@@ -185,6 +187,7 @@ BAD_LINES = [
     ("train: {method: madry, epochs: 3, extra_data: 1m.npz}", "extra_data is against the rules"),
     ("train: {method: madry, epochs: 3, epsilon: 8/255}", "unknown key 'epsilon'"),
     ("train: {method: madry, epochs: 0}", "epochs must be >= 1"),
+    ("train: {method: madry, epochs: 3, logit_scale: 0.5}", "logit_scale 0.5 is against the rules"),
     ("train: {method: mardy, epochs: 3}", "did you mean 'madry'"),
     ("loop: plain", "unknown key 'augment'"),
     ("{loop: plain, train: {epochs: 0}}", "epochs and batch_size must be at least 1"),
@@ -283,6 +286,26 @@ def test_the_mean_of_all_seeds_has_to_reach_the_target() -> None:
     laps = [judged(share, seed=seed) for seed, share in enumerate((0.29, 0.30, 0.31))]
     assert broken_rules("cpu-2", 0.30, laps) == []
     assert broken_rules("cpu-2", 0.3001, laps) == ["target missed: PGD-20 30.00 % on average, not 30.01 %"]
+
+
+def test_a_change_that_is_in_no_commit_does_not_count() -> None:
+    document = result_document(
+        TINY, three(), target=None, own=identity(commit="c" * 40 + "-dirty"), command="", alongside={}
+    )
+    assert not document["counts"]
+    assert document["reasons"] == [
+        "the checkout had changes that are in no commit; commit them and race again"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["test", "training"])
+def test_all_seeds_have_the_same_images(kind: str) -> None:
+    laps = three()
+    if kind == "test":
+        laps[2]["test"]["sha256"] = "1" * 64
+    else:
+        laps[2]["train_sha256"] = "1" * 64
+    assert broken_rules("cpu-2", 0.30, laps) == [f"the laps do not have the same {kind} images"]
 
 
 def test_seeds_images_and_the_gpu_are_looked_at() -> None:
@@ -429,6 +452,7 @@ class Fakes:
         patch.setattr(run_race, "_timed_in_child", self.timed)
         patch.setattr(LapJudge, "judge", self.judge)
         patch.setattr(run_race, "source_commit", lambda: "c" * 40)
+        patch.setattr(run_race, "pixel_digest", lambda images: "0" * 64)
         patch.setattr(run_race, "lap_environment", lambda device: {**MACHINE, "threads": 2})
 
     def timed(self, lap: Lap, outcome: Path, lock: int) -> dict[str, Any]:
@@ -443,7 +467,7 @@ class Fakes:
                 "epoch_seconds",
                 "reading_seconds",
             ),
-            *("train_images", "weights", "environment", "load_average"),
+            *("train_images", "train_sha256", "weights", "environment", "load_average"),
         )
         found = {key: judged()[key] for key in keys}
         return found | {"seconds": 100.0 if lap.record == "slow" else 10.0 + lap.seed}
@@ -542,6 +566,32 @@ def test_a_race_ends_where_its_code_changes(
     assert fakes.laps == [("tiny", 0), ("tiny", 1), ("tiny", 2)]
 
 
+def test_a_race_ends_where_its_own_file_changes(
+    images: Path,
+    tmp_path: Path,
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_race, "package_digest", lambda *, compiled: "ab"[len(fakes.laps) > 0])
+    assert race(images, tmp_path / "out", write(tmp_path)) == 2
+    assert "the code changed during the race" in capsys.readouterr().err
+    assert fakes.laps == [("tiny", 0)]
+
+
+def test_a_finished_race_run_again_keeps_its_date_and_command(
+    images: Path, tmp_path: Path, fakes: Fakes
+) -> None:
+    record, file = write(tmp_path), tmp_path / "out" / "tiny.json"
+    assert race(images, tmp_path / "out", record) == 0
+    before = json.loads(file.read_text()) | {"date": "2026-01-02", "command": "as it was"}
+    file.write_text(json.dumps(before))
+    assert race(images, tmp_path / "out", record, flags=("--seeds", "1")) == 0
+    assert json.loads(file.read_text()) == before
+    assert race(images, tmp_path / "out", record, flags=("--target", "0.31")) == 0
+    assert "--target" in read_result(file).command
+
+
 def test_a_quick_result_is_completed_later(images: Path, tmp_path: Path, fakes: Fakes) -> None:
     record = write(tmp_path)
     assert race(images, tmp_path / "out", record, flags=("--quick",)) == 1
@@ -562,6 +612,9 @@ def test_a_quick_result_is_completed_later(images: Path, tmp_path: Path, fakes: 
         ("commit", "the commit"),
         ("machine", "the machine, its threads or torch"),
         ("records", "the list of records"),
+        ("code", "the code"),
+        ("network", "the code"),
+        ("images", "the set of test images"),
     ],
 )
 def test_a_race_does_not_go_on_as_another(
@@ -573,7 +626,10 @@ def test_a_race_does_not_go_on_as_another(
     change: str,
     what: str,
 ) -> None:
-    record = write(tmp_path)
+    network = tmp_path / "net.py"
+    network.write_text("1")
+    own = {"model": f"{network}:net"} if change == "network" else {}
+    record = write(tmp_path, train={**FLAGS, **own})
     assert race(images, tmp_path / "out", record, flags=("--seeds", "1")) == 1
     records = [record]
     if change == "definition":
@@ -582,6 +638,12 @@ def test_a_race_does_not_go_on_as_another(
         monkeypatch.setattr(run_race, "source_commit", lambda: "d" * 40)
     elif change == "machine":
         monkeypatch.setattr(run_race, "lap_environment", lambda device: {**MACHINE, "threads": 1})
+    elif change == "code":
+        monkeypatch.setattr(run_race, "package_digest", lambda *, compiled: "another")
+    elif change == "network":
+        network.write_text("2")
+    elif change == "images":
+        monkeypatch.setattr(run_race, "pixel_digest", lambda images: "1" * 64)
     else:
         records.append(write(tmp_path, name="other"))
     capsys.readouterr()
@@ -652,16 +714,21 @@ def test_the_baseline_is_judged_like_the_others(images: Path, tmp_path: Path) ->
 # Log
 
 
+def identity(*raced: str, commit: str = "c" * 40) -> Identity:
+    machine = {key: MACHINE[key] for key in MACHINE_KEYS}
+    return Identity(
+        commit=commit, code="d" * 16, data="CIFAR-10", test="0" * 64, raced=list(raced), machine=machine
+    )
+
+
 def store(folder: Path, name: str, seconds: float, *, loop: str = "fastdynat", **more: Any) -> None:
     record = replace(TINY, name=name, loop=loop)  # type: ignore[arg-type]
     laps = [lap | {"seconds": seconds} for lap in three(**more.pop("lap", {}))]
     document = result_document(
         record,
         laps,
-        **{
-            **{"target": None, "commit": "c" * 40, "command": "fastdynat speedrun", "data": "CIFAR-10"},
-            **{"raced": [name], "alongside": {}, **more},
-        },
+        own=identity(name),
+        **{"target": None, "command": "fastdynat speedrun", "alongside": {}, **more},
     )
     (folder / f"{name}.json").write_text(json.dumps(document))
 

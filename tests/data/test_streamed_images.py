@@ -24,7 +24,7 @@ from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.commands.main import main
 from fastdynat.data import Images, ImageSet, eval_batches, load_test, open_train, sources
 from fastdynat.data.imagefolder import FileSet
-from fastdynat.data.read_ahead import BATCHES_AHEAD, PIECE, pixel_digest
+from fastdynat.data.read_ahead import BATCHES_AHEAD, PIECE, pixel_digest, set_digest
 from fastdynat.errors import UserError
 from fastdynat.evaluation import measure
 from fastdynat.evaluation.staged import UnitImages, digest
@@ -74,6 +74,14 @@ def test_batches_parts_and_digests_are_those_of_images_in_memory(
     for cut in (slice(None), slice(5), slice(1, None, 3), rows):
         of_memory, of_files = kept.part(cut), streamed.part(cut)
         assert pixel_digest(of_memory) == pixel_digest(of_files)
+        order = torch.randperm(len(of_files.labels))
+        assert set_digest(of_memory) == set_digest(of_files.part(order))
+        assert pixel_digest(of_memory.part(order.flip(0))) != pixel_digest(of_memory.part(order))
+        assert set_digest(of_memory.part(slice(1, None))) != set_digest(of_memory)
+        relabelled = replace(of_memory, labels=of_memory.labels.flip(0))
+        assert torch.equal(relabelled.labels, of_memory.labels) or set_digest(relabelled) != set_digest(
+            of_memory
+        )
         for size, limit in ((5, None), (5, 9), (100, None)):
             options: dict[str, Any] = {"batch_size": size, "device": CPU, "limit": limit}
             pairs = zip(eval_batches(of_memory, **options), eval_batches(of_files, **options), strict=True)

@@ -10,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, needs
 from PIL import Image
+
+from fastdynat.commands.parsing.parse import early_flags
+from fastdynat.commands.train import parse_train
+from fastdynat.errors import UserError
+from fastdynat.training.parts import build_parts, open_split
+from fastdynat.training.resolve import resolve
 
 SAY = [sys.executable, "-S", "-c"]  # without site-packages: starts at once
 
@@ -78,6 +85,18 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
 
 
+def test_training_without_cifar10_fits_the_digits(gpu: SimpleNamespace) -> None:
+    flags = [*gpu.plan.Sizes().trained_on_digits, "--device", "cpu"]
+    config = parse_train(flags, early_flags(flags)).command.train
+    assert config.data.data == "digits"
+    split = open_split(config)
+    assert 0 < config.engine.check_fidelity <= len(split.val)
+    engine = replace(config.engine, check_fidelity=len(split.val) + 1)
+    resolved = resolve(replace(config, engine=engine), split.info)
+    with pytest.raises(UserError, match="validation images"):
+        build_parts(resolved, split)
+
+
 def side_by_side(out: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "bench" / "gpu" / "side_by_side.py"), "--out", str(out), *flags]
 
@@ -134,6 +153,8 @@ def test_an_exit_status_can_be_no_failure(gpu: SimpleNamespace, tmp_path: Path) 
 
 def test_the_figure_of_a_race_is_that_of_its_results(gpu: SimpleNamespace, tmp_path: Path) -> None:
     paths = [tmp_path / "gpu1-a.json", tmp_path / "gpu1-b.json"]
+    assert gpu.keys.race(paths) == "no lap ended"
+    paths[0].write_text(json.dumps({"summary": {}}))
     assert gpu.keys.race(paths) == "no lap ended"
     paths[1].write_text(json.dumps({"summary": {"seconds": 41.26, "pgd20": 0.5031, "seeds": 1}}))
     assert gpu.keys.race(paths) == "gpu1-b 41.3 s, PGD-20 50.3%, seeds: 1"

@@ -14,14 +14,13 @@ from fastdynat.commands.evaluate.targets import Target
 from fastdynat.config.eval_config import EvalConfig
 from fastdynat.distributed import require_alike, world
 from fastdynat.errors import ToldElsewhere, UserError
+from fastdynat.runs import package_digest
 
 
 def require_same_config(names: Sequence[str | Path], config: EvalConfig) -> None:
     """Refuse ranks that differ in flags, networks, package version or source."""
     if world().alone:
         return
-    from fastdynat.training.rank_start import package_digest
-
     facts: dict[str, object] = {
         "the version of fastdynat": __version__,
         "the source of fastdynat": package_digest(),

@@ -85,7 +85,9 @@ def run_reference(
             "batch size": batch_size,
             "attacks": list(VERSIONS[version]),
         }
-        own = staged.evaluation_identity(model, clean, x, y, **numbers, package=package.__name__)
+        own = staged.evaluation_identity(
+            model, clean, x, y, randomised=version == "rand", **numbers, package=package.__name__
+        )
         begun = staged.begin(own, clean == y, seed)
         progress = first_decides(lambda: staged.restore(state_path, own) or begun)
         adversary = _adversary(package, model, norm, eps, seed, device, version)

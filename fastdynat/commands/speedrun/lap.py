@@ -22,6 +22,7 @@ from fastdynat.commands.message_flags import Level, printed_messages
 from fastdynat.commands.speedrun.plain_loop import EPS, train_plainly
 from fastdynat.commands.speedrun.race_rules import plain_settings, training_config
 from fastdynat.data import TrainSplit, open_train
+from fastdynat.data.read_ahead import set_digest
 from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.distributed import joined_world
 from fastdynat.documents import convert, parse_json
@@ -66,6 +67,7 @@ class LapTimes:
         epoch_seconds: of these, of each epoch's updates.
         reading_seconds: reading and decoding the images before the clock starts.
         train_images: number of training images.
+        train_sha256: of these, whatever their order.
         weights: the file of the weights that are evaluated, in the lap's folder.
         environment: machine and versions.
         load_average: of the machine over the last minute, when the clock started.
@@ -78,6 +80,7 @@ class LapTimes:
     epoch_seconds: list[float]
     reading_seconds: float
     train_images: int
+    train_sha256: str
     weights: str
     environment: dict[str, Any] = field(default_factory=dict)
     load_average: float
@@ -100,7 +103,8 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
     config = training_config(lap.train, {**own, "overwrite": True}, lap.record)
     with joined_world(config.engine.device, config.engine.rank_timeout):
         split = ReadOnceSplit.of(open_split(config))
-        if config.data.loader in ("auto", "resident"):
+        in_memory = config.data.loader in ("auto", "resident") or not split.in_files
+        if in_memory:
             split.train_images()
         load, cpu, start = os.getloadavg()[0], time.process_time(), time.perf_counter()
         with new_run(config, split=split) as trainer:
@@ -121,6 +125,7 @@ def _fastdynat(lap: Lap, begin: float) -> LapTimes | int:
         epoch_seconds=[row["train_seconds"] for row in rows],
         reading_seconds=start - begin,
         train_images=len(split.train),
+        train_sha256=set_digest(split.train_images() if in_memory else split.train_files()),
         weights=str((folder / "model.safetensors").resolve().relative_to(path.resolve())),
         environment=lap_environment(lap.device),
         load_average=load,
@@ -166,6 +171,7 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
         epoch_seconds=run.epoch_seconds,
         reading_seconds=start - begin,
         train_images=len(images),
+        train_sha256=set_digest(read),
         weights="model.safetensors",
         environment=lap_environment(lap.device),
         load_average=load,

@@ -87,30 +87,43 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
     front. There is none between two kinds of machine, targets or sets of test images, nor where one of them
     does not count; but the baseline's gap to AutoAttack takes no speed-up away.
     """
-    base = next(
-        (
-            other
-            for other in results.values()
-            if other.definition["loop"] == "plain"
-            and (other.definition["track"], other.data) == (track, result.data)
-            and other.summary
-        ),
-        None,
-    )
+    base = baseline(track, result.data, results)
     if base is None or broken_rules(track, base.target, base.laps, largest_gap=math.inf):
         return ""
     if base.name == result.name:
         return "1"
     if not result.counts or base.target != result.target:
         return ""
-    if len({lap["test"]["sha256"] for lap in [*base.laps, *result.laps]}) > 1:
+    if not same_images(result, base):
         return ""
     own = result.summary["seconds"]
     beside = result.alongside.get(base.name)
     if beside:  # in the order of the seeds; a race that was stopped may lack the last one of a record
         pairs = list(zip(beside, (lap["seconds"] for lap in result.laps), strict=False))
         return f"{sum(base for base, _ in pairs) / sum(own for _, own in pairs):.1f}"
-    same = all(
-        lap["environment"][key] == base.laps[0]["environment"][key] for lap in result.laps for key in MACHINE
+    return f"~{base.summary['seconds'] / own:.1f}" if same_machine(result, base) else ""
+
+
+def baseline(track: str, data: str, results: dict[str, StoredResult]) -> StoredResult | None:
+    """The plain loop of the track on these images; None where it has no finished lap."""
+    return next(
+        (
+            result
+            for result in results.values()
+            if result.definition["loop"] == "plain"
+            and (result.definition["track"], result.data) == (track, data)
+            and result.summary
+        ),
+        None,
     )
-    return f"~{base.summary['seconds'] / own:.1f}" if same else ""
+
+
+def same_images(result: StoredResult, base: StoredResult) -> bool:
+    """True if all laps were tested on the same images."""
+    return len({lap["test"]["sha256"] for lap in [*base.laps, *result.laps]}) == 1
+
+
+def same_machine(result: StoredResult, base: StoredResult) -> bool:
+    """True if times compare: the laps ran on one kind of machine, with the same threads and torch."""
+    kinds = [[lap["environment"][key] for key in MACHINE] for lap in [*base.laps, *result.laps]]
+    return all(kind == kinds[0] for kind in kinds)

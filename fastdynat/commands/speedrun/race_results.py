@@ -15,8 +15,30 @@ from fastdynat.errors import UserError
 from fastdynat.runs.atomic_files import write_text
 
 FORMAT = "fastdynat-speedrun/1"
+DIRTY = "-dirty"  # at the end of a commit that the checkout differed from
 MACHINE = ("cpu", "threads", "torch", "gpus", "processor")  # what a time depends on
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything besides its definition that the laps of a record must share.
+
+    Attributes:
+        commit: of the checkout; see `source_commit`.
+        code: digest of the package, its extension and the record's own files.
+        data: name of the images, with the format of their files.
+        test: sha256 of the test images.
+        raced: names of the records that take turns.
+        machine: the keys `MACHINE` of a lap's environment.
+    """
+
+    commit: str
+    code: str
+    data: str
+    test: str
+    raced: list[str]
+    machine: Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +58,7 @@ class StoredResult:
     counts: bool
     reasons: list[str]
     date: str
+    code: str = ""  # results of earlier versions have none
 
 
 def result_document(
@@ -43,21 +66,21 @@ def result_document(
     laps: Sequence[Mapping[str, Any]],
     *,
     target: float | None,
-    commit: str,
+    own: Identity,
     command: str,
-    data: str,
-    raced: Sequence[str],
     alongside: Mapping[str, list[float]],
 ) -> Values:
     """The document of `record` after `laps`.
 
     Args:
         target: None is the record's own.
-        raced: names of the records that took turns.
-        alongside: seconds of the laps of the others among them.
+        own: what the laps share.
+        alongside: seconds of the laps of the other records of the race.
     """
     target = record.target if target is None else target
     reasons = broken_rules(record.track, target, laps)
+    if own.commit.endswith(DIRTY):
+        reasons.append("the checkout had changes that are in no commit; commit them and race again")
     return {
         "format": FORMAT,
         "name": record.name,
@@ -67,13 +90,21 @@ def result_document(
         "target": target,
         "summary": means_over_seeds(laps),
         "definition": asdict(record),
-        "data": data,
-        "commit": commit,
+        "data": own.data,
+        "commit": own.commit,
+        "code": own.code,
         "command": command,
-        "raced": list(raced),
+        "raced": list(own.raced),
         "alongside": dict(alongside),
         "laps": list(laps),
     }
+
+
+def unchanged(before: StoredResult, document: Mapping[str, Any]) -> Values:
+    """Date and command of `before` if `document` has no new lap or target: its command was run again."""
+    if (before.laps, before.target) != (document["laps"], document["target"]):
+        return {}
+    return {"date": before.date, "command": before.command}
 
 
 def means_over_seeds(laps: Sequence[Mapping[str, Any]]) -> Values:
@@ -119,34 +150,29 @@ def write_result(path: Path, document: Values) -> None:
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 
-def finished_laps(
-    path: Path,
-    record: RecordDefinition,
-    *,
-    commit: str,
-    data: str,
-    raced: Sequence[str],
-    machine: Mapping[str, Any],
-) -> list[Values]:
+def finished_laps(path: Path, record: RecordDefinition, own: Identity) -> list[Values]:
     """The laps in the file `path` of a race that goes on; empty where there is no file.
 
     Raises:
-        UserError: they were run with another definition, code, machine, data or company, so that their times
-            and those to come are not of one race.
+        UserError: they were run with another definition, code, machine or data, or beside other records, so
+            that their times and those to come are not of one race.
     """
     if not path.exists():
         return []
     stored = read_result(path)
     now: dict[str, tuple[Any, Any]] = {
         "the definition": (stored.definition, through_json(asdict(record))),
-        "the commit": (stored.commit, commit),
-        "the data": (stored.data, data),
-        "the list of records": (stored.raced, list(raced)),
+        "the commit": (stored.commit, own.commit),
+        "the code": (stored.code, own.code),
+        "the data": (stored.data, own.data),
+        "the list of records": (stored.raced, own.raced),
     }
+    machine = through_json(own.machine)
     for lap in stored.laps:
         before = {key: lap["environment"][key] for key in MACHINE}
-        now["the machine, its threads or torch"] = (before, through_json(dict(machine)))
-        if before != through_json(dict(machine)):
+        now["the machine, its threads or torch"] = (before, machine)
+        now["the set of test images"] = (lap["test"]["sha256"], own.test)
+        if (before, lap["test"]["sha256"]) != (machine, own.test):
             break
     for what, (before, after) in now.items():
         if before != after:

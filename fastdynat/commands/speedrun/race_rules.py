@@ -64,7 +64,12 @@ def check_record_flags(flags: Mapping[str, Any], loop: str, origin: str) -> None
     for key in ("method", "epochs"):
         if key not in flags:
             raise UserError(f"{origin} lacks train.{key}")
-    training_config(flags, {}, origin)
+    scale = training_config(flags, {}, origin).model.logit_scale
+    if scale < 1:
+        raise UserError(
+            f"{origin}: logit_scale {scale:g} is against the rules (below 1, it flattens the softmax, which "
+            "raises PGD-20 accuracy and no robustness); give 1 or more"
+        )
 
 
 def training_config(flags: Mapping[str, Any], own: Mapping[str, Any], origin: str) -> Any:
@@ -108,6 +113,12 @@ def broken_rules(
         reasons.append(f"target {100 * target:g} % is below the {100 * TARGETS[track]:g} % of track {track}")
     if mean < target:
         reasons.append(f"target missed: PGD-20 {100 * mean:.2f} % on average, not {100 * target:g} %")
+    for what, digests in (
+        ("test", {lap["test"]["sha256"] for lap in laps}),
+        ("training", {lap.get("train_sha256") for lap in laps}),  # laps of earlier versions have none
+    ):
+        if len(digests) > 1:
+            reasons.append(f"the laps do not have the same {what} images")
     for lap in laps:
         reasons += [f"seed {lap['seed']}: {reason}" for reason in _of_lap(track, lap, largest_gap)]
     return reasons

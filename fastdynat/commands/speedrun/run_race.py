@@ -1,5 +1,6 @@
 """A race: laps of one or more records, seed by seed in alternation, each in a new process."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -20,24 +21,28 @@ from fastdynat.commands.speedrun.lap_judge import LapJudge
 from fastdynat.commands.speedrun.race_log import result_cells
 from fastdynat.commands.speedrun.race_results import (
     MACHINE,
+    Identity,
     Values,
     finished_laps,
     read_result,
     result_document,
+    unchanged,
     write_result,
 )
 from fastdynat.commands.speedrun.race_rules import CPU_CORES
 from fastdynat.commands.speedrun.record_definition import RecordDefinition
-from fastdynat.data import load_test
+from fastdynat.data import Images, ImageSet, load_test
+from fastdynat.data.imagefolder import FileSet
+from fastdynat.data.read_ahead import pixel_digest
 from fastdynat.documents import read_json, through_json
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine.cores import keep_to_own_cores, own_cores
-from fastdynat.runs import lock_folder, source_commit
+from fastdynat.runs import lock_folder, package_digest, source_commit
 from fastdynat.runs.atomic_files import make_folder, write_text
 from fastdynat.terminal.consoles import PlainTable
 from fastdynat.terminal.progress import ProgressDisplay
-from fastdynat.user_code import pin
+from fastdynat.user_code import pin, without_place
 
 logger = logging.getLogger(__name__)
 
@@ -79,20 +84,22 @@ class _Running:
 
     def __init__(self, race: Race, device: str, tests: Any, display: ProgressDisplay, lock: int) -> None:
         self.race, self.device, self.display, self.lock = race, device, display, lock
-        self.commit, self.names = source_commit(), [record.name for record in race.records]
+        self.names = [record.name for record in race.records]
         keep_to_own_cores()  # as each lap does
         here = lap_environment(device)
-        self.machine = {key: here[key] for key in MACHINE}
-        self.data = data_title(race.data, race.data_dir)
+        ((_, test),) = tests.values()
+        shared: Values = {
+            "commit": source_commit(),
+            "data": data_title(race.data, test),
+            "test": pixel_digest(test),
+            "raced": self.names,
+            "machine": {key: here[key] for key in MACHINE},
+        }
+        self.own = {
+            record.name: Identity(**shared, code=code_digest(record.train)) for record in race.records
+        }
         self.laps = {
-            record.name: finished_laps(
-                self.file(record.name),
-                record,
-                commit=self.commit,
-                data=self.data,
-                raced=self.names,
-                machine=self.machine,
-            )
+            record.name: finished_laps(self.file(record.name), record, self.own[record.name])
             for record in race.records
         }
         self.judge = LapJudge(race.data, str(race.data_dir), device, tests, display)
@@ -135,12 +142,12 @@ class _Running:
                 record,
                 self.laps[record.name],
                 target=race.target,
-                commit=self.commit,
+                own=self.own[record.name],
                 command=race.command,
-                data=self.data,
-                raced=self.names,
                 alongside=others,
             )
+            if self.file(record.name).exists():
+                document |= unchanged(read_result(self.file(record.name)), document)
             write_result(self.file(record.name), document)
 
     def _lap(self, record: RecordDefinition, seed: int) -> Values:
@@ -158,10 +165,16 @@ class _Running:
             run_dir=str(folder),
             quiet=self.display.quiet,
         )
-        if (now := source_commit()) != self.commit:
+        own = self.own[record.name]
+        if (now := source_commit()) != own.commit:
             raise UserError(
-                f"{name}: the checkout went from commit {self.commit} to {now} during the race; put it back, "
+                f"{name}: the checkout went from commit {own.commit} to {now} during the race; put it back, "
                 "and the same command goes on"
+            )
+        if code_digest(record.train) != own.code:
+            raise UserError(
+                f"{name}: the code changed during the race (the package, its extension or the record's own "
+                "file); put it back, and the same command goes on"
             )
         times = self._kept_times(outcome, lap)
         if times is None:
@@ -169,8 +182,6 @@ class _Running:
             times = _timed_in_child(lap, outcome, self.lock)
             write_text(outcome, json.dumps({**times, "of": self._stamp(lap)}) + "\n")
         found = {key: value for key, value in times.items() if key != "of"}
-        if record.loop == "fastdynat":
-            pin(str(record.train.get("model", "auto")))  # the lap did it for a cache that is gone
         verdict = self.judge.judge(folder / times["weights"], folder / "evaluations", quick=race.quick)
         return {"seed": seed, "folder": name, **found, **verdict}
 
@@ -184,19 +195,31 @@ class _Running:
     def _stamp(self, lap: Lap) -> Values:
         """Everything that the times of `lap` depend on."""
         asked = {key: value for key, value in asdict(lap).items() if key not in ("quiet", "log_level")}
-        stamp: Values = through_json(
-            {"lap": asked, "commit": self.commit, "raced": self.names, "machine": self.machine}
-        )
+        stamp: Values = through_json({"lap": asked, **asdict(self.own[lap.record])})
         return stamp
 
 
-def data_title(data: str, folder: Path) -> str:
+def data_title(data: str, test: Images) -> str:
     """The name of the images: "CIFAR-10", or with the format of their files, such as "CIFAR-10 (JPEG)"."""
-    if data == "cifar10":
+    files = test.origin if isinstance(test, ImageSet) else test
+    if data == "cifar10" or not isinstance(files, FileSet):
         return "CIFAR-10"
-    first = next(path for path in (folder / "test").glob("*/*") if path.is_file())
-    kind = first.suffix.removeprefix(".").upper()
-    return f"CIFAR-10 ({'JPEG' if kind == 'JPG' else kind})"
+    suffixes = {Path(os.fsdecode(name)).suffix.removeprefix(".").upper() for name in files.paths}
+    kinds = sorted({"JPEG" if suffix == "JPG" else suffix for suffix in suffixes})
+    return f"CIFAR-10 ({', '.join(kinds)})"
+
+
+def code_digest(flags: Mapping[str, Any]) -> str:
+    """A digest of the package, its extension and the user's files that `flags` name.
+
+    This account then knows those files, as the judge needs: what a lap remembers is gone with its cache.
+
+    Raises:
+        UserError: a file that `flags` name is not there.
+    """
+    own = [without_place(pin(value)) for value in flags.values() if isinstance(value, str)]
+    named = [value for value in own if "#sha256=" in value]
+    return hashlib.sha256(repr([package_digest(compiled=True), named]).encode()).hexdigest()[:16]
 
 
 def _timed_in_child(lap: Lap, outcome: Path, lock: int) -> Values:
