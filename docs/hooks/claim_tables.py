@@ -1,7 +1,8 @@
 """Tables of the study of DYNAT's claim, with the runs that there are."""
 
+import math
 from collections.abc import Callable
-from statistics import fmean
+from statistics import fmean, stdev
 
 from tables import Values, percent, read, table
 
@@ -81,9 +82,9 @@ def minutes(runs: list[Values]) -> str:
 def findings() -> str:
     """What is said about each hypothesis, and what is only described."""
     values = read(STORED)
-    rows = [[found["name"], *finding(found)] for found in values["findings"]]
+    rows = [[found["name"], *finding(found), p_of_seeds(found)] for found in values["findings"]]
     header = ["", "Contrast, crops and flips", "Points", "95 % interval", "Each seed", "p (Holm)", "Verdict"]
-    return table(header, rows)
+    return table([*header, "p (t-test)"], rows)
 
 
 def without_augmentation() -> str:
@@ -110,6 +111,17 @@ def finding(found: Values) -> list[str]:
         p,
         found["verdict"],
     ]
+
+
+def p_of_seeds(found: Values) -> str:
+    """Two-sided p of a t-test on the differences of three seeds; the distribution has 2 degrees of freedom."""
+    if found["estimate"] is None:
+        return ""
+    seeds = found["estimate"]["seeds"]
+    assert len(seeds) == 3
+    error = stdev(seeds) / math.sqrt(3)
+    t = abs(fmean(seeds)) / error if error else math.inf
+    return f"{1 - 1 / math.sqrt(1 + 2 / t**2) if t else 1.0:.2g}"
 
 
 def labels() -> str:
