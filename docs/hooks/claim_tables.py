@@ -114,7 +114,7 @@ def finding(found: Values) -> list[str]:
 
 
 def p_of_seeds(found: Values) -> str:
-    """Two-sided p of a t-test on the differences of three seeds; the distribution has 2 degrees of freedom."""
+    """Two-sided p of a t-test on the differences of three seeds, which has 2 degrees of freedom."""
     if found["estimate"] is None:
         return ""
     seeds = found["estimate"]["seeds"]
