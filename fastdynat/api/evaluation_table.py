@@ -25,8 +25,8 @@ from fastdynat.data.read_ahead import pixel_digest
 from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
+from fastdynat.evaluation.network_identity import weights_digest
 from fastdynat.evaluation.outcome import Measurement
-from fastdynat.evaluation.staged import digest
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models.foreign import load_foreign
 from fastdynat.models.own_networks import count_logits
@@ -164,9 +164,7 @@ def evaluate(
     if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
         raise UserError(f"{transfer} needs two networks: use fastdynat.evaluation.transfer_matrix")
     check_target_classes(columns, info.num_classes)
-    weights, pixels = (
-        ("", "") if world().alone else (digest([*network.state_dict().values()]), pixel_digest(images))
-    )
+    weights, pixels = ("", "") if world().alone else (weights_digest(network), pixel_digest(images))
     target = Target(
         name=name,
         checkpoint=None,

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -62,6 +62,8 @@ class UserAttack:
     ) -> AttackResult:
         """Attack, and check what comes back; a tensor alone is taken as `AttackResult.x_adv`.
 
+        A `Nearest` is judged in the ball of the threat model, if that has its norm.
+
         Raises:
             UserError: images of another shape or type, outside [0, 1], or outside the ball.
         """
@@ -69,6 +71,8 @@ class UserAttack:
         found = attack(ascent, x.clone(), labels, generator=generator, tick=tick)
         result = as_attack_result(found, x, self.name)
         self._check(result, x)
+        if isinstance(result, Nearest) and self.norm == self.threat:
+            return replace(result, eps=min(result.eps, self.eps))
         return result
 
     def _check(self, result: AttackResult, x: Tensor) -> None:

@@ -193,7 +193,7 @@ class AutoAttack:
                 clean,
                 x,
                 y,
-                randomised=self.version == "rand",
+                lambda images: self._classes(images, bs),
                 attacks=attacks,
                 seed=self.seed,
                 draws=image_draws.VERSION,

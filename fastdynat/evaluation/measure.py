@@ -159,11 +159,7 @@ def measure(
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
                 x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
-                    distances.append(
-                        result.distance
-                        if source is None
-                        else _transferred(model, batch.labels, right, result)
-                    )
+                    distances.append(_judged(model, batch.labels, right, result))
                     # An adversarial image outside the ball does not count; the clean image does.
                     x = torch.where(result.outside[:, None, None, None], batch.x, x)
                 # A misclassified clean image stays so: a targeted attack may lead it to its label.
@@ -256,8 +252,8 @@ def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
         return model_logits(model, x)
 
 
-def _transferred(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
-    """(N,) distances for `model` of images found on another network.
+def _judged(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
+    """(N,) distances for `model` of images found on a replica or on another network.
 
     0 where `model` is not `right` (N,) about the clean image, infinite where it is not fooled.
     """

@@ -1,9 +1,8 @@
 """Attacks in stages, each on the images that are still robust, with a state file to resume from."""
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -12,16 +11,16 @@ from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdynat.data import Images, eval_batches
-from fastdynat.data.read_ahead import DIGEST_BATCH
 from fastdynat.distributed import ALONE, world
 from fastdynat.documents import read_json, through_json
 from fastdynat.documents.numbers import Count, Finite, Share
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure_on_ranks import on_all_ranks
+from fastdynat.evaluation.network_identity import PROBED, digest, network_digests
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
+from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.runs import check_writable
 from fastdynat.runs.atomic_files import write_text
 
@@ -31,29 +30,6 @@ StageDone = Callable[[str, float, float], None]  # name, robust accuracy, total 
 # Name of a stage, images, labels, and the images' numbers in the evaluated set -> adversarial images.
 Attack = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 Fooled = Callable[[Tensor, Tensor, Tensor], Tensor]  # adversarial images, images, labels -> (N,) bool
-
-
-@dataclass(frozen=True)
-class UnitImages:
-    """Images of a set as float32 (n, C, H, W) in [0, 1] on the CPU, read when rows of them are asked for."""
-
-    images: Images
-    dtype = torch.float32
-    device = torch.device("cpu")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.images.shape)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        return self.images.read(rows).float() / 255
-
-    def parts(self, size: int) -> Iterator[Tensor]:
-        """All images in order, `size` at a time."""
-        return (batch.x for batch in eval_batches(self.images, batch_size=size, device=self.device))
 
 
 @dataclass
@@ -84,34 +60,23 @@ def evaluation_identity(
     clean: Tensor,
     x: Tensor | UnitImages,
     y: Tensor,
-    *,
-    randomised: bool = False,
+    classes: Callable[[Tensor], Tensor],
     **numbers: Any,
 ) -> dict[str, Any]:
-    """`numbers` with digests of images, labels and model: of its weights and of its predictions `clean`.
+    """`numbers` with digests of images, labels and network.
 
-    Weights alone do not identify a network: its forward pass may have changed, or use constants that are in
-    no state dict, such as a mean in Python floats. The predictions of a `randomised` network differ from call
-    to call, so they count only if it has no weights.
+    Args:
+        clean: (N,) predictions on `x`.
+        classes: the model's prediction of a batch.
     """
-    weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
-    known = weights if randomised and weights else [clean, *weights]
-    return {"model": digest(known), "images": digest([x, y]), **numbers}
+    probed = x[torch.arange(min(PROBED, len(x)))]
+    own = network_digests(model, clean, probed, classes)
+    return {**own, "images": digest([x, y]), **numbers}
 
 
 def standing(progress: Progress, images: int) -> Tensor:
     """(N,) bool on the CPU: the images that are robust now."""
     return unpack_bits(progress.robust, images)
-
-
-def digest(tensors: Sequence[Tensor | UnitImages]) -> str:
-    """The sha256 of the values, types and shapes of `tensors`."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for part in [tensor] if isinstance(tensor, Tensor) else tensor.parts(DIGEST_BATCH):
-            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
@@ -130,9 +95,11 @@ def restore(path: Path | None, own: dict[str, Any]) -> Progress | None:
         path, Progress, what="the state of an AutoAttack evaluation", format=FORMAT, remedy=remedy
     )
     own = through_json(own)
-    different = [
+    different = {
         name for name in own.keys() | known.identity.keys() if own.get(name) != known.identity.get(name)
-    ]
+    }
+    if "images" in different:
+        different.discard("predictions")  # of these images
     if different:
         raise UserError(
             f"{path} is of another evaluation: {', '.join(sorted(different))} differ; name another state file"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack
+from fastdynat.attacks.interface import Nearest
 from fastdynat.data import Images, eval_batches
 from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
@@ -75,7 +76,10 @@ def transfer_matrix(
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 draws = ImageDraws.of(seed, batch.indices, device)
-                x_adv = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick).x_adv
+                result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
+                x_adv = result.x_adv
+                if isinstance(result, Nearest):  # one outside the ball does not count
+                    x_adv = torch.where(result.outside[:, None, None, None], batch.x, x_adv)
                 # As in `measure`, a misclassified clean image stays misclassified.
                 right = _right(targets, batch.x, batch.labels)
                 correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)

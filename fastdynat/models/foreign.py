@@ -15,6 +15,7 @@ from fastdynat.models.initial_state import network_pixels, put_initial_state
 from fastdynat.models.own_networks import Shape, check_network_output, network_of
 from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
+from fastdynat.user_code import import_object, is_user_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def load_weights_file(
     Raises: UserError where the file fails, or its weights do not fit the network, the last layer included.
     """
     model = build_model(name, num_classes=num_classes, image_shape=image_shape, mean=mean, std=std)
+    source = import_object(name)[1] if is_user_code(name) else b""
     state = read_state_dict(file)
     placed = put_initial_state(model, state, str(file), num_classes=num_classes)
     if placed.head:
@@ -119,7 +121,7 @@ def load_weights_file(
     return ForeignModel(
         model=model,
         name=str(file),
-        sha256=_digest(name, b"", model),
+        sha256=_digest(name, source, model),
         note="; ".join(filter(None, (note, suspicion))),
     )
 

@@ -29,10 +29,11 @@ def source_commit() -> str:
         return os.environ.get("FASTDYNAT_COMMIT", "unknown")
 
 
-def package_digest(*, compiled: bool = False) -> str:
+def package_digest(*, parts: tuple[str, ...] = (), compiled: bool = False) -> str:
     """A digest of the Python files of this package, Triton kernels included.
 
     Args:
+        parts: names of the sub-packages that count; empty for the whole package.
         compiled: include the file of fastdynat._C, which differs between machines that built it themselves.
     """
     digest, package = hashlib.sha256(), Path(fastdynat.__file__).parent
@@ -44,6 +45,8 @@ def package_digest(*, compiled: bool = False) -> str:
     kernels = _kernels()  # beside the package in a checkout, inside it where it was installed
     files |= {f"kernels/{path.relative_to(kernels)}": path for path in kernels.rglob("*.py")}
     for name, path in sorted(files.items()):
+        if parts and name.partition("/")[0] not in parts:
+            continue
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     extension = importlib.util.find_spec("fastdynat._C") if compiled else None
     if extension is not None and extension.origin is not None:

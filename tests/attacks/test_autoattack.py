@@ -101,7 +101,7 @@ def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_
     for changed, what in (
         (
             lambda: evaluator(tiny_cnn(4), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path),
-            "model",
+            "model, predictions",
         ),
         (
             lambda: evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x[:9], y[:9], state_path=path),
@@ -232,7 +232,7 @@ def test_a_module_without_weights_is_known_by_its_answers(
     other = tiny_cnn(5).eval()
     path = tmp_path / "s.json"
     evaluator(Wrapper(lambda x: model(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
-    with pytest.raises(UserError, match="of another evaluation: model differ"):
+    with pytest.raises(UserError, match="of another evaluation: predictions differ"):
         evaluator(Wrapper(lambda x: other(x)), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
 
 
@@ -248,12 +248,42 @@ def test_a_changed_forward_pass_with_the_same_weights_is_another_network(
             logits: Tensor = self.model(x)
             return logits + self.shift * torch.arange(logits.shape[1])
 
+    class Rounded(nn.Module):
+        """Changes no prediction on 8-bit images."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.calls, self.hook = model, 0, (print,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            change = (255 * x).round() / 255 - x
+            logits: Tensor = self.model(x + change.detach())
+            return logits
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
     model, x, y = task
-    path = tmp_path / "s.json"
-    evaluator(Shifted(model, 0.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
-    with pytest.raises(UserError, match="of another evaluation: model differ"):
-        evaluator(Shifted(model, 9.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
-    evaluator(Shifted(model, 0.0), ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
+    x = (255 * x).round() / 255
+    bare = nn.Sequential(model)
+    known = {
+        "bare": bare,
+        "shifted": Shifted(model, 0.0),
+        "other": Shifted(model, 9.0),
+        "rounded": Rounded(model),
+    }
+    paths = {name: tmp_path / f"{name}.json" for name in known}
+    for name, network in known.items():
+        evaluator(network, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=paths[name])
+    for name, path in paths.items():
+        for other, network in known.items():
+            ours = evaluator(network, ("apgd-ce2",))
+            if other == name:
+                ours.run_standard_evaluation(x, y, state_path=path)
+                continue
+            with pytest.raises(UserError, match=r"of another evaluation: model(, predictions)? differ"):
+                ours.run_standard_evaluation(x, y, state_path=path)
 
 
 def test_batches_are_halved_until_they_fit(

@@ -198,6 +198,40 @@ def test_an_attack_of_a_file(file: Path, images: tuple[nn.Module, ImageSet]) -> 
     assert measure(model, data, named, **HOW).robust_bits == three.robust_bits
 
 
+NEAREST = """
+from dataclasses import dataclass
+
+import torch
+
+from fastdynat.attacks.interface import Nearest
+
+
+@dataclass(frozen=True)
+class Grey:
+    norm: str = "linf"
+
+    def __call__(self, ascent, x, labels, *, generator=None, tick=None):
+        x_adv = torch.full_like(x, 0.5)
+        distance = torch.linalg.vector_norm((x_adv - x).flatten(1), ord=float("inf"), dim=1)
+        found = torch.ones(len(x), dtype=torch.bool)
+        return Nearest(x_adv, torch.tensor(0), 0, found=found, distance=distance)
+"""
+
+
+def test_a_nearest_image_of_a_file_counts_in_the_ball_only(
+    tmp_path: Path, images: tuple[nn.Module, ImageSet]
+) -> None:
+    (path := tmp_path / "near.py").write_text(NEAREST)
+    model, data = images
+    found = {
+        eps: measure(model, data, parse_attack(f"{path}:Grey", eps=eps, step_size=0.1), **HOW)
+        for eps in (0.1, 0.6)
+    }
+    assert found[0.1].accuracy == 1  # every adversarial image is farther away
+    assert found[0.6].accuracy < 1
+    assert found[0.1].distances == found[0.6].distances
+
+
 def test_the_numbers_of_a_file_decide_its_key(file: Path) -> None:
     def search() -> Any:
         return parse_attack(f"{file}:Grey", eps=EPS, step_size=EPS).search

@@ -321,6 +321,7 @@ def test_a_damaged_ledger_and_a_second_process(tmp_path: Path, capsys: pytest.Ca
         (["--set", "madry.steps=-1"], "madry: steps must be >= 0, got -1"),
         (["--budget-seconds", "0"], "--budget-seconds must be above 0 seconds, got 0"),
         (["--budget-seconds", "9"], "--budget-seconds decides the number of epochs; leave --epochs out"),
+        (["--norm", "l1", "--attacks", "clean,mim10"], "mim10"),
         (["--attacks", "clean,pdg20"], "unknown attack 'pdg20': did you mean 'pgd20'"),
         (["--model", "resnet81"], "natural: unknown model 'resnet81': did you mean 'resnet18'"),
         (

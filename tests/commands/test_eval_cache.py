@@ -22,7 +22,7 @@ from fastdynat.commands.main import main
 from fastdynat.data import load_test
 from fastdynat.evaluation import Measurement, measure
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
-from fastdynat.evaluation.staged import UnitImages
+from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.ops import image_draws
 from fastdynat.runs import load_network
 
@@ -137,6 +137,7 @@ KEY = Key(
     seed=1,
     batch_size=500,
     amp="off",
+    version="1",
 )
 
 
@@ -267,6 +268,17 @@ def test_results_of_other_random_numbers_are_made_again(
         del store[text]
     evaluate(run, "--attacks", "clean,pgd2")
     assert names == ["clean", "pgd2"] * 3
+
+
+def test_results_of_other_attack_code_are_made_again(
+    run: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(run, "--attacks", "clean,pgd2")
+    evaluate(run, "--attacks", "clean,pgd2")
+    assert names == ["clean", "pgd2"]
+    monkeypatch.setattr(cells, "code_version", lambda: "another")
+    evaluate(run, "--attacks", "clean,pgd2")
+    assert names == ["clean", "pgd2"] * 2
 
 
 def test_other_weights_and_another_source_are_other_results(

@@ -186,8 +186,9 @@ def test_what_was_found_outside_the_ball_does_not_count() -> None:
         robust = unpack_bits(got.robust_bits, 40)
         assert not bool(robust[inside].any())
         assert torch.equal(robust[number == 3], right[number == 3])
-    values = {"distances": got.distances}
-    assert median_distance(values) == pytest.approx(0.015)
+    expected = [[0.0, 0.01, 0.02, None][n] if ok else 0.0 for n, ok in zip(number, right, strict=True)]
+    assert got.distances == [None if d is None else pytest.approx(d) for d in expected]
+    assert median_distance({"distances": [0.0, 0.01, 0.02, None]}) == pytest.approx(0.015)
     assert median_distance({"distances": [0.1, None, None]}) is None
 
 

@@ -15,12 +15,14 @@ import pytest
 import torch
 from conftest import needs
 from PIL import Image
+from support.networks import tiny_cnn
 
 from fastdynat.commands.evaluate.measurement_store import FORMAT
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
 from fastdynat.commands.report.run_records import read_records
+from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.runs import read_sidecar
@@ -340,6 +342,44 @@ def test_measurements_of_other_weights_and_parts_of_one_do_not_count(trained: Pa
     page = report(tmp_path / "out", run, "--no-attacks")
     assert "36.67<small>" in page.text
     assert "25.00<small>" not in page.text
+
+
+def test_measurements_on_other_data_do_not_mix_with_the_run_s_own(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True))
+    for file in list((run / "evaluations").iterdir()):
+        values = json.loads(file.read_text())
+        values["about"]["dataset"] = "imagefolder"
+        values["measurement"] |= {"accuracy": 0.05, "correct": 1}
+        file.with_name(f"aa-{file.name}").write_text(json.dumps(values))
+    from fastdynat.commands.report.report_tables import clean, strongest
+
+    (record,) = read_records([run])
+    checkpoint = record.checkpoint("last")
+    assert checkpoint is not None
+    worst, natural = strongest(checkpoint), clean(checkpoint)
+    assert worst is not None
+    assert natural is not None
+    assert (natural.accuracy, worst[1].accuracy) == (0.9, 0.45)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_picture_has_any_number_of_channels(channels: int) -> None:
+    from fastdynat.commands.report import findings
+
+    pixels = torch.rand(channels, 6, 5)
+    image = Image.open(BytesIO(base64.b64decode(findings.picture(pixels))))
+    shown = pixels if channels == 3 else pixels.mean(0, keepdim=True).expand(3, -1, -1)
+    assert np.abs(np.asarray(image).transpose(2, 0, 1) / 255 - shown.numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_curve_ends_at_the_largest_distance() -> None:
+    from fastdynat.commands.report import findings
+
+    images = ImageSet(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8))
+    subject = findings.AttackedNetwork(tiny_cnn().eval(), images, "linf", 0.3, tuple("0123456789"))
+    means = findings.Means(torch.device("cpu"), 8, 0, lambda: False, lambda share: None)
+    curve = findings.curve(subject, means)
+    assert curve["eps"] == pytest.approx([0, 0.075, 0.15, 0.225, 0.3, 0.45, 0.6, 0.9, 1.0])
 
 
 def test_findings_are_of_a_radius_and_not_of_weights_alone(trained: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from fastdynat.data.imagefolder import FileSet
 from fastdynat.data.read_ahead import BATCHES_AHEAD, PIECE, pixel_digest, set_digest
 from fastdynat.errors import UserError
 from fastdynat.evaluation import measure
-from fastdynat.evaluation.staged import UnitImages, digest
+from fastdynat.evaluation.network_identity import digest
+from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.launch import VARIABLES
 from fastdynat.machine import cores as machine_cores
 from fastdynat.machine import free_memory

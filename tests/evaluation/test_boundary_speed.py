@@ -18,6 +18,7 @@ from fastdynat.attacks.boundary_search import Boundary, BoundarySpec, boundary
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import BoundarySpeed, boundary_speed
+from fastdynat.evaluation.saliency import explain
 from fastdynat.methods import Madry, MadryOptions
 from fastdynat.models import build_model
 from fastdynat.training.boundary_log import last_move
@@ -40,6 +41,16 @@ def converged(net: nn.Module, x: Tensor, y: Tensor) -> Boundary:
     for beta in (0.99, 0.999, 0.9999):
         found = boundary(net, x, y, replace(FINE, beta_back=beta), x_start=found.x_adv)
     return found
+
+
+def test_images_that_are_not_in_the_unit_range_are_refused() -> None:
+    net, x = moved_network(0), make_batch().x
+    y = net.eval()(x).argmax(1)
+    for wrong in (255 * x, x - 1):
+        with pytest.raises(UserError, match="images must be in \\[0, 1\\]"):
+            boundary(net, wrong, y, FINE)
+        with pytest.raises(UserError, match="images must be in \\[0, 1\\]"):
+            explain(net, wrong, y)
 
 
 @pytest.mark.parametrize("seed", range(3))

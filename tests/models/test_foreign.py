@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdynat.errors import UserError
 from fastdynat.models import build_model, load_foreign
+from fastdynat.models.foreign import load_weights_file
 from fastdynat.models.state_files import put_published_state, read_state_dict
 
 SHAPE = (3, 8, 8)
@@ -136,6 +137,19 @@ def test_the_digest_follows_weights_name_and_code(net: Path) -> None:
     # The same weights behind other code.
     net.write_text(NET.replace("manual_seed(3)", "manual_seed(4)") + "\nlinear = lambda: ready\n")
     assert len({linear, other, digest("linear")}) == 3
+
+
+def test_a_weights_file_behind_other_code_is_another_network(net: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"1.weight": torch.zeros(10, 192), "1.bias": torch.zeros(10)}, file)
+
+    def digest() -> str:
+        return load_weights_file(file, f"{net.name}:linear", **FITS).sha256  # type: ignore[arg-type]
+
+    before = digest()
+    assert digest() == before
+    net.write_text(NET.replace("nn.Flatten(), nn.Linear(torch", "nn.Flatten(), nn.Linear(1 * torch"))
+    assert digest() != before
 
 
 class Holder(nn.Module):

@@ -1,6 +1,8 @@
 """Curves, margins, transfer matrices and saliency, against linear networks and explicit formulas."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attacks import NamedAttack, parse_attack
+from fastdynat.attacks.interface import Nearest
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation import saliency
@@ -119,13 +122,35 @@ def test_margins_count_every_image_once(distances: list[float], bins: int) -> No
         assert count >= sum(low < d < high for d in finite)
 
 
-def test_a_transfer_matrix_agrees_with_measurements_of_each_pair_and_attacks_once_per_network() -> None:
+@dataclass(frozen=True)
+class Claims:
+    """Says that it found every image's neighbour at 0.01, which is the image itself."""
+
+    norm: str = "linf"
+
+    def __call__(self, ascent: Any, x: Tensor, labels: Tensor, **ignored: Any) -> Nearest:
+        found, distance = torch.ones(len(x), dtype=torch.bool), torch.full((len(x),), 0.01)
+        return Nearest(x.clone(), torch.tensor(0), 0, found=found, distance=distance)
+
+
+def test_the_network_judges_distances() -> None:
+    net, data = tiny_cnn(0).eval(), images(12)
+    data.labels.copy_(net(data.images / 255).argmax(1))
+    data.labels[3] = (data.labels[3] + 1) % 10
+    found = measure(net, data, NamedAttack("claims", Claims()), **HOW)
+    assert found.distances == [0.0 if i == 3 else None for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["pgd3-2", "deepfool-linf"])
+def test_a_transfer_matrix_agrees_with_measurements_of_each_pair_and_attacks_once_per_network(
+    name: str,
+) -> None:
     nets = {name: tiny_cnn(seed).eval() for seed, name in enumerate("abc")}
     data, told = images(40), []
     data.labels.copy_(nets["a"](data.images / 255).argmax(1))
-    attack = parse_attack("pgd3-2", eps=0.02, step_size=0.01)
+    attack = parse_attack(name, eps=0.02, step_size=0.01)
     got = transfer_matrix(nets, data, attack, **HOW, advance=told.append)
-    assert (got.names, got.attack) == (["a", "b", "c"], "pgd3-2")
+    assert (got.names, got.attack) == (["a", "b", "c"], name)
     for source, row in zip(nets.values(), got.accuracy, strict=True):
         assert row == [measure(net, data, attack, **HOW, source=source).accuracy for net in nets.values()]
     assert got.clean == [measure(net, data, NamedAttack("clean"), **HOW).accuracy for net in nets.values()]

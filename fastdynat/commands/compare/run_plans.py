@@ -18,6 +18,7 @@ from fastdynat.commands.compare.compare_config import (
 )
 from fastdynat.commands.compare.epoch_cost import probe
 from fastdynat.commands.compare.ledger import Ledger
+from fastdynat.commands.evaluate.columns import check_target_classes, parse_columns
 from fastdynat.commands.evaluate.targets import TestSets
 from fastdynat.config import TrainConfig, to_flat
 from fastdynat.data import DatasetInfo, TrainSplit, dataset_info, load_test
@@ -95,7 +96,8 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
         check_new(out, overwrite=False)
     known = dataset_info(shared.data.data)
     if known is not None:
-        _resolve_all(configs, known)  # refuse before the data is read, where that is possible
+        # Refuse before the data is read, where that is possible.
+        _check_attacks(compare, _resolve_all(configs, known), known)
     opened = open_split(next(iter(configs.values())))
     split = ReadOnceSplit.of(opened)
     for name, config in configs.items():
@@ -106,6 +108,7 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
         name: resolve_loader(c, split, announce=False)
         for name, c in _resolve_all(configs, split.info).items()
     }
+    _check_attacks(compare, resolved, split.info)
     resolved = {name: settle_compile(c, split) for name, c in resolved.items()}
     tests = _test_set(next(iter(resolved.values())))
     runs = _runs(configs, resolved, seeds, out, ledger)
@@ -140,6 +143,16 @@ def _resolve_all(configs: Configs, info: DatasetInfo) -> ResolvedConfigs:
             resolved[name] = resolve(config, info, announce=False)
     check_same(resolved, SAME)
     return resolved
+
+
+def _check_attacks(compare: CompareConfig, resolved: ResolvedConfigs, info: DatasetInfo) -> None:
+    """Raise UserError for an attack that is not defined for the methods' threat models or the classes."""
+    for config in resolved.values():
+        attack = config.attack
+        columns = parse_columns(
+            compare.attacks, eps=attack.eval_eps, step_size=attack.step_size, norm=attack.norm, amp="off"
+        )
+        check_target_classes(columns, info.num_classes)
 
 
 def _test_set(config: TrainConfig[Any]) -> TestSets:

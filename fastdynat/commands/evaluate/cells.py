@@ -15,6 +15,7 @@ from fastdynat.commands.evaluate.measurement_store import (
     Key,
     Store,
     as_measurement,
+    code_version,
     search_numbers,
     standing_digest,
 )
@@ -27,7 +28,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import Stopped, measure
 from fastdynat.evaluation.measure_on_ranks import measure_on_ranks
 from fastdynat.evaluation.outcome import Measurement, unpack_bits
-from fastdynat.evaluation.staged import UnitImages
+from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.ops import image_draws
 from fastdynat.runs import check_writable
@@ -213,6 +214,7 @@ class Cells:
             source=source,
             standing=standing_digest(standing),
             shard=None if self.target.shard is None else str(self.target.shard),
+            version=code_version(),
         )
 
     def _once(self, key: Key, standing: Tensor | None, run: Callable[[], Measurement]) -> Measurement:

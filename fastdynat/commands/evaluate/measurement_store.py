@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from fastdynat import __version__
 from fastdynat.documents import DocumentError, convert, read_json
 from fastdynat.documents.numbers import Radius
 from fastdynat.evaluation.outcome import Measurement, pack_bits
-from fastdynat.runs import WriteError
+from fastdynat.runs import WriteError, package_digest
 from fastdynat.runs.atomic_files import make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
 FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
+# Parts of the package that decide what an attack finds.
+MEASURING = ("attacks", "attack_engine", "evaluation", "kernels", "models", "ops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Key:
         source: sha256 of the weights that a transfer attack is made on.
         standing: digest of which images are attacked (`standing_digest`); None is all.
         shard: which share of the images, "I/N".
-        version: of this package, whose attacks change.
+        version: `code_version`.
     """
 
     weights: str
@@ -50,13 +53,19 @@ class Key:
     source: str | None = None
     standing: str | None = None
     shard: str | None = None
-    version: str = __version__
+    version: str
 
     def text(self) -> str:
         """As JSON; fields that may be None are left out where they are."""
         left_out = ("batch_size", "draws", "source", "standing", "shard")
         parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
         return json.dumps(parts, sort_keys=True)
+
+
+@cache
+def code_version() -> str:
+    """The version of this package with a digest of the code that decides what an attack finds."""
+    return f"{__version__}+{package_digest(parts=MEASURING)}"
 
 
 @dataclass(frozen=True, kw_only=True)

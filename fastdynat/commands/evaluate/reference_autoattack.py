@@ -19,6 +19,7 @@ from fastdynat.evaluation import staged
 from fastdynat.evaluation.halving import with_halving
 from fastdynat.evaluation.measure import exact_float32, predict_in_batches
 from fastdynat.evaluation.measure_on_ranks import on_all_ranks
+from fastdynat.evaluation.unit_images import UnitImages
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 def run_reference(
     model: nn.Module,
-    x: Tensor | staged.UnitImages,
+    x: Tensor | UnitImages,
     y: Tensor,
     *,
     norm: str,
@@ -85,9 +86,7 @@ def run_reference(
             "batch size": batch_size,
             "attacks": list(VERSIONS[version]),
         }
-        own = staged.evaluation_identity(
-            model, clean, x, y, randomised=version == "rand", **numbers, package=package.__name__
-        )
+        own = staged.evaluation_identity(model, clean, x, y, classes, **numbers, package=package.__name__)
         begun = staged.begin(own, clean == y, seed)
         progress = first_decides(lambda: staged.restore(state_path, own) or begun)
         adversary = _adversary(package, model, norm, eps, seed, device, version)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdynat.commands.evaluate.measurement_store import code_version
 from fastdynat.commands.report import findings
 from fastdynat.commands.report.findings import AttackedNetwork, Means
 from fastdynat.commands.report.findings_cache import Cache
@@ -137,7 +138,8 @@ def _tasks(records: Sequence[Record], config: ReportConfig, found: Findings) -> 
         "images": config.num_images,
         "seed": config.seed,
         "draws": image_draws.VERSION,
-        "data_dir": config.data_dir,
+        "version": code_version(),
+        "given_data_dir": config.data_dir,
     }
     targets = [_Target(r, c) for r in records if (c := r.checkpoint(config.checkpoint)) is not None]
     for target in targets:

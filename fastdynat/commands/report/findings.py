@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.steps import usual_step
+from fastdynat.attack_engine.steps import diameter, usual_step
 from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.data import Images, eval_batches
 from fastdynat.evaluation import measure
@@ -56,8 +56,11 @@ class AttackedNetwork:
 
 
 def curve(subject: AttackedNetwork, means: Means) -> dict[str, Any]:
-    """`EpsCurve` of `ATTACK`."""
-    radii = [share * subject.eps for share in RADII]
+    """`EpsCurve` of `ATTACK`, at radii up to the largest distance between two images."""
+    largest = diameter(subject.norm, subject.images.shape)
+    radii = [share * subject.eps for share in RADII if share * subject.eps < largest]
+    if len(radii) < len(RADII):
+        radii.append(largest)
     return asdict(
         accuracy_over_eps(subject.network, subject.images, ATTACK, radii, norm=subject.norm, **vars(means))
     )
@@ -151,10 +154,15 @@ def _prediction(probabilities: Tensor, names: tuple[str, ...]) -> tuple[str, flo
 
 
 def picture(pixels: Tensor) -> str:
-    """An image (C, H, W), or a map (H, W) in colours, in [0, 1], as a PNG in base64."""
+    """An image (C, H, W), or a map (H, W) in colours, in [0, 1], as a PNG in base64.
+
+    Of an image with other than one or three channels, the mean over the channels.
+    """
     if pixels.ndim == 2:
         array = colormaps["magma"](pixels.clamp(0, 1).numpy())[..., :3]
     else:
+        if len(pixels) not in (1, 3):
+            pixels = pixels.mean(0, keepdim=True)
         array = pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
     image = Image.fromarray((255 * array).round().astype(np.uint8))
     image.thumbnail((LARGEST, LARGEST))

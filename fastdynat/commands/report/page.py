@@ -154,7 +154,12 @@ def nearest_measurement(report: Report, record: Record) -> Measurement | None:
     """The run's measurement with distances: the stored one with most images, else the report's."""
     checkpoint = record.checkpoint(report.config.checkpoint)
     stored = [] if checkpoint is None else checkpoint.measured
-    own = [s for s in stored if s.source is None and checkpoint and s.norm == checkpoint.sidecar.norm]
+    sidecar = None if checkpoint is None else checkpoint.sidecar
+    own = [
+        s
+        for s in stored
+        if sidecar and s.source is None and (s.dataset, s.norm) == (sidecar.dataset, sidecar.norm)
+    ]
     on_disk = [s.result for s in own if s.result.distances is not None]
     if on_disk:
         return max(on_disk, key=lambda m: m.images)

@@ -102,17 +102,17 @@ def cells(checkpoint: ReportedCheckpoint) -> dict[AccuracyColumn, Measurement]:
 
 
 def strongest(checkpoint: ReportedCheckpoint) -> tuple[AccuracyColumn, Measurement] | None:
-    """The attack under which least is left, of those within the radius that the run is for."""
+    """The attack under which least is left, of those on the run's data and within its radius."""
     sidecar = checkpoint.sidecar
-    own = [
-        (c, m) for c, m in cells(checkpoint).items() if (c.norm, c.eps) == (sidecar.norm, sidecar.eval_eps)
-    ]
+    threat = (sidecar.dataset, sidecar.norm, sidecar.eval_eps)
+    own = [(c, m) for c, m in cells(checkpoint).items() if (c.dataset, c.norm, c.eps) == threat]
     return min(own, key=lambda pair: pair[1].accuracy, default=None)
 
 
 def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
-    """The measurement without an attack."""
-    return next((m for c, m in cells(checkpoint).items() if c.attack == "clean"), None)
+    """The measurement without an attack, on the run's data."""
+    own = ("clean", checkpoint.sidecar.dataset)
+    return next((m for c, m in cells(checkpoint).items() if (c.attack, c.dataset) == own), None)
 
 
 def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ averaging of weights, checkpoints.
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -160,7 +161,8 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
         val_pgd10_acc=None,
     )
     folder = Path(lap.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # measurements of an earlier training, too
+    folder.mkdir(parents=True)
     save_weights(folder / "model.safetensors", run.model.state_dict(), about)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return LapTimes(
