@@ -1,6 +1,7 @@
 """Runs with extra images: what a run keeps, exact resume, pseudo-labels, and refusals before any work."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from support.extra_images import extra_arrays, write_npz
 from support.tiny_run import TINY
 
 from fastdynat.commands.main import main
-from fastdynat.config import read_config_file
-from fastdynat.data.extra_store import ExtraStore
+from fastdynat.config import ExtraConfig, RunConfig, TrainConfig, read_config_file
+from fastdynat.data import DatasetInfo
+from fastdynat.data.extra_store import ExtraSet, ExtraStore
+from fastdynat.data.imagefolder import list_files
+from fastdynat.errors import UserError
+from fastdynat.methods.madry import MadryOptions
 from fastdynat.runs import load_network
+from fastdynat.training.extra_data import open_extra
 
 FAST = [*TINY, "--method", "madry"]
 EXTRA = 90
@@ -213,6 +219,78 @@ def test_class_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "extra" / "dog").rename(tmp_path / "extra" / "wolf")
     said = error_of(capsys, *flags, "--run-dir", tmp_path / "other")
     assert "'wolf' is no class of imagefolder; name the class folders like its classes (cat, dog" in said
+
+
+def numbers(*names: object) -> list[str]:
+    return [str(name) for name in names]
+
+
+def class_info(root: Path, names: list[str]) -> DatasetInfo:
+    """Facts about a dataset of class folders called `names`, which it numbers as it reads them."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "0.png")
+    classes = list_files(root).class_names
+    return DatasetInfo("folders", len(classes), (3, 8, 8), classes, (0.5,) * 3, (0.2,) * 3, "none")
+
+
+def extra_in_folders(root: Path, names: list[str], info: DatasetInfo) -> ExtraSet:
+    """Extra images of class folders called `names`: two in each, of the colour that the name spells."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (int(name),) * 3).save(root / name / f"{number}.png")
+    return opened(root, info)
+
+
+def opened(source: Path, info: DatasetInfo) -> ExtraSet:
+    extra, run = ExtraConfig(extra_data=str(source)), RunConfig(quiet=True)
+    found = open_extra(TrainConfig(method="madry", options=MadryOptions(), extra=extra, run=run), info)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("classes", "extra"),
+    [(range(11), range(11)), (range(1, 6), range(1, 5)), (range(10), range(10)), (range(11), (2, 10))],
+)
+def test_numbered_class_folders_mean_the_classes_of_their_names(
+    classes: Sequence[int], extra: Sequence[int], tmp_path: Path
+) -> None:
+    """A dataset numbers its folders alphabetically: 0, 1, 10, 2."""
+    info = class_info(tmp_path / "data", numbers(*classes))
+    found = extra_in_folders(tmp_path / "extra", numbers(*extra), info)
+    everything = torch.arange(len(found))
+    colours = found.read(everything)[:, 0, 0, 0].tolist()
+    assert sorted(colours) == sorted([*extra] * 2)
+    assert [info.class_names[label] for label in found.labels_at(everything)] == numbers(*colours)
+
+
+def test_numbered_class_folders_are_labels_of_classes_with_words_for_names(tmp_path: Path) -> None:
+    words = [f"class-{letter}" for letter in "abcdefghijkl"]
+    found = extra_in_folders(tmp_path / "extra", numbers(*range(12)), class_info(tmp_path / "data", words))
+    everything = torch.arange(len(found))
+    assert found.labels_at(everything).tolist() == found.read(everything)[:, 0, 0, 0].tolist()
+    with pytest.raises(UserError, match=r"label 11 at index 3 is outside \[0, 11\)"):
+        opened(tmp_path / "extra", class_info(tmp_path / "fewer", words[:11]))
+
+
+def test_numbers_that_may_mean_two_classes_are_refused(tmp_path: Path) -> None:
+    info = class_info(tmp_path / "data", numbers(*range(1, 6)))
+    with pytest.raises(
+        UserError, match="'0' is no class of folders; name the class folders like its classes"
+    ):
+        extra_in_folders(tmp_path / "extra", numbers(*range(5)), info)
+    unnamed = r"labels without class names, but the class '1' of folders has label 0"
+    with pytest.raises(UserError, match=unnamed):
+        opened(write_npz(tmp_path / "extra.npz", EXTRA), info)
+    # A store as earlier versions wrote it from numbered folders: refused, and packed again from its source.
+    store = extra_in_folders(tmp_path / "known", numbers(*range(1, 6)), info).store.folder
+    facts = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps(facts | {"class_names": None}))
+    with pytest.raises(UserError, match=unnamed):
+        opened(store, info)
+    assert opened(tmp_path / "known", info).store.facts.class_names == info.class_names
 
 
 @pytest.mark.parametrize(
