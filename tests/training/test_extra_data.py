@@ -172,6 +172,22 @@ def test_pseudo_labels_are_the_networks_clean_predictions(
     assert train("--resume", tmp_path / "a") == 0
 
 
+def test_a_network_of_other_classes_labels_nothing_even_where_its_labels_are_stored(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, given = tmp_path / "teacher", [*FAST, "--epochs", 1, "--extra-data", npz]
+    assert train(*FAST, "--epochs", 1, "--run-dir", teacher) == 0
+    weights_file, letters = teacher / "last" / "model.safetensors", tmp_path / "letters.safetensors"
+    assert train(*given, "--extra-labels", weights_file, "--run-dir", tmp_path / "a") == 0
+    # The same weights, said to be those of ten other classes.
+    letters.write_bytes(weights_file.read_bytes())
+    about = json.loads(weights_file.with_suffix(".json").read_text())
+    about |= {"class_names": [*"abcdefghij"], "dataset": "letters"}
+    letters.with_suffix(".json").write_text(json.dumps(about))
+    said = error_of(capsys, *given, "--extra-labels", letters, "--run-dir", tmp_path / "b")
+    assert f"--extra-labels {letters} was trained on letters, whose class 0 is 'a'" in said
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
