@@ -89,6 +89,11 @@ def _check_unlabelled(path: str | Path | None, config: TrainConfig[Any]) -> None
             f"the extra images in {path} have no labels, which method {config.method} needs; "
             "label them with a network: --extra-labels RUN"
         )
+    if config.optim.burn_in > 0:
+        raise UserError(
+            f"burn_in {config.optim.burn_in}: natural training needs every label, but the extra images in "
+            f"{path} have none; leave --burn-in out, or label them with a network: --extra-labels RUN"
+        )
     if mixing := config.augmentation.mixing:
         raise UserError(f"{mixing}: the extra images in {path} have no labels to mix; leave it out")
 

@@ -212,6 +212,17 @@ def test_unlabelled_extra_images_are_for_semi_supervised_methods(tmp_path: Path)
     assert train(*flags, "--extra-data", tmp_path / "extra.npz", "--run-dir", tmp_path / "run") == 0
 
 
+def test_a_burn_in_refuses_unlabelled_extra_images_before_they_are_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "extra.npz", image=extra_arrays(EXTRA, 32, 1)[0])
+    flags = [*TINY, "--method", "vat", "--epochs", 2, "--burn-in", 1, "--extra-data", tmp_path / "extra.npz"]
+    said = error_of(capsys, *flags, "--run-dir", tmp_path / "run")
+    assert "burn-in 1: natural training needs every label, but the extra images in" in said
+    assert "have none; leave --burn-in out, or label them with a network: --extra-labels RUN" in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["extra.npz"]
+
+
 @pytest.mark.parametrize("method", ["lbgat", "free"])
 def test_methods_with_guides_and_buffers_of_the_batch_train(method: str, npz: Path, tmp_path: Path) -> None:
     steps = [] if method == "free" else ["--steps", 1]
