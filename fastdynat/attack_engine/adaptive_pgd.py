@@ -74,7 +74,8 @@ def adaptive_ascend(
     climb = _Climb(ascent, x, goal, spec, x_start, sizes_of(spec, sizes)[0])
     for step in range(1, spec.steps + 1):
         climb.step(step)
-    return AttackResult(climb.best, climb.zero_grads, len(x) * spec.steps, climb.kept)
+    gradients = len(x) * spec.steps
+    return AttackResult(climb.best, climb.zero_grads, gradients, climb.kept, steps=spec.steps)
 
 
 class _Climb:

@@ -24,6 +24,7 @@ class AttackResult:
         kept: (N,) int64, for a goal with `track`: the number of iterates, among those from which a step was
             taken, at which the network still predicted the goal's class.
         norm: (N,) int64, for the worst of several norms: which of them, counted from 0; else None.
+        steps: of the run that `kept` counts in; of several norms each has as many.
     """
 
     x_adv: Tensor
@@ -31,6 +32,7 @@ class AttackResult:
     gradients: int
     kept: Tensor | None = None
     norm: Tensor | None = None
+    steps: int = 0
 
     def clone(self: R) -> R:
         """A copy that shares no tensors."""

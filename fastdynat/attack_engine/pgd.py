@@ -78,7 +78,7 @@ def ascend(
         kept = None if kept is None or found.kept is None else kept + found.kept
     # Every step ends in [0, 1]; a Gaussian start without any step may not be in it.
     x_adv = x_adv.detach() if spec.steps else x_adv.detach().clamp(0, 1)
-    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept)
+    return AttackResult(x_adv, zero_grads, x.shape[0] * spec.steps, kept, steps=spec.steps)
 
 
 def aimed(ascent: Ascent, x: Tensor, goal: AttackGoal, spec: PGDSpec, generator: Randomness) -> AttackGoal:

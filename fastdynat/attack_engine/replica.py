@@ -31,6 +31,8 @@ class AttackReplica:
     No parameter of it needs a gradient, so an attack computes input gradients only, eager and compiled, and
     never reaches the model's ``.grad``. It shares the model's memory where it can; folded weights, weights in
     half precision or another memory format and Winograd's transformed ones are copies, updated by `refresh`.
+    With batch norm in eval mode so are all running statistics, folded or not: the passes of an update move
+    the model's while attacks on its other micro-batches are still to come.
     With a `dtype`, `network` runs under autocast to it: batch norm and everything else that autocast keeps in
     float32 stays so.
 
@@ -94,6 +96,9 @@ class AttackReplica:
         self.channels_last = channels_last and self._runs_channels_last(example, dtype)
         if not self.channels_last:
             self._own_weights(dtype, torch.preserve_format)
+        self._statistics: list[Tensor] = []
+        if bn == "eval":
+            self._own_statistics()
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
         fuse_where_verified(self._fused, example.device)
         self.fusion_chosen = False
@@ -176,6 +181,20 @@ class AttackReplica:
                     self._sources.append(old.detach())
                     self._copies.append(new)
 
+    def _own_statistics(self) -> None:
+        """Copy the buffers that passes in train mode may move; one that several modules hold stays one."""
+        own: dict[int, Tensor] = {}
+        for module in self.network.modules():
+            for name, old in module._buffers.items():
+                if old is None or not old.is_floating_point():
+                    continue
+                if id(old) not in own:
+                    own[id(old)] = old.detach().clone()
+                    self._sources.append(old.detach())
+                    self._copies.append(own[id(old)])
+                module._buffers[name] = own[id(old)]
+        self._statistics = [*own.values()]
+
     def own_tensors(self) -> dict[str, Tensor]:
         """All tensors that `refresh` writes on a GPU, by number; none of them is the model's."""
         found = [*self._copies]
@@ -183,6 +202,11 @@ class AttackReplica:
             t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias) if isinstance(t, Tensor)
         ]
         return {str(i): tensor.detach() for i, tensor in enumerate(found)}
+
+    def own_weights(self) -> list[Tensor]:
+        """`own_tensors` without statistics, of which other values may be no variances."""
+        statistics = {t.data_ptr() for t in self._statistics}
+        return [t for t in self.own_tensors().values() if t.data_ptr() not in statistics]
 
     def choose_fusion(self, x: Tensor) -> int:
         """On a GPU, at the first call: unfuse the layers that run faster without cuDNN's fused kernels.

@@ -28,4 +28,4 @@ class ReplicaState(Stateless):
         return {f"weight {name}": t for name, t in self.replica.own_tensors().items()} | buffers
 
     def weights(self) -> Sequence[Tensor]:
-        return [*self.replica.own_tensors().values()]
+        return self.replica.own_weights()

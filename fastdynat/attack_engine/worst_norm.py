@@ -34,7 +34,8 @@ def worst_of(engine: AttackedReplica, goal: AttackGoal, results: Sequence[Attack
         x_adv = torch.where(per_image(better, x_adv), result.x_adv, x_adv)
         kept = None if kept is None or result.kept is None else torch.where(better, result.kept, kept)
     zero_grads = torch.stack([result.zero_grads for result in results]).sum()
-    return AttackResult(x_adv, zero_grads, sum(result.gradients for result in results), kept, norm)
+    gradients = sum(result.gradients for result in results)
+    return AttackResult(x_adv, zero_grads, gradients, kept, norm, steps=first.steps)
 
 
 def _value(engine: AttackedReplica, goal: AttackGoal, result: AttackResult) -> Tensor:

@@ -48,7 +48,8 @@ class OptimConfig:
     last layers train at the full rate. Layers are timm's for timm:NAME, residual blocks for built-in
     networks. None is 1."""
     head_lr_scale: float = 1.0
-    """Factor on the learning rate of the last linear layer."""
+    """Factor on the learning rate of the last linear layer, also of a guide that is trained. --logit-scale
+    divides the model's logits alone, so to balance it this suits methods without a trained guide."""
     burn_in: int = 0
     """Number of epochs, out of --epochs, of natural training (cross-entropy on clean images, at the peak
     rate) before the method starts. The method starts from the weight average, if there is one, with a fresh

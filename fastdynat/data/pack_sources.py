@@ -40,7 +40,7 @@ class PackSource(Protocol):
         count: images.
         shape: (C, H, W) of each.
         labelled: False where they have no labels.
-        class_names: names of the class folders, by label; None where labels are numbers.
+        class_names: names of the class folders, by label; None where there are none.
     """
 
     path: Path
@@ -287,8 +287,8 @@ class PickleSource(ArraySource):
 class FolderSource:
     """A folder of class folders, or of images without classes.
 
-    Class folders named by whole numbers are those labels; the others are matched with the classes of the
-    dataset by name when a run begins.
+    A label is the place of its class folder in alphabetical order. What it means in a dataset is settled by
+    the folder's name when a run begins.
 
     Raises: UserError as `imagefolder.list_files`, and for a first image that cannot be decoded.
     """
@@ -302,10 +302,7 @@ class FolderSource:
         if self.labelled:
             files = list_files(path)
             self._paths, self._labels = files.paths, files.labels.numpy()
-            if all(re.fullmatch(r"[0-9]{1,6}", name) for name in files.class_names):
-                self._labels = np.array([int(name) for name in files.class_names])[self._labels]
-            else:
-                self.class_names = files.class_names
+            self.class_names = files.class_names
         else:
             self._paths, self._labels = tuple(images), np.zeros(0, dtype=np.int64)
         self.count = len(self._paths)

@@ -166,9 +166,9 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _packs(store: ExtraStore, sources: Sequence[PackSource]) -> bool:
-    """True if `store` was packed from `sources` as they are now."""
+    """True if `store` was packed from `sources` as they are now, with the names of their classes."""
     held = store.facts.sources
-    if len(held) != len(sources):
+    if len(held) != len(sources) or store.facts.class_names != sources[0].class_names:
         return False
     return all(_unchanged(kept, source) for kept, source in zip(held, sources, strict=True))
 

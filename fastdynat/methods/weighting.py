@@ -32,8 +32,7 @@ def gairat_weights(attacked: AttackResult, lam: float) -> Tensor:
         lam: lambda; the higher, the more equal the weights.
     """
     assert attacked.kept is not None
-    images = len(attacked.kept)
-    steps = max(attacked.gradients // images, 1)
+    steps = max(attacked.steps, 1)
     # 1 + tanh(a) is 2 sigmoid(2 a), which does not round to 0 where tanh rounds to -1.
     return _mean_one(F.logsigmoid(2 * (lam + 5 * (1 - 2 * attacked.kept.double() / steps))))
 

@@ -30,19 +30,15 @@ VITS = {
 ISOTROPIC = {"convnext-iso-ti": (24, 192, 6), "convnext-iso-s": (48, 384, 18)}  # first channels, width, depth
 
 
-class ChannelNorm(nn.Module):
+class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm_shape = (channels,)
-        layer = nn.LayerNorm(channels)
-        self.weight, self.bias = layer.weight, layer.bias
+        super().__init__(channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        rows = F.layer_norm(x.permute(0, 2, 3, 1), self.norm_shape, self.weight, self.bias, EPS)
-        return rows.permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvStem(nn.Module):

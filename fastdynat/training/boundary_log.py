@@ -39,14 +39,16 @@ def log_boundary(
 
 
 def last_move(step: TrainStep) -> dict[str, Tensor]:
-    """The step of the momentum by parameter name: -rate * buffer at the last update's rate.
+    """The step of the momentum by parameter name: -rate * buffer at the last update's rate of its group.
 
     Without Nesterov it is the last update itself, which the next one repeats up to the new gradient.
     """
     rate = step.learning_rate(max(step.global_step - 1, 0))
-    state = {parameter: kept for optimizer in step.optimizers for parameter, kept in optimizer.state.items()}
-    return {
-        name: -rate * state[p]["momentum_buffer"]
-        for name, p in step.networks.raw["model"].named_parameters()
-        if p in state
+    moves = {
+        parameter: -rate * group.get("lr_scale", 1.0) * optimizer.state[parameter]["momentum_buffer"]
+        for optimizer in step.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter in optimizer.state
     }
+    return {name: moves[p] for name, p in step.networks.raw["model"].named_parameters() if p in moves}

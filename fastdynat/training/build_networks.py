@@ -65,6 +65,9 @@ def build_networks(
             if source is None
             else _trained_guide(source, names.guide, info)
         )
+    if names.bn_momentum is not None:
+        for network in (model, *([guide] if guide is not None else [])):
+            _set_momentum(network, names.bn_momentum)
     synchronised = names.sync_bn == "on" and not world().alone
     trained = [model, *([guide] if guide is not None and "guide" in method.trains else [])]
     if names.sync_bn == "off" and not world().alone:
@@ -95,11 +98,13 @@ def _untrained(
 ) -> torch.nn.Module:
     mean, std = pixel_statistics(settings, info)
     classes, shape = info.num_classes, info.image_shape
-    network = build_model(name, num_classes=classes, image_shape=shape, mean=mean, std=std, divisor=divisor)
-    if settings.bn_momentum is not None:
-        for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
-            layer.momentum = settings.bn_momentum
-    return network
+    return build_model(name, num_classes=classes, image_shape=shape, mean=mean, std=std, divisor=divisor)
+
+
+def _set_momentum(network: nn.Module, momentum: float) -> None:
+    """Give all batch norms of `network` the `momentum` of --bn-momentum."""
+    for layer in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+        layer.momentum = momentum
 
 
 def _refuse_synchronising(networks: list[nn.Module]) -> None:

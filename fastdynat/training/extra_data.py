@@ -1,5 +1,7 @@
 """Extra images of a run: packed where they are not yet, and checked against the dataset."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from fastdynat.terminal.consoles import error_console
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.pseudo_labels import label_file, read_labels
 from fastdynat.tuning.devices import pick_device
+
+NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
@@ -85,20 +89,40 @@ def _check_unlabelled(path: str | Path | None, config: TrainConfig[Any]) -> None
             f"the extra images in {path} have no labels, which method {config.method} needs; "
             "label them with a network: --extra-labels RUN"
         )
+    if config.optim.burn_in > 0:
+        raise UserError(
+            f"burn_in {config.optim.burn_in}: natural training needs every label, but the extra images in "
+            f"{path} have none; leave --burn-in out, or label them with a network: --extra-labels RUN"
+        )
     if mixing := config.augmentation.mixing:
         raise UserError(f"{mixing}: the extra images in {path} have no labels to mix; leave it out")
 
 
 def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> np.ndarray:
-    """Labels (M,) in [0, num_classes), or UNLABELLED where the method needs none."""
-    labels, classes = store.labels, store.facts.classes
-    if labels is None or classes is None:
+    """Labels (M,) in [0, num_classes), or UNLABELLED where the method needs none.
+
+    Class folders have the labels of the dataset's classes of the same names. Where the dataset has no such
+    names, folders named by whole numbers have these labels.
+    """
+    labels = store.labels
+    if labels is None:
         _check_unlabelled(store.folder, config)
         return np.full(len(store), UNLABELLED, dtype=np.int32)
-    names = store.facts.class_names
+    names, odd = store.facts.class_names, _odd_number(info)
     if names is not None:
-        return _by_name(store, labels, names, info)
-    if classes > info.num_classes:
+        by_number = (
+            odd is None and all(map(NUMBER.fullmatch, names)) and not set(names) <= {*info.class_names}
+        )
+        labels = _renumbered(
+            labels, [int(name) for name in names] if by_number else _places(store, names, info)
+        )
+    elif odd is not None:
+        raise UserError(
+            f"{store.folder} has labels without class names, but the class {info.class_names[odd]!r} of "
+            f"{info.name} has label {odd}, so a label may mean two classes; pack class folders again, or "
+            "give the labels by --extra-labels FILE.npy"
+        )
+    if int(labels.max()) >= info.num_classes:
         bad = int(np.argmax(labels >= info.num_classes))
         raise UserError(
             f"{store.folder}: label {labels[bad]} at index {bad} is outside [0, {info.num_classes}), "
@@ -107,13 +131,25 @@ def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> n
     return labels
 
 
-def _by_name(store: ExtraStore, labels: np.ndarray, names: tuple[str, ...], info: DatasetInfo) -> np.ndarray:
-    """Labels that number the classes of the dataset, from class folders of the same names."""
+def _odd_number(info: DatasetInfo) -> int | None:
+    """A label whose class is named by another number, such as 2 for the folder "10"; None without one."""
+    named = ((label, name) for label, name in enumerate(info.class_names) if NUMBER.fullmatch(name))
+    return next((label for label, name in named if int(name) != label), None)
+
+
+def _places(store: ExtraStore, names: Sequence[str], info: DatasetInfo) -> list[int]:
+    """The labels of the dataset's classes called `names`."""
     unknown = [name for name in names if name not in info.class_names]
     if unknown:
         raise UserError(
             f"{store.folder}: {unknown[0]!r} is no class of {info.name}; name the class folders like its "
-            f"classes ({', '.join(info.class_names[:3])}, ...) or by their numbers"
+            f"classes ({', '.join(info.class_names[:3])}, ...)"
+            f"{' or by their numbers' if _odd_number(info) is None else ''}"
         )
-    numbers = np.array([info.class_names.index(name) for name in names], dtype=np.int32)
-    return labels if (numbers == np.arange(len(names))).all() else numbers[labels]
+    return [info.class_names.index(name) for name in names]
+
+
+def _renumbered(labels: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """`numbers` at `labels`; the labels themselves, mapped into memory, where nothing changes."""
+    table = np.array(numbers, dtype=np.int32)
+    return labels if (table == np.arange(len(table))).all() else table[labels]

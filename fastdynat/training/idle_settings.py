@@ -34,23 +34,31 @@ def _after_the_end(config: ResolvedConfig[Any]) -> Iterator[str]:
         )
     if reset is not None and reset >= max(epochs, optim.burn_in):
         yield f"bn_reset_epoch {reset} has no effect: the method has {epochs} epochs, counted from 0"
-    if (still := _still_from(optim)) is not None:
+    begins, ends = _epochs_with_a_rate(optim)
+    if begins > optim.burn_in:
+        one = begins - optim.burn_in == 1
+        which = f"epoch {begins}" if one else f"epochs {optim.burn_in + 1} to {begins}"
         yield (
-            f"from epoch {still + 1} of {optim.epochs} on the learning rate is 0: --schedule "
+            f"in {which} of {optim.epochs} the learning rate is 0: it begins at 0, and changes only between "
+            "epochs with --schedule-by epoch; use --schedule-by step, or --schedule-ahead 1"
+        )
+    if ends < optim.epochs:
+        yield (
+            f"from epoch {ends + 1} of {optim.epochs} on the learning rate is 0: --schedule "
             f"{optim.schedule} over {schedule_epochs(optim)} epochs has ended there; use --min-lr, or "
             "another --schedule-epochs"
         )
 
 
-def _still_from(optim: ResolvedOptim) -> int | None:
-    """The first epoch of a row without a learning rate at the end of the run; None if the last has one."""
+def _epochs_with_a_rate(optim: ResolvedOptim) -> tuple[int, int]:
+    """The first epoch of the method that has a learning rate, and the one after the last that has."""
     factor = schedule_factor(optim, 2)  # two updates in each epoch: one at its start, one inside of it
-    still = None
-    for epoch in reversed(range(optim.epochs)):
-        if factor(2 * epoch) > 0 or factor(2 * epoch + 1) > 0:
-            break
-        still = epoch
-    return still
+    moving = [
+        epoch
+        for epoch in range(optim.burn_in, optim.epochs)
+        if factor(2 * epoch) > 0 or factor(2 * epoch + 1) > 0
+    ]
+    return (moving[0], moving[-1] + 1) if moving else (optim.epochs, optim.epochs)
 
 
 def _of_networks(config: ResolvedConfig[Any], networks: NetworkSet) -> Iterator[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastdynat.errors import UserError
 from fastdynat.models.build import Normalize
-from fastdynat.training.norm_layers import NORMS
+from fastdynat.training.norm_layers import is_norm
 
 
 def backbone_of(module: nn.Module) -> tuple[str, nn.Module]:
@@ -49,7 +49,7 @@ def _depths_by_block(network: nn.Module) -> dict[str, int]:
     depth, block = 0, ""
     for name, _ in network.named_parameters():
         within = _block_of(name, modules)
-        if within != block and not isinstance(modules.get(within), NORMS):
+        if within != block and not is_norm(modules.get(within)):
             depth, block = depth + 1, within
         depths[name] = depth
     first = min(depths.values())  # 1 where the network begins with a block

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastdynat.training.layer_depths import backbone_of, head_parameters, layer_depths
-from fastdynat.training.norm_layers import NORMS
+from fastdynat.training.norm_layers import is_norm
 from fastdynat.training.resolved_config import ResolvedOptim
 
 
@@ -53,7 +53,7 @@ def _exempt(module: nn.Module, config: ResolvedOptim) -> Iterator[str]:
     """The names of the parameters without weight decay."""
     if not config.decay_norms:
         for name, layer in module.named_modules():
-            if isinstance(layer, NORMS):
+            if is_norm(layer):
                 yield from (f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False))
     listed = set(_listed(module))
     for name, parameter in module.named_parameters():

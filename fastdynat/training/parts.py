@@ -29,6 +29,7 @@ from fastdynat.training.precision import Precision
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.rng import seed_everything
 from fastdynat.training.schedules import attack_steps, epochs_of_method, momentum_at, schedule_factor
+from fastdynat.training.seen_validation import held_out
 from fastdynat.training.single_values import check_single_values
 from fastdynat.training.step import TrainStep
 
@@ -46,13 +47,10 @@ class RunParts(NamedTuple):
 def open_split(config: TrainConfig[Any]) -> TrainSplit:
     """The training split that `config` names, with extra images; no image is read yet, but packed."""
     data = config.data
-    held_out = data.val_size
-    if held_out is not None and held_out >= 1:
-        held_out = int(held_out)
     split = open_train(
         data.data,
         data.data_dir,
-        val_size=held_out,
+        val_size=held_out(data.val_size),
         seed=config.engine.seed,
         image_size=data.image_size,
         download=data.download,

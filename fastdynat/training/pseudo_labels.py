@@ -12,7 +12,7 @@ from fastdynat.data.extra_store import ExtraStore, resized
 from fastdynat.errors import UserError, first_line
 from fastdynat.machine.cache_folder import user_cache
 from fastdynat.ops.augment import to_unit
-from fastdynat.runs import data_difference, guide_weights, load_network
+from fastdynat.runs import data_difference, guide_weights, load_network, read_sidecar
 from fastdynat.runs.atomic_files import make_folder, replacing
 from fastdynat.runs.manifest import sha256
 from fastdynat.terminal.progress import ProgressDisplay
@@ -36,13 +36,13 @@ def label_file(
     if source.endswith(".npy"):
         return Path(source).absolute()
     weights = guide_weights(Path(source))
+    if difference := data_difference(read_sidecar(weights)[0], info):
+        raise UserError(f"--extra-labels {source} was trained on {difference}; use a network for {info.name}")
     places = _places(store, f"labels-{sha256(weights)[:16]}-{'x'.join(map(str, info.image_shape))}.npy")
     for place in places:
         if place.is_file():
             return place
-    network, sidecar = load_network(weights)
-    if difference := data_difference(sidecar, info):
-        raise UserError(f"--extra-labels {source} was trained on {difference}; use a network for {info.name}")
+    network, _ = load_network(weights)
     out = next((place for place in places if os.access(place.parent, os.W_OK)), places[-1])
     make_folder(out.parent)
     logger.info("labelling %s extra images with %s, stored as %s", f"{len(store):,}", source, out)

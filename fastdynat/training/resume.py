@@ -89,7 +89,7 @@ def resumed_run(path: Path, config: TrainConfig[Any], *, lock_seconds: float = 0
             logger.info("it continues within rounding, not bit for bit: %s", why)
         with use_backend(engine.kernels):
             if isinstance(run, RunDir):
-                _rewrite_record(run, trainer)  # only now, when nothing can be refused any more
+                _rewrite_record(run, trainer, stored)  # only now, when nothing can be refused any more
             yield trainer
     finally:
         run.close()
@@ -197,31 +197,45 @@ def _place(trainer: Trainer) -> str:
     return f"at epoch {epoch + 1}, after {step} of {steps} steps"
 
 
-def _rewrite_record(run: RunDir, trainer: Trainer) -> None:
-    """Bring the run directory up to date: present form, present configuration, links, this start."""
+def _rewrite_record(run: RunDir, trainer: Trainer, stored: TrainConfig[Any]) -> None:
+    """Bring the run directory up to date: present form, present configuration, links, this start.
+
+    stored: the configuration of the run so far.
+    """
     config = trainer.config
     run.adopt()
     run.rewrite_config(to_yaml(replace(config, run=replace(config.run, stop_after=None))))
     run.checkpoints.link()
     about = arithmetic(config.engine)
     with suppress(UserError):  # no list, or a damaged one, which resuming does not need
-        _warn_of_statistics(read_starts(run.path / ENVIRONMENT)[-1].get("processes", 1), trainer)
+        processes = read_starts(run.path / ENVIRONMENT)[-1].get("processes", 1)
+        _warn_of_statistics(processes, stored.optim.grad_accum_steps, trainer)
     for change in record_start(run.path / ENVIRONMENT, processes=trainer.world.size, **about):
         logger.info("%s: the run continues, but not bit for bit", change)
 
 
-def _warn_of_statistics(before: int, trainer: Trainer) -> None:
-    """With --sync-bn off, warn where batch norm sees another part of a batch than in `before` processes."""
-    now, networks = trainer.world.size, trainer.networks.raw
+def _warn_of_statistics(processes: int, micro_batches: int, trainer: Trainer) -> None:
+    """Warn where batch norm sees another part of a batch than before.
+
+    processes, micro_batches: of the run so far; with --sync-bn on the number of processes does not matter.
+    """
+    config, networks = trainer.config, trainer.networks.raw
+    off = config.model.sync_bn == "off"
+    before = (processes if off else 1, micro_batches)
+    now = (trainer.world.size if off else 1, config.optim.grad_accum_steps)
     trained = [networks[name] for name in trainer.step.method.trains]
-    if trainer.config.model.sync_bn == "off" and before != now and any(map(has_batch_norm, trained)):
-        logger.warning(
-            "--sync-bn off: each process computes batch norm statistics over 1/%d of a batch, where the run "
-            "so far used 1/%d, so training goes on differently; %d process(es) would avoid this",
-            now,
-            before,
-            before,
-        )
+    if before == now or not any(map(has_batch_norm, trained)):
+        return
+    remedies = [f"--grad-accum-steps {micro_batches}"] * (before[1] != now[1])
+    remedies += [f"{processes} process(es)"] * (before[0] != now[0])
+    logger.warning(
+        "%sbatch norm statistics are computed over 1/%d of a batch, where the run so far used 1/%d, so "
+        "training goes on differently; %s would avoid this",
+        "--sync-bn off: " * off,
+        now[0] * now[1],
+        before[0] * before[1],
+        " and ".join(remedies),
+    )
 
 
 def _how_to_train_longer(path: Path, trainer: Trainer) -> str:

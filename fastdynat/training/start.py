@@ -39,6 +39,7 @@ from fastdynat.training.rank_start import (
 )
 from fastdynat.training.resolve import check_sizes, resolve, resolve_loader, warn_of_first_epoch
 from fastdynat.training.resolved_config import ResolvedConfig
+from fastdynat.training.seen_validation import warn_of_seen_validation
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.trial import settle_compile
 
@@ -66,6 +67,8 @@ def new_run(
     resolved, opened = settled_by_first(config, lambda: _settled(config, stem, split))
     val = all_can(opened.val_images)
     parts = all_can(lambda: build_parts(resolved, opened, load_sources=world().first))
+    if world().first:
+        warn_of_seen_validation(resolved, opened)
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
     for note in idle_settings(resolved, parts.networks) if world().first else ():

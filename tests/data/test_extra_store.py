@@ -132,18 +132,17 @@ def folder_of(root: Path, names: list[str], side: int = 8) -> tuple[np.ndarray, 
     return images, names
 
 
-@pytest.mark.parametrize(("names", "stored"), [(["cat", "dog"], ("cat", "dog")), (["2", "10"], None)])
-def test_image_folders(names: list[str], stored: tuple | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["cat", "dog"], ["10", "2"]])
+def test_image_folders(names: list[str], tmp_path: Path) -> None:
     images, _ = folder_of(tmp_path / "a", names * 4)
     store = store_of(tmp_path / "a", out=tmp_path / "out")
-    assert store.facts.class_names == stored
+    assert store.facts.class_names == (*names,)
     assert store.labels is not None
-    numbers = {name: number for number, name in enumerate(names)} if stored else {"2": 2, "10": 10}
     found = {
         (store.read(torch.tensor([i])).numpy().tobytes(), int(label)) for i, label in enumerate(store.labels)
     }
     assert found == {
-        (images[i].transpose(2, 0, 1).tobytes(), numbers[name]) for i, name in enumerate(names * 4)
+        (images[i].transpose(2, 0, 1).tobytes(), names.index(name)) for i, name in enumerate(names * 4)
     }
 
 

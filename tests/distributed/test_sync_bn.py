@@ -172,6 +172,20 @@ def test_a_run_keeps_its_choice(tmp_path: Path, capsys) -> None:
     assert "sync_bn: 'on'" in config.read_text()
 
 
+@pytest.mark.parametrize(("network", "warns"), [("small", True), ("small-gn", False)])
+def test_a_run_that_goes_on_in_micro_batches_warns_with_batch_norm(
+    network: str, warns: bool, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--method", "natural", "--model", network, *TINY, "--stop-after", "1"]
+    assert main(["train", "--run-dir", str(run), *flags]) == 0
+    assert _resumed(run) == 0
+    assert "of a batch" not in capsys.readouterr().err
+    assert _resumed(run, "--grad-accum-steps", "2") == 0
+    said = "over 1/2 of a batch, where the run so far used 1/1, so training goes on differently; "
+    assert (f"{said}--grad-accum-steps 1 would avoid this" in capsys.readouterr().err) == warns
+
+
 def test_off_warns_where_a_run_goes_on_with_other_processes(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     flags = ["--method", "natural", *TINY, "--stop-after", "1", "--sync-bn", "off"]

@@ -117,11 +117,12 @@ def test_columns_by_hand() -> None:
     assert found.columns(0.001)["speed_near"] is None
 
 
-def test_the_move_is_the_last_update() -> None:
+@pytest.mark.parametrize("options", [{}, {"head_lr_scale": 3.0}])
+def test_the_move_is_the_last_update(options: dict[str, float]) -> None:
     batch, model = make_batch(), moved_network(1)
     step = train_step(Madry(MadryOptions()), model, None)
     assert last_move(step) == {}  # no momentum yet
-    step = train_step(Madry(MadryOptions()), model, None, momentum=0.9)
+    step = train_step(Madry(MadryOptions()), model, None, momentum=0.9, **options)
     step(batch)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step(batch)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastdynat.attack_engine.attack_switches import AttackSwitches
+from fastdynat.attack_engine.engine import Attacker
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
@@ -312,7 +313,7 @@ def test_gairats_weights(kept: list[int], lam: float) -> None:
     """Mean 1, finite, never higher for an image that resisted longer."""
     count = torch.tensor(kept)
     weights = gairat_weights(
-        AttackResult(torch.rand(len(kept), 1), torch.zeros(()), 7 * len(kept), count), lam
+        AttackResult(torch.rand(len(kept), 1), torch.zeros(()), 7 * len(kept), count, steps=7), lam
     )
     torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))
     assert bool((weights[count.argsort()].diff() <= 1e-12).all())
@@ -348,6 +349,26 @@ def test_iterates_that_keep_the_class_are_counted(batch: Batch) -> None:
         kept = step.networks.attack.run(batch.x, goal, step.spec, x_start=start).kept
         assert kept is not None
         assert kept.tolist() == expected
+
+
+@pytest.mark.parametrize("algorithm", ["pgd", "apgd"])
+def test_gairats_weights_of_the_worst_of_equal_attacks_are_those_of_one(batch: Batch, algorithm: str) -> None:
+    model = moved_network(1)
+    step = train_step(Gairat(GairatOptions()), model, None)
+    labels = copy.deepcopy(model).eval()(batch.x).argmax(1)
+    goal, spec = AttackGoal("ce", labels, track=True), replace(step.spec, algorithm=algorithm)
+    start = drawn_start(batch.x, "uniform")
+    one, worst = (
+        Attacker(step.networks.attack, spec, others=others)(batch.x, goal, x_start=start)
+        for others in ((), (spec,))
+    )
+    assert one.kept is not None
+    # The formula with S = steps, written out: the attack of one norm is right, too.
+    raw = 1 + torch.tanh(-1 + 5 * (1 - 2 * one.kept.double() / STEPS))
+    expected = raw / raw.mean()
+    assert expected.unique().numel() > 1
+    for attacked in (one, worst):
+        torch.testing.assert_close(gairat_weights(attacked, -1.0), expected)
 
 
 # Extreme logits

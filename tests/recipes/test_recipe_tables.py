@@ -28,7 +28,7 @@ from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.runs import RunDir
 from fastdynat.runs.weights import Sidecar, save_weights
 from fastdynat.training import build_parts
-from fastdynat.training.norm_layers import NORMS
+from fastdynat.training.norm_layers import is_norm
 from fastdynat.training.parts import burn_in_step
 from fastdynat.training.resolve import resolve, resolve_loader
 from fastdynat.training.step import TrainStep
@@ -211,9 +211,7 @@ def test_an_update_as_it_is_made(recipe: tuple[Built, Release]) -> None:
     built, release = recipe
     step, begin = built.step, built.config.optim.burn_in * release.steps
     counters = [b for n, b in built.model().named_buffers() if n.endswith("num_batches_tracked")]
-    norms = {
-        id(p) for m in built.model().modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
-    }
+    norms = {id(p) for m in built.model().modules() if is_norm(m) for p in m.parameters(recurse=False)}
     assert norms
     for update_number in updates_with_edges(built, release):
         epoch = update_number // release.steps

@@ -1,6 +1,7 @@
 """Runs with extra images: what a run keeps, exact resume, pseudo-labels, and refusals before any work."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from support.extra_images import extra_arrays, write_npz
 from support.tiny_run import TINY
 
 from fastdynat.commands.main import main
-from fastdynat.config import read_config_file
-from fastdynat.data.extra_store import ExtraStore
+from fastdynat.config import ExtraConfig, RunConfig, TrainConfig, read_config_file
+from fastdynat.data import DatasetInfo
+from fastdynat.data.extra_store import ExtraSet, ExtraStore
+from fastdynat.data.imagefolder import list_files
+from fastdynat.errors import UserError
+from fastdynat.methods.madry import MadryOptions
 from fastdynat.runs import load_network
+from fastdynat.training.extra_data import open_extra
 
 FAST = [*TINY, "--method", "madry"]
 EXTRA = 90
@@ -166,6 +172,22 @@ def test_pseudo_labels_are_the_networks_clean_predictions(
     assert train("--resume", tmp_path / "a") == 0
 
 
+def test_a_network_of_other_classes_labels_nothing_even_where_its_labels_are_stored(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, given = tmp_path / "teacher", [*FAST, "--epochs", 1, "--extra-data", npz]
+    assert train(*FAST, "--epochs", 1, "--run-dir", teacher) == 0
+    weights_file, letters = teacher / "last" / "model.safetensors", tmp_path / "letters.safetensors"
+    assert train(*given, "--extra-labels", weights_file, "--run-dir", tmp_path / "a") == 0
+    # The same weights, said to be those of ten other classes.
+    letters.write_bytes(weights_file.read_bytes())
+    about = json.loads(weights_file.with_suffix(".json").read_text())
+    about |= {"class_names": [*"abcdefghij"], "dataset": "letters"}
+    letters.with_suffix(".json").write_text(json.dumps(about))
+    said = error_of(capsys, *given, "--extra-labels", letters, "--run-dir", tmp_path / "b")
+    assert f"--extra-labels {letters} was trained on letters, whose class 0 is 'a'" in said
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -188,6 +210,17 @@ def test_unlabelled_extra_images_are_for_semi_supervised_methods(tmp_path: Path)
     np.savez(tmp_path / "extra.npz", image=images)
     flags = [*TINY, "--method", "vat", "--labelled", 50, "--epochs", 1]
     assert train(*flags, "--extra-data", tmp_path / "extra.npz", "--run-dir", tmp_path / "run") == 0
+
+
+def test_a_burn_in_refuses_unlabelled_extra_images_before_they_are_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "extra.npz", image=extra_arrays(EXTRA, 32, 1)[0])
+    flags = [*TINY, "--method", "vat", "--epochs", 2, "--burn-in", 1, "--extra-data", tmp_path / "extra.npz"]
+    said = error_of(capsys, *flags, "--run-dir", tmp_path / "run")
+    assert "burn-in 1: natural training needs every label, but the extra images in" in said
+    assert "have none; leave --burn-in out, or label them with a network: --extra-labels RUN" in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["extra.npz"]
 
 
 @pytest.mark.parametrize("method", ["lbgat", "free"])
@@ -213,6 +246,78 @@ def test_class_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "extra" / "dog").rename(tmp_path / "extra" / "wolf")
     said = error_of(capsys, *flags, "--run-dir", tmp_path / "other")
     assert "'wolf' is no class of imagefolder; name the class folders like its classes (cat, dog" in said
+
+
+def numbers(*names: object) -> list[str]:
+    return [str(name) for name in names]
+
+
+def class_info(root: Path, names: list[str]) -> DatasetInfo:
+    """Facts about a dataset of class folders called `names`, which it numbers as it reads them."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "0.png")
+    classes = list_files(root).class_names
+    return DatasetInfo("folders", len(classes), (3, 8, 8), classes, (0.5,) * 3, (0.2,) * 3, "none")
+
+
+def extra_in_folders(root: Path, names: list[str], info: DatasetInfo) -> ExtraSet:
+    """Extra images of class folders called `names`: two in each, of the colour that the name spells."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (int(name),) * 3).save(root / name / f"{number}.png")
+    return opened(root, info)
+
+
+def opened(source: Path, info: DatasetInfo) -> ExtraSet:
+    extra, run = ExtraConfig(extra_data=str(source)), RunConfig(quiet=True)
+    found = open_extra(TrainConfig(method="madry", options=MadryOptions(), extra=extra, run=run), info)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("classes", "extra"),
+    [(range(11), range(11)), (range(1, 6), range(1, 5)), (range(10), range(10)), (range(11), (2, 10))],
+)
+def test_numbered_class_folders_mean_the_classes_of_their_names(
+    classes: Sequence[int], extra: Sequence[int], tmp_path: Path
+) -> None:
+    """A dataset numbers its folders alphabetically: 0, 1, 10, 2."""
+    info = class_info(tmp_path / "data", numbers(*classes))
+    found = extra_in_folders(tmp_path / "extra", numbers(*extra), info)
+    everything = torch.arange(len(found))
+    colours = found.read(everything)[:, 0, 0, 0].tolist()
+    assert sorted(colours) == sorted([*extra] * 2)
+    assert [info.class_names[label] for label in found.labels_at(everything)] == numbers(*colours)
+
+
+def test_numbered_class_folders_are_labels_of_classes_with_words_for_names(tmp_path: Path) -> None:
+    words = [f"class-{letter}" for letter in "abcdefghijkl"]
+    found = extra_in_folders(tmp_path / "extra", numbers(*range(12)), class_info(tmp_path / "data", words))
+    everything = torch.arange(len(found))
+    assert found.labels_at(everything).tolist() == found.read(everything)[:, 0, 0, 0].tolist()
+    with pytest.raises(UserError, match=r"label 11 at index 3 is outside \[0, 11\)"):
+        opened(tmp_path / "extra", class_info(tmp_path / "fewer", words[:11]))
+
+
+def test_numbers_that_may_mean_two_classes_are_refused(tmp_path: Path) -> None:
+    info = class_info(tmp_path / "data", numbers(*range(1, 6)))
+    with pytest.raises(
+        UserError, match="'0' is no class of folders; name the class folders like its classes"
+    ):
+        extra_in_folders(tmp_path / "extra", numbers(*range(5)), info)
+    unnamed = r"labels without class names, but the class '1' of folders has label 0"
+    with pytest.raises(UserError, match=unnamed):
+        opened(write_npz(tmp_path / "extra.npz", EXTRA), info)
+    # A store as earlier versions wrote it from numbered folders: refused, and packed again from its source.
+    store = extra_in_folders(tmp_path / "known", numbers(*range(1, 6)), info).store.folder
+    facts = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps(facts | {"class_names": None}))
+    with pytest.raises(UserError, match=unnamed):
+        opened(store, info)
+    assert opened(tmp_path / "known", info).store.facts.class_names == info.class_names
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.same_run import assert_same_run
+from torch import nn
 
 from fastdynat.commands.main import main
 from fastdynat.config import to_flat
@@ -18,6 +19,8 @@ from fastdynat.methods import METHODS
 from fastdynat.methods.configs import stored_config
 from fastdynat.models import build_model
 from fastdynat.runs import Sidecar, load_network, save_weights
+from fastdynat.training import build_networks
+from fastdynat.training.networks import NetworkSet
 
 TINY = ["--train-size", "64", "--val-size", "20", "--batch-size", "32", "--steps", "2", "--quiet"]
 GUIDED = {
@@ -77,6 +80,27 @@ def test_resume_is_bitwise_and_needs_the_teacher_no_more(name: str, teacher: Pat
     shutil.rmtree(guide)
     assert main(["train", "--resume", str(parts), "--quiet"]) == 0
     assert_same_run(whole, parts)
+
+
+def test_bn_momentum_reaches_a_guide_from_a_run(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, where its weights are read, and after a resume, where they come from the checkpoint."""
+    built: list[nn.Module] = []
+
+    def seen(model: nn.Module, guide: nn.Module, **settings: Any) -> NetworkSet:
+        built.extend((model, guide))
+        return NetworkSet(model, guide, **settings)
+
+    monkeypatch.setattr(build_networks, "NetworkSet", seen)
+    flags = ["--guide-from", str(teacher), "--bn-momentum", "0.02", "--epochs", "2"]
+    whole = train(tmp_path / "whole", "lbgat", *flags)
+    parts = train(tmp_path / "parts", "lbgat", *flags, "--stop-after", "1")
+    assert main(["train", "--resume", str(parts), "--quiet"]) == 0
+    assert_same_run(whole, parts)
+    norms = [layer for network in built for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(built) >= 6
+    assert {layer.momentum for layer in norms} == {0.02}
 
 
 def test_other_epochs_that_would_have_begun_elsewhere_are_refused(

@@ -29,6 +29,14 @@ def said(flags: str, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
             "--schedule cosine --schedule-epochs 1",
             "from epoch 2 of 2 on the learning rate is 0: --schedule cosine over 1 epochs",
         ),
+        (
+            "--schedule triangular --schedule-by epoch",
+            "in epoch 1 of 2 the learning rate is 0: it begins at 0, and changes only between epochs",
+        ),
+        (
+            "--schedule triangular --schedule-by epoch --burn-in 1 --epochs 4",
+            "in epoch 2 of 4 the learning rate is 0: it begins at 0",
+        ),
         ("--model small-gn --attack-bn train", "attack_bn train has no effect: small-gn has no batch norm"),
         ("--model small-gn --ema 0.5 --ema-buffers copy", "ema_buffers copy has no effect: small-gn has no"),
         ("--model small-gn --bn-momentum 0.2", "bn_momentum 0.2 has no effect: small-gn has no batch norm"),
@@ -50,6 +58,7 @@ def test_what_has_no_effect_is_said(
         "--bn-reset-epoch 1 --burn-in 1 --epochs 3 --schedule triangular --ema 0.5 --ema-buffers copy",
         "--schedule cosine --schedule-epochs 1 --min-lr 0.001 --decay-exempt biases",
         "--method lbgat --optimizers joint",
+        "--schedule triangular --schedule-by epoch --schedule-ahead 1 --min-lr 0.001",
     ],
 )
 def test_what_has_an_effect_is_not(flags: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

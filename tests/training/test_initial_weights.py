@@ -28,6 +28,7 @@ from fastdynat.models.state_files import read_state_dict
 from fastdynat.runs import load_network, read_sidecar
 from fastdynat.training.frozen_parts import FrozenParts
 from fastdynat.training.initial_weights import find_initial, put_initial_weights
+from fastdynat.training.parts import open_split
 
 TINY = ["--train-size", "64", "--val-size", "20", "--batch-size", "32", "--steps", "2", "--quiet"]
 TINY += ["--device", "cpu"]
@@ -95,6 +96,28 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(spelt: str, source: Pa
     assert about.std == pytest.approx(info.std)
     network, _ = load_network(run / "last" / "model.safetensors")
     assert torch.equal(network.normalize.mean, given["normalize.mean"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        (["--seed", "2", "--val-size", "200"], True),
+        (["--seed", "1"], False),
+        (["--val-size", "200"], True),
+        (["--val-size", "10"], False),  # some of the images that the run held out
+    ],
+)
+def test_validation_images_that_the_weights_have_seen_are_told_of(
+    flags: list[str], warns: bool, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "fastdynat"):
+        train(tmp_path / "run", "--init-from", source / "best" / "model.safetensors", *STILL, *flags)
+    said = [r.getMessage() for r in caplog.records if "validation images are among" in r.getMessage()]
+    # The images that both runs open.
+    theirs, ours = (open_split(stored_config(run)) for run in (source, tmp_path / "run"))
+    both = {*theirs.train.tolist()} & {*ours.val.tolist()}
+    assert (bool(both), len(said)) == (warns, warns)
+    assert all(f": {len(both)} of the {len(ours.val)} validation images" in text for text in said)
 
 
 def test_the_message_names_checkpoint_and_digest(

@@ -13,7 +13,8 @@ from torch.optim import SGD
 from fastdynat.config import OptimConfig
 from fastdynat.errors import UserError
 from fastdynat.methods import Natural, NaturalOptions
-from fastdynat.models import build_model
+from fastdynat.models import build_model, known_models
+from fastdynat.models.external import torchvision_names
 from fastdynat.training.layer_depths import head_parameters, layer_depths
 from fastdynat.training.parameter_groups import parameter_groups
 from fastdynat.training.step import TrainStep
@@ -33,6 +34,39 @@ def table(module: nn.Module, groups: list[dict[str, Any]], decay: float) -> dict
     }
     assert len(found) == sum(len(group["params"]) for group in groups)
     return found
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*known_models()} - {*torchvision_names()} | {"swin_t", "convnext_tiny"})
+)
+def test_no_decay_of_norms_exempts_every_layer_called_a_norm(name: str) -> None:
+    """And their parameters alone, where these are all that is exempt."""
+    if name.endswith("-cvst"):
+        pytest.importorskip("timm")
+    with torch.device("meta"):
+        module = network(name)
+    assert_norms_are_exempt(module)
+
+
+@pytest.mark.parametrize("layer", ["RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2dFp32", "LayerNorm2d"])
+def test_no_decay_of_norms_exempts_those_of_timm(layer: str) -> None:
+    layers = pytest.importorskip("timm.layers")
+    if not hasattr(layers, layer):
+        pytest.skip("this timm does not have it")
+    assert_norms_are_exempt(nn.Sequential(nn.Conv2d(3, 4, 3), getattr(layers, layer)(4), nn.Linear(4, 2)))
+
+
+def assert_norms_are_exempt(module: nn.Module) -> None:
+    config: Any = OptimConfig(decay_norms=False, decay_exempt=(), weight_decay=0.05)
+    found = table(module, parameter_groups(module, config), 0.05)
+    norms = {
+        f"{name}.{key}".removeprefix("net.")
+        for name, layer in module.named_modules()
+        for key, _ in layer.named_parameters(recurse=False)
+        if "Norm" in type(layer).__name__
+    }
+    assert norms
+    assert {name for name, (_, decay) in found.items() if decay == 0} == norms
 
 
 @pytest.mark.parametrize(
