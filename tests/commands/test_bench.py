@@ -230,6 +230,29 @@ def test_our_attack_is_checked_as_it_is_timed(amp: str) -> None:
 # Clocks
 
 
+def test_a_gpu_that_is_not_the_current_one_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            asked.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 6000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(device))
+    assert Stopwatch(torch.device("cuda:1")).time(lambda: None, 3) == 2.0
+    assert asked == [torch.device("cuda:1"), "stream of cuda:1", "stream of cuda:1"]
+
+
 def test_rows_take_turns_and_quantiles_are_numpys() -> None:
     order: list[str] = []
     taken = take_turns(WATCH, [lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, repeats=3)

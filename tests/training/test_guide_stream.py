@@ -124,9 +124,16 @@ class Watch(TorchDispatchMode):
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, name: str, without: str = "") -> Watch:
-    """Three steps of a method with its guide on the side; `without`: a way of waiting that is left out."""
-    watch = Watch()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: watch.current)
+    """Three steps of a method with its guide on the side; `without`: a way of waiting that is left out.
+
+    The networks' device is not the process's current one, whose stream has none of their work.
+    """
+    watch, of_another_device = Watch(), Stream(2)
+
+    def current_stream(device: torch.device | None = None) -> Stream:
+        return watch.current if device == CPU else of_another_device
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setattr(torch.cuda, "stream", watch.on)
     if without:
         monkeypatch.setattr(Stream, without, lambda self, other: None)
