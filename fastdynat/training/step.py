@@ -166,10 +166,9 @@ class TrainStep:
                 constants = (
                     self.spec.steps,
                     self._norms.turn(self.global_step),
-                    self._awp_is_on(),
                     resets,
                     batch.share,
-                    *self.method.constants(),
+                    *self._constants_of_epoch(),
                 )
                 result = self._graphed(*inputs, constants=constants)
         self.networks.average_step()
@@ -210,7 +209,19 @@ class TrainStep:
     def _subject(self) -> StepState:
         draws = {} if self._draws is None else {"random state": self._draws.state}
         rates = self.rates.tensors()
-        return StepState(self.networks, self.optimizers, self.method, rates, draws, self.rates.sizes)
+        return StepState(
+            self.networks,
+            self.optimizers,
+            self.method,
+            rates,
+            draws,
+            self.rates.sizes,
+            self._constants_of_epoch,
+        )
+
+    def _constants_of_epoch(self) -> tuple[Any, ...]:
+        """What Python computes for a step from the method's `epoch` and `epoch_step`."""
+        return (self._awp_is_on(), *self.method.constants())
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None = None) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""
