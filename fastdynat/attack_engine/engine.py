@@ -132,6 +132,11 @@ class AttackEngine:
         """The attack's execution in words: the modes in use and every one that was given up."""
         return "; ".join([self._planned, *self.fallbacks.texts])
 
+    @property
+    def captures(self) -> bool:
+        """True if attacks run as CUDA graphs, each after `WARM_UP_CALLS` calls with inputs like its own."""
+        return self._recorder is not None
+
     def refresh(self) -> None:
         """Copy the model's weights and statistics to the replica; needed after every change of them."""
         self.replica.refresh()
