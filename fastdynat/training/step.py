@@ -220,7 +220,7 @@ class TrainStep:
         )
 
     def _constants_of_epoch(self) -> tuple[Any, ...]:
-        """What Python computes for a step from the method's `epoch` and `epoch_step`."""
+        """The values that Python computes for a step from the method's `epoch` and `epoch_step`."""
         return (self._awp_is_on(), *self.method.constants())
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None = None) -> StepResult:
