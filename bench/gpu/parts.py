@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -29,6 +30,8 @@ class Part:
         command: or a function that returns it, called when the part begins.
         key: its result in a few words, read from the folder of results.
         unable: of the line in its log that says that this machine cannot run it, which is no failure.
+        bad: regular expressions of the lines in its log that say that it found an error; it then failed,
+            however it ended.
         why_not: why it is left out, "" where it is not.
         tick: called about once a second while it runs.
         grace: seconds from SIGINT to SIGKILL, of `seconds`.
@@ -43,6 +46,7 @@ class Part:
     env: Mapping[str, str] = field(default_factory=dict)
     key: Callable[[Path], str] = lambda folder: ""
     unable: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
     why_not: str = ""
     tick: Callable[[], object] = lambda: None
     grace: float = GRACE
@@ -148,6 +152,9 @@ class Check:
         line = next((line for line in said if any(mark in line for mark in part.unable)), None)
         if line is not None and outcome.status != "ok":
             outcome.status, outcome.key = "skipped", f"this machine cannot run it: {line[:120]}"
+        found = next((line for line in said if any(re.search(mark, line) for mark in part.bad)), None)
+        if found is not None:
+            outcome.status, outcome.key = "failed", f"{found[:120]}; {outcome.key}"
 
     def _attempt(self, part: Part, log: Path, end: float) -> tuple[int | None, str]:
         try:

@@ -242,8 +242,19 @@ class Plan:
             key=lambda folder: keys.sanitizer(folder / f"{tool}.log"),
             unable=("Device not supported", "Unable to find injection library", "Failed to initialize"),
             ends_by_time=True,
+            bad=FOUND_BY_SANITIZER,
             why_not=missing or self.bare.why_no_calls(),
         )
+
+
+# Lines of compute-sanitizer, which names each error where it happens and counts all at the end. That the
+# process "didn't terminate successfully" is none of them: SIGINT at the limit says so too.
+FOUND_BY_SANITIZER = (
+    r"^=+ (Invalid|Misaligned|Out-of-range|Program hit|Hardware exception|Uninitialized|Barrier error)\b",
+    r"^=+ Error: (Race|Potential)\b",
+    r"ERROR SUMMARY: [1-9]",
+    r"RACECHECK SUMMARY: .*\([1-9]\d* error",
+)
 
 
 def bench_part(name: str, seconds: float, command: list[str]) -> Part:

@@ -18,6 +18,7 @@ class AttackSwitches:
         fold: fold eval-mode batch norm into the layer before it.
         fused_conv: compute each convolution of the folded network with its bias, residual and ReLU as one
             cuDNN kernel, where the device has it and it is verified (`fastdynat.ops.conv_relu`).
+        fused_where_faster: only the layers that do not measure slower so (`fuse_where_faster`), else all.
         winograd: use Winograd's algorithm for 3x3 convolutions where it is faster: float32 on the CPU.
         closed_form: compute the loss gradient at the logits from its formula (`Ascent.closed_form`).
         compile: torch.compile mode of the gradient, "auto" (compiled where measured to be faster), or "off".
@@ -28,6 +29,7 @@ class AttackSwitches:
     channels_last: bool = False
     fold: bool = True
     fused_conv: bool = False
+    fused_where_faster: bool = True
     winograd: bool = True
     closed_form: bool = True
     compile: str = "off"

@@ -76,11 +76,12 @@ class AttackEngine:
         """
         if not gradient_reaches(model, example) and not allow_no_gradient:
             raise NoGradient
-        s = switches or AttackSwitches()
+        self.fallbacks = fallbacks or WarnedFallbacks()
+        s = self._deterministic(switches or AttackSwitches())
         static = s.compile != "off" or s.graphs or recorder is not None
         if static:
             prepare(example.device)  # operators verify themselves now: compilers and captures cannot wait
-        self._recorder, self.fallbacks = recorder, fallbacks or WarnedFallbacks()
+        self._recorder = recorder
         self.replica = AttackReplica(
             model, example, bn=bn, static=static, compares=self.compares, **_replica_options(s, bn)
         )
@@ -95,6 +96,16 @@ class AttackEngine:
         self._checked: set[Any] = set()
         self._state = ReplicaState(self.replica, moves=bn == "train")
         self._planned = _path(self.replica, s, bn, example.device)
+
+    def _deterministic(self, switches: AttackSwitches) -> AttackSwitches:
+        """`switches` without what is not deterministic, where torch is asked to be."""
+        if not switches.fused_conv or not torch.are_deterministic_algorithms_enabled():
+            return switches
+        self.fallbacks.add(
+            "convolutions of the attack are not fused with their ReLU: "
+            "cuDNN's fused kernels are not deterministic"
+        )
+        return replace(switches, fused_conv=False)
 
     def _ascent_of(self, bn: str, underflow: Underflow, allow_no_gradient: bool) -> Ascent:
         s, network = self.switches, self.replica.network
@@ -121,6 +132,11 @@ class AttackEngine:
         """The attack's execution in words: the modes in use and every one that was given up."""
         return "; ".join([self._planned, *self.fallbacks.texts])
 
+    @property
+    def captures(self) -> bool:
+        """True if attacks run as CUDA graphs, each after `WARM_UP_CALLS` calls with inputs like its own."""
+        return self._recorder is not None
+
     def refresh(self) -> None:
         """Copy the model's weights and statistics to the replica; needed after every change of them."""
         self.replica.refresh()
@@ -132,10 +148,12 @@ class AttackEngine:
         """
         x = self.to_memory_format(x)
         self.replica.prepare(x, passes)
-        if self.replica.fusion_chosen:  # returns before `x` is rounded, at every attack but the first
+        # Returns before `x` is rounded, at every attack but the first.
+        if self.replica.fusion_chosen or not self.switches.fused_where_faster:
             return
+        compiled = self.switches.compile != "off"
         with waits_on_purpose(), self.ascent.autocast(x):
-            slower = self.replica.choose_fusion(self.ascent.to_model_input(x))
+            slower = self.replica.choose_fusion(self.ascent.to_model_input(x), compiled=compiled)
         if slower:
             self.fallbacks.add(
                 f"{slower} convolutions of the attack are not fused with their ReLU: "

@@ -32,10 +32,14 @@ class ConvReLU2d(nn.Conv2d):
         if self.fused and x.dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
         if not self.fused or not self._fits(x, residual):
-            out = super().forward(x)
-            return (out if residual is None else out + residual).relu_()
+            return self.apart(x, residual)
         geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return conv_relu(x, weight, self.bias, residual, groups=self.groups, **geometry)
+
+    def apart(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same, one operation after the other."""
+        out = super().forward(x)
+        return (out if residual is None else out + residual).relu_()
 
     def _fits(self, x: Tensor, residual: Tensor | None) -> bool:
         """True if the sum is neither broadcast nor in another dtype."""

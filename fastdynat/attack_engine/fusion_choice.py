@@ -27,19 +27,22 @@ def fuse_where_faster(
     network: Callable[[Tensor], Tensor],
     layers: Sequence[ConvReLU2d],
     x: Tensor,
+    *,
+    compiled: bool,
     choose: Choose = verified.fastest,
 ) -> None:
     """Time each fused layer on its input of `x` in `network`, and unfuse those that are clearly slower fused.
 
-    The unfused form is the convolution without bias and one pass over its result, as a compiler would fuse
-    the rest; eager code takes up to three passes. Some cuDNN engines for the fused form have been much slower
-    (pytorch#68506). Timings are stored per device, so another process, as one that resumes a run, chooses the
-    same.
+    Some cuDNN engines for the fused form have been much slower (pytorch#68506). Timings are stored per
+    device, so another process, as one that resumes a run, chooses the same.
+
+    compiled: an unfused layer then is a convolution and one pass over its result, in which the compiler joins
+        bias, residual and ReLU; else each of them is a pass.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         handles.pop(layer).remove()  # the timed calls must not run it
-        _choose_fusion(layer, args, choose)
+        _choose_fusion(layer, args, compiled, choose)
 
     handles: dict[nn.Module, Any] = {
         layer: layer.register_forward_pre_hook(hook) for layer in layers if layer.fused
@@ -52,18 +55,22 @@ def fuse_where_faster(
             handle.remove()
 
 
-def _choose_fusion(layer: Any, args: tuple[Tensor, ...], choose: Choose) -> None:
+def _choose_fusion(layer: Any, args: tuple[Tensor, ...], compiled: bool, choose: Choose) -> None:
     """Keep `layer` fused if it is faster so on `args`: its input, and the residual if it adds one."""
     dtype = layer.weight.dtype
     layer_input, *residuals = (arg.detach().to(dtype) for arg in args)
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
-    def separate() -> Tensor:
+    def joined_by_compiler() -> Tensor:
+        # The one pass reads and writes what its kernel does; the arithmetic in it is free.
         out = nn.functional.conv2d(layer_input, layer.weight, None, *geometry)
         return torch.add(out, residuals[0], out=out) if residuals else out.relu_()
 
-    calls = {FUSED: lambda: layer(layer_input, *residuals), SEPARATE: separate}
-    size = _size(layer, layer_input, residuals)
+    calls = {
+        FUSED: lambda: layer(layer_input, *residuals),
+        SEPARATE: joined_by_compiler if compiled else lambda: layer.apart(layer_input, *residuals),
+    }
+    size = f"{_size(layer, layer_input, residuals)} {'compiled' if compiled else 'eager'}"
     with torch.no_grad():
         fastest = choose(conv_relu_check_name(dtype), layer_input.device, size, calls)
     layer.fused = fastest == FUSED

@@ -155,8 +155,7 @@ class DeferredCheck:
         if self._pending is None:
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream(numbers.device).record_event()
             self._pending = (event, host, about)
 
 

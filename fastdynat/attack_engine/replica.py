@@ -208,21 +208,23 @@ class AttackReplica:
         statistics = {t.data_ptr() for t in self._statistics}
         return [t for t in self.own_tensors().values() if t.data_ptr() not in statistics]
 
-    def choose_fusion(self, x: Tensor) -> int:
+    def choose_fusion(self, x: Tensor, *, compiled: bool) -> int:
         """On a GPU, at the first call: unfuse the layers that run faster without cuDNN's fused kernels.
 
-        Timed at the size of `x`. Deterministic runs keep them: their numbers must not depend on timings.
+        Timed at the size of `x`.
 
-        x: images as the network gets them, inside its autocast region.
+        Args:
+            x: images as the network gets them, inside its autocast region.
+            compiled: the network runs compiled (`fuse_where_faster`).
 
         Returns:
             The number of convolutions that are slower fused.
         """
         before, first = self.num_fused, not self.fusion_chosen
         self.fusion_chosen = True
-        if not first or not before or x.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        if not first or not before or x.device.type != "cuda":
             return 0
-        fuse_where_faster(self.network, self._fused, x)
+        fuse_where_faster(self.network, self._fused, x, compiled=compiled)
         return before - self.num_fused
 
     @torch.no_grad()

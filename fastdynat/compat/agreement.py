@@ -83,7 +83,5 @@ def _read(flag: Tensor) -> bool:
         return bool(flag)
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(flag, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    event.synchronize()
+    torch.cuda.current_stream(flag.device).record_event().synchronize()
     return bool(host)

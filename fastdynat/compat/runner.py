@@ -1,6 +1,5 @@
 """Runners of an attack: the engine on a replica of the model, or the model itself."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import run_pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
+from fastdynat.compat.turns import Turns
 
 
 class Runner(Protocol):
@@ -46,31 +46,33 @@ class Runner(Protocol):
 class OnReplica(AttackEngine):
     """The fast path, in eval mode.
 
-    Threads take turns: a refresh overwrites tensors that an attack has saved for its backward pass.
+    Threads and streams take turns: a refresh overwrites tensors that an attack has saved for its backward
+    pass.
     """
 
     compares = True  # an evaluation calls it for every batch with the same weights
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._turn = threading.RLock()
+    def __init__(self, model: nn.Module, example: Tensor, **kwargs: Any) -> None:
+        self._turn = Turns(example.device)
+        with self._turn():
+            super().__init__(model, example, **kwargs)
 
     def refresh(self) -> None:
-        with self._turn:
+        with self._turn():
             super().refresh()
 
     def logits(self, x: Tensor) -> Tensor:
-        with self._turn:
+        with self._turn():
             return super().logits(x)
 
     eval_logits = logits
 
     def gradient(self, x: Tensor, goal: AttackGoal) -> Tensor:
-        with self._turn:
+        with self._turn():
             return super().gradient(x, goal)
 
     def run(self, *args: Any, **kwargs: Any) -> AttackResult:
-        with self._turn:
+        with self._turn():
             return super().run(*args, **kwargs)
 
 

@@ -33,7 +33,8 @@ class EngineConfig:
     eval mode in the attack."""
     fused_conv: Switch = "auto"
     """Compute convolution, bias, residual and ReLU of the folded network in one cuDNN kernel; auto is on for
-    a GPU, in the layers where the kernel was found correct and faster."""
+    a GPU, in the layers where it is not slower; on is every layer that has such a kernel. Not with
+    --deterministic."""
     winograd: Switch = "auto"
     """Winograd's algorithm for the attacked network's 3x3 convolutions, in float32 on the CPU, in the layers
     where it is faster."""

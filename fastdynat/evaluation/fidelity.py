@@ -17,6 +17,7 @@ from fastdynat.attack_engine.shortfall import SIGMAS, falls_short
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.errors import UserError
 from fastdynat.execution.float32 import full_float32
+from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.execution.uncompiled import uncompiled
 from fastdynat.ops.image_draws import ImageDraws
 
@@ -103,6 +104,9 @@ def check_fidelity(
 ) -> Fidelity:
     """Attack `batches` with `engine` and with `pgd` on `model` in full float32, from the same starts.
 
+    Where `engine` captures attacks, all full batches go through the graph: the first one is attacked until
+    there is one.
+
     Weights, buffers, modes, gradients and global random streams are restored. With `bn` "train", both attacks
     and the judge use batch statistics as "frozen" does.
 
@@ -124,7 +128,9 @@ def check_fidelity(
         parts: list[dict[str, Tensor]] = []
         whole = images = 0
         for x, y in batches:
-            whole = whole or len(x)
+            if not whole:
+                whole = len(x)
+                _until_captured(engine, x, AttackGoal("ce", y), spec)
             draws = ImageDraws.of(seed, range(images, images + len(x)), device)
             images += len(x)
             # Nothing is compiled for a smaller last batch.
@@ -135,6 +141,12 @@ def check_fidelity(
         return _summary(
             {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}, spec.steps
         )
+
+
+def _until_captured(engine: AttackEngine, x: Tensor, goal: AttackGoal, spec: PGDSpec) -> None:
+    """Attack until the next attack on images like `x`, from a given start, is a graph's."""
+    for _ in range(WARM_UP_CALLS if engine.captures else 0):
+        engine.run(x, goal, spec, x_start=x)
 
 
 @contextmanager

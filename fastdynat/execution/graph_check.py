@@ -2,7 +2,8 @@
 
 Everything that a wrong graph might keep from its capture is changed before the check: the inputs are other
 images, the weights are moved, the generator is advanced, values that the function must recompute are
-overwritten, and rates are scaled during the capture. Afterwards everything is restored bit for bit.
+overwritten, and rates are scaled and the epoch is another one during the capture. Afterwards everything is
+restored bit for bit.
 
 Copies are kept on the host, so that the device needs little more memory than one tensor; the function runs
 before the capture, while the graph's memory is not taken yet.

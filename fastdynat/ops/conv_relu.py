@@ -34,7 +34,12 @@ def reference(
 
 
 def cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
-    """The operator by cuDNN, which sums in float32 and rounds after the ReLU. CUDA tensors, no gradient."""
+    """The operator by cuDNN, which sums in float32 and rounds after the ReLU. CUDA tensors, no gradient.
+
+    With deterministic algorithms the definition, as torch asks cuDNN for them in plain convolutions only.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return reference(x, weight, bias, residual, *geometry)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)

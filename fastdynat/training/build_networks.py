@@ -142,6 +142,7 @@ def attack_switches(engine: ResolvedEngine, *, communicates: bool = False) -> At
         channels_last=engine.channels_last == "on",
         fold=engine.fold == "on",
         fused_conv=engine.uses_fused_conv,
+        fused_where_faster=engine.fused_conv == "auto",
         winograd=engine.winograd != "off",
         closed_form=engine.closed_form,
         compile=engine.compile,

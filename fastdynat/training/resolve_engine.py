@@ -109,6 +109,11 @@ def check_switches(
             "--fused-conv on needs batch norm folded into the convolutions: "
             "leave out --fused-conv or --fold off"
         )
+    if engine.fused_conv == "on" and engine.deterministic:
+        raise UserError(
+            "--fused-conv on: cuDNN's fused kernels are not deterministic; "
+            "leave out --fused-conv or --deterministic"
+        )
 
 
 def with_stored_choices(asked: EngineConfig, stored: EngineConfig) -> EngineConfig:

@@ -166,10 +166,9 @@ class TrainStep:
                 constants = (
                     self.spec.steps,
                     self._norms.turn(self.global_step),
-                    self._awp_is_on(),
                     resets,
                     batch.share,
-                    *self.method.constants(),
+                    *self._constants_of_epoch(),
                 )
                 result = self._graphed(*inputs, constants=constants)
         self.networks.average_step()
@@ -210,7 +209,19 @@ class TrainStep:
     def _subject(self) -> StepState:
         draws = {} if self._draws is None else {"random state": self._draws.state}
         rates = self.rates.tensors()
-        return StepState(self.networks, self.optimizers, self.method, rates, draws, self.rates.sizes)
+        return StepState(
+            self.networks,
+            self.optimizers,
+            self.method,
+            rates,
+            draws,
+            self.rates.sizes,
+            self._constants_of_epoch,
+        )
+
+    def _constants_of_epoch(self) -> tuple[Any, ...]:
+        """The values that Python computes for a step from the method's `epoch` and `epoch_step`."""
+        return (self._awp_is_on(), *self.method.constants())
 
     def _run(self, x: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None = None) -> StepResult:
         """The step as it is captured: it never waits for the device, and changes no number held by Python."""
@@ -302,7 +313,7 @@ class TrainStep:
             check_outer(self.method, inner, outer)
             self._backward(outer.losses, part)
             if self._guide_stream is not None:
-                torch.cuda.current_stream().wait_stream(self._guide_stream)
+                self._main_stream().wait_stream(self._guide_stream)
             self.method.after_backward(batch, attacked, part.attack)
         zeros = {"zero_grad_share": attacked.zero_grads / attacked.gradients} if attacked.gradients else {}
         part.logs = {**outer.logs, **zeros, **self._norms.logs(part, outer.logs)}
@@ -311,7 +322,7 @@ class TrainStep:
         """The method's inner half and the backward pass of its losses, which do not depend on the attack."""
         side, labels_made = self._guide_stream, None
         if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(self._main_stream())
         with nullcontext() if side is None else torch.cuda.stream(side):
             with self.precision.autocast():
                 inner = self.method.inner(self.networks.views, part.batch)
@@ -323,8 +334,12 @@ class TrainStep:
                 for name in inner.losses:  # their gradients are summed beside the attack
                     self._sums.begin(self.networks.raw[name])
         if labels_made is not None:
-            torch.cuda.current_stream().wait_event(labels_made)
+            self._main_stream().wait_event(labels_made)
         return inner
+
+    def _main_stream(self) -> torch.cuda.Stream:
+        """The current stream of the networks' device, which need not be the process's current device."""
+        return torch.cuda.current_stream(self.precision.device)
 
     def _backward(self, losses: dict[str, Tensor], part: MicroBatch) -> None:
         if losses:

@@ -1,6 +1,6 @@
 """State that a training step reads and changes besides its batch; its captured graph is checked on it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from fastdynat.methods import Method
 from fastdynat.training.networks import NetworkSet
 
 OTHER_SIZE = 0.01  # pixel units
+OTHER_STEPS = 1000  # batches by which the step in the epoch is moved at most
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class StepState:
         method: its buffers are part of the state.
         rates, draws: tensors that each step reads anew.
         sizes: of the attack, as `StepRates.sizes`; read anew, too.
+        constants: those of the step that follow from the method's `epoch` and `epoch_step`: a graph is
+            replayed where they are equal.
     """
 
     networks: NetworkSet
@@ -34,6 +37,7 @@ class StepState:
     rates: dict[str, Tensor]
     draws: dict[str, Tensor] = field(default_factory=dict)
     sizes: Tensor | None = None
+    constants: Callable[[], tuple[Any, ...]] = tuple
 
     def state(self) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {f"weight {name}": parameter for name, parameter in self._parameters()}
@@ -72,8 +76,30 @@ class StepState:
             scaled([*self.rates.values()], 0.5),
             scaled([*self.draws.values()], 3),
             scaled(sizes, 0.5, plus=OTHER_SIZE),  # not 0 where they are 0
+            self._at_another_time(),
         ):
             yield
+
+    @contextmanager
+    def _at_another_time(self) -> Iterator[None]:
+        """A context in another epoch and at another batch of it: the farthest from which a graph would be
+        replayed here, by the constants, so that what else follows from them shows.
+        """
+        method, constants = self.method, self.constants()
+        epoch, step = method.epoch, method.epoch_step
+
+        def fits(name: str, number: int) -> bool:
+            setattr(method, name, number)
+            return self.constants() == constants
+
+        epochs = sorted(range(method.epochs), key=lambda other: -abs(other - epoch))
+        steps = range(step + OTHER_STEPS, step, -1)
+        try:
+            method.epoch = next((other for other in epochs if fits("epoch", other)), epoch)
+            method.epoch_step = next((other for other in steps if fits("epoch_step", other)), step)
+            yield
+        finally:
+            method.epoch, method.epoch_step = epoch, step
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for role, module in self.networks.raw.items():

@@ -310,7 +310,7 @@ class Trainer:
             "optimizers": [optimizer_state(optimizer) for optimizer in self.step.optimizers],
             "scaler": self.step.precision.scaler.state_dict(),
             "ema_updates": None if ema is None else ema.updates,
-            "rng": rng_state(),
+            "rng": rng_state(self.device),
             "loader": self.loader.state_dict(),
             "averages": self.averages.of_all(self.world).state_dict(),
             "method": whole_buffers(self.step.method.buffers, self._per_image, self.world),
@@ -348,7 +348,7 @@ class Trainer:
             self.averages.load_state_dict(state["averages"], self.device)
         self.seconds, self.last_validation = state["seconds"], state["last_validation"]
         self.watch.load_state_dict(state["watch"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], self.device)
         self.row = state.get("row")
         self.restore_metrics(self.epoch, self.row)
 

@@ -10,6 +10,7 @@ import torch
 
 from fastdynat.machine import one_thread, race, race_on_gpu
 from fastdynat.verification import verdict_store
+from fastdynat.verification.captured_calls import captured_calls
 from fastdynat.verification.judge import checking_lock
 from fastdynat.verification.operator_check import registered
 
@@ -86,9 +87,13 @@ def _race(calls: Mapping[str, Callable[[], object]], device: torch.device) -> di
 def timed(
     calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """Seconds per call on `device`; on the CPU with one thread, which ranks calls as several threads do."""
+    """Seconds per call on `device`.
+
+    On a GPU those of its kernels alone, as in a captured step: Python takes longer to launch some of them
+    than they run. On the CPU with one thread, which ranks calls as several threads do.
+    """
     if device.type == "cuda":
-        return race_on_gpu(calls, device, seconds=seconds)
+        return race_on_gpu(captured_calls(calls, device) or calls, device, seconds=seconds)
     with one_thread():
         return race(calls, seconds=seconds, clock=_clock)
 

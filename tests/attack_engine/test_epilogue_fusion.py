@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,9 @@ from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.models import build_model
 from fastdynat.models.resnet import BasicBlock
 from fastdynat.ops.checks import conv_relu_cases as checks
-from fastdynat.ops.conv_relu import conv_relu
+from fastdynat.ops.conv_relu import conv_relu, cudnn
+from fastdynat.training.build_networks import attack_switches
+from fastdynat.training.resolved_config import ResolvedEngine
 from fastdynat.verification import speed
 from fastdynat.verification.isolated_run import Prepared
 
@@ -509,19 +511,23 @@ def test_layers_that_may_not_be_fused_compute_the_same(monkeypatch: pytest.Monke
         assert torch.equal(got, AttackReplica(model, x, winograd=False).network(x))
 
 
-def test_layers_that_are_slower_fused_go_back() -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_layers_that_are_slower_fused_go_back(compiled: bool) -> None:
     """By a clock that charges for each operator: the fused one costs more than three from 128 channels on."""
     model, _, _, x = made("resnet18")
     replica = AttackReplica(model, x, fused_conv=True, winograd=False)
     with torch.no_grad():
         want = replica.network(x)
     convolutions: list[int] = []
+    operators_apart: set[int] = set()
     sizes: list[str] = []
 
     def seconds(call: Callable[[], Any]) -> float:
         with Operators() as operators:
             out = call()
         convolutions.append(operators.seen["aten.convolution"])
+        if not operators.seen[OPERATOR]:
+            operators_apart.add(operators.seen.total())
         return operators.seen.total() if not operators.seen[OPERATOR] else 2.0 if out.shape[1] < 128 else 9.0
 
     def choose(name: str, device: torch.device, size: str, calls: dict[str, Callable[[], Any]]) -> str:
@@ -530,15 +536,67 @@ def test_layers_that_are_slower_fused_go_back() -> None:
         sizes.append(size)
         return min(calls, key=lambda each: seconds(calls[each]))
 
-    fusion_choice.fuse_where_faster(replica.network, replica._fused, x, choose)
+    fusion_choice.fuse_where_faster(replica.network, replica._fused, x, compiled=compiled, choose=choose)
     assert [layer.fused for layer in replica._fused] == [layer.out_channels < 128 for layer in replica._fused]
     assert len(convolutions) == 2 * 17
+    # A compiler leaves one pass beside the convolution; else its ReLU is one, and so is the residual sum.
+    assert operators_apart == ({2} if compiled else {2, 3})
     # The stem, and in each of four stages: with and without residual, and, but in the first, the one that
     # strides.
     assert len(set(sizes)) == 1 + 2 + 3 * 3
     assert not any(layer._forward_pre_hooks for layer in replica._fused)
     with torch.no_grad():
         assert torch.equal(replica.network(x), want)
+
+
+@pytest.mark.parametrize(("asked", "timed"), [("auto", True), ("on", False)])
+def test_fusion_that_is_asked_for_is_not_overruled(
+    asked: Any, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, total, _, x = made("small")
+    times: list[bool] = []
+
+    def all_slower(replica: AttackReplica, x: Tensor, *, compiled: bool) -> int:
+        times.append(compiled)
+        return total
+
+    monkeypatch.setattr(AttackReplica, "choose_fusion", all_slower)
+    own = {"channels_last": "off", "fold": "on", "winograd": "off", "fused_conv": asked}
+    switches = attack_switches(ResolvedEngine(device="cuda:0", amp="off", **own))
+    said: list[str] = []
+    AttackEngine(model, x[:2], switches=switches, fallbacks=CollectedIn(said)).prepare(x)
+    assert (times, len(said)) == (([False], 1) if timed else ([], 0))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("summed", [False, True], ids=["plain", "residual"])
+def test_a_deterministic_run_leaves_the_kernels_that_cannot_be_so(
+    summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of cuDNN that torch does not ask to be deterministic are not called, whatever was chosen."""
+
+    def kernel(*args: Any) -> Tensor:
+        raise AssertionError("not deterministic")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", kernel)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", kernel)
+    x, weight, bias, _ = operands("3x3", torch.float32)
+    residual = torch.randn(2, 6, 7, 6) if summed else None
+    got = cudnn(x, weight, bias, residual, (1, 1), (1, 1), (1, 1), 1)
+    assert torch.equal(got, definition(x, weight, bias, residual, {"padding": 1}))
+    model, _, _, x = made("small")
+    said: list[str] = []
+    switches = AttackSwitches(fused_conv=True, winograd=False)
+    engine = AttackEngine(model, x[:2], switches=switches, fallbacks=CollectedIn(said))
+    assert engine.replica.num_fused == 0
+    assert ["not deterministic" in text for text in said] == [True]
 
 
 def test_the_next_process_chooses_the_same_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -557,7 +615,7 @@ def test_the_next_process_chooses_the_same_layers(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         monkeypatch.setattr(speed, "_winners", {})
         replica = AttackReplica(model, x, fused_conv=True, winograd=False)
-        fusion_choice.fuse_where_faster(replica.network, replica._fused, x)
+        fusion_choice.fuse_where_faster(replica.network, replica._fused, x, compiled=True)
         chosen.append([layer.fused for layer in replica._fused])
         if len(chosen) == 1:
             first = len(races)

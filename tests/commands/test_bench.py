@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from conftest import needs
+from rich.console import Console
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
 from fastdynat.commands.bench import auto, rows, work
 from fastdynat.commands.bench import benchmark as run
+from fastdynat.commands.bench.bench_config import BenchConfig
 from fastdynat.commands.bench.flops import count, count_step
 from fastdynat.commands.bench.plain_dynat import NOISE, PlainDynat
 from fastdynat.commands.bench.profiling import KINDS, profile_step
@@ -37,8 +39,11 @@ from fastdynat.commands.main import main
 from fastdynat.config import AttackConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdynat.data import Batch, TrainSplit, dataset_info
 from fastdynat.data.random_images import random_split
+from fastdynat.execution import graphed_call
+from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.methods import Dynat, DynatOptions, Madry, MadryOptions
 from fastdynat.models import build_model
+from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training import TrainStep
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
@@ -228,6 +233,68 @@ def test_our_attack_is_checked_as_it_is_timed(amp: str) -> None:
 
 
 # Clocks
+
+
+class VirtualTime(Stopwatch):
+    """Work says itself how long it took: it adds to `now`, in seconds."""
+
+    now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("device", "slow"),
+    [("cpu", 2), ("cuda", 2), ("cuda", graphed_call.WARM_UP_CALLS + 1)],
+    ids=["check of compiled code", "the same, on a GPU", "capture"],
+)
+def test_rates_of_an_unfinished_benchmark_are_those_of_prepared_work(
+    device: str, slow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, calls = VirtualTime(CPU), 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        watch.now += 100.0 if calls == slow else 1.0
+
+    kept: list[float] = []
+    monkeypatch.setattr(rows, "PeakMemory", lambda device: PeakMemory(CPU))
+    plan = rows.RowPlan("row", "step", 8, prepare=lambda: work.Work(call))
+    display = ProgressDisplay(Console(), quiet=True)
+    rows.prepare_rows(
+        [plan],
+        watch,
+        torch.device(device),
+        BenchConfig(),
+        display,
+        lambda found: kept.append(found[0].samples.median),
+    )
+    assert kept == [1.0]
+
+
+def test_a_gpu_that_is_not_the_current_one_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            asked.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 6000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(device))
+    assert Stopwatch(torch.device("cuda:1")).time(lambda: None, 3) == 2.0
+    assert asked == [torch.device("cuda:1"), "stream of cuda:1", "stream of cuda:1"]
 
 
 def test_rows_take_turns_and_quantiles_are_numpys() -> None:

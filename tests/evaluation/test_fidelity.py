@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import needs
 from safetensors.torch import load_file
 from support.confident_network import confident_model
+from support.graph_sim import SimulatedRecorder
 from support.networks import tiny_cnn
 from support.splits import load_train
 from torch import Tensor, nn
@@ -115,6 +116,19 @@ def test_honest_engines_are_not_flagged(case: Any, switches: AttackSwitches, spe
     assert not found.weaker
     assert found.loss_fast == pytest.approx(found.loss_reference, rel=0.01)
     assert found.sign_mass > 0.99
+
+
+def test_a_captured_attack_is_checked_as_a_graph(case: Any) -> None:
+    """All full batches, not those after the warm-up alone; the partial one at the end never is one."""
+    model, x, y = case
+    recorder = SimulatedRecorder()
+    engine = AttackEngine(model, x[:2], recorder=recorder)
+    batches = zip(x.split(40), y.split(40), strict=True)
+    found = check_fidelity(engine, model, batches, LINF)
+    assert (recorder.captured, recorder.replayed) == (1, 3)
+    assert found == check_fidelity(
+        AttackEngine(model, x[:2]), model, zip(x.split(40), y.split(40), strict=True), LINF
+    )
 
 
 def test_an_honest_engine_in_fp16_is_not_flagged() -> None:

@@ -1,7 +1,9 @@
 """bench/gpu_check.sh and gpu_train.sh without a GPU: limits, order, kept results, packed files."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, needs
 from PIL import Image
+from support import sanitized_calls
 
 from fastdynat.commands.parsing.parse import early_flags
 from fastdynat.commands.train import parse_train
@@ -80,6 +83,7 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert names[1:10] == important
     assert sum(part.seconds for part in listed) + gpu.gpu_check.PREPARE < gpu.gpu_check.TOTAL <= 540
     assert all(part.seconds > part.grace for part in listed if part.seconds)
+    assert [part.name for part in listed if part.bad] == ["memcheck", "racecheck"]
     training = gpu.gpu_train.Training(bare, tmp_path / "run", tmp_path, tmp_path, "0.45", [])
     listed = gpu.gpu_train.parts(bare, training, float("inf"))
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
@@ -248,6 +252,72 @@ def test_a_hanging_part_is_ended_and_the_rest_runs(gpu: SimpleNamespace, tmp_pat
     table = (tmp_path / "gpu_check.txt").read_text()
     assert "figure 7" in table
     assert "8 parts: 2 timed out, 1 stopped, 2 failed, 2 ok, 1 skipped" in table
+
+
+SANITIZER = """
+import sys, time
+print("========= COMPUTE-SANITIZER", flush=True)
+try:
+    print({told!r}, flush=True)
+    time.sleep({seconds})
+except KeyboardInterrupt:
+    print("========= Error: process didn't terminate successfully")
+print("========= ERROR SUMMARY: {errors} errors")
+sys.exit({code})
+"""
+INVALID = "========= Invalid __global__ read of size 4 bytes"
+RACE = "========= Error: Race reported between Write access at f+0x10 and Read access at f+0x20 [4 hazards]"
+
+
+def test_errors_that_a_sanitizer_found_are_a_failure_even_at_its_limit(
+    gpu: SimpleNamespace, tmp_path: Path
+) -> None:
+    def part(name: str, told: str = "1 of 12", seconds: float = 600, errors: int = 0, code: int = 0) -> Any:
+        program = SANITIZER.format(told=told, seconds=seconds, errors=errors, code=code)
+        bad, more = gpu.plan.FOUND_BY_SANITIZER, {"seconds": 4, "grace": 2, "most": 4}
+        return gpu.parts.Part(name=name, command=[*SAY, program], ends_by_time=True, bad=bad, **more)
+
+    parts = [
+        part("late and clean"),
+        part("late with errors", errors=3, code=9),
+        part("late in a race", RACE),
+        part("clean", seconds=0),
+        part("another exit status", INVALID, seconds=0),
+    ]
+    assert check(gpu, tmp_path, *parts).run() is False
+    found = stored(tmp_path)
+    assert {name: one["status"] for name, one in found.items()} == {
+        "late and clean": "stopped",
+        "late with errors": "failed",
+        "late in a race": "failed",
+        "clean": "ok",
+        "another exit status": "failed",
+    }
+    assert "ERROR SUMMARY: 3 errors" in found["late with errors"]["key"]
+    assert INVALID in found["another exit status"]["key"]
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"),
+    [
+        ("========= Program hit cudaErrorIllegalAddress (error 700) on CUDA API call to cudaMemcpy", True),
+        ("========= ERROR SUMMARY: 10 errors", True),
+        ("========= ERROR SUMMARY: 0 errors", False),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", True),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", False),
+        ("10 of 12: 10 operators on (1, 1, 1, 1)", False),
+    ],
+)
+def test_lines_of_a_sanitizer(gpu: SimpleNamespace, line: str, bad: bool) -> None:
+    assert any(re.search(mark, line) for mark in gpu.plan.FOUND_BY_SANITIZER) is bad
+
+
+def test_sanitized_calls_begin_with_the_largest_packed_shape() -> None:
+    numbers = [math.prod(shape) for shape in sanitized_calls.SHAPES]
+    assert numbers == sorted(numbers, reverse=True)
+    layout, shape = next(sanitized_calls.batches())
+    assert shape == sanitized_calls.SHAPES[0]
+    assert layout(*shape).is_contiguous()
 
 
 def test_all_good_parts_are_a_success(gpu: SimpleNamespace, tmp_path: Path) -> None:

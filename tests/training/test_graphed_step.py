@@ -1,5 +1,6 @@
 """A captured training step is the training step: simulated graphs here, CUDA's under `-m gpu`."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,63 @@ def test_a_constant_of_python_that_changes_is_another_graph() -> None:
         for _ in range(WARM_UP_CALLS + 2):
             step(Batch(x, labels, torch.arange(4)))
     assert (recorder.captured, recorder.replayed) == (2, 4)
+
+
+class Undeclared(Madry):
+    """A loss that Python weighs by the time in the run, `share`, without a word to `constants`."""
+
+    def share(self) -> float:
+        return (1 + self.epoch) / self.epochs
+
+    def outer(self, *args: Any) -> Any:
+        result = super().outer(*args)
+        return replace(result, losses={"model": self.share() * result.losses["model"]})
+
+
+class UndeclaredStep(Undeclared):
+    def share(self) -> float:
+        return 1 / (1 + self.epoch_step)
+
+
+class Declared(Undeclared):
+    def constants(self) -> tuple[float, ...]:
+        return (self.share(),)
+
+
+class Halves(Undeclared):
+    """Two kinds of epochs and of batches, each with one graph."""
+
+    def share(self) -> float:
+        return 1.0 + (self.epoch >= self.epochs // 2) + 0.5 * (self.epoch_step % 3 == 0)
+
+    def constants(self) -> tuple[float, ...]:
+        return (self.share(),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs"), [(Undeclared, False), (UndeclaredStep, False), (Declared, True), (Halves, True)]
+)
+def test_a_number_that_changes_with_the_epoch_is_found_where_it_is_not_declared(
+    kind: type[Madry], graphs: bool
+) -> None:
+    """Within the first epoch, before it has changed; then the step goes on as the plain one does."""
+    said: list[str] = []
+    recorder = SimulatedRecorder()
+    graphed = make_step(kind(MadryOptions()), "cpu", recorder=recorder, fallbacks=CollectedIn(said))
+    steps = [graphed, make_step(kind(MadryOptions()), "cpu")]
+    x, labels = torch.rand(4, 3, 8, 8), torch.randint(10, (4,))
+    for step in steps:
+        step.method.epochs = 10
+        torch.manual_seed(0)
+        for epoch in range(2):
+            step.start_epoch(epoch)
+            for _ in range(4 * (WARM_UP_CALLS + 1)):
+                step(Batch(x, labels, torch.arange(4)))
+    assert bool(recorder.replayed > 0) == graphs
+    assert ["differs from the function" in text for text in said] == [True] * (not graphs)
+    for got, want in zip(*(step.networks.raw["model"].parameters() for step in steps), strict=True):
+        assert torch.equal(got, want)
+    assert (graphed.method.epoch, graphed.method.epoch_step) == (1, 4 * (WARM_UP_CALLS + 1))
 
 
 def test_a_step_that_waits_for_the_device_goes_on_without_graphs_and_says_why() -> None:

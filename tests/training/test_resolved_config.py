@@ -6,14 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from fastdynat.config import to_flat
+from fastdynat.config import EngineConfig, to_flat
 from fastdynat.data import dataset_info
 from fastdynat.errors import UserError
-from fastdynat.methods import METHODS
+from fastdynat.methods import METHODS, Madry, MadryOptions
 from fastdynat.methods.configs import default_config
 from fastdynat.training.permitted_changes import stored_epochs
 from fastdynat.training.resolve import resolve
+from fastdynat.training.resolve_engine import check_switches
 from fastdynat.training.resolved_config import (
     ResolvedAttack,
     ResolvedConfig,
@@ -81,3 +83,13 @@ def test_a_stored_configuration_that_lost_its_epochs_is_refused() -> None:
     with pytest.raises(UserError, match=r"run/config.yaml has no epochs"):
         stored_epochs(Path("run"), config)
     assert stored_epochs(Path("run"), replace(config, optim=replace(config.optim, epochs=3))) == 3
+
+
+def test_fused_convolutions_that_are_to_be_deterministic_are_refused() -> None:
+    attack: Any = SimpleNamespace(attack_bn="eval", norm="linf")
+    optim: Any = SimpleNamespace(opt="sgd", momentum=0.9, zero1=False)
+    method, gpu = Madry(MadryOptions()), torch.device("cuda:0")
+    for engine in (EngineConfig(fused_conv="on"), EngineConfig(deterministic=True)):
+        check_switches(engine, attack, optim, method, gpu)
+    with pytest.raises(UserError, match=r"--fused-conv on.*leave out --fused-conv or --deterministic"):
+        check_switches(EngineConfig(fused_conv="on", deterministic=True), attack, optim, method, gpu)

@@ -2,20 +2,24 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import needs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdynat.ops.checks  # noqa: F401 - registers
 from fastdynat import machine, ops, verification
+from fastdynat.execution.graph_capture import CaptureFailed
 from fastdynat.machine import gpu_racing
 from fastdynat.ops.dynamic_label_cross_entropy import IMPLEMENTATIONS as LOSS
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS as STEP
-from fastdynat.verification import judge, speed, verdict_store
+from fastdynat.verification import captured_calls, judge, speed, verdict_store
 
 CPU = torch.device("cpu")
 
@@ -227,3 +231,76 @@ def test_a_race_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "fast": gpu_racing.WARM_UP + gpu_racing.MIN_ROUNDS,
         "slow": gpu_racing.WARM_UP + gpu_racing.MIN_ROUNDS,
     }
+
+
+class VirtualGPU(TorchDispatchMode):
+    """A host that launches work, and a GPU that does it in order, each with its own time in microseconds.
+
+    The work of this process is the overwriting of the cache; calls say themselves what they cost. It stands
+    for a recorder of CUDA graphs, too, whose replays take the host 8 us.
+    """
+
+    def __init__(self, *, captures: bool) -> None:
+        super().__init__()
+        self.host = self.gpu = 0.0
+        self.captures, self._recorded = captures, list[float]()
+        self._capturing = False
+
+    def launch(self, host: float, gpu: float) -> None:
+        if self._capturing:
+            self._recorded.append(gpu)
+            return
+        self.host += host
+        self.gpu = max(self.gpu, self.host) + gpu
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zero_.default:
+            self.launch(5.0, 30.0)
+        return func(*args, **(kwargs or {}))
+
+    def warm(self, fn: Callable[[], Any]) -> Any:
+        return fn()
+
+    def capture(self, fn: Callable[[], Any]) -> tuple[None, Callable[[], None]]:
+        if not self.captures:
+            raise CaptureFailed("it waits for the device")
+        self._recorded, self._capturing = [], True
+        fn()
+        self._capturing = False
+        kernels = sum(self._recorded)
+        return None, lambda: self.launch(8.0, kernels)
+
+    def event(self, enable_timing: bool) -> Any:
+        made = SimpleNamespace(at=0.0)
+
+        def record(stream: object) -> None:
+            made.at = max(self.gpu, self.host)
+
+        def synchronize() -> None:
+            self.host = max(self.host, made.at)
+
+        made.record, made.synchronize = record, synchronize
+        made.elapsed_time = lambda end: (end.at - made.at) / 1000
+        return made
+
+
+@pytest.mark.parametrize("captures", [True, False], ids=["captured", "not capturable"])
+def test_a_race_on_a_gpu_is_won_by_the_least_work_of_the_gpu(
+    captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused call takes the host longer than overwriting the cache takes the GPU, and the GPU less work."""
+    gpu = VirtualGPU(captures=captures)
+    clock = SimpleNamespace(perf_counter=lambda: gpu.host / 1e6)
+    monkeypatch.setattr(gpu_racing, "time", clock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(captured_calls, "CudaRecorder", lambda device: gpu)
+    monkeypatch.setattr(speed, "race_on_gpu", lambda calls, device, seconds: machine.race_on_gpu(calls, CPU))
+    with gpu:
+        found = speed.timed(
+            {"fused": lambda: gpu.launch(60.0, 20.0), "apart": lambda: gpu.launch(15.0, 25.0)},
+            torch.device("cuda:0"),
+            0.2,
+        )
+    assert found == pytest.approx({"fused": 20e-6, "apart": 25e-6})

@@ -223,8 +223,7 @@ def _epoch(
         for batch in loader.epoch(0):
             step(batch)
             images += len(batch.labels)
-        if watch.gpu:
-            torch.cuda.synchronize()
+        watch.wait()
         seconds = time.perf_counter() - begin
     return {
         "data": config.data.data,

@@ -63,8 +63,7 @@ def profile_step(call: Callable[[], object], watch: Stopwatch, dtype: torch.dtyp
         begin = time.perf_counter()
         for _ in range(CALLS):
             call()
-        if watch.gpu:
-            torch.cuda.synchronize()
+        watch.wait()
         whole = time.perf_counter() - begin
     halves = _Halves(watch, dtype)
     taken: dict[str, float] = defaultdict(float)

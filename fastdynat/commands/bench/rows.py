@@ -27,6 +27,7 @@ from fastdynat.config import TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.evaluation.fidelity import Fidelity
 from fastdynat.execution.float32 import tf32_convolutions
+from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.machine.peak_memory import PeakMemory
 from fastdynat.methods import method_class
 from fastdynat.terminal.messages import MessageCollector
@@ -34,7 +35,10 @@ from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.tuning.devices import AMP_DTYPES
 
-WARM_UP_CALLS = {"cuda": 20, "cpu": 1}  # after the first, cold one
+# Calls after the first, cold one that prepare something: the second repeats the checks of compiled code, a
+# later one captures the graph and checks it.
+PREPARING_CALLS = {"cuda": WARM_UP_CALLS + 1, "cpu": 1}
+FIRST_SAMPLE_CALLS = {"cuda": 16, "cpu": 1}  # after those: the rate until all rows take turns
 WEIGHT_GRADIENTS = "weight gradients"
 
 
@@ -226,7 +230,7 @@ def prepare_rows(
     """Build, call for the first time, check and warm up every plan that can be; the others are not in the
     result.
 
-    keep: called after every row with those so far, timed by their warm-up alone, in the order of `row_plans`.
+    keep: called after every row with those so far, timed by one sample alone, in the order of `row_plans`.
     """
     place = {id(plan): i for i, plan in enumerate(row_plans)}
     rows: list[BenchRow] = []
@@ -252,7 +256,9 @@ def _prepared(
         started = time.perf_counter()
         watch.time(ready.call)
         row = BenchRow(plan, ready, time.perf_counter() - started, None)
-        row.samples = Samples((watch.time(ready.call, WARM_UP_CALLS[device.type]),))
+        for _ in range(PREPARING_CALLS[device.type]):
+            ready.call()
+        row.samples = Samples((watch.time(ready.call, FIRST_SAMPLE_CALLS[device.type]),))
     row.peak_memory, row.notices = memory.bytes(), tuple(heard.texts)
     if ready.fidelity is not None:
         row.fidelity = ready.fidelity()

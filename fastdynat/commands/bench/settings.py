@@ -56,7 +56,7 @@ SWITCHES = (
     Switch("channels_last", "engine", ("off", "on"), BOTH),
     Switch("compile", "engine", ("off", "default"), BOTH),
     Switch("fold", "engine", ("off", "on"), ("attack",)),
-    Switch("fused_conv", "engine", ("off", "on"), BOTH, gpu=True),
+    Switch("fused_conv", "engine", ("off", "auto"), BOTH, gpu=True),
     Switch("winograd", "engine", ("off", "auto"), ("attack",)),
     Switch("closed_form", "engine", (False, True), ("attack",)),
     Switch("kernels", "engine", ("eager", "auto"), ("attack",)),
@@ -79,7 +79,7 @@ def resolved_setting(
     engine, method = config.engine, method_class(config.method)(config.options)
     settled_engine = replace(
         engine,
-        fused_conv="on" if engine.uses_fused_conv else "off",
+        fused_conv=engine.fused_conv if engine.uses_fused_conv else "off",
         graphs="on" if engine.uses_graphs else "off",
         guide_stream="on" if engine.uses_guide_stream(method) else "off",
     )

@@ -41,14 +41,14 @@ class Stopwatch:
     """Times work on `device` without making the device wait in between."""
 
     def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
+        self.gpu, self._device = device.type == "cuda", device
 
     def mark(self) -> Any:
         """A moment: on a GPU when it has done what was asked of it so far."""
         if not self.gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
@@ -58,10 +58,14 @@ class Stopwatch:
         end.synchronize()
         return begin.elapsed_time(end) / 1000
 
+    def wait(self) -> None:
+        """Wait until a GPU has done what was asked of it so far."""
+        if self.gpu:
+            torch.cuda.synchronize(self._device)
+
     def time(self, call: Callable[[], object], calls: int = 1) -> float:
         """Seconds per call of `calls` calls in a row."""
-        if self.gpu:
-            torch.cuda.synchronize()
+        self.wait()
         begin = self.mark()
         for _ in range(calls):
             call()
