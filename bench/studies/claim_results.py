@@ -1,7 +1,7 @@
 """Collects what there is of the study in one JSON document, with the findings, and draws its chart."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from claim_analysis import findings
 from claim_charts import draw_claim
 from claim_design import BLOCKS, EPOCHS, RUNS, SEEDS, Block, Run
+from claim_follow_up import FOLLOW_UP, described
 from claim_labels import has_guide, label_quality
 from claim_runs import Work
 
@@ -148,16 +149,8 @@ def collect(work: Work) -> dict[str, Any]:
 
     Of a run that is in both, the one with all its measurements.
     """
-    seconds = processor_seconds(work.folder)
-    earlier: Mapping[str, Any] = work.earlier.get("runs", {})
-    runs: dict[str, Any] = {}
-    for block in BLOCKS:
-        for run in block.runs:
-            here = work.result(run, "pgd20").exists() and not work.made_earlier(run)
-            if here or work.made_here(run):
-                runs[run.name] = collected_run(work, block, run, seconds)
-            elif run.name in earlier:
-                runs[run.name] = earlier[run.name]
+    runs = _finished(work, BLOCKS, work.earlier.get("runs", {}))
+    later = _finished(work, (FOLLOW_UP,), work.earlier.get("follow_up", {}).get("runs", {}))
     cost = work.folder / "cost.json"
     return {
         "format": FORMAT,
@@ -171,8 +164,25 @@ def collect(work: Work) -> dict[str, Any]:
         "cost": work.earlier.get("cost") or (json.loads(cost.read_text()) if cost.exists() else None),
         "findings": [found.document() for found in findings(bits_of(runs, "crop-flip"))],
         "without_augmentation": [found.document() for found in findings(bits_of(runs, "none"))],
+        "follow_up": {
+            "findings": [found.document() for found in described(bits_of(runs | later, "none"))],
+            "runs": later,
+        },
         "runs": runs,
     }
+
+
+def _finished(work: Work, blocks: Sequence[Block], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The finished runs of `blocks`, those of the folder before those of the `earlier` document."""
+    seconds, runs = processor_seconds(work.folder), {}
+    for block in blocks:
+        for run in block.runs:
+            here = work.result(run, "pgd20").exists() and not work.made_earlier(run)
+            if here or work.made_here(run):
+                runs[run.name] = collected_run(work, block, run, seconds)
+            elif run.name in earlier:
+                runs[run.name] = earlier[run.name]
+    return runs
 
 
 def write_collected(work: Work, target: Path) -> None:

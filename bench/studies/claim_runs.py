@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,8 @@ class Work:
 
     def made_earlier(self, run: Run) -> bool:
         """True if the earlier document has `run` and all measurements of it."""
-        found = self.earlier.get("runs", {}).get(run.name, {})
+        later = self.earlier.get("follow_up", {}).get("runs", {})
+        found = (self.earlier.get("runs", {}) | later).get(run.name, {})
         return all(COLLECTED[part] in found for part in measurements(run))
 
 
@@ -220,8 +221,10 @@ def make_guide(work: Work, guide: Run) -> None:
             note_commit(work, guide)
 
 
-def run_all(work: Work, until: float | None = None, limit: int | None = None) -> int:
-    """Make the runs that are not yet there; returns how many were made.
+def run_all(
+    work: Work, until: float | None = None, limit: int | None = None, *, runs: Sequence[Run] = RUNS
+) -> int:
+    """Make those of `runs` that are not yet there; returns how many were made.
 
     Runs that another runner makes, or that need one of these, are left for a second round, which waits: that
     runner may have been killed. A run that fails is left for the next start.
@@ -230,7 +233,7 @@ def run_all(work: Work, until: float | None = None, limit: int | None = None) ->
         until: no run begins after this time (seconds since 1970).
         limit: stop after this many runs.
     """
-    done, left = 0, [run for run in RUNS if not work.made_earlier(run)]
+    done, left = 0, [run for run in runs if not work.made_earlier(run)]
     for wait in (False, True):
         begun, left = left, []
         for run in begun:

@@ -15,7 +15,8 @@ import argparse
 import time
 from pathlib import Path
 
-from claim_design import BLOCKS
+from claim_design import BLOCKS, RUNS
+from claim_follow_up import FOLLOW_UP
 from claim_results import read_collected, write_collected
 from claim_runs import Work, run_all
 
@@ -38,6 +39,9 @@ def main() -> None:
         both.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
         both.add_argument("--work", type=Path, required=True, help="folder of the runs")
     run.add_argument("--hours", type=float, help="begin nothing new after these hours")
+    run.add_argument(
+        "--follow-up", action="store_true", help="make the runs of claim_follow_up.py instead of the plan's"
+    )
     run.add_argument("--json", type=Path, help="what was collected before; its runs are not made again")
     collect.add_argument("--json", type=Path, required=True, help="gets the runs added; may exist")
     given = parser.parse_args()
@@ -47,7 +51,8 @@ def main() -> None:
     earlier = read_collected(given.json) if given.json is not None and given.json.exists() else {}
     work = Work(given.work.resolve(), given.data_dir, earlier=earlier)
     if given.command == "run":
-        run_all(work, None if given.hours is None else time.time() + 3600 * given.hours)
+        until = None if given.hours is None else time.time() + 3600 * given.hours
+        run_all(work, until, runs=FOLLOW_UP.runs if given.follow_up else RUNS)
     else:
         write_collected(work, given.json)
 

@@ -95,6 +95,20 @@ def without_augmentation() -> str:
     return table(["Contrast, no augmentation", "Points", "95 % interval", "Each seed"], rows)
 
 
+def follow_up() -> str:
+    """Accuracies and contrasts of the runs that the results asked for."""
+    values = read(STORED).get("follow_up", {"runs": {}, "findings": []})
+    runs = [*values["runs"].values()]
+    if not runs:
+        return "Not run yet."
+    found = [mean(runs, at(role, name)) for name in ("clean", "pgd20") for role in CHECKPOINTS]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    head = ["True labels in both, no augmentation: seeds", "Clean, best", "last", "PGD-20, best", "last"]
+    contrasts = [finding(one)[:4] for one in values["findings"]]
+    columns = ["Contrast, no augmentation", "Points", "95 % interval", "Each seed"]
+    return f"{table(head, [[seeds, *found]])}\n\n{table(columns, contrasts)}"
+
+
 def finding(found: Values) -> list[str]:
     """Contrast, points, interval, seeds, p and verdict."""
     estimate = found["estimate"]
@@ -161,6 +175,7 @@ TABLES = {
     "claim-findings": (findings, (STORED,)),
     "claim-accuracies": (accuracies, (STORED,)),
     "claim-without-augmentation": (without_augmentation, (STORED,)),
+    "claim-follow-up": (follow_up, (STORED,)),
     "claim-labels": (labels, (STORED,)),
     "claim-robust": (robust, (STORED,)),
 }

@@ -39,7 +39,14 @@ def claim() -> Iterator[SimpleNamespace]:
     added = [STUDIES, str(ROOT / "bench"), str(ROOT / "docs" / "hooks")]
     sys.path += added
     try:
-        names = ("claim_design", "claim_runs", "claim_results", "claim_tables", "make_image_folder")
+        names = (
+            "claim_design",
+            "claim_runs",
+            "claim_results",
+            "claim_tables",
+            "claim_follow_up",
+            "make_image_folder",
+        )
         yield SimpleNamespace(**{name: import_module(name) for name in names})
     finally:
         for path in added:
@@ -123,6 +130,18 @@ def test_what_is_collected_is_shown(
     assert "not enough runs yet" in tables["claim-findings"]
     assert "| methods | DYNAT | 1 | last |" in tables["claim-labels"]
     assert "| DYNAT | 1 | best |" in tables["claim-robust"]
+
+    assert tables["claim-follow-up"] == "Not run yet."
+
+    # What the results asked for is kept apart from the plan's runs.
+    follow_up = claim.claim_follow_up.FOLLOW_UP.runs
+    assert claim.claim_runs.run_all(work, limit=1, runs=follow_up) == 1
+    claim.claim_results.write_collected(work, target)
+    document = json.loads(target.read_text())
+    assert list(document["runs"]) == [run.name for run in claim.claim_design.RUNS[:2]]
+    assert list(document["follow_up"]["runs"]) == [follow_up[0].name]
+    assert {found["seeds"] for found in document["follow_up"]["findings"]} == {1}
+    assert "| 1 |" in claim.claim_tables.follow_up()
 
     # On another machine, without the weights: what the file has is not made again, and stays in it.
     moved = replace(work, folder=tmp_path / "moved", earlier=claim.claim_results.read_collected(target))
