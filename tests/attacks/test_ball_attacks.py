@@ -427,7 +427,7 @@ def test_names() -> None:
     assert search("fgsm-rs@least") == RestartedPGD("ce", PGDSpec(EPS, EPS, 1), "least")
     assert search("pgd20", "l0") == RestartedPGD("ce", PGDSpec(5, 50, 20, norm="l0", start="none"))
     assert search("mim", "l2").norm == "l2"
-    with pytest.raises(UserError, match=r"whole number, got 2\.5"):
+    with pytest.raises(UserError, match=r"whole number of pixels that may change, got 2\.5"):
         PGDSpec(2.5, 1, 1, norm="l0", start="none")
     with pytest.raises(UserError, match="start must be none under l0"):
         PGDSpec(2, 1, 1, norm="l0")

@@ -302,7 +302,7 @@ def test_a_worker_that_hangs_ends_with_the_epoch(monkeypatch: pytest.MonkeyPatch
             "batch size 10 is the global one and too small for 3 processes and --grad-accum-steps 2, "
             "which need at least 2 images each; use --batch-size 12 or more",
         ),
-        ({"ranks": 2, "rank": 2}, "rank 2 of 2 is none"),
+        ({"ranks": 2, "rank": 2}, "there is no rank 2 of 2"),
         ({"batch_size": 99}, "batch size 99 must be between 1 and the number of training images, 40"),
         ({"augment": "flop"}, "unknown augmentation 'flop'"),
     ],

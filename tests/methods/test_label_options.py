@@ -193,7 +193,7 @@ def stepped(variant: str, batch: Batch, smoothing: float, x_adv: Tensor) -> Step
         if variant == "dyart" or (inner.goal is None and variant != "vat"):
             return type(method).perturb(method, nets, batch, inner, attack)
         kept = torch.arange(N) % STEPS
-        return replace(unattacked(x_adv), kept=kept, gradients=N * STEPS)
+        return replace(unattacked(x_adv), kept=kept, gradients=N * STEPS, steps=STEPS)
 
     def inner(nets: Networks, batch: Batch) -> Inner:
         found = own_inner(nets, batch)
