@@ -96,7 +96,8 @@ class AttackReplica:
         self.channels_last = channels_last and self._runs_channels_last(example, dtype)
         if not self.channels_last:
             self._own_weights(dtype, torch.preserve_format)
-        self._statistics: list[Tensor] = []
+        self._statistics: list[Tensor] = []  # and the model's own, in `_moved`
+        self._moved: list[Tensor] = []
         if bn == "eval":
             self._own_statistics()
         self._fused = [module for module in self.network.modules() if type(module) is ConvReLU2d]
@@ -190,23 +191,19 @@ class AttackReplica:
                     continue
                 if id(old) not in own:
                     own[id(old)] = old.detach().clone()
-                    self._sources.append(old.detach())
-                    self._copies.append(own[id(old)])
+                    self._moved.append(old.detach())
                 module._buffers[name] = own[id(old)]
-        self._statistics = [*own.values()]
+        self._statistics += own.values()
 
     def own_tensors(self) -> dict[str, Tensor]:
         """All tensors that `refresh` writes on a GPU, by number; none of them is the model's."""
-        found = [*self._copies]
-        found += [
-            t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias) if isinstance(t, Tensor)
-        ]
-        return {str(i): tensor.detach() for i, tensor in enumerate(found)}
+        found = [*self._statistics, *self.own_weights()]
+        return {str(i): tensor for i, tensor in enumerate(found)}
 
     def own_weights(self) -> list[Tensor]:
         """`own_tensors` without statistics, of which other values may be no variances."""
-        statistics = {t.data_ptr() for t in self._statistics}
-        return [t for t in self.own_tensors().values() if t.data_ptr() not in statistics]
+        folded = (t for fold in self._folds for t in (fold.folded.weight, fold.folded.bias))
+        return [t.detach() for t in (*self._copies, *folded) if isinstance(t, Tensor)]
 
     def choose_fusion(self, x: Tensor, *, compiled: bool) -> int:
         """On a GPU, at the first call: unfuse the layers that run faster without cuDNN's fused kernels.
@@ -230,8 +227,10 @@ class AttackReplica:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the model's weights and statistics, in place: compiled and captured code stays valid."""
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._sources)
+        # Apart, because lists of one dtype are copied in one launch.
+        for copies, sources in ((self._copies, self._sources), (self._statistics, self._moved)):
+            if copies:
+                torch._foreach_copy_(copies, sources)
         refresh_folds(self._folds)
         if self._winograd is not None:
             self._winograd.refresh()

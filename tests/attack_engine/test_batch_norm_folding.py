@@ -19,7 +19,7 @@ from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.models import build_model
 
-ONE_EACH = 8  # launches that do not grow with the number of layers
+ONE_EACH = 9  # launches that do not grow with the number of layers
 
 
 class Launches(TorchDispatchMode):

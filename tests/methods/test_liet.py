@@ -180,7 +180,7 @@ def test_what_cannot_work_is_refused() -> None:
     for spec, bn, message in (
         (PGDSpec(0.1, 0.1, 2), "eval", "liet takes 1 step, got steps 2"),
         (PGDSpec(0.1, 0.1, 1, norm="l2"), "eval", "liet is a method for linf"),
-        (PGDSpec(0.1, 0.1, 1), "train", "with --attack-bn eval, got train; leave it out"),
+        (PGDSpec(0.1, 0.1, 1), "train", "class perturbations need --attack-bn eval, got train; leave it out"),
     ):
         with pytest.raises(UserError, match=message):
             Liet(LietOptions()).check_attack(spec, bn)

@@ -149,7 +149,7 @@ def test_resume_without_the_file_with_another_and_from_a_new_place(
     file.write_text(SQUEEZE.replace("square()", "abs()"))
     assert refusal(capsys, "train", "--resume", "run") == (
         f"{file}:Squeeze: the file has changed since the run began with it; "
-        "restore its old content, or start a new run"
+        "bring its old content back, or start a new run"
     )
     said = refusal(capsys, "train", "--resume", "run", "--method", "my_method.py:Squeeze")
     assert said == (

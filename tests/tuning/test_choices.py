@@ -287,7 +287,9 @@ def test_drop_in_attacks_with_amp(machine: Machine) -> None:
     assert "float32" in slow.path
     machine.milliseconds = half("bf16", 150)
     insisted = PGD(model, amp=torch.bfloat16, steps=1)
-    with pytest.warns(UserWarning, match=r"amp=torch.bfloat16: .*15x as long as in float32; amp=True chooses"):
+    with pytest.warns(
+        UserWarning, match=r"amp=torch.bfloat16: .*15x as long as in float32; amp=True chooses"
+    ):
         insisted(x, torch.arange(3))
     assert "bfloat16" in insisted.path
     assert pick_half(False, CPU) == (None, "")
