@@ -8,7 +8,7 @@ r"""DYNAT's claim put to the test: docs/studies/dynat-claim.md has hypotheses, d
 
 `run` may be killed at any moment: the same command goes on where it was, within a training too. Start it once
 per core; the runners share the work. Runs that the file has are not made again, so that the study can go on
-on another machine.
+on another machine. `follow-up` does the same for the runs of claim_follow_up.py.
 """
 
 import argparse
@@ -34,15 +34,13 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("plan")
-    run, collect = commands.add_parser("run"), commands.add_parser("collect")
-    for both in (run, collect):
-        both.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
-        both.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    run.add_argument("--hours", type=float, help="begin nothing new after these hours")
-    run.add_argument(
-        "--follow-up", action="store_true", help="make the runs of claim_follow_up.py instead of the plan's"
-    )
-    run.add_argument("--json", type=Path, help="what was collected before; its runs are not made again")
+    run, follow_up, collect = (commands.add_parser(name) for name in ("run", "follow-up", "collect"))
+    for each in (run, follow_up, collect):
+        each.add_argument("--data-dir", required=True, help="image folder with train/ and test/")
+        each.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    for each in (run, follow_up):
+        each.add_argument("--hours", type=float, help="begin nothing new after these hours")
+        each.add_argument("--json", type=Path, help="what was collected before; its runs are not made again")
     collect.add_argument("--json", type=Path, required=True, help="gets the runs added; may exist")
     given = parser.parse_args()
     if given.command == "plan":
@@ -50,11 +48,11 @@ def main() -> None:
         return
     earlier = read_collected(given.json) if given.json is not None and given.json.exists() else {}
     work = Work(given.work.resolve(), given.data_dir, earlier=earlier)
-    if given.command == "run":
-        until = None if given.hours is None else time.time() + 3600 * given.hours
-        run_all(work, until, runs=FOLLOW_UP.runs if given.follow_up else RUNS)
-    else:
+    if given.command == "collect":
         write_collected(work, given.json)
+        return
+    until = None if given.hours is None else time.time() + 3600 * given.hours
+    run_all(work, until, runs=RUNS if given.command == "run" else FOLLOW_UP.runs)
 
 
 if __name__ == "__main__":

@@ -248,9 +248,8 @@ def test_a_run_that_diverges_counts_and_one_that_fails_is_left(
 
     monkeypatch.setattr(claim.claim_runs, "command", command)
     runs = claim.claim_design.BLOCKS[0].runs
-    monkeypatch.setattr(claim.claim_runs, "RUNS", runs)
     work = claim.claim_runs.Work(tmp_path, "images")
-    assert claim.claim_runs.run_all(work) == (len(runs) if evaluated else 0)
+    assert claim.claim_runs.run_all(work, runs=runs) == (len(runs) if evaluated else 0)
     # All runs have their turn, whatever happens to the first.
     assert [name for kind, name in commands if kind == "train"] == [run.name for run in runs]
     assert work.made_here(runs[0]) == evaluated
