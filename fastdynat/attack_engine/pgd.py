@@ -193,7 +193,6 @@ def pgd(
     check_model(model)
     goal = check_batch(x, goal)
     dtype = half_of(model, x.dtype) or amp_dtype
-    _check_images(x.detach())
     rescale = bn == "eval" if rescale is None else rescale
     network = _Checked(with_output(model, output), goal)
     ascent = Ascent(network, Underflow.guard(bn, dtype, rescale), dtype)
@@ -232,7 +231,7 @@ class _Checked:
 
 
 def check_batch(x: Tensor, goal: AttackGoal) -> AttackGoal:
-    """`goal` with its target on the device of `x`; UserError unless `x` are images and it fits them."""
+    """`goal` with its target on the device of `x`; UserError unless `x` are images in [0, 1] and it fits."""
     if not isinstance(x, Tensor):
         raise UserError(f"images must be a tensor (N, C, H, W), got {type(x).__name__}; use torch.as_tensor")
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
@@ -251,4 +250,5 @@ def check_batch(x: Tensor, goal: AttackGoal) -> AttackGoal:
         raise UserError(
             f"the goal {goal.loss} is about {wanted}, got a target of shape {tuple(goal.target.shape)}"
         )
+    _check_images(x.detach())
     return goal

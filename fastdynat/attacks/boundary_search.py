@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import AttackGoal
-from fastdynat.attack_engine.input_checks import InputCheck
 from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import check_batch
@@ -29,7 +28,6 @@ from fastdynat.models.logits import half_of
 from fastdynat.ops import soft_margin
 from fastdynat.ops.image_draws import Randomness
 
-_check_images = InputCheck()
 # Images whose soft margin is no larger are misclassified and are not searched.
 LEAST_MARGIN = 1e-9
 # Approximate optimality test of the found point, DyART's `use_high_quality` (`Boundary.usable`).
@@ -221,7 +219,6 @@ def boundary(
         UserError: `x` is not float32 or float64 or not in [0, 1], or the number of labels differs.
     """
     labels = check_batch(x, AttackGoal("margin", labels)).target
-    _check_images(x.detach())
     half_of(model, x.dtype)
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         x, labels = x.detach().clone(), labels.clone()

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
-from fastdynat.attack_engine.input_checks import InputCheck
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attack_engine.pgd import check_batch
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import attacked, exact_float32
 from fastdynat.ops.image_draws import ImageDraws, Randomness, normal_like
 
-_check_images = InputCheck()
 CHUNK = 256  # images per forward and backward pass, and maps ranked at a time; bounds the memory
 # Quantile of a map that is shown as 1: single bright pixels would darken all others (Smilkov et al. 2017).
 BRIGHTEST = 0.99
@@ -81,7 +79,6 @@ def explain(
         UserError: no images, images outside [0, 1], another number of labels, no samples, or negative noise.
     """
     check_batch(x, AttackGoal("ce", labels))
-    _check_images(x.detach())
     if len(x) == 0 or samples < 1 or noise < 0:
         raise UserError(
             f"explain needs images, samples >= 1 and noise >= 0, got {len(x)}, {samples} and {noise:g}"

@@ -549,34 +549,31 @@ def test_a_stopped_race_goes_on(
     assert fakes.laps[2:] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("source_commit", f"went from commit {'c' * 40} to {'d' * 40} during the race"),
+        ("package_digest", "the code changed during the race"),
+    ],
+)
 def test_a_race_ends_where_its_code_changes(
     images: Path,
     tmp_path: Path,
     fakes: Fakes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
 ) -> None:
     record = write(tmp_path)
+    monkeypatch.setattr(run_race, "package_digest", lambda **how: "c" * 40)
     with monkeypatch.context() as patch:
-        patch.setattr(run_race, "source_commit", lambda: "cd"[len(fakes.laps) > 0] * 40)
+        patch.setattr(run_race, name, lambda **how: "cd"[len(fakes.laps) > 0] * 40)
         assert race(images, tmp_path / "out", record) == 2
-    assert f"went from commit {'c' * 40} to {'d' * 40} during the race" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert fakes.laps == [("tiny", 0)]
     assert race(images, tmp_path / "out", record) == 0
     assert fakes.laps == [("tiny", 0), ("tiny", 1), ("tiny", 2)]
-
-
-def test_a_race_ends_where_its_own_file_changes(
-    images: Path,
-    tmp_path: Path,
-    fakes: Fakes,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(run_race, "package_digest", lambda *, compiled: "ab"[len(fakes.laps) > 0])
-    assert race(images, tmp_path / "out", write(tmp_path)) == 2
-    assert "the code changed during the race" in capsys.readouterr().err
-    assert fakes.laps == [("tiny", 0)]
 
 
 def test_a_finished_race_run_again_keeps_its_date_and_command(
