@@ -25,11 +25,11 @@ from fastdynat.data.read_ahead import pixel_digest
 from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
-from fastdynat.evaluation.network_identity import weights_digest
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models.foreign import load_foreign
 from fastdynat.models.own_networks import count_logits
+from fastdynat.models.state_digest import state_digest
 from fastdynat.ops import use_backend
 from fastdynat.runs import load_network, looks_like_run
 from fastdynat.terminal.consoles import PlainTable, as_text, error_console
@@ -164,7 +164,9 @@ def evaluate(
     if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
         raise UserError(f"{transfer} needs two networks: use fastdynat.evaluation.transfer_matrix")
     check_target_classes(columns, info.num_classes)
-    weights, pixels = ("", "") if world().alone else (weights_digest(network), pixel_digest(images))
+    weights, pixels = (
+        ("", "") if world().alone else (state_digest(network.state_dict()), pixel_digest(images))
+    )
     target = Target(
         name=name,
         checkpoint=None,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdynat.data.read_ahead import DIGEST_BATCH
 from fastdynat.evaluation.unit_images import UnitImages
+from fastdynat.models.state_digest import state_digest
 
 PROBED = 256  # images that are classified again, with noise
 NOISE = 8 / 255
@@ -26,11 +27,6 @@ def digest(values: Iterable[Any]) -> str:
         for part in [value] if isinstance(value, Tensor) else value.parts(DIGEST_BATCH):
             found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """The sha256 of the state dict with its keys; extra state may be anything."""
-    return digest(part for pair in model.state_dict().items() for part in pair)
 
 
 def network_digests(
@@ -55,7 +51,7 @@ def network_digests(
     after = _constants(model)
     fixed = {name: value for name, value in before.items() if after.get(name) == value}
     steady = torch.equal(first, second)
-    weights = weights_digest(model) if isinstance(model, nn.Module) and model.state_dict() else ""
+    weights = state_digest(model.state_dict()) if isinstance(model, nn.Module) and model.state_dict() else ""
     return {
         "model": digest([weights, sorted(fixed.items())]),
         "predictions": digest([clean, first]) if steady or not weights else "random",

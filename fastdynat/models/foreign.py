@@ -4,8 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdynat.errors import UserError
 from fastdynat.models.build import build_model
@@ -13,6 +12,7 @@ from fastdynat.models.external import build_timm, build_torchvision
 from fastdynat.models.finite import check_finite
 from fastdynat.models.initial_state import network_pixels, put_initial_state
 from fastdynat.models.own_networks import Shape, check_network_output, network_of
+from fastdynat.models.state_digest import state_digest
 from fastdynat.models.state_files import put_published_state, read_state_dict
 from fastdynat.models.zoo import robustbench, timm_pretrained, torchvision_pretrained
 from fastdynat.user_code import import_object, is_user_code
@@ -141,11 +141,5 @@ def _external(
 def _digest(name: str, source: bytes, model: nn.Module) -> str:
     digest = hashlib.sha256(name.encode())
     digest.update(source)
-    for key, value in sorted(model.state_dict().items()):
-        # Extra state may be anything.
-        if not isinstance(value, Tensor):
-            digest.update(f"{key} {value!r}".encode())
-            continue
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(state_digest(model.state_dict()).encode())
     return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Weights that the model of a run starts from (--init-from): found, checked and put in."""
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from fastdynat.execution.process_state import process_state_kept
 from fastdynat.models import split_style
 from fastdynat.models.external import torchvision_names
 from fastdynat.models.initial_state import put_initial_state
+from fastdynat.models.state_digest import state_digest
 from fastdynat.models.state_files import read_state_dict
 from fastdynat.models.zoo import downloaded, timm_pretrained, torchvision_pretrained
 from fastdynat.runs import Sidecar, guide_weights, load_state, read_sidecar
@@ -170,15 +170,6 @@ def _published(source: str, model: str, info: DatasetInfo) -> InitialWeights:
         network, note = torchvision_pretrained(name)
     state = network.state_dict()
     return InitialWeights(state=state, origin=f"{source}:{name}, {note}", sha256=state_digest(state))
-
-
-def state_digest(state: dict[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and values of all tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _from_hub(repository: str, info: DatasetInfo) -> InitialWeights:
