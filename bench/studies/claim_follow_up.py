@@ -17,7 +17,7 @@ CONTRASTS = {
 }
 
 
-def described(bits: Bits) -> list[Finding]:
+def follow_up_findings(bits: Bits) -> list[Finding]:
     """The contrasts over the seeds that there are, from two on; none has a test.
 
     bits: of the runs without augmentation, those of the plan among them.
@@ -26,5 +26,5 @@ def described(bits: Bits) -> list[Finding]:
     found = []
     for name, (text, contrast) in CONTRASTS.items():
         count, own = estimate(bits, contrast, done) if len(done) > 1 else (len(done), None)
-        found.append(Finding(name, text, count, own, None, "described"))
+        found.append(Finding(name, text, count, own, None, ""))
     return found

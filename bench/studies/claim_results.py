@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claim_analysis import findings
+from claim_analysis import DESCRIBED, PRIMARY, Finding, estimate, findings
 from claim_charts import draw_claim
 from claim_design import BLOCKS, EPOCHS, RUNS, SEEDS, Block, Run
-from claim_follow_up import FOLLOW_UP, described
+from claim_follow_up import FOLLOW_UP, follow_up_findings
 from claim_labels import has_guide, label_quality
 from claim_runs import Work
 
@@ -118,16 +119,37 @@ def collected_run(work: Work, block: Block, run: Run, seconds: Mapping[str, floa
     return document
 
 
-def bits_of(runs: Mapping[str, Mapping[str, Any]], augment: str) -> dict[tuple[str, int, str], np.ndarray]:
-    """Correctness under PGD-20 of the runs of `small` on 5,000 images, by arm, seed and checkpoint."""
+def bits_of(
+    runs: Mapping[str, Mapping[str, Any]], augment: str, part: str = "test", attack: str = "pgd20"
+) -> dict[tuple[str, int, str], np.ndarray]:
+    """Correctness under an attack of the runs of `small` on 5,000 images, by arm, seed and checkpoint.
+
+    part: "test" for all test images, "robust" for those that AutoAttack saw.
+    """
     found = {}
     for run in runs.values():
         if (run["model"], run["images"], run["augment"]) != ("small", 5000, augment):
             continue
-        for checkpoint, tested in run["test"].items():
-            pgd = tested["pgd20"]
-            found[run["arm"], run["seed"], checkpoint] = unpack_bits(pgd["bits"], pgd["images"]).numpy()
+        for checkpoint, tested in run.get(part, {}).items():
+            one = tested[attack]
+            found[run["arm"], run["seed"], checkpoint] = unpack_bits(one["bits"], one["images"]).numpy()
     return found
+
+
+def described(found: Sequence[Finding]) -> list[dict[str, Any]]:
+    """`found` without p-values and verdicts: the plan tests none of them."""
+    return [replace(one, adjusted_p=None, verdict="described").document() for one in found]
+
+
+def under_autoattack(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The contrasts between the methods that AutoAttack measured, by its accuracies."""
+    bits = bits_of(runs, "crop-flip", "robust", "fast-autoattack")
+    contrasts = {**PRIMARY, **DESCRIBED}
+    names = ("H1-best", "H1-last", "H2", "H5-trades-best", "H5-trades", "H5-lbgat-best", "H5-lbgat")
+    found = [
+        Finding(name, contrasts[name][0], *estimate(bits, contrasts[name][1]), None, "") for name in names
+    ]
+    return described(found)
 
 
 def begun(work: Work, run: Run) -> int:
@@ -163,9 +185,10 @@ def collect(work: Work) -> dict[str, Any]:
         # As `measure_cost` reads it.
         "cost": work.earlier.get("cost") or (json.loads(cost.read_text()) if cost.exists() else None),
         "findings": [found.document() for found in findings(bits_of(runs, "crop-flip"))],
-        "without_augmentation": [found.document() for found in findings(bits_of(runs, "none"))],
+        "without_augmentation": described(findings(bits_of(runs, "none"))),
+        "autoattack": under_autoattack(runs),
         "follow_up": {
-            "findings": [found.document() for found in described(bits_of(runs | later, "none"))],
+            "findings": described(follow_up_findings(bits_of(runs | later, "none"))),
             "runs": later,
         },
         "runs": runs,
@@ -193,4 +216,4 @@ def write_collected(work: Work, target: Path) -> None:
     lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
     head = json.dumps(document, indent=1).removesuffix("\n}")
     write_text(target, head + ',\n "runs": {\n' + ",\n".join(lines) + "\n }\n}\n")
-    draw_claim(runs, target.with_suffix(".svg"))
+    draw_claim({**runs, **document["follow_up"]["runs"]}, target.with_suffix(".svg"))

@@ -91,8 +91,7 @@ def without_augmentation() -> str:
     """The same contrasts of the block without augmentation."""
     names = ("H1-best", "H1-last", "H2", "gap-madry", "gap-dynat")
     chosen = [found for found in read(STORED)["without_augmentation"] if found["name"] in names]
-    rows = [finding(found)[:4] for found in chosen]
-    return table(["Contrast, no augmentation", "Points", "95 % interval", "Each seed"], rows)
+    return contrasts("Contrast, no augmentation", chosen)
 
 
 def follow_up() -> str:
@@ -104,9 +103,14 @@ def follow_up() -> str:
     found = [mean(runs, at(role, name)) for name in ("clean", "pgd20") for role in CHECKPOINTS]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     head = ["True labels in both, no augmentation: seeds", "Clean, best", "last", "PGD-20, best", "last"]
-    contrasts = [finding(one)[:4] for one in values["findings"]]
-    columns = ["Contrast, no augmentation", "Points", "95 % interval", "Each seed"]
-    return f"{table(head, [[seeds, *found]])}\n\n{table(columns, contrasts)}"
+    shown = contrasts("Contrast, no augmentation", values["findings"])
+    return f"{table(head, [[seeds, *found]])}\n\n{shown}"
+
+
+def contrasts(head: str, found: list[Values]) -> str:
+    """Contrasts that the plan does not test."""
+    rows = [[*finding(one)[:4], p_of_seeds(one)] for one in found]
+    return table([head, "Points", "95 % interval", "Each seed", "p (t-test)"], rows)
 
 
 def finding(found: Values) -> list[str]:
@@ -129,10 +133,9 @@ def finding(found: Values) -> list[str]:
 
 def p_of_seeds(found: Values) -> str:
     """Two-sided p of a t-test on the differences of three seeds, which has 2 degrees of freedom."""
-    if found["estimate"] is None:
+    seeds = found["estimate"]["seeds"] if found["estimate"] else ()
+    if len(seeds) != 3:
         return ""
-    seeds = found["estimate"]["seeds"]
-    assert len(seeds) == 3
     error = stdev(seeds) / math.sqrt(3)
     t = abs(fmean(seeds)) / error if error else math.inf
     return f"{1 - 1 / math.sqrt(1 + 2 / t**2) if t else 1.0:.2g}"
@@ -163,11 +166,34 @@ def robust() -> str:
         for role in CHECKPOINTS if measured else ():
             names = ("clean", "pgd20", "fast-autoattack")
             shares = [mean(measured, at(role, name, "robust")) for name in names]
-            medians = [run["robust"][role]["fab-min"]["distances"]["median"] for run in measured]
-            median = "-" if None in medians else f"{255 * fmean(medians):.2f}/255"
-            rows.append([ARMS[arm], str(len(measured)), role, *shares, median])
+            middle = fmean(median_distance(run["robust"][role]) for run in measured)
+            rows.append([ARMS[arm], str(len(measured)), role, *shares, f"{255 * middle:.1f}/255"])
     header = ["Arm", "Runs", "Checkpoint", "Clean", "PGD-20", "AutoAttack", "Median distance"]
-    return table(header, rows) if rows else "Not run yet."
+    if not rows:
+        return "Not run yet."
+    return f"{table(header, rows)}\n\n{contrasts('Contrast under AutoAttack', read(STORED)['autoattack'])}"
+
+
+def median_distance(tested: Values) -> float:
+    """The median distance of the correctly classified images, interpolated within a bin of the histogram.
+
+    The first bin also counts the misclassified images, whose distance is 0.
+    """
+    stored, clean = tested["fab-min"]["distances"], tested["clean"]
+    counts = [*stored["counts"]]
+    correct = round(clean["accuracy"] * clean["images"])
+    counts[0] -= clean["images"] - correct
+    return interpolated(counts, stored["edges"], correct / 2)
+
+
+def interpolated(counts: list[int], edges: list[float], rank: float) -> float:
+    """Where the cumulated `counts` reach `rank`; images without a distance follow the last bin."""
+    below = 0
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        if count and below + count >= rank:
+            return low + (high - low) * (rank - below) / count
+        below += count
+    return math.inf
 
 
 TABLES = {

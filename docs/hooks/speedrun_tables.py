@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import mean
 
-from tables import Values, percent, read, table
+from tables import Values, commit, percent, read, table
 
 from fastdynat.commands.speedrun.race_log import (
     baseline,
@@ -39,7 +39,7 @@ def made() -> str:
         flags = ", ".join(machine["processor"]["flags"])
         lines += [
             f"    `bench/records/{name}.json`: {machine['cpu']} ({flags}), {machine['threads']} threads, "
-            f"torch {machine['torch']}, {result.data}, {result.date}, commit `{result.commit[:10]}`.",
+            f"torch {machine['torch']}, {result.data}, {result.date}, {commit(result.commit)}.",
             "",
             *(f"    Does not count: {reason}." for reason in result.reasons),
             "",
@@ -52,17 +52,21 @@ def made() -> str:
 
 
 def predictions() -> str:
-    """Each record of a race beside the one that it changes: the factor predicted, and the one measured."""
+    """Each record of a race beside the one that it changes: the factor counted, and the one measured.
+
+    A definition that was raced without its prediction got it with the results: the table says so.
+    """
     results, rows = read_log(LOG), []
     for name in (row[0] for row in log_table(LOG)[1:]):
         if name in results and name in definition_names():
             record, result = read_definition(name), results[name]
             before = result.alongside.get(record.against or "")
-            predicted = result.definition.get("predicted", record.predicted)
-            if predicted and before:
+            if record.predicted and before:
                 measured = mean(before) / result.summary["seconds"]
-                rows.append([f"`{name}`", f"`{record.against}`", predicted, f"{measured:.2f}x"])
-    return table(["record", "previous record", "predicted", "measured"], rows)
+                when = "before" if result.definition.get("predicted") == record.predicted else "after"
+                rows.append([f"`{name}`", f"`{record.against}`", record.predicted, when, f"{measured:.2f}x"])
+    header = ["record", "previous record", "speed-up by counting", "counted", "measured"]
+    return table(header, rows)
 
 
 def fastest() -> str:

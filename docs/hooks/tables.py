@@ -36,17 +36,36 @@ def made(*names: str) -> str:
     lines = ['??? note "How these numbers were obtained"', ""]
     for name in names:
         values = read(name)
-        machine = values["environment"]
-        versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "python") if key in machine)
-        commit = f", commit `{values['commit'][:10]}`" if "commit" in values else ""
-        busy = machine.get("load_average") or machine.get("load_average_at_end")
-        load = f", load average {busy[0]:.1f}" if busy else ""
-        lines += [
-            f"    `bench/results/{name}.json`: {machine['cpu']}, {machine['threads']} threads{load}, "
-            f"{versions}, {machine['time'][:10]}{commit}.",
-            "",
-        ]
+        lines += [f"    `bench/results/{name}.json`: {origin(values)}.", ""]
         commands = [entry["command"] for entry in values.get("commands", ())] or [values.get("command")]
         if commands != [None]:
             lines += ["    ```text", *(f"    {command}" for command in commands), "    ```", ""]
     return "\n".join(lines)
+
+
+def origin(values: Values) -> str:
+    """Machine, versions, date and commit of a file; of its runs, where each was made by itself."""
+    runs = values.get("runs")
+    if isinstance(runs, dict):
+        return "; ".join(dict.fromkeys(_run_origin(run["made"]) for run in runs.values()))
+    machine = values["environment"]
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "python") if key in machine)
+    made_from = f", {commit(values['commit'])}" if "commit" in values else ""
+    busy = machine.get("load_average") or machine.get("load_average_at_end")
+    load = f", load average {busy[0]:.1f}" if busy else ""
+    threads = f"{machine['threads']} threads{load}"
+    return f"{machine['cpu']}, {threads}, {versions}, {machine['time'][:10]}{made_from}"
+
+
+def _run_origin(found: Values) -> str:
+    threads = f"{found['threads']} thread" + "s" * (found["threads"] != 1)
+    return f"runs on {found['cpu']}, {threads}, torch {found['torch']}, {commit(found['commit'])}"
+
+
+def commit(value: str) -> str:
+    """A commit in short; says so where the checkout had changes beside it.
+
+    >>> commit("84c4c43b52d6214-dirty")
+    'commit `84c4c43b52` with uncommitted changes'
+    """
+    return f"commit `{value[:10]}`" + " with uncommitted changes" * value.endswith("-dirty")

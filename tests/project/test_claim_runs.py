@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -122,7 +123,7 @@ def test_what_is_collected_is_shown(
     assert 0 <= stored["labels"]["last"]["train"]["agreement"] <= 1
     assert "val_pgd10_acc" in stored["log"]
     assert (stored["made"]["commit"], stored["made"]["torch"]) == ("abc", torch.__version__)
-    assert target.with_suffix(".svg").read_text().count("dynamic label = true label") == 1
+    assert target.with_suffix(".svg").read_text().count("dynamic label = true label") == 2
     monkeypatch.setattr(claim.claim_tables, "read", lambda name: document)
     tables = {name: draw() for name, (draw, _) in claim.claim_tables.TABLES.items()}
     assert tables["claim-progress"].startswith("**2 of 40 runs so far.**")
@@ -271,3 +272,50 @@ def test_a_command_leaves_its_messages_and_its_cost(claim: SimpleNamespace, tmp_
     (row,) = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()]
     assert (row["name"], row["command"], row["code"]) == ("run", "train", 2)
     assert row["cpu_seconds"] > 0
+
+
+def test_the_median_distance_is_that_of_the_correct_images(claim: SimpleNamespace) -> None:
+    distances = [0.0] * 6 + [0.01, 0.021, 0.032, 0.043]  # six misclassified images of ten
+    counts, edges = np.histogram(distances, bins=40)
+    tested = {
+        "clean": {"accuracy": 0.4, "images": 10},
+        "fab-min": {"distances": {"counts": counts.tolist(), "edges": edges.tolist()}},
+    }
+    width = edges[1]
+    assert abs(claim.claim_tables.median_distance(tested) - 0.021) <= width
+    # An image without a distance is further away than any other.
+    tested["clean"] = {"accuracy": 0.6, "images": 12}
+    assert abs(claim.claim_tables.median_distance(tested) - 0.032) <= width
+
+
+def test_runs_tell_their_own_machines_and_commits(
+    claim: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = import_module("tables")
+    made = {"commit": "0123456789abc", "cpu": "1-core A", "torch": "2.11.0", "threads": 1}
+    runs = {"a": {"made": made}, "b": {"made": made}, "c": {"made": made | {"commit": "fedcba98765-dirty"}}}
+    machine = {"cpu": "2-core B", "threads": 2, "time": "2026-11-30"}
+    values = {"runs": runs, "environment": machine}
+    assert tables.origin(values) == (
+        "runs on 1-core A, 1 thread, torch 2.11.0, commit `0123456789`; "
+        "runs on 1-core A, 1 thread, torch 2.11.0, commit `fedcba9876` with uncommitted changes"
+    )
+    one = machine | {"torch": "2.11.0", "python": "3.11"}
+    assert tables.origin({"environment": one, "commit": "0123456789abc-dirty"}) == (
+        "2-core B, 2 threads, torch 2.11.0, python 3.11, 2026-11-30, "
+        "commit `0123456789` with uncommitted changes"
+    )
+
+
+def test_autoattacks_contrasts_are_those_of_its_images(claim: SimpleNamespace) -> None:
+    def run(arm: str, seed: int, bits: str) -> dict[str, Any]:
+        one = {"fast-autoattack": {"bits": bits, "images": 8}}
+        own = {"model": "small", "images": 5000, "augment": "crop-flip", "arm": arm, "seed": seed}
+        return own | {"robust": {"best": one, "last": one}}
+
+    runs = {f"{seed}": run("madry", seed, "ff") for seed in (1, 2, 3)}
+    runs |= {f"dynat-{seed}": run("dynat", seed, "0f") for seed in (1, 2, 3)}
+    found = {one["name"]: one for one in claim.claim_results.under_autoattack(runs)}
+    assert found["H1-best"]["estimate"]["mean"] == found["H1-last"]["estimate"]["mean"] == -50.0
+    assert found["H5-trades"]["estimate"] is None
+    assert {(one["verdict"], one["adjusted_p"]) for one in found.values()} == {("described", None)}
