@@ -21,7 +21,7 @@ from fastdynat.execution.process_state import process_state_kept
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.methods.options import check_options
 from fastdynat.models.own_networks import count_logits, given_network
-from fastdynat.runs import BEST, LAST, find_checkpoint, load_network
+from fastdynat.runs import BEST, LAST, Sidecar, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
 from fastdynat.user_code import short_name
@@ -37,6 +37,7 @@ class TrainedRun:
         metrics: one row per epoch, as in metrics.jsonl: losses, accuracies in [0, 1], seconds.
         config: the resolved configuration.
         finished: True if all epochs are done; False after ``stop_after``.
+        about: what is stored beside the weights of `model`: classes, image shape, norm, eval_eps, epoch.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class TrainedRun:
     metrics: list[dict[str, Any]]
     config: TrainConfig[Any]
     finished: bool
+    about: Sidecar
 
     @property
     def last(self) -> dict[str, Any]:
@@ -146,9 +148,9 @@ def train(
             f"{path} has no checkpoint yet; go on with fastdynat.train(..., resume={str(path)!r})"
         )
     weights = best / "model.safetensors"
-    trained = load_network(weights, into=model if isinstance(model, nn.Module) else None)[0]
+    trained, about = load_network(weights, into=model if isinstance(model, nn.Module) else None)
     rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
-    return TrainedRun(trained, path, rows, config, outcome.finished)
+    return TrainedRun(trained, path, rows, config, outcome.finished, about)
 
 
 def _check(config: TrainConfig[Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.method_variants import TINY
 
 import fastdynat.methods
 from fastdynat.commands.main import main
@@ -17,7 +18,6 @@ from fastdynat.methods.configs import default_config
 from fastdynat.training import permitted_changes
 from fastdynat.training.permitted_changes import check_epochs
 from fastdynat.training.resolve import resolve
-from support.method_variants import TINY
 
 # Files of methods that read the number of epochs, and what makes epoch 2 of 2 differ from epoch 2 of 4.
 READERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
