@@ -21,7 +21,7 @@ from fastdynat.commands.evaluate.settle import check_eval_device
 from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.config.eval_config import EvalConfig
 from fastdynat.data.read_ahead import pixel_digest
-from fastdynat.distributed import world
+from fastdynat.distributed import require_cpu_backend, world
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement
@@ -104,8 +104,9 @@ def evaluate(
     itself, in float32 and eval mode, judges each image. Nothing is written.
 
     Within torch's process group, every process must call this with the same network, data and arguments. They
-    share the images, and each returns the result of all. Inside ``fastdynat.distributed.apart()`` a process
-    evaluates alone.
+    share the images, and each returns the result of all. The group must take CPU tensors, as that of
+    ``init_process_group("cpu:gloo,cuda:nccl")``. Inside ``fastdynat.distributed.apart()`` a process evaluates
+    alone.
 
     Example::
 
@@ -148,6 +149,7 @@ def evaluate(
         cache="off",
         **keys,
     )
+    require_cpu_backend()
     require_same_config([], config)
     device = check_eval_device(config)
     subject = open_subject(model, data, str(data_dir))
