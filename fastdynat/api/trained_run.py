@@ -54,8 +54,12 @@ class TrainedRun:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row of the best checkpoint's epoch: the highest validation score, or the last epoch."""
-        return [row for row in self.metrics if row["best"]][-1]
+        """The row of the best checkpoint's epoch, that of `model`: the highest validation score, or the last
+        epoch where none was validated after the burn-in."""
+        found = next((row for row in self.metrics if row["epoch"] == self.about.epoch), None)
+        if found is None:
+            raise UserError(f"{self.run_dir / METRICS} has no row of the best checkpoint's epoch; restore it")
+        return found
 
     def load(self, checkpoint: str = BEST, *, into: nn.Module | None = None) -> nn.Module:
         """The network of the "best" or the "last" checkpoint, in eval mode.
