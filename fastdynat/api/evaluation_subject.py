@@ -1,4 +1,4 @@
-"""What `fastdynat.evaluate` measures: a network, its images, and the threat model that it was trained for."""
+"""The subject of `fastdynat.evaluate`: a network, its images, and the threat model of its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

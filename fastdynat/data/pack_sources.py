@@ -56,7 +56,7 @@ class PackSource(Protocol):
         """Name, size, time and digest, which other content would not have; reads everything."""
 
     def same_as(self, kept: SourceFile) -> bool | None:
-        """Whether this is `kept` by sizes and times; None where only the content can tell."""
+        """True if this is `kept`, by sizes and times; None where only the content can tell."""
 
 
 def open_sources(paths: Sequence[Path], image_size: int | None) -> list[PackSource]:
