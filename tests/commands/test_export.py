@@ -275,7 +275,10 @@ def test_both_accuracies_are_of_the_same_images(finished: Path, tmp_path: Path) 
     stored(run, "f", "autoattack", 0.7, 10_000, digest="of another folder")
     found = accuracies_of(run)
     assert (found.clean, found.autoattack, found.images) == (0.8, 0.44, 10_000)
-    assert found.note == "clean: 80.00 % of 10000 images; fast-autoattack: 44.00 % of 10000 images"
+    assert found.note == (
+        "clean: 80.00 % of 10000 images; fast-autoattack: 44.00 % of 10000 images; "
+        "results on 3 other sets of images are left out"
+    )
     info = model_info(
         read_sidecar(weights_of(run))[0], dataset="cifar10", paper=Paper(footnote="Ours."), accuracies=found
     )

@@ -59,6 +59,8 @@ def stored_accuracies(run: Path, weights: str, *, dataset: str, norm: str, eps: 
         for one in (clean, robust)
         if one is not None
     ]
+    if len(chosen) > 1:
+        note.append(f"results on {len(chosen) - 1} other sets of images are left out")
     if clean is None or robust is None:
         note.append(f"the rest is null until: fastdynat eval {run} --attacks clean,autoattack")
     clean_share, robust_share = (None if one is None else one.measured.accuracy for one in (clean, robust))
