@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastdynat.api.evaluation_subject import open_subject, threat_model
 from fastdynat.api.trained_run import TrainedRun
-from fastdynat.attack_engine.steps import diameter, usual_step
+from fastdynat.attack_engine.steps import usual_step
 from fastdynat.commands.evaluate.cells import Cells
 from fastdynat.commands.evaluate.columns import check_target_classes, parse_columns
 from fastdynat.commands.evaluate.measurement_store import as_measurement
@@ -19,19 +20,14 @@ from fastdynat.commands.evaluate.record import make_record
 from fastdynat.commands.evaluate.settle import check_eval_device
 from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.config.eval_config import EvalConfig
-from fastdynat.data import DatasetInfo, Images, load_test
-from fastdynat.data.own_data import own_parts
 from fastdynat.data.read_ahead import pixel_digest
-from fastdynat.distributed import world
+from fastdynat.distributed import require_cpu_backend, world
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.execution.process_state import process_state_kept
-from fastdynat.models.foreign import load_foreign
-from fastdynat.models.own_networks import count_logits
 from fastdynat.models.state_digest import state_digest
 from fastdynat.ops import use_backend
-from fastdynat.runs import load_network, looks_like_run
 from fastdynat.terminal.consoles import PlainTable, as_text, error_console
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.units import describe_size
@@ -93,8 +89,8 @@ def evaluate(
     data: Any = None,
     attacks: str | Sequence[str] = "clean,pgd20,fast-autoattack",
     *,
-    eps: float = 8 / 255,
-    norm: str = "linf",
+    eps: float | None = None,
+    norm: str | None = None,
     step_size: float | None = None,
     num_images: int | None = None,
     batch_size: int = 500,
@@ -108,8 +104,9 @@ def evaluate(
     itself, in float32 and eval mode, judges each image. Nothing is written.
 
     Within torch's process group, every process must call this with the same network, data and arguments. They
-    share the images, and each returns the result of all. Inside ``fastdynat.distributed.apart()`` a process
-    evaluates alone.
+    share the images, and each returns the result of all. The group must take CPU tensors, as that of
+    ``init_process_group("cpu:gloo,cuda:nccl")``. Inside ``fastdynat.distributed.apart()`` a process evaluates
+    alone.
 
     Example::
 
@@ -117,13 +114,15 @@ def evaluate(
 
     Args:
         model: a module that maps float images (N, C, H, W) in [0, 1] to logits (N, K); a `TrainedRun`; or a
-            name as for ``fastdynat eval``: robustbench:NAME, torchvision:NAME, timm:NAME,
+            name as for ``fastdynat eval``: a run directory, robustbench:NAME, torchvision:NAME, timm:NAME,
             path/to/file.py:callable.
         data: (images, labels) or a torch Dataset; of a pair (train, test) and of a dict the test part; or the
-            name of a data set. See `fastdynat.train`.
+            name of a data set, which a run sees at its own image size. See `fastdynat.train`. Images of
+            another size than a run's, or classes of other names, are refused.
         attacks: names, separated by commas or in a list; ``fastdynat eval --list-attacks`` prints all.
-        eps: radius, in [0, 1] pixel units for linf.
-        norm: linf, l2, l1 or l0.
+        eps: radius, in [0, 1] pixel units for linf. None is the one that a run is to be evaluated at
+            (`eval_eps`); for other models 8 / 255 under linf.
+        norm: linf, l2, l1 or l0. None is the one that a run was trained for; linf for other models.
         step_size: step size of attacks with a fixed step; None is eps / 4 (10 eps under l0).
         num_images: use only the first `num_images` images.
         batch_size: images per batch; halved if memory runs out. Changes no result, except of attacks of your
@@ -141,8 +140,8 @@ def evaluate(
     attacks = _joined(attacks)
     config = EvalConfig(
         attacks=attacks,
-        eps=eps,
-        norm=norm,  # type: ignore[arg-type]
+        eps="auto" if eps is None else eps,
+        norm="auto" if norm is None else norm,  # type: ignore[arg-type]
         step_size="auto" if step_size is None else step_size,
         num_images=num_images,
         batch_size=batch_size,
@@ -150,15 +149,14 @@ def evaluate(
         cache="off",
         **keys,
     )
+    require_cpu_backend()
     require_same_config([], config)
     device = check_eval_device(config)
-    info, images = _images(data, str(data_dir), model)
-    network, name = _network(model, info)
-    info = _with_logits(info, count_logits(network, name, info.image_shape))
+    subject = open_subject(model, data, str(data_dir))
+    network, name, info, images = subject.network, subject.name, subject.info, subject.images
     if num_images is not None:
         images = images.part(slice(num_images))
-    if not 0 <= eps <= diameter(norm, info.image_shape):
-        raise UserError(f"eps must be a {norm} radius in [0, 1] pixel units, such as 8 / 255, got {eps:g}")
+    norm, eps = threat_model(subject, norm, eps)
     step = usual_step(norm, eps) if step_size is None else step_size
     columns = parse_columns(attacks, eps=eps, step_size=step, norm=norm, amp=config.amp)
     if (transfer := next((column.name for column in columns if column.transfer), None)) is not None:
@@ -210,48 +208,6 @@ def _joined(attacks: object) -> str:
 
 def _measurement(result: dict[str, Any]) -> Measurement:
     return as_measurement({key: value for key, value in result.items() if key != "stages"})
-
-
-def _images(data: Any, data_dir: str, model: object) -> tuple[DatasetInfo, Images]:
-    """The test images, and what is known about them."""
-    if data is None:
-        if not isinstance(model, TrainedRun):
-            raise UserError(
-                "fastdynat.evaluate needs data: (images, labels), a Dataset or the name of a data set"
-            )
-        stored = model.config.data
-        return load_test(stored.data, stored.data_dir, image_size=stored.image_size, download=stored.download)
-    if isinstance(data, str):
-        return load_test(data, data_dir)
-    own = own_parts(data, "data")
-    if isinstance(data, Mapping) and own.test is None:
-        raise UserError("data: no 'test' in the dict; for other images give (images, labels)")
-    return own.info, own.train if own.test is None else own.test
-
-
-def _with_logits(info: DatasetInfo, logits: int) -> DatasetInfo:
-    """`info` of as many classes as there are logits: some images need not have all of them."""
-    if info.num_classes > logits:
-        raise UserError(
-            f"{info.name} has labels 0 to {info.num_classes - 1}, but the network only {logits} logits: it "
-            "was made for other data"
-        )
-    names = (*info.class_names, *map(str, range(info.num_classes, logits)))
-    return replace(info, num_classes=logits, class_names=names)
-
-
-def _network(model: nn.Module | TrainedRun | str, info: DatasetInfo) -> tuple[nn.Module, str]:
-    if isinstance(model, TrainedRun):
-        return model.model, str(model.run_dir)
-    if isinstance(model, nn.Module):
-        return model, type(model).__name__
-    if not isinstance(model, str | Path):
-        raise UserError(f"model must be a torch.nn.Module, a run or a name, got a {type(model).__name__}")
-    if looks_like_run(model):
-        return load_network(model)[0], str(model)
-    return load_foreign(str(model), num_classes=info.num_classes, image_shape=info.image_shape).model, str(
-        model
-    )
 
 
 @contextmanager

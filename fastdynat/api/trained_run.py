@@ -1,6 +1,5 @@
 """`fastdynat.train`: train a network in Python; the run directory is that of the command line."""
 
-import json
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +14,15 @@ from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.config import TrainConfig, override
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
-from fastdynat.distributed import joined_world
+from fastdynat.distributed import first_decides, joined_world
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.methods.configs import default_config, stored_config
 from fastdynat.methods.options import check_options
 from fastdynat.models.own_networks import count_logits, given_network
-from fastdynat.runs import BEST, LAST, find_checkpoint, load_network
+from fastdynat.runs import BEST, LAST, Sidecar, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
+from fastdynat.runs.metrics_rows import read_rows
 from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
 from fastdynat.user_code import short_name
 
@@ -37,6 +37,7 @@ class TrainedRun:
         metrics: one row per epoch, as in metrics.jsonl: losses, accuracies in [0, 1], seconds.
         config: the resolved configuration.
         finished: True if all epochs are done; False after ``stop_after``.
+        about: what is stored beside the weights of `model`: classes, image shape, norm, eval_eps, epoch.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class TrainedRun:
     metrics: list[dict[str, Any]]
     config: TrainConfig[Any]
     finished: bool
+    about: Sidecar
 
     @property
     def last(self) -> dict[str, Any]:
@@ -52,8 +54,12 @@ class TrainedRun:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row of the best checkpoint's epoch: the highest validation score, or the last epoch."""
-        return [row for row in self.metrics if row["best"]][-1]
+        """The row of the best checkpoint's epoch, that of `model`: the highest validation score, or the last
+        epoch where none was validated after the burn-in."""
+        found = next((row for row in self.metrics if row["epoch"] == self.about.epoch), None)
+        if found is None:
+            raise UserError(f"{self.run_dir / METRICS} has no row of the best checkpoint's epoch; restore it")
+        return found
 
     def load(self, checkpoint: str = BEST, *, into: nn.Module | None = None) -> nn.Module:
         """The network of the "best" or the "last" checkpoint, in eval mode.
@@ -90,7 +96,8 @@ def train(
     On return, a module passed as `model` has the weights of the best checkpoint and is in eval mode. Training
     works on a copy, so an error or an interruption leaves the module unchanged. Random generators, threads
     and flags of the process are restored. In a script that torchrun starts, all of its processes train
-    together.
+    together; a process group of the script's own must take CPU tensors, as that of
+    ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Example::
 
@@ -135,20 +142,27 @@ def train(
             check_effects(config, keys)
             begun = new_run(config)
         engine = config.engine
-        with joined_world(engine.device, engine.rank_timeout), begun as trainer:
-            outcome = _fit(trainer)
-            path, config = trainer.run.path, trainer.config
+        with joined_world(engine.device, engine.rank_timeout):
+            with begun as trainer:
+                outcome = _fit(trainer)
+                path, config = trainer.run.path, trainer.config
+            # Rank 0 has written everything now; without its word another rank may find the checkpoint before.
+            best, rows = first_decides(lambda: _written(path))
     if outcome.signal is not None:
         signal.raise_signal(outcome.signal)  # by default Ctrl-C is a KeyboardInterrupt, SIGTERM the end
-    best = find_checkpoint(path, BEST) or find_checkpoint(path, LAST)
     if best is None:
         raise UserError(
             f"{path} has no checkpoint yet; go on with fastdynat.train(..., resume={str(path)!r})"
         )
     weights = best / "model.safetensors"
-    trained = load_network(weights, into=model if isinstance(model, nn.Module) else None)[0]
-    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
-    return TrainedRun(trained, path, rows, config, outcome.finished)
+    trained, about = load_network(weights, into=model if isinstance(model, nn.Module) else None)
+    return TrainedRun(trained, path, rows, config, outcome.finished, about)
+
+
+def _written(path: Path) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The best checkpoint of the run in `path`, or else its last one, and the rows of its metrics."""
+    best, metrics = find_checkpoint(path, BEST) or find_checkpoint(path, LAST), path / METRICS
+    return best, read_rows(metrics) if metrics.exists() else []
 
 
 def _check(config: TrainConfig[Any]) -> None:

@@ -32,7 +32,7 @@ class PackCommand:
     image_size: int | None = None
     """Resize and centre-crop the images of a folder to this size; None keeps theirs."""
     overwrite: bool = False
-    """Replace an existing store of other images at --out."""
+    """Replace an existing store at --out, also one of the same images."""
     messages: MessageFlags = field(default_factory=MessageFlags)
 
 
@@ -71,7 +71,8 @@ def _packed(command: PackCommand, display: "ProgressDisplay") -> "ExtraStore":
     if not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent} for the store; make it first")
     sources = open_sources(paths, size)
-    return pack(sources, out, image_size=size, overwrite=command.overwrite, display=display)
+    again = command.overwrite
+    return pack(sources, out, image_size=size, overwrite=again, again=again, display=display)
 
 
 def _verify(store: "ExtraStore", display: "ProgressDisplay") -> None:

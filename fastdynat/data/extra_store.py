@@ -30,14 +30,21 @@ SAMPLED = 8  # chunks whose pixels are compared with their checksum when a store
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file or folder that a store was packed from; sha256 of a folder covers names and sizes of its
-    files.
+    """A file or folder that a store was packed from.
+
+    Attributes:
+        size: bytes of the file, or of the folder's files together.
+        mtime_ns: time of the last change, of a folder that of the newest file.
+        sha256: of the content, of a folder with the names of its files.
+        times: of a folder, the sha256 of names, sizes and times of its files; while they are the same, its
+            content is not read again.
     """
 
     name: str
     size: int
     mtime_ns: int
     sha256: str
+    times: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ The library keeps the encoded images in Arrow files that are mapped into memory,
 time and processes on one machine share the pages.
 """
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import Cut, EncodedImage, cut_out, read_image, read_rgb
-from fastdynat.data.image_sets import DatasetInfo, StreamedSource, check_label_values
+from fastdynat.data.image_sets import DatasetInfo, StreamedSource, check_label_values, sampled_content
 from fastdynat.data.imagefolder import image_facts
 from fastdynat.data.read_ahead import read_whole
 from fastdynat.data.survey import other_size
@@ -81,6 +82,18 @@ class TableImages:
         total = zlib.crc32(self.labels.contiguous().numpy().data)
         for values in (self.rows.numpy(), sizes):
             total = zlib.crc32(np.ascontiguousarray(values).data, total)
+        return total
+
+    def content(self) -> int:
+        """As of `Images`, with name and size of every image that lies in a file of its own."""
+        rows = self.rows.tolist()
+        total = sampled_content(lambda n: encoded_row(self.table, rows[n], self.name).data, len(rows))
+        paths = _paths(self.table)
+        for row in rows:
+            if path := paths[row]:
+                folder, file = os.path.split(os.fsencode(path))
+                told = (os.path.basename(folder), file, _size_of_file(path, row, self.name))
+                total = zlib.crc32(b"%b/%b %d" % told, total)
         return total
 
 
@@ -270,6 +283,24 @@ def encoded_row(table: Any, row: int, where: str) -> EncodedImage:
     if data is None:
         raise UserError(f"{name} has no image; remove it")
     return EncodedImage(data, name)
+
+
+def _paths(table: Any) -> list[str | None]:
+    """The file of each row's image; None where the row holds the image itself."""
+    import pyarrow.compute as compute
+
+    images = table.with_format("arrow")[:].column("image")
+    held = compute.is_valid(compute.struct_field(images, "bytes"))
+    paths: list[str | None] = compute.if_else(held, None, compute.struct_field(images, "path")).to_pylist()
+    return paths
+
+
+def _size_of_file(path: str, row: int, where: str) -> int:
+    """Bytes of the file at `path`. Raises UserError where it is missing."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"row {row} of {where}: cannot read {path!r} ({error.strerror})") from None
 
 
 def _sizes(table: Any) -> np.ndarray:

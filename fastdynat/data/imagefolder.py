@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.decode import Cut, cut_out, read_image, read_rgb
-from fastdynat.data.image_sets import DatasetInfo, StreamedSource, channel_stats
+from fastdynat.data.image_sets import DatasetInfo, StreamedSource, channel_stats, sampled_content
 from fastdynat.data.read_ahead import check_fits, pool, read_in_order
 from fastdynat.data.split import stratified_split
 from fastdynat.data.survey import files_left_out, other_size, survey
@@ -107,6 +107,9 @@ class FileSet:
             folder, file = os.path.split(name)
             total = zlib.crc32(b"%b/%b %d" % (os.path.basename(folder), file, os.stat(name).st_size), total)
         return total
+
+    def content(self) -> int:
+        return sampled_content(lambda n: Path(os.fsdecode(self.paths[n])).read_bytes(), len(self))
 
 
 def open_imagefolder(

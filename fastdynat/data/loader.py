@@ -209,7 +209,7 @@ class PlannedLoader(ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the epoch last begun, its permutation, the sizes and a checksum of the data.
+        """Return the seed, the epoch last begun, its permutation, the sizes and two checksums of the data.
 
         Ints and one int64 tensor (num_images,), so that torch.load opens it with weights_only=True. The same
         for every rank, and for every loader of the same `Images`.
@@ -221,6 +221,7 @@ class PlannedLoader(ABC):
             "batch_size": self.batch_size,
             "epoch_images": self.epoch_images,
             "checksum": self._checksum,
+            "content": self._content,
             "extra": self._extra_state(),
             "permutation": self._plan(self._epoch).order,
         }
@@ -252,6 +253,11 @@ class PlannedLoader(ABC):
             raise UserError(
                 "the checkpoint was made with other training data; resume with the same --data and --data-dir"
             )
+        if state.get("content", self._content) != self._content:  # earlier versions stored none
+            raise UserError(
+                "the files of the training images have the names that they had for the checkpoint, but other "
+                "content; restore them, or start a new run"
+            )
         if not torch.equal(state["permutation"].cpu(), self._plan(state["epoch"]).order):
             raise UserError(
                 f"the checkpoint's order of epoch {state['epoch']} is not what seed {self.seed} gives here; "
@@ -269,3 +275,7 @@ class PlannedLoader(ABC):
     @cached_property
     def _checksum(self) -> int:
         return self._host.checksum()
+
+    @cached_property
+    def _content(self) -> int:
+        return self._host.content()

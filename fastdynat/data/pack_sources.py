@@ -53,7 +53,10 @@ class PackSource(Protocol):
         """Yield up to `size` images at a time, uint8 (n, C, H, W), and their labels (n,), or None."""
 
     def about(self) -> SourceFile:
-        """Name, size, time and digest, which other content would not have."""
+        """Name, size, time and digest, which other content would not have; reads everything."""
+
+    def same_as(self, kept: SourceFile) -> bool | None:
+        """True if this is `kept`, by sizes and times; None where only the content can tell."""
 
 
 def open_sources(paths: Sequence[Path], image_size: int | None) -> list[PackSource]:
@@ -161,6 +164,10 @@ class ArraySource(ABC):
 
     def about(self) -> SourceFile:
         return source_file(self.path)
+
+    def same_as(self, kept: SourceFile) -> bool | None:
+        about = self.path.stat()
+        return False if about.st_size != kept.size else about.st_mtime_ns == kept.mtime_ns or None
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         image, label = self.keys
@@ -319,11 +326,28 @@ class FolderSource:
             start = stop
 
     def about(self) -> SourceFile:
-        digest, total, newest = hashlib.sha256(), 0, 0
-        for path in self._paths:
+        digest, newest = hashlib.sha256(), 0
+        for name, path in self._named():
+            with open_file(path) as file:
+                digest.update(b"%b\0" % name + hashlib.sha256(file.read()).digest())
+            newest = max(newest, path.stat().st_mtime_ns)
+        size, times = self._size_and_times()
+        return SourceFile(
+            name=self.path.name, size=size, mtime_ns=newest, sha256=digest.hexdigest(), times=times
+        )
+
+    def same_as(self, kept: SourceFile) -> bool | None:
+        size, times = self._size_and_times()
+        return False if size != kept.size else times == kept.times or None
+
+    def _named(self) -> Iterator[tuple[bytes, Path]]:
+        return ((os.fsencode(path.relative_to(self.path)), path) for path in self._paths)
+
+    def _size_and_times(self) -> tuple[int, str]:
+        """Bytes of all files, and `SourceFile.times`."""
+        digest, total = hashlib.sha256(), 0
+        for name, path in self._named():
             about = path.stat()
-            total, newest = total + about.st_size, max(newest, about.st_mtime_ns)
-            digest.update(
-                f"{path.relative_to(self.path)}\0{about.st_size}\0".encode(errors="surrogateescape")
-            )
-        return SourceFile(name=self.path.name, size=total, mtime_ns=newest, sha256=digest.hexdigest())
+            total += about.st_size
+            digest.update(b"%b\0%d\0%d\0" % (name, about.st_size, about.st_mtime_ns))
+        return total, digest.hexdigest()

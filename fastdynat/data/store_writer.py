@@ -95,23 +95,25 @@ def pack(
     *,
     image_size: int | None = None,
     overwrite: bool = False,
+    again: bool = False,
     display: ProgressDisplay,
 ) -> ExtraStore:
     """Write the images of `sources`, one after the other, into a store in the folder `out`, and open it.
 
     A few chunks of them are in memory at a time. The store is written beside `out` and takes its name as a
     whole: a process that is killed leaves no store, and of processes that pack the same the others wait. A
-    store of the same sources in `out` is left as it is.
+    store of the same sources in `out` is left as it is, but for `again`.
 
     Args:
         image_size: to which the sources were opened.
         overwrite: replace a store of other sources.
+        again: pack even if `out` is a store of the same sources.
 
     Raises: UserError where `out` is something else, there is no room, or a source is damaged.
     """
     out = out.absolute()
     with _alone(out):
-        if is_store(out) and _packs(store := ExtraStore(out), sources):
+        if not again and is_store(out) and _packs(store := ExtraStore(out), sources):
             return store
         if is_store(out) and not overwrite:
             raise UserError(f"{out} is a store of other images; choose another --out, or --overwrite")
@@ -166,22 +168,20 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _packs(store: ExtraStore, sources: Sequence[PackSource]) -> bool:
-    """True if `store` was packed from `sources` as they are now, with the names of their classes."""
-    held = store.facts.sources
-    if len(held) != len(sources) or store.facts.class_names != sources[0].class_names:
+    """True if `store` was packed from `sources` as they are now: images, their shape and class names."""
+    held, first = store.facts.sources, sources[0]
+    if (len(held), store.facts.shape, store.facts.class_names) != (
+        len(sources),
+        first.shape,
+        first.class_names,
+    ):
         return False
     return all(_unchanged(kept, source) for kept, source in zip(held, sources, strict=True))
 
 
 def _unchanged(kept: SourceFile, source: PackSource) -> bool:
-    if source.path.is_file():  # a digest reads all of it
-        about = source.path.stat()
-        if about.st_size != kept.size:
-            return False
-        if about.st_mtime_ns == kept.mtime_ns:
-            return True
-    now = source.about()
-    return (now.size, now.sha256) == (kept.size, kept.sha256)
+    same = source.same_as(kept)
+    return source.about().sha256 == kept.sha256 if same is None else same
 
 
 def _check_room(sources: Sequence[PackSource], out: Path) -> None:

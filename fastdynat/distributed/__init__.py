@@ -9,7 +9,7 @@ are those of one process. No module is wrapped, so the attack's backward passes 
 """
 
 from fastdynat.distributed.decisions import all_can, first_decides, in_turns, name_of, require_alike
-from fastdynat.distributed.joining import join_world, joined_world, leave_world
+from fastdynat.distributed.joining import join_world, joined_world, leave_world, require_cpu_backend
 from fastdynat.distributed.session import present_session
 from fastdynat.distributed.world import ALONE, World, apart, batch_world, replicated_batch, world
 from fastdynat.launch import launched
@@ -30,5 +30,6 @@ __all__ = [
     "present_session",
     "replicated_batch",
     "require_alike",
+    "require_cpu_backend",
     "world",
 ]

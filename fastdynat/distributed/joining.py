@@ -28,10 +28,10 @@ def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
 
     Raises:
         UserError: a rank did not join in time, or the ranks' devices do not fit each other; on one rank. On
-            each rank if the store of the rendezvous is gone.
+            each rank if the store of the rendezvous is gone, or the caller's group takes no CPU tensors.
         ToldElsewhere: on the other ranks.
     """
-    if dist.is_initialized() or not launched():
+    if _grouped() or not launched():
         return world()
     keep_to_own_cores()
     rank, size, limit = launched_rank(), launched_size(), timedelta(minutes=minutes)
@@ -52,6 +52,24 @@ def join_world(device_type: str, *, minutes: float = MINUTES) -> World:
     group = below("group", below(name, store.clone()))
     dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=limit)
     return world()
+
+
+def require_cpu_backend() -> None:
+    """Raise UserError where the default process group, if there is one, cannot reduce tensors on the CPU."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    backends = dist.get_backend_config()
+    if "cpu" not in (pair.partition(":")[0] for pair in backends.split(",")):
+        raise UserError(
+            f"the process group has the backend {backends}, which takes no tensors on the CPU; initialise it "
+            'with init_process_group("cpu:gloo,cuda:nccl")'
+        )
+
+
+def _grouped() -> bool:
+    """True within a process group that can be used."""
+    require_cpu_backend()
+    return dist.is_initialized()
 
 
 def leave_world() -> None:
@@ -77,7 +95,7 @@ def joined_world(device: str, minutes: float) -> Iterator[World]:
     Raises:
         UserError: as `join_world`; also for "cuda:N" with several processes.
     """
-    if dist.is_initialized() or not launched():
+    if _grouped() or not launched():
         yield world()
         return
     if ":" in device and launched_size() > 1:

@@ -205,7 +205,8 @@ class Method(ABC, Generic[OptionsT]):
         """Update `buffers` in place at the start of the epoch `self.epoch`.
 
         Called before its first step, and again when a run resumes within it: store in a buffer which epoch
-        the values belong to. May wait for the device.
+        the values belong to. May wait for the device. ``--resume --epochs N`` calls it on buffers of one
+        image and refuses N if, together with `constants`, it gives other values for the epochs so far.
         """
 
     def constants(self) -> tuple[float, ...]:

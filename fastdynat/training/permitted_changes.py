@@ -1,12 +1,17 @@
 """Configuration changes permitted on resume: those under which the run so far would have been identical."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdynat.config import TrainConfig
+from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import method_class, method_label
+from fastdynat.models.state_digest import state_digest
 from fastdynat.runs import CONFIG
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.schedules import attack_steps, epochs_of_method, schedule_factor
@@ -49,7 +54,7 @@ def stored_epochs(path: Path, stored: TrainConfig[Any]) -> int:
     return stored.optim.epochs
 
 
-def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int) -> None:
+def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int, info: DatasetInfo) -> None:
     """Refuse `config` for a run of `before` epochs, unless the schedules so far are the same under both."""
     now = config.optim.epochs
     if before == now:
@@ -64,7 +69,8 @@ def check_epochs(config: ResolvedConfig[Any], before: int, steps_per_epoch: int)
         )
     if config.optim.ema_warmup > 0:
         raise UserError(f"--ema-warmup depends {numbers}; keep --epochs")
-    if any(_constants(old, epoch) != _constants(config, epoch) for epoch in epochs):
+    values = (_epoch_values(c, epochs, info) for c in (old, config))
+    if any(value != other for value, other in zip(*values, strict=True)):
         raise UserError(
             f"the loss of method {method_label(config.method)} changes over the run and depends {numbers}; "
             "keep --epochs"
@@ -82,8 +88,20 @@ def _attack_steps(config: ResolvedConfig[Any], epochs: range) -> list[int]:
     return [steps_at(epoch) for epoch in epochs]
 
 
-def _constants(config: ResolvedConfig[Any], epoch: int) -> tuple[float, ...]:
-    """The numbers that the method computes from the epoch."""
+def _epoch_values(
+    config: ResolvedConfig[Any], epochs: range, info: DatasetInfo
+) -> Iterator[tuple[tuple[float, ...], str]]:
+    """For each of `epochs`, what the method computes from the epoch: constants, digest of its buffers.
+
+    The buffers are those of one image and an untrained run: they differ only by what `begin_epoch` writes.
+    """
     method = method_class(config.method)(config.options)
-    method.epoch, method.epochs = max(0, epoch - config.optim.burn_in), epochs_of_method(config.optim)
-    return method.constants()
+    method.num_classes, method.num_images = info.num_classes, 1
+    method.epochs = epochs_of_method(config.optim)
+    method.buffers = method.make_buffers(torch.zeros(1, *info.image_shape))
+    for epoch in epochs:
+        method.epoch = max(0, epoch - config.optim.burn_in)
+        with torch.random.fork_rng(devices=[]):  # what it draws there differs between epochs only
+            torch.manual_seed(epoch)
+            method.begin_epoch()
+        yield method.constants(), state_digest(method.buffers)

@@ -10,6 +10,7 @@ import torch
 from fastdynat.data import DatasetInfo
 from fastdynat.data.extra_store import ExtraStore, resized
 from fastdynat.errors import UserError, first_line
+from fastdynat.evaluation.measure import exact_float32
 from fastdynat.machine.cache_folder import user_cache
 from fastdynat.ops.augment import to_unit
 from fastdynat.runs import data_difference, guide_weights, load_network, read_sidecar
@@ -79,6 +80,7 @@ def _places(store: ExtraStore, name: str) -> list[Path]:
 
 
 @torch.no_grad()
+@exact_float32()
 def _predictions(
     network: torch.nn.Module,
     store: ExtraStore,

@@ -84,10 +84,11 @@ def begin_alike(parts: RunParts, val: Images) -> None:
     here = world()
     if here.alone:
         return
+    trained_on = parts.loader.state_dict()
     require_alike(
         {
-            "the training data": parts.loader.state_dict()["checksum"],
-            "the validation data": val.checksum(),
+            "the training data": (trained_on["checksum"], trained_on["content"]),
+            "the validation data": (val.checksum(), val.content()),
             "the networks": _signature(parts.networks),
         }
     )

@@ -125,7 +125,7 @@ def _restored_trainer(run: RunDir | SeenRun, stored: TrainConfig[Any], asked: Tr
     last, state = world().from_first(found[0] if found else (None, {}))
     val = all_can(split.val_images)
     parts = all_can(lambda: build_parts(config, split, load_sources=last is None and world().first))
-    check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch)
+    check_epochs(config, stored_epochs(run.path, stored), parts.loader.steps_per_epoch, split.info)
     trainer = Trainer(config, split.info, val, parts, run, burn_in_step(config, parts.step))
     all_can(lambda: _restore(last, state, trainer))
     begin_alike(parts, val)
@@ -246,7 +246,7 @@ def _how_to_train_longer(path: Path, trainer: Trainer) -> str:
         return f"{done}: {why}; change --stop-at, --patience or --on-collapse to continue"
     longer = replace(config, optim=replace(config.optim, epochs=epochs + 1))
     try:
-        check_epochs(longer, config.optim.epochs, trainer.loader.steps_per_epoch)
+        check_epochs(longer, config.optim.epochs, trainer.loader.steps_per_epoch, trainer.info)
     except UserError:
         return f"{done}, where its schedule ends: to train longer, start a new run with more --epochs"
     return f"{done}: to train longer, resume it with --epochs {epochs + 1} or more"

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from support.own import FILE, own_net, own_tensors, own_test
 from torch import nn
 
@@ -88,10 +90,79 @@ def test_attacks_as_a_list(net: nn.Module) -> None:
     assert list(fastdynat.evaluate(net, own_test(10), ["fgsm", "clean"], eps=8 / 255)) == ["fgsm", "clean"]
 
 
+def record_of_command(run: Path, folder: Path, *flags: str) -> dict[str, Any]:
+    """What `fastdynat eval` finds for the best checkpoint of `run`."""
+    out = folder / "found.json"
+    command = ["eval", str(run), "--checkpoints", "best", "--num-images", "100", "--cache", "off", *flags]
+    assert main([*command, "--attacks", "clean,pgd2", "--json", str(out)]) == 0
+    record: dict[str, Any] = json.loads(out.read_text())["results"][0]
+    return record
+
+
+QUICK: dict[str, Any] = {"method": "madry", "steps": 1, "epochs": 1, "batch_size": 32, "val_size": 32}
+
+
+def test_a_run_is_evaluated_at_its_own_size_and_threat_model(tmp_path: Path) -> None:
+    keys = {**QUICK, "train_size": 320, "image_size": 16, "norm": "l2", "eps": 1.0, "eval_eps": 0.75}
+    run = fastdynat.train("small", "digits", run_dir=tmp_path / "run", **keys)
+    record = record_of_command(run.run_dir, tmp_path)
+    expected = {a["attack"]: a["correct"] for a in record["attacks"]}
+    attacks = {"attacks": "clean,pgd2", "num_images": 100}
+    for model, data in ((run, None), (run, "digits"), (run.run_dir, "digits")):
+        found = fastdynat.evaluate(model, data, **attacks)
+        assert {name: measured.correct for name, measured in found.measurements.items()} == expected
+        assert (found.norm, found.eps) == ("l2", 0.75)
+    other = fastdynat.evaluate(run, attacks="clean", num_images=10, eps=0.5)
+    assert (other.norm, other.eps) == ("l2", 0.5)
+    other = fastdynat.evaluate(run, attacks="clean", num_images=10, norm="linf", eps=0.1)
+    assert (other.norm, other.eps) == ("linf", 0.1)
+    with pytest.raises(UserError, match="a radius under l2 does not apply to l1: norm='l1' needs eps"):
+        fastdynat.evaluate(run, attacks="clean", norm="l1")
+    with pytest.raises(UserError, match=r"was trained on digits .*\(1, 16, 16\)\), but .* \(1, 32, 32\)"):
+        fastdynat.evaluate(run, own_test(), "clean")
+
+
+def test_a_run_that_was_trained_against_several_norms(tmp_path: Path) -> None:
+    keys = {**QUICK, "train_size": 64, "norms": "linf,l2", "norm_eps": "0.1,1.0"}
+    run = fastdynat.train("small", "digits", run_dir=tmp_path / "run", **keys)
+    assert run.about.eval_radii == {"linf": 0.1, "l2": 1.0}
+    for eps in (None, 0.1):
+        with pytest.raises(UserError, match="was trained against linf, l2; say which, such as norm='linf'"):
+            fastdynat.evaluate(run, attacks="clean", eps=eps)
+    assert fastdynat.evaluate(run, attacks="clean", num_images=10, norm="l2").eps == 1.0
+
+
+def write_folder(folder: Path, classes: str) -> None:
+    """Class folders of a few 16x16 images each, for training and test."""
+    for name in classes:
+        for split, count in (("train", 16), ("val", 4)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((16, 16, 3), 8 * ord(name) % 256, np.uint8)
+                pixels[number % 16] = 255
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+
+
+def test_other_classes_than_those_of_the_run_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "abc", "abc")
+    write_folder(tmp_path / "bc", "bc")
+    write_folder(tmp_path / "abd", "abd")
+    keys = {**QUICK, "batch_size": 8, "val_size": 8, "data_dir": str(tmp_path / "abc")}
+    run = fastdynat.train("small", "imagefolder", run_dir=tmp_path / "run", **keys)
+    same = fastdynat.evaluate(run, "imagefolder", "clean", data_dir=tmp_path / "abc")
+    assert same.images == 12
+    for model in (run, str(run.run_dir)):
+        with pytest.raises(UserError, match=r"3 classes, .*but .* has 2 classes"):
+            fastdynat.evaluate(model, "imagefolder", "clean", data_dir=tmp_path / "bc")
+        with pytest.raises(UserError, match=r"whose class 2 is 'c', but in .* it is 'd'"):
+            fastdynat.evaluate(model, "imagefolder", "clean", data_dir=tmp_path / "abd")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attack object": ({"attacks": fastdynat.FGSM(own_net())}, "attacks must be names, .*, got FGSM"),
     "attack": ({"attacks": "pdg20"}, "unknown attack 'pdg20'"),
     "eps": ({"eps": 8}, r"eps must be a linf radius in \[0, 1\] pixel units"),
+    "radius": ({"norm": "l2"}, "a radius under linf does not apply to l2: norm='l2' needs eps"),
     "key": ({"batchsize": 8}, "unknown key 'batchsize'"),
     "transfer": ({"attacks": "transfer-pgd2"}, "needs two networks"),
     "labels": (

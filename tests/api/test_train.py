@@ -199,6 +199,25 @@ def test_the_callers_gradient_mode_does_not_matter(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in trained.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("keys", "best"),
+    [
+        ({"val_every": 2, "epochs": 2, "stop_after": 1}, 1),  # nothing was validated yet
+        ({"burn_in": 2, "epochs": 3, "stop_after": 2}, 2),  # in the burn-in best follows last
+        ({"burn_in": 1, "val_every": 3, "epochs": 3, "stop_after": 2}, 1),
+    ],
+)
+def test_the_best_row_is_that_of_the_returned_weights(
+    keys: dict[str, Any], best: int, tmp_path: Path
+) -> None:
+    trained = train("small", "digits", tmp_path / "run", train_size=64, val_size=32, **keys)
+    assert not any(row["best"] for row in trained.metrics)
+    assert trained.best["epoch"] == best
+    assert trained.last["epoch"] == keys["stop_after"]
+    expected = trained.load("last" if best == keys["stop_after"] else "best").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trained.model.state_dict().items())
+
+
 def test_names_work_too(tmp_path: Path) -> None:
     trained = train("small", "digits", tmp_path / "run", epochs=1, train_size=128, val_size=32)
     assert trained.config.model.model == "small"

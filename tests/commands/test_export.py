@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ import torch
 from conftest import needs
 from torch import Tensor, nn
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT
-from fastdynat.commands.export.accuracies import stored_accuracies
+from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
+from fastdynat.commands.export.accuracies import Accuracies, stored_accuracies
 from fastdynat.commands.export.export_check import largest_difference
 from fastdynat.commands.export.export_config import ExportConfig
 from fastdynat.commands.export.network_source import architecture_source
@@ -187,7 +187,9 @@ def test_robustbenchs_own_loader(finished: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-6, atol=1e-6)
 
 
-def stored(run: Path, name: str, attack: str, accuracy: float, images: int, **key: object) -> None:
+def stored(
+    run: Path, name: str, attack: str, accuracy: float, images: int, digest: str = "digest", **key: object
+) -> None:
     """An evaluation as `fastdynat eval` stores it, as far as the export reads it."""
     sidecar, sha = read_sidecar(weights_of(run))
     about = {"dataset": sidecar.dataset, "norm": sidecar.norm, "eps": sidecar.eval_eps}
@@ -196,7 +198,7 @@ def stored(run: Path, name: str, attack: str, accuracy: float, images: int, **ke
     measured = Measurement.of(attack, robust, labels, classes=1, seconds=1.0, batch_size=images)
     document = {
         "format": FORMAT,
-        "key": {"weights": sha, "attack": attack, "amp": "off", **key},
+        "key": {"weights": sha, "attack": attack, "amp": "off", "images": f"{digest} {images}", **key},
         "about": about,
         "measurement": asdict(measured),
     }
@@ -254,6 +256,66 @@ def test_accuracies_are_the_stored_ones(
         ).autoattack
         == 0.44
     )
+
+
+def accuracies_of(run: Path) -> Accuracies:
+    sidecar, sha = read_sidecar(weights_of(run))
+    return stored_accuracies(run, sha, dataset=sidecar.dataset, norm=sidecar.norm, eps=sidecar.eval_eps)
+
+
+def test_both_accuracies_are_of_the_same_images(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    stored(run, "a", "clean", 0.9, 20_000)  # nothing else is of these images
+    assert accuracies_of(run).clean == 0.9
+    stored(run, "b", "clean", 0.8, 10_000)
+    stored(run, "c", "fast-autoattack", 0.44, 10_000)
+    stored(run, "d", "clean", 1.0, 50)
+    stored(run, "e", "autoattack", 0.6, 50)
+    stored(run, "f", "autoattack", 0.7, 10_000, digest="of another folder")
+    found = accuracies_of(run)
+    assert (found.clean, found.autoattack, found.images) == (0.8, 0.44, 10_000)
+    assert found.note == (
+        "clean: 80.00 % of 10000 images; fast-autoattack: 44.00 % of 10000 images; "
+        "results on 3 other sets of images are left out"
+    )
+    info = model_info(
+        read_sidecar(weights_of(run))[0], dataset="cifar10", paper=Paper(footnote="Ours."), accuracies=found
+    )
+    assert info["footnote"] == "Ours. Accuracies on 10000 test images."
+    (run / "evaluations" / "c.json").unlink()
+    (run / "evaluations" / "e.json").unlink()
+    found = accuracies_of(run)  # no set has both: the one with the robust accuracy
+    assert (found.clean, found.autoattack) == (None, 0.7)
+    assert "the rest is null until" in found.note
+
+
+def test_measurements_of_the_present_code_go_first(finished: Path, tmp_path: Path) -> None:
+    for order in (("a", "b", "c"), ("c", "b", "a")):  # file names do not decide
+        run = tmp_path / "".join(order)
+        shutil.copytree(finished, run, symlinks=True)
+        stored(run, "clean", "clean", 0.8, 1000)
+        stored(run, order[0], "fast-autoattack", 0.40, 1000, version="0.0+old")
+        stored(run, order[1], "fast-autoattack", 0.44, 1000, version=code_version(), seed=1)
+        stored(run, order[2], "fast-autoattack", 0.43, 1000, version=code_version(), seed=2)
+        assert accuracies_of(run).autoattack == 0.43  # no seed may hide what another one finds
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "text"),
+    [
+        ("linf", 8 / 255, "8/255"),
+        ("linf", 0.031, "0.031"),
+        ("l2", 0.5, "0.5"),
+        ("l2", 1.0, "1"),
+        ("l1", 12.0, "12"),
+    ],
+)
+def test_only_linf_radii_are_fractions(finished: Path, norm: str, eps: float, text: str) -> None:
+    sidecar = replace(read_sidecar(weights_of(finished))[0], norm=norm, eval_eps=eps)
+    nothing = Accuracies(None, None, None, "")
+    info = model_info(sidecar, dataset="cifar10", paper=Paper(), accuracies=nothing)
+    assert info["eps"] == text
 
 
 def test_model_info_has_robustbenchs_fields(finished: Path) -> None:

@@ -280,6 +280,59 @@ def test_a_source_is_packed_once_beside_it(tmp_path: Path, messages: list[str]) 
     assert len(packed(store.folder, None, SILENT, check_any_source)) == 5
 
 
+def write_bitmaps(folder: Path, shift: int) -> np.ndarray:
+    """Uncompressed images in two class folders in turn, so always of one size; uint8 (6, 8, 8, 3)."""
+    images = (extra_arrays(6)[0].astype(int) + shift).astype(np.uint8)
+    for number, pixels in enumerate(images):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "ab"[number % 2] / f"{number}.bmp")
+    return images
+
+
+def test_other_images_of_the_same_names_and_sizes_are_packed_again(
+    tmp_path: Path, messages: list[str]
+) -> None:
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    first, folder = write_bitmaps(tmp_path / "gen", 0), tmp_path / "gen"
+    assert_holds(packed(folder, None, SILENT, check_any_source), first, labels)
+    one = folder / "b" / "1.bmp"
+    about, size = one.stat(), one.stat().st_size
+    Image.fromarray(255 - first[1]).save(one)
+    os.utime(one, ns=(about.st_mtime_ns - 1, about.st_mtime_ns - 1))  # not the newest file
+    assert one.stat().st_size == size
+    changed = np.concatenate([first[:1], 255 - first[1:2], first[2:]])
+    with pytest.raises(UserError, match="store of other images"):
+        store_of(folder, out=tmp_path / "gen.packed")
+    assert_holds(packed(folder, None, SILENT, check_any_source), changed, labels)
+
+    count = sum("packing" in text for text in messages)
+    for path in folder.glob("*/*.bmp"):  # a copy with other times and the same content
+        os.utime(path, ns=(1, 1))
+    assert_holds(packed(folder, None, SILENT, check_any_source), changed, labels)
+    assert sum("packing" in text for text in messages) == count
+
+
+def test_the_command_packs_again_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, command = write_bitmaps(tmp_path / "gen", 0), ["pack", str(tmp_path / "gen"), "--quiet"]
+    assert main(command) == 0
+    written = tmp_path / "gen.packed" / "images.npy"
+    damaged = bytearray(written.read_bytes())
+    damaged[-1] ^= 1
+    written.write_bytes(damaged)
+    assert main(command) == 2
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 0
+    assert_holds(ExtraStore(tmp_path / "gen.packed"), images, np.array([0, 1, 0, 1, 0, 1]))
+
+    out = ["--out", str(tmp_path / "out")]
+    for size in ("16", "4"):
+        sized = [*command, *out, "--image-size", size]
+        assert main(sized) == (0 if size == "16" else 2)
+        assert main([*sized, "--overwrite"]) == 0
+        assert ExtraStore(tmp_path / "out").facts.shape == (3, int(size), int(size))
+    assert "is a store of other images" in capsys.readouterr().err
+
+
 def test_a_source_in_a_folder_that_is_not_ours_is_packed_into_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,33 @@ def test_validation_images_are_kept_or_streamed(folder: Path, monkeypatch: pytes
     assert kept.checksum() == streamed.checksum() != opened(folder, seed=1).val_images().checksum()
 
 
+def test_images_in_files_of_their_own_are_checked_on_resume(tmp_path: Path) -> None:
+    for split, seed in (("train", 2), ("test", 3)):  # a folder of images, whose rows hold their paths
+        for number, image in enumerate(pixels(80, seed)):
+            file = tmp_path / "own" / split / CLASSES[number // 20] / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(image))
+    files = sorted((tmp_path / "own" / "train").glob("*/*.png"), key=lambda path: path.name)
+    found = opened(tmp_path / "own", val_size=0).train_files()
+
+    def loader() -> Any:
+        options: dict[str, Any] = {"batch_size": 8, "augment": "none", "seed": 0, "device": "cpu"}
+        return make_loader("torch", found, workers=0, **options)
+
+    state = loader().state_dict()
+    loader().load_state_dict(state)
+    before = {number: files[number].read_bytes() for number in (0, 1)}
+    for number, changed in ((0, before[0][:-1] + b"\0"), (1, before[1] + b"\0")):
+        files[number].write_bytes(changed)  # 0 is in the sample; 1 is not, but has another size
+        with pytest.raises(UserError, match="other content; restore them"):
+            loader().load_state_dict(state)
+        files[number].write_bytes(before[number])
+    loader().load_state_dict(state)
+    files[1].unlink()
+    with pytest.raises(UserError, match=r"row 1 of .*cannot read"):
+        loader().state_dict()
+
+
 def test_the_choice_of_the_loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = opened(folder)
     assert choose_loader(split, torch.device("cpu"))[0] == "resident"

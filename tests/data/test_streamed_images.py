@@ -137,6 +137,9 @@ class Counted:
     def checksum(self) -> int:
         return self.images.checksum()
 
+    def content(self) -> int:
+        return self.images.content()
+
 
 def test_only_a_few_batches_are_read_ahead_and_none_after_the_end() -> None:
     size = 2 * PIECE + 3

@@ -10,18 +10,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.extra_images import extra_arrays, write_npz
+from support.extra_images import SILENT, extra_arrays, write_npz
 from support.tiny_run import TINY
+from torch import nn
 
 from fastdynat.commands.main import main
 from fastdynat.config import ExtraConfig, RunConfig, TrainConfig, read_config_file
 from fastdynat.data import DatasetInfo
 from fastdynat.data.extra_store import ExtraSet, ExtraStore
 from fastdynat.data.imagefolder import list_files
+from fastdynat.data.pack_sources import open_sources
+from fastdynat.data.store_writer import pack
 from fastdynat.errors import UserError
+from fastdynat.execution.float32 import float32_flags, put_float32_flags
 from fastdynat.methods.madry import MadryOptions
 from fastdynat.runs import load_network
 from fastdynat.training.extra_data import open_extra
+from fastdynat.training.pseudo_labels import _predictions
 
 FAST = [*TINY, "--method", "madry"]
 EXTRA = 90
@@ -170,6 +175,33 @@ def test_pseudo_labels_are_the_networks_clean_predictions(
     assert_equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
     teacher.rename(tmp_path / "gone")
     assert train("--resume", tmp_path / "a") == 0
+
+
+class Recorder(nn.Module):
+    """Predicts class 0 and keeps in which precision a network would have computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str, bool]] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        autocast = torch.is_autocast_enabled("cpu")
+        self.seen.add((convolutions.fp32_precision, products.fp32_precision, autocast))
+        return torch.eye(10)[torch.zeros(len(x), dtype=torch.int64)]
+
+
+def test_pseudo_labels_are_computed_in_float32(npz: Path, tmp_path: Path) -> None:
+    store = pack(open_sources([npz], None), tmp_path / "store", display=SILENT)
+    network, flags = Recorder(), float32_flags()
+    try:
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with torch.autocast("cpu"):
+            labels = _predictions(network, store, (1, 32, 32), torch.device("cpu"), SILENT)
+    finally:
+        put_float32_flags(flags)
+    assert labels.tolist() == [0] * EXTRA
+    assert network.seen == {("ieee", "ieee", False)}
 
 
 def test_a_network_of_other_classes_labels_nothing_even_where_its_labels_are_stored(

@@ -3,55 +3,89 @@
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
+from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import read_measurements
+from fastdynat.commands.evaluate.measurement_store import code_version, read_measurements
 from fastdynat.evaluation import Measurement
 
+REFERENCE = "autoattack"
+ROBUST = (REFERENCE, "fast-autoattack")
 PARTIAL = ("shard", "standing", "source")  # keys of parts of a measurement, and of transfer attacks
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Shares in [0, 1], None where nothing is stored; `note` says what they were measured on, or what to
-    run.
+    """Shares in [0, 1] of the same `images` test images, None where nothing is stored; `note` says what they
+    are, or what to run.
     """
 
     clean: float | None
     autoattack: float | None
+    images: int | None
     note: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A stored measurement that counts; current: of the present version of the code."""
+
+    attack: str
+    measured: Measurement
+    current: bool
+
+    @property
+    def merit(self) -> tuple[bool, bool, float]:
+        """The reference AutoAttack goes before ours, then present code, then what found more."""
+        return self.attack == REFERENCE, self.current, -self.measured.accuracy
 
 
 def stored_accuracies(run: Path, weights: str, *, dataset: str, norm: str, eps: float) -> Accuracies:
     """Clean and AutoAttack accuracy of the checkpoint whose weights have the sha256 `weights`, at `eps` in
     `norm` on `dataset`.
 
-    Only float32 counts; of several measurements the one on most images. The reference AutoAttack goes before
-    ours.
+    Only float32 counts. Both are of the same images: of the largest set that both were measured on, or if
+    there is none, of the largest that has an AutoAttack accuracy, or a clean one.
     """
-    found: dict[str, Measurement] = {}
+    sets: dict[tuple[object, int], list[_Found]] = {}
     for key, about, measured in read_measurements(run):
-        if (
-            not {"norm", "eps", "dataset"} <= about.keys()
-            or about["dataset"] != dataset
-            or key.get("weights") != weights
-            or key.get("amp") != "off"
-            or any(key.get(part) is not None for part in PARTIAL)
-        ):
-            continue
-        if key["attack"] != "clean" and (
-            about["norm"] != norm or not isclose(about["eps"], eps, rel_tol=1e-6)
-        ):
-            continue
-        if key["attack"] not in found or measured.images > found[key["attack"]].images:
-            found[key["attack"]] = measured
-    robust = next((name for name in ("autoattack", "fast-autoattack") if name in found), None)
-    used = [name for name in ("clean", robust) if name is not None and name in found]
-    note = "; ".join(
-        f"{name}: {100 * found[name].accuracy:.2f} % of {found[name].images} images" for name in used if name
-    )
-    if robust is None or "clean" not in found:
-        note += (
-            f"{'; ' if note else ''}the rest is null until: fastdynat eval {run} --attacks clean,autoattack"
-        )
-    clean, autoattack = (found[name].accuracy if name in found else None for name in ("clean", robust or ""))
-    return Accuracies(clean, autoattack, note)
+        if _counts(key, about, weights=weights, dataset=dataset, norm=norm, eps=eps):
+            found = _Found(key["attack"], measured, key.get("version") == code_version())
+            sets.setdefault((key.get("images"), measured.images), []).append(found)
+    chosen = [(images, _best(found, ("clean",)), _best(found, ROBUST)) for (_, images), found in sets.items()]
+    chosen = [one for one in chosen if one[1] or one[2]]
+    images, clean, robust = max(chosen, key=_merit_of_set, default=(None, None, None))
+    note = [
+        f"{one.attack}: {100 * one.measured.accuracy:.2f} % of {images} images"
+        for one in (clean, robust)
+        if one is not None
+    ]
+    if len(chosen) > 1:
+        note.append(f"results on {len(chosen) - 1} other sets of images are left out")
+    if clean is None or robust is None:
+        note.append(f"the rest is null until: fastdynat eval {run} --attacks clean,autoattack")
+    clean_share, robust_share = (None if one is None else one.measured.accuracy for one in (clean, robust))
+    return Accuracies(clean_share, robust_share, images, "; ".join(note))
+
+
+def _counts(
+    key: dict[str, Any], about: dict[str, Any], *, weights: str, dataset: str, norm: str, eps: float
+) -> bool:
+    """True for a whole measurement of these weights, in float32, under this threat model."""
+    if not {"norm", "eps", "dataset"} <= about.keys() or about["dataset"] != dataset:
+        return False
+    if key.get("weights") != weights or key.get("amp") != "off":
+        return False
+    if any(key.get(part) is not None for part in PARTIAL):
+        return False
+    same_threat = about["norm"] == norm and isclose(about["eps"], eps, rel_tol=1e-6)
+    return key["attack"] == "clean" or same_threat
+
+
+def _best(found: list[_Found], attacks: tuple[str, ...]) -> _Found | None:
+    return max((one for one in found if one.attack in attacks), key=lambda one: one.merit, default=None)
+
+
+def _merit_of_set(one: tuple[int, _Found | None, _Found | None]) -> tuple[Any, ...]:
+    images, clean, robust = one
+    merits = [(False, False, 0.0) if found is None else found.merit for found in (robust, clean)]
+    return clean is not None and robust is not None, robust is not None, images, *merits

@@ -20,7 +20,7 @@ class Paper:
     """Training used images beyond the dataset's own, directly or through a guide; always on for a run with
     --extra-data."""
     footnote: str | None = None
-    """Footnote on the leaderboard."""
+    """Footnote on the leaderboard; the number of measured images follows it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,8 @@ def model_info(sidecar: Sidecar, *, dataset: str, paper: Paper, accuracies: Accu
     """The entry of RobustBench's `model_info`, all fields; None for unmeasured numbers and missing texts.
 
     Accuracies are percentages as text, as in the published entries. `reported` is what the paper will say: by
-    default our own AutoAttack result. `unreliable` is for RobustBench's maintainers to set.
+    default our own AutoAttack result. The footnote ends with the number of images. `unreliable` is for
+    RobustBench's maintainers to set.
     """
     return {
         "link": paper.link,
@@ -125,20 +126,27 @@ def model_info(sidecar: Sidecar, *, dataset: str, paper: Paper, accuracies: Accu
         "dataset": dataset,
         "venue": paper.venue,
         "architecture": sidecar.architecture,
-        "eps": _fraction(sidecar.eval_eps),
+        "eps": _radius(sidecar.norm, sidecar.eval_eps),
         "clean_acc": _percent(accuracies.clean),
         "reported": _percent(accuracies.autoattack),
         "autoattack_acc": _percent(accuracies.autoattack),
-        "footnote": paper.footnote,
+        "footnote": _footnote(paper.footnote, accuracies.images),
         "unreliable": False,
     }
+
+
+def _footnote(given: str | None, images: int | None) -> str | None:
+    """`given`, and on how many images the accuracies were measured."""
+    measured = None if images is None else f"Accuracies on {images} test images."
+    return " ".join(filter(None, (given, measured))) or None
 
 
 def _percent(accuracy: float | None) -> str | None:
     return None if accuracy is None else f"{100 * accuracy:.2f}"
 
 
-def _fraction(eps: float) -> str:
-    """`8/255` where eps is such a fraction, else the number."""
+def _radius(norm: str, eps: float) -> str:
+    """Under linf `8/255` where eps is such a fraction, else the number, as in the published entries."""
     levels = round(255 * eps)
-    return f"{levels}/255" if levels and abs(255 * eps - levels) < 1e-6 else f"{eps:g}"
+    whole = norm == "linf" and levels > 0 and abs(255 * eps - levels) < 1e-6
+    return f"{levels}/255" if whole else f"{eps:g}"
