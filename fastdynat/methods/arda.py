@@ -3,10 +3,10 @@
     min  (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
 
 The first `adversarial_share` of each (shuffled) batch is attacked and the rest stays clean. Both parts pass
-through the network as one batch, so batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of
-0 is natural training and a share of 1 is Madry's method, bit for bit. The published attacks take a single
-step, against which a network can learn to mask its gradient; the default is Madry's ten steps, and ``--steps
-1 --start none --step-size EPS`` is Goodfellow's FGSM.
+through the network as one batch, so batch statistics mix, as in Kurakin et al. (arXiv 1611.01236); every
+process has its part of both. A share of 0 is natural training and a share of 1 is Madry's method, bit for
+bit. The published attacks take a single step, against which a network can learn to mask its gradient; the
+default is Madry's ten steps, and ``--steps 1 --start none --step-size EPS`` is Goodfellow's FGSM.
 
 The variant for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), is not implemented: its attack goal
 depends on the image.
@@ -56,6 +56,11 @@ class Arda(Method[ArdaOptions]):
     takes_targets = True
     smooths_labels = takes_mixed_labels = True
     logs_adv_acc = False
+
+    def __init__(self, options: ArdaOptions) -> None:
+        super().__init__(options)
+        # A micro-batch would have one kind alone, and batch norm would normalise the kinds apart.
+        self.couples_images = 0 < options.adversarial_share < 1
 
     def num_attacked(self, batch: Batch) -> int:
         """The number of attacked images in `batch`: its first ones, as in the whole global batch."""

@@ -124,9 +124,9 @@ class Method(ABC, Generic[OptionsT]):
         attacks: whether training attacks at all.
         takes_any_attack: whether images are attacked only through ``attack(x, goal)``, so that the run may
             choose the attack, such as --attack apgd.
-        couples_images: whether the loss of an image depends on other images of the batch, beyond batch norm:
-            then --grad-accum-steps cannot split a batch. Sums over the batch cover all processes, by
-            `batch_world`.
+        couples_images: whether the loss of an image depends on other images of the batch, beyond batch norm,
+            or batch norm has to see several kinds of images together: then --grad-accum-steps cannot split a
+            batch. Sums over the batch cover all processes, by `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
             `label_smoothing`; if not, --label-smoothing is refused. A class that overrides `inner`, `outer`
             or `awp_loss` has to set it again, and `takes_mixed_labels` too.
