@@ -185,6 +185,10 @@ class Method(ABC, Generic[OptionsT]):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
 
+    def notes(self, spec: PGDSpec) -> list[str]:
+        """What the start of a run says about the method under the attack `spec`, one line each."""
+        return []
+
     def takes_ramp(self) -> bool:
         """True if the attack follows a ramp: it is that of `Method`, or the class that makes it says so."""
         order = type(self).__mro__
