@@ -96,6 +96,7 @@ class Outer:
         losses: one scalar with its graph per trained network, keyed "model" and "guide", unless
             `Inner.losses` has it.
         logs: detached scalars; metrics.jsonl has their average over the epoch's images under the same key.
+            `logged_mean` makes those of a mean over some of the images.
     """
 
     losses: dict[str, Tensor]
@@ -288,6 +289,20 @@ class Method(ABC, Generic[OptionsT]):
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
         """Change `buffers` in place, between backward pass and update."""
+
+
+SHARE_OF = "share of images in "  # before a log's key: the share of the batch's images that the log is about
+
+
+def logged_mean(key: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """Logs of the mean of `values` (N,) over the images `chosen` (N,), however many each batch has of them.
+
+    A mean per batch would count a batch with one such image as much as a full one, and one without any as 0.
+    So the two logs are sums, over the number N of the batch's images: of the chosen values, and of the chosen
+    images. The epoch's mean is the quotient of their averages; an epoch without chosen images logs nothing.
+    """
+    own = values.detach().double().masked_fill(~chosen, 0)
+    return {key: own.mean(), SHARE_OF + key: chosen.double().mean()}
 
 
 # The attack's keys that matter to training only.
