@@ -12,6 +12,7 @@ the value of a tensor; shapes are fixed, and numbers that Python computes from t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -187,7 +188,7 @@ class Method(ABC, Generic[OptionsT]):
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
 
     def notes(self, spec: PGDSpec) -> list[str]:
-        """What the start of a run says about the method under the attack `spec`, one line each."""
+        """Lines for the start of a run about the method under the attack `spec`."""
         return []
 
     def takes_ramp(self) -> bool:
@@ -212,6 +213,14 @@ class Method(ABC, Generic[OptionsT]):
         Called before its first step, and again when a run resumes within it: store in a buffer which epoch
         the values belong to. May wait for the device.
         """
+
+    def begins(self) -> dict[str, float]:
+        """Options that say when a part of the method begins: the share of the epochs completed by then."""
+        return {}
+
+    def begun(self, option: str) -> bool:
+        """True in the epochs that the part of `option` (`begins`) is in; `constants` has to have it."""
+        return self.epoch >= first_epoch(self.begins()[option], self.epochs)
 
     def constants(self) -> tuple[float, ...]:
         """The numbers that the halves compute in Python and that change during a run, such as a ramp's value.
@@ -303,6 +312,11 @@ def logged_mean(key: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
     """
     own = values.detach().double().masked_fill(~chosen, 0)
     return {key: own.mean(), SHARE_OF + key: chosen.double().mean()}
+
+
+def first_epoch(share: float, epochs: int) -> int:
+    """The first of `epochs` epochs, counted from 0, by whose start the share `share` of them is completed."""
+    return math.ceil(round(share * epochs, 9))  # 0.55 of 100 epochs is 55.00000000000001 of them
 
 
 # The attack's keys that matter to training only.

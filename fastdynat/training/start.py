@@ -71,7 +71,7 @@ def new_run(
         warn_of_seen_validation(resolved, opened)
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
-    for note in idle_settings(resolved, parts.networks) if world().first else ():
+    for note in idle_settings(resolved, parts.step.method, parts.networks) if world().first else ():
         logger.info(note)
     if world().first and (kept := checkpoint_note(parts.step.method)) is not None:
         logger.info(kept)
