@@ -56,6 +56,22 @@ def test_what_has_no_effect_is_said(
     assert idle in said(flags, tmp_path, caplog)
 
 
+def test_introspection_that_never_begins_is_said(
+    guide_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    iad = f"--method iad --guide-from {guide_run}"
+    assert "begin 1: the method has 2 epochs" in said(f"{iad} --begin 1.0", tmp_path / "never", caplog)
+    caplog.clear()
+    assert "never does" not in said(f"{iad} --begin 0.5", tmp_path / "late", caplog)
+
+
+@pytest.fixture(scope="module")
+def guide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("guide") / "run"
+    assert main(["train", "--method", "natural", "--run-dir", str(run), *TINY, "--quiet"]) == 0
+    return run
+
+
 @pytest.mark.parametrize(
     "flags",
     [
