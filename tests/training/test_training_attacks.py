@@ -218,6 +218,24 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
     assert (resolved.eps, resolved.eval_eps, resolved.norm) == (12.0, 12.0, "l1")
 
 
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_without_a_separate_attack_does_not_ignore_its_batch_norm_in_silence(
+    name: str, mode: Any
+) -> None:
+    config, info = default_config(name), dataset_info("cifar10")
+    assert info is not None
+    method, notes = METHODS[name](config.options), list[str]()
+    if method.searches and "attack_bn" not in method.unused_attack:
+        return
+    try:
+        resolved_attack(replace(config.attack, attack_bn=mode), info, method, notes)
+    except UserError as error:
+        notes.append(str(error))
+    said = "\n".join(notes)
+    assert f"attack_bn {mode} has no effect: method {name}" in said or f"--attack-bn eval, got {mode}" in said
+
+
 TARGETED = ("alp", "ard", "arda", "iad", "madry", "mail", "mart")
 
 
