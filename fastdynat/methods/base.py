@@ -114,6 +114,8 @@ class Method(ABC, Generic[OptionsT]):
         trains: the networks that have losses. A guide that is not among them was trained before and is
             frozen.
         guide_made_by: the method, with its flags, that usually trains a frozen guide.
+        guide_settings: keys of the guide's run, and the values that the method needs; a run with others is
+            warned of.
         semi_supervised: whether labels may be UNLABELLED.
         attack_defaults: the attack that the method was published with.
         select_by: the validation score that selects the best checkpoint.
@@ -182,6 +184,7 @@ class Method(ABC, Generic[OptionsT]):
         """Raises UserError for an option that cannot work."""
         check_options(options)
         self.options = options
+        self.guide_settings: dict[str, Any] = {}
         self.buffers: dict[str, Tensor] = {}
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
