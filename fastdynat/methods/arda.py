@@ -78,8 +78,11 @@ class Arda(Method[ArdaOptions]):
         if inner.goal is None:
             return unattacked(batch.x)
         attacked = self.num_attacked(batch)
-        found = attack.take(slice(attacked))(batch.x[:attacked], inner.goal)
-        return AttackResult(torch.cat([found.x_adv, batch.x[attacked:]]), found.zero_grads, found.gradients)
+        found, clean = attack.take(slice(attacked))(batch.x[:attacked], inner.goal), batch.x[attacked:]
+        norm = None
+        if found.norm is not None:
+            norm = torch.cat([found.norm, found.norm.new_full((len(clean),), -1)])  # clean images have none
+        return AttackResult(torch.cat([found.x_adv, clean]), found.zero_grads, found.gradients, norm=norm)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = nets.model(attacked.x_adv)

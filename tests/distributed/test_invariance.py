@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "random targets": ("arda-quarter", {"specs": (PGDSpec(0.1, 0.05, 3, target="random"),)}),
     "alternating norms": ("dynat", {"specs": NORMS}),
     "worst norm": ("madry", {"specs": NORMS, "norm_choice": "worst"}),
+    "worst norm of the attacked images": ("arda", {"specs": NORMS, "norm_choice": "worst"}),
     "worst norm, weights by position": ("dynat-gairat", {"specs": NORMS, "norm_choice": "worst"}),
     "mean over the norms": ("dynat", {"specs": NORMS, "norm_choice": "average", "awp": 0.01}),
     "lion": ("madry", {"opt": "lion", "lr": 1e-3, "ema": 0.9}),
