@@ -15,6 +15,7 @@ from fastdynat.methods.base import (
     Network,
     Networks,
     Outer,
+    logged_mean,
 )
 from fastdynat.methods.method_registry import (
     METHODS,
@@ -48,6 +49,7 @@ __all__ = [
     "check_numbers",
     "check_options",
     "check_positive",
+    "logged_mean",
     "method_class",
     "method_label",
     "method_name",

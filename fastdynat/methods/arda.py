@@ -3,10 +3,10 @@
     min  (1 - loss_share) mean CE(f(x), y) + loss_share mean CE(f(x'), y),   x' = PGD on CE(f(.), y)
 
 The first `adversarial_share` of each (shuffled) batch is attacked and the rest stays clean. Both parts pass
-through the network as one batch, so batch statistics mix, as in Kurakin et al. (arXiv 1611.01236). A share of
-0 is natural training and a share of 1 is Madry's method, bit for bit. The published attacks take a single
-step, against which a network can learn to mask its gradient; the default is Madry's ten steps, and ``--steps
-1 --start none --step-size EPS`` is Goodfellow's FGSM.
+through the network as one batch, so batch statistics mix, as in Kurakin et al. (arXiv 1611.01236); every
+process has its part of both. A share of 0 is natural training and a share of 1 is Madry's method, bit for
+bit. The published attacks take a single step, against which a network can learn to mask its gradient; the
+default is Madry's ten steps, and ``--steps 1 --start none --step-size EPS`` is Goodfellow's FGSM.
 
 The variant for domain generalisation, max CE(f(x'), y) - gamma c(x, x'), is not implemented: its attack goal
 depends on the image.
@@ -57,6 +57,11 @@ class Arda(Method[ArdaOptions]):
     smooths_labels = takes_mixed_labels = True
     logs_adv_acc = False
 
+    def __init__(self, options: ArdaOptions) -> None:
+        super().__init__(options)
+        # A micro-batch would have one kind alone, and batch norm would normalise the kinds apart.
+        self.couples_images = 0 < options.adversarial_share < 1
+
     def num_attacked(self, batch: Batch) -> int:
         """The number of attacked images in `batch`: its first ones, as in the whole global batch."""
         return batch.share.below(self._all_attacked(batch))
@@ -73,8 +78,11 @@ class Arda(Method[ArdaOptions]):
         if inner.goal is None:
             return unattacked(batch.x)
         attacked = self.num_attacked(batch)
-        found = attack.take(slice(attacked))(batch.x[:attacked], inner.goal)
-        return AttackResult(torch.cat([found.x_adv, batch.x[attacked:]]), found.zero_grads, found.gradients)
+        found, clean = attack.take(slice(attacked))(batch.x[:attacked], inner.goal), batch.x[attacked:]
+        norm = None
+        if found.norm is not None:
+            norm = torch.cat([found.norm, found.norm.new_full((len(clean),), -1)])  # clean images have none
+        return AttackResult(torch.cat([found.x_adv, clean]), found.zero_grads, found.gradients, norm=norm)
 
     def outer(self, nets: Networks, batch: Batch, inner: Inner, attacked: AttackResult) -> Outer:
         logits = nets.model(attacked.x_adv)

@@ -12,6 +12,7 @@ the value of a tensor; shapes are fixed, and numbers that Python computes from t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class Outer:
         losses: one scalar with its graph per trained network, keyed "model" and "guide", unless
             `Inner.losses` has it.
         logs: detached scalars; metrics.jsonl has their average over the epoch's images under the same key.
+            `logged_mean` makes those of a mean over some of the images.
     """
 
     losses: dict[str, Tensor]
@@ -112,6 +114,8 @@ class Method(ABC, Generic[OptionsT]):
         trains: the networks that have losses. A guide that is not among them was trained before and is
             frozen.
         guide_made_by: the method, with its flags, that usually trains a frozen guide.
+        guide_settings: keys of the guide's run, and the values that the method needs; a run with others is
+            warned of.
         semi_supervised: whether labels may be UNLABELLED.
         attack_defaults: the attack that the method was published with.
         select_by: the validation score that selects the best checkpoint.
@@ -124,9 +128,9 @@ class Method(ABC, Generic[OptionsT]):
         attacks: whether training attacks at all.
         takes_any_attack: whether images are attacked only through ``attack(x, goal)``, so that the run may
             choose the attack, such as --attack apgd.
-        couples_images: whether the loss of an image depends on other images of the batch, beyond batch norm:
-            then --grad-accum-steps cannot split a batch. Sums over the batch cover all processes, by
-            `batch_world`.
+        couples_images: whether the loss of an image depends on other images of the batch, beyond batch norm,
+            or batch norm has to see several kinds of images together: then --grad-accum-steps cannot split a
+            batch. Sums over the batch cover all processes, by `batch_world`.
         smooths_labels: whether every cross-entropy with labels comes from `fit`, or smooths them by
             `label_smoothing`; if not, --label-smoothing is refused. A class that overrides `inner`, `outer`
             or `awp_loss` has to set it again, and `takes_mixed_labels` too.
@@ -180,10 +184,15 @@ class Method(ABC, Generic[OptionsT]):
         """Raises UserError for an option that cannot work."""
         check_options(options)
         self.options = options
+        self.guide_settings: dict[str, Any] = {}
         self.buffers: dict[str, Tensor] = {}
 
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
+
+    def notes(self, spec: PGDSpec) -> list[str]:
+        """Lines for the start of a run about the method under the attack `spec`."""
+        return []
 
     def takes_ramp(self) -> bool:
         """True if the attack follows a ramp: it is that of `Method`, or the class that makes it says so."""
@@ -208,6 +217,14 @@ class Method(ABC, Generic[OptionsT]):
         the values belong to. May wait for the device. ``--resume --epochs N`` calls it on buffers of one
         image and refuses N if, together with `constants`, it gives other values for the epochs so far.
         """
+
+    def begins(self) -> dict[str, float]:
+        """Options that say when a part of the method begins: the share of the epochs completed by then."""
+        return {}
+
+    def begun(self, option: str) -> bool:
+        """True in the epochs that the part of `option` (`begins`) is in; `constants` has to have it."""
+        return self.epoch >= first_epoch(self.begins()[option], self.epochs)
 
     def constants(self) -> tuple[float, ...]:
         """The numbers that the halves compute in Python and that change during a run, such as a ramp's value.
@@ -285,6 +302,25 @@ class Method(ABC, Generic[OptionsT]):
 
     def after_backward(self, batch: Batch, attacked: AttackResult, attack: Attacker) -> None:
         """Change `buffers` in place, between backward pass and update."""
+
+
+SHARE_OF = "share of images in "  # before a log's key: the share of the batch's images that the log is about
+
+
+def logged_mean(key: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """Logs of the mean of `values` (N,) over the images `chosen` (N,), however many each batch has of them.
+
+    A mean per batch would count a batch with one such image as much as a full one, and one without any as 0.
+    So the two logs are sums, over the number N of the batch's images: of the chosen values, and of the chosen
+    images. The epoch's mean is the quotient of their averages; an epoch without chosen images logs nothing.
+    """
+    own = values.detach().double().masked_fill(~chosen, 0)
+    return {key: own.mean(), SHARE_OF + key: chosen.double().mean()}
+
+
+def first_epoch(share: float, epochs: int) -> int:
+    """The first of `epochs` epochs, counted from 0, by whose start the share `share` of them is completed."""
+    return math.ceil(round(share * epochs, 9))  # 0.55 of 100 epochs is 55.00000000000001 of them
 
 
 # The attack's keys that matter to training only.

@@ -39,8 +39,8 @@ def mean_over(values: Tensor, chosen: Tensor, batch: Batch) -> Tensor:
     """The mean of `values` (N,) over the `chosen` (N,) images of the global batch; 0 where none is chosen.
 
     What is returned is this process's summand: such means, weighted by the processes' shares as every loss
-    and log is, add up to the mean over all of them. One number is summed over the processes. A micro-batch
-    counts its own images only (`Method.couples_images`).
+    is, add up to the mean over all of them; a log takes `logged_mean`. One number is summed over the
+    processes. A micro-batch counts its own images only (`Method.couples_images`).
     """
     count = batch_world().sum_(chosen.sum()).clamp_min(1).to(values.dtype)
     share = len(chosen) / batch.share.images_of_all_ranks

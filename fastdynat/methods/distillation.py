@@ -61,6 +61,7 @@ class Distillation(Method[DistillationOptions]):
     def __init__(self, options: DistillationOptions) -> None:
         super().__init__(options)
         self.guide_made_by = f"natural --temperature {options.temperature:g}"
+        self.guide_settings = {"method": "natural", "temperature": options.temperature}
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         return Inner(goal=None, dynamic_labels=guide_logits(nets, batch.x))

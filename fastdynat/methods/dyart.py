@@ -45,9 +45,10 @@ from fastdynat.methods import (
     Outer,
     check_numbers,
     check_positive,
+    logged_mean,
     register_method,
 )
-from fastdynat.methods.building_blocks import batch_share, mean_over
+from fastdynat.methods.building_blocks import batch_share
 from fastdynat.ops import soft_margin
 from fastdynat.units import parse_size
 
@@ -142,7 +143,7 @@ class Dyart(Method[DyartOptions]):
             "loss": loss.detach(),
             "clean_loss": fit.loss.detach(),
             "train_acc": batch_share(fit.target_correct, batch),
-            "boundary_distance": mean_over(points.distance, points.found, batch),
+            **logged_mean("boundary_distance", points.distance, points.found),
             "boundary_found": batch_share(found, batch),
             "boundary_usable": batch_share(points.usable.sum(), batch),
             "boundary_near": batch_share((points.found & (points.distance < self._r0)).sum(), batch),

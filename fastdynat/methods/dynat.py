@@ -59,7 +59,7 @@ from fastdynat.methods import (
 )
 from fastdynat.methods.building_blocks import batch_share, clean_statistics_pass, mean_kl
 from fastdynat.methods.trades import kl_to_self
-from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, begun, gairat_weights, mail_weights
+from fastdynat.methods.weighting import GAIRAT_FROM, MAIL_FROM, MailScale, gairat_weights, mail_weights
 from fastdynat.ops import dynamic_label_cross_entropy
 
 AWP_BETA = 6.0  # TRADES' beta in the released weight perturbation
@@ -171,8 +171,13 @@ class Dynat(Method[DynatOptions]):
 
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""
+        return self.options.weighting != "none" and self.begun("weight_from")
+
+    def begins(self) -> dict[str, float]:
+        if self.options.weighting == "none":
+            return {}
         given, published = self.options.weight_from, WEIGHT_FROM[self.options.weighting]
-        return self.options.weighting != "none" and begun(self, published if given is None else given)
+        return {"weight_from": published if given is None else given}
 
     def constants(self) -> tuple[float, ...]:
         return (self.weighted(),)

@@ -50,6 +50,7 @@ class Free(Method[FreeOptions]):
     attack_defaults = AttackDefaults(steps=1, step_ratio=1.0, start="none")
     searches = False
     takes_any_attack = False
+    unused_attack = ("attack_bn",)  # its gradient is the update's own, in train mode
 
     def __init__(self, options: FreeOptions) -> None:
         super().__init__(options)

@@ -27,7 +27,7 @@ from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.building_blocks import batch_share
-from fastdynat.methods.weighting import GAIRAT_FROM, begun, gairat_weights
+from fastdynat.methods.weighting import GAIRAT_FROM, gairat_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,10 @@ class Gairat(Method[GairatOptions]):
 
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""
-        return begun(self, self.options.weight_from)
+        return self.begun("weight_from")
+
+    def begins(self) -> dict[str, float]:
+        return {"weight_from": self.options.weight_from}
 
     def constants(self) -> tuple[float, ...]:
         return (self.weighted(),)

@@ -43,6 +43,7 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
+    logged_mean,
     register_method,
 )
 from fastdynat.methods.building_blocks import batch_share, check_linf, check_one_step, mean_over
@@ -100,7 +101,7 @@ class GradAlign(Method[GradAlignOptions]):
         loss = fit.loss + self.options.align_weight * regularizer
         logs = {
             "loss": loss.detach(),
-            "misalignment": regularizer.detach(),
+            **logged_mean("misalignment", apart, both),
             "train_adv_acc": batch_share(fit.target_correct, batch),
             "zero_grad_share": (~step.moved).double().mean(),
         }

@@ -110,7 +110,10 @@ class Iad(Method[IadOptions]):
 
     def introspective(self) -> bool:
         """True if trust is measured in this epoch."""
-        return self.epoch >= round(self.begin * self.epochs)
+        return self.begun("begin")
+
+    def begins(self) -> dict[str, float]:
+        return {"begin": self.begin}
 
     def inner(self, nets: Networks, batch: Batch) -> Inner:
         guide = guide_logits(nets, batch.x) if self.options.variant == "I" else None

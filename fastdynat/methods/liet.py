@@ -16,7 +16,7 @@ over the other classes.
 
 The pass of x0 is that of the update: its graph is kept, so a batch costs two passes forward, both in train
 mode. Release (fzjcdt/LIET) and FastAT_Benchmark agree but for `refresh`, on CIFAR-10 10 and 20. Above 8/255
-both draw noise from twice the ball and do not project x' onto the ball; so does this.
+both draw noise from twice the ball and do not project x' onto the ball; so does this (`is_large`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from fastdynat.methods import (
 from fastdynat.methods.building_blocks import accuracy, check_linf, check_one_step
 from fastdynat.ops import attack_step_linf
 from fastdynat.ops.image_draws import uniform_like
+from fastdynat.units import describe_size
 
-LARGE = 8 / 255  # radii above it have twice the noise and no projection
+LARGE = 8  # levels of 8-bit pixels; radii above have twice the noise and no projection
 MOST_BATCHES = 10_000
 
 
@@ -103,6 +104,14 @@ class Liet(Method[LietOptions]):
                 f"--attack-bn eval, got {attack_bn}; leave it out"
             )
 
+    def notes(self, spec: PGDSpec) -> list[str]:
+        if not is_large(spec.eps):
+            return []
+        return [
+            f"liet at eps {describe_size(spec.eps)}, above 8/255, takes its large form, as the release does: "
+            "noise from twice the ball, and attacked images that may leave the ball"
+        ]
+
     def make_buffers(self, x: Tensor) -> dict[str, Tensor]:
         return {
             "class_signs": x.new_zeros(self.num_classes, *x.shape[1:]),
@@ -141,7 +150,7 @@ class Liet(Method[LietOptions]):
         """x0 of the module's text."""
         x, options = batch.x, self.options
         masked = uniform_like(x, attack.draws, *x.shape[1:])
-        width = 2 if attack.spec.eps > LARGE else 1
+        width = 2 if is_large(attack.spec.eps) else 1
         noise = width * attack.eps * (2 * uniform_like(x, attack.draws, *x.shape[1:]) - 1)
         share, coin = _shared(attack, x, 2)
         share = options.least_noise + (options.most_noise - options.least_noise) * share
@@ -160,7 +169,7 @@ class Liet(Method[LietOptions]):
         leaf, spec = attacked.x_adv.detach().requires_grad_(), attacked.attack.spec
         before = nets.model(leaf)
         (grad,) = torch.autograd.grad(_summed(before, attacked.start_targets), leaf, retain_graph=True)
-        eps = 1.0 if spec.eps > LARGE else attacked.attack.eps
+        eps = 1.0 if is_large(spec.eps) else attacked.attack.eps
         step = attack_step_linf(leaf, grad, batch.x, step_size=attacked.attack.step_size, eps=eps)
 
         logits = wide(nets.model(step.x_adv))
@@ -174,6 +183,12 @@ class Liet(Method[LietOptions]):
             "zero_grad_share": (~step.moved).double().mean(),
         }
         return Outer({"model": loss}, logs)
+
+
+def is_large(eps: float) -> bool:
+    """True above 8/255, to a tenth of a level: 0.031373 and a float32's 8/255, a little above it, are meant
+    to be 8/255."""
+    return round(255 * eps, 1) > LARGE
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:

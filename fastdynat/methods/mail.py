@@ -39,7 +39,7 @@ from fastdynat.methods import (
 )
 from fastdynat.methods.building_blocks import accuracy, mean_kl
 from fastdynat.methods.trades import kl_to_self
-from fastdynat.methods.weighting import MAIL_FROM, MailScale, begun, mail_weights
+from fastdynat.methods.weighting import MAIL_FROM, MailScale, mail_weights
 
 PUBLISHED = {"at": (10.0, -0.5), "trades": (2.0, 0.0)}  # slope, bias
 
@@ -93,7 +93,10 @@ class Mail(Method[MailOptions]):
 
     def weighted(self) -> bool:
         """True if the images are weighted in this epoch."""
-        return begun(self, self.options.weight_from)
+        return self.begun("weight_from")
+
+    def begins(self) -> dict[str, float]:
+        return {"weight_from": self.options.weight_from}
 
     def constants(self) -> tuple[float, ...]:
         return (self.weighted(),)

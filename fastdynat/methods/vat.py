@@ -37,6 +37,7 @@ from fastdynat.methods import (
     Networks,
     Outer,
     check_numbers,
+    logged_mean,
     register_method,
 )
 from fastdynat.methods.building_blocks import mean_over
@@ -154,10 +155,12 @@ class Vat(Method[VatOptions]):
         cross_entropy = mean_over(self._per_image(log_probs, batch), labelled, batch)
         divergence = kl_from_log_probs(log_probs.detach(), wide(nets.unmoved(attacked.x_adv))).mean()
         loss = cross_entropy + self.options.vat_weight * divergence
-        right = mean_over((log_probs.argmax(1) == batch.labels).double(), labelled, batch)
-        return Outer(
-            {"model": loss}, {"loss": loss.detach(), "divergence": divergence.detach(), "train_acc": right}
-        )
+        logs = {
+            "loss": loss.detach(),
+            "divergence": divergence.detach(),
+            **logged_mean("train_acc", log_probs.argmax(1) == batch.labels, labelled),
+        }
+        return Outer({"model": loss}, logs)
 
 
 def _noise(x: Tensor, attack: Attacker) -> Tensor:

@@ -5,7 +5,7 @@ The weights are constants of the loss: no gradient flows into them.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor
 from fastdynat.attack_engine.goal import margin, wide
 from fastdynat.attacks import AttackResult
 from fastdynat.distributed import batch_world
-from fastdynat.methods.base import Method
 
 MailScale = Literal["released", "normalized"]
 # Share of the run's epochs without weights: 60 of GAIRAT's 120, 75 of MAIL's 120.
@@ -51,11 +50,6 @@ def mail_weights(
     margins = margin(wide(logits.detach()).softmax(1), labels)
     log_weights = F.logsigmoid(slope * (margins + bias))
     return 3 * log_weights.exp() if scale == "released" else _mean_one(log_weights)
-
-
-def begun(method: Method[Any], share: float) -> bool:
-    """True once the share `share` of the method's epochs is completed."""
-    return method.epoch >= share * method.epochs
 
 
 def _mean_one(log_weights: Tensor) -> Tensor:

@@ -6,24 +6,26 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdynat.methods import Method
+from fastdynat.methods.base import first_epoch
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.parameter_groups import lists_exempt
 from fastdynat.training.resolved_config import ResolvedConfig, ResolvedOptim
 from fastdynat.training.schedules import epochs_of_method, schedule_epochs, schedule_factor
 
 
-def idle_settings(config: ResolvedConfig[Any], networks: NetworkSet) -> list[str]:
+def idle_settings(config: ResolvedConfig[Any], method: Method[Any], networks: NetworkSet) -> list[str]:
     """A line for each setting that changes nothing in this run, although it would in others.
 
     What excludes itself by the flags alone is refused by `check_effects` of the command.
     """
-    idle, extra = [*_after_the_end(config), *_of_networks(config, networks)], config.extra
+    idle, extra = [*_after_the_end(config, method), *_of_networks(config, networks)], config.extra
     if extra.extra_data is not None and extra.extra_share == 0:
         idle.append(f"extra_data {extra.extra_data} has no effect: --extra-share 0 takes no extra images")
     return idle
 
 
-def _after_the_end(config: ResolvedConfig[Any]) -> Iterator[str]:
+def _after_the_end(config: ResolvedConfig[Any], method: Method[Any]) -> Iterator[str]:
     """Settings for epochs that the run does not have, and epochs without a learning rate."""
     optim, attack, reset = config.optim, config.attack, config.model.bn_reset_epoch
     epochs = epochs_of_method(optim)
@@ -34,6 +36,12 @@ def _after_the_end(config: ResolvedConfig[Any]) -> Iterator[str]:
         )
     if reset is not None and reset >= max(epochs, optim.burn_in):
         yield f"bn_reset_epoch {reset} has no effect: the method has {epochs} epochs, counted from 0"
+    for key, share in method.begins().items():
+        if first_epoch(share, epochs) >= epochs:
+            yield (
+                f"{key} {share:g}: the method has {epochs} epochs, and what begins after this share of them "
+                f"never does; use more epochs or a smaller --{key.replace('_', '-')}"
+            )
     begins, ends = _epochs_with_a_rate(optim)
     if begins > optim.burn_in:
         one = begins - optim.burn_in == 1

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from fastdynat.distributed import World
 from fastdynat.errors import UserError
+from fastdynat.methods.base import SHARE_OF
 from fastdynat.runs.atomic_files import write_text
 from fastdynat.runs.metrics_rows import read_rows
 
 
 class Averages:
     """Means of scalars weighted by images, accumulated on the device without waiting for it.
+
+    A scalar with a `SHARE_OF` counts that share of a batch's images only (`methods.base.logged_mean`).
 
     Attributes:
         images: their number; a share of one where several ranks have the same image.
@@ -37,10 +40,16 @@ class Averages:
         self.images += images
 
     def means(self) -> dict[str, float]:
-        """The means so far, each over the batches that logged it (waits for the device)."""
-        return {
-            key: float(value) / self._counts[key] for key, value in self._sums.items() if self._counts[key]
-        }
+        """The means so far, each over the images of the batches that logged it (waits for the device)."""
+        sums = {key: float(value) for key, value in self._sums.items()}
+        weights = {key: self._weight(key, sums) for key in sums if not key.startswith(SHARE_OF)}
+        return {key: sums[key] / weight for key, weight in weights.items() if weight}
+
+    def _weight(self, key: str, sums: Mapping[str, float]) -> float:
+        """The number of images that the sum of `key` is over."""
+        shared = SHARE_OF + key
+        # A batch without the share, as before a resume from an earlier version, counts with all its images.
+        return self._counts[key] - self._counts.get(shared, 0) + sums.get(shared, 0)
 
     def of_all(self, world: World) -> "Averages":
         """The averages over the images of all ranks; every rank must call it (waits for the device)."""

@@ -70,6 +70,7 @@ def resolved_attack(
     )
     _check(resolved, method)
     notes.append(f"{announcement(resolved, method)}; evaluated at eps {_described(resolved.eval_radii())}")
+    notes += method.notes(resolved.specs()[0])
     notes += _unused(attack, method, usual_step)
     return resolved
 

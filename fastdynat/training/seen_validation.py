@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 
-from fastdynat.config import DataConfig, TrainConfig, read_config_file
+from fastdynat.config import DataConfig, TrainConfig
 from fastdynat.data import TrainSplit
 from fastdynat.data.split import stratified_split
 from fastdynat.errors import UserError
-from fastdynat.runs import CONFIG
 from fastdynat.training.initial_weights import is_place
+from fastdynat.training.source_runs import settings_of
 from fastdynat.user_code import without_place
 
 logger = logging.getLogger(__name__)
-
-ABOVE = 3  # folders of a weights file inside its run: RUN/last/model.safetensors, RUN/checkpoints/...
 
 
 def held_out(val_size: float | None) -> int | float | None:
@@ -27,7 +25,7 @@ def held_out(val_size: float | None) -> int | float | None:
 def warn_of_seen_validation(config: TrainConfig[Any], split: TrainSplit) -> None:
     """Warn where the run of --init-from trained on validation images of `split`."""
     source = config.model.init_from
-    theirs = None if source is None or not is_place(source) else _settings_of(Path(source))
+    theirs = None if source is None or not is_place(source) else settings_of(Path(source))
     if theirs is None or without_place(str(theirs.get("data"))) != without_place(config.data.data):
         return
     seed, val_size, limit = (theirs.get(name) for name in ("seed", "val_size", "train_size"))
@@ -42,15 +40,6 @@ def warn_of_seen_validation(config: TrainConfig[Any], split: TrainSplit) -> None
             seen,
             len(split.val),
         )
-
-
-def _settings_of(path: Path) -> dict[str, Any] | None:
-    """The settings of the run at `path`, or of that with the weights file `path`; None if unknown."""
-    run = next((p for p in (path, *path.parents[:ABOVE]) if (p / CONFIG).is_file()), None)
-    try:
-        return None if run is None else read_config_file(run / CONFIG)
-    except UserError:  # a damaged document: the weights beside it are checked by themselves
-        return None
 
 
 def _seen(split: TrainSplit, data: DataConfig, own_seed: int, seed: Any, val_size: Any, limit: Any) -> int:

@@ -40,6 +40,7 @@ from fastdynat.training.rank_start import (
 from fastdynat.training.resolve import check_sizes, resolve, resolve_loader, warn_of_first_epoch
 from fastdynat.training.resolved_config import ResolvedConfig
 from fastdynat.training.seen_validation import warn_of_seen_validation
+from fastdynat.training.source_runs import warn_of_other_guide
 from fastdynat.training.trainer import Trainer
 from fastdynat.training.trial import settle_compile
 
@@ -69,9 +70,10 @@ def new_run(
     parts = all_can(lambda: build_parts(resolved, opened, load_sources=world().first))
     if world().first:
         warn_of_seen_validation(resolved, opened)
+        warn_of_other_guide(resolved, parts.step.method)
     burn_in = burn_in_step(resolved, parts.step)
     begin_alike(parts, val)
-    for note in idle_settings(resolved, parts.networks) if world().first else ():
+    for note in idle_settings(resolved, parts.step.method, parts.networks) if world().first else ():
         logger.info(note)
     if world().first and (kept := checkpoint_note(parts.step.method)) is not None:
         logger.info(kept)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.methods import logged_mean
 from fastdynat.training.micro_batches import MicroBatch
 
 ADV_ACC = "train_adv_acc"
@@ -43,16 +44,17 @@ class TrainingNorms:
     def logs(self, part: MicroBatch, logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logs per norm of a `part` of the batch, whose method logs `logs`; none for one norm.
 
-        train_adv_acc_NORM is the accuracy on images attacked under it; worst_NORM the share of images whose
-        highest loss it has.
+        train_adv_acc_NORM is the accuracy on images attacked under it; worst_NORM the share of attacked
+        images whose highest loss it has. Images that are not attacked have the norm -1.
         """
         if len(self.specs) == 1:
             return {}
         norm = part.attacked.norm
         if norm is not None:
             return {
-                f"worst_{spec.norm}": (norm == number).double().mean()
+                key: value
                 for number, spec in enumerate(self.specs)
+                for key, value in logged_mean(f"worst_{spec.norm}", norm == number, norm >= 0).items()
             }
         if self.choice == "worst" or ADV_ACC not in logs:
             return {}

@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "random targets": ("arda-quarter", {"specs": (PGDSpec(0.1, 0.05, 3, target="random"),)}),
     "alternating norms": ("dynat", {"specs": NORMS}),
     "worst norm": ("madry", {"specs": NORMS, "norm_choice": "worst"}),
+    "worst norm of the attacked images": ("arda", {"specs": NORMS, "norm_choice": "worst"}),
     "worst norm, weights by position": ("dynat-gairat", {"specs": NORMS, "norm_choice": "worst"}),
     "mean over the norms": ("dynat", {"specs": NORMS, "norm_choice": "average", "awp": 0.01}),
     "lion": ("madry", {"opt": "lion", "lr": 1e-3, "ema": 0.9}),
@@ -105,7 +106,7 @@ def test_four_processes(ranks, variant: str) -> None:
     compare(ranks, 4, variant, {})
 
 
-@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "liet", "arda-quarter", "mail", "ikl"])
+@pytest.mark.parametrize("variant", ["madry", "dynat", "free-2", "liet", "mail", "ikl"])
 @pytest.mark.parametrize("options", [{}, {"awp": 0.01}])
 def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any]) -> None:
     if options and variant in ("free-2", "liet"):
@@ -118,7 +119,7 @@ def test_micro_batches_give_the_same_update(variant: str, options: dict[str, Any
         assert all(math.isclose(row[key], other[key], rel_tol=1e-6, abs_tol=1e-9) for key in row)
 
 
-@pytest.mark.parametrize("variant", ["arda", "ikl"])
+@pytest.mark.parametrize("variant", ["madry", "ikl"])
 def test_micro_batches_of_mixed_labels(variant: str) -> None:
     options = {"mixed": True, "label_smoothing": 0.1}
     whole, _ = trained(variant, options)

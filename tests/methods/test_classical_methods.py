@@ -44,6 +44,7 @@ from fastdynat.attacks import AttackResult
 from fastdynat.commands.main import main
 from fastdynat.config import OptimConfig
 from fastdynat.data import Batch
+from fastdynat.distributed.shares import deal
 from fastdynat.errors import UserError
 from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import (
@@ -510,6 +511,30 @@ def test_trains_and_evaluates(name: str, tmp_path: Path) -> None:
         main(["eval", str(run), "--attacks", "clean,pgd2", "--checkpoints", "last", "--num-images", "50"])
         == 0
     )
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_no_pass_normalises_one_kind_of_a_mixed_batch_alone(
+    share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ranks in (1, 2, 3, 4):
+        for images in (64, 66, 97):
+            for rank in range(ranks):
+                dealt = deal(images, rank, ranks)
+                blank = torch.zeros(dealt.images, dtype=torch.int64)
+                attacked = Arda(ArdaOptions(adversarial_share=share)).num_attacked(
+                    Batch(torch.zeros(dealt.images, 1, 1, 1), blank, blank, dealt)
+                )
+                assert 0 < attacked < dealt.images, (images, rank, ranks)
+    method = ["--method", "arda", "--adversarial-share", str(share), "--grad-accum-steps", "2"]
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, *method]) == 2
+    assert "--grad-accum-steps 2: method arda couples" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("share", ["0", "1"])
+def test_a_mixed_batch_of_one_kind_may_be_cut(share: str, tmp_path: Path) -> None:
+    method = ["--method", "arda", "--adversarial-share", share, "--grad-accum-steps", "2", "--epochs", "1"]
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, *method]) == 0
 
 
 def test_a_resumed_run_keeps_the_epoch_at_which_weights_begin(

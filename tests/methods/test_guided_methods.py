@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import pytest
@@ -53,6 +54,8 @@ from fastdynat.methods import (
     IadOptions,
     Lbgat,
     LbgatOptions,
+    Mail,
+    MailOptions,
     Method,
     Natural,
     NaturalOptions,
@@ -348,6 +351,18 @@ def test_iad_begins_in_the_published_epochs() -> None:
         for method.epoch in range(200):
             seen.append((method.introspective(), method.constants()))
         assert seen == [(epoch >= first, (epoch >= first,)) for epoch in range(200)]
+
+
+@pytest.mark.parametrize("share", ["0", "0.2", "0.3", "0.55", "0.625", "0.7", "1"])
+def test_what_begins_later_begins_once_its_share_of_the_epochs_is_completed(share: str) -> None:
+    introspection = Iad(IadOptions(begin=float(share)))
+    weights = Mail(MailOptions(weight_from=float(share)))
+    for epochs in (*range(1, 11), 40, 100):
+        introspection.epochs = weights.epochs = epochs
+        for epoch in range(epochs):
+            introspection.epoch = weights.epoch = epoch
+            completed = Fraction(epoch, epochs) >= Fraction(share)
+            assert introspection.introspective() == weights.weighted() == completed, (epoch, epochs)
 
 
 def test_rslad_is_linear_in_its_weights(batch: Batch) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from support.stepping import EPS, K, N, assert_same_step, make_batch, moved_netw
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.pgd_spec import PGDSpec
+from fastdynat.commands.train import early_flags, parse_train
 from fastdynat.data import Batch
 from fastdynat.errors import UserError
 from fastdynat.execution.graphed_call import WARM_UP_CALLS
 from fastdynat.methods import Liet, LietOptions
 from fastdynat.methods.liet import jensen_shannon, spread
+from fastdynat.training import new_run
 from fastdynat.training.step import TrainStep
 
 SMALL = 6 / 255  # EPS is above 8/255
@@ -42,7 +46,7 @@ class Published:
 
     def __init__(self, model: nn.Module, eps: float, smoothing: float) -> None:
         self.model, self.eps, self.smoothing = model, eps, smoothing
-        self.large = eps > 8 / 255
+        self.large = Fraction(eps) > Fraction(8, 255) + Fraction(1, 20 * 255)  # 8/255 to a tenth of a level
 
     def targets(self, labels: Tensor) -> Tensor:
         drawn = torch.rand(len(labels), K, dtype=torch.float64)
@@ -102,6 +106,30 @@ def test_the_published_step(batch: Batch, eps: float, smoothing: float, seed: in
     torch.testing.assert_close(logs["divergence"], divergence)
     assert set(logs) == {"loss", "divergence", "train_adv_acc", "zero_grad_share"}
     assert_same_step(model, reference)
+
+
+@pytest.mark.parametrize("eps", [8 / 255, 0.031373, 0.0314, float(torch.tensor(8 / 255))])
+def test_radii_that_mean_8_levels_keep_to_the_ball(batch: Batch, eps: float) -> None:
+    model = moved_network(1)
+    step, seen = step_of(model, eps=eps), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    step.start_epoch(0)
+    for _ in range(3):
+        step(batch)
+    passes = [x for x in seen if len(x) == N]
+    assert len(passes) >= 6  # x0 and x' of each batch
+    for x in passes:
+        assert float((x - batch.x).abs().max()) <= eps + 1e-9
+
+
+def test_the_large_form_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = "above 8/255, takes its large form"
+    tiny = ["--train-size", "32", "--val-size", "20", "--batch-size", "16", "--quiet"]
+    for eps, large in (("0.031373", False), ("8/255", False), ("9/255", True)):
+        argv = ["--method", "liet", "--run-dir", str(tmp_path / eps.replace("/", "-")), "--eps", eps, *tiny]
+        caplog.clear()
+        with caplog.at_level("INFO"), new_run(parse_train(argv, early_flags(argv)).command.train):
+            assert (said in caplog.text) == large, eps
 
 
 def test_both_signs_of_the_coin_are_tested() -> None:

@@ -132,6 +132,27 @@ def test_a_missing_teacher_is_asked_for(
         assert "natural --temperature 7" in line
 
 
+def test_a_guide_of_another_temperature_or_method_is_warned_of(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    robust = tmp_path / "robust"
+    assert main(["train", "--method", "madry", "--run-dir", str(robust), *TINY, "--epochs", "1"]) == 0
+    for guide, temperature, words in (
+        (teacher, "5", "was trained with temperature 1.0; the guide of distillation is made by: fastdynat "),
+        (teacher / "last" / "model.safetensors", "5", "was trained with temperature 1.0"),
+        (robust, "1", "was trained with method madry; the guide of distillation"),
+        (teacher, "1", None),
+    ):
+        capsys.readouterr()
+        run = tmp_path / f"{guide.name}-{temperature}"
+        flags = ["--guide-from", str(guide), "--temperature", temperature, "--epochs", "1"]
+        train(run, "distillation", *flags)
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("the guide of distillation" in said) == (words is not None)
+        assert (words or "").strip() in said
+        assert words is None or f"--method natural --temperature {temperature}" in said
+
+
 def test_every_frozen_guide_is_tested() -> None:
     assert set(FROZEN) == {"ard", "distillation", "hat", "iad", "rslad"}
 

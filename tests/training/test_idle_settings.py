@@ -41,6 +41,11 @@ def said(flags: str, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
         ("--model small-gn --ema 0.5 --ema-buffers copy", "ema_buffers copy has no effect: small-gn has no"),
         ("--model small-gn --bn-momentum 0.2", "bn_momentum 0.2 has no effect: small-gn has no batch norm"),
         ("--extra-data x.npz --extra-share 0", "extra_data x.npz has no effect: --extra-share 0 takes no"),
+        ("--method mail", "weight_from 0.625: the method has 2 epochs, and what begins after this share of"),
+        ("--method gairat --epochs 1", "weight_from 0.5: the method has 1 epochs"),
+        ("--method mail --epochs 3 --burn-in 1", "weight_from 0.625: the method has 2 epochs"),
+        ("--method gairat --weight-from 1", "weight_from 1: the method has 2 epochs"),
+        ("--method dynat --weighting mail", "weight_from 0.625: the method has 2 epochs"),
         ("--optimizers joint", "optimizers joint has no effect: method madry trains one network"),
         ("--decay-exempt listed", "decay_exempt listed has no effect: small lists no parameters"),
     ],
@@ -51,6 +56,22 @@ def test_what_has_no_effect_is_said(
     assert idle in said(flags, tmp_path, caplog)
 
 
+def test_introspection_that_never_begins_is_said(
+    guide_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    iad = f"--method iad --guide-from {guide_run}"
+    assert "begin 1: the method has 2 epochs" in said(f"{iad} --begin 1.0", tmp_path / "never", caplog)
+    caplog.clear()
+    assert "never does" not in said(f"{iad} --begin 0.5", tmp_path / "late", caplog)
+
+
+@pytest.fixture(scope="module")
+def guide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("guide") / "run"
+    assert main(["train", "--method", "natural", "--run-dir", str(run), *TINY, "--quiet"]) == 0
+    return run
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -58,6 +79,10 @@ def test_what_has_no_effect_is_said(
         "--bn-reset-epoch 1 --burn-in 1 --epochs 3 --schedule triangular --ema 0.5 --ema-buffers copy",
         "--schedule cosine --schedule-epochs 1 --min-lr 0.001 --decay-exempt biases",
         "--method lbgat --optimizers joint",
+        "--method gairat",
+        "--method mail --epochs 3",
+        "--method dynat --weighting mail --weight-from 0.5",
+        "--method dynat",
         "--schedule triangular --schedule-by epoch --schedule-ahead 1 --min-lr 0.001",
     ],
 )
@@ -65,6 +90,7 @@ def test_what_has_an_effect_is_not(flags: str, tmp_path: Path, caplog: pytest.Lo
     text = said(flags, tmp_path, caplog)
     assert "has no effect" not in text
     assert "learning rate is 0" not in text
+    assert "never does" not in text
 
 
 @pytest.mark.parametrize(

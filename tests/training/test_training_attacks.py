@@ -20,8 +20,9 @@ from fastdynat.commands.main import main
 from fastdynat.data import Batch, dataset_info
 from fastdynat.errors import UserError
 from fastdynat.evaluation.outcome import unpack_bits
-from fastdynat.methods import METHODS, Madry, MadryOptions
+from fastdynat.methods import METHODS, Arda, ArdaOptions, Madry, MadryOptions
 from fastdynat.methods.configs import default_config
+from fastdynat.training.metrics import Averages
 from fastdynat.training.resolve_attack import resolved_attack
 
 RADII = {"linf": EPS, "l2": 0.4, "l1": 2.5}  # of about equal strength
@@ -159,6 +160,33 @@ def test_the_worst_norm_is_chosen_image_by_image() -> None:
         assert float(logs[f"worst_{norm}"]) == numbers.count(k) / N
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(OWN_ATTACK)))
+def test_every_method_with_the_worst_norm_logs_how_often_it_was_which(name: str) -> None:
+    method = METHODS[name](default_config(name).options)
+    guide = moved_network(2) if method.uses_guide else None
+    step = train_step(
+        method, moved_network(1), guide, spec=NORM_SPECS[0], others=NORM_SPECS[1:], norm_choice="worst"
+    )
+    found = Averages()
+    found.add(step(make_batch()), N)
+    shares = {key: value for key, value in found.means().items() if key.startswith("worst_")}
+    assert shares.keys() == {f"worst_{norm}" for norm in RADII}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_the_worst_norms_of_a_mixed_batch_are_those_of_its_attacked_images() -> None:
+    batch, specs = make_batch(), {"spec": NORM_SPECS[0], "others": NORM_SPECS[1:], "norm_choice": "worst"}
+    found = []
+    for method, images in ((Arda(ArdaOptions(adversarial_share=0.75)), N), (Madry(MadryOptions()), 6)):
+        averages = Averages()
+        step = train_step(method, moved_network(1), None, **specs)
+        given = Batch(batch.x[:images], batch.labels[:images], batch.indices[:images])
+        averages.add(step(given), images)
+        found.append({key: value for key, value in averages.means().items() if key.startswith("worst_")})
+    assert found[0] == pytest.approx(found[1])
+    assert max(found[0].values()) < 1
+
+
 def test_the_average_is_the_mean_of_the_losses_under_each_norm() -> None:
     batch, model = make_batch(), moved_network(1)
     reference = copy.deepcopy(model)
@@ -216,6 +244,24 @@ def test_every_method_takes_several_norms_and_l1_or_refuses_them_by_name(name: s
         return
     resolved = resolved_attack(one, info, method, [])
     assert (resolved.eps, resolved.eval_eps, resolved.norm) == (12.0, 12.0, "l1")
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_without_a_separate_attack_does_not_ignore_its_batch_norm_in_silence(
+    name: str, mode: Any
+) -> None:
+    config, info = default_config(name), dataset_info("cifar10")
+    assert info is not None
+    method, notes = METHODS[name](config.options), list[str]()
+    if method.searches and "attack_bn" not in method.unused_attack:
+        return
+    try:
+        resolved_attack(replace(config.attack, attack_bn=mode), info, method, notes)
+    except UserError as error:
+        notes.append(str(error))
+    said = "\n".join(notes)
+    assert f"attack_bn {mode} has no effect: method {name}" in said or f"--attack-bn eval, got {mode}" in said
 
 
 TARGETED = ("alp", "ard", "arda", "iad", "madry", "mail", "mart")
