@@ -16,7 +16,7 @@ from fastdynat.attack_engine.fx_tracing import result_shapes, settle
 from fastdynat.attack_engine.network_comparison import reference_logits
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.machine import vector_bits
-from fastdynat.ops import available_backends, winograd_conv3x3, winograd_weights
+from fastdynat.ops import permits, winograd_conv3x3, winograd_usable, winograd_weights
 from fastdynat.tuning import Convolution, Costs
 
 # With fewer channels the transforms take longer than the products that they save.
@@ -83,7 +83,7 @@ class WinogradConv2d(nn.Conv2d):
     def _supports(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.numel() == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        return not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
+        return permits("cpp") and not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
 
     def _uses_winograd(self, x: Tensor) -> bool:
         transformed, policy = self.transformed, self.policy
@@ -218,10 +218,13 @@ class WinogradLayers:
 
 
 def use_winograd(network: nn.Module, policy: WinogradPolicy) -> Sequence[WinogradConv2d]:
-    """Turn suitable convolutions of `network` into `WinogradConv2d`, in place; none without the extension."""
-    if available_backends()["cpp"] is not None:
-        return ()
+    """Turn suitable convolutions of `network` into `WinogradConv2d`, in place.
+
+    None unless the compiled operators may run (`winograd_usable`).
+    """
     changed: list[Any] = [module for module in network.modules() if _is_candidate(module)]
+    if not (changed and winograd_usable(torch.device("cpu"))):
+        return ()
     for module in changed:
         module.__class__ = WinogradConv2d
         module.transformed = TransformedWeights()
