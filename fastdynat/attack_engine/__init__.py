@@ -14,6 +14,7 @@ What makes it fast. The engine never attacks the training network itself, but a 
 - `engine`: `AttackEngine` puts everything together: ``engine.refresh()`` after an update of the weights,
   ``engine.run(x, goal, spec)`` for PGD, ``engine.captured(fn, x, ...)`` for any other attack;
 - `attack_switches`: what it may use; `replica`: `AttackReplica`, the copy of the network, which is
+- in half precision where autocast casts anyway (`cast_weights`),
 - frozen, over the model's own memory (`network_modes`, checked by `copy_check` and `network_state`),
 - folded: traced by `fx_tracing`, batch norm folded by `batch_norm_folding`, checked by `folding_check`,
 - fused: convolution, residual and ReLU as one kernel (`epilogue_fusion`), where faster (`fusion_choice`),
