@@ -47,7 +47,7 @@ class FollowedState:
         if not difference <= most:
             raise UserError(
                 f"{type(self._model).__name__} changes state in Python while it trains, which neither "
-                f"attacks nor checkpoints follow: its logits differ by {difference:.1g} of theirs from those of its "
-                "attacked copy; keep that state in a tensor (self.register_buffer), changed in place"
+                f"attacks nor checkpoints follow: its logits differ by {difference:.1g} of theirs from those "
+                "of its attacked copy; keep that state in a tensor (self.register_buffer), changed in place"
             )
         self._marks = network_state(self._model).marks  # the passes above may have moved it, too
