@@ -148,22 +148,35 @@ class WinogradLayers:
         self._network = network
         self.layers = use_winograd(network, self._policy)
         self._calls_of: dict[Any, list[tuple[WinogradConv2d, Convolution]]] = {}
-        self._witness = self._copy_of_smallest() if compares and self.layers else None
+        self._first_filters = [layer.weight.detach()[:1].clone() for layer in self.layers] if compares else []
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Update to the present weights. Unless weights are compared, all of them count as changed."""
         if not self.layers:
             return
-        compares = self._policy.compares
-        if self._witness is None or not torch.equal(self._witness, self._smallest().weight):
+        changed = self._changed() if self._policy.compares else list(self.layers)
+        if changed:
             self._policy.passes = 0.0
-            self._witness = self._copy_of_smallest() if compares else None
+        for layer in changed:
+            layer.transformed.current = False
         for layer in self.layers:
-            transformed = layer.transformed
-            transformed.current = transformed.current and compares and _same(transformed.source, layer.weight)
-            if transformed.kept and not transformed.current:
+            if layer.transformed.kept and not layer.transformed.current:
                 layer.transform()
+
+    def _changed(self) -> list[WinogradConv2d]:
+        """The layers whose weights have changed since the last refresh.
+
+        One without transformed weights, which nothing depends on, is judged by its first filter.
+        """
+        changed = []
+        for layer, first in zip(self.layers, self._first_filters, strict=True):
+            transformed, filters = layer.transformed, layer.weight[:1]
+            same = _same(transformed.source, layer.weight) if transformed.current else _same(first, filters)
+            first.copy_(filters)
+            if not same:
+                changed.append(layer)
+        return changed
 
     def prepare(self, x: Tensor, passes: float) -> None:
         """Prepare for `passes` pairs of passes on `x` (N, C, H, W), in the network's memory format."""
@@ -209,12 +222,6 @@ class WinogradLayers:
         finally:
             self._policy.recorded = None
         return calls
-
-    def _smallest(self) -> WinogradConv2d:
-        return min(self.layers, key=lambda layer: layer.weight.numel())
-
-    def _copy_of_smallest(self) -> Tensor:
-        return _copy_of(self._smallest().weight, None)
 
 
 def use_winograd(network: nn.Module, policy: WinogradPolicy) -> Sequence[WinogradConv2d]:

@@ -341,6 +341,24 @@ def test_a_training_loop_around_the_drop_in_pays_for_what_repays(
 
 
 @needs("ext")
+@pytest.mark.parametrize("frozen", [2, 6, 8])
+def test_a_frozen_layer_does_not_hide_that_others_are_trained(
+    net: nn.Module, transformed: list[str], frozen: int
+) -> None:
+    """Of A, B and C, only A repays within three steps."""
+    pgd, (x, y) = PGD(net, steps=3, channels_last=True), batch()
+    pgd(x, y)
+    for _ in range(6):
+        transformed.clear()
+        kept = net[frozen].weight.detach().clone()
+        move(net)
+        with torch.no_grad():
+            net[frozen].weight.copy_(kept)
+        pgd(x, y)
+        assert transformed == ([] if frozen == 2 else ["A"])
+
+
+@needs("ext")
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_attack_is_that_of_the_direct_convolutions(net: nn.Module, channels_last: bool) -> None:
     x, y = batch(32)
