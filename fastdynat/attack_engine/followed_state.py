@@ -38,12 +38,13 @@ class FollowedState:
         self._engine.refresh()
         x, ascent = self._example, self._engine.ascent
         x = self._engine.to_memory_format(x)
-        found = []
-        for network in (self._model, self._engine.replica.network):
-            with attack_mode(network, "eval"), ascent.autocast(x):
-                found.append(reference_logits(network, x))
+        with attack_mode(self._model, "eval"), ascent.autocast(x):
+            want = reference_logits(self._model, x)
+        replica = self._engine.replica.network
+        with attack_mode(replica, "eval"), ascent.autocast(x):
+            got = reference_logits(replica, x)
         most = FLOAT32_TOLERANCE if ascent.dtype is None else HALF_TOLERANCES[ascent.dtype][0]
-        difference = relative_difference(*found, torch.max)
+        difference = relative_difference(want, got, torch.max)
         if not difference <= most:
             raise UserError(
                 f"{type(self._model).__name__} changes state in Python while it trains, which neither "

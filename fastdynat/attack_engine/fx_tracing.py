@@ -70,8 +70,8 @@ class _Tracer(fx.Tracer):
 
 def _autocast_depth() -> int:
     """The number of autocast regions around the call, whether they turn it on or off."""
-    depth: int = torch.autocast_increment_nesting()  # type: ignore[no-untyped-call]
-    torch.autocast_decrement_nesting()  # type: ignore[no-untyped-call]
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
     return depth
 
 
