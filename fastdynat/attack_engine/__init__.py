@@ -14,12 +14,14 @@ What makes it fast. The engine never attacks the training network itself, but a 
 - `engine`: `AttackEngine` puts everything together: ``engine.refresh()`` after an update of the weights,
   ``engine.run(x, goal, spec)`` for PGD, ``engine.captured(fn, x, ...)`` for any other attack;
 - `attack_switches`: what it may use; `replica`: `AttackReplica`, the copy of the network, which is
+- in half precision where autocast casts anyway (`cast_weights`),
 - frozen, over the model's own memory (`network_modes`, checked by `copy_check` and `network_state`),
 - folded: traced by `fx_tracing`, batch norm folded by `batch_norm_folding`, checked by `folding_check`,
 - fused: convolution, residual and ReLU as one kernel (`epilogue_fusion`), where faster (`fusion_choice`),
 - or run by Winograd's algorithm on the CPU (`winograd_layers`);
 - `compiled_ascent`: the gradient as one compiled graph, checked by `compiled_attack_check`;
-- `replica_state`: what a captured graph changes, for its check in `fastdynat.execution`.
+- `replica_state`: what a captured graph changes, for its check in `fastdynat.execution`;
+- `followed_state`: whether a kept replica still computes what its network does.
 
 Shared by the checks: `network_comparison` (two networks on the same images), `network_probe` (a gradient
 reaches the images), `shortfall` (one attack is weaker than another), `input_checks` (images and labels of a

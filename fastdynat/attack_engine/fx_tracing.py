@@ -39,6 +39,13 @@ class _Tracer(fx.Tracer):
     def __init__(self, untraced: set[nn.Module]) -> None:
         super().__init__()
         self._thread, self._untraced = threading.get_ident(), untraced
+        self._autocast_depth = _autocast_depth()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse operations inside an autocast region of the network, which the graph would be without."""
+        if _autocast_depth() != self._autocast_depth:
+            raise RuntimeError("its forward pass sets autocast itself")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._untraced or super().is_leaf_module(m, module_qualified_name)
@@ -59,6 +66,13 @@ class _Tracer(fx.Tracer):
             raise
         except Exception as error:  # of foreign code, which may raise anything
             raise _Untraceable(m) from error
+
+
+def _autocast_depth() -> int:
+    """The number of autocast regions around the call, whether they turn it on or off."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth
 
 
 class _Untraceable(Exception):

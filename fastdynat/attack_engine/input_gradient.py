@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastdynat.attack_engine.fx_tracing import relus_after
-from fastdynat.ops import available_backends, image_conv
+from fastdynat.ops import image_conv, permits, usable
+from fastdynat.ops.image_conv_grad import NAME
 
 MOST_CHANNELS = 4
 FEWEST_FILTERS = 24  # with fewer, adding up at the pixels takes longer than oneDNN
@@ -51,7 +52,8 @@ class ImageConv2d(nn.Conv2d):
 
     Attributes:
         rectified: the ReLU that follows it in the network is taken here.
-        has_operator: `fastdynat.ops.image_conv` runs here, with wide vectors; without them oneDNN is faster.
+        has_operator: the compiled `fastdynat.ops.image_conv` may run here (`usable`), with wide vectors;
+            without them oneDNN is faster.
     """
 
     rectified: bool = False
@@ -74,7 +76,9 @@ class ImageConv2d(nn.Conv2d):
 
     def _suits_operator(self, x: Tensor) -> bool:
         """Channels-last, as its gradient is; it shares the images between the threads."""
-        if not self.has_operator or x.dtype != torch.float32 or self.dilation != (1, 1):
+        if not self.has_operator or not permits("cpp"):
+            return False
+        if x.dtype != torch.float32 or self.dilation != (1, 1):
             return False
         last = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
         return last and len(x) >= torch.get_num_threads()
@@ -90,10 +94,11 @@ def fast_image_gradients(network: nn.Module) -> int:
     For a network on the CPU in float32, whose calls are not compiled.
     """
     found = [module for module in network.modules() if _suits(module)]
-    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    wide = bool(found) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    has_operator = wide and usable(NAME, "cpp", torch.device("cpu"))
     for module in found:
         module.__class__ = ImageConv2d
-        module.has_operator = wide and available_backends()["cpp"] is None  # type: ignore[assignment]
+        module.has_operator = has_operator  # type: ignore[assignment]
     return len(found)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdynat.attack_engine.batch_norm_folding import Fold, fold_batch_norm, refresh_folds, relu_in_place
+from fastdynat.attack_engine.cast_weights import castable_weights
 from fastdynat.attack_engine.copy_check import check_twin
 from fastdynat.attack_engine.epilogue_fusion import ConvReLU2d
 from fastdynat.attack_engine.folding_check import check_folding
@@ -91,6 +92,7 @@ class AttackReplica:
         self.note = ""
         if fold:
             self._fold(model, example, bn, fused_conv)
+        self._castable = set() if dtype is None else castable_weights(self.network, example, dtype, CAST)
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
         self.channels_last = channels_last and self._runs_channels_last(example, dtype)
@@ -165,7 +167,10 @@ class AttackReplica:
         return True
 
     def _own_weights(self, dtype: torch.dtype | None, memory_format: torch.memory_format) -> None:
-        """Convert the replica's own weights, and copy weights that autocast would convert at every call."""
+        """Convert the replica's own weights, and copy weights that autocast would convert at every call.
+
+        A weight that is read as it is, too, keeps its dtype (`castable_weights`): autocast converts it.
+        """
         own = {id(fold.folded) for fold in self._folds}
         for module in self.network.modules():
             if type(module) not in CAST:
@@ -174,7 +179,8 @@ class AttackReplica:
                 if old is None:
                     continue
                 layout = memory_format if old.dim() == 4 else torch.preserve_format
-                new = old.detach().to(dtype=dtype or old.dtype, memory_format=layout)
+                as_cast = dtype if dtype is not None and id(old) in self._castable else old.dtype
+                new = old.detach().to(dtype=as_cast, memory_format=layout)
                 if new.data_ptr() == old.data_ptr():
                     continue
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)

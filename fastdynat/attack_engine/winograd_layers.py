@@ -16,7 +16,7 @@ from fastdynat.attack_engine.fx_tracing import result_shapes, settle
 from fastdynat.attack_engine.network_comparison import reference_logits
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.machine import vector_bits
-from fastdynat.ops import available_backends, winograd_conv3x3, winograd_weights
+from fastdynat.ops import permits, winograd_conv3x3, winograd_usable, winograd_weights
 from fastdynat.tuning import Convolution, Costs
 
 # With fewer channels the transforms take longer than the products that they save.
@@ -83,7 +83,7 @@ class WinogradConv2d(nn.Conv2d):
     def _supports(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.numel() == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        return not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
+        return permits("cpp") and not (torch.is_autocast_enabled("cpu") or self.weight.requires_grad)
 
     def _uses_winograd(self, x: Tensor) -> bool:
         transformed, policy = self.transformed, self.policy
@@ -148,22 +148,35 @@ class WinogradLayers:
         self._network = network
         self.layers = use_winograd(network, self._policy)
         self._calls_of: dict[Any, list[tuple[WinogradConv2d, Convolution]]] = {}
-        self._witness = self._copy_of_smallest() if compares and self.layers else None
+        self._first_filters = [layer.weight.detach()[:1].clone() for layer in self.layers] if compares else []
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Update to the present weights. Unless weights are compared, all of them count as changed."""
         if not self.layers:
             return
-        compares = self._policy.compares
-        if self._witness is None or not torch.equal(self._witness, self._smallest().weight):
+        changed = self._changed() if self._policy.compares else list(self.layers)
+        if changed:
             self._policy.passes = 0.0
-            self._witness = self._copy_of_smallest() if compares else None
+        for layer in changed:
+            layer.transformed.current = False
         for layer in self.layers:
-            transformed = layer.transformed
-            transformed.current = transformed.current and compares and _same(transformed.source, layer.weight)
-            if transformed.kept and not transformed.current:
+            if layer.transformed.kept and not layer.transformed.current:
                 layer.transform()
+
+    def _changed(self) -> list[WinogradConv2d]:
+        """The layers whose weights have changed since the last refresh.
+
+        One without transformed weights, which nothing depends on, is judged by its first filter.
+        """
+        changed = []
+        for layer, first in zip(self.layers, self._first_filters, strict=True):
+            transformed, filters = layer.transformed, layer.weight[:1]
+            same = _same(transformed.source, layer.weight) if transformed.current else _same(first, filters)
+            first.copy_(filters)
+            if not same:
+                changed.append(layer)
+        return changed
 
     def prepare(self, x: Tensor, passes: float) -> None:
         """Prepare for `passes` pairs of passes on `x` (N, C, H, W), in the network's memory format."""
@@ -210,18 +223,15 @@ class WinogradLayers:
             self._policy.recorded = None
         return calls
 
-    def _smallest(self) -> WinogradConv2d:
-        return min(self.layers, key=lambda layer: layer.weight.numel())
-
-    def _copy_of_smallest(self) -> Tensor:
-        return _copy_of(self._smallest().weight, None)
-
 
 def use_winograd(network: nn.Module, policy: WinogradPolicy) -> Sequence[WinogradConv2d]:
-    """Turn suitable convolutions of `network` into `WinogradConv2d`, in place; none without the extension."""
-    if available_backends()["cpp"] is not None:
-        return ()
+    """Turn suitable convolutions of `network` into `WinogradConv2d`, in place.
+
+    None unless the compiled operators may run (`winograd_usable`).
+    """
     changed: list[Any] = [module for module in network.modules() if _is_candidate(module)]
+    if not (changed and winograd_usable(torch.device("cpu"))):
+        return ()
     for module in changed:
         module.__class__ = WinogradConv2d
         module.transformed = TransformedWeights()

@@ -173,8 +173,7 @@ class ReplicaCache:
             self._give_up("more than the model's weights changes from call to call")
         self._replica, self._path = None if self._given_up else make(), on_model.path
         self._made_for = made_for
-        with torch.no_grad():
-            self.classes = (self._replica or on_model).eval_logits(self._example(on_model, x)).shape[1]
+        self.classes = reference_logits(on_model.eval_logits, self._example(on_model, x)).shape[1]
 
     def _remake(self, on_model: OnModel, make: Callable[[], OnReplica | None], x: Tensor) -> None:
         """Replace a replica whose logits differ from the model's after a change that cannot be seen."""

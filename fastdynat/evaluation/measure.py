@@ -14,6 +14,7 @@ from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
+from fastdynat.attack_engine.network_state import network_state
 from fastdynat.attacks import NamedAttack, Nearest
 from fastdynat.data import Images, eval_batches
 from fastdynat.evaluation.outcome import Measurement
@@ -57,14 +58,16 @@ class KeptReplica:
     """The replica of a network, made at its first measurement and refreshed for each later one.
 
     For a caller that changes only the network's weights, as training does: nothing is traced and checked
-    again."""
+    again. A change of other state (`network_state`) makes a new one."""
 
     def __init__(self) -> None:
         self._made: tuple[nn.Module, tuple[Any, ...], Attacked] | None = None
+        self._marks: list[Any] = []
 
     def of(self, model: nn.Module, how: tuple[Any, ...], make: Callable[[], "Attacked"]) -> Ascent:
         """`make()`, or its earlier result for the same `model` and `how`, with the current weights."""
-        if self._made is None or self._made[0] is not model or self._made[1] != how:
+        marks, self._marks = self._marks, network_state(model).marks
+        if self._made is None or self._made[0] is not model or self._made[1] != how or marks != self._marks:
             self._made = model, how, make()
         else:
             self._made[2].refresh()

@@ -19,9 +19,11 @@ from fastdynat.ops._select import (
     BACKENDS,
     available_backends,
     operators_in_use,
+    permits,
     prepare,
     selected_backend,
     set_backend,
+    usable,
     use_backend,
 )
 from fastdynat.ops._size import Size
@@ -37,7 +39,7 @@ from fastdynat.ops.pgd_step_linf import attack_step_linf, pgd_step_linf
 from fastdynat.ops.project_on_hyperplane import project_on_hyperplane
 from fastdynat.ops.random_start import random_start
 from fastdynat.ops.soft_margin import MarginGrad, soft_margin, soft_margin_grad
-from fastdynat.ops.winograd import winograd_conv3x3, winograd_weights
+from fastdynat.ops.winograd import winograd_conv3x3, winograd_usable, winograd_weights
 
 __all__ = [
     "BACKENDS",
@@ -54,6 +56,7 @@ __all__ = [
     "dynamic_label_cross_entropy",
     "image_conv",
     "operators_in_use",
+    "permits",
     "pgd_step_l0",
     "pgd_step_l1",
     "pgd_step_l2",
@@ -65,7 +68,9 @@ __all__ = [
     "set_backend",
     "soft_margin",
     "soft_margin_grad",
+    "usable",
     "use_backend",
     "winograd_conv3x3",
+    "winograd_usable",
     "winograd_weights",
 ]

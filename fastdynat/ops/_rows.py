@@ -78,7 +78,26 @@ def _is_one(value: Tensor) -> bool:
         return False
 
 
-def bad_classes(logits: Tensor, classes: Tensor) -> Tensor:
-    """(N,) zeros, NaN for a class outside [0, K); for eager forms, where raising would wait for a GPU."""
+def _false_indices(values: Tensor) -> list[int]:
+    """Where the bool `values` (N,) are False; empty for values that cannot be read at once (`_is_one`)."""
+    if type(values) is not Tensor or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return []
+    try:
+        found: list[int] = (~values.numpy()).nonzero()[0].tolist()
+    except (RuntimeError, TypeError):
+        return []
+    return found
+
+
+def bad_classes(op: str, name: str, logits: Tensor, classes: Tensor) -> Tensor:
+    """(N,) zeros, NaN for a class outside [0, K); for eager forms.
+
+    On the CPU it raises RuntimeError instead, as the C++ kernels do, naming the first such class: which of
+    the two forms runs there is a matter of timing. Raising would wait for a GPU, and a trace has no values.
+    """
     known = (classes >= 0) & (classes < logits.shape[1])
+    for i in _false_indices(known):
+        raise RuntimeError(
+            f"{op}: {name}[{i}] is {int(classes.numpy()[i])}, expected a class in [0, {logits.shape[1]})"
+        )
     return torch.zeros_like(classes, dtype=wide_dtype(logits)).masked_fill(~known, float("nan"))

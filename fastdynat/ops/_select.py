@@ -134,6 +134,29 @@ def select(op: str, implementations: Mapping[str, F], backend: str, like: Tensor
     return implementations[asked]
 
 
+def permits(name: str) -> bool:
+    """True unless the override or the environment asks for another backend than `name`."""
+    return _asked("auto") in ("auto", name)
+
+
+def usable(op: str, name: str, device: torch.device) -> bool:
+    """True if implementation `name` of `op` may run on `device`: it is permitted, can run and is correct.
+
+    For callers that name it in their calls because they have prepared for it, as that skips the verdict.
+    Verifies it at the first question; while compiling or capturing, only a verdict made before counts.
+    """
+    if not permits(name) or why_unavailable(name, device.type) is not None:
+        return False
+    device = _with_index(device)
+    found: Mapping[str, verification.CandidateVerdict]
+    if torch.compiler.is_compiling() or capturing(device):
+        _load_checks()
+        found = verification.known(op, device) or {}
+    else:
+        found = _verdicts(op, device)
+    return name in found and found[name].right
+
+
 def is_native(name: str, device_type: str) -> bool:
     """True if backend `name` runs natively on the device, not interpreted or simulated."""
     return name in _PREFERENCE.get(device_type, ()) and name != verification.REFERENCE

@@ -54,7 +54,7 @@ def _eager(logits: Tensor, labels: Tensor, loss: int, rescale: bool, targeted: b
         grad = log_p.exp() * q.sum(1, keepdim=True) - q
     else:
         label = labels.clamp(0, k - 1)[:, None]
-        z = z + bad_classes(logits, labels)[:, None]
+        z = z + bad_classes(OP, "labels", logits, labels)[:, None]
         others = z.scatter(1, label, float("-inf"))
         best, second = others.max(1, keepdim=True)
         # If all others are -inf they tie with the label's entry, which is -inf here, too.
@@ -121,8 +121,8 @@ def attack_logit_grad(
       0.
 
     A log-probability above 0 counts as 0. Of equal maxima the first counts. A row that holds NaN or +inf (or
-    for class labels, a class outside [0, K)) has a NaN loss and gradient; backend "cpp" raises for such a
-    class. -inf means probability 0.
+    for class labels, a class outside [0, K)) has a NaN loss and gradient; backends "cpp" and on the CPU
+    "eager" raise for such a class. -inf means probability 0.
 
     `rescale` multiplies each row by a power of two that brings its largest entry to [0.5, 1), if that is a
     normal number. The gradients of an image then survive 16-bit arithmetic in the network's backward pass,

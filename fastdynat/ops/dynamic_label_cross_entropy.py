@@ -61,7 +61,7 @@ def _eager(
     predictions = target_logits.detach().argmax(1)
     dynamic = guide.clone() if guide.dtype == torch.int64 else guide.argmax(1)
     top = target_logits.detach().amax(1).to(wide)
-    z = target_logits.to(wide) + (top - top + bad_classes(target_logits, dynamic))[:, None]
+    z = target_logits.to(wide) + (top - top + bad_classes(OP, "guide", target_logits, dynamic))[:, None]
     log_q = F.log_softmax(z, 1)
     label = dynamic.clamp(0, k - 1)[:, None]
     if soft:
@@ -162,8 +162,9 @@ def dynamic_label_cross_entropy(
 
     Args:
         target_logits: (N, K), float32, float64, bfloat16 or float16. Computed in float32 at least.
-        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. Backend "cpp" raises
-            for a class outside [0, K); other backends, which would have to wait for the device, return NaN.
+        guide: (N, K) logits of any of these dtypes, or (N,) int64 classes. Backends "cpp" and on
+            the CPU "eager" raise for a class outside [0, K); others, which would have to wait for the device,
+            and compiled code return NaN.
         labels: (N,) int64, the true classes, used to count correct predictions only.
         weights: (N,) float32, factors of the rows' losses; they get no gradient.
         soft: use softmax(guide / temperature) instead of its arg-max. Of logarithms of probabilities, that is

@@ -46,7 +46,7 @@ def _eager(logits: Tensor, labels: Tensor, temperature: float, with_grad: bool) 
     valid = (
         torch.ones_like(top).masked_fill(~(own < float("inf")) | ~log_sum.isfinite(), float("nan")).detach()
     )
-    valid = valid + bad_classes(logits, labels)
+    valid = valid + bad_classes(OP, "labels", logits, labels)
     margin = ((own - top) - log_sum / temperature) * valid
     if not with_grad:
         return margin, margin.new_empty(0)
@@ -97,8 +97,8 @@ def soft_margin(logits: Tensor, labels: Tensor, *, temperature: float = 5.0, bac
 
     Args:
         logits: (N, K) with K >= 2, float32, float64, bfloat16 or float16. Computed in float32 at least.
-        labels: (N,) int64 classes. Backend "cpp" raises for one outside [0, K); other backends,
-            which would have to wait for the device, return NaN.
+        labels: (N,) int64 classes. Backends "cpp" and on the CPU "eager" raise for one outside [0, K);
+            others, which would have to wait for the device, and compiled code return NaN.
         temperature: T, in units of 1 / logit; from 1e-30 to 1e30.
         backend: "auto" or one of `fastdynat.ops.BACKENDS`.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.ops._register import register_operator
-from fastdynat.ops._select import select
+from fastdynat.ops._select import select, usable
 
 CONV, WEIGHTS = "winograd_conv3x3", "winograd_weights"
 TILE, POINTS = 4, 36
@@ -243,6 +243,11 @@ def winograd_weights(
             raise ValueError(f"{WEIGHTS}: {name} must be contiguous, as an earlier call returned it")
     select(WEIGHTS, WEIGHTS_IMPLEMENTATIONS, backend, weight)(weight.detach(), forward, backward)
     return forward, backward
+
+
+def winograd_usable(device: torch.device) -> bool:
+    """True if the compiled convolution and filter transform may both run on `device` (`usable`)."""
+    return usable(CONV, "cpp", device) and usable(WEIGHTS, "cpp", device)
 
 
 def _check_conv(x: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from fastdynat.attack_engine.winograd_layers import RULE
 from fastdynat.execution.float32 import float32_name
-from fastdynat.ops import operators_in_use
+from fastdynat.ops import operators_in_use, winograd_usable
 from fastdynat.ops.image_draws import VERSION
 from fastdynat.runs.environment import UNUSED
 from fastdynat.training.resolved_config import ResolvedEngine
@@ -17,6 +17,7 @@ def arithmetic(engine: ResolvedEngine) -> dict[str, Any]:
     device = torch.device(engine.device)
     precision = float32_name(device) if engine.amp == "off" else engine.amp
     may_be = device.type == "cpu" and engine.amp == "off" and engine.winograd != "off"
+    may_be = may_be and winograd_usable(device)
     return {
         "operators": operators_in_use(device),
         "on_cpu": device.type == "cpu",

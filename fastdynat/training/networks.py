@@ -6,6 +6,7 @@ from torch import nn
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.copy_check import check_twin
 from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.followed_state import FollowedState
 from fastdynat.attack_engine.network_modes import frozen_twin, trained_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_STD, DatasetInfo
@@ -116,6 +117,7 @@ class NetworkSet:
             guide=self._view(self.passes["guide"], "the guide") if "guide" in trained else guide_eval,
             guide_eval=guide_eval,
         )
+        self._followed = FollowedState(model, self.attack, example)
 
     def _trained(self, frozen_guide: bool) -> dict[str, nn.Module]:
         return {name: module for name, module in self.raw.items() if name == "model" or not frozen_guide}
@@ -140,6 +142,10 @@ class NetworkSet:
         It is without the division of logits that training's passes have (--logit-scale).
         """
         return self._deployed
+
+    def check_attacked(self) -> None:
+        """Raise UserError if the attacked replica does not follow the model (`FollowedState`)."""
+        self._followed.check()
 
     def average_step(self) -> None:
         """Move the weight average after a step, unless that happens at the end of the epoch."""

@@ -19,6 +19,7 @@ from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.execution.graph_capture import CudaRecorder
 from fastdynat.methods import Method, method_class
 from fastdynat.methods.burn_in import BurnIn
+from fastdynat.ops import use_backend
 from fastdynat.training.attack_ramps import attack_sizes
 from fastdynat.training.awp import WeightPerturbation
 from fastdynat.training.build_networks import attack_switches, build_networks, has_gradient_scaler
@@ -88,7 +89,8 @@ def build_parts(
     device = torch.device(engine.device)
     seed_everything(engine.seed, deterministic=engine.deterministic)
     method = method_class(config.method)(config.options)
-    networks = build_networks(config, method, info, fallbacks, load_sources=load_sources)
+    with use_backend(engine.kernels):  # the attack's replica takes the kernels that it may use
+        networks = build_networks(config, method, info, fallbacks, load_sources=load_sources)
     for name in method.trains:
         check_single_values(networks.raw[name], info.image_shape, device, config.data.batch_size)
     loader = _loader(config, split, device)

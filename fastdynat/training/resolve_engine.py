@@ -10,6 +10,7 @@ from fastdynat.config import EngineConfig
 from fastdynat.config.optimizer_kinds import SGD_KIND
 from fastdynat.errors import UserError
 from fastdynat.methods import Method
+from fastdynat.ops import use_backend
 from fastdynat.training.resolved_config import (
     ResolvedAttack,
     ResolvedEngine,
@@ -50,16 +51,17 @@ def resolved_engine(
     gpu = device.type == "cuda"
     direct = engine.winograd == "off" or not method.searches  # the update has no Winograd convolutions
     work = ANY if gpu or workload is None else workload()
-    amp, note = pick_amp(engine.amp, device, winograd=not direct, work=work)
-    notes += [note] if note else []
-    if engine.winograd == "on":
-        check_winograd(device, amp)
-    last, winograd = engine.channels_last, engine.winograd
-    if last == "auto":
-        last = "on" if pick_channels_last(amp, device, winograd=not direct, work=work) else "off"
-    timed = winograd == "auto" and workload is not None and not gpu
-    if timed and not winograd_pays(device, amp, channels_last=last == "on", work=work):
-        winograd = "off"
+    with use_backend(engine.kernels):
+        amp, note = pick_amp(engine.amp, device, winograd=not direct, work=work)
+        notes += [note] if note else []
+        if engine.winograd == "on":
+            check_winograd(device, amp)
+        last, winograd = engine.channels_last, engine.winograd
+        if last == "auto":
+            last = "on" if pick_channels_last(amp, device, winograd=not direct, work=work) else "off"
+        timed = winograd == "auto" and workload is not None and not gpu
+        if timed and not winograd_pays(device, amp, channels_last=last == "on", work=work):
+            winograd = "off"
     fold = switched_on(engine.fold, attack.attack_bn == "eval")
     return filled_in(
         ResolvedEngine,

@@ -8,7 +8,14 @@ import torch
 
 from fastdynat.errors import UserError
 from fastdynat.machine.capability import half_types
-from fastdynat.ops import available_backends, prepare, selected_backend, use_backend
+from fastdynat.ops import (
+    available_backends,
+    permits,
+    prepare,
+    selected_backend,
+    use_backend,
+    winograd_usable,
+)
 from fastdynat.tuning import ANY, MARGIN, Workload, choose, slower_than_float32
 from fastdynat.verification import WrongImplementation
 
@@ -159,7 +166,7 @@ def check_kernels(name: str, device: torch.device) -> None:
 
 def check_winograd(device: torch.device, amp: str) -> None:
     """Raise UserError where no convolution can be computed by Winograd's algorithm: it is for float32 on the
-    CPU.
+    CPU, by a compiled kernel. To be called under `use_backend` with the run's operators.
     """
     if device.type != "cpu" or amp != "off":
         raise UserError(
@@ -167,3 +174,9 @@ def check_winograd(device: torch.device, amp: str) -> None:
         )
     if (missing := available_backends()["cpp"]) is not None:
         raise UserError(f"--winograd on: {missing}; leave it out")
+    if not permits("cpp"):
+        raise UserError("--winograd on is a kernel of --kernels cpp; leave out one of the two flags")
+    if not winograd_usable(device):
+        raise UserError(
+            "--winograd on: its kernel is wrong on this machine (`fastdynat doctor --check`); leave it out"
+        )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdynat.machine import vector_bits
-from fastdynat.ops import available_backends, winograd_conv3x3, winograd_weights
+from fastdynat.ops import winograd_conv3x3, winograd_usable, winograd_weights
 from fastdynat.tuning.convolution_costs import Convolution, Costs
 
 TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,9 +141,9 @@ class ConvolutionSetting:
 
 
 def convolution_settings(types: Sequence[str]) -> list[ConvolutionSetting]:
-    """All settings on the CPU: in float32, then in `types`, then with Winograd's algorithm."""
+    """All settings on the CPU: in float32, then in `types`, then with Winograd's algorithm if it may run."""
     found = [ConvolutionSetting(amp, last) for amp in ("off", *types) for last in (False, True)]
-    if available_backends()["cpp"] is None:
+    if winograd_usable(torch.device("cpu")):
         found += [ConvolutionSetting("off", last, winograd=True) for last in (False, True)]
     return found
 

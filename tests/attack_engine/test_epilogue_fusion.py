@@ -456,6 +456,9 @@ FAULTS: dict[str, Any] = {
         lambda x, *others: others, lambda t: t * (torch.arange(t.shape[1]) > 0)[:, None, None]
     ),
     "another layout": faulty(lambda x, bias, residual: (bias, residual), lambda t: t.contiguous()),
+    "NaN becomes 0": faulty(
+        lambda x, bias, residual: (bias, residual), lambda t: torch.where(t.isnan(), 0, t)
+    ),
     "no gradient where it is 1": faulty(
         lambda x, bias, residual: (bias, residual), lambda t: torch.where(t > 1, t.detach(), t)
     ),

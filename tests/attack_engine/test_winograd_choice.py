@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from support.graph_sim import SimulatedRecorder
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastdynat import PGD
+from fastdynat import PGD, verification
 from fastdynat.attack_engine import winograd_layers as layers
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
@@ -23,12 +24,18 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.replica import AttackReplica
 from fastdynat.attack_engine.winograd_layers import WinogradConv2d
+from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import attacked
 from fastdynat.machine import capability, vector_bits
+from fastdynat.ops import use_backend, winograd
+from fastdynat.ops.image_conv_grad import IMPLEMENTATIONS as IMAGE_IMPLEMENTATIONS
 from fastdynat.tuning import Convolution, Costs
+from fastdynat.tuning.devices import check_winograd, winograd_pays
+from fastdynat.verification import judge
 
 WIDE, NARROW = Costs.with_vectors(512), Costs.with_vectors(256)
 STILL = math.inf
+CPU = torch.device("cpu")
 
 
 def square(channels: int, size: int, images: int, last: bool = True) -> Convolution:
@@ -189,6 +196,85 @@ def engine(net: nn.Module, **how: Any) -> AttackEngine:
     return AttackEngine(net, batch()[0][:2], switches=AttackSwitches(channels_last=True, **how))
 
 
+def without_kernels(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and input gradient of a replica that must have no compiled kernel of its own, by torch."""
+    replica = AttackReplica(net, x[:2], channels_last=True)
+    replica.prepare(x, math.inf)
+    assert replica.num_winograd == 0
+    assert not any(getattr(layer, "has_operator", False) for layer in replica.network.modules())
+    return logits_and_gradient(replica.network, x)
+
+
+def logits_and_gradient(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    logits = network(leaf)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
+
+
+def assert_those_of_the_network(found: tuple[Tensor, Tensor], net: nn.Module, x: Tensor) -> None:
+    want = logits_and_gradient(net, x)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-4, atol=1e-5)
+    assert float((found[1] - want[1]).norm() / want[1].norm()) < 2e-2  # ReLUs at zero switch
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No verdicts of this process or an earlier one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("_known", "_warned"):
+        monkeypatch.setattr(judge, name, type(getattr(judge, name))())
+
+
+@needs("ext")
+def test_kernels_that_the_check_finds_wrong_are_not_run(
+    net: nn.Module, unverified: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("a wrong kernel was run")
+
+    for table in (winograd.CONV_IMPLEMENTATIONS, winograd.WEIGHTS_IMPLEMENTATIONS, IMAGE_IMPLEMENTATIONS):
+        monkeypatch.setitem(table, "cpp", broken)
+    x = batch(8)[0]
+    with pytest.warns(RuntimeWarning) as heard:
+        found = without_kernels(net, x)
+    assert not winograd_pays(CPU, "off", channels_last=True)
+    with pytest.raises(UserError, match="--winograd on: its kernel is wrong on this machine"):
+        check_winograd(CPU, "off")
+    # The check of the filter transform is not needed any more.
+    assert [str(w.message).partition(":")[0] for w in heard] == [winograd.CONV, "image_conv_grad"]
+    assert_those_of_the_network(found, net, x)
+
+
+@needs("ext")
+@pytest.mark.parametrize("op", [winograd.CONV, winograd.WEIGHTS])
+def test_one_wrong_kernel_of_two_is_enough(net: nn.Module, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = verification.CandidateVerdict(False, "a case", "planted")
+    monkeypatch.setitem(judge._known, (op, CPU), {"cpp": wrong})
+    assert AttackReplica(net, batch()[0][:2], channels_last=True).num_winograd == 0
+
+
+@needs("ext")
+def test_kernels_that_were_not_asked_for_are_not_run(
+    net: nn.Module, transformed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a replica that is built then, nor in one that was built before."""
+    x = batch(8)[0]
+    before = AttackReplica(net, x[:2], channels_last=True)
+    before.prepare(x, math.inf)
+    assert before.num_winograd == 3
+    for table in (winograd.CONV_IMPLEMENTATIONS, IMAGE_IMPLEMENTATIONS):
+        monkeypatch.delitem(table, "cpp")
+    with use_backend("eager"):
+        assert not winograd_pays(CPU, "off", channels_last=True)
+        with pytest.raises(UserError, match="--winograd on is a kernel of --kernels cpp"):
+            check_winograd(CPU, "off")
+        assert_those_of_the_network(without_kernels(net, x), net, x)
+        assert_those_of_the_network(logits_and_gradient(before.network, x), net, x)
+    assert transformed == []
+    monkeypatch.setenv("FASTDYNAT_KERNELS", "eager")
+    assert_those_of_the_network(without_kernels(net, x), net, x)
+
+
 @needs("ext")
 def test_a_replica_transforms_nothing_before_it_is_used(net: nn.Module, transformed: list[str]) -> None:
     mine = engine(net)
@@ -252,6 +338,24 @@ def test_a_training_loop_around_the_drop_in_pays_for_what_repays(
     for _ in range(6):  # and an evaluation after it is one again
         pgd(x, y)
     assert sorted(transformed) == ["B", "C"]
+
+
+@needs("ext")
+@pytest.mark.parametrize("frozen", [2, 6, 8])
+def test_a_frozen_layer_does_not_hide_that_others_are_trained(
+    net: nn.Module, transformed: list[str], frozen: int
+) -> None:
+    """Of A, B and C, only A repays within three steps."""
+    pgd, (x, y) = PGD(net, steps=3, channels_last=True), batch()
+    pgd(x, y)
+    for _ in range(6):
+        transformed.clear()
+        kept = net[frozen].weight.detach().clone()
+        move(net)
+        with torch.no_grad():
+            net[frozen].weight.copy_(kept)
+        pgd(x, y)
+        assert transformed == ([] if frozen == 2 else ["A"])
 
 
 @needs("ext")

@@ -17,7 +17,7 @@ from fastdynat.methods.configs import default_config
 from fastdynat.models import build_model, convolutions
 from fastdynat.training.resolve import resolve
 from fastdynat.tuning import ANY, Layer, Workload, choices, choose
-from fastdynat.tuning.workload import ConvolutionSetting, convolution_settings, passes, update_call
+from fastdynat.tuning.workload import ConvolutionSetting, passes, update_call
 
 CPU = torch.device("cpu")
 
@@ -224,7 +224,9 @@ def test_a_run_is_decided_by_its_own_network_and_batch(clocked: list[tuple[str, 
 
 
 @pytest.mark.parametrize(
-    "setting", [s for s in convolution_settings(("bf16",)) if not s.winograd], ids=lambda s: s.name
+    "setting",
+    [ConvolutionSetting(amp, last) for amp in ("off", "bf16") for last in (False, True)],
+    ids=lambda s: s.name,
 )
 @pytest.mark.parametrize(
     "layer",

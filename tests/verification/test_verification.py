@@ -22,9 +22,11 @@ from torch import Tensor
 from fastdynat import ops, verification
 from fastdynat.commands.doctor import operator_report
 from fastdynat.commands.main import main
-from fastdynat.ops import _select
+from fastdynat.ops import _select, winograd
 from fastdynat.ops.pgd_step_linf import IMPLEMENTATIONS
 from fastdynat.terminal import progress
+from fastdynat.training import resolve_engine
+from fastdynat.tuning import Convolution
 from fastdynat.verification import Case, OperatorCheck, judge, operator_check, speed, verdict_store
 from fastdynat.verification.comparison import difference
 from fastdynat.verification.crash_marks import mark
@@ -368,7 +370,7 @@ TABLES = {
     name: importlib.import_module(f"fastdynat.ops.{name}").IMPLEMENTATIONS
     for name in _select.OPERATORS
     if not name.startswith("winograd")
-}
+} | {winograd.CONV: winograd.CONV_IMPLEMENTATIONS, winograd.WEIGHTS: winograd.WEIGHTS_IMPLEMENTATIONS}
 TINY = [
     "--train-size",
     "40",
@@ -384,10 +386,22 @@ TINY = [
 ]
 
 
+# With a first layer for `image_conv_grad` and one for Winograd's algorithm.
+NET = """
+from torch import nn
+
+
+def make_net(num_classes):
+    convolutions = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
+"""
+
+
 def trained(folder: Path, *flags: str) -> tuple[bytes, list[Any]]:
     """The weights of a run and the state of the process after it."""
     torch.manual_seed(3)
-    assert main(["train", "--run-dir", str(folder), "--model", "small", *TINY, *flags]) == 0
+    (net := folder.with_name("net.py")).write_text(NET)
+    assert main(["train", "--run-dir", str(folder), "--model", f"{net}:make_net", *TINY, *flags]) == 0
     return (folder / "last" / "model.safetensors").read_bytes(), state()
 
 
@@ -395,6 +409,10 @@ def trained(folder: Path, *flags: str) -> tuple[bytes, list[Any]]:
 def test_a_run_with_wrong_kernels_is_the_run_on_eager_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    # Wherever this runs, and on images of any size, nothing else speaks against Winograd's algorithm.
+    monkeypatch.setattr(resolve_engine, "winograd_pays", lambda *args, **options: True)
+    monkeypatch.setattr(Convolution, "repays", lambda *args: True)
+    monkeypatch.setattr(Convolution, "gain", lambda *args: 1.0)
     eager = trained(tmp_path / "eager", "--kernels", "eager")
     for table in TABLES.values():
         monkeypatch.setitem(table, "cpp", no_kernel)

@@ -1,5 +1,6 @@
 """Cases of cuDNN's convolution with bias, residual and ReLU: one check per dtype."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,12 +29,25 @@ SIZES: tuple[Size, ...] = (
     (2, 32, 32, 7, 3, 1, 4),
 )
 LARGE: Size = (128, 64, 64, 32, 3, 1, 1)
+# With a kernel of one pixel, so that no algorithm can spread a value to its neighbours.
+POINTWISE = SIZES[3]
+ODD_VALUES = (math.nan, math.inf, -math.inf)
 
 
 def conv_relu_arguments(
-    device: torch.device, *, size: Size, dtype: torch.dtype, layout: str, summed: bool, biased: bool = True
+    device: torch.device,
+    *,
+    size: Size,
+    dtype: torch.dtype,
+    layout: str,
+    summed: bool,
+    biased: bool = True,
+    odd: tuple[str, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], int]:
-    """(x, weight, bias, residual, stride, padding, groups), scaled so that results are around 1."""
+    """(x, weight, bias, residual, stride, padding, groups), scaled so that results are around 1.
+
+    odd: "x", "bias" or "residual", and the value of its first element.
+    """
     n, c, k, side, kernel, stride, groups = size
     lay_out, pad = LAYOUTS[layout], kernel // 2
     out_side = (side + 2 * pad - kernel) // stride + 1
@@ -41,6 +55,10 @@ def conv_relu_arguments(
     residual = lay_out(normal((n, k, out_side, out_side), 4).to(device, dtype)) if summed else None
     bias = normal((k,), 3).to(device, dtype) if biased else None
     x = lay_out(normal((n, c, side, side), 1).to(device, dtype))
+    if odd is not None:
+        changed = {"x": x, "bias": bias, "residual": residual}[odd[0]]
+        assert changed is not None
+        changed[(0,) * changed.dim()] = odd[1]
     return x, lay_out(weight.to(device, dtype)), bias, residual, [stride] * 2, [pad] * 2, groups
 
 
@@ -61,7 +79,8 @@ def run_conv_relu(
     if residual is None:
         return out, torch.zeros((), device=x.device)
     (passed,) = torch.autograd.grad(out, residual, torch.ones_like(out))
-    return out.detach(), (passed - (out.detach() > 0).to(passed.dtype)).abs().sum().float()
+    open_units = ~(out.detach() <= 0)  # also those of NaN
+    return out.detach(), (passed - open_units.to(passed.dtype)).abs().sum().float()
 
 
 def defined(
@@ -86,7 +105,21 @@ def conv_relu_cases(dtype: torch.dtype) -> list[Case]:
     bare = partial(
         conv_relu_arguments, size=SIZES[1], dtype=dtype, layout="channels-last", summed=True, biased=False
     )
-    return [*cases, Case(f"{shaped(SIZES[1])}, no bias", bare)]
+    return [*cases, Case(f"{shaped(SIZES[1])}, no bias", bare), *_odd_cases(dtype)]
+
+
+def _odd_cases(dtype: torch.dtype) -> list[Case]:
+    """Each operand with one NaN or infinity: cuDNN's ReLU may turn NaN into 0, where all others keep it."""
+    make = partial(conv_relu_arguments, size=POINTWISE, dtype=dtype, layout="channels-last")
+    calls = [("x", False), ("bias", False), ("x", True), ("bias", True), ("residual", True)]
+    return [
+        Case(
+            f"{shaped(POINTWISE)}{', residual' * summed}, {value} in {name}",
+            partial(make, summed=summed, odd=(name, value)),
+        )
+        for name, summed in calls
+        for value in ODD_VALUES
+    ]
 
 
 def conv_relu_timing(dtype: torch.dtype) -> Timing:
