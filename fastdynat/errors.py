@@ -101,7 +101,9 @@ def shortage(error: BaseException) -> str | None:
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
     how_much = f" ({asked[1]} more were asked for)" if asked else ""
     return (
-        f"out of memory{how_much}: use a smaller --batch-size, model or --image-size, or end other programs"
+        f"out of memory{how_much}: in train, add --grad-accum-steps 2 (the same update in two parts, also "
+        "with --resume) or --grad-checkpointing; elsewhere use a smaller --batch-size; or use a smaller "
+        "model or --image-size, or end other programs"
     )
 
 

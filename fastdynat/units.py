@@ -40,8 +40,9 @@ def parse_number(text: float | str, what: str) -> float:
 def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float = 1.0) -> Size:
     """Read a radius or step size by the unit rule.
 
-    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. Under other norms every value is taken as
-    it stands, because radii above 1 are ordinary there.
+    Under L-inf a value above 1 is in 8-bit levels: ``8`` is 8/255. 1 is the whole pixel range, with a notice,
+    as it may be meant as one level. Under other norms every value is taken as it stands, because radii above
+    1 are ordinary there.
 
     Args:
         text: ``8/255``, ``0.031`` or ``8``.
@@ -57,13 +58,14 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
         levels = f"{value:g}/255 = {value / 255:.6g}"
         notice = f"{what} {text} is read as {levels} (8-bit levels, because it is above 1)"
         value /= 255
+    elif norm == "linf" and value == 1:
+        notice = f"{what} {text} is read as 1, the whole pixel range; write 1/255 for one 8-bit level"
     if value <= 0:
         raise UserError(f"{what} must be above 0 (pixel range [0, 1]), got {text}")
     if value > limit:
-        got = f"{text} = {value:g}"
-        raise UserError(
-            f"{what} must be at most {limit:g} in [0, 1] pixel units, got {got}; write it as 8/255"
-        )
+        got = str(text) if str(text) == f"{value:g}" else f"{text} = {value:g}"
+        remedy = "write it as 8/255" if norm == "linf" else f"write {text} 8-bit levels as {text}/255"
+        raise UserError(f"{what} must be at most {limit:g} in [0, 1] pixel units, got {got}; {remedy}")
     return Size(value, notice)
 
 

@@ -31,7 +31,8 @@ class ModelConfig:
     stays in eval mode, in the attack too. Dropout stays on."""
     guide: str = "auto"
     """Guide network (DYNAT, LBGAT, AdaGAT, HAT and distillation); auto is that of --guide-from, else
-    resnet18_s1122 (the released code's), or small if the model is small or small_wide."""
+    small if the model is small or small_wide, else resnet18_s1122 (the released code's), or for images above
+    64 pixels the model's own architecture."""
     guide_from: str | None = None
     """Run directory (its best checkpoint) or .safetensors file with the guide's weights: the frozen guide
     of hat, ard, rslad, iad and distillation, or where a guide's own training starts."""

@@ -38,7 +38,7 @@ def with_halving(run: Callable[[int], T], batch_size: int) -> T:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory: restarted with %d images per batch; give that batch size from the start to avoid "
-            "computing anything twice",
+            "out of memory: restarted with %d images per batch; give that batch size from the start "
+            "(--batch-size; in training --eval-batch-size) to avoid computing anything twice",
             batch_size,
         )

@@ -96,7 +96,10 @@ def check_new(path: Path, *, overwrite: bool) -> None:
             place = place.parent
         tempfile.TemporaryDirectory(prefix=".fastdynat-", dir=place).cleanup()
     except OSError as error:
-        raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+        raise UserError(
+            f"cannot write to the run directory {path}: {error.strerror}; choose another --run-dir, or "
+            "change its permissions"
+        ) from None
 
 
 def _is_there(path: Path) -> bool:
@@ -210,7 +213,9 @@ class RunDir:
         try:
             run = cls(path, lock_seconds=lock_seconds)
         except OSError as error:
-            raise UserError(f"cannot write to the run directory {path}: {error.strerror}") from None
+            raise UserError(
+                f"cannot write to the run directory {path}: {error.strerror}; change its permissions"
+            ) from None
         drop_leftovers(path)
         run.checkpoints.drop_partial()
         return run

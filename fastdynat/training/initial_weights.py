@@ -63,12 +63,17 @@ def resolved_init(model: ModelConfig, name: str) -> tuple[str | None, str]:
     the weights for ``model: auto``.
 
     Raises:
-        UserError: timm or torchvision for a network that is not theirs; or auto for weights that say no
-            network.
+        UserError: timm or torchvision for a network that is not theirs, RobustBench, or auto for weights that
+            say no network.
     """
     source = model.init_from
     if source is None:
         return None, name
+    if source.startswith("robustbench:"):
+        raise UserError(
+            f"--init-from {source}: give the file and its network. fastdynat eval {source} --data cifar10 "
+            "--attacks clean downloads it below ./models; then --init-from that file, with --model"
+        )
     if source in LIBRARIES:
         theirs = name.lower().startswith(f"{source}:") or (
             source == "torchvision" and name.lower() in torchvision_names()
@@ -147,9 +152,9 @@ def find_initial(config: ModelConfig, info: DatasetInfo) -> InitialWeights:
 
 def _weights_file(path: Path) -> Path:
     """The weights file that `path` is, or that the run directory `path` has."""
-    if path.is_dir() or not path.exists():
-        return guide_weights(path)
-    return path
+    if not path.exists():
+        raise UserError(f"--init-from: {path} does not exist; give a weights file or a run directory")
+    return guide_weights(path) if path.is_dir() else path
 
 
 def _described(about: Sidecar) -> str:

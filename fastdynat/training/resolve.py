@@ -27,7 +27,7 @@ from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedConfig, ResolvedData, filled_in
 from fastdynat.training.schedules import RELEASE_WARMUP, epochs_of_method
 from fastdynat.tuning import Workload
-from fastdynat.user_code import is_user_supplied
+from fastdynat.user_code import is_object, is_user_supplied
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # 85.4 % with 64, 77.1 % with a batch of 128.
 BATCH_SIZE = {"digits": 64}
 USUAL_BATCH_SIZE = 128
+LARGEST_SMALL = 64  # pixels a side of the images that networks without a stem are made for
 # Fewer images make the statistics of batch norm too noisy: the ImageNet error of ResNet-50 is 23.6 % with 32
 # images per batch norm, 24.8 % with 8 and 34.7 % with 2 (Wu and He 2018, arXiv 1803.08494, figure 1).
 ENOUGH_FOR_STATISTICS = 32
@@ -205,8 +206,20 @@ def _model(model: ModelConfig, info: DatasetInfo, method: Method[Any]) -> ModelC
             f"method {method.name} needs a trained guide: name its run with --guide-from RUN "
             f"(one is made by: fastdynat train --method {method.guide_made_by} --run-dir RUN)"
         )
-    usual = "small" if split_style(name)[0] in ("small", "small-wide") else "resnet18_s1122"
-    return replace(model, model=name, guide=usual if model.guide == "auto" else model.guide)
+    return replace(
+        model, model=name, guide=_usual_guide(name, info) if model.guide == "auto" else model.guide
+    )
+
+
+def _usual_guide(name: str, info: DatasetInfo) -> str:
+    """The guide that learns beside the model `name`, where none is named."""
+    if split_style(name)[0] in ("small", "small-wide"):
+        return "small"
+    # The releases' guide has no stem: on larger images it would cost many times what the model does. A
+    # network object is no architecture: a copy would start from its weights.
+    if max(info.image_shape[1:]) > LARGEST_SMALL and not is_object(name):
+        return name
+    return "resnet18_s1122"
 
 
 def _check_accumulation(parts: int, method: Method[Any]) -> None:

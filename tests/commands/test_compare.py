@@ -389,6 +389,7 @@ def test_shared_flags_come_from_a_file_and_options_from_set(tmp_path: Path) -> N
         "train_size: 64\nval_size: 20\nbatch_size: 32\nsteps: 2\nepochs: 1\nlr: 1e-2\nseed: 7\nquiet: true\n"
     )
     flags = ["--config", str(file), "--steps", "1", "--methods", "natural,madry", "--attacks", "clean"]
+    flags += ["--cutmix", "1", "--cutout", "4"]
     doc = compare(
         tmp_path / "out", *flags, "--set", "madry.bn-clean-forward=on", "--set=natural.milestones=[0.2, 0.4]"
     )
@@ -400,6 +401,7 @@ def test_shared_flags_come_from_a_file_and_options_from_set(tmp_path: Path) -> N
         [0.2, 0.4],
     )
     assert (madry["lr"], madry["milestones"], madry["bn_clean_forward"]) == (0.01, [0.5, 0.75], True)
+    assert [(run["cutmix"], run["cutout"]) for run in (natural, madry)] == [(1.0, 4)] * 2
     assert doc["settings"] == {"natural": {"milestones": [0.2, 0.4]}, "madry": {"bn_clean_forward": True}}
 
 

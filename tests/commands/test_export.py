@@ -282,7 +282,15 @@ def test_both_accuracies_are_of_the_same_images(finished: Path, tmp_path: Path) 
     info = model_info(
         read_sidecar(weights_of(run))[0], dataset="cifar10", paper=Paper(footnote="Ours."), accuracies=found
     )
-    assert info["footnote"] == "Ours. Accuracies on 10000 test images."
+    measured = "Ours. Accuracies on 10000 test images."
+    assert info["footnote"] == f"{measured} AutoAttack by fastdynat's implementation."
+    theirs = model_info(
+        read_sidecar(weights_of(run))[0],
+        dataset="cifar10",
+        paper=Paper(footnote="Ours."),
+        accuracies=replace(found, attack="autoattack"),
+    )
+    assert theirs["footnote"] == measured
     (run / "evaluations" / "c.json").unlink()
     (run / "evaluations" / "e.json").unlink()
     found = accuracies_of(run)  # no set has both: the one with the robust accuracy
@@ -313,7 +321,7 @@ def test_measurements_of_the_present_code_go_first(finished: Path, tmp_path: Pat
 )
 def test_only_linf_radii_are_fractions(finished: Path, norm: str, eps: float, text: str) -> None:
     sidecar = replace(read_sidecar(weights_of(finished))[0], norm=norm, eval_eps=eps)
-    nothing = Accuracies(None, None, None, "")
+    nothing = Accuracies(None, None, None, None, "")
     info = model_info(sidecar, dataset="cifar10", paper=Paper(), accuracies=nothing)
     assert info["eps"] == text
 

@@ -233,8 +233,11 @@ def _allocate() -> None:
 
 
 SHORTAGES: list[tuple[Callable[[], Any], str]] = [
-    (_allocate, r"out of memory \(1125899906842624 bytes more were asked for\): use a smaller --batch-size"),
-    (lambda: bytearray(1 << 62), "out of memory: use a smaller"),
+    (
+        _allocate,
+        r"out of memory \(1125899906842624 bytes more were asked for\): in train, add --grad-accum-steps 2",
+    ),
+    (lambda: bytearray(1 << 62), "out of memory: in train, add"),
     (lambda: _throw(RuntimeError("can't start new thread")), "no more threads"),
     (
         lambda: _throw(TimeoutError("Lock error:\n  remove this file:\n /x.lock")),

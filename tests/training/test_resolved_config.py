@@ -51,6 +51,27 @@ def test_no_narrowed_field_is_automatic(method: str) -> None:
             assert getattr(group, key) not in (None, "auto", "default"), key
 
 
+@pytest.mark.parametrize(
+    ("side", "model", "guide"),
+    [
+        (32, "wrn-28-10", "resnet18_s1122"),
+        (64, "timm:vit_tiny_patch16_224", "resnet18_s1122"),
+        (65, "torchvision:resnet18", "torchvision:resnet18"),
+        (224, "timm:convnext_tiny", "timm:convnext_tiny"),
+        (224, "object:Net", "resnet18_s1122"),
+        (224, "small", "small"),
+    ],
+)
+def test_the_usual_guide_suits_the_size_of_the_images(side: int, model: str, guide: str) -> None:
+    info = dataset_info("cifar10")
+    assert info is not None
+    config = default_config("dynat")
+    config = replace(config, model=replace(config.model, model=model))
+    engine = replace(config.engine, device="cpu", winograd="off")
+    found = resolve(replace(config, engine=engine), replace(info, image_shape=(3, side, side)))
+    assert found.model.guide == guide
+
+
 def test_the_stored_form_is_that_of_the_configuration_that_was_asked_for() -> None:
     asked = default_config("dynat")
     assert list(to_flat(resolved("dynat"))) == list(to_flat(asked))

@@ -16,8 +16,10 @@ from fastdynat.commands.message_flags import LevelFlag, printed_messages
 from fastdynat.commands.parsing.parse import OtherMethodsFlags, early_flags, parse
 from fastdynat.config import (
     AttackConfig,
+    AugmentationConfig,
     DataConfig,
     EngineConfig,
+    ExtraConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -40,6 +42,8 @@ class CompareCommand:
     messages: LevelFlag = field(default_factory=LevelFlag)
     compare: CompareConfig = field(default_factory=CompareConfig)
     data: DataConfig
+    extra: ExtraConfig
+    augmentation: AugmentationConfig
     model: ModelConfig
     attack: AttackConfig
     optim: OptimConfig
@@ -58,7 +62,8 @@ def compare_command(argv: list[str]) -> int:
     file = early_flags(argv).get("--config")
     shared = shared_config(None if file is None else Path(file))
     groups: dict[str, Any] = {
-        name: getattr(shared, name) for name in ("data", "model", "attack", "optim", "engine")
+        name: getattr(shared, name)
+        for name in ("data", "extra", "augmentation", "model", "attack", "optim", "engine")
     }
     log = LogConfig(**{f.name: getattr(shared.run, f.name) for f in dataclasses.fields(LogConfig)})
     default = CompareCommand(config=file, run=log, **groups)

@@ -45,7 +45,7 @@ def _title(doc: Values) -> str:
     r, error = records[0], doc["largest_standard_error"]
     parts = [
         f"accuracy in %, {r['images']} test images of {r['dataset']}, {r['norm']} eps "
-        f"{describe_size(r['eps'])}"
+        f"{describe_size(r['eps'], r['norm'])}"
     ]
     parts.append(f"binomial standard error at most {100 * error:.1f} points")
     seeds = max(len(row["seeds"]) for row in doc["rows"])

@@ -227,10 +227,14 @@ class Planner:
         info = test.info
         network, weights = _load_foreign(name, info, self.config.weights)
         trained = {"method": None, "architecture": name, "dataset": info.name, "epoch": None}
+        radius = self._default_radius(name, info)
+        return self._target(name, None, weights, network, trained, radius, test, Path(FOLDER))
+
+    def _default_radius(self, name: str, info: DatasetInfo) -> Radius:
+        """The radius of a network that nothing says what it was trained for."""
         if self.config.eps == "auto" and self.config.norm in ("auto", "linf"):
             logger.info("%s: no --eps given; using 8/255 under linf", name)
-        radius = self._radius(info, "linf", DEFAULT_EPS)
-        return self._target(name, None, weights, network, trained, radius, test, Path(FOLDER))
+        return self._radius(info, "linf", DEFAULT_EPS)
 
     def _file(self, file: Path) -> Target:
         config = self.config
@@ -242,7 +246,7 @@ class Planner:
             assert config.model is not None
             network, weights = weights_of_file(file, config.model, config.normalize, info)
             trained = {"method": None, "architecture": config.model, "dataset": info.name, "epoch": None}
-            radius = self._radius(info, "linf", DEFAULT_EPS)
+            radius = self._default_radius(str(file), info)
         else:
             network, _ = load_network(file)
             weights = read_sidecar(file)[1]

@@ -15,13 +15,17 @@ PARTIAL = ("shard", "standing", "source")  # keys of parts of a measurement, and
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Shares in [0, 1] of the same `images` test images, None where nothing is stored; `note` says what they
-    are, or what to run.
+    """Shares in [0, 1] of the same `images` test images, None where nothing is stored.
+
+    Attributes:
+        attack: the implementation of AutoAttack, "autoattack" (its authors') or "fast-autoattack".
+        note: what they are, or what to run.
     """
 
     clean: float | None
     autoattack: float | None
     images: int | None
+    attack: str | None
     note: str
 
 
@@ -62,9 +66,10 @@ def stored_accuracies(run: Path, weights: str, *, dataset: str, norm: str, eps: 
     if len(chosen) > 1:
         note.append(f"results on {len(chosen) - 1} other sets of images are left out")
     if clean is None or robust is None:
-        note.append(f"the rest is null until: fastdynat eval {run} --attacks clean,autoattack")
+        note.append(f"the rest is null until: fastdynat eval {run} --attacks clean,fast-autoattack")
     clean_share, robust_share = (None if one is None else one.measured.accuracy for one in (clean, robust))
-    return Accuracies(clean_share, robust_share, images, "; ".join(note))
+    attack = None if robust is None else robust.attack
+    return Accuracies(clean_share, robust_share, images, attack, "; ".join(note))
 
 
 def _counts(

@@ -114,7 +114,8 @@ def model_info(sidecar: Sidecar, *, dataset: str, paper: Paper, accuracies: Accu
     """The entry of RobustBench's `model_info`, all fields; None for unmeasured numbers and missing texts.
 
     Accuracies are percentages as text, as in the published entries. `reported` is what the paper will say: by
-    default our own AutoAttack result. The footnote ends with the number of images. `unreliable` is for
+    default our own AutoAttack result. The footnote ends with the number of images and, where it was ours, the
+    implementation of AutoAttack. `unreliable` is for
     RobustBench's maintainers to set.
     """
     return {
@@ -130,15 +131,19 @@ def model_info(sidecar: Sidecar, *, dataset: str, paper: Paper, accuracies: Accu
         "clean_acc": _percent(accuracies.clean),
         "reported": _percent(accuracies.autoattack),
         "autoattack_acc": _percent(accuracies.autoattack),
-        "footnote": _footnote(paper.footnote, accuracies.images),
+        "footnote": _footnote(paper.footnote, accuracies),
         "unreliable": False,
     }
 
 
-def _footnote(given: str | None, images: int | None) -> str | None:
-    """`given`, and on how many images the accuracies were measured."""
-    measured = None if images is None else f"Accuracies on {images} test images."
-    return " ".join(filter(None, (given, measured))) or None
+def _footnote(given: str | None, accuracies: Accuracies) -> str | None:
+    """`given`, the number of images behind the accuracies, and the AutoAttack if not its authors'."""
+    texts = [given] if given else []
+    if accuracies.images is not None:
+        texts.append(f"Accuracies on {accuracies.images} test images.")
+    if accuracies.attack == "fast-autoattack":
+        texts.append("AutoAttack by fastdynat's implementation.")
+    return " ".join(texts) or None
 
 
 def _percent(accuracy: float | None) -> str | None:
