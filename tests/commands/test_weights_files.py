@@ -148,6 +148,7 @@ ARCHITECTURES = [
     "preact_resnet34",
     "preact_resnet18_s2222",
     "preact_resnet18-silu-same",
+    "preact_resnet18-raw",
     "rawrn-70-16",
     "raresnet-50",
     "convnext-atto-cvst",
