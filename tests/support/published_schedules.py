@@ -1,4 +1,4 @@
-"""Learning rate, momentum, weight average and exemptions from weight decay of each recipe's release.
+"""Learning rate, momentum, weight average, exemptions from weight decay and start of each recipe's release.
 
 Written down from the releases' code, with torch's and timm's schedulers where the releases use them, and
 without ours. Updates count from 0 at the first one of the method; so do epochs.
@@ -37,11 +37,13 @@ class Published:
         norms: normalisation layers have weight decay.
         apart: how far, as a share of the peak rate, ours may be from the release's, which interpolates.
         sizes: (eps, step size) of an epoch; None where they do not change.
+        start, raw_shortcut: as in `Release`.
     """
 
     steps: int
     epochs: int
     rate: Number
+    start: str
     momentum: Number = lambda update: 0.9
     keep: Number | None = None
     every: str = "step"
@@ -52,6 +54,7 @@ class Published:
     norms: bool = True
     apart: float = 0.0
     sizes: Callable[[int], tuple[float, float]] | None = None
+    raw_shortcut: bool | None = None
 
 
 def constant_decay(decay: float) -> Number:
@@ -81,6 +84,7 @@ def gowals(lr: float, epochs: int, steps: int, **more: Any) -> Published:
         steps=steps,
         epochs=epochs,
         rate=of_epochs(rates, steps),
+        start="uniform",
         momentum=of_epochs(momenta, steps),
         keep=ramp(0.025 * epochs * steps),
         buffers="copy",
@@ -94,11 +98,12 @@ def updates_of(batch: int) -> int:
     return math.floor(50_000 / batch) + 1
 
 
-def fast_at(steps: int) -> Published:
+def fast_at(steps: int, start: str) -> Published:
     """FastAT_Benchmark: OneCycleLR with torch's defaults over the epochs."""
     rates, momenta = stepped("onecycle", 0.1, 100, 0.3)
     rate, momentum = of_epochs(rates, steps), of_epochs(momenta, steps)
-    return Published(steps=steps, epochs=100, rate=rate, momentum=momentum, keep=constant_decay(0.9995))
+    keep = constant_decay(0.9995)
+    return Published(steps=steps, epochs=100, rate=rate, start=start, momentum=momentum, keep=keep)
 
 
 def ikl(steps: int) -> Published:
@@ -114,6 +119,7 @@ def ikl(steps: int) -> Published:
         steps=steps,
         epochs=epochs,
         rate=of_epochs(rates, steps),
+        start="gaussian",
         keep=constant_decay(0.9),
         every="epoch",
         sizes=sizes,
@@ -138,6 +144,7 @@ def singh(name: str) -> Published:
         steps=steps,
         epochs=epochs,
         rate=rate,
+        start="none",
         keep=constant_decay(0.9999),
         opt="adamw",
         betas=(0.9, 0.95),
@@ -160,6 +167,7 @@ def ares(epochs: int = 300, batch: int = 256) -> Published:
         steps=steps,
         epochs=epochs,
         rate=rate,
+        start="uniform",
         keep=constant_decay(0.9998),
         opt="adamw",
         exempt=("1d", "listed"),
@@ -174,6 +182,7 @@ def fast_imagenet() -> Published:
         steps=steps,
         epochs=6,
         rate=lambda update: float(np.interp(update / steps, [0, 1, 6], [0, 0.4, 0.04])),
+        start="uniform",
     )
 
 
@@ -204,6 +213,8 @@ def of_release(release: Release) -> Published:
         keep=None if release.average is None else ramp(release.average + 1),
         buffers="average" if release.average is None else "copy",
         norms=release.decay[1] > 0,
+        start=release.start,
+        raw_shortcut=release.raw_shortcut,
     )
 
 
@@ -214,11 +225,11 @@ def published() -> dict[str, Published]:
     linear = plain_cycle(0.4, 100 * 96, 0.05)
     return {
         **{name: of_release(release) for name, release in RELEASES.items()},
-        "pgd-at-wa": fast_at(383),
-        "fastat-pgi": fast_at(383),
-        "fastat-nuat": fast_at(383),
-        "fastat-liet": fast_at(383),
-        "fastat-gradalign": fast_at(383),
+        "pgd-at-wa": fast_at(383, "uniform"),
+        "fastat-pgi": fast_at(383, "own"),
+        "fastat-nuat": fast_at(383, "own"),
+        "fastat-liet": fast_at(383, "own"),
+        "fastat-gradalign": fast_at(383, "none"),
         "wang2023": gowals(0.2, 400, updates_of(512)),
         "wang2023-20m": gowals(0.2, 2400, updates_of(2048)),
         "gowal2021": gowals(0.4, 400, updates_of(1024)),
@@ -231,6 +242,8 @@ def published() -> dict[str, Published]:
             steps=49_000 // 128,
             epochs=200,
             rate=lambda update: 0.1 * 0.1 ** sum(update // (49_000 // 128) >= at for at in (100, 150)),
+            start="none",
+            raw_shortcut=True,
         ),
         "singh2023-convnext-t": singh("singh2023-convnext-t"),
         "singh2023-vit-s": singh("singh2023-vit-s"),
@@ -238,10 +251,17 @@ def published() -> dict[str, Published]:
         "fast-imagenet": fast_imagenet(),
         # Ours, from known parts.
         "fast": Published(
-            steps=192, epochs=30, rate=lambda update: fast[update], keep=ramp(0.1 * 30 * 192 + 1)
+            steps=192,
+            epochs=30,
+            rate=lambda update: fast[update],
+            start="gaussian",
+            keep=ramp(0.1 * 30 * 192 + 1),
         ),
         "dynat-256": Published(
-            steps=192, epochs=100, rate=lambda update: dynat(update // 192, update % 192, 192)[0]
+            steps=192,
+            epochs=100,
+            rate=lambda update: dynat(update // 192, update % 192, 192)[0],
+            start="gaussian",
         ),
-        "dynat-512": Published(steps=96, epochs=100, rate=lambda update: linear[update]),
+        "dynat-512": Published(steps=96, epochs=100, rate=lambda update: linear[update], start="gaussian"),
     }
