@@ -58,5 +58,5 @@ class ModelConfig:
     networks given by name."""
     normalize: Literal["none", "dataset", "released"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released
-    uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470), or the
-    data set's own if there are none."""
+    uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470; image
+    folders: those of ImageNet), or the data set's own if there are none."""

@@ -1,5 +1,6 @@
 """Rate, momentum, average, radius, start and shortcuts of every recipe, against its release's own formula."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastdynat.methods.configs import default_config
 from fastdynat.models import build_model
 from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.training.attack_ramps import attack_sizes
+from fastdynat.training.networks import pixel_statistics
 from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedOptim
@@ -113,6 +115,13 @@ def test_where_the_attack_starts(recipe: Recipe) -> None:
     else:
         assert config.method not in OWN_START
         assert starts == {release.start}
+
+
+def test_what_images_are_normalised_by(recipe: Recipe) -> None:
+    config, _, release = recipe
+    given = dataset_info(config.data.data) or replace(FOLDER, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    found = pixel_statistics(config.model, given)
+    assert found == ((None, None) if release.pixels is None else release.pixels)
 
 
 @torch.no_grad()

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.releases import RELEASES, Release, by_epoch, stepped
+from support.releases import OLD_RED, RELEASES, Release, by_epoch, stepped
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 Number = Callable[[int], float]
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET = 1_281_167
+IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_PIXELS = (0.4914, 0.4822, 0.4465), (OLD_RED, 0.2435, 0.2616)
 SINGH_EXEMPT = {"singh2023-convnext-t": ("biases",), "singh2023-vit-s": ("1d",)}
 
 
@@ -38,6 +41,7 @@ class Published:
         apart: how far, as a share of the peak rate, ours may be from the release's, which interpolates.
         sizes: (eps, step size) of an epoch; None where they do not change.
         start, raw_shortcut: as in `Release`.
+        pixels: (mean, standard deviation) that images are normalised by inside the network; None without.
     """
 
     steps: int
@@ -55,6 +59,7 @@ class Published:
     apart: float = 0.0
     sizes: Callable[[int], tuple[float, float]] | None = None
     raw_shortcut: bool | None = None
+    pixels: Pixels | None = None
 
 
 def constant_decay(decay: float) -> Number:
@@ -89,6 +94,7 @@ def gowals(lr: float, epochs: int, steps: int, **more: Any) -> Published:
         keep=ramp(0.025 * epochs * steps),
         buffers="copy",
         norms=False,
+        pixels=CIFAR_PIXELS,
         **more,
     )
 
@@ -168,6 +174,7 @@ def ares(epochs: int = 300, batch: int = 256) -> Published:
         epochs=epochs,
         rate=rate,
         start="uniform",
+        pixels=IMAGENET_PIXELS,
         keep=constant_decay(0.9998),
         opt="adamw",
         exempt=("1d", "listed"),
@@ -183,6 +190,7 @@ def fast_imagenet() -> Published:
         epochs=6,
         rate=lambda update: float(np.interp(update / steps, [0, 1, 6], [0, 0.4, 0.04])),
         start="uniform",
+        pixels=IMAGENET_PIXELS,
     )
 
 
@@ -215,6 +223,7 @@ def of_release(release: Release) -> Published:
         norms=release.decay[1] > 0,
         start=release.start,
         raw_shortcut=release.raw_shortcut,
+        pixels=CIFAR_PIXELS if release.red == OLD_RED else None,
     )
 
 
