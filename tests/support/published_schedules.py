@@ -183,13 +183,14 @@ def ares(epochs: int = 300, batch: int = 256) -> Published:
 
 
 def fast_imagenet() -> Published:
-    """Wong et al.'s first phase: lr_epochs [0, 1, 6], lr_values [0, 0.4, 0.04], by update."""
+    """Wong et al.'s first phase: lr_epochs [0, 1, 6], lr_values [0, 0.4, 0.04] at (update + 1) / steps."""
     steps = (IMAGENET - 1000) // 512 + 1
     return Published(
         steps=steps,
         epochs=6,
-        rate=lambda update: float(np.interp(update / steps, [0, 1, 6], [0, 0.4, 0.04])),
+        rate=lambda update: float(np.interp((update + 1) / steps, [0, 1, 6], [0, 0.4, 0.04])),
         start="uniform",
+        norms=False,
         pixels=IMAGENET_PIXELS,
     )
 
