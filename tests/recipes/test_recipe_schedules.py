@@ -97,12 +97,16 @@ def test_decay_of_the_average_by_epoch(recipe: Recipe) -> None:
 def test_radius_and_step_size_by_epoch(recipe: Recipe) -> None:
     config, optim, release = recipe
     info, method = dataset_info(config.data.data) or FOLDER, method_class(config.method)(config.options)
-    sizes = attack_sizes(resolved_attack(config.attack, info, method, []), optim, release.steps)
-    assert (sizes is None) == (release.sizes is None)
-    if sizes is None or release.sizes is None:
+    attack = resolved_attack(config.attack, info, method, [])
+    eps, step_size = release.sizes
+    assert attack.eps == pytest.approx(eps, rel=1e-12)
+    assert step_size is None or attack.step_size == pytest.approx(step_size, rel=2e-4)
+    sizes = attack_sizes(attack, optim, release.steps)
+    assert (sizes is None) == (release.by_epoch is None)
+    if sizes is None or release.by_epoch is None:
         return
     for update in updates(release):
-        want = release.sizes(update // release.steps)
+        want = release.by_epoch(update // release.steps)
         assert sizes(optim.burn_in * release.steps + update) == pytest.approx(want, rel=2e-4), update
 
 
