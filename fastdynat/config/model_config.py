@@ -13,10 +13,11 @@ class ModelConfig:
     model: str = "auto"
     """Network to train: small, small_wide, resnet18, resnet18_s1122, preact_resnet18 (also 34, 50, and
     18_s2222 for 64-pixel images) or wrn-D-W, each also with the suffix -silu, -gn (group norm) or -silu-gn,
-    wrn and preact then also with -same (padding of DeepMind's and DyART's code); rawrn-70-16, rawrn-101-2 or
-    raresnet-50 (Peng et al. 2023); convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other sizes
-    (convolutional stems of Singh et al. 2023); torchvision:NAME, timm:NAME, or path/to/file.py:callable,
-    which returns a module. auto is small for digits, else resnet18."""
+    wrn and preact then also with -same (padding of DeepMind's and DyART's code), preact with -raw (projection
+    shortcuts that read the block's input before batch norm, as in the code of Wong et al. 2020); rawrn-70-16,
+    rawrn-101-2 or raresnet-50 (Peng et al. 2023); convnext-t-cvst, vit-s-cvst, convnext-iso-s-cvst and other
+    sizes (convolutional stems of Singh et al. 2023); torchvision:NAME, timm:NAME, or
+    path/to/file.py:callable, which returns a module. auto is small for digits, else resnet18."""
     init_from: str | None = None
     """Initial weights of the model: a run directory (its best checkpoint), a .safetensors or .pt file, timm
     or torchvision for the published weights of --model timm:NAME or torchvision:NAME, or
@@ -58,5 +59,5 @@ class ModelConfig:
     networks given by name."""
     normalize: Literal["none", "dataset", "released"] = "none"
     """Mean/std layer inside the networks; inputs are in [0, 1] either way. DYNAT's code has none. released
-    uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470), or the
-    data set's own if there are none."""
+    uses the constants of published code (CIFAR-10: red has standard deviation 0.2471, not 0.2470; image
+    folders: those of ImageNet), or the data set's own if there are none."""

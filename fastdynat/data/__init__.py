@@ -5,10 +5,10 @@ from fastdynat.data.image_sets import UNLABELLED, DatasetInfo, Images, ImageSet,
 from fastdynat.data.loader_choice import check_dali, choose_loader, dali_problem, default_workers, make_loader
 from fastdynat.data.resident_loader import ResidentLoader
 from fastdynat.data.sources import TrainSplit, dataset_info, known_datasets, load_test, open_train
-from fastdynat.data.torchvision_sets import RELEASED_STD
+from fastdynat.data.torchvision_sets import RELEASED_PIXELS
 
 __all__ = [
-    "RELEASED_STD",
+    "RELEASED_PIXELS",
     "UNLABELLED",
     "Batch",
     "DatasetInfo",

@@ -62,8 +62,12 @@ INFOS = {
         augment="crop",
     ),
 }
-# Standard deviations in released code for adversarial training, where they differ.
-RELEASED_STD = {"cifar10": (0.2471, 0.2435, 0.2616)}
+# (mean, standard deviation) in released code for adversarial training, where they are not the data's own. For
+# folders, whatever the images, they are those of ImageNet.
+RELEASED_PIXELS = {
+    "cifar10": (INFOS["cifar10"].mean, (0.2471, 0.2435, 0.2616)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "mnist": "MNIST"}
 HELD_AS = {
     "cifar10": "cifar-10-batches-py",

@@ -112,7 +112,8 @@ def build_model(
         name: One of `known_models()`, `wrn-DEPTH-WIDTH`, `torchvision:NAME` or `timm:NAME`. Case does not
             matter, and for our own networks `-` and `_` are the same. Most of them also with `-silu` (SiLU
             for ReLU), `-gn` (group norm for batch norm) or `-silu-gn` at their end, wide and pre-activation
-            ones after that with `-same` (padding of Gowal et al. 2020). `NAME-cvst` has a convolutional stem.
+            ones after that with `-same` (padding of Gowal et al. 2020), pre-activation ones with `-raw`
+            (projection shortcuts of Wong et al. 2020). `NAME-cvst` has a convolutional stem.
             Or a network of the user (`own_networks`), which takes the images as they are:
             `path/to/file.py:callable`, or the name from `given_network`.
         num_classes: Width of the last layer.

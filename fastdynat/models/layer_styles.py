@@ -15,11 +15,13 @@ class Style:
 
     `same_padding`: wide and pre-activation networks pad a strided 3x3 convolution as TensorFlow's "SAME"
     does, behind the image before around it; pre-activation ones also project by 3x3, as DeepMind's do.
+    `raw_shortcut`: pre-activation networks project a block's input as it is, before batch norm and ReLU.
     """
 
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     activation: Callable[[], nn.Module] = nn.ReLU
     same_padding: bool = False
+    raw_shortcut: bool = False
 
 
 PLAIN = Style()
@@ -41,8 +43,11 @@ def split_style(name: str) -> tuple[str, Style]:
     ('wrn-28-10', 'small')
     """
     whole = name.lower().replace("_", "-")
-    key = whole.removesuffix("-same") if whole.startswith(("wrn-", "preact-")) else whole
+    preact = whole.startswith("preact-")
+    same = whole.endswith("-same") and (preact or whole.startswith("wrn-"))
+    raw = whole.endswith("-raw") and preact
+    key = whole.removesuffix("-same" if same else "-raw") if same or raw else whole
     base = key.removesuffix("-gn")
     plain = base.removesuffix("-silu")
-    norm = nn.BatchNorm2d if base == key else group_norm
-    return plain, Style(norm, nn.ReLU if plain == base else nn.SiLU, same_padding=key != whole)
+    norm, activation = nn.BatchNorm2d if base == key else group_norm, nn.ReLU if plain == base else nn.SiLU
+    return plain, Style(norm, activation, same_padding=same, raw_shortcut=raw or (same and preact))

@@ -2,7 +2,11 @@
 
 Parameter names are those of published checkpoints (conv1, layer1.0.conv1, ..., bn, linear). With
 `Style.same_padding` the blocks are those of DeepMind's code (Gowal et al. 2021): TensorFlow's "SAME" padding,
-and 3x3 projections of the block's input before its activation.
+and 3x3 projections.
+
+Published blocks differ in the input of a projection shortcut, with the same keys and shapes: batch norm and
+ReLU of the block's input (He et al. 2016, arXiv 1603.05027; Rice et al. 2020), or with `Style.raw_shortcut`
+that input itself (Wong et al. 2020, de Jorge et al. 2022, Li and Spratling 2023, and DeepMind's).
 """
 
 import torch.nn.functional as F
@@ -26,7 +30,10 @@ def pad_same(x: Tensor) -> Tensor:
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm and ReLU before each 3x3 convolution; a projection shortcut sees the pre-activated input."""
+    """BatchNorm and ReLU before each 3x3 convolution; a projection shortcut sees the pre-activated input.
+
+    With `Style.raw_shortcut` it sees the input as it is.
+    """
 
     expansion = 1
 
@@ -34,7 +41,7 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.activation = style.activation()
         self.bn1 = style.norm(in_channels)
-        self.same, self.pads = style.same_padding, style.same_padding and stride == 2
+        self.raw, self.pads = style.raw_shortcut, style.same_padding and stride == 2
         padding = 0 if self.pads else 1
         self.conv1 = conv3x3(in_channels, out_channels, stride, padding=padding)
         self.bn2 = style.norm(out_channels)
@@ -42,7 +49,7 @@ class PreActBlock(nn.Module):
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
-            if self.same:
+            if style.same_padding:
                 projection = conv3x3(in_channels, out_channels, stride, padding=padding)
             self.shortcut = nn.Sequential(projection)
 
@@ -51,7 +58,7 @@ class PreActBlock(nn.Module):
         out = self.activation(self.bn1(x))
         shortcut = x
         if self.shortcut is not None:
-            source = x if self.same else out
+            source = x if self.raw else out
             shortcut = self.shortcut(pad_same(source) if self.pads else source)
         out = self.conv1(pad_same(out) if self.pads else out)
         return self.conv2(self.activation(self.bn2(out))) + shortcut
@@ -64,8 +71,9 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, style: Style = PLAIN) -> None:
         super().__init__()
-        if style.same_padding:
-            raise UserError("-same is for preact_resnet18 and 34: DeepMind's code has no deeper ones")
+        if style.same_padding or style.raw_shortcut:
+            name = "-same" if style.same_padding else "-raw"
+            raise UserError(f"{name} is for preact_resnet18 and 34: no release has deeper ones; leave it out")
         out_channels = self.expansion * width
         self.activation = style.activation()
         self.bn1 = style.norm(in_channels)

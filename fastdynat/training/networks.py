@@ -9,7 +9,7 @@ from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.followed_state import FollowedState
 from fastdynat.attack_engine.network_modes import frozen_twin, trained_twin, unmoved_twin
 from fastdynat.config import ModelConfig
-from fastdynat.data import RELEASED_STD, DatasetInfo
+from fastdynat.data import RELEASED_PIXELS, DatasetInfo
 from fastdynat.distributed.synchronized_batch_norm import synchronize_batch_norm
 from fastdynat.execution.compiling import compile_whole
 from fastdynat.execution.fallbacks import Fallbacks, WarnedFallbacks
@@ -25,7 +25,8 @@ def pixel_statistics(
     """Mean and standard deviation per channel that the networks normalise by; None where they do not."""
     if model.normalize == "none":
         return None, None
-    return info.mean, RELEASED_STD.get(info.name, info.std) if model.normalize == "released" else info.std
+    own = info.mean, info.std
+    return RELEASED_PIXELS.get(info.name, own) if model.normalize == "released" else own
 
 
 class NetworkSet:

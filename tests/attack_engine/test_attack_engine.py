@@ -33,6 +33,7 @@ FAMILIES = {
     "small": (4, 16),
     "resnet18": (20, 16),
     "preact_resnet18": (8, 16),
+    "preact_resnet18-raw": (8, 16),
     "wrn-10-1": (3, 16),
     "torchvision:mobilenet_v3_small": (34, 32),
     "torchvision:densenet121": (59, 32),

@@ -27,8 +27,8 @@ def forward_flops(model: str, shape: tuple[int, int, int], classes: int) -> int:
     [
         # 10 attack steps of two forwards, the update's three, and two passes for running statistics
         ("rice2020", "preact_resnet18", 20 + 3 + 2),
-        ("fast2020", "preact_resnet18", 2 + 3),
-        ("free2019", "preact_resnet18", 8 * 3),
+        ("fast2020", "preact_resnet18-raw", 2 + 3),
+        ("free2019", "preact_resnet18-raw", 8 * 3),
         # 2 steps of APGD and its look at the last point
         ("singh2023-convnext-t", "convnext-t-cvst", 2 * 2 + 1 + 3),
     ],

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdynat.commands.main import main
-from fastdynat.data import RELEASED_STD, dataset_info
+from fastdynat.data import RELEASED_PIXELS
 from fastdynat.models import build_model, load_foreign
 
 CIFAR = (3, 32, 32)
@@ -27,15 +27,14 @@ BLOCK = {
 
 def released(path: Path, *, classes: int = 10) -> nn.Module:
     """A WRN of Gowal et al. with random weights, stored under DeepMind's names; our network of them."""
-    info = dataset_info("cifar10")
-    assert info is not None
+    mean, std = RELEASED_PIXELS["cifar10"]
     torch.manual_seed(2)
     model = build_model(
         "wrn-10-1-silu-same",
         num_classes=classes,
         image_shape=CIFAR,
-        mean=info.mean,
-        std=RELEASED_STD["cifar10"],
+        mean=mean,
+        std=std,
     )
     state = {}
     for key, value in model.net.state_dict().items():  # type: ignore[union-attr]
@@ -148,6 +147,7 @@ ARCHITECTURES = [
     "preact_resnet34",
     "preact_resnet18_s2222",
     "preact_resnet18-silu-same",
+    "preact_resnet18-raw",
     "rawrn-70-16",
     "raresnet-50",
     "convnext-atto-cvst",

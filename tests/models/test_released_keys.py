@@ -256,12 +256,22 @@ def test_robustbenchs_preactivation_network(zoo: Callable[[str], Any]) -> None:
 
 @needs("robustbench")
 @pytest.mark.parametrize(
-    ("name", "depth"), [("preact_resnet18", 18), ("preact_resnet34", 34), ("preact_resnet50", 50)]
+    ("name", "out_shortcut"),
+    [
+        ("preact_resnet18", True),
+        ("preact_resnet18-raw", False),
+        ("preact_resnet34", True),
+        ("preact_resnet34-raw", False),
+        ("preact_resnet50", True),
+    ],
 )
-def test_robustbenchs_other_preactivation_networks(name: str, depth: int, zoo: Callable[[str], Any]) -> None:
+def test_robustbenchs_other_preactivation_networks(
+    name: str, out_shortcut: bool, zoo: Callable[[str], Any]
+) -> None:
+    """The keys are the same; what a projection shortcut reads is not."""
     module = zoo("resnet")
-    blocks = {18: [2, 2, 2, 2]}.get(depth, [3, 4, 6, 3])
-    if depth == 50:
+    blocks = [2, 2, 2, 2] if "18" in name else [3, 4, 6, 3]
+    if "50" in name:
         block = type(
             "Block",
             (module.PreActBottleneck,),
@@ -269,8 +279,34 @@ def test_robustbenchs_other_preactivation_networks(name: str, depth: int, zoo: C
         )
     else:
         block = module.PreActBlock
-    theirs = module.PreActResNet(block, blocks, bn_before_fc=True, out_shortcut=True)
+    theirs = module.PreActResNet(block, blocks, bn_before_fc=True, out_shortcut=out_shortcut)
     compare_with(theirs, ours(name, normalised=False))
+
+
+@needs("robustbench")
+@pytest.mark.parametrize("name", ["preact_resnet18", "preact_resnet18-raw"])
+@torch.no_grad()
+def test_the_exported_source_has_the_same_shortcuts(name: str, zoo: Callable[[str], Any]) -> None:
+    from fastdynat.commands.export.network_source import architecture_source
+
+    module, namespace = zoo("resnet"), {"__name__": "net"}
+    raw = name.endswith("-raw")
+    theirs = module.PreActResNet(module.PreActBlock, [2, 2, 2, 2], bn_before_fc=True, out_shortcut=not raw)
+    code = architecture_source(name, num_classes=10, image_shape=CIFAR, mean=None, std=None)
+    exec(compile(code, "net.py", "exec"), namespace)
+    build: Any = namespace["build"]
+    compare_with(theirs, build())
+
+
+def test_suffixes_of_the_shortcut() -> None:
+    """For pre-activation networks of depth 18 and 34, as the last suffix, and not with -same."""
+    with torch.device("meta"):
+        ours("PreAct_ResNet18_s2222-silu-gn_raw")
+        with pytest.raises(UserError, match="-raw is for preact_resnet18 and 34"):
+            ours("preact_resnet50-raw")
+        for name in ("wrn-10-1-raw", "resnet18-raw", "preact_resnet18-raw-gn", "preact_resnet18-same-raw"):
+            with pytest.raises(UserError, match="unknown model"):
+                ours(name)
 
 
 @needs("robustbench")

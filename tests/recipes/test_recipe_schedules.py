@@ -1,8 +1,10 @@
-"""Rate, momentum, weight average and radius of every recipe by epoch, against its release's own formula."""
+"""Rate, momentum, average, radius, start and shortcuts of every recipe, against its release's own formula."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from support.published_schedules import Published, published
 from torch import nn
 from torch.optim import SGD
@@ -13,8 +15,10 @@ from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, dataset_info
 from fastdynat.methods import method_class
 from fastdynat.methods.configs import default_config
+from fastdynat.models import build_model
 from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.training.attack_ramps import attack_sizes
+from fastdynat.training.networks import pixel_statistics
 from fastdynat.training.resolve_attack import resolved_attack
 from fastdynat.training.resolve_optim import resolved_optim
 from fastdynat.training.resolved_config import ResolvedOptim
@@ -22,6 +26,8 @@ from fastdynat.training.run_average import average_rule, averages_every
 from fastdynat.training.schedules import epochs_of_method, momentum_at, schedule_factor
 
 TABLE = published()
+# They start where their papers do, which their tests compare, whatever `start` says.
+OWN_START = {"dyart", "fgsm_pgi", "free", "liet", "n_fgsm", "nu_at"}
 FOLDER = DatasetInfo(
     "imagefolder", 1000, (3, 224, 224), tuple(map(str, range(1000))), None, None, "crop-flip"
 )
@@ -91,13 +97,52 @@ def test_decay_of_the_average_by_epoch(recipe: Recipe) -> None:
 def test_radius_and_step_size_by_epoch(recipe: Recipe) -> None:
     config, optim, release = recipe
     info, method = dataset_info(config.data.data) or FOLDER, method_class(config.method)(config.options)
-    sizes = attack_sizes(resolved_attack(config.attack, info, method, []), optim, release.steps)
-    assert (sizes is None) == (release.sizes is None)
-    if sizes is None or release.sizes is None:
+    attack = resolved_attack(config.attack, info, method, [])
+    eps, step_size = release.sizes
+    assert attack.eps == pytest.approx(eps, rel=1e-12)
+    assert step_size is None or attack.step_size == pytest.approx(step_size, rel=2e-4)
+    sizes = attack_sizes(attack, optim, release.steps)
+    assert (sizes is None) == (release.by_epoch is None)
+    if sizes is None or release.by_epoch is None:
         return
     for update in updates(release):
-        want = release.sizes(update // release.steps)
+        want = release.by_epoch(update // release.steps)
         assert sizes(optim.burn_in * release.steps + update) == pytest.approx(want, rel=2e-4), update
+
+
+def test_where_the_attack_starts(recipe: Recipe) -> None:
+    config, _, release = recipe
+    info, method = dataset_info(config.data.data) or FOLDER, method_class(config.method)(config.options)
+    starts = {spec.start for spec in resolved_attack(config.attack, info, method, []).specs()}
+    if release.start == "own":
+        assert config.method in OWN_START
+    else:
+        assert config.method not in OWN_START
+        assert starts == {release.start}
+
+
+def test_what_images_are_normalised_by(recipe: Recipe) -> None:
+    config, _, release = recipe
+    given = dataset_info(config.data.data) or replace(FOLDER, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    found = pixel_statistics(config.model, given)
+    assert found == ((None, None) if release.pixels is None else release.pixels)
+
+
+@torch.no_grad()
+def test_what_projection_shortcuts_read(recipe: Recipe) -> None:
+    """Whether it is the very tensor that the block reads; the weights would fit the other network, too."""
+    config, _, release = recipe
+    if release.raw_shortcut is None:
+        return
+    raw, read = [], {}
+    with torch.device("meta"):
+        model = build_model(config.model.model, num_classes=10, image_shape=(3, 32, 32))
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _, inputs, name=name: read.update({name: inputs[0]}))
+        model(torch.empty(2, 3, 32, 32))
+    for name in [name for name in read if name.endswith(".shortcut")]:
+        raw.append(read[name] is read[name.removesuffix(".shortcut")])
+    assert raw == [release.raw_shortcut] * 3
 
 
 def test_optimiser_and_what_has_no_weight_decay(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Learning rate, momentum, weight average and exemptions from weight decay of each recipe's release.
+"""Rate, momentum, weight average, exemptions from weight decay, attack and pixels of each recipe's release.
 
 Written down from the releases' code, with torch's and timm's schedulers where the releases use them, and
 without ours. Updates count from 0 at the first one of the method; so do epochs.
@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.releases import RELEASES, Release, by_epoch, stepped
+from support.releases import EIGHT, OLD_RED, PUBLISHED, RELEASES, TWO, Release, by_epoch, stepped
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 Number = Callable[[int], float]
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET = 1_281_167
+IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_PIXELS = (0.4914, 0.4822, 0.4465), (OLD_RED, 0.2435, 0.2616)
 SINGH_EXEMPT = {"singh2023-convnext-t": ("biases",), "singh2023-vit-s": ("1d",)}
 
 
@@ -36,12 +39,17 @@ class Published:
         exempt: further parameters without weight decay.
         norms: normalisation layers have weight decay.
         apart: how far, as a share of the peak rate, ours may be from the release's, which interpolates.
-        sizes: (eps, step size) of an epoch; None where they do not change.
+        sizes: (eps, step size) of the attack; the step size is None where it is the attack's own.
+        by_epoch: the same of an epoch; None where they do not change.
+        start, raw_shortcut: as in `Release`.
+        pixels: (mean, standard deviation) that images are normalised by inside the network; None without.
     """
 
     steps: int
     epochs: int
     rate: Number
+    start: str
+    sizes: tuple[float, float | None]
     momentum: Number = lambda update: 0.9
     keep: Number | None = None
     every: str = "step"
@@ -51,7 +59,9 @@ class Published:
     exempt: tuple[str, ...] = ()
     norms: bool = True
     apart: float = 0.0
-    sizes: Callable[[int], tuple[float, float]] | None = None
+    by_epoch: Callable[[int], tuple[float, float]] | None = None
+    raw_shortcut: bool | None = None
+    pixels: Pixels | None = None
 
 
 def constant_decay(decay: float) -> Number:
@@ -81,10 +91,13 @@ def gowals(lr: float, epochs: int, steps: int, **more: Any) -> Published:
         steps=steps,
         epochs=epochs,
         rate=of_epochs(rates, steps),
+        start="uniform",
+        sizes=(EIGHT, TWO),
         momentum=of_epochs(momenta, steps),
         keep=ramp(0.025 * epochs * steps),
         buffers="copy",
         norms=False,
+        pixels=CIFAR_PIXELS,
         **more,
     )
 
@@ -94,11 +107,19 @@ def updates_of(batch: int) -> int:
     return math.floor(50_000 / batch) + 1
 
 
-def fast_at(steps: int) -> Published:
+def fast_at(steps: int, start: str, step_size: float = EIGHT) -> Published:
     """FastAT_Benchmark: OneCycleLR with torch's defaults over the epochs."""
     rates, momenta = stepped("onecycle", 0.1, 100, 0.3)
     rate, momentum = of_epochs(rates, steps), of_epochs(momenta, steps)
-    return Published(steps=steps, epochs=100, rate=rate, momentum=momentum, keep=constant_decay(0.9995))
+    return Published(
+        steps=steps,
+        epochs=100,
+        rate=rate,
+        start=start,
+        sizes=(EIGHT, step_size),
+        momentum=momentum,
+        keep=constant_decay(0.9995),
+    )
 
 
 def ikl(steps: int) -> Published:
@@ -114,9 +135,11 @@ def ikl(steps: int) -> Published:
         steps=steps,
         epochs=epochs,
         rate=of_epochs(rates, steps),
+        start="gaussian",
+        sizes=(EIGHT, EIGHT / 2),
         keep=constant_decay(0.9),
         every="epoch",
-        sizes=sizes,
+        by_epoch=sizes,
     )
 
 
@@ -138,6 +161,8 @@ def singh(name: str) -> Published:
         steps=steps,
         epochs=epochs,
         rate=rate,
+        start="none",
+        sizes=(4 / 255, None),
         keep=constant_decay(0.9999),
         opt="adamw",
         betas=(0.9, 0.95),
@@ -160,20 +185,27 @@ def ares(epochs: int = 300, batch: int = 256) -> Published:
         steps=steps,
         epochs=epochs,
         rate=rate,
+        start="uniform",
+        sizes=(4 / 255, 8 / 255 / 3),
+        pixels=IMAGENET_PIXELS,
         keep=constant_decay(0.9998),
         opt="adamw",
         exempt=("1d", "listed"),
-        sizes=lambda epoch: (4 / 255, 8 / 255 / 3 * min(epoch, 5) / 5),
+        by_epoch=lambda epoch: (4 / 255, 8 / 255 / 3 * min(epoch, 5) / 5),
     )
 
 
 def fast_imagenet() -> Published:
-    """Wong et al.'s first phase: lr_epochs [0, 1, 6], lr_values [0, 0.4, 0.04], by update."""
+    """Wong et al.'s first phase: lr_epochs [0, 1, 6], lr_values [0, 0.4, 0.04] at (update + 1) / steps."""
     steps = (IMAGENET - 1000) // 512 + 1
     return Published(
         steps=steps,
         epochs=6,
-        rate=lambda update: float(np.interp(update / steps, [0, 1, 6], [0, 0.4, 0.04])),
+        rate=lambda update: float(np.interp((update + 1) / steps, [0, 1, 6], [0, 0.4, 0.04])),
+        start="uniform",
+        sizes=(4 / 255, 5 / 255),
+        norms=False,
+        pixels=IMAGENET_PIXELS,
     )
 
 
@@ -204,6 +236,10 @@ def of_release(release: Release) -> Published:
         keep=None if release.average is None else ramp(release.average + 1),
         buffers="average" if release.average is None else "copy",
         norms=release.decay[1] > 0,
+        start=release.start,
+        sizes=release.attack[:2],
+        raw_shortcut=release.raw_shortcut,
+        pixels=CIFAR_PIXELS if release.red == OLD_RED else None,
     )
 
 
@@ -214,11 +250,11 @@ def published() -> dict[str, Published]:
     linear = plain_cycle(0.4, 100 * 96, 0.05)
     return {
         **{name: of_release(release) for name, release in RELEASES.items()},
-        "pgd-at-wa": fast_at(383),
-        "fastat-pgi": fast_at(383),
-        "fastat-nuat": fast_at(383),
-        "fastat-liet": fast_at(383),
-        "fastat-gradalign": fast_at(383),
+        "pgd-at-wa": fast_at(383, "uniform", TWO),
+        "fastat-pgi": fast_at(383, "own"),
+        "fastat-nuat": fast_at(383, "own"),
+        "fastat-liet": fast_at(383, "own"),
+        "fastat-gradalign": fast_at(383, "none"),
         "wang2023": gowals(0.2, 400, updates_of(512)),
         "wang2023-20m": gowals(0.2, 2400, updates_of(2048)),
         "gowal2021": gowals(0.4, 400, updates_of(1024)),
@@ -231,6 +267,9 @@ def published() -> dict[str, Published]:
             steps=49_000 // 128,
             epochs=200,
             rate=lambda update: 0.1 * 0.1 ** sum(update // (49_000 // 128) >= at for at in (100, 150)),
+            start="none",
+            sizes=(EIGHT, TWO),
+            raw_shortcut=True,
         ),
         "singh2023-convnext-t": singh("singh2023-convnext-t"),
         "singh2023-vit-s": singh("singh2023-vit-s"),
@@ -238,10 +277,21 @@ def published() -> dict[str, Published]:
         "fast-imagenet": fast_imagenet(),
         # Ours, from known parts.
         "fast": Published(
-            steps=192, epochs=30, rate=lambda update: fast[update], keep=ramp(0.1 * 30 * 192 + 1)
+            steps=192,
+            epochs=30,
+            rate=lambda update: fast[update],
+            start="gaussian",
+            sizes=(EIGHT, TWO),
+            keep=ramp(0.1 * 30 * 192 + 1),
         ),
         "dynat-256": Published(
-            steps=192, epochs=100, rate=lambda update: dynat(update // 192, update % 192, 192)[0]
+            steps=192,
+            epochs=100,
+            rate=lambda update: dynat(update // 192, update % 192, 192)[0],
+            start="gaussian",
+            sizes=PUBLISHED[:2],
         ),
-        "dynat-512": Published(steps=96, epochs=100, rate=lambda update: linear[update]),
+        "dynat-512": Published(
+            steps=96, epochs=100, rate=lambda update: linear[update], start="gaussian", sizes=PUBLISHED[:2]
+        ),
     }

@@ -30,6 +30,10 @@ class Release:
         decay: weight decay of convolutions and linear layers, and of what normalisation layers learn.
         passes: passes of the model in train mode per batch, each of which moves its running statistics.
         attack: (eps, step size, steps); where the search is FAB, (where it starts, None, iterations).
+        start: the attack's first point: "uniform" in the ball, "gaussian", 0.001 N(0, 1) from the image, the
+            image itself ("none"), or the method's own ("own"), whose tests compare it.
+        raw_shortcut: projection shortcuts of the pre-activation network read a block's input, not what batch
+            norm and ReLU make of it; None for other networks, or where the release's file is not known.
         reflect: crops are of reflected images, else of zero-padded ones.
         red: what the red channel is divided by inside the network; 1 where images are not normalised.
         average: number of the first update, from 0, that does not copy the weights into the average; None
@@ -48,6 +52,8 @@ class Release:
     clip: float = 0.0
     passes: int
     attack: tuple[float, float | None, int]
+    start: str
+    raw_shortcut: bool | None = None
     reflect: bool = False
     red: float = 1.0
     average: int | None = None
@@ -134,13 +140,22 @@ DYNAT = by_epoch(0.1, {75: 0.1, 90: 0.01, 100: 0.001}, first=0.02)
 RICE = by_time(0.1, {100: 0.1, 150: 0.01})
 
 RELEASES = {
-    "ard": Release(epochs=200, rates=by_epoch(0.1, {100: 0.1}), decay=(2e-4, 2e-4), passes=12, attack=OURS),
+    "ard": Release(
+        epochs=200,
+        rates=by_epoch(0.1, {100: 0.1}),
+        decay=(2e-4, 2e-4),
+        passes=12,
+        attack=OURS,
+        start="uniform",
+    ),
     "at-awp": Release(
         epochs=200,
         rates=RICE,
         decay=(5e-4, 5e-4),
         passes=13,
         attack=OURS,
+        start="uniform",
+        raw_shortcut=False,
         reflect=True,
         red=OLD_RED,
         awp=(0.01, 0),
@@ -155,6 +170,7 @@ RELEASES = {
         clip=0.1,
         passes=2,
         attack=(EIGHT, None, 20),
+        start="own",
         red=OLD_RED,
         average=average_start(200, 196, 196),
         burn_in=(11, 0.1),
@@ -169,6 +185,7 @@ RELEASES = {
         nesterov=True,
         passes=2,
         attack=(EIGHT, None, 20),
+        start="own",
         red=OLD_RED,
         average=average_start(100, 196, 196),
         burn_in=(11, 0.1),
@@ -183,6 +200,7 @@ RELEASES = {
         clip=1.0,
         passes=2,
         attack=(EIGHT, None, 20),
+        start="own",
         average=average_start(100, 391, 352),
         burn_in=(21, 0.1),
         reset=1,
@@ -196,12 +214,21 @@ RELEASES = {
         nesterov=True,
         passes=2,
         attack=(EIGHT, None, 20),
+        start="own",
         average=average_start(100, 391, 352),
         burn_in=(21, 0.1),
     ),
-    "dynat": Release(epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED),
+    "dynat": Release(
+        epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED, start="gaussian"
+    ),
     "dynat-awp": Release(
-        epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED, awp=(0.005, 9)
+        epochs=100,
+        rates=DYNAT,
+        decay=(2e-4, 2e-4),
+        passes=2,
+        attack=PUBLISHED,
+        start="gaussian",
+        awp=(0.005, 9),
     ),
     "fast2020": Release(
         epochs=15,
@@ -209,6 +236,8 @@ RELEASES = {
         decay=(5e-4, 5e-4),
         passes=2,
         attack=(EIGHT, 10 / 255, 1),
+        start="uniform",
+        raw_shortcut=True,
         red=OLD_RED,
     ),
     "free2019": Release(
@@ -217,10 +246,17 @@ RELEASES = {
         decay=(5e-4, 5e-4),
         passes=8,
         attack=(EIGHT, EIGHT, 1),
+        start="own",
+        raw_shortcut=True,
         red=OLD_RED,
     ),
     "gairat": Release(
-        epochs=100, rates=by_epoch(0.1, {29: 0.1, 59: 0.01}), decay=(2e-4, 2e-4), passes=1, attack=PUBLISHED
+        epochs=100,
+        rates=by_epoch(0.1, {29: 0.1, 59: 0.01}),
+        decay=(2e-4, 2e-4),
+        passes=1,
+        attack=PUBLISHED,
+        start="uniform",
     ),
     "hat": Release(
         epochs=50,
@@ -229,15 +265,21 @@ RELEASES = {
         nesterov=True,
         passes=3,
         attack=OURS,
+        start="gaussian",
     ),
-    "lbgat": Release(epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED),
-    "lbgat6": Release(epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED),
+    "lbgat": Release(
+        epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED, start="gaussian"
+    ),
+    "lbgat6": Release(
+        epochs=100, rates=DYNAT, decay=(2e-4, 2e-4), passes=2, attack=PUBLISHED, start="gaussian"
+    ),
     "mail": Release(
         epochs=120,
         rates=by_epoch(0.01, {75: 0.1, 90: 0.01, 100: 0.001}),
         decay=(3.5e-3, 3.5e-3),
         passes=1,
         attack=PUBLISHED,
+        start="gaussian",
     ),
     "mart": Release(
         epochs=120,
@@ -245,6 +287,7 @@ RELEASES = {
         decay=(3.5e-3, 3.5e-3),
         passes=2,
         attack=PUBLISHED,
+        start="gaussian",
     ),
     "nfgsm2022": Release(
         epochs=30,
@@ -252,6 +295,8 @@ RELEASES = {
         decay=(5e-4, 5e-4),
         passes=2,
         attack=(EIGHT, EIGHT, 1),
+        start="own",
+        raw_shortcut=True,
         red=OLD_RED,
     ),
     "pang2021": Release(
@@ -260,11 +305,20 @@ RELEASES = {
         decay=(5e-4, 5e-4),
         passes=3,
         attack=OURS,
+        start="uniform",
         reflect=True,
         red=OLD_RED,
     ),
     "rice2020": Release(
-        epochs=200, rates=RICE, decay=(5e-4, 5e-4), passes=13, attack=OURS, reflect=True, red=OLD_RED
+        epochs=200,
+        rates=RICE,
+        decay=(5e-4, 5e-4),
+        passes=13,
+        attack=OURS,
+        start="uniform",
+        raw_shortcut=False,
+        reflect=True,
+        red=OLD_RED,
     ),
     "rslad": Release(
         epochs=300,
@@ -272,8 +326,14 @@ RELEASES = {
         decay=(2e-4, 2e-4),
         passes=2,
         attack=OURS,
+        start="gaussian",
     ),
     "trades": Release(
-        epochs=76, rates=by_epoch(0.1, {74: 0.1}), decay=(2e-4, 2e-4), passes=3, attack=PUBLISHED
+        epochs=76,
+        rates=by_epoch(0.1, {74: 0.1}),
+        decay=(2e-4, 2e-4),
+        passes=3,
+        attack=PUBLISHED,
+        start="gaussian",
     ),
 }

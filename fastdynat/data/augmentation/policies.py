@@ -118,8 +118,8 @@ class AutoAugment(Policy):
 class TimmRandAugment(Policy):
     """timm's RandAugment: `operations` of 15, each with probability `prob`, of a normal or uniform strength.
 
-    The resampling is bilinear, where timm draws between bilinear and bicubic, which torchvision lacks for
-    tensors.
+    The resampling is bilinear. timm's is the `interpolation` that it is asked for: bicubic in the ImageNet
+    releases, which torchvision lacks for tensors; with "random", it draws between both.
 
     Attributes:
         strength, spread, most: mean, standard deviation and largest value of the strength out of 10; with a
