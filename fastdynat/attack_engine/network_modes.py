@@ -72,8 +72,11 @@ _new_lock = threading.Lock()
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:
+    """One lock for all networks with the same first layer: wrappers, some made per call, share its modes."""
+    owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))] or [model]
+    first = next((m for m in owners if not m._modules), owners[0])
     with _new_lock:
-        return _locks.setdefault(model, threading.RLock())
+        return _locks.setdefault(first, threading.RLock())
 
 
 @contextmanager
