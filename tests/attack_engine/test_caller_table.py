@@ -137,6 +137,33 @@ def test_a_function_written_in_the_call_makes_one_replica() -> None:
     assert len(_replicas[model]) == 1
 
 
+HALVES = [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.bfloat16, False)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("region", "amp"), HALVES)
+def test_an_attack_is_the_same_in_the_callers_autocast_region(
+    region: torch.dtype, amp: torch.dtype | bool, train: bool
+) -> None:
+    (x, y), model = batch(), net()
+    attack = PGD(model, EPS, EPS / 2, 2, random_start=False, amp=amp)
+    if train:  # on the model itself
+        attack.set_model_training_mode(True, True, True)
+    want = attack(x, y)
+    with torch.autocast("cpu", region):
+        answers = [model(x)]
+        got = attack(x, y)
+        answers.append(model(x))
+        torch.testing.assert_close(attack(x, y), got)
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", region):  # the attack first
+        got = attack(x, y)
+        answers.append(model(x))
+    torch.testing.assert_close(got, want)
+    assert all(answer.dtype == region for answer in answers)
+
+
 # No gradient at all.
 
 
