@@ -131,10 +131,11 @@ def _replica_cache(model: nn.Module, x: Tensor, speed: Speed) -> tuple[ReplicaCa
     key = hashable(speed)
     with _replicas_lock:
         caches = _replicas.setdefault(unwrapped(model), {})
-        caches[key] = caches.pop(key, None) or (ReplicaCache(**speed), InputCheck())  # the latest is last
+        known = caches.pop(key) if key in caches else (ReplicaCache(**speed), InputCheck())
+        caches[key] = known  # the latest is last
         if len(caches) > MOST:
             del caches[next(iter(caches))]
-        return caches[key]
+        return known
 
 
 def _check_images(model: nn.Module, x: Tensor) -> None:

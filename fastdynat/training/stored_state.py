@@ -77,7 +77,7 @@ class StoredState:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether values are known to be the same; NaN equals NaN."""
+    """True if the values are known to be the same; NaN equals NaN."""
     try:
         return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
     except (RuntimeError, NotImplementedError):  # of a layout that cannot be compared
