@@ -15,6 +15,7 @@ from fastdynat.data import DatasetInfo, Images, load_test
 from fastdynat.data.own_data import own_parts
 from fastdynat.errors import UserError
 from fastdynat.models.foreign import load_foreign
+from fastdynat.models.logits import Output, with_output
 from fastdynat.models.own_networks import count_logits
 from fastdynat.runs import CONFIG, Sidecar, data_difference, load_network, looks_like_run
 
@@ -38,16 +39,23 @@ class Subject:
     images: Images
 
 
-def open_subject(model: object, data: Any, data_dir: str) -> Subject:
+def open_subject(model: object, data: Any, data_dir: str, output: Output | None = None) -> Subject:
     """The network that `model` is or names, and the test images that `data` holds or names.
+
+    output: selects the logits of a module (`with_output`).
 
     Raises:
         UserError: an argument of another kind, or images that are not like those of the network's run.
     """
+    if output is not None and not isinstance(model, nn.Module):
+        raise UserError(
+            f"output={output!r} selects the logits of a torch.nn.Module; a run or a network given by name "
+            "returns logits alone: leave output out"
+        )
     run = _of_run(model)
     if run is None:
         info, images = _images(data, data_dir, None)
-        network, name = _network(model, info)
+        network, name = _network(model, info, output)
         return Subject(name, network, None, _with_logits(info, network, name), images)
     if data is None and isinstance(model, TrainedRun):
         stored = model.config.data
@@ -138,9 +146,9 @@ def _with_logits(info: DatasetInfo, network: nn.Module, name: str) -> DatasetInf
     return replace(info, num_classes=logits, class_names=names)
 
 
-def _network(model: object, info: DatasetInfo) -> tuple[nn.Module, str]:
+def _network(model: object, info: DatasetInfo, output: Output | None) -> tuple[nn.Module, str]:
     if isinstance(model, nn.Module):
-        return model, type(model).__name__
+        return with_output(model, output), type(model).__name__
     if not isinstance(model, str | Path):
         raise UserError(f"model must be a torch.nn.Module, a run or a name, got a {type(model).__name__}")
     name = str(model)

@@ -26,6 +26,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.evaluation.outcome import Measurement
 from fastdynat.execution.process_state import process_state_kept
+from fastdynat.models.logits import Output
 from fastdynat.models.state_digest import state_digest
 from fastdynat.ops import use_backend
 from fastdynat.terminal.consoles import PlainTable, as_text, error_console
@@ -96,6 +97,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 1,
     data_dir: str | Path = "data",
+    output: Output | None = None,
     **keys: Any,
 ) -> Evaluation:
     """Attack `model` on `data` and count what it still classifies correctly, with 95 % confidence intervals.
@@ -129,6 +131,7 @@ def evaluate(
             own files and of autoattack.
         seed: seed of the random numbers of each image.
         data_dir: folder of a data set given by name.
+        output: selects the logits if a module returns more than them: a key, an index or a function.
         keys: device, amp, compile and kernels, as for ``fastdynat eval``.
 
     Raises:
@@ -152,7 +155,7 @@ def evaluate(
     require_cpu_backend()
     require_same_config([], config)
     device = check_eval_device(config)
-    subject = open_subject(model, data, str(data_dir))
+    subject = open_subject(model, data, str(data_dir), output)
     network, name, info, images = subject.network, subject.name, subject.info, subject.images
     if num_images is not None:
         images = images.part(slice(num_images))

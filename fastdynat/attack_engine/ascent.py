@@ -137,8 +137,13 @@ class Ascent:
         return wrong
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
-        """The autocast region of the network, independent of the caller's."""
-        return torch.autocast(x.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        """The autocast region of the network, independent of the caller's.
+
+        Without torch's cache of cast weights, which nested regions share whatever their dtypes. A replica's
+        weights need no gradient, so they are never in it.
+        """
+        dtype, enabled = self.dtype or torch.bfloat16, self.dtype is not None
+        return torch.autocast(x.device.type, dtype, enabled=enabled, cache_enabled=False)
 
     def goal_gradient(self, kind: GoalKind) -> Callable[[Tensor, Tensor], GoalGradient]:
         """A function (model input, target) -> `GoalGradient` for goals of `kind`, compiled where possible."""
@@ -219,9 +224,12 @@ class Ascent:
     ) -> Tensor:
         grad = None
         if value.requires_grad:
-            grad = torch.autograd.grad(value, leaf, cotangent, retain_graph=retain_graph, allow_unused=True)[
-                0
-            ]
+            # Else parts of a backward pass computed in the precision of the caller's region.
+            with torch.autocast(leaf.device.type, enabled=False):
+                found = torch.autograd.grad(
+                    value, leaf, cotangent, retain_graph=retain_graph, allow_unused=True
+                )
+            grad = found[0]
         if grad is None and not self.allow_no_gradient:
             raise NoGradient
         return torch.zeros_like(leaf) if grad is None else grad

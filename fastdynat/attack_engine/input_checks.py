@@ -2,7 +2,9 @@
 
 import math
 import operator
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -133,14 +135,19 @@ class DeferredCheck:
     """Checks numbers that a device is still computing, without waiting for it.
 
     On the CPU the check runs at once. On a GPU the first one waits; later numbers are copied to the host
-    asynchronously and checked by the next call that finds them there: an error then comes one call late.
+    asynchronously, and each call checks those of earlier calls that are there: an error then comes late, and
+    for numbers that no later call finds there not at all.
     """
 
     def __init__(self, check: Callable[..., None]) -> None:
         """check: called with the numbers, `about`, and the call they belong to, in words."""
         self._check = check
         self._first = True
-        self._pending: tuple[torch.cuda.Event, Tensor, tuple[Any, ...]] | None = None
+        self._pending: deque[tuple[torch.cuda.Event, Tensor, tuple[Any, ...]]] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the numbers on their way, which are this object's to check: events cannot be copied."""
+        return {**vars(self), "_pending": deque()}
 
     def __call__(self, numbers: Tensor, *about: Any) -> None:
         """numbers: (n,), of one dtype."""
@@ -148,15 +155,30 @@ class DeferredCheck:
             self._first = False
             self._check(numbers.tolist(), *about, "")
             return
-        if self._pending is not None and self._pending[0].query():
-            _, earlier, its_about = self._pending
-            self._pending = None
-            self._check(earlier.tolist(), *its_about, " (of an earlier call)")
-        if self._pending is None:
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            host.copy_(numbers, non_blocking=True)
-            event = torch.cuda.current_stream(numbers.device).record_event()
-            self._pending = (event, host, about)
+        earlier = len(self._pending)
+        self._pending.append((*_on_their_way(numbers), about))
+        for _ in range(earlier):
+            oldest = self._oldest_there()
+            if oldest is None:
+                return
+            host, its_about = oldest
+            self._check(host.tolist(), *its_about, " (of an earlier call)")
+
+    def _oldest_there(self) -> tuple[Tensor, tuple[Any, ...]] | None:
+        """The oldest numbers, if they are there. Taken before they are asked for: threads share a check."""
+        with suppress(IndexError):
+            oldest = self._pending.popleft()
+            if oldest[0].query():
+                return oldest[1:]
+            self._pending.appendleft(oldest)
+        return None
+
+
+def _on_their_way(numbers: Tensor) -> tuple[torch.cuda.Event, Tensor]:
+    """Numbers that are being copied to the host, and the event after which they are there."""
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    return torch.cuda.current_stream(numbers.device).record_event(), host
 
 
 class InputCheck:

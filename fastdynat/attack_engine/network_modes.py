@@ -72,8 +72,11 @@ _new_lock = threading.Lock()
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:
+    """One lock for all networks with the same first layer: wrappers, some made per call, share its modes."""
+    owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))] or [model]
+    first = next((m for m in owners if not m._modules), owners[0])
     with _new_lock:
-        return _locks.setdefault(model, threading.RLock())
+        return _locks.setdefault(first, threading.RLock())
 
 
 @contextmanager
@@ -191,6 +194,49 @@ def unmoved_twin(model: nn.Module) -> nn.Module:
         if isinstance(module, _BatchNorm):
             module.track_running_stats = False
     return twin
+
+
+def loading_twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares the memory of its state_dict() and owns all else, with the values of now.
+
+    What a network built anew computes once that state_dict() is loaded into it, whatever `model` has changed
+    beside it since.
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    loose = {id(t) for t in loose_tensors(model)}
+    memo: dict[int, Any] = {}
+    for tensor in network_state(model).tensors:
+        value = tensor.detach().clone() if id(tensor) in loose else tensor.detach()
+        memo[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+    return _over_same_memory(model, memo)
+
+
+def loose_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors that `model` reaches and that its state_dict(), and so a checkpoint, does not hold."""
+    stored = {_memory(t) for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return [t for t in network_state(model).tensors if _memory(t) not in stored]
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+    ):  # sparse and quantised tensors have no such memory
+        return id(tensor)
+
+
+def separate_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` with tensors of its own, which need no gradient.
+
+    Raises:
+        NotCopyable: a UserError.
+    """
+    return copy.deepcopy(_over_same_memory(model, _held(model)))
 
 
 def _held(model: nn.Module) -> dict[int, Any]:

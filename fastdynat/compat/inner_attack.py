@@ -1,5 +1,6 @@
 """The inner maximisation of the published loss functions, on a cached replica of the model."""
 
+import threading
 import weakref
 from collections.abc import Hashable
 
@@ -31,6 +32,8 @@ NORMS = {"l_inf": "linf", "l_2": "l2"}
 _replicas: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[ReplicaCache, InputCheck]]] = (
     weakref.WeakKeyDictionary()
 )
+_replicas_lock = threading.Lock()
+MOST = 4  # options per model: a script that makes new ones at every call keeps no more replicas than this
 
 
 def refresh(model: nn.Module) -> None:
@@ -125,11 +128,14 @@ def _replica_cache(model: nn.Module, x: Tensor, speed: Speed) -> tuple[ReplicaCa
     device = x.device.type
     if "amp" not in speed and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         speed = {**speed, "amp": torch.get_autocast_dtype(device)}
-    caches = _replicas.setdefault(unwrapped(model), {})
     key = hashable(speed)
-    if key not in caches:
-        caches[key] = ReplicaCache(**speed), InputCheck()
-    return caches[key]
+    with _replicas_lock:
+        caches = _replicas.setdefault(unwrapped(model), {})
+        known = caches.pop(key) if key in caches else (ReplicaCache(**speed), InputCheck())
+        caches[key] = known  # the latest is last
+        if len(caches) > MOST:
+            del caches[next(iter(caches))]
+        return known
 
 
 def _check_images(model: nn.Module, x: Tensor) -> None:

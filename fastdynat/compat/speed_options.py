@@ -1,5 +1,6 @@
 """Keyword arguments of the attacks and losses that set how they are computed."""
 
+import functools
 import types
 from collections.abc import Hashable
 from typing import Any, TypedDict
@@ -51,13 +52,23 @@ def check_speed(caller: str, speed: Speed) -> None:
 
 
 def hashable(speed: Speed) -> Hashable:
-    """`speed` as a dictionary key.
+    """`speed` as a dictionary key, for as long as what it names is kept alive beside the key."""
+    others = tuple(sorted((key, value) for key, value in speed.items() if key != "output"))
+    return others, _same_when_rewritten(speed.get("output"))
 
-    A function without defaults counts by its code and closure, since a lambda in a call is a new object at
-    each call.
+
+def _same_when_rewritten(output: Any) -> Hashable:
+    """A key that is equal for functions which are made anew at each call, as by a lambda in it.
+
+    A function counts by its code and the identity of what it closes over and of its defaults, a partial by
+    its function and the identity of its arguments.
     """
-    output = speed.get("output")
-    known: Any = output
-    if isinstance(output, types.FunctionType) and not (output.__defaults__ or output.__kwdefaults__):
-        known = (output.__code__, tuple(map(id, output.__closure__ or ())))
-    return tuple(sorted((key, value) for key, value in speed.items() if key != "output")), known
+    if isinstance(output, types.FunctionType):
+        named = output.__kwdefaults__ or {}
+        held = (*(output.__closure__ or ()), *(output.__defaults__ or ()), *named.values())
+        return output.__code__, tuple(named), tuple(map(id, held))
+    if type(output) is functools.partial:
+        held = (*output.args, *output.keywords.values())
+        return _same_when_rewritten(output.func), tuple(output.keywords), tuple(map(id, held))
+    # Equal methods are made anew, too; any other object may be without a hash.
+    return output if isinstance(output, str | int | types.MethodType | None) else id(output)

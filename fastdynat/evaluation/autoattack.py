@@ -25,6 +25,7 @@ from fastdynat.tuning.devices import pick_device
 
 NORMS = ("linf", "l2", "l1")
 BATCH_SIZE = 250
+CHANGEABLE = ("stages", "seconds", "seed", "verbose", "device", "log_path")
 
 
 class AutoAttack:
@@ -39,7 +40,10 @@ class AutoAttack:
     Attributes:
         stages: the attacks with their parameters, in order; the list may be changed.
         seconds: time of each stage in the last evaluation.
+        model, norm, eps, version: as given; they cannot be changed, since the stages are made for them.
     """
+
+    _made = False
 
     def __init__(
         self,
@@ -101,6 +105,16 @@ class AutoAttack:
         )
         self.stages = stages(self.norm, self.eps, version, attacks_to_run if attacks is None else attacks)
         self.seconds: dict[str, float] = {}
+        self._made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set one of `CHANGEABLE`. AttributeError for any other, which the evaluation would not follow."""
+        if self._made and name not in CHANGEABLE:
+            raise AttributeError(
+                f"{name} of an AutoAttack cannot be set, only {', '.join(CHANGEABLE)}: make a new one, as "
+                "AutoAttack(model, norm='Linf', eps=8 / 255, version='custom', attacks_to_run=['apgd-ce'])"
+            )
+        super().__setattr__(name, value)
 
     @property
     def attacks_to_run(self) -> list[str]:

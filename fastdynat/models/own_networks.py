@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdynat.errors import UserError, first_line
 from fastdynat.models.finite import check_finite
+from fastdynat.models.logits import own_dtype
 from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
 
 Shape = tuple[int, int, int]
@@ -72,8 +73,8 @@ def own_network(
     """The user's network called `name`: built anew by a callable, or a copy of the module given in Python.
 
     Raises:
-        UserError: there is none, it does not map such images to so many logits, its weights are not finite,
-            or a normalisation (`mean`) is asked for.
+        UserError: there is none, it does not map such images to so many logits, its weights are not finite
+            or not float32, or a normalisation (`mean`) is asked for.
     """
     if mean is not None:
         raise UserError(
@@ -93,6 +94,11 @@ def own_network(
     else:
         model = network_of(name, {"num_classes": num_classes, "image_shape": image_shape})[0]
     check_finite(model, short_name(name))
+    if own_dtype(model) not in (None, torch.float32):
+        raise UserError(
+            f"{short_name(name)} has weights in {own_dtype(model)}, but training moves float32 weights: pass "
+            "model.float(), and amp='bf16' or 'fp16' for passes in half precision"
+        )
     suspicion = check_network_output(model, short_name(name), num_classes, image_shape)
     if suspicion:
         warnings.warn(f"{short_name(name)}: {suspicion}", stacklevel=2)
@@ -172,13 +178,13 @@ def _check_independent(copied: nn.Module, given: nn.Module, image_shape: Shape) 
 
 @torch.no_grad()
 def look(model: nn.Module, x: Tensor) -> object:
-    """The output of `model` in eval mode for `x`, which is moved to its device.
+    """The output of `model` in eval mode for `x`, which is moved to its device and dtype.
 
     Its modes, its buffers and the random state stay.
     """
     state = next((tensor for part in (model.parameters(), model.buffers()) for tensor in part), x)
     with _eval_mode(model):
-        return model(x.to(state.device))
+        return model(x.to(state.device, own_dtype(model)))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fastdynat.methods import Network, Networks
 from fastdynat.models import undivided
 from fastdynat.training.activation_checkpointing import checkpoint_activations
 from fastdynat.training.average import AverageRule, WeightAverage
+from fastdynat.training.stored_state import StoredState
 
 
 def pixel_statistics(
@@ -119,6 +120,7 @@ class NetworkSet:
             guide_eval=guide_eval,
         )
         self._followed = FollowedState(model, self.attack, example)
+        self._stored = [StoredState(network, example) for network in self.raw.values()]
 
     def _trained(self, frozen_guide: bool) -> dict[str, nn.Module]:
         return {name: module for name, module in self.raw.items() if name == "model" or not frozen_guide}
@@ -144,9 +146,14 @@ class NetworkSet:
         """
         return self._deployed
 
-    def check_attacked(self) -> None:
-        """Raise UserError if the attacked replica does not follow the model (`FollowedState`)."""
+    def check_state(self) -> None:
+        """Raise UserError if the attacked replica or a checkpoint misses state of a network.
+
+        See `FollowedState` and `StoredState`.
+        """
         self._followed.check()
+        for stored in self._stored:
+            stored.check()
 
     def average_step(self) -> None:
         """Move the weight average after a step, unless that happens at the end of the epoch."""

@@ -226,7 +226,7 @@ class Trainer:
             **self._last_sizes(),
         }
         row |= self._finite_means()
-        self.networks.check_attacked()
+        self.networks.check_state()
         row |= {
             "train_seconds": round(self.seconds, 3),
             "images_per_s": round(self.averages.of_all(self.world).images / self.seconds, 1),

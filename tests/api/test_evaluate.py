@@ -1,5 +1,6 @@
 """fastdynat.evaluate: accuracies with intervals, in Python."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,38 @@ def test_numbers_are_those_of_the_command(
     assert {a["attack"]: a["accuracy"] for a in record["attacks"]} == dict(found)
     by_name = fastdynat.evaluate("own.py:make_net", "own.py:make_data", "clean", num_images=10)
     assert by_name.images == 10
+
+
+class Named(nn.Module):
+    """Answers with a dict."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": x.flatten(1), "scores": self.net(x)}
+
+
+@pytest.mark.parametrize("output", ["scores", 1, lambda out: out["scores"]])
+def test_output_selects_the_logits(net: nn.Module, output: Any) -> None:
+    attacks = "clean,pgd2,apgd-t2"
+    found = fastdynat.evaluate(Named(net), own_test(40), attacks, eps=0.05, output=output)
+    assert dict(found) == dict(fastdynat.evaluate(net, own_test(40), attacks, eps=0.05))
+    assert found["pgd2"] < found["clean"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_judged_as_it_answers(net: nn.Module, dtype: torch.dtype) -> None:
+    half, (images, labels) = copy.deepcopy(net).to(dtype), own_test()
+    found = fastdynat.evaluate(half, (images, labels), "clean,pgd5", eps=0.05)
+    with torch.no_grad():
+        right = half((images / 255).to(dtype)).argmax(1) == labels
+    assert found["clean"] == pytest.approx(float(right.double().mean()))
+    # The same weights but for rounding.
+    assert found["pgd5"] == pytest.approx(
+        fastdynat.evaluate(net, own_test(), "pgd5", eps=0.05)["pgd5"], abs=0.05
+    )
 
 
 def test_every_module_keeps_its_mode() -> None:
@@ -163,6 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attack": ({"attacks": "pdg20"}, "unknown attack 'pdg20'"),
     "eps": ({"eps": 8}, r"eps must be a linf radius in \[0, 1\] pixel units"),
     "radius": ({"norm": "l2"}, "a radius under linf does not apply to l2: norm='l2' needs eps"),
+    "output": ({"model": "small", "output": "out"}, "output='out' selects the logits of a torch.nn.Module"),
     "key": ({"batchsize": 8}, "unknown key 'batchsize'"),
     "transfer": ({"attacks": "transfer-pgd2"}, "needs two networks"),
     "labels": (

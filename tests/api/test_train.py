@@ -175,6 +175,8 @@ REFUSED = {
         {},
         "Sequential does not take 1x32x32 images: RuntimeError: mat1 and mat2",
     ),
+    "half": (lambda: own_net().half(), {}, r"weights in torch\.float16, .* pass model\.float\(\)"),
+    "double": (lambda: own_net().double(), {}, r"weights in torch\.float64, .* pass model\.float\(\)"),
     "normalize": (lambda: own_net(), {"normalize": "dataset"}, "normalise inside of it"),
     "no effect": (lambda: own_net(), {"gamma": 0.5}, "gamma has no effect: --schedule constant has none"),
 }

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -127,14 +129,76 @@ def test_a_binary_score_becomes_logits_by_the_remedy() -> None:
     torch.testing.assert_close(one(x, y), (x + 0.01 * grad.sign()).clamp(0, 1))
 
 
-def test_a_function_written_in_the_call_makes_one_replica() -> None:
+def _item(i: int, out: Any) -> Tensor:
+    return out[i]
+
+
+REWRITTEN: dict[str, Callable[[], Any]] = {
+    "lambda": lambda: lambda out: out[0],
+    "default": lambda: lambda out, i=0: out[i],
+    "named default": lambda: lambda out, *, i=0: out[i],
+    "partial": lambda: partial(_item, 0),
+    "partial of a lambda": lambda: partial(lambda i, out: out[i], 0),
+}
+
+
+def _losses(output: Callable[[], Any], calls: int) -> int:
+    """The number of replicas after so many calls with `output`, made anew for each."""
     from fastdynat.compat.inner_attack import _replicas
 
     (x, y), model = batch(), Answers(net(), lambda z: (z,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        trades_loss(model, x, y, optimizer, perturb_steps=1, output=lambda out: out[0])
-    assert len(_replicas[model]) == 1
+    for _ in range(calls):
+        trades_loss(model, x, y, optimizer, perturb_steps=1, output=output())
+    return len(_replicas[model])
+
+
+@pytest.mark.parametrize("kind", REWRITTEN)
+def test_a_function_written_in_the_call_makes_one_replica(kind: str) -> None:
+    assert _losses(REWRITTEN[kind], 3) == 1
+
+
+def test_no_output_keeps_a_replica_of_every_call() -> None:
+    from fastdynat.compat.inner_attack import MOST
+
+    assert _losses(lambda: itemgetter(0), MOST + 2) == MOST
+
+
+def test_functions_that_pick_something_else_have_replicas_of_their_own() -> None:
+    from fastdynat.compat.speed_options import hashable
+
+    def picking(i: int) -> Callable[[Any], Tensor]:
+        return lambda out, *, j=i: out[j]
+
+    outputs = [picking(0), picking(1), partial(_item, 0), partial(_item, 1), partial(_item, i=0), 0, "logits"]
+    assert len({hashable({"output": output}) for output in outputs}) == len(outputs)
+
+
+HALVES = [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.bfloat16, False)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("region", "amp"), HALVES)
+def test_an_attack_is_the_same_in_the_callers_autocast_region(
+    region: torch.dtype, amp: torch.dtype | bool, train: bool
+) -> None:
+    (x, y), model = batch(), net()
+    attack = PGD(model, EPS, EPS / 2, 2, random_start=False, amp=amp)
+    if train:  # on the model itself
+        attack.set_model_training_mode(True, True, True)
+    want = attack(x, y)
+    with torch.autocast("cpu", region):
+        answers = [model(x)]
+        got = attack(x, y)
+        answers.append(model(x))
+        torch.testing.assert_close(attack(x, y), got)
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", region):  # the attack first
+        got = attack(x, y)
+        answers.append(model(x))
+    torch.testing.assert_close(got, want)
+    assert all(answer.dtype == region for answer in answers)
 
 
 # No gradient at all.

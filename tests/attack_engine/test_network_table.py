@@ -258,18 +258,33 @@ def test_copies_of_an_attack_attack_their_own_model(again: Callable[[PGD], PGD])
     assert same(attack(x, y), plain_pgd(model, x, y)) > 0.995
 
 
+def _normalised(model: nn.Module) -> PGD:
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+    attack.set_normalization_used([0.0] * 3, [1.0] * 3)
+    return attack
+
+
+ATTACKS: dict[str, Callable[[nn.Module], PGD]] = {
+    "plain": lambda model: PGD(model, EPS, ALPHA, STEPS, random_start=False),
+    "normalised": _normalised,
+    "output": lambda model: PGD(model, EPS, ALPHA, STEPS, random_start=False, output="logits"),
+    "wrapped": lambda model: PGD(nn.Sequential(model), EPS, ALPHA, STEPS, random_start=False),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ATTACKS)
 @pytest.mark.parametrize("name", ["in place", "frozen norm", "forward over the original"])
-def test_two_threads_may_attack_one_model(name: str) -> None:
+def test_two_threads_may_attack_one_model(name: str, kind: str) -> None:
     model, (x, y) = make(name, odd_networks.NETWORKS).train(), batch()
     before, want, found = snapshot(model), plain_pgd(model, x, y), []
-    shared = PGD(model, EPS, ALPHA, STEPS, random_start=False)
+    shared = ATTACKS[kind](model)
 
     def work(attack: PGD) -> None:
         for _ in range(3):
             found.append(same(attack(x, y), want))
 
-    own = [PGD(model, EPS, ALPHA, STEPS, random_start=False) for _ in range(2)]
+    own = [ATTACKS[kind](model) for _ in range(2)]
     threads = [threading.Thread(target=work, args=(attack,)) for attack in (shared, shared, *own)]
     for thread in threads:
         thread.start()

@@ -63,6 +63,33 @@ def test_the_worst_case_and_the_state_it_leaves(
     assert attack.clean_accuracy(x, y, batch_size=4) == pytest.approx((N - 3) / N)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eps", EPS / 2),
+        ("epsilon", EPS / 2),  # the package's name
+        ("norm", "l2"),
+        ("model", None),
+        ("version", "rand"),
+        ("attacks_to_run", ["square"]),
+    ],
+)
+def test_what_the_evaluation_would_not_follow_cannot_be_set(name: str, value: Any) -> None:
+    attack = evaluator(tiny_cnn(3))
+    with pytest.raises(AttributeError, match=f"^{name} of an AutoAttack cannot be set, .* make a new one"):
+        setattr(attack, name, value)
+    assert attack.eps == EPS
+
+
+def test_stages_may_be_changed(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    both, one = evaluator(model), evaluator(model, ("apgd-t10",))
+    both.stages = both.stages[1:]
+    assert both.attacks_to_run == one.attacks_to_run
+    both.seed, both.verbose = 1, False
+    assert torch.equal(both.run_standard_evaluation(x, y, 7), one.run_standard_evaluation(x, y, 7))
+
+
 class Killed(Exception):
     pass
 
