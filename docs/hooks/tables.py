@@ -46,7 +46,7 @@ def made(*names: str) -> str:
 def origin(values: Values) -> str:
     """Machine, versions, date and commit of a file; of its runs, where each was made by itself."""
     runs = values.get("runs")
-    if isinstance(runs, dict):
+    if isinstance(runs, dict) and all("made" in run for run in runs.values()):
         return "; ".join(dict.fromkeys(_run_origin(run["made"]) for run in runs.values()))
     machine = values["environment"]
     versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "python") if key in machine)
