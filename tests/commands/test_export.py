@@ -224,7 +224,7 @@ def test_accuracies_are_the_stored_ones(
     assert export(run, tmp_path / "A.pt", *flags, "--dataset", "cifar10") == 0
     info = json.loads((tmp_path / "A.json").read_text())
     assert (info["clean_acc"], info["autoattack_acc"], info["reported"]) == (None, None, None)
-    assert "--attacks clean,autoattack" in "".join(capsys.readouterr().err.split("\n"))
+    assert "--attacks clean,fast-autoattack" in "".join(capsys.readouterr().err.split("\n"))
     assert (info["authors"], info["venue"], info["link"], info["name"]) == ("A. Author", *flags[3::2])
     assert (info["dataset"], info["eps"]) == ("cifar10", "8/255")
 
