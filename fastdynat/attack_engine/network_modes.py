@@ -222,11 +222,7 @@ def loose_tensors(model: nn.Module) -> list[Tensor]:
 def _memory(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-    ):  # sparse and quantised tensors have no such memory
+    except (RuntimeError, ValueError):  # sparse and quantised tensors have no such memory
         return id(tensor)
 
 
