@@ -224,11 +224,7 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """Memory, dtype and layout of a tensor: equal for tensors that always have the same values."""
     try:
         return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-    ):  # sparse, quantised or uninitialised tensors have no data pointer
+    except (RuntimeError, ValueError):  # sparse, quantised or uninitialised tensors have no data pointer
         return id(tensor), tensor.dtype, tensor.device
 
 

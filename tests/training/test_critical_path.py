@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import tiny_cnn
+from torch import Tensor, nn
 
 from fastdynat.attack_engine import replica
 from fastdynat.attacks import parse_attack
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import KeptReplica, measure
+from fastdynat.evaluation.measure import _attacked
 from fastdynat.runs import load_network
 from fastdynat.runs.failures import WriteError
 from fastdynat.runs.metrics_rows import read_rows
@@ -100,6 +103,26 @@ def test_a_kept_replica_follows_weights_statistics_and_another_network() -> None
             model(torch.rand(16, 3, 8, 8))  # moves the running statistics
         found, want = (measure(model, images, attack, kept=k, **given) for k in (kept, None))
         assert (found.robust_bits, found.zero_grad_share) == (want.robust_bits, want.zero_grad_share)
+
+
+class Scaled(nn.Module):
+    """Logits times `scale`, a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(48, 10), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 4, 4) -> (N, 10)."""
+        return self.scale * self.fc(x.flatten(1))
+
+
+def test_a_kept_replica_follows_a_python_number() -> None:
+    model, x, kept = Scaled().eval(), torch.rand(4, 3, 4, 4), KeptReplica()
+    for scale in (1.0, 3.0, 3.0):
+        model.scale = scale
+        ascent = kept.of(model, (), lambda: _attacked(model, x, None, False, False))
+        torch.testing.assert_close(ascent.logits(x), scale * F.linear(x.flatten(1), *model.fc.parameters()))
 
 
 def test_the_training_thread_never_waits_for_the_disk(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastdynat
 from fastdynat.api.trained_run import TrainedRun
+from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.training.stored_state import StoredState
 
@@ -100,4 +101,70 @@ def test_only_a_change_that_loading_loses_counts() -> None:
     stored.check()
     model.fc = nn.Linear(4, 4)
     with pytest.raises(UserError, match=r"a checkpoint of Loose cannot be loaded.*keep their shapes"):
+        stored.check()
+
+
+COUNTERS = """
+import torch
+from torch import nn
+
+
+class WarmUp(nn.Module):
+    def __init__(self, classes, kept):
+        super().__init__()
+        self.net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, classes))
+        self.kept, self.step, self.calls = kept, 0, 0
+        self.register_buffer("moved", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1  # which changes nothing
+        if self.training:
+            self.step += self.kept == "number"
+            self.moved += self.kept == "buffer"
+        return self.net(x) / max(0.1, 1 - self.step / 10) / (1 - self.moved / 10).clamp_min(0.1)
+
+
+def number(num_classes):
+    return WarmUp(num_classes, "number")
+
+
+def buffer(num_classes):
+    return WarmUp(num_classes, "buffer")
+"""
+
+
+@pytest.mark.parametrize(("kept", "code"), [("number", 2), ("buffer", 0)])
+def test_a_python_counter_that_changes_the_logits_is_refused(
+    kept: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(COUNTERS)
+    model = f"{tmp_path / 'net.py'}:{kept}"
+    sizes = ["--train-size", "80", "--val-size", "20", "--batch-size", "20"]
+    flags = [*sizes, "--steps", "1", "--epochs", "2", "--quiet"]
+    assert main(["train", "--run-dir", str(tmp_path / "run"), "--model", model, *flags]) == code
+    assert ("WarmUp changes state while it trains" in capsys.readouterr().err) is (code == 2)
+
+
+class Scaled(nn.Module):
+    """Attributes: scale: a number that the logits depend on; calls: one that they do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale, self.calls = nn.Linear(48, 10), 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 4, 4) -> (N, 10)."""
+        self.calls += 1
+        return self.scale * self.fc(x.flatten(1))
+
+
+def test_only_numbers_that_change_the_logits_count() -> None:
+    model, x = Scaled(), torch.rand(2, 3, 4, 4)
+    stored = StoredState(model, x)
+    model(x)
+    with torch.no_grad():
+        model.fc.weight.mul_(2)
+    stored.check()
+    model.scale = 1.5
+    with pytest.raises(UserError, match=r"differ by 0\.3 .*register_buffer"):
         stored.check()
