@@ -15,7 +15,9 @@ class Outcome:
     Attributes:
         finished: all epochs are done, or `Watch.ended`; else the run can be resumed.
         signal: what stopped it; None for --stop-after.
+        early: why it finished before its last epoch (`Watch.ended`); None where it did not.
     """
 
     finished: bool
     signal: Signals | None = None
+    early: str | None = None

@@ -117,7 +117,8 @@ class Trainer:
                     self._save(best=False)
                     return Outcome(False, stop.signal)
         self._writer.close()
-        return Outcome(self.finished(), stop.signal)
+        early = self.watch.ended() if self.epoch < epochs else None
+        return Outcome(self.finished(), stop.signal, early)
 
     @contextmanager
     def _graphs(self) -> Iterator[None]:

@@ -150,7 +150,9 @@ def test_rows_are_means_over_seeds(whole: Path) -> None:
     seconds = [[r["train_seconds"] for r in run["epochs"]] for run in runs]
     assert row["train_seconds"]["values"] == pytest.approx([sum(s) for s in seconds])
     assert row["seconds_per_epoch"]["values"] == pytest.approx([numpy.median(s) for s in seconds])
-    assert row["images_per_s"]["values"] == pytest.approx([64 / numpy.median(s) for s in seconds])
+    rates = [[64 / r["train_seconds"] for r in run["epochs"]] for run in runs]
+    assert row["images_per_s"]["values"] == pytest.approx([numpy.median(r) for r in rates], rel=0.02)
+    assert (row["epochs"], row["epochs_trained"]) == (2, [2, 2])
     shares = [a["accuracy"] for run in doc["runs"] for r in run["evaluations"] for a in r["attacks"]]
     assert doc["largest_standard_error"] == pytest.approx(max(math.sqrt(p * (1 - p) / 359) for p in shares))
 
@@ -317,6 +319,9 @@ def test_a_damaged_ledger_and_a_second_process(tmp_path: Path, capsys: pytest.Ca
             ["--set", "madry.eps=0.2"],
             "eval_eps is 0.1 for natural and 0.2 for madry: a comparison needs one value; give --eval-eps",
         ),
+        (["--set", "madry.epoch-steps=1"], "epoch_steps is None for natural and 1 for madry"),
+        (["--norms", "linf,l2"], "natural: --norms linf,l2: a comparison measures one norm"),
+        (["--set", "madry.norms=linf,l2"], "madry: --norms linf,l2: a comparison measures one norm"),
         (["--set", "madry.model=resnet18"], "model is auto for natural and resnet18 for madry"),
         (["--set", "madry.steps=-1"], "madry: steps must be >= 0, got -1"),
         (["--budget-seconds", "0"], "--budget-seconds must be above 0 seconds, got 0"),
@@ -442,6 +447,45 @@ def test_a_probe_times_warm_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["burn_in_epoch_seconds"] > 0
 
 
+def test_an_epoch_of_given_steps_is_timed_and_counted_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two steps to a pass an epoch takes one: half as many seconds, and as many images per second."""
+    from fastdynat.training import open_split
+    from fastdynat.training.resolve import resolve, resolve_loader
+
+    config = default_config("madry")
+    data = replace(config.data, train_size=64, val_size=10.0, batch_size=32, epoch_steps=1)
+    config = replace(config, data=data, attack=replace(config.attack, steps=1))
+    split = open_split(config)
+    config = resolve_loader(resolve(config, split.info), split)
+    step = TrainStep.__call__
+
+    def slow(self: TrainStep, batch: Any) -> Any:
+        time.sleep(0.3)
+        return step(self, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", slow)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.5)
+    found = probe.probe(config, split, 1.0)
+    assert 0.3 <= found["first_epoch_seconds"] < 0.6
+    doc = compare(
+        tmp_path / "c",
+        *TINY,
+        "--methods",
+        "madry",
+        "--attacks",
+        "clean",
+        "--epochs",
+        "2",
+        "--epoch-steps",
+        "1",
+    )
+    (run,) = doc["runs"]
+    seconds = numpy.median([row["train_seconds"] for row in run["epochs"]])
+    assert run["images_per_s"] == pytest.approx(32 / seconds, rel=0.02)
+
+
 @given(
     budget=st.floats(0.1, 50),
     first=st.floats(0.1, 5),
@@ -508,6 +552,37 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(
         assert "natural, seed 1 diverged: loss is" in printed
         assert doc["rows"][0]["accuracy"] == {}
         assert doc["rows"][2]["accuracy"].keys() == {"clean", "fgsm"}
+
+
+def test_a_run_that_ended_early_is_said_to_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """A constant guess is right for one of the ten validation images, one of each class."""
+    flags = ["--methods", "natural", "--attacks", "clean", "--epochs", "3", *TINY, "--stop-at", "0.05"]
+    for turn in range(2):
+        if turn:
+            request.getfixturevalue("idle")
+        doc = compare(tmp_path / "out", *flags)
+        printed = capsys.readouterr().out
+        assert (doc["rows"][0]["epochs"], doc["rows"][0]["epochs_trained"]) == (3, [1])
+        assert "1 of 3" in printed
+        assert "natural, seed 1 ended after epoch 1 of 3: --stop-at 0.05 is reached" in printed
+
+
+@needs("matplotlib")
+def test_the_mean_of_a_chart_has_every_seed_that_did_not_diverge() -> None:
+    from fastdynat.commands.compare.comparison_chart import _draw_method
+    from fastdynat.commands.figures import new_figure
+
+    def mean(whole: list[Any], lost: list[Any]) -> list[list[float]]:
+        axes = new_figure(4).subplots()
+        _draw_method(axes, whole, lost, "black", "-")
+        thick = [line for line in axes.lines if line.get_linewidth() > 1]
+        return thick[0].get_xydata().tolist()
+
+    long, short, other = [(1.0, 10.0), (2.0, 20.0), (3.0, 30.0)], [(1.0, 20.0), (4.0, 40.0)], [(5.0, 1.0)]
+    assert mean([long, short], [other]) == [[1.0, 15.0], [3.0, 30.0]]
+    assert mean([], [other, short]) == [[1.0, 20.0], [4.0, 40.0]]
 
 
 def test_peak_memory_is_that_of_the_work() -> None:

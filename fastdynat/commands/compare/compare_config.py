@@ -27,7 +27,7 @@ SAME = (
     *("data", "data_dir", "image_size", "train_size", "val_size", "drop_last", "model", "normalize"),
     "logit_scale",
     *("extra_data", "extra_share", "extra_labels"),
-    *("norm", "eval_eps", "epochs", "device", "deterministic", "seed", "stop_at"),
+    *("norm", "eval_eps", "epochs", "epoch_steps", "device", "deterministic", "seed", "stop_at"),
 )
 
 
@@ -168,6 +168,12 @@ def method_configs(shared: TrainConfig[NoOptions], config: CompareConfig) -> dic
                 plain, model=replace(shared.model, guide="auto")
             )  # --guide is for the methods that have one
         configs[label] = override(plain, own[label], f"--set {label}")
+    for label, one in configs.items():
+        if one.attack.norms is not None:
+            raise UserError(
+                f"{label}: --norms {one.attack.norms}: a comparison measures one norm; train the methods one "
+                "by one and run fastdynat eval on their runs"
+            )
     check_same(configs, SAME)
     if config.budget_seconds is not None and any(c.optim.epochs is not None for c in configs.values()):
         raise UserError("--budget-seconds decides the number of epochs; leave --epochs out")

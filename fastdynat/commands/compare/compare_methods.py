@@ -93,7 +93,7 @@ def _train(run: RunPlan, plan: ComparisonPlan) -> int:
         with begun as trainer:
             logger.info("attack: %s; step: %s", trainer.networks.attack.path, trainer.step.path)
             outcome = trainer.fit()
-        ended = {"ended": "finished"} if outcome.finished else {}
+        ended = {"ended": "finished", "reason": outcome.early or ""} if outcome.finished else {}
     except Diverged as error:
         logger.error("%s, seed %d diverged: %s", run.method, run.seed, error)
         outcome, ended = Outcome(True), {"ended": "diverged", "reason": str(error)}

@@ -36,10 +36,11 @@ def draw_comparison(doc: Mapping[str, Any], path: Path) -> None:
     for number, method in enumerate(methods):
         colour, style = PALETTE[number % len(PALETTE)], STYLES[number // len(PALETTE) % len(STYLES)]
         runs = [run for run in doc["runs"] if run["method"] == method]
-        end = _draw_method(axes, [_curve(run, unit) for run in runs], colour, style)
+        whole = [_curve(run, unit) for run in runs if run["ended"] != "diverged"]
+        lost = [_curve(run, unit) for run in runs if run["ended"] == "diverged"]
+        end = _draw_method(axes, whole, lost, colour, style)
         if end is not None:
-            lost = sum(run["ended"] == "diverged" for run in runs)
-            ends.append((f"{method} ({lost} of {len(runs)} diverged)" if lost else method, end, colour))
+            ends.append((f"{method} ({len(lost)} of {len(runs)} diverged)" if lost else method, end, colour))
     axes.set_xlim(left=0)
     top = axes.get_ylim()[1]
     axes.set_ylim(-0.02 * top, top)  # a line along zero stays whole
@@ -61,20 +62,23 @@ def _unit(seconds: float) -> tuple[float, str]:
     return (3600, "hours") if seconds > 2 * 3600 else (60, "minutes") if seconds > 300 else (1, "seconds")
 
 
-def _draw_method(axes: Axes, curves: list[Curve], colour: str, style: str) -> tuple[float, float] | None:
-    """Draw the curves of one method; returns where its line ends, or None where there is nothing to draw."""
-    length = max(map(len, curves))
-    # A seed that diverged early is not part of the mean, which would jump where it ends.
-    full = [curve for curve in curves if len(curve) == length]
-    if length == 0:
+def _draw_method(
+    axes: Axes, whole: list[Curve], lost: list[Curve], colour: str, style: str
+) -> tuple[float, float] | None:
+    """Draw the curves of one method; returns where its line ends, or None where there is nothing to draw.
+
+    The mean ends with the shortest of the `whole` curves, so that it always has all of those seeds: it would
+    jump where one drops out. Without any, the longest of the `lost` curves, of seeds that diverged, is drawn.
+    """
+    curves = [curve for curve in (*whole, *lost) if curve]
+    if not curves:
         return None
-    if len(curves) > 1:
+    if len(whole) + len(lost) > 1:
         for curve in curves:
-            axes.plot(
-                *zip(*curve, strict=True), color=colour, linestyle=style, linewidth=0.7, alpha=0.6
-            ) if curve else None
-    mean = [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*full, strict=True)]
-    marker = "o" if length == 1 else ""
+            axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=0.7, alpha=0.6)
+    shared = [curve for curve in whole if curve] or [max(lost, key=len)]
+    mean = [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*shared, strict=False)]
+    marker = "o" if len(mean) == 1 else ""
     axes.plot(*zip(*mean, strict=True), color=colour, linestyle=style, linewidth=1.8, marker=marker)
     return mean[-1]
 

@@ -62,8 +62,7 @@ def _run_values(run: RunPlan, plan: ComparisonPlan, records: list[Values]) -> Va
     path, metrics = run.path / "metrics.jsonl", []
     if path.exists():  # not where the first epoch diverged
         metrics = read_rows(path)
-    seconds = [row["train_seconds"] for row in metrics]
-    per_epoch = statistics.median(seconds) if seconds else None
+    seconds, rates = ([row[key] for row in metrics] for key in ("train_seconds", "images_per_s"))
     return {
         "method": run.method,
         "seed": run.seed,
@@ -73,8 +72,9 @@ def _run_values(run: RunPlan, plan: ComparisonPlan, records: list[Values]) -> Va
         "config": to_flat(run.config),
         "starts": read_starts(run.path / ENVIRONMENT),
         "train_seconds": sum(seconds),
-        "seconds_per_epoch": per_epoch,  # the median: a first epoch may compile
-        "images_per_s": plan.images / per_epoch if per_epoch else None,
+        # Medians: a first epoch may compile.
+        "seconds_per_epoch": statistics.median(seconds) if seconds else None,
+        "images_per_s": statistics.median(rates) if rates else None,
         "epochs": metrics,
         "evaluations": records,
     }
@@ -92,6 +92,7 @@ def _row(checkpoint: str, runs: list[Values]) -> Values:
         "seeds": [run["seed"] for run in finished],
         "diverged": [run["seed"] for run in runs if run["ended"] == "diverged"],
         "epochs": runs[0]["config"]["epochs"],
+        "epochs_trained": [len(run["epochs"]) for run in finished],
         "accuracy": {
             name: over_seeds([r["attacks"][i]["accuracy"] for r in records]) for i, name in enumerate(names)
         },

@@ -28,7 +28,7 @@ def print_comparison(doc: Values, console: Console) -> None:
         table.add_row(
             _name(row),
             row["checkpoint"],
-            str(row["epochs"]),
+            _epochs(row),
             *accuracies,
             _percent(row["robustness_gap"]),
             *times,
@@ -56,6 +56,15 @@ def _title(doc: Values) -> str:
 def _name(row: Values) -> str:
     diverged, total = len(row["diverged"]), len(row["diverged"]) + len(row["seeds"])
     return row["method"] if not diverged else f"{row['method']} ({diverged} of {total} diverged)"
+
+
+def _epochs(row: Values) -> str:
+    """The epochs asked for, after those that the runs trained if some ended early."""
+    trained = row["epochs_trained"] or [row["epochs"]]
+    least, most = min(trained), max(trained)
+    if least == row["epochs"]:
+        return str(least)
+    return f"{least if least == most else f'{least}-{most}'} of {row['epochs']}"
 
 
 def _number(values: Values | None, form: str, factor: float = 1.0) -> str:
@@ -102,9 +111,14 @@ def _notes(doc: Values) -> list[str]:
     for method, found in doc["probes"].items():
         if found["expected_seconds"] > doc["compare"]["budget_seconds"]:
             lines.append(f"{method}: one epoch takes {found['expected_seconds']:.3g} s, more than the budget")
-    lines += [
-        f"{run['method']}, seed {run['seed']} diverged: {run['reason']}"
-        for run in doc["runs"]
-        if run["reason"]
-    ]
-    return lines
+    return lines + [line for run in doc["runs"] for line in _ends(run)]
+
+
+def _ends(run: Values) -> list[str]:
+    """How a run ended, unless that was with its last epoch."""
+    who, trained, epochs = f"{run['method']}, seed {run['seed']}", len(run["epochs"]), run["config"]["epochs"]
+    if run["ended"] == "diverged":
+        return [f"{who} diverged: {run['reason']}"]
+    if trained < epochs:
+        return [f"{who} ended after epoch {trained} of {epochs}: {run['reason']}"]
+    return []

@@ -100,7 +100,7 @@ class _Timer:
                     break
             taken = self._now() - begin
         start = max(0.0, warming - warm_steps * taken / steps) if self._prepared else 0.0
-        return start, taken / averages.images * self._loader.num_images
+        return start, taken / averages.images * self._loader.epoch_images
 
     def warm_up(self) -> int:
         """Step on both shapes of batch until all code for them is there; returns the number of steps."""

@@ -52,7 +52,8 @@ class Ledger(MutableMapping[str, dict[str, Any]]):
 
     Attributes:
         probes: seconds per epoch and number of epochs by method, where there is a budget.
-        runs: by run name, how it ended ("finished", or "diverged" with the reason), and its peak memory.
+        runs: by run name, how it ended ("finished" or "diverged"), the reason if that was before its last
+            epoch, and its peak memory.
     """
 
     def __init__(self, folder: Path, budget: float | None) -> None:

@@ -82,11 +82,6 @@ def make_plan(shared: TrainConfig[NoOptions], compare: CompareConfig) -> Compari
             comparison was begun.
     """
     check_compare(compare)
-    if shared.attack.norms is not None:
-        raise UserError(
-            f"--norms {shared.attack.norms}: a comparison measures one norm; train the methods one by one "
-            "and run fastdynat eval on their runs"
-        )
     seeds = parse_seeds(compare.seeds, shared.engine.seed)
     configs = method_configs(replace(shared, engine=replace(shared.engine, seed=seeds[0])), compare)
     stem = f"compare-{data_folder_name(shared.data.data)}"
