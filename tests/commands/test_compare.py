@@ -558,15 +558,16 @@ def test_a_run_that_ended_early_is_said_to_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """A constant guess is right for one of the ten validation images, one of each class."""
-    flags = ["--methods", "natural", "--attacks", "clean", "--epochs", "3", *TINY, "--stop-at", "0.05"]
+    flags = ["--methods", "natural", "--attacks", "clean", "--epochs", "30", *TINY, "--stop-at", "0.05"]
     for turn in range(2):
         if turn:
             request.getfixturevalue("idle")
         doc = compare(tmp_path / "out", *flags)
         printed = capsys.readouterr().out
-        assert (doc["rows"][0]["epochs"], doc["rows"][0]["epochs_trained"]) == (3, [1])
-        assert "1 of 3" in printed
-        assert "natural, seed 1 ended after epoch 1 of 3: --stop-at 0.05 is reached" in printed
+        ((trained,), asked) = doc["rows"][0]["epochs_trained"], doc["rows"][0]["epochs"]
+        assert 1 <= trained < asked == 30
+        assert f"{trained} of 30" in printed
+        assert f"natural, seed 1 ended after epoch {trained} of 30: --stop-at 0.05 is reached" in printed
 
 
 @needs("matplotlib")
