@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastdynat.attack_engine.network_state import network_state
 from fastdynat.distributed.synchronized_batch_norm import plain_batch_norm
@@ -193,6 +194,8 @@ def unmoved_twin(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = False
+        elif isinstance(module, _InstanceNorm):  # which updates any running statistics that it has
+            module.running_mean = module.running_var = module.num_batches_tracked = None
     return twin
 
 

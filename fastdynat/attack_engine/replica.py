@@ -18,7 +18,7 @@ from fastdynat.attack_engine.network_comparison import (
     reference_logits,
     reference_logits_and_grad,
 )
-from fastdynat.attack_engine.network_modes import frozen_twin
+from fastdynat.attack_engine.network_modes import attack_mode, frozen_twin
 from fastdynat.attack_engine.winograd_layers import WinogradLayers
 from fastdynat.execution.float32 import full_float32
 
@@ -156,8 +156,9 @@ class AttackReplica:
         """Convert the weights and run the network; if it fails, as ``x.view(len(x), -1)`` does, undo it."""
         before = [(module, dict(module._parameters)) for module in self.network.modules()]
         self._own_weights(dtype, torch.channels_last)
+        half = torch.autocast(example.device.type, dtype, enabled=dtype is not None)
         try:
-            with torch.autocast(example.device.type, dtype, enabled=dtype is not None):
+            with attack_mode(self.network, "eval"), half:  # moves no running statistics
                 reference_logits(self.network, example.contiguous(memory_format=torch.channels_last))
         except RuntimeError:
             self._sources, self._copies = [], []

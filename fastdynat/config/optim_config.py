@@ -85,8 +85,8 @@ class OptimConfig:
     """Run the schedule of learning rate and cycled momentum this many updates ahead (epochs, with
     --schedule-by epoch): with 1, the rate drops one update early (Rice et al.)."""
     optimizers: Literal["separate", "joint"] = "separate"
-    """One optimiser per network, or one for both; they differ only in gradient clipping, where joint uses the
-    joint norm."""
+    """One optimiser per network, or one for both. They differ in gradient clipping, where joint uses the
+    joint norm, and with --amp fp16, where an overflow in one network makes joint skip the update of both."""
     grad_accum_steps: int = 1
     """Cut each batch into this many micro-batches, attack them one after the other, and make one update from
     the sum of their gradients: less memory, the same update. --batch-size still counts the images of an

@@ -62,6 +62,10 @@ class TrainLoader(Protocol):
         """Number of images in the set, without extra ones."""
 
     @property
+    def epoch_images(self) -> int:
+        """Number of images in the batches of an epoch, extra and repeated ones included."""
+
+    @property
     def extra_sampler(self) -> ExtraSampler | None:
         """The sampler of extra images; None where there are none."""
 

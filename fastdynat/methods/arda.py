@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attacks import AttackResult
+from fastdynat.attacks import AttackResult, PGDSpec
 from fastdynat.data import Batch
+from fastdynat.distributed import world
+from fastdynat.errors import UserError
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.base import unattacked
 from fastdynat.methods.building_blocks import batch_share
@@ -61,6 +63,13 @@ class Arda(Method[ArdaOptions]):
         super().__init__(options)
         # A micro-batch would have one kind alone, and batch norm would normalise the kinds apart.
         self.couples_images = 0 < options.adversarial_share < 1
+
+    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
+        if self.couples_images and attack_bn != "eval" and not world().alone:
+            raise UserError(
+                f"arda with several processes takes --attack-bn eval, got {attack_bn}: synchronised batch "
+                "norm waits for every process, and one without attacked images attacks nothing"
+            )
 
     def num_attacked(self, batch: Batch) -> int:
         """The number of attacked images in `batch`: its first ones, as in the whole global batch."""

@@ -10,10 +10,20 @@ from fastdynat.training.schedules import epochs_of_method
 MUCH, MOSTLY, LITTLE = 0.1, 0.5, 0.05  # shares of the average
 
 
+def averaging(rule: AverageRule, updates: int) -> bool:
+    """True if one of `updates` updates has averaged, rather than copied the weights."""
+    return updates > _copies(rule)
+
+
+def _copies(rule: AverageRule) -> int:
+    """The number of updates that copy the weights."""
+    return max(rule.warmup, rule.start + 1)
+
+
 def first_share(rule: AverageRule, updates: int) -> float:
     """The share of the last copied weights in an average after `updates` updates."""
     share = 1.0
-    for update in range(max(rule.warmup, rule.start + 1), updates):
+    for update in range(_copies(rule), updates):
         share *= rule.keep_rate(update)
         if share < 1e-9:
             return 0.0
@@ -31,7 +41,7 @@ def average_note(rule: AverageRule, *, epochs: int, updates_per_epoch: int, unit
     share = first_share(rule, updates)
     if share > MUCH:
         # So that the beginning is a twentieth of the average at the end.
-        lower = LITTLE ** (1 / max(updates - max(rule.warmup, rule.start + 1), 1))
+        lower = LITTLE ** (1 / max(updates - _copies(rule), 1))
         return (
             f"--ema {rule.decay:g} over {updates} {unit}s: what is validated and saved will still be "
             f"{100 * share:.0f} % the weights of the average's first {unit}; use --ema-warmup 0.1, which "

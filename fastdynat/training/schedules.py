@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 from fastdynat.config.train_checks import WARMUP
+from fastdynat.methods.base import first_epoch
 from fastdynat.training.resolved_config import ResolvedAttack, ResolvedOptim
 
 # DYNAT's release: epoch 1 at lr/5, epochs 2-75 of 100 at lr, 76-90 at lr/10, 91-100 at lr/100. The boundaries
@@ -62,7 +63,8 @@ def usual_warmup_lr(config: ResolvedOptim) -> float:
 def attack_steps(attack: ResolvedAttack, epochs: int) -> Callable[[int], int]:
     """The function epoch of the method -> the attack's number of steps; `epochs` are those of the method."""
     early = attack.steps if attack.early_steps is None else attack.early_steps
-    return lambda epoch: early if epoch < attack.early_share * epochs else attack.steps
+    until = first_epoch(attack.early_share, epochs)
+    return lambda epoch: early if epoch < until else attack.steps
 
 
 def schedule_factor(config: ResolvedOptim, steps_per_epoch: int) -> Callable[[int], float]:

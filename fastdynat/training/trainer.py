@@ -79,9 +79,7 @@ class Trainer:
         self.epoch, self.epoch_step = 0, 0
         self.averages, self.seconds = Averages(), 0.0
         self.first_update_seconds: float | None = None
-        # Under a ramp, the attack of training is weaker than validation's at first.
-        near = config.attack.eval_eps <= 1.5 * config.attack.eps and not config.attack.ramps
-        self.watch = Watch(config.run, step.method.select_by, comparable=near)
+        self.watch = Watch(config.run, step.method.select_by)
         self._validation = Validation(config, self.networks, val)
         self._writer: RunWriter = Unwritten()
         if isinstance(run, RunDir):
@@ -271,7 +269,9 @@ class Trainer:
         self.last_validation = found
         if self._burning_in():
             return {**found, "best": False}
-        warnings = [self.watch.collapse(found["val_pgd10_acc"], trained)]
+        eps = self._last_sizes().get("eps", self.config.attack.eps)
+        near = self.config.attack.eval_eps <= 1.5 * eps
+        warnings = [self.watch.collapse(found["val_pgd10_acc"], trained, comparable=near)]
         if not self._validation.sees_initial_weights():
             chance = self._validation.chance()
             warnings.append(self.watch.at_chance(found["val_clean_acc"], chance, len(self.val)))

@@ -13,7 +13,7 @@ from fastdynat.data import Images
 from fastdynat.evaluation import KeptReplica, Measurement, measure
 from fastdynat.evaluation.measure_on_ranks import measure_on_ranks
 from fastdynat.evaluation.outcome import unpack_bits
-from fastdynat.training.average_share import MOSTLY, first_share
+from fastdynat.training.average_share import MOSTLY, averaging, first_share
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.resolved_config import ResolvedConfig
 
@@ -85,6 +85,13 @@ class Validation:
         return int(torch.bincount(self.images.labels).max()) / len(self.images)
 
     def sees_initial_weights(self) -> bool:
-        """True if the deployed network is an average that is still mostly its first weights."""
+        """True if the deployed network is an average that is still mostly its first weights.
+
+        Before averaging begins it is a copy of the present weights.
+        """
         ema = self._networks.ema
-        return ema is not None and first_share(ema.rule, ema.updates) > MOSTLY
+        return (
+            ema is not None
+            and averaging(ema.rule, ema.updates)
+            and first_share(ema.rule, ema.updates) > MOSTLY
+        )

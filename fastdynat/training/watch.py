@@ -21,17 +21,13 @@ class Watch:
     and accuracy on attacked training images has risen by 20 points to 30 points above it. A collapse ends
     where PGD accuracy is back. A method that logs no accuracy on attacked images never collapses."""
 
-    def __init__(self, config: RunConfig, select_by: str, *, comparable: bool = True) -> None:
-        """
-        Args:
-            select_by: the column of the score.
-            comparable: validation attacks at about the radius of training, not at a far larger one, which no
-                network withstands.
-        """
-        self._config, self._select_by, self._comparable = config, select_by, comparable
+    def __init__(self, config: RunConfig, select_by: str) -> None:
+        """select_by: the column of the score."""
+        self._config, self._select_by = config, select_by
         self.best: float | None = None
         self.stale = 0  # validations since `best`
         self.robust = self.trained = -1.0  # the best PGD accuracy, and the training accuracy of its epoch
+        self.near_robust = self.near_trained = -1.0  # the same of the comparable epochs
         self.collapsed = False
         self.guessing, self.guessing_said = 0, False  # validations in a row at chance
 
@@ -42,32 +38,34 @@ class Watch:
         self.best, self.stale = (score, 0) if found else (self.best, self.stale + 1)
         return found
 
-    def collapse(self, robust: float, trained: float | None) -> str | None:
+    def collapse(self, robust: float, trained: float | None, *, comparable: bool = True) -> str | None:
         """Record the PGD accuracy of one validation, and its epoch's accuracy on attacked training images.
 
         Returns the warning where a collapse begins, unless --on-collapse is off.
+
+        Args:
+            comparable: validation attacked at about the radius of training, not at a far larger one, which no
+                network withstands.
         """
         if trained is None:
             return None
         if robust > self.robust:
             self.robust, self.trained = robust, trained
-        before = self.collapsed
-        fallen = self.robust - robust > COLLAPSE + 1e-9 or self._vanished(robust, trained)
-        self.collapsed = fallen and (before or trained >= self.trained)
+        if comparable and robust > self.near_robust:
+            self.near_robust, self.near_trained = robust, trained
+        low = self.robust - robust > COLLAPSE + 1e-9
+        gone = comparable and robust <= NONE_LEFT and robust < self.near_robust
+        fell = low and trained >= self.trained
+        vanished = gone and trained >= self.near_trained + RISE and trained >= robust + APART
+        before, self.collapsed = self.collapsed, (low or gone) if self.collapsed else (fell or vanished)
         if before or not self.collapsed or self._config.on_collapse == "off":
             return None
+        best, its = (self.robust, self.trained) if fell else (self.near_robust, self.near_trained)
         return (
             f"robustness has collapsed: validation PGD-10 accuracy is {100 * robust:.1f} %, it was "
-            f"{100 * self.robust:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} "
-            f"%, it was {100 * self.trained:.1f} % (catastrophic overfitting); the best checkpoint is from "
-            "before"
+            f"{100 * best:.1f} %, while accuracy on attacked training images is {100 * trained:.1f} "
+            f"%, it was {100 * its:.1f} % (catastrophic overfitting); the best checkpoint is from before"
         )
-
-    def _vanished(self, robust: float, trained: float) -> bool:
-        """True if PGD accuracy has sunk to next to zero while the network beats the training attack."""
-        if not self._comparable or not (robust <= NONE_LEFT and robust < self.robust):
-            return False
-        return self.collapsed or (trained >= self.trained + RISE and trained >= robust + APART)
 
     def at_chance(self, clean: float, chance: float, images: int) -> str | None:
         """Record the clean accuracy of one validation.

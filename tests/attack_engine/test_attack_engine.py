@@ -577,3 +577,12 @@ def test_relus_after_a_layer_overwrite_its_result_and_others_do_not() -> None:
     torch.testing.assert_close(
         engine.ascent.value_and_grad(x, lambda logits: (weights, logits))[1], expected, rtol=1e-3, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("bn", ["eval", "train", "frozen"])
+def test_making_a_replica_moves_no_running_statistics(bn: str) -> None:
+    model = tiny_cnn().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert AttackReplica(model, torch.rand(2, 3, 8, 8), bn=bn, channels_last=True).channels_last
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -345,9 +345,22 @@ def test_a_collapse_from_little(name: str) -> None:
 
 
 def test_a_far_larger_validation_radius_is_no_collapse() -> None:
-    watch = Watch(RunConfig(), "val_pgd10_acc", comparable=False)
-    assert watch.collapse(0.08, 0.3) is None
-    assert watch.collapse(0.0, 0.9) is None
+    watch = Watch(RunConfig(), "val_pgd10_acc")
+    assert watch.collapse(0.08, 0.3, comparable=False) is None
+    assert watch.collapse(0.0, 0.9, comparable=False) is None
+
+
+def test_epochs_of_a_smaller_radius_are_no_reference() -> None:
+    """At half the radius the network is right on nearly all attacked training images."""
+    watch = Watch(RunConfig(), "val_pgd10_acc")
+    assert watch.collapse(0.15, 0.9, comparable=False) is None
+    assert watch.collapse(0.14, 0.3) is None
+    said = watch.collapse(0.0, 0.8)
+    assert said is not None
+    assert (
+        "is 0.0 %, it was 14.0 %, while accuracy on attacked training images is 80.0 %, it was 30.0 %" in said
+    )
+    assert watch.collapsed
 
 
 def test_guessing_is_said_once_after_three_validations() -> None:
@@ -378,17 +391,33 @@ def test_a_run_that_learns_nothing_says_so(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.count("no better than guessing") == 1
 
 
-def test_a_collapse_in_a_run_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_copy_before_averaging_begins_that_learns_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    courses = iter([("c", 0.9), ("p", 0.08), ("c", 0.9), ("p", 0.0), ("c", 0.9), ("p", 0.0)])
+    flags = ["--epochs", "4", "--val-size", "100", "--lr", "1e-7", "--swa", "--ema-from", "3"]
+    train(tmp_path / "run", *flags)
+    assert capsys.readouterr().err.count("no better than guessing") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "weak"), [([], 0), (["--eps-ramp", "2"], 1), (["--step-ramp", "2"], 0)], ids=["", "eps", "step"]
+)
+def test_a_collapse_in_a_run_is_said(
+    flags: list[str],
+    weak: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """weak: epochs at a smaller radius, in which validation at the full one is no reference."""
+    courses = iter([value for robust in (*[0.07] * weak, 0.08, 0.0, 0.0) for value in (0.9, robust)])
 
     class Found:
         def __init__(self, accuracy: float) -> None:
             self.accuracy = accuracy
 
-    monkeypatch.setattr(validation, "measure", lambda *args, **options: Found(next(courses)[1]))
-    trained, real = iter([0.04, 0.86, 0.9]), Trainer._validate
+    monkeypatch.setattr(validation, "measure", lambda *args, **options: Found(next(courses)))
+    trained, real = iter([*[0.8] * weak, 0.04, 0.86, 0.9]), Trainer._validate
 
     def validate(
         self: Trainer, stop: Any, display: Any, *, due: bool, trained: float | None, values: Any = trained
@@ -396,7 +425,7 @@ def test_a_collapse_in_a_run_is_said(
         return real(self, stop, display, due=due, trained=next(values))
 
     monkeypatch.setattr(Trainer, "_validate", validate)
-    train(tmp_path / "run", "--epochs", "3")
+    train(tmp_path / "run", "--epochs", str(3 + weak), *flags)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("robustness has collapsed: validation PGD-10 accuracy is 0.0 %, it was 8.0 %") == 1
 

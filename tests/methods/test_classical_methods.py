@@ -7,8 +7,10 @@ from the command line.
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -529,6 +531,25 @@ def test_no_pass_normalises_one_kind_of_a_mixed_batch_alone(
     method = ["--method", "arda", "--adversarial-share", str(share), "--grad-accum-steps", "2"]
     assert main(["train", "--run-dir", str(tmp_path / "run"), *TINY, *method]) == 2
     assert "--grad-accum-steps 2: method arda couples" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("share", "alone", "bn", "refused"),
+    [
+        (0.25, False, "frozen", True),
+        (0.25, False, "eval", False),
+        (0.25, True, "frozen", False),
+        (1.0, False, "train", False),
+    ],
+)
+def test_synchronised_attacks_of_a_part_of_the_images_are_refused(
+    share: float, alone: bool, bn: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without attacked images would not be there when the others exchange statistics."""
+    monkeypatch.setattr("fastdynat.methods.arda.world", lambda: SimpleNamespace(alone=alone))
+    method = Arda(ArdaOptions(adversarial_share=share))
+    with pytest.raises(UserError, match="--attack-bn eval, got") if refused else nullcontext():
+        method.check_attack(PGDSpec(0.1, 0.05, 3), bn)
 
 
 @pytest.mark.parametrize("share", ["0", "1"])

@@ -106,6 +106,18 @@ def test_a_frozen_batch_norm_stays_in_eval_mode_in_every_copy() -> None:
     assert torch.equal(norms_of(model)[0].running_mean, before)  # type: ignore[arg-type]
 
 
+def test_no_pass_of_an_unmoved_twin_moves_a_running_statistic() -> None:
+    torch.manual_seed(0)
+    instance = nn.InstanceNorm2d(4, track_running_stats=True, affine=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), instance, nn.Flatten(), nn.Linear(144, 2))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.rand(6, 3, 8, 8)
+    logits = unmoved_twin(model)(x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(logits, model.train()(x))
+    assert not torch.equal(instance.running_mean, before["2.running_mean"])  # type: ignore[arg-type]
+
+
 def test_only_batch_norm_is_kept_in_eval_mode() -> None:
     layer = nn.Dropout()
     keep_in_eval_mode(layer)

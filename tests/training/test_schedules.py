@@ -1,6 +1,7 @@
 """Learning-rate schedules against their definitions."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from fastdynat.config import OptimConfig
-from fastdynat.training.schedules import momentum_at, schedule_factor
+from fastdynat.config import AttackConfig, OptimConfig
+from fastdynat.training.schedules import attack_steps, momentum_at, schedule_factor
 
 
 def rates(spe: int, **config: object) -> list[float]:
@@ -235,3 +236,12 @@ def test_a_triangle_ends_at_its_floor() -> None:
     got = rates(100, epochs=6, schedule="triangular", warmup=1 / 6, min_lr=0.01)
     want = np.interp(np.arange(600), [0, 100, 600], [0, 0.1, 0.01])
     assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_weak_attacks_take_the_share_of_the_epochs() -> None:
+    """Against exact arithmetic: 0.55 of 100 epochs is 55.00000000000001 in floating point."""
+    for epochs in (1, 30, 50, 100, 200):
+        for percent in range(101):
+            steps = attack_steps(AttackConfig(steps=9, early_steps=1, early_share=percent / 100), epochs)  # type: ignore[arg-type]
+            early = sum(steps(epoch) == 1 for epoch in range(epochs))
+            assert early == math.ceil(Fraction(percent, 100) * epochs)

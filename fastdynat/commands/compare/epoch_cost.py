@@ -1,6 +1,5 @@
 """The duration of an epoch of each method, and the number of epochs within a budget."""
 
-import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from fastdynat.config import TrainConfig
 from fastdynat.data import Batch, TrainSplit
 from fastdynat.execution.fallbacks import SilentFallbacks
+from fastdynat.methods.base import first_epoch
 from fastdynat.ops import use_backend
 from fastdynat.training import build_parts
 from fastdynat.training.metrics import Averages
@@ -66,7 +66,7 @@ def epochs_within(
 
 def _cost(epochs: int, first: float, later: float, config: TrainConfig[Any], burning: float) -> float:
     attack, epochs = config.attack, epochs - config.optim.burn_in
-    early = 0 if attack.early_steps is None else math.ceil(attack.early_share * epochs)
+    early = 0 if attack.early_steps is None else first_epoch(attack.early_share, epochs)
     early = max(early, min(attack.awp_warmup, epochs))
     return config.optim.burn_in * burning + early * first + (epochs - early) * later
 
