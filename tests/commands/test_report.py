@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import needs
 from PIL import Image
+from safetensors.torch import load_file
 from support.networks import tiny_cnn
 
 from fastdynat.commands.evaluate.measurement_store import FORMAT
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
-from fastdynat.commands.report.run_records import read_records
+from fastdynat.commands.report.run_records import _short_name, read_records
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
@@ -360,6 +361,40 @@ def test_measurements_on_other_data_do_not_mix_with_the_run_s_own(trained: Path,
     assert worst is not None
     assert natural is not None
     assert (natural.accuracy, worst[1].accuracy) == (0.9, 0.45)
+
+
+def test_runs_whose_paths_end_alike_are_told_apart(trained: Path, tmp_path: Path) -> None:
+    from fastdynat.commands.report.compute import _Target, _Workshop
+    from fastdynat.commands.report.report_tables import accuracy_table
+
+    first, second = sorted(trained.iterdir())
+    paths = [tmp_path / folder / "runs" / "x" for folder in ("a", "b")]
+    for path, run, correct in zip(paths, (first, second), (9, 11), strict=True):
+        shutil.copytree(run, path, symlinks=True)
+        shutil.rmtree(path / "evaluations")
+        write_measurement(path, "pgd20", correct)
+    records = read_records(paths)
+    assert [record.name for record in records] == ["a/runs/x", "b/runs/x"]
+    assert [row["cells"][0]["value"] for row in accuracy_table(records)["rows"]] == ["45.00", "55.00"]
+    shop = _Workshop(ReportConfig(device="cpu", num_images=4))
+    for record in records:
+        checkpoint = record.checkpoint("last")
+        assert checkpoint is not None
+        stored = load_file(checkpoint.path)
+        own = shop.subject(_Target(record, checkpoint)).network.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
+        assert stored.keys() & own.keys()
+
+
+def test_names_of_runs_are_as_short_as_they_differ_and_never_equal() -> None:
+    def names(*paths: str) -> list[str]:
+        found = [Path(path) for path in paths]
+        return [_short_name(found, at) for at in range(len(found))]
+
+    assert names("/r/a", "/r/b") == ["a", "b"]
+    assert names("/p/r/a", "/q/r/a", "/q/s/a", "/q/b") == ["p/r/a", "q/r/a", "s/a", "b"]
+    assert names("/a", "/r/a") == ["/a", "r/a"]
+    assert len(set(names("/r/a\n", "/r/a\\n"))) == 2  # the same when escaped
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -117,33 +117,29 @@ def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
 
 def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:
     """Clean and robust accuracies with their intervals, a row for each checkpoint."""
-    measured = {(r.name, c.names): cells(c) for r in records for c in r.checkpoints}
-    columns = list(dict.fromkeys(column for found in measured.values() for column in found))
+    measured = [(r, c, found) for r in records for c in r.checkpoints if (found := cells(c))]
+    columns = list(dict.fromkeys(column for _, _, found in measured for column in found))
     # Clean first, then from weak to strong: the reader goes from what is easy to what is hard.
     columns.sort(
         key=lambda c: (
             c.attack != "clean",
-            -fmean(found[c].accuracy for found in measured.values() if c in found),
+            -fmean(found[c].accuracy for _, _, found in measured if c in found),
         )
     )
-    images = {m.images for found in measured.values() for m in found.values()}
+    images = {m.images for _, _, found in measured for m in found.values()}
     rows = []
-    for record in records:
-        for checkpoint in record.checkpoints:
-            found = measured[record.name, checkpoint.names]
-            if not found:
-                continue
-            worst, natural = strongest(checkpoint), clean(checkpoint)
-            gap = natural.accuracy - worst[1].accuracy if worst and natural else None
-            rows.append(
-                {
-                    "name": record.name,
-                    "checkpoint": " = ".join(checkpoint.names),
-                    "epoch": checkpoint.sidecar.epoch,
-                    "cells": [_cell(found.get(column), len(images) > 1) for column in columns],
-                    "gap": percent(gap),
-                }
-            )
+    for record, checkpoint, found in measured:
+        worst, natural = strongest(checkpoint), clean(checkpoint)
+        gap = natural.accuracy - worst[1].accuracy if worst and natural else None
+        rows.append(
+            {
+                "name": record.name,
+                "checkpoint": " = ".join(checkpoint.names),
+                "epoch": checkpoint.sidecar.epoch,
+                "cells": [_cell(found.get(column), len(images) > 1) for column in columns],
+                "gap": percent(gap),
+            }
+        )
     return {"columns": columns, "rows": rows, "images": ", ".join(f"{n:,}" for n in sorted(images))}
 
 

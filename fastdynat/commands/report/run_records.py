@@ -1,6 +1,5 @@
 """The record of a run that a report reads: configuration, metrics, checkpoints and measurements."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -47,7 +46,8 @@ class ReportedCheckpoint:
 class Record:
     """A run; `stale` counts measurements of checkpoints that it no longer has.
 
-    name: the folder's, escaped where fonts have nothing for it.
+    name: the folder's, escaped where fonts have nothing for it; with the folders above it as far as other
+        runs of the report have the same. No two runs of a report share a name.
     """
 
     name: str
@@ -73,17 +73,26 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     for path in paths:
         require_run(path)
-    unique = list({real(path): path for path in paths}.items())
-    names = Counter(resolved.name for resolved, _ in unique)
-    return [
-        _read(
-            path,
-            one_line(
-                resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}"
-            ),
-        )
-        for resolved, path in unique
-    ]
+    unique = {real(path): path for path in paths}
+    resolved = list(unique)
+    return [_read(path, _short_name(resolved, at)) for at, path in enumerate(unique.values())]
+
+
+def _short_name(paths: Sequence[Path], at: int) -> str:
+    """The last folders of ``paths[at]``, escaped: as few as no other one of the different `paths` ends in.
+
+    The whole path with its number where escaping makes it that of another one.
+    """
+    path, others = paths[at], [*paths[:at], *paths[at + 1 :]]
+    for count in range(1, len(path.parts) + 1):
+        name = _ending(path, count)
+        if all(name != _ending(other, count) for other in others):
+            return name
+    return f"{one_line(str(path))} ({at + 1})"
+
+
+def _ending(path: Path, parts: int) -> str:
+    return one_line(str(Path(*path.parts[-parts:])))
 
 
 def _read(path: Path, name: str) -> Record:
