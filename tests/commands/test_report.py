@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.networks import tiny_cnn
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT
+from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
-from fastdynat.commands.report.run_records import _short_name, read_records
+from fastdynat.commands.report.run_records import ReportedCheckpoint, _short_name, read_records
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
@@ -76,7 +76,14 @@ class Page(HTMLParser):
 
 
 def write_measurement(
-    run: Path, attack: str, correct: int, *, images: int = 20, eps: float = 0.1, **key: Any
+    run: Path,
+    attack: str,
+    correct: int,
+    *,
+    images: int = 20,
+    digest: str = "0",
+    eps: float = 0.1,
+    **key: Any,
 ) -> None:
     """A file as `fastdynat eval` leaves it."""
     robust = torch.arange(images) < correct
@@ -93,14 +100,14 @@ def write_measurement(
     }
     keys = {
         "weights": weights,
-        "images": "0",
+        "images": digest,
         "attack": attack,
         "search": None,
         "seed": 1,
         "batch_size": 20,
         "amp": "off",
     }
-    path = run / "evaluations" / f"{attack}-{images}-{len(key)}.json"
+    path = run / "evaluations" / f"{attack}-{images}-{digest[:4]}-{len(key)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps({"format": FORMAT, "key": keys | key, "about": about, "measurement": asdict(measurement)})
@@ -361,6 +368,67 @@ def test_measurements_on_other_data_do_not_mix_with_the_run_s_own(trained: Path,
     assert worst is not None
     assert natural is not None
     assert (natural.accuracy, worst[1].accuracy) == (0.9, 0.45)
+
+
+def only_checkpoint(run: Path) -> ReportedCheckpoint:
+    (record,) = read_records([run])
+    checkpoint = record.checkpoint("last")
+    assert checkpoint is not None
+    return checkpoint
+
+
+def shown(run: Path) -> tuple[float, str, float]:
+    """Clean accuracy, strongest attack and its accuracy, after a check of the gap in the table."""
+    from fastdynat.commands.report.report_tables import accuracy_table, clean, strongest
+
+    worst, natural = strongest(only_checkpoint(run)), clean(only_checkpoint(run))
+    assert worst is not None
+    assert natural is not None
+    (row,) = accuracy_table(read_records([run]))["rows"]
+    assert float(row["gap"]) == pytest.approx(100 * (natural.accuracy - worst[1].accuracy), abs=0.05)
+    return natural.accuracy, worst[0].attack, worst[1].accuracy
+
+
+@pytest.fixture
+def bare(trained: Path, tmp_path: Path) -> Path:
+    """A run without evaluations."""
+    run = Path(shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True))
+    shutil.rmtree(run / "evaluations")
+    return run
+
+
+def test_accuracies_of_a_row_are_of_the_same_images(bare: Path, tmp_path: Path) -> None:
+    for attack, correct in (("clean", 36), ("pgd20", 20)):
+        write_measurement(bare, attack, correct, images=40)
+    write_measurement(bare, "pgd10", 2, images=10)  # lower, but of few images
+    assert shown(bare) == (0.9, "pgd20", 0.5)
+    page = report(tmp_path / "out", bare, "--no-attacks")
+    assert "left out, because they are of other images: pgd10 (10 images of digits)." in page.text
+    assert "20.00<small>" not in page.text
+
+
+def test_images_that_are_as_many_but_others_do_not_mix(bare: Path) -> None:
+    """An image folder and a corrupted copy of it: clean accuracy is lower on one, robust on the other."""
+    for digest, clean, pgd in (("aa" * 32, 18, 6), ("bb" * 32, 12, 9)):
+        write_measurement(bare, "clean", clean, digest=digest)
+        write_measurement(bare, "pgd20", pgd, digest=digest)
+    assert shown(bare) in ((0.9, "pgd20", 0.3), (0.6, "pgd20", 0.45))
+
+
+def test_rows_of_other_images_say_so(trained: Path, bare: Path) -> None:
+    from fastdynat.commands.report.report_tables import accuracy_table
+
+    write_measurement(bare, "pgd20", 9, digest="bb" * 32)
+    rows = accuracy_table(read_records([bare, trained / "dynat"]))["rows"]
+    counts = [{cell["count"] for cell in row["cells"] if cell} for row in rows]
+    assert counts == [{"20 images bbbbbbbb"}, {"20 images 0"}]
+
+
+def test_accuracies_of_the_present_code_replace_older_ones(bare: Path) -> None:
+    write_measurement(bare, "clean", 18)
+    write_measurement(bare, "pgd20", 2, version="0.0.1+old")
+    write_measurement(bare, "pgd20", 9, version=code_version(), pad=None)
+    assert shown(bare) == (0.9, "pgd20", 0.45)
 
 
 def test_runs_whose_paths_end_alike_are_told_apart(trained: Path, tmp_path: Path) -> None:

@@ -151,18 +151,23 @@ def radius(report: Report) -> Section:
 
 
 def nearest_measurement(report: Report, record: Record) -> Measurement | None:
-    """The run's measurement with distances: the stored one with most images, else the report's."""
+    """The run's measurement with distances: the stored one with most images, else the report's.
+
+    Of equally many, one of the present code goes first.
+    """
     checkpoint = record.checkpoint(report.config.checkpoint)
     stored = [] if checkpoint is None else checkpoint.measured
     sidecar = None if checkpoint is None else checkpoint.sidecar
     own = [
         s
         for s in stored
-        if sidecar and s.source is None and (s.dataset, s.norm) == (sidecar.dataset, sidecar.norm)
+        if sidecar
+        and s.source is None
+        and (s.dataset, s.norm) == (sidecar.dataset, sidecar.norm)
+        and s.result.distances is not None
     ]
-    on_disk = [s.result for s in own if s.result.distances is not None]
-    if on_disk:
-        return max(on_disk, key=lambda m: m.images)
+    if own:
+        return max(own, key=lambda s: (s.result.images, s.current)).result
     value = report.found.of_run["nearest"].get(record.name)
     return None if value is None else Measurement(**value)
 
@@ -304,6 +309,7 @@ def render(report: Report, sections: Sequence[Section], made: str) -> str:
         looks=report.looks,
         runs=tables.run_rows(report.records),
         accuracy=tables.accuracy_table(report.records),
+        other_images=tables.other_images(report.records),
         unevaluated=tables.unevaluated(report.records),
         gaps=tables.gap_rows(report.records),
         sections={section.id: section for section in sections},

@@ -6,7 +6,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import read_measurements
+from fastdynat.commands.evaluate.measurement_store import code_version, read_measurements
 from fastdynat.config import read_config_file
 from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
@@ -21,6 +21,8 @@ WEIGHTS = "model.safetensors"
 class Measured:
     """A measurement with its threat model; `eps` is None for a search for the nearest image.
 
+    images: digest of the images and their labels.
+    current: whether the present version of the code measured it.
     source: sha256 of the weights that a transfer attack was made on; None for other attacks.
     """
 
@@ -28,7 +30,23 @@ class Measured:
     eps: float | None
     dataset: str
     result: Measurement
+    images: str
+    current: bool
     source: str | None = None
+
+    @property
+    def test_images(self) -> "TestImages":
+        """What it was measured on."""
+        return TestImages(self.dataset, self.images, self.result.images)
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Images that accuracies are of: their dataset, their digest and how many they are."""
+
+    dataset: str
+    digest: str
+    count: int
 
 
 @dataclass(frozen=True)
@@ -145,5 +163,9 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
             search.get("eps") or inf
         ):  # it says nothing about a ball
             norm, eps = search.get("norm", ""), None
-        found.append((key["weights"], Measured(norm, eps, about["dataset"], result, key.get("source"))))
+        current = key.get("version") == code_version()
+        measured = Measured(
+            norm, eps, about["dataset"], result, str(key.get("images")), current, key.get("source")
+        )
+        found.append((key["weights"], measured))
     return found
