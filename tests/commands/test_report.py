@@ -431,6 +431,54 @@ def test_accuracies_of_the_present_code_replace_older_ones(bare: Path) -> None:
     assert shown(bare) == (0.9, "pgd20", 0.45)
 
 
+L2_ATTACK = """
+from dataclasses import dataclass
+
+import torch
+
+from fastdynat.attacks.interface import Nearest
+
+
+@dataclass(frozen=True)
+class Grey:
+    norm: str = "l2"
+
+    def __post_init__(self):
+        object.__setattr__(self, "norm", "l2")
+
+    def __call__(self, ascent, x, labels, *, generator=None, tick=None):
+        x_adv = torch.full_like(x, 0.5)
+        distance = (x_adv - x).flatten(1).norm(dim=1)
+        found = torch.ones(len(x), dtype=torch.bool)
+        return Nearest(x_adv, torch.tensor(0), 0, found=found, distance=distance)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "a file of an older version"])
+def test_an_attack_of_another_norm_is_not_in_the_ball(bare: Path, tmp_path: Path, old: bool) -> None:
+    from fastdynat.commands.report.compute import KINDS, Findings
+    from fastdynat.commands.report.page import Report, nearest_measurement
+
+    (file := tmp_path / "grey.py").write_text(L2_ATTACK)
+    attacks = f"clean,pgd2,{file}:Grey"
+    asked = ["--attacks", attacks, "--num-images", "60", "--checkpoints", "last", "--quiet"]
+    assert main(["eval", str(bare), *asked]) == 0
+    for path in (bare / "evaluations").glob("*.json") if old else ():
+        document = json.loads(path.read_text())
+        del document["about"]["attack_norm"], document["about"]["attack_eps"]
+        path.write_text(json.dumps(document))
+    found = {m.result.attack: m for m in only_checkpoint(bare).measured}
+    assert {name: (m.norm, m.eps) for name, m in found.items()} == {
+        "clean": ("linf", 0.1),
+        "pgd2": ("linf", 0.1),
+        "grey.py:Grey": ("l2", None),
+    }
+    assert shown(bare)[1] == "pgd2"
+    records = read_records([bare])
+    report = Report(records, Findings({kind: {} for kind in KINDS}), ReportConfig(), {})
+    assert nearest_measurement(report, records[0]) is None
+
+
 def test_runs_whose_paths_end_alike_are_told_apart(trained: Path, tmp_path: Path) -> None:
     from fastdynat.commands.report.compute import _Target, _Workshop
     from fastdynat.commands.report.report_tables import accuracy_table

@@ -1,13 +1,14 @@
 """One network's results as the JSON file holds them."""
 
 import statistics
+from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
 import torch
 
 from fastdynat.commands.evaluate.columns import AttackColumn
-from fastdynat.commands.evaluate.targets import Target
+from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits, wilson
 
 Values = dict[str, Any]
@@ -80,10 +81,27 @@ def _union(group: list[Values]) -> Values | None:
 
 def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
     """True for accuracies inside the ball of `norm`: neither of another norm nor of a radius-free search."""
-    search = None if column.attack is None else column.attack.search
+    return _limited(None if column.attack is None else column.attack.search, result["distances"], norm)
+
+
+def judged_radius(
+    search: Any, distances: Sequence[float | None] | None, radius: Radius
+) -> tuple[str, float | None]:
+    """The norm and the radius that an accuracy is about; None where it is not that of the ball of `radius`.
+
+    Args:
+        search: of the attack; None is clean accuracy or AutoAttack.
+        distances: of the measurement under the attack.
+    """
+    norm = radius.norm if search is None else search.norm
+    return norm, radius.eps if _limited(search, distances, radius.norm) else None
+
+
+def _limited(search: Any, distances: Sequence[float | None] | None, norm: str) -> bool:
+    """True where only images in the row's ball of `norm` count as adversarial."""
     if search is None:  # clean, and AutoAttack, which takes the row's radius
         return True
-    return search.norm == norm and (result["distances"] is None or isfinite(getattr(search, "eps", inf)))
+    return bool(search.norm == norm and (distances is None or isfinite(getattr(search, "eps", inf))))
 
 
 def _only_attack(record: Values) -> Values | None:

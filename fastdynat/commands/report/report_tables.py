@@ -41,7 +41,7 @@ class AccuracyColumn:
         if self.attack == "clean":
             return "no attack"
         radius = (
-            f"{self.norm or 'its own norm'}, any radius"
+            f"{self.norm or 'its own norm'}, not limited to eps"
             if self.eps is None
             else describe_radius(self.norm, self.eps)
         )

@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement with its threat model; `eps` is None for a search for the nearest image.
+    """A measurement with its threat model; `eps` is None where the attack was not limited to the run's ball.
 
     images: digest of the images and their labels.
     current: whether the present version of the code measured it.
@@ -158,14 +158,26 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
     for key, about, result in read_measurements(run):
         if "standing" in key or "shard" in key or not {"norm", "eps", "dataset"} <= about.keys():
             continue
-        search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
-        if result.distances is not None and not isfinite(
-            search.get("eps") or inf
-        ):  # it says nothing about a ball
-            norm, eps = search.get("norm", ""), None
+        norm, eps = _judged_radius(key["search"] or {}, about, result)
         current = key.get("version") == code_version()
         measured = Measured(
             norm, eps, about["dataset"], result, str(key.get("images")), current, key.get("source")
         )
         found.append((key["weights"], measured))
     return found
+
+
+def _judged_radius(
+    search: dict[str, Any], about: dict[str, Any], result: Measurement
+) -> tuple[str, float | None]:
+    """Norm and radius that an accuracy is about; older files do not say so of the attack."""
+    if "attack_norm" in about:
+        return about["attack_norm"], about.get("attack_eps")
+    if search.get("class") == "UserAttack":
+        # `eps` is the threat model's; the attack's own norm is stored where it is a field of it.
+        attack = search.get("attack")
+        norm = str(attack.get("norm", "")) if isinstance(attack, dict) else ""
+        return norm, about["eps"] if norm == about["norm"] else None
+    if result.distances is not None and not isfinite(search.get("eps") or inf):  # nothing about a ball
+        return search.get("norm", ""), None
+    return about["norm"], about["eps"]
