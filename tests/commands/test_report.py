@@ -479,6 +479,25 @@ def test_an_attack_of_another_norm_is_not_in_the_ball(bare: Path, tmp_path: Path
     assert nearest_measurement(report, records[0]) is None
 
 
+def test_the_most_robust_epoch_need_not_be_that_of_the_best_checkpoint(bare: Path) -> None:
+    """As of natural training, whose best checkpoint has the highest clean accuracy."""
+    from fastdynat.commands.report.report_charts import most_robust_index
+    from fastdynat.commands.report.report_tables import gap_rows
+
+    rows = [(1, 0.5, 0.3, True), (2, 0.6, 0.45, True), (3, None, None, False), (4, 0.9, 0.2, True)]
+    names = ("epoch", "val_clean_acc", "val_pgd10_acc", "best")
+    lines = [dict(zip(names, row, strict=True)) | {"train_seconds": 1.0} for row in rows]
+    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_records([bare])
+    assert most_robust_index(records[0]) == 1
+    (row,) = gap_rows(records)
+    assert (row["best_epoch"], row["best"], row["last_epoch"], row["last"]) == (2, "45.0", 4, "20.0")
+    assert row["drop"] == "25.0"
+    unvalidated = {"epoch": 1, "train_seconds": 1.0, "best": True}
+    (bare / "metrics.jsonl").write_text(json.dumps(unvalidated) + "\n")
+    assert most_robust_index(read_records([bare])[0]) is None
+
+
 def test_runs_whose_paths_end_alike_are_told_apart(trained: Path, tmp_path: Path) -> None:
     from fastdynat.commands.report.compute import _Target, _Workshop
     from fastdynat.commands.report.report_tables import accuracy_table

@@ -86,10 +86,9 @@ def trade(report: Report) -> Section:
         else []
     )
     text = (
-        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius it "
-        "was trained for; "
-        "bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that is not "
-        "the best one."
+        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius of "
+        "evaluation; bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that "
+        "is not the best one."
     )
     return Section("trade-off", "Clean against robust", text, panels)
 
@@ -113,8 +112,8 @@ def progress(report: Report) -> Section:
     ]
     text = (
         "Left: over epochs. Right: over seconds of training, without validation. The ring is the epoch with "
-        "the best robust validation accuracy. Losses of different methods are different functions, so each "
-        "is shown relative to its first epoch."
+        "the highest robust validation accuracy. Losses of different methods are different functions, so "
+        "each is shown relative to its first epoch."
     )
     return Section("training", "Training", text, panels, missing)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastdynat.commands.report.report_charts import best_index
+from fastdynat.commands.report.report_charts import most_robust_index
 from fastdynat.commands.report.run_records import Measured, Record, ReportedCheckpoint, TestImages
 from fastdynat.evaluation import Measurement
 
@@ -228,10 +228,10 @@ def unevaluated(records: Sequence[Record]) -> list[Missing]:
 
 
 def gap_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Robust validation accuracy of the best and of the last epoch."""
+    """Robust validation accuracy of the epoch where it is highest, and of the last one."""
     rows = []
     for record in records:
-        best, last = best_index(record), record.rows[-1] if record.rows else {}
+        best, last = most_robust_index(record), record.rows[-1] if record.rows else {}
         if best is None or last.get("val_pgd10_acc") is None:
             continue
         top = record.rows[best]
