@@ -307,7 +307,7 @@ def test_the_json_keeps_its_keys(run: Path, tmp_path: Path) -> None:
         "run checkpoint weights_sha256 method architecture dataset epoch norm eps step_size "
         "data images images_sha256 shard"
     )
-    found = "class_names source_sha256 judged_in robustness_gap worst attacks cached checks union"
+    found = "class_names source_sha256 judged_in robustness_gap worst in_ball attacks cached checks union"
     assert set(record) == {*about.split(), *found.split()}
     numbers = (
         "attack accuracy ci per_class robust_bits correct images seconds images_per_s "

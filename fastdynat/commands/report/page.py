@@ -87,8 +87,8 @@ def trade(report: Report) -> Section:
     )
     text = (
         "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius of "
-        "evaluation; bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that "
-        "is not the best one."
+        "evaluation; bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint "
+        "that is not the best one."
     )
     return Section("trade-off", "Clean against robust", text, panels)
 
