@@ -98,7 +98,8 @@ class Measurement:
             correct=correct,
             images=total,
             seconds=seconds,
-            images_per_s=total / seconds,
+            # Of networks that are right about no image, the reference AutoAttack attacks none, in no time.
+            images_per_s=total / seconds if seconds > 0 else 0.0,
             zero_grad_share=zero_grad_share,
             distances=None if distances is None else [d if isfinite(d) else None for d in distances.tolist()],
             batch_size=batch_size,

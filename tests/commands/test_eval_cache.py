@@ -20,7 +20,7 @@ from fastdynat.commands.evaluate import cells, columns
 from fastdynat.commands.evaluate.measurement_store import Key, Store, read_measurements, search_numbers
 from fastdynat.commands.main import main
 from fastdynat.data import load_test
-from fastdynat.evaluation import Measurement, measure
+from fastdynat.evaluation import Measurement, measure, staged
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.ops import image_draws
@@ -480,6 +480,27 @@ def test_the_reference_package_is_a_column_like_others(run: Path, monkeypatch: p
     assert not asked["state_path"].exists()  # finished
     evaluate(run, "--attacks", "clean,autoattack", "--batch-size", "7")
     assert len(seen) == 1
+
+
+def test_the_reference_package_may_find_nothing_to_attack(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no image is classified correctly: its stages take no time."""
+
+    def run_reference(model: nn.Module, images: UnitImages, y: torch.Tensor, **kwargs: Any) -> Any:
+        clean = torch.zeros(len(y), dtype=torch.bool)
+        progress = staged.begin({}, clean, 0)
+        stages = ("apgd-ce", "square")
+        staged.run_stages(refuse, refuse, images, y, progress, stages, 7, None, lambda *done: None)
+        return clean, progress.seconds
+
+    def refuse(*args: object) -> Any:
+        raise AssertionError("there is nothing to attack")
+
+    fake_reference(monkeypatch, [])
+    monkeypatch.setattr(cells, "run_reference", run_reference)
+    for _ in range(2):
+        (record,) = evaluate(run, "--attacks", "autoattack")["results"]
+        (found,) = record["attacks"]
+        assert (found["accuracy"], found["seconds"], found["images_per_s"]) == (0, 0, 0)
 
 
 def test_a_stop_inside_the_reference_keeps_its_state(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
