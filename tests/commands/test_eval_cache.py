@@ -392,6 +392,11 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> list[NamedAttack]:
     return stages
 
 
+def attacked(column: dict[str, Any]) -> list[float]:
+    """How many images each stage attacked, by its speed."""
+    return [stage["images_per_s"] * stage["seconds"] for stage in column["stages"]]
+
+
 def test_stages_run_on_what_still_stands(
     run: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +413,7 @@ def test_stages_run_on_what_still_stands(
         masks.append(unpack_bits(alone.robust_bits, 60))
     left = torch.stack(masks).cummin(0).values
     assert [s["correct"] for s in column["stages"]] == left.sum(1).tolist()
+    assert attacked(column) == pytest.approx([60, *left.sum(1).tolist()[:-1]])
     assert column["attack"] == "fast-autoattack"
     assert torch.equal(unpack_bits(column["robust_bits"], 60), left[-1])
     evaluate(run, "--attacks", "fast-autoattack")
@@ -439,6 +445,7 @@ def test_stages_go_on_after_a_stop_and_unite_over_shards(
     assert names == []
     assert united["robust_bits"] == whole["robust_bits"]
     assert [s["correct"] for s in united["stages"]] == [s["correct"] for s in whole["stages"]]
+    assert attacked(united) == pytest.approx(attacked(whole))
 
 
 # The reference package
