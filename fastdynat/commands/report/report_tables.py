@@ -154,7 +154,7 @@ def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
 
 
 def other_images(records: Sequence[Record]) -> list[Missing]:
-    """What was measured on other images than those of the table, and is not on the page."""
+    """A note for each checkpoint on its measurements of other images, which the page leaves out."""
     found = []
     for record in records:
         for checkpoint in record.checkpoints:

@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def test_images(self) -> "TestImages":
-        """What it was measured on."""
+        """The images that it was measured on."""
         return TestImages(self.dataset, self.images, self.result.images)
 
 
