@@ -183,6 +183,7 @@ def measure(
         zero_grad_share=int(zero) / gradients if gradients else None,
         gradients=gradients if gradients else None,
         distances=torch.cat(distances).cpu() if distances else None,
+        attacked=len(chosen),
     )
 
 

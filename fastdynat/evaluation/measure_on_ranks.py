@@ -123,4 +123,5 @@ def _united(parts: list[Measurement], dealt: list[Tensor], rows: Tensor, labels:
         zero_grad_share=share,
         gradients=gradients,
         distances=distances[rows] if any(part.distances is not None for part in parts) else None,
+        attacked=len(rows),
     )

@@ -31,6 +31,7 @@ class Measurement:
             accuracy.
         distances: of a minimum-norm attack, each image's distance in its norm; 0 for a misclassified clean
             image, None where nothing was found. None for other attacks.
+        images_per_s: images that were attacked, per second; all images where stages are taken as one attack.
         batch_size: images per batch, after halvings when memory ran out.
         gradients: image gradients that the attack computed, those that `zero_grad_share` is a share of; None
             where they were not counted.
@@ -85,9 +86,13 @@ class Measurement:
         zero_grad_share: float | None = None,
         gradients: int | None = None,
         distances: Tensor | None = None,
+        attacked: int | None = None,
     ) -> "Measurement":
         """From the images that stay correct, `robust` (N,) bool, and `distances` (N,), infinite if none
-        found."""
+        found.
+
+        attacked: how many of the N images `seconds` were spent on; None is all.
+        """
         correct, total = int(robust.sum()), len(robust)
         return cls(
             attack=attack,
@@ -98,7 +103,8 @@ class Measurement:
             correct=correct,
             images=total,
             seconds=seconds,
-            images_per_s=total / seconds,
+            # Of networks that are right about no image, the reference AutoAttack attacks none, in no time.
+            images_per_s=(total if attacked is None else attacked) / seconds if seconds > 0 else 0.0,
             zero_grad_share=zero_grad_share,
             distances=None if distances is None else [d if isfinite(d) else None for d in distances.tolist()],
             batch_size=batch_size,

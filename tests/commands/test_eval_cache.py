@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from torch import nn
 from fastdynat.attacks import NamedAttack, parse_attack
 from fastdynat.commands.evaluate import cells, columns
 from fastdynat.commands.evaluate.measurement_store import Key, Store, read_measurements, search_numbers
+from fastdynat.commands.evaluate.tables import accuracy_text
 from fastdynat.commands.main import main
 from fastdynat.data import load_test
-from fastdynat.evaluation import Measurement, measure
+from fastdynat.evaluation import Measurement, measure, staged
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.ops import image_draws
@@ -331,7 +333,8 @@ def test_a_stop_between_attacks_keeps_what_is_finished(
     table = capsys.readouterr().out
     assert not partial["complete"]
     assert list(accuracies(partial)) == ["clean"]
-    assert f"{100 * accuracies(partial)['clean']:.2f} ±" in table
+    (clean,) = partial["results"][0]["attacks"]
+    assert accuracy_text(clean) in table
     assert "the same command goes on" in table
     whole = evaluate(run, "--attacks", "clean,fgsm,pgd2")
     assert made == ["clean", "fgsm", "fgsm", "pgd2"]
@@ -351,7 +354,7 @@ def test_ctrl_c_in_a_long_attack(run: Path) -> None:
     assert (process.returncode, errors) == (130, "")
     assert "stopped: the same command goes on" in out
     accuracy = line.split("clean ")[1].split(" %")[0]
-    assert f"{accuracy} ±" in out
+    assert re.search(rf"{accuracy} [±+]", out)
     assert [key["attack"] for key, _, _ in read_measurements(run)] == ["clean"]
 
 
@@ -392,6 +395,11 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch) -> list[NamedAttack]:
     return stages
 
 
+def attacked(column: dict[str, Any]) -> list[float]:
+    """How many images each stage attacked, by its speed."""
+    return [stage["images_per_s"] * stage["seconds"] for stage in column["stages"]]
+
+
 def test_stages_run_on_what_still_stands(
     run: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +416,7 @@ def test_stages_run_on_what_still_stands(
         masks.append(unpack_bits(alone.robust_bits, 60))
     left = torch.stack(masks).cummin(0).values
     assert [s["correct"] for s in column["stages"]] == left.sum(1).tolist()
+    assert attacked(column) == pytest.approx([60, *left.sum(1).tolist()[:-1]])
     assert column["attack"] == "fast-autoattack"
     assert torch.equal(unpack_bits(column["robust_bits"], 60), left[-1])
     evaluate(run, "--attacks", "fast-autoattack")
@@ -439,6 +448,7 @@ def test_stages_go_on_after_a_stop_and_unite_over_shards(
     assert names == []
     assert united["robust_bits"] == whole["robust_bits"]
     assert [s["correct"] for s in united["stages"]] == [s["correct"] for s in whole["stages"]]
+    assert attacked(united) == pytest.approx(attacked(whole))
 
 
 # The reference package
@@ -480,6 +490,27 @@ def test_the_reference_package_is_a_column_like_others(run: Path, monkeypatch: p
     assert not asked["state_path"].exists()  # finished
     evaluate(run, "--attacks", "clean,autoattack", "--batch-size", "7")
     assert len(seen) == 1
+
+
+def test_the_reference_package_may_find_nothing_to_attack(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no image is classified correctly: its stages take no time."""
+
+    def run_reference(model: nn.Module, images: UnitImages, y: torch.Tensor, **kwargs: Any) -> Any:
+        clean = torch.zeros(len(y), dtype=torch.bool)
+        progress = staged.begin({}, clean, 0)
+        stages = ("apgd-ce", "square")
+        staged.run_stages(refuse, refuse, images, y, progress, stages, 7, None, lambda *done: None)
+        return clean, progress.seconds
+
+    def refuse(*args: object) -> Any:
+        raise AssertionError("there is nothing to attack")
+
+    fake_reference(monkeypatch, [])
+    monkeypatch.setattr(cells, "run_reference", run_reference)
+    for _ in range(2):
+        (record,) = evaluate(run, "--attacks", "autoattack")["results"]
+        (found,) = record["attacks"]
+        assert (found["accuracy"], found["seconds"], found["images_per_s"]) == (0, 0, 0)
 
 
 def test_a_stop_inside_the_reference_keeps_its_state(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

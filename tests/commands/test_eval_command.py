@@ -23,13 +23,13 @@ from fastdynat.commands.evaluate import cells
 from fastdynat.commands.evaluate.columns import AttackColumn, parse_columns
 from fastdynat.commands.evaluate.record import counts_in_ball, median_distance, worst_case
 from fastdynat.commands.evaluate.settle import EvalConfig, Shard, parse_shard, with_amp_chosen
-from fastdynat.commands.evaluate.tables import print_results
+from fastdynat.commands.evaluate.tables import accuracy_text, print_results
 from fastdynat.commands.main import main
 from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement, measure
 from fastdynat.evaluation.halving import out_of_memory, with_halving
-from fastdynat.evaluation.outcome import unpack_bits
+from fastdynat.evaluation.outcome import unpack_bits, wilson
 from fastdynat.tuning.devices import AmpChoice
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def test_worst_counts_images_that_survive_everything(
     assert worst["attacks"] == ["clean", "fgsm", "pgd2", "cw2"]
     assert unpack_bits(worst["robust_bits"], 60).sum() == survivors
     assert worst["accuracy"] <= min(a["accuracy"] for a in record["attacks"])
-    assert f"{100 * worst['accuracy']:.2f} ±" in capsys.readouterr().out
+    assert accuracy_text(worst) in capsys.readouterr().out
     assert worst_case(record["attacks"][:1]) is None
 
 
@@ -307,7 +307,7 @@ def test_the_json_keeps_its_keys(run: Path, tmp_path: Path) -> None:
         "run checkpoint weights_sha256 method architecture dataset epoch norm eps step_size "
         "data images images_sha256 shard"
     )
-    found = "class_names source_sha256 judged_in robustness_gap worst attacks cached checks union"
+    found = "class_names source_sha256 judged_in robustness_gap worst in_ball attacks cached checks union"
     assert set(record) == {*about.split(), *found.split()}
     numbers = (
         "attack accuracy ci per_class robust_bits correct images seconds images_per_s "
@@ -348,6 +348,24 @@ def test_classes_and_a_narrow_terminal(run: Path, tmp_path: Path, capsys: pytest
         for attack in record["attacks"]:
             assert f"{100 * attack['accuracy']:.2f}" in text.getvalue()
         assert "…" not in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("correct", "images", "text"),
+    [
+        # Wilson's interval has its ends at z^2 / (n + z^2) of 0 and 1, where z^2 = 3.8415.
+        (0, 60, "0.00 +6.02/-0.00"),
+        (60, 60, "100.00 +0.00/-6.02"),
+        (9, 20, "45.00 ±19.99"),  # from 25.82 to 65.79, as tables give it
+        (5_000, 10_000, "50.00 ±0.98"),
+        (9_000, 10_000, "90.00 ±0.59"),  # its sides are 0.57 and 0.60
+        (0, 10**9, "0.00 ±0.00"),
+    ],
+)
+def test_both_sides_of_a_lopsided_interval_are_shown(correct: int, images: int, text: str) -> None:
+    values = {"accuracy": correct / images, "ci": wilson(correct, images)}
+    assert accuracy_text(values) == text
+    assert accuracy_text(values, "\n") == text.replace(" ", "\n").replace("/", "\n")
 
 
 def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:

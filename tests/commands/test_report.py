@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import needs
 from PIL import Image
+from safetensors.torch import load_file
 from support.networks import tiny_cnn
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT
+from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
-from fastdynat.commands.report.run_records import read_records
+from fastdynat.commands.report.run_records import ReportedCheckpoint, _short_name, read_records
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
@@ -75,7 +76,14 @@ class Page(HTMLParser):
 
 
 def write_measurement(
-    run: Path, attack: str, correct: int, *, images: int = 20, eps: float = 0.1, **key: Any
+    run: Path,
+    attack: str,
+    correct: int,
+    *,
+    images: int = 20,
+    digest: str = "0",
+    eps: float = 0.1,
+    **key: Any,
 ) -> None:
     """A file as `fastdynat eval` leaves it."""
     robust = torch.arange(images) < correct
@@ -92,14 +100,14 @@ def write_measurement(
     }
     keys = {
         "weights": weights,
-        "images": "0",
+        "images": digest,
         "attack": attack,
         "search": None,
         "seed": 1,
         "batch_size": 20,
         "amp": "off",
     }
-    path = run / "evaluations" / f"{attack}-{images}-{len(key)}.json"
+    path = run / "evaluations" / f"{attack}-{images}-{digest[:4]}-{len(key)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps({"format": FORMAT, "key": keys | key, "about": about, "measurement": asdict(measurement)})
@@ -360,6 +368,168 @@ def test_measurements_on_other_data_do_not_mix_with_the_run_s_own(trained: Path,
     assert worst is not None
     assert natural is not None
     assert (natural.accuracy, worst[1].accuracy) == (0.9, 0.45)
+
+
+def only_checkpoint(run: Path) -> ReportedCheckpoint:
+    (record,) = read_records([run])
+    checkpoint = record.checkpoint("last")
+    assert checkpoint is not None
+    return checkpoint
+
+
+def shown(run: Path) -> tuple[float, str, float]:
+    """Clean accuracy, strongest attack and its accuracy, after a check of the gap in the table."""
+    from fastdynat.commands.report.report_tables import accuracy_table, clean, strongest
+
+    worst, natural = strongest(only_checkpoint(run)), clean(only_checkpoint(run))
+    assert worst is not None
+    assert natural is not None
+    (row,) = accuracy_table(read_records([run]))["rows"]
+    assert float(row["gap"]) == pytest.approx(100 * (natural.accuracy - worst[1].accuracy), abs=0.05)
+    return natural.accuracy, worst[0].attack, worst[1].accuracy
+
+
+@pytest.fixture
+def bare(trained: Path, tmp_path: Path) -> Path:
+    """A run without evaluations."""
+    run = Path(shutil.copytree(trained / "dynat", tmp_path / "run", symlinks=True))
+    shutil.rmtree(run / "evaluations")
+    return run
+
+
+def test_accuracies_of_a_row_are_of_the_same_images(bare: Path, tmp_path: Path) -> None:
+    for attack, correct in (("clean", 36), ("pgd20", 20)):
+        write_measurement(bare, attack, correct, images=40)
+    write_measurement(bare, "pgd10", 2, images=10)  # lower, but of few images
+    assert shown(bare) == (0.9, "pgd20", 0.5)
+    page = report(tmp_path / "out", bare, "--no-attacks")
+    assert "left out, because they are of other images: pgd10 (10 images of digits)." in page.text
+    assert "20.00<small>" not in page.text
+
+
+def test_images_that_are_as_many_but_others_do_not_mix(bare: Path) -> None:
+    """An image folder and a corrupted copy of it: clean accuracy is lower on one, robust on the other."""
+    for digest, clean, pgd in (("aa" * 32, 18, 6), ("bb" * 32, 12, 9)):
+        write_measurement(bare, "clean", clean, digest=digest)
+        write_measurement(bare, "pgd20", pgd, digest=digest)
+    assert shown(bare) in ((0.9, "pgd20", 0.3), (0.6, "pgd20", 0.45))
+
+
+def test_rows_of_other_images_say_so(trained: Path, bare: Path) -> None:
+    from fastdynat.commands.report.report_tables import accuracy_table
+
+    write_measurement(bare, "pgd20", 9, digest="bb" * 32)
+    rows = accuracy_table(read_records([bare, trained / "dynat"]))["rows"]
+    counts = [{cell["count"] for cell in row["cells"] if cell} for row in rows]
+    assert counts == [{"20 images bbbbbbbb"}, {"20 images 0"}]
+
+
+def test_accuracies_of_the_present_code_replace_older_ones(bare: Path) -> None:
+    write_measurement(bare, "clean", 18)
+    write_measurement(bare, "pgd20", 2, version="0.0.1+old")
+    write_measurement(bare, "pgd20", 9, version=code_version(), pad=None)
+    assert shown(bare) == (0.9, "pgd20", 0.45)
+
+
+L2_ATTACK = """
+from dataclasses import dataclass
+
+import torch
+
+from fastdynat.attacks.interface import Nearest
+
+
+@dataclass(frozen=True)
+class Grey:
+    norm: str = "l2"
+
+    def __post_init__(self):
+        object.__setattr__(self, "norm", "l2")
+
+    def __call__(self, ascent, x, labels, *, generator=None, tick=None):
+        x_adv = torch.full_like(x, 0.5)
+        distance = (x_adv - x).flatten(1).norm(dim=1)
+        found = torch.ones(len(x), dtype=torch.bool)
+        return Nearest(x_adv, torch.tensor(0), 0, found=found, distance=distance)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "a file of an older version"])
+def test_an_attack_of_another_norm_is_not_in_the_ball(bare: Path, tmp_path: Path, old: bool) -> None:
+    from fastdynat.commands.report.compute import KINDS, Findings
+    from fastdynat.commands.report.page import Report, nearest_measurement
+
+    (file := tmp_path / "grey.py").write_text(L2_ATTACK)
+    attacks = f"clean,pgd2,{file}:Grey"
+    asked = ["--attacks", attacks, "--num-images", "60", "--checkpoints", "last", "--quiet"]
+    assert main(["eval", str(bare), *asked]) == 0
+    for path in (bare / "evaluations").glob("*.json") if old else ():
+        document = json.loads(path.read_text())
+        del document["about"]["attack_norm"], document["about"]["attack_eps"]
+        path.write_text(json.dumps(document))
+    found = {m.result.attack: m for m in only_checkpoint(bare).measured}
+    assert {name: (m.norm, m.eps) for name, m in found.items()} == {
+        "clean": ("linf", 0.1),
+        "pgd2": ("linf", 0.1),
+        "grey.py:Grey": ("l2", None),
+    }
+    assert shown(bare)[1] == "pgd2"
+    records = read_records([bare])
+    report = Report(records, Findings({kind: {} for kind in KINDS}), ReportConfig(), {})
+    assert nearest_measurement(report, records[0]) is None
+
+
+def test_the_most_robust_epoch_need_not_be_that_of_the_best_checkpoint(bare: Path) -> None:
+    """As of natural training, whose best checkpoint has the highest clean accuracy."""
+    from fastdynat.commands.report.report_charts import most_robust_index
+    from fastdynat.commands.report.report_tables import gap_rows
+
+    rows = [(1, 0.5, 0.3, True), (2, 0.6, 0.45, True), (3, None, None, False), (4, 0.9, 0.2, True)]
+    names = ("epoch", "val_clean_acc", "val_pgd10_acc", "best")
+    lines = [dict(zip(names, row, strict=True)) | {"train_seconds": 1.0} for row in rows]
+    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_records([bare])
+    assert most_robust_index(records[0]) == 1
+    (row,) = gap_rows(records)
+    assert (row["best_epoch"], row["best"], row["last_epoch"], row["last"]) == (2, "45.0", 4, "20.0")
+    assert row["drop"] == "25.0"
+    unvalidated = {"epoch": 1, "train_seconds": 1.0, "best": True}
+    (bare / "metrics.jsonl").write_text(json.dumps(unvalidated) + "\n")
+    assert most_robust_index(read_records([bare])[0]) is None
+
+
+def test_runs_whose_paths_end_alike_are_told_apart(trained: Path, tmp_path: Path) -> None:
+    from fastdynat.commands.report.compute import _Target, _Workshop
+    from fastdynat.commands.report.report_tables import accuracy_table
+
+    first, second = sorted(trained.iterdir())
+    paths = [tmp_path / folder / "runs" / "x" for folder in ("a", "b")]
+    for path, run, correct in zip(paths, (first, second), (9, 11), strict=True):
+        shutil.copytree(run, path, symlinks=True)
+        shutil.rmtree(path / "evaluations")
+        write_measurement(path, "pgd20", correct)
+    records = read_records(paths)
+    assert [record.name for record in records] == ["a/runs/x", "b/runs/x"]
+    assert [row["cells"][0]["value"] for row in accuracy_table(records)["rows"]] == ["45.00", "55.00"]
+    shop = _Workshop(ReportConfig(device="cpu", num_images=4))
+    for record in records:
+        checkpoint = record.checkpoint("last")
+        assert checkpoint is not None
+        stored = load_file(checkpoint.path)
+        own = shop.subject(_Target(record, checkpoint)).network.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
+        assert stored.keys() & own.keys()
+
+
+def test_names_of_runs_are_as_short_as_they_differ_and_never_equal() -> None:
+    def names(*paths: str) -> list[str]:
+        found = [Path(path) for path in paths]
+        return [_short_name(found, at) for at in range(len(found))]
+
+    assert names("/r/a", "/r/b") == ["a", "b"]
+    assert names("/p/r/a", "/q/r/a", "/q/s/a", "/q/b") == ["p/r/a", "q/r/a", "s/a", "b"]
+    assert names("/a", "/r/a") == ["/a", "r/a"]
+    assert len(set(names("/r/a\n", "/r/a\\n"))) == 2  # the same when escaped
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -107,6 +107,7 @@ def test_only_standing_images_are_dealt_out(ranks: Any) -> None:
     found = ranks(2)(measured, named("pgd5-3"), standing)
     assert found[0] == found[1]
     assert_same(found[0], one)
+    assert found[0].images_per_s * found[0].seconds == pytest.approx(3)
     standing[[3, 4]] = False  # one image: a rank has nothing to do
     one = measured(named("fab-min"), standing)
     for part in ranks(2)(measured, named("fab-min"), standing):

@@ -233,6 +233,8 @@ def test_images_that_do_not_stand_any_more_are_not_attacked_and_count_as_broken(
         model, images, attack, device=CPU, batch_size=3, seed=0, standing=torch.zeros(10, dtype=torch.bool)
     )
     assert nobody.accuracy == 0
+    for found, attacked in ((got, 4), (nobody, 0)):
+        assert found.images_per_s * found.seconds == pytest.approx(attacked)
 
 
 def test_a_misclassified_image_is_not_led_back_to_its_label() -> None:

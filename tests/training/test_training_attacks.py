@@ -339,6 +339,14 @@ def test_validation_and_evaluation_of_several_norms_count_what_withstands_all(
     union = int((standing[0] & standing[1]).sum())
     assert {r["union"]["correct"] for r in records} == {union}
     assert "of the images stay correct under every attack of linf, l2" in capsys.readouterr().out
+    assert main(["eval", str(run), *asked, "--attacks", "pgd5", "--json", str(file)]) == 0
+    records = json.loads(file.read_text())["results"]
+    # PGD keeps misclassified images misclassified, so without clean accuracy the union is the same.
+    assert {r["union"]["correct"] for r in records} == {union}
+    capsys.readouterr()
+    assert main(["eval", str(run), *asked, "--attacks", "clean", "--json", str(file)]) == 0
+    assert [r["union"] for r in json.loads(file.read_text())["results"]] == [None, None]
+    assert "stay correct under every attack of linf" not in capsys.readouterr().out
     assert main(["eval", str(run), *asked, "--norm", "l2", "--json", str(file)]) == 0
     (alone,) = json.loads(file.read_text())["results"]
     assert (alone["norm"], alone["eps"], alone["union"]) == ("l2", 0.6, None)

@@ -19,6 +19,7 @@ from fastdynat.commands.evaluate.measurement_store import (
     search_numbers,
     standing_digest,
 )
+from fastdynat.commands.evaluate.record import judged_radius
 from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.commands.evaluate.settle import EvalConfig
 from fastdynat.commands.evaluate.shards import unite
@@ -126,7 +127,7 @@ class Cells:
         def measured() -> Measurement:
             return measure_on_ranks(run, attack, labels, batch_size=batch_size, standing=standing)
 
-        return self._once(key, standing, measured)
+        return self._once(key, standing, measured, attack.search)
 
     def _staged(self, column: AttackColumn) -> dict[str, Any]:
         """The stages in order, each on the images still robust after those before, first clean accuracy."""
@@ -217,8 +218,17 @@ class Cells:
             version=code_version(),
         )
 
-    def _once(self, key: Key, standing: Tensor | None, run: Callable[[], Measurement]) -> Measurement:
-        """The measurement of `key` from this call, a file or shards; else of `run`, then stored."""
+    def _once(
+        self,
+        key: Key,
+        standing: Tensor | None,
+        run: Callable[[], Measurement],
+        search: Any = None,
+    ) -> Measurement:
+        """The measurement of `key` from this call, a file or shards; else of `run`, then stored.
+
+        search: of the attack; None is clean accuracy or AutoAttack.
+        """
         text = key.text()
         if text in self._known:
             return as_measurement(self._known[text])
@@ -226,7 +236,8 @@ class Cells:
         if found is None:
             found, how = run(), ""
             if self._store is not None:
-                self._store[text] = asdict(found)
+                norm, eps = judged_radius(search, found.distances, self.target.radius)
+                self._store.put(text, asdict(found), {"attack_norm": norm, "attack_eps": eps})
         else:
             self.cached.append(key.attack)
             how = "from an earlier evaluation: "

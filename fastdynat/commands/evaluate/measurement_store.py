@@ -80,11 +80,18 @@ class _Key:
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
-    """The optional fields that describe a measurement."""
+    """The optional fields that describe a measurement.
+
+    Attributes:
+        norm, eps: the threat model of the evaluation.
+        attack_norm, attack_eps: norm and radius that the accuracy is about (`record.judged_radius`).
+    """
 
     norm: str = ""
     eps: Radius = 0.0
     dataset: str = ""
+    attack_norm: str = ""
+    attack_eps: Radius | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +155,12 @@ class Store(MutableMapping[str, dict[str, Any]]):
         return asdict(measurement)
 
     def __setitem__(self, key: str, value: dict[str, Any]) -> None:
-        document = {"format": FORMAT, "key": json.loads(key), "about": self.about, "measurement": value}
+        self.put(key, value, {})
+
+    def put(self, key: str, value: dict[str, Any], about: dict[str, Any]) -> None:
+        """Store a measurement; `about` is said of this one beside what is said of all."""
+        about = self.about | about
+        document = {"format": FORMAT, "key": json.loads(key), "about": about, "measurement": value}
         try:
             make_folder(self.folder)
             write_text(self.path(key), json.dumps(document, indent=1) + "\n")

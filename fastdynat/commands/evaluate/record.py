@@ -1,13 +1,15 @@
 """One network's results as the JSON file holds them."""
 
 import statistics
+from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
 import torch
 
+from fastdynat.attacks.registry import CLEAN
 from fastdynat.commands.evaluate.columns import AttackColumn
-from fastdynat.commands.evaluate.targets import Target
+from fastdynat.commands.evaluate.targets import Radius, Target
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits, wilson
 
 Values = dict[str, Any]
@@ -21,15 +23,16 @@ def make_record(
 
     Keys: what the network is; `judged_in`, the precision of the predictions that count; `robustness_gap`,
     clean accuracy less the lowest one under attack; `worst`, images that stay correct under everything in the
-    ball (`worst_case`); `attacks`, the measurements; `cached`, the names of those that were read from files;
-    `checks`, of masked gradients, or None where they were not asked for; `union`, see `with_unions`.
+    ball (`worst_case`); `in_ball`, the attacks that count in the ball, and clean accuracy; `attacks`, the
+    measurements; `cached`, the names of those that were read from files; `checks`, of masked gradients, or
+    None where they were not asked for; `union`, see `with_unions`.
     """
     radius, columns = target.radius, target.columns[: len(results)]
     in_ball = [
         r for column, r in zip(columns, results, strict=True) if counts_in_ball(column, r, radius.norm)
     ]
-    clean = next((r["accuracy"] for r in results if r["attack"] == "clean"), None)
-    robust = [r["accuracy"] for r in in_ball if r["attack"] != "clean"]
+    clean = next((r["accuracy"] for r in results if r["attack"] == CLEAN), None)
+    robust = [r["accuracy"] for r in in_ball if r["attack"] != CLEAN]
     return {
         "run": target.name,
         "checkpoint": target.checkpoint,
@@ -47,6 +50,7 @@ def make_record(
         "source_sha256": None if target.source is None else target.source.weights,
         "robustness_gap": clean - min(robust) if clean is not None and robust else None,
         "worst": worst_case(in_ball),
+        "in_ball": [r["attack"] for r in in_ball],
         "attacks": results,
         "cached": cached,
         "checks": checks,
@@ -80,16 +84,33 @@ def _union(group: list[Values]) -> Values | None:
 
 def counts_in_ball(column: AttackColumn, result: Values, norm: str) -> bool:
     """True for accuracies inside the ball of `norm`: neither of another norm nor of a radius-free search."""
-    search = None if column.attack is None else column.attack.search
+    return _limited(None if column.attack is None else column.attack.search, result["distances"], norm)
+
+
+def judged_radius(
+    search: Any, distances: Sequence[float | None] | None, radius: Radius
+) -> tuple[str, float | None]:
+    """The norm and the radius that an accuracy is about; None where it is not that of the ball of `radius`.
+
+    Args:
+        search: of the attack; None is clean accuracy or AutoAttack.
+        distances: of the measurement under the attack.
+    """
+    norm = radius.norm if search is None else search.norm
+    return norm, radius.eps if _limited(search, distances, radius.norm) else None
+
+
+def _limited(search: Any, distances: Sequence[float | None] | None, norm: str) -> bool:
+    """True where only images in the row's ball of `norm` count as adversarial."""
     if search is None:  # clean, and AutoAttack, which takes the row's radius
         return True
-    return search.norm == norm and (result["distances"] is None or isfinite(getattr(search, "eps", inf)))
+    return bool(search.norm == norm and (distances is None or isfinite(getattr(search, "eps", inf))))
 
 
 def _only_attack(record: Values) -> Values | None:
-    """The single result of `record`, if it counts in the ball."""
-    results: list[Values] = record["attacks"]
-    return results[0] if len(results) == 1 and results[0]["distances"] is None else None
+    """The single result of `record` that counts in the ball, if it is of an attack."""
+    found = [r for r in record["attacks"] if r["attack"] in record["in_ball"]]
+    return found[0] if len(found) == 1 and found[0]["attack"] != CLEAN else None
 
 
 def worst_case(results: list[Values], names: list[str] | None = None) -> Values | None:

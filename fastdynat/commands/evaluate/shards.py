@@ -35,11 +35,11 @@ def unite(
                 break
             parts.append(part)
         else:
-            return _union(parts, labels)
+            return _union(parts, labels, None if standing is None else int(standing.sum()))
     return None
 
 
-def _union(parts: list[Measurement], labels: Tensor) -> Measurement:
+def _union(parts: list[Measurement], labels: Tensor, attacked: int | None) -> Measurement:
     robust = torch.zeros(len(labels), dtype=torch.bool)
     distances = torch.zeros(len(labels)) if parts[0].distances is not None else None
     for index, part in enumerate(parts, 1):
@@ -58,4 +58,5 @@ def _union(parts: list[Measurement], labels: Tensor) -> Measurement:
         zero_grad_share=share,
         gradients=gradients,
         distances=distances,
+        attacked=attacked,
     )

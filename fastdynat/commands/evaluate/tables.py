@@ -10,6 +10,7 @@ from fastdynat.terminal.consoles import AS_IS, PlainTable
 
 Values = dict[str, Any]
 WIDE = 10_000  # columns of text, more than any table needs
+LOPSIDED = 0.25  # of half an interval: by how much its sides must differ to be shown both
 
 
 def print_results(records: list[Values], console: Console, *, per_class: bool = False) -> None:
@@ -38,7 +39,8 @@ def _accuracies(records: list[Values], console: Console) -> None:
 def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
     names = list(dict.fromkeys(a["attack"] for r in records for a in r["attacks"]))
     images = " and ".join(sorted({_images(r) for r in records}))
-    table = PlainTable(title=f"accuracy in % ± half a 95 % interval, {images}", title_justify="left")
+    interval = "± half a 95 % interval (+ and - to its ends where they are not as far)"
+    table = PlainTable(title=f"accuracy in % {interval}, {images}", title_justify="left")
     for column in ("run", "method", "checkpoint", "epoch"):
         table.add_column(column, no_wrap=column != "run")
     for column in ("eps", *names, "worst", "gap"):
@@ -55,9 +57,16 @@ def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
 
 
 def accuracy_text(values: Values, between: str = " ") -> str:
-    """An accuracy with half the width of its interval, in %."""
-    low, high = values["ci"]
-    return f"{100 * values['accuracy']:.2f}{between}±{50 * (high - low):.2f}"
+    """An accuracy in % with its interval: half its width, or both sides where they differ (`LOPSIDED`).
+
+    They do near 0 and 100 %, and of few images.
+    """
+    accuracy, (low, high) = values["accuracy"], values["ci"]
+    above, below = (f"{100 * side:.2f}" for side in (high - accuracy, accuracy - low))
+    differ = abs(high + low - 2 * accuracy) > LOPSIDED * (high - low) / 2
+    if not differ or above == below:
+        return f"{100 * accuracy:.2f}{between}±{50 * (high - low):.2f}"
+    return f"{100 * accuracy:.2f}{between}+{above}{'/' if between == ' ' else between}-{below}"
 
 
 def _images(record: Values) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastdynat.commands.evaluate.measurement_store import code_version
@@ -70,7 +71,7 @@ class _Workshop:
     def __init__(self, config: ReportConfig) -> None:
         self.config, self.device = config, pick_device(config.device)
         self._tests: dict[tuple[Any, ...], tuple[DatasetInfo, Images]] = {}
-        self._subjects: dict[str, AttackedNetwork] = {}
+        self._subjects: dict[Path, AttackedNetwork] = {}  # by the checkpoint's path
 
     def images(self, target: _Target) -> tuple[DatasetInfo, Images]:
         """The dataset of `target` and its first test images."""
@@ -88,17 +89,17 @@ class _Workshop:
 
     def subject(self, target: _Target) -> AttackedNetwork:
         """The network of `target` on the device, and its images."""
-        name = target.record.name
-        if name not in self._subjects:
-            network, sidecar = load_network(target.checkpoint.path)
+        path = target.checkpoint.path
+        if path not in self._subjects:
+            network, sidecar = load_network(path)
             info, images = self.images(target)
             if difference := data_difference(sidecar, info):
                 raise UserError(f"{target.record.path} was trained on {difference}")
             network = network.to(self.device).requires_grad_(False)
-            self._subjects[name] = AttackedNetwork(
+            self._subjects[path] = AttackedNetwork(
                 network, images, sidecar.norm, sidecar.eval_eps, sidecar.class_names
             )
-        return self._subjects[name]
+        return self._subjects[path]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Means:
 
 @dataclass(frozen=True)
 class AttackedNetwork:
-    """A network under the threat model it was trained for, with the images of its dataset."""
+    """A network under the threat model of its evaluation, with the images of its dataset."""
 
     network: nn.Module
     images: Images

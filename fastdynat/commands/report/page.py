@@ -86,10 +86,9 @@ def trade(report: Report) -> Section:
         else []
     )
     text = (
-        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius it "
-        "was trained for; "
-        "bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint that is not "
-        "the best one."
+        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius of "
+        "evaluation; bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint "
+        "that is not the best one."
     )
     return Section("trade-off", "Clean against robust", text, panels)
 
@@ -113,8 +112,8 @@ def progress(report: Report) -> Section:
     ]
     text = (
         "Left: over epochs. Right: over seconds of training, without validation. The ring is the epoch with "
-        "the best robust validation accuracy. Losses of different methods are different functions, so each "
-        "is shown relative to its first epoch."
+        "the highest robust validation accuracy. Losses of different methods are different functions, so "
+        "each is shown relative to its first epoch."
     )
     return Section("training", "Training", text, panels, missing)
 
@@ -151,18 +150,23 @@ def radius(report: Report) -> Section:
 
 
 def nearest_measurement(report: Report, record: Record) -> Measurement | None:
-    """The run's measurement with distances: the stored one with most images, else the report's."""
+    """The run's measurement with distances: the stored one with most images, else the report's.
+
+    Of equally many, one of the present code goes first.
+    """
     checkpoint = record.checkpoint(report.config.checkpoint)
     stored = [] if checkpoint is None else checkpoint.measured
     sidecar = None if checkpoint is None else checkpoint.sidecar
     own = [
         s
         for s in stored
-        if sidecar and s.source is None and (s.dataset, s.norm) == (sidecar.dataset, sidecar.norm)
+        if sidecar
+        and s.source is None
+        and (s.dataset, s.norm) == (sidecar.dataset, sidecar.norm)
+        and s.result.distances is not None
     ]
-    on_disk = [s.result for s in own if s.result.distances is not None]
-    if on_disk:
-        return max(on_disk, key=lambda m: m.images)
+    if own:
+        return max(own, key=lambda s: (s.result.images, s.current)).result
     value = report.found.of_run["nearest"].get(record.name)
     return None if value is None else Measurement(**value)
 
@@ -304,6 +308,7 @@ def render(report: Report, sections: Sequence[Section], made: str) -> str:
         looks=report.looks,
         runs=tables.run_rows(report.records),
         accuracy=tables.accuracy_table(report.records),
+        other_images=tables.other_images(report.records),
         unevaluated=tables.unevaluated(report.records),
         gaps=tables.gap_rows(report.records),
         sections={section.id: section for section in sections},

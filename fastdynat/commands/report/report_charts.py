@@ -136,9 +136,12 @@ def series(record: Record, column: str, factor: float, unit: float | None) -> Po
     ]
 
 
-def best_index(record: Record) -> int | None:
-    """The index of the run's best epoch, from 0; None where no epoch was validated."""
-    return max((i for i, row in enumerate(record.rows) if row.get("best")), default=None)
+def most_robust_index(record: Record) -> int | None:
+    """The index of the epoch with the highest robust validation accuracy, from 0; None where none was
+    validated. That of the best checkpoint may be another one (`Method.select_by`).
+    """
+    accuracies = {i: a for i, row in enumerate(record.rows) if (a := row.get("val_pgd10_acc")) is not None}
+    return max(accuracies, key=accuracies.__getitem__, default=None)
 
 
 def draw_series(
@@ -148,12 +151,12 @@ def draw_series(
     factor: float,
     unit: tuple[float, str] | None,
 ) -> Callable[[Axes], None]:
-    """Lines over epochs or time, the best epoch of each as a ring."""
+    """Lines over epochs or time, the most robust epoch of each as a ring."""
 
     def draw(axes: Axes) -> None:
         for record in records:
             points = series(record, column, factor, unit and unit[0])
-            look, best = legend[record.name], best_index(record)
+            look, best = legend[record.name], most_robust_index(record)
             if not points:
                 continue
             style: dict[str, Any] = {"color": look.colour, "linestyle": look.style, "linewidth": 1.6}

@@ -1,14 +1,14 @@
 """The tables of a report: text for each cell."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastdynat.commands.report.report_charts import best_index
-from fastdynat.commands.report.run_records import Measured, Record, ReportedCheckpoint
+from fastdynat.commands.report.report_charts import most_robust_index
+from fastdynat.commands.report.run_records import Measured, Record, ReportedCheckpoint, TestImages
 from fastdynat.evaluation import Measurement
 
 
@@ -41,7 +41,7 @@ class AccuracyColumn:
         if self.attack == "clean":
             return "no attack"
         radius = (
-            f"{self.norm or 'its own norm'}, any radius"
+            f"{self.norm or 'its own norm'}, not limited to eps"
             if self.eps is None
             else describe_radius(self.norm, self.eps)
         )
@@ -90,73 +90,128 @@ def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(checkpoint: ReportedCheckpoint) -> dict[AccuracyColumn, Measurement]:
-    """One measurement for each column: that of most images, of equal ones the lowest."""
-    found: dict[AccuracyColumn, Measurement] = {}
-    for measured in checkpoint.measured:
-        column, new = AccuracyColumn.of(measured), measured.result
+def cells(checkpoint: ReportedCheckpoint) -> dict[AccuracyColumn, Measured]:
+    """One measurement for each column; of each dataset, all are of the same images (`_chosen_images`).
+
+    Of several for one column, those of the present code go first, then the lowest.
+    """
+    chosen = _chosen_images(checkpoint)
+    found: dict[AccuracyColumn, Measured] = {}
+    for new in checkpoint.measured:
+        column = AccuracyColumn.of(new)
         old = found.get(column)
-        if old is None or (new.images, -new.accuracy) > (old.images, -old.accuracy):
+        if new.test_images in chosen and (old is None or _merit(new) > _merit(old)):
             found[column] = new
     return found
 
 
+def _merit(measured: Measured) -> tuple[bool, float]:
+    return measured.current, -measured.result.accuracy
+
+
+def _chosen_images(checkpoint: ReportedCheckpoint) -> set[TestImages]:
+    """The images that the report is about, a set of them for each dataset.
+
+    The largest set with both clean and robust accuracy, or if there is none, with robust accuracy, or with
+    any. Of equally large ones that of the present code, then that with the lowest robust accuracy: nothing
+    says which of them the run's own images are.
+    """
+    sets: dict[TestImages, list[Measured]] = {}
+    for measured in checkpoint.measured:
+        sets.setdefault(measured.test_images, []).append(measured)
+
+    def merit(images: TestImages) -> tuple[Any, ...]:
+        robust = [m for m in sets[images] if _in_the_ball(AccuracyColumn.of(m), checkpoint)]
+        natural = any(m.result.attack == "clean" for m in sets[images])
+        best = max(map(_merit, robust or sets[images]))
+        return natural and bool(robust), bool(robust), images.count, best, images.digest
+
+    chosen: dict[str, TestImages] = {}
+    for images in sorted(sets, key=merit):
+        chosen[images.dataset] = images
+    return set(chosen.values())
+
+
+def _in_the_ball(column: AccuracyColumn, checkpoint: ReportedCheckpoint) -> bool:
+    """True for an attack within the radius at which the run is evaluated."""
+    return (column.norm, column.eps) == (checkpoint.sidecar.norm, checkpoint.sidecar.eval_eps)
+
+
 def strongest(checkpoint: ReportedCheckpoint) -> tuple[AccuracyColumn, Measurement] | None:
     """The attack under which least is left, of those on the run's data and within its radius."""
-    sidecar = checkpoint.sidecar
-    threat = (sidecar.dataset, sidecar.norm, sidecar.eval_eps)
-    own = [(c, m) for c, m in cells(checkpoint).items() if (c.dataset, c.norm, c.eps) == threat]
+    own = [
+        (column, measured.result)
+        for column, measured in cells(checkpoint).items()
+        if column.dataset == checkpoint.sidecar.dataset and _in_the_ball(column, checkpoint)
+    ]
     return min(own, key=lambda pair: pair[1].accuracy, default=None)
 
 
 def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
-    """The measurement without an attack, on the run's data."""
+    """The measurement without an attack, on the run's data: of the same images as `strongest`."""
     own = ("clean", checkpoint.sidecar.dataset)
-    return next((m for c, m in cells(checkpoint).items() if (c.attack, c.dataset) == own), None)
+    return next((m.result for c, m in cells(checkpoint).items() if (c.attack, c.dataset) == own), None)
+
+
+def other_images(records: Sequence[Record]) -> list[Missing]:
+    """A note for each checkpoint on its measurements of other images, which the page leaves out."""
+    found = []
+    for record in records:
+        for checkpoint in record.checkpoints:
+            chosen = _chosen_images(checkpoint)
+            names = [
+                f"{m.result.attack} ({m.result.images:,} images of {m.dataset})"
+                for m in checkpoint.measured
+                if m.test_images not in chosen
+            ]
+            if names:
+                which = f"{record.name}, {' = '.join(checkpoint.names)}"
+                text = (
+                    f"{which}: left out, because they are of other images: {', '.join(dict.fromkeys(names))}."
+                )
+                found.append(Missing(text))
+    return found
 
 
 def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:
     """Clean and robust accuracies with their intervals, a row for each checkpoint."""
-    measured = {(r.name, c.names): cells(c) for r in records for c in r.checkpoints}
-    columns = list(dict.fromkeys(column for found in measured.values() for column in found))
+    measured = [(r, c, found) for r in records for c in r.checkpoints if (found := cells(c))]
+    columns = list(dict.fromkeys(column for _, _, found in measured for column in found))
     # Clean first, then from weak to strong: the reader goes from what is easy to what is hard.
     columns.sort(
         key=lambda c: (
             c.attack != "clean",
-            -fmean(found[c].accuracy for found in measured.values() if c in found),
+            -fmean(found[c].result.accuracy for _, _, found in measured if c in found),
         )
     )
-    images = {m.images for found in measured.values() for m in found.values()}
+    sets = {m.test_images for _, _, found in measured for m in found.values()}
     rows = []
-    for record in records:
-        for checkpoint in record.checkpoints:
-            found = measured[record.name, checkpoint.names]
-            if not found:
-                continue
-            worst, natural = strongest(checkpoint), clean(checkpoint)
-            gap = natural.accuracy - worst[1].accuracy if worst and natural else None
-            rows.append(
-                {
-                    "name": record.name,
-                    "checkpoint": " = ".join(checkpoint.names),
-                    "epoch": checkpoint.sidecar.epoch,
-                    "cells": [_cell(found.get(column), len(images) > 1) for column in columns],
-                    "gap": percent(gap),
-                }
-            )
-    return {"columns": columns, "rows": rows, "images": ", ".join(f"{n:,}" for n in sorted(images))}
+    for record, checkpoint, found in measured:
+        worst, natural = strongest(checkpoint), clean(checkpoint)
+        gap = natural.accuracy - worst[1].accuracy if worst and natural else None
+        rows.append(
+            {
+                "name": record.name,
+                "checkpoint": " = ".join(checkpoint.names),
+                "epoch": checkpoint.sidecar.epoch,
+                "cells": [_cell(found.get(column), sets) for column in columns],
+                "gap": percent(gap),
+            }
+        )
+    counts = sorted({images.count for images in sets})
+    return {"columns": columns, "rows": rows, "images": ", ".join(f"{n:,}" for n in counts)}
 
 
-def _cell(m: Measurement | None, counted: bool) -> dict[str, str] | None:
-    if m is None:
+def _cell(measured: Measured | None, sets: Set[TestImages]) -> dict[str, str] | None:
+    """The text of a cell; it says which images it is of where `sets`, those of the table, leave that open."""
+    if measured is None:
         return None
-    low, high = map(percent, m.ci)
-    return {
-        "value": percent(m.accuracy, 2),
-        "low": low,
-        "high": high,
-        "count": f"{m.images:,} images" if counted else "",
-    }
+    own = measured.test_images
+    count = f"{own.count:,} images" if len({images.count for images in sets}) > 1 else ""
+    if any(images != own and (images.dataset, images.count) == (own.dataset, own.count) for images in sets):
+        count = f"{own.count:,} images {own.digest[:8]}"
+    low, high = map(percent, measured.result.ci)
+    return {"value": percent(measured.result.accuracy, 2), "low": low, "high": high, "count": count}
 
 
 def unevaluated(records: Sequence[Record]) -> list[Missing]:
@@ -173,10 +228,10 @@ def unevaluated(records: Sequence[Record]) -> list[Missing]:
 
 
 def gap_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Robust validation accuracy of the best and of the last epoch."""
+    """Robust validation accuracy of the epoch where it is highest, and of the last one."""
     rows = []
     for record in records:
-        best, last = best_index(record), record.rows[-1] if record.rows else {}
+        best, last = most_robust_index(record), record.rows[-1] if record.rows else {}
         if best is None or last.get("val_pgd10_acc") is None:
             continue
         top = record.rows[best]

@@ -1,13 +1,12 @@
 """The record of a run that a report reads: configuration, metrics, checkpoints and measurements."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import read_measurements
+from fastdynat.commands.evaluate.measurement_store import code_version, read_measurements
 from fastdynat.config import read_config_file
 from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
@@ -20,8 +19,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement with its threat model; `eps` is None for a search for the nearest image.
+    """A measurement with its threat model; `eps` is None where the attack was not limited to the run's ball.
 
+    images: digest of the images and their labels.
+    current: whether the present version of the code measured it.
     source: sha256 of the weights that a transfer attack was made on; None for other attacks.
     """
 
@@ -29,7 +30,23 @@ class Measured:
     eps: float | None
     dataset: str
     result: Measurement
+    images: str
+    current: bool
     source: str | None = None
+
+    @property
+    def test_images(self) -> "TestImages":
+        """The images that it was measured on."""
+        return TestImages(self.dataset, self.images, self.result.images)
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Images that accuracies are of: their dataset, their digest and how many they are."""
+
+    dataset: str
+    digest: str
+    count: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,8 @@ class ReportedCheckpoint:
 class Record:
     """A run; `stale` counts measurements of checkpoints that it no longer has.
 
-    name: the folder's, escaped where fonts have nothing for it.
+    name: the folder's, escaped where fonts have nothing for it; with the folders above it as far as other
+        runs of the report have the same. No two runs of a report share a name.
     """
 
     name: str
@@ -73,17 +91,26 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     for path in paths:
         require_run(path)
-    unique = list({real(path): path for path in paths}.items())
-    names = Counter(resolved.name for resolved, _ in unique)
-    return [
-        _read(
-            path,
-            one_line(
-                resolved.name if names[resolved.name] == 1 else f"{resolved.parent.name}/{resolved.name}"
-            ),
-        )
-        for resolved, path in unique
-    ]
+    unique = {real(path): path for path in paths}
+    resolved = list(unique)
+    return [_read(path, _short_name(resolved, at)) for at, path in enumerate(unique.values())]
+
+
+def _short_name(paths: Sequence[Path], at: int) -> str:
+    """The last folders of ``paths[at]``, escaped: as few as no other one of the different `paths` ends in.
+
+    The whole path with its number where escaping makes it that of another one.
+    """
+    path, others = paths[at], [*paths[:at], *paths[at + 1 :]]
+    for count in range(1, len(path.parts) + 1):
+        name = _ending(path, count)
+        if all(name != _ending(other, count) for other in others):
+            return name
+    return f"{one_line(str(path))} ({at + 1})"
+
+
+def _ending(path: Path, parts: int) -> str:
+    return one_line(str(Path(*path.parts[-parts:])))
 
 
 def _read(path: Path, name: str) -> Record:
@@ -131,10 +158,26 @@ def _in_full(run: Path) -> list[tuple[str, Measured]]:
     for key, about, result in read_measurements(run):
         if "standing" in key or "shard" in key or not {"norm", "eps", "dataset"} <= about.keys():
             continue
-        search, norm, eps = key["search"] or {}, about["norm"], about["eps"]
-        if result.distances is not None and not isfinite(
-            search.get("eps") or inf
-        ):  # it says nothing about a ball
-            norm, eps = search.get("norm", ""), None
-        found.append((key["weights"], Measured(norm, eps, about["dataset"], result, key.get("source"))))
+        norm, eps = _judged_radius(key["search"] or {}, about, result)
+        current = key.get("version") == code_version()
+        measured = Measured(
+            norm, eps, about["dataset"], result, str(key.get("images")), current, key.get("source")
+        )
+        found.append((key["weights"], measured))
     return found
+
+
+def _judged_radius(
+    search: dict[str, Any], about: dict[str, Any], result: Measurement
+) -> tuple[str, float | None]:
+    """Norm and radius that an accuracy is about; older files do not say so of the attack."""
+    if "attack_norm" in about:
+        return about["attack_norm"], about.get("attack_eps")
+    if search.get("class") == "UserAttack":
+        # `eps` is the threat model's; the attack's own norm is stored where it is a field of it.
+        attack = search.get("attack")
+        norm = str(attack.get("norm", "")) if isinstance(attack, dict) else ""
+        return norm, about["eps"] if norm == about["norm"] else None
+    if result.distances is not None and not isfinite(search.get("eps") or inf):  # nothing about a ball
+        return search.get("norm", ""), None
+    return about["norm"], about["eps"]
