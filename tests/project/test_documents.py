@@ -1,6 +1,7 @@
 """The pages of docs/ build without a warning, work offline, and name only what exists."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -135,6 +136,17 @@ def test_every_stored_result_is_shown() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     used = set(re.findall(r"<!-- generated: results: (\S+) -->", pages))
     assert used | {"summary"} == tables.keys()
+
+
+def test_no_stored_row_failed_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = hooks("tables")
+    for path in RESULTS:
+        tables.read(path.stem)
+    row = {"name": "fp32", "kind": "attack", "invalid": "the attack is weaker"}
+    (tmp_path / "engine.json").write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"engine\.json: fp32 does not count \(the attack is weaker\)"):
+        tables.read("engine")
 
 
 def test_every_result_of_the_race_is_shown() -> None:

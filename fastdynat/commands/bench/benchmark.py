@@ -61,7 +61,7 @@ from fastdynat.tuning.devices import AMP_DTYPES
 def run_benchmark(
     asked: TrainConfig[Any], bench: BenchConfig, console: Console, display: ProgressDisplay
 ) -> int:
-    """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
+    """Measure, print and store. Returns 0, or 1 where a row is invalid or slower than the baseline allows.
 
     Raises:
         UserError: a value that cannot work, before anything is measured or written.
