@@ -138,6 +138,15 @@ def test_every_stored_result_is_shown() -> None:
     assert used | {"summary"} == tables.keys()
 
 
+def test_a_projection_timed_against_bisection_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = hooks("result_tables")
+    stored = tables.read("operators_cpu")
+    assert ("60 rounds of bisection" in tables.operators()) is stored["commit"].startswith(tables.BISECTED)
+    again = {**stored, "commit": "another"}
+    monkeypatch.setattr(tables, "read", lambda name: again)
+    assert "bisection" not in tables.operators()
+
+
 def test_no_stored_row_failed_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = hooks("tables")
     for path in RESULTS:
