@@ -288,6 +288,15 @@ def test_the_mean_of_all_seeds_has_to_reach_the_target() -> None:
     assert broken_rules("cpu-2", 0.3001, laps) == ["target missed: PGD-20 30.00 % on average, not 30.01 %"]
 
 
+def test_seeds_cannot_be_added_until_the_mean_reaches_the_target() -> None:
+    laps = [judged(share, seed=seed) for seed, share in enumerate((0.295, 0.299, 0.300, 0.32))]
+    reason = "target missed: PGD-20 29.80 % on average over seeds 0 to 2, not 30 %"
+    assert broken_rules("cpu-2", 0.30, laps) == [reason]
+    assert broken_rules("cpu-2", 0.30, [*three(pgd20=0.30), judged(0.30, seed=3)]) == []
+    worse = [*three(pgd20=0.304), judged(0.2, seed=3)]  # nor does a bad seed drop out
+    assert broken_rules("cpu-2", 0.30, worse) == ["target missed: PGD-20 27.80 % on average, not 30 %"]
+
+
 def test_a_change_that_is_in_no_commit_does_not_count() -> None:
     document = result_document(
         TINY, three(), target=None, own=identity(commit="c" * 40 + "-dirty"), command="", alongside={}

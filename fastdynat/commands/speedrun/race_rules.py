@@ -108,11 +108,17 @@ def broken_rules(
     if not laps:
         return ["no lap is finished"]
     reasons = [] if len(laps) >= SEEDS else [f"{len(laps)} of {SEEDS} seeds are finished"]
-    mean = sum(lap["test"]["pgd20"]["accuracy"] for lap in laps) / len(laps)
+    mean = _mean_pgd20(laps)
+    asked = [lap for lap in laps if lap["seed"] < SEEDS]  # others may be added, but not until the mean fits
     if target < TARGETS[track]:
         reasons.append(f"target {100 * target:g} % is below the {100 * TARGETS[track]:g} % of track {track}")
     if mean < target:
         reasons.append(f"target missed: PGD-20 {100 * mean:.2f} % on average, not {100 * target:g} %")
+    elif asked and (first := _mean_pgd20(asked)) < target:
+        reasons.append(
+            f"target missed: PGD-20 {100 * first:.2f} % on average over seeds 0 to {SEEDS - 1}, not "
+            f"{100 * target:g} %"
+        )
     for what, digests in (
         ("test", {lap["test"]["sha256"] for lap in laps}),
         ("training", {lap.get("train_sha256") for lap in laps}),  # laps of earlier versions have none
@@ -122,6 +128,10 @@ def broken_rules(
     for lap in laps:
         reasons += [f"seed {lap['seed']}: {reason}" for reason in _of_lap(track, lap, largest_gap)]
     return reasons
+
+
+def _mean_pgd20(laps: Sequence[Mapping[str, Any]]) -> float:
+    return sum(float(lap["test"]["pgd20"]["accuracy"]) for lap in laps) / len(laps)
 
 
 def _of_lap(track: str, lap: Mapping[str, Any], largest_gap: float) -> list[str]:
