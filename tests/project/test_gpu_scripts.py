@@ -27,6 +27,7 @@ from support import sanitized_calls
 from fastdynat.commands.parsing.parse import early_flags
 from fastdynat.commands.train import parse_train
 from fastdynat.errors import UserError
+from fastdynat.methods import method_class
 from fastdynat.training.parts import build_parts, open_split
 from fastdynat.training.resolve import resolve
 
@@ -847,6 +848,35 @@ def test_gpu_train_goes_on_in_a_second_call(tmp_path: Path) -> None:
         second.stdout + second.stderr
     )
     assert found["rows"][0] == rows(tmp_path / "a")["rows"][0]
+    assert rows(tmp_path / "a")["wall_seconds"] > 0
+    assert (found["continued"], found["wall_seconds"]) == (True, None)
+    met = on_cpu("gpu_train.sh", tmp_path / "c", "0.001", *place)
+    found = rows(tmp_path / "c")
+    assert (met.returncode, found["target"], found["reached"], found["epochs"]) == (0, 0.001, True, 1), (
+        met.stdout + met.stderr
+    )
+
+
+def test_a_continued_run_has_no_wall_time_and_the_target_of_its_last_call(
+    tmp_path: Path, gpu: SimpleNamespace
+) -> None:
+    describe = import_module("time_to_accuracy").describe
+    values = {"method": "natural", "stop_at": 0.9}
+    text = "".join(f"{key}: {value}\n" for key, value in values.items())
+    (tmp_path / "config.yaml").write_text(f"# fastdynat run\n{text}")
+    (tmp_path / "environment.json").write_text("[]")
+    score = method_class("natural").select_by
+    epochs = [{"train_seconds": 2.0 + i, score: share} for i, share in enumerate((0.3, 0.5, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in epochs))
+    found = describe(tmp_path, 0.5, None)
+    assert (found["target"], found["reached"], found["epochs"], found["train_seconds"]) == (0.5, True, 2, 5.0)
+    assert (found["continued"], found["wall_seconds"]) == (True, None)
+    training = gpu.gpu_train.Training(None, tmp_path, tmp_path, tmp_path, "0.5", [])
+    training.check = SimpleNamespace(outcomes=[SimpleNamespace(name="train", seconds=7.0)])
+    assert training.wall() == []
+    fresh = gpu.gpu_train.Training(None, tmp_path / "new", tmp_path, tmp_path, "0.5", [])
+    fresh.check = training.check
+    assert fresh.wall() == ["--wall", "7.0"]
 
 
 # A bare machine: these modules are found in a pack only. On the path of every process, if the caller's
