@@ -90,6 +90,27 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
 
 
+@pytest.mark.parametrize("limit", [20, 3])  # 3: it is ended at its limit
+def test_what_inductor_chose_beside_other_work_is_forgotten(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The part of the tests and cold compilations stores a choice and a kernel; the kernel stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    bare = gpu.bare.Bare("cpu", tmp_path)
+    listed = {part.name: part for part in gpu.plan.Plan(bare, gpu.plan.TINY, tmp_path).parts()}
+    write = "import os, pathlib, time; folder = pathlib.Path(os.environ['TORCHINDUCTOR_CACHE_DIR']) / 'ab'; "
+    write += "folder.mkdir(parents=True); [(folder / name).touch() for name in ('x.best_config', 'x.py')]; "
+    write += f"time.sleep({30 if limit < 9 else 0})"
+    few = {"seconds": limit, "most": limit, "grace": 1, "key": lambda folder: ""}
+    tests = replace(listed["tests"], command=[*SAY, write], **few)
+    after = gpu.parts.Part(name="measure", seconds=9, command=[*SAY, "pass"])
+    run = check(gpu, tmp_path, tests, after)
+    run.env = bare.env
+    run.run()
+    assert [path.name for path in sorted((tmp_path / "inductor").rglob("*.*"))] == ["x.py"]
+    assert stored(tmp_path)["tests"]["status"] == ("timed out" if limit < 9 else "ok")
+
+
 def test_training_without_cifar10_fits_the_digits(gpu: SimpleNamespace) -> None:
     flags = [*gpu.plan.Sizes().trained_on_digits, "--device", "cpu"]
     config = parse_train(flags, early_flags(flags)).command.train
