@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -696,6 +697,28 @@ def test_a_network_from_the_users_file_is_raced_and_judged(
     assert race(images, tmp_path / "out", record, flags=("--seeds", "1", "--quick")) == 1
     (lap,) = read_result(tmp_path / "out" / "tiny.json").laps
     assert lap["test"]["images"] == 10
+
+
+def test_what_could_make_a_lap_faster_is_kept_out_or_recorded(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def started(words: list[str], *, env: dict[str, str], **rest: Any) -> Any:
+        seen.append(env)
+        Path(words[-1]).write_text('{"seconds": 1.0}')
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run_race.subprocess, "run", started)
+    monkeypatch.setenv("FASTDYNAT_KERNELS", "eager")
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    run_race._timed_in_child(a_lap(images, tmp_path / "run"), tmp_path / "lap.json", 0)
+    assert "FASTDYNAT_KERNELS" not in seen[0]
+    assert seen[0]["SOMETHING_ELSE"] == "1"
+    monkeypatch.setenv("LD_PRELOAD", "/home/me/libjemalloc.so.2:libother.so /x/third.so")
+    assert lap_environment("cpu")["preloaded"] == ["libjemalloc.so.2", "libother.so", "third.so"]
+    monkeypatch.delenv("LD_PRELOAD")
+    assert lap_environment("cpu")["preloaded"] == []
 
 
 def test_a_lap_that_cannot_run_says_why(images: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ averaging of weights, checkpoints.
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -181,9 +182,13 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
 
 
 def lap_environment(device: str) -> dict[str, Any]:
-    """Machine and versions, with the public flags of the processor, and how freed memory is treated."""
+    """Machine and versions, with the public flags of the processor, and how freed memory is treated.
+
+    A preloaded library (file names alone) may be an allocator, which keeps memory in its own way.
+    """
+    preloaded = re.split("[ :]+", os.environ.get("LD_PRELOAD", ""))
     own = {"processor": processor(torch.device(device)), "keeps_freed_memory": freed_memory_is_kept()}
-    return {**describe_environment(), **own}
+    return {**describe_environment(), **own, "preloaded": [Path(name).name for name in preloaded if name]}
 
 
 def lap_command(argv: list[str]) -> int:
