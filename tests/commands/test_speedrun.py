@@ -23,7 +23,7 @@ from fastdynat.commands.speedrun import race_rules, run_race
 from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, run_lap
 from fastdynat.commands.speedrun.lap_judge import LapJudge, sample_rows
 from fastdynat.commands.speedrun.plain_loop import crop_and_flip, train_plainly
-from fastdynat.commands.speedrun.race_log import HEADER, log_table
+from fastdynat.commands.speedrun.race_log import HEADER, log_table, machine_text
 from fastdynat.commands.speedrun.race_results import MACHINE as MACHINE_KEYS
 from fastdynat.commands.speedrun.race_results import Identity, read_result, result_document
 from fastdynat.commands.speedrun.race_rules import PlainSettings, broken_rules
@@ -327,10 +327,25 @@ def test_seeds_images_and_the_gpu_are_looked_at() -> None:
     )
     on_gpu = {**MACHINE, "threads": 64, "gpus": ["NVIDIA H200"]}
     assert broken_rules("gpu-1", 0.50, three(environment=on_gpu, pgd20=0.5)) == []
-    other = {**on_gpu, "gpus": ["NVIDIA L4"]}
-    assert any(
-        "not for ['NVIDIA L4']" in text for text in broken_rules("gpu-1", 0.3, three(environment=other))
-    )
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H100 NVL", True),
+        ("NVIDIA L4", False),
+        ("NVIDIA GH200 480GB", False),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
+        ("NVIDIA H200 MIG 3g.71gb", False),
+        ("NVIDIA H1000", False),
+    ],
+)
+def test_the_track_of_a_gpu_is_for_a_whole_h100_or_h200(name: str, allowed: bool) -> None:
+    laps = three(environment={**MACHINE, "threads": 64, "gpus": [name]}, pgd20=0.5)
+    found = [f"seed {i}: track gpu-1 is for one whole H100 or H200, not for ['{name}']" for i in range(3)]
+    assert broken_rules("gpu-1", 0.50, laps) == ([] if allowed else found)
 
 
 def test_the_sample_has_every_class_alike() -> None:
@@ -792,11 +807,37 @@ def test_the_log_lists_records_with_their_speed_up(
     assert (at["together"]["speed-up"], at["missed"]["speed-up"]) == ("11.0", "")
     for broken in ({"pgd20": 0.2}, {"sample": None}):
         store(tmp_path, "base", 100.0, loop="plain", lap=broken)
-        assert {row[7] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
+        assert {row[HEADER.index("speed-up")] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
     assert at["cpu2-madry"]["seconds"] == "not measured yet"
     assert main(["speedrun", "--list", "--log", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in (*at, "gpu1-fgsm-rs"))
+
+
+@pytest.mark.parametrize(
+    ("track", "changes", "text"),
+    [
+        ("cpu-2", {"cpu": "2-core Intel(R) Xeon(R) Processor"}, "Intel Xeon (AVX-512), 2 threads"),
+        (
+            *("cpu-2", {"cpu": "2-core AMD EPYC 7763 64-Core Processor", "processor": {"flags": ["avx2"]}}),
+            "AMD EPYC 7763 (AVX2), 2 threads",
+        ),
+        (
+            *("cpu-2", {"cpu": "1-core Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "threads": 1}),
+            "Intel Core i7-8700 (AVX-512), 1 thread",
+        ),
+        ("gpu-1", {"gpus": ["NVIDIA H200", "NVIDIA H200"]}, "NVIDIA H200"),
+    ],
+)
+def test_each_row_of_the_log_names_its_machine(
+    tmp_path: Path, track: str, changes: dict[str, Any], text: str
+) -> None:
+    own = {**MACHINE, "threads": 2, "processor": {"flags": ["avx", "avx2", "avx512f"]}, **changes}
+    assert machine_text(track, own) == text
+    store(tmp_path, "one", 5.0, lap={"environment": own})
+    rows = {row[0]: row[HEADER.index("machine")] for row in log_table(tmp_path)[1:]}
+    assert rows["cpu2-madry"] == ""  # not measured
+    assert track != "cpu-2" or rows["one"] == text
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """The record log: definitions with their results, and the speed-up over the baseline, as rows of a table."""
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from fastdynat.commands.speedrun.record_definition import (
 from fastdynat.documents import convert
 
 HEADER = (
-    *("record", "track", "date", "what changed", "seconds", "PGD-20 %", "AutoAttack %", "speed-up", "counts"),
+    *("record", "track", "date", "what changed", "machine", "seconds", "PGD-20 %", "AutoAttack %"),
+    *("speed-up", "counts"),
 )
+NOT_IN_A_NAME = re.compile(r"\((R|TM)\)|^\d+-core | \d+-Core| Processor| CPU| @.*")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest first
 NOT_MEASURED = "not measured yet"
 
 
@@ -51,16 +56,27 @@ def _row(
     date = record.date if result is None else result.date
     head = (record.name, record.track, date, f"{record.changed}{algorithm}")
     if result is None or not result.summary:
-        return (*head, NOT_MEASURED, "", "", "", "")
+        return (*head, "", NOT_MEASURED, "", "", "", "")
     found = result.summary
     return (
         *head,
+        machine_text(record.track, result.laps[0]["environment"]),
         seconds_text(found),
         f"{100 * found['pgd20']:.2f}",
         _percent(found["sample_autoattack"], 1),
         speedup_text(record.track, result, results),
         "yes" if result.counts else "no",
     )
+
+
+def machine_text(track: str, environment: Mapping[str, Any]) -> str:
+    """What times compare within, in short: a GPU, or a processor with its widest vectors and the threads."""
+    if track.startswith("gpu"):
+        return str((environment["gpus"] or ["no GPU"])[0])
+    name = " ".join(NOT_IN_A_NAME.sub(" ", environment["cpu"]).split())
+    flags = environment["processor"]["flags"]
+    widest = next((f" ({text})" for flag, text in VECTORS.items() if flag in flags), "")
+    return f"{name}{widest}, {environment['threads']} thread{'s' * (environment['threads'] != 1)}"
 
 
 def result_cells(result: StoredResult) -> tuple[str, ...]:
