@@ -783,6 +783,8 @@ def test_the_log_lists_records_with_their_speed_up(
     store(tmp_path, "base", 100.0, loop="plain")
     store(tmp_path, "together", 10.0, alongside={"base": [110.0, 90.0, 130.0]})
     store(tmp_path, "alone", 20.0)
+    store(tmp_path, "linked", 20.0, alongside={"together": [8.0, 7.0, 9.0]})  # 0.4 x 11; the seconds say 5
+    store(tmp_path, "twice", 30.0, alongside={"linked": [15.0] * 3, "cpu2-noise": [1.0] * 3})
     elsewhere = {**MACHINE, "threads": 1}
     store(tmp_path, "stopped", 10.0, alongside={"base": [110.0, 90.0, 100.0, 900.0]})
     store(tmp_path, "elsewhere", 5.0, lap={"environment": elsewhere})
@@ -793,10 +795,11 @@ def test_the_log_lists_records_with_their_speed_up(
     header, *rows = log_table(tmp_path, "cpu-2")
     assert header == HEADER
     at = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    names = ("base", "together", "stopped", "alone", "elsewhere", "missed", "other images", "farther")
+    names = ("base", "together", "stopped", "alone", "linked", "twice", "elsewhere")
+    names += ("missed", "other images", "farther")
     assert {name: at[name]["speed-up"] for name in names} == {
         **{"base": "1", "together": "11.0", "stopped": "10.0", "alone": "~5.0", "elsewhere": ""},
-        **{"missed": "", "other images": "", "farther": ""},
+        **{"missed": "", "other images": "", "farther": "", "linked": "~4.4", "twice": "~2.2"},
     }
     assert at["alone"]["seconds"] == "20.0 (20.0 to 20.0)"
     assert (at["missed"]["counts"], at["alone"]["counts"]) == ("no", "yes")

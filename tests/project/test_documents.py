@@ -166,6 +166,19 @@ def test_every_result_of_the_race_is_shown() -> None:
     assert "<!-- generated: speedrun -->" in (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
 
 
+def test_the_races_speed_up_in_the_readme_is_that_within_races() -> None:
+    """Seconds of cpu2-sharp and cpu2-noise in one race, of cpu2-noise and the baseline in another."""
+    found = {}
+    for name in ("cpu2-sharp", "cpu2-noise"):
+        stored = json.loads((ROOT / "bench" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+        own = [lap["seconds"] for lap in stored["laps"]]
+        found[name] = {beside: sum(times) / sum(own) for beside, times in stored["alongside"].items()}
+    expected = found["cpu2-sharp"]["cpu2-noise"] * found["cpu2-noise"]["cpu2-plain-madry"]
+    assert hooks("speedrun_tables").race_row()[-1] == f"~{expected:.1f}"
+    text = (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
+    assert f"give {expected:.1f} for `cpu2-sharp` over the baseline" in text
+
+
 def test_the_evaluation_names_that_a_page_lists_exist() -> None:
     text = (ROOT / "docs" / "evaluate" / "index.md").read_text(encoding="utf-8")
     names = re.findall(
