@@ -17,10 +17,12 @@ from conftest import needs
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdynat import freed_memory
+from fastdynat.commands import main as main_module
 from fastdynat.commands.main import main
 from fastdynat.commands.speedrun import lap as lap_module
 from fastdynat.commands.speedrun import race_rules, run_race
-from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, run_lap
+from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, lap_program, run_lap
 from fastdynat.commands.speedrun.lap_judge import LapJudge, sample_rows
 from fastdynat.commands.speedrun.plain_loop import crop_and_flip, train_plainly
 from fastdynat.commands.speedrun.race_log import HEADER, log_table, machine_text
@@ -712,6 +714,30 @@ def test_a_network_from_the_users_file_is_raced_and_judged(
     assert race(images, tmp_path / "out", record, flags=("--seeds", "1", "--quick")) == 1
     (lap,) = read_result(tmp_path / "out" / "tiny.json").laps
     assert lap["test"]["images"] == 10
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("start", ["lap", "train"])
+def test_a_lap_keeps_freed_memory_where_the_command_line_does(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, start: str
+) -> None:
+    def keep() -> bool:  # without its effect on this process
+        monkeypatch.setattr(freed_memory, "_kept", True)
+        return True
+
+    monkeypatch.setattr(freed_memory, "keep_freed_memory", keep)
+    monkeypatch.setattr(freed_memory, "_kept", False)
+    monkeypatch.setattr(freed_memory, "NVIDIA", tmp_path if gpu else tmp_path / "nothing")
+    if start == "train":
+        monkeypatch.setattr(main_module, "main", lambda: 0)
+        main_module.program()
+        assert freed_memory.freed_memory_is_kept() is not gpu
+        return
+    outcome = tmp_path / "outcome.json"
+    train = {**FLAGS, "epochs": 1}
+    lap = a_lap(images, tmp_path / "run", train=train)
+    assert lap_program([json.dumps(asdict(lap)), str(outcome)]) == 0
+    assert json.loads(outcome.read_text())["environment"]["keeps_freed_memory"] is not gpu
 
 
 def test_what_could_make_a_lap_faster_is_kept_out_or_recorded(

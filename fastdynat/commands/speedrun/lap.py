@@ -29,7 +29,7 @@ from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.distributed import joined_world
 from fastdynat.documents import convert, parse_json
 from fastdynat.errors import UserError
-from fastdynat.freed_memory import freed_memory_is_kept, keep_freed_memory
+from fastdynat.freed_memory import freed_memory_is_kept, keep_freed_memory_without_gpu
 from fastdynat.machine.capability import processor
 from fastdynat.machine.cores import keep_to_own_cores
 from fastdynat.runs import LAST, Sidecar, describe_environment, find_checkpoint, save_weights
@@ -222,7 +222,7 @@ def lap_program(argv: list[str]) -> int:
     The plain loop runs as people run it: without.
     """
     if json.loads(argv[0]).get("loop") == "fastdynat":
-        keep_freed_memory()
+        keep_freed_memory_without_gpu()
     return lap_command(argv)
 
 
