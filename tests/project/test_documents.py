@@ -10,12 +10,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import needs
 from support.documents import PAGES, ROOT, blocks, hooks, name_of
 
+from fastdynat.commands.bench.flops import count_step
 from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.commands.speedrun.record_definition import definition_names
-from fastdynat.methods import METHODS, options_type
+from fastdynat.methods import METHODS, Dynat, DynatOptions, Madry, MadryOptions, options_type
+from fastdynat.models import build_model
 from fastdynat.recipes import recipe_names
 
 # Flags of other programs that the pages show.
@@ -145,6 +148,28 @@ def test_a_projection_timed_against_bisection_says_so(monkeypatch: pytest.Monkey
     again = {**stored, "commit": "another"}
     monkeypatch.setattr(tables, "read", lambda name: again)
     assert "bisection" not in tables.operators()
+
+
+def test_the_attacks_share_of_a_step_is_the_one_counted() -> None:
+    def net() -> torch.nn.Module:
+        return build_model("resnet18", num_classes=10, image_shape=(3, 32, 32))
+
+    madry = count_step(Madry(MadryOptions()), net(), None, (3, 32, 32), attack_steps=10)
+    dynat = count_step(Dynat(DynatOptions()), net(), net(), (3, 32, 32), attack_steps=10)
+    shares = [f"{10 * flops.attack_step / flops.step:.0%}".replace("%", " %") for flops in (madry, dynat)]
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert (
+        f"takes {shares[0]} of the arithmetic of a step of Madry's method, and {shares[1]} of DYNAT's" in text
+    )
+
+
+def test_the_methods_with_the_fewest_epochs_are_those_named() -> None:
+    rows = hooks("tables").read("compare_cifar10_jpeg_small_cpu")["rows"]
+    epochs = {row["method"]: row["epochs"] for row in rows}
+    assert {name for name, count in epochs.items() if count == min(epochs.values())} == {"lbgat", "dyart"}
+    assert max(rows, key=lambda row: row["seconds_per_epoch"]["mean"])["method"] == "dyart"
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert "LBGAT and DyART get the fewest. An epoch of DyART takes longest" in text
 
 
 def test_no_stored_row_failed_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def _row(
 
 
 def machine_text(track: str, environment: Mapping[str, Any]) -> str:
-    """What times compare within, in short: a GPU, or a processor with its widest vectors and the threads."""
+    """A machine as far as times compare, in short: a GPU, or a processor with its vectors and threads."""
     if track.startswith("gpu"):
         return str((environment["gpus"] or ["no GPU"])[0])
     name = " ".join(NOT_IN_A_NAME.sub(" ", environment["cpu"]).split())
