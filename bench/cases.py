@@ -101,17 +101,24 @@ def plain_augment(images: Tensor, indices: Tensor, shifts: Tensor, flips: Tensor
 
 
 def plain_projection(x: Tensor, w: Tensor, value: Tensor, at: Tensor) -> Tensor:
-    """Sixty rounds of bisection on the multiplier, in batched torch."""
-    shape = (-1, 1, 1, 1)
-    offset = value + (w * (x - at)).flatten(1).sum(1)
-    direction = w.sign() * offset.sign().view(shape)
-    low, high = torch.zeros_like(offset), torch.ones_like(offset)
-    for _ in range(60):
-        middle = (low + high) / 2
-        moved = (x - middle.view(shape) * direction).clamp(0, 1)
-        short = (w * (moved - x)).flatten(1).sum(1).abs() < offset.abs()
-        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return (x - high.view(shape) * direction).clamp(0, 1)
+    """The published way, a sort of each image's distances to the box and sums along it, in batched torch.
+
+    The multiplier is found in the sorted list without a wait for the device, which the release makes.
+    """
+    start, normal = x.flatten(1), w.flatten(1)
+    offset = value + (normal * (start - at.flatten(1))).sum(1)
+    direction = -offset.sign()[:, None] * normal.sign()
+    room = torch.where(direction > 0, 1 - start, start)
+    rooms, order = room.sort(1)
+    sizes = normal.abs().gather(1, order)
+    gained = sizes * rooms
+    total, free = gained.cumsum(1), sizes.sum(1, keepdim=True) - sizes.cumsum(1)
+    need = offset.abs()[:, None]
+    place = (total + free * rooms < need).sum(1, keepdim=True)  # the first pixel that need not reach the box
+    last = place.clamp_max(room.shape[1] - 1)
+    before, left = (part.gather(1, last) for part in (total - gained, free + sizes))
+    move = torch.where(place > last, float("inf"), (need - before) / left.clamp_min(1e-12))
+    return (start + direction * torch.minimum(move, room)).view_as(x)
 
 
 def cases(device: str) -> list[Case]:

@@ -13,7 +13,8 @@ below 16 MiB) or else the weights in pieces, best.model.safetensors.0 and so on,
 status is 0 if the target was reached.
 
 With --run-dir DIR among FLAGS the run stays there, and a second call with the same DIR goes on where the
-first was stopped. FASTDYNAT_TRAIN_SECONDS bounds the training, FASTDYNAT_TRAIN_TOTAL (default 535) the whole.
+first was stopped; its result then has no wall time. FASTDYNAT_TRAIN_SECONDS bounds the training,
+FASTDYNAT_TRAIN_TOTAL (default 535) the whole.
 FASTDYNAT_GPU_CHECK_DEVICE=cpu trains a tiny network on digits, to test this script.
 """
 
@@ -53,6 +54,7 @@ class Training:
             list(flags),
         )
         self.check: Check | None = None
+        self.continued = (run / "config.yaml").is_file()
 
     def command(self) -> list[str]:
         """Begin the run, or go on with it."""
@@ -72,7 +74,7 @@ class Training:
             raise ValueError(
                 "no images: FASTDYNAT_CIFAR10_JPEG names no folder, and bench/gpu_check.sh --pack made none"
             )
-        if (self.run / "config.yaml").is_file():
+        if self.continued:
             folder = data[data.index("--data-dir") : data.index("--data-dir") + 2] if data else []
             return [*command, "--resume", str(self.run), *folder]
         usual = [*data, "--amp", "--compile", "--epochs", "30", "--schedule", "onecycle"]
@@ -90,10 +92,11 @@ class Training:
         self.check.about["so far"] = keys.train(target)
         self.check.store()
 
-    def seconds(self) -> float:
-        """Of the whole training command in this call."""
+    def wall(self) -> list[str]:
+        """The flag with the seconds of the training command; none for a run that this call went on with."""
         assert self.check is not None
-        return next(outcome.seconds for outcome in self.check.outcomes if outcome.name == "train")
+        seconds = next(outcome.seconds for outcome in self.check.outcomes if outcome.name == "train")
+        return [] if self.continued else ["--wall", f"{seconds:.1f}"]
 
     def bring(self) -> None:
         """Bring out configuration and best weights: into the archive where they fit, else in pieces."""
@@ -120,8 +123,8 @@ def parts(bare: Bare, training: Training, most: float) -> list[Part]:
     evaluate = [python, "-m", "fastdynat", "eval", str(run), "--device", bare.device, "--checkpoints", "best"]
 
     def summary() -> list[str]:
-        told = ["--wall", f"{training.seconds():.1f}", "--json", str(training.out / "time_to_accuracy.json")]
-        return [python, "bench/time_to_accuracy.py", str(run), *told]
+        told = ["--target", training.target, "--json", str(training.out / "time_to_accuracy.json")]
+        return [python, "bench/time_to_accuracy.py", str(run), *told, *training.wall()]
 
     def attack(name: str, seconds: float, attacks: str, images: int) -> Part:
         few = 20 if bare.device == "cpu" else images

@@ -80,8 +80,9 @@ def compare(net: nn.Module, x: Tensor, labels: Tensor, both: tuple[Tensor, Tenso
 def measure(net: nn.Module, x: Tensor, labels: Tensor, rounds: int) -> list[dict[str, Any]]:
     watch, rows = Stopwatch(DEVICE), []
     work = pairs(net, x, labels)
-    for _, mine in work.values():
-        mine()  # warm-up: allocator, threads
+    for both in work.values():
+        for call in both:
+            call()  # warm-up: allocator, threads
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in work}
     for _ in range(rounds):
         for name, both in work.items():

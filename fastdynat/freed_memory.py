@@ -38,6 +38,12 @@ def keep_freed_memory() -> bool:
     return _kept
 
 
+def keep_freed_memory_without_gpu() -> None:
+    """`keep_freed_memory`, where networks on a GPU do not have an allocator of their own."""
+    if not NVIDIA.exists():
+        keep_freed_memory()
+
+
 def freed_memory_is_kept() -> bool:
     """True after a successful `keep_freed_memory` in this process."""
     return _kept

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,12 @@ NOTHING_STARTS = {
 FEW = 2000  # images that a test of the script on a CPU can decode
 
 
+def inductor_folder() -> Path:
+    """Inductor's cache of all parts, kept between checks: TORCHINDUCTOR_CACHE_DIR, or one of this user."""
+    own = Path(tempfile.gettempdir()) / f"fastdynat-inductor-{os.getuid()}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or own)
+
+
 class Bare:
     """The machine, while a script runs on it.
 
@@ -68,6 +75,7 @@ class Bare:
         self.env = dict(os.environ) | {
             "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
             "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(inductor_folder()),
         }
         self.env["PATH"] = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -90,6 +98,11 @@ class Bare:
     ) -> None:
         if self._unpacking is not None:
             finish(self._unpacking, 0)
+
+    def forget_choices(self) -> None:
+        """Remove the choices of Inductor's autotuner from its cache; compiled kernels stay."""
+        for path in Path(self.env["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+            path.unlink(missing_ok=True)
 
     def seconds(self) -> float:
         """Since this object was made."""

@@ -38,7 +38,8 @@ def _rates(document: dict[str, Any], kind: str) -> list[str]:
             f", {here['floor_seconds']['step'] / ours['seconds']['median']:.0%} of the counted floor's rate"
         )
     peer = next((row for row in rows if row["name"].partition(", ")[0] == PEERS[kind]), None)
-    return [text + (f", {rate / peer['images_per_s']['median']:.1f}x {PEERS[kind]}" if peer else "")]
+    counts = peer is not None and not ours["invalid"]
+    return [text + (f", {rate / peer['images_per_s']['median']:.1f}x {PEERS[kind]}" if counts else "")]
 
 
 def race(paths: list[Path]) -> str:

@@ -34,6 +34,7 @@ class Part:
             however it ended.
         why_not: why it is left out, "" where it is not.
         tick: called about once a second while it runs.
+        end: called when its command has ended, however it did.
         grace: seconds from SIGINT to SIGKILL, of `seconds`.
         ends_by_time: reaching the limit is a usual end ("stopped"), no failure.
         good_codes: exit statuses that are no failure.
@@ -49,6 +50,7 @@ class Part:
     bad: tuple[str, ...] = ()
     why_not: str = ""
     tick: Callable[[], object] = lambda: None
+    end: Callable[[], object] = lambda: None
     grace: float = GRACE
     ends_by_time: bool = False
     good_codes: tuple[int, ...] = (0,)
@@ -190,6 +192,7 @@ class Check:
         finally:
             late = late and process.poll() is None
             finish(process, part.grace - 1)
+            part.end()
         if late:
             return process.returncode, "stopped" if part.ends_by_time else "timed out"
         return process.returncode, "ok" if process.returncode in part.good_codes else "failed"

@@ -110,8 +110,9 @@ class Plan:
     def tests(self, benches: Sequence[tuple[str, list[str]]]) -> Part:
         """The tests, and beside them the compilations of `benches` and of training.
 
-        With empty caches these take a minute or more. Their own timings, made beside other work, are not read
-        by the parts that measure.
+        With empty caches these take a minute or more. What they timed beside other work is not read by the
+        parts that measure: fastdynat's timings are in a folder of their own, and the choices of Inductor's
+        autotuner are removed in the end (torch 2.11 has no variable that keeps them from being stored).
         """
         out = self.work / "tests"
         files = (
@@ -136,6 +137,7 @@ class Plan:
             seconds=150,
             command=command,
             key=lambda folder: keys.tests(folder / "tests" / "tests.json"),
+            end=self.bare.forget_choices,
         )
 
     def bench(self, name: str, budget: float, model: str, guide: str, *flags: str) -> list[str]:

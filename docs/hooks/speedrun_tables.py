@@ -84,7 +84,7 @@ def fastest() -> str:
 
 
 def race_row() -> list[str]:
-    """The baseline beside the fastest record that counts for its target; a ~ marks a ratio of two races."""
+    """The baseline beside the fastest record that counts for its target, with the log's speed-up."""
     results = read_log(LOG)
     base = _baseline(results)
     best = _counting(results, base)

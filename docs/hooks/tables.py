@@ -10,8 +10,13 @@ Values = dict[str, Any]
 
 
 def read(name: str) -> Values:
-    """The stored results called `name`."""
+    """The stored results called `name`. Raises ValueError where a row does not count."""
     values: Values = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for row in values.get("rows", ()):
+        if isinstance(row, dict) and row.get("invalid"):
+            raise ValueError(
+                f"{name}.json: {row['name']} does not count ({row['invalid']}); measure it again"
+            )
     return values
 
 

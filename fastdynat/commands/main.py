@@ -12,7 +12,7 @@ from fastdynat import __version__
 from fastdynat.commands.parsing.naming import name_flags
 from fastdynat.commands.rank_ends import lost_rank, report_crash, report_end
 from fastdynat.errors import UserError, not_a_name, one_line, shortage, shown, unknown_name
-from fastdynat.freed_memory import NVIDIA, keep_freed_memory
+from fastdynat.freed_memory import keep_freed_memory_without_gpu
 from fastdynat.launch import launched, launched_size
 from fastdynat.terminal.interrupts import Interruption
 
@@ -54,8 +54,7 @@ TOGETHER = ("train", "eval")
 
 def program() -> int:
     """`main` in a process of its own: the installed command, and ``python -m fastdynat``."""
-    if not NVIDIA.exists():  # networks on a GPU have an allocator of their own
-        keep_freed_memory()
+    keep_freed_memory_without_gpu()
     return main()
 
 

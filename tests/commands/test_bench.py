@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attack_engine.steps import start_point
-from fastdynat.commands.bench import auto, rows, work
+from fastdynat.commands.bench import auto, results, rows, work
 from fastdynat.commands.bench import benchmark as run
 from fastdynat.commands.bench.bench_config import BenchConfig
 from fastdynat.commands.bench.flops import count, count_step
@@ -505,14 +505,35 @@ def test_a_timing_whose_attack_is_weaker_is_marked(
         )
 
     monkeypatch.setattr(work, "check_fidelity", weak)
-    bench("--method", "madry", "--json", str(tmp_path / "a.json"))
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)  # its row is not what is tested
+    bench("--method", "madry", "--switches", "--compile", "off", "--json", str(tmp_path / "a.json"))
     doc = stored(tmp_path / "a.json")
-    assert [row["invalid"] for row in doc["rows"] if row["kind"] == "attack"] != [""]
+    attacks = [row for row in doc["rows"] if row["kind"] == "attack"]
+    assert len(attacks) > 2
+    assert all(row["invalid"] for row in attacks if row["name"] != "with weight gradients")
+    assert {gain["kind"] for gain in doc["switches"]} == {"step"}
     assert "INVALID" in capsys.readouterr().out
     bench(
         "--method", "madry", "--baseline", str(tmp_path / "a.json"), "--tolerance", "0.99"
     )  # the step's row is compared
     assert "attack, fp32" not in capsys.readouterr().out
+    for row in doc["rows"]:
+        row["invalid"] = ""
+    (tmp_path / "b.json").write_text(json.dumps(doc))  # all were valid before
+    bench("--method", "madry", "--baseline", str(tmp_path / "b.json"), "--tolerance", "0.99", code=1)
+    assert "INVALID" in capsys.readouterr().out.partition("rate, times that of")[2]
+
+
+def test_a_gain_over_an_attack_that_does_not_count_is_none() -> None:
+    """Only one of the two switched rows is valid."""
+    common = {"kind": "attack", "ours": True, "invalid": ""}
+    values = [
+        common | {"name": "fp32", "switch": "", "images_per_s": {"median": 6.0}},
+        common | {"name": "fold off", "switch": "fold", "images_per_s": {"median": 3.0}},
+        common | {"name": "winograd off", "switch": "winograd", "images_per_s": {"median": 2.0}},
+    ]
+    values[2]["invalid"] = "weaker"
+    assert results.gains(values) == [{"switch": "fold", "kind": "attack", "turned": "fold off", "gain": 2.0}]
 
 
 def test_an_epoch_of_real_images_is_measured(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from conftest import needs
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdynat import freed_memory
+from fastdynat.commands import main as main_module
 from fastdynat.commands.main import main
 from fastdynat.commands.speedrun import lap as lap_module
 from fastdynat.commands.speedrun import race_rules, run_race
-from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, run_lap
+from fastdynat.commands.speedrun.lap import Lap, lap_command, lap_environment, lap_program, run_lap
 from fastdynat.commands.speedrun.lap_judge import LapJudge, sample_rows
 from fastdynat.commands.speedrun.plain_loop import crop_and_flip, train_plainly
-from fastdynat.commands.speedrun.race_log import HEADER, log_table
+from fastdynat.commands.speedrun.race_log import HEADER, log_table, machine_text
 from fastdynat.commands.speedrun.race_results import MACHINE as MACHINE_KEYS
 from fastdynat.commands.speedrun.race_results import Identity, read_result, result_document
 from fastdynat.commands.speedrun.race_rules import PlainSettings, broken_rules
@@ -288,6 +291,15 @@ def test_the_mean_of_all_seeds_has_to_reach_the_target() -> None:
     assert broken_rules("cpu-2", 0.3001, laps) == ["target missed: PGD-20 30.00 % on average, not 30.01 %"]
 
 
+def test_seeds_cannot_be_added_until_the_mean_reaches_the_target() -> None:
+    laps = [judged(share, seed=seed) for seed, share in enumerate((0.295, 0.299, 0.300, 0.32))]
+    reason = "target missed: PGD-20 29.80 % on average over seeds 0 to 2, not 30 %"
+    assert broken_rules("cpu-2", 0.30, laps) == [reason]
+    assert broken_rules("cpu-2", 0.30, [*three(pgd20=0.30), judged(0.30, seed=3)]) == []
+    worse = [*three(pgd20=0.304), judged(0.2, seed=3)]  # nor does a bad seed drop out
+    assert broken_rules("cpu-2", 0.30, worse) == ["target missed: PGD-20 27.80 % on average, not 30 %"]
+
+
 def test_a_change_that_is_in_no_commit_does_not_count() -> None:
     document = result_document(
         TINY, three(), target=None, own=identity(commit="c" * 40 + "-dirty"), command="", alongside={}
@@ -317,10 +329,25 @@ def test_seeds_images_and_the_gpu_are_looked_at() -> None:
     )
     on_gpu = {**MACHINE, "threads": 64, "gpus": ["NVIDIA H200"]}
     assert broken_rules("gpu-1", 0.50, three(environment=on_gpu, pgd20=0.5)) == []
-    other = {**on_gpu, "gpus": ["NVIDIA L4"]}
-    assert any(
-        "not for ['NVIDIA L4']" in text for text in broken_rules("gpu-1", 0.3, three(environment=other))
-    )
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H100 NVL", True),
+        ("NVIDIA L4", False),
+        ("NVIDIA GH200 480GB", False),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
+        ("NVIDIA H200 MIG 3g.71gb", False),
+        ("NVIDIA H1000", False),
+    ],
+)
+def test_the_track_of_a_gpu_is_for_a_whole_h100_or_h200(name: str, allowed: bool) -> None:
+    laps = three(environment={**MACHINE, "threads": 64, "gpus": [name]}, pgd20=0.5)
+    found = [f"seed {i}: track gpu-1 is for one whole H100 or H200, not for ['{name}']" for i in range(3)]
+    assert broken_rules("gpu-1", 0.50, laps) == ([] if allowed else found)
 
 
 def test_the_sample_has_every_class_alike() -> None:
@@ -689,6 +716,52 @@ def test_a_network_from_the_users_file_is_raced_and_judged(
     assert lap["test"]["images"] == 10
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("start", ["lap", "train"])
+def test_a_lap_keeps_freed_memory_where_the_command_line_does(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, start: str
+) -> None:
+    def keep() -> bool:  # without its effect on this process
+        monkeypatch.setattr(freed_memory, "_kept", True)
+        return True
+
+    monkeypatch.setattr(freed_memory, "keep_freed_memory", keep)
+    monkeypatch.setattr(freed_memory, "_kept", False)
+    monkeypatch.setattr(freed_memory, "NVIDIA", tmp_path if gpu else tmp_path / "nothing")
+    if start == "train":
+        monkeypatch.setattr(main_module, "main", lambda: 0)
+        main_module.program()
+        assert freed_memory.freed_memory_is_kept() is not gpu
+        return
+    outcome = tmp_path / "outcome.json"
+    train = {**FLAGS, "epochs": 1}
+    lap = a_lap(images, tmp_path / "run", train=train)
+    assert lap_program([json.dumps(asdict(lap)), str(outcome)]) == 0
+    assert json.loads(outcome.read_text())["environment"]["keeps_freed_memory"] is not gpu
+
+
+def test_what_could_make_a_lap_faster_is_kept_out_or_recorded(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def started(words: list[str], *, env: dict[str, str], **rest: Any) -> Any:
+        seen.append(env)
+        Path(words[-1]).write_text('{"seconds": 1.0}')
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run_race.subprocess, "run", started)
+    monkeypatch.setenv("FASTDYNAT_KERNELS", "eager")
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    run_race._timed_in_child(a_lap(images, tmp_path / "run"), tmp_path / "lap.json", 0)
+    assert "FASTDYNAT_KERNELS" not in seen[0]
+    assert seen[0]["SOMETHING_ELSE"] == "1"
+    monkeypatch.setenv("LD_PRELOAD", "/home/me/libjemalloc.so.2:libother.so /x/third.so")
+    assert lap_environment("cpu")["preloaded"] == ["libjemalloc.so.2", "libother.so", "third.so"]
+    monkeypatch.delenv("LD_PRELOAD")
+    assert lap_environment("cpu")["preloaded"] == []
+
+
 def test_a_lap_that_cannot_run_says_why(images: Path, tmp_path: Path) -> None:
     lap = a_lap(images, tmp_path / "run", train={**FLAGS, "model": "resnet81"})
     assert lap_command([json.dumps(asdict(lap)), str(tmp_path / "outcome")]) == 2
@@ -736,6 +809,8 @@ def test_the_log_lists_records_with_their_speed_up(
     store(tmp_path, "base", 100.0, loop="plain")
     store(tmp_path, "together", 10.0, alongside={"base": [110.0, 90.0, 130.0]})
     store(tmp_path, "alone", 20.0)
+    store(tmp_path, "linked", 20.0, alongside={"together": [8.0, 7.0, 9.0]})  # 0.4 x 11; the seconds say 5
+    store(tmp_path, "twice", 30.0, alongside={"linked": [15.0] * 3, "cpu2-noise": [1.0] * 3})
     elsewhere = {**MACHINE, "threads": 1}
     store(tmp_path, "stopped", 10.0, alongside={"base": [110.0, 90.0, 100.0, 900.0]})
     store(tmp_path, "elsewhere", 5.0, lap={"environment": elsewhere})
@@ -746,10 +821,11 @@ def test_the_log_lists_records_with_their_speed_up(
     header, *rows = log_table(tmp_path, "cpu-2")
     assert header == HEADER
     at = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    names = ("base", "together", "stopped", "alone", "elsewhere", "missed", "other images", "farther")
+    names = ("base", "together", "stopped", "alone", "linked", "twice", "elsewhere")
+    names += ("missed", "other images", "farther")
     assert {name: at[name]["speed-up"] for name in names} == {
         **{"base": "1", "together": "11.0", "stopped": "10.0", "alone": "~5.0", "elsewhere": ""},
-        **{"missed": "", "other images": "", "farther": ""},
+        **{"missed": "", "other images": "", "farther": "", "linked": "~4.4", "twice": "~2.2"},
     }
     assert at["alone"]["seconds"] == "20.0 (20.0 to 20.0)"
     assert (at["missed"]["counts"], at["alone"]["counts"]) == ("no", "yes")
@@ -760,11 +836,37 @@ def test_the_log_lists_records_with_their_speed_up(
     assert (at["together"]["speed-up"], at["missed"]["speed-up"]) == ("11.0", "")
     for broken in ({"pgd20": 0.2}, {"sample": None}):
         store(tmp_path, "base", 100.0, loop="plain", lap=broken)
-        assert {row[7] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
+        assert {row[HEADER.index("speed-up")] for row in log_table(tmp_path, "cpu-2")[1:]} == {""}
     assert at["cpu2-madry"]["seconds"] == "not measured yet"
     assert main(["speedrun", "--list", "--log", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in (*at, "gpu1-fgsm-rs"))
+
+
+@pytest.mark.parametrize(
+    ("track", "changes", "text"),
+    [
+        ("cpu-2", {"cpu": "2-core Intel(R) Xeon(R) Processor"}, "Intel Xeon (AVX-512), 2 threads"),
+        (
+            *("cpu-2", {"cpu": "2-core AMD EPYC 7763 64-Core Processor", "processor": {"flags": ["avx2"]}}),
+            "AMD EPYC 7763 (AVX2), 2 threads",
+        ),
+        (
+            *("cpu-2", {"cpu": "1-core Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "threads": 1}),
+            "Intel Core i7-8700 (AVX-512), 1 thread",
+        ),
+        ("gpu-1", {"gpus": ["NVIDIA H200", "NVIDIA H200"]}, "NVIDIA H200"),
+    ],
+)
+def test_each_row_of_the_log_names_its_machine(
+    tmp_path: Path, track: str, changes: dict[str, Any], text: str
+) -> None:
+    own = {**MACHINE, "threads": 2, "processor": {"flags": ["avx", "avx2", "avx512f"]}, **changes}
+    assert machine_text(track, own) == text
+    store(tmp_path, "one", 5.0, lap={"environment": own})
+    rows = {row[0]: row[HEADER.index("machine")] for row in log_table(tmp_path)[1:]}
+    assert rows["cpu2-madry"] == ""  # not measured
+    assert track != "cpu-2" or rows["one"] == text
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Projection on a hyperplane in a box: exact oracle by sorting, optimality, unreachable and odd planes."""
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from conftest import SIMULATED_CUDA, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.boundary_reference import sorted_projection
 from torch import Tensor
 
 from fastdynat import ops
@@ -398,3 +401,19 @@ def test_errors_name_the_values(change: dict[str, Any], message: str) -> None:
     args = dict(zip(("x", "w", "value", "at"), inputs((2, 3)), strict=True))
     with pytest.raises(UserError if "norm" in change else ValueError, match=message):
         ops.project_on_hyperplane(**args | change)
+
+
+@pytest.mark.parametrize("far", [0.1, 0.9, 1.5])  # 1.5: out of the box's reach
+def test_the_benchmarks_plain_form_is_the_published_sort(monkeypatch: pytest.MonkeyPatch, far: float) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    plain = importlib.import_module("cases").plain_projection
+    released = importlib.import_module("dyart_cost").project_by_sorting
+    torch.manual_seed(0)
+    x, w, value, at = inputs((6, 3, 5, 5), far=far)
+    found = plain(x, w, value, at).flatten(1)
+    rows, normal = x.flatten(1), w.flatten(1)
+    offset = (normal * at.flatten(1)).sum(1) - value
+    torch.testing.assert_close(found, rows + released(rows, normal, offset), rtol=0, atol=2e-6)
+    alone = [sorted_projection(*image) for image in zip(rows.double(), normal.double(), offset, strict=True)]
+    torch.testing.assert_close(found.double(), rows + torch.stack(alone), rtol=0, atol=2e-6)
+    assert not torch.equal(found, rows)

@@ -1,6 +1,7 @@
 """The pages of docs/ build without a warning, work offline, and name only what exists."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -9,12 +10,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import needs
 from support.documents import PAGES, ROOT, blocks, hooks, name_of
 
+from fastdynat.commands.bench.flops import count_step
 from fastdynat.commands.evaluate.attack_names import known_names
 from fastdynat.commands.speedrun.record_definition import definition_names
-from fastdynat.methods import METHODS, options_type
+from fastdynat.methods import METHODS, Dynat, DynatOptions, Madry, MadryOptions, options_type
+from fastdynat.models import build_model
 from fastdynat.recipes import recipe_names
 
 # Flags of other programs that the pages show.
@@ -137,12 +141,67 @@ def test_every_stored_result_is_shown() -> None:
     assert used | {"summary"} == tables.keys()
 
 
+def test_a_projection_timed_against_bisection_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = hooks("result_tables")
+    stored = tables.read("operators_cpu")
+    assert ("60 rounds of bisection" in tables.operators()) is stored["commit"].startswith(tables.BISECTED)
+    again = {**stored, "commit": "another"}
+    monkeypatch.setattr(tables, "read", lambda name: again)
+    assert "bisection" not in tables.operators()
+
+
+def test_the_attacks_share_of_a_step_is_the_one_counted() -> None:
+    def net() -> torch.nn.Module:
+        return build_model("resnet18", num_classes=10, image_shape=(3, 32, 32))
+
+    madry = count_step(Madry(MadryOptions()), net(), None, (3, 32, 32), attack_steps=10)
+    dynat = count_step(Dynat(DynatOptions()), net(), net(), (3, 32, 32), attack_steps=10)
+    shares = [f"{10 * flops.attack_step / flops.step:.0%}".replace("%", " %") for flops in (madry, dynat)]
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert (
+        f"takes {shares[0]} of the arithmetic of a step of Madry's method, and {shares[1]} of DYNAT's" in text
+    )
+
+
+def test_the_methods_with_the_fewest_epochs_are_those_named() -> None:
+    rows = hooks("tables").read("compare_cifar10_jpeg_small_cpu")["rows"]
+    epochs = {row["method"]: row["epochs"] for row in rows}
+    assert {name for name, count in epochs.items() if count == min(epochs.values())} == {"lbgat", "dyart"}
+    assert max(rows, key=lambda row: row["seconds_per_epoch"]["mean"])["method"] == "dyart"
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert "LBGAT and DyART get the fewest. An epoch of DyART takes longest" in text
+
+
+def test_no_stored_row_failed_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = hooks("tables")
+    for path in RESULTS:
+        tables.read(path.stem)
+    row = {"name": "fp32", "kind": "attack", "invalid": "the attack is weaker"}
+    (tmp_path / "engine.json").write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"engine\.json: fp32 does not count \(the attack is weaker\)"):
+        tables.read("engine")
+
+
 def test_every_result_of_the_race_is_shown() -> None:
     shown = hooks("speedrun_tables").log()
     found = sorted((ROOT / "bench" / "records").glob("*.json"))
     assert [path.name for path in found if f"bench/records/{path.name}`" not in shown] == []
     assert all(f"`{name}`" in shown for name in definition_names())
     assert "<!-- generated: speedrun -->" in (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
+
+
+def test_the_races_speed_up_in_the_readme_is_that_within_races() -> None:
+    """Seconds of cpu2-sharp and cpu2-noise in one race, of cpu2-noise and the baseline in another."""
+    found = {}
+    for name in ("cpu2-sharp", "cpu2-noise"):
+        stored = json.loads((ROOT / "bench" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+        own = [lap["seconds"] for lap in stored["laps"]]
+        found[name] = {beside: sum(times) / sum(own) for beside, times in stored["alongside"].items()}
+    expected = found["cpu2-sharp"]["cpu2-noise"] * found["cpu2-noise"]["cpu2-plain-madry"]
+    assert hooks("speedrun_tables").race_row()[-1] == f"~{expected:.1f}"
+    text = (ROOT / "docs" / "speedrun.md").read_text(encoding="utf-8")
+    assert f"give {expected:.1f} for `cpu2-sharp` over the baseline" in text
 
 
 def test_the_evaluation_names_that_a_page_lists_exist() -> None:

@@ -27,6 +27,7 @@ from support import sanitized_calls
 from fastdynat.commands.parsing.parse import early_flags
 from fastdynat.commands.train import parse_train
 from fastdynat.errors import UserError
+from fastdynat.methods import method_class
 from fastdynat.training.parts import build_parts, open_split
 from fastdynat.training.resolve import resolve
 
@@ -87,6 +88,27 @@ def test_parts_are_in_order_and_their_limits_fit_one_call(
     training = gpu.gpu_train.Training(bare, tmp_path / "run", tmp_path, tmp_path, "0.45", [])
     listed = gpu.gpu_train.parts(bare, training, float("inf"))
     assert sum(part.seconds for part in listed) + gpu.gpu_train.PREPARE < gpu.gpu_train.TOTAL <= 540
+
+
+@pytest.mark.parametrize("limit", [20, 3])  # 3: it is ended at its limit
+def test_what_inductor_chose_beside_other_work_is_forgotten(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The part of the tests and cold compilations stores a choice and a kernel; the kernel stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    bare = gpu.bare.Bare("cpu", tmp_path)
+    listed = {part.name: part for part in gpu.plan.Plan(bare, gpu.plan.TINY, tmp_path).parts()}
+    write = "import os, pathlib, time; folder = pathlib.Path(os.environ['TORCHINDUCTOR_CACHE_DIR']) / 'ab'; "
+    write += "folder.mkdir(parents=True); [(folder / name).touch() for name in ('x.best_config', 'x.py')]; "
+    write += f"time.sleep({30 if limit < 9 else 0})"
+    few = {"seconds": limit, "most": limit, "grace": 1, "key": lambda folder: ""}
+    tests = replace(listed["tests"], command=[*SAY, write], **few)
+    after = gpu.parts.Part(name="measure", seconds=9, command=[*SAY, "pass"])
+    run = check(gpu, tmp_path, tests, after)
+    run.env = bare.env
+    run.run()
+    assert [path.name for path in sorted((tmp_path / "inductor").rglob("*.*"))] == ["x.py"]
+    assert stored(tmp_path)["tests"]["status"] == ("timed out" if limit < 9 else "ok")
 
 
 def test_training_without_cifar10_fits_the_digits(gpu: SimpleNamespace) -> None:
@@ -847,6 +869,35 @@ def test_gpu_train_goes_on_in_a_second_call(tmp_path: Path) -> None:
         second.stdout + second.stderr
     )
     assert found["rows"][0] == rows(tmp_path / "a")["rows"][0]
+    assert rows(tmp_path / "a")["wall_seconds"] > 0
+    assert (found["continued"], found["wall_seconds"]) == (True, None)
+    met = on_cpu("gpu_train.sh", tmp_path / "c", "0.001", *place)
+    found = rows(tmp_path / "c")
+    assert (met.returncode, found["target"], found["reached"], found["epochs"]) == (0, 0.001, True, 1), (
+        met.stdout + met.stderr
+    )
+
+
+def test_a_continued_run_has_no_wall_time_and_the_target_of_its_last_call(
+    tmp_path: Path, gpu: SimpleNamespace
+) -> None:
+    describe = import_module("time_to_accuracy").describe
+    values = {"method": "natural", "stop_at": 0.9}
+    text = "".join(f"{key}: {value}\n" for key, value in values.items())
+    (tmp_path / "config.yaml").write_text(f"# fastdynat run\n{text}")
+    (tmp_path / "environment.json").write_text("[]")
+    score = method_class("natural").select_by
+    epochs = [{"train_seconds": 2.0 + i, score: share} for i, share in enumerate((0.3, 0.5, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in epochs))
+    found = describe(tmp_path, 0.5, None)
+    assert (found["target"], found["reached"], found["epochs"], found["train_seconds"]) == (0.5, True, 2, 5.0)
+    assert (found["continued"], found["wall_seconds"]) == (True, None)
+    training = gpu.gpu_train.Training(None, tmp_path, tmp_path, tmp_path, "0.5", [])
+    training.check = SimpleNamespace(outcomes=[SimpleNamespace(name="train", seconds=7.0)])
+    assert training.wall() == []
+    fresh = gpu.gpu_train.Training(None, tmp_path / "new", tmp_path, tmp_path, "0.5", [])
+    fresh.check = training.check
+    assert fresh.wall() == ["--wall", "7.0"]
 
 
 # A bare machine: these modules are found in a pack only. On the path of every process, if the caller's

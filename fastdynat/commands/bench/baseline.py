@@ -84,26 +84,30 @@ def _agree(path: Path, what: str, stored: Mapping[str, Any], ours: Mapping[str, 
 
 
 def compare_with_baseline(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rate now over that of before, for each of our own rows that both have and that is valid in both."""
+    """The rate now over that of before, for each of our own rows that both have and that was valid before.
+
+    For a row that is invalid now, the ratio is None, and `invalid` gives the reason.
+    """
     old = {(row["kind"], row["name"]): row for row in before["rows"]}
     found = []
     for row in now["rows"]:
         earlier = old.get((row["kind"], row["name"]))
-        if (
-            not row["ours"]
-            or earlier is None
-            or row["invalid"]
-            or earlier["invalid"]
-            or "images_per_s" not in earlier
-        ):
+        if not row["ours"] or earlier is None or earlier["invalid"] or "images_per_s" not in earlier:
             continue
         ratio = row["images_per_s"]["median"] / earlier["images_per_s"]["median"]
-        found.append({"kind": row["kind"], "name": row["name"], "ratio": round(ratio, 4)})
+        found.append(
+            {
+                "kind": row["kind"],
+                "name": row["name"],
+                "ratio": None if row["invalid"] else round(ratio, 4),
+                "invalid": row["invalid"],
+            }
+        )
     return found
 
 
 def report_baseline(found: list[dict[str, Any]], path: str, tolerance: float, console: Console) -> bool:
-    """Print the ratios; whether no row is slower than `tolerance` allows.
+    """Print the ratios; whether no row is invalid or slower than `tolerance` allows.
 
     Raises:
         UserError: the two have no row in common.
@@ -113,7 +117,9 @@ def report_baseline(found: list[dict[str, Any]], path: str, tolerance: float, co
     console.print(f"\nrate, times that of {path}", **AS_IS)
     table = PlainTable("row", "ratio", "")
     for row in found:
-        slow = "slower" if row["ratio"] < 1 - tolerance else ""
-        table.add_row(f"{row['kind']}, {row['name']}", f"{row['ratio']:.3f}", slow)
+        remark, ratio = f"INVALID: {row['invalid']}", "-"
+        if row["ratio"] is not None:
+            remark, ratio = "slower" if row["ratio"] < 1 - tolerance else "", f"{row['ratio']:.3f}"
+        table.add_row(f"{row['kind']}, {row['name']}", ratio, remark)
     console.print(table)
-    return all(row["ratio"] >= 1 - tolerance for row in found)
+    return all(row["ratio"] is not None and row["ratio"] >= 1 - tolerance for row in found)

@@ -39,7 +39,7 @@ class BenchConfig:
     (extra `plots`)."""
     baseline: str | None = None
     """An earlier --json file of the same settings and machine: print the ratios; exit code 1 if a row got
-    slower."""
+    slower or no longer passes its check."""
     tolerance: float = 0.1
     """Largest allowed slowdown of a row against the --baseline, as a fraction."""
 

@@ -24,7 +24,15 @@ from fastdynat.commands.bench.results import (
     print_document,
 )
 from fastdynat.commands.bench.roofline import copy_rate, measured_parts, peak_of, roofline_values
-from fastdynat.commands.bench.rows import BenchRow, BenchSetup, left_out, plans, prepare_rows, time_rows
+from fastdynat.commands.bench.rows import (
+    BenchRow,
+    BenchSetup,
+    asked_step,
+    left_out,
+    plans,
+    prepare_rows,
+    time_rows,
+)
 from fastdynat.commands.bench.settings import label, resolved_setting
 from fastdynat.commands.bench.step_memory import checkpointing_values
 from fastdynat.commands.bench.stopwatch import MIN_ROUNDS, Samples, Stopwatch
@@ -53,7 +61,7 @@ from fastdynat.tuning.devices import AMP_DTYPES
 def run_benchmark(
     asked: TrainConfig[Any], bench: BenchConfig, console: Console, display: ProgressDisplay
 ) -> int:
-    """Measure, print and store. Returns 0, or 1 where a row got slower than the baseline allows.
+    """Measure, print and store. Returns 0, or 1 where a row is invalid or slower than the baseline allows.
 
     Raises:
         UserError: a value that cannot work, before anything is measured or written.
@@ -148,14 +156,6 @@ def _measure(
         profile=kinds,
         checkpointing=checkpointing,
         other_load=load.share(),
-    )
-
-
-def asked_step(rows: list[BenchRow]) -> BenchRow | None:
-    """The training step of the setting that was asked for, where it was prepared."""
-    return next(
-        (row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch),
-        None,
     )
 
 

@@ -125,11 +125,11 @@ def full_row(values: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
 
 
 def gains(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The speedup of the requested setting over the one with one switch the other way."""
+    """The speedup of the requested setting over that with one switch the other way, where both are valid."""
     found = []
     for v in values:
         full = full_row(values, v["kind"]) if v["switch"] else None
-        if full is not None:
+        if full is not None and not full["invalid"] and not v["invalid"]:
             times = full["images_per_s"]["median"] / v["images_per_s"]["median"]
             found.append(
                 {"switch": v["switch"], "kind": v["kind"], "turned": v["name"], "gain": round(times, 3)}
@@ -205,7 +205,10 @@ def _print_rates(rows: list[dict[str, Any]], heading: str, reference: str, conso
     if any(row["invalid"] for row in rows):
         table.add_column("")
     for row in rows:
-        rate, base_rate = row["images_per_s"], 0.0 if base is None else base["images_per_s"]["median"]
+        rate = row["images_per_s"]
+        base_rate = (
+            0.0 if base is None or base["invalid"] or row["invalid"] else base["images_per_s"]["median"]
+        )
         memory = row["peak_memory_bytes"]
         remark = [f"INVALID: {row['invalid']}"] if row["invalid"] else []
         table.add_row(

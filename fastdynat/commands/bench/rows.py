@@ -303,6 +303,14 @@ def time_rows(rows: list[BenchRow], watch: Stopwatch, bench: BenchConfig) -> Non
             row.invalid = "the loss is not a number any more"
 
 
+def asked_step(rows: Sequence[BenchRow]) -> BenchRow | None:
+    """The training step of the setting that was asked for, where it was prepared: the last of ours."""
+    return next(
+        (row for row in reversed(rows) if row.plan.kind == "step" and row.plan.ours and not row.plan.switch),
+        None,
+    )
+
+
 def left_out(row_plans: Iterable[RowPlan], rows: Iterable[BenchRow]) -> list[dict[str, str]]:
     """The plans without a row, each with the reason."""
     done = {id(row.plan) for row in rows}

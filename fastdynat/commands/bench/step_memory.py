@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import fastdynat
-from fastdynat.commands.bench.rows import BenchRow, BenchSetup
+from fastdynat.commands.bench.rows import BenchRow, BenchSetup, asked_step
 from fastdynat.commands.bench.work import engine_step
 from fastdynat.data import DatasetInfo
 from fastdynat.data.random_images import random_split
@@ -32,9 +32,7 @@ def checkpointing_values(setup: BenchSetup, rows: Sequence[BenchRow]) -> dict[st
     and would not show.
     """
     turned = next((row for row in rows if row.plan.switch == SWITCH), None)
-    asked = next(
-        (row for row in rows if row.plan.kind == "step" and row.plan.ours and not row.plan.switch), None
-    )
+    asked = asked_step(rows)
     if turned is None or asked is None:
         return None
     engine = setup.full.engine

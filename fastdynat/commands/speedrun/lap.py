@@ -10,6 +10,7 @@ averaging of weights, checkpoints.
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from fastdynat.data.sources import ReadOnceSplit
 from fastdynat.distributed import joined_world
 from fastdynat.documents import convert, parse_json
 from fastdynat.errors import UserError
-from fastdynat.freed_memory import freed_memory_is_kept, keep_freed_memory
+from fastdynat.freed_memory import freed_memory_is_kept, keep_freed_memory_without_gpu
 from fastdynat.machine.capability import processor
 from fastdynat.machine.cores import keep_to_own_cores
 from fastdynat.runs import LAST, Sidecar, describe_environment, find_checkpoint, save_weights
@@ -181,9 +182,13 @@ def _plain(lap: Lap, begin: float) -> LapTimes:
 
 
 def lap_environment(device: str) -> dict[str, Any]:
-    """Machine and versions, with the public flags of the processor, and how freed memory is treated."""
+    """Machine and versions, with the public flags of the processor, and how freed memory is treated.
+
+    A preloaded library (file names alone) may be an allocator, which keeps memory in its own way.
+    """
+    preloaded = re.split("[ :]+", os.environ.get("LD_PRELOAD", ""))
     own = {"processor": processor(torch.device(device)), "keeps_freed_memory": freed_memory_is_kept()}
-    return {**describe_environment(), **own}
+    return {**describe_environment(), **own, "preloaded": [Path(name).name for name in preloaded if name]}
 
 
 def lap_command(argv: list[str]) -> int:
@@ -217,7 +222,7 @@ def lap_program(argv: list[str]) -> int:
     The plain loop runs as people run it: without.
     """
     if json.loads(argv[0]).get("loop") == "fastdynat":
-        keep_freed_memory()
+        keep_freed_memory_without_gpu()
     return lap_command(argv)
 
 

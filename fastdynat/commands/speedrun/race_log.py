@@ -1,6 +1,9 @@
 """The record log: definitions with their results, and the speed-up over the baseline, as rows of a table."""
 
 import math
+import re
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from fastdynat.commands.speedrun.record_definition import (
 from fastdynat.documents import convert
 
 HEADER = (
-    *("record", "track", "date", "what changed", "seconds", "PGD-20 %", "AutoAttack %", "speed-up", "counts"),
+    *("record", "track", "date", "what changed", "machine", "seconds", "PGD-20 %", "AutoAttack %"),
+    *("speed-up", "counts"),
 )
+NOT_IN_A_NAME = re.compile(r"\((R|TM)\)|^\d+-core | \d+-Core| Processor| CPU| @.*")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest first
 NOT_MEASURED = "not measured yet"
 
 
@@ -51,16 +57,27 @@ def _row(
     date = record.date if result is None else result.date
     head = (record.name, record.track, date, f"{record.changed}{algorithm}")
     if result is None or not result.summary:
-        return (*head, NOT_MEASURED, "", "", "", "")
+        return (*head, "", NOT_MEASURED, "", "", "", "")
     found = result.summary
     return (
         *head,
+        machine_text(record.track, result.laps[0]["environment"]),
         seconds_text(found),
         f"{100 * found['pgd20']:.2f}",
         _percent(found["sample_autoattack"], 1),
         speedup_text(record.track, result, results),
         "yes" if result.counts else "no",
     )
+
+
+def machine_text(track: str, environment: Mapping[str, Any]) -> str:
+    """A machine as far as times compare, in short: a GPU, or a processor with its vectors and threads."""
+    if track.startswith("gpu"):
+        return str((environment["gpus"] or ["no GPU"])[0])
+    name = " ".join(NOT_IN_A_NAME.sub(" ", environment["cpu"]).split())
+    flags = environment["processor"]["flags"]
+    widest = next((f" ({text})" for flag, text in VECTORS.items() if flag in flags), "")
+    return f"{name}{widest}, {environment['threads']} thread{'s' * (environment['threads'] != 1)}"
 
 
 def result_cells(result: StoredResult) -> tuple[str, ...]:
@@ -83,9 +100,11 @@ def seconds_text(found: dict[str, Any]) -> str:
 def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResult]) -> str:
     """The baseline's mean seconds over those of `result`, of the same race and over the same seeds.
 
-    The baseline is the plain loop of the track. Of two races on one kind of machine, the ratio has a ~ in
-    front. There is none between two kinds of machine, targets or sets of test images, nor where one of them
-    does not count; but the baseline's gap to AutoAttack takes no speed-up away.
+    The baseline is the plain loop of the track. Where the two were not raced together, but on one kind of
+    machine, the ratio has a ~ in front: the product of the ratios within the races that link them, or, where
+    no races do, that of the seconds of two races. There is none between two kinds of machine, targets or sets
+    of test images, nor where one of them does not count; but the baseline's gap to AutoAttack takes no
+    speed-up away.
     """
     base = baseline(track, result.data, results)
     if base is None or broken_rules(track, base.target, base.laps, largest_gap=math.inf):
@@ -96,12 +115,38 @@ def speedup_text(track: str, result: StoredResult, results: dict[str, StoredResu
         return ""
     if not same_images(result, base):
         return ""
-    own = result.summary["seconds"]
-    beside = result.alongside.get(base.name)
-    if beside:  # in the order of the seeds; a race that was stopped may lack the last one of a record
-        pairs = list(zip(beside, (lap["seconds"] for lap in result.laps), strict=False))
-        return f"{sum(base for base, _ in pairs) / sum(own for _, own in pairs):.1f}"
-    return f"~{base.summary['seconds'] / own:.1f}" if same_machine(result, base) else ""
+    ratios = ratios_to(base, result, results)
+    if len(ratios) == 1:
+        return f"{ratios[0]:.1f}"
+    if not same_machine(result, base):
+        return ""
+    apart = base.summary["seconds"] / result.summary["seconds"]
+    return f"~{math.prod(ratios) if ratios else apart:.1f}"
+
+
+def ratios_to(base: StoredResult, result: StoredResult, results: Mapping[str, StoredResult]) -> list[float]:
+    """Seconds of each record over those of the one before it in the same race, from `result` to `base`.
+
+    The shortest chain of races, all on the baseline's images and kind of machine; empty where there is none.
+    """
+    waiting, seen = deque([(result, list[float]())]), {result.name}
+    while waiting:
+        last, ratios = waiting.popleft()
+        if last.alongside.get(base.name):
+            return [*ratios, _ratio(last, base.name)]
+        for name in [name for name, times in last.alongside.items() if times and name not in seen]:
+            link = results.get(name)
+            if link is not None and same_images(link, base) and same_machine(link, base):
+                waiting.append((link, [*ratios, _ratio(last, name)]))
+                seen.add(name)
+    return []
+
+
+def _ratio(result: StoredResult, name: str) -> float:
+    """Seconds of the record `name` over those of `result`, beside which it was raced."""
+    # In the order of the seeds; a race that was stopped may lack the last one of a record.
+    pairs = list(zip(result.alongside[name], (lap["seconds"] for lap in result.laps), strict=False))
+    return sum(beside for beside, _ in pairs) / sum(float(own) for _, own in pairs)
 
 
 def baseline(track: str, data: str, results: dict[str, StoredResult]) -> StoredResult | None:

@@ -1,6 +1,7 @@
 """Rules of the race: the flags that a record may have, and the results that count."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ SEEDS = 3
 SAMPLE, SAMPLE_SEED = 1000, 0  # class-stratified test images under AutoAttack
 LARGEST_GAP = 0.04  # of PGD-20's accuracy over AutoAttack's on the same images
 CPU_CORES = 2
-GPUS = ("H100", "H200")
+GPU = re.compile(r"\bH[12]00\b(?!.*\bMIG\b)")  # not a GH200, whose host is another, nor a slice of one
 
 SET_BY_THE_RACE = (
     *("data", "data_dir", "download", "image_size", "val_size", "seed", "device"),
@@ -108,11 +109,17 @@ def broken_rules(
     if not laps:
         return ["no lap is finished"]
     reasons = [] if len(laps) >= SEEDS else [f"{len(laps)} of {SEEDS} seeds are finished"]
-    mean = sum(lap["test"]["pgd20"]["accuracy"] for lap in laps) / len(laps)
+    mean = _mean_pgd20(laps)
+    asked = [lap for lap in laps if lap["seed"] < SEEDS]  # others may be added, but not until the mean fits
     if target < TARGETS[track]:
         reasons.append(f"target {100 * target:g} % is below the {100 * TARGETS[track]:g} % of track {track}")
     if mean < target:
         reasons.append(f"target missed: PGD-20 {100 * mean:.2f} % on average, not {100 * target:g} %")
+    elif asked and (first := _mean_pgd20(asked)) < target:
+        reasons.append(
+            f"target missed: PGD-20 {100 * first:.2f} % on average over seeds 0 to {SEEDS - 1}, not "
+            f"{100 * target:g} %"
+        )
     for what, digests in (
         ("test", {lap["test"]["sha256"] for lap in laps}),
         ("training", {lap.get("train_sha256") for lap in laps}),  # laps of earlier versions have none
@@ -122,6 +129,10 @@ def broken_rules(
     for lap in laps:
         reasons += [f"seed {lap['seed']}: {reason}" for reason in _of_lap(track, lap, largest_gap)]
     return reasons
+
+
+def _mean_pgd20(laps: Sequence[Mapping[str, Any]]) -> float:
+    return sum(float(lap["test"]["pgd20"]["accuracy"]) for lap in laps) / len(laps)
 
 
 def _of_lap(track: str, lap: Mapping[str, Any], largest_gap: float) -> list[str]:
@@ -141,6 +152,6 @@ def _of_lap(track: str, lap: Mapping[str, Any], largest_gap: float) -> list[str]
     found += [f"masking check: {check['name']}" for check in lap["masking"] or () if not check["passed"]]
     if track == "cpu-2" and machine["threads"] > CPU_CORES:
         found.append(f"{machine['threads']} threads; track cpu-2 has {CPU_CORES} cores")
-    if track == "gpu-1" and not any(name in gpu for gpu in machine["gpus"][:1] for name in GPUS):
-        found.append(f"track gpu-1 is for one {' or '.join(GPUS)}, not for {machine['gpus'][:1] or 'a CPU'}")
+    if track == "gpu-1" and not any(GPU.search(name) for name in machine["gpus"][:1]):
+        found.append(f"track gpu-1 is for one whole H100 or H200, not for {machine['gpus'][:1] or 'a CPU'}")
     return found

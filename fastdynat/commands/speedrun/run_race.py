@@ -38,6 +38,7 @@ from fastdynat.documents import read_json, through_json
 from fastdynat.errors import UserError
 from fastdynat.execution.process_state import process_state_kept
 from fastdynat.machine.cores import keep_to_own_cores, own_cores
+from fastdynat.ops._select import ENVIRONMENT as KERNELS
 from fastdynat.runs import lock_folder, package_digest, source_commit
 from fastdynat.runs.atomic_files import make_folder, write_text
 from fastdynat.terminal.consoles import PlainTable
@@ -223,7 +224,10 @@ def code_digest(flags: Mapping[str, Any]) -> str:
 
 
 def _timed_in_child(lap: Lap, outcome: Path, lock: int) -> Values:
-    """The `LapTimes` of `lap`, run in a new process with empty caches of compiled code and of timings."""
+    """The `LapTimes` of `lap`, run in a new process with empty caches of compiled code and of timings.
+
+    The record alone chooses the operators' implementation, not this process's environment.
+    """
     with tempfile.TemporaryDirectory(prefix="fastdynat-lap-") as cache:
         empty = {
             "XDG_CACHE_HOME": cache,
@@ -231,9 +235,8 @@ def _timed_in_child(lap: Lap, outcome: Path, lock: int) -> Values:
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
         words = [sys.executable, "-m", "fastdynat.commands.speedrun.lap", json.dumps(asdict(lap))]
-        done = subprocess.run(
-            [*words, str(outcome)], env={**os.environ, **empty}, check=False, pass_fds=(lock,)
-        )
+        own = {name: value for name, value in os.environ.items() if name != KERNELS}
+        done = subprocess.run([*words, str(outcome)], env=own | empty, check=False, pass_fds=(lock,))
     where = f"{lap.record}, seed {lap.seed}"
     values: Mapping[str, Any] = {}
     if outcome.exists():
