@@ -30,6 +30,7 @@ from fastdynat.runs import (
     CONFIG,
     LAST,
     Sidecar,
+    check_test_images,
     data_difference,
     find_checkpoint,
     guide_weights,
@@ -190,6 +191,7 @@ class Planner:
             test = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
             if difference := data_difference(sidecar, test.info):
                 raise UserError(f"{path} was trained on {difference}")
+            check_test_images(sidecar, test.info, str(path))
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(sidecar.architecture)
             for radius in self._radii(str(path), test.info, sidecar):
@@ -252,6 +254,7 @@ class Planner:
             weights = read_sidecar(file)[1]
             if difference := data_difference(about, info):
                 raise UserError(f"{file} was trained on {difference}")
+            check_test_images(about, info, str(file))
             trained = {key: getattr(about, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(about.architecture)
             radius = self._radius(info, about.norm, about.eval_eps)
