@@ -48,7 +48,7 @@ def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
         found = ExtraSet(store, _labels(store, config, info), info.image_shape)
     else:
         file = label_file(store, extra.extra_labels, info, pick_device(config.engine.device), display)
-        found = ExtraSet(store, read_labels(file, len(store), info), info.image_shape, file)
+        found = ExtraSet(store, read_labels(file, store, info), info.image_shape, file)
     if extra.extra_checksum not in (None, found.checksum):
         raise UserError(
             f"extra_checksum {extra.extra_checksum}: {store.folder} has {found.checksum}, so it holds other "
