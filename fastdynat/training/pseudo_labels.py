@@ -22,8 +22,8 @@ from fastdynat.terminal.progress import ProgressDisplay
 logger = logging.getLogger(__name__)
 
 BATCH = 500
-# Labels that have nothing to do with the class folders fit two orders differently by chance, by less than this
-# and 2 / sqrt(images).
+# Labels that have nothing to do with the class folders fit two orders differently by chance: by less than
+# this and 2 / sqrt(images).
 ORDER_MARGIN = 0.1
 
 

@@ -15,7 +15,7 @@ from support.tiny_run import TINY
 from torch import nn
 
 from fastdynat.commands.main import main
-from fastdynat.config import ExtraConfig, RunConfig, TrainConfig, read_config_file
+from fastdynat.config import DataConfig, ExtraConfig, RunConfig, TrainConfig, read_config_file
 from fastdynat.data import DatasetInfo
 from fastdynat.data.extra_store import ExtraSet, ExtraStore
 from fastdynat.data.imagefolder import list_files
@@ -302,9 +302,13 @@ def extra_in_folders(root: Path, names: list[str], info: DatasetInfo) -> ExtraSe
     return opened(root, info)
 
 
-def opened(source: Path, info: DatasetInfo) -> ExtraSet:
-    extra, run = ExtraConfig(extra_data=str(source)), RunConfig(quiet=True)
-    found = open_extra(TrainConfig(method="madry", options=MadryOptions(), extra=extra, run=run), info)
+def opened(
+    source: Path, info: DatasetInfo, labels: Path | None = None, data: str = "imagefolder"
+) -> ExtraSet:
+    extra = ExtraConfig(extra_data=str(source), extra_labels=None if labels is None else str(labels))
+    about, run = DataConfig(data=data), RunConfig(quiet=True)
+    config = TrainConfig(method="madry", options=MadryOptions(), data=about, extra=extra, run=run)
+    found = open_extra(config, info)
     assert found is not None
     return found
 
@@ -469,3 +473,24 @@ def test_a_label_file_may_be_written_again_while_a_run_uses_its_labels(npz: Path
     with file.open("r+b") as opened_file:  # as np.save does: in the same file
         np.save(opened_file, 9 - labels)
     assert found.labels_at(torch.arange(EXTRA)).tolist() == labels.tolist()
+
+
+def test_the_meaning_of_labels_without_names_is_said(tmp_path: Path, messages: list[str]) -> None:
+    """A folder numbers CIFAR-10's classes alphabetically: 0 is the bird, but in published files the plane."""
+    words = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    info = class_info(tmp_path / "data", words)
+    npz = write_npz(tmp_path / "extra.npz", EXTRA)
+    opened(npz, info)
+    first = "extra labels are read as 0 = bird, 1 = car, 2 = cat, 3 = deer, 4 = dog, 5 = frog, "
+    assert [m for m in messages if m.startswith("extra labels")] == [
+        first + "6 = horse, 7 = plane, 8 = ship, 9 = truck"
+    ]
+    messages.clear()
+    np.save(tmp_path / "labels.npy", np.zeros(EXTRA, dtype=np.int64))
+    opened(npz, class_info(tmp_path / "more", [*words, "zebra"]), tmp_path / "labels.npy")
+    assert messages[-1].endswith("8 = ship, 9 = truck, ...")
+    messages.clear()
+    opened(npz, info, data="cifar10")  # its numbers are published
+    opened(npz, class_info(tmp_path / "numbers", numbers(*range(10))))
+    extra_in_folders(tmp_path / "named", numbers(*range(3)), info)
+    assert not [m for m in messages if m.startswith("extra labels")]
