@@ -57,7 +57,7 @@ def train_command(argv: list[str]) -> int:
     if parsed.command.submit is not None:
         from fastdynat.commands.submit.submission import submit_training
 
-        return submit_training(parsed.command.submit, argv, config, resumes=resume is not None)
+        return submit_training(parsed.command.submit, argv, config, early)
 
     from fastdynat.terminal.consoles import error_console
 
