@@ -69,7 +69,7 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     return Size(value, notice)
 
 
-def check_step(step: float | str, eps: float | str, *, step_size: float, radius: float) -> str | None:
+def check_step_width(step: float | str, eps: float | str, *, step_size: float, radius: float) -> str | None:
     """A warning where an L-inf step is longer than the ball is wide; None where it is not.
 
     Args:

@@ -11,7 +11,7 @@ from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
 from fastdynat.training.resolved_config import EVAL_EPS, PUBLISHED_EPS, ResolvedAttack, filled_in
-from fastdynat.units import check_step, describe_size, parse_size
+from fastdynat.units import check_step_width, describe_size, parse_size
 from fastdynat.user_code import is_user_supplied
 
 PUBLISHED_STEP = 0.007  # for PUBLISHED_EPS
@@ -70,7 +70,7 @@ def resolved_attack(
     )
     if norm == "linf":
         asked = given[0] if attack.eps == "auto" else attack.eps
-        wide = check_step(attack.step_size, asked, step_size=resolved.step_size, radius=eps)
+        wide = check_step_width(attack.step_size, asked, step_size=resolved.step_size, radius=eps)
         notes += [] if wide is None else [wide]
     _check(resolved, method)
     notes.append(f"{announcement(resolved, method)}; evaluated at eps {_described(resolved.eval_radii())}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.recipes import read_recipe, recipe_names
-from fastdynat.units import check_step, describe_size, parse_number, parse_size
+from fastdynat.units import check_step_width, describe_size, parse_number, parse_size
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_steps_beyond_the_ball(step: float | str, eps: float | str, found: str |
     if found == "refused":
         told = f"but eps {float(eps):g} is read as {float(eps):g}/255: write {step}/255 for a step in 8-bit"
         with pytest.raises(UserError, match=told):
-            check_step(step, eps, **sizes)
+            check_step_width(step, eps, **sizes)
     else:
-        assert (check_step(step, eps, **sizes) is not None) == (found == "said")
+        assert (check_step_width(step, eps, **sizes) is not None) == (found == "said")
 
 
 def test_no_recipe_steps_beyond_its_ball() -> None:
@@ -93,7 +93,7 @@ def test_no_recipe_steps_beyond_its_ball() -> None:
         if "step_size" in values and values.get("norm", "linf") == "linf":
             step, eps = values["step_size"], values.get("eps", 0.031)
             sizes = {"step_size": parse_size(step, "step_size").value, "radius": parse_size(eps, "eps").value}
-            assert check_step(step, eps, **sizes) is None, name
+            assert check_step_width(step, eps, **sizes) is None, name
 
 
 def test_mixed_units_are_refused_by_train_and_eval(

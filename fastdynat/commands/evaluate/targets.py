@@ -40,7 +40,7 @@ from fastdynat.runs import (
     require_run,
 )
 from fastdynat.runs.layout import real
-from fastdynat.units import check_step, parse_size
+from fastdynat.units import check_step_width, parse_size
 from fastdynat.user_code import check_stored, short_name
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,9 @@ class Planner:
         assert values[0] is not None
         radius = Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
         if norm == "linf":
-            wide = check_step(config.step_size, config.eps, step_size=radius.step_size, radius=radius.eps)
+            wide = check_step_width(
+                config.step_size, config.eps, step_size=radius.step_size, radius=radius.eps
+            )
             if wide is not None:
                 logger.info(wide)
         return radius
